@@ -1,0 +1,86 @@
+"""Weighted activations: what happens between the two projections, times the routing weight.
+
+Every function takes x [N, 2I] ([N, I] for relu2) and the routing weights [N] or [N, 1] in their permuted order,
+computes in float32 (float64 for float64) and returns [N, I] in x's dtype. Gradients reach both.
+
+The formulas and column layouts are those of the models that use them; docs/concepts.md lists them.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from experts.config import MoEConfig
+
+WeightedActivation = Callable[[Tensor, Tensor], Tensor]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums and activations of `dtype` are computed: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _weighted(value: Tensor, permuted_probs: Tensor, dtype: torch.dtype) -> Tensor:
+    probs = permuted_probs.reshape(-1, 1).to(value.dtype)
+    return (value * probs).to(dtype)
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x.dtype))
+
+
+def swiglu_deepep(x: Tensor, permuted_probs: Tensor, limit: float = 0.0) -> Tensor:
+    """silu(gate)·up over the halves [gate | up]; with limit > 0 gate ≤ limit and |up| ≤ limit, before silu."""
+    gate, up = _upcast(x).chunk(2, dim=-1)
+    if limit > 0:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return _weighted(F.silu(gate) * up, permuted_probs, x.dtype)
+
+
+def swigluoai_deepep(x: Tensor, permuted_probs: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+    """gate·sigmoid(alpha·gate)·(up + 1) over the halves [gate | up], gate ≤ limit and |up| ≤ limit."""
+    gate, up = _upcast(x).chunk(2, dim=-1)
+    return _weighted(_clamped_sigmoid_glu(gate, up, alpha, limit, 1.0), permuted_probs, x.dtype)
+
+
+def quick_geglu_deepep(
+    x: Tensor, permuted_probs: Tensor, alpha: float = 1.702, limit: float = 7.0, linear_offset: float = 1.0
+) -> Tensor:
+    """gate·sigmoid(alpha·gate)·(up + linear_offset) over interleaved columns, gate ≤ limit and |up| ≤ limit."""
+    x_acc = _upcast(x)
+    gate, up = x_acc[..., ::2], x_acc[..., 1::2]
+    return _weighted(_clamped_sigmoid_glu(gate, up, alpha, limit, linear_offset), permuted_probs, x.dtype)
+
+
+def geglu_deepep(x: Tensor, permuted_probs: Tensor) -> Tensor:
+    """gelu_tanh(gate)·up over the halves [gate | up]."""
+    gate, up = _upcast(x).chunk(2, dim=-1)
+    return _weighted(F.gelu(gate, approximate="tanh") * up, permuted_probs, x.dtype)
+
+
+def relu2_deepep(x: Tensor, permuted_probs: Tensor) -> Tensor:
+    """relu(x)², ungated."""
+    return _weighted(F.relu(_upcast(x)).square(), permuted_probs, x.dtype)
+
+
+def _clamped_sigmoid_glu(gate: Tensor, up: Tensor, alpha: float, limit: float, linear_offset: float) -> Tensor:
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + linear_offset)
+
+
+def get_expert_activation_for_deepep(config: MoEConfig) -> WeightedActivation:
+    """The weighted activation of `config`, with its alpha and limits bound: (x, permuted_probs) -> [N, I]."""
+    match config.expert_activation:
+        case "swiglu":
+            return functools.partial(swiglu_deepep, limit=config.swiglu_limit)
+        case "swigluoai":
+            return functools.partial(swigluoai_deepep, alpha=config.activation_alpha, limit=config.activation_limit)
+        case "quick_geglu":
+            return functools.partial(quick_geglu_deepep, alpha=config.activation_alpha, limit=config.activation_limit)
+        case "geglu":
+            return geglu_deepep
+        case "relu2":
+            return relu2_deepep

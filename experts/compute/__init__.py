@@ -1,0 +1,39 @@
+"""Compute engines, one a file: each an `Engine`, a function for the local experts of one rank, and why it may not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from experts.config import MoEConfig
+from experts.errors import Unsupported
+
+
+class ExpertParameters(NamedTuple):
+    """Parameters of L experts, stacked; L is absent where the parameters are those of one expert."""
+
+    gate_and_up_projs: Tensor  # [L, D, 2I], ungated [L, D, I]
+    down_projs: Tensor  # [L, I, D]
+    gate_up_proj_bias: Tensor | None  # [L, 2I], ungated [L, I]
+    down_proj_bias: Tensor | None  # [L, D]
+
+    def to(self, dtype: torch.dtype) -> "ExpertParameters":
+        return ExpertParameters(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
+
+
+#: (x [T, D], weights [T, K], indices [T, K], parameters, config, first local expert) -> [T, D] in x's dtype: the sum
+#: over the choices of local experts. Indices outside of the window, −1 among them, contribute nothing.
+Compute = Callable[[Tensor, Tensor, Tensor, ExpertParameters, MoEConfig, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to compute the local experts.
+
+    `unsupported(device, config)` says why the engine cannot run there; without a config it speaks of the device alone.
+    """
+
+    compute: Compute
+    unsupported: Callable[[torch.device, MoEConfig | None], Unsupported | None]

@@ -1,0 +1,63 @@
+"""The oracle: one expert after the other in plain torch, sharing nothing with other engines but the activations."""
+
+import torch
+from torch import Tensor
+
+from experts.activations import accumulation_dtype, get_expert_activation_for_deepep
+from experts.compute import Engine, ExpertParameters
+from experts.config import MoEConfig
+from experts.errors import Unsupported
+
+
+def expert_forward(x_ND: Tensor, weights_N: Tensor, expert: ExpertParameters, config: MoEConfig) -> Tensor:
+    """What one expert adds to its tokens: x [N, D], routing weights [N] -> [N, D] in float32 (float64 for float64).
+
+    Projections run in x's dtype; the down projection's bias and a routing weight applied after it, in the result's.
+    """
+    acc = accumulation_dtype(x_ND.dtype)
+    weights_N1 = weights_N.to(acc).unsqueeze(-1)
+    inside_N1 = torch.ones_like(weights_N1) if config.apply_router_weight_after_down else weights_N1
+    h_NI = x_ND @ expert.gate_and_up_projs
+    if expert.gate_up_proj_bias is not None:
+        h_NI = h_NI + expert.gate_up_proj_bias
+    a_NI = get_expert_activation_for_deepep(config)(h_NI, inside_N1)
+    y_ND = (a_NI @ expert.down_projs).to(acc)
+    if expert.down_proj_bias is not None:
+        y_ND = y_ND + expert.down_proj_bias.to(acc) * inside_N1
+    return y_ND * weights_N1 if config.apply_router_weight_after_down else y_ND
+
+
+def split_experts(parameters: ExpertParameters) -> list[ExpertParameters]:
+    """The parameters of each expert. Through unbind, whose backward writes one stacked gradient for all."""
+    columns = [[None] * parameters[0].shape[0] if p is None else p.unbind(0) for p in parameters]
+    return [ExpertParameters(*expert) for expert in zip(*columns, strict=True)]
+
+
+def compute(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    indices_TK: Tensor,
+    parameters: ExpertParameters,
+    config: MoEConfig,
+    first: int,
+) -> Tensor:
+    """Sum over the local experts, each gathered from and scattered to float32 tokens (float64 for float64).
+
+    An expert without tokens runs on zero rows, so that its gradients are zeros and not missing.
+    """
+    x_acc_TD = x_TD.to(accumulation_dtype(x_TD.dtype))
+    out_TD = torch.zeros_like(x_acc_TD)
+    for index, expert in enumerate(split_experts(parameters.to(x_TD.dtype)), start=first):
+        tokens_N, choices_N = torch.where(indices_TK == index)
+        x_ND = x_acc_TD[tokens_N].to(x_TD.dtype)
+        y_ND = expert_forward(x_ND, weights_TK[tokens_N, choices_N], expert, config)
+        out_TD.index_add_(0, tokens_N, y_ND)
+    return out_TD.to(x_TD.dtype)
+
+
+def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
+    """The loop runs any dtype on any device."""
+    return None
+
+
+ENGINE = Engine(compute, unsupported)

@@ -1,0 +1,138 @@
+"""Configuration of an expert layer and of the backend that computes it.
+
+Field names are NeMo AutoModel's, so that its users can swap modules.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+from experts.errors import ConfigError
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Activation = Literal["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"]
+Engine = Literal["loop", "torch_mm", "torch_mm_mxfp8", "gmm", "te"]
+Dispatcher = Literal["allgather", "alltoall", "deepep"]
+Fp8Recipe = Literal["current", "delayed", "block", "mxfp8"]
+
+_C = TypeVar("_C", bound=type)
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, extra="forbid")
+
+
+def _one_line_errors(cls: _C) -> _C:
+    """Make a validated dataclass raise ConfigError: one line a mistake, with field, value, rule and remedy."""
+    validated_init: Callable[..., None] = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(validated_init)
+    def __init__(self: Any, *args: Any, **fields: Any) -> None:
+        try:
+            validated_init(self, *args, **fields)
+        except ValidationError as error:
+            lines = [_mistake(cls, mistake) for mistake in error.errors()]
+            raise ConfigError("\n".join(lines)) from None
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+def _mistake(cls: type, mistake: Any) -> str:
+    known = cls.__pydantic_fields__  # type: ignore[attr-defined]
+    name = str(mistake["loc"][0]) if mistake["loc"] else ""
+    if mistake["type"] == "value_error":
+        return f"{cls.__name__}{'.' + name if name else ''}: {mistake['ctx']['error']}"
+    if name not in known:
+        return f"{cls.__name__}: there is no field {name!r}; the fields are {', '.join(known)}"
+    field = known[name]
+    remedy = f"{field.description}, e.g. {field.examples[0]!r}"
+    if mistake["type"] in ("missing", "missing_argument"):
+        return f"{cls.__name__}.{name} is missing: give {remedy}"
+    return f"{cls.__name__}.{name} = {mistake['input']!r}: {mistake['msg']}; give {remedy}"
+
+
+def _field(description: str, example: object, **rules: Any) -> Any:
+    return Field(description=description, examples=[example], **rules)
+
+
+_Size = Annotated[int, Field(gt=0)]
+
+
+@_one_line_errors
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class MoEConfig:
+    """Shape and meaning of the routed experts of one layer.
+
+    Raises ConfigError, one line a mistake, for an impossible value. `dtype` takes a name or a torch.dtype and is a
+    torch.dtype afterwards.
+    """
+
+    n_routed_experts: _Size = _field("the number of experts, a positive integer", 128)
+    n_activated_experts: _Size = _field("the number of experts a token chooses, at most n_routed_experts", 8)
+    dim: _Size = _field("the hidden size of a token, a positive integer", 2048)
+    moe_inter_dim: _Size = _field("the inner size of one expert, a positive integer", 768)
+    expert_bias: bool = _field("whether the projections have a bias, True or False", False, default=False)
+    expert_activation: Activation = _field("the name of an activation", "swiglu", default="swiglu")
+    activation_alpha: Annotated[float, Field(allow_inf_nan=False)] = _field(
+        "the slope inside the sigmoid of quick_geglu and swigluoai", 1.702, default=1.702
+    )
+    activation_limit: Annotated[float, Field(gt=0)] = _field(
+        "the clamp of quick_geglu and swigluoai, a positive number", 7.0, default=7.0
+    )
+    swiglu_limit: Annotated[float, Field(ge=0)] = _field(
+        "the clamp of swiglu, a positive number, or 0 for none", 10.0, default=0.0
+    )
+    apply_router_weight_after_down: bool = _field(
+        "whether the routing weight multiplies after the down projection, True or False", False, default=False
+    )
+    dtype: torch.dtype = _field(f"one of {', '.join(DTYPES)}", "bfloat16", default="bfloat16", validate_default=True)
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype_by_name(cls, value: object) -> object:
+        dtype = DTYPES.get(value, value) if isinstance(value, str) else value
+        if dtype not in DTYPES.values():
+            raise ValueError(f"{value!r} is no dtype of an expert layer; give one of {', '.join(DTYPES)}")
+        return dtype
+
+    @model_validator(mode="after")
+    def _no_more_chosen_than_there_are(self) -> "MoEConfig":
+        if self.n_activated_experts > self.n_routed_experts:
+            raise ValueError(
+                f"n_activated_experts = {self.n_activated_experts} exceeds n_routed_experts = {self.n_routed_experts}; "
+                "a token cannot choose more experts than there are: lower it"
+            )
+        return self
+
+    def with_dtype(self, dtype: torch.dtype) -> "MoEConfig":
+        """The same layer in another dtype."""
+        return self if dtype is self.dtype else dataclasses.replace(self, dtype=dtype)
+
+
+@_one_line_errors
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class BackendConfig:
+    """Which engine computes the experts and which dispatcher carries tokens between ranks.
+
+    None is the module's own default. "torch" is another name of the engine "loop". Raises ConfigError.
+    """
+
+    experts: Engine | None = _field("the name of an engine, or None for the module's own", "loop", default=None)
+    dispatcher: Dispatcher | None = _field(
+        "the name of a dispatcher, or None for the module's own", "allgather", default=None
+    )
+    te_fp8: Fp8Recipe | None = _field("the name of an FP8 recipe, or None for none", "block", default=None)
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _alias(cls, value: object) -> object:
+        return "loop" if value == "torch" else value
+
+
+def is_gated_activation(name: str) -> bool:
+    """Whether the activation reads a gate and an up half, so that its projection is 2·inter wide."""
+    return name != "relu2"

@@ -1,0 +1,23 @@
+"""The engines by name, in the order in which users meet them."""
+
+import importlib
+
+from experts.compute import Engine
+from experts.errors import RegistryError
+
+_MODULES = {
+    "loop": "experts.compute.loop",
+    "torch_mm": "experts.compute.torch_mm",
+}
+
+
+def engine_names() -> tuple[str, ...]:
+    return tuple(_MODULES)
+
+
+def get_engine(name: str) -> Engine:
+    """The engine of that name, imported now. Raises RegistryError with the names there are."""
+    if name not in _MODULES:
+        raise RegistryError(f"there is no engine {name!r} here; the engines are {', '.join(_MODULES)}")
+    engine: Engine = importlib.import_module(_MODULES[name]).ENGINE
+    return engine

@@ -1,0 +1,210 @@
+"""The command line: parses, calls one function, prints. Imported by nothing.
+
+Exit codes: 0 all right (unsupported and out of memory are results), 1 a mismatch, timeout, crash or error, 2 bad usage,
+130 interrupted.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from moebench import __version__, listing, results
+from moebench.case import Job
+from moebench.doctor import doctor as examine
+from moebench.frame import ResultsError, load
+from moebench.record import GOOD, Record
+from moebench.runner import Outcome, RunnerError, execute
+from moebench.spec import SweepError
+from moebench.tables import summary
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+app = typer.Typer(
+    name="moebench",
+    help="Measure, check and compare the expert layers of Mixture-of-Experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Sweep = Annotated[str, typer.Argument(help="a sweep file, or the name of one in suites/")]
+Backends = Annotated[
+    list[str] | None, typer.Option("--backend", help="measure this backend instead of the sweep's; repeatable")
+]
+Filters = Annotated[
+    list[str] | None, typer.Option("--filter", help="KEY=V1,V2  KEY!=V  KEY<V  KEY<=V  KEY>V  KEY>=V; repeatable")
+]
+CaseIds = Annotated[list[str] | None, typer.Option("--case", help="only the case with this id; repeatable")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, for machines")]
+Folder = Annotated[Path, typer.Argument(help="a results folder, or a Parquet file of one")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"moebench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    sweep: Sweep,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="results folder; default results/runs/<new>")] = None,
+    backend: Backends = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default a GPU if there is one")] = None,
+    filters: Filters = None,
+    case: CaseIds = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be measured, measure nothing")] = False,
+    time_budget: Annotated[
+        float | None, typer.Option(min=0, metavar="MIN", help="start no job after so many minutes")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a sweep: check every job, time it, write table and plots. The last line names the results folder."""
+    plan = results.plan(
+        sweep,
+        out=out_dir,
+        backends=backend or [],
+        filters=filters or [],
+        case_ids=case or [],
+        device=device,
+        time_budget_min=time_budget,
+    )
+    if dry_run:
+        _print_jobs(plan.jobs, as_json)
+        return
+    results.begin(plan)
+    with _progress() as progress:
+        task = progress.add_task("", total=len(plan.jobs))
+
+        def show(row: Record) -> None:
+            progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")
+
+        outcome = execute(plan.execution, show)
+    written = results.finish(plan.folder)
+    if as_json:
+        out.print_json(json.dumps(_report(outcome, plan.folder)))
+    else:
+        out.print(summary(load(plan.folder)))
+        for path in written:
+            out.print(f"wrote {path}", soft_wrap=True)
+        out.print(f"results: {plan.folder}", soft_wrap=True)
+    _exit(outcome)
+
+
+def _progress() -> Progress:
+    columns = (
+        SpinnerColumn(),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    return Progress(*columns, console=err, transient=True)
+
+
+def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:
+    return {
+        "results": str(folder),
+        "interrupted": outcome.interrupted,
+        "num_left": outcome.num_left,
+        "statuses": dict(Counter(row.status.value for row in outcome.records)),
+        "records": [json.loads(row.to_json()) for row in outcome.records],
+    }
+
+
+def _exit(outcome: Outcome) -> None:
+    if outcome.interrupted:
+        err.print(f"interrupted: {outcome.num_left} jobs left; what was measured is in the results folder")
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if outcome.num_left:
+        err.print(f"time budget spent: {outcome.num_left} jobs left unmeasured")
+    if any(row.status not in GOOD for row in outcome.records):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print_jobs(jobs: tuple[Job, ...], as_json: bool) -> None:
+    if as_json:
+        out.print_json(json.dumps([{"case_id": job.case.case_id, **job.model_dump(mode="json")} for job in jobs]))
+        return
+    for job in jobs:
+        out.print(f"{job.case.case_id}  {job.backend}  {job.dispatcher}", soft_wrap=True)
+    out.print(f"{len(jobs)} jobs")
+
+
+@app.command("list")
+def list_(
+    sweep: Annotated[str | None, typer.Argument(help="list this sweep's cases; without it sweeps and backends")] = None,
+    backend: Backends = None,
+    filters: Filters = None,
+    device: Annotated[str | None, typer.Option(help="the device that backends are asked about")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sweeps and backends, with why one is unavailable here; or the cases of a sweep."""
+    if sweep is not None:
+        _print_jobs(results.select(sweep, backend or [], filters or [], []), as_json)
+        return
+    listed = listing.everything(device)
+    if as_json:
+        out.print_json(json.dumps(listed.as_dict()))
+    else:
+        out.print(listed)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """The machine, versions, what is missing and how to install it."""
+    findings = examine()
+    if as_json:
+        out.print_json(json.dumps([vars(finding) for finding in findings]))
+        return
+    for finding in findings:
+        out.print(str(finding), soft_wrap=True, markup=False)
+    out.print(listing.backends(None), soft_wrap=True)
+
+
+@app.command()
+def show(folder: Folder, as_json: AsJson = False) -> None:
+    """The table of a results folder again."""
+    frame = load(folder)
+    if as_json:
+        out.print_json(frame.to_json(orient="records"))
+    else:
+        out.print(summary(frame))
+
+
+@app.command()
+def plots(folder: Folder) -> None:
+    """Draw the plots of a results folder again."""
+    for path in results.draw(folder):
+        out.print(f"wrote {path}", soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    try:
+        app()
+    except (SweepError, ResultsError, results.UsageError) as mistake:
+        err.print(str(mistake), markup=False)
+        raise SystemExit(EXIT_USAGE) from None
+    except RunnerError as failure:
+        err.print(str(failure), markup=False)
+        raise SystemExit(EXIT_FAILED) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""Journal -> tidy DataFrame -> Parquet and CSV: a row a job, a column a field of `Record`. No torch here.
+
+A column has one dtype, whatever it holds: an empty run, a run of failures and a full one all concatenate. Null is NaN in
+a float column and `<NA>` elsewhere; infinity is a value. `parity_errors` is a JSON object in a string, since its keys
+differ from row to row; `parity_errors` below reads it. docs/results.md explains every column.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pandas as pd
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from pydantic import ValidationError
+
+from moebench.case import Case
+from moebench.record import SCHEMA, Journal, JournalError, Record, Status
+
+JOURNAL_NAME = "journal.jsonl"
+PARQUET_NAME = "results.parquet"
+CSV_NAME = "results.csv"
+
+#: Left out of the CSV: thousands of numbers in a cell help nobody.
+SAMPLE_COLUMNS = ("samples_ms", "sample_rounds")
+
+_ARROW_TYPES: Mapping[Hashable, Any] = {
+    str: pa.string(),
+    Status: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    tuple[str, ...]: pa.list_(pa.string()),
+    tuple[int, ...]: pa.list_(pa.int64()),
+    tuple[float, ...]: pa.list_(pa.float64()),
+    dict[str, float]: pa.string(),
+}
+_PANDAS_TYPES: Mapping[Any, Any] = {
+    pa.string(): pd.StringDtype(),
+    pa.int64(): pd.Int64Dtype(),
+    pa.bool_(): pd.BooleanDtype(),
+    **{kind: pd.ArrowDtype(kind) for kind in _ARROW_TYPES.values() if pa.types.is_list(kind)},
+}
+
+
+def _bare(annotation: Any) -> Any:
+    """An annotation without `| None`, `Annotated` and `Literal`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _bare(arguments[0])
+    if origin is Literal:
+        return type(arguments[0])
+    if origin in (Union, UnionType):
+        (some,) = (kind for kind in arguments if kind is not NoneType)
+        return _bare(some)
+    return annotation
+
+
+#: The one Arrow schema of results: Record's fields, in their order, by the names that the journal uses.
+ARROW_SCHEMA = pa.schema(
+    [(field.alias or name, _ARROW_TYPES[_bare(field.annotation)]) for name, field in Record.model_fields.items()]
+)
+COLUMNS: tuple[str, ...] = tuple(ARROW_SCHEMA.names)
+
+
+class ResultsError(Exception):
+    """Something that cannot be opened as results: what, which, the rule, the remedy, in one line."""
+
+
+def to_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """A row a job, in the order in which jobs first appear. Of records with one key, the last counts."""
+    latest = {row.key: row for row in records}
+    rows = [row.model_dump(by_alias=True) for row in latest.values()]
+    for row in rows:
+        errors = row["parity_errors"]
+        row["parity_errors"] = errors and json.dumps({name: _jsonable(error) for name, error in errors.items()})
+    return _to_pandas(pa.Table.from_pylist(rows, schema=ARROW_SCHEMA))
+
+
+def _jsonable(error: float) -> float | str:
+    return error if math.isfinite(error) else str(error)  # JSON has no infinity: "inf"
+
+
+def parity_errors(cell: str | None) -> dict[str, float]:
+    """Error over budget of each tensor, from a cell of the column `parity_errors`; empty for null."""
+    if cell is None or pd.isna(cell):
+        return {}
+    return {tensor: float(error) for tensor, error in json.loads(cell).items()}
+
+
+def load(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """The results in a folder (its journal, else its results.parquet) or in a Parquet file.
+
+    Raises `ResultsError` for anything else.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _read_parquet(path)
+    if not path.is_dir():
+        raise ResultsError(f"{path}: no such file or folder; give a results folder or a Parquet file of one")
+    if (path / JOURNAL_NAME).is_file():
+        return _read_journal(path / JOURNAL_NAME)
+    if (path / PARQUET_NAME).is_file():
+        return _read_parquet(path / PARQUET_NAME)
+    raise ResultsError(
+        f"{path}: holds neither {JOURNAL_NAME} nor {PARQUET_NAME}, and a results folder holds one of them; "
+        "give the folder that the last line of `moebench run` names"
+    )
+
+
+def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write results.parquet and results.csv (without samples) into `folder`, which exists; each whole or not at all."""
+    table = pa.Table.from_pandas(frame, schema=ARROW_SCHEMA, preserve_index=False).replace_schema_metadata(None)
+    parquet = pa.BufferOutputStream()
+    pq.write_table(table, parquet, compression="zstd")
+    flat = frame[[name for name in COLUMNS if name not in SAMPLE_COLUMNS]]
+    flat = flat.assign(flags=[";".join(flags) for flags in frame["flags"]])
+    csv = flat.to_csv(index=False, lineterminator="\n")
+
+    write_atomically(folder / PARQUET_NAME, parquet.getvalue().to_pybytes())
+    write_atomically(folder / CSV_NAME, csv.encode())
+    return [folder / PARQUET_NAME, folder / CSV_NAME]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one step: a crash leaves the old file or the new one, never a part."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _to_pandas(table: Any) -> pd.DataFrame:
+    frame: pd.DataFrame = table.to_pandas(types_mapper=_PANDAS_TYPES.get, ignore_metadata=True)
+    return frame
+
+
+def _read_journal(path: Path) -> pd.DataFrame:
+    try:
+        return to_frame(Journal(path))
+    except JournalError as error:
+        raise ResultsError(str(error)) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "a line"
+        raise ResultsError(
+            f"{path}: {field}: {first['msg']}: not a record of this moebench; open it with the moebench that wrote it"
+        ) from error
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        table = pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        raise ResultsError(
+            f"{path}: not a Parquet file ({str(error).splitlines()[0]}); give a results folder or its {PARQUET_NAME}"
+        ) from error
+    missing = [name for name in COLUMNS if name not in table.column_names]
+    if missing:
+        raise ResultsError(
+            f"{path}: no column {', '.join(missing[:3])}{' …' * (len(missing) > 3)}, which results of schema {SCHEMA} "
+            f"have; give the {PARQUET_NAME} that `moebench run` wrote"
+        )
+    try:
+        frame = _to_pandas(table.select(COLUMNS).cast(ARROW_SCHEMA))
+    except (pa.ArrowException, ValueError) as error:
+        raise ResultsError(
+            f"{path}: a column has another type than in schema {SCHEMA} ({str(error).splitlines()[0]}); "
+            f"give the {PARQUET_NAME} that `moebench run` wrote"
+        ) from error
+    others = sorted({int(schema) for schema in frame["schema"].dropna()} - {SCHEMA})
+    if others or frame["schema"].isna().any():
+        raise ResultsError(
+            f"{path}: schema {', '.join(map(str, others)) or 'null'}, this moebench reads {SCHEMA}: "
+            "open it with the moebench that wrote it"
+        )
+    return frame
+
+
+# How results are spoken of, the same in tables, plots and pages.
+
+
+@dataclass(frozen=True)
+class Description:
+    """What tells the cases of a frame apart, and what they share."""
+
+    shared: dict[str, str]  #: parts that are the same in every row, without those at their default
+    varying: pd.DataFrame  #: a column a part that differs, a row a row of the frame, all strings
+
+    @property
+    def labels(self) -> "pd.Series[str]":
+        """The varying parts of each row in one string."""
+        texts = [" ".join(filter(None, row)) for row in self.varying.itertuples(index=False)]
+        return pd.Series(texts, index=self.varying.index, dtype="str")
+
+    def title(self, *without: str) -> str:
+        """The shared parts in words, but for those named."""
+        return ", ".join(text for part, text in self.shared.items() if part not in without)
+
+
+def describe(frame: pd.DataFrame) -> Description:
+    """Split what describes the case of each row into what all rows share and what varies."""
+    parts = pd.DataFrame([_parts(row) for row in frame.to_dict("records")], index=frame.index, dtype="str")
+    values = {str(name): parts[name].unique() for name in parts}
+    shared = {name: str(found[0]) for name, found in values.items() if len(found) == 1 and found[0]}
+    for name in {"tokens", "routing"} & shared.keys():
+        shared[name] += f" {name}"
+    for place in ("machine", "run"):
+        shared.pop(place, None)  # `machine` below says where and when
+    return Description(shared, parts[[name for name, found in values.items() if len(found) > 1]])
+
+
+def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
+    """What describes a case, in words; empty for a setting at its default."""
+    shape = f"e{row['n_routed_experts']}k{row['n_activated_experts']}d{row['dim']}i{row['moe_inter_dim']}"
+    settings = {
+        "activation_alpha": "alpha {:g}",
+        "activation_limit": "limit {:g}",
+        "swiglu_limit": "swiglu_limit {:g}",
+        "apply_router_weight_after_down": "weight after down",
+        "masked_share": "{:.0%} masked",
+        "ep_size": "EP {}",
+        "seed": "seed {}",
+    }
+    return {
+        "experts": shape if pd.isna(row["model"]) else str(row["model"]),
+        "tokens": str(row["num_tokens"]),
+        "dtype": row["dtype"],
+        "mode": row["mode"],
+        "routing": row["routing"],
+        "activation": row["expert_activation"] + ("+bias" if row["expert_bias"] else ""),
+        **{
+            name: "" if row[name] == Case.model_fields[name].default else text.format(row[name])
+            for name, text in settings.items()
+        },
+        "machine": _machine_name(row["gpu"], row["device"]),
+        "run": row["run_id"],
+    }
+
+
+def _machine_name(gpu: Any, device: Any) -> str:
+    names = [name for name in (gpu, device) if not pd.isna(name)]
+    return {"cpu": "CPU"}.get(names[0], str(names[0])) if names else ""
+
+
+CASE_ORDER = (
+    *("model", "n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim", "dtype", "expert_activation"),
+    *("expert_bias", "masked_share", "ep_size", "routing", "mode", "num_tokens", "seed", "case_id"),
+)
+
+
+def in_case_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows sorted for reading: like cases together, forward before train, few tokens before many."""
+    return frame.sort_values(list(CASE_ORDER), kind="stable", ignore_index=True)
+
+
+def backend_labels(frame: pd.DataFrame) -> "pd.Series[str]":
+    """The backend of each row, with its dispatcher where there is one: `te+deepep`."""
+    dispatchers = frame["dispatcher"].map(lambda name: "" if name == "local" else f"+{name}")
+    return (frame["backend"] + dispatchers).astype("str")
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Distinct backend labels as they are shown everywhere: loop, the reference, first, then by name."""
+    return sorted(set(labels), key=lambda label: (label.partition("+")[0] != "loop", label))
+
+
+def machine(frame: pd.DataFrame) -> str:
+    """Where and when rows were measured: GPU (or CPU), cold or warm L2, and the date if the run's id begins with it."""
+    places = dict.fromkeys(map(_machine_name, frame["gpu"], frame["device"]))
+    caches = [f"L2 {state}" for state in frame["l2"].dropna().unique()]
+    dates = sorted({"-".join(found.groups()) for run in frame["run_id"] if (found := _DATE.match(run))})
+    span = dates if len(dates) < 3 else [f"{dates[0]} to {dates[-1]}"]
+    return ", ".join(text for text in [*places, *caches, *span] if text)
+
+
+_DATE = re.compile(r"(20\d\d)-?([01]\d)-?([0-3]\d)(?!\d)")

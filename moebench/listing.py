@@ -1,0 +1,79 @@
+"""What there is: sweeps, and backends with why one cannot run here."""
+
+from dataclasses import asdict, dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from moebench.spec import available_sweeps, load_sweep
+
+
+@dataclass(frozen=True)
+class BackendLine:
+    """A backend, and why it cannot run on the device that was asked about (None: it can)."""
+
+    name: str
+    unavailable: str | None
+
+
+@dataclass(frozen=True)
+class SweepLine:
+    """A sweep of suites/."""
+
+    name: str
+    num_jobs: int
+    description: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Sweeps and backends, for a console or as plain data."""
+
+    sweeps: tuple[SweepLine, ...]
+    backends: tuple[BackendLine, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(box=None, pad_edge=False, title_justify="left", header_style="bold")
+        for name in ("sweep", "jobs", "description"):
+            table.add_column(name, justify="right" if name == "jobs" else "left")
+        for line in self.sweeps:
+            table.add_row(line.name, str(line.num_jobs), line.description)
+        yield table
+        yield Text()
+        yield _backend_table(self.backends)
+
+
+def _backend_table(lines: tuple[BackendLine, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("backend")
+    table.add_column("here")
+    for line in lines:
+        table.add_row(line.name, f"unavailable: {line.unavailable}" if line.unavailable else "available")
+    return table
+
+
+def everything(device: str | None) -> Listing:
+    """All sweeps of suites/ and all backends, asked about `device` (default a GPU if there is one)."""
+    sweeps = []
+    for path in available_sweeps().values():
+        sweep = load_sweep(path)
+        sweeps.append(SweepLine(path.stem, len(sweep.jobs()), sweep.description))
+    return Listing(tuple(sweeps), _backends(device))
+
+
+def backends(device: str | None) -> Table:
+    """The backends and why one cannot run."""
+    return _backend_table(_backends(device))
+
+
+def _backends(device: str | None) -> tuple[BackendLine, ...]:
+    from experts.registry import backend_names, get_backend  # imports torch, which opening results must not
+    from moebench.worker import pick_device
+
+    asked = pick_device(device)
+    reasons = {name: get_backend(name).unsupported(asked) for name in backend_names()}
+    return tuple(BackendLine(name, None if reason is None else reason.reason) for name, reason in reasons.items())

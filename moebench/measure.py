@@ -1,0 +1,177 @@
+"""One job in this process: build the backend, check it, time it, weigh it. The job's record comes of it."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experts import Unsupported
+from experts.registry import Backend, get_backend
+from moebench import memory, parity, timing
+from moebench.case import Case, Job
+from moebench.inputs import Inputs, make_inputs, make_parameters, moe_config
+from moebench.profiling import executed
+from moebench.record import Status
+from moebench.reference import Tensors
+from moebench.timing import TimingPolicy
+
+#: Both passes must be right: a buffer that happens to be clean is often so the first time only.
+PASSES = 2
+
+
+@dataclass
+class Workload:
+    """Parameters and inputs of the case at hand, kept for the next backend; parameters also for the next case."""
+
+    device: torch.device
+    _parameters: tuple[str, dict[str, Tensor]] | None = field(default=None, repr=False)
+    _inputs: tuple[str, Inputs] | None = field(default=None, repr=False)
+
+    def parameters(self, case: Case) -> dict[str, Tensor]:
+        key = f"{moe_config(case)} {case.seed}"
+        if self._parameters is None or self._parameters[0] != key:
+            self._parameters = None  # the old ones go before the new ones come
+            self._parameters = key, make_parameters(case, self.device)
+        return self._parameters[1]
+
+    def inputs(self, case: Case) -> Inputs:
+        if self._inputs is None or self._inputs[0] != case.case_id:
+            self._inputs = None
+            self._inputs = case.case_id, make_inputs(case, self.device)
+        return self._inputs[1]
+
+    def forget(self) -> None:
+        """Free the tensors, to be made again when they are asked for."""
+        self._parameters = self._inputs = None
+
+
+Measured = dict[str, Any]
+
+
+def measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
+    """The measured fields of the job's record: `status` and what that status may carry.
+
+    Whatever the backend raises, but Unsupported, comes through.
+    """
+    try:
+        return _measure(job, workload, policy)
+    except Unsupported as reason:
+        return {"status": Status.unsupported, "detail": reason.reason}
+
+
+def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
+    case, device = job.case, workload.device
+    backend = get_backend(job.backend)
+    reason = backend.unsupported(device, moe_config(case))
+    if reason is not None:
+        raise reason
+    inputs, parameters = workload.inputs(case), workload.parameters(case)
+    module = _build(backend, case, parameters, device)
+    started = time.perf_counter()
+    passes = [_poisoned_pass(module, inputs, case.mode)]
+    _synchronize(device)
+    measured: Measured = {"warmup_ms": (time.perf_counter() - started) * 1e3}
+    passes += [_poisoned_pass(module, inputs, case.mode) for _ in range(PASSES - 1)]
+    verdict = parity.check(case, inputs, parameters, passes)
+    del passes
+    if verdict.passed:
+        measured |= _speed_and_memory(module, inputs, case, policy, device)
+        # what was timed must still be right: a kernel that goes wrong when it is called often has no speed either
+        forward = case.model_copy(update={"mode": "forward"})
+        after = parity.check(forward, inputs, parameters, [parity.run_pass(module, inputs, "forward")])
+        verdict = verdict if after.passed else after
+    return _with_verdict(measured, verdict)
+
+
+def _with_verdict(measured: Measured, verdict: parity.Verdict) -> Measured:
+    worst = verdict.worst
+    found = {
+        "parity_worst": worst.over_budget,
+        "parity_worst_tensor": worst.tensor,
+        "parity_errors": verdict.errors,
+    }
+    if verdict.passed:
+        return {**measured, **found, "status": Status.ok}
+    return {"warmup_ms": measured["warmup_ms"], **found, "status": Status.mismatch, "detail": str(worst)}
+
+
+def _build(backend: Backend, case: Case, parameters: dict[str, Tensor], device: torch.device) -> nn.Module:
+    with device:
+        module = backend.build(moe_config(case))
+    module.to(device).load_state_dict(parameters)
+    return module
+
+
+def _poisoned_pass(module: nn.Module, inputs: Inputs, mode: str) -> Tensors:
+    with parity.poisoned(inputs.x_TD.device):
+        return parity.run_pass(module, inputs, mode)
+
+
+def _speed_and_memory(
+    module: nn.Module, inputs: Inputs, case: Case, policy: TimingPolicy, device: torch.device
+) -> Measured:
+    call = _Call(module, inputs, case.mode)
+    ran = executed(call.forward, device)
+    call.clear()
+    weighed = memory.measure(call.forward, call.backward if case.mode == "train" else None, device)
+    call.clear()
+    timed = timing.measure(call.stages, device, policy, prepare=call.clear)
+    call.clear()
+    return {
+        "executed": ran,
+        "peak_memory_bytes": weighed.peak_bytes,
+        "saved_memory_bytes": weighed.saved_bytes,
+        "l2": ("cold" if policy.cold_l2 else "warm") if device.type == "cuda" else None,
+        "flags": timed.flags,
+        "time_ms": timed.time_ms,
+        "time_ms_low": timed.time_ms_low,
+        "time_ms_high": timed.time_ms_high,
+        "converged": timed.converged,
+        "host_time_ms": timed.host_time_ms,
+        "backward_ms": timed.stage_ms[1] if case.mode == "train" else None,
+        "num_samples": len(timed.samples_ms),
+        "samples_ms": timed.samples_ms,
+        "sample_rounds": (0,) * len(timed.samples_ms),
+        "tokens_per_s": case.num_active_tokens / timed.time_ms * 1e3,
+        "tflops": case.flops() / timed.time_ms / 1e9,
+    }
+
+
+class _Call:
+    """The call that is timed and weighed: forward, and in mode train the backward of its output."""
+
+    def __init__(self, module: nn.Module, inputs: Inputs, mode: str) -> None:
+        self._module, self._inputs, self._train = module, inputs, mode == "train"
+        self._x_TD = inputs.x_TD.detach().requires_grad_(self._train)
+        self._weights_TK = inputs.weights_TK.detach().requires_grad_(self._train)
+        self._output_TD: Tensor | None = None
+
+    @property
+    def stages(self) -> list[timing.Stage]:
+        return [self.forward, self.backward] if self._train else [self.forward]
+
+    def forward(self) -> Tensor:
+        inputs = self._inputs
+        with torch.set_grad_enabled(self._train):
+            output: Tensor = self._module(self._x_TD, inputs.token_mask_T, self._weights_TK, inputs.indices_TK)
+        self._output_TD = output
+        return output
+
+    def backward(self, output_TD: Tensor | None = None) -> None:
+        output_TD = self._output_TD if output_TD is None else output_TD
+        assert output_TD is not None
+        self._output_TD = None
+        output_TD.backward(self._inputs.grad_TD)
+
+    def clear(self) -> None:
+        """Drop the last call's output and gradients, so that a backward writes gradients and does not add to them."""
+        self._output_TD = None
+        self._x_TD.grad = self._weights_TK.grad = None
+        self._module.zero_grad(set_to_none=True)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

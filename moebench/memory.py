@@ -1,0 +1,100 @@
+"""A callable -> bytes. Knows no backend. Peak is counted above the settled floor: what lives before the call."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`peak_bytes` allocated above the floor; `saved_bytes` what forward leaves for backward, but for its output."""
+
+    peak_bytes: int
+    saved_bytes: int | None
+
+
+def measure(forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: torch.device) -> Memory:
+    """Run forward, and backward where there is one, and count what they allocate.
+
+    On a GPU by torch's caching allocator, on a CPU by following every tensor that torch's operators make.
+    """
+    gc.collect()
+    return (_measure_gpu if device.type == "cuda" else _measure_cpu)(forward, backward, device)
+
+
+def _measure_gpu(
+    forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: torch.device
+) -> Memory:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    floor = torch.cuda.memory_allocated(device)
+    output = forward()
+    saved = None
+    if backward is not None:
+        saved = torch.cuda.memory_allocated(device) - floor - _storage_bytes(output)
+        backward(output)
+    torch.cuda.synchronize(device)
+    return Memory(torch.cuda.max_memory_allocated(device) - floor, saved)
+
+
+def _measure_cpu(
+    forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: torch.device
+) -> Memory:
+    with StorageTracker() as tracker:
+        output = forward()
+        saved = None
+        if backward is not None:
+            saved = tracker.live_bytes - _storage_bytes(output)
+            backward(output)
+    return Memory(tracker.peak_bytes, saved)
+
+
+def _storage_bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+class StorageTracker(TorchDispatchMode):
+    """Counts the bytes of storages that operators make while it is entered, from their birth to their death.
+
+    What an operator allocates and frees inside itself is not seen. Storages that were there before do not count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._living: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {_identity(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and _identity(leaf) not in before:
+                self._follow(leaf)
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        identity, num_bytes = _identity(tensor), storage.nbytes()
+        if identity in self._living:
+            return
+        self._living.add(identity)
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._forget, identity, num_bytes)
+
+    def _forget(self, identity: int, num_bytes: int) -> None:
+        self._living.discard(identity)
+        self.live_bytes -= num_bytes
+
+
+def _identity(tensor: Tensor) -> int:
+    identity: int = tensor.untyped_storage()._cdata
+    return identity

@@ -1,0 +1,47 @@
+"""Shapes of the routed experts of published models, for the `model` axis of a sweep.
+
+Each preset fixes the fields of `Case` that the model's configuration fixes; tokens, dtype, routing and mode stay free.
+Shapes are those of the models' own configuration files, read 2026-11.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+
+def _shape(
+    n_routed_experts: int, n_activated_experts: int, dim: int, moe_inter_dim: int, **more: object
+) -> Mapping[str, object]:
+    return MappingProxyType(
+        {
+            "n_routed_experts": n_routed_experts,
+            "n_activated_experts": n_activated_experts,
+            "dim": dim,
+            "moe_inter_dim": moe_inter_dim,
+            "expert_activation": "swiglu",
+            "expert_bias": False,
+            "swiglu_limit": 0.0,
+            **more,
+        }
+    )
+
+
+_GPT_OSS = {"expert_activation": "quick_geglu", "expert_bias": True}
+
+MODELS: Mapping[str, Mapping[str, object]] = MappingProxyType(
+    {
+        "qwen3-30b-a3b": _shape(128, 8, 2048, 768),
+        "qwen3-235b-a22b": _shape(128, 8, 4096, 1536),
+        "qwen3-next-80b": _shape(512, 10, 2048, 512),
+        "deepseek-v3": _shape(256, 8, 7168, 2048),
+        "deepseek-v2-lite": _shape(64, 6, 2048, 1408),
+        "deepseek-v4-flash": _shape(256, 6, 4096, 2048, swiglu_limit=10.0),
+        "gpt-oss-20b": _shape(32, 4, 2880, 2880, **_GPT_OSS),
+        "gpt-oss-120b": _shape(128, 4, 2880, 2880, **_GPT_OSS),
+        "mixtral-8x7b": _shape(8, 2, 4096, 14336),
+        "olmoe": _shape(64, 8, 2048, 1024),
+        "kimi-k2": _shape(384, 8, 7168, 2048),
+        "glm-4.5-air": _shape(128, 8, 4096, 1408),
+        "nemotron-3-nano": _shape(128, 6, 2688, 1856, expert_activation="relu2"),
+        "minimax-m2": _shape(256, 8, 3072, 1536),
+    }
+)

@@ -1,0 +1,157 @@
+"""What NVIDIA's management library (NVML) says about a GPU: no privileges, no CUDA context, no torch.
+
+NVML is asked, never relied on. A machine without it, a GPU that it does not know and a query that this GPU does not
+answer are values (`nvml_error`, or None in a field), so that a measurement goes on and says what was not known.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+#: Bits of nvmlDeviceGetCurrentClocksEventReasons, fixed by NVML's interface: why the clocks are not the highest.
+CLOCKS_EVENT_REASONS = MappingProxyType(
+    {
+        0x001: "gpu_idle",
+        0x002: "applications_clocks_setting",
+        0x004: "sw_power_cap",
+        0x008: "hw_slowdown",
+        0x010: "sync_boost",
+        0x020: "sw_thermal_slowdown",
+        0x040: "hw_thermal_slowdown",
+        0x080: "hw_power_brake_slowdown",
+        0x100: "display_clock_setting",
+    }
+)
+
+#: Those that slow a measurement down against the same GPU on another day. A power cap is not among them: it is how a
+#: GPU normally runs dense matrix products.
+SLOWED_DOWN = frozenset({"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"})
+
+
+class GpuReading(BaseModel):
+    """One GPU at one moment. None: this GPU or this driver does not say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = None
+    memory_bytes: int | None = None
+    driver_version: str | None = None
+    power_limit_w: float | None = None
+    max_sm_clock_mhz: int | None = None
+    max_memory_clock_mhz: int | None = None
+    sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    power_w: float | None = None
+    temperature_c: int | None = None
+    throttle_reasons: tuple[str, ...] | None = None
+    nvml_error: str | None = None
+
+
+class GpuUse(BaseModel):
+    """Who else uses a GPU: processes with a CUDA context there, this one not counted, and how busy it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    other_pids: tuple[int, ...] | None = None
+    busy_percent: int | None = None
+
+
+class NvmlUnavailable(Exception):
+    """NVML cannot be asked at all here; the message says why."""
+
+
+@contextmanager
+def nvml() -> Iterator[Any]:
+    """The pynvml module, initialised while the block runs. Raises NvmlUnavailable."""
+    try:
+        import pynvml
+    except ImportError as error:
+        raise NvmlUnavailable("nvidia-ml-py is not installed") from error
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise NvmlUnavailable(f"NVML: {error}") from error
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def read(uuid: str) -> GpuReading:
+    """The GPU of that uuid ("GPU-…"), now. What NVML cannot say is None, and `nvml_error` says why where it is all."""
+    try:
+        with nvml() as library:
+            try:
+                handle = library.nvmlDeviceGetHandleByUUID(uuid)
+            except library.NVMLError as error:
+                return GpuReading(nvml_error=f"NVML: {error}")
+            return _read(library, handle)
+    except NvmlUnavailable as error:
+        return GpuReading(nvml_error=str(error))
+
+
+def read_all() -> list[tuple[GpuReading, GpuUse]]:
+    """Every GPU of the machine in NVML's order, whatever CUDA_VISIBLE_DEVICES says. Raises NvmlUnavailable."""
+    with nvml() as library:
+        return [_read_index(library, index) for index in range(_ask(library, library.nvmlDeviceGetCount) or 0)]
+
+
+def _read_index(library: Any, index: int) -> tuple[GpuReading, GpuUse]:
+    try:
+        handle = library.nvmlDeviceGetHandleByIndex(index)
+    except library.NVMLError as error:  # a GPU that fell off the bus is still a finding
+        return GpuReading(nvml_error=f"NVML: {error}"), GpuUse()
+    return _read(library, handle), _use(library, handle)
+
+
+def _read(library: Any, handle: Any) -> GpuReading:
+    def ask(query: Callable[..., Any], *arguments: Any) -> Any:
+        return _ask(library, query, *arguments)
+
+    memory = ask(library.nvmlDeviceGetMemoryInfo, handle)
+    reasons = ask(library.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    return GpuReading(
+        name=ask(library.nvmlDeviceGetName, handle),
+        memory_bytes=None if memory is None else memory.total,
+        driver_version=ask(library.nvmlSystemGetDriverVersion),
+        power_limit_w=_watts(ask(library.nvmlDeviceGetEnforcedPowerLimit, handle)),
+        max_sm_clock_mhz=ask(library.nvmlDeviceGetMaxClockInfo, handle, library.NVML_CLOCK_SM),
+        max_memory_clock_mhz=ask(library.nvmlDeviceGetMaxClockInfo, handle, library.NVML_CLOCK_MEM),
+        sm_clock_mhz=ask(library.nvmlDeviceGetClockInfo, handle, library.NVML_CLOCK_SM),
+        memory_clock_mhz=ask(library.nvmlDeviceGetClockInfo, handle, library.NVML_CLOCK_MEM),
+        power_w=_watts(ask(library.nvmlDeviceGetPowerUsage, handle)),
+        temperature_c=ask(library.nvmlDeviceGetTemperature, handle, library.NVML_TEMPERATURE_GPU),
+        throttle_reasons=None if reasons is None else _reason_names(reasons),
+    )
+
+
+def _use(library: Any, handle: Any) -> GpuUse:
+    processes = _ask(library, library.nvmlDeviceGetComputeRunningProcesses, handle)
+    busy = _ask(library, library.nvmlDeviceGetUtilizationRates, handle)
+    return GpuUse(
+        other_pids=None if processes is None else tuple(p.pid for p in processes if p.pid != os.getpid()),
+        busy_percent=None if busy is None else busy.gpu,
+    )
+
+
+def _ask(library: Any, query: Callable[..., Any], *arguments: Any) -> Any:
+    """The answer, or None: NVML raises for each query that a GPU, a driver or a sandbox does not support."""
+    try:
+        return query(*arguments)
+    except library.NVMLError:
+        return None
+
+
+def _watts(milliwatts: int | None) -> float | None:
+    return None if milliwatts is None else milliwatts / 1000
+
+
+def _reason_names(bits: int) -> tuple[str, ...]:
+    """Names of the set bits; one that this table does not know stays visible as a number."""
+    known = [name for bit, name in CLOCKS_EVENT_REASONS.items() if bits & bit]
+    unknown = bits & ~sum(CLOCKS_EVENT_REASONS)
+    return (*known, hex(unknown)) if unknown else tuple(known)

@@ -1,0 +1,205 @@
+"""One row of results, its outcomes, and the append-only journal that holds rows as they are finished. No torch here.
+
+History of SCHEMA
+1  2026-11  first version.
+"""
+
+import json
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moebench.case import Case, Job
+
+SCHEMA = 1
+
+
+class Status(StrEnum):
+    """How a job ended. Only `ok` carries a speed: a wrong backend has none."""
+
+    ok = "ok"
+    mismatch = "mismatch"  # ran, and its output or a gradient is wrong
+    unsupported = "unsupported"  # cannot run this case here; `detail` says why
+    oom = "oom"
+    timeout = "timeout"
+    crash = "crash"  # its process died
+    error = "error"  # it raised
+
+
+#: Statuses that are results about a backend rather than failures of it (exit code 0).
+GOOD = frozenset({Status.ok, Status.unsupported, Status.oom})
+
+#: What only a status of `ok` may carry.
+SPEED_FIELDS = (
+    "time_ms",
+    "time_ms_low",
+    "time_ms_high",
+    "host_time_ms",
+    "backward_ms",
+    "samples_ms",
+    "sample_rounds",
+    "tokens_per_s",
+    "tflops",
+    "roofline_fraction",
+)
+
+
+class Record(BaseModel):
+    """One row of results: a job, how it ended, and what was measured. What was not measured is None, never 0.
+
+    Units are in the names. docs/results.md explains every column.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", use_enum_values=False)
+
+    case_id: str
+    backend: str
+    dispatcher: str
+    mode: str
+    num_tokens: int
+    n_routed_experts: int
+    n_activated_experts: int
+    dim: int
+    moe_inter_dim: int
+    model: str | None
+    dtype: str
+    expert_activation: str
+    expert_bias: bool
+    activation_alpha: float
+    activation_limit: float
+    swiglu_limit: float
+    apply_router_weight_after_down: bool
+    routing: str
+    masked_share: float
+    ep_size: int
+    seed: int
+
+    status: Status
+    detail: str | None = None
+    flags: tuple[str, ...] = ()
+    executed: str | None = None
+    device: str | None = None
+    gpu: str | None = None
+    l2: Literal["cold", "warm"] | None = None
+
+    time_ms: Annotated[float, Field(gt=0)] | None = None
+    time_ms_low: float | None = None
+    time_ms_high: float | None = None
+    converged: bool | None = None
+    host_time_ms: float | None = None
+    backward_ms: float | None = None
+    warmup_ms: float | None = None
+    num_samples: int | None = None
+    samples_ms: tuple[float, ...] | None = None
+    sample_rounds: tuple[int, ...] | None = None
+
+    tokens_per_s: float | None = None
+    tflops: float | None = None
+    roofline_fraction: float | None = None
+    peak_memory_bytes: int | None = None
+    saved_memory_bytes: int | None = None
+
+    parity_worst: float | None = None
+    parity_worst_tensor: str | None = None
+    parity_errors: dict[str, float] | None = None
+
+    job_s: float | None = None
+    env_id: str
+    run_id: str
+    schema_version: int = Field(default=SCHEMA, alias="schema", serialization_alias="schema")
+
+    @model_validator(mode="after")
+    def _status_agrees_with_contents(self) -> "Record":
+        if self.status is Status.ok:
+            if self.time_ms is None or self.parity_worst is None or not self.parity_worst <= 1:  # nan is no pass
+                raise ValueError("a record with status ok needs a time and a parity error within its budget")
+        else:
+            carried = [name for name in SPEED_FIELDS if getattr(self, name) is not None]
+            if carried:
+                raise ValueError(f"a record with status {self.status.value} carries no speed, but has {carried}")
+            if not self.detail:
+                raise ValueError(f"a record with status {self.status.value} says why in detail")
+        if self.status is Status.mismatch and self.parity_worst is None:
+            raise ValueError("a record with status mismatch carries the error that was found")
+        return self
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.case_id, self.backend, self.dispatcher
+
+    def to_json(self) -> str:
+        return self.model_dump_json(by_alias=True)
+
+
+def record(job: Job, status: Status, *, run_id: str, env_id: str, **measured: Any) -> Record:
+    """The row of `job`, from the job's own fields and what was `measured`."""
+    workload = job.case.model_dump()
+    return Record(
+        case_id=job.case.case_id,
+        backend=job.backend,
+        dispatcher=job.dispatcher,
+        **workload,
+        status=status,
+        run_id=run_id,
+        env_id=env_id,
+        **measured,
+    )
+
+
+def case_of(row: Record) -> Case:
+    """The workload that a row is about."""
+    return Case(**{name: getattr(row, name) for name in Case.model_fields})
+
+
+class JournalError(Exception):
+    """A journal that cannot be read: what, where, and what to do."""
+
+
+class Journal:
+    """Records, one JSON object a line, appended and flushed as each job is finished.
+
+    A process killed while it writes leaves at most one torn line, the last; reading passes over it and counts it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Record) -> None:
+        line = row.to_json() + "\n"
+        with self.path.open("ab+") as file:
+            if file.tell() and not _ends_a_line(file):
+                line = "\n" + line  # what a killed writer left stays a line of its own
+            file.write(line.encode())
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.read()[0])
+
+    def read(self) -> tuple[list[Record], int]:
+        """The records, oldest first, and the number of torn lines that were passed over."""
+        rows: list[Record] = []
+        torn = 0
+        if not self.path.exists():
+            return rows, torn
+        for number, line in enumerate(self.path.read_bytes().split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except ValueError:
+                torn += 1
+                continue
+            if fields.get("schema") != SCHEMA:
+                raise JournalError(
+                    f"{self.path}:{number}: schema {fields.get('schema')!r}, this moebench reads {SCHEMA}: "
+                    "open it with the moebench that wrote it"
+                )
+            rows.append(Record.model_validate_json(line))
+        return rows, torn
+
+
+def _ends_a_line(file: Any) -> bool:
+    file.seek(-1, 2)
+    return bool(file.read(1) == b"\n")

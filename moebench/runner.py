@@ -1,0 +1,227 @@
+"""Plan -> workers -> journal. Supervises the processes in which backends run, and keeps what they measured.
+
+No torch here: a backend that breaks its process cannot break this one.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from moebench.case import Job
+from moebench.environment import Environment
+from moebench.record import Journal, Record, Status, record
+from moebench.spec import Policy
+
+POLL_S = 0.02
+#: A worker that has not said `ready` by then does not start: importing torch and opening a GPU take seconds.
+START_TIMEOUT_S = 180.0
+LOG_LINES = 12
+
+
+class RunnerError(Exception):
+    """A run that cannot go on: what happened, and where to look."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM reached the supervisor."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run measures and where its results go."""
+
+    jobs: tuple[Job, ...]
+    policy: Policy
+    folder: Path
+    run_id: str
+    device: str | None = None
+    time_budget_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run measured, and how many jobs it left when its time was spent or it was interrupted."""
+
+    records: tuple[Record, ...]
+    num_left: int
+    interrupted: bool = False
+
+
+def new_run_id(sweep: str) -> str:
+    """A name for a run's folder: when it began, and of which sweep."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{sweep}"
+
+
+def execute(plan: Plan, on_record: Callable[[Record], None] = lambda row: None) -> Outcome:
+    """Measure every job of the plan, each record in the journal before the next job starts.
+
+    A job whose process dies or hangs gets a record that says so, and the next jobs a new process. Ctrl-C, SIGTERM and
+    the time budget end the run; what was measured stays. Raises RunnerError where no worker starts.
+    """
+    (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
+    journal = Journal(plan.folder / "journal.jsonl")
+    deadline = None if plan.time_budget_s is None else time.monotonic() + plan.time_budget_s
+    records: list[Record] = []
+
+    def keep(row: Record) -> None:
+        journal.append(row)
+        records.append(row)
+        on_record(row)
+
+    interrupted = False
+    with _signals_raise():
+        try:
+            while (left := plan.jobs[len(records) :]) and not _past(deadline):
+                with _Worker(plan, left) as worker:
+                    worker.supervise(keep, deadline)
+        except Interrupted:
+            interrupted = True
+    return Outcome(tuple(records), len(plan.jobs) - len(records), interrupted)
+
+
+def _past(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
+
+
+class _Worker:
+    """One worker process and what it was given. Leaving the context ends it, and all that it started."""
+
+    def __init__(self, plan: Plan, jobs: Sequence[Job]) -> None:
+        self._plan, self._jobs = plan, jobs
+        number = len(list((plan.folder / "logs").glob("worker-*.log")))
+        self._log = plan.folder / "logs" / f"worker-{number}.log"
+        self._events = plan.folder / "logs" / f"worker-{number}.events.jsonl"
+        self._job_file = plan.folder / "logs" / f"worker-{number}.jobs.json"
+        self._environment: Environment | None = None
+
+    def __enter__(self) -> "_Worker":
+        work_list = {
+            "run_id": self._plan.run_id,
+            "policy": self._plan.policy.model_dump(mode="json"),
+            "jobs": [job.model_dump(mode="json") for job in self._jobs],
+        }
+        self._job_file.write_text(json.dumps(work_list))
+        self._events.touch()
+        command = [
+            sys.executable,
+            "-m",
+            "moebench.worker",
+            "--jobs",
+            str(self._job_file),
+            "--events",
+            str(self._events),
+        ]
+        command += ["--device", self._plan.device] if self._plan.device else []
+        with self._log.open("wb") as log:
+            # a session of its own: Ctrl-C reaches the supervisor alone, and a hung group is killed as a whole
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._kill()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def supervise(self, keep: Callable[[Record], None], deadline: float | None) -> None:
+        """Keep records until the list is done, the deadline passes, or the worker dies or hangs over a job."""
+        running: int | None = None  # the job it is at
+        since = time.monotonic()
+        num_done = 0
+        for event in self._follow():
+            if event is not None:
+                since = time.monotonic()
+                match event["kind"]:
+                    case "ready":
+                        self._meet(Environment.model_validate(event["environment"]))
+                    case "start":
+                        running = event["number"]
+                    case "record":
+                        running, num_done = None, num_done + 1
+                        keep(Record.model_validate_json(json.dumps(event["record"])))
+                        if _past(deadline):
+                            return
+            elif self._process.poll() is not None:
+                if num_done < len(self._jobs):
+                    self._died(running, keep)
+                return
+            elif time.monotonic() - since > (START_TIMEOUT_S if running is None else self._plan.policy.timeout_s):
+                self._hung(running, keep)
+                return
+
+    def _follow(self) -> Iterator[dict[str, Any] | None]:
+        """Events as they come, and None whenever there is none yet."""
+        with self._events.open("rb") as file:
+            pending = b""
+            while True:
+                ended = self._process.poll() is not None  # asked first, so that its last lines are still read
+                pending += file.read()
+                *lines, pending = pending.split(b"\n")
+                yield from (json.loads(line) for line in lines)
+                if not lines:
+                    if not ended:
+                        time.sleep(POLL_S)
+                    yield None
+
+    def _meet(self, environment: Environment) -> None:
+        self._environment = environment
+        (self._plan.folder / "environment.json").write_text(environment.to_json())
+
+    def _died(self, running: int | None, keep: Callable[[Record], None]) -> None:
+        code = self._process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        if running is None:
+            raise RunnerError(f"a worker {how} before it measured anything; {self._tail()}\nlog: {self._log}")
+        keep(self._record(running, Status.crash, f"its process {how}\n{self._tail()}"))
+
+    def _hung(self, running: int | None, keep: Callable[[Record], None]) -> None:
+        self._kill()
+        if running is None:
+            raise RunnerError(f"a worker did not start within {START_TIMEOUT_S:g} s\nlog: {self._log}")
+        limit = self._plan.policy.timeout_s
+        keep(self._record(running, Status.timeout, f"no result after {limit:g} s (policy timeout_s); killed"))
+
+    def _record(self, running: int, status: Status, detail: str) -> Record:
+        environment = self._environment
+        assert environment is not None, "a job starts after the worker has said what it runs on"
+        gpu = environment.gpus[0].name if environment.gpus else None
+        device = environment.device.partition(":")[0]
+        ids = {"run_id": self._plan.run_id, "env_id": environment.env_id}
+        return record(self._jobs[running], status, detail=detail, device=device, gpu=gpu, **ids)
+
+    def _tail(self) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-LOG_LINES:])
+
+    def _kill(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted, so that workers are ended and results written."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise Interrupted(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,141 @@
+"""Shared by all tests: one thread a test process, no GPU test where there is no GPU, and GPUs that are not there."""
+
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores; set before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+class FakeNvml:
+    """pynvml with GPUs that a test describes: refuses queries before nvmlInit, GPUs that it has not, and what it must.
+
+    `gpus` maps an uuid to its facts, in NVML's order; `unsupported` names queries that raise; `init_error` makes
+    nvmlInit raise; `open` counts nvmlInit less nvmlShutdown.
+    """
+
+    class NVMLError(Exception):
+        pass
+
+    NVML_CLOCK_SM = 1
+    NVML_CLOCK_MEM = 2
+    NVML_TEMPERATURE_GPU = 0
+
+    def __init__(self) -> None:
+        self.gpus: dict[str, SimpleNamespace] = {}
+        self.unsupported: set[str] = set()
+        self.init_error: str | None = None
+        self.open = 0
+
+    def add_gpu(self, uuid: str, **facts: Any) -> SimpleNamespace:
+        h200 = {
+            "name": "NVIDIA H200",
+            "memory_bytes": 150_754_820_096,
+            "power_limit_mw": 700_000,
+            "max_clocks_mhz": {self.NVML_CLOCK_SM: 1980, self.NVML_CLOCK_MEM: 3201},
+            "clocks_mhz": {self.NVML_CLOCK_SM: 345, self.NVML_CLOCK_MEM: 3200},
+            "power_mw": 77_500,
+            "temperature_c": 31,
+            "reasons": 0x001,
+            "pids": [],
+            "busy_percent": 0,
+        }
+        self.gpus[uuid] = SimpleNamespace(**{**h200, **facts})
+        return self.gpus[uuid]
+
+    def _ask(self, query: str) -> None:
+        if self.open <= 0:
+            raise self.NVMLError("Uninitialized")
+        if query in self.unsupported:
+            raise self.NVMLError("Not Supported")
+
+    def nvmlInit(self) -> None:
+        if self.init_error:
+            raise self.NVMLError(self.init_error)
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self._ask("nvmlShutdown")
+        self.open -= 1
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        self._ask("nvmlSystemGetDriverVersion")
+        return "580.159.03"
+
+    def nvmlDeviceGetCount(self) -> int:
+        self._ask("nvmlDeviceGetCount")
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> SimpleNamespace:
+        self._ask("nvmlDeviceGetHandleByIndex")
+        return list(self.gpus.values())[index]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> SimpleNamespace:
+        self._ask("nvmlDeviceGetHandleByUUID")
+        if uuid not in self.gpus:
+            raise self.NVMLError("Not Found")
+        return self.gpus[uuid]
+
+    def nvmlDeviceGetName(self, handle: SimpleNamespace) -> Any:
+        self._ask("nvmlDeviceGetName")
+        return handle.name
+
+    def nvmlDeviceGetMemoryInfo(self, handle: SimpleNamespace) -> SimpleNamespace:
+        self._ask("nvmlDeviceGetMemoryInfo")
+        return SimpleNamespace(total=handle.memory_bytes)
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: SimpleNamespace) -> Any:
+        self._ask("nvmlDeviceGetEnforcedPowerLimit")
+        return handle.power_limit_mw
+
+    def nvmlDeviceGetMaxClockInfo(self, handle: SimpleNamespace, clock: int) -> Any:
+        self._ask("nvmlDeviceGetMaxClockInfo")
+        return handle.max_clocks_mhz[clock]
+
+    def nvmlDeviceGetClockInfo(self, handle: SimpleNamespace, clock: int) -> Any:
+        self._ask("nvmlDeviceGetClockInfo")
+        return handle.clocks_mhz[clock]
+
+    def nvmlDeviceGetPowerUsage(self, handle: SimpleNamespace) -> Any:
+        self._ask("nvmlDeviceGetPowerUsage")
+        return handle.power_mw
+
+    def nvmlDeviceGetTemperature(self, handle: SimpleNamespace, sensor: int) -> Any:
+        self._ask("nvmlDeviceGetTemperature")
+        assert sensor == self.NVML_TEMPERATURE_GPU
+        return handle.temperature_c
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: SimpleNamespace) -> Any:
+        self._ask("nvmlDeviceGetCurrentClocksEventReasons")
+        return handle.reasons
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: SimpleNamespace) -> list[SimpleNamespace]:
+        self._ask("nvmlDeviceGetComputeRunningProcesses")
+        return [SimpleNamespace(pid=pid) for pid in handle.pids]
+
+    def nvmlDeviceGetUtilizationRates(self, handle: SimpleNamespace) -> SimpleNamespace:
+        self._ask("nvmlDeviceGetUtilizationRates")
+        return SimpleNamespace(gpu=handle.busy_percent)
+
+
+@pytest.fixture
+def fake_nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
+    """Stands in for pynvml until the test ends; has no GPU yet."""
+    library = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    return library

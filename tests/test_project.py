@@ -1,0 +1,118 @@
+"""pyproject.toml, constraints.txt and the Makefile agree with one another and with the code."""
+
+import ast
+import importlib
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+OURS = ("experts", "moebench")
+
+#: Imported name -> distribution, where they differ.
+DISTRIBUTION_OF = {
+    "deep_ep": "tokenspeed-deepep",
+    "pydantic_core": "pydantic",  # which fixes its version
+    "pynvml": "nvidia-ml-py",
+    "triton": "torch",  # a dependency of its CUDA builds
+}
+#: Imported inside functions alone, for backends that no extra installs.
+UNDECLARED = {"torchao"}
+
+
+def pins():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def requirements(*groups):
+    return [Requirement(text) for group in groups for text in group]
+
+
+ALL = requirements(PROJECT["dependencies"], *EXTRAS.values())
+
+
+def pinned_version(pin):
+    (specifier,) = pin.specifier
+    assert specifier.operator == "==", pin
+    return Version(specifier.version)
+
+
+def test_every_pin_is_one_public_version_and_there_once():
+    names = [canonicalize_name(pin.name) for pin in pins()]
+    assert sorted(set(names)) == sorted(names)
+    for pin in pins():
+        assert pinned_version(pin).local is None, f"{pin}: no other build of this version would satisfy it"
+
+
+def test_every_pin_is_admitted():
+    versions = {canonicalize_name(pin.name): pinned_version(pin) for pin in pins()}
+    for requirement in ALL:
+        version = versions.get(canonicalize_name(requirement.name))
+        assert version is None or requirement.specifier.contains(version), f"{requirement} refuses {version}"
+
+
+def test_everything_that_make_installs_is_pinned():
+    named = {
+        canonicalize_name(requirement.name) for requirement in requirements(PROJECT["dependencies"], EXTRAS["dev"])
+    }
+    assert named <= {canonicalize_name(pin.name) for pin in pins()}
+
+
+@pytest.mark.parametrize("requirement", [r for r in ALL if r.name != "moebench"], ids=lambda r: r.name)
+def test_every_requirement_has_a_lower_bound(requirement):
+    assert any(specifier.operator in (">=", "==", "~=") for specifier in requirement.specifier)
+
+
+def test_gpu_is_all_the_extras_for_a_gpu():
+    (every,) = requirements(EXTRAS["gpu"])
+    assert every.name == "moebench"
+    assert every.extras == set(EXTRAS) - {"gpu", "dev"}
+
+
+def test_tools_check_for_the_oldest_python_that_is_admitted():
+    oldest = PYPROJECT["tool"]["mypy"]["python_version"]
+    assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(f">={oldest}")
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+
+
+def test_the_command_exists():
+    module, _, function = PROJECT["scripts"]["moebench"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def imported_names(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_every_import_is_declared(package):
+    declared = {canonicalize_name(requirement.name) for requirement in ALL}
+    declared -= {canonicalize_name(requirement.name) for requirement in requirements(EXTRAS["dev"])}
+    known = {*OURS, *sys.stdlib_module_names, *UNDECLARED}
+    for file in (ROOT / package).rglob("*.py"):
+        for name in set(imported_names(file)) - known:
+            assert canonicalize_name(DISTRIBUTION_OF.get(name, name)) in declared, f"{file.relative_to(ROOT)}: {name}"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("arguments", [[], ["help"]])
+def test_make_alone_lists_every_target(arguments):
+    done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  make ")]
+    assert listed == ["bench", "test", "lint", "results", "clean", "help"]
