@@ -7,13 +7,16 @@ D dim, I inter, N permuted rows.
 from experts.activations import get_expert_activation_for_deepep, quick_geglu_deepep, relu2_deepep
 from experts.config import BackendConfig, MoEConfig, is_gated_activation
 from experts.errors import ConfigError, ExpertsError, InputError, RegistryError, Unsupported
-from experts.modules import GroupedExperts
+from experts.modules import GroupedExperts, GroupedExpertsDeepEP
+from experts.te import GroupedExpertsTE
 
 __all__ = [
     "BackendConfig",
     "ConfigError",
     "ExpertsError",
     "GroupedExperts",
+    "GroupedExpertsDeepEP",
+    "GroupedExpertsTE",
     "InputError",
     "MoEConfig",
     "RegistryError",

@@ -30,9 +30,9 @@ def _one_line_errors(cls: _C) -> _C:
     validated_init: Callable[..., None] = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(validated_init)
-    def __init__(self: Any, *args: Any, **fields: Any) -> None:
+    def __init__(self: Any, /, **fields: Any) -> None:  # pydantic's own takes positions too, kw_only or not
         try:
-            validated_init(self, *args, **fields)
+            validated_init(self, **fields)
         except ValidationError as error:
             lines = [_mistake(cls, mistake) for mistake in error.errors()]
             raise ConfigError("\n".join(lines)) from None
@@ -131,6 +131,11 @@ class BackendConfig:
     @classmethod
     def _alias(cls, value: object) -> object:
         return "loop" if value == "torch" else value
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name by which configurations call a dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def is_gated_activation(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The engines by name, in the order in which users meet them."""
+"""The engines on stacked parameters by name, in the order in which users meet them."""
 
 import importlib
 
@@ -8,6 +8,8 @@ from experts.errors import RegistryError
 _MODULES = {
     "loop": "experts.compute.loop",
     "torch_mm": "experts.compute.torch_mm",
+    "torch_mm_mxfp8": "experts.compute.torch_mm_mxfp8",
+    "gmm": "experts.compute.gmm",
 }
 
 

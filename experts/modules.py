@@ -1,14 +1,18 @@
-"""Expert layers: nn.Modules that own the parameters and compose an engine with a token dispatcher."""
+"""GroupedExperts and GroupedExpertsDeepEP: expert layers that own stacked parameters, for any engine on them."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
-from experts.compute import ExpertParameters
+from experts.compute import PARAMETER_NAMES, ExpertParameters
 from experts.config import BackendConfig, MoEConfig, is_gated_activation
 from experts.engines import get_engine
-from experts.errors import InputError, Unsupported
-
-PARAMETER_NAMES = ExpertParameters._fields
+from experts.errors import Unsupported
+from experts.layer import ExpertLayer
+from experts.state_dict import as_local, local_share
 
 
 def parameter_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
@@ -24,17 +28,18 @@ def parameter_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class GroupedExperts(nn.Module):
-    """Routed experts of one layer in one process: by default the per-expert loop, or the engine `backend` names.
+class GroupedExperts(ExpertLayer):
+    """Routed experts of one layer: by default the per-expert loop and, under expert parallelism, all-gather.
 
     Parameters, in `config.dtype`: `gate_and_up_projs` [E, D, 2I] ([E, D, I] ungated), `down_projs` [E, I, D], and with
     `expert_bias` `gate_up_proj_bias` [E, 2I] and `down_proj_bias` [E, D] (None without). They hold anything until
-    `init_weights` or `load_state_dict`.
+    `init_weights` or `load_state_dict`. Under expert parallelism they are DTensors, sharded on dimension 0.
 
-    Raises RegistryError for an engine that is not here, Unsupported for sizes that the engine cannot take.
+    Raises RegistryError for an engine that does not compute on stacked parameters.
     """
 
     default_engine = "loop"
+    default_dispatcher = "allgather"
 
     gate_and_up_projs: nn.Parameter
     down_projs: nn.Parameter
@@ -42,34 +47,37 @@ class GroupedExperts(nn.Module):
     down_proj_bias: nn.Parameter | None
 
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
-        super().__init__()
         backend = backend or BackendConfig()
-        self.config = config
-        self.n_routed_experts = config.n_routed_experts
-        self.engine_name = backend.experts or self.default_engine
+        super().__init__(config, backend.experts or self.default_engine, backend.dispatcher or self.default_dispatcher)
         self.engine = get_engine(self.engine_name)
-        self._check_supported(config.dtype, torch.get_default_device())
         shapes = parameter_shapes(config)
         for name in PARAMETER_NAMES:
             empty = torch.empty(shapes[name], dtype=config.dtype) if name in shapes else None
             self.register_parameter(name, None if empty is None else nn.Parameter(empty))
+        self.register_load_state_dict_pre_hook(_take_local_share)
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """Sum over each token's chosen experts.
+        """As `ExpertLayer.forward`; parameters that are DTensors by now name the mesh themselves."""
+        if self.ep_mesh is None and isinstance(self.down_projs, DTensor):
+            self.init_token_dispatcher(self.down_projs.device_mesh)
+        return super().forward(x, token_mask, weights, indices)
 
-        x: [T, D], float32, bfloat16, float16 or float64; projections run in its dtype, whatever the parameters'.
-        token_mask: [T] bool; a token it drops contributes nothing, whatever its row holds, and gets zero gradients.
-        weights: [T, K] any float; the routing weights. indices: [T, K] any integer; an index of −1 contributes nothing.
+    def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+        """By the engine, on the local parameters."""
+        parameters = self.expert_parameters()
+        return self.engine.compute(x_RD, weights_RK, indices_RK, parameters, self.config, self.first_local_expert)
 
-        Returns [T, D] in x's dtype. Raises InputError for tensors that do not fit.
-        """
-        self._check_inputs(x, token_mask, weights, indices)
-        indices = indices.masked_fill(~token_mask.unsqueeze(-1), -1)
-        return self.engine.compute(x, weights, indices, self.expert_parameters(), self.config, 0)
+    def _unsupported(self, device: torch.device, config: MoEConfig) -> Unsupported | None:
+        """The engine's reason."""
+        return self.engine.unsupported(device, config)
 
     def expert_parameters(self) -> ExpertParameters:
         """The local experts' parameters, stacked."""
-        return ExpertParameters(self.gate_and_up_projs, self.down_projs, self.gate_up_proj_bias, self.down_proj_bias)
+        return ExpertParameters(*(as_local(getattr(self, name)) for name in PARAMETER_NAMES))
+
+    def stacked_grads(self) -> dict[str, Tensor]:
+        """The parameters' own gradients, of the local experts."""
+        return {name: as_local(p.grad) for name, p in self.named_parameters() if p.grad is not None}
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
@@ -82,42 +90,27 @@ class GroupedExperts(nn.Module):
             else:
                 parameter.normal_(std=init_std)
 
-    def extra_repr(self) -> str:
-        config = self.config
-        return (
-            f"{config.n_routed_experts} experts, {config.n_activated_experts} a token, dim={config.dim}, "
-            f"moe_inter_dim={config.moe_inter_dim}, {config.expert_activation}, engine={self.engine_name}"
-        )
+    def _shard_parameters(self, ep_mesh: DeviceMesh) -> None:
+        for name, parameter in list(self.named_parameters()):
+            if not isinstance(parameter, DTensor):
+                share = local_share(parameter.detach(), ep_mesh).clone()
+                sharded = DTensor.from_local(share, ep_mesh, [Shard(0)], run_check=False)
+                setattr(self, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
-    def _check_supported(self, dtype: torch.dtype, device: torch.device) -> None:
-        reason = self.engine.unsupported(device, self.config.with_dtype(dtype))
-        if reason is not None:
-            raise Unsupported(f"{self.engine_name}: {reason.reason}")
 
-    def _check_inputs(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> None:
-        config = self.config
-        if x.ndim != 2 or x.shape[1] != config.dim:
-            raise InputError(f"x has shape {list(x.shape)}, needs [tokens, dim = {config.dim}]; flatten its batch")
-        choices = [x.shape[0], config.n_activated_experts]
-        if list(weights.shape) != choices or list(indices.shape) != choices:
-            raise InputError(
-                f"weights {list(weights.shape)} and indices {list(indices.shape)} need shape [tokens, "
-                f"n_activated_experts] = {choices}"
-            )
-        if list(token_mask.shape) != [x.shape[0]] or token_mask.dtype is not torch.bool:
-            raise InputError(
-                f"token_mask is {token_mask.dtype} {list(token_mask.shape)}, needs bool [tokens] = [{x.shape[0]}]"
-            )
-        if indices.is_floating_point() or not weights.is_floating_point():
-            raise InputError(f"indices ({indices.dtype}) must be integers and weights ({weights.dtype}) floats")
-        if x.dtype is not config.dtype or x.device.type != "cpu":
-            self._check_supported(x.dtype, x.device)
-        if x.device.type == "cpu":  # on a GPU this would wait for the device; such an index contributes nothing there
-            self._check_indices(indices)
+def _take_local_share(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Plain tensors of all experts load into sharded parameters: each rank takes its own."""
+    for name, parameter in module.named_parameters(recurse=False):
+        value = state_dict.get(prefix + name)
+        if isinstance(parameter, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor):
+            mesh = parameter.device_mesh
+            if value.shape == parameter.shape:
+                share = local_share(value, mesh).to(parameter.device)
+                state_dict[prefix + name] = DTensor.from_local(share, mesh, [Shard(0)], run_check=False)
 
-    def _check_indices(self, indices: Tensor) -> None:
-        if indices.numel() and not (int(indices.min()) >= -1 and int(indices.max()) < self.n_routed_experts):
-            raise InputError(
-                f"indices run from {int(indices.min())} to {int(indices.max())}, need -1 (no expert) to "
-                f"{self.n_routed_experts - 1} (n_routed_experts - 1)"
-            )
+
+class GroupedExpertsDeepEP(GroupedExperts):
+    """Routed experts by grouped GEMM: by default grouped_gemm and, under expert parallelism, DeepEP."""
+
+    default_engine = "gmm"
+    default_dispatcher = "deepep"

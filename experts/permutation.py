@@ -39,6 +39,17 @@ class Permutation:
     def row_to_token_N(self) -> Tensor:
         return self.row_to_slot_N // self.n_activated_experts
 
+    def cut(self, num_rows: int) -> "Permutation":
+        """Without the rows past the last group: `num_rows` is `offsets_L[-1]`, for callers that know it on the host."""
+        return Permutation(
+            self.row_to_slot_N[:num_rows],
+            self.slot_to_row_N.clamp(max=max(num_rows - 1, 0)),  # who had a row past the end is not local
+            self.row_to_expert_N[:num_rows],
+            self.is_local_TK,
+            self.tokens_per_expert_L,
+            self.offsets_L,
+        )
+
 
 def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
     """Permutation that groups choices by expert, stable, for the local experts `first` … `first + count − 1`.
@@ -93,8 +104,11 @@ def add_expert_bias(y_ND: Tensor, bias_LD: Tensor, permutation: Permutation, wei
 
 
 def _sum_rows_of_tokens(rows_ND: Tensor, permutation: Permutation) -> Tensor:
+    num_tokens, num_choices = permutation.is_local_TK.shape
+    if rows_ND.shape[0] == 0:
+        return rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
     is_local_TK1 = permutation.is_local_TK.unsqueeze(-1)
-    rows_TKD = rows_ND.index_select(0, permutation.slot_to_row_N).view(*permutation.is_local_TK.shape, rows_ND.shape[1])
+    rows_TKD = rows_ND.index_select(0, permutation.slot_to_row_N).view(num_tokens, num_choices, -1)
     rows_TKD = rows_TKD.masked_fill(~is_local_TK1, 0.0)
     return rows_TKD.sum(dim=1, dtype=accumulation_dtype(rows_ND.dtype)).to(rows_ND.dtype)
 

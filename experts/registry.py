@@ -2,13 +2,16 @@
 
 A backend is a callable `(config: MoEConfig) -> nn.Module` whose module has the interface of `experts.GroupedExperts`:
 its forward, and its parameters in the stacked layout. It may have an attribute `unsupported(device, config) -> str |
-Unsupported | None` that says why it cannot run there (config None: on that device at all). Other people's are found
-by entry point (group "experts.backends") or by `module:attribute`; they are imported when named, never before.
+Unsupported | None` that says why it cannot run there (config None: on that device at all), and an attribute `fp8`, the
+name of the FP8 recipe it computes in. Under expert parallelism it is called with `dispatcher=` and its module has
+`init_token_dispatcher`. Other people's are found by entry point (group "experts.backends") or by `module:attribute`;
+they are imported when named, never before.
 """
 
 import difflib
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -16,32 +19,55 @@ from importlib.metadata import entry_points
 import torch
 from torch import nn
 
-from experts.config import BackendConfig, MoEConfig
+from experts import te
+from experts.config import BackendConfig, Dispatcher, Fp8Recipe, MoEConfig
+from experts.dispatchers import dispatcher_unsupported
 from experts.engines import engine_names, get_engine
 from experts.errors import RegistryError, Unsupported
 from experts.modules import GroupedExperts
 
 ENTRY_POINT_GROUP = "experts.backends"
 
+#: Transformer Engine's backends: the FP8 recipe of each, and whether quantised weights are kept from call to call.
+TE_BACKENDS: dict[str, tuple[Fp8Recipe | None, bool]] = {
+    "te": (None, False),
+    "te_fp8_current": ("current", False),
+    "te_fp8_delayed": ("delayed", False),
+    "te_fp8_block": ("block", False),
+    "te_fp8_current_cached": ("current", True),
+    "te_fp8_block_cached": ("block", True),
+    "te_mxfp8": ("mxfp8", False),
+}
+
 
 @dataclass(frozen=True)
 class Backend:
-    """A named way to build an expert layer, and to ask whether it can run."""
+    """A named way to build an expert layer, and to ask whether it can run. `fp8` names the recipe it computes in."""
 
     name: str
-    build: Callable[[MoEConfig], nn.Module]
+    _build: Callable[..., nn.Module]
     _unsupported: Callable[[torch.device, MoEConfig | None], str | Unsupported | None]
+    fp8: str | None = None
 
-    def unsupported(self, device: torch.device, config: MoEConfig | None = None) -> Unsupported | None:
+    def build(self, config: MoEConfig, dispatcher: str | None = None) -> nn.Module:
+        """An expert layer of the config; under expert parallelism with the named dispatcher."""
+        return self._build(config) if dispatcher is None else self._build(config, dispatcher=dispatcher)
+
+    def unsupported(
+        self, device: torch.device, config: MoEConfig | None = None, dispatcher: str | None = None
+    ) -> Unsupported | None:
         """Why this backend cannot run `config` on `device`; without a config, whether it can run there at all."""
         reason = self._unsupported(device, config)
+        if reason is None and dispatcher is not None and config is not None:
+            reason = dispatcher_unsupported(dispatcher, device, config)
         return Unsupported(reason) if isinstance(reason, str) else reason
 
 
 def backend_names() -> tuple[str, ...]:
     """Built-in backends, then installed third-party ones. Imports none of them."""
+    built_in = (*engine_names(), *TE_BACKENDS)
     installed = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
-    return *engine_names(), *sorted(installed - set(engine_names()))
+    return *built_in, *sorted(installed - set(built_in))
 
 
 def get_backend(name: str) -> Backend:
@@ -50,17 +76,46 @@ def get_backend(name: str) -> Backend:
     Raises RegistryError, with the names there are, for one that leads nowhere.
     """
     if name in engine_names():
-        engine = get_engine(name)
-        build = functools.partial(GroupedExperts, backend=BackendConfig(experts=name))  # type: ignore[arg-type]
-        return Backend(name, build, engine.unsupported)
+        fp8 = "mxfp8" if name == "torch_mm_mxfp8" else None
+        return Backend(name, functools.partial(_build_grouped, name), get_engine(name).unsupported, fp8)
+    if name in TE_BACKENDS:
+        recipe, cached = TE_BACKENDS[name]
+        build = functools.partial(_build_te, recipe, cached)
+        return Backend(name, build, functools.partial(te.unsupported, te_fp8=recipe), recipe)
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name == name:
             return _third_party(name, point.value)
     if ":" in name:
         return _third_party(name, name)
+    raise _nowhere(name)
+
+
+def _build_grouped(name: str, config: MoEConfig, dispatcher: Dispatcher | None = None) -> nn.Module:
+    return GroupedExperts(config, BackendConfig(experts=name, dispatcher=dispatcher))  # type: ignore[arg-type]
+
+
+def _build_te(
+    recipe: Fp8Recipe | None, cached: bool, config: MoEConfig, dispatcher: Dispatcher | None = None
+) -> nn.Module:
+    layer = te.CachedWeightsTE if cached else te.GroupedExpertsTE
+    return layer(config, BackendConfig(experts="te", te_fp8=recipe, dispatcher=dispatcher))
+
+
+def check_name(name: str) -> None:
+    """Raises RegistryError for a name that leads nowhere, as far as that shows without importing what it leads to."""
+    module_name, colon, _ = name.partition(":")
+    top = module_name.partition(".")[0]
+    if name not in backend_names() and not (colon and top and importlib.util.find_spec(top)):
+        raise _nowhere(name)
+
+
+def _nowhere(name: str) -> RegistryError:
+    if ":" in name:
+        module_name = name.partition(":")[0]
+        return RegistryError(f"backend {name!r}: there is no module {module_name!r}; is it on PYTHONPATH?")
     near = difflib.get_close_matches(name, backend_names(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise RegistryError(
+    return RegistryError(
         f"there is no backend {name!r}; {hint}the backends are {', '.join(backend_names())}, or give module:attribute"
     )
 
@@ -69,11 +124,11 @@ def _third_party(name: str, target: str) -> Backend:
     module_name, _, attribute = target.partition(":")
     try:
         build = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: no module's name
         raise RegistryError(f"backend {name!r}: cannot import {target!r}: {error}; is it on PYTHONPATH?") from error
     if not callable(build):
         raise RegistryError(f"backend {name!r}: {target!r} is not callable; it must take a MoEConfig and give a module")
-    return Backend(name, build, getattr(build, "unsupported", _runs_anywhere))
+    return Backend(name, build, getattr(build, "unsupported", _runs_anywhere), getattr(build, "fp8", None))
 
 
 def _runs_anywhere(device: torch.device, config: MoEConfig | None) -> None:

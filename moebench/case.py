@@ -13,6 +13,7 @@ UNGATED = ("relu2",)
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Activation = Literal["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"]
 Mode = Literal["forward", "train"]
+RankLoad = Literal["even", "uneven", "one-empty"]
 Positive = Annotated[int, Field(gt=0)]
 
 # kind[:argument]; moebench.inputs draws them, docs/sweeps.md says what each means
@@ -22,8 +23,9 @@ ROUTING_PATTERN = r"^(uniform|balanced|one-hot|zipf(:\d+(\.\d+)?)?|empty(:0?\.\d
 class Case(BaseModel):
     """One workload of an expert layer, whatever backend runs it.
 
-    `num_tokens` counts tokens per rank. `mode` "forward" runs under no_grad, "train" is forward and backward without an
-    optimizer. `masked_share` is the share of tokens that the token mask drops.
+    `num_tokens` counts tokens per rank, at most: `rank_load` says how many of the ranks have so many. `mode` "forward"
+    runs under no_grad, "train" is forward and backward without an optimizer. `masked_share` is the share of tokens that
+    the token mask drops.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -45,6 +47,7 @@ class Case(BaseModel):
     routing: Annotated[str, Field(pattern=ROUTING_PATTERN)] = "uniform"
     masked_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     ep_size: Positive = 1
+    rank_load: RankLoad = "even"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
     @model_validator(mode="after")
@@ -59,6 +62,10 @@ class Case(BaseModel):
             mistakes.append(
                 f"n_routed_experts = {self.n_routed_experts} does not divide by ep_size = {self.ep_size}: "
                 "every rank holds as many experts; choose a divisor, or exclude the pair"
+            )
+        if self.rank_load != "even" and self.ep_size == 1:
+            mistakes.append(
+                f"rank_load = {self.rank_load} needs ranks, but ep_size = 1: choose a larger one, or exclude the pair"
             )
         if mistakes:
             raise ValueError("\n".join(mistakes))
@@ -78,7 +85,7 @@ class Case(BaseModel):
         return self.expert_activation not in UNGATED
 
     def flops(self) -> float:
-        """Useful floating-point operations per rank.
+        """Useful floating-point operations per rank, the mean over ranks.
 
         Forward: 6·T·K·dim·inter gated, 4·T·K·dim·inter ungated; forward and backward three times that. Masked tokens do
         no useful work and do not count.
@@ -87,10 +94,21 @@ class Case(BaseModel):
         forward = (6 if self.is_gated else 4) * rows * self.dim * self.moe_inter_dim
         return float(3 * forward if self.mode == "train" else forward)
 
+    def tokens_of_rank(self, rank: int) -> int:
+        """Tokens that a rank has: all as many, from few to many ("uneven"), or the last none ("one-empty")."""
+        if self.rank_load == "uneven":
+            return -(-self.num_tokens * (rank + 1) // self.ep_size)
+        return 0 if self.rank_load == "one-empty" and rank == self.ep_size - 1 else self.num_tokens
+
+    def active_tokens_of_rank(self, rank: int) -> int:
+        """Tokens of a rank that the token mask keeps."""
+        num_tokens = self.tokens_of_rank(rank)
+        return num_tokens - round(num_tokens * self.masked_share)
+
     @property
-    def num_active_tokens(self) -> int:
-        """Tokens per rank that the token mask keeps."""
-        return self.num_tokens - round(self.num_tokens * self.masked_share)
+    def num_active_tokens(self) -> float:
+        """Tokens that the token mask keeps, the mean over ranks."""
+        return sum(self.active_tokens_of_rank(rank) for rank in range(self.ep_size)) / self.ep_size
 
 
 class Job(BaseModel):

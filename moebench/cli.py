@@ -18,14 +18,14 @@ from moebench.case import Job
 from moebench.doctor import doctor as examine
 from moebench.frame import ResultsError, load
 from moebench.record import GOOD, Record
-from moebench.runner import Outcome, RunnerError, execute
+from moebench.runner import Outcome, Refused, RunnerError
 from moebench.spec import SweepError
 from moebench.tables import summary
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 app = typer.Typer(
     name="moebench",
     help="Measure, check and compare the expert layers of Mixture-of-Experts models.",
@@ -87,19 +87,19 @@ def run(
     if dry_run:
         _print_jobs(plan.jobs, as_json)
         return
-    results.begin(plan)
     with _progress() as progress:
         task = progress.add_task("", total=len(plan.jobs))
 
         def show(row: Record) -> None:
             progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")
 
-        outcome = execute(plan.execution, show)
+        outcome = results.measure(plan, show)
     written = results.finish(plan.folder)
     if as_json:
         out.print_json(json.dumps(_report(outcome, plan.folder)))
     else:
-        out.print(summary(load(plan.folder)))
+        if outcome.records:
+            out.print(summary(load(plan.folder)))
         for path in written:
             out.print(f"wrote {path}", soft_wrap=True)
         out.print(f"results: {plan.folder}", soft_wrap=True)
@@ -158,6 +158,7 @@ def list_(
     if sweep is not None:
         _print_jobs(results.select(sweep, backend or [], filters or [], []), as_json)
         return
+    results.check_device(device)
     listed = listing.everything(device)
     if as_json:
         out.print_json(json.dumps(listed.as_dict()))
@@ -173,7 +174,7 @@ def doctor(as_json: AsJson = False) -> None:
         out.print_json(json.dumps([vars(finding) for finding in findings]))
         return
     for finding in findings:
-        out.print(str(finding), soft_wrap=True, markup=False)
+        out.print(str(finding), soft_wrap=True)
     out.print(listing.backends(None), soft_wrap=True)
 
 
@@ -198,11 +199,11 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
     try:
         app()
-    except (SweepError, ResultsError, results.UsageError) as mistake:
-        err.print(str(mistake), markup=False)
+    except (SweepError, ResultsError, Refused, results.UsageError) as mistake:
+        err.print(str(mistake))
         raise SystemExit(EXIT_USAGE) from None
     except RunnerError as failure:
-        err.print(str(failure), markup=False)
+        err.print(str(failure))
         raise SystemExit(EXIT_FAILED) from None
 
 

@@ -114,7 +114,7 @@ def collect(device: str) -> Environment:
     facts = Environment(
         env_id="",
         device=device,
-        os=platform.platform(),
+        os=f"{platform.system()} {platform.release().partition('-')[0]}",
         cpu_model=cpu_model(),
         cpu_cores=psutil.cpu_count() or 1,
         cpu_cores_usable=cpu_cores_usable(),

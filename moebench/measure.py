@@ -1,17 +1,22 @@
 """One job in this process: build the backend, check it, time it, weigh it. The job's record comes of it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from experts import Unsupported
 from experts.registry import Backend, get_backend
 from moebench import memory, parity, timing
+from moebench.breakdown import breakdown
 from moebench.case import Case, Job
 from moebench.inputs import Inputs, make_inputs, make_parameters, moe_config
+from moebench.peers import ALONE, Peers
 from moebench.profiling import executed
 from moebench.record import Status
 from moebench.reference import Tensors
@@ -19,6 +24,8 @@ from moebench.timing import TimingPolicy
 
 #: Both passes must be right: a buffer that happens to be clean is often so the first time only.
 PASSES = 2
+#: Passes before those that are checked, by FP8 recipe: delayed scaling finds its scales in the passes before.
+SETTLING_PASSES = {"delayed": 2}
 
 
 @dataclass
@@ -26,20 +33,21 @@ class Workload:
     """Parameters and inputs of the case at hand, kept for the next backend; parameters also for the next case."""
 
     device: torch.device
+    peers: Peers = ALONE
     _parameters: tuple[str, dict[str, Tensor]] | None = field(default=None, repr=False)
     _inputs: tuple[str, Inputs] | None = field(default=None, repr=False)
 
     def parameters(self, case: Case) -> dict[str, Tensor]:
-        key = f"{moe_config(case)} {case.seed}"
+        key = f"{moe_config(case)} {case.ep_size} {case.seed}"
         if self._parameters is None or self._parameters[0] != key:
             self._parameters = None  # the old ones go before the new ones come
-            self._parameters = key, make_parameters(case, self.device)
+            self._parameters = key, make_parameters(case, self.device, self.peers.rank)
         return self._parameters[1]
 
     def inputs(self, case: Case) -> Inputs:
         if self._inputs is None or self._inputs[0] != case.case_id:
             self._inputs = None
-            self._inputs = case.case_id, make_inputs(case, self.device)
+            self._inputs = case.case_id, make_inputs(case, self.device, self.peers.rank)
         return self._inputs[1]
 
     def forget(self) -> None:
@@ -62,25 +70,30 @@ def measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
 
 
 def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
-    case, device = job.case, workload.device
+    case, device, peers = job.case, workload.device, workload.peers
     backend = get_backend(job.backend)
-    reason = backend.unsupported(device, moe_config(case))
+    dispatcher = None if peers.mesh is None else job.dispatcher
+    reason = backend.unsupported(device, moe_config(case), dispatcher)
     if reason is not None:
         raise reason
     inputs, parameters = workload.inputs(case), workload.parameters(case)
-    module = _build(backend, case, parameters, device)
+    module = _build(backend, case, dispatcher, parameters, workload)
+    handed = inputs.clone()  # a backend that writes into what it is handed spoils neither reference nor next backend
     started = time.perf_counter()
-    passes = [_poisoned_pass(module, inputs, case.mode)]
+    for _ in range(SETTLING_PASSES.get(backend.fp8 or "", 0)):
+        parity.run_pass(module, handed, "train")
+    passes = [_poisoned_pass(module, handed, case.mode)]
     _synchronize(device)
     measured: Measured = {"warmup_ms": (time.perf_counter() - started) * 1e3}
-    passes += [_poisoned_pass(module, inputs, case.mode) for _ in range(PASSES - 1)]
-    verdict = parity.check(case, inputs, parameters, passes)
+    passes += [_poisoned_pass(module, handed, case.mode) for _ in range(PASSES - 1)]
+    verdict = parity.check(case, inputs, parameters, passes, backend.fp8, peers)
     del passes
     if verdict.passed:
-        measured |= _speed_and_memory(module, inputs, case, policy, device)
+        measured |= _speed_and_memory(module, handed, case, policy, workload)
         # what was timed must still be right: a kernel that goes wrong when it is called often has no speed either
         forward = case.model_copy(update={"mode": "forward"})
-        after = parity.check(forward, inputs, parameters, [parity.run_pass(module, inputs, "forward")])
+        outputs = [parity.run_pass(module, handed, "forward")]
+        after = parity.check(forward, inputs, parameters, outputs, backend.fp8, peers)
         verdict = verdict if after.passed else after
     return _with_verdict(measured, verdict)
 
@@ -97,10 +110,20 @@ def _with_verdict(measured: Measured, verdict: parity.Verdict) -> Measured:
     return {"warmup_ms": measured["warmup_ms"], **found, "status": Status.mismatch, "detail": str(worst)}
 
 
-def _build(backend: Backend, case: Case, parameters: dict[str, Tensor], device: torch.device) -> nn.Module:
-    with device:
-        module = backend.build(moe_config(case))
-    module.to(device).load_state_dict(parameters)
+def _build(
+    backend: Backend, case: Case, dispatcher: str | None, parameters: dict[str, Tensor], workload: Workload
+) -> nn.Module:
+    with workload.device:
+        module = backend.build(moe_config(case), dispatcher)
+    module.to(workload.device)
+    mesh = workload.peers.mesh
+    if mesh is not None:
+        spread: Callable[[DeviceMesh], None] = module.init_token_dispatcher  # type: ignore[assignment]
+        spread(mesh)
+        shards = {name: DTensor.from_local(local, mesh, [Shard(0)]) for name, local in parameters.items()}
+        module.load_state_dict(shards)
+    else:
+        module.load_state_dict(parameters)
     return module
 
 
@@ -110,19 +133,22 @@ def _poisoned_pass(module: nn.Module, inputs: Inputs, mode: str) -> Tensors:
 
 
 def _speed_and_memory(
-    module: nn.Module, inputs: Inputs, case: Case, policy: TimingPolicy, device: torch.device
+    module: nn.Module, inputs: Inputs, case: Case, policy: TimingPolicy, workload: Workload
 ) -> Measured:
+    device, peers = workload.device, workload.peers
     call = _Call(module, inputs, case.mode)
     ran = executed(call.forward, device)
     call.clear()
     weighed = memory.measure(call.forward, call.backward if case.mode == "train" else None, device)
     call.clear()
-    timed = timing.measure(call.stages, device, policy, prepare=call.clear)
+    timed = timing.measure(call.stages, device, policy, call.clear, peers)
+    call.clear()
+    parts = breakdown(module, call.forward, device, peers)
     call.clear()
     return {
         "executed": ran,
-        "peak_memory_bytes": weighed.peak_bytes,
-        "saved_memory_bytes": weighed.saved_bytes,
+        **_largest(weighed, peers),
+        **parts,
         "l2": ("cold" if policy.cold_l2 else "warm") if device.type == "cuda" else None,
         "flags": timed.flags,
         "time_ms": timed.time_ms,
@@ -131,12 +157,24 @@ def _speed_and_memory(
         "converged": timed.converged,
         "host_time_ms": timed.host_time_ms,
         "backward_ms": timed.stage_ms[1] if case.mode == "train" else None,
+        "skew_ms": timed.skew_ms,
         "num_samples": len(timed.samples_ms),
         "samples_ms": timed.samples_ms,
         "sample_rounds": (0,) * len(timed.samples_ms),
         "tokens_per_s": case.num_active_tokens / timed.time_ms * 1e3,
         "tflops": case.flops() / timed.time_ms / 1e9,
     }
+
+
+def _largest(weighed: memory.Memory, peers: Peers) -> Measured:
+    """The memory of the rank that needs most, figure by figure."""
+    ranks = peers.tell(weighed)
+    figures: dict[str, list[int | None]] = {
+        "peak_memory_bytes": [rank.peak_bytes for rank in ranks],
+        "saved_memory_bytes": [rank.saved_bytes for rank in ranks],
+        "outside_torch_bytes": [rank.outside_bytes for rank in ranks],
+    }
+    return {name: max((figure for figure in row if figure is not None), default=None) for name, row in figures.items()}
 
 
 class _Call:

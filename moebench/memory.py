@@ -14,10 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Memory:
-    """`peak_bytes` allocated above the floor; `saved_bytes` what forward leaves for backward, but for its output."""
+    """`peak_bytes` allocated above the floor; `saved_bytes` what forward leaves for backward, but for its output.
+
+    `outside_bytes` is what of the GPU's memory is in use and not torch's: contexts, libraries, communication buffers.
+    """
 
     peak_bytes: int
     saved_bytes: int | None
+    outside_bytes: int | None = None
 
 
 def measure(forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: torch.device) -> Memory:
@@ -41,7 +45,9 @@ def _measure_gpu(
         saved = torch.cuda.memory_allocated(device) - floor - _storage_bytes(output)
         backward(output)
     torch.cuda.synchronize(device)
-    return Memory(torch.cuda.max_memory_allocated(device) - floor, saved)
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    return Memory(torch.cuda.max_memory_allocated(device) - floor, saved, outside)
 
 
 def _measure_cpu(

@@ -8,8 +8,9 @@ Budgets are not constants: each is the loop's own rounding at the case's dtype a
 with a floor from the dtype's rounding unit and the reduction's length. docs/concepts.md derives them.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from experts.activations import accumulation_dtype
-from experts.modules import PARAMETER_NAMES
+from experts.compute import PARAMETER_NAMES
 from moebench.case import Case
 from moebench.inputs import Inputs
+from moebench.peers import ALONE, Peers
+from moebench.quantization import fp8_product
 from moebench.reference import GroupErrors, Tensors, compare
 
 #: A budget is this many times the loop's own error. Two right backends round independently and alike, so that the worst
@@ -27,8 +30,13 @@ from moebench.reference import GroupErrors, Tensors, compare
 FACTOR = 3.0
 #: A row of the routing weights' gradient has only K numbers, too few for an average: its floor is this many units.
 WEIGHTS_GRAD_UNITS = 4.0
+#: Rounding unit of E4M3, which has three bits after the leading one.
+FP8_UNIT = torch.finfo(torch.float8_e4m3fn).eps / 2
 #: No budget is larger, whatever the loop's error: a row of zeros, whose error is 1, never passes.
 CEILING = 0.5
+
+#: Requests of up to so many bytes are small to torch's CUDA caching allocator.
+SMALL_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -83,27 +91,57 @@ def run_pass(module: nn.Module, inputs: Inputs, mode: str) -> Tensors:
     module.zero_grad(set_to_none=True)
     output = module(x_TD, arguments[0], weights_TK, arguments[1])
     output.backward(inputs.grad_TD)
-    leaves = {"x": x_TD, "weights": weights_TK, **{name: getattr(module, name) for name in PARAMETER_NAMES}}
-    grads = {f"{name}.grad": leaf.grad for name, leaf in leaves.items() if leaf is not None and leaf.grad is not None}
+    grads = {"x": x_TD.grad, "weights": weights_TK.grad, **_stacked_grads(module)}
     module.zero_grad(set_to_none=True)
-    return {"output": output.detach(), **grads}
+    return {"output": output.detach(), **{f"{name}.grad": grad for name, grad in grads.items() if grad is not None}}
 
 
-def check(case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], passes: list[Tensors]) -> Verdict:
+def _stacked_grads(module: nn.Module) -> dict[str, Tensor]:
+    """Gradients of the module's own experts, stacked: as it says itself, or those of the parameters of these names."""
+    own: Callable[[], dict[str, Tensor]] | None = getattr(module, "stacked_grads", None)
+    if own is not None:
+        return own()
+    parameters = {name: getattr(module, name) for name in PARAMETER_NAMES}
+    return {name: p.grad for name, p in parameters.items() if p is not None and p.grad is not None}
+
+
+def check(
+    case: Case,
+    inputs: Inputs,
+    parameters: Mapping[str, Tensor],
+    passes: list[Tensors],
+    fp8: str | None = None,
+    peers: Peers = ALONE,
+) -> Verdict:
     """Compare every pass of a backend, all alike, with the reference on the same inputs and parameters.
 
-    A gradient that is missing, or has another shape or dtype than its tensor, is an infinite error.
+    Inputs, parameters and passes are this rank's; the verdict is over all ranks. `fp8` names the recipe that the
+    backend computes in: its rounding is then the budget's. A gradient that is missing, or has another shape or dtype
+    than its tensor, is an infinite error.
     """
     malformed = [finding for tensors in passes for finding in _malformed(case, inputs, parameters, tensors)]
-    if malformed:
-        return Verdict(tuple(malformed))
+    findings = [finding for rank in peers.tell(malformed) for finding in rank]
+    if not findings:
+        product = torch.matmul if fp8 is None else fp8_product(fp8)
+        errors = compare(case, inputs, parameters, passes, product, peers)
+        floor = _floor(case, inputs, fp8)
+        floors = {"weights.grad": WEIGHTS_GRAD_UNITS * floor}
+        mine = [judge(one, floors.get(one.tensor, floor)) for one in errors]
+        findings = [_worst_of_ranks(same) for same in zip(*peers.tell(mine), strict=True)]
+    return Verdict(tuple(findings))
+
+
+def _floor(case: Case, inputs: Inputs, fp8: str | None) -> float:
     dtype = inputs.x_TD.dtype
     unit, acc_unit = (torch.finfo(one).eps / 2 for one in (dtype, accumulation_dtype(dtype)))
     most_rows = int((inputs.active_indices_TK.flatten() + 1).bincount(minlength=2)[1:].max())
-    floor = unit + acc_unit * math.sqrt(max(case.dim, 2 * case.moe_inter_dim, most_rows))
-    floors = {"weights.grad": WEIGHTS_GRAD_UNITS * floor}
-    errors = compare(case, inputs, parameters, passes)
-    return Verdict(tuple(judge(one, floors.get(one.tensor, floor)) for one in errors))
+    longest = max(case.dim, 2 * case.moe_inter_dim, most_rows)
+    return (unit if fp8 is None else FP8_UNIT) + acc_unit * math.sqrt(longest)
+
+
+def _worst_of_ranks(findings: Sequence[Finding]) -> Finding:
+    rank, worst = max(enumerate(findings), key=lambda pair: pair[1].over_budget)
+    return worst if len(findings) == 1 else dataclasses.replace(worst, where=f"rank {rank}, {worst.where}")
 
 
 def judge(errors: GroupErrors, floor: float) -> Finding:
@@ -116,8 +154,8 @@ def judge(errors: GroupErrors, floor: float) -> Finding:
         by_group_G = _ratios(errors_G, errors.scale_G)
         group = f"{errors.group} {int(by_group_G.argmax())}" if by_group_G.numel() else f"no {errors.group}"
         whole_error = _largest(_ratios(_norm(errors_G), whole))
-        findings.append(Finding(errors.tensor, "whole tensor", whole_error, budget_of_whole))
         findings.append(Finding(errors.tensor, group, _largest(by_group_G), budget_of_group))
+        findings.append(Finding(errors.tensor, "whole tensor", whole_error, budget_of_whole))
     return max(findings, key=lambda finding: finding.over_budget)
 
 
@@ -173,14 +211,15 @@ def poisoned(device: torch.device) -> Iterator[None]:
 
 
 def _poison_free_blocks(device: torch.device) -> None:
-    """Take every free block that the allocator will give without asking the driver for more, largest first."""
-    blocks = []
-    num_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    while num_bytes >= 512:
-        reserved = torch.cuda.memory_reserved(device)
-        block = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    """Take every free block of the caching allocator, by its exact size, fill it and give it back."""
+    free = [
+        block["size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == device.index
+        for block in segment["blocks"]
+        # the allocator serves requests of up to SMALL_BLOCK from small segments alone
+        if block["state"] == "inactive" and (segment["segment_type"] == "small") == (block["size"] <= SMALL_BLOCK)
+    ]
+    blocks = [torch.empty(size, dtype=torch.uint8, device=device) for size in sorted(free, reverse=True)]
+    for block in blocks:
         block.fill_(0xFF)  # all ones is NaN in every float format
-        if torch.cuda.memory_reserved(device) == reserved:
-            blocks.append(block)
-        else:
-            num_bytes //= 2

@@ -1,5 +1,6 @@
-"""Which kernel really ran: one call under torch's profiler."""
+"""Which kernel really ran: a call under torch's profiler."""
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -7,27 +8,31 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 MAX_NAME = 80
+CPU_CALLS = 3
 
 
 def executed(call: Callable[[], object], device: torch.device) -> str | None:
-    """The operator that took most of one call's time and, under it, the kernel: "aten::_grouped_mm > aten::mm".
+    """The operator that took most of a call's time and, under it, the kernel: "aten::_grouped_mm > aten::mm".
 
-    On a GPU times and kernels are the device's. A backend that fell back to another shows it here, whatever its name.
+    On a GPU times and kernels are the device's; on a CPU, where a call may be disturbed, times are the medians of a few
+    calls. A backend that fell back to another one shows it here, whatever its name.
     """
+    _profiled(call, device)  # warms up, the call and the profiler both
+    calls = [_profiled(call, device) for _ in range(1 if device.type == "cuda" else CPU_CALLS)]
+    by_chain = {chain: statistics.median(one.get(chain, 0.0) for one in calls) for one in calls for chain in one}
+    return max(by_chain, key=lambda chain: by_chain[chain], default=None)
+
+
+def _profiled(call: Callable[[], object], device: torch.device) -> dict[str, float]:
     on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    call()
-    with profile(activities=activities) as profiler:
+    with profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])) as profiler:
         call()
         if on_gpu:
             torch.cuda.synchronize(device)
-    ran = _gpu_kernels(profiler) if on_gpu else _cpu_operators(profiler)
-    if not ran:
-        return None
     by_chain: dict[str, float] = {}
-    for chain, duration in ran:
+    for chain, duration in _gpu_kernels(profiler) if on_gpu else _cpu_operators(profiler):
         by_chain[chain] = by_chain.get(chain, 0.0) + duration
-    return max(by_chain, key=lambda chain: by_chain[chain])
+    return by_chain
 
 
 def _gpu_kernels(profiler: Any) -> list[tuple[str, float]]:

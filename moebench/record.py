@@ -5,6 +5,7 @@ History of SCHEMA
 """
 
 import json
+import reprlib
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -39,6 +40,10 @@ SPEED_FIELDS = (
     "time_ms_high",
     "host_time_ms",
     "backward_ms",
+    "dispatch_ms",
+    "compute_ms",
+    "combine_ms",
+    "skew_ms",
     "samples_ms",
     "sample_rounds",
     "tokens_per_s",
@@ -75,6 +80,7 @@ class Record(BaseModel):
     routing: str
     masked_share: float
     ep_size: int
+    rank_load: str
     seed: int
 
     status: Status
@@ -91,6 +97,10 @@ class Record(BaseModel):
     converged: bool | None = None
     host_time_ms: float | None = None
     backward_ms: float | None = None
+    dispatch_ms: float | None = None
+    compute_ms: float | None = None
+    combine_ms: float | None = None
+    skew_ms: float | None = None
     warmup_ms: float | None = None
     num_samples: int | None = None
     samples_ms: tuple[float, ...] | None = None
@@ -101,6 +111,7 @@ class Record(BaseModel):
     roofline_fraction: float | None = None
     peak_memory_bytes: int | None = None
     saved_memory_bytes: int | None = None
+    outside_torch_bytes: int | None = None
 
     parity_worst: float | None = None
     parity_worst_tensor: str | None = None
@@ -191,6 +202,11 @@ class Journal:
             except ValueError:
                 torn += 1
                 continue
+            if not isinstance(fields, dict):
+                raise JournalError(
+                    f"{self.path}:{number}: {reprlib.repr(fields)}, where a line holds one record, a JSON object: "
+                    "give a journal that `moebench run` wrote"
+                )
             if fields.get("schema") != SCHEMA:
                 raise JournalError(
                     f"{self.path}:{number}: schema {fields.get('schema')!r}, this moebench reads {SCHEMA}: "

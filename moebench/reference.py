@@ -1,21 +1,24 @@
 """The loop path in float64 and in the case's own dtype, expert by expert, and how far passes of a backend are from it.
 
-Only one expert's parameters and gradients are held in float64 at a time, so that the largest layers fit.
+Only one expert's parameters and gradients are held in float64 at a time, so that the largest layers fit. Under expert
+parallelism each rank runs its own experts on the gathered tokens of all, and the sums over experts are added up: what
+comes out is the single process on all tokens.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from experts.activations import accumulation_dtype
-from experts.compute import ExpertParameters
+from experts.compute import PARAMETER_NAMES, ExpertParameters
 from experts.compute.loop import expert_forward
-from experts.modules import PARAMETER_NAMES
 from moebench.case import Case
 from moebench.inputs import Inputs, moe_config
+from moebench.peers import ALONE, Peers
+from moebench.quantization import Product
 
 Tensors = dict[str, Tensor]
 
@@ -35,90 +38,118 @@ class GroupErrors:
     passes_PG: Tensor
 
 
-def compare(case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], passes: list[Tensors]) -> list[GroupErrors]:
-    """Errors of every tensor of the passes: `output` and, in mode train, the gradients of x, weights and parameters."""
-    sums = _Sums(case, inputs)
-    by_expert = [_expert(index, case, inputs, parameters, passes, sums) for index in range(case.n_routed_experts)]
+def compare(
+    case: Case,
+    inputs: Inputs,
+    parameters: Mapping[str, Tensor],
+    passes: list[Tensors],
+    product: Product = torch.matmul,
+    peers: Peers = ALONE,
+) -> list[GroupErrors]:
+    """Errors of every tensor of the passes: `output` and, in mode train, the gradients of x, weights and parameters.
+
+    Inputs, parameters and passes are this rank's. `product` is how the loop multiplies whose error becomes the budget.
+    """
+    everyone = Inputs(*(peers.rows(getattr(inputs, field.name)) for field in fields(inputs)))
+    run = _Run(case, everyone, parameters, product)
+    first = peers.rank * (case.n_routed_experts // peers.size)
+    by_expert = [run.expert(first + local, local, passes) for local in range(case.n_routed_experts // peers.size)]
+    own = _own_rows(inputs, peers)
+    sums = run.finish(peers, own)
     inactive_TK = inputs.active_indices_TK < 0
     inactive_T1 = inactive_TK.all(dim=1, keepdim=True)
-    errors = [_token_errors("output", sums, inactive_T1, passes)]
+    errors = [_token_errors("output", sums, inputs, inactive_T1, passes)]
     if case.mode == "train":
-        errors.append(_token_errors("x.grad", sums, inactive_T1, passes))
-        errors.append(_token_errors("weights.grad", sums, inactive_TK, passes))
+        errors.append(_token_errors("x.grad", sums, inputs, inactive_T1, passes))
+        errors.append(_token_errors("weights.grad", sums, inputs, inactive_TK, passes))
         for name in parameters:
             exact_G, loop_G, *passes_PG = torch.stack([norms[name] for norms in by_expert], dim=1)
             errors.append(GroupErrors(f"{name}.grad", "expert", exact_G, loop_G, torch.stack(passes_PG)))
     return errors
 
 
-class _Sums:
-    """Per-token tensors, summed over experts: `exact` in float64, `loop` as the loop sums them."""
+def _own_rows(inputs: Inputs, peers: Peers) -> slice:
+    before = sum(peers.tell(inputs.x_TD.shape[0])[: peers.rank])
+    return slice(before, before + inputs.x_TD.shape[0])
 
-    def __init__(self, case: Case, inputs: Inputs) -> None:
-        self.dtypes = {
-            "output": inputs.x_TD.dtype,
-            "x.grad": inputs.x_TD.dtype,
-            "weights.grad": inputs.weights_TK.dtype,
-        }
+
+@dataclass(frozen=True)
+class _Sums:
+    """Per-token tensors, summed over experts: `exact` in float64, `loop` as the loop sums them.
+
+    A routing weight's gradient is a sum over D of terms that may cancel: `chance_TK` is its size by chance.
+    """
+
+    exact: Tensors
+    loop: Tensors
+    chance_TK: Tensor
+
+
+class _Run:
+    """Both runs over this rank's experts, on the tokens of all ranks."""
+
+    def __init__(self, case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], product: Product) -> None:
+        self.case, self.inputs, self.parameters, self.product = case, inputs, parameters, product
         acc = accumulation_dtype(inputs.x_TD.dtype)
         like = {"output": inputs.x_TD, "x.grad": inputs.x_TD, "weights.grad": inputs.weights_TK}
         self.exact = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in like.items()}
         self.loop = {name: torch.zeros_like(tensor, dtype=acc) for name, tensor in like.items()}
-        # A routing weight's gradient is a sum over D of terms that may cancel: this is its size by chance.
         self.chance_TK = torch.zeros_like(inputs.weights_TK, dtype=torch.float64)
 
-    def add(self, sums: Tensors, run: Tensors, tokens_N: Tensor, choices_N: Tensor) -> None:
-        for name, values in run.items():
-            if name == "weights.grad":
-                sums[name][tokens_N, choices_N] = values.to(sums[name].dtype)
-            elif name in sums:
-                sums[name].index_add_(0, tokens_N, values.to(sums[name].dtype))
+    def expert(self, index: int, local: int, passes: list[Tensors]) -> Tensors:
+        """Run one expert both ways. By parameter, norms [2 + P]: of its gradient, the loop's error, each pass's."""
+        inputs = self.inputs
+        at = torch.where(inputs.active_indices_TK == index)
+        exact = self._one_way(local, at, torch.float64, torch.matmul)
+        loop = self._one_way(local, at, inputs.x_TD.dtype, self.product)
+        _add(self.exact, exact, at)
+        _add(self.loop, loop, at)
+        if self.case.mode == "forward":
+            return {}
+        sizes_N = _norms(exact["output"]) * _norms(inputs.grad_TD[at[0]].double()) / math.sqrt(self.case.dim)
+        self.chance_TK[at] = sizes_N / inputs.weights_TK[at].double()
+        norms = {}
+        for name in self.parameters:
+            found = [loop[name], *(tensors[f"{name}.grad"][local] for tensors in passes)]
+            errors = [torch.linalg.vector_norm(one.double() - exact[name]) for one in found]
+            norms[name] = torch.stack([torch.linalg.vector_norm(exact[name]), *errors])
+        return norms
+
+    def _one_way(self, local: int, at: tuple[Tensor, ...], dtype: torch.dtype, product: Product) -> Tensors:
+        """Output [N, D] of one expert in `dtype` and, in mode train, every gradient by name."""
+        train, inputs = self.case.mode == "train", self.inputs
+        x_ND = inputs.x_TD[at[0]].to(dtype).requires_grad_(train)
+        weights_N = inputs.weights_TK[at].to(accumulation_dtype(dtype)).requires_grad_(train)
+        expert = {name: stacked[local].to(dtype).requires_grad_(train) for name, stacked in self.parameters.items()}
+        config = moe_config(self.case).with_dtype(dtype)
+        parameters = ExpertParameters(*(expert.get(name) for name in PARAMETER_NAMES))  # type: ignore[arg-type]
+        output_ND = expert_forward(x_ND, weights_N, parameters, config, product)
+        if not train:
+            return {"output": output_ND}
+        leaves = {"x.grad": x_ND, "weights.grad": weights_N, **expert}
+        grad_ND = inputs.grad_TD[at[0]].to(output_ND.dtype)
+        grads = torch.autograd.grad(output_ND, list(leaves.values()), grad_ND)
+        return {"output": output_ND.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    def finish(self, peers: Peers, own: slice) -> _Sums:
+        """The sums over the experts of all ranks, of this rank's own tokens."""
+        for tensor in (*self.exact.values(), *self.loop.values(), self.chance_TK):
+            peers.sum(tensor)
+        exact = {name: tensor[own] for name, tensor in self.exact.items()}
+        return _Sums(exact, {name: tensor[own] for name, tensor in self.loop.items()}, self.chance_TK[own])
 
 
-def _expert(
-    index: int, case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], passes: list[Tensors], sums: _Sums
-) -> Tensors:
-    """Run one expert both ways. By parameter, norms [2 + P]: of its gradient, of the loop's error, of each pass's."""
-    tokens_N, choices_N = torch.where(inputs.active_indices_TK == index)
-    expert = {name: parameter[index] for name, parameter in parameters.items()}
-    exact = _run_expert(case, inputs, expert, tokens_N, choices_N, torch.float64)
-    loop = _run_expert(case, inputs, expert, tokens_N, choices_N, inputs.x_TD.dtype)
-    sums.add(sums.exact, exact, tokens_N, choices_N)
-    sums.add(sums.loop, loop, tokens_N, choices_N)
-    if case.mode == "forward":
-        return {}
-    weights_N = inputs.weights_TK[tokens_N, choices_N].double()
-    sizes_N = _norms(exact["output"]) * _norms(inputs.grad_TD[tokens_N].double()) / math.sqrt(case.dim)
-    sums.chance_TK[tokens_N, choices_N] = sizes_N / weights_N
-    norms = {}
-    for name in parameters:
-        found = [loop[name], *(tensors[f"{name}.grad"][index] for tensors in passes)]
-        errors = [torch.linalg.vector_norm(one.double() - exact[name]) for one in found]
-        norms[name] = torch.stack([torch.linalg.vector_norm(exact[name]), *errors])
-    return norms
+def _add(sums: Tensors, run: Tensors, at: tuple[Tensor, ...]) -> None:
+    sums["output"].index_add_(0, at[0], run["output"].to(sums["output"].dtype))
+    if "x.grad" in run:
+        sums["x.grad"].index_add_(0, at[0], run["x.grad"].to(sums["x.grad"].dtype))
+        sums["weights.grad"][at] = run["weights.grad"].to(sums["weights.grad"].dtype)
 
 
-def _run_expert(
-    case: Case, inputs: Inputs, expert: Mapping[str, Tensor], tokens_N: Tensor, choices_N: Tensor, dtype: torch.dtype
-) -> Tensors:
-    """Output [N, D] of one expert in `dtype` and, in mode train, every gradient by name."""
-    train = case.mode == "train"
-    leaves = {"x.grad": inputs.x_TD[tokens_N], "weights.grad": inputs.weights_TK[tokens_N, choices_N], **expert}
-    leaves = {name: leaf.to(dtype).requires_grad_(train) for name, leaf in leaves.items() if name != "weights.grad"} | {
-        "weights.grad": leaves["weights.grad"].to(accumulation_dtype(dtype)).requires_grad_(train)
-    }
-    stacked = ExpertParameters(*(leaves.get(name) for name in PARAMETER_NAMES))  # type: ignore[arg-type]
-    output_ND = expert_forward(leaves["x.grad"], leaves["weights.grad"], stacked, moe_config(case).with_dtype(dtype))
-    if not train:
-        return {"output": output_ND}
-    grad_ND = inputs.grad_TD[tokens_N].to(output_ND.dtype)
-    grads = torch.autograd.grad(output_ND, list(leaves.values()), grad_ND)
-    return {"output": output_ND.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
-def _token_errors(name: str, sums: _Sums, inactive: Tensor, passes: list[Tensors]) -> GroupErrors:
+def _token_errors(name: str, sums: _Sums, inputs: Inputs, inactive: Tensor, passes: list[Tensors]) -> GroupErrors:
     """`inactive` [T, 1] or [T, K] marks what must be exactly zero."""
-    exact, loop = sums.exact[name], sums.loop[name].to(sums.dtypes[name])
+    like = inputs.weights_TK if name == "weights.grad" else inputs.x_TD
+    exact, loop = sums.exact[name], sums.loop[name].to(like.dtype)
     scale_T = _norms(exact)
     if name == "weights.grad":
         scale_T = scale_T.maximum(_norms(sums.chance_TK))

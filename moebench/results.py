@@ -2,19 +2,21 @@
 
 import json
 import shlex
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from moebench import __version__
 from moebench.case import Job
-from moebench.frame import load, write, write_atomically
+from moebench.frame import JOURNAL_NAME, load, write, write_atomically
 from moebench.plots import write_plots
-from moebench.record import Journal
-from moebench.runner import Plan, new_run_id
-from moebench.spec import SweepError, SweepSpec, filter_jobs, find_sweep, load_sweep, select_backends
+from moebench.record import Record
+from moebench.runner import Outcome, Plan, Refused, execute, new_run_id
+from moebench.selection import filter_jobs, select_backends
+from moebench.spec import SweepError, SweepSpec, find_sweep, load_sweep
 
 RUNS = Path("results") / "runs"
 DEVICES = ("cpu", "cuda")
@@ -52,7 +54,7 @@ def plan(
     time_budget_min: float | None,
 ) -> RunPlan:
     """Everything that can be known to be wrong is said here, before anything runs. Raises SweepError, UsageError."""
-    _check_device(device)
+    check_device(device)
     sweep_file = find_sweep(sweep)
     jobs = select(sweep, backends, filters, case_ids)
     spec = load_sweep(sweep_file)
@@ -78,12 +80,24 @@ def select(sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids
     return chosen
 
 
-def _check_device(device: str | None) -> None:
+def check_device(device: str | None) -> None:
+    """Raises UsageError for what cannot name a device; whether it is there, only torch knows."""
     if device is None:
         return
-    kind, _, index = device.partition(":")
-    if kind not in DEVICES or (index and not (kind == "cuda" and index.isdecimal())):
+    kind, colon, index = device.partition(":")
+    if kind not in DEVICES or (colon and not (kind == "cuda" and index.isdecimal())):
         raise UsageError(f"--device {device}: it must be cpu, cuda or cuda:N")
+
+
+def measure(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome:
+    """Run the plan into its folder. A run that is refused leaves none: the command, set right, may name it again."""
+    begin(run_plan)
+    try:
+        return execute(run_plan.execution, on_record)
+    except Refused:
+        if not (run_plan.folder / JOURNAL_NAME).exists():
+            shutil.rmtree(run_plan.folder)
+        raise
 
 
 def begin(run_plan: RunPlan) -> None:
@@ -103,7 +117,7 @@ def begin(run_plan: RunPlan) -> None:
 
 def finish(folder: Path) -> list[Path]:
     """Parquet, CSV and plots from the journal. What was measured before an interruption counts too."""
-    if not Journal(folder / "journal.jsonl").path.exists():
+    if not (folder / JOURNAL_NAME).exists():
         return []
     return [*write(load(folder), folder), *draw(folder)]
 

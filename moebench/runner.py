@@ -3,6 +3,7 @@
 No torch here: a backend that breaks its process cannot break this one.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -10,15 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from moebench.case import Job
-from moebench.environment import Environment
+from moebench.environment import Environment, cpu_cores_usable
 from moebench.record import Journal, Record, Status, record
 from moebench.spec import Policy
 
@@ -30,6 +33,10 @@ LOG_LINES = 12
 
 class RunnerError(Exception):
     """A run that cannot go on: what happened, and where to look."""
+
+
+class Refused(RunnerError):
+    """A run that cannot begin by the user's mistake: a backend or a device that is not there, one line each."""
 
 
 class Interrupted(Exception):
@@ -66,7 +73,8 @@ def execute(plan: Plan, on_record: Callable[[Record], None] = lambda row: None) 
     """Measure every job of the plan, each record in the journal before the next job starts.
 
     A job whose process dies or hangs gets a record that says so, and the next jobs a new process. Ctrl-C, SIGTERM and
-    the time budget end the run; what was measured stays. Raises RunnerError where no worker starts.
+    the time budget end the run; what was measured stays. Raises RunnerError where no worker starts, Refused
+    where one says that it was asked for what is not there.
     """
     (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
     journal = Journal(plan.folder / "journal.jsonl")
@@ -78,11 +86,13 @@ def execute(plan: Plan, on_record: Callable[[Record], None] = lambda row: None) 
         records.append(row)
         on_record(row)
 
+    jobs = sorted(plan.jobs, key=lambda job: job.case.ep_size)  # a group of ranks measures all jobs of its size
     interrupted = False
     with _signals_raise():
         try:
-            while (left := plan.jobs[len(records) :]) and not _past(deadline):
-                with _Worker(plan, left) as worker:
+            while (left := jobs[len(records) :]) and not _past(deadline):
+                same_size = itertools.takewhile(lambda job: job.case.ep_size == left[0].case.ep_size, left)
+                with _Worker(plan, tuple(same_size)) as worker:
                     worker.supervise(keep, deadline)
         except Interrupted:
             interrupted = True
@@ -103,6 +113,7 @@ class _Worker:
         self._events = plan.folder / "logs" / f"worker-{number}.events.jsonl"
         self._job_file = plan.folder / "logs" / f"worker-{number}.jobs.json"
         self._environment: Environment | None = None
+        self._num_ranks = jobs[0].case.ep_size
 
     def __enter__(self) -> "_Worker":
         work_list = {
@@ -112,22 +123,33 @@ class _Worker:
         }
         self._job_file.write_text(json.dumps(work_list))
         self._events.touch()
-        command = [
-            sys.executable,
-            "-m",
-            "moebench.worker",
-            "--jobs",
-            str(self._job_file),
-            "--events",
-            str(self._events),
-        ]
+        command = [*self._launcher(), "-m", "moebench.worker"]
+        command += ["--jobs", str(self._job_file), "--events", str(self._events)]
         command += ["--device", self._plan.device] if self._plan.device else []
         with self._log.open("wb") as log:
             # a session of its own: Ctrl-C reaches the supervisor alone, and a hung group is killed as a whole
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=self._variables(),
             )
         return self
+
+    def _launcher(self) -> list[str]:
+        """Python, or torch.distributed's launcher of as many ranks as the jobs have."""
+        if self._num_ranks == 1:
+            return [sys.executable]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self._num_ranks}"]
+
+    def _variables(self) -> dict[str, str]:
+        """The environment, with the cores shared out among ranks, which the launcher would not do."""
+        threads = str(max(1, cpu_cores_usable() // self._num_ranks))
+        return os.environ | (
+            {} if self._num_ranks == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads}
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -142,28 +164,35 @@ class _Worker:
         since = time.monotonic()
         num_done = 0
         for event in self._follow():
-            if event is not None:
-                since = time.monotonic()
-                match event["kind"]:
-                    case "ready":
-                        self._meet(Environment.model_validate(event["environment"]))
-                    case "start":
-                        running = event["number"]
-                    case "record":
-                        running, num_done = None, num_done + 1
-                        keep(Record.model_validate_json(json.dumps(event["record"])))
-                        if _past(deadline):
-                            return
-            elif self._process.poll() is not None:
-                if num_done < len(self._jobs):
-                    self._died(running, keep)
+            if event is None:
+                if time.monotonic() - since <= (START_TIMEOUT_S if running is None else self._plan.policy.timeout_s):
+                    continue
+                if running is not None or not num_done:
+                    self._hung(running, keep)
                 return
-            elif time.monotonic() - since > (START_TIMEOUT_S if running is None else self._plan.policy.timeout_s):
-                self._hung(running, keep)
-                return
+            since = time.monotonic()
+            match event["kind"]:
+                case "ready":
+                    self._meet(Environment.model_validate(event["environment"]))
+                case "refused":
+                    raise Refused("\n".join(event["mistakes"]))
+                case "start":
+                    running = event["number"]
+                case "record" if event["number"] == running:  # of several ranks that fail, the first is told
+                    running, num_done = None, num_done + 1
+                    row = Record.model_validate_json(json.dumps(event["record"]))
+                    keep(row)
+                    if num_done == len(self._jobs) or _past(deadline) or self._is_broken_by(row):
+                        return
+        if running is not None or not num_done:  # between two jobs nobody is to blame: the next worker goes on
+            self._died(running, keep)
+
+    def _is_broken_by(self, row: Record) -> bool:
+        """Ranks wait for each other: where one failed, the rest of its group is of no use."""
+        return self._num_ranks > 1 and row.status in (Status.oom, Status.error)
 
     def _follow(self) -> Iterator[dict[str, Any] | None]:
-        """Events as they come, and None whenever there is none yet."""
+        """Events as they come, and None whenever there is none yet, until the process has ended and all are told."""
         with self._events.open("rb") as file:
             pending = b""
             while True:
@@ -171,10 +200,11 @@ class _Worker:
                 pending += file.read()
                 *lines, pending = pending.split(b"\n")
                 yield from (json.loads(line) for line in lines)
+                if ended:
+                    return
                 if not lines:
-                    if not ended:
-                        time.sleep(POLL_S)
                     yield None
+                    time.sleep(POLL_S)
 
     def _meet(self, environment: Environment) -> None:
         self._environment = environment
@@ -203,11 +233,17 @@ class _Worker:
         return record(self._jobs[running], status, detail=detail, device=device, gpu=gpu, **ids)
 
     def _tail(self) -> str:
+        """The log's last lines; where Python died with a stack, its first: the most recent call leads."""
         lines = self._log.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-LOG_LINES:])
+        deaths = [number for number, line in enumerate(lines) if line.startswith("Fatal Python error")]
+        return "\n".join(lines[deaths[-1] :][:LOG_LINES] if deaths else lines[-LOG_LINES:])
 
     def _kill(self) -> None:
-        if self._process.poll() is None:
+        with suppress(psutil.NoSuchProcess):  # a launcher's ranks are in sessions of their own
+            for child in psutil.Process(self._process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+        with suppress(ProcessLookupError):  # the group outlives a leader that died and left children
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 

@@ -16,13 +16,14 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from moebench.frame import Description, backend_labels, describe, in_case_order, in_order, machine
+from moebench.labels import Description, backend_labels, describe, in_case_order, in_order, machine
 from moebench.record import GOOD, Status
 
 _SPEED_WIDTH = 20  # marks 2, time 6, interval 6, parity 5, flag 1
 _WORK_WIDTH = 16  # tokens/s 8, TFLOP/s 8
 _COLUMN_GAP = 1
 _CASE_WIDTH = 14  # the least that a case is squeezed to
+_TITLED_PARTS = ("experts", "tokens", "dtype", "mode", "routing", "activation")
 _STYLES = {Status.unsupported: "dim", Status.oom: "yellow"}
 
 
@@ -138,10 +139,14 @@ def _table(rows: pd.DataFrame, described: Description, backends: list[str], layo
 
 def _case_column(described: Description, width: int) -> tuple[str, "pd.Series[str]"]:
     """Header and label of what tells cases apart: in straight columns where `width` allows, else to be wrapped."""
-    titles = [str(name) for name in described.varying]
-    wide = [max(len(title), int(described.varying[title].str.len().max())) for title in titles]
+    # the parts that come last, "25% masked" or "EP 8", name themselves
+    titles = [str(name) if name in _TITLED_PARTS else "" for name in described.varying]
+    wide = [
+        max(len(title), int(texts.str.len().max()))
+        for title, (_, texts) in zip(titles, described.varying.items(), strict=True)
+    ]
     if not titles or sum(wide) + len(wide) - 1 > width:
-        return " ".join(titles) or "case", described.labels
+        return " ".join(filter(None, titles)) or "case", described.labels
 
     def straight(texts: Iterable[str]) -> str:
         cells = zip(texts, titles, wide, strict=True)

@@ -1,30 +1,36 @@
 """Where untrusted code runs: a process that measures a list of jobs, one after the other, under a supervisor.
 
     python -m moebench.worker --jobs FILE --events FILE [--device cpu|cuda|cuda:N]
+    torchrun --nproc-per-node EP_SIZE -m moebench.worker …
 
+Jobs of an EP size above 1 are measured by as many ranks, of one machine or of several (`torchrun --nnodes`).
 The jobs file is a `WorkList`. Events are appended to the events file, one JSON object a line: `ready` with the
-environment, `start` with a job's number before it is touched, `record` when it ended. The process ends when its
-standard input does, so that it does not outlive a supervisor that was killed.
+environment, `start` with a job's number before it is touched, `record` when it ended; or `refused`, alone, where the
+user asked for a backend or a device that is not there. The process ends when its standard input does, so that it does
+not outlive a supervisor that was killed.
 """
 
 import argparse
 import faulthandler
 import json
 import os
-import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from experts.errors import RegistryError
+from experts.registry import check_name
 from moebench import environment
 from moebench.case import Job
 from moebench.measure import Measured, Workload, measure
-from moebench.record import Status, record
+from moebench.peers import join, leave
+from moebench.record import Record, Status, record
 from moebench.spec import Policy
 from moebench.timing import TimingPolicy
 
@@ -68,49 +74,104 @@ def run_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     try:
         return measure(job, workload, policy)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        return {"status": Status.oom, "detail": _first_line(error)}
+        return {"status": Status.oom, "detail": _briefly(error)}
     except Exception as error:
         if HOST_OOM in str(error):
-            return {"status": Status.oom, "detail": _first_line(error)}
+            return {"status": Status.oom, "detail": _briefly(error)}
         return {"status": Status.error, "detail": traceback.format_exc(limit=-8)}
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _briefly(error: BaseException) -> str:
+    """The first two sentences: torch's message goes on with advice."""
+    return ". ".join((str(error) or type(error).__name__).splitlines()[0].split(". ")[:2])
 
 
 def work(work_list: WorkList, events: Events, device: torch.device) -> None:
-    """Measure every job of the list, and tell of each."""
-    described = environment.collect(str(device))
-    events.emit("ready", environment=described.model_dump(mode="json"))
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    workload, policy = Workload(device), timing_policy(work_list.policy, device)
+    """Measure every job of the list, and tell of each. With ranks, all measure and the first tells."""
+    mistakes = _unknown_backends(work_list.jobs)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        described = environment.collect(device.type if num_ranks > 1 else str(device))
+    except ValueError as absent:
+        mistakes.append(str(absent))
+    if mistakes:
+        events.emit("refused", mistakes=mistakes)
+        return
+    if os.environ.get("RANK", "0") == "0":
+        events.emit("ready", environment=described.model_dump(mode="json"))
+    if device.type == "cuda":
+        too_few = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
+        if too_few:
+            _tell_unsupported(work_list, events, described.env_id)
+            return
+        torch.cuda.set_device(device)
+    peers = join(device, work_list.policy.timeout_s)
+    workload, policy = Workload(device, peers), timing_policy(work_list.policy, device)
+    for number, job in enumerate(work_list.jobs):
+        if peers.rank == 0:
+            events.emit("start", number=number)
+        row = _row(job, workload, policy, work_list.run_id, described.env_id)
+        if peers.rank == 0 or (peers.size > 1 and row.status in (Status.oom, Status.error)):
+            events.emit("record", number=number, record=json.loads(row.to_json()))
+        if row.status in (Status.oom, Status.error):
+            if peers.size > 1:  # the other ranks wait in a collective for this one: only a new group goes on
+                os._exit(1)
+            _recover(workload)
+    leave(peers)
+
+
+def _row(job: Job, workload: Workload, policy: TimingPolicy, run_id: str, env_id: str) -> Record:
+    started = time.perf_counter()
+    measured = run_job(job, workload, policy)
+    device, rank = workload.device, workload.peers.rank
+    if workload.peers.size > 1 and measured["status"] in (Status.oom, Status.error):
+        measured["detail"] = f"rank {rank}: {measured['detail']}"
+    measured |= {"device": device.type, "job_s": time.perf_counter() - started}
+    measured["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return record(job, run_id=run_id, env_id=env_id, **measured)
+
+
+def _tell_unsupported(work_list: WorkList, events: Events, env_id: str) -> None:
+    if os.environ["RANK"] != "0":
+        return
     for number, job in enumerate(work_list.jobs):
         events.emit("start", number=number)
-        started = time.perf_counter()
-        measured = run_job(job, workload, policy)
-        measured |= {"device": device.type, "gpu": gpu, "job_s": time.perf_counter() - started}
-        row = record(job, run_id=work_list.run_id, env_id=described.env_id, **measured)
+        detail = f"ep_size = {job.case.ep_size} needs as many GPUs, this machine has {torch.cuda.device_count()}"
+        row = record(job, Status.unsupported, detail=detail, run_id=work_list.run_id, env_id=env_id, device="cuda")
         events.emit("record", number=number, record=json.loads(row.to_json()))
-        if row.status in (Status.oom, Status.error) and device.type == "cuda":
-            workload.forget()
-            torch.cuda.empty_cache()
+
+
+def _recover(workload: Workload) -> None:
+    workload.forget()
+    if workload.device.type == "cuda":
+        torch.cuda.synchronize(workload.device)  # raises where an error broke the GPU's context: another worker goes on
+        torch.cuda.empty_cache()
+
+
+def _unknown_backends(jobs: Sequence[Job]) -> list[str]:
+    mistakes = []
+    for name in dict.fromkeys(job.backend for job in jobs):
+        try:
+            check_name(name)
+        except RegistryError as error:
+            mistakes.append(str(error))
+    return mistakes
 
 
 def _end_with_supervisor() -> None:
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not sys.stdin: held by a thread, its lock aborts the interpreter's shutdown
+            pass
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device; without a name the first GPU if torch has one, the CPU otherwise."""
+    """The named device; without a name a GPU if torch has one, this rank's among ranks, and the CPU otherwise."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and torch.cuda.is_available():
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", "0")))
     return device
 
 
@@ -123,7 +184,8 @@ def main() -> None:
     options = parser.parse_args()
     faulthandler.enable()
     _end_with_supervisor()
-    torch.set_num_threads(environment.cpu_cores_usable())
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(environment.cpu_cores_usable())
     work_list = WorkList.model_validate_json(options.jobs.read_text())
     work(work_list, Events(options.events), pick_device(options.device))
 

@@ -20,8 +20,11 @@ class ExpertParameters(NamedTuple):
     down_proj_bias: Tensor | None  # [L, D]
 
     def to(self, dtype: torch.dtype) -> "ExpertParameters":
+        """In another dtype."""
         return ExpertParameters(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
 
+
+PARAMETER_NAMES = ExpertParameters._fields
 
 #: (x [T, D], weights [T, K], indices [T, K], parameters, config, first local expert) -> [T, D] in x's dtype: the sum
 #: over the choices of local experts. Indices outside of the window, −1 among them, contribute nothing.
@@ -32,7 +35,8 @@ Compute = Callable[[Tensor, Tensor, Tensor, ExpertParameters, MoEConfig, int], T
 class Engine:
     """One way to compute the local experts.
 
-    `unsupported(device, config)` says why the engine cannot run there; without a config it speaks of the device alone.
+    `unsupported(device, config)` says why the engine cannot run there on activations of the config's dtype; without a
+    config it speaks of the device alone.
     """
 
     compute: Compute

@@ -1,5 +1,7 @@
 """The oracle: one expert after the other in plain torch, sharing nothing with other engines but the activations."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,19 +11,26 @@ from experts.config import MoEConfig
 from experts.errors import Unsupported
 
 
-def expert_forward(x_ND: Tensor, weights_N: Tensor, expert: ExpertParameters, config: MoEConfig) -> Tensor:
+def expert_forward(
+    x_ND: Tensor,
+    weights_N: Tensor,
+    expert: ExpertParameters,
+    config: MoEConfig,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Tensor:
     """What one expert adds to its tokens: x [N, D], routing weights [N] -> [N, D] in float32 (float64 for float64).
 
     Projections run in x's dtype; the down projection's bias and a routing weight applied after it, in the result's.
+    `product` is how they multiply: who wants to know what coarser operands cost puts their rounding there.
     """
     acc = accumulation_dtype(x_ND.dtype)
     weights_N1 = weights_N.to(acc).unsqueeze(-1)
     inside_N1 = torch.ones_like(weights_N1) if config.apply_router_weight_after_down else weights_N1
-    h_NI = x_ND @ expert.gate_and_up_projs
+    h_NI = product(x_ND, expert.gate_and_up_projs)
     if expert.gate_up_proj_bias is not None:
         h_NI = h_NI + expert.gate_up_proj_bias
     a_NI = get_expert_activation_for_deepep(config)(h_NI, inside_N1)
-    y_ND = (a_NI @ expert.down_projs).to(acc)
+    y_ND = product(a_NI, expert.down_projs).to(acc)
     if expert.down_proj_bias is not None:
         y_ND = y_ND + expert.down_proj_bias.to(acc) * inside_N1
     return y_ND * weights_N1 if config.apply_router_weight_after_down else y_ND

@@ -180,3 +180,13 @@ def test_another_schema_is_refused_with_its_place(journal: Journal, schema: int 
         file.write(json.dumps(fields) + "\n")
     with pytest.raises(JournalError, match=rf"journal\.jsonl:2: schema {schema}, this moebench reads {SCHEMA}"):
         journal.read()
+
+
+@pytest.mark.parametrize("line", ["[]", "3", "null", '"schema"', '[{"schema": 1}]'])
+def test_a_line_that_is_no_object_is_refused_with_its_place(journal: Journal, line: str) -> None:
+    journal.append(ok())
+    with journal.path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(JournalError, match=r"journal\.jsonl:2: .*a line holds one record, a JSON object") as caught:
+        journal.read()
+    assert "\n" not in str(caught.value)

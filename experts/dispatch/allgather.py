@@ -1,0 +1,33 @@
+"""All-gather: every rank sees every token and computes its own experts; a reduce-scatter adds the parts up.
+
+Ranks may have different numbers of tokens, none included: rows are padded to the longest rank's with choices of −1.
+"""
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from experts.dispatch import Dispatched
+from experts.dispatch.collectives import AllGatherRows, ReduceScatterRows, all_gather_rows, largest
+
+
+class AllGather:
+    """Dispatcher over one process group, gloo or NCCL."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
+        """Every rank's tokens, in the order of the ranks. Waits for the device once, for the largest count."""
+        num_tokens = x_TD.shape[0]
+        missing = (0, 0, 0, largest(num_tokens, self._group, x_TD.device) - num_tokens)
+        x_RD = AllGatherRows.apply(F.pad(x_TD, missing), self._group)
+        weights_RK = AllGatherRows.apply(F.pad(weights_TK, missing), self._group)
+        indices_RK = all_gather_rows(F.pad(indices_TK, missing, value=-1), self._group)
+        return Dispatched(x_RD, weights_RK, indices_RK, num_tokens)
+
+    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
+        """This rank's tokens, summed over the ranks in y's dtype."""
+        num_tokens: int = dispatched.origin
+        share_TD: Tensor = ReduceScatterRows.apply(y_RD, self._group)
+        return share_TD[:num_tokens]

@@ -1,0 +1,85 @@
+"""Collectives with autograd over a process group: each direction's backward is the other direction.
+
+torch 2.13 renamed two of them and warns about the old names, which 2.11 has alone.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's rows, in the order of the ranks; all have as many. No autograd."""
+    gathered = rows.new_empty(rows.shape[0] * group.size(), *rows.shape[1:])
+    _all_gather(gathered, rows.contiguous(), group=group)
+    return gathered
+
+
+def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks of this rank's share of the rows. No autograd."""
+    share = rows.new_empty(rows.shape[0] // group.size(), *rows.shape[1:])
+    _reduce_scatter(share, rows.contiguous(), group=group)
+    return share
+
+
+def all_to_all_rows(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """`send[r]` consecutive rows to rank r, `receive[r]` from it, in the order of the ranks. No autograd."""
+    received = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    return received
+
+
+class AllGatherRows(Function):
+    """`all_gather_rows`, whose gradient is summed back to the rank that each row came from."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather_rows(rows, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter_rows(grad, ctx.group), None
+
+
+class ReduceScatterRows(Function):
+    """`reduce_scatter_rows`, whose gradient goes to every rank that added to the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return reduce_scatter_rows(rows, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather_rows(grad, ctx.group), None
+
+
+class AllToAllRows(Function):
+    """`all_to_all_rows`, whose gradient goes back the way the rows came."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return all_to_all_rows(rows, send, receive, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_to_all_rows(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def largest(count: int, group: dist.ProcessGroup, device: torch.device) -> int:
+    """The largest count of any rank. Waits for the device."""
+    counts = torch.tensor([count], device=device)
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
+    return int(counts)

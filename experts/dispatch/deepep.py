@@ -1,0 +1,166 @@
+"""DeepEP: `deep_ep.Buffer` moves tokens over NVLink (and RDMA), each token once to every rank that wants it.
+
+The backward of dispatch is combine and the reverse, with the handle of the forward. Buffers are shared by the layers
+of a process group and grow with the largest of them.
+"""
+
+import atexit
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from experts.config import MoEConfig, dtype_name
+from experts.dispatch import Dispatched
+from experts.errors import Unsupported
+
+ROW_ALIGNMENT_BYTES = 16
+MAX_RANKS_A_NODE = 8
+DEFAULT_NUM_SMS = 20
+
+_buffers: dict[dist.ProcessGroup, Any] = {}
+
+
+def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
+    """DeepEP takes bfloat16 rows that are a multiple of 16 bytes, on CUDA GPUs of SM90 and later."""
+    try:
+        import deep_ep  # noqa: F401
+    except (ImportError, OSError) as error:
+        return Unsupported(f"deep_ep does not import ({error}); pip install 'moebench[deepep]'")
+    if device.type != "cuda":
+        return Unsupported(f"deep_ep moves tokens between CUDA GPUs, the device is {device.type}; use alltoall")
+    if config is None:
+        return None
+    if config.dtype is not torch.bfloat16:
+        return Unsupported(f"deep_ep dispatches bfloat16, not {dtype_name(config.dtype)}; use alltoall")
+    if config.dim * config.dtype.itemsize % ROW_ALIGNMENT_BYTES:
+        return Unsupported(
+            f"deep_ep takes rows that are a multiple of {ROW_ALIGNMENT_BYTES} bytes, but dim = {config.dim} is "
+            f"{config.dim * config.dtype.itemsize}; use alltoall"
+        )
+    return None
+
+
+def shared_buffer(group: dist.ProcessGroup, row_bytes: int) -> Any:
+    """The group's buffer, made or made larger so that rows of `row_bytes` fit. Raises Unsupported below two ranks."""
+    import deep_ep
+
+    if group.size() < 2:
+        raise Unsupported("deep_ep needs at least 2 ranks, the group has 1; leave the dispatcher out")
+    configs = (deep_ep.Buffer.get_dispatch_config(group.size()), deep_ep.Buffer.get_combine_config(group.size()))
+    nvl_bytes = max(config.get_nvl_buffer_size_hint(row_bytes, group.size()) for config in configs)
+    rdma_bytes = max(config.get_rdma_buffer_size_hint(row_bytes, group.size()) for config in configs)
+    if group.size() <= MAX_RANKS_A_NODE:
+        rdma_bytes = 0
+    buffer = _buffers.get(group)
+    if buffer is None or buffer.num_nvl_bytes < nvl_bytes or buffer.num_rdma_bytes < rdma_bytes:
+        _destroy(group)
+        _buffers[group] = deep_ep.Buffer(group, nvl_bytes, rdma_bytes, explicitly_destroy=True)
+    return _buffers[group]
+
+
+def destroy_buffers() -> None:
+    """Free every group's buffer; all ranks call it, before their process group is destroyed."""
+    for group in list(_buffers):
+        _destroy(group)
+
+
+def _destroy(group: dist.ProcessGroup) -> None:
+    buffer = _buffers.pop(group, None)
+    if buffer is not None:
+        torch.cuda.synchronize()
+        buffer.destroy()
+
+
+atexit.register(destroy_buffers)
+
+
+class DeepEP:
+    """Dispatcher over one NCCL process group of at least two ranks; `num_sms` (even) multiprocessors move rows."""
+
+    def __init__(self, group: dist.ProcessGroup, config: MoEConfig, num_sms: int = DEFAULT_NUM_SMS) -> None:
+        self._group = group
+        self._n_routed_experts = config.n_routed_experts
+        self._first = group.rank() * (config.n_routed_experts // group.size())
+        self._row_bytes = config.dim * torch.bfloat16.itemsize
+        self.num_sms = num_sms
+        self._buffer()
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
+        """The tokens that chose an expert of this rank. The host waits for the counts."""
+        if x_TD.dtype is not torch.bfloat16:
+            raise Unsupported(f"deep_ep dispatches bfloat16, x is {x_TD.dtype}; use alltoall")
+        buffer = self._buffer()
+        route = _Route(buffer, self._n_routed_experts)
+        x_RD, weights_RK, local_RK = _Dispatch.apply(x_TD.contiguous(), weights_TK.float(), indices_TK, route)
+        indices_RK = torch.where(local_RK >= 0, local_RK + self._first, -1)
+        return Dispatched(x_RD, weights_RK, indices_RK, route)
+
+    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
+        """Every rank's part of this rank's tokens, summed by DeepEP."""
+        self._buffer()
+        combined: Tensor = _Combine.apply(y_RD.contiguous(), dispatched.origin)
+        return combined
+
+    def _buffer(self) -> Any:
+        import deep_ep
+
+        deep_ep.Buffer.set_num_sms(self.num_sms)  # global there: every layer sets its own before it moves anything
+        return shared_buffer(self._group, self._row_bytes)
+
+
+class _Route:
+    """One dispatch: its buffer, and the handle that its combine and both backward passes use."""
+
+    def __init__(self, buffer: Any, n_routed_experts: int) -> None:
+        self.buffer = buffer
+        self.n_routed_experts = n_routed_experts
+        self.handle: Any = None
+
+
+class _Dispatch(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, route: _Route
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens_per_rank, tokens_per_rdma_rank, tokens_per_expert, is_in_rank, _ = route.buffer.get_dispatch_layout(
+            indices_TK, route.n_routed_experts
+        )
+        x_RD, local_RK, weights_RK, _, route.handle, _ = route.buffer.dispatch(
+            x_TD,
+            topk_idx=indices_TK,
+            topk_weights=weights_TK,
+            num_tokens_per_rank=tokens_per_rank,
+            num_tokens_per_rdma_rank=tokens_per_rdma_rank,
+            is_token_in_rank=is_in_rank,
+            num_tokens_per_expert=tokens_per_expert,
+        )
+        ctx.route = route
+        ctx.mark_non_differentiable(local_RK)
+        return x_RD, weights_RK, local_RK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x_RD: Tensor, grad_weights_RK: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        route: _Route = ctx.route
+        grad_x_TD, grad_weights_TK, _event = route.buffer.combine(
+            grad_x_RD.contiguous(), route.handle, topk_weights=grad_weights_RK.contiguous()
+        )
+        return grad_x_TD, grad_weights_TK, None, None
+
+
+class _Combine(Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, route: _Route) -> Tensor:
+        ctx.route = route
+        y_TD: Tensor = route.buffer.combine(y_RD, route.handle)[0]
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
+        route: _Route = ctx.route
+        return route.buffer.dispatch(grad_TD.contiguous(), handle=route.handle)[0], None

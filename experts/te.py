@@ -1,0 +1,319 @@
+"""GroupedExpertsTE: experts by Transformer Engine's GroupedLinear, in bfloat16, float16, float32 or FP8.
+
+It keeps TE's own parameters, one [out, in] matrix an expert, and speaks the stacked layout to everyone else.
+"""
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from experts.compute.grouped import GroupedProduct, grouped_experts, no_rows
+from experts.config import BackendConfig, Fp8Recipe, MoEConfig, dtype_name, is_gated_activation
+from experts.errors import ConfigError, Unsupported
+from experts.layer import ExpertLayer
+from experts.permutation import sort_by_expert
+from experts.state_dict import as_local, local_share
+
+FP8_ALIGNMENT = 16
+MXFP8_ALIGNMENT = 32
+LINEARS = ("gate_up_linear", "down_linear")
+#: Stacked name -> the linear that keeps it, and the name of its per-expert parameters there.
+KEPT_IN = {
+    "gate_and_up_projs": ("gate_up_linear", "weight"),
+    "down_projs": ("down_linear", "weight"),
+    "gate_up_proj_bias": ("gate_up_linear", "bias"),
+    "down_proj_bias": ("down_linear", "bias"),
+}
+
+
+class GroupedExpertsTE(ExpertLayer):
+    """Routed experts by Transformer Engine and, under expert parallelism, DeepEP by default.
+
+    `backend.te_fp8` names an FP8 recipe for the two projections; without one an ambient `te.autocast` is honoured. TE's
+    own parameters are `gate_up_linear.weight{i}` [2I, D] and `down_linear.weight{i}` [D, I], and their biases; the
+    stacked ones are properties made of them, and what the state dict holds.
+
+    Raises Unsupported where Transformer Engine is not installed, ConfigError for a backend that names another engine.
+    """
+
+    gate_up_linear: Any
+    down_linear: Any
+
+    def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
+        backend = backend or BackendConfig()
+        if backend.experts not in (None, "te"):
+            raise ConfigError(f"GroupedExpertsTE computes with te, not {backend.experts!r}; use GroupedExperts for it")
+        missing = _not_installed()
+        if missing is not None:
+            raise missing
+        super().__init__(config, "te", backend.dispatcher or "deepep")
+        self.te_fp8 = backend.te_fp8
+        up = config.moe_inter_dim * (2 if is_gated_activation(config.expert_activation) else 1)
+        self.gate_up_linear = self._make_linear(config.dim, up, torch.get_default_device())
+        self.down_linear = self._make_linear(config.moe_inter_dim, config.dim, torch.get_default_device())
+        self._is_first_microbatch: bool | None = None
+        self.register_state_dict_post_hook(_stack_keys)
+        self.register_load_state_dict_pre_hook(_split_keys)
+        self.register_load_state_dict_post_hook(_name_missing_keys)
+
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor,
+        weights: Tensor,
+        indices: Tensor,
+        is_first_microbatch: bool | None = None,
+    ) -> Tensor:
+        """As `ExpertLayer.forward`. FP8 weights are quantised in every call, unless `is_first_microbatch` is given.
+
+        True quantises and keeps them, False uses those kept, which is right while the weights do not change.
+        """
+        self._is_first_microbatch = is_first_microbatch
+        return super().forward(x, token_mask, weights, indices)
+
+    def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+        """Two GroupedLinears over rows sorted by expert. The sizes of the groups live on the host: every call waits."""
+        permutation = sort_by_expert(indices_RK, self.first_local_expert, self.n_local_experts)
+        rows_per_expert: list[int] = permutation.tokens_per_expert_L.tolist()
+        if sum(rows_per_expert) == 0:
+            return no_rows(x_RD, (weights_RK, *self.parameters()))
+
+        def by(linear: nn.Module) -> GroupedProduct:
+            return lambda rows: self._multiply(linear, rows, rows_per_expert)
+
+        biases = (self._stacked(name) for name in ("gate_up_proj_bias", "down_proj_bias"))
+        rows = permutation.cut(sum(rows_per_expert))
+        with self._autocast():
+            products = by(self.gate_up_linear), by(self.down_linear)
+            return grouped_experts(x_RD, weights_RK, rows, self.config, *products, *biases)
+
+    def _unsupported(self, device: torch.device, config: MoEConfig) -> Unsupported | None:
+        """TE's reason, with the FP8 recipe of this layer."""
+        if config.dtype is torch.float32 and self.config.dtype is not torch.float32:
+            dtype = dtype_name(self.config.dtype)
+            return Unsupported(f"Transformer Engine computes float32 on float32 parameters, these are {dtype}")
+        return unsupported(device, config, self.te_fp8)
+
+    @property
+    def gate_and_up_projs(self) -> Tensor:
+        """[E, D, 2I] ([E, D, I] ungated), stacked from TE's weights; a DTensor under expert parallelism."""
+        return self._sharded(self._stacked("gate_and_up_projs"))
+
+    @property
+    def down_projs(self) -> Tensor:
+        """[E, I, D], stacked from TE's weights; a DTensor under expert parallelism."""
+        return self._sharded(self._stacked("down_projs"))
+
+    @property
+    def gate_up_proj_bias(self) -> Tensor | None:
+        """[E, 2I], or None."""
+        return self._sharded(self._stacked("gate_up_proj_bias")) if self.config.expert_bias else None
+
+    @property
+    def down_proj_bias(self) -> Tensor | None:
+        """[E, D], or None."""
+        return self._sharded(self._stacked("down_proj_bias")) if self.config.expert_bias else None
+
+    def stacked_grads(self) -> dict[str, Tensor]:
+        """TE's gradients, stacked; absent where an expert has none."""
+        grads = {}
+        for name in KEPT_IN:
+            parts = [part.grad for part in self._parts(name)]
+            if parts and all(part is not None for part in parts):
+                grads[name] = _stack(parts)
+        return grads
+
+    def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
+        """TE's own reset: normal weights with TE's deviation, zero biases. `init_std` is not used."""
+        with buffer_device:
+            for name in LINEARS:
+                getattr(self, name).reset_parameters()
+
+    def _make_linear(self, in_features: int, out_features: int, device: torch.device) -> nn.Module:
+        import transformer_engine.pytorch as te
+
+        linear: nn.Module = te.GroupedLinear(
+            self.n_local_experts,
+            in_features,
+            out_features,
+            bias=self.config.expert_bias,
+            # biases are added here: the down projection's is weighted, which TE's own addition would not do
+            return_bias=self.config.expert_bias,
+            params_dtype=self.config.dtype,
+            device=device,
+        )
+        return linear
+
+    def _multiply(self, linear: nn.Module, rows: Tensor, rows_per_expert: list[int]) -> Tensor:
+        import transformer_engine.pytorch as te
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        fp8 = FP8GlobalStateManager.is_fp8_enabled()
+        sizes = rows_per_expert
+        if fp8:
+            alignment = MXFP8_ALIGNMENT if FP8GlobalStateManager.get_fp8_recipe().mxfp8() else FP8_ALIGNMENT
+            rows, sizes = te.Fp8Padding(len(sizes), alignment)(rows.contiguous(), sizes)
+        # TE casts parameters of another dtype than the rows' under autocast alone
+        other_dtype = rows.dtype is not self.config.dtype
+        with torch.autocast("cuda", dtype=rows.dtype, enabled=other_dtype):
+            result = linear(rows.contiguous(), sizes, is_first_microbatch=self._is_first_microbatch)
+        product: Tensor = result[0] if isinstance(result, tuple) else result
+        if fp8 and sizes != rows_per_expert:
+            product = te.Fp8Unpadding(len(sizes), alignment)(product, rows_per_expert)
+        return product
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        if self.te_fp8 is None:
+            return contextlib.nullcontext()
+        import transformer_engine.pytorch as te
+
+        context: contextlib.AbstractContextManager[None] = te.autocast(enabled=True, recipe=_recipe(self.te_fp8))
+        return context
+
+    def _parts(self, name: str) -> list[Tensor]:
+        linear, kind = KEPT_IN[name]
+        if kind == "bias" and not self.config.expert_bias:
+            return []
+        return [getattr(getattr(self, linear), f"{kind}{index}") for index in range(self.n_local_experts)]
+
+    def _stacked(self, name: str) -> Tensor | None:
+        parts = self._parts(name)
+        return _stack(parts) if parts else None
+
+    def _sharded(self, stacked: Tensor | None) -> Tensor:
+        assert stacked is not None
+        if self.ep_mesh is None:
+            return stacked
+        return DTensor.from_local(stacked, self.ep_mesh, [Shard(0)], run_check=False)
+
+    @torch.no_grad()
+    def _shard_parameters(self, ep_mesh: DeviceMesh) -> None:
+        first, local = self.first_local_expert, self.n_local_experts
+        for name in LINEARS:
+            linear = getattr(self, name)
+            if linear.num_gemms == local:
+                continue
+            kept = {
+                f"{kind}{index}": getattr(linear, f"{kind}{first + index}")
+                for kind in ("weight", "bias")[: 1 + self.config.expert_bias]
+                for index in range(local)
+            }
+            share = self._make_linear(linear.in_features, linear.out_features, linear.weight0.device)
+            for key, value in kept.items():
+                getattr(share, key).copy_(value)
+            setattr(self, name, share)
+
+
+class CachedWeightsTE(GroupedExpertsTE):
+    """FP8 weights are quantised in the first call after they were loaded, and kept, as over a step's microbatches."""
+
+    _kept = False
+
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor,
+        weights: Tensor,
+        indices: Tensor,
+        is_first_microbatch: bool | None = None,
+    ) -> Tensor:
+        """As `GroupedExpertsTE.forward` with `is_first_microbatch` False from the second call on."""
+        first = not self._kept if is_first_microbatch is None else is_first_microbatch
+        self._kept = True
+        return super().forward(x, token_mask, weights, indices, first)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; what was kept is quantised anew."""
+        self._kept = False
+        return super().load_state_dict(*args, **kwargs)
+
+
+def _stack(parts: list[Any]) -> Tensor:
+    """[L, in, out] of matrices [out, in], [L, out] of vectors."""
+    return torch.stack([part.t() if part.ndim == 2 else part for part in parts])
+
+
+def _stack_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    assert isinstance(module, GroupedExpertsTE)
+    for key in [key for key in state_dict if key.startswith(tuple(f"{prefix}{name}." for name in LINEARS))]:
+        del state_dict[key]
+    for name in KEPT_IN:
+        stacked = module._stacked(name)
+        if stacked is not None:
+            state_dict[prefix + name] = module._sharded(stacked.detach())
+
+
+def _split_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Per-expert entries, views of this rank's share, for the linears to load."""
+    assert isinstance(module, GroupedExpertsTE)
+    for name, (linear, kind) in KEPT_IN.items():
+        stacked = state_dict.get(prefix + name)
+        if stacked is None or not module._parts(name):
+            continue
+        del state_dict[prefix + name]
+        if not isinstance(stacked, DTensor) and module.ep_mesh is not None:
+            stacked = local_share(stacked, module.ep_mesh)
+        for index, part in enumerate(as_local(stacked).unbind(0)):
+            state_dict[f"{prefix}{linear}.{kind}{index}"] = part.t() if part.ndim == 2 else part
+    for name in LINEARS:
+        state_dict.setdefault(f"{prefix}{name}._extra_state", None)  # FP8 scales are found anew, not loaded
+
+
+def _name_missing_keys(module: nn.Module, incompatible: Any) -> None:
+    """Missing per-expert keys are told once, by their stacked name."""
+    for name, (linear, kind) in KEPT_IN.items():
+        missing = [key for key in incompatible.missing_keys if f"{linear}.{kind}" in key]
+        if missing:
+            prefix = missing[0].partition(linear)[0]
+            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in missing]
+            incompatible.missing_keys.append(prefix + name)
+
+
+def _recipe(name: Fp8Recipe) -> Any:
+    from transformer_engine.common import recipe
+
+    recipes = {
+        "current": recipe.Float8CurrentScaling,
+        "delayed": recipe.DelayedScaling,
+        "block": recipe.Float8BlockScaling,
+        "mxfp8": recipe.MXFP8BlockScaling,
+    }
+    return recipes[name]()
+
+
+@functools.cache
+def _not_installed() -> Unsupported | None:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, OSError) as error:
+        return Unsupported(f"Transformer Engine does not import ({error}); pip install 'moebench[te]'")
+    return None
+
+
+def unsupported(device: torch.device, config: MoEConfig | None, te_fp8: Fp8Recipe | None) -> Unsupported | None:
+    """TE needs CUDA; FP8 needs SM89, MXFP8 SM100, and dim and moe_inter_dim that are multiples of 16 (32)."""
+    missing = _not_installed()
+    if missing is not None:
+        return missing
+    if device.type != "cuda":
+        return Unsupported(f"Transformer Engine needs a CUDA GPU, the device is {device.type}")
+    needed = (10, 0) if te_fp8 == "mxfp8" else (8, 9) if te_fp8 else (7, 0)
+    present = torch.cuda.get_device_capability(device)
+    if present < needed:
+        what = te_fp8 or "te"
+        return Unsupported(f"{what} needs SM{needed[0]}{needed[1]}, this is SM{present[0]}{present[1]}")
+    if config is None:
+        return None
+    if config.dtype is torch.float64:
+        return Unsupported(f"Transformer Engine has no {dtype_name(config.dtype)}; use the loop")
+    alignment = MXFP8_ALIGNMENT if te_fp8 == "mxfp8" else FP8_ALIGNMENT
+    for name in ("dim", "moe_inter_dim"):
+        size = getattr(config, name)
+        if te_fp8 and size % alignment:
+            return Unsupported(f"FP8 takes multiples of {alignment}, but {name} = {size}; use te without FP8")
+    return None

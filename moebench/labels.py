@@ -1,0 +1,112 @@
+"""How results are spoken of, the same in tables, plots and pages. No torch here."""
+
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from moebench.case import Case
+
+
+@dataclass(frozen=True)
+class Description:
+    """What tells the cases of a frame apart, and what they share."""
+
+    shared: dict[str, str]  #: parts that are the same in every row, without those at their default
+    varying: pd.DataFrame  #: a column a part that differs, a row a row of the frame, all strings
+
+    @property
+    def labels(self) -> "pd.Series[str]":
+        """The varying parts of each row in one string."""
+        texts = [" ".join(filter(None, row)) for row in self.varying.to_numpy()]
+        return pd.Series(texts, index=self.varying.index, dtype="str")
+
+    def title(self, *without: str) -> str:
+        """The shared parts in words, but for those named."""
+        return ", ".join(text for part, text in self.shared.items() if part not in without)
+
+
+def describe(frame: pd.DataFrame) -> Description:
+    """Split what describes the case of each row into what all rows share and what varies."""
+    parts = pd.DataFrame([_parts(row) for row in frame.to_dict("records")], index=frame.index, dtype="str")
+    values = {str(name): parts[name].unique() for name in parts}
+    shared = {name: str(found[0]) for name, found in values.items() if len(found) == 1 and found[0]}
+    for name in {"tokens", "routing"} & shared.keys():
+        shared[name] += f" {name}"
+    for place in ("machine", "run"):
+        shared.pop(place, None)  # `machine` below says where and when
+    return Description(shared, parts[[name for name, found in values.items() if len(found) > 1]])
+
+
+def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
+    """What describes a case, in words; empty for a setting at its default."""
+    shape = f"e{row['n_routed_experts']}k{row['n_activated_experts']}d{row['dim']}i{row['moe_inter_dim']}"
+    settings = {
+        "activation_alpha": "alpha {:g}",
+        "activation_limit": "limit {:g}",
+        "swiglu_limit": "swiglu_limit {:g}",
+        "apply_router_weight_after_down": "weight after down",
+        "masked_share": "{:.0%} masked",
+        "ep_size": "EP {}",
+        "seed": "seed {}",
+    }
+    return {
+        "experts": shape if pd.isna(row["model"]) else str(row["model"]),
+        "tokens": str(row["num_tokens"]),
+        "dtype": row["dtype"],
+        "mode": row["mode"],
+        "routing": row["routing"],
+        "activation": row["expert_activation"] + ("+bias" if row["expert_bias"] else ""),
+        **{
+            name: "" if row[name] == Case.model_fields[name].default else text.format(row[name])
+            for name, text in settings.items()
+        },
+        "machine": _machine_name(row["gpu"], row["device"]),
+        "run": row["run_id"],
+    }
+
+
+def _machine_name(gpu: Any, device: Any) -> str:
+    names = [name for name in (gpu, device) if not pd.isna(name)]
+    return {"cpu": "CPU"}.get(names[0], str(names[0])) if names else ""
+
+
+CASE_ORDER = (
+    *("model", "n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim", "dtype", "expert_activation"),
+    *("expert_bias", "masked_share", "ep_size", "routing", "mode", "num_tokens", "seed", "case_id"),
+)
+
+
+def in_case_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows sorted for reading: like cases together, forward before train, few tokens before many.
+
+    A row that names no machine, as that of a crash, gets its run's.
+    """
+    runs = frame.groupby("run_id")
+    machines = {name: frame[name].fillna(runs[name].transform("first")) for name in ("device", "gpu")}
+    return frame.assign(**machines).sort_values(list(CASE_ORDER), kind="stable", ignore_index=True)
+
+
+def backend_labels(frame: pd.DataFrame) -> "pd.Series[str]":
+    """The backend of each row, with its dispatcher where there is one: `te+deepep`."""
+    dispatchers = frame["dispatcher"].map(lambda name: "" if name == "local" else f"+{name}")
+    return (frame["backend"] + dispatchers).astype("str")
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Distinct backend labels as they are shown everywhere: loop, the reference, first, then by name."""
+    return sorted(set(labels), key=lambda label: (label.partition("+")[0] != "loop", label))
+
+
+def machine(frame: pd.DataFrame) -> str:
+    """Where and when rows were measured: GPU (or CPU), cold or warm L2, and the date if the run's id begins with it."""
+    places = dict.fromkeys(map(_machine_name, frame["gpu"], frame["device"]))
+    caches = [f"L2 {state}" for state in frame["l2"].dropna().unique()]
+    dates = sorted({"-".join(found.groups()) for run in frame["run_id"] if (found := _DATE.match(run))})
+    span = dates if len(dates) < 3 else [f"{dates[0]} to {dates[-1]}"]
+    return ", ".join(text for text in [*places, *caches, *span] if text)
+
+
+_DATE = re.compile(r"(20\d\d)-?([01]\d)-?([0-3]\d)(?!\d)")

@@ -1,0 +1,186 @@
+"""How figures look: colour and marker of each backend, sizes, and the text around the axes. No torch here."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping
+from textwrap import wrap
+from types import MappingProxyType
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
+
+from moebench.labels import describe, in_order, machine
+from moebench.metrics import THROUGHPUT, Metric
+from moebench.record import Status
+
+#: Colour (Okabe and Ito's and Tol's, told apart by the colour-blind) and marker of each known backend.
+BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "loop": ("#5A5A5A", "o"),
+        "torch_mm": ("#0072B2", "s"),
+        "gmm": ("#E69F00", "^"),
+        "te": ("#009E73", "D"),
+        "te_fp8_current": ("#CC79A7", "v"),
+        "te_fp8_delayed": ("#882255", ">"),
+        "te_fp8_block": ("#D55E00", "P"),
+        "torch_mm_mxfp8": ("#56B4E9", "<"),
+        "triton": ("#332288", "p"),
+    }
+)
+_OTHER_COLORS = ("#999933", "#AA4499", "#661100", "#44AA99", "#6699CC", "#B8860B")
+_OTHER_MARKERS = ("h", "d", "8", "H", "*")
+#: Dashes and fill of a dispatcher, since colour and marker are its backend's.
+_DISPATCHER_LOOKS: Mapping[str, tuple[Any, str]] = MappingProxyType(
+    {"local": ("-", "full"), "allgather": ("-", "full"), "alltoall": ((0, (6, 1.5)), "left")}
+)
+_OTHER_DISPATCHER_LOOK = ((0, (1.5, 1)), "bottom")
+_SAVED_DASHES = (0, (3, 2))
+BAD, _INK = "#C00000", "#222222"
+CROSS: Mapping[str, Any] = MappingProxyType(
+    {"marker": "x", "color": BAD, "markersize": 11, "markeredgewidth": 2.6, "linestyle": "none"}
+)
+
+_WIDTH_IN, PANEL_IN, _MARGIN_IN = 6.4, 2.45, 0.12
+_TITLE_SIZE, _TEXT_SIZE, NOTE_SIZE = 13.5, 12.0, 11.0
+LEADING_IN = 1.35 / 72  # a line's height, per point of its font size
+_CHARACTER_IN = 0.57 / 72  # a character's mean width, likewise
+RC: Any = {  # of Any, since matplotlib's own type of it lists every key
+    "font.family": "DejaVu Sans",
+    "font.size": _TEXT_SIZE,
+    "axes.titlesize": 12.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 7,
+    "xtick.major.size": 4,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "moebench",
+}
+
+
+def style(backend: str) -> tuple[str, str]:
+    """Colour and marker of a backend, the same everywhere; those of an unknown one follow from its name alone."""
+    if backend in BACKEND_STYLES:
+        return BACKEND_STYLES[backend]
+    number = int.from_bytes(hashlib.sha256(backend.encode()).digest()[:4], "big")
+    return _OTHER_COLORS[number % len(_OTHER_COLORS)], _OTHER_MARKERS[number // 97 % len(_OTHER_MARKERS)]
+
+
+def line_look(backend: str, dispatcher: str, *, dashed: bool) -> dict[str, Any]:
+    """How a line of one backend and dispatcher is drawn; dashed, for all but the first of its curves."""
+    color, marker = style(backend)
+    dashes, fill = _DISPATCHER_LOOKS.get(dispatcher, _OTHER_DISPATCHER_LOOK)
+    look = {"color": color, "marker": marker, "linestyle": dashes, "fillstyle": fill}
+    if dashed:
+        return {**look, "linestyle": _SAVED_DASHES, "linewidth": 1.6, "markersize": 5, "markerfacecolor": "white"}
+    look |= {"markeredgecolor": "white", "markeredgewidth": 0.7}
+    if backend == "loop":  # drawn first, and so broad that it shows where another line covers it
+        return {**look, "linewidth": 3.2, "markersize": 8.5}
+    return {**look, "markersize": 10 if marker in "P*" else 7}  # these markers are thin
+
+
+def sheet(
+    rows: pd.DataFrame, metric: Metric, on_axes: tuple[str, ...], joined: bool, body_in: float
+) -> tuple[Figure, SubFigure]:
+    """A figure with its title, legend and notes, and between them a subfigure `body_in` inches high for axes."""
+    head, notes = _head(rows, metric, on_axes), _fold(_undrawn(rows, metric), NOTE_SIZE)
+    entries = _legend_entries(metric.points(rows).dropna(subset="value"), metric, joined)
+    longest = max(len(str(entry.get_label())) for entry in entries)
+    columns = max(1, min(len(entries), int(_WIDTH_IN / (longest * _TEXT_SIZE * _CHARACTER_IN + 0.7))))
+    legend_in = math.ceil(len(entries) / columns) * 0.25 + 0.1
+    head_in = sum(size * LEADING_IN for _, size, _ in head) + _MARGIN_IN
+    foot_in = legend_in + len(notes) * NOTE_SIZE * LEADING_IN + _MARGIN_IN
+
+    heights = [head_in, body_in, foot_in]
+    figure = Figure(figsize=(_WIDTH_IN, sum(heights)))
+    figure.set_layout_engine("constrained", w_pad=_MARGIN_IN)
+    top, body, bottom = figure.subfigures(3, squeeze=False, height_ratios=heights)[:, 0]
+    _write_lines(top, head, _MARGIN_IN / 2, head_in)
+    _write_lines(bottom, [(note, NOTE_SIZE, "normal") for note in notes], legend_in, foot_in)
+    bottom.legend(handles=entries, loc="upper center", ncols=columns, borderaxespad=0, labelspacing=0.3)
+    return figure, body
+
+
+def _head(rows: pd.DataFrame, metric: Metric, on_axes: tuple[str, ...]) -> list[tuple[str, float, str]]:
+    """Lines that say what was measured where, with size and weight."""
+    shared = {part: text for part, text in describe(rows).shared.items() if part not in on_axes}
+    first = [shared.pop(part) for part in ("experts", "dtype", "activation") if part in shared]
+    title = f"{metric.title}: {', '.join(first)}" if first else metric.title
+    numbers = rows[["n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim"]].drop_duplicates()
+    shape = [
+        f"{experts} experts, top {top}, dim {dim}, inter {inter}" for experts, top, dim, inter in numbers.to_numpy()
+    ]
+    below = [", ".join([*(shape if len(shape) == 1 else ()), *shared.values()]), machine(rows)]
+    return [
+        *((line, _TITLE_SIZE, "bold") for line in _fold(title, _TITLE_SIZE * 1.08)),
+        *((line, NOTE_SIZE, "normal") for text in below for line in _fold(text, NOTE_SIZE)),
+    ]
+
+
+def _write_lines(area: SubFigure, lines: list[tuple[str, float, str]], down_in: float, height_in: float) -> None:
+    for text, size, weight in lines:
+        where = (_MARGIN_IN / _WIDTH_IN, 1 - down_in / height_in)
+        area.text(*where, text, fontsize=size, fontweight=weight, va="top", parse_math=False)
+        down_in += size * LEADING_IN
+
+
+def _fold(text: str, size: float) -> list[str]:
+    return wrap(text, int((_WIDTH_IN - 2 * _MARGIN_IN) / (size * _CHARACTER_IN)))
+
+
+def _legend_entries(points: pd.DataFrame, metric: Metric, joined: bool) -> list[Line2D]:
+    def entry(label: str, **look: Any) -> Line2D:
+        return Line2D([], [], label=label, **look)
+
+    dot: dict[str, Any] = {"marker": "o", "linestyle": "none"}
+    hollow: dict[str, Any] = {"markerfacecolor": "white", "markersize": 5}
+    entries = []
+    for line in in_order(points["line"]):
+        row = points[points["line"] == line].iloc[0]
+        name = line if len(line) <= 44 else f"{line[:21]}…{line[-22:]}"
+        look = line_look(row["backend"], row["dispatcher"], dashed=False)
+        entries.append(entry(name, **look if joined else {**look, "linestyle": "none"}))
+    if metric.curves and points["curve"].nunique() > 1:
+        looks = ({}, {"linestyle": _SAVED_DASHES, "linewidth": 1.6}) if joined else (dot, {**dot, **hollow})
+        entries += [entry(curve, color=_INK, **look) for curve, look in zip(metric.curves, looks, strict=True)]
+    if metric is THROUGHPUT and points["converged"].eq(False).any():
+        entries.append(entry("not converged", color=_INK, **dot, **hollow))
+    if metric.budget is not None:
+        entries.append(entry("budget", color=BAD, linewidth=1.6))
+    if points["status"].eq(Status.mismatch).any():
+        entries.append(entry("mismatch", **CROSS))
+    return entries
+
+
+def _undrawn(rows: pd.DataFrame, metric: Metric) -> str:
+    """What was tried and has no value here, so that a gap explains itself."""
+    missing = rows.drop(metric.points(rows).dropna(subset="value").index.unique())
+    statuses = missing["status"].where(missing["status"] != Status.ok, "not measured")
+    counts = Counter(zip(missing["line"], statuses, strict=True))
+    texts = [f"{line} {status} ×{count}" for (line, status), count in sorted(counts.items())]
+    return "Not drawn: " + ", ".join(texts) if texts else ""
+
+
+def settle(figure: Figure) -> None:
+    """Fix the layout in round numbers: the last bits of the solver's vary, and with them the ids in an SVG."""
+    with matplotlib.rc_context(RC):
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for part in figure.subfigs:
+        part.bbox_relative.set_points(part.bbox_relative.get_points().round(5))
+    for ax in figure.axes:
+        ax.set_position(Bbox(ax.get_position().get_points().round(5)))

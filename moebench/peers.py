@@ -1,0 +1,90 @@
+"""The processes that measure one case together, rank by rank; alone, one process is its own group."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from experts.dispatch.collectives import all_gather_rows
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Peers:
+    """This process among the `size` ranks of expert parallelism. Every method is called by all ranks alike."""
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group, where there are ranks."""
+        assert self.mesh is not None
+        return self.mesh.get_group()
+
+    def tell(self, value: _T) -> list[_T]:
+        """Every rank's value, in the order of the ranks."""
+        if self.mesh is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def largest(self, value: float) -> float:
+        """The largest value of any rank."""
+        return max(self.tell(value))
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Every rank's rows, in the order of the ranks; ranks may have different numbers of them."""
+        if self.mesh is None:
+            return rows
+        counts = self.tell(rows.shape[0])
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        parts = all_gather_rows(padded, self.group).split(max(counts)) if max(counts) else [padded] * self.size
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def sum(self, tensor: Tensor) -> None:
+        """Add up over ranks, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor, group=self.group)
+
+    def align(self, device: torch.device) -> None:
+        """No rank goes on before all are here; on a GPU it is the device that waits, and the host does not."""
+        if self.mesh is None:
+            return
+        if device.type == "cuda":
+            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+        else:
+            dist.barrier(group=self.group)
+
+
+ALONE = Peers()
+
+
+def join(device: torch.device, timeout_s: float) -> Peers:
+    """The group that torch.distributed's launcher started this process in: gloo on a CPU, NCCL on GPUs."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Peers()
+    on_gpu = device.type == "cuda"
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("ep",))
+    return Peers(dist.get_rank(), size, mesh)
+
+
+def leave(peers: Peers) -> None:
+    """Free what the ranks share."""
+    if peers.mesh is not None:
+        from experts.dispatch.deepep import destroy_buffers
+
+        destroy_buffers()
+        dist.destroy_process_group()

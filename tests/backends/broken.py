@@ -1,0 +1,139 @@
+"""Backends that break the process they run in, one way each, and two that only say no."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import torch
+from torch import Tensor, nn
+
+from experts import GroupedExperts, MoEConfig, Unsupported
+
+
+class RaisesInBuild(GroupedExperts):
+    def __init__(self, config: MoEConfig) -> None:
+        raise ZeroDivisionError("no experts today")
+
+
+class _BreaksInForward(GroupedExperts):
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        self.break_down()
+        return super().forward(x, token_mask, weights, indices)
+
+    def break_down(self) -> None:
+        raise NotImplementedError
+
+
+class RaisesInForward(_BreaksInForward):
+    def break_down(self) -> None:
+        raise RuntimeError("cuBLAS is in a bad mood")
+
+
+class RaisesInBackward(GroupedExperts):
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        output = super().forward(x, token_mask, weights, indices)
+        if output.requires_grad:
+            output.register_hook(self._raise)
+        return output
+
+    @staticmethod
+    def _raise(grad: Tensor) -> None:
+        raise RuntimeError("no way back")
+
+
+class SaysUnsupported(GroupedExperts):
+    @staticmethod
+    def unsupported(device: torch.device, config: MoEConfig | None) -> str:
+        return f"runs on paper, not on {device.type}"
+
+
+class RaisesUnsupported(_BreaksInForward):
+    def break_down(self) -> None:
+        raise Unsupported("found out too late")
+
+
+class RaisesMemoryError(_BreaksInForward):
+    def break_down(self) -> None:
+        raise MemoryError
+
+
+class OutOfMemory(_BreaksInForward):
+    """Asks torch's allocator for a pebibyte, more than an address space holds."""
+
+    def break_down(self) -> None:
+        torch.empty(2**50, dtype=torch.uint8)
+
+
+class OutOfGpuMemory(_BreaksInForward):
+    def break_down(self) -> None:
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+
+
+class BreaksTheGpu(_BreaksInForward):
+    """An assertion on the device: from then on its process can do nothing on that GPU."""
+
+    def break_down(self) -> None:
+        torch.zeros(3, device="cuda")[torch.full((3,), 99, device="cuda")]
+        torch.cuda.synchronize()
+
+
+class Hangs(_BreaksInForward):
+    def break_down(self) -> None:
+        threading.Event().wait()
+
+
+class Segfaults(_BreaksInForward):
+    def break_down(self) -> None:
+        ctypes.string_at(0)
+
+
+class KillsItself(_BreaksInForward):
+    def break_down(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Exits(_BreaksInForward):
+    def break_down(self) -> None:
+        os._exit(3)
+
+
+class LeavesAChild(_BreaksInForward):
+    """Dies, and a process that it started lives on in its process group, its standard output the worker's log."""
+
+    def break_down(self) -> None:
+        child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+        print(f"child {child.pid}", flush=True)
+        os._exit(4)
+
+
+class DiesAfterItsRecord(_BreaksInForward):
+    """Right, but its process dies between this job and the next, as of an asynchronous fault."""
+
+    def break_down(self) -> None:
+        events = sys.modules["__main__"].Events
+        emit = events.emit
+
+        def emit_and_die(self: object, kind: str, **fields: object) -> None:
+            emit(self, kind, **fields)
+            if kind == "record":
+                os._exit(5)
+
+        events.emit = emit_and_die
+
+
+class NotAModule:
+    """No nn.Module at all."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        pass
+
+
+class OtherParameters(nn.Module):
+    """Its parameters are not in the stacked layout."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.dim))

@@ -1,0 +1,164 @@
+"""Backends that are right but for one fault each, which `moebench` must call a mismatch.
+
+Named as a user would name them, `faulty:SwappedExperts`, with this folder on PYTHONPATH. `FAULTS` says in which tensors
+each fault must be found.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from experts import GroupedExperts
+from experts.compute import ExpertParameters
+
+
+def busiest(indices_TK: Tensor, count: int) -> list[int]:
+    """The experts with the most tokens, so that a fault in one of them is a fault."""
+    return (indices_TK.flatten() + 1).bincount(minlength=count + 2)[1:].topk(count).indices.tolist()
+
+
+class SwappedExperts(GroupedExperts):
+    """Two experts in each other's place, as when they are loaded in lexicographic order."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        one, other = busiest(indices, 2)
+        swapped = torch.where(indices == one, other, torch.where(indices == other, one, indices))
+        return super().forward(x, token_mask, weights, swapped)
+
+
+class MissingRoutingWeight(GroupedExperts):
+    """Every chosen expert counts alike. The routing weights keep a gradient, of zeros."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        return super().forward(x, token_mask, weights * 0 + 1, indices)
+
+
+class DetachedRoutingWeight(GroupedExperts):
+    """The gradient of the routing weights is lost, as behind a plain all_gather; the forward pass is right."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        return super().forward(x, token_mask, weights.detach(), indices)
+
+
+class UnweightedDownBias(GroupedExperts):
+    """The down projection's bias is added without the routing weight."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        right = super().forward(x, token_mask, weights, indices)
+        missing = (1 - weights).unsqueeze(-1) * self.down_proj_bias[indices]
+        return right + (missing.sum(dim=1) * token_mask.unsqueeze(-1)).to(right.dtype)
+
+
+class DroppedToken(GroupedExperts):
+    """One token is forgotten."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        first = int(token_mask.nonzero()[0])
+        return super().forward(x, token_mask & (torch.arange(len(x)) != first), weights, indices)
+
+
+class UnwrittenRow(GroupedExperts):
+    """The last row of the output is never written: what it holds is the allocator's business."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        right = super().forward(x, token_mask, weights, indices)
+        return torch.cat([right[:-1], torch.empty_like(right[-1:])])
+
+
+class LeakingMask(GroupedExperts):
+    """Masked rows take part through a sum times zero: harmless until one of them is not finite."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        return super().forward(x, token_mask, weights, indices) + x.sum() * 0
+
+
+class ZeroGradOfOneExpert(GroupedExperts):
+    """One expert's down projection never learns."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        (self._frozen,) = busiest(indices, 1)
+        return super().forward(x, token_mask, weights, indices)
+
+    def expert_parameters(self) -> ExpertParameters:
+        right = super().expert_parameters()
+        frozen_E = torch.arange(len(right.down_projs)) == self._frozen
+        return right._replace(
+            down_projs=torch.where(frozen_E[:, None, None], right.down_projs.detach(), right.down_projs)
+        )
+
+
+class UnwrittenGradOfEmptyExperts(GroupedExperts):
+    """The weight gradient of an expert without tokens is never written, as in a kernel that visits groups with rows."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        rows_E = (indices[token_mask].flatten() + 1).bincount(minlength=self.n_routed_experts + 1)[1:]
+        self._has_rows_E = rows_E > 0
+        return super().forward(x, token_mask, weights, indices)
+
+    def expert_parameters(self) -> ExpertParameters:
+        right = super().expert_parameters()
+        return right._replace(gate_and_up_projs=_WriteSomeGrads.apply(right.gate_and_up_projs, self._has_rows_E))
+
+
+class _WriteSomeGrads(Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, written_E: Tensor) -> Tensor:
+        ctx.save_for_backward(written_E)
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (written_E,) = ctx.saved_tensors
+        written = torch.empty_like(grad)
+        written[written_E] = grad[written_E]
+        return written, None
+
+
+class ScaledExpert(GroupedExperts):
+    """One expert's rows are 2% too large."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        (expert,) = busiest(indices, 1)
+        return super().forward(x, token_mask, torch.where(indices == expert, 1.02 * weights, weights), indices)
+
+
+class WrongWhenWarm(GroupedExperts):
+    """Right in the first passes, which are checked; wrong in those that are timed."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._num_calls = 0
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        self._num_calls += 1
+        return super().forward(x, token_mask, weights, indices) * (1.1 if self._num_calls > 5 else 1.0)
+
+
+class ZeroedInputs(GroupedExperts):
+    """Does nothing, and covers its traces: of zero tokens and zero biases, the output is zero."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        with torch.no_grad():
+            x.zero_()
+            weights.zero_()
+        return super().forward(x, token_mask, weights, indices)
+
+
+OUTPUT = {"output"}
+#: Fault -> the tensors that must be found wrong when it is trained.
+FAULTS = {
+    "SwappedExperts": OUTPUT | {"x.grad", "weights.grad", "down_projs.grad", "gate_and_up_projs.grad"},
+    "MissingRoutingWeight": OUTPUT | {"x.grad", "weights.grad", "down_proj_bias.grad"},
+    "DetachedRoutingWeight": {"weights.grad"},
+    "UnweightedDownBias": OUTPUT | {"down_proj_bias.grad", "weights.grad"},
+    "DroppedToken": OUTPUT | {"x.grad", "weights.grad"},
+    "UnwrittenRow": OUTPUT,
+    "LeakingMask": OUTPUT,
+    "ZeroGradOfOneExpert": {"down_projs.grad"},
+    "UnwrittenGradOfEmptyExperts": {"gate_and_up_projs.grad"},
+    "ScaledExpert": {"down_projs.grad", "gate_and_up_projs.grad"},
+    "WrongWhenWarm": OUTPUT,
+    "ZeroedInputs": OUTPUT,
+}

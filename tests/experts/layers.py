@@ -1,0 +1,187 @@
+"""Layers to test: their configuration, inputs and parameters from a seed, a run of them, and how near is near."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from experts import BackendConfig, GroupedExperts, MoEConfig
+from tests.experts import oracle
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+#: Largest error of a row, relative to its norm: ten roundings, whose errors are 2^-53, 2^-24, 2^-8 and 2^-11.
+TOLERANCE = {F64: 1e-14, F32: 2e-6, BF16: 4e-2, F16: 5e-3}
+
+Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a test runs: engine, device, and dtype of activations and parameters."""
+
+    engine: str
+    device: str
+    dtype: torch.dtype
+
+    def config(self, **fields: Any) -> MoEConfig:
+        return moe_config(**{"dtype": self.dtype, **fields})
+
+    def layer(self, config: MoEConfig, parameters: Named | None = None) -> GroupedExperts:
+        return layer(self.engine, config, parameters, self.device)
+
+
+def _setups(devices: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> list[Any]:
+    return [
+        pytest.param(
+            Setup(engine, device, dtype),
+            id="-".join([engine, device, str(dtype).removeprefix("torch.")]),
+            marks=[pytest.mark.gpu] if device == "cuda" else [],
+        )
+        for device in devices
+        for engine in ("loop", "torch_mm")
+        for dtype in dtypes
+        if not (engine == "torch_mm" and dtype is F64)
+    ]
+
+
+on_every_setup = pytest.mark.parametrize("setup", _setups(("cpu", "cuda"), (F64, F32, BF16, F16)))
+on_cpu_and_gpu = pytest.mark.parametrize("setup", _setups(("cpu",), (F32,)) + _setups(("cuda",), (F32, BF16)))
+on_every_engine = pytest.mark.parametrize("engine", ["loop", "torch_mm"])
+
+
+def moe_config(**fields: Any) -> MoEConfig:
+    defaults = {"n_routed_experts": 4, "n_activated_experts": 2, "dim": 16, "moe_inter_dim": 8, "dtype": F32}
+    return MoEConfig(**{**defaults, **fields})
+
+
+def layer(engine: str, config: MoEConfig, parameters: Named | None = None, device: str = "cpu") -> GroupedExperts:
+    with torch.device(device):
+        made = GroupedExperts(config, BackendConfig(experts=engine))
+    made.load_state_dict(parameters if parameters is not None else random_parameters(config))
+    return made
+
+
+def random_parameters(config: MoEConfig, seed: int = 1) -> Named:
+    """Of a size that gate and up come out with deviation about 1, and biases that show."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: p.shape for name, p in GroupedExperts(config).named_parameters()}
+    return {
+        name: (
+            torch.randn(shape, generator=generator, dtype=F64) / (1 if name.endswith("bias") else math.sqrt(shape[1]))
+        ).to(config.dtype)
+        for name, shape in shapes.items()
+    }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes into a layer, and the gradient that comes back to its output."""
+
+    x: Tensor
+    token_mask: Tensor
+    weights: Tensor
+    indices: Tensor
+    grad: Tensor
+
+    def with_(self, **tensors: Tensor) -> "Batch":
+        return dataclasses.replace(self, **tensors)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(**{field.name: function(getattr(self, field.name)) for field in dataclasses.fields(self)})
+
+
+def random_batch(config: MoEConfig, num_tokens: int = 7, seed: int = 2, indices: Any = None) -> Batch:
+    """No token masked, its experts distinct unless `indices` says otherwise, routing weights at least float32."""
+    generator = torch.Generator().manual_seed(seed)
+    experts, k = config.n_routed_experts, config.n_activated_experts
+    chosen = torch.rand(num_tokens, experts, generator=generator).argsort(dim=1)[:, :k]
+    if indices is not None:
+        chosen = torch.as_tensor(indices, dtype=torch.int64).reshape(-1, k)
+        num_tokens = chosen.shape[0]
+    return Batch(
+        x=torch.randn(num_tokens, config.dim, generator=generator, dtype=F64).to(config.dtype),
+        token_mask=torch.ones(num_tokens, dtype=torch.bool),
+        weights=torch.rand(num_tokens, k, generator=generator).to(torch.promote_types(config.dtype, F32)) + 0.2,
+        indices=chosen,
+        grad=torch.randn(num_tokens, config.dim, generator=generator, dtype=F64).to(config.dtype),
+    )
+
+
+def run(made: GroupedExperts, batch: Batch) -> Named:
+    """`output`, and by name the gradients of x, weights and the parameters, as they come: dtypes and devices kept."""
+    made.zero_grad()
+    device = made.down_projs.device
+    batch = batch.map(lambda tensor: tensor.detach() if tensor.device == device else tensor.detach().to(device))
+    x, weights = batch.x.requires_grad_(), batch.weights.requires_grad_()
+    output = made(x, batch.token_mask, weights, batch.indices)
+    output.backward(batch.grad)
+    gradients = {"x": x.grad, "weights": weights.grad, **{name: p.grad for name, p in made.named_parameters()}}
+    missing = [name for name, gradient in gradients.items() if gradient is None]
+    assert not missing, f"no gradient for {missing}"
+    return {"output": output.detach(), **{name: g for name, g in gradients.items() if g is not None}}
+
+
+def expected(config: MoEConfig, parameters: Named, batch: Batch) -> Named:
+    """The oracle's answer for parameters as they are in x's dtype."""
+    return oracle.output_and_gradients(
+        config.expert_activation,
+        batch.x,
+        batch.token_mask,
+        batch.weights,
+        batch.indices,
+        {name: p.to(batch.x.dtype) for name, p in parameters.items()},
+        batch.grad,
+        alpha=config.activation_alpha,
+        limit=config.activation_limit,
+        swiglu_limit=config.swiglu_limit,
+    )
+
+
+def assert_near(found: Named, right: Named, dtype: torch.dtype) -> None:
+    """Each token's row or expert's part of each tensor, relative to its own size; exact zeros where it is zero.
+
+    A token's row is measured against the tensor's root-mean-square row where that is larger: terms may cancel in it.
+    `dtype` is what was computed in; a tensor that is kept in less may be off by more.
+    """
+    assert found.keys() == right.keys()
+    for name, reference in right.items():
+        tensor = found[name].detach().to("cpu", F64)
+        assert tensor.shape == reference.shape, name
+        assert torch.isfinite(tensor).all(), f"{name} is not finite"
+        if reference.numel() == 0:
+            continue
+        rows, reference_rows = tensor.flatten(1), reference.flatten(1)
+        sizes = reference_rows.norm(dim=1)
+        assert torch.equal(tensor[sizes == 0], reference[sizes == 0]), f"{name} is not exactly zero where it must be"
+        active = sizes[sizes > 0]
+        if name in ("output", "x", "weights") and active.numel():
+            sizes = torch.where(sizes > 0, sizes.clamp(min=float(active.square().mean().sqrt())), 0.0)
+        errors = (rows - reference_rows).norm(dim=1)[sizes > 0] / sizes[sizes > 0]
+        worst = float(errors.max()) if errors.numel() else 0.0
+        tolerance = max(TOLERANCE[dtype], TOLERANCE[found[name].dtype])
+        assert worst <= tolerance, f"{name} is off by {worst:.1e} of its size, more than {tolerance}"
+
+
+def assert_same(found: Named, other: Named) -> None:
+    """Bit for bit."""
+    assert found.keys() == other.keys()
+    for name, tensor in other.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def check(setup: Setup, config: MoEConfig, batch: Batch, parameters: Named | None = None) -> Named:
+    """Run and compare with the oracle; every gradient has its tensor's dtype. Gives back what was found."""
+    parameters = random_parameters(config) if parameters is None else parameters
+    made = setup.layer(config, parameters)
+    found = run(made, batch)
+    assert_near(found, expected(config, parameters, batch), batch.x.dtype)
+    dtypes = {"output": batch.x.dtype, "x": batch.x.dtype, "weights": batch.weights.dtype}
+    dtypes |= {name: p.dtype for name, p in made.named_parameters()}
+    assert {name: tensor.dtype for name, tensor in found.items()} == dtypes
+    return found

@@ -1,0 +1,350 @@
+"""Every corner in which an expert layer was ever wrong, on every engine, against the oracle."""
+
+import pytest
+import torch
+
+from tests.experts.layers import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    Batch,
+    Setup,
+    assert_near,
+    assert_same,
+    check,
+    expected,
+    on_cpu_and_gpu,
+    on_every_setup,
+    random_batch,
+    random_parameters,
+    run,
+)
+
+GATED = ("swiglu", "swigluoai", "quick_geglu", "geglu")
+ACTIVATIONS = (*GATED, "relu2")
+
+
+def assert_exactly_zero(gradients: dict[str, torch.Tensor], *experts: int) -> None:
+    for name in ("gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias"):
+        for expert in experts:
+            assert not gradients[name][expert].any(), f"{name}[{expert}]"
+
+
+@on_every_setup
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_output_and_every_gradient(setup: Setup, activation: str, bias: bool) -> None:
+    config = setup.config(
+        expert_activation=activation,
+        expert_bias=bias,
+        activation_alpha=1.3,
+        activation_limit=0.83,
+        swiglu_limit=0.71 if bias else 0.0,
+    )
+    check(setup, config, random_batch(config))
+
+
+@on_every_setup
+def test_zero_tokens(setup: Setup) -> None:
+    config = setup.config(expert_bias=True)
+    found = check(setup, config, random_batch(config, num_tokens=0))
+    assert found["output"].shape == (0, config.dim)
+    assert_exactly_zero(found, 0, 1, 2, 3)
+
+
+@on_every_setup
+def test_one_token(setup: Setup) -> None:
+    config = setup.config(expert_bias=True)
+    check(setup, config, random_batch(config, num_tokens=1))
+
+
+@on_every_setup
+@pytest.mark.parametrize(
+    "empty",
+    [[0], [1], [3], [0, 1], [0, 2, 3], [0, 1, 2]],
+    ids=lambda empty: "without-" + "-".join(map(str, empty)),
+)
+def test_experts_without_tokens_get_zero_gradients(setup: Setup, empty: list[int]) -> None:
+    config = setup.config(n_activated_experts=1, expert_bias=True)
+    busy = [expert for expert in range(4) if expert not in empty]
+    found = check(setup, config, random_batch(config, indices=[busy[t % len(busy)] for t in range(7)]))
+    assert_exactly_zero(found, *empty)
+
+
+@on_every_setup
+@pytest.mark.parametrize("why", ["masked", "index"])
+def test_all_experts_without_tokens(setup: Setup, why: str) -> None:
+    config = setup.config(expert_bias=True)
+    batch = random_batch(config)
+    if why == "masked":
+        batch = batch.with_(token_mask=torch.zeros_like(batch.token_mask))
+    else:
+        batch = batch.with_(indices=torch.full_like(batch.indices, -1))
+    for tensor in check(setup, config, batch).values():
+        assert not tensor.any()
+
+
+@on_every_setup
+@pytest.mark.parametrize("expert", [0, 2, 3])
+def test_all_tokens_to_one_expert(setup: Setup, expert: int) -> None:
+    config = setup.config(n_activated_experts=1, expert_bias=True)
+    check(setup, config, random_batch(config, indices=[expert] * 20))
+
+
+@on_every_setup
+def test_one_expert_twice_in_a_tokens_choices(setup: Setup) -> None:
+    config = setup.config(expert_bias=True)
+    check(setup, config, random_batch(config, indices=[[1, 1], [0, 1], [3, 3], [1, 1], [2, 0]]))
+
+
+@on_every_setup
+def test_all_tokens_twice_to_one_expert(setup: Setup) -> None:
+    config = setup.config(expert_bias=True)
+    check(setup, config, random_batch(config, indices=[[2, 2]] * 5))
+
+
+@on_every_setup
+def test_index_of_none_contributes_nothing(setup: Setup) -> None:
+    config = setup.config(n_activated_experts=3, expert_bias=True)
+    batch = random_batch(config, indices=[[-1, 0, 3], [2, -1, 1], [-1, -1, -1], [3, 1, -1], [0, 1, 2]])
+    weights = batch.weights.masked_fill(batch.indices < 0, torch.nan)
+    found = check(setup, config, batch.with_(weights=weights))
+    assert not found["weights"][batch.indices < 0].any()
+    assert not found["output"][2].any()
+    assert not found["x"][2].any()
+
+
+def some_masked(batch: Batch) -> Batch:
+    mask = torch.ones_like(batch.token_mask)
+    mask[[0, 3, -1]] = False
+    return batch.with_(token_mask=mask)
+
+
+@on_every_setup
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_a_masked_row_holds_reaches_nothing(setup: Setup, bias: bool, poison: float) -> None:
+    """Not the other tokens, as `x.sum() * 0` would let it, and not an expert that nobody else chose."""
+    config = setup.config(expert_bias=bias)
+    batch = some_masked(random_batch(config, indices=[[3, 0], [0, 1], [1, 0], [3, 1], [1, 0], [0, 3]]))
+    parameters = random_parameters(config)
+    masked = ~batch.token_mask
+    clean = run(setup.layer(config, parameters), batch)
+    assert_near(clean, expected(config, parameters, batch), config.dtype)
+    poisoned = batch.with_(
+        x=batch.x.masked_fill(masked[:, None], poison),
+        weights=batch.weights.masked_fill(masked[:, None], poison),
+        grad=batch.grad.masked_fill(masked[:, None], poison),
+    )
+    found = run(setup.layer(config, parameters), poisoned)
+    assert_same(found, clean)
+    for name in ("output", "x", "weights"):
+        assert not found[name][masked].any(), name
+    for name in parameters:
+        assert not found[name][2:].any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+@on_cpu_and_gpu
+def test_masked_tokens_with_indices_of_any_integer_dtype(setup: Setup, dtype: torch.dtype) -> None:
+    """Of 256 experts the last is 255, which is −1 in uint8."""
+    unsigned = dtype is torch.uint8
+    config = setup.config(n_routed_experts=256 if unsigned else 120, dim=8, expert_bias=True)
+    last = config.n_routed_experts - 1
+    batch = some_masked(random_batch(config, indices=[[last, 0], [0, 1], [1, last], [3, last], [1, 0], [last, 3]]))
+    check(setup, config, batch.with_(indices=batch.indices.to(dtype)))
+
+
+@on_cpu_and_gpu
+def test_masked_token_may_have_any_index(setup: Setup) -> None:
+    config = setup.config()
+    batch = some_masked(random_batch(config))
+    parameters = random_parameters(config)
+    right = expected(config, parameters, batch)
+    indices = batch.indices.masked_fill(~batch.token_mask[:, None], 1 << 40)
+    assert_near(run(setup.layer(config, parameters), batch.with_(indices=indices)), right, config.dtype)
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, with every stride strange."""
+    spread = torch.zeros([3 * size for size in reversed(tensor.shape)], dtype=tensor.dtype, device=tensor.device)
+    view = spread.permute(*reversed(range(tensor.ndim)))[(slice(1, None, 3),) * tensor.ndim]
+    view.copy_(tensor)
+    assert not view.is_contiguous()
+    return view
+
+
+@on_every_setup
+@pytest.mark.parametrize("which", ["x", "token_mask", "weights", "indices", "grad", "all"])
+def test_non_contiguous_inputs(setup: Setup, which: str) -> None:
+    config = setup.config(expert_bias=True)
+    batch = some_masked(random_batch(config)).map(lambda tensor: tensor.to(setup.device))
+    names = ("x", "token_mask", "weights", "indices", "grad") if which == "all" else (which,)
+    check(setup, config, batch.with_(**{name: strided(getattr(batch, name)) for name in names}))
+
+
+@on_every_setup
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_expanded_output_gradient(setup: Setup, bias: bool) -> None:
+    """What `out.sum().backward()` gives back."""
+    config = setup.config(expert_bias=bias)
+    batch = random_batch(config)
+    ones = torch.ones((), dtype=config.dtype, device=setup.device).expand(batch.grad.shape)
+    check(setup, config, batch.with_(grad=ones))
+
+
+@on_every_setup
+def test_parameters_may_be_transposed_views(setup: Setup) -> None:
+    config = setup.config(expert_bias=True)
+    parameters = {name: p.to(setup.device) for name, p in random_parameters(config).items()}
+    transposed = {
+        name: p.transpose(1, 2).contiguous().transpose(1, 2) if p.ndim == 3 else p for name, p in parameters.items()
+    }
+    batch = random_batch(config)
+    made = setup.layer(config)
+    made.load_state_dict(transposed, assign=True)
+    assert not made.down_projs.is_contiguous()
+    assert_near(run(made, batch), expected(config, parameters, batch), config.dtype)
+
+
+@on_every_setup
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_inner_size_equal_to_dim(setup: Setup, activation: str) -> None:
+    """Where transposed weights would fit just as well; relu2 has only square ones."""
+    config = setup.config(moe_inter_dim=16, expert_activation=activation, expert_bias=True)
+    check(setup, config, random_batch(config))
+
+
+@on_every_setup
+def test_as_many_tokens_as_dim_and_as_many_experts_as_tokens(setup: Setup) -> None:
+    config = setup.config(n_routed_experts=8, n_activated_experts=8, dim=8, moe_inter_dim=8, expert_bias=True)
+    check(setup, config, random_batch(config, num_tokens=8))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "activations"),
+    [(F32, BF16), (F32, F16), (BF16, F32)],
+    ids=["float32-bfloat16", "float32-float16", "bfloat16-float32"],
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@on_cpu_and_gpu
+def test_parameters_of_another_dtype(
+    setup: Setup, parameters: torch.dtype, activations: torch.dtype, bias: bool
+) -> None:
+    """The output and x's gradient have x's dtype, every parameter's gradient the parameter's."""
+    config = setup.config(dtype=parameters, expert_bias=bias)
+    batch = random_batch(config)
+    found = check(setup, config, batch.with_(x=batch.x.to(activations), grad=batch.grad.to(activations)))
+    assert found["output"].dtype is found["x"].dtype is activations
+    assert found["gate_and_up_projs"].dtype is parameters
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@on_cpu_and_gpu
+def test_routing_weights_of_any_float_dtype(setup: Setup, dtype: torch.dtype) -> None:
+    config = setup.config(expert_bias=True)
+    batch = random_batch(config)
+    found = check(setup, config, batch.with_(weights=batch.weights.to(dtype)))
+    assert found["weights"].dtype is dtype
+
+
+@on_every_setup
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_router_weight_after_down(setup: Setup, bias: bool) -> None:
+    config = setup.config(apply_router_weight_after_down=True, expert_bias=bias)
+    check(setup, config, some_masked(random_batch(config)))
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@on_cpu_and_gpu
+def test_where_the_router_weight_is_applied(setup: Setup, dtype: torch.dtype, after: bool) -> None:
+    """Exact arithmetic cannot tell, rounding can: a weight just above 1 is lost on an activation of 1 alone."""
+    config = setup.config(
+        dtype=dtype, expert_activation="relu2", n_activated_experts=1, apply_router_weight_after_down=after
+    )
+    eps = torch.finfo(dtype).eps
+    parameters = {name: torch.zeros_like(p) for name, p in random_parameters(config).items()}
+    parameters["gate_and_up_projs"][:, 0, 0] = 1
+    parameters["down_projs"][:, 0] = 2 - eps
+    batch = random_batch(config, indices=[2])
+    batch = batch.with_(x=torch.ones_like(batch.x), weights=torch.full_like(batch.weights, 1 + 0.4 * eps))
+    output = run(setup.layer(config, parameters), batch)["output"]
+    assert output.unique().tolist() == [2.0 if after else 2 - eps]
+
+
+@on_every_setup
+def test_a_token_is_summed_in_float32(setup: Setup) -> None:
+    """256 and seven ones: bfloat16 would stay at 256, whatever the order, and float16 has no trouble."""
+    config = setup.config(n_routed_experts=8, n_activated_experts=8, expert_bias=True)
+    parameters = {name: torch.zeros_like(p) for name, p in random_parameters(config).items()}
+    parameters["down_proj_bias"] += 1
+    parameters["down_proj_bias"][0] = 256
+    batch = random_batch(config, indices=[list(range(8))]).with_(weights=torch.ones(1, 8))
+    found = run(setup.layer(config, parameters), batch)["output"]
+    assert torch.equal(found.cpu(), torch.full((1, 16), 263.0).to(config.dtype))
+
+
+@on_every_setup
+def test_bias_gradients_are_summed_in_float32(setup: Setup) -> None:
+    config = setup.config(n_activated_experts=1, expert_bias=True)
+    batch = random_batch(config, indices=[1] * 600).with_(weights=torch.ones(600, 1))
+    batch = batch.with_(grad=torch.ones_like(batch.grad))
+    found = run(setup.layer(config), batch)["down_proj_bias"]
+    assert torch.equal(found[1].cpu(), torch.full((16,), 600.0).to(config.dtype))
+
+
+@on_cpu_and_gpu
+def test_gradients_accumulate(setup: Setup) -> None:
+    config = setup.config(expert_bias=True)
+    batch = random_batch(config).map(lambda tensor: tensor.to(setup.device))
+    made = setup.layer(config)
+    once = {name: g.clone() for name, g in run(made, batch).items()}
+    made(batch.x, batch.token_mask, batch.weights, batch.indices).backward(batch.grad)
+    for name, parameter in made.named_parameters():
+        assert torch.equal(parameter.grad, 2 * once[name])
+
+
+@on_cpu_and_gpu
+@pytest.mark.parametrize("frozen", ["parameters", "x", "weights", "x and weights"])
+def test_what_needs_no_gradient_gets_none(setup: Setup, frozen: str) -> None:
+    config = setup.config(expert_bias=True)
+    batch = random_batch(config).map(lambda tensor: tensor.to(setup.device))
+    made = setup.layer(config).requires_grad_(frozen != "parameters")
+    x = batch.x.requires_grad_("x" not in frozen)
+    weights = batch.weights.requires_grad_("weights" not in frozen)
+    made(x, batch.token_mask, weights, batch.indices).backward(batch.grad)
+    right = expected(config, random_parameters(config), batch)
+    tensors = {"x": x, "weights": weights, **dict(made.named_parameters())}
+    for name, tensor in tensors.items():
+        assert (tensor.grad is not None) == tensor.requires_grad
+        if tensor.grad is not None:
+            assert_near({name: tensor.grad}, {name: right[name]}, config.dtype)
+
+
+@on_every_setup
+def test_inference_gives_the_same_output(setup: Setup) -> None:
+    config = setup.config(expert_bias=True)
+    batch = some_masked(random_batch(config)).map(lambda tensor: tensor.to(setup.device))
+    made = setup.layer(config)
+    trained = run(made, batch)["output"]
+    inputs = [tensor.detach() for tensor in (batch.x, batch.token_mask, batch.weights, batch.indices)]
+    with torch.no_grad():
+        assert torch.equal(made(*inputs), trained)
+    with torch.inference_mode():
+        assert torch.equal(made(*inputs), trained)
+
+
+@on_every_setup
+def test_inputs_are_left_as_they_are(setup: Setup) -> None:
+    config = setup.config(expert_bias=True)
+    batch = some_masked(random_batch(config)).map(lambda tensor: tensor.to(setup.device))
+    before = batch.map(torch.clone)
+    made = setup.layer(config)
+    parameters = {name: p.detach().clone() for name, p in made.named_parameters()}
+    run(made, batch)
+    for name in ("x", "token_mask", "weights", "indices", "grad"):
+        assert torch.equal(getattr(batch, name), getattr(before, name)), name
+    for name, parameter in made.named_parameters():
+        assert torch.equal(parameter, parameters[name]), name

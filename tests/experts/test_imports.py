@@ -1,0 +1,142 @@
+"""Who imports whom: experts stands alone, vendor packages stay inside functions, engines know no other engine."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import experts
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "experts").rglob("*.py"))
+VENDOR = ("transformer_engine", "grouped_gemm", "deep_ep", "triton", "torchao")
+
+ALONE = f"""
+import sys
+for name in {VENDOR!r}:
+    sys.modules[name] = None
+import experts
+before = set(sys.modules)
+import torch
+from experts import BackendConfig, GroupedExperts, MoEConfig
+from experts.registry import backend_names, get_backend
+
+config = MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=8, dtype="float32")
+for name in ("loop", "torch_mm"):
+    assert name in backend_names()
+    made = get_backend(name).build(config)
+    made.init_weights(torch.device("cpu"))
+    x = torch.ones(3, 16, requires_grad=True)
+    output = made(x, torch.ones(3, dtype=torch.bool), torch.ones(3, 2), torch.tensor([[0, 1], [2, -1], [3, 0]]))
+    output.sum().backward()
+    assert output.shape == (3, 16) and x.grad.any() and made.down_projs.grad.any()
+loaded = {{name.partition(".")[0] for name, module in sys.modules.items() if module is not None}}
+print(sorted(loaded & {{"moebench", "matplotlib", "pandas", "pyarrow", "scipy", "rich", "typer", *{VENDOR!r}}}))
+print(*before)
+"""
+
+
+def imported(nodes: list[ast.stmt], inside_functions: bool) -> Iterator[str]:
+    """Full names of what is imported; a module taken from its package too."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+            handlers = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.ExceptHandler)]
+            yield from imported([*inner, *(stmt for handler in handlers for stmt in handler.body)], inside_functions)
+
+
+def relative(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_no_file_imports_the_harness(file: Path) -> None:
+    names = list(imported(ast.parse(file.read_text()).body, inside_functions=True))
+    assert not [name for name in names if name.partition(".")[0] in ("moebench", "tests")]
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_vendor_packages_are_imported_inside_functions(file: Path) -> None:
+    names = list(imported(ast.parse(file.read_text()).body, inside_functions=False))
+    assert not [name for name in names if name.partition(".")[0] in VENDOR]
+
+
+def is_engine_or_dispatcher(file: Path) -> bool:
+    """It has an ENGINE, or a class that dispatches and combines; other files beside them are what two of them share."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENGINE":
+            return True
+        if isinstance(node, ast.ClassDef):
+            methods = {child.name for child in node.body if isinstance(child, ast.FunctionDef)}
+            if {"dispatch", "combine"} <= methods:
+                return True
+    return False
+
+
+BACKENDS = [
+    file
+    for file in FILES
+    if file.parent.name in ("compute", "dispatch") and file.name != "__init__.py" and is_engine_or_dispatcher(file)
+]
+
+
+def module_name(file: Path) -> str:
+    return f"experts.{file.parent.name}.{file.stem}"
+
+
+def test_there_are_engines_to_look_at() -> None:
+    assert {"experts.compute.loop", "experts.compute.torch_mm"} <= {*map(module_name, BACKENDS)}
+
+
+def test_runs_alone_with_the_vendor_packages_blocked() -> None:
+    """In a fresh process: nothing of the harness, nothing of its dependencies, no engine before it is asked for."""
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded, imported_with_experts = done.stdout.splitlines()
+    assert loaded == "[]"
+    assert not {*imported_with_experts.split()} & {*map(module_name, BACKENDS)}
+
+
+@pytest.mark.parametrize("file", BACKENDS, ids=relative)
+def test_engines_and_dispatchers_import_no_other(file: Path) -> None:
+    names = list(imported(ast.parse(file.read_text()).body, inside_functions=True))
+    others = [module_name(other) for other in BACKENDS if other != file]
+    above = ["experts.modules", "experts.registry", "experts.engines"]
+    assert not [name for name in names for other in (*others, *above) if f"{name}.".startswith(f"{other}.")]
+
+
+def test_public_surface() -> None:
+    assert experts.__all__ == [
+        "BackendConfig",
+        "ConfigError",
+        "ExpertsError",
+        "GroupedExperts",
+        "GroupedExpertsDeepEP",
+        "GroupedExpertsTE",
+        "InputError",
+        "MoEConfig",
+        "RegistryError",
+        "Unsupported",
+        "get_expert_activation_for_deepep",
+        "is_gated_activation",
+        "quick_geglu_deepep",
+        "relu2_deepep",
+    ]
+    assert all(getattr(experts, name).__doc__ for name in experts.__all__)
+    assert all(getattr(experts, name).__module__.startswith("experts.") for name in experts.__all__)
+
+
+def test_errors_are_one_tree() -> None:
+    for error in (experts.ConfigError, experts.InputError, experts.RegistryError, experts.Unsupported):
+        assert issubclass(error, experts.ExpertsError)
+    assert issubclass(experts.InputError, ValueError)
+    assert issubclass(experts.RegistryError, LookupError)
+    assert not issubclass(experts.Unsupported, ValueError)

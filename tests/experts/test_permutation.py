@@ -1,0 +1,274 @@
+"""Permutation by expert, against lists sorted by hand: order, windows, offsets, and what is past the last group."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from experts import InputError
+from experts.permutation import (
+    MAX_ROWS,
+    Permutation,
+    add_expert_bias,
+    permute,
+    permute_weights,
+    sort_by_expert,
+    unpermute,
+)
+from tests.experts.layers import BF16, F32, F64
+
+EXPERTS = 6
+WINDOWS = [(0, 6), (0, 2), (2, 3), (4, 2), (5, 1), (6, 2), (0, 1)]
+on_every_window = pytest.mark.parametrize("window", WINDOWS, ids=lambda w: f"{w[0]}+{w[1]}")
+
+ROUTINGS = {
+    "mixed": [[3, 0], [-1, 5], [0, 3], [2, 2], [5, -1], [0, 4], [-1, -1], [2, 0]],
+    "one-token": [[4, 1]],
+    "no-token": [],
+    "one-expert": [[3, 3], [3, 3], [3, 3]],
+    "nobody": [[-1, -1], [-1, -1]],
+    "last-first": [[5, 4], [3, 2], [1, 0]],
+    "three-choices": [[0, 1, 0], [5, 0, -1], [1, 1, 1]],
+}
+on_every_routing = pytest.mark.parametrize("routing", ROUTINGS)
+
+
+def routed(routing: str, dtype: torch.dtype = torch.int64) -> Tensor:
+    choices = ROUTINGS[routing]
+    return torch.tensor(choices, dtype=dtype).reshape(len(choices), len(choices[0]) if choices else 2)
+
+
+def groups(routing: str, first: int, count: int) -> list[list[tuple[int, int]]]:
+    """Per local expert, its (token, choice) pairs in the order of the tokens."""
+    return [
+        [(t, k) for t, row in enumerate(ROUTINGS[routing]) for k, expert in enumerate(row) if expert == index]
+        for index in range(first, first + count)
+    ]
+
+
+def slots(permutation: Permutation) -> list[tuple[int, int]]:
+    k = permutation.n_activated_experts
+    return [(slot // k, slot % k) for slot in permutation.row_to_slot_N.tolist()]
+
+
+@on_every_routing
+@on_every_window
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8], ids=str)
+def test_rows_are_grouped_by_expert_in_the_tokens_order(
+    routing: str, window: tuple[int, int], dtype: torch.dtype
+) -> None:
+    found = sort_by_expert(routed(routing, dtype), *window)
+    right = groups(routing, *window)
+    in_order = [pair for group in right for pair in group]
+    assert slots(found)[: len(in_order)] == in_order
+    assert found.tokens_per_expert_L.tolist() == [len(group) for group in right]
+    assert found.offsets_L.tolist() == [sum(map(len, right[: index + 1])) for index in range(window[1])]
+
+
+@on_every_routing
+@on_every_window
+def test_rows_of_nobody_here_come_last(routing: str, window: tuple[int, int]) -> None:
+    found = sort_by_expert(routed(routing), *window)
+    num_local = sum(map(len, groups(routing, *window)))
+    experts = found.row_to_expert_N.tolist()
+    assert all(0 <= expert < window[1] for expert in experts[:num_local])
+    assert experts[num_local:] == [window[1]] * (len(experts) - num_local)
+    assert experts == sorted(experts)
+
+
+@on_every_routing
+@on_every_window
+def test_every_slot_has_one_row(routing: str, window: tuple[int, int]) -> None:
+    indices = routed(routing)
+    found = sort_by_expert(indices, *window)
+    everything = torch.arange(indices.numel())
+    assert torch.equal(found.row_to_slot_N.sort().values, everything)
+    assert torch.equal(found.slot_to_row_N[found.row_to_slot_N], everything)
+    assert torch.equal(found.row_to_slot_N[found.slot_to_row_N], everything)
+    assert torch.equal(found.row_to_token_N, found.row_to_slot_N // indices.shape[1])
+    assert torch.equal(found.is_local_TK, (indices >= window[0]) & (indices < sum(window)))
+
+
+def test_dtypes_that_kernels_want() -> None:
+    found = sort_by_expert(routed("mixed"), 0, EXPERTS)
+    assert found.offsets_L.dtype is torch.int32
+    assert found.tokens_per_expert_L.dtype is torch.int64
+    assert found.row_to_slot_N.dtype is found.slot_to_row_N.dtype is found.row_to_expert_N.dtype is torch.int64
+
+
+def test_order_is_stable_for_many_tokens() -> None:
+    """More than the handful that any sort leaves in order."""
+    indices = torch.randint(0, 3, (4000, 2), generator=torch.Generator().manual_seed(5))
+    found = sort_by_expert(indices, 0, 3)
+    start = 0
+    for end in found.offsets_L.tolist():
+        assert bool((found.row_to_slot_N[start:end].diff() > 0).all())
+        start = end
+
+
+def test_non_contiguous_indices() -> None:
+    indices = routed("mixed")
+    found = sort_by_expert(indices.t().contiguous().t(), 0, EXPERTS)
+    assert torch.equal(found.row_to_slot_N, sort_by_expert(indices, 0, EXPERTS).row_to_slot_N)
+
+
+@pytest.mark.parametrize("num_tokens", [2**30, 2**31, 2**33])
+def test_more_rows_than_int32_offsets_can_count_are_refused(num_tokens: int) -> None:
+    right = f"{2 * num_tokens} choices of {num_tokens} tokens exceed 2147483647"
+    with pytest.raises(InputError, match=right) as caught:
+        sort_by_expert(torch.empty(num_tokens, 2, dtype=torch.int8, device="meta"), 0, EXPERTS)
+    assert "\n" not in str(caught.value)
+
+
+def test_as_many_rows_as_int32_offsets_can_count_are_taken() -> None:
+    assert MAX_ROWS == 2**31 - 1
+    found = sort_by_expert(torch.empty(MAX_ROWS, 1, dtype=torch.int8, device="meta"), 0, EXPERTS)
+    assert found.row_to_slot_N.shape == (MAX_ROWS,)
+
+
+def tokens(routing: str, dim: int = 5, dtype: torch.dtype = F64) -> Tensor:
+    generator = torch.Generator().manual_seed(6)
+    return torch.randn(len(ROUTINGS[routing]), dim, dtype=F64, generator=generator).to(dtype)
+
+
+@on_every_routing
+@on_every_window
+def test_permute_and_unpermute(routing: str, window: tuple[int, int]) -> None:
+    """Rows are the tokens' rows; what comes back is each token times its local choices. Gradients likewise."""
+    x_TD = tokens(routing).requires_grad_()
+    found = sort_by_expert(routed(routing), *window)
+    rows_ND = permute(x_TD, found)
+    assert torch.equal(rows_ND, x_TD[[t for t, _ in slots(found)]])
+    poisoned_ND = rows_ND.clone()
+    poisoned_ND[sum(map(len, groups(routing, *window))) :] = torch.nan
+    back_TD = unpermute(poisoned_ND, found)
+    times_T1 = found.is_local_TK.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(back_TD, x_TD * times_T1, rtol=1e-15, atol=0)
+    grad_TD = tokens(routing).sin()
+    back_TD.backward(grad_TD)
+    torch.testing.assert_close(x_TD.grad, grad_TD * times_T1, rtol=1e-15, atol=0)
+
+
+@on_every_routing
+@on_every_window
+def test_gradient_of_permute_reads_no_row_past_the_last_group(routing: str, window: tuple[int, int]) -> None:
+    x_TD = tokens(routing).requires_grad_()
+    found = sort_by_expert(routed(routing), *window)
+    num_local = sum(map(len, groups(routing, *window)))
+    grad_ND = tokens(routing).sin()[found.row_to_token_N]
+    grad_ND[num_local:] = torch.nan
+    permute(x_TD, found).backward(grad_ND)
+    right_TD = torch.zeros_like(x_TD)
+    for row, (t, _) in enumerate(slots(found)[:num_local]):
+        right_TD[t] += grad_ND[row]
+    torch.testing.assert_close(x_TD.grad, right_TD, rtol=1e-14, atol=1e-15)
+
+
+@on_every_routing
+@on_every_window
+def test_routing_weights_follow_and_are_zero_for_nobody(routing: str, window: tuple[int, int]) -> None:
+    indices = routed(routing)
+    weights_TK = torch.rand(indices.shape, generator=torch.Generator().manual_seed(7), dtype=F64)
+    found = sort_by_expert(indices, *window)
+    weights_TK[~found.is_local_TK] = torch.nan
+    weights_TK.requires_grad_()
+    num_local = sum(map(len, groups(routing, *window)))
+    weights_N = permute_weights(weights_TK, found)
+    assert weights_N.tolist()[:num_local] == [weights_TK[pair].item() for pair in slots(found)[:num_local]]
+    assert not weights_N[num_local:].any()
+    grad_N = torch.arange(1.0, indices.numel() + 1, dtype=F64)
+    grad_N[num_local:] = torch.nan
+    weights_N.backward(grad_N)
+    right_TK = torch.zeros(indices.shape, dtype=F64)
+    for row, pair in enumerate(slots(found)[:num_local]):
+        right_TK[pair] = row + 1
+    assert torch.equal(weights_TK.grad, right_TK)
+
+
+@on_every_routing
+@on_every_window
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_bias_of_each_rows_expert(routing: str, window: tuple[int, int], weighted: bool) -> None:
+    """What is past the last group, NaN in its gradient included, reaches no bias and no routing weight."""
+    found = sort_by_expert(routed(routing), *window)
+    num_rows, num_local = found.row_to_slot_N.numel(), sum(map(len, groups(routing, *window)))
+    generator = torch.Generator().manual_seed(8)
+    y_ND = torch.randn(num_rows, 5, dtype=F64, generator=generator).requires_grad_()
+    bias_LD = torch.randn(window[1], 5, dtype=F64, generator=generator).requires_grad_()
+    weights_N = torch.rand(num_rows, dtype=F64, generator=generator).requires_grad_() if weighted else None
+    grad_ND = torch.randn(num_rows, 5, dtype=F64, generator=generator)
+    grad_ND[num_local:] = torch.nan
+
+    biased_ND = add_expert_bias(y_ND, bias_LD, found, weights_N)
+    biased_ND.backward(grad_ND)
+
+    grad_bias_LD = torch.zeros_like(bias_LD)
+    for row, expert in enumerate(found.row_to_expert_N.tolist()[:num_local]):
+        weight = weights_N[row].item() if weights_N is not None else 1.0
+        torch.testing.assert_close(biased_ND[row], y_ND[row] + weight * bias_LD[expert], rtol=1e-14, atol=1e-15)
+        grad_bias_LD[expert] += weight * grad_ND[row]
+        if weights_N is not None:
+            assert weights_N.grad[row].item() == pytest.approx((grad_ND[row] @ bias_LD[expert]).item(), rel=1e-12)
+    torch.testing.assert_close(bias_LD.grad, grad_bias_LD, rtol=1e-13, atol=1e-14)
+    assert torch.equal(y_ND.grad[:num_local], grad_ND[:num_local])
+
+
+@on_every_routing
+@on_every_window
+def test_cut_to_the_local_rows(routing: str, window: tuple[int, int]) -> None:
+    """What a caller does that knows on the host how many rows are local: nothing changes but what is past them."""
+    whole = sort_by_expert(routed(routing), *window)
+    num_local = sum(map(len, groups(routing, *window)))
+    found = whole.cut(num_local)
+    x_TD = tokens(routing).requires_grad_()
+    weights_TK = torch.rand(routed(routing).shape, generator=torch.Generator().manual_seed(7), dtype=F64)
+    bias_LD = torch.ones(window[1], 5, dtype=F64).requires_grad_()
+    weights_TK.requires_grad_()
+    results = []
+    for permutation in (whole, found):
+        rows_ND = permute(x_TD, permutation)
+        weights_N = permute_weights(weights_TK, permutation)
+        back_TD = unpermute(add_expert_bias(rows_ND, bias_LD, permutation, weights_N), permutation)
+        gradients = torch.autograd.grad(back_TD, (x_TD, weights_TK, bias_LD), tokens(routing).sin())
+        results.append([rows_ND[:num_local], weights_N[:num_local], back_TD, *gradients])
+    assert permute(x_TD, found).shape == (num_local, 5)
+    assert permute_weights(weights_TK, found).shape == (num_local,)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_bias_without_rows_gets_zeros() -> None:
+    bias_LD = torch.ones(3, 5, requires_grad=True)
+    found = sort_by_expert(routed("nobody"), 0, 3)
+    add_expert_bias(torch.ones(4, 5, requires_grad=True), bias_LD, found).sum().backward()
+    assert torch.equal(bias_LD.grad, torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_dtypes_are_kept_and_sums_are_in_float32(dtype: torch.dtype) -> None:
+    """256 + 7 is 264 in bfloat16, rounded once, and 256 where each 1 is added on its own; 256 + 256 ones is 512."""
+    indices = torch.zeros(1, 8, dtype=torch.int64)
+    found = sort_by_expert(indices, 0, 1)
+    rows_ND = torch.ones(8, 2, dtype=dtype)
+    rows_ND[0] = 256
+    right = torch.tensor(263.0).to(dtype).item()
+    assert unpermute(rows_ND, found).tolist() == [[right, right]]
+    assert unpermute(rows_ND, found).dtype is dtype
+
+    x_TD = torch.ones(1, 2, dtype=dtype, requires_grad=True)
+    permute(x_TD, found).backward(rows_ND)
+    assert x_TD.grad.tolist() == [[right, right]]
+    assert x_TD.grad.dtype is dtype
+
+    bias_LD = torch.zeros(1, 2, dtype=dtype, requires_grad=True)
+    many = sort_by_expert(torch.zeros(512, 1, dtype=torch.int64), 0, 1)
+    add_expert_bias(torch.ones(512, 2, dtype=dtype), bias_LD, many).backward(torch.ones(512, 2, dtype=dtype))
+    assert bias_LD.grad.tolist() == [[512, 512]]
+    assert bias_LD.grad.dtype is dtype
+
+
+def test_weighted_bias_is_not_rounded_before_it_is_added() -> None:
+    """1 + 1.4/256 less 0.6/256 is nearer to 1 than to 1 + 2/256, bfloat16's next; rounded first, it would be that."""
+    found = sort_by_expert(torch.zeros(1, 1, dtype=torch.int64), 0, 1)
+    y_ND = torch.full((1, 1), -0.6 / 256, dtype=BF16)
+    weights_N = torch.tensor([1 + 1.4 / 256])
+    assert add_expert_bias(y_ND, torch.ones(1, 1, dtype=BF16), found, weights_N).item() == 1

@@ -1,0 +1,221 @@
+"""Backends by name: the built-in ones, those of other people, and names that lead nowhere."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experts import GroupedExperts, RegistryError, Unsupported
+from experts.registry import ENTRY_POINT_GROUP, Backend, backend_names, check_name, get_backend
+from tests.experts.layers import F64, assert_near, expected, moe_config, random_batch, random_parameters, run
+
+CPU = torch.device("cpu")
+
+#: What somebody else's package might hold. `unsupported` is asked before anything is built.
+THIRD_PARTY = '''
+import torch
+from experts import GroupedExperts, Unsupported
+
+
+class Mine(GroupedExperts):
+    """Refuses float64, and every device but the CPU."""
+
+    @staticmethod
+    def unsupported(device, config):
+        if device.type != "cpu":
+            return f"runs on the CPU alone, not on {device.type}"
+        if config is not None and config.dtype is torch.float64:
+            return Unsupported("no float64")
+
+
+def plain(config):
+    return GroupedExperts(config)
+
+
+not_callable = 3
+'''
+
+
+@pytest.fixture
+def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module on sys.path that nobody imported, by its name."""
+    name = "someones_experts"
+    (tmp_path / f"{name}.py").write_text(THIRD_PARTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def install(folder: Path, *entry_points: str) -> None:
+    """A distribution in `folder` that declares these."""
+    info = folder / "someones-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: someones\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("\n".join([f"[{ENTRY_POINT_GROUP}]", *entry_points]) + "\n")
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(RegistryError) as caught:
+        get_backend(name)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def assert_it_works(backend: Backend) -> None:
+    config = moe_config(expert_bias=True)
+    made = backend.build(config)
+    parameters = random_parameters(config)
+    made.load_state_dict(parameters)
+    batch = random_batch(config)
+    assert_near(run(made, batch), expected(config, parameters, batch), config.dtype)
+
+
+def test_names() -> None:
+    names = backend_names()
+    assert names[:2] == ("loop", "torch_mm")
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", ["loop", "torch_mm"])
+def test_built_in(name: str) -> None:
+    backend = get_backend(name)
+    assert backend.name == name
+    made = backend.build(moe_config())
+    assert isinstance(made, GroupedExperts)
+    assert made.engine_name == name
+    assert_it_works(backend)
+
+
+def test_built_in_says_why_it_cannot() -> None:
+    config = moe_config(dtype=F64)
+    assert get_backend("loop").unsupported(CPU, config) is None
+    assert get_backend("torch_mm").unsupported(CPU) is None
+    reason = get_backend("torch_mm").unsupported(CPU, config)
+    assert isinstance(reason, Unsupported)
+    assert "float64" in reason.reason
+    assert "dim = 18" in get_backend("torch_mm").unsupported(CPU, moe_config(dim=18)).reason
+
+
+@pytest.mark.parametrize(("name", "near"), [("torch_m", "torch_mm"), ("lop", "loop"), ("torchmm", "torch_mm")])
+def test_unknown_name_lists_the_names_and_the_nearest(name: str, near: str) -> None:
+    message = refusal(name)
+    assert message.startswith(f"there is no backend {name!r}; did you mean {near!r}? the backends are loop, torch_mm")
+    assert message.endswith("or give module:attribute")
+
+
+@pytest.mark.parametrize("name", ["", "cutlass", "LOOP"])
+def test_unknown_name_that_is_near_nothing(name: str) -> None:
+    assert refusal(name).startswith(f"there is no backend {name!r}; the backends are loop, torch_mm")
+
+
+@pytest.mark.parametrize("attribute", ["Mine", "plain"])
+def test_module_and_attribute(third_party: str, attribute: str) -> None:
+    name = f"{third_party}:{attribute}"
+    backend_names()
+    assert third_party not in sys.modules
+    backend = get_backend(name)
+    assert third_party in sys.modules
+    assert backend.name == name
+    assert name not in backend_names()
+    assert_it_works(backend)
+
+
+def test_its_own_word_on_what_it_cannot_do(third_party: str) -> None:
+    backend = get_backend(f"{third_party}:Mine")
+    assert backend.unsupported(CPU) is None
+    assert backend.unsupported(CPU, moe_config()) is None
+    given = backend.unsupported(CPU, moe_config(dtype=F64))
+    assert isinstance(given, Unsupported)
+    assert given.reason == "no float64"
+    text = backend.unsupported(torch.device("cuda"), moe_config())
+    assert isinstance(text, Unsupported)
+    assert text.reason == "runs on the CPU alone, not on cuda"
+
+
+def test_without_a_word_it_runs_anywhere(third_party: str) -> None:
+    backend = get_backend(f"{third_party}:plain")
+    assert backend.unsupported(CPU) is None
+    assert backend.unsupported(torch.device("cuda"), moe_config(dtype=F64)) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("no_such_module:Mine", "No module named 'no_such_module'"),
+        ("{}:Yours", "has no attribute 'Yours'"),
+        ("{}:", "cannot import"),
+        (":Mine", "cannot import"),
+        (":", "cannot import"),
+        (".{}:Mine", "cannot import"),
+        ("{}:Mine:Mine", "cannot import"),
+    ],
+)
+def test_module_or_attribute_that_is_not_there(third_party: str, target: str, reason: str) -> None:
+    name = target.format(third_party)
+    message = refusal(name)
+    assert message.startswith(f"backend {name!r}: cannot import {name!r}: ")
+    assert reason in message
+    assert message.endswith("is it on PYTHONPATH?")
+
+
+def test_checking_a_name_imports_nothing(third_party: str, tmp_path: Path) -> None:
+    install(tmp_path, f"zeta = {third_party}:Mine")
+    for name in ("loop", "torch_mm", "zeta", f"{third_party}:Mine", f"{third_party}.inner:Mine"):
+        check_name(name)
+    assert third_party not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["", "lop", "no_such_module:Mine", "no_such_module.inner:Mine", ":Mine", ":", ".a:b"])
+def test_checking_a_name_that_leads_nowhere(name: str) -> None:
+    with pytest.raises(RegistryError) as caught:
+        check_name(name)
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_attribute_that_is_no_backend(third_party: str) -> None:
+    assert "is not callable; it must take a MoEConfig and give a module" in refusal(f"{third_party}:not_callable")
+
+
+def test_entry_point(third_party: str, tmp_path: Path) -> None:
+    before = backend_names()
+    install(tmp_path, f"zeta = {third_party}:Mine", f"alpha={third_party}:plain", "broken = no_such_module:Mine")
+    assert {*backend_names()} == {*before, "zeta", "alpha", "broken"}
+    assert backend_names()[:2] == ("loop", "torch_mm")
+    assert backend_names().index("alpha") < backend_names().index("broken") < backend_names().index("zeta")
+    assert get_backend("loop").name == "loop"
+    assert "zeta" in refusal("zet")
+    assert third_party not in sys.modules, "imported before it was named"
+
+    backend = get_backend("zeta")
+    assert backend.name == "zeta"
+    assert backend.unsupported(CPU, moe_config(dtype=F64)).reason == "no float64"
+    assert_it_works(backend)
+    assert_it_works(get_backend("alpha"))
+
+
+def test_entry_point_that_is_broken_says_so_when_it_is_named(third_party: str, tmp_path: Path) -> None:
+    install(tmp_path, "broken = no_such_module:Mine")
+    message = refusal("broken")
+    assert message.startswith("backend 'broken': cannot import 'no_such_module:Mine': ")
+
+
+def test_entry_point_cannot_take_a_built_in_name(third_party: str, tmp_path: Path) -> None:
+    install(tmp_path, f"loop = {third_party}:Mine")
+    assert backend_names().count("loop") == 1
+    assert type(get_backend("loop").build(moe_config())) is GroupedExperts
+    assert third_party not in sys.modules
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "KeyError", "AssertionError"])
+def test_what_goes_wrong_inside_somebody_elses_module_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    (tmp_path / "raises_at_import.py").write_text(f"raise {error}('theirs')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Exception, match="theirs") as caught:
+        get_backend("raises_at_import:Mine")
+    assert type(caught.value).__name__ == error

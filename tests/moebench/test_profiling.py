@@ -1,0 +1,68 @@
+"""The operator that really ran is named, whatever the backend is called."""
+
+import pytest
+import torch
+
+from experts.registry import get_backend
+from moebench.case import Case
+from moebench.inputs import make_inputs, make_parameters, moe_config
+from moebench.profiling import executed
+
+CPU = torch.device("cpu")
+CASE = Case(
+    num_tokens=64,
+    n_routed_experts=4,
+    n_activated_experts=2,
+    dim=128,
+    moe_inter_dim=128,
+    dtype="float32",
+    mode="forward",
+)
+
+
+def ran(backend, case=CASE):
+    module = get_backend(backend).build(moe_config(case))
+    module.load_state_dict(make_parameters(case, CPU))
+    inputs = make_inputs(case, CPU)
+    with torch.no_grad():
+        return executed(lambda: module(inputs.x_TD, inputs.token_mask_T, inputs.weights_TK, inputs.indices_TK), CPU)
+
+
+def test_loop_runs_a_matrix_product_an_expert():
+    assert ran("loop").split(" > ")[-1] == "aten::mm"
+
+
+def test_torch_mm_runs_the_grouped_product():
+    assert "aten::_grouped_mm" in ran("torch_mm").split(" > ")
+
+
+def test_the_outermost_operator_leads_to_the_innermost():
+    a = torch.rand(256, 256)
+    assert executed(lambda: torch.nn.functional.linear(a, a), CPU).startswith("aten::linear > aten::")
+    assert executed(lambda: a @ a, CPU) == "aten::matmul > aten::mm"
+
+
+@pytest.mark.parametrize("call", [lambda: None, lambda: sum(range(10))])
+def test_a_call_without_operators_has_none(call):
+    assert executed(call, CPU) is None
+
+
+def disturbed(calls, when):
+    """A matrix product, beside which something else takes long in the call of that number."""
+    a = torch.rand(256, 256)
+
+    def call():
+        calls.append(None)
+        if len(calls) == when:
+            torch.linalg.svd(torch.rand(200, 200))
+        return a @ a
+
+    return call
+
+
+@pytest.mark.parametrize("when", [1, 2, 3])
+def test_what_happens_in_one_call_alone_is_not_what_ran(when):
+    """The first call compiles, and any may be disturbed."""
+    calls = []
+    assert executed(disturbed(calls, when), CPU) == "aten::matmul > aten::mm"
+    assert len(calls) >= 3

@@ -1,0 +1,65 @@
+"""The interval of the median is the exact one of order statistics: its ranks, its coverage, its absence."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from moebench.stats import MIN_SAMPLES, median_interval, relative_half_width
+
+
+def ranks(count):
+    """The largest k with P(X < k) <= 2.5% for X ~ Binomial(count, 1/2): the interval is the k-th to the k-th last."""
+    return max(k for k in range(1, count) if binom.cdf(k - 1, count, 0.5) <= 0.025)
+
+
+#: count -> k, as tables of the sign test have them.
+KNOWN = {6: 1, 7: 1, 8: 1, 9: 2, 10: 2, 12: 3, 15: 4, 20: 6, 25: 8, 30: 10, 50: 18, 100: 40}
+
+
+@pytest.mark.parametrize("count", KNOWN)
+def test_interval_ends_at_the_ranks_of_the_sign_test(count):
+    assert ranks(count) == KNOWN[count]
+    samples = np.random.default_rng(count).permutation(np.arange(1.0, count + 1))
+    assert median_interval(samples.tolist()) == ((count + 1) / 2, KNOWN[count], count + 1 - KNOWN[count])
+
+
+@pytest.mark.parametrize("count", range(1, MIN_SAMPLES))
+def test_too_few_samples_have_no_interval(count):
+    assert 1 - 2 * 0.5**count < 0.95
+    assert median_interval([3.0] * count) == (3.0, -math.inf, math.inf)
+    assert relative_half_width(*median_interval([3.0] * count)) == math.inf
+
+
+def test_the_smallest_count_that_has_one():
+    assert 1 - 2 * 0.5**MIN_SAMPLES >= 0.95
+    assert median_interval([5.0, 1.0, 3.0, 2.0, 6.0, 4.0]) == (3.5, 1.0, 6.0)
+
+
+def test_equal_samples_have_an_interval_of_no_width():
+    assert median_interval([2.5] * 10) == (2.5, 2.5, 2.5)
+    assert relative_half_width(2.5, 2.5, 2.5) == 0
+
+
+@pytest.mark.parametrize("count", [6, 11, 40])
+def test_the_interval_covers_the_median_as_often_as_it_says(count):
+    """Of a skewed distribution, like that of times: no normal approximation would do."""
+    generator = np.random.default_rng(7)
+    trials = 600
+    hits = 0
+    for samples in generator.exponential(size=(trials, count)):
+        _, low, high = median_interval(samples.tolist())
+        hits += low <= math.log(2) <= high
+    exact = 1 - 2 * binom.cdf(ranks(count) - 1, count, 0.5)
+    assert exact >= 0.95
+    assert abs(hits / trials - exact) < 4 * math.sqrt(exact * (1 - exact) / trials)
+
+
+def test_one_outlier_moves_neither_median_nor_interval():
+    samples = [float(value) for value in range(1, 21)]
+    assert median_interval(samples) == median_interval([*samples[:-1], 1e9])
+
+
+def test_half_width_is_relative_to_the_median():
+    assert relative_half_width(4.0, 3.9, 4.3) == pytest.approx(0.05)
