@@ -109,7 +109,7 @@ def _sum_rows_of_tokens(rows_ND: Tensor, permutation: Permutation) -> Tensor:
         return rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
     is_local_TK1 = permutation.is_local_TK.unsqueeze(-1)
     rows_TKD = rows_ND.index_select(0, permutation.slot_to_row_N).view(num_tokens, num_choices, -1)
-    rows_TKD = rows_TKD.masked_fill(~is_local_TK1, 0.0)
+    rows_TKD.masked_fill_(~is_local_TK1, 0.0)
     return rows_TKD.sum(dim=1, dtype=accumulation_dtype(rows_ND.dtype)).to(rows_ND.dtype)
 
 

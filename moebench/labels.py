@@ -23,6 +23,15 @@ class Description:
         texts = [" ".join(filter(None, row)) for row in self.varying.to_numpy()]
         return pd.Series(texts, index=self.varying.index, dtype="str")
 
+    @property
+    def headings(self) -> "pd.Series[str]":
+        """The varying parts of each row in words that stand alone: `4096 tokens, train, zipf:1.2 routing`."""
+        texts = [
+            ", ".join(_in_words(str(part), text) for part, text in zip(self.varying, row, strict=True) if text)
+            for row in self.varying.to_numpy()
+        ]
+        return pd.Series(texts, index=self.varying.index, dtype="str")
+
     def title(self, *without: str) -> str:
         """The shared parts in words, but for those named."""
         return ", ".join(text for part, text in self.shared.items() if part not in without)
@@ -32,12 +41,29 @@ def describe(frame: pd.DataFrame) -> Description:
     """Split what describes the case of each row into what all rows share and what varies."""
     parts = pd.DataFrame([_parts(row) for row in frame.to_dict("records")], index=frame.index, dtype="str")
     values = {str(name): parts[name].unique() for name in parts}
-    shared = {name: str(found[0]) for name, found in values.items() if len(found) == 1 and found[0]}
-    for name in {"tokens", "routing"} & shared.keys():
-        shared[name] += f" {name}"
+    shared = {name: _in_words(name, found[0]) for name, found in values.items() if len(found) == 1 and found[0]}
     for place in ("machine", "run"):
         shared.pop(place, None)  # `machine` below says where and when
     return Description(shared, parts[[name for name, found in values.items() if len(found) > 1]])
+
+
+def _in_words(part: str, text: str) -> str:
+    """A part as it reads without a column's title above it."""
+    return f"{text} {part}" if part in ("tokens", "routing") else text
+
+
+def rank_load_text(rank_load: str) -> str:
+    """How tokens are spread over ranks, in words; empty where all have as many."""
+    return _RANK_LOADS.get(rank_load, rank_load)
+
+
+def panel_title(rows: pd.DataFrame, first: str, routing: str, rank_load: str) -> str:
+    """Of the panel of one routing and load in a figure of `rows`: `first`, and what of the two differs there."""
+    texts = {"routing": routing, "rank_load": rank_load_text(rank_load)}
+    return ", ".join([first, *(text for name, text in texts.items() if text and rows[name].nunique() > 1)])
+
+
+_RANK_LOADS = {"even": "", "uneven": "uneven ranks", "one-empty": "one empty rank"}
 
 
 def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
@@ -63,6 +89,7 @@ def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
             name: "" if row[name] == Case.model_fields[name].default else text.format(row[name])
             for name, text in settings.items()
         },
+        "rank_load": rank_load_text(row["rank_load"]),
         "machine": _machine_name(row["gpu"], row["device"]),
         "run": row["run_id"],
     }
@@ -75,7 +102,7 @@ def _machine_name(gpu: Any, device: Any) -> str:
 
 CASE_ORDER = (
     *("model", "n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim", "dtype", "expert_activation"),
-    *("expert_bias", "masked_share", "ep_size", "routing", "mode", "num_tokens", "seed", "case_id"),
+    *("expert_bias", "masked_share", "ep_size", "routing", "rank_load", "mode", "num_tokens", "seed", "case_id"),
 )
 
 

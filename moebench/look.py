@@ -10,12 +10,13 @@ from typing import Any
 
 import matplotlib
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from moebench.labels import describe, in_order, machine
-from moebench.metrics import THROUGHPUT, Metric
+from moebench.metrics import THROUGHPUT, Kind, Metric
 from moebench.record import Status
 
 #: Colour (Okabe and Ito's and Tol's, told apart by the colour-blind) and marker of each known backend.
@@ -28,17 +29,25 @@ BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "te_fp8_current": ("#CC79A7", "v"),
         "te_fp8_delayed": ("#882255", ">"),
         "te_fp8_block": ("#D55E00", "P"),
+        "te_fp8_current_cached": ("#7A4FC9", "d"),
+        "te_fp8_block_cached": ("#8A5A00", "X"),
+        "te_mxfp8": ("#8DB600", "*"),
         "torch_mm_mxfp8": ("#56B4E9", "<"),
         "triton": ("#332288", "p"),
     }
 )
 _OTHER_COLORS = ("#999933", "#AA4499", "#661100", "#44AA99", "#6699CC", "#B8860B")
 _OTHER_MARKERS = ("h", "d", "8", "H", "*")
-#: Dashes and fill of a dispatcher, since colour and marker are its backend's.
-_DISPATCHER_LOOKS: Mapping[str, tuple[Any, str]] = MappingProxyType(
-    {"local": ("-", "full"), "allgather": ("-", "full"), "alltoall": ((0, (6, 1.5)), "left")}
+#: Dashes, marker, and sizes of both, of a dispatcher, since the colour is its backend's. The later ones are drawn over
+#: the earlier, and are so much smaller that those still show.
+_DISPATCHER_LOOKS: Mapping[str, tuple[Any, str, float, float]] = MappingProxyType(
+    {
+        "allgather": ("-", "o", 2.4, 9.5),
+        "alltoall": ((0, (4, 1.5)), "s", 2.0, 6.5),
+        "deepep": ((0, (1, 1)), "^", 1.6, 5.5),
+    }
 )
-_OTHER_DISPATCHER_LOOK = ((0, (1.5, 1)), "bottom")
+_OTHER_DISPATCHER_LOOK = ((0, (6, 1.5, 1, 1.5)), "D", 1.6, 5.0)
 _SAVED_DASHES = (0, (3, 2))
 BAD, _INK = "#C00000", "#222222"
 CROSS: Mapping[str, Any] = MappingProxyType(
@@ -48,6 +57,7 @@ CROSS: Mapping[str, Any] = MappingProxyType(
 _WIDTH_IN, PANEL_IN, _MARGIN_IN = 6.4, 2.45, 0.12
 _TITLE_SIZE, _TEXT_SIZE, NOTE_SIZE = 13.5, 12.0, 11.0
 LEADING_IN = 1.35 / 72  # a line's height, per point of its font size
+_ENTRY_IN = 0.25  # a legend's line
 _CHARACTER_IN = 0.57 / 72  # a character's mean width, likewise
 RC: Any = {  # of Any, since matplotlib's own type of it lists every key
     "font.family": "DejaVu Sans",
@@ -80,28 +90,34 @@ def style(backend: str) -> tuple[str, str]:
     return _OTHER_COLORS[number % len(_OTHER_COLORS)], _OTHER_MARKERS[number // 97 % len(_OTHER_MARKERS)]
 
 
-def line_look(backend: str, dispatcher: str, *, dashed: bool) -> dict[str, Any]:
-    """How a line of one backend and dispatcher is drawn; dashed, for all but the first of its curves."""
+def line_look(backend: str, dispatcher: str, *, secondary: bool) -> dict[str, Any]:
+    """How a line of one backend and dispatcher is drawn; secondary, for all but the first of its curves."""
     color, marker = style(backend)
-    dashes, fill = _DISPATCHER_LOOKS.get(dispatcher, _OTHER_DISPATCHER_LOOK)
-    look = {"color": color, "marker": marker, "linestyle": dashes, "fillstyle": fill}
-    if dashed:
+    if dispatcher != "local":
+        look = {"color": color, **_dispatcher_look(dispatcher)}
+        return {**look, "linewidth": 1.1, "markerfacecolor": "white"} if secondary else look
+    look = {"color": color, "marker": marker, "linestyle": "-"}
+    if secondary:
         return {**look, "linestyle": _SAVED_DASHES, "linewidth": 1.6, "markersize": 5, "markerfacecolor": "white"}
     look |= {"markeredgecolor": "white", "markeredgewidth": 0.7}
     if backend == "loop":  # drawn first, and so broad that it shows where another line covers it
         return {**look, "linewidth": 3.2, "markersize": 8.5}
-    return {**look, "markersize": 10 if marker in "P*" else 7}  # these markers are thin
+    return {**look, "markersize": 10 if marker in "P*X" else 7}  # these markers are thin
+
+
+def _dispatcher_look(dispatcher: str) -> dict[str, Any]:
+    dashes, marker, linewidth, markersize = _DISPATCHER_LOOKS.get(dispatcher, _OTHER_DISPATCHER_LOOK)
+    return {"marker": marker, "linestyle": dashes, "linewidth": linewidth, "markersize": markersize}
 
 
 def sheet(
-    rows: pd.DataFrame, metric: Metric, on_axes: tuple[str, ...], joined: bool, body_in: float
+    rows: pd.DataFrame, kind: Kind, on_axes: tuple[str, ...], legends: list[list[Artist]], body_in: float
 ) -> tuple[Figure, SubFigure]:
-    """A figure with its title, legend and notes, and between them a subfigure `body_in` inches high for axes."""
-    head, notes = _head(rows, metric, on_axes), _fold(_undrawn(rows, metric), NOTE_SIZE)
-    entries = _legend_entries(metric.points(rows).dropna(subset="value"), metric, joined)
-    longest = max(len(str(entry.get_label())) for entry in entries)
-    columns = max(1, min(len(entries), int(_WIDTH_IN / (longest * _TEXT_SIZE * _CHARACTER_IN + 0.7))))
-    legend_in = math.ceil(len(entries) / columns) * 0.25 + 0.1
+    """A figure with its title, legends and notes, and between them a subfigure `body_in` inches high for axes."""
+    head, notes = _head(rows, kind, on_axes), _fold(_undrawn(rows, kind), NOTE_SIZE)
+    columns = [_columns(entries) for entries in legends]
+    rows_of_entries = [math.ceil(len(entries) / some) for entries, some in zip(legends, columns, strict=True)]
+    legend_in = sum(rows_of_entries) * _ENTRY_IN + 0.1
     head_in = sum(size * LEADING_IN for _, size, _ in head) + _MARGIN_IN
     foot_in = legend_in + len(notes) * NOTE_SIZE * LEADING_IN + _MARGIN_IN
 
@@ -111,18 +127,28 @@ def sheet(
     top, body, bottom = figure.subfigures(3, squeeze=False, height_ratios=heights)[:, 0]
     _write_lines(top, head, _MARGIN_IN / 2, head_in)
     _write_lines(bottom, [(note, NOTE_SIZE, "normal") for note in notes], legend_in, foot_in)
-    bottom.legend(handles=entries, loc="upper center", ncols=columns, borderaxespad=0, labelspacing=0.3)
+    for number, entries in enumerate(legends):
+        where = (0.5, 1 - sum(rows_of_entries[:number]) * _ENTRY_IN / foot_in)
+        how: dict[str, Any] = {"ncols": columns[number], "borderaxespad": 0, "labelspacing": 0.3}
+        bottom.legend(handles=entries, loc="upper center", bbox_to_anchor=where, **how)
     return figure, body
 
 
-def _head(rows: pd.DataFrame, metric: Metric, on_axes: tuple[str, ...]) -> list[tuple[str, float, str]]:
+def _columns(entries: list[Artist]) -> int:
+    """How many entries of a legend stand beside each other."""
+    longest = max(len(str(entry.get_label())) for entry in entries)
+    return max(1, min(len(entries), int(_WIDTH_IN / (longest * _TEXT_SIZE * _CHARACTER_IN + 0.7))))
+
+
+def _head(rows: pd.DataFrame, kind: Kind, on_axes: tuple[str, ...]) -> list[tuple[str, float, str]]:
     """Lines that say what was measured where, with size and weight."""
     shared = {part: text for part, text in describe(rows).shared.items() if part not in on_axes}
-    first = [shared.pop(part) for part in ("experts", "dtype", "activation") if part in shared]
-    title = f"{metric.title}: {', '.join(first)}" if first else metric.title
-    numbers = rows[["n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim"]].drop_duplicates()
+    first = [shared.pop(part) for part in ("experts", "dtype", "activation", "ep_size") if part in shared]
+    title = f"{kind.title}: {', '.join(first)}" if first else kind.title
+    numbers = rows[["n_routed_experts", "ep_size", "n_activated_experts", "dim", "moe_inter_dim"]].drop_duplicates()
     shape = [
-        f"{experts} experts, top {top}, dim {dim}, inter {inter}" for experts, top, dim, inter in numbers.to_numpy()
+        f"{experts} experts{f' on {ranks} ranks' * (ranks > 1)}, top {top}, dim {dim}, inter {inter}"
+        for experts, ranks, top, dim, inter in numbers.to_numpy()
     ]
     below = [", ".join([*(shape if len(shape) == 1 else ()), *shared.values()]), machine(rows)]
     return [
@@ -142,18 +168,38 @@ def _fold(text: str, size: float) -> list[str]:
     return wrap(text, int((_WIDTH_IN - 2 * _MARGIN_IN) / (size * _CHARACTER_IN)))
 
 
-def _legend_entries(points: pd.DataFrame, metric: Metric, joined: bool) -> list[Line2D]:
-    def entry(label: str, **look: Any) -> Line2D:
+def line_legends(points: pd.DataFrame, metric: Metric, joined: bool) -> list[list[Artist]]:
+    """The legends of lines: an entry a line or, with dispatchers, engines apart from dispatchers."""
+    drawn = points.dropna(subset="value")
+    if drawn["dispatcher"].eq("local").all():
+        looks = {line: _look_of_first(drawn[drawn["line"] == line]) for line in in_order(drawn["line"])}
+        return [[*_entries(looks, joined), *_other_entries(drawn, metric, joined)]]
+    engines: dict[str, dict[str, Any]] = {
+        name: {"color": style(name)[0], "linewidth": 4.0} for name in in_order(drawn["backend"])
+    }
+    dispatchers = {name: {**_dispatcher_look(name), "color": _INK} for name in sorted(set(drawn["dispatcher"]))}
+    engine_entries: list[Artist] = [Line2D([], [], label=shortened(name), **look) for name, look in engines.items()]
+    return [engine_entries, [*_entries(dispatchers, joined), *_other_entries(drawn, metric, joined)]]
+
+
+def _look_of_first(rows: pd.DataFrame) -> dict[str, Any]:
+    return line_look(rows["backend"].iloc[0], rows["dispatcher"].iloc[0], secondary=False)
+
+
+def _entries(looks: Mapping[str, dict[str, Any]], joined: bool) -> list[Artist]:
+    unjoined = {} if joined else {"linestyle": "none"}
+    return [Line2D([], [], label=shortened(name), **{**look, **unjoined}) for name, look in looks.items()]
+
+
+def _other_entries(points: pd.DataFrame, metric: Metric, joined: bool) -> list[Artist]:
+    """What is no line: curves, rows that did not converge, the budget, mismatches."""
+
+    def entry(label: str, **look: Any) -> Artist:
         return Line2D([], [], label=label, **look)
 
     dot: dict[str, Any] = {"marker": "o", "linestyle": "none"}
     hollow: dict[str, Any] = {"markerfacecolor": "white", "markersize": 5}
     entries = []
-    for line in in_order(points["line"]):
-        row = points[points["line"] == line].iloc[0]
-        name = line if len(line) <= 44 else f"{line[:21]}…{line[-22:]}"
-        look = line_look(row["backend"], row["dispatcher"], dashed=False)
-        entries.append(entry(name, **look if joined else {**look, "linestyle": "none"}))
     if metric.curves and points["curve"].nunique() > 1:
         looks = ({}, {"linestyle": _SAVED_DASHES, "linewidth": 1.6}) if joined else (dot, {**dot, **hollow})
         entries += [entry(curve, color=_INK, **look) for curve, look in zip(metric.curves, looks, strict=True)]
@@ -166,9 +212,15 @@ def _legend_entries(points: pd.DataFrame, metric: Metric, joined: bool) -> list[
     return entries
 
 
-def _undrawn(rows: pd.DataFrame, metric: Metric) -> str:
+def shortened(name: str, most: int = 44) -> str:
+    """A name in at most so many characters, without its middle."""
+    half = most // 2
+    return name if len(name) <= most else f"{name[: half - 1]}…{name[-(most - half) :]}"
+
+
+def _undrawn(rows: pd.DataFrame, kind: Kind) -> str:
     """What was tried and has no value here, so that a gap explains itself."""
-    missing = rows.drop(metric.points(rows).dropna(subset="value").index.unique())
+    missing = rows.drop(kind.points(rows).dropna(subset="value").index.unique())
     statuses = missing["status"].where(missing["status"] != Status.ok, "not measured")
     counts = Counter(zip(missing["line"], statuses, strict=True))
     texts = [f"{line} {status} ×{count}" for (line, status), count in sorted(counts.items())]

@@ -85,17 +85,34 @@ def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     passes = [_poisoned_pass(module, handed, case.mode)]
     _synchronize(device)
     measured: Measured = {"warmup_ms": (time.perf_counter() - started) * 1e3}
+
+    def check(case: Case, passes: list[Tensors]) -> parity.Verdict:
+        return parity.check(case, inputs, parameters, passes, backend.fp8, peers)
+
+    if not _fit_together(passes, device, peers):  # the gradients of the largest layers, twice, would not
+        verdict = check(case, passes)
+        passes.clear()
+        if not verdict.passed:
+            return _with_verdict(measured, verdict)
     passes += [_poisoned_pass(module, handed, case.mode) for _ in range(PASSES - 1)]
-    verdict = parity.check(case, inputs, parameters, passes, backend.fp8, peers)
-    del passes
+    verdict = check(case, passes)
+    passes.clear()
     if verdict.passed:
         measured |= _speed_and_memory(module, handed, case, policy, workload)
         # what was timed must still be right: a kernel that goes wrong when it is called often has no speed either
         forward = case.model_copy(update={"mode": "forward"})
-        outputs = [parity.run_pass(module, handed, "forward")]
-        after = parity.check(forward, inputs, parameters, outputs, backend.fp8, peers)
+        after = check(forward, [parity.run_pass(module, handed, "forward")])
         verdict = verdict if after.passed else after
     return _with_verdict(measured, verdict)
+
+
+def _fit_together(passes: list[Tensors], device: torch.device, peers: Peers) -> bool:
+    """Whether memory is left, on every rank, for as many passes at once and their making."""
+    if device.type == "cpu":
+        return True
+    one_pass = sum(tensor.nbytes for tensor in passes[0].values())
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return all(peers.tell(PASSES * one_pass < free))
 
 
 def _with_verdict(measured: Measured, verdict: parity.Verdict) -> Measured:

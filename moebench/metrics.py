@@ -9,23 +9,33 @@ import pandas as pd
 
 from moebench.record import Status
 
+PARTS = ("dispatch", "compute", "combine")  # of a forward under expert parallelism, in their order
 _MOST_TICKS = 6
 
 
 @dataclass(frozen=True)
-class Metric:
+class Kind:
     """What one kind of figure shows."""
 
     name: str
     title: str
     unit: str  # of the values, for the axis; {per} is GPU or process
-    points: Callable[[pd.DataFrame], pd.DataFrame]  # the rows with curve, value, low, high; null leaves a gap
+    points: Callable[[pd.DataFrame], pd.DataFrame]  # the rows with curve and value; null leaves a gap
     combine: str  # values of several seeds or runs at one place
-    base: int  # of the logarithmic axis
+    curves: tuple[str, ...] = ()  # to tell apart in the legend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Kind):
+    """A kind of figure with values along a logarithmic axis; its points also have low and high.
+
+    All curves but the first are drawn as secondary.
+    """
+
+    base: int  # of the axis
     tick: Callable[[float], str]
     budget: float | None = None  # the most that passes
     window: tuple[float, float] = (sys.float_info.min, sys.float_info.max)  # beyond it a value stands at the edge
-    curves: tuple[str, ...] = ()  # to tell apart in the legend; all but the first are dashed
 
 
 def _points_of_throughput(rows: pd.DataFrame) -> pd.DataFrame:
@@ -42,6 +52,11 @@ def _points_of_memory(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _points_of_parity(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(curve="error", value=rows["parity_worst"], low=math.nan, high=math.nan)
+
+
+def _points_of_breakdown(rows: pd.DataFrame) -> pd.DataFrame:
+    values = {part: rows[f"{part}_ms"].where(_is_ok(rows) & (rows["ep_size"] > 1)) for part in PARTS}
+    return pd.concat([rows.assign(curve=part, value=values[part]) for part in PARTS])
 
 
 def _is_ok(rows: pd.DataFrame) -> "pd.Series[bool]":
@@ -89,9 +104,10 @@ PARITY = Metric(
     budget=1.0,
     window=(1e-4, 1e6),
 )
+BREAKDOWN = Kind("breakdown", "Parts of a forward", "ms", _points_of_breakdown, combine="median", curves=PARTS)
 
 
-def unit(rows: pd.DataFrame, metric: Metric) -> str:
+def unit(rows: pd.DataFrame, metric: Kind) -> str:
     """Of the values, in words: of a GPU, or of a process where none is named."""
     return metric.unit.format(per="process" if rows["gpu"].isna().all() else "GPU")
 

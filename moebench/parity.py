@@ -212,14 +212,15 @@ def poisoned(device: torch.device) -> Iterator[None]:
 
 def _poison_free_blocks(device: torch.device) -> None:
     """Take every free block of the caching allocator, by its exact size, fill it and give it back."""
-    free = [
-        block["size"]
-        for segment in torch.cuda.memory_snapshot()
-        if segment["device"] == device.index
-        for block in segment["blocks"]
-        # the allocator serves requests of up to SMALL_BLOCK from small segments alone
-        if block["state"] == "inactive" and (segment["segment_type"] == "small") == (block["size"] <= SMALL_BLOCK)
-    ]
+    free: list[int] = []
+    for segment in torch.cuda.memory_snapshot():
+        sizes = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
+        if segment["device"] != device.index:
+            continue
+        if segment["segment_type"] == "small":  # serves requests of up to SMALL_BLOCK, and nothing else does
+            free += [min(SMALL_BLOCK, size - start) for size in sizes for start in range(0, size, SMALL_BLOCK)]
+        else:
+            free += [size for size in sizes if size > SMALL_BLOCK]
     blocks = [torch.empty(size, dtype=torch.uint8, device=device) for size in sorted(free, reverse=True)]
     for block in blocks:
         block.fill_(0xFF)  # all ones is NaN in every float format

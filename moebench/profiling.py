@@ -1,5 +1,6 @@
 """Which kernel really ran: a call under torch's profiler."""
 
+import re
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -8,24 +9,29 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 MAX_NAME = 80
+#: What the names of matrix products have in common, among torch's operators and among the libraries' kernels.
+PRODUCT = re.compile(r"mm\b|gemm|matmul|linear|nvjet|cutlass|cublas", re.IGNORECASE)
 CPU_CALLS = 3
 
 
 def executed(call: Callable[[], object], device: torch.device) -> str | None:
-    """The operator that took most of a call's time and, under it, the kernel: "aten::_grouped_mm > aten::mm".
+    """The matrix product that took most of a call's time and, under it, the kernel: "aten::_grouped_mm > aten::mm".
 
     On a GPU times and kernels are the device's; on a CPU, where a call may be disturbed, times are the medians of a few
-    calls. A backend that fell back to another one shows it here, whatever its name.
+    calls. A backend that fell back to another one shows it here, whatever its name. A call without a product is named
+    by what took most of its time.
     """
     _profiled(call, device)  # warms up, the call and the profiler both
     calls = [_profiled(call, device) for _ in range(1 if device.type == "cuda" else CPU_CALLS)]
     by_chain = {chain: statistics.median(one.get(chain, 0.0) for one in calls) for one in calls for chain in one}
-    return max(by_chain, key=lambda chain: by_chain[chain], default=None)
+    products = [chain for chain in by_chain if PRODUCT.search(chain)]
+    return max(products or by_chain, key=lambda chain: by_chain[chain], default=None)
 
 
 def _profiled(call: Callable[[], object], device: torch.device) -> dict[str, float]:
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])) as profiler:
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    with profile(activities=activities, acc_events=True) as profiler:  # else torch 2.11 warns of cycles: there is one
         call()
         if on_gpu:
             torch.cuda.synchronize(device)

@@ -20,10 +20,10 @@ class AllGather:
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
         """Every rank's tokens, in the order of the ranks. Waits for the device once, for the largest count."""
         num_tokens = x_TD.shape[0]
-        missing = (0, 0, 0, largest(num_tokens, self._group, x_TD.device) - num_tokens)
-        x_RD = AllGatherRows.apply(F.pad(x_TD, missing), self._group)
-        weights_RK = AllGatherRows.apply(F.pad(weights_TK, missing), self._group)
-        indices_RK = all_gather_rows(F.pad(indices_TK, missing, value=-1), self._group)
+        missing = largest(num_tokens, self._group, x_TD.device) - num_tokens
+        x_RD = AllGatherRows.apply(_pad(x_TD, missing, 0.0), self._group)
+        weights_RK = AllGatherRows.apply(_pad(weights_TK, missing, 0.0), self._group)
+        indices_RK = all_gather_rows(_pad(indices_TK, missing, -1), self._group)
         return Dispatched(x_RD, weights_RK, indices_RK, num_tokens)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
@@ -31,3 +31,7 @@ class AllGather:
         num_tokens: int = dispatched.origin
         share_TD: Tensor = ReduceScatterRows.apply(y_RD, self._group)
         return share_TD[:num_tokens]
+
+
+def _pad(rows: Tensor, missing: int, value: float) -> Tensor:
+    return F.pad(rows, (0, 0, 0, missing), value=value) if missing else rows

@@ -44,10 +44,15 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return None
 
 
-def shared_buffer(group: dist.ProcessGroup, row_bytes: int) -> Any:
-    """The group's buffer, made or made larger so that rows of `row_bytes` fit. Raises Unsupported below two ranks."""
+def _deep_ep() -> Any:
     import deep_ep
 
+    return deep_ep
+
+
+def shared_buffer(group: dist.ProcessGroup, row_bytes: int) -> Any:
+    """The group's buffer, made or made larger so that rows of `row_bytes` fit. Raises Unsupported below two ranks."""
+    deep_ep = _deep_ep()
     if group.size() < 2:
         raise Unsupported("deep_ep needs at least 2 ranks, the group has 1; leave the dispatcher out")
     configs = (deep_ep.Buffer.get_dispatch_config(group.size()), deep_ep.Buffer.get_combine_config(group.size()))
@@ -87,7 +92,9 @@ class DeepEP:
         self._first = group.rank() * (config.n_routed_experts // group.size())
         self._row_bytes = config.dim * torch.bfloat16.itemsize
         self.num_sms = num_sms
-        self._buffer()
+        self._buffer_class = _deep_ep().Buffer
+        self._buffer_class.set_num_sms(num_sms)
+        shared_buffer(group, self._row_bytes)
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
         """The tokens that chose an expert of this rank. The host waits for the counts."""
@@ -106,10 +113,8 @@ class DeepEP:
         return combined
 
     def _buffer(self) -> Any:
-        import deep_ep
-
-        deep_ep.Buffer.set_num_sms(self.num_sms)  # global there: every layer sets its own before it moves anything
-        return shared_buffer(self._group, self._row_bytes)
+        self._buffer_class.set_num_sms(self.num_sms)  # global there: every layer sets its own before it moves anything
+        return _buffers.get(self._group) or shared_buffer(self._group, self._row_bytes)
 
 
 class _Route:

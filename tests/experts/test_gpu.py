@@ -121,19 +121,18 @@ def test_torch_mm_in_a_cuda_graph(bias: bool) -> None:
 
 
 def poison_free_memory() -> None:
-    """What the allocator hands out next held NaN, in blocks of every size that these tests ask for."""
+    """What the allocator hands out next held NaN: large blocks first, then small ones, which fill the gaps between."""
     torch.cuda.empty_cache()
-    blocks = [
-        torch.full((size,), torch.nan, device="cuda") for size in (64, 1024, 1 << 16, 1 << 18) for _ in range(200)
-    ]
+    counts = {1 << 18: 16, 1 << 15: 64, 1 << 12: 256, 1 << 9: 1024, 1 << 7: 4096}
+    blocks = [torch.full((size,), torch.nan, device="cuda") for size, count in counts.items() for _ in range(count)]
     del blocks
 
 
-def test_poison_works() -> None:
+@pytest.mark.parametrize("size", [100, 1000, 10_000, 100_000])
+def test_poison_works(size: int) -> None:
     poison_free_memory()
-    assert torch.empty(1000, device="cuda").isnan().all()
-    poison_free_memory()
-    assert torch.empty(4, 16, 16, dtype=BF16, device="cuda").isnan().any()
+    blocks = [torch.empty(size, device="cuda") for _ in range(20)]
+    assert sum(bool(block.isnan().all()) for block in blocks) > 10
 
 
 @on_every_dtype

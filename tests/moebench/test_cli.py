@@ -20,6 +20,8 @@ from moebench.record import Journal
 from moebench.spec import load_sweep
 
 ROOT = Path(__file__).parents[2]
+#: To say whether Transformer Engine can run, it is imported; beside JAX it warns that it was built without.
+VENDORS_MAY_WARN = pytest.mark.filterwarnings("ignore:Detected a Jax installation:RuntimeWarning")
 
 SWEEP = """
 name = "tiny"
@@ -350,6 +352,7 @@ def test_dry_run_as_json_is_what_list_gives(sweep, moebench):
     assert json.loads(moebench("list", sweep, "--json").out) == jobs
 
 
+@VENDORS_MAY_WARN
 def test_list_names_sweeps_and_backends(moebench):
     found = moebench("list", "--device", "cpu")
     assert found.code == 0
@@ -362,6 +365,7 @@ def test_list_names_sweeps_and_backends(moebench):
     assert line == {"name": "quick", "num_jobs": len(quick.jobs()), "description": quick.description}
 
 
+@VENDORS_MAY_WARN
 def test_doctor_says_what_is_there(moebench):
     found = moebench("doctor")
     assert found.code == 0

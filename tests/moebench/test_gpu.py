@@ -74,6 +74,14 @@ def test_many_small_kernels_do_not_wait_for_the_host(gpu):
     assert found.time_ms < found.host_time_ms
 
 
+@pytest.mark.parametrize("cold_l2", [True, False])
+def test_a_kernel_shorter_than_its_launch_is_timed_by_the_device(gpu, cold_l2):
+    small = torch.zeros(256, device=gpu)
+    for _ in range(3):
+        found = measured([lambda: small.add_(1)], gpu, cold_l2=cold_l2)
+        assert found.time_ms < found.host_time_ms / 2
+
+
 def test_a_call_that_waits_for_the_device_is_flagged(gpu):
     small = torch.zeros(256, device=gpu)
 

@@ -63,7 +63,7 @@ BROKEN = {
     "Segfaults": (Status.crash, "its process was killed by SIGSEGV"),
     "KillsItself": (Status.crash, "its process was killed by SIGKILL"),
     "LeavesAChild": (Status.crash, "its process exited with 4"),
-    "Hangs": (Status.timeout, "no result after 15 s (policy timeout_s); killed"),
+    "Hangs": (Status.timeout, "no result after 10 s (policy timeout_s); killed"),
     "DiesAfterItsRecord": (Status.ok, None),
 }
 
@@ -80,7 +80,7 @@ def broken_run(tmp_path_factory):
         patch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(runner, "POLL_S", 0.3)
-        outcome = execute(plan_of(folder, jobs, timeout_s=15.0), seen.append)
+        outcome = execute(plan_of(folder, jobs, timeout_s=10.0), seen.append)
     return SimpleNamespace(jobs=jobs, folder=folder, outcome=outcome, seen=seen)
 
 

@@ -1,0 +1,133 @@
+"""Values as lines against tokens, and of cases that are on no line in an overview. No torch here."""
+
+import math
+from textwrap import wrap
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from moebench.labels import describe, in_order, panel_title
+from moebench.look import BAD, CROSS, LEADING_IN, NOTE_SIZE, line_legends, line_look, sheet
+from moebench.metrics import THROUGHPUT, Metric, limits, round_ticks, tokens_text, unit
+from moebench.record import Status
+
+_PANEL_IN, _CROWDED_PANEL_IN, _CROWD = 2.45, 3.3, 6  # a panel's height, for more lines than a crowd, and a crowd
+
+
+def line_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
+    """Values against tokens, a panel for each mode, routing and load of the ranks."""
+    points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
+    drawn = points.dropna(subset="value")
+    panels = sorted(set(zip(drawn["mode"], drawn["routing"], drawn["rank_load"], strict=True)))
+    panel_in = _PANEL_IN if drawn["line"].nunique() <= _CROWD else _CROWDED_PANEL_IN
+    legends = line_legends(points, metric, joined=True)
+    figure, body = sheet(rows, metric, ("tokens", "mode"), legends, panel_in * len(panels) + 0.3)
+    axes = body.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
+    for ax, (mode, routing, load) in zip(axes, panels, strict=True):
+        here = points[(points["mode"] == mode) & (points["routing"] == routing) & (points["rank_load"] == load)]
+        ax.set_title(panel_title(drawn, mode, routing, load))
+        _draw(ax, here, metric, upright=True)
+        ax.set_ylabel(unit(rows, metric))
+        if metric is THROUGHPUT:
+            _tflops_axis(ax, here)
+    body.align_ylabels(axes)
+    counts = sorted(set(drawn["place"]))
+    step = math.ceil(len(counts) / 9)
+    axes[-1].set_xscale("log", base=2)
+    axes[-1].set_xticks(counts[::step], [tokens_text(count) for count in counts[::step]])
+    axes[-1].set_xticks([], minor=True)
+    axes[-1].set_xlabel("tokens per rank" if (rows["ep_size"] > 1).any() else "tokens")
+    return figure
+
+
+def overview_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
+    """Values of cases that are on no line, a row each."""
+    points = metric.points(rows)
+    labels = dict(zip(rows["case"], describe(rows).labels, strict=True))
+    cases = {case: place for place, case in enumerate(labels)}
+    lines = in_order(points["line"])
+    dodge = {line: (number - (len(lines) - 1) / 2) * 0.6 / len(lines) for number, line in enumerate(lines)}
+    points["place"] = points["case"].map(cases).astype("float64") + points["line"].map(dodge)
+
+    texts = ["\n".join(wrap(labels[case], 26)) or "all" for case in cases]
+    tall = max(text.count("\n") + 1 for text in texts)
+    row_in = max(tall * NOTE_SIZE * LEADING_IN + 0.08, 0.16 * len(lines))
+    legends = line_legends(points, metric, joined=False)
+    figure, body = sheet(rows, metric, (), legends, row_in * len(cases) + 0.7)
+    ax = body.subplots()
+    _draw(ax, points, metric, upright=False)
+    ax.set_yticks(list(cases.values()), texts, fontsize=NOTE_SIZE)
+    ax.set_ylim(len(cases) - 0.5, -0.5)
+    ax.set_xlabel(unit(rows, metric))
+    return figure
+
+
+def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> None:
+    """Every line's values at their places; upright: values along y. What is off the axis stands at its edge."""
+    bottom, top = limits(points, metric)
+    ticks = round_ticks(bottom, top, metric.base)
+    value_axis = ax.yaxis if upright else ax.xaxis
+    (ax.set_yscale if upright else ax.set_xscale)("log", base=metric.base)
+    (ax.set_ylim if upright else ax.set_xlim)(bottom, top)
+    value_axis.set_ticks(ticks, [metric.tick(tick) for tick in ticks])
+    value_axis.set_minor_locator(NullLocator())
+    if metric.budget is not None:
+        (ax.axhline if upright else ax.axvline)(metric.budget, color=BAD, linewidth=1.6, label="budget")
+        (ax.axhspan if upright else ax.axvspan)(metric.budget, top, color=BAD, alpha=0.06, linewidth=0)
+    for line in in_order(points["line"]):
+        for curve, rows in points[points["line"] == line].groupby("curve", sort=False):
+            secondary = curve in metric.curves[1:]
+            look = line_look(rows["backend"].iloc[0], rows["dispatcher"].iloc[0], secondary=secondary)
+            if rows["value"].notna().any():
+                _draw_line(ax, rows, metric, {**look, "label": f"{line} {curve}"}, upright)
+
+
+def _draw_line(ax: Axes, rows: pd.DataFrame, metric: Metric, look: dict[str, Any], upright: bool) -> None:
+    def put(places: Any, values: Any, **how: Any) -> None:
+        if len(values):  # an empty line still takes part in the layout, at the origin
+            ax.plot(*((places, values) if upright else (values, places)), **how)
+
+    bottom, top = (ax.get_ylim if upright else ax.get_xlim)()
+    at = rows.groupby("place").agg(
+        value=("value", metric.combine), low=("low", "min"), high=("high", "max"), converged=("converged", "min")
+    )
+    places = at.index.to_numpy(dtype="float64")
+    drawable = at["value"].between(bottom, top)
+    put(places, at["value"].where(drawable), **look if upright else {**look, "linestyle": "none"})
+    if upright:
+        ax.fill_between(places, at["low"], at["high"], color=look["color"], alpha=0.25, linewidth=0)
+    else:
+        ax.hlines(places, at["low"], at["high"], color=look["color"], linewidth=1.5)
+
+    plain = {"color": look["color"], "linestyle": "none", "marker": look["marker"]}
+    shown = at["value"].clip(bottom * (top / bottom) ** 0.03, top / (top / bottom) ** 0.03)
+    edge = shown[~drawable & shown.notna()]
+    put(edge.index, edge, **plain)
+    for place, value, exact in zip(edge.index, edge, at["value"][edge.index], strict=True):
+        text = "∞" if exact == math.inf else f"{exact:.0e}" if exact else "0"
+        where = (place, value) if upright else (value, place)
+        ax.annotate(text, where, (9, 0), textcoords="offset points", va="center", fontsize=NOTE_SIZE)
+    if metric is THROUGHPUT:
+        wide = shown[at["converged"].eq(False).fillna(False).to_numpy(dtype=bool) & shown.notna()]
+        put(wide.index, wide, **plain, markerfacecolor="white", label="not converged")
+    if metric.budget is not None:
+        wrong = shown[shown.index.isin(rows.loc[rows["status"] == Status.mismatch, "place"])]
+        put(wrong.index, wrong, **CROSS, label="mismatch", clip_on=False, zorder=4)
+
+
+def _tflops_axis(ax: Axes, points: pd.DataFrame) -> None:
+    """TFLOP/s on the right: exact, since useful work per token is one number in a panel."""
+    measured = points.dropna(subset="tflops")
+    if measured.empty:
+        return
+    ratio = float(measured["tflops"].iloc[0] / measured["tokens_per_s"].iloc[0])
+    scale: Any = (lambda tokens: tokens * ratio, lambda tflops: tflops / ratio)
+    right = ax.secondary_yaxis("right", functions=scale)
+    bottom, top = ax.get_ylim()
+    ticks = round_ticks(bottom * ratio, top * ratio, 10)
+    right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    right.yaxis.set_minor_locator(NullLocator())
+    right.set_ylabel("TFLOP/s")

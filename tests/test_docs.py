@@ -1,0 +1,86 @@
+"""What README and docs show works as they show it."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from experts.registry import get_backend
+from moebench import parity
+from moebench.case import Case
+from moebench.inputs import make_inputs, make_parameters, moe_config
+from moebench.spec import parse_sweep
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def my_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The module that docs/add-a-backend.md tells to write."""
+    (source,) = blocks(ROOT / "docs" / "add-a-backend.md", "python")
+    name = re.match(r"# (\w+)\.py\n", source).group(1)
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    attribute = re.search(r"class (\w+)", source).group(1)
+    yield f"{name}:{attribute}"
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "empty:0.5"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_backend_of_the_docs_is_right(my_backend: str, dtype: str, routing: str) -> None:
+    case = Case(
+        num_tokens=40,
+        n_routed_experts=6,
+        n_activated_experts=2,
+        dim=32,
+        moe_inter_dim=48,
+        dtype=dtype,
+        mode="train",
+        masked_share=0.2,
+        routing=routing,
+    )
+    backend, inputs, parameters = get_backend(my_backend), make_inputs(case, CPU), make_parameters(case, CPU)
+    layer = backend.build(moe_config(case))
+    layer.load_state_dict(parameters)
+    verdict = parity.check(case, inputs, parameters, [parity.run_pass(layer, inputs, "train")])
+    assert verdict.passed, verdict.worst
+
+
+def test_the_backend_of_the_docs_says_what_it_cannot(my_backend: str) -> None:
+    shape = {"num_tokens": 1, "n_routed_experts": 2, "n_activated_experts": 1, "dim": 8, "moe_inter_dim": 8}
+    reason = get_backend(my_backend).unsupported(CPU, moe_config(Case(**shape, expert_bias=True)))
+    assert reason is not None
+    assert reason.reason == "has no bias"
+    assert get_backend(my_backend).unsupported(CPU, moe_config(Case(**shape))) is None
+
+
+def test_the_readmes_sweep_is_one() -> None:
+    (sweep,) = blocks(ROOT / "README.md", "toml")
+    assert len(parse_sweep(sweep, "README.md").jobs()) == 16
+
+
+def test_the_readmes_python_runs() -> None:
+    (source,) = blocks(ROOT / "README.md", "python")
+    scope: dict = {}
+    exec(compile(source, "README.md", "exec"), scope)
+    layer = scope["layer"]
+    tokens = torch.randn(3, 1024, dtype=torch.bfloat16)
+    chosen = torch.tensor([[0, 1, 2, 3, 4, 5]] * 3)
+    output = layer(tokens, torch.ones(3, dtype=torch.bool), torch.full((3, 6), 1 / 6), chosen)
+    assert output.shape == (3, 1024)
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_pictures_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
+    assert not [target for target in targets if not (document.parent / target).exists()]
