@@ -20,7 +20,7 @@ bench: $(READY) ## measure: suites/gpu.toml where torch sees a CUDA GPU, else su
 	@suite=$$($(RUN) -c '$(SUITE_FOR_THIS_MACHINE)') && $(RUN) -m moebench run "$$suite"
 
 test: lint ## lint, types and tests
-	$(RUN) -m pytest -n $(WORKERS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(READY) ## style and types
 	$(RUN) -m ruff check .

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 from experts.compute import PARAMETER_NAMES, ExpertParameters
 from experts.config import BackendConfig, MoEConfig, is_gated_activation
 from experts.engines import get_engine
-from experts.errors import Unsupported
+from experts.errors import ConfigError, Unsupported
 from experts.layer import ExpertLayer
 from experts.state_dict import as_local, local_share
 
@@ -35,7 +35,7 @@ class GroupedExperts(ExpertLayer):
     `expert_bias` `gate_up_proj_bias` [E, 2I] and `down_proj_bias` [E, D] (None without). They hold anything until
     `init_weights` or `load_state_dict`. Under expert parallelism they are DTensors, sharded on dimension 0.
 
-    Raises RegistryError for an engine that does not compute on stacked parameters.
+    Raises ConfigError for a backend that is Transformer Engine's.
     """
 
     default_engine = "loop"
@@ -48,6 +48,7 @@ class GroupedExperts(ExpertLayer):
 
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
         backend = backend or BackendConfig()
+        self._refuse_te(backend)
         super().__init__(config, backend.experts or self.default_engine, backend.dispatcher or self.default_dispatcher)
         self.engine = get_engine(self.engine_name)
         shapes = parameter_shapes(config)
@@ -87,8 +88,23 @@ class GroupedExperts(ExpertLayer):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
+            elif isinstance(parameter, DTensor) and parameter.device.type == "cpu":
+                # on a CPU mesh DTensor warns, and draws the same numbers on every rank
+                whole = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=init_std)
+                parameter.to_local().copy_(local_share(whole, parameter.device_mesh))
             else:
                 parameter.normal_(std=init_std)
+
+    def _refuse_te(self, backend: BackendConfig) -> None:
+        if backend.experts == "te":
+            raise ConfigError(
+                f"{type(self).__name__} has no engine 'te', which keeps weights of its own; use GroupedExpertsTE"
+            )
+        if backend.te_fp8 is not None:
+            raise ConfigError(
+                f"te_fp8 = {backend.te_fp8!r} is Transformer Engine's, {type(self).__name__} would compute without it; "
+                "use GroupedExpertsTE, or leave te_fp8 out"
+            )
 
     def _shard_parameters(self, ep_mesh: DeviceMesh) -> None:
         for name, parameter in list(self.named_parameters()):

@@ -113,7 +113,8 @@ def _nowhere(name: str) -> RegistryError:
     if ":" in name:
         module_name = name.partition(":")[0]
         return RegistryError(f"backend {name!r}: there is no module {module_name!r}; is it on PYTHONPATH?")
-    near = difflib.get_close_matches(name, backend_names(), n=1)
+    # "torch" is a BackendConfig's other name of the loop; in results a backend has one name
+    near = ["loop"] if name == "torch" else difflib.get_close_matches(name, backend_names(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return RegistryError(
         f"there is no backend {name!r}; {hint}the backends are {', '.join(backend_names())}, or give module:attribute"

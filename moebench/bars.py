@@ -1,6 +1,7 @@
 """Where the time of a forward goes under expert parallelism: bars of dispatch, compute and combine. No torch here."""
 
 from collections.abc import Mapping
+from textwrap import wrap
 from types import MappingProxyType
 
 import pandas as pd
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from moebench.cells import human
 from moebench.labels import describe, in_order, panel_title
 from moebench.look import LEADING_IN, NOTE_SIZE, sheet, shortened
 from moebench.metrics import BREAKDOWN, PARTS, tokens_text
@@ -17,55 +19,81 @@ from moebench.metrics import BREAKDOWN, PARTS, tokens_text
 #: No backend's colours, and of three lightnesses.
 PART_COLORS: Mapping[str, str] = MappingProxyType({"dispatch": "#2F5D8C", "compute": "#C8CDD2", "combine": "#E3874B"})
 _BAR_IN = NOTE_SIZE * LEADING_IN + 0.01
-_AROUND_PANEL_IN = 0.62  # title and ticks
+_TITLE_IN, _TITLE_CHARACTERS = 0.24, 36  # a line of a panel's title, which begins above its bars
+_AROUND_PANEL_IN = 0.38  # ticks and space
 _TOTAL_ROOM = 1.18  # of an axis over its longest bar, for the number behind it
 
-Panels = dict[str, pd.DataFrame]
+Panels = list[tuple[str, pd.DataFrame]]
+
+
+def case_in(num_lines: int) -> float:
+    """About how high a case, a panel of its own, stands in an overview."""
+    return num_lines * _BAR_IN + _TITLE_IN + _AROUND_PANEL_IN
+
+
+def in_family(family: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows of a workload family its own figure chooses from: all with tokens, if these are of several counts."""
+    has_tokens = family["num_tokens"] > 0
+    return has_tokens & (family.loc[has_tokens, "num_tokens"].nunique() > 1)
 
 
 def family_figure(rows: pd.DataFrame) -> Figure:
-    """The bars of a workload at its largest and a middle token count, a panel for each routing and load of the ranks.
+    """The bars of a workload at its largest and a middle token count, a panel for each mode, routing and load.
 
-    Parts are those of a forward: rows of mode train are shown where there are no others.
+    The middle one is, of the counts below the largest, one that compares the most backends. Parts are those of a
+    forward: a backend has those of mode train only where it was not measured in mode forward.
     """
-    measured = rows[BREAKDOWN.points(rows).groupby(level=0)["value"].first().notna()]
-    shown = rows[rows["mode"] == ("forward" if measured["mode"].eq("forward").any() else "train")]
-    counts = sorted(set(measured.loc[measured.index.intersection(shown.index), "num_tokens"]))
-    shown = shown[shown["num_tokens"].isin({counts[(len(counts) - 1) // 2], counts[-1]})]
-    panels: Panels = {}
-    places: list[tuple[str, str, int]] = sorted(
-        set(zip(shown["routing"], shown["rank_load"], shown["num_tokens"], strict=True))
-    )
-    for routing, load, count in places:
-        panel = shown[(shown["routing"] == routing) & (shown["rank_load"] == load) & (shown["num_tokens"] == count)]
-        first = f"{tokens_text(count)} tokens per rank"
-        panels[panel_title(shown, first, routing, load)] = panel
-    return _figure(shown, panels, ("tokens",))
+    shown = _without_twins(rows)
+    measured = shown.loc[BREAKDOWN.points(shown).dropna(subset="value").index.unique()]
+    *smaller, largest = measured.groupby("num_tokens")["line"].nunique().items()
+    widest = [count for count, width in smaller if width == max(width for _, width in smaller)]
+    shown = shown[shown["num_tokens"].isin([*widest[len(widest) // 2 :][:1], largest[0]])]
+    panels: Panels = []
+    for _, panel in shown.groupby(list(_PLACE)):
+        mode, routing, load, count = panel[list(_PLACE)].iloc[0]
+        title = panel_title(shown, f"{tokens_text(count)} tokens per rank", routing, load)
+        panels.append((title if shown["mode"].nunique() == 1 else f"{title}, {mode}", panel))
+    return _figure(shown, panels, ("tokens", "mode") if shown["mode"].eq("forward").all() else ("tokens",))
+
+
+_PLACE = ("mode", "routing", "rank_load", "num_tokens")
+
+
+def _without_twins(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows without those of mode train that have a measured twin in mode forward."""
+    twins = rows.groupby(["line", *_PLACE[1:]])
+    has_forward = rows["dispatch_ms"].where(rows["mode"] == "forward").groupby(twins.ngroup()).transform("count") > 0
+    return rows[(rows["mode"] == "forward") | ~has_forward]
 
 
 def page_figure(rows: pd.DataFrame) -> Figure:
     """The bars of several cases, a panel each."""
-    labels = describe(rows).headings
-    panels = {f"{labels[panel.index[0]]}": panel for _, panel in rows.groupby("case", sort=False)}
-    return _figure(rows, panels, ())
+    headings = describe(rows).headings
+    return _figure(rows, [(headings[panel.index[0]], panel) for _, panel in rows.groupby("case", sort=False)], ())
 
 
 def _figure(rows: pd.DataFrame, panels: Panels, on_axes: tuple[str, ...]) -> Figure:
-    points = BREAKDOWN.points(rows).dropna(subset="value")
-    lines = in_order(points["line"])
+    points = BREAKDOWN.points(rows)
+    has_value = points.dropna(subset="value").index
+    panels = [(title, panel) for title, panel in panels if panel.index.isin(has_value).any()]
+    titles = [wrap(title, _TITLE_CHARACTERS) or [""] for title, _ in panels]
+    heights_in = [
+        case_in(panel["line"].nunique()) + _TITLE_IN * (len(title) - 1)
+        for title, (_, panel) in zip(titles, panels, strict=True)
+    ]
     entries: list[Artist] = [Patch(color=PART_COLORS[part], label=part) for part in PARTS]
-    height_in = len(panels) * (_BAR_IN * len(lines) + _AROUND_PANEL_IN) + 0.25
-    figure, body = sheet(rows, BREAKDOWN, on_axes, [entries], height_in)
-    axes = body.subplots(len(panels), squeeze=False)[:, 0]
-    for ax, (title, panel) in zip(axes, panels.items(), strict=True):
-        ax.set_title(title)
-        _draw(ax, points[points.index.isin(panel.index)], lines)
-    axes[-1].set_xlabel("ms, each part that of its slowest rank")
+    figure, body = sheet(rows, BREAKDOWN, on_axes, [entries], sum(heights_in) + 0.25)
+    axes = body.subplots(len(panels), squeeze=False, height_ratios=heights_in)[:, 0]
+    for ax, title, (_, panel) in zip(axes, titles, panels, strict=True):
+        ax.set_title("\n".join(title))
+        _draw(ax, points.loc[panel.index])
+    axes[-1].set_xlabel("ms in a forward, slowest rank")
     return figure
 
 
-def _draw(ax: Axes, points: pd.DataFrame, lines: list[str]) -> None:
-    """A bar a line, from the top; the number behind it is its length."""
+def _draw(ax: Axes, points: pd.DataFrame) -> None:
+    """A bar a line, from the top; the number behind it is its length. What has no value leaves a gap."""
+    lines = in_order(points["line"])
     values = points.groupby(["line", "curve"])["value"].agg(BREAKDOWN.combine).unstack()
     values = values.reindex(index=lines, columns=list(PARTS))
     left = values[PARTS[0]] * 0
@@ -75,11 +103,13 @@ def _draw(ax: Axes, points: pd.DataFrame, lines: list[str]) -> None:
     for place, total in enumerate(left):
         if pd.notna(total):
             ax.annotate(
-                f"{total:.3g}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=NOTE_SIZE
+                human(total), (total, place), (4, 0), textcoords="offset points", va="center", fontsize=NOTE_SIZE
             )
     ax.set_yticks(range(len(lines)), [shortened(line, 32) for line in lines], fontsize=NOTE_SIZE)
     ax.set_ylim(len(lines) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
-    ax.set_xlim(0, (left.max() or 1.0) * _TOTAL_ROOM)
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    end = (float(left.max()) or 1.0) * _TOTAL_ROOM
+    ticks = [float(tick) for tick in MaxNLocator(5).tick_values(0, end) if tick <= end]
+    ax.set_xlim(0, end)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -15,14 +15,14 @@ STATUS_STYLES = {Status.unsupported: DIM, Status.oom: "yellow"}
 
 
 def human(value: float) -> str:
-    """Three significant digits with a decimal suffix: 105K, 1.23M."""
+    """Three significant digits with a decimal suffix, 105K, 1.23M; two below 1."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     for power, suffix in ((9, "G"), (6, "M"), (3, "K"), (0, "")):
         scaled = float(f"{value:.3g}") / 10**power
         if scaled >= 1:
             return f"{scaled:.{max(0, 2 - math.floor(math.log10(scaled)))}f}{suffix}"
-    return f"{value:.2g}"
+    return f"{value:#.2g}"
 
 
 def rate(value: float) -> str:
@@ -42,7 +42,8 @@ def part_milliseconds(time_ms: float) -> str:
         return "-"
     if 0 < time_ms < 0.0005:
         return "<.001"
-    return f"{time_ms:.{3 - min(3, math.floor(math.log10(max(time_ms, 1))))}f}"
+    texts = [f"{time_ms:.{decimals}f}" for decimals in (3, 2, 1, 0)]
+    return next((text for text in texts if len(text) <= 5), texts[-1])
 
 
 def half_interval(row: Row) -> str:

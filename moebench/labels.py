@@ -25,11 +25,12 @@ class Description:
 
     @property
     def headings(self) -> "pd.Series[str]":
-        """The varying parts of each row in words that stand alone: `4096 tokens, train, zipf:1.2 routing`."""
+        """The varying parts of each row in words, `4096 tokens, train`; `defaults` where that leaves a row without."""
         texts = [
             ", ".join(_in_words(str(part), text) for part, text in zip(self.varying, row, strict=True) if text)
             for row in self.varying.to_numpy()
         ]
+        texts = [text or ("defaults" if any(texts) else "") for text in texts]
         return pd.Series(texts, index=self.varying.index, dtype="str")
 
     def title(self, *without: str) -> str:

@@ -1,6 +1,8 @@
 """Values as lines against tokens, and of cases that are on no line in an overview. No torch here."""
 
 import math
+from itertools import pairwise
+from statistics import fmean
 from textwrap import wrap
 from typing import Any
 
@@ -14,10 +16,26 @@ from moebench.look import BAD, CROSS, LEADING_IN, NOTE_SIZE, line_legends, line_
 from moebench.metrics import THROUGHPUT, Metric, limits, round_ticks, tokens_text, unit
 from moebench.record import Status
 
-_PANEL_IN, _CROWDED_PANEL_IN, _CROWD = 2.45, 3.3, 6  # a panel's height, for more lines than a crowd, and a crowd
+_PANEL_IN, _CROWDED_PANEL_IN, _CROWD = 2.45, 3.8, 6  # a panel's height, for more lines than a crowd, and a crowd
+_SEPARATOR, _MARK_SIZE = "#BBBBBB", 6.5
+_MARK_IN, _CASE_GAP_IN = 0.16, 0.13  # in an overview: of each line, and between cases
 
 
-def line_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
+def case_in(num_lines: int) -> float:
+    """About how high a case stands in an overview."""
+    return max(2 * NOTE_SIZE * LEADING_IN, num_lines * _MARK_IN) + _CASE_GAP_IN
+
+
+def on_lines(family: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows of a workload family stand on a line: their backend has two token counts or more in their panel."""
+    counts = family["num_tokens"].where(family["num_tokens"] > 0)  # a logarithmic axis has no place for 0
+    num_counts = counts.groupby([family[name] for name in ("mode", "routing", "rank_load", "line")]).transform(
+        "nunique"
+    )
+    return counts.notna() & (num_counts > 1)
+
+
+def family_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
     """Values against tokens, a panel for each mode, routing and load of the ranks."""
     points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
     drawn = points.dropna(subset="value")
@@ -43,24 +61,27 @@ def line_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
     return figure
 
 
-def overview_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
-    """Values of cases that are on no line, a row each."""
+def page_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
+    """Values of cases that are on no line, a row each, as high as it has backends."""
     points = metric.points(rows)
     labels = dict(zip(rows["case"], describe(rows).labels, strict=True))
-    cases = {case: place for place, case in enumerate(labels)}
-    lines = in_order(points["line"])
-    dodge = {line: (number - (len(lines) - 1) / 2) * 0.6 / len(lines) for number, line in enumerate(lines)}
-    points["place"] = points["case"].map(cases).astype("float64") + points["line"].map(dodge)
+    texts: list[str] = []
+    edges = [0.0]  # of the cases, in inches from the top
+    for case, some in points.groupby("case", sort=False):
+        lines = in_order(some["line"])
+        texts.append("\n".join(wrap(labels[case], 26)) or "all")
+        text_in = (texts[-1].count("\n") + 1) * NOTE_SIZE * LEADING_IN
+        edges.append(edges[-1] + max(text_in, len(lines) * _MARK_IN) + _CASE_GAP_IN)
+        places = {line: fmean(edges[-2:]) + (at - (len(lines) - 1) / 2) * _MARK_IN for at, line in enumerate(lines)}
+        points.loc[points["case"] == case, "place"] = some["line"].map(places)
 
-    texts = ["\n".join(wrap(labels[case], 26)) or "all" for case in cases]
-    tall = max(text.count("\n") + 1 for text in texts)
-    row_in = max(tall * NOTE_SIZE * LEADING_IN + 0.08, 0.16 * len(lines))
-    legends = line_legends(points, metric, joined=False)
-    figure, body = sheet(rows, metric, (), legends, row_in * len(cases) + 0.7)
+    figure, body = sheet(rows, metric, (), line_legends(points, metric, joined=False), edges[-1] + 0.7)
     ax = body.subplots()
     _draw(ax, points, metric, upright=False)
-    ax.set_yticks(list(cases.values()), texts, fontsize=NOTE_SIZE)
-    ax.set_ylim(len(cases) - 0.5, -0.5)
+    ax.set_yticks([fmean(pair) for pair in pairwise(edges)], texts, fontsize=NOTE_SIZE)
+    ax.set_ylim(edges[-1], 0)
+    ax.grid(visible=False, axis="y")
+    ax.hlines(edges[1:-1], 0, 1, transform=ax.get_yaxis_transform(), color=_SEPARATOR, linewidth=0.8, zorder=0)
     ax.set_xlabel(unit(rows, metric))
     return figure
 
@@ -77,10 +98,13 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> N
     if metric.budget is not None:
         (ax.axhline if upright else ax.axvline)(metric.budget, color=BAD, linewidth=1.6, label="budget")
         (ax.axhspan if upright else ax.axvspan)(metric.budget, top, color=BAD, alpha=0.06, linewidth=0)
+    backends = in_order(points["backend"])
     for line in in_order(points["line"]):
         for curve, rows in points[points["line"] == line].groupby("curve", sort=False):
             secondary = curve in metric.curves[1:]
-            look = line_look(rows["backend"].iloc[0], rows["dispatcher"].iloc[0], secondary=secondary)
+            backend, dispatcher = rows[["backend", "dispatcher"]].iloc[0]
+            above = backends.index(backend) / max(1, len(backends) - 1)
+            look = line_look(backend, dispatcher, secondary=secondary, above=above)
             if rows["value"].notna().any():
                 _draw_line(ax, rows, metric, {**look, "label": f"{line} {curve}"}, upright)
 
@@ -90,19 +114,27 @@ def _draw_line(ax: Axes, rows: pd.DataFrame, metric: Metric, look: dict[str, Any
         if len(values):  # an empty line still takes part in the layout, at the origin
             ax.plot(*((places, values) if upright else (values, places)), **how)
 
+    if not upright:
+        look = {**look, "linestyle": "none", "markersize": _MARK_SIZE}  # nothing covers another
     bottom, top = (ax.get_ylim if upright else ax.get_xlim)()
     at = rows.groupby("place").agg(
         value=("value", metric.combine), low=("low", "min"), high=("high", "max"), converged=("converged", "min")
     )
     places = at.index.to_numpy(dtype="float64")
     drawable = at["value"].between(bottom, top)
-    put(places, at["value"].where(drawable), **look if upright else {**look, "linestyle": "none"})
+    put(places, at["value"].where(drawable), **look)
     if upright:
         ax.fill_between(places, at["low"], at["high"], color=look["color"], alpha=0.25, linewidth=0)
     else:
         ax.hlines(places, at["low"], at["high"], color=look["color"], linewidth=1.5)
 
-    plain = {"color": look["color"], "linestyle": "none", "marker": look["marker"]}
+    plain = {
+        "color": look["color"],
+        "linestyle": "none",
+        "marker": look["marker"],
+        "markersize": look["markersize"],
+        "zorder": look["zorder"],
+    }
     shown = at["value"].clip(bottom * (top / bottom) ** 0.03, top / (top / bottom) ** 0.03)
     edge = shown[~drawable & shown.notna()]
     put(edge.index, edge, **plain)

@@ -53,8 +53,7 @@ def long_table(rows: pd.DataFrame, described: Description, width: int, *, ascii_
     longest = max(map(len, rows["label"]))
     label_width = max(1, min(longest, width - numbers - _MARKS_WIDTH - 1))
     places = {label: place for place, label in enumerate(in_order(rows["label"]))}
-    headings = described.headings
-    rows = rows.assign(heading=headings.where(headings != "", "defaults" if headings.any() else ""))
+    rows = rows.assign(heading=described.headings)
     for number, (_, group) in enumerate(rows.groupby(["run_id", "case_id"], sort=False)):
         if number:
             yield Text()

@@ -38,17 +38,14 @@ BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 _OTHER_COLORS = ("#999933", "#AA4499", "#661100", "#44AA99", "#6699CC", "#B8860B")
 _OTHER_MARKERS = ("h", "d", "8", "H", "*")
-#: Dashes, marker, and sizes of both, of a dispatcher, since the colour is its backend's. The later ones are drawn over
-#: the earlier, and are so much smaller that those still show.
-_DISPATCHER_LOOKS: Mapping[str, tuple[Any, str, float, float]] = MappingProxyType(
-    {
-        "allgather": ("-", "o", 2.4, 9.5),
-        "alltoall": ((0, (4, 1.5)), "s", 2.0, 6.5),
-        "deepep": ((0, (1, 1)), "^", 1.6, 5.5),
-    }
+#: Dashes and marker of a dispatcher, since the colour is its backend's, and how large both are: the later ones are
+#: drawn over the earlier, which still show.
+_DISPATCHER_LOOKS: Mapping[str, tuple[Any, str, float]] = MappingProxyType(
+    {"allgather": ("-", "o", 1.1), "alltoall": ((0, (4, 1.5)), "s", 0.85), "deepep": ((0, (1, 1)), "^", 0.75)}
 )
-_OTHER_DISPATCHER_LOOK = ((0, (6, 1.5, 1, 1.5)), "D", 1.6, 5.0)
+_OTHER_DISPATCHER_LOOK = ((0, (6, 1.5, 1, 1.5)), "D", 0.7)
 _SAVED_DASHES = (0, (3, 2))
+_SECONDARY: Mapping[str, Any] = MappingProxyType({"linewidth": 1.3, "markersize": 5, "markerfacecolor": "white"})
 BAD, _INK = "#C00000", "#222222"
 CROSS: Mapping[str, Any] = MappingProxyType(
     {"marker": "x", "color": BAD, "markersize": 11, "markeredgewidth": 2.6, "linestyle": "none"}
@@ -72,6 +69,7 @@ RC: Any = {  # of Any, since matplotlib's own type of it lists every key
     "axes.edgecolor": "#888888",
     "grid.color": "#E4E4E4",
     "legend.frameon": False,
+    "legend.handlelength": 2.6,  # so that dashes show
     "lines.linewidth": 2.2,
     "lines.markersize": 7,
     "xtick.major.size": 4,
@@ -90,24 +88,31 @@ def style(backend: str) -> tuple[str, str]:
     return _OTHER_COLORS[number % len(_OTHER_COLORS)], _OTHER_MARKERS[number // 97 % len(_OTHER_MARKERS)]
 
 
-def line_look(backend: str, dispatcher: str, *, secondary: bool) -> dict[str, Any]:
-    """How a line of one backend and dispatcher is drawn; secondary, for all but the first of its curves."""
+def line_look(backend: str, dispatcher: str, *, secondary: bool = False, above: float = 0.5) -> dict[str, Any]:
+    """How a line of one backend and dispatcher is drawn; secondary, for all but the first of its curves.
+
+    `above` is 0 for the backend drawn first and 1 for the last: the earlier ones are so broad that they show where
+    another line covers them.
+    """
     color, marker = style(backend)
-    if dispatcher != "local":
-        look = {"color": color, **_dispatcher_look(dispatcher)}
-        return {**look, "linewidth": 1.1, "markerfacecolor": "white"} if secondary else look
-    look = {"color": color, "marker": marker, "linestyle": "-"}
+    look = {"color": color, **_stroke(dispatcher, marker, above)}
     if secondary:
-        return {**look, "linestyle": _SAVED_DASHES, "linewidth": 1.6, "markersize": 5, "markerfacecolor": "white"}
-    look |= {"markeredgecolor": "white", "markeredgewidth": 0.7}
-    if backend == "loop":  # drawn first, and so broad that it shows where another line covers it
-        return {**look, "linewidth": 3.2, "markersize": 8.5}
-    return {**look, "markersize": 10 if marker in "P*X" else 7}  # these markers are thin
+        return {**look, **_SECONDARY, **({"linestyle": _SAVED_DASHES} if dispatcher == "local" else {})}
+    return {**look, "markeredgecolor": "white", "markeredgewidth": 0.7}
 
 
-def _dispatcher_look(dispatcher: str) -> dict[str, Any]:
-    dashes, marker, linewidth, markersize = _DISPATCHER_LOOKS.get(dispatcher, _OTHER_DISPATCHER_LOOK)
-    return {"marker": marker, "linestyle": dashes, "linewidth": linewidth, "markersize": markersize}
+def _stroke(dispatcher: str, marker: str, above: float = 0.5) -> dict[str, Any]:
+    dashes, size = "-", 1.0
+    if dispatcher != "local":
+        dashes, marker, size = _DISPATCHER_LOOKS.get(dispatcher, _OTHER_DISPATCHER_LOOK)
+    thin = 1.4 if marker in "P*X" else 1.0  # these markers look smaller than they are
+    return {
+        "linestyle": dashes,
+        "marker": marker,
+        "linewidth": (3.4 - 1.8 * above) * size,
+        "markersize": (8.5 - 2.0 * above) * size * thin,
+        "zorder": 3 - size / 2 + above / 100,
+    }
 
 
 def sheet(
@@ -174,16 +179,14 @@ def line_legends(points: pd.DataFrame, metric: Metric, joined: bool) -> list[lis
     if drawn["dispatcher"].eq("local").all():
         looks = {line: _look_of_first(drawn[drawn["line"] == line]) for line in in_order(drawn["line"])}
         return [[*_entries(looks, joined), *_other_entries(drawn, metric, joined)]]
-    engines: dict[str, dict[str, Any]] = {
-        name: {"color": style(name)[0], "linewidth": 4.0} for name in in_order(drawn["backend"])
-    }
-    dispatchers = {name: {**_dispatcher_look(name), "color": _INK} for name in sorted(set(drawn["dispatcher"]))}
-    engine_entries: list[Artist] = [Line2D([], [], label=shortened(name), **look) for name, look in engines.items()]
-    return [engine_entries, [*_entries(dispatchers, joined), *_other_entries(drawn, metric, joined)]]
+    engines = {name: {"color": style(name)[0], "linewidth": 4.0} for name in in_order(drawn["backend"])}
+    dispatchers = {name: {**_stroke(name, ""), "color": _INK} for name in sorted(set(drawn["dispatcher"]))}
+    legends = [_entries(engines, joined=True), _entries(dispatchers, joined), _other_entries(drawn, metric, joined)]
+    return [entries for entries in legends if entries]
 
 
 def _look_of_first(rows: pd.DataFrame) -> dict[str, Any]:
-    return line_look(rows["backend"].iloc[0], rows["dispatcher"].iloc[0], secondary=False)
+    return line_look(rows["backend"].iloc[0], rows["dispatcher"].iloc[0])
 
 
 def _entries(looks: Mapping[str, dict[str, Any]], joined: bool) -> list[Artist]:
@@ -201,7 +204,8 @@ def _other_entries(points: pd.DataFrame, metric: Metric, joined: bool) -> list[A
     hollow: dict[str, Any] = {"markerfacecolor": "white", "markersize": 5}
     entries = []
     if metric.curves and points["curve"].nunique() > 1:
-        looks = ({}, {"linestyle": _SAVED_DASHES, "linewidth": 1.6}) if joined else (dot, {**dot, **hollow})
+        dashed = {"linestyle": _SAVED_DASHES} if points["dispatcher"].eq("local").all() else {}
+        looks = ({"marker": "o"}, {"marker": "o", **_SECONDARY, **dashed}) if joined else (dot, {**dot, **hollow})
         entries += [entry(curve, color=_INK, **look) for curve, look in zip(metric.curves, looks, strict=True)]
     if metric is THROUGHPUT and points["converged"].eq(False).any():
         entries.append(entry("not converged", color=_INK, **dot, **hollow))

@@ -104,7 +104,7 @@ PARITY = Metric(
     budget=1.0,
     window=(1e-4, 1e6),
 )
-BREAKDOWN = Kind("breakdown", "Parts of a forward", "ms", _points_of_breakdown, combine="median", curves=PARTS)
+BREAKDOWN = Kind("breakdown", "Breakdown", "ms", _points_of_breakdown, combine="median", curves=PARTS)
 
 
 def unit(rows: pd.DataFrame, metric: Kind) -> str:

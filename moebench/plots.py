@@ -1,30 +1,32 @@
 """Frame -> matplotlib figures, readable at 400 px width: throughput, memory and parity against tokens. No torch here.
 
-A workload family (all of a case but its tokens, mode, routing, load of the ranks and seed, on one machine) with two
-token counts or more has a figure of its own, with a panel for each mode, routing and load; the rest of an EP size is
-gathered in an overview, so that nothing measured is invisible. Under expert parallelism there is also the breakdown of
-a forward. Only figures, no pyplot: importing this changes nothing for who imports it.
+A workload family (all of a case but its tokens, mode, routing, load of the ranks and seed, on one machine) has a figure
+of its own, with a panel for each mode, routing and load, and a line for each backend with two token counts or more
+there. Cases with a backend that is on no line are gathered in an overview of their EP size, so that nothing measured is
+invisible. Under expert parallelism there is also the breakdown of a forward. Only figures, no pyplot: importing this
+changes nothing for who imports it.
 """
 
 import io
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moebench import bars
+from moebench import bars, lines
 from moebench.frame import write_atomically
 from moebench.labels import backend_labels, describe, in_case_order
-from moebench.lines import line_figure, overview_figure
 from moebench.look import RC, settle
 from moebench.metrics import BREAKDOWN, MEMORY, PARITY, THROUGHPUT, Kind, Metric
 
-_CASES_A_PAGE, _MARKS_A_PAGE = 24, 72
 _PREFIXES = tuple(f"{kind.name}-" for kind in (THROUGHPUT, MEMORY, PARITY, BREAKDOWN))  # of every file that is written
+
+_PAGE_IN = 11.0  # of an overview, at most, if it has more than one case
 
 Named = list[tuple[str, Figure]]
 
@@ -53,7 +55,8 @@ def parity(frame: pd.DataFrame) -> Named:
 
 def breakdown(frame: pd.DataFrame) -> Named:
     """Dispatch, compute and combine of a forward under expert parallelism, at the largest and a middle token count."""
-    return _figures(frame[frame["ep_size"] > 1], BREAKDOWN, bars.family_figure, bars.page_figure)
+    drawing = _Drawing(bars.in_family, bars.family_figure, bars.page_figure, bars.case_in)
+    return _figures(frame[frame["ep_size"] > 1], BREAKDOWN, drawing)
 
 
 def write_plots(frame: pd.DataFrame, folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
@@ -85,15 +88,26 @@ def _remove_all_but(slugs: set[str], folder: Path) -> None:
 
 
 def _metric_figures(frame: pd.DataFrame, metric: Metric) -> Named:
-    return _figures(frame, metric, lambda rows: line_figure(rows, metric), lambda page: overview_figure(page, metric))
+    drawing = _Drawing(
+        in_family=lines.on_lines,
+        family=lambda rows: lines.family_figure(rows, metric),
+        page=lambda rows: lines.page_figure(rows, metric),
+        case_in=lines.case_in,
+    )
+    return _figures(frame, metric, drawing)
 
 
-def _figures(
-    frame: pd.DataFrame,
-    kind: Kind,
-    of_family: Callable[[pd.DataFrame], Figure],
-    of_page: Callable[[pd.DataFrame], Figure],
-) -> Named:
+@dataclass(frozen=True)
+class _Drawing:
+    """How figures of one kind are made."""
+
+    in_family: Callable[[pd.DataFrame], "pd.Series[bool]"]  # which rows of a workload family its own figure shows
+    family: Callable[[pd.DataFrame], Figure]  # of those
+    page: Callable[[pd.DataFrame], Figure]  # of a page of an overview
+    case_in: Callable[[int], float]  # about how high a case with so many backends stands there
+
+
+def _figures(frame: pd.DataFrame, kind: Kind, drawing: _Drawing) -> Named:
     rows = in_case_order(frame)
     rows["line"] = backend_labels(rows)
     rows["case"] = rows.groupby(["case_id", "device", "gpu", "run_id"], dropna=False, sort=False).ngroup()
@@ -101,25 +115,31 @@ def _figures(
     gathered = [rows.iloc[:0]]
     with matplotlib.rc_context(RC):
         for _, family in rows.groupby(list(_FAMILY), dropna=False, sort=False):
-            some = family[family["num_tokens"] > 0]  # a logarithmic axis has no place for 0
-            is_line = some["num_tokens"].nunique() > 1
-            gathered.append(family.drop(some.index) if is_line else family)
-            if is_line and _has_values(some, kind):
-                named.append((_slug(kind, some), of_family(some)))
+            in_family = drawing.in_family(family)
+            rest = set(family.loc[~in_family, "case"])
+            gathered.append(family[family["case"].isin(rest)])  # whole, for what they compare
+            some = family[in_family]
+            if _has_values(some, kind):
+                named.append((_slug(kind, some), drawing.family(some)))
         lone = pd.concat(gathered)
         for ep_size in sorted(set(lone["ep_size"])):
             name = f"{kind.name}-overview" if ep_size == 1 else f"{kind.name}-overview-ep-{ep_size}"
-            named += [(name, of_page(page)) for page in _pages(lone[lone["ep_size"] == ep_size], kind)]
+            pages = _pages(lone[lone["ep_size"] == ep_size], drawing.case_in)
+            named += [(name, drawing.page(page)) for page in pages if _has_values(page, kind)]
     return _distinct(named)
 
 
-def _pages(rows: pd.DataFrame, kind: Kind) -> list[pd.DataFrame]:
-    """Rows of as many cases as fit one overview, if they have something to show."""
-    cases = list(dict.fromkeys(rows["case"]))
-    step = max(1, min(_CASES_A_PAGE, _MARKS_A_PAGE // rows["line"].nunique()))
-    parts = [cases[start : start + step] for start in range(0, len(cases), step)]
-    pages = [rows[rows["case"].isin(part)] for part in parts]
-    return [page for page in pages if _has_values(page, kind)]
+def _pages(rows: pd.DataFrame, case_in: Callable[[int], float]) -> list[pd.DataFrame]:
+    """The rows of as many cases as fit one page, page by page."""
+    pages: list[list[pd.DataFrame]] = []
+    room = 0.0
+    for _, case in rows.groupby("case", sort=False):
+        room -= case_in(case["line"].nunique())
+        if room < 0 or not pages:
+            pages.append([])
+            room = _PAGE_IN - case_in(case["line"].nunique())
+        pages[-1].append(case)
+    return [pd.concat(page) for page in pages]
 
 
 def _has_values(rows: pd.DataFrame, kind: Kind) -> bool:

@@ -23,6 +23,8 @@ Product = Callable[[Tensor, Tensor], Tensor]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 #: What shares a scale: values of an activation or a gradient, and of a weight; a whole tensor where not named.
 BLOCKS = {"block": ((1, 128), (128, 128)), "mxfp8": ((1, 32), (32, 1))}
+#: The largest power of two in float32: infinite, as zeros would have it, a scale makes NaN of them.
+LARGEST_SCALE = 2.0**127
 
 
 def fp8_product(recipe: str) -> Product:
@@ -77,7 +79,7 @@ def _quantised(values: Tensor, block: tuple[int, int] | None, fmt: torch.dtype) 
     if values.numel() == 0:
         return values
     largest = values.abs().max() if block is None else _block_maxima(values, block)
-    scale = torch.finfo(fmt).max / largest.clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (torch.finfo(fmt).max / largest).clamp(max=LARGEST_SCALE)
     if block is not None:
         scale = torch.exp2(torch.floor(torch.log2(scale)))
     return (values * scale).clamp(-torch.finfo(fmt).max, torch.finfo(fmt).max).to(fmt).float() / scale

@@ -22,6 +22,9 @@ from moebench.quantization import Product
 
 Tensors = dict[str, Tensor]
 
+#: Of an error in no particular direction of D dimensions, 1/√D lies along a given one; hardly ever so many times that.
+BY_CHANCE = 4.0
+
 
 @dataclass(frozen=True)
 class GroupErrors:
@@ -29,6 +32,10 @@ class GroupErrors:
 
     `scale_G` is what errors are measured against: the norm of the reference, floored where that is fair, and exactly
     zero where the tensor must be exactly zero. `loop_G` is the loop's own error, `passes_PG` that of each pass.
+
+    The output's groups may be experts too. An expert's error is then the part of all errors that lies along what it
+    adds to its tokens: a factor in front of its contribution, however small that is beside other experts', but not
+    rounding, which lies along nothing in particular.
     """
 
     tensor: str
@@ -59,6 +66,9 @@ def compare(
     inactive_TK = inputs.active_indices_TK < 0
     inactive_T1 = inactive_TK.all(dim=1, keepdim=True)
     errors = [_token_errors("output", sums, inputs, inactive_T1, passes)]
+    if product is not torch.matmul:
+        outputs = [peers.rows(tensors["output"]) for tensors in passes]
+        errors.append(run.factors(range(first, first + len(by_expert)), outputs))
     if case.mode == "train":
         errors.append(_token_errors("x.grad", sums, inputs, inactive_T1, passes))
         errors.append(_token_errors("weights.grad", sums, inputs, inactive_TK, passes))
@@ -100,11 +110,12 @@ class _Run:
         """Run one expert both ways. By parameter, norms [2 + P]: of its gradient, the loop's error, each pass's."""
         inputs = self.inputs
         at = torch.where(inputs.active_indices_TK == index)
-        exact = self._one_way(local, at, torch.float64, torch.matmul)
-        loop = self._one_way(local, at, inputs.x_TD.dtype, self.product)
+        train = self.case.mode == "train"
+        exact = self._one_way(local, at, torch.float64, torch.matmul, train)
+        loop = self._one_way(local, at, inputs.x_TD.dtype, self.product, train)
         _add(self.exact, exact, at)
         _add(self.loop, loop, at)
-        if self.case.mode == "forward":
+        if not train:
             return {}
         sizes_N = _norms(exact["output"]) * _norms(inputs.grad_TD[at[0]].double()) / math.sqrt(self.case.dim)
         self.chance_TK[at] = sizes_N / inputs.weights_TK[at].double()
@@ -115,9 +126,11 @@ class _Run:
             norms[name] = torch.stack([torch.linalg.vector_norm(exact[name]), *errors])
         return norms
 
-    def _one_way(self, local: int, at: tuple[Tensor, ...], dtype: torch.dtype, product: Product) -> Tensors:
-        """Output [N, D] of one expert in `dtype` and, in mode train, every gradient by name."""
-        train, inputs = self.case.mode == "train", self.inputs
+    def _one_way(
+        self, local: int, at: tuple[Tensor, ...], dtype: torch.dtype, product: Product, train: bool
+    ) -> Tensors:
+        """Output [N, D] of one expert in `dtype` and, in training, every gradient by name."""
+        inputs = self.inputs
         x_ND = inputs.x_TD[at[0]].to(dtype).requires_grad_(train)
         weights_N = inputs.weights_TK[at].to(accumulation_dtype(dtype)).requires_grad_(train)
         expert = {name: stacked[local].to(dtype).requires_grad_(train) for name, stacked in self.parameters.items()}
@@ -137,6 +150,22 @@ class _Run:
             peers.sum(tensor)
         exact = {name: tensor[own] for name, tensor in self.exact.items()}
         return _Sums(exact, {name: tensor[own] for name, tensor in self.loop.items()}, self.chance_TK[own])
+
+    def factors(self, experts: range, outputs: list[Tensor]) -> GroupErrors:
+        """The output's errors by expert, once the sums are those of all ranks."""
+        exact, loop = self.exact["output"], self.loop["output"].to(self.inputs.x_TD.dtype)
+        chance = BY_CHANCE / math.sqrt(min(self.case.dim, self.case.moe_inter_dim))
+        norms = []
+        for local, index in enumerate(experts):
+            at = torch.where(self.inputs.active_indices_TK == index)
+            own_ND = self._one_way(local, at, torch.float64, torch.matmul, train=False)["output"]
+            exact_ND, size = exact[at[0]], torch.linalg.vector_norm(own_ND)
+            scale = torch.where(size > 0, size.maximum(chance * torch.linalg.vector_norm(exact_ND)), 0.0)
+            direction_ND = own_ND / size.clamp(min=torch.finfo(size.dtype).tiny)
+            along = [((one[at[0]].double() - exact_ND) * direction_ND).sum().abs() for one in (loop, *outputs)]
+            norms.append(torch.stack([scale, *along]))
+        scale_G, loop_G, *passes_PG = torch.stack(norms, dim=1)
+        return GroupErrors("output", "expert", scale_G, loop_G, torch.stack(passes_PG))
 
 
 def _add(sums: Tensors, run: Tensors, at: tuple[Tensor, ...]) -> None:

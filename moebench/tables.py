@@ -185,7 +185,7 @@ def _cell(row: Row, layout: _Layout) -> Text:
 def _details(rows: pd.DataFrame) -> Iterator[Text]:
     """A line for each distinct reason with all whom it befell, failures first, and one for each flag."""
     failed = rows[rows["status"] != Status.ok]
-    reasons = failed["detail"].str.strip().str.partition("\n")[0]
+    reasons = failed["detail"].str.strip().str.split("\n").str[0]
     for (status, reason), some in sorted(
         failed.groupby(["status", reasons], sort=False), key=lambda group: group[0][0] in GOOD
     ):

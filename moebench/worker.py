@@ -14,6 +14,8 @@ import argparse
 import faulthandler
 import json
 import os
+import platform
+import signal
 import threading
 import time
 import traceback
@@ -21,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
@@ -105,15 +108,19 @@ def work(work_list: WorkList, events: Events, device: torch.device) -> None:
             _tell_unsupported(work_list, events, described.env_id)
             return
         torch.cuda.set_device(device)
-    peers = join(device, work_list.policy.timeout_s)
+    peers = join(device, 2 * work_list.policy.timeout_s)  # who waits for a rank that hangs is ended by the supervisor
+    ranks = peers.tell((platform.node(), os.getpid()))
     workload, policy = Workload(device, peers), timing_policy(work_list.policy, device)
     for number, job in enumerate(work_list.jobs):
         if peers.rank == 0:
             events.emit("start", number=number)
         row = _row(job, workload, policy, work_list.run_id, described.env_id)
-        if peers.rank == 0 or (peers.size > 1 and row.status in (Status.oom, Status.error)):
+        failed = row.status in (Status.oom, Status.error)
+        while failed and _someone_is_gone(ranks):  # who told why, or died: this rank only misses it
+            signal.pause()  # the launcher ends this rank, and says of the other how it ended
+        if peers.rank == 0 or failed:
             events.emit("record", number=number, record=json.loads(row.to_json()))
-        if row.status in (Status.oom, Status.error):
+        if failed:
             if peers.size > 1:  # the other ranks wait in a collective for this one: only a new group goes on
                 os._exit(1)
             _recover(workload)
@@ -129,6 +136,19 @@ def _row(job: Job, workload: Workload, policy: TimingPolicy, run_id: str, env_id
     measured |= {"device": device.type, "job_s": time.perf_counter() - started}
     measured["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return record(job, run_id=run_id, env_id=env_id, **measured)
+
+
+def _someone_is_gone(ranks: Sequence[tuple[str, int]]) -> bool:
+    """Whether a rank, (machine, process id), of this machine has ended."""
+    for machine, pid in ranks:
+        if machine != platform.node():
+            continue
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+    return False
 
 
 def _tell_unsupported(work_list: WorkList, events: Events, env_id: str) -> None:

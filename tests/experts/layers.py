@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from experts import BackendConfig, GroupedExperts, MoEConfig
+from experts.layer import ExpertLayer
 from tests.experts import oracle
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -113,7 +114,7 @@ def random_batch(config: MoEConfig, num_tokens: int = 7, seed: int = 2, indices:
     )
 
 
-def run(made: GroupedExperts, batch: Batch) -> Named:
+def run(made: ExpertLayer, batch: Batch) -> Named:
     """`output`, and by name the gradients of x, weights and the parameters, as they come: dtypes and devices kept."""
     made.zero_grad()
     device = made.down_projs.device
@@ -125,6 +126,12 @@ def run(made: GroupedExperts, batch: Batch) -> Named:
     missing = [name for name, gradient in gradients.items() if gradient is None]
     assert not missing, f"no gradient for {missing}"
     return {"output": output.detach(), **{name: g for name, g in gradients.items() if g is not None}}
+
+
+def run_stacked(made: ExpertLayer, batch: Batch) -> Named:
+    """As `run`, with the gradients of this rank's experts in the stacked layout, whatever the layer keeps."""
+    found = run(made, batch)
+    return {name: found[name] for name in ("output", "x", "weights")} | made.stacked_grads()
 
 
 def expected(config: MoEConfig, parameters: Named, batch: Batch) -> Named:

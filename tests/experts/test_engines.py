@@ -1,6 +1,8 @@
 """The engines themselves: windows of local experts, what they refuse, unwritten memory, run-to-run determinism."""
 
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def test_names() -> None:
-    assert engine_names()[:2] == ("loop", "torch_mm")
+    assert engine_names() == ("loop", "torch_mm", "torch_mm_mxfp8", "gmm")
 
 
 def test_unknown_engine_lists_the_engines() -> None:
@@ -121,6 +123,42 @@ def test_smallest_sizes_that_are_supported_run(engine: str, fields: dict) -> Non
     assert get_engine(engine).unsupported(CPU, config) is None
     batch, parameters = random_batch(config), random_parameters(config)
     assert_near(run(layer(engine, config, parameters), batch), expected(config, parameters, batch), config.dtype)
+
+
+MXFP8_REFUSALS = [
+    ("cpu", (10, 0), {}, "MXFP8 needs a CUDA GPU of SM100, the device is cpu; use torch_mm"),
+    ("cuda", (9, 0), {}, "MXFP8 needs SM100, this is SM90; use torch_mm"),
+    ("cuda", (10, 0), {"dtype": F16}, "torchao's MXFP8 grouped GEMM takes bfloat16, not float16; use torch_mm"),
+    ("cuda", (10, 0), {"dim": 48}, "MXFP8 takes multiples of 32, but dim = 48"),
+    ("cuda", (10, 0), {"moe_inter_dim": 48}, "MXFP8 takes multiples of 32, but moe_inter_dim = 48"),
+    ("cuda", (10, 0), {}, None),
+]
+
+
+@pytest.mark.parametrize(("device", "capability", "fields", "reason"), MXFP8_REFUSALS)
+def test_what_torch_mm_mxfp8_refuses(
+    device: str, capability: tuple[int, int], fields: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below SM100 it never computes in something else; there, torchao is asked for last."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    torchao = "torchao.prototype.moe_training.mxfp8_grouped_mm"
+    for name in ("torchao", "torchao.prototype", "torchao.prototype.moe_training", torchao):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    config = moe_config(**{"dtype": BF16, "dim": 32, "moe_inter_dim": 32, **fields})
+    given = get_engine("torch_mm_mxfp8").unsupported(torch.device(device), config)
+    assert (given and given.reason) == reason
+    monkeypatch.setitem(sys.modules, torchao, None)
+    if device == "cuda" and capability == (10, 0):
+        given = get_engine("torch_mm_mxfp8").unsupported(torch.device(device), config)
+        assert given.reason.startswith("torchao does not import")
+        assert given.reason.endswith("pip install torchao")
+
+
+def test_torch_mm_mxfp8_is_made_anywhere_and_refused_by_its_forward() -> None:
+    made = layer("torch_mm_mxfp8", moe_config())
+    batch = random_batch(made.config)
+    with pytest.raises(Unsupported, match="^torch_mm_mxfp8: MXFP8 needs a CUDA GPU of SM100, the device is cpu"):
+        made(batch.x, batch.token_mask, batch.weights, batch.indices)
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)

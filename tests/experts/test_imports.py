@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import experts
+from experts.dispatchers import dispatcher_names
+from experts.engines import engine_names
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "experts").rglob("*.py"))
@@ -16,11 +18,23 @@ VENDOR = ("transformer_engine", "grouped_gemm", "deep_ep", "triton", "torchao")
 
 ALONE = f"""
 import sys
-for name in {VENDOR!r}:
-    sys.modules[name] = None
-import experts
-before = set(sys.modules)
 import torch
+
+class Blocked:
+    asked = []
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {VENDOR!r}:
+            self.asked.append(name)
+            raise ModuleNotFoundError(name)
+
+for name in {{*sys.modules}}:
+    if name.partition(".")[0] in {VENDOR!r}:
+        del sys.modules[name]
+sys.meta_path.insert(0, Blocked())
+import experts
+print(*sys.modules)
+print(Blocked.asked)
 from experts import BackendConfig, GroupedExperts, MoEConfig
 from experts.registry import backend_names, get_backend
 
@@ -33,9 +47,8 @@ for name in ("loop", "torch_mm"):
     output = made(x, torch.ones(3, dtype=torch.bool), torch.ones(3, 2), torch.tensor([[0, 1], [2, -1], [3, 0]]))
     output.sum().backward()
     assert output.shape == (3, 16) and x.grad.any() and made.down_projs.grad.any()
-loaded = {{name.partition(".")[0] for name, module in sys.modules.items() if module is not None}}
+loaded = {{name.partition(".")[0] for name in sys.modules}}
 print(sorted(loaded & {{"moebench", "matplotlib", "pandas", "pyarrow", "scipy", "rich", "typer", *{VENDOR!r}}}))
-print(*before)
 """
 
 
@@ -92,20 +105,24 @@ def module_name(file: Path) -> str:
     return f"experts.{file.parent.name}.{file.stem}"
 
 
-def test_there_are_engines_to_look_at() -> None:
-    assert {"experts.compute.loop", "experts.compute.torch_mm"} <= {*map(module_name, BACKENDS)}
+def test_there_are_engines_and_dispatchers_to_look_at() -> None:
+    engines = {f"experts.compute.{name}" for name in engine_names()}
+    assert {*map(module_name, BACKENDS)} == engines | {f"experts.dispatch.{name}" for name in dispatcher_names()}
 
 
 def test_runs_alone_with_the_vendor_packages_blocked() -> None:
-    """In a fresh process: nothing of the harness, nothing of its dependencies, no engine before it is asked for."""
+    """In a fresh process: `import experts` imports no engine and asks for no vendor package, nor does a run for the
+    harness or its dependencies.
+    """
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    loaded, imported_with_experts = done.stdout.splitlines()
-    assert loaded == "[]"
+    imported_with_experts, vendor_packages_asked_for, loaded = done.stdout.splitlines()
     assert not {*imported_with_experts.split()} & {*map(module_name, BACKENDS)}
+    assert vendor_packages_asked_for == "[]"
+    assert loaded == "[]"
 
 
-@pytest.mark.parametrize("file", BACKENDS, ids=relative)
+@pytest.mark.parametrize("file", [*BACKENDS, ROOT / "experts/te.py"], ids=relative)
 def test_engines_and_dispatchers_import_no_other(file: Path) -> None:
     names = list(imported(ast.parse(file.read_text()).body, inside_functions=True))
     others = [module_name(other) for other in BACKENDS if other != file]

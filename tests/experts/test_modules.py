@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 import experts.engines
-from experts import BackendConfig, ConfigError, GroupedExperts, InputError, MoEConfig, RegistryError
+from experts import (
+    BackendConfig,
+    ConfigError,
+    GroupedExperts,
+    GroupedExpertsDeepEP,
+    InputError,
+    MoEConfig,
+    RegistryError,
+)
 from tests.experts.layers import (
     BF16,
     F32,
@@ -72,6 +80,38 @@ def test_an_engine_that_is_not_here_is_no_other(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(experts.engines, "_MODULES", {"loop": "experts.compute.loop"})
     with pytest.raises(RegistryError, match="there is no engine 'torch_mm' here; the engines are loop"):
         GroupedExperts(moe_config(), BackendConfig(experts="torch_mm"))
+
+
+@pytest.mark.parametrize("layer", [GroupedExperts, GroupedExpertsDeepEP])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"experts": "te"}, "{} has no engine 'te', which keeps weights of its own; use GroupedExpertsTE"),
+        (
+            {"te_fp8": "block"},
+            "te_fp8 = 'block' is Transformer Engine's, {} would compute without it; use GroupedExpertsTE, or leave "
+            "te_fp8 out",
+        ),
+        (
+            {"experts": "torch_mm", "te_fp8": "current"},
+            "te_fp8 = 'current' is Transformer Engine's, {} would compute without it; use GroupedExpertsTE, or leave "
+            "te_fp8 out",
+        ),
+    ],
+    ids=["te", "te_fp8", "torch_mm-te_fp8"],
+)
+def test_what_is_transformer_engines_is_refused_and_not_ignored(layer: Any, fields: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        layer(moe_config(), BackendConfig(**fields))
+    assert str(caught.value) == message.format(layer.__name__)
+
+
+def test_the_defaults_of_each_module() -> None:
+    made = [GroupedExperts(moe_config()), GroupedExpertsDeepEP(moe_config())]
+    assert [(m.engine_name, m.dispatcher_name) for m in made] == [("loop", "allgather"), ("gmm", "deepep")]
+    backend = BackendConfig(experts="torch_mm", dispatcher="alltoall")
+    made = [GroupedExperts(moe_config(), backend), GroupedExpertsDeepEP(moe_config(), backend)]
+    assert {(m.engine_name, m.dispatcher_name) for m in made} == {("torch_mm", "alltoall")}
 
 
 # init_weights

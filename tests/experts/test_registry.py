@@ -9,9 +9,23 @@ import torch
 
 from experts import GroupedExperts, RegistryError, Unsupported
 from experts.registry import ENTRY_POINT_GROUP, Backend, backend_names, check_name, get_backend
-from tests.experts.layers import F64, assert_near, expected, moe_config, random_batch, random_parameters, run
+from tests.experts.layers import BF16, F64, assert_near, expected, moe_config, random_batch, random_parameters, run
 
 CPU = torch.device("cpu")
+
+BUILT_IN = (
+    "loop",
+    "torch_mm",
+    "torch_mm_mxfp8",
+    "gmm",
+    "te",
+    "te_fp8_current",
+    "te_fp8_delayed",
+    "te_fp8_block",
+    "te_fp8_current_cached",
+    "te_fp8_block_cached",
+    "te_mxfp8",
+)
 
 #: What somebody else's package might hold. `unsupported` is asked before anything is built.
 THIRD_PARTY = '''
@@ -74,9 +88,22 @@ def assert_it_works(backend: Backend) -> None:
 
 
 def test_names() -> None:
-    names = backend_names()
-    assert names[:2] == ("loop", "torch_mm")
-    assert len(set(names)) == len(names)
+    assert backend_names()[: len(BUILT_IN)] == BUILT_IN
+    assert len(set(backend_names())) == len(backend_names())
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.usefixtures("no_libraries")
+def test_what_is_built_in_is_found_without_its_library(name: str) -> None:
+    """And says on a CPU that it cannot, rather than raise."""
+    check_name(name)
+    backend = get_backend(name)
+    recipe = {"torch_mm_mxfp8": "mxfp8", "te_mxfp8": "mxfp8"}.get(name)
+    for fp8 in ("current", "delayed", "block"):
+        recipe = fp8 if f"te_fp8_{fp8}" in name else recipe
+    assert (backend.name, backend.fp8) == (name, recipe)
+    reason = backend.unsupported(CPU, moe_config(dtype=BF16))
+    assert (reason is None) == (name in ("loop", "torch_mm"))
 
 
 @pytest.mark.parametrize("name", ["loop", "torch_mm"])
@@ -99,7 +126,16 @@ def test_built_in_says_why_it_cannot() -> None:
     assert "dim = 18" in get_backend("torch_mm").unsupported(CPU, moe_config(dim=18)).reason
 
 
-@pytest.mark.parametrize(("name", "near"), [("torch_m", "torch_mm"), ("lop", "loop"), ("torchmm", "torch_mm")])
+NEAR = [
+    ("torch_m", "torch_mm"),
+    ("lop", "loop"),
+    ("torchmm", "torch_mm"),
+    ("torch", "loop"),
+    ("te_fp8_blok", "te_fp8_block"),
+]
+
+
+@pytest.mark.parametrize(("name", "near"), NEAR)
 def test_unknown_name_lists_the_names_and_the_nearest(name: str, near: str) -> None:
     message = refusal(name)
     assert message.startswith(f"there is no backend {name!r}; did you mean {near!r}? the backends are loop, torch_mm")

@@ -37,9 +37,10 @@ def ok(of: Case, backend: str = "loop", time_ms: float = 2.0, dispatcher: str = 
     return record(job, Status.ok, run_id="20261123-run", env_id="e", time_ms=time_ms, **measured)
 
 
-def bad(of: Case, status: Status, backend: str = "torch_mm", **measured: Any) -> Record:
+def bad(of: Case, status: Status, backend: str = "torch_mm", dispatcher: str = "local", **measured: Any) -> Record:
     found = {"device": "cuda", "gpu": "NVIDIA H200", "detail": "why", **measured}
-    return record(Job(case=of, backend=backend), status, run_id="20261123-run", env_id="e", **found)
+    job = Job(case=of, backend=backend, dispatcher=dispatcher)
+    return record(job, status, run_id="20261123-run", env_id="e", **found)
 
 
 def family(backend: str, **fields: Any) -> list[Record]:

@@ -30,6 +30,7 @@ def case(**changes: Any) -> Case:
         {"activation_limit": 0.0},
         {"seed": 2**31},
         {"ep_size": 0},
+        {"rank_load": "empty"},
         {"num_token": 8},
     ],
 )
@@ -73,6 +74,13 @@ def test_both_disagreements_between_fields_are_said_at_once() -> None:
     assert "n_routed_experts = 6 does not divide by ep_size = 4" in str(caught.value)
 
 
+@pytest.mark.parametrize("rank_load", ["uneven", "one-empty"])
+def test_ranks_can_only_differ_where_there_are_ranks(rank_load: str) -> None:
+    with pytest.raises(ValidationError, match=f"rank_load = {rank_load} needs ranks, but ep_size = 1"):
+        case(rank_load=rank_load)
+    assert case(rank_load=rank_load, ep_size=2).rank_load == rank_load
+
+
 def test_all_experts_may_be_activated() -> None:
     assert case(n_activated_experts=4).n_activated_experts == 4
 
@@ -107,11 +115,14 @@ def test_case_id_tells_every_field_apart() -> None:
         "routing": "zipf:1.5",
         "masked_share": 0.5,
         "ep_size": 2,
+        "rank_load": "uneven",
         "seed": 1,
     }
     assert others.keys() == Case.model_fields.keys()
-    ids = {case().case_id, *(case(**{name: value}).case_id for name, value in others.items())}
+    needed = {"rank_load": {"ep_size": 2}}
+    ids = {case().case_id, *(case(**needed.get(name, {}), **{name: value}).case_id for name, value in others.items())}
     assert len(ids) == len(others) + 1
+    assert case(ep_size=2, rank_load="one-empty").case_id not in ids
 
 
 def test_flops_follow_the_convention() -> None:
@@ -126,6 +137,28 @@ def test_masked_tokens_do_no_useful_work() -> None:
     assert case(masked_share=0.25).flops() == case().flops() * 6 / 8
     assert case(masked_share=1.0).flops() == 0
     assert case(num_tokens=0).flops() == 0
+
+
+@pytest.mark.parametrize(
+    ("rank_load", "tokens"), [("even", [10, 10, 10, 10]), ("uneven", [3, 5, 8, 10]), ("one-empty", [10, 10, 10, 0])]
+)
+def test_the_load_says_how_many_tokens_each_rank_has(rank_load: str, tokens: list[int]) -> None:
+    of = case(num_tokens=10, ep_size=4, rank_load=rank_load)
+    assert [of.tokens_of_rank(rank) for rank in range(4)] == tokens
+    assert of.num_active_tokens == sum(tokens) / 4
+    assert of.flops() == 6 * sum(tokens) / 4 * 2 * 16 * 32, "useful work is the mean over ranks"
+
+
+def test_uneven_ranks_round_up_and_the_last_has_all() -> None:
+    of = case(num_tokens=1, ep_size=4, rank_load="uneven")
+    assert [of.tokens_of_rank(rank) for rank in range(4)] == [1, 1, 1, 1]
+    assert [case(num_tokens=0, ep_size=4, rank_load="uneven").tokens_of_rank(rank) for rank in range(4)] == [0] * 4
+
+
+def test_the_mask_drops_its_share_on_every_rank() -> None:
+    of = case(num_tokens=8, ep_size=2, rank_load="uneven", masked_share=0.25)
+    assert [of.active_tokens_of_rank(rank) for rank in range(2)] == [3, 6]
+    assert of.num_active_tokens == 4.5
 
 
 def test_only_relu2_is_ungated() -> None:

@@ -41,6 +41,10 @@ ALL = {
     "converged": False,
     "host_time_ms": 1.7,
     "backward_ms": 0.9,
+    "dispatch_ms": 0.125,
+    "compute_ms": 0.25,
+    "combine_ms": 0.375,
+    "skew_ms": 0.0625,
     "warmup_ms": 800.0,
     "num_samples": 3,
     "samples_ms": (1.5, 1.25, 1 / 3),
@@ -50,6 +54,7 @@ ALL = {
     "roofline_fraction": 0.5,
     "peak_memory_bytes": 2**53 + 1,
     "saved_memory_bytes": 0,
+    "outside_torch_bytes": 2**53 + 3,
     "parity_worst_tensor": "output",
     "parity_errors": {"output": 0.25, "dX": 0.0},
     "job_s": 2.0,
@@ -136,6 +141,23 @@ def test_csv_has_all_but_the_samples(tmp_path: Path) -> None:
     assert table["parity_worst"].iloc[2] == math.inf
     assert table["peak_memory_bytes"].iloc[0] == 2**53 + 1
     assert table["tflops"].isna().tolist() == [False, True, True, True]
+
+
+def test_the_load_of_the_ranks_comes_through(tmp_path: Path) -> None:
+    spread = Job(case=Case(num_tokens=8, ep_size=2, rank_load="one-empty", **SHAPE), backend="te", dispatcher="deepep")
+    write(to_frame([ok(), record(spread, Status.oom, run_id="r", env_id="e", detail="12 GiB wanted")]), tmp_path)
+    assert load(tmp_path)[["ep_size", "rank_load", "dispatcher"]].to_numpy().tolist() == [
+        [1, "even", "local"],
+        [2, "one-empty", "deepep"],
+    ]
+
+
+def test_every_field_that_may_be_null_is_tried_full() -> None:
+    untried = {"status", "detail", "model", "time_ms", "parity_worst", *Case.model_fields}
+    assert {name for name, field in Record.model_fields.items() if not field.is_required()} - untried <= {
+        *ALL,
+        "schema_version",
+    }
 
 
 def test_of_a_job_measured_again_the_later_record_counts() -> None:

@@ -1,16 +1,18 @@
 """A backend looks the same everywhere, and the text says what was measured without covering anything."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from moebench.frame import to_frame
-from moebench.look import BACKEND_STYLES, style
-from moebench.plots import memory, parity, throughput
-from moebench.record import Status
-from tests.moebench.drawn import COUNTS, LONG, bad, case, family, line, ok, only, texts
+from moebench.look import BACKEND_STYLES, shortened, style
+from moebench.plots import breakdown, memory, parity, throughput
+from moebench.record import Record, Status
+from tests.moebench.drawn import COUNTS, LONG, bad, case, family, legend, line, ok, only, texts
 
 
 def test_known_backends_look_different_and_unknown_ones_the_same_every_time() -> None:
@@ -29,13 +31,74 @@ def test_a_backend_keeps_its_colour_whoever_is_beside_it() -> None:
     assert line(alone, "torch_mm tokens/s").get_color() == line(among, "torch_mm tokens/s").get_color() == "#0072B2"
 
 
-def test_dispatchers_of_one_backend_are_lines_of_one_colour() -> None:
-    rows = [ok(case(n, ep_size=8), "te", dispatcher=d) for n in COUNTS for d in ("alltoall", "deepep")]
-    (ax,) = only(throughput(to_frame(rows))).axes
-    lines = [line(ax, f"te+{dispatcher} tokens/s") for dispatcher in ("alltoall", "deepep")]
-    assert lines[0].get_color() == lines[1].get_color() == BACKEND_STYLES["te"][0]
-    assert lines[0].get_fillstyle() != lines[1].get_fillstyle()
+def test_every_backend_there_is_has_a_look_of_its_own() -> None:
+    from experts.registry import backend_names
+
+    assert set(backend_names()) <= set(BACKEND_STYLES)
+
+
+ENGINES, DISPATCHERS = ("loop", "torch_mm", "gmm", "te"), ("allgather", "alltoall", "deepep")
+
+
+def ep_rows(mode: str = "forward", **fields: Any) -> list[Record]:
+    parts = {"dispatch_ms": 0.5, "compute_ms": 2.0, "combine_ms": 0.75}
+    return [
+        ok(case(count, ep_size=8, mode=mode, **fields), engine, 1.0 + at, dispatcher, **parts)
+        for count in COUNTS
+        for at, engine in enumerate(ENGINES)
+        for dispatcher in DISPATCHERS
+    ]
+
+
+def dashes(drawn: Line2D) -> Any:
+    return drawn._unscaled_dash_pattern  # type: ignore[attr-defined]
+
+
+def test_twelve_lines_have_the_colours_of_engines_and_the_strokes_of_dispatchers() -> None:
+    (ax,) = only(throughput(to_frame(ep_rows()))).axes
+    drawn = {(e, d): line(ax, f"{e}+{d} tokens/s") for e in ENGINES for d in DISPATCHERS}
+    for engine in ENGINES:
+        assert {drawn[engine, d].get_color() for d in DISPATCHERS} == {BACKEND_STYLES[engine][0]}
+    looks = {d: {(drawn[e, d].get_marker(), str(dashes(drawn[e, d]))) for e in ENGINES} for d in DISPATCHERS}
+    assert [len(look) for look in looks.values()] == [1, 1, 1], "a dispatcher looks the same with every engine"
+    assert len({drawn["te", d].get_marker() for d in DISPATCHERS}) == 3
+    assert len({str(dashes(drawn["te", d])) for d in DISPATCHERS}) == 3
     assert ax.get_xlabel() == "tokens per rank"
+
+
+def test_what_is_drawn_over_another_line_is_smaller() -> None:
+    (ax,) = only(throughput(to_frame(ep_rows()))).axes
+    for order in (
+        [line(ax, f"te+{d} tokens/s") for d in DISPATCHERS],
+        [line(ax, f"{e}+deepep tokens/s") for e in ("loop", "gmm", "te", "torch_mm")],
+    ):
+        for below, above in pairwise(order):
+            assert below.get_zorder() < above.get_zorder()
+            assert below.get_linewidth() > above.get_linewidth()
+            assert below.get_markersize() > above.get_markersize()
+
+
+def test_under_ep_the_legend_names_engines_once_and_dispatchers_once() -> None:
+    figure = only(throughput(to_frame([*ep_rows(), ok(case(512, ep_size=8), "te", 1.0, "deepep", converged=False)])))
+    assert legend(figure) == ["loop", "gmm", "te", "torch_mm", *DISPATCHERS, "not converged"]
+    assert legend(only(memory(to_frame(ep_rows("train")))))[-2:] == ["peak", "saved for backward"]
+    one_process = family("loop") + family("te")
+    assert legend(only(throughput(to_frame(one_process)))) == ["loop", "te"]
+
+
+def test_the_title_says_ep_size_and_ranks() -> None:
+    figure = only(throughput(to_frame(ep_rows(rank_load="one-empty"))))
+    assert texts(figure)[:2] == [
+        "Throughput: e8k2d256i512, bfloat16, swiglu, EP 8",
+        "8 experts on 8 ranks, top 2, dim 256, inter 512, uniform routing, one",
+    ]
+    assert texts(figure)[2] == "empty rank"
+
+
+def test_a_long_name_keeps_both_ends() -> None:
+    assert shortened("short", 32) == "short"
+    assert shortened(LONG, 20) == f"{LONG[:9]}…{LONG[-10:]}"
+    assert len(shortened(LONG, 31)) == 31
 
 
 def test_the_figure_says_what_was_measured_where() -> None:
@@ -72,7 +135,21 @@ def test_no_text_overlaps_another_or_leaves_the_figure(draw: Any, many: bool) ->
             for a in acts
             for r in ("zipf:1.2", "one-hot")
         ]
-    figure = only(draw(to_frame(rows)))
+    assert_nothing_overlaps(only(draw(to_frame(rows))))
+
+
+@pytest.mark.parametrize("draw", [throughput, memory, parity, breakdown])
+@pytest.mark.parametrize("lone", [False, True])
+def test_no_text_overlaps_another_under_ep(draw: Any, lone: bool) -> None:
+    rows = [row for load in ("even", "one-empty") for row in ep_rows("train", rank_load=load, routing="zipf:1.2")]
+    rows += [bad(case(count, ep_size=8), Status.oom, LONG, "deepep") for count in COUNTS]
+    if lone:
+        rows = [row for row in rows if row.num_tokens == 128]
+    for _, figure in draw(to_frame(rows)):
+        assert_nothing_overlaps(figure)
+
+
+def assert_nothing_overlaps(figure: Figure) -> None:
     found = list(boxes(figure))
     edge = figure.bbox.padded(1)
     for at, (text, box) in enumerate(found):

@@ -98,6 +98,42 @@ def test_families_apart_routings_in_panels() -> None:
     assert list(panels(shown["throughput-e8k2d256i512-bfloat16-swiglu"])) == ["forward, uniform", "forward, zipf:1.2"]
 
 
+def test_ep_sizes_have_figures_of_their_own() -> None:
+    rows = family("loop") + family("loop", ep_size=2) + family("loop", ep_size=8)
+    rows += [ok(case(64, ep_size=size, dtype="float32")) for size in (1, 2)]
+    assert sorted(slug for slug, _ in throughput(to_frame(rows))) == [
+        "throughput-e8k2d256i512-bfloat16-swiglu",
+        "throughput-e8k2d256i512-bfloat16-swiglu-ep-2",
+        "throughput-e8k2d256i512-bfloat16-swiglu-ep-8",
+        "throughput-overview",
+        "throughput-overview-ep-2",
+    ]
+
+
+def test_loads_of_the_ranks_have_panels_of_their_own() -> None:
+    rows = [row for load in ("uneven", "even", "one-empty") for row in family("loop", ep_size=2, rank_load=load)]
+    shown = panels(only(throughput(to_frame(rows))))
+    assert list(shown) == ["forward", "forward, one empty rank", "forward, uneven ranks"]
+    drawn = {title: line(ax, "loop tokens/s").get_ydata() for title, ax in shown.items()}
+    rates = {load: [row.tokens_per_s for row in rows if row.rank_load == load] for load in ("even", "uneven")}
+    np.testing.assert_allclose(drawn["forward"], rates["even"])
+    np.testing.assert_allclose(drawn["forward, uneven ranks"], rates["uneven"])
+    (right,) = shown["forward, uneven ranks"].child_axes
+    assert right.get_ylabel() == "TFLOP/s"
+
+
+def test_a_backend_with_one_count_is_compared_in_the_overview() -> None:
+    rows = [*family("torch_mm"), ok(case(256), "gmm", 1.0), ok(case(256, routing="zipf"), "torch_mm", 2.0)]
+    shown = dict(throughput(to_frame(rows)))
+    assert list(shown) == ["throughput-e8k2d256i512-bfloat16-swiglu", "throughput-overview"]
+    (ax,) = shown["throughput-e8k2d256i512-bfloat16-swiglu"].axes
+    assert [label for label in labels(ax) if "tokens/s" in label] == ["torch_mm tokens/s"]
+    (ax,) = shown["throughput-overview"].axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["uniform", "zipf"]
+    assert line(ax, "gmm tokens/s").get_xdata() == pytest.approx([256 / 1e-3])
+    assert line(ax, "torch_mm tokens/s").get_xdata() == pytest.approx([256 / 3.56e-3, 256 / 2e-3])
+
+
 def test_two_machines_are_never_on_one_line() -> None:
     other = [ok(case(count), gpu="NVIDIA B200") for count in COUNTS]
     shown = throughput(to_frame(family("loop")[:0] + other)) + throughput(to_frame(family("loop")))
@@ -123,6 +159,19 @@ def test_what_is_on_no_line_is_in_the_overview() -> None:
     memory_figure = dict(memory(to_frame(family("loop") + lone)))["memory-overview"]
     (peak,) = (one for one in memory_figure.axes[0].lines if one.get_label() == "loop peak")
     assert len(peak.get_xdata()) == 2, "a case without tokens has a memory"
+
+
+def test_backends_of_one_case_stand_at_places_of_their_own_and_cases_do_not_mix() -> None:
+    pairs = [(engine, way) for engine in ("loop", "gmm", "te") for way in ("allgather", "alltoall", "deepep")]
+    few, many = case(64, ep_size=2, dim=64), case(64, ep_size=2, dim=128)
+    rows = [ok(few, "te", 1.0, "deepep"), *(ok(many, engine, 1.0, way) for engine, way in pairs)]
+    (ax,) = only(throughput(to_frame(rows))).axes
+    drawn = [one for one in ax.lines if str(one.get_label()).endswith("tokens/s")]
+    places = sorted(float(y) for one in drawn for y in one.get_ydata())
+    assert len(places) == len(set(places)) == 10
+    (edge,) = (float(y) for segment in ax.collections[-1].get_segments() for y in segment[:1, 1])
+    assert places[0] < edge < places[1], "one above the line between the cases, nine below"
+    assert [round(a, 3) for a in np.diff(places[1:])] == [0.16] * 8
 
 
 @pytest.mark.parametrize("draw", [throughput, memory, parity])

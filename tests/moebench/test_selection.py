@@ -42,6 +42,8 @@ def some_jobs() -> list[Job]:
         (["model=olmoe"], 1),
         (["model!=olmoe"], 24),
         (["dispatcher=local"], 25),
+        (["rank_load=even"], 25),
+        (["rank_load=uneven,one-empty"], 0),
         (["dtype=float32"], 0),
     ],
 )

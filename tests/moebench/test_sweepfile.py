@@ -115,6 +115,7 @@ def test_wrong_kind_of_table() -> None:
             'dispatcher = "alltoal"',
             'dispatcher = "alltoal": must be one of local, allgather, alltoall, deepep; did you ',
         ),
+        ('rank_load = "one"', "rank_load = \"one\": must be 'even', 'uneven' or 'one-empty'; for example rank_load = "),
         ('model = ["olmo"]', 'model[0] = "olmo": must be one of qwen3-30b-a3b, '),
     ],
 )
@@ -157,6 +158,10 @@ def test_wrong_axis(axis: str, mistake: str) -> None:
             "grid[0]: n_activated_experts = 2 exceeds n_routed_experts = 1: ",
         ),
         (f"{TWO_SEEDS}ep_size = 3\n", "grid[0]: n_routed_experts = 8 does not divide by ep_size = 3: "),
+        (
+            f'{TWO_SEEDS}ep_size = [1, 2]\nrank_load = ["even", "uneven"]\n',
+            "grid[0]: rank_load = uneven needs ranks, but ep_size = 1: choose a larger one, or exclude the pair",
+        ),
         (
             f'{TWO_SEEDS}ep_size = [1, 2]\ndispatcher = ["local", "alltoall"]\n',
             'grid[0]: dispatcher = "local" at ep_size = 2: tokens must move between ranks; take allgather, ',

@@ -10,7 +10,7 @@ from rich.console import Console
 from moebench.case import Case, Job
 from moebench.frame import to_frame
 from moebench.record import Record, Status, record
-from moebench.tables import fastest_rows, human, legend, summary
+from moebench.tables import fastest_rows, legend, summary
 
 SHAPE: dict[str, Any] = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 256, "moe_inter_dim": 512}
 FULL = {"device": "cuda", "gpu": "NVIDIA H200", "l2": "cold", "tokens_per_s": 1_234_567.0, "tflops": 42.12}
@@ -130,11 +130,12 @@ def test_reasons_are_listed_once_with_their_count_failures_first() -> None:
     rows = [bad("te", Status.unsupported, "needs CUDA [install moebench\\[te]]", of) for of in cases]
     rows += [bad("gmm", Status.error, "RuntimeError: boom\nTraceback", of) for of in cases]
     rows += [bad("gmm", Status.oom, "12 GiB wanted", case(512))]
+    rows += [bad("te_fp8_block", Status.unsupported, "needs CUDA [install moebench\\[te]]", case(512))]
     lines = [line.rstrip() for line in printed(rows).splitlines()]
-    details = lines[lines.index("") + 1 :]
+    details = lines[len(lines) - lines[::-1].index("") :]
     assert details == [
         "gmm: error x2: RuntimeError: boom",
-        "te: unsupported x2: needs CUDA [install moebench\\[te]]",
+        "te, te_fp8_block: unsupported x3: needs CUDA [install moebench\\[te]]",
         "gmm: oom: 12 GiB wanted",
     ]
     assert "ERROR" in "\n".join(lines)
@@ -147,7 +148,8 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_lost(width: int, back
     rows = [ok(name, 10.0 + at, of) for of in cases for at, name in enumerate(backends)]
     text = printed(rows, width)
     assert max(map(len, text.splitlines())) <= width
-    assert text.count("±1.0% 0.31") == len(rows)
+    side_by_side = width >= 21 * len(backends) + 17
+    assert text.count("±1.0% 0.31" if side_by_side else "1.0% 1.23M  42.1 0.31") == len(rows)
     assert [name for name in backends if name not in text] in ([], [LONG])
     assert "quick_geglu+bias" in text, "words stay whole"
 
@@ -160,10 +162,12 @@ def test_a_long_name_is_folded_whole_above_its_column() -> None:
     assert "".join(line[column:].strip() for line in lines[2:units]) == LONG
 
 
-def test_backends_that_do_not_fit_stand_below_in_tables_of_as_many() -> None:
-    rows = [ok(name, 1.0) for name in ("loop", "te", "gmm", "torch_mm")]
-    headers = [line.split() for line in printed(rows).splitlines() if "loop" in line or "torch_mm" in line]
-    assert headers == [["loop", "gmm"], ["te", "torch_mm"]]
+def test_backends_stand_side_by_side_as_long_as_they_fit() -> None:
+    names = ("loop", "te", "gmm", "torch_mm")
+    rows = [ok(name, 1.0) for name in names]
+    assert printed(rows, 98).splitlines()[2].split() == ["loop", "gmm", "te", "torch_mm"]
+    lines = printed(rows, 97).splitlines()
+    assert [line.split()[0] for line in lines if "1.0%" in line] == ["loop", "gmm", "te", "torch_mm"]
 
 
 def test_a_narrow_encoding_gets_only_its_characters() -> None:
@@ -179,6 +183,38 @@ def test_dispatchers_are_columns() -> None:
     assert text.index("* 1.000") < text.index("2.000")
 
 
+def test_each_ep_size_has_a_table_of_the_backends_that_it_has() -> None:
+    rows = [ok("loop", 3.0, case(n)) for n in (128, 256)]
+    rows += [ok("te", 2.0, case(n, ep_size=2), dispatcher="alltoall") for n in (128, 256)]
+    rows += [ok("gmm", 1.0, case(n, ep_size=8), dispatcher="deepep") for n in (128, 256)]
+    lines = [line.rstrip() for line in printed(rows).splitlines()]
+    starts = [at for at, line in enumerate(lines) if line.startswith("e8k2d256i512")]
+    assert [lines[at] for at in starts] == [
+        f"e8k2d256i512, bfloat16, forward, uniform routing, swiglu, EP {size}" for size in (1, 2, 8)
+    ]
+    tables = ["\n".join(lines[start:end]) for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
+    for table, label in zip(tables, ("loop", "te+alltoall", "gmm+deepep"), strict=True):
+        assert [name for name in ("loop", "te+alltoall", "gmm+deepep") if name in table] == [label]
+        assert table.count("±1.0% 0.31") == 2
+    assert printed(rows).count("ms: median time") == 1, "one legend"
+
+
+def test_the_load_of_the_ranks_tells_cases_apart() -> None:
+    loads = ("even", "one-empty", "uneven")
+    rows = [ok("te", 1.0, case(ep_size=2, rank_load=load), dispatcher="deepep") for load in loads]
+    text = printed(rows)
+    assert [words in text for words in ("one empty rank", "uneven ranks")] == [True, True]
+    titles = [printed(some, 100).splitlines()[0] for some in (rows[2:], rows[:1])]
+    assert ["uneven ranks" in title for title in titles] == [True, False], "what all rows share is in the title"
+
+
+def test_the_legend_explains_the_columns_of_ranks_where_there_are_ranks() -> None:
+    assert "skew" not in legend(to_frame([ok("loop", 3.0)])).plain
+    plain = legend(to_frame([ok("loop", 3.0, case(ep_size=2), dispatcher="alltoall")])).plain
+    assert all(word in plain for word in ("per rank", "slowest rank", "disp,", "comp,", "comb:", "skew:"))
+    assert max(map(len, plain.splitlines())) <= 80
+
+
 def test_what_was_not_measured_is_a_dash() -> None:
     missing = dict.fromkeys(("time_ms_low", "time_ms_high", "tokens_per_s", "tflops", "converged"))
     text = printed([ok("loop", 3.0, **missing), ok("torch_mm", 2.0, case(256))])
@@ -189,22 +225,6 @@ def test_what_was_not_measured_is_a_dash() -> None:
 
 def test_no_rows_are_said() -> None:
     assert printed([]).strip() == "No rows of results yet."
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (0.00321, "0.0032"),
-        (1, "1.00"),
-        (42.12, "42.1"),
-        (999.9, "1.00K"),
-        (105_432, "105K"),
-        (9.99e8, "999M"),
-    ],
-)
-def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert human(value) == text
 
 
 @pytest.mark.parametrize(("share", "text"), [(0.004, "±0.4%"), (0.0996, " ±10%"), (1.2, "±120%")])

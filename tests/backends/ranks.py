@@ -1,0 +1,76 @@
+"""Backends under expert parallelism of which one rank is at fault, the last; the others do as they should.
+
+Named as a user would name them, `ranks:WrongRow`, with this folder on PYTHONPATH.
+"""
+
+import os
+import signal
+import threading
+
+import torch
+from torch import Tensor
+
+from experts import BackendConfig, GroupedExperts, MoEConfig
+
+
+class _LastRankFails(GroupedExperts):
+    def __init__(self, config: MoEConfig, dispatcher: str | None = None) -> None:
+        super().__init__(config, BackendConfig(experts="loop", dispatcher=dispatcher))  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        if self.is_last:
+            self.break_down()
+        return super().forward(x, token_mask, weights, indices)
+
+    @property
+    def is_last(self) -> bool:
+        assert self.ep_mesh is not None
+        return self.ep_mesh.get_local_rank() == self.ep_mesh.size() - 1
+
+    def break_down(self) -> None:
+        """Nothing yet."""
+
+
+class WrongRow(_LastRankFails):
+    """One row of the last rank's output is its negative."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        output = super().forward(x, token_mask, weights, indices)
+        if not self.is_last:
+            return output
+        wrong_T1 = torch.arange(len(x)).unsqueeze(-1) == token_mask.nonzero()[2]
+        return torch.where(wrong_T1, -output, output)
+
+
+class OwnTokensOnly(_LastRankFails):
+    """The last rank's experts learn from its own tokens alone, as when gradients stop at the collective."""
+
+    def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+        right_RD = super().compute_local(x_RD, weights_RK, indices_RK)
+        if not self.is_last:
+            return right_RD
+        detached = self.expert_parameters()._replace(**{n: p.detach() for n, p in self.expert_parameters()._asdict().items() if p is not None})
+        first = self.first_local_expert
+        without_RD = self.engine.compute(x_RD, weights_RK, indices_RK, detached, self.config, first)
+        own_R1 = torch.arange(len(x_RD)).unsqueeze(-1) >= len(x_RD) - len(x_RD) // self.ep_mesh.size()
+        return torch.where(own_R1, right_RD, without_RD)
+
+
+class Raises(_LastRankFails):
+    def break_down(self) -> None:
+        raise ZeroDivisionError("no tokens for this rank")
+
+
+class RunsOut(_LastRankFails):
+    def break_down(self) -> None:
+        raise MemoryError("this rank has no memory left")
+
+
+class Dies(_LastRankFails):
+    def break_down(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hangs(_LastRankFails):
+    def break_down(self) -> None:
+        threading.Event().wait()

@@ -1,0 +1,25 @@
+"""Fixtures: the libraries of others absent, or fakes in their place."""
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def no_libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from experts import te
+    from tests.experts import fakes
+
+    fakes.remove(monkeypatch)
+    yield
+    te._not_installed.cache_clear()
+
+
+@pytest.fixture
+def fake_libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from experts import te
+    from tests.experts import fakes
+
+    fakes.install(monkeypatch)
+    yield
+    te._not_installed.cache_clear()

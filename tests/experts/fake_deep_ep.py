@@ -1,0 +1,171 @@
+"""deep_ep.Buffer (1.2.1, within one node) over gloo: the same arguments and results, and what it asserts of them."""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RANKS = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
+
+
+class Config:
+    """How much memory a transfer needs; the real one knows more."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+
+    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        return self._tokens * hidden_bytes * num_ranks
+
+    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        return 0 if num_ranks <= 8 else self._tokens * hidden_bytes * num_ranks
+
+
+class Handle(NamedTuple):
+    """What a dispatch found out, for the combine and for both backward passes."""
+
+    is_token_in_rank: Tensor
+    receive: list[int]
+    num_sms: int
+
+
+class Buffer:
+    """Moves rows of bfloat16 between the ranks of a group, each token once to every rank that wants it."""
+
+    num_sms = 20
+    made = 0
+    destroyed = 0
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        explicitly_destroy: bool = False,
+    ) -> None:
+        self.group = group
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+        self.explicitly_destroy = explicitly_destroy
+        self.runtime: object | None = object()
+        Buffer.made += 1
+
+    def destroy(self) -> None:
+        assert self.explicitly_destroy, "`explicitly_destroy` flag must be set"
+        assert self.runtime is not None
+        self.runtime = None
+        Buffer.destroyed += 1
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        assert new_num_sms % 2 == 0, "The SM count must be even"
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        assert num_ranks in RANKS, f"Unsupported number of EP ranks: {num_ranks}"
+        return Config(256)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        assert num_ranks in RANKS, f"Unsupported number of EP ranks: {num_ranks}"
+        return Config(128)
+
+    def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, None, Tensor, Tensor, None]:
+        """Tokens a rank, (RDMA ranks), tokens an expert, whether a token goes to a rank [T, ranks], (an event)."""
+        assert self.runtime is not None
+        assert topk_idx.dtype is torch.int64
+        assert topk_idx.ndim == 2
+        assert topk_idx.is_contiguous()
+        assert num_experts % self.group.size() == 0
+        tokens_per_expert = torch.bincount(topk_idx[topk_idx >= 0], minlength=num_experts)
+        assert tokens_per_expert.numel() == num_experts
+        ranks = torch.where(topk_idx >= 0, topk_idx // (num_experts // self.group.size()), -1)
+        is_token_in_rank = (ranks.unsqueeze(-1) == torch.arange(self.group.size())).any(dim=1)
+        return is_token_in_rank.sum(dim=0).int(), None, tokens_per_expert.int(), is_token_in_rank, None
+
+    def dispatch(
+        self,
+        x: Tensor,
+        handle: Handle | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[int] | None, Handle | None, None]:
+        """Received rows, local expert indices (−1: none of them), weights, tokens a local expert, handle, (an event).
+
+        With a handle, rows go the way they went then, and nothing else does.
+        """
+        self._check(x)
+        if handle is not None:
+            assert topk_idx is topk_weights is None
+            assert x.shape[0] == handle.is_token_in_rank.shape[0]
+            assert handle.num_sms == Buffer.num_sms, "the handle has as many channels as there were SMs"
+            return self._send(x, handle), None, None, None, None, None
+        for given in (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights):
+            assert given is not None
+            assert given.is_contiguous()
+        assert topk_weights.dtype is torch.float32
+        assert topk_idx.dtype is torch.int64
+        assert x.shape[0] == topk_idx.shape[0] == is_token_in_rank.shape[0]
+        sent = num_tokens_per_rank.long()
+        receive = torch.empty_like(sent)
+        dist.all_to_all_single(receive, sent, group=self.group)
+        handle = Handle(is_token_in_rank, receive.tolist(), Buffer.num_sms)
+        local = self._send(topk_idx, handle) - self.group.rank() * (num_tokens_per_expert.numel() // self.group.size())
+        is_local = (local >= 0) & (local < num_tokens_per_expert.numel() // self.group.size())
+        local = torch.where(is_local, local, -1)
+        weights = torch.where(is_local, self._send(topk_weights, handle), 0.0)
+        per_expert = torch.bincount(local[is_local], minlength=num_tokens_per_expert.numel() // self.group.size())
+        return self._send(x, handle), local, weights, per_expert.tolist(), handle, None
+
+    def combine(
+        self, x: Tensor, handle: Handle, topk_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """Each token's rows summed in float32 over the ranks it went to, its weights likewise, (an event)."""
+        self._check(x)
+        assert x.shape[0] == sum(handle.receive)
+        assert handle.num_sms == Buffer.num_sms, "the handle has as many channels as there were SMs"
+        if topk_weights is None:
+            return self._sum(x, handle), None, None
+        assert topk_weights.dtype is torch.float32
+        assert topk_weights.is_contiguous()
+        return self._sum(x, handle), self._sum(topk_weights, handle), None
+
+    def _check(self, x: Tensor) -> None:
+        assert self.runtime is not None, "the buffer was destroyed"
+        assert x.dtype is torch.bfloat16
+        assert x.is_contiguous()
+        row_bytes = x.shape[1] * x.element_size()
+        assert row_bytes % 16 == 0
+        for config in (self.get_dispatch_config(self.group.size()), self.get_combine_config(self.group.size())):
+            assert self.num_nvl_bytes >= config.get_nvl_buffer_size_hint(row_bytes, self.group.size())
+
+    def _send(self, rows: Tensor, handle: Handle) -> Tensor:
+        ranks, tokens = handle.is_token_in_rank.t().nonzero(as_tuple=True)
+        send = torch.bincount(ranks, minlength=self.group.size()).tolist()
+        received = rows.new_empty(sum(handle.receive), rows.shape[1])
+        dist.all_to_all_single(received, rows[tokens], handle.receive, send, group=self.group)
+        return received
+
+    def _sum(self, rows: Tensor, handle: Handle) -> Tensor:
+        ranks, tokens = handle.is_token_in_rank.t().nonzero(as_tuple=True)
+        send = torch.bincount(ranks, minlength=self.group.size()).tolist()
+        back = rows.new_empty(sum(send), rows.shape[1])
+        dist.all_to_all_single(back, rows, send, handle.receive, group=self.group)
+        total = torch.zeros(handle.is_token_in_rank.shape[0], rows.shape[1])
+        for rank in range(self.group.size()):
+            total[tokens[ranks == rank]] += back[ranks == rank].float()
+        return total.to(rows.dtype)
+
+
+def modules() -> dict[str, ModuleType]:
+    """What `import` finds, by name."""
+    module: Any = ModuleType("deep_ep")
+    module.Buffer, module.Config = Buffer, Config
+    return {"deep_ep": module}

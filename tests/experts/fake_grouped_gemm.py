@@ -1,0 +1,70 @@
+"""grouped_gemm (0.3.0, on SM90) in plain torch: what it asserts, and what it leaves unwritten, which is NaN here."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:
+    """Rows [N, P] in groups of `batch_sizes` [L] times matrices [L, P, Q] ([L, Q, P] with `trans_b`) -> [N, Q]."""
+    result: Tensor = _GroupedGemm.apply(a, b, batch_sizes, trans_b)
+    return result
+
+
+class _GroupedGemm(Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool) -> Tensor:
+        ctx.save_for_backward(a, b, batch_sizes)
+        ctx.trans_b = trans_b
+        return _multiply_groups(a, b, batch_sizes, trans_b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        a, b, batch_sizes = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_a = _multiply_groups(grad, b, batch_sizes, not ctx.trans_b) if ctx.needs_input_grad[0] else None
+        left, right = (grad, a) if ctx.trans_b else (a, grad)
+        grad_b = _outer_of_groups(left, right, batch_sizes) if ctx.needs_input_grad[1] else None
+        return grad_a, grad_b, None, None
+
+
+def _groups(batch_sizes: Tensor) -> list[slice]:
+    assert batch_sizes.device.type == "cpu", "the sizes live on the host"
+    assert batch_sizes.dtype is torch.int64
+    assert batch_sizes.ndim == 1
+    assert batch_sizes.any(), "Input batch_sizes should not be all zeros!"
+    ends = batch_sizes.cumsum(0).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _multiply_groups(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool) -> Tensor:
+    assert (a.ndim, b.ndim) == (2, 3)
+    assert a.is_contiguous()
+    assert b.is_contiguous()
+    assert a.dtype is b.dtype
+    assert batch_sizes.shape == b.shape[:1], "one size an expert"
+    c = torch.full((a.shape[0], b.shape[1] if trans_b else b.shape[2]), torch.nan, dtype=a.dtype)
+    for rows, matrix in zip(_groups(batch_sizes), b, strict=True):
+        c[rows] = a[rows] @ (matrix.t() if trans_b else matrix)
+    return c
+
+
+def _outer_of_groups(a: Tensor, b: Tensor, batch_sizes: Tensor) -> Tensor:
+    assert a.shape[0] == b.shape[0]
+    assert a.is_contiguous()
+    assert b.is_contiguous()
+    c = torch.full((len(batch_sizes), a.shape[1], b.shape[1]), torch.nan, dtype=a.dtype)
+    for expert, rows in enumerate(_groups(batch_sizes)):
+        if rows.start < rows.stop:
+            c[expert] = a[rows].t() @ b[rows]
+    return c
+
+
+def modules() -> dict[str, ModuleType]:
+    """What `import` finds, by name."""
+    package, ops = ModuleType("grouped_gemm"), ModuleType("grouped_gemm.ops")
+    package.ops, ops.gmm = ops, gmm  # type: ignore[attr-defined]
+    return {"grouped_gemm": package, "grouped_gemm.ops": ops}

@@ -1,0 +1,51 @@
+"""The libraries of others in the tests of experts: absent, or fakes in their place on a machine without a GPU.
+
+A fake is a real implementation of what the package uses, which asserts what the library asserts. That the library needs
+a GPU, and grouped_gemm bfloat16, is set aside; every other check of the package stays.
+"""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from experts import Unsupported, te
+from experts.compute import Engine, gmm
+from experts.config import MoEConfig
+from experts.dispatch import deepep
+from tests.experts import fake_deep_ep, fake_grouped_gemm, fake_transformer_engine
+
+LIBRARIES = ("transformer_engine", "grouped_gemm", "deep_ep", "torchao")
+CUDA = torch.device("cuda")
+BF16 = torch.bfloat16
+
+
+def remove(patch: pytest.MonkeyPatch) -> None:
+    """No library imports."""
+    for name in {*LIBRARIES, *sys.modules}:
+        if name.partition(".")[0] in LIBRARIES:
+            patch.setitem(sys.modules, name, None)
+    te._not_installed.cache_clear()
+
+
+def install(patch: pytest.MonkeyPatch) -> None:
+    """Fakes of Transformer Engine, grouped_gemm and deep_ep, on an SM90 that is not there."""
+    remove(patch)
+    for fake in (fake_transformer_engine, fake_grouped_gemm, fake_deep_ep):
+        for name, module in fake.modules().items():
+            patch.setitem(sys.modules, name, module)
+    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    _on_a_gpu(patch, te, te.unsupported)
+    _on_a_gpu(patch, deepep, deepep.unsupported)
+    refuses = gmm.unsupported
+
+    def gmm_unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
+        return refuses(CUDA, None if config is None else config.with_dtype(BF16))
+
+    patch.setattr(gmm, "ENGINE", Engine(gmm.compute, gmm_unsupported))
+
+
+def _on_a_gpu(patch: pytest.MonkeyPatch, module: Any, unsupported: Any) -> None:
+    patch.setattr(module, "unsupported", lambda device, *rest: unsupported(CUDA, *rest))

@@ -1,0 +1,212 @@
+"""What is run under expert parallelism: tokens that all ranks know and share out, and how a layer comes by its weights.
+
+Whatever the dispatcher and the number of ranks, the tokens of all ranks together must come out as from one process.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from experts import MoEConfig
+from tests.experts.layers import BF16, F32, F64, Batch, moe_config, random_batch
+
+SIZES = (1, 2, 4)
+
+
+def _shares(*counts: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    return {len(count): count for count in counts}
+
+
+#: Tokens of each rank, by the number of ranks. No two ranks have as many, but in EVEN.
+UNEVEN = _shares((13,), (9, 4), (6, 1, 4, 2))
+EVEN = _shares((12,), (6, 6), (3, 3, 3, 3))
+FIRST_WITHOUT = _shares((13,), (0, 13), (0, 5, 0, 8))
+LAST_WITHOUT = _shares((13,), (13, 0), (7, 2, 4, 0))
+ALL_WITHOUT = _shares((0,), (0, 0), (0, 0, 0, 0))
+
+Change = Callable[[Batch], Batch]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A layer of 12 experts, which every number of ranks divides, the tokens of all ranks, and who has how many."""
+
+    counts: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=lambda: UNEVEN)
+    change: Change = lambda batch: batch
+    fields: tuple[tuple[str, Any], ...] = ()
+
+    def config(self, dtype: torch.dtype) -> MoEConfig:
+        fields = {"n_routed_experts": 12, "expert_bias": True, "dtype": dtype, "moe_inter_dim": 16}
+        return moe_config(**{**fields, **dict(self.fields)})
+
+    def batch(self, dtype: torch.dtype) -> Batch:
+        return self.change(random_batch(self.config(dtype), num_tokens=sum(self.counts[1])))
+
+    def share(self, dtype: torch.dtype, rank: int, size: int) -> Batch:
+        """What one rank of so many has."""
+        first, count = sum(self.counts[size][:rank]), self.counts[size][rank]
+        return self.batch(dtype).map(lambda tensor: tensor[first : first + count])
+
+
+def _masked(batch: Batch) -> Batch:
+    """Rows that hold NaN; of four ranks the second has no other."""
+    mask = torch.ones_like(batch.token_mask)
+    mask[[0, 3, 6, 12]] = False
+    nan = {name: getattr(batch, name).masked_fill(~mask[:, None], torch.nan) for name in ("x", "weights", "grad")}
+    return batch.with_(token_mask=mask, **nan)
+
+
+def _all_masked(batch: Batch) -> Batch:
+    nan = {name: torch.full_like(getattr(batch, name), torch.nan) for name in ("x", "weights", "grad")}
+    return batch.with_(token_mask=torch.zeros_like(batch.token_mask), **nan)
+
+
+def _to_the_experts(*experts: int) -> Change:
+    def change(batch: Batch) -> Batch:
+        chosen = torch.tensor(experts)
+        indices = torch.stack([chosen[torch.arange(13) % len(experts)], chosen[torch.arange(1, 14) % len(experts)]], 1)
+        return batch.with_(indices=indices)
+
+    return change
+
+
+def _some_of_none(batch: Batch) -> Batch:
+    """−1 first, last, and in all choices of a token; its weight is never read."""
+    indices = batch.indices.clone()
+    indices[::3, 0] = -1
+    indices[[1, 6, 9], 1] = -1
+    indices[[1, 6]] = -1
+    return batch.with_(indices=indices, weights=batch.weights.masked_fill(indices < 0, torch.nan))
+
+
+def _twice(batch: Batch) -> Batch:
+    indices = batch.indices.clone()
+    indices[::2, 1] = indices[::2, 0]
+    return batch.with_(indices=indices)
+
+
+def _strided(batch: Batch) -> Batch:
+    """Every other column of tensors that lie transposed, and dense but transposed indices: two ways to be strided."""
+
+    def stride(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype is torch.int64:
+            return tensor.t().contiguous().t()
+        wide = torch.zeros(*(2 * size for size in reversed(tensor.shape)), dtype=tensor.dtype)
+        view = wide.permute(*reversed(range(tensor.ndim)))[(slice(None, None, 2),) * tensor.ndim]
+        return view.copy_(tensor)
+
+    return batch.map(stride)
+
+
+def _summed(batch: Batch) -> Batch:
+    """The gradient that `output.sum()` has."""
+    return batch.with_(grad=torch.ones((), dtype=batch.grad.dtype).expand(batch.grad.shape))
+
+
+def _activation(name: str) -> Scenario:
+    limits = (("activation_alpha", 1.3), ("activation_limit", 0.83), ("swiglu_limit", 0.71))
+    return Scenario(fields=(("expert_activation", name), *limits))
+
+
+ROUTINGS = {
+    "even": Scenario(EVEN),
+    "uneven": Scenario(UNEVEN),
+    "first-rank-without": Scenario(FIRST_WITHOUT),
+    "last-rank-without": Scenario(LAST_WITHOUT),
+    "all-without": Scenario(ALL_WITHOUT),
+    "all-to-the-first-rank": Scenario(change=_to_the_experts(0, 2, 1)),
+    "all-to-the-last-rank": Scenario(change=_to_the_experts(11, 9, 10)),
+    "all-to-one-expert": Scenario(LAST_WITHOUT, _to_the_experts(10)),
+    "masked": Scenario(change=_masked),
+    "all-masked": Scenario(change=_all_masked),
+    "indices-of-none": Scenario(change=_some_of_none),
+    "an-expert-twice": Scenario(change=_twice),
+    "strided": Scenario(change=_strided),
+    "summed": Scenario(change=_summed),
+}
+ACTIVATIONS = {name: _activation(name) for name in ("swiglu", "swigluoai", "quick_geglu", "geglu", "relu2")}
+OTHERS = {
+    "without-bias": Scenario(fields=(("expert_bias", False),)),
+    "weight-after-down": Scenario(fields=(("apply_router_weight_after_down", True),)),
+}
+SCENARIOS = ROUTINGS | ACTIVATIONS | OTHERS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scenario, who computes it, and how its layer came by its weights: a name in ranks.MAKERS."""
+
+    scenario: str
+    engine: str
+    dispatcher: str
+    dtype: torch.dtype = F32
+    made: str = "sharded"
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return "-".join([self.scenario, self.dispatcher, self.engine, dtype, self.made])
+
+    @property
+    def config(self) -> MoEConfig:
+        return SCENARIOS[self.scenario].config(self.dtype)
+
+    def batch(self) -> Batch:
+        return SCENARIOS[self.scenario].batch(self.dtype)
+
+    def share(self, rank: int, size: int) -> Batch:
+        return SCENARIOS[self.scenario].share(self.dtype, rank, size)
+
+    def ep_size(self, world_size: int) -> int:
+        """How many of the ranks share the experts: all, half, or each has them all."""
+        return {"halves": world_size // 2, "one": 1}.get(self.made.rpartition("-")[2], world_size)
+
+
+LOADED = ("named-by-dtensors", "dtensors", "from-meta", "plain-checkpoint", "assigned-checkpoint", "dtensor-checkpoint")
+SAVED = ("saved-by-loop", "saved-by-te", "saved-by-one", "saved-for-one", "saved-for-halves")
+
+
+def cases(world_size: int) -> list[Case]:
+    """In the order in which they run."""
+    if world_size == 1:
+        return [
+            Case(name, engine, "allgather") for name in ("uneven", "masked") for engine in ("loop", "torch_mm", "te")
+        ]
+    two = ("allgather", "alltoall")
+    grid = [
+        Case(name, engine, way)
+        for name in SCENARIOS
+        for way in two
+        for engine in ("loop", "torch_mm")
+        # four ranks tell nothing new of activations
+        if not (world_size == 4 and name in ACTIVATIONS and (engine, way) != ("loop", "alltoall"))
+    ]
+    exact = [Case(name, "loop", way, F64) for name in ("uneven", "masked", "an-expert-twice") for way in two]
+    coarse = [Case(name, e, way, BF16) for name in ("uneven", "masked") for way in two for e in ("loop", "torch_mm")]
+    # the same dispatchers; what is new is a rank whose library is not asked, as it has no rows
+    fakes = [
+        Case(name, engine, way)
+        for name in ("uneven", "all-without", "all-to-one-expert", "masked")
+        for way in two
+        for engine in ("gmm", "te")
+    ]
+    deep_ep = [Case(name, engine, "deepep", BF16) for name in ROUTINGS for engine in ("loop", "gmm", "te")]
+    loaded = [
+        Case("uneven", engine, way, made=made)
+        for made in LOADED + SAVED
+        for engine, way in (("loop", "alltoall"), ("torch_mm", "allgather"), ("te", "alltoall"))
+        if not (engine == "te" and made in ("named-by-dtensors", "dtensors"))  # its parameters are no DTensors
+        and not (made == "saved-for-halves" and world_size < 4)
+    ]
+    return grid + exact + coarse + fakes + (deep_ep if world_size == 2 else []) + loaded
+
+
+#: What ranks look at themselves: a function of that name in ranks.py.
+FACTS = {
+    1: ("refusals", "fresh_weights"),
+    2: ("refusals", "fresh_weights", "state_dict_tools", "frozen_parameters", "buffers", "replaced_buffer", "num_sms"),
+    4: ("refusals", "fresh_weights", "state_dict_tools", "two_meshes"),
+}

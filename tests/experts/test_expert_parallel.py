@@ -1,0 +1,168 @@
+"""Expert parallelism over gloo: whatever the ranks, dispatcher and engine, all tokens come out as from one process.
+
+Each number of ranks is launched once. The ranks (ranks.py) run every case and write what each gave; here it is put
+together and compared, case by case.
+"""
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.experts import parallel
+from tests.experts.layers import BF16, F32, F64, Named, assert_near, assert_same, expected, layer, random_parameters
+from tests.experts.layers import run as run_alone
+from tests.experts.parallel import Case
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 100
+OF_TOKENS = ("output", "x", "weights")
+
+Launched = Callable[[int], Path]
+
+CASES = [pytest.param(size, case, id=f"{size}-{case.name}") for size in parallel.SIZES for case in parallel.cases(size)]
+FACTS = [pytest.param(size, name, id=f"{size}-{name}") for size, names in parallel.FACTS.items() for name in names]
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """Gives the folder that so many ranks wrote. They run when first asked for, for all test processes once."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def launch_once(num_ranks: int) -> Path:
+        folder = shared / f"ranks{num_ranks}"
+        with (shared / "ranks.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                folder.mkdir()
+                launch(num_ranks, folder)
+        return folder
+
+    return launch_once
+
+
+def launch(num_ranks: int, folder: Path) -> None:
+    """A group of processes of its own, ended as a whole after TIMEOUT_S."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::FutureWarning"}
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [*command, str(ROOT / "tests/experts/ranks.py"), str(folder)],
+            cwd=ROOT,
+            env=os.environ | variables,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            ended = f"exit status {process.wait(TIMEOUT_S)}"
+        except subprocess.TimeoutExpired:
+            ended = f"still running after {TIMEOUT_S} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    (folder / "ended.json").write_text(json.dumps(ended))
+
+
+def outcomes(folder: Path, name: str, num_ranks: int) -> list[Named]:
+    """What each rank found, in their order."""
+    found = []
+    for rank in range(num_ranks):
+        file = folder / f"{name}.rank{rank}.pt"
+        if not file.exists():
+            log = (folder / "log.txt").read_text()
+            pytest.fail(
+                f"rank {rank} never came to it: {json.loads((folder / 'ended.json').read_text())}\n{log[-4000:]}"
+            )
+        outcome = torch.load(file)
+        assert not outcome["error"], f"rank {rank}: {outcome['error']}"
+        found.append(outcome["found"])
+    return found
+
+
+def together(ranks: list[Named]) -> Named:
+    """Tokens in the order of the ranks, and so their experts."""
+    return {name: torch.cat([found[name] for found in ranks]) for name in ranks[0]}
+
+
+@functools.cache
+def right(scenario: str, dtype: torch.dtype) -> Named:
+    case = Case(scenario, "loop", "allgather", dtype)
+    return expected(case.config, random_parameters(case.config), case.batch())
+
+
+@functools.cache
+def alone(scenario: str, dtype: torch.dtype) -> Named:
+    """One process's loop."""
+    case = Case(scenario, "loop", "allgather", dtype)
+    return run_alone(layer("loop", case.config), case.batch())
+
+
+@pytest.mark.parametrize("num_ranks", parallel.SIZES)
+def test_the_ranks_end_well(num_ranks: int, launched: Launched) -> None:
+    """And without a word: no warning of torch's about its renamed collectives, and none about anything else."""
+    folder = launched(num_ranks)
+    assert json.loads((folder / "ended.json").read_text()) == "exit status 0"
+    assert "Warning" not in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("num_ranks", "case"), CASES)
+def test_all_ranks_together_are_as_one_process(num_ranks: int, case: Case, launched: Launched) -> None:
+    """Output and every gradient against the oracle on all tokens. The loop gives the same bits as in one process.
+
+    They are the same because an expert's rows come in the same order, and a token's two parts add up to the same sum in
+    either order; in bfloat16 each rank rounds its part, so that outputs and gradients of tokens are near alone.
+    """
+    ranks = outcomes(launched(num_ranks), case.name, num_ranks)
+    size = case.ep_size(num_ranks)
+    for first in range(0, num_ranks, size):
+        found = together(ranks[first : first + size])
+        assert_near(found, right(case.scenario, case.dtype), case.dtype)
+        if case.engine == "loop":
+            rounded = ("output", "x") if case.dtype is BF16 else ()
+            same = {name: tensor for name, tensor in alone(case.scenario, case.dtype).items() if name not in rounded}
+            assert_same({name: found[name] for name in same}, same)
+
+
+@pytest.mark.parametrize("scenario", ["uneven", "masked"])
+@pytest.mark.parametrize("num_ranks", [2])
+def test_deepep_adds_up_as_alltoall_does(num_ranks: int, scenario: str, launched: Launched) -> None:
+    """Both sum a token's parts in float32, in the order of the ranks."""
+    cases = [Case(scenario, "loop", dispatcher, BF16) for dispatcher in ("deepep", "alltoall")]
+    deepep, alltoall = (together(outcomes(launched(num_ranks), case.name, num_ranks)) for case in cases)
+    assert_same(deepep, alltoall)
+
+
+@pytest.mark.parametrize(("num_ranks", "name"), FACTS)
+def test_what_ranks_look_at_themselves(num_ranks: int, name: str, launched: Launched) -> None:
+    outcomes(launched(num_ranks), name, num_ranks)
+
+
+def test_the_cases_are_what_they_say() -> None:
+    """Of tokens that are masked, uneven or absent there are some, on every number of ranks."""
+    for name, scenario in parallel.SCENARIOS.items():
+        assert {sum(counts) for counts in scenario.counts.values()} == {sum(scenario.counts[1])}, name
+    for size in parallel.SIZES:
+        assert len(set(parallel.UNEVEN[size])) == size
+        names = [case.name for case in parallel.cases(size)]
+        assert len(set(names)) == len(names)
+        for dtype in (F32, F64):
+            shares = [parallel.SCENARIOS["masked"].share(dtype, rank, size) for rank in range(size)]
+            assert torch.equal(torch.cat([share.x for share in shares]).isnan().any(1), masked := nan_rows(dtype))
+            assert 0 < masked.sum() < 13
+    assert not parallel.SCENARIOS["masked"].share(F32, 1, 4).token_mask.any()
+
+
+def nan_rows(dtype: torch.dtype) -> torch.Tensor:
+    return ~parallel.SCENARIOS["masked"].batch(dtype).token_mask

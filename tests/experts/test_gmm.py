@@ -1,0 +1,172 @@
+"""The engine gmm over a grouped_gemm that asserts what the real one does and leaves the same memory unwritten, as NaN."""
+
+import pytest
+import torch
+
+from experts import GroupedExpertsDeepEP, Unsupported
+from experts.compute import ExpertParameters, gmm
+from experts.engines import get_engine
+from tests.experts.layers import (
+    BF16,
+    F16,
+    F32,
+    Batch,
+    Named,
+    assert_near,
+    assert_same,
+    expected,
+    layer,
+    moe_config,
+    random_batch,
+    random_parameters,
+    run,
+)
+from tests.experts.oracle import PARAMETERS
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+fake_libraries = pytest.mark.usefixtures("fake_libraries")
+
+
+def check(batch: Batch, dtype: torch.dtype = F32, **fields: object) -> Named:
+    config = moe_config(**{"dtype": dtype, "expert_bias": True, **fields})
+    parameters = random_parameters(config)
+    found = run(layer("gmm", config, parameters), batch)
+    assert_near(found, expected(config, parameters, batch), dtype)
+    return found
+
+
+@pytest.mark.usefixtures("no_libraries")
+def test_without_the_library_the_layer_is_made_and_its_forward_says_what_to_install() -> None:
+    made = GroupedExpertsDeepEP(moe_config(dtype=BF16))
+    assert (made.engine_name, made.dispatcher_name) == ("gmm", "deepep")
+    made.load_state_dict(random_parameters(made.config))
+    batch = random_batch(made.config)
+    with pytest.raises(Unsupported, match=r"^gmm: grouped_gemm does not import .*; pip install 'moebench\[gmm\]'$"):
+        made(batch.x, batch.token_mask, batch.weights, batch.indices)
+
+
+@fake_libraries
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        (CPU, BF16, "grouped_gemm needs a CUDA GPU, the device is cpu; use torch_mm or the loop"),
+        (CUDA, F32, "grouped_gemm takes bfloat16, not float32; use torch_mm or the loop"),
+        (CUDA, F16, "grouped_gemm takes bfloat16, not float16; use torch_mm or the loop"),
+        (CUDA, BF16, None),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_do(device: torch.device, dtype: torch.dtype, reason: str | None) -> None:
+    given = gmm.unsupported(device, moe_config(dtype=dtype))
+    assert (given and given.reason) == reason
+
+
+@fake_libraries
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("activation", ["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_output_and_every_gradient(dtype: torch.dtype, activation: str, bias: bool, after: bool) -> None:
+    """Expert 1 has no token, one token no expert, and one expert is chosen twice."""
+    indices = [[3, 0], [0, 0], [2, 3], [-1, -1], [-1, 2], [3, 2]]
+    check(
+        random_batch(moe_config(dtype=dtype), indices=indices),
+        dtype,
+        expert_activation=activation,
+        expert_bias=bias,
+        apply_router_weight_after_down=after,
+        activation_limit=0.83,
+    )
+
+
+@fake_libraries
+@pytest.mark.parametrize("busy", [0, 1, 3])
+def test_experts_without_tokens_get_zeros(busy: int) -> None:
+    found = check(random_batch(moe_config(), indices=[[busy, -1], [-1, busy], [busy, busy]]))
+    for name in PARAMETERS:
+        assert found[name].flatten(1).any(dim=1).tolist() == [expert == busy for expert in range(4)], name
+
+
+@fake_libraries
+@pytest.mark.parametrize("why", ["no tokens", "masked", "index"])
+def test_without_a_row_the_library_is_not_asked(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asserts that there are rows. Every gradient is zeros and not missing, the output's NaN notwithstanding."""
+    batch = random_batch(moe_config(), num_tokens=0 if why == "no tokens" else 5)
+    if why == "masked":
+        nan = torch.full_like(batch.x, torch.nan)
+        batch = batch.with_(token_mask=torch.zeros_like(batch.token_mask), x=nan, grad=nan)
+    if why == "index":
+        batch = batch.with_(indices=torch.full_like(batch.indices, -1))
+    assert not any(tensor.any() for tensor in check(batch).values())
+
+
+@fake_libraries
+def test_what_a_masked_row_holds_reaches_nothing() -> None:
+    batch = random_batch(moe_config())
+    batch.token_mask[[0, 3, 6]] = False
+    for tensor in (batch.x, batch.weights, batch.grad):
+        tensor[~batch.token_mask] = torch.nan
+    check(batch)
+
+
+@fake_libraries
+@pytest.mark.parametrize("window", [(0, 2), (2, 3), (5, 1)], ids=lambda window: f"{window[0]}+{window[1]}")
+def test_window_of_local_experts(window: tuple[int, int]) -> None:
+    first, count = window
+    config = moe_config(n_routed_experts=6, n_activated_experts=3, expert_bias=True)
+    batch = random_batch(config, indices=[[5, 0, 3], [1, -1, 2], [4, 3, 5], [0, 0, 1], [3, 3, 2], [2, 5, 4]])
+    whole = random_parameters(config)
+    local = {name: p[first : first + count].clone().requires_grad_() for name, p in whole.items()}
+    x, weights = batch.x.requires_grad_(), batch.weights.requires_grad_()
+    stacked = ExpertParameters(*(local[name] for name in PARAMETERS))
+    output = get_engine("gmm").compute(x, weights, batch.indices, stacked, config, first)
+    output.backward(batch.grad)
+    outside = (batch.indices < first) | (batch.indices >= first + count)
+    right = expected(config, whole, batch.with_(indices=batch.indices.masked_fill(outside, -1)))
+    right |= {name: right[name][first : first + count] for name in whole}
+    found = {"output": output, "x": x.grad, "weights": weights.grad, **{name: p.grad for name, p in local.items()}}
+    assert_near(found, right, F32)
+
+
+@fake_libraries
+def test_strides_are_made_plain_for_it() -> None:
+    """Parameters that are transposed views, non-contiguous tokens, and the expanded gradient of a sum."""
+    config = moe_config(expert_bias=True)
+    parameters = random_parameters(config)
+    made = layer("gmm", config)
+    views = {name: p.transpose(0, 1).contiguous().transpose(0, 1) for name, p in parameters.items()}
+    made.load_state_dict(views, assign=True)
+    batch = random_batch(config)
+    wide = torch.stack([batch.x, batch.x], dim=-1)[..., 0]
+    batch = batch.with_(x=wide, grad=torch.ones(()).expand(batch.grad.shape))
+    assert not made.down_projs.is_contiguous()
+    assert not batch.x.is_contiguous()
+    assert_near(run(made, batch), expected(config, parameters, batch), F32)
+
+
+@fake_libraries
+def test_gradients_accumulate() -> None:
+    """Zeros for experts without tokens are written into the new gradient, not into what was there."""
+    config = moe_config(expert_bias=True)
+    made = layer("gmm", config)
+    full, part = random_batch(config), random_batch(config, seed=5, indices=[[1, 2], [2, 1], [1, -1]])
+    once = {name: g.clone() for name, g in run(made, full).items()}
+    more = {name: g.clone() for name, g in run(made, part).items()}
+    run(made, full)
+    made(part.x, part.token_mask, part.weights, part.indices).backward(part.grad)
+    assert_same(
+        {name: p.grad for name, p in made.named_parameters()},
+        {name: once[name] + more[name] for name, _ in made.named_parameters()},
+    )
+
+
+@fake_libraries
+def test_parameters_of_another_dtype() -> None:
+    config = moe_config(expert_bias=True)
+    batch = random_batch(config, indices=[[0, 1], [1, 3]])
+    batch = batch.with_(x=batch.x.to(BF16), grad=batch.grad.to(BF16))
+    parameters = random_parameters(config)
+    found = run(layer("gmm", config, parameters), batch)
+    assert_near(found, expected(config, parameters, batch), BF16)
+    assert (found["output"].dtype, found["down_projs"].dtype) == (BF16, F32)

@@ -1,0 +1,425 @@
+"""GroupedExpertsTE over a Transformer Engine that asserts what the real one does: everything but its kernels."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from experts import BackendConfig, ConfigError, GroupedExperts, GroupedExpertsTE, Unsupported, te
+from experts.registry import get_backend
+from tests.experts import fake_transformer_engine, fakes
+from tests.experts.layers import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    Batch,
+    Named,
+    assert_near,
+    assert_same,
+    expected,
+    moe_config,
+    random_batch,
+    random_parameters,
+    run_stacked,
+)
+from tests.experts.oracle import PARAMETERS
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+RECIPES = {"current": "Float8CurrentScaling", "delayed": "DelayedScaling", "block": "Float8BlockScaling"}
+
+pytestmark = pytest.mark.usefixtures("fake_libraries")
+
+
+def config(**fields: Any) -> Any:
+    """Sizes that FP8 takes, and more experts than there are digits."""
+    return moe_config(**{"n_routed_experts": 12, "moe_inter_dim": 16, "expert_bias": True, **fields})
+
+
+def layer(parameters: Named | None = None, te_fp8: Any = None, **fields: Any) -> GroupedExpertsTE:
+    made = GroupedExpertsTE(config(**fields), BackendConfig(te_fp8=te_fp8))
+    made.load_state_dict(random_parameters(made.config) if parameters is None else parameters)
+    return made
+
+
+def check(made: GroupedExpertsTE, batch: Batch, parameters: Named | None = None) -> Named:
+    parameters = random_parameters(made.config) if parameters is None else parameters
+    found = run_stacked(made, batch)
+    assert_near(found, expected(made.config, parameters, batch), batch.x.dtype)
+    return found
+
+
+def calls(made: GroupedExpertsTE) -> list[fake_transformer_engine.Call]:
+    """Of both projections, which must agree."""
+    assert made.gate_up_linear.calls == made.down_linear.calls
+    return made.gate_up_linear.calls
+
+
+# what it computes
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("activation", ["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"])
+def test_output_and_every_gradient(activation: str, bias: bool, after: bool) -> None:
+    """Some experts have no token, one token no expert, and one expert is chosen twice."""
+    made = layer(expert_activation=activation, expert_bias=bias, apply_router_weight_after_down=after)
+    check(made, random_batch(made.config, indices=[[11, 0], [0, 0], [2, 10], [-1, -1], [-1, 2], [3, 2]]))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    made = layer(dtype=dtype)
+    found = check(made, random_batch(made.config, num_tokens=30))
+    assert {tensor.dtype for name, tensor in found.items() if name != "weights"} == {dtype}
+
+
+@pytest.mark.parametrize("why", ["no tokens", "masked", "index"])
+def test_without_a_row_the_library_is_not_asked(why: str) -> None:
+    """Every gradient is zeros and not missing, a NaN in a masked row notwithstanding."""
+    made = layer()
+    batch = random_batch(made.config, num_tokens=0 if why == "no tokens" else 5)
+    if why == "masked":
+        nan = torch.full_like(batch.x, torch.nan)
+        batch = batch.with_(token_mask=torch.zeros_like(batch.token_mask), x=nan, grad=nan)
+    if why == "index":
+        batch = batch.with_(indices=torch.full_like(batch.indices, -1))
+    assert not any(tensor.any() for tensor in check(made, batch).values())
+    assert calls(made) == []
+
+
+def test_what_a_masked_row_holds_reaches_nothing() -> None:
+    made = layer()
+    batch = random_batch(made.config)
+    batch.token_mask[[0, 3, 6]] = False
+    for tensor in (batch.x, batch.weights, batch.grad):
+        tensor[~batch.token_mask] = torch.nan
+    check(made, batch)
+
+
+def test_strides_are_made_plain_for_it() -> None:
+    made = layer()
+    batch = random_batch(made.config)
+    wide = torch.stack([batch.x, batch.x], dim=-1)[..., 0]
+    check(made, batch.with_(x=wide, grad=torch.ones(()).expand(batch.grad.shape)))
+
+
+def test_the_sizes_are_those_of_the_experts_in_order() -> None:
+    made = layer(n_activated_experts=1)
+    check(made, random_batch(made.config, indices=[10, 2, 10, 0, -1, 10, 2, 11]))
+    assert [call.m_splits for call in calls(made)] == [[1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3, 1]]
+
+
+# FP8
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_pads_every_group(recipe: str) -> None:
+    made = layer(te_fp8=recipe, n_activated_experts=1)
+    check(made, random_batch(made.config, indices=[0] * 17 + [5] * 16 + [11] * 3))
+    sizes = [32, 0, 0, 0, 0, 16, 0, 0, 0, 0, 0, 16]
+    assert calls(made) == [fake_transformer_engine.Call(sizes, RECIPES[recipe], None)]
+    assert not fake_transformer_engine.FP8GlobalStateManager.is_fp8_enabled()
+
+
+def test_groups_that_need_no_padding_are_left() -> None:
+    made = layer(te_fp8="current", n_activated_experts=1)
+    check(made, random_batch(made.config, indices=[3] * 16 + [4] * 32))
+    assert calls(made)[0].m_splits == [0, 0, 0, 16, 32, *[0] * 7]
+
+
+def test_mxfp8_pads_to_32() -> None:
+    made = layer(te_fp8="mxfp8", n_activated_experts=1, dim=32, moe_inter_dim=32)
+    made._unsupported = lambda *_: None  # an SM90 has no MXFP8
+    check(made, random_batch(made.config, indices=[1] * 17 + [2]))
+    assert calls(made)[0].m_splits == [0, 32, 32, *[0] * 9]
+
+
+def test_the_autocast_around_it_is_honoured() -> None:
+    made = layer()
+    batch = random_batch(made.config)
+    with fake_transformer_engine.autocast(recipe=fake_transformer_engine.Recipe("Float8BlockScaling")):
+        check(made, batch)
+        with fake_transformer_engine.autocast(enabled=False):
+            check(made, batch)
+    check(made, batch)
+    assert [call.recipe for call in calls(made)] == ["Float8BlockScaling", None, None]
+    assert [any(size % 16 for size in call.m_splits) for call in calls(made)] == [False, True, True]
+
+
+def test_its_own_recipe_goes_before_the_autocast_around_it() -> None:
+    made = layer(te_fp8="current")
+    with fake_transformer_engine.autocast(recipe=fake_transformer_engine.Recipe("DelayedScaling")):
+        check(made, random_batch(made.config))
+    assert calls(made)[0].recipe == "Float8CurrentScaling"
+
+
+def test_quantised_weights_are_kept_while_the_caller_says_so() -> None:
+    """False uses the old ones, whatever the weights are by now: that is how the flag is seen to arrive."""
+    made = layer(te_fp8="current", expert_bias=False)
+    batch = random_batch(made.config)
+
+    def forward(is_first_microbatch: bool | None) -> torch.Tensor:
+        return made(batch.x, batch.token_mask, batch.weights, batch.indices, is_first_microbatch)
+
+    old = forward(True)
+    parameters = random_parameters(made.config, seed=5)
+    made.load_state_dict(parameters)
+    assert torch.equal(forward(False), old)
+    check(made, batch, parameters)
+    assert torch.equal(forward(False), old)
+    new = forward(True)
+    assert not torch.equal(new, old)
+    assert torch.equal(forward(False), new)
+    assert [call.is_first_microbatch for call in calls(made)] == [True, False, None, False, True, False]
+
+
+@pytest.mark.parametrize("name", ["te_fp8_current_cached", "te_fp8_block_cached"])
+def test_cached_weights(name: str) -> None:
+    """They are quantised once, and again after a load."""
+    made = get_backend(name).build(config())
+    made.load_state_dict(random_parameters(made.config))
+    batch = random_batch(made.config)
+    for _ in range(3):
+        check(made, batch)
+    other = random_parameters(made.config, seed=5)
+    made.load_state_dict(other)
+    for _ in range(2):
+        check(made, batch, other)
+    assert [call.is_first_microbatch for call in calls(made)] == [True, False, False, True, False]
+    assert {call.recipe for call in calls(made)} == {RECIPES[get_backend(name).fp8]}
+
+
+def test_cached_weights_are_quantised_anew_when_a_model_around_them_is_loaded() -> None:
+    made = get_backend("te_fp8_current_cached").build(config())
+    model = nn.ModuleDict({"mlp": made})
+    batch = random_batch(made.config)
+    for seed in (1, 2):
+        parameters = random_parameters(made.config, seed)
+        model.load_state_dict({f"mlp.{name}": tensor for name, tensor in parameters.items()})
+        check(made, batch, parameters)
+
+
+# the stacked layout
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_state_dict_is_the_stacked_layout_and_no_other(activation: str, bias: bool) -> None:
+    parameters = random_parameters(config(expert_activation=activation, expert_bias=bias))
+    made = layer(parameters, expert_activation=activation, expert_bias=bias)
+    state = made.state_dict()
+    assert list(state) == [name for name in PARAMETERS if name in parameters]
+    assert_same(state, parameters)
+    assert not any(tensor.requires_grad for tensor in state.values())
+
+
+def test_its_own_parameters_are_one_matrix_an_expert_transposed() -> None:
+    parameters = random_parameters(config())
+    made = layer(parameters)
+    own = {name: p.detach() for name, p in made.named_parameters()}
+    assert len(own) == 4 * 12
+    for index in range(12):
+        assert torch.equal(own[f"gate_up_linear.weight{index}"], parameters["gate_and_up_projs"][index].t())
+        assert torch.equal(own[f"down_linear.weight{index}"], parameters["down_projs"][index].t())
+        assert torch.equal(own[f"gate_up_linear.bias{index}"], parameters["gate_up_proj_bias"][index])
+        assert torch.equal(own[f"down_linear.bias{index}"], parameters["down_proj_bias"][index])
+    assert all(p.is_contiguous() and p.is_leaf and p.requires_grad for p in made.parameters())
+
+
+def test_stacked_properties() -> None:
+    parameters = random_parameters(config())
+    made = layer(parameters)
+    assert_same({name: getattr(made, name) for name in PARAMETERS}, parameters)
+    made.gate_and_up_projs.square().sum().backward()
+    assert torch.equal(made.gate_up_linear.weight11.grad, 2 * parameters["gate_and_up_projs"][11].t())
+    without = layer(expert_bias=False)
+    assert without.gate_up_proj_bias is without.down_proj_bias is None
+    assert without.n_routed_experts == 12
+
+
+def test_gradients_that_are_not_there_are_absent() -> None:
+    made = layer()
+    assert made.stacked_grads() == {}
+    run_stacked(made, random_batch(made.config))
+    assert list(made.stacked_grads()) == list(PARAMETERS)
+
+
+def test_state_dict_takes_prefix_and_destination() -> None:
+    destination: Any = {"other": torch.ones(1)}
+    given = layer().state_dict(destination=destination, prefix="mlp.experts.")
+    assert given is destination
+    assert list(given) == ["other", *(f"mlp.experts.{name}" for name in PARAMETERS)]
+
+
+def test_inside_a_model_with_others() -> None:
+    """Its hooks touch its own keys alone, though another layer's begin with the same letters."""
+    model = nn.ModuleDict({"a": layer(), "ab": layer(), "c": GroupedExperts(config()), "d": nn.Linear(2, 2)})
+    state = {
+        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(index))
+        for index, (name, tensor) in enumerate(model.state_dict().items())
+    }
+    assert list(state) == [*(f"{key}.{name}" for key in ("a", "ab", "c") for name in PARAMETERS), "d.weight", "d.bias"]
+    assert str(model.load_state_dict(state)) == "<All keys matched successfully>"
+    assert_same(model.state_dict(), state)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_checkpoints_go_both_ways(bias: bool) -> None:
+    parameters = random_parameters(config(expert_bias=bias), seed=9)
+    loop = GroupedExperts(config(expert_bias=bias))
+    loop.load_state_dict(layer(parameters, expert_bias=bias).state_dict())
+    assert_same(loop.state_dict(), parameters)
+    made = layer(expert_bias=bias)
+    made.load_state_dict(loop.state_dict())
+    check(made, random_batch(made.config, num_tokens=40), parameters)
+
+
+def test_loading_changes_neither_the_state_dict_nor_the_parameters_identity() -> None:
+    made = layer()
+    before = dict(made.named_parameters())
+    state = random_parameters(made.config, seed=7)
+    given = dict(state)
+    made.load_state_dict(given)
+    assert given.keys() == state.keys()
+    assert all(p is before[name] for name, p in made.named_parameters())
+    state["down_projs"].zero_()
+    assert made.down_projs.any()
+
+
+def test_assigned_parameters_have_the_strides_that_te_needs() -> None:
+    with torch.device("meta"):
+        made = GroupedExpertsTE(config())
+    assert all(p.is_meta for p in made.parameters())
+    parameters = random_parameters(made.config)
+    made.load_state_dict(parameters, assign=True)
+    check(made, random_batch(made.config), parameters)
+
+
+@pytest.mark.parametrize("missing", PARAMETERS)
+def test_missing_keys_have_their_stacked_names(missing: str) -> None:
+    made = layer()
+    before = made.state_dict()
+    state = {name: tensor for name, tensor in random_parameters(made.config, seed=3).items() if name != missing}
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{missing}"\.') as caught:
+        made.load_state_dict(state)
+    assert "linear" not in str(caught.value)
+    result = made.load_state_dict(state, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == ([missing], [])
+    assert_same(made.state_dict(), {**state, missing: before[missing]})
+
+
+def test_missing_keys_inside_a_model() -> None:
+    model = nn.ModuleDict({"first": layer(), "second": layer(), "norm": nn.LayerNorm(4)})
+    result = model.load_state_dict({}, strict=False)
+    assert sorted(result.missing_keys) == sorted(
+        [*(f"{layer}.{name}" for layer in ("first", "second") for name in PARAMETERS), "norm.weight", "norm.bias"]
+    )
+
+
+def test_unexpected_keys() -> None:
+    """A bias for a layer that has none is not dropped in silence, nor is a parameter of TE's own layout."""
+    made = layer(expert_bias=False)
+    own = "gate_up_linear.weight12"
+    state = {**made.state_dict(), "down_proj_bias": torch.ones(12, 16), own: torch.ones(32, 16), "other": torch.ones(1)}
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"down_proj_bias"'):
+        made.load_state_dict(state)
+    result = made.load_state_dict(state, strict=False)
+    assert (result.missing_keys, sorted(result.unexpected_keys)) == ([], sorted(["down_proj_bias", own, "other"]))
+
+
+@pytest.mark.parametrize("shape", [(12, 16, 16), (11, 16, 32), (13, 16, 32), (16, 32)], ids=str)
+def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    made = layer()
+    state = {**made.state_dict(), "gate_and_up_projs": torch.ones(shape)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for gate_up|Missing key.*gate_and_up|Unexpected key.*gate"):
+        made.load_state_dict(state)
+
+
+def test_copies_are_apart() -> None:
+    made = layer()
+    other = copy.deepcopy(made)
+    batch = random_batch(made.config)
+    check(other, batch)
+    made.load_state_dict(random_parameters(made.config, seed=8))
+    check(other, batch)
+    assert list(other.state_dict()) == list(PARAMETERS)
+
+
+# building
+
+
+@pytest.mark.parametrize("build", [lambda made: made, copy.deepcopy], ids=["made", "meta"])
+def test_init_weights_is_tes_own_reset(build: Callable[[nn.Module], nn.Module]) -> None:
+    """Normal weights of deviation 0.023, whatever `init_std` says, and zero biases."""
+    torch.manual_seed(0)
+    with torch.device("cpu" if build is not copy.deepcopy else "meta"):
+        made = GroupedExpertsTE(config(dim=64, moe_inter_dim=64))
+    made.init_weights(CPU, init_std=1.0)
+    assert {p.device for p in made.parameters()} == {CPU}
+    for index in range(12):
+        for matrices in (made.gate_and_up_projs, made.down_projs):
+            assert matrices[index].std().item() == pytest.approx(0.023, rel=0.06)
+    assert not made.gate_up_proj_bias.any()
+    assert not made.down_proj_bias.any()
+    assert not torch.equal(made.down_projs[0], made.down_projs[1])
+    made.load_state_dict(random_parameters(made.config))
+    check(made, random_batch(made.config))
+
+
+def test_engine_and_dispatcher() -> None:
+    made = GroupedExpertsTE(config())
+    assert (made.engine_name, made.dispatcher_name) == ("te", "deepep")
+    assert GroupedExpertsTE(config(), BackendConfig(experts="te", dispatcher="alltoall")).dispatcher_name == "alltoall"
+    assert "engine=te" in repr(made)
+    for name in ("loop", "torch_mm", "gmm"):
+        with pytest.raises(ConfigError, match=f"GroupedExpertsTE computes with te, not '{name}'; use GroupedExperts"):
+            GroupedExpertsTE(config(), BackendConfig(experts=name))
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes.remove(monkeypatch)
+    with pytest.raises(Unsupported, match=r"Transformer Engine does not import .*; pip install 'moebench\[te\]'"):
+        GroupedExpertsTE(config())
+
+
+REFUSALS = [
+    ({}, None, (7, 0), None),
+    ({}, None, (6, 1), "te needs SM70, this is SM61"),
+    ({}, "block", (8, 0), "block needs SM89, this is SM80"),
+    ({}, "block", (8, 9), None),
+    ({"dim": 32, "moe_inter_dim": 32}, "mxfp8", (9, 0), "mxfp8 needs SM100, this is SM90"),
+    ({"dim": 32, "moe_inter_dim": 32}, "mxfp8", (10, 0), None),
+    ({"moe_inter_dim": 48}, "mxfp8", (10, 0), "FP8 takes multiples of 32, but dim = 16; use te without FP8"),
+    ({"moe_inter_dim": 24}, "current", (9, 0), "FP8 takes multiples of 16, but moe_inter_dim = 24; use te without FP8"),
+    ({"moe_inter_dim": 24}, None, (9, 0), None),
+    ({"dtype": F64}, None, (9, 0), "Transformer Engine has no float64; use the loop"),
+]
+
+
+@pytest.mark.parametrize(("fields", "recipe", "capability", "reason"), REFUSALS)
+def test_what_it_cannot_do(
+    fields: dict, recipe: Any, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told before and, by the forward of a layer that may be made on any machine, after."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    given = te.unsupported(CUDA, config(**fields), recipe)
+    assert (given and given.reason) == reason
+    made = layer(te_fp8=recipe, **fields)
+    batch = random_batch(made.config)
+    if reason is None:
+        check(made, batch)
+        return
+    with pytest.raises(Unsupported) as caught:
+        made(batch.x, batch.token_mask, batch.weights, batch.indices)
+    assert str(caught.value) == f"te: {reason}"
+
+
+def test_float32_activations_need_float32_parameters() -> None:
+    made = layer(dtype=BF16)
+    batch = random_batch(config())
+    with pytest.raises(Unsupported, match="te: Transformer Engine computes float32 on float32 parameters, these are b"):
+        made(batch.x, batch.token_mask, batch.weights, batch.indices)
