@@ -97,9 +97,8 @@ class GroupedExperts(ExpertLayer):
 
     def _refuse_te(self, backend: BackendConfig) -> None:
         if backend.experts == "te":
-            raise ConfigError(
-                f"{type(self).__name__} has no engine 'te', which keeps weights of its own; use GroupedExpertsTE"
-            )
+            name = type(self).__name__
+            raise ConfigError(f"{name} has no engine 'te', which keeps weights of its own; use GroupedExpertsTE")
         if backend.te_fp8 is not None:
             raise ConfigError(
                 f"te_fp8 = {backend.te_fp8!r} is Transformer Engine's, {type(self).__name__} would compute without it; "

@@ -205,14 +205,17 @@ class GroupedExpertsTE(ExpertLayer):
             }
             share = self._make_linear(linear.in_features, linear.out_features, linear.weight0.device)
             for key, value in kept.items():
-                getattr(share, key).copy_(value)
+                getattr(share, key).copy_(value).requires_grad_(value.requires_grad)
             setattr(self, name, share)
 
 
 class CachedWeightsTE(GroupedExpertsTE):
     """FP8 weights are quantised in the first call after they were loaded, and kept, as over a step's microbatches."""
 
-    _kept = False
+    def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
+        super().__init__(config, backend)
+        self._kept = False
+        self.register_load_state_dict_post_hook(_forget_kept)
 
     def forward(
         self,
@@ -227,10 +230,10 @@ class CachedWeightsTE(GroupedExpertsTE):
         self._kept = True
         return super().forward(x, token_mask, weights, indices, first)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's; what was kept is quantised anew."""
-        self._kept = False
-        return super().load_state_dict(*args, **kwargs)
+
+def _forget_kept(module: nn.Module, _: Any) -> None:
+    assert isinstance(module, CachedWeightsTE)
+    module._kept = False
 
 
 def _stack(parts: list[Any]) -> Tensor:
@@ -248,9 +251,15 @@ def _stack_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: A
             state_dict[prefix + name] = module._sharded(stacked.detach())
 
 
-def _split_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Per-expert entries, views of this rank's share, for the linears to load."""
+def _split_keys(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
+) -> None:
+    """Per-expert entries, views of this rank's share, for the linears to load.
+
+    Where they are to be kept as they are (`assign=True`) they are copies: TE reads a matrix as if it were contiguous.
+    """
     assert isinstance(module, GroupedExpertsTE)
+    keeps = local_metadata.get("assign_to_params_buffers", False)
     for name, (linear, kind) in KEPT_IN.items():
         stacked = state_dict.get(prefix + name)
         if stacked is None or not module._parts(name):
@@ -259,7 +268,8 @@ def _split_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
         if not isinstance(stacked, DTensor) and module.ep_mesh is not None:
             stacked = local_share(stacked, module.ep_mesh)
         for index, part in enumerate(as_local(stacked).unbind(0)):
-            state_dict[f"{prefix}{linear}.{kind}{index}"] = part.t() if part.ndim == 2 else part
+            matrix = part.t() if part.ndim == 2 else part
+            state_dict[f"{prefix}{linear}.{kind}{index}"] = matrix.contiguous() if keeps else matrix
     for name in LINEARS:
         state_dict.setdefault(f"{prefix}{name}._extra_state", None)  # FP8 scales are found anew, not loaded
 

@@ -48,7 +48,8 @@ def _axis_types() -> dict[str, Any]:
 _TYPES = _axis_types()
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 AXES: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(type_, config=_STRICT) for name, type_ in _TYPES.items()}
-_CHOICES = {name: get_args(_TYPES[name]) for name in ("model", "mode", "dtype", "expert_activation", "dispatcher")}
+_NAMED = ("model", "mode", "dtype", "expert_activation", "rank_load", "dispatcher")
+_CHOICES = {name: get_args(_TYPES[name]) for name in _NAMED}
 _CHOICES["l2"] = ("cold", "warm")
 FIXED_BY_MODEL = tuple(dict.fromkeys(name for preset in MODELS.values() for name in preset))
 DEFAULTS = {name: field.default for name, field in Case.model_fields.items() if not field.is_required()}

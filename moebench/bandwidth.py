@@ -43,12 +43,13 @@ def raw_ways(name: str, inputs: Inputs, sent: Dispatched, config: MoEConfig, pee
             lambda: all_to_all_rows(y_RD, route.receive, route.send, peers.group),
         )
     route, indices_TK, weights_TK = sent.origin, inputs.active_indices_TK, inputs.weights_TK
+    buffer = route.buffer()
 
     def dispatch() -> None:
-        per_rank, per_rdma_rank, per_expert, is_in_rank, _ = route.buffer.get_dispatch_layout(
+        per_rank, per_rdma_rank, per_expert, is_in_rank, _ = buffer.get_dispatch_layout(
             indices_TK, config.n_routed_experts
         )
-        route.buffer.dispatch(
+        buffer.dispatch(
             inputs.x_TD,
             topk_idx=indices_TK,
             topk_weights=weights_TK,
@@ -58,7 +59,7 @@ def raw_ways(name: str, inputs: Inputs, sent: Dispatched, config: MoEConfig, pee
             num_tokens_per_expert=per_expert,
         )
 
-    return dispatch, lambda: route.buffer.combine(y_RD, route.handle)
+    return dispatch, lambda: buffer.combine(y_RD, route.handle)
 
 
 def measure(name: str, case: Case, device: torch.device, peers: Peers) -> list[dict[str, Any]]:

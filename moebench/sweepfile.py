@@ -26,7 +26,7 @@ from moebench.case import Case
 
 Read = dict[str, tuple[object, ...]]  # axes as they were read, UNKNOWN among them
 
-_DECISIVE = {*SHAPE_AXES, "model", "ep_size", "dispatcher"}  # what makes a combination impossible
+_DECISIVE = {*SHAPE_AXES, "model", "ep_size", "rank_load", "dispatcher"}  # what makes a combination impossible
 
 
 class SweepReader:

@@ -5,6 +5,7 @@ of a process group and grow with the largest of them.
 """
 
 import atexit
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,36 +92,39 @@ class DeepEP:
         self._n_routed_experts = config.n_routed_experts
         self._first = group.rank() * (config.n_routed_experts // group.size())
         self._row_bytes = config.dim * torch.bfloat16.itemsize
-        self.num_sms = num_sms
         self._buffer_class = _deep_ep().Buffer
-        self._buffer_class.set_num_sms(num_sms)
+        self.num_sms = num_sms
+        self._buffer_class.set_num_sms(num_sms)  # which the size of the buffer depends on
         shared_buffer(group, self._row_bytes)
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
         """The tokens that chose an expert of this rank. The host waits for the counts."""
         if x_TD.dtype is not torch.bfloat16:
             raise Unsupported(f"deep_ep dispatches bfloat16, x is {x_TD.dtype}; use alltoall")
-        buffer = self._buffer()
-        route = _Route(buffer, self._n_routed_experts)
-        x_RD, weights_RK, local_RK = _Dispatch.apply(x_TD.contiguous(), weights_TK.float(), indices_TK, route)
+        route = _Route(self.buffer, self._n_routed_experts)
+        weights_TK, indices_TK = weights_TK.float().contiguous(), indices_TK.contiguous()
+        x_RD, weights_RK, local_RK = _Dispatch.apply(x_TD.contiguous(), weights_TK, indices_TK, route)
         indices_RK = torch.where(local_RK >= 0, local_RK + self._first, -1)
         return Dispatched(x_RD, weights_RK, indices_RK, route)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """Every rank's part of this rank's tokens, summed by DeepEP."""
-        self._buffer()
         combined: Tensor = _Combine.apply(y_RD.contiguous(), dispatched.origin)
         return combined
 
-    def _buffer(self) -> Any:
-        self._buffer_class.set_num_sms(self.num_sms)  # global there: every layer sets its own before it moves anything
+    def buffer(self) -> Any:
+        """The group's buffer of now, set to this layer's number of SMs, which is global in deep_ep."""
+        self._buffer_class.set_num_sms(self.num_sms)
         return _buffers.get(self._group) or shared_buffer(self._group, self._row_bytes)
 
 
 class _Route:
-    """One dispatch: its buffer, and the handle that its combine and both backward passes use."""
+    """One dispatch: the handle that its combine and both backward passes use, and where the buffer of then is found.
 
-    def __init__(self, buffer: Any, n_routed_experts: int) -> None:
+    Between forward and backward a larger layer may replace the buffer, and other layers set their number of SMs.
+    """
+
+    def __init__(self, buffer: Callable[[], Any], n_routed_experts: int) -> None:
         self.buffer = buffer
         self.n_routed_experts = n_routed_experts
         self.handle: Any = None
@@ -131,10 +135,11 @@ class _Dispatch(Function):
     def forward(
         ctx: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, route: _Route
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens_per_rank, tokens_per_rdma_rank, tokens_per_expert, is_in_rank, _ = route.buffer.get_dispatch_layout(
+        buffer = route.buffer()
+        tokens_per_rank, tokens_per_rdma_rank, tokens_per_expert, is_in_rank, _ = buffer.get_dispatch_layout(
             indices_TK, route.n_routed_experts
         )
-        x_RD, local_RK, weights_RK, _, route.handle, _ = route.buffer.dispatch(
+        x_RD, local_RK, weights_RK, _, route.handle, _ = buffer.dispatch(
             x_TD,
             topk_idx=indices_TK,
             topk_weights=weights_TK,
@@ -151,7 +156,7 @@ class _Dispatch(Function):
     @once_differentiable
     def backward(ctx: Any, grad_x_RD: Tensor, grad_weights_RK: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         route: _Route = ctx.route
-        grad_x_TD, grad_weights_TK, _event = route.buffer.combine(
+        grad_x_TD, grad_weights_TK, _event = route.buffer().combine(
             grad_x_RD.contiguous(), route.handle, topk_weights=grad_weights_RK.contiguous()
         )
         return grad_x_TD, grad_weights_TK, None, None
@@ -161,11 +166,11 @@ class _Combine(Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, route: _Route) -> Tensor:
         ctx.route = route
-        y_TD: Tensor = route.buffer.combine(y_RD, route.handle)[0]
+        y_TD: Tensor = route.buffer().combine(y_RD, route.handle)[0]
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         route: _Route = ctx.route
-        return route.buffer.dispatch(grad_TD.contiguous(), handle=route.handle)[0], None
+        return route.buffer().dispatch(grad_TD.contiguous(), handle=route.handle)[0], None

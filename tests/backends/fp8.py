@@ -1,6 +1,7 @@
-"""FP8 on a CPU: expert layers whose products quantise their operands by a recipe, right ones and ones with one fault.
+"""FP8 on a CPU: expert layers whose products quantise their operands, right ones, and ones with one fault each.
 
-Named as a user would name them, `fp8:Current`, with this folder on PYTHONPATH. `faulty(fault, recipe)` gives the others.
+Named as a user would name them, `fp8:Current`, with this folder on PYTHONPATH. A fault becomes a backend of a recipe by
+`faulty`. Which expert is at fault, or which two, is `pick`'s choice among the local ones that have tokens.
 """
 
 from typing import Any, ClassVar
@@ -16,43 +17,50 @@ from moebench.quantization import fp8_product
 
 
 class Fp8Experts(GroupedExperts):
-    """One local expert after the other in FP8, summed in float32. A fault changes one step of it."""
+    """One local expert after the other, its products in FP8, summed in float32."""
 
     fp8: ClassVar[str]
+    pick: ClassVar[str] = "busiest"
 
     def __init__(self, config: MoEConfig, dispatcher: str | None = None) -> None:
         super().__init__(config, BackendConfig(experts="loop", dispatcher=dispatcher))  # type: ignore[arg-type]
+        self.picked: list[int] = []
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-        """The sum over the local experts."""
-        self.faulty_expert = int((indices_RK - self.first_local_expert).flatten().clamp(min=-1, max=self.n_local_experts).add(1).bincount(minlength=self.n_local_experts + 2)[1:-1].argmax())
+        """As `ExpertLayer.compute_local`; `picked` are the experts by `pick`."""
+        experts = range(self.n_local_experts)
+        chosen = [torch.where(indices_RK == self.first_local_expert + local) for local in experts]
+        in_order = sorted((len(rows_N), local) for local, (rows_N, _) in enumerate(chosen) if len(rows_N))
+        self.picked = [local for _, local in (reversed(in_order) if self.pick == "busiest" else in_order)]
         out_RD = torch.zeros_like(x_RD, dtype=torch.float32)
-        for local in range(self.n_local_experts):
-            rows_N, choices_N = torch.where(indices_RK == self.first_local_expert + local)
+        for local, (rows_N, choices_N) in enumerate(chosen):
             y_ND = self.expert(local, x_RD[rows_N], weights_RK[rows_N, choices_N].unsqueeze(-1))
             out_RD = out_RD.index_add(0, rows_N, y_ND)
         return out_RD.to(x_RD.dtype)
 
     def expert(self, local: int, x_ND: Tensor, weights_N1: Tensor) -> Tensor:
         """What one expert adds to its rows, in float32."""
-        gate_up, down, gate_up_bias, down_bias = self.weights_of(local)
-        h_NI = self.multiply(x_ND, gate_up, f"up {local}")
-        if gate_up_bias is not None:
-            h_NI = h_NI + gate_up_bias
-        a_NI = get_expert_activation_for_deepep(self.config)(h_NI, weights_N1)
-        y_ND = self.multiply(a_NI, down, f"down {local}").float()
-        return y_ND if down_bias is None else y_ND + self.bias(down_bias.float(), weights_N1)
+        gate_up, down, gate_up_bias, down_bias = self.parameters_of(local)
+        h_NI = self.multiply(x_ND, gate_up, local, "up")
+        h_NI = h_NI if gate_up_bias is None else h_NI + gate_up_bias
+        after_down = self.config.apply_router_weight_after_down
+        inside_N1 = torch.ones_like(weights_N1) if after_down else weights_N1
+        a_NI = get_expert_activation_for_deepep(self.config)(h_NI, inside_N1)
+        y_ND = self.multiply(a_NI, down, local, "down").float()
+        if down_bias is not None:
+            y_ND = y_ND + self.weighted(down_bias.float(), inside_N1)
+        return y_ND * weights_N1 if after_down else y_ND
 
-    def weights_of(self, local: int) -> ExpertParameters:
-        """The parameters of one expert."""
+    def parameters_of(self, local: int) -> ExpertParameters:
+        """One expert's."""
         return ExpertParameters(*(None if p is None else p[local] for p in self.expert_parameters()))  # type: ignore[arg-type]
 
-    def multiply(self, a: Tensor, b: Tensor, product: str) -> Tensor:
-        """a @ b, for the product of that name."""
+    def multiply(self, a: Tensor, b: Tensor, local: int, projection: str) -> Tensor:
+        """a @ b, the product of an expert's projection "up" or "down"."""
         return fp8_product(self.fp8)(a, b)
 
-    def bias(self, down_bias: Tensor, weights_N1: Tensor) -> Tensor:
-        """The down projection's bias of each row."""
+    def weighted(self, down_bias: Tensor, weights_N1: Tensor) -> Tensor:
+        """The down projection's bias as each row has it."""
         return down_bias * weights_N1
 
 
@@ -66,17 +74,138 @@ class Block(Fp8Experts):
     """Right, by block scaling."""
 
     fp8 = "block"
+
+
+class Delayed(Fp8Experts):
+    """Right, with scales of larger tensors seen before: it rounds by the recipe, but to other values than the loop."""
+
+    fp8 = "delayed"
+
+    def multiply(self, a: Tensor, b: Tensor, local: int, projection: str) -> Tensor:
+        """By scales that keep some of the format's range free."""
+        product: Tensor = _WithHeadroom.apply(a, b)
+        return product
+
+
+class _WithHeadroom(Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return (_rounded(a, torch.float8_e4m3fn) @ _rounded(b, torch.float8_e4m3fn)).to(a.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = (_rounded(saved, torch.float8_e4m3fn) for saved in ctx.saved_tensors)
+        rounded = _rounded(grad, torch.float8_e5m2)
+        return (rounded @ b.t()).to(grad.dtype), (a.t() @ rounded).to(grad.dtype)
+
+
+def _rounded(values: Tensor, fmt: torch.dtype) -> Tensor:
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    scale = torch.finfo(fmt).max / (1.37 * largest or 1.0)
+    return (values.float() * scale).to(fmt).float() / scale
+
+
+# faults
+
+
 class WrongScale(Fp8Experts):
-    which="down"; factor=1.5; back=False; pick="most"
-    def compute_local(self,x,w,i):
-        c=(i.flatten()+1).bincount(minlength=self.n_routed_experts+1)[1:]
-        r=super().compute_local
-        self.bad=int(c.argmax()) if self.pick=="most" else int(torch.where(c>0,c,10**9).argmin())
-        return r(x,w,i)
-    def multiply(self, a, b, product):
-        y=super().multiply(a,b,product)
-        if product!=f"{self.which} {self.bad}": return y
-        if self.back:
-            if y.requires_grad: y.register_hook(lambda g: g*self.factor)
-            return y
-        return y+(y*(self.factor-1)).detach()
+    """One expert's product comes out wrong by a factor, as when another's scale scales it back; its gradients are right."""
+
+    factor: ClassVar[float]
+    projection: ClassVar[str] = "down"
+
+    def multiply(self, a: Tensor, b: Tensor, local: int, projection: str) -> Tensor:
+        """Times the factor where it is the one."""
+        right = super().multiply(a, b, local, projection)
+        return self.scaled(right) if (local, projection) == (self.picked[0], self.projection) else right
+
+    def scaled(self, right: Tensor) -> Tensor:
+        """In the forward pass alone."""
+        return right + (right * (self.factor - 1)).detach()
+
+
+class WrongScaleBackward(WrongScale):
+    """The gradient of one expert's product is too large; the forward pass is right."""
+
+    def scaled(self, right: Tensor) -> Tensor:
+        """In the backward pass alone."""
+        if right.requires_grad:
+            right.register_hook(lambda grad: grad * self.factor)
+        return right
+
+
+class TransposedWeight(Fp8Experts):
+    """One expert's down projection is transposed: it fits where dim == moe_inter_dim."""
+
+    def multiply(self, a: Tensor, b: Tensor, local: int, projection: str) -> Tensor:
+        """With b as it lies in another layout."""
+        wrong = (local, projection) == (self.picked[0], "down")
+        return super().multiply(a, b.t() if wrong else b, local, projection)
+
+
+class UnweightedDownBias(Fp8Experts):
+    """The down projection's bias is added without the routing weight, as Transformer Engine's own addition would."""
+
+    def weighted(self, down_bias: Tensor, weights_N1: Tensor) -> Tensor:
+        """The bias as it is."""
+        return down_bias.expand(len(weights_N1), -1)
+
+
+class DroppedToken(Fp8Experts):
+    """One token is forgotten."""
+
+    def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+        """Without the first token that has an expert."""
+        first = (indices_RK >= 0).any(dim=1).nonzero()[0]
+        dropped_R1 = torch.arange(len(x_RD)).unsqueeze(-1) == first
+        return super().compute_local(x_RD, weights_RK, indices_RK.masked_fill(dropped_R1, -1))
+
+
+class SwappedExperts(Fp8Experts):
+    """Two experts in each other's place."""
+
+    def parameters_of(self, local: int) -> ExpertParameters:
+        """The other's."""
+        one, other = self.picked[:2]
+        return super().parameters_of({one: other, other: one}.get(local, local))
+
+
+class SilentExpert(Fp8Experts):
+    """One expert adds zeros; its gradients are zeros too, and not missing."""
+
+    def expert(self, local: int, x_ND: Tensor, weights_N1: Tensor) -> Tensor:
+        """Nothing, where it is the one."""
+        right = super().expert(local, x_ND, weights_N1)
+        return right * 0 if local == self.picked[0] else right
+
+
+class DetachedRoutingWeight(Fp8Experts):
+    """The routing weights' gradient is lost, and comes out as zeros; the forward pass is right."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """As it should be."""
+        return super().forward(x, token_mask, weights.detach() + 0 * weights, indices)
+
+
+FAULTS: dict[str, tuple[type[Fp8Experts], dict[str, Any]]] = {
+    **{f"{projection} × {factor:g}": (WrongScale, {"factor": factor, "projection": projection})
+       for projection in ("up", "down") for factor in (0.5, 1.5, 2.0)},
+    **{f"gradient of {projection} × {factor:g}": (WrongScaleBackward, {"factor": factor, "projection": projection})
+       for projection in ("up", "down") for factor in (0.5, 1.5, 2.0)},
+    "transposed weight": (TransposedWeight, {}),
+    "unweighted down bias": (UnweightedDownBias, {}),
+    "dropped token": (DroppedToken, {}),
+    "swapped experts": (SwappedExperts, {}),
+    "silent expert": (SilentExpert, {}),
+    "detached routing weight": (DetachedRoutingWeight, {}),
+}  # fmt: skip
+FORWARD_IS_RIGHT = {name for name in FAULTS if name.startswith(("gradient", "detached"))}
+
+
+def faulty(fault: type[Fp8Experts], recipe: str, **fields: Any) -> type[Fp8Experts]:
+    """A fault's backend of a recipe, its class attributes set to `fields`."""
+    return type(fault.__name__, (fault,), {"fp8": recipe, **fields})
+
+
+CurrentWithWrongScale = faulty(WrongScale, "current", factor=1.5)

@@ -28,11 +28,11 @@ class _LastRankFails(GroupedExperts):
         return self.ep_mesh.get_local_rank() == self.ep_mesh.size() - 1
 
     def break_down(self) -> None:
-        """Nothing yet."""
+        """Nothing that shows."""
 
 
 class WrongRow(_LastRankFails):
-    """One row of the last rank's output is its negative."""
+    """The row of the last rank's third active token comes out negative."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         output = super().forward(x, token_mask, weights, indices)
@@ -43,17 +43,19 @@ class WrongRow(_LastRankFails):
 
 
 class OwnTokensOnly(_LastRankFails):
-    """The last rank's experts learn from its own tokens alone, as when gradients stop at the collective."""
+    """The last rank's experts learn from its own tokens alone. For all-gather, whose rows are in the ranks' order."""
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         right_RD = super().compute_local(x_RD, weights_RK, indices_RK)
         if not self.is_last:
             return right_RD
-        detached = self.expert_parameters()._replace(**{n: p.detach() for n, p in self.expert_parameters()._asdict().items() if p is not None})
+        assert self.ep_mesh is not None
+        parameters = self.expert_parameters()
+        frozen = type(parameters)(*(None if p is None else p.detach() for p in parameters))  # type: ignore[arg-type]
         first = self.first_local_expert
-        without_RD = self.engine.compute(x_RD, weights_RK, indices_RK, detached, self.config, first)
+        others_RD = self.engine.compute(x_RD, weights_RK, indices_RK, frozen, self.config, first)
         own_R1 = torch.arange(len(x_RD)).unsqueeze(-1) >= len(x_RD) - len(x_RD) // self.ep_mesh.size()
-        return torch.where(own_R1, right_RD, without_RD)
+        return torch.where(own_R1, right_RD, others_RD)
 
 
 class Raises(_LastRankFails):
@@ -61,7 +63,7 @@ class Raises(_LastRankFails):
         raise ZeroDivisionError("no tokens for this rank")
 
 
-class RunsOut(_LastRankFails):
+class RunsOutOfMemory(_LastRankFails):
     def break_down(self) -> None:
         raise MemoryError("this rank has no memory left")
 

@@ -137,7 +137,7 @@ SCENARIOS = ROUTINGS | ACTIVATIONS | OTHERS
 
 @dataclass(frozen=True)
 class Case:
-    """A scenario, who computes it, and how its layer came by its weights: a name in ranks.MAKERS."""
+    """A scenario, who computes it, and how its layer came by its weights: a name in parallel_layers.MAKERS."""
 
     scenario: str
     engine: str
@@ -204,7 +204,7 @@ def cases(world_size: int) -> list[Case]:
     return grid + exact + coarse + fakes + (deep_ep if world_size == 2 else []) + loaded
 
 
-#: What ranks look at themselves: a function of that name in ranks.py.
+#: What ranks look at themselves: functions of parallel_facts.py.
 FACTS = {
     1: ("refusals", "fresh_weights"),
     2: ("refusals", "fresh_weights", "state_dict_tools", "frozen_parameters", "buffers", "replaced_buffer", "num_sms"),

@@ -157,7 +157,7 @@ def test_what_torch_mm_mxfp8_refuses(
 def test_torch_mm_mxfp8_is_made_anywhere_and_refused_by_its_forward() -> None:
     made = layer("torch_mm_mxfp8", moe_config())
     batch = random_batch(made.config)
-    with pytest.raises(Unsupported, match="^torch_mm_mxfp8: MXFP8 needs a CUDA GPU of SM100, the device is cpu"):
+    with pytest.raises(Unsupported, match=r"^torch_mm_mxfp8: MXFP8 needs a CUDA GPU of SM100, the device is cpu"):
         made(batch.x, batch.token_mask, batch.weights, batch.indices)
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +30,13 @@ OF_TOKENS = ("output", "x", "weights")
 
 Launched = Callable[[int], Path]
 
-CASES = [pytest.param(size, case, id=f"{size}-{case.name}") for size in parallel.SIZES for case in parallel.cases(size)]
-FACTS = [pytest.param(size, name, id=f"{size}-{name}") for size, names in parallel.FACTS.items() for name in names]
+def _param(size: int, what: Case | str) -> Any:
+    name = what if isinstance(what, str) else what.name
+    return pytest.param(size, what, id=f"{size}-{name}")
+
+
+CASES = [_param(size, case) for size in parallel.SIZES for case in parallel.cases(size)]
+FACTS = [_param(size, name) for size, names in parallel.FACTS.items() for name in names]
 
 
 @pytest.fixture(scope="session")

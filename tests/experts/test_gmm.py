@@ -1,4 +1,4 @@
-"""The engine gmm over a grouped_gemm that asserts what the real one does and leaves the same memory unwritten, as NaN."""
+"""The engine gmm over a grouped_gemm that asserts what the real one does and leaves unwritten what it does, as NaN."""
 
 import pytest
 import torch

@@ -82,23 +82,17 @@ def test_an_engine_that_is_not_here_is_no_other(monkeypatch: pytest.MonkeyPatch)
         GroupedExperts(moe_config(), BackendConfig(experts="torch_mm"))
 
 
+NO_TE = "{} has no engine 'te', which keeps weights of its own; use GroupedExpertsTE"
+NO_RECIPE = (
+    "te_fp8 = 'block' is Transformer Engine's, {} would compute without it; use GroupedExpertsTE, or leave te_fp8 out"
+)
+
+
 @pytest.mark.parametrize("layer", [GroupedExperts, GroupedExpertsDeepEP])
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [
-        ({"experts": "te"}, "{} has no engine 'te', which keeps weights of its own; use GroupedExpertsTE"),
-        (
-            {"te_fp8": "block"},
-            "te_fp8 = 'block' is Transformer Engine's, {} would compute without it; use GroupedExpertsTE, or leave "
-            "te_fp8 out",
-        ),
-        (
-            {"experts": "torch_mm", "te_fp8": "current"},
-            "te_fp8 = 'current' is Transformer Engine's, {} would compute without it; use GroupedExpertsTE, or leave "
-            "te_fp8 out",
-        ),
-    ],
-    ids=["te", "te_fp8", "torch_mm-te_fp8"],
+    [({"experts": "te"}, NO_TE), ({"te_fp8": "block"}, NO_RECIPE), ({"experts": "loop", "te_fp8": "block"}, NO_RECIPE)],
+    ids=["te", "recipe", "loop-recipe"],
 )
 def test_what_is_transformer_engines_is_refused_and_not_ignored(layer: Any, fields: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:

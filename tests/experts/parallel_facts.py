@@ -1,0 +1,162 @@
+"""What the ranks of a group look at themselves. Every rank calls every fact; one that does not hold raises on all."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+
+from experts import BackendConfig, ConfigError, GroupedExperts, Unsupported
+from experts.dispatch.deepep import destroy_buffers
+from experts.layer import ExpertLayer
+from tests.experts.fake_deep_ep import Buffer
+from tests.experts.layers import F64, Named, assert_same, moe_config, random_batch, random_parameters, run_stacked
+from tests.experts.parallel import Case
+from tests.experts.parallel_layers import all_ranks, build, other_weights, sharded
+
+CPU = torch.device("cpu")
+SOME = Case("uneven", "loop", "allgather")
+
+
+def refusals() -> None:
+    """Told on every rank alike, before anything is sent."""
+    size = dist.get_world_size()
+    if size > 1:
+        made = GroupedExperts(moe_config(n_routed_experts=3))
+        with pytest.raises(ConfigError) as caught:
+            made.init_token_dispatcher(all_ranks())
+        assert str(caught.value) == (
+            f"n_routed_experts = 3 does not divide by the EP size {size}; every rank holds as many experts: choose a "
+            "divisor"
+        )
+        assert made.ep_mesh is None
+    with pytest.raises(ConfigError, match="ep_mesh has 2 dimensions, needs 1"):
+        build(SOME).init_token_dispatcher(init_device_mesh("cpu", (1, size)))
+    made = sharded(build(SOME, "torch_mm"), random_parameters(SOME.config))
+    batch = random_batch(SOME.config.with_dtype(F64))
+    with pytest.raises(Unsupported, match=r"^torch_mm: grouped_mm takes float32, bfloat16 and float16, not float64"):
+        made(batch.x, batch.token_mask, batch.weights, batch.indices)
+
+
+def fresh_weights() -> None:
+    """What one process with the same seed has: no two experts alike. TE resets its own, with its own deviation."""
+    whole = build(SOME)
+    torch.manual_seed(4)
+    whole.init_weights(CPU)
+    made = sharded(build(SOME), random_parameters(SOME.config))
+    torch.manual_seed(4)
+    made.init_weights(CPU)
+    assert_same(gathered(made), whole.state_dict())
+
+    made = sharded(build(SOME, "te"), random_parameters(SOME.config))
+    made.init_weights(CPU)
+    assert made.down_projs.to_local().std().item() == pytest.approx(0.023, rel=0.1)
+    assert not made.down_proj_bias.to_local().any()
+
+
+def gathered(made: ExpertLayer) -> Named:
+    return {name: tensor.full_tensor() for name, tensor in made.state_dict().items()}
+
+
+def state_dict_tools() -> None:
+    """torch's get_model_state_dict and set_model_state_dict speak the stacked layout too."""
+    parameters = random_parameters(SOME.config)
+    for engine in ("loop", "te"):
+        model = nn.ModuleDict({"experts": sharded(build(SOME, engine), parameters)})
+        state = get_model_state_dict(model)
+        assert list(state) == [f"experts.{name}" for name in parameters]
+        other = nn.ModuleDict({"experts": other_weights(Case("uneven", engine, "allgather"))})
+        set_model_state_dict(other, state)
+        assert_same(gathered(other["experts"]), parameters)
+
+
+def frozen_parameters() -> None:
+    """Stay so when they are spread."""
+    for engine in ("loop", "te"):
+        made = build(SOME, engine).requires_grad_(False)
+        made.init_token_dispatcher(all_ranks())
+        assert not any(parameter.requires_grad for parameter in made.parameters()), engine
+
+
+def two_meshes() -> None:
+    """The mesh that expert parallelism is a dimension of is remembered, whoever names it."""
+    whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    for engine in ("loop", "te"):
+        made = build(SOME, engine)
+        made.init_token_dispatcher(whole["ep"], moe_mesh=whole)
+        assert (made.ep_mesh, made.moe_mesh) == (whole["ep"], whole)
+        made.set_moe_mesh(None)
+        assert made.moe_mesh is None
+
+
+DEEPEP = Case("uneven", "loop", "deepep", torch.bfloat16)
+
+
+def deepep_layer(dim: int = DEEPEP.config.dim) -> GroupedExperts:
+    config = dataclasses.replace(DEEPEP.config, dim=dim)
+    return sharded(GroupedExperts(config, BackendConfig(dispatcher="deepep")), random_parameters(config))
+
+
+def buffers() -> None:
+    """One for all layers of a group, as large as the largest needs, made anew after they were destroyed."""
+    destroy_buffers()
+    Buffer.made = Buffer.destroyed = 0
+    small, _ = deepep_layer(), deepep_layer()
+    assert (Buffer.made, Buffer.destroyed) == (1, 0)
+    large = deepep_layer(dim=512)
+    assert (Buffer.made, Buffer.destroyed) == (2, 1)
+    deepep_layer()
+    batch = DEEPEP.share(dist.get_rank(), dist.get_world_size())
+    run_stacked(large, random_batch(large.config))
+    first = {name: tensor.clone() for name, tensor in run_stacked(small, batch).items()}
+    assert (Buffer.made, Buffer.destroyed) == (2, 1)
+    for _ in range(2):
+        destroy_buffers()
+        assert (Buffer.made, Buffer.destroyed) == (2, 2)
+    assert_same(run_stacked(small, batch), first)
+    destroy_buffers()
+
+
+def replaced_buffer() -> None:
+    """A forward's backward runs, though a larger layer replaced the buffer in between."""
+    destroy_buffers()
+    small = deepep_layer()
+    batch = DEEPEP.share(dist.get_rank(), dist.get_world_size())
+    right = run_stacked(small, batch)["x"].clone()
+    x = batch.x.clone().requires_grad_()
+    output = small(x, batch.token_mask, batch.weights, batch.indices)
+    deepep_layer(dim=512)
+    output.backward(batch.grad)
+    assert torch.equal(x.grad, right)
+
+
+def num_sms() -> None:
+    """Each layer has its own number, in its backward too, whatever another set in between: a handle fits one alone."""
+    few, many = deepep_layer(), deepep_layer()
+    few.dispatcher.num_sms = 8
+    batch = DEEPEP.share(dist.get_rank(), dist.get_world_size())
+    outputs = [made(batch.x, batch.token_mask, batch.weights, batch.indices) for made in (few, many)]
+    assert Buffer.num_sms == 20
+    outputs[0].backward(batch.grad)
+    assert Buffer.num_sms == 8
+    outputs[1].backward(batch.grad)
+    assert Buffer.num_sms == 20
+
+
+FACTS: dict[str, Callable[[], None]] = {
+    fact.__name__: fact
+    for fact in (
+        refusals,
+        fresh_weights,
+        state_dict_tools,
+        frozen_parameters,
+        two_meshes,
+        buffers,
+        replaced_buffer,
+        num_sms,
+    )
+}
