@@ -73,7 +73,8 @@ class ExpertLayer(nn.Module, ABC):
         """Spread the experts over a one-dimensional mesh: rank r keeps experts r·L … r·L + L − 1, L = E / ranks.
 
         `moe_mesh` is the mesh that expert parallelism is a dimension of, where there is one. All ranks of the mesh call
-        this. Raises ConfigError where the experts do not divide by the ranks.
+        this. Raises ConfigError where the experts do not divide by the ranks, and what the dispatcher raises; the layer
+        is as it was then.
         """
         if ep_mesh.ndim != 1:
             raise ConfigError(f"ep_mesh has {ep_mesh.ndim} dimensions, needs 1; pass the expert-parallel dimension's")
@@ -82,11 +83,13 @@ class ExpertLayer(nn.Module, ABC):
                 f"n_routed_experts = {self.n_routed_experts} does not divide by the EP size {ep_mesh.size()}; every "
                 "rank holds as many experts: choose a divisor"
             )
+        dispatcher: Dispatcher = Local()
+        if ep_mesh.size() > 1:  # what may fail comes first: a layer that is half spread would be wrong in silence
+            dispatcher = make_dispatcher(self.dispatcher_name, ep_mesh.get_group(), self.config)
         self.ep_mesh = ep_mesh
         self.set_moe_mesh(moe_mesh)
         self._shard_parameters(ep_mesh)
-        if ep_mesh.size() > 1:
-            self.dispatcher = make_dispatcher(self.dispatcher_name, ep_mesh.get_group(), self.config)
+        self.dispatcher = dispatcher
 
     def set_moe_mesh(self, mesh: DeviceMesh | None) -> None:
         """Remember the mesh that expert parallelism is a dimension of."""

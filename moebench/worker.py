@@ -39,6 +39,8 @@ from moebench.timing import TimingPolicy
 
 #: What torch's CPU allocator says when the host has no memory left; it raises a plain RuntimeError.
 HOST_OOM = "DefaultCPUAllocator: can't allocate memory"
+#: A rank that fails looks so long whether another has ended, before it takes the failure for its own.
+GONE_WITHIN_S = 2.0
 
 
 class WorkList(BaseModel):
@@ -116,8 +118,8 @@ def work(work_list: WorkList, events: Events, device: torch.device) -> None:
             events.emit("start", number=number)
         row = _row(job, workload, policy, work_list.run_id, described.env_id)
         failed = row.status in (Status.oom, Status.error)
-        while failed and _someone_is_gone(ranks):  # who told why, or died: this rank only misses it
-            signal.pause()  # the launcher ends this rank, and says of the other how it ended
+        while failed and _someone_is_gone(ranks):  # it has told why, or died: this rank only misses it
+            signal.pause()  # the launcher ends this rank too, and its log says how the first ended
         if peers.rank == 0 or failed:
             events.emit("record", number=number, record=json.loads(row.to_json()))
         if failed:
@@ -139,16 +141,24 @@ def _row(job: Job, workload: Workload, policy: TimingPolicy, run_id: str, env_id
 
 
 def _someone_is_gone(ranks: Sequence[tuple[str, int]]) -> bool:
-    """Whether a rank, (machine, process id), of this machine has ended."""
-    for machine, pid in ranks:
-        if machine != platform.node():
-            continue
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
+    """Whether one of the ranks, each (machine, process id), has ended, or does soon. Sees those of this machine.
+
+    A process closes its connections, which others notice, a moment before it has ended.
+    """
+    others = [pid for machine, pid in ranks if machine == platform.node() and pid != os.getpid()]
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while others and time.monotonic() < deadline:
+        if any(_has_ended(pid) for pid in others):
             return True
+        time.sleep(0.02)
     return False
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _tell_unsupported(work_list: WorkList, events: Events, env_id: str) -> None:

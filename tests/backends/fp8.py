@@ -110,7 +110,7 @@ def _rounded(values: Tensor, fmt: torch.dtype) -> Tensor:
 
 
 class WrongScale(Fp8Experts):
-    """One expert's product comes out wrong by a factor, as when another's scale scales it back; its gradients are right."""
+    """One expert's product is wrong by a factor, as when another's scale scales it back; its gradients are right."""
 
     factor: ClassVar[float]
     projection: ClassVar[str] = "down"

@@ -207,6 +207,15 @@ def cases(world_size: int) -> list[Case]:
 #: What ranks look at themselves: functions of parallel_facts.py.
 FACTS = {
     1: ("refusals", "fresh_weights"),
-    2: ("refusals", "fresh_weights", "state_dict_tools", "frozen_parameters", "buffers", "replaced_buffer", "num_sms"),
+    2: (
+        "refusals",
+        "without_deep_ep",
+        "fresh_weights",
+        "state_dict_tools",
+        "frozen_parameters",
+        "buffers",
+        "replaced_buffer",
+        "num_sms",
+    ),
     4: ("refusals", "fresh_weights", "state_dict_tools", "two_meshes"),
 }

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from experts import BackendConfig, ConfigError, GroupedExperts, Unsupported
 from experts.dispatch.deepep import destroy_buffers
 from experts.layer import ExpertLayer
+from tests.experts import fakes
 from tests.experts.fake_deep_ep import Buffer
 from tests.experts.layers import F64, Named, assert_same, moe_config, random_batch, random_parameters, run_stacked
 from tests.experts.parallel import Case
@@ -20,6 +21,7 @@ from tests.experts.parallel_layers import all_ranks, build, other_weights, shard
 
 CPU = torch.device("cpu")
 SOME = Case("uneven", "loop", "allgather")
+DEEPEP = Case("uneven", "loop", "deepep", torch.bfloat16)
 
 
 def refusals() -> None:
@@ -40,6 +42,22 @@ def refusals() -> None:
     batch = random_batch(SOME.config.with_dtype(F64))
     with pytest.raises(Unsupported, match=r"^torch_mm: grouped_mm takes float32, bfloat16 and float16, not float64"):
         made(batch.x, batch.token_mask, batch.weights, batch.indices)
+
+
+def without_deep_ep() -> None:
+    """The layer is as it was, and not half spread."""
+    made = GroupedExperts(DEEPEP.config, BackendConfig(dispatcher="deepep"))
+    made.load_state_dict(random_parameters(made.config))
+    with pytest.MonkeyPatch.context() as patch:
+        fakes.remove(patch)
+        with pytest.raises((Unsupported, ImportError)) as caught:
+            made.init_token_dispatcher(all_ranks())
+    assert made.ep_mesh is None
+    assert made.n_local_experts == 12
+    run_stacked(made, DEEPEP.batch())
+    assert_same(made.state_dict(), random_parameters(made.config))
+    assert isinstance(caught.value, Unsupported)
+    assert "pip install 'moebench[deepep]'" in str(caught.value)
 
 
 def fresh_weights() -> None:
@@ -91,9 +109,6 @@ def two_meshes() -> None:
         assert (made.ep_mesh, made.moe_mesh) == (whole["ep"], whole)
         made.set_moe_mesh(None)
         assert made.moe_mesh is None
-
-
-DEEPEP = Case("uneven", "loop", "deepep", torch.bfloat16)
 
 
 def deepep_layer(dim: int = DEEPEP.config.dim) -> GroupedExperts:
@@ -151,6 +166,7 @@ FACTS: dict[str, Callable[[], None]] = {
     fact.__name__: fact
     for fact in (
         refusals,
+        without_deep_ep,
         fresh_weights,
         state_dict_tools,
         frozen_parameters,

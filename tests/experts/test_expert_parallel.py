@@ -30,9 +30,17 @@ OF_TOKENS = ("output", "x", "weights")
 
 Launched = Callable[[int], Path]
 
+
+#: Bugs that wait for their mending, by the names of their cases. Strict: who mends one takes it away here.
+KNOWN = {
+    "without_deep_ep": "dispatch/deepep.py: an ImportError comes through where Unsupported should say what to install",
+}
+
+
 def _param(size: int, what: Case | str) -> Any:
     name = what if isinstance(what, str) else what.name
-    return pytest.param(size, what, id=f"{size}-{name}")
+    marks = [pytest.mark.xfail(reason=KNOWN[name])] if name in KNOWN else []
+    return pytest.param(size, what, id=f"{size}-{name}", marks=marks)
 
 
 CASES = [_param(size, case) for size in parallel.SIZES for case in parallel.cases(size)]
@@ -110,9 +118,14 @@ def right(scenario: str, dtype: torch.dtype) -> Named:
 
 @functools.cache
 def alone(scenario: str, dtype: torch.dtype) -> Named:
-    """One process's loop."""
+    """One process's loop, in one thread as the ranks: products of several may differ in their last bits."""
     case = Case(scenario, "loop", "allgather", dtype)
-    return run_alone(layer("loop", case.config), case.batch())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run_alone(layer("loop", case.config), case.batch())
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("num_ranks", parallel.SIZES)

@@ -1,7 +1,6 @@
 """The harness over ranks: real groups of two over gloo, right backends and ones of which one rank is at fault."""
 
 import json
-import math
 import os
 import re
 import signal
@@ -29,6 +28,8 @@ from moebench.worker import WorkList, work
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.timeout(300)  # groups start slowly where processes share few cores
+
 TIMEOUT_S = 12.0
 #: Tokens of the two ranks together, without the masked quarter.
 ACTIVE_TOKENS = {"even": 18 + 18, "uneven": 9 + 18, "one-empty": 18 + 0}
@@ -44,13 +45,15 @@ def job(backend, dispatcher="allgather", **fields):
     return Job(case=case(**fields), backend=backend, dispatcher=dispatcher)
 
 
-RIGHT = [
-    job(backend, dispatcher, rank_load=rank_load, mode=mode)
-    for rank_load in ACTIVE_TOKENS
-    for mode in ("forward", "train")
-    for dispatcher in ("allgather", "alltoall")
-    for backend in ("loop", "torch_mm")
-]
+def right(rank_load, mode):
+    return [
+        job(backend, dispatcher, rank_load=rank_load, mode=mode)
+        for dispatcher in ("allgather", "alltoall")
+        for backend in ("loop", "torch_mm")
+    ]
+
+
+RIGHT = [*(one for load in ACTIVE_TOKENS for one in right(load, "train")), *right("uneven", "forward")]
 FP8 = {"dtype": "bfloat16", "dim": 128, "moe_inter_dim": 128, "rank_load": "uneven", "mode": "train"}
 WRONG = [
     job("ranks:WrongRow", mode="forward"),
@@ -58,11 +61,8 @@ WRONG = [
     job("fp8:Block", "alltoall", **FP8),
     job("fp8:CurrentWithWrongScale", "alltoall", **FP8),
 ]
-#: Each ends its group, and a job comes after it.
-BROKEN = {"Raises": "train", "RunsOutOfMemory": "forward", "Dies": "train", "Hangs": "forward"}
-JOBS = RIGHT + WRONG
-for name, mode in BROKEN.items():
-    JOBS += [job(f"ranks:{name}", mode=mode), job("loop", mode=mode, seed=len(JOBS))]
+#: Each ends its group. Right ones run before, between and after them.
+BROKEN = ("Raises", "RunsOutOfMemory", "Dies", "Hangs")
 
 
 def python_path(*folders):
@@ -98,41 +98,48 @@ def is_zombie(process):
         return True
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Right backends, wrong ones, and broken ones with a right one after each: one run, a group after each break."""
-    folder = tmp_path_factory.mktemp("run")
+def execute_watched(jobs, folder):
+    """The run's outcome; its processes that were there when a record came, and how many at the first."""
     policy = Policy(time_cap_s=0.01, interval_target=0.9, timeout_s=TIMEOUT_S)
-    seen = {}
-
-    def look(row):
-        seen.update({process.pid: process for process in workers_of(folder)})
-        looks.append(len(workers_of(folder)))
-
     looks = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
-        outcome = execute(Plan(tuple(JOBS), policy, folder, "run", device="cpu"), look)
-    rows = {row.key: row for row in outcome.records}
-    return SimpleNamespace(folder=folder, outcome=outcome, rows=rows, seen=seen, first_look=looks[0])
+        plan = Plan(tuple(jobs), policy, folder, "run", device="cpu")
+        outcome = execute(plan, lambda row: looks.append(workers_of(folder)))
+    return SimpleNamespace(folder=folder, jobs=jobs, records=outcome.records, outcome=outcome, looks=looks)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Right backends, and wrong ones, in one group."""
+    return execute_watched(RIGHT + WRONG, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def broken_run(tmp_path_factory):
+    """Broken backends, and right ones before, between and after them."""
+    first, between, last = (job("loop", seed=seed) for seed in range(3))
+    broken = [job(f"ranks:{name}", mode="train" if name in BROKEN[::2] else "forward") for name in BROKEN]
+    return execute_watched([first, *broken[:2], between, *broken[2:], last], tmp_path_factory.mktemp("broken"))
 
 
 def row_of(run, backend, **fields):
-    (row,) = (row for row in run.outcome.records if row.backend == backend)
+    (row,) = (row for row in run.records if row.backend == backend)
     assert all(getattr(row, name) == value for name, value in fields.items())
     return row
 
 
-def test_every_job_has_one_record_in_order(run):
-    assert [row.key for row in run.outcome.records] == [one.key for one in JOBS]
-    assert (run.outcome.num_left, run.outcome.interrupted) == (0, False)
-    assert list(Journal(run.folder / "journal.jsonl")) == list(run.outcome.records)
+def test_every_job_has_one_record_in_order(run, broken_run):
+    for one in (run, broken_run):
+        assert [row.key for row in one.records] == [job.key for job in one.jobs]
+        assert (one.outcome.num_left, one.outcome.interrupted) == (0, False)
+        assert list(Journal(one.folder / "journal.jsonl")) == list(one.records)
 
 
 @pytest.mark.parametrize("one", RIGHT, ids=lambda one: f"{one.backend}-{one.dispatcher}-{one.case.case_id[13:-9]}")
 def test_a_right_backend_is_ok_and_all_is_measured(run, one):
-    row = run.rows[one.key]
+    row = run.records[RIGHT.index(one)]
     assert (row.status.value, row.detail) == ("ok", None)
     assert 0 < row.parity_worst <= 1
     assert min(row.dispatch_ms, row.compute_ms, row.combine_ms) > 0
@@ -145,7 +152,7 @@ def test_a_right_backend_is_ok_and_all_is_measured(run, one):
 
 @pytest.mark.parametrize("one", RIGHT[::4], ids=lambda one: f"{one.case.rank_load}-{one.case.mode}")
 def test_throughput_is_that_of_the_mean_rank(run, one):
-    row = run.rows[one.key]
+    row = run.records[RIGHT.index(one)]
     tokens = ACTIVE_TOKENS[one.case.rank_load] / 2
     assert row.tokens_per_s == pytest.approx(tokens / row.time_ms * 1e3)
     flops = (3 if one.case.mode == "train" else 1) * 6 * tokens * 2 * 32 * 16
@@ -182,27 +189,29 @@ def test_fp8_is_judged_by_its_recipe_on_all_ranks(run):
         ("Hangs", "timeout", r"^no result after 12 s \(policy timeout_s\); killed$"),
     ],
 )
-def test_what_breaks_one_rank_is_told_of_that_rank(run, name, status, detail):
-    row = row_of(run, f"ranks:{name}", status=status)
+def test_what_breaks_one_rank_is_told_of_that_rank(broken_run, name, status, detail):
+    row = row_of(broken_run, f"ranks:{name}", status=status)
     assert re.search(detail, row.detail.replace("~", "")), row.detail
     assert all(getattr(row, field) is None for field in SPEED_FIELDS)
 
 
-def test_a_job_after_a_broken_one_is_measured_as_any_other(run):
-    after = [row for row in run.outcome.records if row.backend == "loop" and row.seed]
-    assert [row.status.value for row in after] == ["ok"] * len(BROKEN)
-    assert all(row.skew_ms is not None for row in after)
+def test_other_jobs_of_a_run_with_broken_ones_are_measured(broken_run):
+    right = [row for row in broken_run.records if row.backend == "loop"]
+    assert [(row.seed, row.status.value) for row in right] == [(0, "ok"), (1, "ok"), (2, "ok")]
+    assert all(row.skew_ms is not None for row in right)
 
 
-def test_a_group_is_used_as_long_as_all_its_ranks_live(run):
-    assert len(list((run.folder / "logs").glob("worker-*.log"))) == 1 + len(BROKEN)
+def test_a_group_is_used_as_long_as_all_its_ranks_live(run, broken_run):
+    assert [len(list((one.folder / "logs").glob("worker-*.log"))) for one in (run, broken_run)] == [1, 1 + len(BROKEN)]
 
 
-def test_no_process_of_any_group_is_left(run):
-    assert run.first_look == 3, "a launcher and two ranks"
-    assert len(run.seen) >= 3 * (1 + len(BROKEN)), "all groups were looked at"
-    assert are_gone(list(run.seen.values()))
-    assert workers_of(run.folder) == []
+def test_no_process_of_any_group_is_left(run, broken_run):
+    for one, num_groups in ((run, 1), (broken_run, 1 + len(BROKEN))):
+        assert len(one.looks[0]) == 3, "a launcher and two ranks"
+        seen = {process.pid: process for look in one.looks for process in look}
+        assert len(seen) >= 2 * num_groups, "they were looked at"
+        assert are_gone(list(seen.values()))
+        assert workers_of(one.folder) == []
 
 
 SWEEP = """
@@ -409,4 +418,4 @@ def test_parameters_kept_for_one_ep_size_are_not_another_ones():
     kept = workload.parameters(case())
     assert workload.parameters(case(mode="train", routing="uniform")) is kept
     assert len(workload.parameters(case(ep_size=4))["down_projs"]) == 2
-    assert math.prod(workload.parameters(case())["down_projs"].shape) == 4 * 32 * 16
+    assert workload.parameters(case())["down_projs"].shape == (4, 16, 32)
