@@ -217,6 +217,11 @@ class CachedWeightsTE(GroupedExpertsTE):
         self._kept = False
         self.register_load_state_dict_post_hook(_forget_kept)
 
+    def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
+        """As `GroupedExpertsTE.init_weights`; what was kept is quantised anew."""
+        super().init_weights(buffer_device, init_std)
+        self._kept = False
+
     def forward(
         self,
         x: Tensor,

@@ -28,9 +28,9 @@ _buffers: dict[dist.ProcessGroup, Any] = {}
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
     """DeepEP takes bfloat16 rows that are a multiple of 16 bytes, on CUDA GPUs of SM90 and later."""
     try:
-        import deep_ep  # noqa: F401
-    except (ImportError, OSError) as error:
-        return Unsupported(f"deep_ep does not import ({error}); pip install 'moebench[deepep]'")
+        _deep_ep()
+    except Unsupported as missing:
+        return missing
     if device.type != "cuda":
         return Unsupported(f"deep_ep moves tokens between CUDA GPUs, the device is {device.type}; use alltoall")
     if config is None:
@@ -46,8 +46,10 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
 
 
 def _deep_ep() -> Any:
-    import deep_ep
-
+    try:
+        import deep_ep
+    except (ImportError, OSError) as error:
+        raise Unsupported(f"deep_ep does not import ({error}); pip install 'moebench[deepep]'") from error
     return deep_ep
 
 
@@ -56,7 +58,10 @@ def shared_buffer(group: dist.ProcessGroup, row_bytes: int) -> Any:
     deep_ep = _deep_ep()
     if group.size() < 2:
         raise Unsupported("deep_ep needs at least 2 ranks, the group has 1; leave the dispatcher out")
-    configs = (deep_ep.Buffer.get_dispatch_config(group.size()), deep_ep.Buffer.get_combine_config(group.size()))
+    try:
+        configs = (deep_ep.Buffer.get_dispatch_config(group.size()), deep_ep.Buffer.get_combine_config(group.size()))
+    except AssertionError as error:
+        raise Unsupported(f"deep_ep does not run on {group.size()} ranks; use alltoall") from error
     nvl_bytes = max(config.get_nvl_buffer_size_hint(row_bytes, group.size()) for config in configs)
     rdma_bytes = max(config.get_rdma_buffer_size_hint(row_bytes, group.size()) for config in configs)
     if group.size() <= MAX_RANKS_A_NODE:

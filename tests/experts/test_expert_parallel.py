@@ -31,16 +31,8 @@ OF_TOKENS = ("output", "x", "weights")
 Launched = Callable[[int], Path]
 
 
-#: Bugs that wait for their mending, by the names of their cases. Strict: who mends one takes it away here.
-KNOWN = {
-    "without_deep_ep": "dispatch/deepep.py: an ImportError comes through where Unsupported should say what to install",
-}
-
-
 def _param(size: int, what: Case | str) -> Any:
-    name = what if isinstance(what, str) else what.name
-    marks = [pytest.mark.xfail(reason=KNOWN[name])] if name in KNOWN else []
-    return pytest.param(size, what, id=f"{size}-{name}", marks=marks)
+    return pytest.param(size, what, id=f"{size}-{what if isinstance(what, str) else what.name}")
 
 
 CASES = [_param(size, case) for size in parallel.SIZES for case in parallel.cases(size)]

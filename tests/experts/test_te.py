@@ -193,7 +193,6 @@ def test_cached_weights(name: str) -> None:
     assert {call.recipe for call in calls(made)} == {RECIPES[get_backend(name).fp8]}
 
 
-@pytest.mark.xfail(reason="te.py: CachedWeightsTE.init_weights leaves what was quantised before")
 def test_cached_weights_are_quantised_anew_after_a_reset() -> None:
     made = get_backend("te_fp8_current_cached").build(config())
     batch = random_batch(made.config)
