@@ -160,10 +160,9 @@ class _Run:
             at = torch.where(self.inputs.active_indices_TK == index)
             own_ND = self._one_way(local, at, torch.float64, torch.matmul, train=False)["output"]
             exact_ND, size = exact[at[0]], torch.linalg.vector_norm(own_ND)
-            scale = torch.where(size > 0, size.maximum(chance * torch.linalg.vector_norm(exact_ND)), 0.0)
             direction_ND = own_ND / size.clamp(min=torch.finfo(size.dtype).tiny)
             along = [((one[at[0]].double() - exact_ND) * direction_ND).sum().abs() for one in (loop, *outputs)]
-            norms.append(torch.stack([scale, *along]))
+            norms.append(torch.stack([size.maximum(chance * torch.linalg.vector_norm(exact_ND)), *along]))
         scale_G, loop_G, *passes_PG = torch.stack(norms, dim=1)
         return GroupErrors("output", "expert", scale_G, loop_G, torch.stack(passes_PG))
 

@@ -36,6 +36,7 @@ class Scenario:
 
     counts: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=lambda: UNEVEN)
     change: Change = lambda batch: batch
+    lay_out: Change = lambda batch: batch  # of a rank's share: the same values, with other strides
     fields: tuple[tuple[str, Any], ...] = ()
 
     def config(self, dtype: torch.dtype) -> MoEConfig:
@@ -48,7 +49,7 @@ class Scenario:
     def share(self, dtype: torch.dtype, rank: int, size: int) -> Batch:
         """What one rank of so many has."""
         first, count = sum(self.counts[size][:rank]), self.counts[size][rank]
-        return self.batch(dtype).map(lambda tensor: tensor[first : first + count])
+        return self.lay_out(self.batch(dtype).map(lambda tensor: tensor[first : first + count]))
 
 
 def _masked(batch: Batch) -> Batch:
@@ -124,7 +125,7 @@ ROUTINGS = {
     "all-masked": Scenario(change=_all_masked),
     "indices-of-none": Scenario(change=_some_of_none),
     "an-expert-twice": Scenario(change=_twice),
-    "strided": Scenario(change=_strided),
+    "strided": Scenario(lay_out=_strided),
     "summed": Scenario(change=_summed),
 }
 ACTIVATIONS = {name: _activation(name) for name in ("swiglu", "swigluoai", "quick_geglu", "geglu", "relu2")}

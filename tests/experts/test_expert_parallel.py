@@ -9,13 +9,13 @@ import fcntl
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -59,9 +59,10 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 
 def launch(num_ranks: int, folder: Path) -> None:
-    """A group of processes of its own, ended as a whole after TIMEOUT_S."""
+    """The launcher and its ranks, all ended after TIMEOUT_S, or when this process is interrupted."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::FutureWarning"}
+    ended = f"still running after {TIMEOUT_S} s"
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
             [*command, str(ROOT / "tests/experts/ranks.py"), str(folder)],
@@ -72,13 +73,16 @@ def launch(num_ranks: int, folder: Path) -> None:
             start_new_session=True,
         )
         try:
-            ended = f"exit status {process.wait(TIMEOUT_S)}"
-        except subprocess.TimeoutExpired:
-            ended = f"still running after {TIMEOUT_S} s"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    (folder / "ended.json").write_text(json.dumps(ended))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ended = f"exit status {process.wait(TIMEOUT_S)}"
+        finally:
+            if process.poll() is None:
+                ranks = psutil.Process(process.pid).children(recursive=True)  # each in a session of its own
+                for each in (process, *ranks):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.kill()
+                process.wait()
+            (folder / "ended.json").write_text(json.dumps(ended))
 
 
 def outcomes(folder: Path, name: str, num_ranks: int) -> list[Named]:

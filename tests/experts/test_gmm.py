@@ -1,11 +1,14 @@
 """The engine gmm over a grouped_gemm that asserts what the real one does and leaves unwritten what it does, as NaN."""
 
+import sys
+
 import pytest
 import torch
 
 from experts import GroupedExpertsDeepEP, Unsupported
 from experts.compute import ExpertParameters, gmm
 from experts.engines import get_engine
+from tests.experts import fake_grouped_gemm
 from tests.experts.layers import (
     BF16,
     F16,
@@ -99,6 +102,20 @@ def test_without_a_row_the_library_is_not_asked(why: str, monkeypatch: pytest.Mo
     if why == "index":
         batch = batch.with_(indices=torch.full_like(batch.indices, -1))
     assert not any(tensor.any() for tensor in check(batch).values())
+
+
+@fake_libraries
+def test_it_multiplies_the_rows_of_its_experts_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is past the last group is work for nothing, and memory that nobody writes."""
+    multiplied = []
+
+    def seen(a: torch.Tensor, b: torch.Tensor, batch_sizes: torch.Tensor) -> torch.Tensor:
+        multiplied.append((a.shape[0], batch_sizes.tolist()))
+        return fake_grouped_gemm.gmm(a, b, batch_sizes)
+
+    monkeypatch.setattr(sys.modules["grouped_gemm.ops"], "gmm", seen)
+    check(random_batch(moe_config(), indices=[[3, 0], [-1, -1], [-1, 3]]))
+    assert multiplied == [(3, [1, 0, 0, 2])] * 2
 
 
 @fake_libraries

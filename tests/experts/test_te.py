@@ -263,6 +263,11 @@ def test_state_dict_takes_prefix_and_destination() -> None:
     assert list(given) == ["other", *(f"mlp.experts.{name}" for name in PARAMETERS)]
 
 
+def test_what_a_destination_holds_already_stays() -> None:
+    destination: Any = {"gate_up_proj": torch.ones(1), "head.gate_up_linear.weight0": torch.ones(1)}
+    assert list(layer().state_dict(destination=destination)) == [*list(destination)[:2], *PARAMETERS]
+
+
 def test_inside_a_model_with_others() -> None:
     """Its hooks touch its own keys alone, though another layer's begin with the same letters."""
     model = nn.ModuleDict({"a": layer(), "ab": layer(), "c": GroupedExperts(config()), "d": nn.Linear(2, 2)})
