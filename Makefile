@@ -14,13 +14,16 @@ endif
 SUITE_FOR_THIS_MACHINE := import torch; print("gpu" if torch.cuda.is_available() else "quick")
 
 .DEFAULT_GOAL := help
-.PHONY: bench test lint results clean help
+.PHONY: bench test certify lint results clean help
 
 bench: $(READY) ## measure: suites/gpu.toml where torch sees a CUDA GPU, else suites/quick.toml
 	@suite=$$($(RUN) -c '$(SUITE_FOR_THIS_MACHINE)') && $(RUN) -m moebench run "$$suite"
 
 test: lint ## lint, types and tests
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
+
+certify: $(READY) ## the proofs that take long, at their full size: fault bench, false alarms, power
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --certify -m certify --timeout 0
 
 lint: $(READY) ## style and types
 	$(RUN) -m ruff check .

@@ -11,6 +11,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores; set before
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--certify", action="store_true", help="tests marked certify at their full size")
+
+
+@pytest.fixture(scope="session")
+def certify(request: pytest.FixtureRequest) -> bool:
+    """Whether a test marked `certify` runs at its full size (`make certify`) or a share of it (`make test`)."""
+    return bool(request.config.getoption("certify"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
