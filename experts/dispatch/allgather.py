@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experts.dispatch import Dispatched
-from experts.dispatch.collectives import AllGatherRows, ReduceScatterRows, all_gather_rows, largest
+from experts.dispatch.collectives import AllGatherChoices, AllGatherRows, ReduceScatterRows, largest
 
 
 class AllGather:
@@ -22,8 +22,8 @@ class AllGather:
         num_tokens = x_TD.shape[0]
         missing = largest(num_tokens, self._group, x_TD.device) - num_tokens
         x_RD = AllGatherRows.apply(_pad(x_TD, missing, 0.0), self._group)
-        weights_RK = AllGatherRows.apply(_pad(weights_TK, missing, 0.0), self._group)
-        indices_RK = all_gather_rows(_pad(indices_TK, missing, -1), self._group)
+        choices = _pad(weights_TK, missing, 0.0), _pad(indices_TK, missing, -1)
+        weights_RK, indices_RK = AllGatherChoices.apply(*choices, self._group)
         return Dispatched(x_RD, weights_RK, indices_RK, num_tokens)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experts.dispatch import Dispatched
-from experts.dispatch.collectives import AllToAllRows, all_to_all_rows
+from experts.dispatch.collectives import AllToAllChoices, AllToAllRows, all_to_all_rows
 from experts.permutation import Permutation, permute, sort_by_expert, unpermute
 
 
@@ -34,10 +34,10 @@ class AllToAll:
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
         """The tokens that chose an expert of this rank. Waits for the device once, for the sizes."""
         route = self._route(indices_TK)
-        x_RD = self._send(permute(x_TD, route.by_rank), route)
-        weights_RK = self._send(permute(weights_TK, route.by_rank), route)
-        indices_ND = indices_TK.index_select(0, route.by_rank.row_to_token_N)
-        indices_RK = all_to_all_rows(indices_ND, route.send, route.receive, self._group)
+        sizes = route.send, route.receive, self._group
+        x_RD = AllToAllRows.apply(permute(x_TD, route.by_rank), *sizes)
+        choices = permute(weights_TK, route.by_rank), indices_TK.index_select(0, route.by_rank.row_to_token_N)
+        weights_RK, indices_RK = AllToAllChoices.apply(*choices, *sizes)
         return Dispatched(x_RD, weights_RK, indices_RK, route)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
@@ -46,14 +46,10 @@ class AllToAll:
         rows_ND = AllToAllRows.apply(y_RD, route.receive, route.send, self._group)
         return unpermute(rows_ND, route.by_rank)
 
-    def _send(self, rows: Tensor, route: _Route) -> Tensor:
-        received: Tensor = AllToAllRows.apply(rows, route.send, route.receive, self._group)
-        return received
-
     def _route(self, indices_TK: Tensor) -> _Route:
         num_ranks = self._group.size()
         ranks_R = torch.arange(num_ranks, device=indices_TK.device)
-        rank_TK = torch.where(indices_TK >= 0, indices_TK // self._n_local_experts, -1)
+        rank_TK = indices_TK // self._n_local_experts  # of −1, −1
         wanted_TR = (rank_TK.unsqueeze(-1) == ranks_R).any(dim=1)
         by_rank = sort_by_expert(torch.where(wanted_TR, ranks_R, -1), 0, num_ranks)
         send_R = by_rank.tokens_per_expert_L

@@ -78,8 +78,54 @@ class AllToAllRows(Function):
         return all_to_all_rows(grad, ctx.receive, ctx.send, ctx.group), None, None, None
 
 
+class AllGatherChoices(Function):
+    """Every rank's routing weights and indices in one message; gradients of the weights are summed back."""
+
+    @staticmethod
+    def forward(ctx: Any, weights_TK: Tensor, indices_TK: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+        ctx.group = group
+        weights_RK, indices_RK = _unpack(all_gather_rows(_pack(weights_TK, indices_TK), group), weights_TK.dtype)
+        ctx.mark_non_differentiable(indices_RK)
+        return weights_RK, indices_RK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RK: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter_rows(grad_RK, ctx.group), None, None
+
+
+class AllToAllChoices(Function):
+    """Rows of routing weights and indices sent as `all_to_all_rows` sends, in one message; gradients go back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights_NK: Tensor, indices_NK: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        received = all_to_all_rows(_pack(weights_NK, indices_NK), send, receive, group)
+        weights_RK, indices_RK = _unpack(received, weights_NK.dtype)
+        ctx.mark_non_differentiable(indices_RK)
+        return weights_RK, indices_RK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RK: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return all_to_all_rows(grad_RK, ctx.receive, ctx.send, ctx.group), None, None, None, None
+
+
+def _pack(weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+    """Rows of bytes: a small message costs a GPU as long as its latency, whatever is in it."""
+    return torch.cat([one.contiguous().view(torch.uint8) for one in (indices_RK.int(), weights_RK)], dim=1)
+
+
+def _unpack(packed: Tensor, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    index_bytes = packed.shape[1] // (torch.int32.itemsize + weights_dtype.itemsize) * torch.int32.itemsize
+    indices, weights = packed.tensor_split([index_bytes], dim=1)
+    return weights.contiguous().view(weights_dtype), indices.contiguous().view(torch.int32).long()
+
+
 def largest(count: int, group: dist.ProcessGroup, device: torch.device) -> int:
     """The largest count of any rank. Waits for the device."""
-    counts = torch.tensor([count], device=device)
+    counts = torch.full((1,), count, device=device)  # made there: a copy from the host would wait for it too
     dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
     return int(counts)

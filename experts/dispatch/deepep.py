@@ -109,8 +109,8 @@ class DeepEP:
         route = _Route(self.buffer, self._n_routed_experts)
         weights_TK, indices_TK = weights_TK.float().contiguous(), indices_TK.contiguous()
         x_RD, weights_RK, local_RK = _Dispatch.apply(x_TD.contiguous(), weights_TK, indices_TK, route)
-        indices_RK = torch.where(local_RK >= 0, local_RK + self._first, -1)
-        return Dispatched(x_RD, weights_RK, indices_RK, route)
+        # −1 becomes the last expert of the rank before, which contributes nothing here either
+        return Dispatched(x_RD, weights_RK, local_RK + self._first, route)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """Every rank's part of this rank's tokens, summed by DeepEP."""
