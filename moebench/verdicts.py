@@ -1,0 +1,174 @@
+"""Rounds of two sides -> verdicts on time, over a whole family of cases at once. No torch here.
+
+The unit that repeats is a round, a fresh process: a side of a case is the median time of each of its rounds. Ratios are
+candidate over baseline, above 1 slower, and are estimated by the median over all pairs of rounds (Hodges and Lehmann).
+
+    REGRESSED     shown to be slower, and a slowdown by the threshold or more is not excluded
+    IMPROVED      shown to be faster, and a speedup by the threshold or more is not excluded
+    PASS          a slowdown by the threshold is excluded, and would have been seen
+    INCONCLUSIVE  neither: the noise is too large for the threshold, or there are too few rounds
+
+*Shown* is exact: rank-sum tests (moebench.ranksum) with Holm's correction over the family, so that a family in which
+nothing changed has a false REGRESSED at most so often as `FALSE_ALARMS` says, whatever the noise looks like, as long as
+the rounds of both sides are exchangeable; IMPROVED likewise. *Excluded* is by the upper end of a case's own interval: a
+case slower by the threshold passes at most so often as `WRONG_PASSES` says. *Would have been seen*: `smallest_effect`
+is at most the threshold. The threshold is thus the smallest slowdown that must not pass, not one beyond which the
+estimate has to lie: of a slowdown by exactly the threshold, half the estimates lie below it.
+"""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
+
+import numpy as np
+
+from moebench import ranksum
+
+Key = TypeVar("Key", bound=Hashable)
+
+#: Half of the 1% that a gate may have: the tests are exact, what is left is for rounds that are not quite exchangeable.
+FALSE_ALARMS = 0.005
+WRONG_PASSES = 0.01
+POWER = 0.95
+THRESHOLD = 0.03
+#: A round more or less of one process says nothing about how processes differ.
+MIN_ROUNDS = 2
+
+
+class Verdict(StrEnum):
+    """What a gate says about a case, the worst first."""
+
+    REGRESSED = "REGRESSED"
+    MISSING = "MISSING"
+    INCOMPARABLE = "INCOMPARABLE"
+    INCONCLUSIVE = "INCONCLUSIVE"
+    NEW = "NEW"
+    IMPROVED = "IMPROVED"
+    PASS = "PASS"
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The median time of each round of one case, in ms."""
+
+    baseline_ms: tuple[float, ...]
+    candidate_ms: tuple[float, ...]
+
+    @property
+    def rounds(self) -> tuple[int, int]:
+        return len(self.baseline_ms), len(self.candidate_ms)
+
+
+@dataclass(frozen=True)
+class TimeVerdict:
+    """What is known about the time of one case; ratios are candidate / baseline, above 1 slower.
+
+    `low` and `high`: each end of the interval is wrong at most 1 time in 100, infinite where there are too few rounds.
+    `p_slower`, `p_faster`: of this case alone, before Holm's correction. `smallest_effect`: the smallest slowdown, as
+    a share (0.03: 3%), that this comparison, with the noise it met, would have shown with a probability of 95%; inf
+    where it could have shown none.
+    """
+
+    verdict: Verdict
+    reason: str
+    ratio: float
+    low: float
+    high: float
+    p_slower: float
+    p_faster: float
+    smallest_effect: float
+    rounds: tuple[int, int]
+
+
+def round_medians(samples_ms: Sequence[float], sample_rounds: Sequence[int]) -> tuple[float, ...]:
+    """The median of each round's samples, in the order of the rounds."""
+    samples, rounds = np.asarray(samples_ms, float), np.asarray(sample_rounds)
+    return tuple(float(np.median(samples[rounds == number])) for number in np.unique(rounds))
+
+
+def holm(p_values: Sequence[float], level: float) -> list[bool]:
+    """Which of the hypotheses are rejected, so that any is wrongly rejected at most so often as `level` says."""
+    rejected = [False] * len(p_values)
+    for position, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[number] > level / (len(p_values) - position):
+            break
+        rejected[number] = True
+    return rejected
+
+
+def judge_times(
+    family: Mapping[Key, Sides], threshold: float = THRESHOLD, false_alarms: float = FALSE_ALARMS
+) -> dict[Key, TimeVerdict]:
+    """The verdict on each case of a family, false alarms controlled over all of it together.
+
+    A test that is looked at several times, with more rounds each time, shares `false_alarms` out among the looks
+    (`FALSE_ALARMS / num_looks`) and judges the whole family at each. A case with one round on a side is no test, and is
+    not counted in the family.
+    """
+    tested = {key: _Comparison(sides) for key, sides in family.items() if min(sides.rounds) >= MIN_ROUNDS}
+    slower = dict(zip(tested, holm([test.p_slower for test in tested.values()], false_alarms), strict=True))
+    faster = dict(zip(tested, holm([test.p_faster for test in tested.values()], false_alarms), strict=True))
+    level = false_alarms / max(1, len(tested))
+    return {
+        key: tested[key].verdict(slower[key], faster[key], threshold, level) if key in tested else _one_process(sides)
+        for key, sides in family.items()
+    }
+
+
+class _Comparison:
+    """One case: the shift between its sides on the logarithmic scale."""
+
+    def __init__(self, sides: Sides) -> None:
+        self._rounds = sides.rounds
+        self._shifts = ranksum.pairwise_shifts(np.log(sides.baseline_ms), np.log(sides.candidate_ms))
+        self._estimate = float(np.median(self._shifts))
+        self.p_slower = ranksum.p_greater(self._shifts, self._rounds[0])
+        self.p_faster = ranksum.p_less(self._shifts, self._rounds[0])
+
+    def verdict(self, slower: bool, faster: bool, threshold: float, level: float) -> TimeVerdict:
+        low = ranksum.lower_limit(self._shifts, self._rounds[0], WRONG_PASSES)
+        high = ranksum.upper_limit(self._shifts, self._rounds[0], WRONG_PASSES)
+        floor, smallest = math.log1p(threshold), self._smallest_shift(level)
+        if slower and high >= floor:
+            verdict, reason = Verdict.REGRESSED, "slower"
+        elif faster:
+            verdict = Verdict.IMPROVED if low <= -floor else Verdict.PASS
+            reason = "faster" if low <= -floor else f"faster, by less than {threshold:.1%}"
+        elif slower or (smallest <= floor and high < floor):
+            verdict = Verdict.PASS
+            reason = f"slower, by less than {threshold:.1%}" if slower else f"not slower by {threshold:.1%}"
+        else:
+            verdict, reason = Verdict.INCONCLUSIVE, self._why_inconclusive(smallest, threshold, level)
+        return TimeVerdict(
+            verdict, reason, math.exp(self._estimate), math.exp(low), math.exp(high), self.p_slower, self.p_faster,
+            math.expm1(smallest), self._rounds,
+        )  # fmt: skip
+
+    def _smallest_shift(self, level: float) -> float:
+        """The slowdown that lies above what must be exceeded to be shown even where chance is against it.
+
+        To be shown, the estimate must exceed its distance from the lower limit of the family's level; 95 estimates of
+        100 lie above the true shift less their distance from the lower limit of that level.
+        """
+        limits = [ranksum.lower_limit(self._shifts, self._rounds[0], some) for some in (level, 1 - POWER)]
+        return sum(self._estimate - limit for limit in limits)
+
+    def _why_inconclusive(self, smallest: float, threshold: float, level: float) -> str:
+        rounds = f"{self._rounds[0]} and {self._rounds[1]} rounds"
+        if math.isinf(smallest):
+            needed = ranksum.group_size_needed(level)
+            return f"{rounds} can show nothing among so many cases; measure {needed} a side: --rounds {needed}"
+        if smallest > math.log1p(threshold):
+            return f"noise: less than {math.expm1(smallest):.1%} would not be seen with {rounds}; measure more"
+        return f"slower by {threshold:.1%} is neither shown nor excluded with {rounds}; measure more"
+
+
+def _one_process(sides: Sides) -> TimeVerdict:
+    ratio = math.nan
+    if min(sides.rounds):
+        ratio = float(np.median(sides.candidate_ms) / np.median(sides.baseline_ms))
+    rounds = f"{sides.rounds[0]} and {sides.rounds[1]} rounds"
+    reason = f"{rounds}: one process a side says nothing about how processes differ; measure with --rounds"
+    return TimeVerdict(Verdict.INCONCLUSIVE, reason, ratio, 0.0, math.inf, 1.0, 1.0, math.inf, sides.rounds)
