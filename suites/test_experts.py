@@ -1,0 +1,76 @@
+"""One test a job: measured as `moebench run` measures it, handed to pytest-benchmark sample by sample.
+
+A backend that is wrong fails, one that cannot run the case here, or has no memory for it, is skipped with the reason.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from moebench.case import Job
+from moebench.measure import Measured, Workload
+from moebench.record import GOOD, Status
+from moebench.timing import TimingPolicy
+from moebench.worker import run_job
+
+#: What is saved beside the time; docs/results.md says what each is.
+EXTRA_INFO = (
+    *("gpu", "executed", "flags", "l2", "converged", "tokens_per_s", "tflops", "host_time_ms", "backward_ms"),
+    *("warmup_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst", "parity_worst_tensor"),
+)
+
+
+class Replay:
+    """Calls and a clock for pytest-benchmark: by this clock, each call lasts as long as one that was measured."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+
+    def clock_s(self) -> float:
+        return self._now_s
+
+    def start(self) -> None:
+        self._now_s = 0.0  # from zero, a sample is the difference of two readings to its last bit
+
+    def call(self) -> None:
+        self._now_s = next(self._durations_s)
+
+    def into(self, benchmark: BenchmarkFixture, samples_ms: tuple[float, ...]) -> None:
+        self._durations_s = (sample_ms / 1e3 for sample_ms in samples_ms)
+        benchmark.pedantic(self.call, setup=self.start, rounds=len(samples_ms))
+
+
+REPLAY = Replay()
+
+
+@pytest.mark.benchmark(timer=REPLAY.clock_s)
+def test_job(job: Job, workload: Workload, policy: TimingPolicy, benchmark: BenchmarkFixture) -> None:
+    if job.case.ep_size > 1:
+        pytest.skip(f"ep_size = {job.case.ep_size} needs as many processes: measure it with `moebench run`")
+    if benchmark.disabled:  # only whether it is right
+        policy = dataclasses.replace(policy, time_cap_s=0.0)
+    measured = run_job(job, workload, policy)
+    if measured["status"] is not Status.ok:
+        _end(measured, workload)
+    benchmark.group = job.case.case_id
+    benchmark.extra_info.update(_extra_info(job, measured, workload.device))
+    REPLAY.into(benchmark, measured["samples_ms"])
+
+
+def _end(measured: Measured, workload: Workload) -> None:
+    """Skip or fail, by the status."""
+    workload.forget()
+    if workload.device.type == "cuda":
+        torch.cuda.empty_cache()
+    reason = f"{measured['status'].value}: {measured['detail']}"
+    if measured["status"] in GOOD:
+        pytest.skip(reason)
+    pytest.fail(reason, pytrace=False)
+
+
+def _extra_info(job: Job, measured: Measured, device: torch.device) -> Measured:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    found = {"case_id": job.case.case_id, "backend": job.backend, "dispatcher": job.dispatcher}
+    return found | {name: (measured | {"gpu": gpu})[name] for name in EXTRA_INFO}
