@@ -81,6 +81,12 @@ class Case(BaseModel):
         return f"{shape}-t{self.num_tokens}-{self.dtype}-{self.mode}-{routing}-ep{self.ep_size}-{digest}"
 
     @property
+    def weights(self) -> tuple[object, ...]:
+        """What the layer's weights are made of: cases that share it can share them."""
+        shape = (self.n_routed_experts, self.dim, self.moe_inter_dim, self.is_gated)
+        return (*shape, self.dtype, self.expert_bias, self.seed, self.ep_size)
+
+    @property
     def is_gated(self) -> bool:
         return self.expert_activation not in UNGATED
 

@@ -69,6 +69,7 @@ def run(
     filters: Filters = None,
     case: CaseIds = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be measured, measure nothing")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="measure all that often, in fresh processes and random order")] = 1,
     time_budget: Annotated[
         float | None, typer.Option(min=0, metavar="MIN", help="start no job after so many minutes")
     ] = None,
@@ -82,13 +83,14 @@ def run(
         filters=filters or [],
         case_ids=case or [],
         device=device,
+        rounds=rounds,
         time_budget_min=time_budget,
     )
     if dry_run:
         _print_jobs(plan.jobs, as_json)
         return
     with _progress() as progress:
-        task = progress.add_task("", total=len(plan.jobs))
+        task = progress.add_task("", total=plan.num_jobs)
 
         def show(row: Record) -> None:
             progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")

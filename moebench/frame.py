@@ -19,6 +19,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pydantic import ValidationError
 
 from moebench.record import SCHEMA, Journal, JournalError, Record, Status
+from moebench.rounds import merged
 
 JOURNAL_NAME = "journal.jsonl"
 PARQUET_NAME = "results.parquet"
@@ -64,6 +65,10 @@ ARROW_SCHEMA = pa.schema(
     [(field.alias or name, _ARROW_TYPES[_bare(field.annotation)]) for name, field in Record.model_fields.items()]
 )
 COLUMNS: tuple[str, ...] = tuple(ARROW_SCHEMA.names)
+#: Columns that a Parquet file may lack, and what their cells hold then.
+_OPTIONAL = {
+    name: field.default for name, field in Record.model_fields.items() if not (field.is_required() or field.alias)
+}
 
 
 class ResultsError(Exception):
@@ -71,13 +76,19 @@ class ResultsError(Exception):
 
 
 def to_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """A row a job, in the order in which jobs first appear. Of records with one key, the last counts."""
-    latest = {row.key: row for row in records}
-    rows = [row.model_dump(by_alias=True) for row in latest.values()]
-    for row in rows:
-        errors = row["parity_errors"]
-        row["parity_errors"] = errors and json.dumps({name: _jsonable(error) for name, error in errors.items()})
-    return _to_pandas(pa.Table.from_pylist(rows, schema=ARROW_SCHEMA))
+    """A row a job, its rounds merged, in the order in which jobs first appear.
+
+    Of records of one job and round, the last counts.
+    """
+    latest = {(*row.key, row.round): row for row in records}
+    jobs: dict[Hashable, list[Record]] = {}
+    for row in latest.values():
+        jobs.setdefault(row.key, []).append(row)
+    dumped = [merged(rounds).model_dump(by_alias=True) for rounds in jobs.values()]
+    for cells in dumped:
+        errors = cells["parity_errors"]
+        cells["parity_errors"] = errors and json.dumps({name: _jsonable(error) for name, error in errors.items()})
+    return _to_pandas(pa.Table.from_pylist(dumped, schema=ARROW_SCHEMA))
 
 
 def _jsonable(error: float) -> float | str:
@@ -163,6 +174,10 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         raise ResultsError(
             f"{path}: not a Parquet file ({str(error).splitlines()[0]}); give a results folder or its {PARQUET_NAME}"
         ) from error
+    for name, default in _OPTIONAL.items():
+        if name not in table.column_names:  # written before there was this column
+            cells = pa.array([default] * len(table), ARROW_SCHEMA.field(name).type)
+            table = table.append_column(name, cells)
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
         raise ResultsError(

@@ -177,7 +177,6 @@ def _speed_and_memory(
         "skew_ms": timed.skew_ms,
         "num_samples": len(timed.samples_ms),
         "samples_ms": timed.samples_ms,
-        "sample_rounds": (0,) * len(timed.samples_ms),
         "tokens_per_s": case.num_active_tokens / timed.time_ms * 1e3,
         "tflops": case.flops() / timed.time_ms / 1e9,
     }

@@ -89,6 +89,8 @@ class Record(BaseModel):
     executed: str | None = None
     device: str | None = None
     gpu: str | None = None
+    round: Annotated[int, Field(ge=0)] | None = 0
+    num_rounds: Annotated[int, Field(ge=1)] = 1
     l2: Literal["cold", "warm"] | None = None
 
     time_ms: Annotated[float, Field(gt=0)] | None = None

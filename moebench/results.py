@@ -5,7 +5,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from moebench.case import Job
 from moebench.frame import JOURNAL_NAME, load, write, write_atomically
 from moebench.plots import write_plots
 from moebench.record import Record
+from moebench.rounds import shuffled
 from moebench.runner import Outcome, Plan, Refused, execute, new_run_id
 from moebench.selection import filter_jobs, select_backends
 from moebench.spec import SweepError, SweepSpec, find_sweep, load_sweep
@@ -28,19 +29,29 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run is asked to do: the jobs, and the file they come from."""
+    """What a run is asked to do: the jobs of each round, and the file they come from."""
 
     sweep: SweepSpec
     sweep_file: Path
-    execution: Plan
+    rounds: tuple[Plan, ...]
+    time_budget_s: float | None = None
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        return self.execution.jobs
+        """The jobs of one round, in the sweep's order unless there are several rounds."""
+        return self.rounds[0].jobs
+
+    @property
+    def num_jobs(self) -> int:
+        return sum(len(plan.jobs) for plan in self.rounds)
 
     @property
     def folder(self) -> Path:
-        return self.execution.folder
+        return self.rounds[0].folder
+
+    @property
+    def run_id(self) -> str:
+        return self.rounds[0].run_id
 
 
 def plan(
@@ -51,6 +62,7 @@ def plan(
     filters: Sequence[str],
     case_ids: Sequence[str],
     device: str | None,
+    rounds: int = 1,
     time_budget_min: float | None,
 ) -> RunPlan:
     """Everything that can be known to be wrong is said here, before anything runs. Raises SweepError, UsageError."""
@@ -63,7 +75,10 @@ def plan(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--out {folder}: it exists and is not an empty folder; name a new one")
     budget_s = None if time_budget_min is None else time_budget_min * 60
-    return RunPlan(spec, sweep_file, Plan(jobs, spec.policy, folder, run_id, device, budget_s))
+    plans = [Plan(jobs, spec.policy, folder, run_id, device)]
+    if rounds > 1:
+        plans = [replace(plans[0], jobs=shuffled(jobs, run_id, number), round=number) for number in range(rounds)]
+    return RunPlan(spec, sweep_file, tuple(plans), budget_s)
 
 
 def select(sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]) -> tuple[Job, ...]:
@@ -93,7 +108,7 @@ def measure(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome:
     """Run the plan into its folder. A run that is refused leaves none: the command, set right, may name it again."""
     begin(run_plan)
     try:
-        return execute(run_plan.execution, on_record)
+        return execute(*run_plan.rounds, on_record=on_record, time_budget_s=run_plan.time_budget_s)
     except Refused:
         if not (run_plan.folder / JOURNAL_NAME).exists():
             shutil.rmtree(run_plan.folder)
@@ -104,12 +119,13 @@ def begin(run_plan: RunPlan) -> None:
     """Make the folder, with the sweep and what was asked for beside the results to come."""
     run_plan.folder.mkdir(parents=True, exist_ok=True)
     asked = {
-        "run_id": run_plan.execution.run_id,
+        "run_id": run_plan.run_id,
         "moebench": __version__,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["moebench", *sys.argv[1:]]),
         "sweep": run_plan.sweep.name,
         "num_jobs": len(run_plan.jobs),
+        "num_rounds": len(run_plan.rounds),
     }
     write_atomically(run_plan.folder / "run.json", (json.dumps(asked, indent=2) + "\n").encode())
     write_atomically(run_plan.folder / "sweep.toml", run_plan.sweep_file.read_bytes())

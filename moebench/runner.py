@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+import moebench
 from moebench.case import Job
 from moebench.environment import Environment, cpu_cores_usable
 from moebench.record import Journal, Record, Status, record
@@ -45,14 +46,19 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run measures and where its results go."""
+    """What is measured in processes of its own, in which order, and where its results go.
+
+    Of several rounds each is a plan. Where `experts_folder` is given, a folder that holds a package `experts`, workers
+    import that one: this harness then drives another revision's backends.
+    """
 
     jobs: tuple[Job, ...]
     policy: Policy
     folder: Path
     run_id: str
     device: str | None = None
-    time_budget_s: float | None = None
+    round: int = 0
+    experts_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -69,17 +75,32 @@ def new_run_id(sweep: str) -> str:
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{sweep}"
 
 
-def execute(plan: Plan, on_record: Callable[[Record], None] = lambda row: None) -> Outcome:
-    """Measure every job of the plan, each record in the journal before the next job starts.
+def execute(
+    *plans: Plan, on_record: Callable[[Record], None] = lambda row: None, time_budget_s: float | None = None
+) -> Outcome:
+    """Measure every job of the plans, one plan after the other, each record in its journal before the next job starts.
 
     A job whose process dies or hangs gets a record that says so, and the next jobs a new process. Ctrl-C, SIGTERM and
-    the time budget end the run; what was measured stays. Raises RunnerError where no worker starts, Refused
-    where one says that it was asked for what is not there.
+    the time budget, of all plans together, end the run; what was measured stays. Raises RunnerError where no worker
+    starts, Refused where one says that it was asked for what is not there.
     """
+    deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+    records: list[Record] = []
+    interrupted = False
+    with _signals_raise():
+        try:
+            for plan in plans:
+                _execute(plan, records, on_record, deadline)
+        except Interrupted:
+            interrupted = True
+    return Outcome(tuple(records), sum(len(plan.jobs) for plan in plans) - len(records), interrupted)
+
+
+def _execute(plan: Plan, records: list[Record], on_record: Callable[[Record], None], deadline: float | None) -> None:
+    """Measure the jobs of one plan; their records are added to `records`."""
     (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
     journal = Journal(plan.folder / "journal.jsonl")
-    deadline = None if plan.time_budget_s is None else time.monotonic() + plan.time_budget_s
-    records: list[Record] = []
+    before = len(records)
 
     def keep(row: Record) -> None:
         journal.append(row)
@@ -87,16 +108,10 @@ def execute(plan: Plan, on_record: Callable[[Record], None] = lambda row: None) 
         on_record(row)
 
     jobs = sorted(plan.jobs, key=lambda job: job.case.ep_size)  # a group of ranks measures all jobs of its size
-    interrupted = False
-    with _signals_raise():
-        try:
-            while (left := jobs[len(records) :]) and not _past(deadline):
-                same_size = itertools.takewhile(lambda job: job.case.ep_size == left[0].case.ep_size, left)
-                with _Worker(plan, tuple(same_size)) as worker:
-                    worker.supervise(keep, deadline)
-        except Interrupted:
-            interrupted = True
-    return Outcome(tuple(records), len(plan.jobs) - len(records), interrupted)
+    while (left := jobs[len(records) - before :]) and not _past(deadline):
+        same_size = itertools.takewhile(lambda job: job.case.ep_size == left[0].case.ep_size, left)
+        with _Worker(plan, tuple(same_size)) as worker:
+            worker.supervise(keep, deadline)
 
 
 def _past(deadline: float | None) -> bool:
@@ -120,6 +135,8 @@ class _Worker:
             "run_id": self._plan.run_id,
             "policy": self._plan.policy.model_dump(mode="json"),
             "jobs": [job.model_dump(mode="json") for job in self._jobs],
+            "round": self._plan.round,
+            "experts_folder": self._plan.experts_folder and str(self._plan.experts_folder.resolve()),
         }
         self._job_file.write_text(json.dumps(work_list))
         self._events.touch()
@@ -146,10 +163,16 @@ class _Worker:
 
     def _variables(self) -> dict[str, str]:
         """The environment, with the cores shared out among ranks, which the launcher would not do."""
-        threads = str(max(1, cpu_cores_usable() // self._num_ranks))
-        return os.environ | (
-            {} if self._num_ranks == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads}
-        )
+        variables = dict(os.environ)
+        if self._num_ranks > 1:
+            variables.setdefault("OMP_NUM_THREADS", str(max(1, cpu_cores_usable() // self._num_ranks)))
+        if self._plan.experts_folder is not None:
+            # `python -m` would look into the working directory first, where another `experts` may be
+            harness = Path(moebench.__file__).resolve().parent.parent
+            folders = (self._plan.experts_folder.resolve(), harness, Path.cwd())
+            paths = [*map(str, folders), variables.get("PYTHONPATH", "")]
+            variables |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        return variables
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -229,7 +252,7 @@ class _Worker:
         assert environment is not None, "a job starts after the worker has said what it runs on"
         gpu = environment.gpus[0].name if environment.gpus else None
         device = environment.device.partition(":")[0]
-        ids = {"run_id": self._plan.run_id, "env_id": environment.env_id}
+        ids: dict[str, Any] = {"run_id": self._plan.run_id, "env_id": environment.env_id, "round": self._plan.round}
         return record(self._jobs[running], status, detail=detail, device=device, gpu=gpu, **ids)
 
     def _tail(self) -> str:

@@ -75,15 +75,14 @@ def _job(combination: Mapping[str, object]) -> Job:
 
 
 def _in_order(jobs: Iterable[Job]) -> list[Job]:
-    """Same weights together, then by EP size, case and backend; among equals the first to come is first."""
+    """Same weights but for their EP size together, then by that, case and backend; among equals the first is first."""
     ranks: dict[Hashable, int] = {}
 
     def rank(key: Hashable) -> int:
         return ranks.setdefault(key, len(ranks))
 
     def weights(case: Case) -> Hashable:
-        shape = (case.n_routed_experts, case.dim, case.moe_inter_dim, case.is_gated)
-        return (*shape, case.dtype, case.expert_bias, case.seed)
+        return case.model_copy(update={"ep_size": 1}).weights
 
     return sorted(jobs, key=lambda job: (rank(weights(job.case)), job.case.ep_size, rank(job.case), rank(job.backend)))
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import quantile_test
+from scipy.stats import quantile_test, t
 
 CONFIDENCE = 0.95
 #: Fewer samples than this have no two-sided 95% interval of the median: 1 − 2·0.5⁵ < 0.95.
@@ -20,6 +20,20 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
         return median, -float("inf"), float("inf")
     low, high = np.asarray(quantile_test(samples, q=median, p=0.5).confidence_interval(CONFIDENCE))
     return median, float(low), float(high)
+
+
+def center_of_rounds(medians: Sequence[float]) -> tuple[float, float, float]:
+    """Median of the medians of several rounds, one process each, and its 95% interval.
+
+    Samples of one process share its luck (addresses, clocks): the process is what repeats. From MIN_SAMPLES rounds on
+    the interval is the exact one of `median_interval`; of fewer it is Student's, which takes rounds' medians to be
+    normal, and is wide for two.
+    """
+    if len(medians) >= MIN_SAMPLES:
+        return median_interval(medians)
+    median = float(np.median(medians))
+    half = float(t.ppf((1 + CONFIDENCE) / 2, len(medians) - 1) * np.std(medians, ddof=1) / np.sqrt(len(medians)))
+    return median, median - half, median + half
 
 
 def relative_half_width(median: float, low: float, high: float) -> float:

@@ -27,6 +27,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
+import experts
 from experts.errors import RegistryError
 from experts.registry import check_name
 from moebench import environment
@@ -44,13 +45,15 @@ GONE_WITHIN_S = 2.0
 
 
 class WorkList(BaseModel):
-    """What a worker is asked to measure."""
+    """What a worker is asked to measure, and of which round. `experts_folder` is where `experts` must come from."""
 
     model_config = ConfigDict(frozen=True)
 
     run_id: str
     policy: Policy
     jobs: tuple[Job, ...]
+    round: int = 0
+    experts_folder: Path | None = None
 
 
 class Events:
@@ -93,7 +96,7 @@ def _briefly(error: BaseException) -> str:
 
 def work(work_list: WorkList, events: Events, device: torch.device) -> None:
     """Measure every job of the list, and tell of each. With ranks, all measure and the first tells."""
-    mistakes = _unknown_backends(work_list.jobs)
+    mistakes = [*_other_experts(work_list.experts_folder), *_unknown_backends(work_list.jobs)]
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         described = environment.collect(device.type if num_ranks > 1 else str(device))
@@ -116,7 +119,7 @@ def work(work_list: WorkList, events: Events, device: torch.device) -> None:
     for number, job in enumerate(work_list.jobs):
         if peers.rank == 0:
             events.emit("start", number=number)
-        row = _row(job, workload, policy, work_list.run_id, described.env_id)
+        row = _row(job, workload, policy, work_list, described.env_id)
         failed = row.status in (Status.oom, Status.error)
         while failed and _someone_is_gone(ranks):  # it has told why, or died: this rank only misses it
             signal.pause()  # the launcher ends this rank too, and its log says how the first ended
@@ -129,7 +132,7 @@ def work(work_list: WorkList, events: Events, device: torch.device) -> None:
     leave(peers)
 
 
-def _row(job: Job, workload: Workload, policy: TimingPolicy, run_id: str, env_id: str) -> Record:
+def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList, env_id: str) -> Record:
     started = time.perf_counter()
     measured = run_job(job, workload, policy)
     device, rank = workload.device, workload.peers.rank
@@ -137,7 +140,10 @@ def _row(job: Job, workload: Workload, policy: TimingPolicy, run_id: str, env_id
         measured["detail"] = f"rank {rank}: {measured['detail']}"
     measured |= {"device": device.type, "job_s": time.perf_counter() - started}
     measured["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return record(job, run_id=run_id, env_id=env_id, **measured)
+    measured |= {"round": work_list.round}
+    if "samples_ms" in measured:
+        measured["sample_rounds"] = (work_list.round,) * len(measured["samples_ms"])
+    return record(job, run_id=work_list.run_id, env_id=env_id, **measured)
 
 
 def _someone_is_gone(ranks: Sequence[tuple[str, int]]) -> bool:
@@ -167,7 +173,8 @@ def _tell_unsupported(work_list: WorkList, events: Events, env_id: str) -> None:
     for number, job in enumerate(work_list.jobs):
         events.emit("start", number=number)
         detail = f"ep_size = {job.case.ep_size} needs as many GPUs, this machine has {torch.cuda.device_count()}"
-        row = record(job, Status.unsupported, detail=detail, run_id=work_list.run_id, env_id=env_id, device="cuda")
+        ids: dict[str, Any] = {"run_id": work_list.run_id, "env_id": env_id, "round": work_list.round}
+        row = record(job, Status.unsupported, detail=detail, device="cuda", **ids)
         events.emit("record", number=number, record=json.loads(row.to_json()))
 
 
@@ -176,6 +183,15 @@ def _recover(workload: Workload) -> None:
     if workload.device.type == "cuda":
         torch.cuda.synchronize(workload.device)  # raises where an error broke the GPU's context: another worker goes on
         torch.cuda.empty_cache()
+
+
+def _other_experts(folder: Path | None) -> list[str]:
+    """What is wrong where backends are to come from `folder` and Python found `experts` in another place."""
+    assert experts.__file__ is not None
+    found = Path(experts.__file__).resolve().parent
+    if folder is None or found == folder.resolve() / "experts":
+        return []
+    return [f"experts was imported from {found}, and not from {folder}: is there an experts package in it?"]
 
 
 def _unknown_backends(jobs: Sequence[Job]) -> list[str]:

@@ -194,6 +194,22 @@ def test_case_measures_that_case_alone(bad_run, case_ids):
     assert frame["time_ms"].notna().tolist() == [True, False]
 
 
+def test_rounds_measure_every_job_again_in_fresh_processes(sweep, tmp_path):
+    found = finished(
+        "run", sweep, "--rounds", 2, "--filter", "num_tokens=8", "--out", "out", "--device", "cpu", cwd=tmp_path
+    )
+    assert found.code == 0, found.err
+    rows, _ = Journal(tmp_path / "out" / "journal.jsonl").read()
+    assert sorted((row.round, row.backend) for row in rows) == [
+        (n, name) for n in (0, 1) for name in ("loop", "torch_mm")
+    ]
+    assert len(list((tmp_path / "out" / "logs").glob("*.log"))) == 2
+    frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    assert frame["num_rounds"].tolist() == [2, 2]
+    assert {tuple(sorted(set(rounds))) for rounds in frame["sample_rounds"]} == {(0, 1)}
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["num_rounds"] == 2
+
+
 def hanging_run(sweep, cwd):
     """A run that has measured its first job and hangs over the second, with the process of its worker."""
     process = started(

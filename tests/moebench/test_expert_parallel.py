@@ -117,7 +117,7 @@ def run(tmp_path_factory):
         patch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
         plan = Plan(tuple(JOBS), policy, folder, "run", device="cpu")
-        outcome = execute(plan, lambda row: looks.append(workers_of(folder)))
+        outcome = execute(plan, on_record=lambda row: looks.append(workers_of(folder)))
     return SimpleNamespace(folder=folder, records=outcome.records, outcome=outcome, looks=looks)
 
 

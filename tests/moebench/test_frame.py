@@ -153,7 +153,7 @@ def test_the_load_of_the_ranks_comes_through(tmp_path: Path) -> None:
 
 
 def test_every_field_that_may_be_null_is_tried_full() -> None:
-    untried = {"status", "detail", "model", "time_ms", "parity_worst", *Case.model_fields}
+    untried = {"status", "detail", "model", "time_ms", "parity_worst", "round", "num_rounds", *Case.model_fields}
     assert {name for name, field in Record.model_fields.items() if not field.is_required()} - untried <= {
         *ALL,
         "schema_version",
@@ -165,6 +165,34 @@ def test_of_a_job_measured_again_the_later_record_counts() -> None:
     frame = to_frame([first, other, again])
     assert frame["backend"].tolist() == ["loop", "torch_mm"]
     assert frame["time_ms"].iloc[0] == 2.0
+
+
+def test_the_rounds_of_a_job_are_one_row(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    times = (1.0, 1.5, 1.25, 9.0)
+    for number, time_ms in [(1, times[1]), (0, 9.0), (2, times[2]), (0, times[0])]:
+        samples = {"samples_ms": (time_ms,) * 2, "sample_rounds": (number,) * 2, "num_samples": 2}
+        journal.append(ok(time_ms=time_ms, round=number, **samples))
+        journal.append(ok("torch_mm", round=number))
+    frame = load(tmp_path)
+    assert frame["backend"].tolist() == ["loop", "torch_mm"]
+    assert frame["num_rounds"].tolist() == [3, 3]
+    assert frame["round"].isna().all()
+    assert frame["time_ms"].iloc[0] == 1.25
+    assert list(frame["samples_ms"].iloc[0]) == [1.0, 1.0, 1.5, 1.5, 1.25, 1.25]
+    assert list(frame["sample_rounds"].iloc[0]) == [0, 0, 1, 1, 2, 2]
+    write(frame, tmp_path)
+    assert_frame_equal(load(tmp_path / PARQUET_NAME), frame)
+
+
+def test_a_parquet_file_from_before_a_column_opens_with_its_default(tmp_path: Path) -> None:
+    _write_table(tmp_path / "old.parquet", _arrow().drop_columns(["round", "num_rounds", "host_time_ms", "flags"]))
+    frame = load(tmp_path / "old.parquet")
+    assert list(frame.columns) == list(COLUMNS)
+    assert frame.dtypes.to_dict() == to_frame(rows()).dtypes.to_dict()
+    assert (frame["round"].tolist(), frame["num_rounds"].tolist()) == ([0] * 4, [1] * 4)
+    assert frame["host_time_ms"].isna().all()
+    assert [list(flags) for flags in frame["flags"]] == [[]] * 4
 
 
 def test_load_prefers_the_journal_of_a_folder(tmp_path: Path) -> None:
@@ -198,7 +226,7 @@ def _arrow() -> Any:
         (b"a,b\n1,2\n", "not a Parquet file"),
         (b"", "not a Parquet file"),
         (pa.table({"a": [1]}), "no column case_id, backend, dispatcher …"),
-        (_arrow().drop_columns(["flags"]), "no column flags, which"),
+        (_arrow().drop_columns(["status"]), "no column status, which"),
         (_arrow().set_column(4, "num_tokens", pa.array(["x"] * 4)), "another type"),
         (_arrow().set_column(len(COLUMNS) - 1, "schema", pa.array([99] * 4)), "schema 99, this moebench reads 1"),
     ],

@@ -9,6 +9,7 @@ from moebench import results
 from moebench.case import Case, Job
 from moebench.record import Journal, Status, record
 from moebench.results import UsageError, check_device, finish, measure, plan, select
+from moebench.rounds import shuffled
 from moebench.runner import Outcome, Refused, RunnerError
 from moebench.spec import SweepError
 
@@ -48,13 +49,21 @@ def test_a_plan_has_the_sweeps_jobs_and_policy():
         (24, "loop"),
         (24, "torch_mm"),
     ]
-    assert planned.execution.policy.timeout_s == 7.0
-    assert planned.execution.time_budget_s == 90.0
-    assert planned.execution.device == "cpu"
-    assert plan_().execution.time_budget_s is None
+    assert planned.rounds[0].policy.timeout_s == 7.0
+    assert planned.time_budget_s == 90.0
+    assert planned.rounds[0].device == "cpu"
+    assert plan_().time_budget_s is None
     assert planned.folder.parent == Path("results/runs")
-    assert planned.folder.name == planned.execution.run_id
+    assert planned.folder.name == planned.run_id
     assert [path.name for path in Path().iterdir()] == ["two.toml"], "planning writes nothing"
+
+
+def test_rounds_are_plans_of_the_same_jobs_in_other_orders():
+    planned = plan_(rounds=3)
+    assert [one.round for one in planned.rounds] == [0, 1, 2]
+    assert planned.num_jobs == 12
+    assert {frozenset(one.jobs) for one in planned.rounds} == {frozenset(planned.jobs)}
+    assert [one.jobs for one in planned.rounds] == [shuffled(planned.jobs, planned.run_id, n) for n in range(3)]
 
 
 def test_selections_are_combined():
@@ -103,7 +112,7 @@ def row():
 def executing(monkeypatch, error=None, rows=()):
     """Replaces the supervisor by one that writes these rows and raises this error."""
 
-    def execute(planned, on_record):
+    def execute(planned, *, on_record, time_budget_s):
         (planned.folder / "logs").mkdir()
         for one in rows:
             Journal(planned.folder / "journal.jsonl").append(one)
@@ -123,7 +132,7 @@ def test_a_run_keeps_what_it_was_asked_for(monkeypatch, sweep):
     assert told == [row()]
     assert (planned.folder / "sweep.toml").read_bytes() == sweep.read_bytes()
     asked = json.loads((planned.folder / "run.json").read_text())
-    assert (asked["sweep"], asked["num_jobs"], asked["run_id"]) == ("two", 4, planned.execution.run_id)
+    assert (asked["sweep"], asked["num_jobs"], asked["run_id"]) == ("two", 4, planned.run_id)
 
 
 def test_a_refused_run_leaves_no_folder(monkeypatch):

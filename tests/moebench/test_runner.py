@@ -6,6 +6,7 @@ The first half runs real workers over backends that break them; the second half 
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -80,7 +81,7 @@ def broken_run(tmp_path_factory):
         patch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(runner, "POLL_S", 0.3)
-        outcome = execute(plan_of(folder, jobs, timeout_s=10.0), seen.append)
+        outcome = execute(plan_of(folder, jobs, timeout_s=10.0), on_record=seen.append)
     return SimpleNamespace(jobs=jobs, folder=folder, outcome=outcome, seen=seen)
 
 
@@ -131,6 +132,36 @@ def test_what_a_dead_worker_leaves_behind_is_ended_too(broken_run):
     child = re.search(r"child (\d+)", row.detail)
     assert child is not None
     assert has_ended(int(child[1]))
+
+
+def other_experts(folder):
+    """This checkout's experts, with a loop that is twice as large as it should be."""
+    shutil.copytree(ROOT / "experts", folder / "experts")
+    with (folder / "experts" / "compute" / "loop.py").open("a") as file:
+        file.write("\nENGINE = Engine(lambda *given: 2 * compute(*given), ENGINE.unsupported)\n")
+    return folder
+
+
+@pytest.mark.parametrize("working_directory", [ROOT, Path("/")])
+def test_the_experts_of_another_folder_are_driven(tmp_path, monkeypatch, working_directory):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(working_directory)
+    other = other_experts(tmp_path / "other")
+    sides = [
+        plan_of(tmp_path / name, jobs_of("loop"), round=7, experts_folder=at)
+        for name, at in (("a", None), ("b", other))
+    ]
+    rows = execute(*sides).records
+    assert [row.status.value for row in rows] == ["ok", "mismatch"]
+    assert [row.round for row in rows] == [7, 7]
+    assert set(rows[0].sample_rounds) == {7}
+    assert [len(Journal(tmp_path / name / "journal.jsonl").read()[0]) for name in "ab"] == [1, 1]
+
+
+def test_a_folder_without_experts_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with pytest.raises(Refused, match=f"experts was imported from {ROOT}/experts, and not from {tmp_path}"):
+        execute(plan_of(tmp_path / "run", jobs_of("loop"), experts_folder=tmp_path))
 
 
 # a stand-in for the worker
@@ -202,7 +233,7 @@ def test_a_record_is_in_the_journal_when_it_is_told_of(tmp_path, stand_in):
     stand_in(ALL)
     journal = Journal(tmp_path / "run" / "journal.jsonl")
     lengths = []
-    outcome = execute(plan_of(tmp_path / "run", THREE), lambda row: lengths.append(len(journal.read()[0])))
+    outcome = execute(plan_of(tmp_path / "run", THREE), on_record=lambda row: lengths.append(len(journal.read()[0])))
     assert lengths == [1, 2, 3]
     assert [row.backend for row in outcome.records] == ["a", "b", "c"]
 
@@ -307,14 +338,25 @@ def test_no_job_is_started_after_the_time_budget(tmp_path, stand_in, monkeypatch
     stand_in("ready()\ndone(0)\nhang()\n")
     told = []
     monkeypatch.setattr(runner, "_past", lambda deadline: bool(told))
-    outcome = execute(plan_of(tmp_path / "run", THREE), told.append)
+    outcome = execute(plan_of(tmp_path / "run", THREE), on_record=told.append)
     assert ([row.backend for row in outcome.records], outcome.num_left, outcome.interrupted) == (["a"], 2, False)
     assert has_ended(pid_of(tmp_path / "run"))
 
 
+def test_plans_are_executed_in_turn_each_in_processes_of_its_own(tmp_path, stand_in):
+    stand_in(ALL)
+    plans = [plan_of(tmp_path / name, THREE[:2], round=number) for number, name in enumerate("aba")]
+    outcome = execute(*plans)
+    assert [row.backend for row in outcome.records] == ["a", "b"] * 3
+    assert outcome.num_left == 0
+    assert len(Journal(tmp_path / "a" / "journal.jsonl").read()[0]) == 4
+    assert {path.name for path in (tmp_path / "a" / "logs").glob("*.log")} == {"worker-0.log", "worker-1.log"}
+    assert execute(*plans, time_budget_s=0.0).num_left == 6
+
+
 def test_a_budget_of_nothing_starts_nothing(tmp_path, stand_in):
     stand_in(ALL)
-    outcome = execute(plan_of(tmp_path / "run", THREE, time_budget_s=0.0))
+    outcome = execute(plan_of(tmp_path / "run", THREE), time_budget_s=0.0)
     assert (outcome.records, outcome.num_left) == ((), 3)
     assert list((tmp_path / "run" / "logs").iterdir()) == []
 
@@ -323,7 +365,7 @@ def test_a_budget_of_nothing_starts_nothing(tmp_path, stand_in):
 def test_a_signal_keeps_what_was_measured_and_ends_the_worker(tmp_path, stand_in, number):
     stand_in("ready()\ndone(0)\nstart(1)\nhang()\n")
     before = signal.getsignal(number)
-    outcome = execute(plan_of(tmp_path / "run", THREE), lambda row: os.kill(os.getpid(), number))
+    outcome = execute(plan_of(tmp_path / "run", THREE), on_record=lambda row: os.kill(os.getpid(), number))
     assert ([row.backend for row in outcome.records], outcome.num_left, outcome.interrupted) == (["a"], 2, True)
     assert has_ended(pid_of(tmp_path / "run"))
     assert signal.getsignal(number) is before
