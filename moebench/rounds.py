@@ -8,6 +8,7 @@ from typing import Any
 
 from moebench.case import Case, Job
 from moebench.record import Record, Status
+from moebench.stats import center_of_rounds
 
 _MEASURED = (
     Record.model_fields.keys() - Case.model_fields.keys() - {*("case_id", "backend", "dispatcher", "schema_version")}
@@ -91,8 +92,6 @@ def _combined(name: str, rows: Sequence[Record]) -> Any:
 
 
 def _speed(rows: Sequence[Record]) -> dict[str, Any]:
-    from moebench.stats import center_of_rounds  # scipy takes a second, which results of one round need not wait for
-
     time_ms, low, high = center_of_rounds([row.time_ms for row in rows if row.time_ms is not None])
     first = rows[0]
     assert first.time_ms is not None, "a row with status ok has a time"
