@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from moebench import __version__, listing, results
+from moebench import __version__, gatecli, listing, results
 from moebench.case import Job
+from moebench.console import err, out
 from moebench.doctor import doctor as examine
 from moebench.frame import ResultsError, load
 from moebench.record import GOOD, Record
@@ -24,8 +24,6 @@ from moebench.tables import summary
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
-out = Console(highlight=False, soft_wrap=False, markup=False, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 app = typer.Typer(
     name="moebench",
     help="Measure, check and compare the expert layers of Mixture-of-Experts models.",
@@ -195,6 +193,9 @@ def plots(folder: Folder) -> None:
     """Draw the plots of a results folder again."""
     for path in results.draw(folder):
         out.print(f"wrote {path}", soft_wrap=True)
+
+
+app.add_typer(gatecli.commands)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ sys.meta_path.insert(0, Blocked())
 WITHOUT_TORCH = (
     *("case", "spec", "axes", "selection", "sweepfile", "models", "record", "stats", "frame", "plots", "tables"),
     *("results", "runner", "listing", "doctor", "environment", "nvml", "versions", "cli", "ranksum", "verdicts"),
+    *("comparability", "findings", "gate", "gatecli", "gatejson", "gatetable", "github", "junit"),
 )
 
 

@@ -1,0 +1,131 @@
+"""Two rows of one job -> what is found about parity and memory, and what of them may be compared. No torch here.
+
+Memory is judged to the byte: on the same torch and GPU the same code allocates the same. Parity is judged by the
+status, and so by the error over its budget: what is over it is a mismatch.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from moebench.comparability import MEMORY_CHANGES, Difference
+from moebench.record import GOOD, Status
+from moebench.verdicts import TimeVerdict, Verdict, round_medians
+
+Row = Mapping[Hashable, Any]  # of a frame of results
+
+_MEMORY_COLUMNS = {"peak": "peak_memory_bytes", "saved for backward": "saved_memory_bytes"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The verdict on one measure of a job."""
+
+    measure: str  # "time", "memory", "parity"; "job" where there is but one side
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A job in both results: its rows, all that differs between their environments, and what of that is not allowed."""
+
+    baseline: Row
+    candidate: Row
+    differences: tuple[Difference, ...] = ()
+    forbidding: tuple[Difference, ...] = ()
+
+    @property
+    def both_ok(self) -> bool:
+        return is_ok(self.baseline) and is_ok(self.candidate)
+
+    @property
+    def why_incomparable(self) -> str:
+        """What forbids to compare the times of the two; empty where nothing does."""
+        one, two = (row["l2"] for row in (self.baseline, self.candidate))
+        other_l2 = [] if is_null(one) or is_null(two) or one == two else [f"L2 {one} -> {two}"]
+        return ", ".join([*map(str, self.forbidding), *other_l2])
+
+
+def is_ok(row: Row) -> bool:
+    return bool(row["status"] == Status.ok)
+
+
+def is_null(cell: Any) -> bool:
+    return cell is None or (pd.api.types.is_scalar(cell) and bool(pd.isna(cell)))
+
+
+def rounds_of(row: Row) -> tuple[float, ...]:
+    """The median of each round of a row, ms; one round where the row does not say which sample is of which."""
+    samples, rounds = row["samples_ms"], row["sample_rounds"]
+    if is_null(samples) or not len(samples):
+        return ()
+    return round_medians(samples, [0] * len(samples) if is_null(rounds) else rounds)
+
+
+def of_baseline_alone() -> tuple[Finding, ...]:
+    return (Finding("job", Verdict.MISSING, "in the baseline, not in the candidate"),)
+
+
+def of_candidate_alone(row: Row) -> tuple[Finding, ...]:
+    new = Finding("job", Verdict.NEW, "in the candidate, not in the baseline")
+    wrong = Status(row["status"]) not in GOOD
+    return (new, Finding("parity", Verdict.REGRESSED, _said(row))) if wrong else (new,)
+
+
+def of_pair(pair: Pair, time: TimeVerdict | None) -> tuple[Finding, ...]:
+    """Time, memory and parity, or parity alone without speeds; `time` is None where the two may not be compared."""
+    if not pair.both_ok:
+        return (_parity(pair),)
+    speed = Finding("time", Verdict.INCOMPARABLE, pair.why_incomparable)
+    if time is not None:
+        speed = Finding("time", time.verdict, time.reason)
+    return (speed, *_memory(pair), _parity(pair))
+
+
+def _parity(pair: Pair) -> Finding:
+    before, after = Status(pair.baseline["status"]), Status(pair.candidate["status"])
+    said = _said(pair.candidate)
+    if after not in GOOD:
+        also = f" ({before} in the baseline too)" if before not in GOOD else ""
+        return Finding("parity", Verdict.REGRESSED, said + also)
+    if after is before is Status.ok:
+        return Finding("parity", Verdict.PASS, f"error {pair.candidate['parity_worst']:.2g} of its budget")
+    if after is Status.ok:
+        return Finding("parity", Verdict.IMPROVED, f"ok, was {_said(pair.baseline)}")
+    if before is Status.ok:
+        verdict = Verdict.INCOMPARABLE if pair.forbidding else Verdict.REGRESSED
+        return Finding("parity", verdict, "; ".join(filter(None, (f"was ok, is {said}", _texts(pair.forbidding)))))
+    return Finding("parity", Verdict.PASS, f"{said} (was {before})" if after != before else said)
+
+
+def _said(row: Row) -> str:
+    """The status of a row, and the first line of why."""
+    detail = "" if is_null(row["detail"]) else str(row["detail"]).strip().split("\n")[0]
+    return f"{row['status']}: {detail}" if detail else str(row["status"])
+
+
+def _texts(some: Iterable[Difference]) -> str:
+    return ", ".join(map(str, some))
+
+
+def _memory(pair: Pair) -> Sequence[Finding]:
+    one, two = pair.baseline, pair.candidate
+    bytes_of = {
+        name: (int(one[column]), int(two[column]))
+        for name, column in _MEMORY_COLUMNS.items()
+        if not is_null(one[column]) and not is_null(two[column])
+    }
+    if not bytes_of:
+        return []
+    forbidding = [some for some in pair.differences if some in pair.forbidding or some.what in MEMORY_CHANGES]
+    if forbidding:
+        return [Finding("memory", Verdict.INCOMPARABLE, _texts(forbidding))]
+    changed = {name: sizes for name, sizes in bytes_of.items() if sizes[0] != sizes[1]}
+    reason = ", ".join(f"{name} {before:,} -> {after:,} bytes" for name, (before, after) in changed.items())
+    verdict = Verdict.IMPROVED if changed else Verdict.PASS
+    if any(after > before for before, after in changed.values()):
+        verdict = Verdict.REGRESSED
+    return [Finding("memory", verdict, reason or "the same to the byte")]

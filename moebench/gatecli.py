@@ -1,0 +1,98 @@
+"""The commands that compare results: each parses, calls one function, prints. Imported by moebench.cli alone."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moebench import gatejson, github, junit, verdicts
+from moebench.comparability import CHANGES, Comparability, open_result
+from moebench.console import err, out
+from moebench.frame import write_atomically
+from moebench.gate import GateResult, gate
+from moebench.gatetable import GateTable
+from moebench.results import UsageError
+
+#: Where GitHub Actions wants the Markdown of a step's summary.
+SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
+
+commands = typer.Typer()
+
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, for machines")]
+Threshold = Annotated[
+    str, typer.Option(metavar="SHARE", help="the smallest slowdown that must not pass, such as 3% or 0.03")
+]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write verdicts as JUnit XML")]
+Github = Annotated[
+    bool, typer.Option("--github", help="print annotations and write the step summary of GitHub Actions")
+]
+
+
+def share(option: str, text: str) -> float:
+    """`3%` or `0.03` as 0.03. Raises UsageError."""
+    number = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
+    value = float(number[1]) / (100 if number[2] else 1) if number else -1.0
+    if not 0 < value < 1:
+        raise UsageError(f"{option} {text}: it must be a share between 0 and 1, written as 3% or 0.03")
+    return value
+
+
+@commands.command("gate")
+def gate_(
+    baseline: Annotated[Path, typer.Argument(help="results folder or Parquet file")],
+    candidate: Annotated[Path, typer.Argument(help="results folder or Parquet file to judge against it")],
+    threshold: Threshold = f"{verdicts.THRESHOLD:.0%}",
+    allow_env_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WHAT", help=f"compare although this differs; repeatable: {', '.join(CHANGES)}, all"),
+    ] = None,
+    junit_file: Junit = None,
+    for_github: Github = False,
+    as_json: AsJson = False,
+) -> None:
+    """Is the candidate slower, larger or wrong? Exit code 0 no, 1 yes or missing, 3 not decided, 2 bad usage."""
+    smallest = share("--threshold", threshold)
+    allowed = _allowed(allow_env_change or [])
+    before, after = open_result(baseline), open_result(candidate)
+    comparability = Comparability(before.environments, after.environments, allowed)
+    report(gate(before.frame, after.frame, comparability, threshold=smallest), junit_file, for_github, as_json)
+
+
+def _allowed(named: list[str]) -> frozenset[str]:
+    unknown = [name for name in named if name not in (*CHANGES, "all")]
+    if unknown:
+        raise UsageError(f"--allow-env-change {unknown[0]}: it must be one of {', '.join(CHANGES)}, or all")
+    return frozenset((*CHANGES, "env_id") if "all" in named else named)
+
+
+def report(result: GateResult, junit_file: Path | None, for_github: bool, as_json: bool) -> None:
+    """Print a gate's verdicts, write what is asked for, and exit with the gate's code."""
+    if as_json and for_github:
+        raise UsageError("--json and --github both write to standard output: choose one")
+    if junit_file:
+        _write(junit_file, junit.document(result))
+    if as_json:
+        out.print_json(json.dumps(gatejson.document(result)))
+    else:
+        out.print(GateTable(result))
+    if for_github:
+        for line in github.annotations(result):
+            print(line)
+        summary_file = os.environ.get(SUMMARY_VARIABLE)
+        if summary_file:
+            with Path(summary_file).open("a", encoding="utf-8") as file:
+                file.write(github.summary(result))
+        else:
+            err.print(f"--github: {SUMMARY_VARIABLE} is not set, so no step summary was written")
+    raise typer.Exit(result.exit_code)
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,66 @@
+"""A gate's verdicts as a table for a terminal, the worst first, and below it why. No torch here."""
+
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from moebench.gate import GateResult, Judged
+from moebench.gatewords import (
+    change,
+    in_verdict_order,
+    memory_change,
+    parity_change,
+    reasons,
+    smallest_effect,
+    total,
+)
+from moebench.verdicts import Verdict
+
+_STYLES = {
+    Verdict.REGRESSED: "bold red",
+    Verdict.MISSING: "bold red",
+    Verdict.INCONCLUSIVE: "yellow",
+    Verdict.INCOMPARABLE: "yellow",
+    Verdict.IMPROVED: "green",
+}
+
+
+@dataclass(frozen=True)
+class GateTable:
+    """A line a job, the reasons for what is not PASS, what the gate can do, and the total. A rich renderable."""
+
+    result: GateResult
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        jobs = in_verdict_order(self.result)
+        yield _table(jobs)
+        yield Text()
+        yield Text(
+            "time: candidate over baseline, above 0 slower, each end of the interval wrong at most 1 time in 100;\n"
+            "sees: the smallest slowdown that would have been found 95 times in 100; err: parity error / budget",
+            style="dim",
+        )
+        yield Text()
+        for (verdict, why), whom in reasons(jobs, set(Verdict) - {Verdict.PASS}).items():
+            yield Text(f"{verdict} {why}: {whom}", style=_STYLES.get(verdict, ""))
+        for difference in self.result.differences:
+            yield Text(f"environments differ: {difference}")
+        for comparison in self.result.self_comparisons:
+            yield Text(str(comparison), style="dim")
+        yield Text(f"gate: {total(self.result)}", style="bold")
+
+
+def _table(jobs: list[Judged]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for name in ("verdict", "backend", "case"):
+        table.add_column(name, overflow="fold")
+    for name in ("time", "sees", "memory", "err"):
+        table.add_column(name, justify="right", overflow="fold")
+    for job in jobs:
+        texts = (job.backend, job.case, change(job), smallest_effect(job), memory_change(job), parity_change(job))
+        verdict = Text(job.verdict.value, style=_STYLES.get(job.verdict, ""), no_wrap=True)
+        table.add_row(verdict, *map(Text, texts))
+    return table

@@ -1,0 +1,60 @@
+"""Results to gate: jobs with the rounds that a test names."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moebench.case import Case, Job
+from moebench.comparability import Comparability
+from moebench.frame import to_frame
+from moebench.gate import GateResult, gate
+from moebench.record import Record, Status, record
+
+SHAPE: dict[str, Any] = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 256, "moe_inter_dim": 512}
+
+
+def steady(num_rounds: int = 10, time_ms: float = 1.0, spread: float = 0.005, seed: int = 0) -> list[float]:
+    """Medians of rounds, evenly spread over `spread` of the time, in random order."""
+    order = np.random.default_rng(seed).permutation(np.linspace(-spread / 2, spread / 2, num_rounds))
+    return [time_ms * (1 + float(step)) for step in order]
+
+
+def job_of(num_tokens: int = 64, backend: str = "loop", dispatcher: str = "local", **fields: Any) -> Job:
+    return Job(case=Case(num_tokens=num_tokens, **{**SHAPE, **fields}), backend=backend, dispatcher=dispatcher)
+
+
+def ok(job: Job, rounds: Sequence[float], **measured: Any) -> Record:
+    """A row with three samples in each round, around its median."""
+    fields = {
+        "device": "cuda",
+        "gpu": "NVIDIA H200",
+        "l2": "cold",
+        "time_ms": float(np.median(rounds)),
+        "samples_ms": tuple(time * factor for time in rounds for factor in (0.9, 1.0, 1.3)),
+        "sample_rounds": tuple(number for number in range(len(rounds)) for _ in range(3)),
+        "peak_memory_bytes": 1_000_000,
+        "saved_memory_bytes": 1000 if job.case.mode == "train" else None,
+        "parity_worst": 0.25,
+        "env_id": "e",
+        "run_id": "20261123-000000-a",
+        **measured,
+    }
+    return record(job, Status.ok, **fields)
+
+
+def bad(job: Job, status: Status, detail: str = "why\nmore", **measured: Any) -> Record:
+    fields = {"detail": detail, "device": "cuda", "gpu": "NVIDIA H200", "env_id": "e", "run_id": "20261123-000000-a"}
+    if status is Status.mismatch:
+        fields["parity_worst"] = 3.5
+    return record(job, status, **{**fields, **measured})
+
+
+def frame(*rows: Record) -> pd.DataFrame:
+    return to_frame(rows)
+
+
+def gated(baseline: Sequence[Record], candidate: Sequence[Record], **options: Any) -> GateResult:
+    comparability = options.pop("comparability", Comparability({}, {}))
+    return gate(to_frame(baseline), to_frame(candidate), comparability, **options)

@@ -1,0 +1,116 @@
+"""moebench gate as a user types it: exit codes, files, and one line for a mistake."""
+
+import json
+import sys
+from types import SimpleNamespace
+from xml.etree import ElementTree as xml
+
+import pytest
+
+from moebench import cli
+from moebench.gatecli import share
+from moebench.record import Journal
+from moebench.results import UsageError
+from tests.moebench.gated import job_of, ok, steady
+
+
+@pytest.fixture
+def moebench(capsys, monkeypatch, tmp_path):
+    """The command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["moebench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=end.value.code or 0, out=printed.out, err=printed.err)
+
+    return call
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Folders: `same` and `again` alike, `slow` slower, `one` of one round, `other` of another case, `empty`."""
+    job = job_of(64)
+    rows = {
+        "same": ok(job, steady()),
+        "again": ok(job, steady(seed=1)),
+        "slow": ok(job, steady(time_ms=1.04)),
+        "one": ok(job, [1.0]),
+        "other": ok(job_of(128), steady()),
+    }
+    for name, row in rows.items():
+        (tmp_path / name).mkdir()
+        Journal(tmp_path / name / "journal.jsonl").append(row)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "journal.jsonl").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(("candidate", "code"), [("again", 0), ("slow", 1), ("one", 3)])
+def test_exit_codes(moebench, results, candidate, code):
+    found = moebench("gate", results / "same", results / candidate)
+    assert (found.code, found.err) == (code, "")
+    assert found.out.splitlines()[-1].startswith("gate: 1 ")
+
+
+def test_the_threshold_is_a_share(moebench, results):
+    assert moebench("gate", results / "same", results / "slow", "--threshold", "10%").code == 0
+    assert moebench("gate", results / "same", results / "slow", "--threshold", "0.1").code == 0
+    assert [share("--x", text) for text in ("3%", "0.03", " 2.5 %", ".5")] == [0.03, 0.03, 0.025, 0.5]
+    for text in ("3", "0", "0%", "100%", "-1%", "x", "", "nan", "1e-2"):
+        with pytest.raises(UsageError, match="must be a share"):
+            share("--threshold", text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("same", "nowhere"), "no such file"),
+        (("nowhere", "same"), "no such file"),
+        (("same", "empty"), "no rows"),
+        (("same", "."), "neither journal.jsonl nor results.parquet"),
+        (("same", "other"), "no job in common"),
+        (("same", "same", "--threshold", "3"), "3% or 0.03"),
+        (("same", "same", "--allow-env-change", "weather"), "weather"),
+        (("same", "same", "--json", "--github"), "choose one"),
+        (("same", "same", "--junit", "same"), "cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(moebench, results, arguments, word):
+    found = moebench("gate", *arguments)
+    assert (found.code, found.out) == (2, "")
+    (line,) = found.err.strip().splitlines()
+    assert word in line
+
+
+def test_another_schema_is_one_line(moebench, results):
+    row = json.loads((results / "same" / "journal.jsonl").read_text())
+    (results / "one" / "journal.jsonl").write_text(json.dumps({**row, "schema": 99}) + "\n")
+    found = moebench("gate", "same", "one")
+    assert found.code == 2
+    assert "schema 99" in found.err
+
+
+def test_json_is_all_there_is_on_standard_output(moebench, results):
+    found = moebench("gate", "same", "slow", "--json", "--junit", "made/gate.xml")
+    assert found.code == 1
+    assert json.loads(found.out)["exit_code"] == 1
+    assert xml.parse(results / "made" / "gate.xml").getroot().get("failures") == "1"
+
+
+def test_github_gets_annotations_and_a_summary(moebench, results, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(results / "summary.md"))
+    (results / "summary.md").write_text("before\n")
+    found = moebench("gate", "same", "slow", "--github")
+    assert found.code == 1
+    assert found.out.splitlines()[-1].startswith("::error title=moebench%3A REGRESSED::loop on ")
+    assert (results / "summary.md").read_text().startswith("before\n## moebench gate: 1 REGRESSED")
+
+
+def test_outside_github_the_summary_that_is_not_written_is_said(moebench, results):
+    found = moebench("gate", "same", "same", "--github")
+    assert found.code == 0
+    assert "GITHUB_STEP_SUMMARY" in found.err
