@@ -155,8 +155,7 @@ def _gpu(index: int) -> Gpu:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
-    uuid = str(properties.uuid)
-    reading = nvml.read(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+    reading = nvml.read(nvml.full_uuid(str(properties.uuid)))
     seen_by_torch = {
         "index": index,
         "name": properties.name,

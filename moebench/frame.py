@@ -26,7 +26,7 @@ PARQUET_NAME = "results.parquet"
 CSV_NAME = "results.csv"
 
 #: Left out of the CSV: thousands of numbers in a cell help nobody.
-SAMPLE_COLUMNS = ("samples_ms", "sample_rounds")
+SAMPLE_COLUMNS = ("samples_ms", "sample_rounds", "sample_marked")
 
 _ARROW_TYPES: Mapping[Hashable, Any] = {
     str: pa.string(),
@@ -37,6 +37,7 @@ _ARROW_TYPES: Mapping[Hashable, Any] = {
     tuple[str, ...]: pa.list_(pa.string()),
     tuple[int, ...]: pa.list_(pa.int64()),
     tuple[float, ...]: pa.list_(pa.float64()),
+    tuple[bool, ...]: pa.list_(pa.bool_()),
     dict[str, float]: pa.string(),
 }
 _PANDAS_TYPES: Mapping[Any, Any] = {

@@ -1,8 +1,9 @@
 """One job in this process: build the backend, check it, time it, weigh it. The job's record comes of it."""
 
+import dataclasses
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,44 +16,27 @@ from experts.registry import Backend, get_backend
 from moebench import memory, parity, timing
 from moebench.breakdown import breakdown
 from moebench.case import Case, Job
-from moebench.inputs import Inputs, make_inputs, make_parameters, moe_config
-from moebench.peers import ALONE, Peers
+from moebench.ceilings import Ceilings
+from moebench.graphs import captured
+from moebench.inputs import Inputs, moe_config
+from moebench.peers import Peers
 from moebench.profiling import executed
 from moebench.record import Status
 from moebench.reference import Tensors
+from moebench.samplers import Stage
 from moebench.timing import TimingPolicy
+from moebench.workload import Workload
 
 #: Both passes must be right: a buffer that happens to be clean is often so the first time only.
 PASSES = 2
 #: Passes before those that are checked, by FP8 recipe: delayed scaling finds its scales in the passes before.
 SETTLING_PASSES = {"delayed": 2}
-
-
-@dataclass
-class Workload:
-    """Parameters and inputs of the case at hand, kept for the next backend; parameters also for the next case."""
-
-    device: torch.device
-    peers: Peers = ALONE
-    _parameters: tuple[str, dict[str, Tensor]] | None = field(default=None, repr=False)
-    _inputs: tuple[str, Inputs] | None = field(default=None, repr=False)
-
-    def parameters(self, case: Case) -> dict[str, Tensor]:
-        key = f"{moe_config(case)} {case.ep_size} {case.seed}"
-        if self._parameters is None or self._parameters[0] != key:
-            self._parameters = None  # the old ones go before the new ones come
-            self._parameters = key, make_parameters(case, self.device, self.peers.rank)
-        return self._parameters[1]
-
-    def inputs(self, case: Case) -> Inputs:
-        if self._inputs is None or self._inputs[0] != case.case_id:
-            self._inputs = None
-            self._inputs = case.case_id, make_inputs(case, self.device, self.peers.rank)
-        return self._inputs[1]
-
-    def forget(self) -> None:
-        """Free the tensors, to be made again when they are asked for."""
-        self._parameters = self._inputs = None
+#: Columns of what a job spent its time on; memory, profile and the passes that are checked are the rest of `job_s`.
+PHASES = ("setup_s", "ceilings_s", "parity_s", "timing_s")
+#: A time shorter than so much of the case's roofline is no speed but a measurement that went wrong.
+IMPOSSIBLE = 0.8
+#: A graph's replays differ little: less time does for them.
+GRAPH_SHARE = 0.25
 
 
 Measured = dict[str, Any]
@@ -76,9 +60,14 @@ def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     reason = backend.unsupported(device, moe_config(case), dispatcher)
     if reason is not None:
         raise reason
-    inputs, parameters = workload.inputs(case), workload.parameters(case)
-    module = _build(backend, case, dispatcher, parameters, workload)
-    handed = inputs.clone()  # a backend that writes into what it is handed spoils neither reference nor next backend
+    phases = _Phases(device)
+    with phases.of("setup_s"):
+        inputs, parameters = workload.inputs(case), workload.parameters(case)
+    with phases.of("ceilings_s"):  # before the module takes its share of the memory
+        bounds = workload.ceilings(job, backend.fp8 is not None, policy.cold_l2 and device.type == "cuda")
+    with phases.of("setup_s"):
+        module = _build(backend, case, dispatcher, parameters, workload)
+        handed = inputs.clone()  # a backend that writes into what it is handed spoils neither reference nor others
     started = time.perf_counter()
     for _ in range(SETTLING_PASSES.get(backend.fp8 or "", 0)):
         parity.run_pass(module, handed, "train")
@@ -87,23 +76,56 @@ def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     measured: Measured = {"warmup_ms": (time.perf_counter() - started) * 1e3}
 
     def check(case: Case, passes: list[Tensors]) -> parity.Verdict:
-        return parity.check(case, inputs, parameters, passes, backend.fp8, peers)
+        with phases.of("parity_s"):
+            return parity.check(case, inputs, parameters, passes, backend.fp8, peers)
 
     if not _fit_together(passes, device, peers):  # the gradients of the largest layers, twice, would not
         verdict = check(case, passes)
         passes.clear()
         if not verdict.passed:
-            return _with_verdict(measured, verdict)
+            return _with_verdict(measured | phases.spent_s, verdict)
     passes += [_poisoned_pass(module, handed, case.mode) for _ in range(PASSES - 1)]
     verdict = check(case, passes)
     passes.clear()
     if verdict.passed:
-        measured |= _speed_and_memory(module, handed, case, policy, workload)
+        measured |= _speed_and_memory(module, handed, case, policy, workload, phases)
+        measured |= _against(bounds, measured)
         # what was timed must still be right: a kernel that goes wrong when it is called often has no speed either
         forward = case.model_copy(update={"mode": "forward"})
         after = check(forward, [parity.run_pass(module, handed, "forward")])
         verdict = verdict if after.passed else after
-    return _with_verdict(measured, verdict)
+    return _with_verdict(measured | phases.spent_s, verdict)
+
+
+class _Phases:
+    """Wall-clock seconds of a job's parts, by the name of their column."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.spent_s: Measured = {}
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            _synchronize(self._device)
+            self.spent_s[name] = self.spent_s.get(name, 0.0) + time.perf_counter() - started
+
+
+def _against(bounds: Ceilings, measured: Measured) -> Measured:
+    """The case's ceilings, and how near it came to its roofline."""
+    fraction = bounds.roofline_ms / measured["time_ms"]
+    return {
+        "roofline_ms": bounds.roofline_ms,
+        "roofline_fraction": fraction,
+        "dense_ms": bounds.dense_ms,
+        "grouped_ms": bounds.grouped_ms,
+        "collective_ms": bounds.collective_ms,
+        "copy_gb_per_s": bounds.copy_gb_per_s,
+        "flags": measured["flags"] + ("impossibly_fast",) * (fraction * IMPOSSIBLE > 1),
+    }
 
 
 def _fit_together(passes: list[Tensors], device: torch.device, peers: Peers) -> bool:
@@ -124,7 +146,8 @@ def _with_verdict(measured: Measured, verdict: parity.Verdict) -> Measured:
     }
     if verdict.passed:
         return {**measured, **found, "status": Status.ok}
-    return {"warmup_ms": measured["warmup_ms"], **found, "status": Status.mismatch, "detail": str(worst)}
+    kept = {name: measured[name] for name in ("warmup_ms", *PHASES) if name in measured}
+    return {**kept, **found, "status": Status.mismatch, "detail": str(worst)}
 
 
 def _build(
@@ -150,7 +173,7 @@ def _poisoned_pass(module: nn.Module, inputs: Inputs, mode: str) -> Tensors:
 
 
 def _speed_and_memory(
-    module: nn.Module, inputs: Inputs, case: Case, policy: TimingPolicy, workload: Workload
+    module: nn.Module, inputs: Inputs, case: Case, policy: TimingPolicy, workload: Workload, phases: _Phases
 ) -> Measured:
     device, peers = workload.device, workload.peers
     call = _Call(module, inputs, case.mode)
@@ -158,8 +181,10 @@ def _speed_and_memory(
     call.clear()
     weighed = memory.measure(call.forward, call.backward if case.mode == "train" else None, device)
     call.clear()
-    timed = timing.measure(call.stages, device, policy, call.clear, peers)
-    call.clear()
+    with phases.of("timing_s"):
+        timed = timing.measure(call.stages, device, policy, call.clear, peers)
+        call.clear()
+        graph_time_ms = _graph_time_ms(call, timed, device, policy, peers)
     parts = breakdown(module, call.forward, device, peers)
     call.clear()
     return {
@@ -173,13 +198,27 @@ def _speed_and_memory(
         "time_ms_high": timed.time_ms_high,
         "converged": timed.converged,
         "host_time_ms": timed.host_time_ms,
+        "graph_time_ms": graph_time_ms,
         "backward_ms": timed.stage_ms[1] if case.mode == "train" else None,
         "skew_ms": timed.skew_ms,
         "num_samples": len(timed.samples_ms),
         "samples_ms": timed.samples_ms,
+        "sample_marked": timed.marked,
+        "sm_clock_mhz": timed.sm_clock_mhz,
         "tokens_per_s": case.num_active_tokens / timed.time_ms * 1e3,
         "tflops": case.flops() / timed.time_ms / 1e9,
     }
+
+
+def _graph_time_ms(
+    call: "_Call", timed: timing.Timing, device: torch.device, policy: TimingPolicy, peers: Peers
+) -> float | None:
+    """Milliseconds of a replay of the call, for one that a CUDA graph can hold: alone, and without waiting."""
+    if device.type != "cuda" or peers.size > 1 or "synchronises" in timed.flags:
+        return None
+    shorter = dataclasses.replace(policy, time_cap_s=GRAPH_SHARE * policy.time_cap_s)
+    with captured(call.stages, call.clear, device) as replay:
+        return None if replay is None else timing.measure([replay], device, shorter).time_ms
 
 
 def _largest(weighed: memory.Memory, peers: Peers) -> Measured:
@@ -203,7 +242,7 @@ class _Call:
         self._output_TD: Tensor | None = None
 
     @property
-    def stages(self) -> list[timing.Stage]:
+    def stages(self) -> list[Stage]:
         return [self.forward, self.backward] if self._train else [self.forward]
 
     def forward(self) -> Tensor:

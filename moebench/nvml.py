@@ -6,7 +6,8 @@ answer are values (`nvml_error`, or None in a field), so that a measurement goes
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -60,6 +61,15 @@ class GpuUse(BaseModel):
     busy_percent: int | None = None
 
 
+class Clock(BaseModel):
+    """What a GPU's multiprocessors ran at, and whether something slowed them down (`SLOWED_DOWN`), at one moment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sm_clock_mhz: int | None = None
+    slowed_down: tuple[str, ...] = ()
+
+
 class NvmlUnavailable(Exception):
     """NVML cannot be asked at all here; the message says why."""
 
@@ -92,6 +102,31 @@ def read(uuid: str) -> GpuReading:
             return _read(library, handle)
     except NvmlUnavailable as error:
         return GpuReading(nvml_error=str(error))
+
+
+@contextmanager
+def clock_of(uuid: str) -> Iterator[Callable[[], Clock]]:
+    """A way to read that GPU's clock again and again, cheaply: two queries. What NVML cannot say is None."""
+    look: Callable[[], Clock] = Clock
+    with ExitStack() as stack:
+        with suppress(NvmlUnavailable):
+            library = stack.enter_context(nvml())
+            handle = _ask(library, library.nvmlDeviceGetHandleByUUID, uuid)
+            if handle is not None:
+                look = partial(_clock, library, handle)
+        yield look
+
+
+def _clock(library: Any, handle: Any) -> Clock:
+    mhz = _ask(library, library.nvmlDeviceGetClockInfo, handle, library.NVML_CLOCK_SM)
+    reasons = _ask(library, library.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    slowed_down = tuple(name for name in _reason_names(reasons or 0) if name in SLOWED_DOWN)
+    return Clock(sm_clock_mhz=mhz, slowed_down=slowed_down)
+
+
+def full_uuid(uuid: str) -> str:
+    """As NVML writes it: torch leaves a GPU's prefix out."""
+    return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
 
 
 def read_all() -> list[tuple[GpuReading, GpuUse]]:

@@ -39,6 +39,7 @@ SPEED_FIELDS = (
     "time_ms_low",
     "time_ms_high",
     "host_time_ms",
+    "graph_time_ms",
     "backward_ms",
     "dispatch_ms",
     "compute_ms",
@@ -46,6 +47,7 @@ SPEED_FIELDS = (
     "skew_ms",
     "samples_ms",
     "sample_rounds",
+    "sample_marked",
     "tokens_per_s",
     "tflops",
     "roofline_fraction",
@@ -98,6 +100,7 @@ class Record(BaseModel):
     time_ms_high: float | None = None
     converged: bool | None = None
     host_time_ms: float | None = None
+    graph_time_ms: float | None = None
     backward_ms: float | None = None
     dispatch_ms: float | None = None
     compute_ms: float | None = None
@@ -107,10 +110,17 @@ class Record(BaseModel):
     num_samples: int | None = None
     samples_ms: tuple[float, ...] | None = None
     sample_rounds: tuple[int, ...] | None = None
+    sample_marked: tuple[bool, ...] | None = None
+    sm_clock_mhz: int | None = None
 
     tokens_per_s: float | None = None
     tflops: float | None = None
     roofline_fraction: float | None = None
+    roofline_ms: float | None = None
+    dense_ms: float | None = None
+    grouped_ms: float | None = None
+    collective_ms: float | None = None
+    copy_gb_per_s: float | None = None
     peak_memory_bytes: int | None = None
     saved_memory_bytes: int | None = None
     outside_torch_bytes: int | None = None
@@ -120,6 +130,10 @@ class Record(BaseModel):
     parity_errors: dict[str, float] | None = None
 
     job_s: float | None = None
+    setup_s: float | None = None
+    parity_s: float | None = None
+    timing_s: float | None = None
+    ceilings_s: float | None = None
     env_id: str
     run_id: str
     schema_version: int = Field(default=SCHEMA, alias="schema", serialization_alias="schema")

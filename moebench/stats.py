@@ -1,5 +1,6 @@
 """Statistics of samples. No torch here."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,6 +38,27 @@ def center_of_rounds(medians: Sequence[float]) -> tuple[float, float, float]:
     median = float(np.median(medians))
     half = float(stdtrit(len(medians) - 1, (1 + CONFIDENCE) / 2) * np.std(medians, ddof=1) / np.sqrt(len(medians)))
     return median, median - half, median + half
+
+
+def series_interval(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median of samples in the order they were taken, and its 95% interval, wider by their `dependence`."""
+    median, low, high = median_interval(samples)
+    wider = dependence(samples)
+    return median, median - wider * (median - low), median + wider * (high - median)
+
+
+def dependence(samples: Sequence[float]) -> float:
+    """How many times too narrow an interval is that takes these samples for independent: at least 1.
+
+    √((1 + r) / (1 − r)) for a first-order autoregressive series, r the correlation of a sample's side of the median
+    with the next one's: a machine that is slow is slow for a while.
+    """
+    sides = np.sign(np.asarray(samples) - np.median(samples))
+    if len(sides) < MIN_SAMPLES or not sides.any():
+        return 1.0
+    r = float(np.mean(sides[1:] * sides[:-1]) / np.mean(sides**2))
+    r = min(max(r, 0.0), 1 - 2 / len(sides))
+    return math.sqrt((1 + r) / (1 - r))
 
 
 def relative_half_width(median: float, low: float, high: float) -> float:

@@ -32,11 +32,12 @@ from experts.errors import RegistryError
 from experts.registry import check_name
 from moebench import environment
 from moebench.case import Job
-from moebench.measure import Measured, Workload, measure
+from moebench.measure import Measured, measure
 from moebench.peers import join, leave
 from moebench.record import Record, Status, record
 from moebench.spec import Policy
 from moebench.timing import TimingPolicy
+from moebench.workload import Workload
 
 #: What torch's CPU allocator says when the host has no memory left; it raises a plain RuntimeError.
 HOST_OOM = "DefaultCPUAllocator: can't allocate memory"

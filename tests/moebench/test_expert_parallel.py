@@ -18,13 +18,13 @@ import torch
 from moebench import environment, measure, timing, worker
 from moebench.case import Case, Job
 from moebench.inputs import make_inputs, make_parameters
-from moebench.measure import Workload
 from moebench.memory import Memory
 from moebench.record import SPEED_FIELDS, Journal, Record
 from moebench.runner import Plan, execute
 from moebench.spec import Policy
 from moebench.timing import TimingPolicy
 from moebench.worker import WorkList, work
+from moebench.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -20,6 +20,7 @@ from moebench.frame import (
     COLUMNS,
     CSV_NAME,
     PARQUET_NAME,
+    SAMPLE_COLUMNS,
     ResultsError,
     load,
     parity_errors,
@@ -40,6 +41,7 @@ ALL = {
     "time_ms_high": 1.6,
     "converged": False,
     "host_time_ms": 1.7,
+    "graph_time_ms": 1.375,
     "backward_ms": 0.9,
     "dispatch_ms": 0.125,
     "compute_ms": 0.25,
@@ -49,15 +51,26 @@ ALL = {
     "num_samples": 3,
     "samples_ms": (1.5, 1.25, 1 / 3),
     "sample_rounds": (0, 0, 1),
+    "sample_marked": (False, True, False),
+    "sm_clock_mhz": 1980,
     "tokens_per_s": 1e6,
     "tflops": 0.1,
     "roofline_fraction": 0.5,
+    "roofline_ms": 0.75,
+    "dense_ms": 0.7,
+    "grouped_ms": 0.8,
+    "collective_ms": 0.3,
+    "copy_gb_per_s": 4200.0,
     "peak_memory_bytes": 2**53 + 1,
     "saved_memory_bytes": 0,
     "outside_torch_bytes": 2**53 + 3,
     "parity_worst_tensor": "output",
     "parity_errors": {"output": 0.25, "dX": 0.0},
     "job_s": 2.0,
+    "setup_s": 0.25,
+    "parity_s": 0.5,
+    "timing_s": 0.75,
+    "ceilings_s": 0.125,
 }
 
 
@@ -92,7 +105,7 @@ def test_columns_are_the_fields_of_a_record_in_their_order_as_the_journal_names_
 def test_values_come_through() -> None:
     frame = to_frame(rows())
     full = frame.iloc[0]
-    lists = ("flags", "samples_ms", "sample_rounds")
+    lists = ("flags", *SAMPLE_COLUMNS)
     assert {name: tuple(full[name]) for name in lists} == {name: ALL[name] for name in lists}
     plain = [name for name in ALL if name not in (*lists, "parity_errors")]
     assert {name: full[name] for name in plain} == {name: ALL[name] for name in plain}
@@ -135,7 +148,7 @@ def test_parquet_files_of_different_runs_have_one_schema(tmp_path: Path) -> None
 def test_csv_has_all_but_the_samples(tmp_path: Path) -> None:
     write(to_frame(rows()), tmp_path)
     table = pd.read_csv(tmp_path / CSV_NAME, dtype={"peak_memory_bytes": "Int64"})
-    assert list(table.columns) == [name for name in COLUMNS if name not in ("samples_ms", "sample_rounds")]
+    assert list(table.columns) == [name for name in COLUMNS if name not in SAMPLE_COLUMNS]
     assert table["flags"].iloc[0] == "clocks;a;b"
     assert table["detail"].iloc[2] == 'says, "no"\nin two lines'
     assert table["parity_worst"].iloc[2] == math.inf
@@ -158,6 +171,14 @@ def test_every_field_that_may_be_null_is_tried_full() -> None:
         *ALL,
         "schema_version",
     }
+
+
+def test_a_file_from_before_there_was_a_column_has_null_there(tmp_path: Path) -> None:
+    pq.write_table(_arrow().drop_columns(["dense_ms", "sample_marked"]), tmp_path / "old.parquet")
+    frame = load(tmp_path / "old.parquet")
+    assert list(frame.columns) == list(COLUMNS)
+    assert frame[["dense_ms", "sample_marked"]].isna().all(axis=None)
+    assert frame["grouped_ms"].iloc[0] == 0.8
 
 
 def test_of_a_job_measured_again_the_later_record_counts() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from moebench import memory, parity, timing
 from moebench.case import Case, Job
+from moebench.graphs import captured
 from moebench.parity import poisoned
 from moebench.record import Status
 from moebench.runner import Plan, execute
@@ -37,6 +38,47 @@ def wait(milliseconds):
 
 
 # timing
+
+
+def test_a_graph_replays_what_was_captured_and_leaves_no_memory(gpu):
+    a = torch.randn(256, 256, device=gpu)
+    results = []
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    with captured([lambda: results.append(a @ a)], results.clear, gpu) as replay:
+        results[0].zero_()
+        replay()
+        torch.cuda.synchronize()
+        assert torch.allclose(results[0], a @ a)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_call_that_waits_cannot_be_captured_and_the_gpu_goes_on(gpu):
+    with captured([lambda: torch.ones(1, device=gpu).item()], lambda: None, gpu) as replay:
+        assert replay is None
+    assert float(torch.ones(2, device=gpu).sum()) == 2.0
+
+
+def test_a_clock_is_read(gpu):
+    found = measured([wait(0.5)], gpu)
+    assert found.sm_clock_mhz is None or found.sm_clock_mhz > 300
+    assert len(found.marked) == len(found.samples_ms)
+
+
+# ceilings
+
+
+def test_ceilings_are_of_the_same_order_as_the_layer_that_they_bound(rows):
+    layer = next(row for row in rows if row.backend == "torch_mm" and row.dtype == "bfloat16")
+    assert 0 < layer.grouped_ms < layer.time_ms
+    assert 0 < layer.roofline_ms < layer.time_ms
+    assert 0 < layer.roofline_fraction < 1
+    assert layer.copy_gb_per_s > 100
+    assert 0 < layer.graph_time_ms <= 1.1 * layer.time_ms
+
+
+# timing of stages
 
 
 def test_a_copy_that_fits_the_cache_is_slower_where_the_cache_is_cold(gpu):

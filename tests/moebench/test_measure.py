@@ -11,11 +11,12 @@ import torch
 from experts import GroupedExperts
 from experts.registry import Backend
 from moebench.case import Case, Job
-from moebench.measure import Workload, measure
+from moebench.measure import measure
 from moebench.record import SPEED_FIELDS, Record, Status
 from moebench.runner import Plan, execute
 from moebench.spec import Policy
 from moebench.timing import TimingPolicy
+from moebench.workload import Workload
 from tests.backends.faulty import FAULTS
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,11 @@ def test_a_right_backend_beside_faulty_ones_is_ok(rows, backend, dtype, mode):
     assert row.tflops == pytest.approx(row_flops(mode) / row.time_ms / 1e9)
     assert (row.backward_ms is None) == (row.saved_memory_bytes is None) == (mode == "forward")
     assert row.peak_memory_bytes > 0
-    assert (row.device, row.gpu, row.l2, row.roofline_fraction) == ("cpu", None, None, None)
+    assert (row.device, row.gpu, row.l2, row.graph_time_ms, row.sm_clock_mhz) == ("cpu", None, None, None, None)
+    assert row.roofline_ms == row.dense_ms > 0
+    assert row.roofline_fraction == pytest.approx(row.roofline_ms / row.time_ms)
+    assert not any(row.sample_marked)
+    assert 0 < row.setup_s + row.ceilings_s + row.parity_s + row.timing_s < row.job_s
 
 
 def row_flops(mode: str) -> int:

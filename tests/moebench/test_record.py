@@ -22,7 +22,8 @@ CASE = Case(
     expert_bias=True,
     masked_share=0.25,
 )
-SPEED = {name: (1.0,) if name == "samples_ms" else (0,) if name == "sample_rounds" else 1.0 for name in SPEED_FIELDS}
+LISTS = {"samples_ms": (1.0,), "sample_rounds": (0,), "sample_marked": (False,)}
+SPEED = {name: LISTS.get(name, 1.0) for name in SPEED_FIELDS}
 
 
 def ok(backend: str = "loop", **measured: Any) -> Record:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from moebench.stats import MIN_SAMPLES, median_interval, relative_half_width
+from moebench.stats import MIN_SAMPLES, dependence, median_interval, relative_half_width, series_interval
 
 
 def ranks(count):
@@ -63,3 +63,32 @@ def test_one_outlier_moves_neither_median_nor_interval():
 
 def test_half_width_is_relative_to_the_median():
     assert relative_half_width(4.0, 3.9, 4.3) == pytest.approx(0.05)
+
+
+def test_independent_samples_have_nearly_the_exact_interval():
+    rng = np.random.default_rng(1)
+    factors = [dependence(rng.normal(size=200)) for _ in range(50)]
+    assert min(factors) == 1.0
+    assert np.mean(factors) < 1.06
+
+
+def test_the_interval_of_a_series_that_drifts_holds_its_median_as_often_as_it_says():
+    """First-order autoregressive samples about a median of 10: exact intervals for independent ones miss it often."""
+    rng = np.random.default_rng(2)
+
+    def series() -> list[float]:
+        deviations = [0.0]
+        for shock in rng.normal(size=300):
+            deviations.append(0.7 * deviations[-1] + shock)
+        return [10 + deviation for deviation in deviations[1:]]
+
+    drawn = [series() for _ in range(200)]
+    naive = np.mean([low <= 10 <= high for _, low, high in map(median_interval, drawn)])
+    wider = np.mean([low <= 10 <= high for _, low, high in map(series_interval, drawn)])
+    assert naive < 0.8
+    assert wider > 0.9
+
+
+def test_a_series_keeps_its_median_and_a_constant_one_has_no_width():
+    assert series_interval([1.0] * 10) == (1.0, 1.0, 1.0)
+    assert series_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])[0] == 3.5

@@ -1,5 +1,6 @@
 """The sampler on a clock of the test's own: what is timed, what is not, and when it stops."""
 
+import gc
 import itertools
 import math
 from types import SimpleNamespace
@@ -8,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from moebench import timing
-from moebench.stats import MIN_SAMPLES, median_interval, relative_half_width
+from moebench import samplers, timing
+from moebench.nvml import Clock
+from moebench.peers import ALONE
+from moebench.samplers import Group
+from moebench.stats import MIN_SAMPLES, relative_half_width, series_interval
 from moebench.timing import BATCH, CONVERGED_SAMPLES, TimingPolicy, measure
 
 CPU = torch.device("cpu")
 MS = 1_000_000
 
 
-class Clock:
+class Watch:
     """Stands still but for what a test's stages take."""
 
     def __init__(self) -> None:
@@ -31,10 +35,10 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(
-        timing, "time", SimpleNamespace(perf_counter=clock.perf_counter, perf_counter_ns=clock.perf_counter_ns)
-    )
+    clock = Watch()
+    faked = SimpleNamespace(perf_counter=clock.perf_counter, perf_counter_ns=clock.perf_counter_ns)
+    for module in (timing, samplers):
+        monkeypatch.setattr(module, "time", faked)
     return clock
 
 
@@ -81,17 +85,28 @@ def test_prepare_runs_before_each_sample_and_is_not_timed(clock):
     assert found.stage_ms == (1.0, 2.0)
 
 
+def noise(share, count=5000):
+    return np.random.default_rng(3).normal(10.0, 10.0 * share, size=count).tolist()
+
+
 def test_the_time_cap_ends_what_does_not_converge(clock):
-    """Durations that differ by half: the interval never comes near the target. Every sample taken is kept."""
+    """A target that would be reached soon after the cap. Every sample taken is kept."""
     calls = []
-    found = measure([stage(clock, 10.0, 15.0, calls=calls)], CPU, policy(target=0.001, cap_s=1.0))
+    found = measure([stage(clock, *noise(0.1), calls=calls)], CPU, policy(target=0.02, cap_s=1.0))
     assert not found.converged
     assert len(found.samples_ms) == len(calls)
-    assert 1.0 <= sum(found.samples_ms) / 1e3 < 1.0 + BATCH * 0.015
-    assert (found.time_ms_low, found.time_ms_high) == (10.0, 15.0)
+    assert 1.0 <= sum(found.samples_ms) / 1e3 < 1.0 + BATCH * 0.014
+    assert found.time_ms_low < found.time_ms < found.time_ms_high
 
 
-def test_the_time_cap_counts_what_prepare_takes(clock):
+def test_a_target_out_of_reach_costs_a_quarter_of_the_cap(clock):
+    found = measure([stage(clock, *noise(0.1))], CPU, policy(target=0.001, cap_s=4.0))
+    assert not found.converged
+    assert 1.0 <= sum(found.samples_ms) / 1e3 < 1.0 + BATCH * 0.014
+
+
+def test_the_time_cap_counts_what_prepare_takes(clock, monkeypatch):
+    monkeypatch.setattr(timing, "OUT_OF_REACH", math.inf)
     calls = []
     prepare = stage(clock, 100.0)
     measure([stage(clock, 1.0, 2.0, calls=calls)], CPU, policy(target=1e-9, cap_s=1.0), prepare)
@@ -115,7 +130,7 @@ def test_sampling_goes_on_until_the_interval_is_within_the_target(clock):
     assert CONVERGED_SAMPLES + BATCH < count < 5000
     assert relative_half_width(found.time_ms, found.time_ms_low, found.time_ms_high) <= 0.01
     before = found.samples_ms[: count - BATCH]
-    assert relative_half_width(*median_interval(before)) > 0.01
+    assert relative_half_width(*series_interval(before)) > 0.01
     assert found.samples_ms == pytest.approx(durations[:count], abs=1e-6)
 
 
@@ -130,3 +145,55 @@ def test_on_the_real_clock_every_sample_takes_time():
     assert min(found.samples_ms) > 0
     assert 0 < found.time_ms_low <= found.time_ms <= found.time_ms_high
     assert len(found.stage_ms) == 2
+
+
+class ScriptedSampler:
+    """Samples of a GPU whose clock a test decides: groups of (clock, slowed down, milliseconds)."""
+
+    flags = ("synchronises",)
+
+    def __init__(self, *groups):
+        self._groups = itertools.cycle(groups)
+
+    def sample(self, count):
+        mhz, slowed_down, ms = next(self._groups)
+        return Group([(ms,)] * count, [], Clock(sm_clock_mhz=mhz, slowed_down=slowed_down))
+
+    def host_time_ms(self):
+        return 5.0
+
+
+def of_groups(*groups):
+    """What so many groups of MIN_SAMPLES or more come to."""
+    sampler = ScriptedSampler(*groups)
+    counts = (MIN_SAMPLES, *[BATCH] * (len(groups) - 1))
+    return timing._statistics([sampler.sample(count) for count in counts], True, 5.0, sampler.flags, ALONE)
+
+
+def test_samples_of_another_clock_are_kept_and_marked_and_do_not_count():
+    found = of_groups((1980, (), 1.0), (1400, (), 2.0), (1980, (), 1.0))
+    assert (found.time_ms, found.sm_clock_mhz) == (1.0, 1980)
+    assert found.samples_ms == (1.0,) * MIN_SAMPLES + (2.0,) * BATCH + (1.0,) * BATCH
+    assert found.marked == (False,) * MIN_SAMPLES + (True,) * BATCH + (False,) * BATCH
+    assert found.flags == ("synchronises", "clock_changed")
+
+
+def test_samples_of_a_gpu_that_was_slowed_down_do_not_count_where_there_are_others():
+    found = of_groups((1980, (), 1.0), (1980, ("hw_slowdown",), 2.0))
+    assert (found.time_ms, found.flags) == (1.0, ("synchronises", "clock_changed", "slowed_down"))
+    throughout = of_groups((1980, ("hw_slowdown",), 2.0), (1980, ("hw_slowdown",), 2.0))
+    assert (throughout.time_ms, throughout.flags) == (2.0, ("synchronises", "slowed_down"))
+    assert not any(throughout.marked)
+
+
+def test_clocks_that_waver_little_or_are_not_known_are_one_regime():
+    assert of_groups((1980, (), 1.0), (1965, (), 1.0), (None, (), 1.0)).flags == ("synchronises",)
+    unknown = of_groups((None, (), 1.0), (None, (), 3.0))
+    assert (unknown.sm_clock_mhz, any(unknown.marked)) == (None, False)
+
+
+def test_the_collector_of_garbage_rests_while_samples_are_taken():
+    enabled = []
+    measure([lambda: enabled.append(gc.isenabled())], CPU, policy(target=1e9, cap_s=0.0))
+    assert not any(enabled)
+    assert gc.isenabled()

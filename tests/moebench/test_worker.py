@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from moebench.case import Case, Job
-from moebench.measure import Workload
 from moebench.record import Record, Status
 from moebench.spec import Policy
 from moebench.timing import TimingPolicy
 from moebench.worker import Events, WorkList, pick_device, run_job, timing_policy, work
+from moebench.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
