@@ -46,6 +46,10 @@ def shuffled(jobs: Iterable[Job], run_id: str, number: int) -> tuple[Job, ...]:
     return tuple(sorted(in_turn, key=lambda job: job.case.ep_size))
 
 
+#: What all rounds together took.
+SUMS = ("num_samples", "job_s", "setup_s", "ceilings_s", "parity_s", "timing_s")
+
+
 def merged(rows: Sequence[Record]) -> Record:
     """One row of the rounds of a job.
 
@@ -71,7 +75,7 @@ def _combined(name: str, rows: Sequence[Record]) -> Any:
     values = [value for row in rows if (value := getattr(row, name)) is not None]
     if not values:
         return None
-    if name in ("num_samples", "job_s"):
+    if name in SUMS:
         return sum(values)
     if name == "flags":
         return tuple(dict.fromkeys(chain.from_iterable(values)))
