@@ -19,6 +19,7 @@ from moebench.doctor import doctor as examine
 from moebench.frame import ResultsError, load
 from moebench.record import GOOD, Record
 from moebench.runner import Outcome, Refused, RunnerError
+from moebench.selection import select
 from moebench.spec import SweepError
 from moebench.tables import summary
 
@@ -156,7 +157,7 @@ def list_(
 ) -> None:
     """Sweeps and backends, with why one is unavailable here; or the cases of a sweep."""
     if sweep is not None:
-        _print_jobs(results.select(sweep, backend or [], filters or [], []), as_json)
+        _print_jobs(select(sweep, backend or [], filters or [], []), as_json)
         return
     results.check_device(device)
     listed = listing.everything(device)
@@ -193,6 +194,15 @@ def plots(folder: Folder) -> None:
     """Draw the plots of a results folder again."""
     for path in results.draw(folder):
         out.print(f"wrote {path}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    out_file: Annotated[Path | None, typer.Option("--out", help="the page; default report.html beside them")] = None,
+) -> None:
+    """One HTML page of a results folder: verdict, plots, table with filters, commands to reproduce."""
+    out.print(f"wrote {results.report(folder, out_file)}", soft_wrap=True)
 
 
 app.add_typer(gatecli.commands)

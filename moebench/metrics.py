@@ -59,6 +59,11 @@ def _points_of_breakdown(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rows.assign(curve=part, value=values[part]) for part in PARTS])
 
 
+def _points_of_roofline(rows: pd.DataFrame) -> pd.DataFrame:
+    value = rows["tflops"].where(_is_ok(rows) & (rows["tflops"] > 0))
+    return rows.assign(curve="TFLOP/s", value=value, low=math.nan, high=math.nan)
+
+
 def _is_ok(rows: pd.DataFrame) -> "pd.Series[bool]":
     return rows["status"].eq(Status.ok).astype("bool")
 
@@ -103,6 +108,9 @@ PARITY = Metric(
     tick="{:g}".format,
     budget=1.0,
     window=(1e-4, 1e6),
+)
+ROOFLINE = Metric(
+    *("roofline", "Roofline", "TFLOP/s per {per}", _points_of_roofline), combine="median", base=10, tick="{:g}".format
 )
 BREAKDOWN = Kind("breakdown", "Breakdown", "ms", _points_of_breakdown, combine="median", curves=PARTS)
 

@@ -3,8 +3,8 @@
 A workload family (all of a case but its tokens, mode, routing, load of the ranks and seed, on one machine) has a figure
 of its own, with a panel for each mode, routing and load, and a line for each backend with two token counts or more
 there. Cases with a backend that is on no line are gathered in an overview of their EP size, so that nothing measured is
-invisible. Under expert parallelism there is also the breakdown of a forward. Only figures, no pyplot: importing this
-changes nothing for who imports it.
+invisible. The roofline has all cases of an EP size in one figure. Under expert parallelism there is also the breakdown
+of a forward. Only figures, no pyplot: importing this changes nothing for who imports it.
 """
 
 import io
@@ -19,12 +19,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moebench import bars, lines
+from moebench import roofline as rooflines
 from moebench.frame import write_atomically
 from moebench.labels import backend_labels, describe, in_case_order
 from moebench.look import RC, settle
-from moebench.metrics import BREAKDOWN, MEMORY, PARITY, THROUGHPUT, Kind, Metric
+from moebench.metrics import BREAKDOWN, MEMORY, PARITY, ROOFLINE, THROUGHPUT, Kind, Metric
 
-_PREFIXES = tuple(f"{kind.name}-" for kind in (THROUGHPUT, MEMORY, PARITY, BREAKDOWN))  # of every file that is written
+_KINDS = (THROUGHPUT, MEMORY, PARITY, ROOFLINE, BREAKDOWN)
+_PREFIXES = tuple(f"{kind.name}-" for kind in _KINDS)  # of every file that is written
 
 _PAGE_IN = 11.0  # of an overview, at most, if it has more than one case
 
@@ -59,22 +61,43 @@ def breakdown(frame: pd.DataFrame) -> Named:
     return _figures(frame[frame["ep_size"] > 1], BREAKDOWN, drawing)
 
 
-def write_plots(frame: pd.DataFrame, folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Write every figure of `frame` into `folder`, made if missing, and remove plots there of what it no longer holds.
+def roofline(frame: pd.DataFrame) -> Named:
+    """Achieved TFLOP/s per GPU against arithmetic intensity, below the measured ceilings where the run has them."""
+    rows = in_case_order(frame)
+    rows["line"] = backend_labels(rows)
+    named: Named = []
+    with matplotlib.rc_context(RC):
+        for _, some in rows.groupby(["ep_size", "device", "gpu"], dropna=False, sort=False):
+            if _has_values(some, ROOFLINE):
+                named.append((_overview(ROOFLINE, some["ep_size"].iloc[0]), rooflines.page_figure(some)))
+    return _distinct(named)
 
-    The same frame gives the same SVG, to the byte.
-    """
+
+def all_figures(frame: pd.DataFrame) -> Named:
+    """Every figure of `frame`, its layout settled."""
+    drawn = (throughput, memory, parity, roofline, breakdown)
+    named = [pair for draw in drawn for pair in draw(frame)]
+    for _, figure in named:
+        settle(figure)
+    return named
+
+
+def image(figure: Figure, kind: str) -> bytes:
+    """A settled figure as "png" or "svg". The same frame gives the same SVG, to the byte."""
+    content = io.BytesIO()
+    with matplotlib.rc_context(RC):
+        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return content.getvalue()
+
+
+def write_plots(named: Named, folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Write the figures of a frame into `folder`, made if missing, and remove plots there of what it no longer has."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    named = [*throughput(frame), *memory(frame), *parity(frame), *breakdown(frame)]
     for slug, figure in named:
-        settle(figure)
         for kind in formats:
-            image = io.BytesIO()
-            with matplotlib.rc_context(RC):
-                figure.savefig(image, format=kind, metadata={"Date": None} if kind == "svg" else None)
             paths.append(folder / f"{slug}.{kind}")
-            write_atomically(paths[-1], image.getvalue())
+            write_atomically(paths[-1], image(figure, kind))
     _remove_all_but({slug for slug, _ in named}, folder)
     return paths
 
@@ -123,9 +146,8 @@ def _figures(frame: pd.DataFrame, kind: Kind, drawing: _Drawing) -> Named:
                 named.append((_slug(kind, some), drawing.family(some)))
         lone = pd.concat(gathered)
         for ep_size in sorted(set(lone["ep_size"])):
-            name = f"{kind.name}-overview" if ep_size == 1 else f"{kind.name}-overview-ep-{ep_size}"
             pages = _pages(lone[lone["ep_size"] == ep_size], drawing.case_in)
-            named += [(name, drawing.page(page)) for page in pages if _has_values(page, kind)]
+            named += [(_overview(kind, ep_size), drawing.page(page)) for page in pages if _has_values(page, kind)]
     return _distinct(named)
 
 
@@ -149,6 +171,10 @@ def _has_values(rows: pd.DataFrame, kind: Kind) -> bool:
 def _slug(kind: Kind, rows: pd.DataFrame) -> str:
     words = f"{kind.name} {describe(rows).title('tokens', 'mode', 'routing', 'rank_load', 'seed')}"
     return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
+
+
+def _overview(kind: Kind, ep_size: int) -> str:
+    return f"{kind.name}-overview" if ep_size == 1 else f"{kind.name}-overview-ep-{ep_size}"
 
 
 def _distinct(named: Named) -> Named:

@@ -12,12 +12,13 @@ from pathlib import Path
 from moebench import __version__
 from moebench.case import Job
 from moebench.frame import JOURNAL_NAME, load, write, write_atomically
-from moebench.plots import write_plots
+from moebench.plots import all_figures, image, write_plots
 from moebench.record import Record
+from moebench.report import REPORT_NAME, page
 from moebench.rounds import shuffled
 from moebench.runner import Outcome, Plan, Refused, execute, new_run_id
-from moebench.selection import filter_jobs, select_backends
-from moebench.spec import SweepError, SweepSpec, find_sweep, load_sweep
+from moebench.selection import select
+from moebench.spec import SweepSpec, find_sweep, load_sweep
 
 RUNS = Path("results") / "runs"
 DEVICES = ("cpu", "cuda")
@@ -81,20 +82,6 @@ def plan(
     return RunPlan(spec, sweep_file, tuple(plans), budget_s)
 
 
-def select(sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]) -> tuple[Job, ...]:
-    """The jobs of a sweep that a command line selects. Raises SweepError, also where none is left."""
-    jobs = filter_jobs(select_backends(load_sweep(find_sweep(sweep)).jobs(), backends), filters)
-    unknown = sorted(set(case_ids) - {job.case.case_id for job in jobs})
-    if unknown:
-        raise SweepError(
-            [f"case {case_id!r}: {sweep} has none of that id; see `moebench list {sweep}`" for case_id in unknown]
-        )
-    chosen = tuple(job for job in jobs if not case_ids or job.case.case_id in case_ids)
-    if not chosen:
-        raise SweepError([f"{sweep}: no job is left by {' '.join(filters)}; see `moebench list {sweep}`"])
-    return chosen
-
-
 def check_device(device: str | None) -> None:
     """Raises UsageError for what cannot name a device; whether it is there, only torch knows."""
     if device is None:
@@ -132,12 +119,34 @@ def begin(run_plan: RunPlan) -> None:
 
 
 def finish(folder: Path) -> list[Path]:
-    """Parquet, CSV and plots from the journal. What was measured before an interruption counts too."""
+    """Parquet, CSV, plots and report from the journal. What was measured before an interruption counts too."""
     if not (folder / JOURNAL_NAME).exists():
         return []
-    return [*write(load(folder), folder), *draw(folder)]
+    frame = load(folder)
+    plots = write_plots(all_figures(frame), folder / "plots")
+    svgs = {path.stem: path.read_bytes() for path in plots if path.suffix == ".svg"}
+    return [*write(frame, folder), *plots, _write_page(page(frame, svgs, folder), folder / REPORT_NAME)]
 
 
-def draw(folder: Path) -> list[Path]:
+def draw(path: Path) -> list[Path]:
     """Draw the plots of a results folder, or of a Parquet file beside it."""
-    return write_plots(load(folder), (folder if folder.is_dir() else folder.parent) / "plots")
+    return write_plots(all_figures(load(path)), _folder_of(path) / "plots")
+
+
+def report(path: Path, out: Path | None) -> Path:
+    """Write the report of a results folder or of a Parquet file, by default beside it."""
+    frame = load(path)
+    out = out or _folder_of(path) / REPORT_NAME
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}; make it, or name a file elsewhere")
+    svgs = {name: image(figure, "svg") for name, figure in all_figures(frame)}
+    return _write_page(page(frame, svgs, _folder_of(path)), out)
+
+
+def _write_page(html: str, out: Path) -> Path:
+    write_atomically(out, html.encode())
+    return out
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from moebench.axes import AXES, BACKEND_PATTERN, BACKEND_RULE, did_you_mean, listed, rule_for
 from moebench.case import Case, Job
-from moebench.spec import SweepError
+from moebench.spec import SweepError, find_sweep, load_sweep
 
 _NUMBERS = tuple(name for name, field in Case.model_fields.items() if field.annotation in (int, float))
 _ORDERS: dict[str, Callable[[float, float], bool]] = {
@@ -19,6 +19,20 @@ _ORDERS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+
+
+def select(sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]) -> tuple[Job, ...]:
+    """The jobs of a sweep that a command line selects. Raises SweepError, also where none is left."""
+    jobs = filter_jobs(select_backends(load_sweep(find_sweep(sweep)).jobs(), backends), filters)
+    unknown = sorted(set(case_ids) - {job.case.case_id for job in jobs})
+    if unknown:
+        raise SweepError(
+            [f"case {case_id!r}: {sweep} has none of that id; see `moebench list {sweep}`" for case_id in unknown]
+        )
+    chosen = tuple(job for job in jobs if not case_ids or job.case.case_id in case_ids)
+    if not chosen:
+        raise SweepError([f"{sweep}: no job is left by {' '.join(filters)}; see `moebench list {sweep}`"])
+    return chosen
 
 
 def filter_jobs(jobs: Sequence[Job], filters: Sequence[str]) -> list[Job]:

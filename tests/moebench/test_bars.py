@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moebench.frame import to_frame
-from moebench.plots import breakdown, write_plots
+from moebench.plots import all_figures, breakdown, write_plots
 from moebench.record import Record, Status
 from tests.moebench.drawn import bad, case, family, legend, ok, only, panels, texts
 
@@ -133,13 +133,13 @@ def height(figure: Figure) -> float:
 def test_the_breakdown_is_written_the_same_each_time_and_removed_when_it_is_gone(tmp_path: Path) -> None:
     frame = to_frame(rows((128, 1024)))
     name = "breakdown-e8k2d256i512-bfloat16-swiglu-ep-2.svg"
-    written = write_plots(frame, tmp_path, formats=("svg",))
+    written = write_plots(all_figures(frame), tmp_path, formats=("svg",))
     assert tmp_path / name in written
     first = (tmp_path / name).read_bytes()
-    write_plots(frame, tmp_path, formats=("svg",))
+    write_plots(all_figures(frame), tmp_path, formats=("svg",))
     assert (tmp_path / name).read_bytes() == first
     (tmp_path / "breakdown.svg").write_bytes(b"mine")
-    write_plots(to_frame(family("loop")), tmp_path, formats=("svg",))
+    write_plots(all_figures(to_frame(family("loop"))), tmp_path, formats=("svg",))
     assert not (tmp_path / name).exists()
     assert (tmp_path / "breakdown.svg").exists()
 

@@ -25,6 +25,7 @@ sys.meta_path.insert(0, Blocked())
 """
 WITHOUT_TORCH = (
     *("case", "spec", "axes", "selection", "sweepfile", "models", "record", "stats", "frame", "plots", "tables"),
+    *("report", "pagetable", "reproduce", "roofline"),
     *("results", "runner", "listing", "doctor", "environment", "nvml", "versions", "cli", "ranksum", "verdicts"),
     *("comparability", "findings", "gate", "gatecli", "gatejson", "gatetable", "github", "junit"),
 )
@@ -63,14 +64,14 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", ["show", "plots", "dry-run"])
+@pytest.mark.parametrize("command", ["show", "plots", "report", "dry-run"])
 def test_results_are_opened_and_runs_planned_without_torch(folder, command):
     arguments = ["run", ROOT / "suites" / "quick.toml", "--dry-run"] if command == "dry-run" else [command, folder]
     done = python(COMMAND, *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     *printed, has_torch = done.stdout.splitlines()
     assert has_torch == "False"
-    assert {"show": "gmm", "plots": "wrote", "dry-run": "jobs"}[command] in "\n".join(printed)
+    assert {"show": "gmm", "plots": "wrote", "report": "wrote", "dry-run": "jobs"}[command] in "\n".join(printed)
 
 
 def test_the_block_blocks(tmp_path):

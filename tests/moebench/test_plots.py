@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from moebench.frame import to_frame
-from moebench.plots import memory, parity, throughput, write_plots
+from moebench.plots import all_figures, memory, parity, throughput, write_plots
 from moebench.record import Status
 from tests.moebench.drawn import COUNTS, LONG, bad, case, family, labels, legend, line, ok, only, panels, texts
 
@@ -211,16 +211,16 @@ def test_nothing_measured_makes_no_figure(draw: Any) -> None:
 def test_written_svg_is_the_same_every_time(tmp_path: Path) -> None:
     lines = [row for mode in ("forward", "train") for name in ("loop", LONG) for row in family(name, mode=mode)]
     frame = to_frame([*lines, ok(case(64, dtype="float32"))])
-    first = write_plots(frame, tmp_path / "a" / "plots", formats=("svg",))
-    second = write_plots(frame, tmp_path / "b", formats=("svg",))
+    first = write_plots(all_figures(frame), tmp_path / "a" / "plots", formats=("svg",))
+    second = write_plots(all_figures(frame), tmp_path / "b", formats=("svg",))
     assert [path.name for path in first] == [path.name for path in second]
-    assert len(first) == 6, "a figure and an overview of each of throughput, memory and parity"
+    assert len(first) == 7, "a figure and an overview of each of throughput, memory and parity, and a roofline"
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_png_and_svg_are_written_and_settings_left_alone(tmp_path: Path) -> None:
     with matplotlib.rc_context({"font.size": 7.0, "axes.grid": False}):
-        paths = write_plots(to_frame(family("loop"))[:2], tmp_path)
+        paths = write_plots(all_figures(to_frame(family("loop"))[:2]), tmp_path)
         assert (matplotlib.rcParams["font.size"], matplotlib.rcParams["axes.grid"]) == (7.0, False)
     assert {path.suffix for path in paths} == {".png", ".svg"}
     assert sorted(tmp_path.iterdir()) == sorted(paths)
@@ -228,14 +228,14 @@ def test_png_and_svg_are_written_and_settings_left_alone(tmp_path: Path) -> None
 
 
 def test_plots_of_families_that_are_gone_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    old = write_plots(to_frame(family("loop") + family("loop", dtype="float32")), tmp_path)
+    old = write_plots(all_figures(to_frame(family("loop") + family("loop", dtype="float32"))), tmp_path)
     others = ["throughput.png", "notes.png", "my-parity-a.svg", "parity-a.pdf", "memory-table.csv"]
     for name in others:
         (tmp_path / name).write_bytes(b"mine")
     (tmp_path / "memory-folder.png").mkdir()
-    new = write_plots(to_frame(family("loop", dtype="float32")), tmp_path, formats=("svg",))
-    kept = {path for path in old if "float32" in path.name}
+    new = write_plots(all_figures(to_frame(family("loop", dtype="float32"))), tmp_path, formats=("svg",))
+    kept = {path for path in old if "float32" in path.name or path.stem == "roofline-overview"}
     assert set(new) < kept, "a plot of a family that is still there stays, in whatever format"
     assert set(tmp_path.iterdir()) == kept | {tmp_path / name for name in (*others, "memory-folder.png")}
-    assert write_plots(to_frame([]), tmp_path) == []
+    assert write_plots(all_figures(to_frame([])), tmp_path) == []
     assert {path.name for path in tmp_path.iterdir()} == {*others, "memory-folder.png"}

@@ -8,9 +8,10 @@ import pytest
 from moebench import results
 from moebench.case import Case, Job
 from moebench.record import Journal, Status, record
-from moebench.results import UsageError, check_device, finish, measure, plan, select
+from moebench.results import UsageError, check_device, finish, measure, plan
 from moebench.rounds import shuffled
 from moebench.runner import Outcome, Refused, RunnerError
+from moebench.selection import select
 from moebench.spec import SweepError
 
 SWEEP = """
@@ -151,10 +152,10 @@ def test_what_was_measured_and_what_went_wrong_stay(monkeypatch, error, rows):
     assert (planned.folder / "journal.jsonl").exists() == bool(rows)
 
 
-def test_tables_and_plots_come_of_the_journal():
+def test_tables_plots_and_report_come_of_the_journal():
     Path("out").mkdir()
     assert finish(Path("out")) == []
     Journal(Path("out/journal.jsonl")).append(row())
     written = finish(Path("out"))
-    assert {Path("out/results.parquet"), Path("out/results.csv")} <= set(written)
+    assert {Path(f"out/{name}") for name in ("results.parquet", "results.csv", "report.html")} <= set(written)
     assert all(path.is_file() for path in written)
