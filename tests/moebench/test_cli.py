@@ -135,7 +135,7 @@ def test_a_run_goes_to_a_new_folder_of_results(good_run, sweep):
     names = {path.name for path in (good_run.cwd / folder).iterdir()}
     assert names == {
         *("journal.jsonl", "results.parquet", "results.csv", "environment.json", "run.json", "sweep.toml"),
-        *("logs", "plots"),
+        *("report.html", "logs", "plots"),
     }
     assert (good_run.cwd / folder / "sweep.toml").read_text() == sweep.read_text()
     asked = json.loads((good_run.cwd / folder / "run.json").read_text())
