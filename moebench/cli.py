@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from moebench import __version__, gatecli, listing, results
+from moebench import __version__, comparecli, gatecli, listing, results
 from moebench.case import Job
 from moebench.console import err, out
 from moebench.doctor import doctor as examine
@@ -206,6 +206,7 @@ def report(
 
 
 app.add_typer(gatecli.commands)
+app.add_typer(comparecli.commands)
 
 
 def main() -> None:

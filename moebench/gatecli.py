@@ -1,4 +1,4 @@
-"""The commands that compare results: each parses, calls one function, prints. Imported by moebench.cli alone."""
+"""The commands that judge results: each parses, calls one function, prints. Imported by moebench.cli alone."""
 
 import json
 import os
@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from moebench import baseline as baselines
 from moebench import gatejson, github, junit, verdicts
-from moebench.comparability import CHANGES, Comparability, open_result
+from moebench.comparability import CHANGES, Comparability, Result, open_result
 from moebench.console import err, out
 from moebench.frame import write_atomically
 from moebench.gate import GateResult, gate
@@ -42,7 +43,7 @@ def share(option: str, text: str) -> float:
 
 @commands.command("gate")
 def gate_(
-    baseline: Annotated[Path, typer.Argument(help="results folder or Parquet file")],
+    baseline: Annotated[str, typer.Argument(help="results folder or Parquet file, baseline:NAME, or auto")],
     candidate: Annotated[Path, typer.Argument(help="results folder or Parquet file to judge against it")],
     threshold: Threshold = f"{verdicts.THRESHOLD:.0%}",
     allow_env_change: Annotated[
@@ -56,9 +57,22 @@ def gate_(
     """Is the candidate slower, larger or wrong? Exit code 0 no, 1 yes or missing, 3 not decided, 2 bad usage."""
     smallest = share("--threshold", threshold)
     allowed = _allowed(allow_env_change or [])
-    before, after = open_result(baseline), open_result(candidate)
+    after = open_result(candidate)
+    before = _baseline(baseline, after)
     comparability = Comparability(before.environments, after.environments, allowed)
     report(gate(before.frame, after.frame, comparability, threshold=smallest), junit_file, for_github, as_json)
+
+
+def _baseline(text: str, candidate: Result) -> Result:
+    """What is gated against: a path, or a stored baseline by name or by the candidate's machine."""
+    kind, colon, name = text.partition(":")
+    if colon and kind == "baseline":
+        return baselines.named(name).result
+    if text == "auto":
+        found = baselines.matching(candidate)
+        err.print(f"baseline: {found.path}")
+        return found.result
+    return open_result(Path(text))
 
 
 def _allowed(named: list[str]) -> frozenset[str]:
@@ -88,6 +102,38 @@ def report(result: GateResult, junit_file: Path | None, for_github: bool, as_jso
         else:
             err.print(f"--github: {SUMMARY_VARIABLE} is not set, so no step summary was written")
     raise typer.Exit(result.exit_code)
+
+
+stored = typer.Typer(no_args_is_help=True, help="Results that are kept to be gated against.")
+commands.add_typer(stored, name="baseline")
+
+
+@stored.command()
+def update(folder: Annotated[Path, typer.Argument(help="results folder of one run, better of 20 rounds")]) -> None:
+    """Take a run into the baseline of its machine and software; jobs that it has already are replaced."""
+    baseline = baselines.update(folder)
+    least, _ = baseline.rounds
+    out.print(f"baseline:{baseline.name}: {len(baseline.result.frame)} jobs in {baseline.path}", soft_wrap=True)
+    if least < verdicts.MIN_ROUNDS:
+        err.print(
+            f"some jobs have {least} rounds: the gate will say INCONCLUSIVE; measure with `moebench run --rounds`"
+        )
+
+
+@stored.command("show")
+def show_baselines(as_json: AsJson = False) -> None:
+    """The baselines there are: machine, software, how many jobs and rounds, of which runs."""
+    found = baselines.stored()
+    if as_json:
+        out.print_json(json.dumps([some.as_dict() for some in found]))
+        return
+    if not found:
+        out.print(f"no baselines in {baselines.BASELINES}; store one with `moebench baseline update DIR`")
+    for some in found:
+        out.print(f"baseline:{some.name}", soft_wrap=True)
+        for name, value in some.as_dict().items():
+            if name != "name":
+                out.print(f"  {name}: {value}", soft_wrap=True)
 
 
 def _write(path: Path, content: bytes) -> None:

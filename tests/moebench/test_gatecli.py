@@ -12,6 +12,7 @@ from moebench.gatecli import share
 from moebench.record import Journal
 from moebench.results import UsageError
 from tests.moebench.gated import job_of, ok, steady
+from tests.moebench.test_comparability import H200, changed
 
 
 @pytest.fixture
@@ -114,3 +115,52 @@ def test_outside_github_the_summary_that_is_not_written_is_said(moebench, result
     found = moebench("gate", "same", "same", "--github")
     assert found.code == 0
     assert "GITHUB_STEP_SUMMARY" in found.err
+
+
+def test_a_stored_baseline_is_gated_against(moebench, results):
+    environment = H200.model_copy(update={"env_id": "e"})
+    for name in ("same", "slow"):
+        (results / name / "environment.json").write_text(environment.to_json())
+    stored = moebench("baseline", "update", "same")
+    assert (stored.code, stored.err) == (0, "")
+    assert "baseline:nvidia-h200-e: 1 jobs in results/published/baselines/nvidia-h200-e" in stored.out
+    assert moebench("gate", "auto", "again").code == 0
+    assert moebench("gate", "baseline:nvidia-h200-e", "slow").code == 1
+    assert "nvidia-h200-e" in moebench("gate", "baseline:nothing", "slow").err
+    shown = moebench("baseline", "show")
+    assert "rounds: 10" in shown.out
+    assert json.loads(moebench("baseline", "show", "--json").out)[0]["jobs"] == 1
+    (results / "one" / "environment.json").write_text(environment.to_json())
+    assert "--rounds" in moebench("baseline", "update", "one").err
+
+
+def test_without_baselines_show_says_how_to_make_one(moebench):
+    found = moebench("baseline", "show")
+    assert (found.code, "moebench baseline update" in " ".join(found.out.split())) == (0, True)
+
+
+def test_compare_shows_ratios_and_what_differs(moebench, results):
+    (results / "same" / "environment.json").write_text(H200.model_copy(update={"env_id": "e"}).to_json())
+    (results / "slow" / "environment.json").write_text(changed(cpu_model="other", env_id="f").to_json())
+    found = moebench("compare", "same", "slow", "other")
+    assert found.code == 0
+    assert "1.040" in found.out
+    assert "slow against same: cpu Intel(R) Xeon(R) Processor -> other" in found.out
+    assert json.loads(moebench("compare", "same", "slow", "--json").out)[0]["time_ms_ratio:slow"] == pytest.approx(1.04)
+    header, line = moebench("compare", "same", "slow", "--csv").out.splitlines()
+    assert len(header.split(",")) == len(line.split(","))
+    assert moebench("compare", "same").code == moebench("compare", "same", "same").code == 2
+
+
+def test_merge_and_history(moebench, results):
+    assert moebench("merge", "same", "slow", "--out", "merged").code == 2
+    assert not (results / "merged").exists()
+    assert moebench("merge", "same", "other", "--out", "merged").code == 0
+    case_id = job_of(64).case.case_id
+    found = moebench("history", case_id, "merged", "slow", "--plot", "history.png")
+    assert (found.code, found.err) == (0, "wrote history.png\n")
+    assert "+4.0%" in found.out
+    assert (results / "history.png").is_file()
+    document = json.loads(moebench("history", case_id, "merged", "slow", "--json").out)
+    assert [row["result"] for row in document] == ["merged", "slow"]
+    assert moebench("history", "nothing", "merged").code == 2

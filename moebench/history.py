@@ -1,0 +1,109 @@
+"""One case over many results, in the order in which they were measured, and its plot. No torch here."""
+
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from moebench.axes import did_you_mean
+from moebench.frame import ResultsError, write_atomically
+from moebench.labels import backend_labels, in_order
+from moebench.look import RC, line_legends, line_look, settle, sheet
+from moebench.metrics import Metric
+from moebench.record import Status
+
+_BODY_IN = 3.4
+_LEAST_SPAN = 0.05  # of the axis: a history without changes is drawn flat
+_MOST_TICKS = 5
+_TIME = re.compile(r"(20\d\d)([01]\d)([0-3]\d)-([0-2]\d)([0-5]\d)")
+
+
+def history(case_id: str, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """A row for each backend and result that has the case, oldest first.
+
+    Columns are those of results, and `result`, its name; `line`, the backend with its dispatcher; `place`, the number
+    of its result in time; `change`, the time over that of the same line's last row with a time, less 1; `since_first`,
+    likewise over its first. Raises ResultsError where no result has the case.
+    """
+    known = sorted({case for frame in frames.values() for case in frame["case_id"]})
+    if case_id not in known:
+        hint = did_you_mean(case_id, known) or "`moebench list SWEEP` names a sweep's cases"
+        raise ResultsError(f"{case_id}: none of {len(frames)} results has this case; {hint}")
+    found = [frame[frame["case_id"] == case_id].assign(result=name) for name, frame in frames.items()]
+    rows = pd.concat(found, ignore_index=True).sort_values("run_id", kind="stable", ignore_index=True)
+    rows["line"] = backend_labels(rows)
+    order = list(dict.fromkeys(rows["result"]))
+    rows["place"] = rows["result"].map(order.index)
+    times = rows["time_ms"].where(rows["status"] == Status.ok).groupby(rows["line"])
+    rows["change"] = rows["time_ms"] / times.transform(lambda some: some.ffill().shift()) - 1
+    rows["since_first"] = rows["time_ms"] / times.transform("first") - 1
+    return rows.sort_values(["place", "line"], kind="stable", ignore_index=True)
+
+
+def when(run_id: str) -> str:
+    """The day and time with which a run's id begins; the id itself where it begins otherwise."""
+    found = _TIME.match(run_id)
+    return "{}-{}-{} {}:{}".format(*found.groups()) if found else run_id
+
+
+def _points(rows: pd.DataFrame) -> pd.DataFrame:
+    first = rows["time_ms"] / (1 + rows["since_first"])
+    ends = {end: rows[f"time_ms_{end}"] / first - 1 for end in ("low", "high")}
+    return rows.assign(curve="time", value=rows["since_first"].where(rows["status"] == Status.ok), **ends)
+
+
+_HISTORY = Metric(*("history", "History", "", _points), combine="median", base=10, tick="{:g}".format)
+
+
+def figure_of(rows: pd.DataFrame) -> Figure:
+    """The change of each backend's time since its first result, with its 95% interval; dotted where machine or software
+    changed.
+    """
+    points = _points(rows)
+    with matplotlib.rc_context(RC):
+        figure, body = sheet(rows, _HISTORY, (), line_legends(points, _HISTORY, joined=True), _BODY_IN)
+        ax = body.subplots()
+        for number, line in enumerate(in_order(points["line"])):
+            some = points[points["line"] == line]
+            above = number / max(1, points["line"].nunique() - 1)
+            look = line_look(*some[["backend", "dispatcher"]].iloc[0], above=above)
+            ax.plot(some["place"], some["value"], **look)
+            ax.fill_between(some["place"], some["low"], some["high"], color=look["color"], alpha=0.25, linewidth=0)
+        _frame(ax, points)
+        settle(figure)
+    return figure
+
+
+def _frame(ax: Axes, points: pd.DataFrame) -> None:
+    ax.axhline(0, color="#888888", linewidth=1.0, zorder=1)
+    span = points[["value", "low", "high"]].abs().to_numpy(dtype="float64")
+    most = max(float(pd.Series(span.ravel()).max()), _LEAST_SPAN) * 1.1
+    ax.set_ylim(-most, most)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    ax.yaxis.set_major_locator(MaxNLocator(7))
+    ax.set_ylabel("change of the time")
+    runs = points.drop_duplicates("place").sort_values("place")
+    step = -(-len(runs) // _MOST_TICKS)
+    labels = [when(str(run)).replace(" ", "\n") for run in runs["run_id"]]
+    ax.set_xticks(list(runs["place"])[::step], labels[::step])
+    ax.set_xlim(-0.3, max(runs["place"]) + 0.3)
+    changed = runs["env_id"] != runs["env_id"].shift(fill_value=runs["env_id"].iloc[0])
+    for place in runs.loc[changed, "place"]:
+        ax.axvline(place - 0.5, color="#888888", linestyle=":", linewidth=1.5, zorder=1)
+    ax.set_xlabel("began (UTC)" + ("; dotted: another machine or software" if changed.any() else ""))
+
+
+def draw(rows: pd.DataFrame, path: Path) -> None:
+    """Write the plot of a history as PNG or SVG, by the path's suffix. Raises ResultsError for another suffix."""
+    if path.suffix not in (".png", ".svg"):
+        raise ResultsError(f"{path}: a plot is written as .png or .svg; name it so")
+    image = io.BytesIO()
+    with matplotlib.rc_context(RC):
+        figure_of(rows).savefig(image, format=path.suffix[1:])
+    write_atomically(path, image.getvalue())
