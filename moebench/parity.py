@@ -219,9 +219,10 @@ def poisoned(device: torch.device) -> Iterator[None]:
 def _poison_free_blocks(device: torch.device) -> None:
     """Take every free block of the caching allocator, by its exact size, fill it and give it back."""
     free: list[int] = []
+    stream = torch.cuda.current_stream(device).cuda_stream
     for segment in torch.cuda.memory_snapshot():
         sizes = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
-        if segment["device"] != device.index:
+        if (segment["device"], segment["stream"]) != (device.index, stream):  # blocks are a stream's own
             continue
         if segment["segment_type"] == "small":  # serves requests of up to SMALL_BLOCK, and nothing else does
             free += [min(SMALL_BLOCK, size - start) for size in sizes for start in range(0, size, SMALL_BLOCK)]

@@ -23,6 +23,8 @@ Stage = Callable[[], object]
 CPU = torch.device("cpu")
 
 HOST_SAMPLES = 7
+#: Of a call so long that they cost more, the host's clock takes fewer samples, though at least three.
+HOST_SAMPLES_S = 0.05
 #: torch.cuda._sleep counts SM cycles; at the highest clock of current GPUs a millisecond has about this many.
 CYCLES_PER_MS = 2.0e6
 MAX_WAIT_MS = 20.0
@@ -94,7 +96,7 @@ class _GpuSampler:
         self._stages, self._device, self._prepare, self._peers, self._clock = stages, device, prepare, peers, clock
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device) if cold_l2 else None
-        self._host_time_ms: float = statistics.median(self._host_sample() for _ in range(HOST_SAMPLES))
+        self._host_time_ms = self._median_on_host()
         enqueue_ms, synchronises = self._enqueue_behind_a_wait()
         self.flags = ("synchronises",) if synchronises else ()
         wait_ms = min(1.5 * enqueue_ms + MIN_WAIT_MS, MAX_WAIT_MS)
@@ -103,6 +105,11 @@ class _GpuSampler:
     def _make_cold(self) -> None:
         if self._flush is not None:
             self._flush.zero_()
+
+    def _median_on_host(self) -> float:
+        started, samples = time.perf_counter(), [self._host_sample() for _ in range(3)]
+        long = self._peers.largest(time.perf_counter() - started) > HOST_SAMPLES_S
+        return statistics.median(samples + [self._host_sample() for _ in range(0 if long else HOST_SAMPLES - 3)])
 
     def _host_sample(self) -> float:
         """Milliseconds on the host's clock from an idle device to an idle device."""

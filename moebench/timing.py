@@ -93,7 +93,8 @@ def _sample(sampler: Sampler, policy: TimingPolicy, peers: Peers) -> tuple[list[
         if width <= policy.interval_target and (num_samples >= CONVERGED_SAMPLES or spent >= policy.time_cap_s):
             return groups, True
         out_of_reach = spent * width**2 > OUT_OF_REACH * policy.time_cap_s * policy.interval_target**2
-        if spent >= policy.time_cap_s or (out_of_reach and spent >= policy.time_cap_s / 4):
+        hopeless = out_of_reach and num_samples >= CONVERGED_SAMPLES and spent >= policy.time_cap_s / 4
+        if spent >= policy.time_cap_s or hopeless:
             return groups, False
         affordable = int((policy.time_cap_s - spent) / (spent / num_samples))
         count = max(1, min(BATCH, affordable))
@@ -151,7 +152,6 @@ def _statistics(
 def _no_garbage_collection() -> Iterator[None]:
     """Python's collector runs when it likes, for milliseconds."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

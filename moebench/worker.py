@@ -12,6 +12,7 @@ not outlive a supervisor that was killed.
 
 import argparse
 import faulthandler
+import gc
 import json
 import os
 import platform
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("--device")
     options = parser.parse_args()
     faulthandler.enable()
+    gc.freeze()  # what is imported by now stays: collections, one before each weighing, need not look at it
     _end_with_supervisor()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(environment.cpu_cores_usable())
