@@ -28,6 +28,7 @@ WITHOUT_TORCH = (
     *("report", "pagetable", "reproduce", "roofline"),
     *("results", "runner", "listing", "doctor", "environment", "nvml", "versions", "cli", "ranksum", "verdicts"),
     *("comparability", "findings", "gate", "gatecli", "gatejson", "gatetable", "github", "junit"),
+    *("baseline", "compare", "comparecli", "comparetable", "history", "merge", "simulate"),
 )
 
 

@@ -1,0 +1,137 @@
+"""False alarms and power of the gate, by simulation on recorded samples; `make certify` simulates 1000 gates each."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moebench.frame import load
+from moebench.record import Status
+from moebench.simulate import (
+    ASSUMED_BETWEEN,
+    EFFECTS,
+    Noise,
+    Rate,
+    Setting,
+    drawn,
+    false_alarms,
+    noises,
+    plant,
+    rate,
+    seen,
+    smallest_found,
+    table,
+)
+from moebench.verdicts import POWER, THRESHOLD
+from tests.moebench.gated import bad, frame, job_of, ok
+
+ROOT = Path(__file__).parents[2]
+H200 = load(ROOT / "results" / "published" / "h200-2026-11-23")
+RANDOM = np.random.default_rng(17)
+
+
+def noise(log_rounds=(0.0,), log_samples=(0.0,), between=0.0):
+    return Noise("loop", np.asarray(log_rounds, float), np.asarray(log_samples, float), between)
+
+
+# what is drawn
+
+
+def test_one_process_varies_as_its_samples_and_as_assumed():
+    assert noise().draw(RANDOM, 5).tolist() == [0.0] * 5
+    assert np.std(noise(between=0.01).draw(RANDOM, 4000)) == pytest.approx(0.01, rel=0.1)
+    samples = RANDOM.normal(0, 0.1, 100)
+    assert np.std(noise(log_samples=samples).draw(RANDOM, 4000)) == pytest.approx(0.1 * 1.2533 / 10, rel=0.25)
+
+
+def test_neighbours_stay_neighbours():
+    """A process that drifts has medians that vary more than those of the same samples in any order."""
+    drift = np.linspace(-0.1, 0.1, 100)
+    spreads = [np.std(noise(log_samples=some).draw(RANDOM, 2000)) for some in (drift, RANDOM.permutation(drift))]
+    assert spreads[0] > 1.5 * spreads[1]
+
+
+def test_recorded_rounds_are_what_varies():
+    rounds = RANDOM.normal(0, 0.02, 30)
+    recorded = noise(rounds, log_samples=RANDOM.normal(0, 9, 100), between=9)
+    assert recorded.is_recorded
+    assert np.std(recorded.draw(RANDOM, 4000)) == pytest.approx(np.std(rounds), rel=0.15)
+    assert not noise([0.0] * 4).is_recorded
+    disturbed = noise([0.0] * 19 + [1.0])
+    assert set(disturbed.draw(RANDOM, 50)) <= {0.0, 1.0}, "an outlier is drawn as one, and smears nothing"
+
+
+def test_noises_are_those_of_jobs_with_a_time():
+    rows = frame(ok(job_of(1), [2.0, 4.0, 8.0, 4.0, 4.0]), ok(job_of(2), [3.0]), bad(job_of(3), Status.oom))
+    first, second = noises(rows, 0.01)
+    assert first.log_rounds.tolist() == pytest.approx(np.log([0.5, 1, 2, 1, 1]))
+    assert (first.is_recorded, second.is_recorded) == (True, False)
+    assert len(second.log_samples) == 3
+
+
+def test_sides_have_the_rounds_of_the_setting_and_the_shift_of_their_session():
+    _, sides = drawn([noise()], Setting((7, 3), session=0.1), RANDOM)
+    assert sides.rounds == (7, 3)
+    assert len(set(sides.baseline_ms)) == len(set(sides.candidate_ms)) == 1
+    assert sides.baseline_ms[0] != sides.candidate_ms[0]
+
+
+# what the gate does
+
+
+@pytest.mark.certify
+@pytest.mark.parametrize("rounds", [(10, 10), (20, 5)])
+@pytest.mark.parametrize("between", ASSUMED_BETWEEN)
+def test_false_alarms_of_a_whole_gate_are_1_percent_or_less(certify, between, rounds):
+    found = false_alarms(noises(H200, between), Setting(rounds), num_gates=1000 if certify else 25)
+    assert found.share <= 0.01, found
+
+
+@pytest.mark.certify
+def test_without_the_correction_the_simulation_sees_the_alarms(certify):
+    """Each job at 1% of its own: of 200 jobs, most gates alarm."""
+    setting = Setting((10, 10), false_alarms=2.0, threshold=0.0)
+    assert false_alarms(noises(H200, 0.003), setting, num_gates=200 if certify else 10).share > 0.5
+
+
+@pytest.mark.certify
+def test_what_the_gate_says_it_can_see_it_finds(certify):
+    found = plant(noises(H200, 0.003), Setting((20, 20)), [THRESHOLD], num_gates=4000 if certify else 600)
+    assert len(seen(found)) > len(found) / 2
+    assert rate(seen(found)).share >= POWER
+
+
+@pytest.mark.certify
+def test_3_percent_is_found_in_what_keeps_the_gpu_busy(certify):
+    """In whatever job of torch_mm it is planted."""
+    quiet = noises(H200[H200["backend"] == "torch_mm"], 0.003)
+    found = plant(quiet, Setting((10, 10)), [THRESHOLD], num_gates=4000 if certify else 400)
+    assert rate(found).share >= POWER, rate(found)
+
+
+def test_nothing_planted_is_not_found():
+    assert rate(plant(noises(H200, 0.003), Setting((10, 10)), [0.0], num_gates=100)).count == 0
+
+
+def test_the_smallest_effect_found_grows_with_the_noise():
+    quiet, loud = (smallest_found([noise(between=some)], Setting((10, 10), 20), 40) for some in (0.003, 0.03))
+    assert 0.005 < quiet < 0.02 < loud < max(EFFECTS)
+
+
+def test_a_session_that_shifts_alarms_although_nothing_changed():
+    """The limit of a stored baseline: what differs between two days is no noise that rounds could show."""
+    quiet = [noise(between=0.001)]
+    assert false_alarms(quiet, Setting((10, 10), 50, session=0.003), 10).share == 0
+    assert false_alarms(quiet, Setting((10, 10), 50, session=0.03), 10).share == 1
+
+
+def test_the_table_is_markdown():
+    header, rule, *rows = table(H200, [0.003], num_gates=2, num_jobs=9)
+    assert header.count("|") == rule.count("|")
+    assert [row.count("|") for row in rows] == [header.count("|")] * 3
+    assert "0.3%, assumed" in rows[0]
+
+
+def test_a_rate_says_of_how_many():
+    assert str(Rate(3, 200)) == "1.5% (3 of 200)"
+    assert str(Rate(0, 0)) == "-"
