@@ -227,6 +227,7 @@ def _largest(weighed: memory.Memory, peers: Peers) -> Measured:
     figures: dict[str, list[int | None]] = {
         "peak_memory_bytes": [rank.peak_bytes for rank in ranks],
         "saved_memory_bytes": [rank.saved_bytes for rank in ranks],
+        "reserved_memory_bytes": [rank.reserved_bytes for rank in ranks],
         "outside_torch_bytes": [rank.outside_bytes for rank in ranks],
     }
     return {name: max((figure for figure in row if figure is not None), default=None) for name, row in figures.items()}

@@ -16,11 +16,14 @@ from torch.utils._pytree import tree_leaves
 class Memory:
     """`peak_bytes` allocated above the floor; `saved_bytes` what forward leaves for backward, but for its output.
 
-    `outside_bytes` is what of the GPU's memory is in use and not torch's: contexts, libraries, communication buffers.
+    `reserved_bytes` is what torch's caching allocator, its cache emptied before, takes from the GPU for the call: whole
+    segments, so that what is above the peak is lost to fragments. `outside_bytes` is what of the GPU's memory is in use
+    and not torch's: contexts, libraries, communication buffers.
     """
 
     peak_bytes: int
     saved_bytes: int | None
+    reserved_bytes: int | None = None
     outside_bytes: int | None = None
 
 
@@ -37,8 +40,9 @@ def _measure_gpu(
     forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: torch.device
 ) -> Memory:
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    floor = torch.cuda.memory_allocated(device)
+    floor, reserved_floor = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     output = forward()
     saved = None
     if backward is not None:
@@ -47,7 +51,12 @@ def _measure_gpu(
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     outside = total - free - torch.cuda.memory_reserved(device)
-    return Memory(torch.cuda.max_memory_allocated(device) - floor, saved, outside)
+    return Memory(
+        torch.cuda.max_memory_allocated(device) - floor,
+        saved,
+        torch.cuda.max_memory_reserved(device) - reserved_floor,
+        outside,
+    )
 
 
 def _measure_cpu(

@@ -123,6 +123,7 @@ class Record(BaseModel):
     copy_gb_per_s: float | None = None
     peak_memory_bytes: int | None = None
     saved_memory_bytes: int | None = None
+    reserved_memory_bytes: int | None = None
     outside_torch_bytes: int | None = None
 
     parity_worst: float | None = None

@@ -15,12 +15,14 @@ import psutil
 import pytest
 import torch
 
-from moebench import environment, measure, timing, worker
+from moebench import environment, measure, samplers, timing, worker
 from moebench.case import Case, Job
 from moebench.inputs import make_inputs, make_parameters
 from moebench.memory import Memory
+from moebench.nvml import Clock
 from moebench.record import SPEED_FIELDS, Journal, Record
 from moebench.runner import Plan, execute
+from moebench.samplers import Group
 from moebench.spec import Policy
 from moebench.timing import TimingPolicy
 from moebench.worker import WorkList, work
@@ -313,16 +315,17 @@ class Two:
 
 
 def test_a_sample_is_its_slowest_ranks_with_that_ranks_stages(monkeypatch):
-    mine, others = [(1.0, 3.0), (5.0, 1.0)], [(4.0, 4.5), (0.5, 1.0)]
+    mine = Group([(1.0, 3.0), (5.0, 1.0)], [], Clock(sm_clock_mhz=1980))
+    others = Group([(4.0, 4.5), (0.5, 1.0)], [], Clock(sm_clock_mhz=1965))
     sampler = SimpleNamespace(flags=(), sample=lambda count: mine, host_time_ms=lambda: 7.0)
-    monkeypatch.setattr(timing, "_CpuSampler", lambda *arguments: sampler)
+    monkeypatch.setattr(samplers, "_CpuSampler", lambda *arguments: sampler)
     policy = TimingPolicy(interval_target=0.9, time_cap_s=1e-9)
     # told in turn: the samples, the time spent, the host's time
     found = timing.measure([], CPU, policy, peers=Two(others, 0.0, 9.0))
     assert found.samples_ms == (8.5, 6.0)
     assert found.stage_ms == (4.5, 2.75)
     assert found.skew_ms == pytest.approx((4.5 + 4.5) / 2)
-    assert (found.time_ms, found.host_time_ms) == (7.25, 9.0)
+    assert (found.time_ms, found.host_time_ms, found.sm_clock_mhz) == (7.25, 9.0, 1965)
 
 
 def test_ranks_agree_on_when_to_stop(monkeypatch):
@@ -331,11 +334,12 @@ def test_ranks_agree_on_when_to_stop(monkeypatch):
 
     def sample(count):
         counts.append(count)
-        return [(1.0,)] * count
+        return Group([(1.0,)] * count, [], Clock())
 
-    monkeypatch.setattr(timing, "_CpuSampler", lambda *a: SimpleNamespace(flags=(), sample=sample, host_time_ms=float))
+    sampler = SimpleNamespace(flags=(), sample=sample, host_time_ms=float)
+    monkeypatch.setattr(samplers, "_CpuSampler", lambda *arguments: sampler)
     policy = TimingPolicy(interval_target=1e-12, time_cap_s=1e6)
-    peers = Two([(1.0,)] * timing.MIN_SAMPLES, 2e6)
+    peers = Two(Group([(1.0,)] * timing.MIN_SAMPLES, [], Clock()), 2e6)
     found = timing.measure([], CPU, policy, peers=peers)
     assert len(counts) == 1
     assert len(found.samples_ms) == timing.MIN_SAMPLES
@@ -343,8 +347,13 @@ def test_ranks_agree_on_when_to_stop(monkeypatch):
 
 def test_memory_is_that_of_the_rank_that_needs_most_figure_by_figure():
     told = measure._largest(Memory(100, 7, None), Two(Memory(50, 30, None)))
-    assert told == {"peak_memory_bytes": 100, "saved_memory_bytes": 30, "outside_torch_bytes": None}
-    assert measure._largest(Memory(1, None, 5), Two(Memory(2, None, 4)))["outside_torch_bytes"] == 5
+    assert told == {
+        "peak_memory_bytes": 100,
+        "saved_memory_bytes": 30,
+        "reserved_memory_bytes": None,
+        "outside_torch_bytes": None,
+    }
+    assert measure._largest(Memory(1, None, None, 5), Two(Memory(2, None, None, 4)))["outside_torch_bytes"] == 5
 
 
 # inputs of the ranks

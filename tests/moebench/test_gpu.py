@@ -160,6 +160,12 @@ def test_what_forward_saves_and_what_backward_adds_are_exact(gpu):
     assert found.peak_bytes % (4 * MIB) == 0
 
 
+def test_what_is_reserved_is_whole_segments(gpu):
+    """The allocator rounds a request of more than 10 MiB up to 2 MiB, and keeps it when the tensor is gone."""
+    found = memory.measure(lambda: torch.empty(33 * MIB, dtype=torch.uint8, device=gpu), None, gpu)
+    assert (found.peak_bytes, found.reserved_bytes) == (33 * MIB, 34 * MIB)
+
+
 def test_what_lives_before_the_call_and_what_died_do_not_count(gpu):
     alive = torch.empty(64 * MIB, dtype=torch.uint8, device=gpu)
     dead = torch.empty(64 * MIB, dtype=torch.uint8, device=gpu)
