@@ -12,6 +12,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -59,8 +60,14 @@ class Backend:
         """Why this backend cannot run `config` on `device`; without a config, whether it can run there at all."""
         reason = self._unsupported(device, config)
         if reason is None and dispatcher is not None and config is not None:
-            reason = dispatcher_unsupported(dispatcher, device, config)
+            reason = self._single_process() or dispatcher_unsupported(dispatcher, device, config)
         return Unsupported(reason) if isinstance(reason, str) else reason
+
+    def _single_process(self) -> str | None:
+        parameters = inspect.signature(self._build).parameters
+        if "dispatcher" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+            return None
+        return "takes no argument `dispatcher`, which expert parallelism gives it: it is for one process"
 
 
 def backend_names() -> tuple[str, ...]:

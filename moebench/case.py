@@ -118,14 +118,18 @@ class Case(BaseModel):
 
 
 class Job(BaseModel):
-    """One backend on one case: what a row of results is about."""
+    """One backend on one case: what a row of results is about.
+
+    With `check`, a name in moebench.suite, it is examined as that check asks; without, measured.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     case: Case
     backend: str
     dispatcher: str = "local"
+    check: str | None = None
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.case.case_id, self.backend, self.dispatcher
+    def key(self) -> tuple[str, str, str, str | None]:
+        return self.case.case_id, self.backend, self.dispatcher, self.check

@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from moebench import __version__, comparecli, gatecli, listing, results
+from moebench.audit import audit
 from moebench.case import Job
 from moebench.console import err, out
 from moebench.doctor import doctor as examine
@@ -145,6 +146,51 @@ def _print_jobs(jobs: tuple[Job, ...], as_json: bool) -> None:
     for job in jobs:
         out.print(f"{job.case.case_id}  {job.backend}  {job.dispatcher}", soft_wrap=True)
     out.print(f"{len(jobs)} jobs")
+
+
+@app.command()
+def parity(
+    backends: Annotated[
+        list[str] | None, typer.Argument(metavar="[BACKEND]...", help="default: all that run on this device")
+    ] = None,
+    checks: Annotated[
+        list[str] | None, typer.Option("--check", help="only this check; repeatable; default all")
+    ] = None,
+    dtypes: Annotated[
+        list[str] | None, typer.Option("--dtype", help="only this dtype; repeatable; default all")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default a GPU if there is one")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**30, help="of weights, tokens and routing")] = 0,
+    list_checks: Annotated[bool, typer.Option("--list", help="print the checks, run none")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Examine backends: faults that shipped elsewhere, on small shapes. Exit code 1 where one is found."""
+    if list_checks:
+        out.print(listing.checks())
+        return
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+
+        def show(row: Record) -> None:
+            progress.update(task, advance=1, description=f"{row.backend} {row.check} {row.status.value}")
+
+        found = audit(
+            backends or listing.available_backends(device),
+            checks=checks or [],
+            dtypes=dtypes or [],
+            device=device,
+            seed=seed,
+            on_plan=lambda num_jobs: progress.update(task, total=num_jobs),
+            on_record=show,
+        )
+    if as_json:
+        out.print_json(json.dumps(found.as_dict()))
+    else:
+        out.print(found)
+    if found.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if not found.passed:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command("list")

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moebench.spec import available_sweeps, load_sweep
+from moebench.suite import CHECKS
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,21 @@ def everything(device: str | None) -> Listing:
 def backends(device: str | None) -> Table:
     """The backends and why one cannot run."""
     return _backend_table(_backends(device))
+
+
+def available_backends(device: str | None) -> list[str]:
+    """The names of those that can run on `device`."""
+    return [line.name for line in _backends(device) if line.unavailable is None]
+
+
+def checks() -> Table:
+    """The checks of `moebench parity` and what each looks for."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("check", no_wrap=True)
+    table.add_column("looks for")
+    for check in CHECKS.values():
+        table.add_row(check.name, check.looks_for)
+    return table
 
 
 def _backends(device: str | None) -> tuple[BackendLine, ...]:

@@ -2,35 +2,31 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from experts import Unsupported
-from experts.registry import Backend, get_backend
 from moebench import memory, parity, timing
 from moebench.breakdown import breakdown
 from moebench.case import Case, Job
 from moebench.ceilings import Ceilings
 from moebench.graphs import captured
-from moebench.inputs import Inputs, moe_config
+from moebench.inputs import Inputs
 from moebench.peers import Peers
+from moebench.probes import examine
 from moebench.profiling import executed
 from moebench.record import Status
 from moebench.reference import Tensors
 from moebench.samplers import Stage
+from moebench.subject import Measured, backend_of, make_subject, verdict_fields
 from moebench.timing import TimingPolicy
 from moebench.workload import Workload
 
 #: Both passes must be right: a buffer that happens to be clean is often so the first time only.
 PASSES = 2
-#: Passes before those that are checked, by FP8 recipe: delayed scaling finds its scales in the passes before.
-SETTLING_PASSES = {"delayed": 2}
 #: Columns of what a job spent its time on; memory, profile and the passes that are checked are the rest of `job_s`.
 PHASES = ("setup_s", "ceilings_s", "parity_s", "timing_s")
 #: A time shorter than so much of the case's roofline is no speed but a measurement that went wrong.
@@ -39,60 +35,53 @@ IMPOSSIBLE = 0.8
 GRAPH_SHARE = 0.25
 
 
-Measured = dict[str, Any]
-
-
 def measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     """The measured fields of the job's record: `status` and what that status may carry.
 
-    Whatever the backend raises, but Unsupported, comes through.
+    A job of a check is examined and not timed. Whatever the backend raises, but Unsupported, comes through.
     """
     try:
-        return _measure(job, workload, policy)
+        return _measure(job, workload, policy) if job.check is None else examine(job, workload)
     except Unsupported as reason:
         return {"status": Status.unsupported, "detail": reason.reason}
 
 
 def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     case, device, peers = job.case, workload.device, workload.peers
-    backend = get_backend(job.backend)
-    dispatcher = None if peers.mesh is None else job.dispatcher
-    reason = backend.unsupported(device, moe_config(case), dispatcher)
-    if reason is not None:
-        raise reason
+    backend = backend_of(job, workload)
     phases = _Phases(device)
     with phases.of("setup_s"):
-        inputs, parameters = workload.inputs(case), workload.parameters(case)
+        workload.inputs(case), workload.parameters(case)
     with phases.of("ceilings_s"):  # before the module takes its share of the memory
         bounds = workload.ceilings(job, backend.fp8 is not None, policy.cold_l2 and device.type == "cuda")
     with phases.of("setup_s"):
-        module = _build(backend, case, dispatcher, parameters, workload)
-        handed = inputs.clone()  # a backend that writes into what it is handed spoils neither reference nor others
+        subject = make_subject(backend, job, workload)
+        handed = subject.inputs.clone()  # a backend that writes into what it is handed spoils nobody else's
     started = time.perf_counter()
-    for _ in range(SETTLING_PASSES.get(backend.fp8 or "", 0)):
-        parity.run_pass(module, handed, "train")
-    passes = [_poisoned_pass(module, handed, case.mode)]
+    subject.settle(handed)
+    passes = [subject.run(handed)]
     _synchronize(device)
     measured: Measured = {"warmup_ms": (time.perf_counter() - started) * 1e3}
 
-    def check(case: Case, passes: list[Tensors]) -> parity.Verdict:
+    def judge(passes: list[Tensors], case: Case = case) -> parity.Verdict:
         with phases.of("parity_s"):
-            return parity.check(case, inputs, parameters, passes, backend.fp8, peers)
+            return subject.judge(passes, case=case)
 
     if not _fit_together(passes, device, peers):  # the gradients of the largest layers, twice, would not
-        verdict = check(case, passes)
+        verdict = judge(passes)
         passes.clear()
         if not verdict.passed:
             return _with_verdict(measured | phases.spent_s, verdict)
-    passes += [_poisoned_pass(module, handed, case.mode) for _ in range(PASSES - 1)]
-    verdict = check(case, passes)
+    passes += [subject.run(handed) for _ in range(PASSES - 1)]
+    verdict = judge(passes)
+    measured["deterministic"] = parity.are_identical(passes, peers) if len(passes) == PASSES else None
     passes.clear()
     if verdict.passed:
-        measured |= _speed_and_memory(module, handed, case, policy, workload, phases)
+        measured |= _speed_and_memory(subject.module, handed, case, policy, workload, phases)
         measured |= _against(bounds, measured)
         # what was timed must still be right: a kernel that goes wrong when it is called often has no speed either
         forward = case.model_copy(update={"mode": "forward"})
-        after = check(forward, [parity.run_pass(module, handed, "forward")])
+        after = judge([parity.run_pass(subject.module, handed, "forward")], forward)
         verdict = verdict if after.passed else after
     return _with_verdict(measured | phases.spent_s, verdict)
 
@@ -138,38 +127,10 @@ def _fit_together(passes: list[Tensors], device: torch.device, peers: Peers) -> 
 
 
 def _with_verdict(measured: Measured, verdict: parity.Verdict) -> Measured:
-    worst = verdict.worst
-    found = {
-        "parity_worst": worst.over_budget,
-        "parity_worst_tensor": worst.tensor,
-        "parity_errors": verdict.errors,
-    }
+    found = verdict_fields(verdict)
     if verdict.passed:
-        return {**measured, **found, "status": Status.ok}
-    kept = {name: measured[name] for name in ("warmup_ms", *PHASES) if name in measured}
-    return {**kept, **found, "status": Status.mismatch, "detail": str(worst)}
-
-
-def _build(
-    backend: Backend, case: Case, dispatcher: str | None, parameters: dict[str, Tensor], workload: Workload
-) -> nn.Module:
-    with workload.device:
-        module = backend.build(moe_config(case), dispatcher)
-    module.to(workload.device)
-    mesh = workload.peers.mesh
-    if mesh is not None:
-        spread: Callable[[DeviceMesh], None] = module.init_token_dispatcher  # type: ignore[assignment]
-        spread(mesh)
-        shards = {name: DTensor.from_local(local, mesh, [Shard(0)]) for name, local in parameters.items()}
-        module.load_state_dict(shards)
-    else:
-        module.load_state_dict(parameters)
-    return module
-
-
-def _poisoned_pass(module: nn.Module, inputs: Inputs, mode: str) -> Tensors:
-    with parity.poisoned(inputs.x_TD.device):
-        return parity.run_pass(module, inputs, mode)
+        return measured | found
+    return {name: measured[name] for name in ("warmup_ms", "deterministic", *PHASES) if name in measured} | found
 
 
 def _speed_and_memory(

@@ -39,6 +39,9 @@ FP8_UNIT = torch.finfo(torch.float8_e4m3fn).eps / 2
 #: No budget is larger, whatever the loop's error: a row of zeros, whose error is 1, never passes.
 CEILING = 0.5
 
+#: Integers as wide as a float, by its bytes.
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
 #: Requests of up to so many bytes are small to torch's CUDA caching allocator.
 SMALL_BLOCK = 1 << 20
 
@@ -195,6 +198,20 @@ def _largest(ratios: Tensor) -> float:
 def _norm(norms: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(norms)
     return norm
+
+
+def are_identical(passes: Sequence[Tensors], peers: Peers = ALONE) -> bool:
+    """Whether all passes hold the same tensors, bit by bit, on every rank. All ranks call it alike."""
+    first, *others = passes
+    same = all(
+        first.keys() == other.keys() and all(_bits(first[name]).equal(_bits(other[name])) for name in first)
+        for other in others
+    )
+    return all(peers.tell(same))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(_INTEGERS[tensor.dtype.itemsize])
 
 
 @contextmanager

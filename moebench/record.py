@@ -84,6 +84,7 @@ class Record(BaseModel):
     ep_size: int
     rank_load: str
     seed: int
+    check: str | None = None
 
     status: Status
     detail: str | None = None
@@ -129,6 +130,7 @@ class Record(BaseModel):
     parity_worst: float | None = None
     parity_worst_tensor: str | None = None
     parity_errors: dict[str, float] | None = None
+    deterministic: bool | None = None
 
     job_s: float | None = None
     setup_s: float | None = None
@@ -142,8 +144,10 @@ class Record(BaseModel):
     @model_validator(mode="after")
     def _status_agrees_with_contents(self) -> "Record":
         if self.status is Status.ok:
-            if self.time_ms is None or self.parity_worst is None or not self.parity_worst <= 1:  # nan is no pass
-                raise ValueError("a record with status ok needs a time and a parity error within its budget")
+            if self.time_ms is None and self.check is None:
+                raise ValueError("a record with status ok needs a time, unless it is of a check")
+            if self.parity_worst is None or not self.parity_worst <= 1:  # nan is no pass
+                raise ValueError("a record with status ok needs a parity error within its budget")
         else:
             carried = [name for name in SPEED_FIELDS if getattr(self, name) is not None]
             if carried:
@@ -155,8 +159,8 @@ class Record(BaseModel):
         return self
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.case_id, self.backend, self.dispatcher
+    def key(self) -> tuple[str, str, str, str | None]:
+        return self.case_id, self.backend, self.dispatcher, self.check
 
     def to_json(self) -> str:
         return self.model_dump_json(by_alias=True)
@@ -169,6 +173,7 @@ def record(job: Job, status: Status, *, run_id: str, env_id: str, **measured: An
         case_id=job.case.case_id,
         backend=job.backend,
         dispatcher=job.dispatcher,
+        check=job.check,
         **workload,
         status=status,
         run_id=run_id,

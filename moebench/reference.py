@@ -118,7 +118,8 @@ class _Run:
         if not train:
             return {}
         sizes_N = _norms(exact["output"]) * _norms(inputs.grad_TD[at[0]].double()) / math.sqrt(self.case.dim)
-        self.chance_TK[at] = sizes_N / inputs.weights_TK[at].double()
+        weights_N = inputs.weights_TK[at].double()
+        self.chance_TK[at] = torch.where(weights_N == 0, 0.0, sizes_N / weights_N.abs())
         norms = {}
         for name in self.parameters:
             found = [loop[name], *(tensors[f"{name}.grad"][local] for tensors in passes)]

@@ -33,10 +33,11 @@ from experts.errors import RegistryError
 from experts.registry import check_name
 from moebench import environment
 from moebench.case import Job
-from moebench.measure import Measured, measure
+from moebench.measure import measure
 from moebench.peers import join, leave
 from moebench.record import Record, Status, record
 from moebench.spec import Policy
+from moebench.subject import Measured
 from moebench.timing import TimingPolicy
 from moebench.workload import Workload
 
@@ -233,9 +234,10 @@ def main() -> None:
     faulthandler.enable()
     gc.freeze()  # what is imported by now stays: collections, one before each weighing, need not look at it
     _end_with_supervisor()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(environment.cpu_cores_usable())
     work_list = WorkList.model_validate_json(options.jobs.read_text())
+    if "OMP_NUM_THREADS" not in os.environ:
+        are_checks = any(job.check for job in work_list.jobs)  # so small that threads would only wait for each other
+        torch.set_num_threads(1 if are_checks else environment.cpu_cores_usable())
     work(work_list, Events(options.events), pick_device(options.device))
 
 

@@ -181,6 +181,7 @@ def test_job_key_tells_backends_and_dispatchers_apart() -> None:
         Job(case=case(), backend="torch_mm"),
         Job(case=case(), backend="loop", dispatcher="alltoall"),
         Job(case=case(seed=1), backend="loop"),
+        Job(case=case(), backend="loop", check="layouts"),
     ]
     assert len({job.key for job in jobs}) == len(jobs)
-    assert jobs[0].key == (case().case_id, "loop", "local")
+    assert jobs[0].key == (case().case_id, "loop", "local", None)

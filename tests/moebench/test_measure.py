@@ -142,7 +142,7 @@ POLICY = TimingPolicy(interval_target=0.9, time_cap_s=0.01)
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
     backend = Backend("recorder", Recorder, lambda device, config: None)
-    monkeypatch.setattr("moebench.measure.get_backend", lambda name: backend)
+    monkeypatch.setattr("moebench.subject.get_backend", lambda name: backend)
     monkeypatch.setattr(Recorder, "calls", [])
     return Recorder
 

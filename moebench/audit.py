@@ -1,0 +1,219 @@
+"""`moebench parity`: the checks of moebench.suite on backends, each in worker processes of its own. No torch here."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from moebench.axes import did_you_mean, listed
+from moebench.case import DTYPES, Job
+from moebench.cells import DIM, STATUS_STYLES, status_text
+from moebench.record import GOOD, Record, Status
+from moebench.results import UsageError, check_device
+from moebench.runner import Plan, execute, new_run_id
+from moebench.spec import Policy
+from moebench.suite import CHECKS, suite_jobs
+
+#: Jobs are small: who has not answered by then hangs.
+TIMEOUT_S = 120.0
+#: A backend that ended so many processes is examined no further.
+MOST_DEATHS = 3
+_WORST_FIRST = (Status.mismatch, Status.error, Status.crash, Status.timeout, Status.ok, Status.oom, Status.unsupported)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One backend on one check: the records of its cases."""
+
+    backend: str
+    check: str
+    records: tuple[Record, ...]
+
+    @property
+    def status(self) -> Status | None:
+        """The worst of its cases; unsupported where none could run, None where none was tried."""
+        return min((row.status for row in self.records), key=_WORST_FIRST.index, default=None)
+
+    @property
+    def failures(self) -> list[Record]:
+        """Worst first."""
+        failed = [row for row in self.records if row.status not in GOOD]
+        return sorted(failed, key=lambda row: (_WORST_FIRST.index(row.status), -(row.parity_worst or 0.0)))
+
+    @property
+    def parity_worst(self) -> float | None:
+        """The worst error over its budget."""
+        return max((row.parity_worst for row in self.records if row.parity_worst is not None), default=None)
+
+    @property
+    def deterministic(self) -> bool | None:
+        """Whether runs agreed bit by bit wherever they were compared."""
+        told = [row.deterministic for row in self.records if row.deterministic is not None]
+        return all(told) if told else None
+
+    def __str__(self) -> str:
+        match self.status:
+            case None:
+                return "not run"
+            case Status.ok:
+                return f"ok {self.parity_worst:.2f}{'' if self.deterministic is not False else ' differs'}"
+            case Status.mismatch:
+                return f"MISMATCH {self.parity_worst:.3g}"
+            case status:
+                return status_text(status)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found. A rich renderable: a table of checks and backends, and below it what did not pass."""
+
+    backends: tuple[str, ...]
+    checks: tuple[str, ...]
+    records: tuple[Record, ...]
+    interrupted: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed; what is unsupported, or did not fit into memory, is no failure."""
+        return all(row.status in GOOD for row in self.records)
+
+    def cell(self, backend: str, check: str) -> Cell:
+        """One backend on one check."""
+        rows = tuple(row for row in self.records if (row.backend, row.check) == (backend, check))
+        return Cell(backend, check, rows)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Check by check."""
+        return [self.cell(backend, check) for check in self.checks for backend in self.backends]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: every cell, and every record."""
+        return {
+            "passed": self.passed,
+            "interrupted": self.interrupted,
+            "checks": [
+                {
+                    "check": cell.check,
+                    "looks_for": CHECKS[cell.check].looks_for,
+                    "backend": cell.backend,
+                    "status": cell.status and cell.status.value,
+                    "num_cases": len(cell.records),
+                    "num_failures": len(cell.failures),
+                    "parity_worst": None if cell.parity_worst is None else _jsonable(cell.parity_worst),
+                    "deterministic": cell.deterministic,
+                    "detail": cell.failures[0].detail if cell.failures else None,
+                }
+                for cell in self.cells
+            ],
+            "records": [json.loads(row.to_json()) for row in self.records],
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("check")
+        for backend in self.backends:
+            table.add_column(backend, overflow="fold")
+        for check in self.checks:
+            table.add_row(check, *(_cell_text(self.cell(backend, check)) for backend in self.backends))
+        yield table
+        yield Text("ok: the worst error over its budget; differs: not the same bits in every run", style=DIM)
+        yield from self._details()
+
+    def _details(self) -> Iterator[Text]:
+        for cell in self.cells:
+            if cell.failures:
+                first, number = cell.failures[0], f"{len(cell.failures)} of {len(cell.records)} cases"
+                where = " ".join(_place(first))
+                yield Text(f"{cell.backend}: {cell.check}: {number}: {where}: {_reason(first)}", style="bold red")
+        reasons: dict[tuple[str, str], set[str]] = {}
+        for row in self.records:
+            if row.status in (Status.unsupported, Status.oom):
+                reasons.setdefault((row.backend, _reason(row)), set()).add(str(row.check))
+        for (backend, reason), checks in reasons.items():
+            which = "every check" if len(checks) == len(self.checks) > 1 else listed(sorted(checks))
+            yield Text(f"{backend}: cannot: {which}: {reason}", style=DIM)
+
+
+def _jsonable(error: float) -> float | str:
+    return error if error < float("inf") else "inf"
+
+
+def _cell_text(cell: Cell) -> Text:
+    good = cell.status is Status.ok or cell.status is None
+    return Text(str(cell), style="" if good else STATUS_STYLES.get(cell.status, "bold red"))  # type: ignore[arg-type]
+
+
+def _place(row: Record) -> list[str]:
+    spread = [f"EP {row.ep_size}", row.dispatcher, row.rank_load] if row.ep_size > 1 else []
+    return [row.dtype, row.expert_activation, *(["bias"] if row.expert_bias else []), row.mode, *spread]
+
+
+def _reason(row: Record) -> str:
+    """The last line of a traceback, the first of anything else."""
+    lines = (row.detail or "").strip().splitlines() or [""]
+    return lines[-1 if row.status is Status.error else 0]
+
+
+def audit(
+    backends: Sequence[str],
+    *,
+    checks: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    device: str | None = None,
+    seed: int = 0,
+    on_plan: Callable[[int], None] = lambda num_jobs: None,
+    on_record: Callable[[Record], None] = lambda row: None,
+) -> Audit:
+    """Run the checks (default all) in the dtypes (default all) on the backends.
+
+    Raises UsageError for a check or a dtype that there is not, and what moebench.runner.execute raises.
+    """
+    check_device(device)
+    _check_names("check", checks, CHECKS)
+    _check_names("dtype", dtypes, DTYPES)
+    wanted = tuple(name for name in CHECKS if not checks or name in checks)
+    jobs = {name: suite_jobs([name], wanted, dtypes or DTYPES, seed) for name in dict.fromkeys(backends)}
+    on_plan(sum(map(len, jobs.values())))
+    records: list[Record] = []
+    interrupted = False
+    for own in jobs.values():
+        found, interrupted = _examine(own, device, on_record)
+        records += found
+        if interrupted:
+            break
+    return Audit(tuple(jobs), wanted, tuple(records), interrupted)
+
+
+class _Enough(Exception):
+    """A backend that goes on ending its processes."""
+
+
+def _examine(jobs: Sequence[Job], device: str | None, on_record: Callable[[Record], None]) -> tuple[list[Record], bool]:
+    records: list[Record] = []
+
+    def keep(row: Record) -> None:
+        records.append(row)
+        on_record(row)
+        if sum(one.status in (Status.crash, Status.timeout) for one in records) >= MOST_DEATHS:
+            raise _Enough
+
+    with tempfile.TemporaryDirectory(prefix="moebench-parity-") as folder:
+        plan = Plan(tuple(jobs), Policy(timeout_s=TIMEOUT_S), Path(folder), new_run_id("parity"), device)
+        try:
+            return records, execute(plan, keep).interrupted
+        except _Enough:
+            return records, False
+
+
+def _check_names(kind: str, names: Sequence[str], valid: Sequence[str] | dict[str, Any]) -> None:
+    for name in names:
+        if name not in valid:
+            hint = did_you_mean(name, valid)
+            raise UsageError(f"--{kind} {name}: {hint + ' ' if hint else ''}it must be one of {listed(valid)}")
