@@ -207,7 +207,7 @@ def _examine(jobs: Sequence[Job], device: str | None, on_record: Callable[[Recor
     with tempfile.TemporaryDirectory(prefix="moebench-parity-") as folder:
         plan = Plan(tuple(jobs), Policy(timeout_s=TIMEOUT_S), Path(folder), new_run_id("parity"), device)
         try:
-            return records, execute(plan, keep).interrupted
+            return records, execute(plan, on_record=keep).interrupted
         except _Enough:
             return records, False
 

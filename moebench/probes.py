@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from moebench import parity
 from moebench.case import Case, Job
 from moebench.inputs import Inputs, make_inputs, make_parameters, moe_config
 from moebench.parity import Finding, Verdict
-from moebench.reference import Tensors
 from moebench.subject import Measured, Subject, backend_of, make_subject, verdict_fields
 from moebench.suite import CHECKS
 from moebench.workload import Workload
@@ -177,11 +176,12 @@ def _state_dict(subject: Subject) -> Examined:
     return Examined(_all_of([Verdict(tuple(findings)), subject.judge(passes, parameters=others)]))
 
 
-def _differences(found: Tensors, expected: dict[str, Tensor] | Tensors, what: str) -> list[Finding]:
+def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> list[Finding]:
+    """A finding for each name: infinite where one lacks it, or the two differ in a bit."""
     findings = []
     for name in sorted({*found, *expected}):
-        same = name in found and name in expected and parity.are_identical([{name: found[name]}, {name: expected[name]}])
-        findings.append(Finding(name, what, 0.0 if same else math.inf, 1.0))
+        pair = [{key: side[key] for key in {name} & side.keys()} for side in (found, expected)]
+        findings.append(Finding(name, what, 0.0 if parity.are_identical(pair) else math.inf, 1.0))
     return findings
 
 

@@ -54,7 +54,7 @@ class Subject:
         parameters: Mapping[str, Tensor] | None = None,
         case: Case | None = None,
     ) -> parity.Verdict:
-        """The passes against the reference; on other inputs, parameters or another case's mode where those are given."""
+        """The passes against the reference; on other inputs, parameters or a case of another mode where given."""
         return parity.check(
             case or self.case, inputs or self.inputs, parameters or self.parameters, passes, self.fp8, self.peers
         )

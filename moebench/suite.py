@@ -125,7 +125,7 @@ CHECKS: dict[str, Check] = {
             ({}, {"mode": "forward"}),
             "other_inputs",
         ),
-        Check("repeated", "right at first and wrong later, or now and then: every one of many calls", ({},), "repeated"),
+        Check("repeated", "right at first and wrong later, or now and then: every call of many", ({},), "repeated"),
         Check(
             "state-dict",
             "a round trip through the loop's module, and other weights loaded after a call; more than ten experts",

@@ -10,10 +10,10 @@ from experts.errors import RegistryError
 from experts.registry import check_name
 from moebench import environment, results
 from moebench.case import Job
-from moebench.measure import Workload
 from moebench.spec import SweepError, find_sweep, load_sweep
 from moebench.timing import TimingPolicy
 from moebench.worker import pick_device, timing_policy
+from moebench.workload import Workload
 
 JOBS = pytest.StashKey[tuple[Job, ...]]()
 POLICY = pytest.StashKey[TimingPolicy]()

@@ -10,10 +10,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from moebench.case import Job
-from moebench.measure import Measured, Workload
 from moebench.record import GOOD, Status
+from moebench.subject import Measured
 from moebench.timing import TimingPolicy
 from moebench.worker import run_job
+from moebench.workload import Workload
 
 #: What is saved beside the time; docs/results.md says what each is.
 EXTRA_INFO = (

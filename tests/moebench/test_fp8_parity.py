@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from experts.registry import Backend
-from moebench import measure
+from moebench import measure, subject
 from moebench.case import Case
 from moebench.inputs import Inputs, make_inputs, make_parameters, moe_config
 from moebench.parity import FP8_UNIT, check, run_pass
 from moebench.quantization import fp8_product
 from moebench.reference import compare
+from moebench.workload import Workload
 from tests.backends import fp8
 from tests.backends.fp8 import FAULTS, FORWARD_IS_RIGHT, faulty
 
@@ -221,11 +222,11 @@ def test_other_dtypes_are_not_looked_at_by_expert():
 @pytest.mark.parametrize(("build", "status"), [(fp8.Current, "ok"), (fp8.CurrentWithWrongScale, "mismatch")])
 def test_a_backends_attribute_names_the_recipe_that_it_is_judged_by(monkeypatch, build, status):
     backend = Backend("third party", build, lambda device, config: None, build.fp8)
-    monkeypatch.setattr(measure, "get_backend", lambda name: backend)
+    monkeypatch.setattr(subject, "get_backend", lambda name: backend)
     policy = measure.TimingPolicy(interval_target=0.9, time_cap_s=0.001)
     for mode in ("forward", "train"):
         job = measure.Job(case=case(mode=mode), backend="third party")
-        found = measure.measure(job, measure.Workload(CPU), policy)
+        found = measure.measure(job, Workload(CPU), policy)
         assert found["status"].value == status
         assert (found["parity_worst"] <= MARGIN) == (status == "ok")
         assert "time_ms" in found or status == "mismatch"

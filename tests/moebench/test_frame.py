@@ -67,6 +67,7 @@ ALL = {
     "outside_torch_bytes": 2**53 + 3,
     "parity_worst_tensor": "output",
     "parity_errors": {"output": 0.25, "dX": 0.0},
+    "deterministic": True,
     "job_s": 2.0,
     "setup_s": 0.25,
     "parity_s": 0.5,
@@ -167,7 +168,17 @@ def test_the_load_of_the_ranks_comes_through(tmp_path: Path) -> None:
 
 
 def test_every_field_that_may_be_null_is_tried_full() -> None:
-    untried = {"status", "detail", "model", "time_ms", "parity_worst", "round", "num_rounds", *Case.model_fields}
+    untried = {
+        "status",
+        "detail",
+        "model",
+        "time_ms",
+        "parity_worst",
+        "round",
+        "num_rounds",
+        "check",
+        *Case.model_fields,
+    }
     assert {name for name, field in Record.model_fields.items() if not field.is_required()} - untried <= {
         *ALL,
         "schema_version",

@@ -26,7 +26,20 @@ sys.meta_path.insert(0, Blocked())
 WITHOUT_TORCH = (
     *("case", "spec", "axes", "selection", "sweepfile", "models", "record", "stats", "frame", "plots", "tables"),
     *("report", "pagetable", "reproduce", "roofline"),
-    *("results", "runner", "listing", "doctor", "environment", "nvml", "versions", "cli", "ranksum", "verdicts"),
+    *(
+        "results",
+        "suite",
+        "audit",
+        "runner",
+        "listing",
+        "doctor",
+        "environment",
+        "nvml",
+        "versions",
+        "cli",
+        "ranksum",
+        "verdicts",
+    ),
     *("comparability", "findings", "gate", "gatecli", "gatejson", "gatetable", "github", "junit"),
     *("baseline", "compare", "comparecli", "comparetable", "history", "merge", "simulate"),
 )
