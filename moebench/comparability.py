@@ -1,6 +1,6 @@
 """What tells two environments apart, by name, and the environments beside results. No torch here."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,12 @@ ENVIRONMENTS_NAME = "environments"
 #: What may be allowed to differ, besides the libraries: the keys of `facts`.
 HARDWARE = ("device", "gpu", "driver", "power", "clocks", "cpu", "threads", "python")
 CHANGES = (*HARDWARE, *TIMED_LIBRARIES)
-#: With another of these, allocations differ although the code does not.
-MEMORY_CHANGES = frozenset({"device", "gpu", "torch"})
+#: With another of these, allocations differ although the code does not, and to allow them makes no sense of bytes.
+MEMORY_CHANGES = frozenset({"device", "gpu", "torch", "env_id"})
+#: These cost time, not memory.
+TIME_CHANGES = frozenset({"driver", "power", "clocks", "cpu", "threads", "python"})
+#: A GPU at its power limit lowers its clock the more a kernel draws: less than this is the code's own doing.
+CLOCK_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,13 @@ def differences(baseline: Environment, candidate: Environment) -> tuple[Differen
     """What of two environments differs and makes their timings incomparable."""
     one, two = facts(baseline), facts(candidate)
     return tuple(Difference(what, one[what], two[what]) for what in one if one[what] != two[what])
+
+
+def clock_difference(baseline_mhz: float | None, candidate_mhz: float | None) -> tuple[Difference, ...]:
+    """What two jobs' clocks differ by, if that is more than a change of the code explains: a lock, heat."""
+    if not baseline_mhz or not candidate_mhz or abs(candidate_mhz / baseline_mhz - 1) <= CLOCK_TOLERANCE:
+        return ()
+    return (Difference("clocks", _number(baseline_mhz, "MHz"), _number(candidate_mhz, "MHz")),)
 
 
 def environments_beside(path: Path) -> dict[str, Environment]:
@@ -111,6 +122,6 @@ class Comparability:
         found = differences(one, two) if one is not None and two is not None else ()
         return found or (Difference("env_id", baseline_id, candidate_id),)
 
-    def forbidding(self, baseline_id: str, candidate_id: str) -> tuple[Difference, ...]:
+    def forbidding(self, differences: Iterable[Difference]) -> tuple[Difference, ...]:
         """Those that were not allowed."""
-        return tuple(some for some in self.between(baseline_id, candidate_id) if some.what not in self.allowed)
+        return tuple(difference for difference in differences if difference.what not in self.allowed)

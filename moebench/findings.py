@@ -8,9 +8,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from moebench.comparability import MEMORY_CHANGES, Difference
+from moebench.comparability import MEMORY_CHANGES, TIME_CHANGES, Difference
 from moebench.record import GOOD, Status
 from moebench.verdicts import TimeVerdict, Verdict, round_medians
 
@@ -58,11 +59,17 @@ def is_null(cell: Any) -> bool:
 
 
 def rounds_of(row: Row) -> tuple[float, ...]:
-    """The median of each round of a row, ms; one round where the row does not say which sample is of which."""
-    samples, rounds = row["samples_ms"], row["sample_rounds"]
+    """The median of each round of a row, ms; one round where the row does not say which sample is of which.
+
+    Marked samples, of another clock than most, count only in a round that has no others.
+    """
+    samples, rounds, marked = row["samples_ms"], row["sample_rounds"], row["sample_marked"]
     if is_null(samples) or not len(samples):
         return ()
-    return round_medians(samples, [0] * len(samples) if is_null(rounds) else rounds)
+    numbers = np.zeros(len(samples)) if is_null(rounds) else np.asarray(rounds)
+    usual = np.ones(len(samples), bool) if is_null(marked) else ~np.asarray(marked, bool)
+    kept = usual | ~np.isin(numbers, numbers[usual])
+    return round_medians(np.asarray(samples)[kept], numbers[kept])
 
 
 def of_baseline_alone() -> tuple[Finding, ...]:
@@ -120,7 +127,8 @@ def _memory(pair: Pair) -> Sequence[Finding]:
     }
     if not bytes_of:
         return []
-    forbidding = [some for some in pair.differences if some in pair.forbidding or some.what in MEMORY_CHANGES]
+    others = (some for some in pair.differences if some.what not in TIME_CHANGES)
+    forbidding = [some for some in others if some in pair.forbidding or some.what in MEMORY_CHANGES]
     if forbidding:
         return [Finding("memory", Verdict.INCOMPARABLE, _texts(forbidding))]
     changed = {name: sizes for name, sizes in bytes_of.items() if sizes[0] != sizes[1]}

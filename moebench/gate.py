@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from moebench import findings, verdicts
-from moebench.comparability import Comparability, Difference
-from moebench.findings import Finding, Pair, Row, rounds_of
+from moebench.comparability import Comparability, Difference, clock_difference
+from moebench.findings import Finding, Pair, Row, is_null, rounds_of
 from moebench.frame import ResultsError
 from moebench.labels import backend_labels, describe
 from moebench.verdicts import Sides, TimeVerdict, Verdict
@@ -45,7 +45,7 @@ class Judged:
     def cells(self, column: str) -> tuple[Any, Any]:
         """A column's value of the baseline and of the candidate, None where it was not measured."""
         values = [None if row is None else row[column] for row in (self.baseline, self.candidate)]
-        one, two = (None if findings.is_null(value) else value for value in values)
+        one, two = (None if is_null(value) else value for value in values)
         return one, two
 
 
@@ -142,8 +142,10 @@ def _by_key(frame: pd.DataFrame) -> dict[Key, Row]:
 
 
 def _pair(baseline: Row, candidate: Row, comparability: Comparability) -> Pair:
-    ids = baseline["env_id"], candidate["env_id"]
-    return Pair(baseline, candidate, comparability.between(*ids), comparability.forbidding(*ids))
+    differences = comparability.between(baseline["env_id"], candidate["env_id"])
+    clocks = (None if is_null(row["sm_clock_mhz"]) else float(row["sm_clock_mhz"]) for row in (baseline, candidate))
+    differences += clock_difference(*clocks)
+    return Pair(baseline, candidate, differences, comparability.forbidding(differences))
 
 
 def _names(*frames: pd.DataFrame) -> dict[Key, tuple[str, str]]:

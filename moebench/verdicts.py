@@ -23,6 +23,7 @@ from enum import StrEnum
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from moebench import ranksum
 
@@ -82,7 +83,7 @@ class TimeVerdict:
     rounds: tuple[int, int]
 
 
-def round_medians(samples_ms: Sequence[float], sample_rounds: Sequence[int]) -> tuple[float, ...]:
+def round_medians(samples_ms: ArrayLike, sample_rounds: ArrayLike) -> tuple[float, ...]:
     """The median of each round's samples, in the order of the rounds."""
     samples, rounds = np.asarray(samples_ms, float), np.asarray(sample_rounds)
     return tuple(float(np.median(samples[rounds == number])) for number in np.unique(rounds))

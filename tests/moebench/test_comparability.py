@@ -89,7 +89,7 @@ def judged(baseline, candidate, *allowed):
 
 def test_another_driver_is_incomparable_and_named():
     result, found = judged(H200, DIFFERENT["driver"])
-    assert found["time"].verdict is found["memory"].verdict is Verdict.INCOMPARABLE
+    assert (found["time"].verdict, found["memory"].verdict) == (Verdict.INCOMPARABLE, Verdict.PASS)
     assert found["time"].reason == "driver 580.159.04 -> 590.1"
     assert found["parity"].verdict is Verdict.PASS
     assert [str(difference) for difference in result.differences] == ["driver 580.159.04 -> 590.1"]
@@ -115,8 +115,23 @@ def test_allowing_one_thing_does_not_allow_another():
 def test_without_the_environments_the_fingerprint_is_what_differs():
     comparability = Comparability({}, {}, ())
     assert comparability.between("e", "e") == ()
-    assert comparability.forbidding("e", "f") == (Difference("env_id", "e", "f"),)
-    assert Comparability({}, {}, ("env_id",)).forbidding("e", "f") == ()
+    unknown = (Difference("env_id", "e", "f"),)
+    assert comparability.forbidding(comparability.between("e", "f")) == unknown
+    assert Comparability({}, {}, ("env_id",)).forbidding(unknown) == ()
+
+
+def test_clocks_far_apart_are_a_difference_of_their_own():
+    """As of a GPU whose clock somebody locked; what a kernel's own power costs is none."""
+
+    def found(clock, *allowed):
+        rows = [ok(JOB, steady(), sm_clock_mhz=1980)], [ok(JOB, steady(time_ms=1.3), sm_clock_mhz=clock)]
+        return gated(*rows, comparability=Comparability({}, {}, allowed)).jobs[0].finding("time")
+
+    assert found(1500).verdict is Verdict.INCOMPARABLE
+    assert found(1500).reason == "clocks 1980 MHz -> 1500 MHz"
+    assert found(1500, "clocks").verdict is Verdict.REGRESSED
+    assert found(1900).verdict is Verdict.REGRESSED
+    assert found(None).verdict is Verdict.REGRESSED
 
 
 def test_the_environments_beside_results(tmp_path):

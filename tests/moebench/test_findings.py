@@ -10,6 +10,7 @@ from tests.moebench.gated import bad, frame, job_of, ok, steady
 
 JOB = job_of(mode="train")
 DRIVER = Difference("driver", "580", "590")
+TE = Difference("transformer_engine", "2.20", "2.21")
 TORCH = Difference("torch", "2.11", "2.13")
 
 
@@ -49,7 +50,9 @@ def test_what_was_not_measured_is_not_judged():
 def test_memory_needs_the_same_torch_and_gpu_even_where_times_may_be_compared():
     assert memory((100, 50), (999, 50), differences=(DRIVER,)).verdict is Verdict.REGRESSED
     assert memory((100, 50), (999, 50), differences=(TORCH,)).verdict is Verdict.INCOMPARABLE
-    assert memory((100, 50), (999, 50), differences=(DRIVER,), forbidding=(DRIVER,)).verdict is Verdict.INCOMPARABLE
+    assert memory((100, 50), (999, 50), differences=(DRIVER,), forbidding=(DRIVER,)).verdict is Verdict.REGRESSED
+    assert memory((100, 50), (999, 50), differences=(TE,), forbidding=(TE,)).verdict is Verdict.INCOMPARABLE
+    assert memory((100, 50), (999, 50), differences=(TE,)).verdict is Verdict.REGRESSED
 
 
 @pytest.mark.parametrize("status", [Status.mismatch, Status.crash, Status.timeout, Status.error])
@@ -90,5 +93,9 @@ def test_why_times_are_not_compared():
 def test_rounds_of_a_row():
     (row,) = rows(ok(JOB, [2.0, 1.0, 4.0]))
     assert rounds_of(row) == pytest.approx((2.0, 1.0, 4.0))
+    (marked,) = rows(ok(JOB, [2.0, 8.0], sample_marked=(True, False, True, True, True, True)))
+    assert rounds_of(marked) == pytest.approx((2.0, 8.0)), "a round of marked samples alone keeps them"
+    (other,) = rows(ok(JOB, [2.0, 8.0], sample_marked=(False, False, True, False, False, False)))
+    assert rounds_of(other) == pytest.approx((1.9, 8.0))
     (failed,) = rows(bad(JOB, Status.oom))
     assert rounds_of(failed) == ()
