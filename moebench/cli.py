@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from moebench import __version__, comparecli, gatecli, listing, results
+from moebench import __version__, advisecli, comparecli, gatecli, listing, results
 from moebench.audit import audit
 from moebench.case import Job
 from moebench.console import err, out
@@ -253,6 +253,7 @@ def report(
 
 app.add_typer(gatecli.commands)
 app.add_typer(comparecli.commands)
+app.add_typer(advisecli.commands)
 
 
 def main() -> None:

@@ -67,9 +67,19 @@ def panel_title(rows: pd.DataFrame, first: str, routing: str, rank_load: str) ->
 _RANK_LOADS = {"even": "", "uneven": "uneven ranks", "one-empty": "one empty rank"}
 
 
+def shape_names(frame: pd.DataFrame) -> list[str]:
+    """The model of each row, or the shape it has of its own: e64k6d1024i512."""
+    return [_shape_name(row) for row in frame.to_dict("records")]
+
+
+def _shape_name(row: Mapping[Hashable, Any]) -> str:
+    if not pd.isna(row["model"]):
+        return str(row["model"])
+    return f"e{row['n_routed_experts']}k{row['n_activated_experts']}d{row['dim']}i{row['moe_inter_dim']}"
+
+
 def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
     """What describes a case, in words; empty for a setting at its default."""
-    shape = f"e{row['n_routed_experts']}k{row['n_activated_experts']}d{row['dim']}i{row['moe_inter_dim']}"
     settings = {
         "activation_alpha": "alpha {:g}",
         "activation_limit": "limit {:g}",
@@ -80,7 +90,7 @@ def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
         "seed": "seed {}",
     }
     return {
-        "experts": shape if pd.isna(row["model"]) else str(row["model"]),
+        "experts": _shape_name(row),
         "tokens": str(row["num_tokens"]),
         "dtype": row["dtype"],
         "mode": row["mode"],

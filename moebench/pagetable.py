@@ -16,6 +16,7 @@ from moebench.record import GOOD, Status
 from moebench.reproduce import Reproducer
 
 _NUM_EXTREMES = 6
+_PARTS = ("setup", "ceilings", "parity", "timing")  # of a job, with columns of their seconds
 #: Parts of a case that have a column of their own where they vary, with its title; the others share one.
 _OWN_COLUMNS = {"experts": "model", "tokens": "tokens", "mode": "mode"}
 
@@ -70,13 +71,13 @@ class Extreme:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of the run that one backend took."""
+    """Seconds that jobs took, the longest of them, and the share of the whole run that each part of them was."""
 
-    backend: str
+    who: str
     num_jobs: int
     seconds: float
-    share: float
     longest_s: float
+    shares: dict[str, float]
 
 
 _MISSING = Cell("", math.inf, True)  # sorts last
@@ -182,10 +183,15 @@ def _failure(row: Row) -> str:
 
 
 def time_spent(rows: pd.DataFrame) -> list[Spent]:
-    """Where the run's time went, by backend, the longest first. A job whose process died has no time."""
-    seconds = rows["job_s"].groupby(rows["label"]).agg(["size", "sum", "max"]).sort_values("sum", ascending=False)
-    total = float(seconds["sum"].sum()) or 1.0
-    return [
-        Spent(str(label), int(count), float(spent), float(spent) / total, float(longest))
-        for label, count, spent, longest in seconds.itertuples()
-    ]
+    """Where the run's time went: in all, then by backend, the longest first. A job whose process died has no time."""
+    parts = pd.DataFrame({part: rows[f"{part}_s"].fillna(0.0) for part in _PARTS})
+    parts["other"] = (rows["job_s"].fillna(0.0) - parts.sum(axis=1)).clip(lower=0)
+    total_s = float(rows["job_s"].sum()) or 1.0
+
+    def spent(who: str, some: pd.DataFrame) -> Spent:
+        shares = parts.loc[some.index].sum() / total_s
+        seconds = float(some["job_s"].sum())
+        return Spent(who, len(some), seconds, float(some["job_s"].max()), {str(p): float(s) for p, s in shares.items()})
+
+    by_backend = [spent(str(label), some) for label, some in rows.groupby("label")]
+    return [spent("all", rows), *sorted(by_backend, key=lambda one: -one.seconds)]

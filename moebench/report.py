@@ -45,7 +45,6 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path) -> str:
         table=pagetable.results_table(rows),
         extremes=pagetable.extremes(rows, Reproducer.of(folder)),
         spent=pagetable.time_spent(rows),
-        job_s=float(rows["job_s"].sum()),
     )
 
 

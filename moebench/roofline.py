@@ -1,8 +1,9 @@
 """Achieved TFLOP/s against arithmetic intensity, under the ceilings that the run measured. No torch here."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -16,38 +17,48 @@ from moebench.look import line_legends, line_look, sheet
 from moebench.metrics import ROOFLINE, limits, round_ticks, unit
 
 _PANEL_IN = 3.0
-_CEILING: Any = {
-    "color": "#222222",
-    "linewidth": 1.6,
-    "linestyle": (0, (4, 2)),
-    "label": "measured ceiling",
-    "zorder": 1,
-}
+_ROOF: Any = {"marker": "_", "markersize": 15, "markeredgewidth": 2.0, "linestyle": "none"}
+_SLOPE: Any = {"linestyle": (0, (4, 2)), "linewidth": 1.5}
+_CEILINGS: Mapping[str, Any] = MappingProxyType(
+    {
+        "roof_tflops": {"label": "ceiling of the case", "color": "#222222", "zorder": 1, **_ROOF},
+        "copy_tflops": {"label": "memory", "color": "#888888", "zorder": 1, **_SLOPE},
+    }
+)
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def least_bytes(rows: pd.DataFrame) -> "pd.Series[float]":
     """Bytes per rank that every implementation has to move, were its caches perfect, in the case's dtype.
 
-    Forward: the weights of a rank's experts once, tokens in and out. Train: weights read twice and their gradients
-    written; tokens and the output's gradient in, the output and the tokens' gradient out. An expert that no token can
-    choose, since there are fewer choices than experts, is not read.
+    Forward: the parameters of the experts that have tokens once, tokens in and out; train: all gradients too. That is
+    what moebench.ceilings counts; how many experts have tokens, a row does not say: here as many as uniform routing
+    gives on average.
     """
     num_tokens = rows["num_tokens"].astype("float64")
-    choices = num_tokens * rows["n_activated_experts"] * rows["ep_size"]
-    experts = np.minimum(rows["n_routed_experts"], choices) / rows["ep_size"]
+    experts = rows["n_routed_experts"] / rows["ep_size"]
+    idle_share = (1 - rows["n_activated_experts"] / rows["n_routed_experts"]) ** (num_tokens * rows["ep_size"])
+    with_tokens = experts * (1 - idle_share)
     matrices = rows["expert_activation"].isin(UNGATED).map({True: 2, False: 3})
-    weights = experts * matrices * rows["dim"] * rows["moe_inter_dim"]
-    train = rows["mode"].eq("train")
-    numbers = weights * train.map({True: 3, False: 1}) + num_tokens * rows["dim"] * train.map({True: 4, False: 2})
+    train = rows["mode"].eq("train").astype("int64")
+    parameters = (with_tokens + train * experts) * matrices * rows["dim"] * rows["moe_inter_dim"]
+    numbers = parameters + (1 + train) * 2 * num_tokens * rows["dim"]
     num_bytes: pd.Series[float] = numbers * rows["dtype"].map(_DTYPE_BYTES).astype("float64")
     return num_bytes
 
 
 def with_intensity(rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows` with `intensity`, useful FLOP per byte of `least_bytes`, and `ceiling_tflops`, null where not measured."""
-    flops = rows["tflops"] * rows["time_ms"] * 1e9
-    return rows.assign(intensity=flops / least_bytes(rows), ceiling_tflops=rows["tflops"] / rows["roofline_fraction"])
+    """`rows` with `intensity`, useful FLOP per byte of `least_bytes`, and the most that the run measured as possible.
+
+    `roof_tflops` is a row's own ceiling, `copy_tflops` what a copy's speed allows at its intensity; null where not
+    measured.
+    """
+    intensity = rows["tflops"] * rows["time_ms"] * 1e9 / least_bytes(rows)
+    return rows.assign(
+        intensity=intensity,
+        roof_tflops=rows["tflops"] / rows["roofline_fraction"],
+        copy_tflops=intensity * rows["copy_gb_per_s"] / 1e3,
+    )
 
 
 def page_figure(rows: pd.DataFrame) -> Figure:
@@ -57,7 +68,7 @@ def page_figure(rows: pd.DataFrame) -> Figure:
     panels = sorted(set(zip(drawn["mode"], drawn["dtype"], strict=True)))
     several = drawn["dtype"].nunique() > 1
     legends = line_legends(points, ROOFLINE, joined=False)
-    legends.append([_ceiling_entry(bool(drawn["ceiling_tflops"].notna().any()))])
+    legends.append(_ceiling_entries(drawn))
     figure, body = sheet(rows, ROOFLINE, ("mode",), legends, _PANEL_IN * len(panels) + 0.3)
     axes = body.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
     for ax, (mode, dtype) in zip(axes, panels, strict=True):
@@ -75,17 +86,18 @@ def page_figure(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def _ceiling_entry(measured: bool) -> Artist:
+def _ceiling_entries(drawn: pd.DataFrame) -> list[Artist]:
+    measured = [look for column, look in _CEILINGS.items() if drawn[column].notna().any()]
     if measured:
-        return Line2D([], [], **_CEILING)
-    return Line2D([], [], linestyle="none", label="no ceiling: this run measured none")
+        return [Line2D([], [], **look) for look in measured]
+    return [Line2D([], [], linestyle="none", label="no ceiling: this run measured none")]
 
 
 def draw(ax: Axes, points: pd.DataFrame) -> None:
-    """The rows of one mode and dtype; points have value, low, high, intensity and ceiling_tflops."""
-    ceiling = points.dropna(subset="ceiling_tflops").sort_values("intensity")
-    values = pd.concat([points, ceiling.assign(value=ceiling["ceiling_tflops"])]) if len(ceiling) else points
-    bottom, top = limits(values, ROOFLINE)
+    """The rows of one mode and dtype: a mark each, and above them what was measured as most that is possible."""
+    in_reach = points["roof_tflops"].max()
+    copied = points[points["copy_tflops"] <= in_reach].sort_values("intensity")
+    bottom, top = limits(pd.concat([points, points.assign(value=points["roof_tflops"])]), ROOFLINE)
     ax.set_yscale("log")
     ax.set_ylim(bottom, top)
     ticks = round_ticks(bottom, top, 10)
@@ -95,5 +107,6 @@ def draw(ax: Axes, points: pd.DataFrame) -> None:
         rows = points[points["line"] == line]
         look: dict[str, Any] = line_look(*rows[["backend", "dispatcher"]].iloc[0])
         ax.plot(rows["intensity"], rows["value"], **{**look, "linestyle": "none"}, label=line)
-    if len(ceiling):
-        ax.plot(ceiling["intensity"], ceiling["ceiling_tflops"], **_CEILING)
+    for column, some in (("roof_tflops", points.dropna(subset="roof_tflops")), ("copy_tflops", copied)):
+        if len(some):
+            ax.plot(some["intensity"], some[column], **_CEILINGS[column])

@@ -116,11 +116,13 @@ def test_extremes_come_in_their_order() -> None:
     assert "Failed" not in shown
 
 
-def test_the_time_is_that_of_the_jobs() -> None:
-    rows = [ok(case(count), name, job_s=seconds) for count, name, seconds in ((8, "a", 2.0), (16, "a", 3.0))]
-    shown = text_of(section(page_of([*rows, ok(case(8), "b", job_s=15.0)]), "time"))
-    assert "20 s in 3 jobs" in shown
+def test_the_time_is_that_of_the_jobs_and_their_parts() -> None:
+    rows = [ok(case(count), "a", job_s=seconds, timing_s=1.0) for count, seconds in ((8, 2.0), (16, 3.0))]
+    html = section(page_of([*rows, ok(case(8), "b", job_s=15.0, parity_s=10.0)]), "time")
+    shown = text_of(html)
+    assert "20 s in 3 jobs: parity 50%, timing 10%, other 40%." in shown
     assert shown.index("b 15.0 s in 1 jobs") < shown.index("a 5.0 s in 2 jobs, the longest 3.0 s")
+    assert re.findall(r'class="part timing" style="width: ([\d.]+)%', html) == ["0.00", "10.00"]
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
