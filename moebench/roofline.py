@@ -22,7 +22,7 @@ _SLOPE: Any = {"linestyle": (0, (4, 2)), "linewidth": 1.5}
 _CEILINGS: Mapping[str, Any] = MappingProxyType(
     {
         "roof_tflops": {"label": "ceiling of the case", "color": "#222222", "zorder": 1, **_ROOF},
-        "copy_tflops": {"label": "memory", "color": "#888888", "zorder": 1, **_SLOPE},
+        "copy_tflops": {"label": "copy of memory", "color": "#888888", "zorder": 1, **_SLOPE},
     }
 )
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -51,13 +51,13 @@ def with_intensity(rows: pd.DataFrame) -> pd.DataFrame:
     """`rows` with `intensity`, useful FLOP per byte of `least_bytes`, and the most that the run measured as possible.
 
     `roof_tflops` is a row's own ceiling, `copy_tflops` what a copy's speed allows at its intensity; null where not
-    measured.
+    measured, the latter also where caches may be warm, since bytes are no bound there.
     """
     intensity = rows["tflops"] * rows["time_ms"] * 1e9 / least_bytes(rows)
     return rows.assign(
         intensity=intensity,
         roof_tflops=rows["tflops"] / rows["roofline_fraction"],
-        copy_tflops=intensity * rows["copy_gb_per_s"] / 1e3,
+        copy_tflops=(intensity * rows["copy_gb_per_s"] / 1e3).where(rows["l2"].eq("cold").fillna(False)),
     )
 
 

@@ -63,17 +63,19 @@ def test_marks_are_the_rates_and_ceilings_the_rate_over_its_fraction() -> None:
 
 
 def test_memory_bounds_by_bytes() -> None:
-    row = ok(case(64), time_ms=1e-3, roofline_fraction=0.1, copy_gb_per_s=2000.0)
+    row = ok(case(64), time_ms=1e-3, roofline_fraction=0.1, copy_gb_per_s=2000.0, l2="cold")
     figure = only(roofline(to_frame([row])))
-    memory = line(figure.axes[0], "memory")
+    memory = line(figure.axes[0], "copy of memory")
     seconds = least_bytes(to_frame([row])).iloc[0] / 2000e9
     assert list(memory.get_ydata()) == pytest.approx([case(64).flops() / seconds / 1e12])
+    warm = only(roofline(to_frame([row.model_copy(update={"l2": "warm"})])))
+    assert "copy of memory" not in [drawn.get_label() for drawn in warm.axes[0].lines]
 
 
 def test_without_ceilings_the_figure_says_so() -> None:
     figure = only(roofline(to_frame(family("loop"))))
     assert "no ceiling: this run measured none" in legend(figure)
-    assert not {"ceiling of the case", "memory"} & set(legend(figure))
+    assert not {"ceiling of the case", "copy of memory"} & set(legend(figure))
 
 
 def test_what_has_no_speed_has_no_mark() -> None:
