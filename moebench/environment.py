@@ -85,6 +85,10 @@ class Environment(BaseModel):
             "libraries": {name: self.versions.get(name) for name in TIMED_LIBRARIES},
         }
 
+    def gpu_uuids(self, count: int) -> str | None:
+        """The names of the first GPUs, as many as a job has ranks; None where there are none."""
+        return ", ".join(gpu.uuid or f"index {gpu.index}" for gpu in self.gpus[:count]) or None
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
 

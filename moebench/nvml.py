@@ -39,6 +39,7 @@ class GpuReading(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str | None = None
+    uuid: str | None = None
     memory_bytes: int | None = None
     driver_version: str | None = None
     power_limit_w: float | None = None
@@ -151,6 +152,7 @@ def _read(library: Any, handle: Any) -> GpuReading:
     reasons = ask(library.nvmlDeviceGetCurrentClocksEventReasons, handle)
     return GpuReading(
         name=ask(library.nvmlDeviceGetName, handle),
+        uuid=ask(library.nvmlDeviceGetUUID, handle),
         memory_bytes=None if memory is None else memory.total,
         driver_version=ask(library.nvmlSystemGetDriverVersion),
         power_limit_w=_watts(ask(library.nvmlDeviceGetEnforcedPowerLimit, handle)),

@@ -92,6 +92,7 @@ class Record(BaseModel):
     executed: str | None = None
     device: str | None = None
     gpu: str | None = None
+    gpu_uuid: str | None = None
     round: Annotated[int, Field(ge=0)] | None = 0
     num_rounds: Annotated[int, Field(ge=1)] = 1
     l2: Literal["cold", "warm"] | None = None

@@ -4,10 +4,11 @@
     torchrun --nproc-per-node EP_SIZE -m moebench.worker …
 
 Jobs of an EP size above 1 are measured by as many ranks, of one machine or of several (`torchrun --nnodes`).
-The jobs file is a `WorkList`. Events are appended to the events file, one JSON object a line: `ready` with the
-environment, `start` with a job's number before it is touched, `record` when it ended; or `refused`, alone, where the
-user asked for a backend or a device that is not there. The process ends when its standard input does, so that it does
-not outlive a supervisor that was killed.
+The jobs file is a `WorkList`, then a `Job` a line, as the supervisor hands them out. Events are appended to the events
+file, one JSON object a line: `ready` with the environment, `start` with a job's number before it is touched, `record`
+when it ended; or `refused`, alone, where the user asked for a backend or a device that is not there. A process in which
+a job failed goes on if it is healthy (moebench.canary). It ends when its standard input does, so that it does not
+outlive a supervisor that was killed.
 """
 
 import argparse
@@ -20,9 +21,9 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import torch
@@ -31,8 +32,9 @@ from pydantic import BaseModel, ConfigDict
 import experts
 from experts.errors import RegistryError
 from experts.registry import check_name
-from moebench import environment
+from moebench import canary, environment
 from moebench.case import Job
+from moebench.environment import Environment
 from moebench.measure import measure
 from moebench.peers import join, leave
 from moebench.record import Record, Status, record
@@ -45,18 +47,42 @@ from moebench.workload import Workload
 HOST_OOM = "DefaultCPUAllocator: can't allocate memory"
 #: A rank that fails looks so long whether another has ended, before it takes the failure for its own.
 GONE_WITHIN_S = 2.0
+POLL_S = 0.005
 
 
 class WorkList(BaseModel):
-    """What a worker is asked to measure, and of which round. `experts_folder` is where `experts` must come from."""
+    """What a worker is asked to measure, and of which round. `experts_folder` is where `experts` must come from.
+
+    Without `jobs` they come later, of these `backends`. `traces` is the folder where each leaves a profiler's trace.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     run_id: str
     policy: Policy
-    jobs: tuple[Job, ...]
+    jobs: tuple[Job, ...] = ()
+    backends: tuple[str, ...] = ()
     round: int = 0
     experts_folder: Path | None = None
+    traces: Path | None = None
+
+
+def read_jobs(path: Path) -> tuple[WorkList, Iterator[Job]]:
+    """The work list in the file's first line, and its jobs: those in it or else, as they are added, those below it."""
+    file = path.open(encoding="utf-8")
+    work_list = WorkList.model_validate_json(file.readline())
+    return work_list, iter(work_list.jobs) if work_list.jobs else _jobs_to_come(file)
+
+
+def _jobs_to_come(file: TextIO) -> Iterator[Job]:
+    line = ""
+    while True:
+        line += file.readline()
+        if line.endswith("\n"):
+            yield Job.model_validate_json(line)
+            line = ""
+        else:
+            time.sleep(POLL_S)
 
 
 class Events:
@@ -97,9 +123,11 @@ def _briefly(error: BaseException) -> str:
     return ". ".join((str(error) or type(error).__name__).splitlines()[0].split(". ")[:2])
 
 
-def work(work_list: WorkList, events: Events, device: torch.device) -> None:
-    """Measure every job of the list, and tell of each. With ranks, all measure and the first tells."""
-    mistakes = [*_other_experts(work_list.experts_folder), *_unknown_backends(work_list.jobs)]
+def work(work_list: WorkList, events: Events, device: torch.device, jobs: Iterable[Job] | None = None) -> None:
+    """Measure the jobs, the list's own if there are no others, and tell of each. All ranks measure, the first tells."""
+    jobs = work_list.jobs if jobs is None else jobs
+    named = dict.fromkeys([*(job.backend for job in work_list.jobs), *work_list.backends])
+    mistakes = [*_other_experts(work_list.experts_folder), *_unknown_backends(named)]
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         described = environment.collect(device.type if num_ranks > 1 else str(device))
@@ -113,16 +141,16 @@ def work(work_list: WorkList, events: Events, device: torch.device) -> None:
     if device.type == "cuda":
         too_few = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
         if too_few:
-            _tell_unsupported(work_list, events, described.env_id)
+            _tell_unsupported(work_list, jobs, events, described.env_id)
             return
         torch.cuda.set_device(device)
     peers = join(device, 2 * work_list.policy.timeout_s)  # who waits for a rank that hangs is ended by the supervisor
     ranks = peers.tell((platform.node(), os.getpid()))
     workload, policy = Workload(device, peers), timing_policy(work_list.policy, device)
-    for number, job in enumerate(work_list.jobs):
+    for number, job in enumerate(jobs):
         if peers.rank == 0:
             events.emit("start", number=number)
-        row = _row(job, workload, policy, work_list, described.env_id)
+        row = _row(job, workload, policy, work_list, described)
         failed = row.status in (Status.oom, Status.error)
         while failed and _someone_is_gone(ranks):  # it has told why, or died: this rank only misses it
             signal.pause()  # the launcher ends this rank too, and its log says how the first ended
@@ -131,22 +159,22 @@ def work(work_list: WorkList, events: Events, device: torch.device) -> None:
         if failed:
             if peers.size > 1:  # the other ranks wait in a collective for this one: only a new group goes on
                 os._exit(1)
-            _recover(workload)
+            _recover(workload)  # raises where an error broke the process or its GPU: another worker goes on
     leave(peers)
 
 
-def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList, env_id: str) -> Record:
+def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList, described: Environment) -> Record:
     started = time.perf_counter()
     measured = run_job(job, workload, policy)
     device, rank = workload.device, workload.peers.rank
     if workload.peers.size > 1 and measured["status"] in (Status.oom, Status.error):
         measured["detail"] = f"rank {rank}: {measured['detail']}"
-    measured |= {"device": device.type, "job_s": time.perf_counter() - started}
+    measured |= {"device": device.type, "job_s": time.perf_counter() - started, "round": work_list.round}
     measured["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    measured |= {"round": work_list.round}
+    measured["gpu_uuid"] = described.gpu_uuids(workload.peers.size)
     if "samples_ms" in measured:
         measured["sample_rounds"] = (work_list.round,) * len(measured["samples_ms"])
-    return record(job, run_id=work_list.run_id, env_id=env_id, **measured)
+    return record(job, run_id=work_list.run_id, env_id=described.env_id, **measured)
 
 
 def _someone_is_gone(ranks: Sequence[tuple[str, int]]) -> bool:
@@ -170,22 +198,24 @@ def _has_ended(pid: int) -> bool:
         return True
 
 
-def _tell_unsupported(work_list: WorkList, events: Events, env_id: str) -> None:
-    if os.environ["RANK"] != "0":
-        return
-    for number, job in enumerate(work_list.jobs):
+def _tell_unsupported(work_list: WorkList, jobs: Iterable[Job], events: Events, env_id: str) -> None:
+    for number, job in enumerate(jobs):
+        if os.environ["RANK"] != "0":
+            continue
         events.emit("start", number=number)
-        detail = f"ep_size = {job.case.ep_size} needs as many GPUs, this machine has {torch.cuda.device_count()}"
+        detail = f"ep_size = {job.case.ep_size} needs as many GPUs, this run has {torch.cuda.device_count()}"
         ids: dict[str, Any] = {"run_id": work_list.run_id, "env_id": env_id, "round": work_list.round}
         row = record(job, Status.unsupported, detail=detail, device="cuda", **ids)
         events.emit("record", number=number, record=json.loads(row.to_json()))
 
 
 def _recover(workload: Workload) -> None:
+    """After a failed job: free what it left, and see whether a right result still comes out right."""
     workload.forget()
     if workload.device.type == "cuda":
-        torch.cuda.synchronize(workload.device)  # raises where an error broke the GPU's context: another worker goes on
+        torch.cuda.synchronize(workload.device)
         torch.cuda.empty_cache()
+    canary.sing(workload.device)
 
 
 def _other_experts(folder: Path | None) -> list[str]:
@@ -197,9 +227,9 @@ def _other_experts(folder: Path | None) -> list[str]:
     return [f"experts was imported from {found}, and not from {folder}: is there an experts package in it?"]
 
 
-def _unknown_backends(jobs: Sequence[Job]) -> list[str]:
+def _unknown_backends(names: Iterable[str]) -> list[str]:
     mistakes = []
-    for name in dict.fromkeys(job.backend for job in jobs):
+    for name in names:
         try:
             check_name(name)
         except RegistryError as error:
@@ -234,11 +264,10 @@ def main() -> None:
     faulthandler.enable()
     gc.freeze()  # what is imported by now stays: collections, one before each weighing, need not look at it
     _end_with_supervisor()
-    work_list = WorkList.model_validate_json(options.jobs.read_text())
-    if "OMP_NUM_THREADS" not in os.environ:
-        are_checks = any(job.check for job in work_list.jobs)  # so small that threads would only wait for each other
-        torch.set_num_threads(1 if are_checks else environment.cpu_cores_usable())
-    work(work_list, Events(options.events), pick_device(options.device))
+    work_list, jobs = read_jobs(options.jobs)
+    if "OMP_NUM_THREADS" not in os.environ:  # checks are so small that threads would only wait for each other
+        torch.set_num_threads(1 if work_list.are_checks else environment.cpu_cores_usable())
+    work(work_list, Events(options.events), pick_device(options.device), jobs)
 
 
 if __name__ == "__main__":

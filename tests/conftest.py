@@ -101,6 +101,10 @@ class FakeNvml:
             raise self.NVMLError("Not Found")
         return self.gpus[uuid]
 
+    def nvmlDeviceGetUUID(self, handle: SimpleNamespace) -> str:
+        self._ask("nvmlDeviceGetUUID")
+        return next(uuid for uuid, gpu in self.gpus.items() if gpu is handle)
+
     def nvmlDeviceGetName(self, handle: SimpleNamespace) -> Any:
         self._ask("nvmlDeviceGetName")
         return handle.name

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from moebench import runner
+from moebench import runner, supervisor
 from moebench.case import Case, Job
 from moebench.record import GOOD, SPEED_FIELDS, Journal, Status
 from moebench.runner import Plan, Refused, RunnerError, execute
@@ -167,16 +167,18 @@ def test_a_folder_without_experts_is_refused(tmp_path, monkeypatch):
 # a stand-in for the worker
 
 STAND_IN = """#!{python}
-import json, os, signal, sys, threading
+import itertools, json, os, signal, sys, threading
 from moebench.case import Job
 from moebench.environment import Environment
 from moebench.record import Status, record
 
-jobs = [Job.model_validate(job) for job in json.load(open(sys.argv[4]))["jobs"]]
+job_file = open(sys.argv[4])
+head = json.loads(job_file.readline())
 number_of_worker = int(sys.argv[4].rpartition("worker-")[2].partition(".")[0])
 here = dict(env_id="e", device="cpu", os="o", cpu_model="c", cpu_cores=1, cpu_cores_usable=1, num_threads=1,
             memory_bytes=1, python="3", moebench="0", versions={{}})
 events = open(sys.argv[6], "a")
+jobs = []
 
 def say(text):
     events.write(text)
@@ -188,11 +190,19 @@ def line(kind, **fields):
 def ready():
     say(line("ready", environment=Environment(**here).model_dump(mode="json")))
 
+def next_job():
+    text = ""
+    while not text.endswith("\\n"):
+        text += job_file.readline()
+    jobs.append(Job.model_validate_json(text))
+
 def start(number):
+    while len(jobs) <= number:
+        next_job()
     say(line("start", number=number))
 
 def told(number):
-    row = record(jobs[number], Status.unsupported, detail="stood in", run_id="a-run", env_id="e")
+    row = record(jobs[number], Status.unsupported, detail="stood in", run_id="a-run", env_id="e", round=head["round"])
     return line("record", number=number, record=json.loads(row.to_json()))
 
 def done(number):
@@ -216,12 +226,12 @@ def stand_in(tmp_path, monkeypatch):
         path = tmp_path / "stand-in"
         path.write_text(STAND_IN.format(python=sys.executable, script=script))
         path.chmod(0o755)
-        monkeypatch.setattr(runner, "sys", SimpleNamespace(executable=str(path)))
+        monkeypatch.setattr(supervisor, "sys", SimpleNamespace(executable=str(path)))
 
     return write
 
 
-ALL = "ready()\nfor number in range(len(jobs)): done(number)\n"
+ALL = "ready()\nfor number in itertools.count(): done(number)\n"
 THREE = jobs_of("a", "b", "c")
 
 
@@ -240,7 +250,7 @@ def test_a_record_is_in_the_journal_when_it_is_told_of(tmp_path, stand_in):
 
 def test_a_run_ends_with_its_last_record_though_the_worker_does_not(tmp_path, stand_in):
     """A library's thread may keep a process from its end."""
-    stand_in(ALL + "hang()\n")
+    stand_in(ALL)
     assert execute(plan_of(tmp_path / "run", THREE, timeout_s=1e6)).num_left == 0
     assert has_ended(pid_of(tmp_path / "run"))
 
@@ -277,14 +287,13 @@ def test_a_death_between_two_jobs_is_nobodys_and_the_next_worker_goes_on(tmp_pat
     stand_in("ready()\ndone(0)\nos._exit(1)\n")
     rows = execute(plan_of(tmp_path / "run", THREE)).records
     assert [(row.backend, row.status.value) for row in rows] == [(name, "unsupported") for name in "abc"]
-    left = [
-        len(json.loads(path.read_text())["jobs"]) for path in sorted((tmp_path / "run" / "logs").glob("*.jobs.json"))
-    ]
+    logs = tmp_path / "run" / "logs"
+    left = [path.read_text().count("\n") - 1 for path in sorted(logs.glob("*.jobs.jsonl"))]
     assert left == [3, 2, 1]
 
 
 def test_a_hang_between_two_jobs_is_nobodys_either(tmp_path, stand_in, monkeypatch):
-    monkeypatch.setattr(runner, "START_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(supervisor, "START_TIMEOUT_S", 1.5)
     stand_in("ready()\ndone(0)\nif number_of_worker == 0: hang()\ndone(1)\n")
     rows = execute(plan_of(tmp_path / "run", THREE)).records
     assert [row.backend for row in rows] == ["a", "b", "c"]
@@ -321,7 +330,7 @@ def test_a_worker_that_dies_at_once_ends_the_run_and_says_how(tmp_path, stand_in
 
 
 def test_a_worker_that_never_starts_ends_the_run(tmp_path, stand_in, monkeypatch):
-    monkeypatch.setattr(runner, "START_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(supervisor, "START_TIMEOUT_S", 1.0)
     stand_in("hang()\n")
     with pytest.raises(RunnerError, match=r"did not start within 1 s"):
         execute(plan_of(tmp_path / "run", THREE))
@@ -374,12 +383,10 @@ def test_a_signal_keeps_what_was_measured_and_ends_the_worker(tmp_path, stand_in
 
 def test_a_worker_is_out_of_reach_of_the_terminals_signals(tmp_path, stand_in):
     """Ctrl-C goes to the foreground's process group: to the supervisor alone."""
-    stand_in(ALL + "print('its group is', os.getpgrp(), flush=True)\n")
-    execute(plan_of(tmp_path / "run", jobs_of("a")))
     stand_in("print('its group is', os.getpgrp(), flush=True)\n" + ALL)
-    execute(plan_of(tmp_path / "run2", jobs_of("a")))
-    log = (tmp_path / "run2" / "logs" / "worker-0.log").read_text()
-    assert int(log.split("its group is ")[1].split()[0]) == pid_of(tmp_path / "run2") != os.getpgrp()
+    execute(plan_of(tmp_path / "run", jobs_of("a")))
+    log = (tmp_path / "run" / "logs" / "worker-0.log").read_text()
+    assert int(log.split("its group is ")[1].split()[0]) == pid_of(tmp_path / "run") != os.getpgrp()
 
 
 def test_a_second_run_into_the_folder_keeps_the_logs_of_the_first(tmp_path, stand_in):

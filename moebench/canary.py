@@ -1,0 +1,54 @@
+"""Whether this process can still be trusted: a layer whose result is known in closed form, computed once more."""
+
+import gc
+import math
+
+import torch
+
+from experts import BackendConfig, GroupedExperts, MoEConfig
+
+#: What a process may keep of a GPU's memory between jobs: libraries' workspaces, tens of MiB each.
+KEPT_BYTES = 2**28
+_TOKENS, _EXPERTS, _WIDTH = 4, 2, 8
+_TOLERANCE = 1e-5  # float32, sums of a few equal terms; products in TF32 that a backend switched on exceed it
+
+
+class Unhealthy(Exception):
+    """What is wrong with this process."""
+
+
+def sing(device: torch.device) -> None:
+    """Raises Unhealthy, or what the device raises, where the loop is wrong or a failed job's memory is still held.
+
+    All inputs are 1 and all matrices means: gate and up are 1, so that y = silu(1) and dx = silu'(1) + silu(1).
+    """
+    config = MoEConfig(
+        n_routed_experts=_EXPERTS, n_activated_experts=_EXPERTS, dim=_WIDTH, moe_inter_dim=_WIDTH, dtype=torch.float32
+    )
+    with device:
+        layer = GroupedExperts(config, BackendConfig(experts="loop"))
+        x_TD = torch.ones(_TOKENS, _WIDTH, requires_grad=True)
+        weights_TK = torch.full((_TOKENS, _EXPERTS), 1 / _EXPERTS)
+        indices_TK = torch.arange(_EXPERTS).expand(_TOKENS, _EXPERTS).contiguous()
+        token_mask_T = torch.ones(_TOKENS, dtype=torch.bool)
+    with torch.no_grad():
+        for parameter in layer.to(device).parameters():
+            parameter.fill_(1 / _WIDTH)
+    y_TD = layer(x_TD, token_mask_T, weights_TK, indices_TK)
+    y_TD.backward(torch.ones_like(y_TD))
+    sigmoid = 1 / (1 + math.exp(-1))
+    slope = sigmoid * (1 + (1 - sigmoid))
+    for name, found, right in (("output", y_TD, sigmoid), ("input gradient", x_TD.grad, slope + sigmoid)):
+        error = math.inf if found is None else float((found.detach() - right).abs().max())
+        if not error <= _TOLERANCE:
+            raise Unhealthy(f"the canary's {name} is off by {error:.2g}: something of this process has changed")
+    _check_memory(device)
+
+
+def _check_memory(device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    gc.collect()
+    held = torch.cuda.memory_allocated(device)
+    if held > KEPT_BYTES:
+        raise Unhealthy(f"{held} bytes of the GPU are still held after a failed job")
