@@ -35,7 +35,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Sweep = Annotated[str, typer.Argument(help="a sweep file, or the name of one in suites/")]
 Backends = Annotated[
     list[str] | None, typer.Option("--backend", help="measure this backend instead of the sweep's; repeatable")
 ]
@@ -62,33 +61,66 @@ def _main(
 
 @app.command()
 def run(
-    sweep: Sweep,
+    sweep: Annotated[str | None, typer.Argument(help="a sweep file, or the name of one in suites/")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="results folder; default results/runs/<new>")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="go on with the run in this results folder, as it was asked for")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="resume although the sweep file or the environment has changed")
+    ] = False,
     backend: Backends = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default a GPU if there is one")] = None,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="0,2|all", help="spread jobs over these; default all that are free")
+    ] = None,
+    share_gpus: Annotated[bool, typer.Option("--share-gpus", help="use GPUs that other processes use too")] = False,
     filters: Filters = None,
     case: CaseIds = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be measured, measure nothing")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="measure all that often, in fresh processes and random order")] = 1,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="measure all that often, in fresh processes and random order; default 1")
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="leave a torch profiler's trace of each job")] = False,
     time_budget: Annotated[
         float | None, typer.Option(min=0, metavar="MIN", help="start no job after so many minutes")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a sweep: check every job, time it, write table and plots. The last line names the results folder."""
-    plan = results.plan(
-        sweep,
-        out=out_dir,
-        backends=backend or [],
-        filters=filters or [],
-        case_ids=case or [],
-        device=device,
-        rounds=rounds,
-        time_budget_min=time_budget,
-    )
+    if resume is None:
+        if sweep is None:
+            raise results.UsageError("moebench run: give a SWEEP, or --resume DIR")
+        plan = results.plan(
+            sweep,
+            out=out_dir,
+            backends=backend or [],
+            filters=filters or [],
+            case_ids=case or [],
+            device=device,
+            rounds=rounds or 1,
+            profile=profile,
+            time_budget_min=time_budget,
+        )
+    else:
+        fixed: dict[str, object] = {
+            "SWEEP": sweep,
+            "--out": out_dir,
+            "--device": device,
+            "--filter": filters,
+            "--case": case,
+        }
+        fixed |= {"--rounds": rounds, "--profile": profile or None}
+        given = [name for name, value in fixed.items() if value is not None]
+        if given:
+            raise results.UsageError(f"--resume {resume}: {given[0]} is as the run was begun; leave it out")
+        plan = results.plan_rest(resume, backends=backend or [], time_budget_min=time_budget, force=force)
     if dry_run:
         _print_jobs(plan.jobs, as_json)
         return
+    plan, notes = results.on_gpus(plan, gpus, share_gpus)
+    for note in notes:
+        err.print(note)
     with _progress() as progress:
         task = progress.add_task("", total=plan.num_jobs)
 
@@ -105,7 +137,7 @@ def run(
         for path in written:
             out.print(f"wrote {path}", soft_wrap=True)
         out.print(f"results: {plan.folder}", soft_wrap=True)
-    _exit(outcome)
+    _exit(outcome, plan.folder)
 
 
 def _progress() -> Progress:
@@ -129,12 +161,15 @@ def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:
     }
 
 
-def _exit(outcome: Outcome) -> None:
+def _exit(outcome: Outcome, folder: Path) -> None:
+    for note in outcome.notes:
+        err.print(note)
+    how = f"go on with `moebench run --resume {folder}`"
     if outcome.interrupted:
-        err.print(f"interrupted: {outcome.num_left} jobs left; what was measured is in the results folder")
+        err.print(f"interrupted: {outcome.num_left} jobs left; {how}")
         raise typer.Exit(EXIT_INTERRUPTED)
     if outcome.num_left:
-        err.print(f"time budget spent: {outcome.num_left} jobs left unmeasured")
+        err.print(f"time budget spent: {outcome.num_left} jobs left; {how}")
     if any(row.status not in GOOD for row in outcome.records):
         raise typer.Exit(EXIT_FAILED)
 

@@ -19,6 +19,10 @@ class Refused(RunnerError):
     """A run that cannot begin by the user's mistake: a backend or a device that is not there, one line each."""
 
 
+class UsageError(Exception):
+    """Something asked for that cannot be: what, which value, the rule, the remedy, in one line."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is measured in fresh processes, in which order, on which slots, and where its results go.

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from moebench.axes import AXES, BACKEND_PATTERN, BACKEND_RULE, did_you_mean, listed, rule_for
 from moebench.case import Case, Job
-from moebench.spec import SweepError, find_sweep, load_sweep
+from moebench.spec import SweepError, SweepSpec, find_sweep, load_sweep
 
 _NUMBERS = tuple(name for name, field in Case.model_fields.items() if field.annotation in (int, float))
 _ORDERS: dict[str, Callable[[float, float], bool]] = {
@@ -23,7 +23,14 @@ _ORDERS: dict[str, Callable[[float, float], bool]] = {
 
 def select(sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]) -> tuple[Job, ...]:
     """The jobs of a sweep that a command line selects. Raises SweepError, also where none is left."""
-    jobs = filter_jobs(select_backends(load_sweep(find_sweep(sweep)).jobs(), backends), filters)
+    return select_of(load_sweep(find_sweep(sweep)), sweep, backends, filters, case_ids)
+
+
+def select_of(
+    spec: SweepSpec, sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]
+) -> tuple[Job, ...]:
+    """Likewise of a sweep that has been read, and is called `sweep` in mistakes."""
+    jobs = filter_jobs(select_backends(spec.jobs(), backends), filters)
     unknown = sorted(set(case_ids) - {job.case.case_id for job in jobs})
     if unknown:
         raise SweepError(

@@ -90,21 +90,26 @@ def in_use(use: nvml.GpuUse) -> str | None:
     return None
 
 
-def choose(wanted: str | None, share: bool) -> tuple[tuple[Slot, ...], list[str]]:
-    """Slots on the GPUs that `wanted` names ("0,2"; "all" or None, all there are), and what is to be said of others.
+def choose(device: str | None, wanted: str | None, share: bool) -> tuple[tuple[Slot, ...], list[str]]:
+    """Slots on the GPUs that are `wanted` ("0,2"; "all" or None, all there are), and what is to be said of others.
 
-    Numbers are torch's: places in the list of visible GPUs. A GPU in use is left out unless they are shared. Without
-    NVML, or without GPUs, one slot anywhere. Raises NoGpu where none is left of those that there are or were named.
+    Numbers are torch's: places in the list of visible GPUs; `device`, "cuda:N", wants one. A GPU in use is left out
+    unless they are shared. Without NVML, without GPUs and on device "cpu" it is one slot anywhere. Raises NoGpu where
+    GPUs are named that are not there, and where all are in use.
     """
+    kind, _, index = (device or "").partition(":")
+    if wanted is not None and (index or kind == "cpu"):
+        raise NoGpu(f"--gpus {wanted} beside --device {device}: leave one of the two out")
+    if kind == "cpu":
+        return ANYWHERE, []
     try:
         gpus = visible_gpus()
     except nvml.NvmlUnavailable as reason:
         if wanted is not None:
             raise NoGpu(f"--gpus {wanted}: GPUs cannot be told apart here: {reason}; leave it out") from reason
         return ANYWHERE, []
-    numbers = _numbers(wanted, len(gpus))
     notes, free = [], []
-    for number in numbers:
+    for number in _numbers(f"--device {device}" if index else f"--gpus {wanted}", index or wanted, len(gpus)):
         gpu = gpus[number]
         if gpu.in_use is None or share:
             free.append(Slot(gpu.name))
@@ -115,13 +120,12 @@ def choose(wanted: str | None, share: bool) -> tuple[tuple[Slot, ...], list[str]
     return tuple(free) or ANYWHERE, notes
 
 
-def _numbers(wanted: str | None, count: int) -> list[int]:
-    if wanted in (None, "all"):
+def _numbers(option: str, wanted: str | None, count: int) -> list[int]:
+    if wanted is None or (wanted == "all" and count):
         return list(range(count))
-    assert wanted is not None
     words = [word.strip() for word in wanted.split(",")]
     wrong = [word for word in words if not word.isdecimal() or int(word) >= count]
     if wrong:
         there = f"there are 0 to {count - 1}" if count else "there is none"
-        raise NoGpu(f"--gpus {wanted}: {', '.join(map(repr, wrong))}: no such GPU, {there}; give numbers, or all")
+        raise NoGpu(f"{option}: {', '.join(map(repr, wrong))}: no such GPU, {there}; give numbers, or all")
     return list(dict.fromkeys(map(int, words)))

@@ -239,7 +239,7 @@ def test_ctrl_c_keeps_what_was_measured_and_ends_the_worker(sweep, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip() == "interrupted: 3 jobs left; what was measured is in the results folder"
+    assert err.strip() == "interrupted: 3 jobs left; go on with `moebench run --resume out`"
     assert out.splitlines()[-1] == "results: out"
     assert has_ended(worker)
     (row,) = Journal(tmp_path / "out" / "journal.jsonl")
@@ -269,11 +269,11 @@ def test_what_is_not_there_is_refused_and_leaves_the_folder_free(sweep, moebench
 
 
 def test_a_time_budget_of_nothing_measures_nothing(sweep, moebench):
-    found = moebench("run", sweep, "--out", "out", "--time-budget", "0")
+    found = moebench("run", sweep, "--out", "out", "--time-budget", "0", "--device", "cpu")
     assert found.code == 0
     assert found.out == "results: out\n"
-    assert found.err.strip() == "time budget spent: 4 jobs left unmeasured"
-    report = json.loads(moebench("run", sweep, "--out", "out2", "--time-budget", "0", "--json").out)
+    assert found.err.strip() == "time budget spent: 4 jobs left; go on with `moebench run --resume out`"
+    report = json.loads(moebench("run", sweep, "--out", "out2", "--time-budget", "0", "--json", "--device", "cpu").out)
     assert (report["num_left"], report["records"], report["statuses"]) == (4, [], {})
 
 

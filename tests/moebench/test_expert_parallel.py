@@ -235,11 +235,14 @@ backend = ["loop", "ranks:Hangs"]
 """
 
 
+NAMED = ["--backend", "loop", "--backend", "ranks:Hangs"]
+
+
 def test_ctrl_c_ends_all_ranks_of_a_group_and_keeps_what_was_measured(tmp_path):
     (tmp_path / "ranks.toml").write_text(SWEEP)
     path = python_path(ROOT, ROOT / "tests" / "backends")
     process = subprocess.Popen(
-        [sys.executable, "-m", "moebench", "run", "ranks.toml", "--out", "out", "--device", "cpu"],
+        [sys.executable, "-m", "moebench", "run", "ranks.toml", "--out", "out", "--device", "cpu", *NAMED],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -290,7 +293,7 @@ def test_more_ranks_than_gpus_are_unsupported_and_told_once(monkeypatch, rank):
     rows = [Record.model_validate_json(json.dumps(event["record"])) for event in told[2::2]]
     assert [row.key for row in rows] == [one.key for one in jobs]
     details = {(row.status.value, row.detail, row.device) for row in rows}
-    assert details == {("unsupported", "ep_size = 2 needs as many GPUs, this machine has 1", "cuda")}
+    assert details == {("unsupported", "ep_size = 2 needs as many GPUs, this run has 1", "cuda")}
 
 
 # what is told of several ranks

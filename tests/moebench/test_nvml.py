@@ -31,6 +31,7 @@ def test_reads_every_field_in_the_units_of_its_name(fake_nvml):
     fake_nvml.add_gpu(UUID)
     assert nvml.read(UUID) == nvml.GpuReading(
         name="NVIDIA H200",
+        uuid=UUID,
         memory_bytes=150_754_820_096,
         driver_version="580.159.03",
         power_limit_w=700.0,

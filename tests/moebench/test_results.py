@@ -113,8 +113,8 @@ def row():
 def executing(monkeypatch, error=None, rows=()):
     """Replaces the supervisor by one that writes these rows and raises this error."""
 
-    def execute(planned, *, on_record, time_budget_s):
-        (planned.folder / "logs").mkdir()
+    def execute(planned, *, on_record, on_environment, time_budget_s):
+        (planned.folder / "logs").mkdir(exist_ok=True)
         for one in rows:
             Journal(planned.folder / "journal.jsonl").append(one)
             on_record(one)
