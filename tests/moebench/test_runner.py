@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,8 @@ from moebench.case import Case, Job
 from moebench.record import GOOD, SPEED_FIELDS, Journal, Status
 from moebench.runner import Plan, Refused, RunnerError, execute
 from moebench.spec import Policy
+from tests.moebench.stand_in import ALL
+from tests.moebench.stand_in import write as write_stand_in
 
 ROOT = Path(__file__).parents[2]
 CASE = Case(num_tokens=8, n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=8, dtype="float32")
@@ -166,56 +167,6 @@ def test_a_folder_without_experts_is_refused(tmp_path, monkeypatch):
 
 # a stand-in for the worker
 
-STAND_IN = """#!{python}
-import itertools, json, os, signal, sys, threading
-from moebench.case import Job
-from moebench.environment import Environment
-from moebench.record import Status, record
-
-job_file = open(sys.argv[4])
-head = json.loads(job_file.readline())
-number_of_worker = int(sys.argv[4].rpartition("worker-")[2].partition(".")[0])
-here = dict(env_id="e", device="cpu", os="o", cpu_model="c", cpu_cores=1, cpu_cores_usable=1, num_threads=1,
-            memory_bytes=1, python="3", moebench="0", versions={{}})
-events = open(sys.argv[6], "a")
-jobs = []
-
-def say(text):
-    events.write(text)
-    events.flush()
-
-def line(kind, **fields):
-    return json.dumps(dict(kind=kind, **fields)) + "\\n"
-
-def ready():
-    say(line("ready", environment=Environment(**here).model_dump(mode="json")))
-
-def next_job():
-    text = ""
-    while not text.endswith("\\n"):
-        text += job_file.readline()
-    jobs.append(Job.model_validate_json(text))
-
-def start(number):
-    while len(jobs) <= number:
-        next_job()
-    say(line("start", number=number))
-
-def told(number):
-    row = record(jobs[number], Status.unsupported, detail="stood in", run_id="a-run", env_id="e", round=head["round"])
-    return line("record", number=number, record=json.loads(row.to_json()))
-
-def done(number):
-    start(number)
-    say(told(number))
-
-def hang():
-    threading.Event().wait()
-
-print("the pid is", os.getpid(), flush=True)
-{script}
-"""
-
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
@@ -223,15 +174,12 @@ def stand_in(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", python_path(ROOT))
 
     def write(script):
-        path = tmp_path / "stand-in"
-        path.write_text(STAND_IN.format(python=sys.executable, script=script))
-        path.chmod(0o755)
+        path = write_stand_in(tmp_path / "stand-in", script)
         monkeypatch.setattr(supervisor, "sys", SimpleNamespace(executable=str(path)))
 
     return write
 
 
-ALL = "ready()\nfor number in itertools.count(): done(number)\n"
 THREE = jobs_of("a", "b", "c")
 
 

@@ -1,0 +1,96 @@
+"""A worker without torch that does what a test says, in place of the real one: real processes, started in no time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+_SCRIPT = """#!{python}
+import itertools, json, os, resource, signal, sys, threading, time
+from moebench.case import Job
+from moebench.environment import Environment
+from moebench.record import Status, record
+
+option = dict(zip(sys.argv, sys.argv[1:]))
+job_file = open(option["--jobs"])
+head = json.loads(job_file.readline())
+number_of_worker = int(option["--jobs"].rpartition("worker-")[2].partition(".")[0])
+here = dict(env_id="e", device="cpu", os="o", cpu_model="c", cpu_cores=1, cpu_cores_usable=1, num_threads=1,
+            memory_bytes=1, python="3", moebench="0", versions={{}})
+events = open(option["--events"], "a")
+jobs = []
+
+def end_with_supervisor():
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+threading.Thread(target=end_with_supervisor, daemon=True).start()
+
+def say(text):
+    events.write(text)
+    events.flush()
+
+def line(kind, **fields):
+    return json.dumps(dict(kind=kind, **fields)) + "\\n"
+
+def ready(**fields):
+    say(line("ready", environment=Environment(**here | fields).model_dump(mode="json")))
+
+def next_job():
+    text = ""
+    while not text.endswith("\\n"):
+        text += job_file.readline()
+        time.sleep(0 if text else 0.001)
+    jobs.append(Job.model_validate_json(text))
+
+def start(number):
+    while len(jobs) <= number:
+        next_job()
+    say(line("start", number=number))
+
+def told(number, detail="stood in", status="unsupported"):
+    ids = dict(run_id=head["run_id"], env_id="e", round=head["round"])
+    row = record(jobs[number], Status(status), detail=detail, **ids)
+    return line("record", number=number, record=json.loads(row.to_json()))
+
+def done(number, **said):
+    start(number)
+    say(told(number, **said))
+
+def hang():
+    threading.Event().wait()
+
+print("the pid is", os.getpid(), flush=True)
+{script}
+"""
+
+#: Does all that it is given.
+ALL = "ready()\nfor number in itertools.count(): done(number)\n"
+
+#: The command line, with the program in its first argument in place of Python for its workers.
+_COMMAND_LINE = """
+import sys
+from types import SimpleNamespace
+from moebench import cli, supervisor
+supervisor.sys = SimpleNamespace(executable=sys.argv.pop(1))
+cli.main()
+"""
+
+
+def write(path: Path, script: str) -> Path:
+    """The stand-in as a program that runs `script`."""
+    path.write_text(_SCRIPT.format(python=sys.executable, script=script))
+    path.chmod(0o755)
+    return path
+
+
+def started(program: Path, *arguments: object, cwd: Path, **options: object) -> subprocess.Popen[str]:
+    """`moebench …` in a process of its own, that program for its workers."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", _COMMAND_LINE, str(program), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    variables = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100"}
+    return subprocess.Popen(command, cwd=cwd, env=variables, stdout=pipe, stderr=pipe, text=True, **options)  # type: ignore[call-overload, no-any-return]
