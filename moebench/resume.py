@@ -88,7 +88,7 @@ def digest(content: bytes) -> str:
 
 
 def digest_jobs(jobs: Iterable[Job]) -> str:
-    return digest("\n".join(sorted(" ".join(job.key) for job in jobs)).encode())
+    return digest("\n".join(sorted(" ".join(map(str, job.key)) for job in jobs)).encode())
 
 
 def environment_changes(folder: Path, now: Environment) -> list[str]:

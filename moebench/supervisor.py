@@ -63,6 +63,7 @@ class WorkerProcess:
             "run_id": plan.run_id,
             "policy": plan.policy.model_dump(mode="json"),
             "backends": list(dict.fromkeys(job.backend for job in plan.jobs)),
+            "are_checks": any(job.check for job in plan.jobs),
             "round": plan.round,
             "experts_folder": plan.experts_folder and str(plan.experts_folder.resolve()),
             "traces": str(plan.folder / "traces") if plan.profile else None,

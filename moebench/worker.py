@@ -53,7 +53,8 @@ POLL_S = 0.005
 class WorkList(BaseModel):
     """What a worker is asked to measure, and of which round. `experts_folder` is where `experts` must come from.
 
-    Without `jobs` they come later, of these `backends`. `traces` is the folder where each leaves a profiler's trace.
+    Without `jobs` they come later, of these `backends`, all of them checks or none. `traces` is the folder where each
+    leaves a profiler's trace.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -62,6 +63,7 @@ class WorkList(BaseModel):
     policy: Policy
     jobs: tuple[Job, ...] = ()
     backends: tuple[str, ...] = ()
+    are_checks: bool = False
     round: int = 0
     experts_folder: Path | None = None
     traces: Path | None = None

@@ -25,11 +25,9 @@ def names(chosen):
 def test_all_that_are_free_are_taken_and_the_others_named(node):
     assert names(choose(None, None, share=False)) == ["GPU-a", "GPU-c"]
     _, notes = choose(None, "all", share=False)
-    assert notes == [
-        "GPU 1 is in use by process 17, 18: not used; --share-gpus uses it all the same",
-        "GPU 3 is 93% busy with work of a process that cannot be seen from here: not used; "
-        "--share-gpus uses it all the same",
-    ]
+    busy = "93% busy with work of a process that cannot be seen from here"
+    reasons = {1: "in use by process 17, 18", 3: busy}
+    assert notes == [f"GPU {n} is {why}: not used; --share-gpus uses it all the same" for n, why in reasons.items()]
 
 
 def test_shared_gpus_are_taken_without_a_word(node):
