@@ -8,6 +8,7 @@ The formulas and column layouts are those of the models that use them; docs/conc
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,6 +70,37 @@ def relu2_deepep(x: Tensor, permuted_probs: Tensor) -> Tensor:
 def _clamped_sigmoid_glu(gate: Tensor, up: Tensor, alpha: float, limit: float, linear_offset: float) -> Tensor:
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + linear_offset)
+
+
+@dataclass(frozen=True)
+class ActivationForm:
+    """An activation as kernels want it: gate·sigmoid(p(gate))·(up + offset), and relu(x)² where it is ungated.
+
+    p(gate) = alpha·gate; where `gelu`, 2·√(2/π)·(gate + 0.044715·gate³), which makes gelu_tanh of it. A limit of 0 is
+    none; else gate ≤ limit and |up| ≤ limit first.
+    """
+
+    gated: bool
+    interleaved: bool = False
+    gelu: bool = False
+    alpha: float = 1.0
+    limit: float = 0.0
+    offset: float = 0.0
+
+
+def activation_form(config: MoEConfig) -> ActivationForm:
+    """The form of `get_expert_activation_for_deepep(config)`."""
+    match config.expert_activation:
+        case "swiglu":
+            return ActivationForm(gated=True, limit=config.swiglu_limit)
+        case "swigluoai" | "quick_geglu" as name:
+            interleaved = name == "quick_geglu"
+            alpha, limit = config.activation_alpha, config.activation_limit
+            return ActivationForm(gated=True, interleaved=interleaved, alpha=alpha, limit=limit, offset=1.0)
+        case "geglu":
+            return ActivationForm(gated=True, gelu=True)
+        case "relu2":
+            return ActivationForm(gated=False)
 
 
 def get_expert_activation_for_deepep(config: MoEConfig) -> WeightedActivation:

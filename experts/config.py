@@ -19,6 +19,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 Activation = Literal["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"]
 Engine = Literal["loop", "torch_mm", "torch_mm_mxfp8", "gmm", "te"]
 Dispatcher = Literal["allgather", "alltoall", "deepep"]
+Save = Literal["memory", "time"]
 Fp8Recipe = Literal["current", "delayed", "block", "mxfp8"]
 
 _C = TypeVar("_C", bound=type)
@@ -126,6 +127,11 @@ class BackendConfig:
         "the name of a dispatcher, or None for the module's own", "allgather", default=None
     )
     te_fp8: Fp8Recipe | None = _field("the name of an FP8 recipe, or None for none", "block", default=None)
+    save: Save | None = _field(
+        "'memory' or 'time', what torch_mm and gmm save between forward and backward, or None for memory",
+        "time",
+        default=None,
+    )
 
     @field_validator("experts", mode="before")
     @classmethod

@@ -35,7 +35,7 @@ class GroupedExperts(ExpertLayer):
     `expert_bias` `gate_up_proj_bias` [E, 2I] and `down_proj_bias` [E, D] (None without). They hold anything until
     `init_weights` or `load_state_dict`. Under expert parallelism they are DTensors, sharded on dimension 0.
 
-    Raises ConfigError for a backend that is Transformer Engine's.
+    Raises ConfigError for a backend that is Transformer Engine's, and for `save` where the engine has no such choice.
     """
 
     default_engine = "loop"
@@ -51,6 +51,12 @@ class GroupedExperts(ExpertLayer):
         self._refuse_te(backend)
         super().__init__(config, backend.experts or self.default_engine, backend.dispatcher or self.default_dispatcher)
         self.engine = get_engine(self.engine_name)
+        if backend.save is not None and not self.engine.saves:
+            raise ConfigError(
+                f"save = {backend.save!r} is of engines that choose what they keep for backward, {self.engine_name} "
+                "does not; use torch_mm or gmm, or leave save out"
+            )
+        self.engine_options = {} if backend.save is None else {"save": backend.save}
         shapes = parameter_shapes(config)
         for name in PARAMETER_NAMES:
             empty = torch.empty(shapes[name], dtype=config.dtype) if name in shapes else None
@@ -66,7 +72,9 @@ class GroupedExperts(ExpertLayer):
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         """By the engine, on the local parameters."""
         parameters = self.expert_parameters()
-        return self.engine.compute(x_RD, weights_RK, indices_RK, parameters, self.config, self.first_local_expert)
+        return self.engine.compute(
+            x_RD, weights_RK, indices_RK, parameters, self.config, self.first_local_expert, **self.engine_options
+        )
 
     def _unsupported(self, device: torch.device, config: MoEConfig) -> Unsupported | None:
         """The engine's reason."""

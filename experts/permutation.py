@@ -6,7 +6,6 @@ expert (other ranks' experts, masked tokens, indices of −1) come last, past `o
 what an engine computes there, NaN included, is read by nobody.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,41 +13,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from experts.activations import accumulation_dtype
+from experts.config import MoEConfig
 from experts.errors import InputError
+from experts.steps import Permutation, steps_on
+
+__all__ = ["MAX_ROWS", "Permutation", "combine", "permute", "sort_by_expert", "unpermute", "weighted_activation"]
 
 MAX_ROWS = torch.iinfo(torch.int32).max
-
-
-@dataclass(frozen=True)
-class Permutation:
-    """Where every row comes from and goes to. N = T·K; L local experts; a slot is one choice of one token, t·K + k."""
-
-    row_to_slot_N: Tensor  # int64
-    slot_to_row_N: Tensor  # int64, the inverse
-    row_to_expert_N: Tensor  # int64, local expert, or L for the rows of none
-    is_local_TK: Tensor  # bool
-    tokens_per_expert_L: Tensor  # int64
-    offsets_L: Tensor  # int32, cumulative: where each expert's group ends
-
-    @property
-    def n_activated_experts(self) -> int:
-        return self.is_local_TK.shape[1]
-
-    @property
-    def row_to_token_N(self) -> Tensor:
-        return self.row_to_slot_N // self.n_activated_experts
-
-    def cut(self, num_rows: int) -> "Permutation":
-        """Without the rows past the last group: `num_rows` is `offsets_L[-1]`, for callers that know it on the host."""
-        return Permutation(
-            self.row_to_slot_N[:num_rows],
-            self.slot_to_row_N.clamp(max=max(num_rows - 1, 0)),  # who had a row past the end is not local
-            self.row_to_expert_N[:num_rows],
-            self.is_local_TK,
-            self.tokens_per_expert_L,
-            self.offsets_L,
-        )
 
 
 def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
@@ -62,108 +33,116 @@ def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
             f"{indices_TK.numel()} choices of {indices_TK.shape[0]} tokens exceed {MAX_ROWS}, the most that int32 "
             "offsets can count; split the tokens over several calls"
         )
-    local_TK = indices_TK.long() - first
-    is_local_TK = (local_TK >= 0) & (local_TK < count)
-    expert_N = torch.where(is_local_TK, local_TK, count).reshape(-1)
-    row_to_expert_N, row_to_slot_N = torch.sort(expert_N, stable=True)
-    slot_to_row_N = torch.empty_like(row_to_slot_N)
-    slot_to_row_N[row_to_slot_N] = torch.arange(row_to_slot_N.numel(), device=row_to_slot_N.device)
-    experts_L = torch.arange(count, device=row_to_expert_N.device)
-    ends_L = torch.searchsorted(row_to_expert_N, experts_L, right=True)
-    tokens_per_expert_L = torch.diff(ends_L, prepend=ends_L.new_zeros(1))
-    return Permutation(row_to_slot_N, slot_to_row_N, row_to_expert_N, is_local_TK, tokens_per_expert_L, ends_L.int())
+    return steps_on(indices_TK.device).sort_by_expert(indices_TK, first, count)
 
 
 def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
-    """Rows [N, D] of the tokens in permuted order. Its gradient sums a token's rows in float32, in a fixed order."""
+    """Rows [N, D] of the tokens in permuted order. Its gradient sums a token's rows in float32, in a fixed order.
+
+    Rows past the last group hold anything.
+    """
     rows: Tensor = _Permute.apply(x_TD, permutation)
     return rows
 
 
-def permute_weights(weights_TK: Tensor, permutation: Permutation) -> Tensor:
-    """Routing weights [N] in permuted order; zero, and without gradient, for rows of no local expert."""
-    weights_N = weights_TK.reshape(-1).index_select(0, permutation.row_to_slot_N)
-    is_local_N = permutation.row_to_expert_N < permutation.offsets_L.numel()
-    return torch.where(is_local_N, weights_N, 0.0)
-
-
 def unpermute(y_ND: Tensor, permutation: Permutation) -> Tensor:
     """Sum [T, D] of each token's rows, in float32 (float64 for float64), in the order of its choices, in y's dtype."""
-    tokens: Tensor = _Unpermute.apply(y_ND, permutation)
-    return tokens
+    return combine(y_ND, permutation, None, None, after=False)
 
 
-def add_expert_bias(y_ND: Tensor, bias_LD: Tensor, permutation: Permutation, weights_N: Tensor | None = None) -> Tensor:
-    """y plus the bias of each row's expert, times the routing weight where `weights_N` is given (down projection).
+def weighted_activation(
+    h_NH: Tensor,
+    permutation: Permutation,
+    weights_TK: Tensor | None,
+    bias_LH: Tensor | None,
+    config: MoEConfig,
+) -> Tensor:
+    """The weighted activation [N, I] of h + bias, each row by its expert's bias and its choice's routing weight.
 
-    Returns [N, D] in y's dtype; the sum is taken in float32 (float64 for float64).
+    h: [N, 2I] ([N, I] ungated). Computed in float32 (float64 for float64). Gradients reach h, weights and bias.
     """
-    arguments = (y_ND, bias_LD, weights_N, permutation)
-    biased: Tensor = _AddExpertBias.apply(*arguments)
-    return biased
+    activated: Tensor = _WeightedActivation.apply(h_NH, weights_TK, bias_LH, permutation, config)
+    return activated
 
 
-def _sum_rows_of_tokens(rows_ND: Tensor, permutation: Permutation) -> Tensor:
-    num_tokens, num_choices = permutation.is_local_TK.shape
-    if rows_ND.shape[0] == 0:
-        return rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
-    is_local_TK1 = permutation.is_local_TK.unsqueeze(-1)
-    rows_TKD = rows_ND.index_select(0, permutation.slot_to_row_N).view(num_tokens, num_choices, -1)
-    rows_TKD.masked_fill_(~is_local_TK1, 0.0)
-    return rows_TKD.sum(dim=1, dtype=accumulation_dtype(rows_ND.dtype)).to(rows_ND.dtype)
+def combine(
+    y_ND: Tensor, permutation: Permutation, weights_TK: Tensor | None, bias_LD: Tensor | None, after: bool
+) -> Tensor:
+    """Sum [T, D] of each token's y + weight·bias; weight·(y + bias) where the weights come `after` the projection.
+
+    The sum is taken in float32 (float64 for float64), in the order of the choices. Gradients reach y, weights and bias.
+    """
+    if bias_LD is None and not after:
+        weights_TK = None
+    tokens: Tensor = _Combine.apply(y_ND, weights_TK, bias_LD, permutation, after)
+    return tokens
 
 
 class _Permute(Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
-        return x_TD.index_select(0, permutation.row_to_token_N)
+        return steps_on(x_TD.device, x_TD.dtype).gather_rows(x_TD, permutation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
-        return _sum_rows_of_tokens(grad_ND, ctx.permutation), None
+        return steps_on(grad_ND.device, grad_ND.dtype).sum_rows(grad_ND, ctx.permutation), None
 
 
-class _Unpermute(Function):
+class _WeightedActivation(Function):
     @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, permutation: Permutation) -> Tensor:
-        ctx.permutation = permutation
-        return _sum_rows_of_tokens(y_ND, permutation)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return grad_TD.index_select(0, ctx.permutation.row_to_token_N), None
-
-
-class _AddExpertBias(Function):
-    """Written out so that the sum over an expert's rows is in float32, deterministic, and stops at the last group."""
-
-    @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, bias_LD: Tensor, weights_N: Tensor | None, permutation: Permutation) -> Tensor:
-        ctx.permutation = permutation
-        ctx.save_for_backward(bias_LD, weights_N)
-        return (y_ND + _bias_of_rows(bias_LD, weights_N, permutation, y_ND.dtype)).to(y_ND.dtype)
+    def forward(
+        ctx: Any,
+        h_NH: Tensor,
+        weights_TK: Tensor | None,
+        bias_LH: Tensor | None,
+        permutation: Permutation,
+        config: MoEConfig,
+    ) -> Tensor:
+        ctx.permutation, ctx.config = permutation, config
+        ctx.save_for_backward(h_NH, weights_TK, bias_LH)
+        return steps_on(h_NH.device, h_NH.dtype).activate(h_NH, permutation, weights_TK, bias_LH, config)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        bias_LD, weights_N = ctx.saved_tensors
+    def backward(ctx: Any, grad_NI: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        h_NH, weights_TK, bias_LH = ctx.saved_tensors
+        steps = steps_on(h_NH.device, h_NH.dtype)
+        grad_h_NH, _, grad_weights_TK = steps.activate_backward(
+            h_NH, grad_NI, ctx.permutation, weights_TK, bias_LH, ctx.config, again=False
+        )
+        grad_bias_LH = None if bias_LH is None else steps.sum_by_expert(grad_h_NH, ctx.permutation)
+        if grad_weights_TK is not None:
+            grad_weights_TK = grad_weights_TK.to(weights_TK.dtype)
+        return grad_h_NH, grad_weights_TK, grad_bias_LH, None, None
+
+
+class _Combine(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_ND: Tensor,
+        weights_TK: Tensor | None,
+        bias_LD: Tensor | None,
+        permutation: Permutation,
+        after: bool,
+    ) -> Tensor:
+        ctx.permutation = permutation
+        ctx.after = after
+        ctx.save_for_backward(y_ND if after else None, weights_TK, bias_LD)
+        return steps_on(y_ND.device, y_ND.dtype).sum_rows(y_ND, permutation, weights_TK, bias_LD, after)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        y_ND, weights_TK, bias_LD = ctx.saved_tensors
         permutation: Permutation = ctx.permutation
-        grad_acc_ND = grad_ND.to(accumulation_dtype(grad_ND.dtype))
-        weighted_ND = grad_acc_ND if weights_N is None else grad_acc_ND * weights_N.to(grad_acc_ND.dtype).unsqueeze(-1)
-        # unsafe: lengths that stop short of N are meant, and checking them would wait for the device
-        grad_bias_LD = torch.segment_reduce(
-            weighted_ND, "sum", lengths=permutation.tokens_per_expert_L, axis=0, unsafe=True, initial=0.0
-        ).to(bias_LD.dtype)
-        if weights_N is None:
-            return grad_ND, grad_bias_LD, None, None
-        bias_ND = _bias_of_rows(bias_LD, None, permutation, grad_ND.dtype)
-        return grad_ND, grad_bias_LD, (grad_acc_ND * bias_ND).sum(dim=-1).to(weights_N.dtype), None
-
-
-def _bias_of_rows(bias_LD: Tensor, weights_N: Tensor | None, permutation: Permutation, dtype: torch.dtype) -> Tensor:
-    last = bias_LD.shape[0] - 1
-    bias_ND = bias_LD.index_select(0, permutation.row_to_expert_N.clamp(max=last)).to(accumulation_dtype(dtype))
-    return bias_ND if weights_N is None else bias_ND * weights_N.to(bias_ND.dtype).unsqueeze(-1)
+        steps = steps_on(grad_TD.device, grad_TD.dtype)
+        grad_ND = steps.gather_rows(grad_TD, permutation, weights_TK if ctx.after else None)
+        grad_weights_TK = grad_bias_LD = None
+        if weights_TK is not None:
+            grad_weights_TK = steps.dot_rows(grad_TD, permutation, y_ND, bias_LD).to(weights_TK.dtype)
+        if bias_LD is not None:
+            grad_bias_LD = steps.sum_by_expert(grad_ND, permutation, None if ctx.after else weights_TK)
+        return grad_ND, grad_weights_TK, grad_bias_LD, None, None

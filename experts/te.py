@@ -48,6 +48,8 @@ class GroupedExpertsTE(ExpertLayer):
         backend = backend or BackendConfig()
         if backend.experts not in (None, "te"):
             raise ConfigError(f"GroupedExpertsTE computes with te, not {backend.experts!r}; use GroupedExperts for it")
+        if backend.save is not None:
+            raise ConfigError(f"save = {backend.save!r} is of torch_mm and gmm, te keeps what it keeps; leave save out")
         missing = _not_installed()
         if missing is not None:
             raise missing

@@ -27,8 +27,9 @@ class ExpertParameters(NamedTuple):
 PARAMETER_NAMES = ExpertParameters._fields
 
 #: (x [T, D], weights [T, K], indices [T, K], parameters, config, first local expert) -> [T, D] in x's dtype: the sum
-#: over the choices of local experts. Indices outside of the window, −1 among them, contribute nothing.
-Compute = Callable[[Tensor, Tensor, Tensor, ExpertParameters, MoEConfig, int], Tensor]
+#: over the choices of local experts. Indices outside of the window, −1 among them, contribute nothing. An engine that
+#: `saves` takes `save=` too, of BackendConfig.
+Compute = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Engine:
     """One way to compute the local experts.
 
     `unsupported(device, config)` says why the engine cannot run there on activations of the config's dtype; without a
-    config it speaks of the device alone.
+    config it speaks of the device alone. `saves`: what is kept for backward can be chosen.
     """
 
     compute: Compute
     unsupported: Callable[[torch.device, MoEConfig | None], Unsupported | None]
+    saves: bool = False

@@ -1,15 +1,12 @@
-"""grouped_gemm.ops.gmm over permuted rows: bfloat16 on CUDA. Its group sizes live on the host, so every call waits."""
-
-from typing import Any
+"""grouped_gemm over permuted rows: bfloat16 on CUDA. Its group sizes live on the host, so every call waits."""
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from experts.compute import Engine, ExpertParameters
-from experts.compute.grouped import GroupedProduct, grouped_experts, no_rows
-from experts.config import MoEConfig, dtype_name
+from experts.compute.grouped import no_rows
+from experts.compute.whole import Plan, Products, whole_experts
+from experts.config import MoEConfig, Save, dtype_name
 from experts.errors import Unsupported
 from experts.permutation import sort_by_expert
 
@@ -21,41 +18,36 @@ def compute(
     parameters: ExpertParameters,
     config: MoEConfig,
     first: int,
+    save: Save = "memory",
 ) -> Tensor:
-    """Two grouped GEMMs over rows sorted by expert, and over no others."""
-    from grouped_gemm.ops import gmm
-
+    """Grouped GEMMs over rows sorted by expert, and over no others."""
     parameters = parameters.to(x_TD.dtype)
-    gate_and_up, down, up_bias, down_bias = parameters
-    permutation = sort_by_expert(indices_TK, first, gate_and_up.shape[0])
+    permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
     rows_per_expert = permutation.tokens_per_expert_L.cpu()
     num_rows = int(rows_per_expert.sum())
     if num_rows == 0:
         return no_rows(x_TD, (weights_TK, *parameters))
+    plan = Plan(permutation.cut(num_rows), config, products(rows_per_expert), save)
+    return whole_experts(x_TD, weights_TK, parameters, plan)
+
+
+def products(rows_per_expert: Tensor) -> Products:
+    """grouped_gemm's, of contiguous tensors, in groups of so many rows (int64 on the host, not all zero)."""
+    from grouped_gemm.backend import gmm
+
     empty = (rows_per_expert == 0).nonzero().flatten().tolist()
 
-    def by(matrices: Tensor) -> GroupedProduct:
-        written = _ZeroGradientOfEmpty.apply(matrices.contiguous(), empty)
-        return lambda rows: gmm(rows.contiguous(), written, rows_per_expert)
+    def multiply(a: Tensor, b: Tensor, trans_a: bool = False, trans_b: bool = False) -> Tensor:
+        product: Tensor = gmm(a.contiguous(), b.contiguous(), rows_per_expert, trans_a, trans_b)
+        return product
 
-    rows = permutation.cut(num_rows)
-    return grouped_experts(x_TD, weights_TK, rows, config, by(gate_and_up), by(down), up_bias, down_bias)
+    def outer(a_NP: Tensor, b_NQ: Tensor) -> Tensor:
+        product_LPQ = multiply(a_NP, b_NQ, trans_a=True)
+        for expert in empty:  # grouped_gemm leaves it unwritten
+            product_LPQ[expert].zero_()
+        return product_LPQ
 
-
-class _ZeroGradientOfEmpty(Function):
-    """Identity. gmm leaves the gradient of an expert without rows unwritten; this writes its zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, matrices_LPQ: Tensor, empty: list[int]) -> Tensor:
-        ctx.empty = empty
-        return matrices_LPQ.view_as(matrices_LPQ)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_LPQ: Tensor) -> tuple[Tensor, None]:
-        for expert in ctx.empty:  # in place: gmm has just made this gradient, and nobody else holds it
-            grad_LPQ[expert].zero_()
-        return grad_LPQ, None
+    return Products(multiply, lambda a_NQ, b_LPQ: multiply(a_NQ, b_LPQ, trans_b=True), outer)
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
@@ -71,4 +63,4 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return None
 
 
-ENGINE = Engine(compute, unsupported)
+ENGINE = Engine(compute, unsupported, saves=True)

@@ -1,13 +1,12 @@
-"""What the engines share that multiply rows grouped by expert: everything around the two products."""
+"""What the engines share whose products bring a backward of their own: everything around the two products."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from experts.activations import accumulation_dtype, get_expert_activation_for_deepep
 from experts.config import MoEConfig
-from experts.permutation import Permutation, add_expert_bias, permute, permute_weights, unpermute
+from experts.permutation import Permutation, combine, permute, weighted_activation
 
 #: Rows [N, P], grouped by expert -> [N, Q], each by its expert's matrix. Rows past the last group may hold anything.
 GroupedProduct = Callable[[Tensor], Tensor]
@@ -24,18 +23,10 @@ def grouped_experts(
     down_bias: Tensor | None,
 ) -> Tensor:
     """Permute, project up, activate, project down, add up: the local experts' sum [T, D] in x's dtype."""
-    weights_N = permute_weights(weights_TK, permutation)
-    inside_N = torch.ones_like(weights_N) if config.apply_router_weight_after_down else weights_N
-    h_NI = up(permute(x_TD, permutation))
-    if up_bias is not None:
-        h_NI = add_expert_bias(h_NI, up_bias, permutation)
-    a_NI = get_expert_activation_for_deepep(config)(h_NI, inside_N)
-    y_ND = down(a_NI)
-    if down_bias is not None:
-        y_ND = add_expert_bias(y_ND, down_bias, permutation, inside_N)
-    if config.apply_router_weight_after_down:
-        y_ND = (y_ND.to(accumulation_dtype(y_ND.dtype)) * weights_N.unsqueeze(-1)).to(y_ND.dtype)
-    return unpermute(y_ND, permutation)
+    after = config.apply_router_weight_after_down
+    h_NH = up(permute(x_TD, permutation))
+    a_NI = weighted_activation(h_NH, permutation, None if after else weights_TK, up_bias, config)
+    return combine(down(a_NI), permutation, weights_TK, down_bias, after)
 
 
 def no_rows(x_TD: Tensor, others: Iterable[Tensor | None]) -> Tensor:

@@ -1,11 +1,13 @@
 """torch.nn.functional.grouped_mm over permuted rows. No host sync for bfloat16 on SM90 and later."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from experts.compute import Engine, ExpertParameters
-from experts.compute.grouped import GroupedProduct, grouped_experts
-from experts.config import MoEConfig, dtype_name, is_gated_activation
+from experts.compute.whole import Plan, Products, whole_experts
+from experts.config import MoEConfig, Save, dtype_name, is_gated_activation
 from experts.errors import Unsupported
 from experts.permutation import sort_by_expert
 
@@ -19,15 +21,22 @@ def compute(
     parameters: ExpertParameters,
     config: MoEConfig,
     first: int,
+    save: Save = "memory",
 ) -> Tensor:
-    """Two grouped GEMMs over rows sorted by expert. grouped_mm stops at the last offset: later rows are never read."""
-    gate_and_up, down, up_bias, down_bias = parameters.to(x_TD.dtype)
-    permutation = sort_by_expert(indices_TK, first, gate_and_up.shape[0])
+    """Grouped GEMMs over rows sorted by expert. grouped_mm stops at the last offset: later rows are never read."""
+    permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
+    plan = Plan(permutation, config, products(permutation.offsets_L), save)
+    return whole_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), plan)
 
-    def by(matrices: Tensor) -> GroupedProduct:
-        return lambda rows: torch.nn.functional.grouped_mm(rows, matrices, offs=permutation.offsets_L)
 
-    return grouped_experts(x_TD, weights_TK, permutation, config, by(gate_and_up), by(down), up_bias, down_bias)
+def products(offsets_L: Tensor) -> Products:
+    """grouped_mm of rows in groups that end at the offsets."""
+    multiply = functools.partial(torch.nn.functional.grouped_mm, offs=offsets_L)
+    return Products(
+        rows=multiply,
+        rows_back=lambda a_NQ, b_LPQ: multiply(a_NQ, b_LPQ.transpose(-2, -1)),
+        outer=lambda a_NP, b_NQ: multiply(a_NP.t(), b_NQ),
+    )
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
@@ -53,4 +62,4 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return None
 
 
-ENGINE = Engine(compute, unsupported)
+ENGINE = Engine(compute, unsupported, saves=True)

@@ -1,34 +1,21 @@
 """grouped_gemm (0.3.0, on SM90) in plain torch: what it asserts, and what it leaves unwritten, which is NaN here."""
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 
-def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:
-    """Rows [N, P] in groups of `batch_sizes` [L] times matrices [L, P, Q] ([L, Q, P] with `trans_b`) -> [N, Q]."""
-    result: Tensor = _GroupedGemm.apply(a, b, batch_sizes, trans_b)
-    return result
+def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_a: bool = False, trans_b: bool = False) -> Tensor:
+    """Rows [N, P] in groups of `batch_sizes` [L] times matrices [L, P, Q] ([L, Q, P] with `trans_b`) -> [N, Q].
 
-
-class _GroupedGemm(Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool) -> Tensor:
-        ctx.save_for_backward(a, b, batch_sizes)
-        ctx.trans_b = trans_b
-        return _multiply_groups(a, b, batch_sizes, trans_b)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        a, b, batch_sizes = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_a = _multiply_groups(grad, b, batch_sizes, not ctx.trans_b) if ctx.needs_input_grad[0] else None
-        left, right = (grad, a) if ctx.trans_b else (a, grad)
-        grad_b = _outer_of_groups(left, right, batch_sizes) if ctx.needs_input_grad[1] else None
-        return grad_a, grad_b, None, None
+    With `trans_a`, rows [N, P] transposed times rows [N, Q], group by group -> [L, P, Q]. No autograd: `backend`'s.
+    """
+    assert not (trans_a and trans_b)
+    assert not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)), "no gradient comes back"
+    if trans_a:
+        return _outer_of_groups(a, b, batch_sizes)
+    return _multiply_groups(a, b, batch_sizes, trans_b)
 
 
 def _groups(batch_sizes: Tensor) -> list[slice]:
@@ -65,6 +52,6 @@ def _outer_of_groups(a: Tensor, b: Tensor, batch_sizes: Tensor) -> Tensor:
 
 def modules() -> dict[str, ModuleType]:
     """What `import` finds, by name."""
-    package, ops = ModuleType("grouped_gemm"), ModuleType("grouped_gemm.ops")
-    package.ops, ops.gmm = ops, gmm  # type: ignore[attr-defined]
-    return {"grouped_gemm": package, "grouped_gemm.ops": ops}
+    package, backend = ModuleType("grouped_gemm"), ModuleType("grouped_gemm.backend")
+    package.backend, backend.gmm = backend, gmm  # type: ignore[attr-defined]
+    return {"grouped_gemm": package, "grouped_gemm.backend": backend}

@@ -44,7 +44,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     def gmm_unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
         return refuses(CUDA, None if config is None else config.with_dtype(BF16))
 
-    patch.setattr(gmm, "ENGINE", Engine(gmm.compute, gmm_unsupported))
+    patch.setattr(gmm, "ENGINE", Engine(gmm.compute, gmm_unsupported, saves=True))
 
 
 def _on_a_gpu(patch: pytest.MonkeyPatch, module: Any, unsupported: Any) -> None:

@@ -39,7 +39,7 @@ def test_output_and_every_gradient(setup: Setup, activation: str, bias: bool) ->
         expert_activation=activation,
         expert_bias=bias,
         activation_alpha=1.3,
-        activation_limit=0.83,
+        activation_limit=0.93,  # no h of this batch is so near that rounding moves it across, where the gradient jumps
         swiglu_limit=0.71 if bias else 0.0,
     )
     check(setup, config, random_batch(config))

@@ -109,13 +109,13 @@ def test_it_multiplies_the_rows_of_its_experts_and_no_others(monkeypatch: pytest
     """What is past the last group is work for nothing, and memory that nobody writes."""
     multiplied = []
 
-    def seen(a: torch.Tensor, b: torch.Tensor, batch_sizes: torch.Tensor) -> torch.Tensor:
+    def seen(a: torch.Tensor, b: torch.Tensor, batch_sizes: torch.Tensor, *transposed: bool) -> torch.Tensor:
         multiplied.append((a.shape[0], batch_sizes.tolist()))
-        return fake_grouped_gemm.gmm(a, b, batch_sizes)
+        return fake_grouped_gemm.gmm(a, b, batch_sizes, *transposed)
 
-    monkeypatch.setattr(sys.modules["grouped_gemm.ops"], "gmm", seen)
+    monkeypatch.setattr(sys.modules["grouped_gemm.backend"], "gmm", seen)
     check(random_batch(moe_config(), indices=[[3, 0], [-1, -1], [-1, 3]]))
-    assert multiplied == [(3, [1, 0, 0, 2])] * 2
+    assert multiplied == [(3, [1, 0, 0, 2])] * 6
 
 
 @fake_libraries

@@ -1,0 +1,176 @@
+"""The local experts as one autograd function, for engines that hand over their products: it decides what is kept.
+
+Forward keeps the tokens, the up projection's output before the activation, and the permutation; nothing of the down
+projection. Backward computes the activation anew while it computes its gradient, over the memory that it reads, and
+frees each buffer at its last use. `save` trades the rest:
+
+- "memory": rows of tokens and of the output's gradient are gathered again where they are needed a second time.
+- "time": rows of tokens are kept from forward to backward, those of the output's gradient through backward.
+
+The routing weight's gradient is Σ_i da_i·a_i with da the gradient of the weighted activation, in either place that the
+weight may have: what follows the activation is linear. So backward is one, wherever the weight is applied.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from experts.compute import ExpertParameters
+from experts.config import MoEConfig, Save
+from experts.steps import Permutation, Steps, steps_on
+
+
+class Products(NamedTuple):
+    """The products of rows in groups by expert. Rows past the last group may hold anything, given and returned.
+
+    They run outside of autograd. Each returns memory of its own; an expert without rows has zeros in `outer`.
+    """
+
+    rows: Callable[[Tensor, Tensor], Tensor]  # a [N, P], b [L, P, Q] -> [N, Q]: each row times its expert's matrix
+    rows_back: Callable[[Tensor, Tensor], Tensor]  # a [N, Q], b [L, P, Q] -> [N, P]: times its transpose
+    outer: Callable[[Tensor, Tensor], Tensor]  # a [N, P], b [N, Q] -> [L, P, Q]: aᵀ·b of each expert's rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the experts are computed, apart from the tensors that gradients flow to."""
+
+    permutation: Permutation
+    config: MoEConfig
+    products: Products
+    save: Save
+
+    @property
+    def after(self) -> bool:
+        """Whether the routing weight is applied after the down projection."""
+        return self.config.apply_router_weight_after_down
+
+
+def whole_experts(x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, plan: Plan) -> Tensor:
+    """The local experts' sum [T, D] in x's dtype; parameters in x's dtype. Gradients reach all tensors, once."""
+    tensors = (x_TD, weights_TK, *parameters)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        whole: Tensor = _WholeExperts.apply(*tensors, plan)
+        return whole
+    return _forward(x_TD, weights_TK, parameters, plan, keep=False)[0]
+
+
+def _forward(
+    x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, plan: Plan, keep: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The output and, to `keep`, tokens or their rows and the up projection's output."""
+    gate_and_up, down, up_bias, down_bias = parameters
+    permutation = plan.permutation
+    steps = steps_on(x_TD.device, x_TD.dtype)
+    x_ND = steps.gather_rows(x_TD, permutation)
+    h_NH = plan.products.rows(x_ND, gate_and_up)
+    kept = (x_ND if plan.save == "time" else x_TD, h_NH) if keep else None
+    del x_ND
+    a_NI = steps.activate(h_NH, permutation, None if plan.after else weights_TK, up_bias, plan.config)
+    del h_NH
+    y_ND = plan.products.rows(a_NI, down)
+    del a_NI
+    weights = weights_TK if plan.after or down_bias is not None else None
+    return steps.sum_rows(y_ND, permutation, weights, down_bias, plan.after), kept
+
+
+class _WholeExperts(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        gate_and_up: Tensor,
+        down: Tensor,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        plan: Plan,
+    ) -> Tensor:
+        parameters = ExpertParameters(gate_and_up, down, up_bias, down_bias)
+        out_TD, kept = _forward(x_TD, weights_TK, parameters, plan, keep=True)
+        assert kept is not None
+        ctx.save_for_backward(*kept, weights_TK, *parameters)
+        ctx.plan = plan
+        ctx.h_is_spent = False
+        return out_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, h_NH, weights_TK, *parameters = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        if ctx.h_is_spent:  # by another backward of the same graph (retain_graph)
+            steps = steps_on(grad_TD.device, grad_TD.dtype)
+            h_NH = plan.products.rows(_rows_of(tokens, plan, steps), parameters[0])
+        ctx.h_is_spent = True
+        wanted = _Wanted(*ctx.needs_input_grad[:6])
+        return *_backward(grad_TD, tokens, h_NH, weights_TK, ExpertParameters(*parameters), plan, wanted), None
+
+
+class _Wanted(NamedTuple):
+    """Which gradients are."""
+
+    x: bool
+    weights: bool
+    gate_and_up: bool
+    down: bool
+    up_bias: bool
+    down_bias: bool
+
+
+def _backward(
+    grad_TD: Tensor,
+    tokens: Tensor,
+    h_NH: Tensor,
+    weights_TK: Tensor,
+    parameters: ExpertParameters,
+    plan: Plan,
+    wanted: _Wanted,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weights and the parameters. h and its memory are spent."""
+    gate_and_up, down, up_bias, down_bias = parameters
+    permutation, products = plan.permutation, plan.products
+    steps = steps_on(grad_TD.device, grad_TD.dtype)
+    grad_x = grad_up = grad_down = grad_up_bias = grad_down_bias = None
+
+    grad_ND: Tensor | None = steps.gather_rows(grad_TD, permutation)
+    assert grad_ND is not None
+    if wanted.down_bias:
+        grad_down_bias = steps.sum_by_expert(grad_ND, permutation, weights_TK)
+    grad_NI = products.rows_back(grad_ND, down)
+    if plan.save == "memory":
+        grad_ND = None
+    grad_h_NH, a_NI, grad_weights = steps.activate_backward(
+        h_NH, grad_NI, permutation, weights_TK, up_bias, plan.config, again=True
+    )
+    assert a_NI is not None
+    assert grad_weights is not None
+    del grad_NI
+    if down_bias is not None and wanted.weights:
+        grad_weights += steps.dot_rows(grad_TD, permutation, None, down_bias)
+
+    if plan.save == "time" and wanted.down:
+        assert grad_ND is not None
+        grad_down = products.outer(a_NI, grad_ND)
+    grad_ND = None
+    if wanted.up_bias:
+        grad_up_bias = steps.sum_by_expert(grad_h_NH, permutation)
+    if wanted.gate_and_up:
+        grad_up = products.outer(_rows_of(tokens, plan, steps), grad_h_NH)
+    if wanted.x:
+        grad_x = steps.sum_rows(products.rows_back(grad_h_NH, gate_and_up), permutation)
+    del grad_h_NH
+    h_NH.untyped_storage().resize_(0)  # the graph holds it until backward ends
+    if plan.save == "memory" and wanted.down:
+        grad_down = products.outer(a_NI, steps.gather_rows(grad_TD, permutation))
+    return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias
+
+
+def _rows_of(tokens: Tensor, plan: Plan, steps: Steps) -> Tensor:
+    """The tokens' rows, which are kept or gathered again."""
+    return tokens if plan.save == "time" else steps.gather_rows(tokens, plan.permutation)

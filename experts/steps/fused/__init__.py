@@ -1,0 +1,16 @@
+"""The steps in Triton. Importing this imports triton; `experts.steps` does, where they run."""
+
+from experts.steps.fused.activation import activate, activate_backward
+from experts.steps.fused.reduce import dot_rows, sum_by_expert
+from experts.steps.fused.rows import gather_rows, sum_rows
+from experts.steps.fused.sort import sort_by_expert
+
+__all__ = [
+    "activate",
+    "activate_backward",
+    "dot_rows",
+    "gather_rows",
+    "sort_by_expert",
+    "sum_by_expert",
+    "sum_rows",
+]

@@ -1,0 +1,269 @@
+"""The weighted activation, forward and backward, each in one pass over its rows.
+
+The routing weight and the expert's bias of a row are looked up by the row's slot and expert, so that neither is ever
+laid out by rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from experts.activations import ActivationForm, activation_form
+from experts.config import MoEConfig
+from experts.steps import Permutation
+from experts.steps.fused.launch import launch
+
+TILE = 2048  # elements of the result a program holds at once
+MAX_COLUMNS = 256  # of one row: so that few lie past its end, whatever its length
+
+
+def activate(
+    h_NH: Tensor, permutation: Permutation, weights_TK: Tensor | None, bias_LH: Tensor | None, config: MoEConfig
+) -> Tensor:
+    """As `Steps.activate`; rows past the last group stay unwritten."""
+    form = activation_form(config)
+    inter = h_NH.shape[1] // (2 if form.gated else 1)
+    a_NI = torch.empty(h_NH.shape[0], inter, dtype=h_NH.dtype, device=h_NH.device)
+    rows, columns = _tile(inter)
+    launch(
+        _activate,
+        (triton.cdiv(h_NH.shape[0], rows), triton.cdiv(inter, columns)),
+        *(h_NH.contiguous(), a_NI, *_looked_up(permutation, weights_TK, bias_LH)),
+        *(form.alpha, form.limit, form.offset),
+        **_constants(form, weights_TK, bias_LH, rows, columns),
+        INTER=inter,
+    )
+    return a_NI
+
+
+def activate_backward(
+    h_NH: Tensor,
+    grad_NI: Tensor,
+    permutation: Permutation,
+    weights_TK: Tensor | None,
+    bias_LH: Tensor | None,
+    config: MoEConfig,
+    again: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `Steps.activate_backward`; with `again` over h and `grad_NI` in place."""
+    form = activation_form(config)
+    h_NH, grad_NI = h_NH.contiguous(), grad_NI.contiguous()
+    grad_h_NH = h_NH if again else torch.empty_like(h_NH)
+    grad_weights_TK = None
+    if weights_TK is not None:
+        grad_weights_TK = torch.zeros(weights_TK.shape, dtype=torch.float32, device=h_NH.device)
+    inter = grad_NI.shape[1]
+    rows, columns = _tile(inter)
+    launch(
+        _activate_backward,
+        (triton.cdiv(h_NH.shape[0], rows),),
+        *(h_NH, grad_NI, grad_h_NH, grad_weights_TK, *_looked_up(permutation, weights_TK, bias_LH)),
+        *(form.alpha, form.limit, form.offset),
+        **_constants(form, weights_TK, bias_LH, rows, columns),
+        INTER=inter,
+        AGAIN=again,
+    )
+    return grad_h_NH, grad_NI if again else None, grad_weights_TK
+
+
+def _tile(inter: int) -> tuple[int, int]:
+    columns = min(MAX_COLUMNS, triton.next_power_of_2(inter))
+    return TILE // columns, columns
+
+
+def _looked_up(
+    permutation: Permutation, weights_TK: Tensor | None, bias_LH: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return (
+        None if weights_TK is None else weights_TK.contiguous(),
+        None if bias_LH is None else bias_LH.contiguous(),
+        permutation.row_to_slot_N,
+        permutation.row_to_expert_N,
+        permutation.offsets_L[-1:],
+    )
+
+
+def _constants(
+    form: ActivationForm, weights_TK: Tensor | None, bias_LH: Tensor | None, rows: int, columns: int
+) -> dict[str, int | bool]:
+    return {
+        "GATED": form.gated,
+        "INTERLEAVED": form.interleaved,
+        "GELU": form.gelu,
+        "LIMITED": form.limit > 0,
+        "WEIGHTS": weights_TK is not None,
+        "BIAS": bias_LH is not None,
+        "ROWS": rows,
+        "COLUMNS": columns,
+    }
+
+
+@triton.jit
+def _find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr):
+    """Row numbers of this program, which of them are in a group, their slots, experts and routing weights."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < tl.load(num_local)
+    slot = tl.load(row_to_slot + row, mask=valid, other=0)
+    expert = tl.load(row_to_expert + row, mask=valid, other=0)
+    weight = tl.full([ROWS], 1.0, dtype=tl.float32)
+    if WEIGHTS:
+        weight = tl.load(weights + slot, mask=valid, other=0.0).to(tl.float32)
+    return row, valid, slot, expert, weight
+
+
+@triton.jit
+def _load(source, bias, row, valid, expert, columns, shift, width, stride, BIAS: tl.constexpr):
+    """A tile of the columns from `shift` on, `width` of them, with the bias of each row's expert; zeros outside."""
+    inside = valid[:, None] & (columns < width)[None, :]
+    where = shift + columns[None, :]
+    tile = tl.load(source + row[:, None] * stride + where, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        tile += tl.load(bias + expert[:, None] * stride + where, mask=inside, other=0.0).to(tl.float32)
+    return tile
+
+
+@triton.jit
+def _store(target, tile, row, valid, columns, shift, width, stride):
+    inside = valid[:, None] & (columns < width)[None, :]
+    tl.store(target + row[:, None] * stride + shift + columns[None, :], tile.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_gate_and_up(
+    h,
+    bias,
+    row,
+    valid,
+    expert,
+    start,
+    inter: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    if INTERLEAVED:
+        pairs = 2 * start + tl.arange(0, 2 * COLUMNS)
+        both = _load(h, bias, row, valid, expert, pairs, 0, 2 * inter, 2 * inter, BIAS)
+        gate, up = tl.split(tl.reshape(both, [ROWS, COLUMNS, 2]))
+    else:
+        columns = start + tl.arange(0, COLUMNS)
+        gate = _load(h, bias, row, valid, expert, columns, 0, inter, 2 * inter, BIAS)
+        up = _load(h, bias, row, valid, expert, columns, inter, inter, 2 * inter, BIAS)
+    return gate, up
+
+
+@triton.jit
+def _glu(gate, up, alpha, limit, offset, GELU: tl.constexpr, LIMITED: tl.constexpr):
+    """The gated activation and its derivatives by gate and up. NaN passes the clamps, as it does in torch."""
+    g, u = gate, up
+    if LIMITED:
+        g = tl.where(gate > limit, limit, gate)
+        u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    if GELU:
+        inside = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+        slope = 1.5957691216057308 * (1 + 0.134145 * g * g)
+    else:
+        inside = alpha * g
+        slope = alpha
+    s = tl.sigmoid(inside)
+    by_gate = (u + offset) * (s + g * s * (1 - s) * slope)
+    by_up = g * s
+    if LIMITED:
+        by_gate = tl.where(gate > limit, 0.0, by_gate)
+        by_up = tl.where((up > limit) | (up < -limit), 0.0, by_up)
+    return g * s * (u + offset), by_gate, by_up
+
+
+@triton.jit
+def _activate(
+    h,
+    out,
+    weights,
+    bias,
+    row_to_slot,
+    row_to_expert,
+    num_local,
+    alpha,
+    limit,
+    offset,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GELU: tl.constexpr,
+    LIMITED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INTER: tl.constexpr,
+):
+    if tl.program_id(0).to(tl.int64) * ROWS >= tl.load(num_local):
+        return
+    row, valid, _, expert, weight = _find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS, ROWS)
+    start = tl.program_id(1) * COLUMNS
+    columns = start + tl.arange(0, COLUMNS)
+    if GATED:
+        gate, up = _load_gate_and_up(h, bias, row, valid, expert, start, INTER, INTERLEAVED, BIAS, ROWS, COLUMNS)
+        value, _, _ = _glu(gate, up, alpha, limit, offset, GELU, LIMITED)
+    else:
+        x = _load(h, bias, row, valid, expert, columns, 0, INTER, INTER, BIAS)
+        x = tl.where(x < 0, 0.0, x)
+        value = x * x
+    _store(out, value * weight[:, None], row, valid, columns, 0, INTER, INTER)
+
+
+@triton.jit
+def _activate_backward(
+    h,
+    grad,
+    grad_h,
+    grad_weights,
+    weights,
+    bias,
+    row_to_slot,
+    row_to_expert,
+    num_local,
+    alpha,
+    limit,
+    offset,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GELU: tl.constexpr,
+    LIMITED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INTER: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
+    if tl.program_id(0).to(tl.int64) * ROWS >= tl.load(num_local):
+        return
+    row, valid, slot, expert, weight = _find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS, ROWS)
+    by_weight = tl.zeros([ROWS], dtype=tl.float32)
+    for start in range(0, INTER, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        da = _load(grad, bias, row, valid, expert, columns, 0, INTER, INTER, False)
+        if GATED:
+            gate, up = _load_gate_and_up(h, bias, row, valid, expert, start, INTER, INTERLEAVED, BIAS, ROWS, COLUMNS)
+            value, by_gate, by_up = _glu(gate, up, alpha, limit, offset, GELU, LIMITED)
+        else:
+            x = _load(h, bias, row, valid, expert, columns, 0, INTER, INTER, BIAS)
+            x = tl.where(x < 0, 0.0, x)
+            value = x * x
+        by_weight += tl.sum(da * value, axis=1)
+        weighted = da * weight[:, None]
+        if AGAIN:
+            tl.debug_barrier()  # what is written lies over what was read: every warp has read by now
+            _store(grad, value * weight[:, None], row, valid, columns, 0, INTER, INTER)
+        if not GATED:
+            _store(grad_h, weighted * 2 * x, row, valid, columns, 0, INTER, INTER)
+        elif INTERLEAVED:
+            pairs = 2 * start + tl.arange(0, 2 * COLUMNS)
+            _store(grad_h, tl.interleave(weighted * by_gate, weighted * by_up), row, valid, pairs, 0, 2 * INTER, 2 * INTER)
+        else:
+            _store(grad_h, weighted * by_gate, row, valid, columns, 0, INTER, 2 * INTER)
+            _store(grad_h, weighted * by_up, row, valid, columns, INTER, INTER, 2 * INTER)
+    if WEIGHTS:
+        tl.store(grad_weights + slot, by_weight, mask=valid)

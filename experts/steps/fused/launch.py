@@ -1,0 +1,16 @@
+"""How a kernel is launched: on the device of its tensors, and not at all where there is nothing to do."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run `grid` programs of a kernel; tensors among its arguments are contiguous and on one device."""
+    if 0 in grid:
+        return
+    tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+        kernel[grid](*arguments, **constants)

@@ -1,0 +1,95 @@
+"""Sort by expert: a counting sort of three passes over the choices. Stable, and so deterministic.
+
+A block counts its choices by expert; one running sum over all (expert, block) pairs says where each block's choices of
+each expert end; then a choice's row is that end less the choices of its expert from its own to the block's last.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from experts.steps import Permutation
+from experts.steps.fused.launch import launch
+
+BLOCK = 256  # a block compares each of its choices with each other: its square is the work
+
+
+def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
+    """As `Steps.sort_by_expert`; the experts and "none" are `count` + 1 bins."""
+    num_slots = indices_TK.numel()
+    num_blocks = triton.cdiv(num_slots, BLOCK)
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=indices_TK.device)
+
+    row_to_slot, slot_to_row, row_to_expert = (empty(torch.int64, num_slots) for _ in range(3))
+    if num_slots == 0:
+        return Permutation(
+            row_to_slot, slot_to_row, row_to_expert, empty(torch.int32, count).zero_(), indices_TK.shape[1]
+        )
+    offsets_L = empty(torch.int32, count)
+    indices_TK = indices_TK.contiguous()
+    counts = empty(torch.int32, count + 1, num_blocks)
+    sizes = (num_slots, num_blocks, first, count)
+    bins = triton.next_power_of_2(count + 2)  # the last for what is past the last choice
+    launch(_count, (num_blocks,), indices_TK, counts, *sizes, BINS=bins, BLOCK=BLOCK)
+    ends = torch.cumsum(counts.view(-1), 0, dtype=torch.int32)
+    launch(
+        _place,
+        (num_blocks,),
+        *(indices_TK, ends, row_to_slot, slot_to_row, row_to_expert, offsets_L),
+        *sizes,
+        BINS=bins,
+        BLOCK=BLOCK,
+    )
+    return Permutation(row_to_slot, slot_to_row, row_to_expert, offsets_L, indices_TK.shape[1])
+
+
+@triton.jit
+def _bin(indices, slots, num_slots, first, count):
+    """Each choice's local expert, `count` for none, `count` + 1 where there is no such choice."""
+    local = tl.load(indices + slots, mask=slots < num_slots, other=0).to(tl.int64) - first
+    expert = tl.where((local >= 0) & (local < count), local, count)
+    return tl.where(slots < num_slots, expert, count + 1).to(tl.int32)
+
+
+@triton.jit
+def _count(indices, counts, num_slots, num_blocks, first, count, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0)
+    slots = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    found = tl.histogram(_bin(indices, slots, num_slots, first, count), BINS)
+    bins = tl.arange(0, BINS)
+    tl.store(counts + bins.to(tl.int64) * num_blocks + block, found, mask=bins <= count)
+
+
+@triton.jit
+def _place(
+    indices,
+    ends,
+    row_to_slot,
+    slot_to_row,
+    row_to_expert,
+    offsets,
+    num_slots,
+    num_blocks,
+    first,
+    count,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    place = tl.arange(0, BLOCK)
+    slots = block.to(tl.int64) * BLOCK + place
+    expert = _bin(indices, slots, num_slots, first, count)
+    follows = (expert[:, None] == expert[None, :]) & (place[None, :] >= place[:, None])
+    inside = slots < num_slots
+    end = tl.load(ends + expert.to(tl.int64) * num_blocks + block, mask=inside, other=0)
+    row = (end - tl.sum(follows.to(tl.int32), axis=1)).to(tl.int64)
+    tl.store(row_to_slot + row, slots, mask=inside)
+    tl.store(slot_to_row + slots, row, mask=inside)
+    tl.store(row_to_expert + row, expert.to(tl.int64), mask=inside)
+    if block == 0:
+        bins = tl.arange(0, BINS)
+        last = tl.load(ends + (bins.to(tl.int64) + 1) * num_blocks - 1, mask=bins < count, other=0)
+        tl.store(offsets + bins, last, mask=bins < count)
