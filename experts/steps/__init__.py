@@ -77,7 +77,7 @@ class Steps(Protocol):
     """
 
     def sort_by_expert(self, indices_TK: Tensor, first: int, count: int) -> Permutation:
-        """Group the choices of the experts `first` … `first + count − 1`, in the tokens' order; the others come last."""
+        """Group the choices of experts `first` … `first + count − 1`, in the tokens' order; the others come last."""
 
     def gather_rows(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
         """Each row's token [N, D], times its routing weight where given."""
@@ -124,9 +124,7 @@ class Steps(Protocol):
     def sum_by_expert(self, rows_NC: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
         """Sum [L, C] of each expert's rows, times their routing weights where given; zeros for an expert without."""
 
-    def dot_rows(
-        self, x_TD: Tensor, permutation: Permutation, y_ND: Tensor | None, bias_LD: Tensor | None
-    ) -> Tensor:
+    def dot_rows(self, x_TD: Tensor, permutation: Permutation, y_ND: Tensor | None, bias_LD: Tensor | None) -> Tensor:
         """Product [T, K] of each token's x and y + bias of its row, in float32 (float64); zero for who has no row."""
 
 

@@ -95,10 +95,11 @@ def sum_by_expert(rows_NC: Tensor, permutation: Permutation, weights_TK: Tensor 
 def dot_rows(x_TD: Tensor, permutation: Permutation, y_ND: Tensor | None, bias_LD: Tensor | None) -> Tensor:
     """As `Steps.dot_rows`."""
     acc = accumulation_dtype(x_TD.dtype)
-    rows_ND = torch.zeros((), dtype=acc, device=x_TD.device)
-    for part in (y_ND, None if bias_LD is None else _bias_of_rows(bias_LD, permutation)):
-        rows_ND = rows_ND if part is None else rows_ND + part
-    return _of_choices((gather_rows(x_TD, permutation) * rows_ND).sum(dim=1, keepdim=True), permutation).squeeze(-1)
+    x_ND = gather_rows(x_TD, permutation).to(acc)
+    rows_ND = torch.zeros_like(x_ND) if y_ND is None else y_ND.to(acc)
+    if bias_LD is not None:
+        rows_ND = rows_ND + _bias_of_rows(bias_LD, permutation)
+    return _of_choices((x_ND * rows_ND).sum(dim=1, keepdim=True), permutation).squeeze(-1)
 
 
 def _of_choices(rows_ND: Tensor, permutation: Permutation) -> Tensor:

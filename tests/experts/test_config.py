@@ -36,7 +36,12 @@ def test_defaults_are_nemo_automodels() -> None:
         "apply_router_weight_after_down": False,
         "dtype": torch.bfloat16,
     }
-    assert dataclasses.asdict(BackendConfig()) == {"experts": None, "dispatcher": None, "te_fp8": None}
+    assert dataclasses.asdict(BackendConfig()) == {
+        "experts": None,
+        "dispatcher": None,
+        "te_fp8": None,
+        "save": None,
+    }
 
 
 NOT_AN_INTEGER = (0, -1, True, 1.0, "16", None, [1], math.nan)

@@ -14,6 +14,8 @@ from experts.engines import engine_names
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "experts").rglob("*.py"))
+#: Kernels, which need Triton to be defined: whoever wants them imports them inside a function.
+KERNELS = "experts.steps.fused"
 VENDOR = ("transformer_engine", "grouped_gemm", "deep_ep", "triton", "torchao")
 
 ALONE = f"""
@@ -79,7 +81,9 @@ def test_no_file_imports_the_harness(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=relative)
 def test_vendor_packages_are_imported_inside_functions(file: Path) -> None:
     names = list(imported(ast.parse(file.read_text()).body, inside_functions=False))
-    assert not [name for name in names if name.partition(".")[0] in VENDOR]
+    if file.parent == ROOT / KERNELS.replace(".", "/"):
+        names = [name for name in names if name.partition(".")[0] != "triton" and not name.startswith(KERNELS)]
+    assert not [name for name in names if name.partition(".")[0] in VENDOR or name.startswith(KERNELS)]
 
 
 def is_engine_or_dispatcher(file: Path) -> bool:

@@ -8,13 +8,13 @@ from experts import InputError
 from experts.permutation import (
     MAX_ROWS,
     Permutation,
-    add_expert_bias,
+    combine,
     permute,
-    permute_weights,
     sort_by_expert,
     unpermute,
+    weighted_activation,
 )
-from tests.experts.layers import BF16, F32, F64
+from tests.experts.layers import BF16, F32, F64, moe_config
 
 EXPERTS = 6
 WINDOWS = [(0, 6), (0, 2), (2, 3), (4, 2), (5, 1), (6, 2), (0, 1)]
@@ -82,8 +82,8 @@ def test_every_slot_has_one_row(routing: str, window: tuple[int, int]) -> None:
     found = sort_by_expert(indices, *window)
     everything = torch.arange(indices.numel())
     assert torch.equal(found.row_to_slot_N.sort().values, everything)
-    assert torch.equal(found.slot_to_row_N[found.row_to_slot_N], everything)
-    assert torch.equal(found.row_to_slot_N[found.slot_to_row_N], everything)
+    assert torch.equal(found.slot_to_row_S[found.row_to_slot_N], everything)
+    assert torch.equal(found.row_to_slot_N[found.slot_to_row_S], everything)
     assert torch.equal(found.row_to_token_N, found.row_to_slot_N // indices.shape[1])
     assert torch.equal(found.is_local_TK, (indices >= window[0]) & (indices < sum(window)))
 
@@ -92,7 +92,7 @@ def test_dtypes_that_kernels_want() -> None:
     found = sort_by_expert(routed("mixed"), 0, EXPERTS)
     assert found.offsets_L.dtype is torch.int32
     assert found.tokens_per_expert_L.dtype is torch.int64
-    assert found.row_to_slot_N.dtype is found.slot_to_row_N.dtype is found.row_to_expert_N.dtype is torch.int64
+    assert found.row_to_slot_N.dtype is found.slot_to_row_S.dtype is found.row_to_expert_N.dtype is torch.int64
 
 
 def test_order_is_stable_for_many_tokens() -> None:
@@ -163,21 +163,24 @@ def test_gradient_of_permute_reads_no_row_past_the_last_group(routing: str, wind
     torch.testing.assert_close(x_TD.grad, right_TD, rtol=1e-14, atol=1e-15)
 
 
+RELU2 = moe_config(expert_activation="relu2")  # relu(x)²: 1 where x is
+
+
 @on_every_routing
 @on_every_window
-def test_routing_weights_follow_and_are_zero_for_nobody(routing: str, window: tuple[int, int]) -> None:
+def test_routing_weights_follow_and_nobody_has_any(routing: str, window: tuple[int, int]) -> None:
     indices = routed(routing)
     weights_TK = torch.rand(indices.shape, generator=torch.Generator().manual_seed(7), dtype=F64)
     found = sort_by_expert(indices, *window)
     weights_TK[~found.is_local_TK] = torch.nan
     weights_TK.requires_grad_()
     num_local = sum(map(len, groups(routing, *window)))
-    weights_N = permute_weights(weights_TK, found)
-    assert weights_N.tolist()[:num_local] == [weights_TK[pair].item() for pair in slots(found)[:num_local]]
-    assert not weights_N[num_local:].any()
-    grad_N = torch.arange(1.0, indices.numel() + 1, dtype=F64)
-    grad_N[num_local:] = torch.nan
-    weights_N.backward(grad_N)
+    ones_N1 = torch.ones(indices.numel(), 1, dtype=F64)
+    weights_N1 = weighted_activation(ones_N1, found, weights_TK, None, RELU2)
+    assert weights_N1[:num_local, 0].tolist() == [weights_TK[pair].item() for pair in slots(found)[:num_local]]
+    grad_N1 = torch.arange(1.0, indices.numel() + 1, dtype=F64).unsqueeze(1)
+    grad_N1[num_local:] = torch.nan
+    weights_N1.backward(grad_N1)
     right_TK = torch.zeros(indices.shape, dtype=F64)
     for row, pair in enumerate(slots(found)[:num_local]):
         right_TK[pair] = row + 1
@@ -186,30 +189,62 @@ def test_routing_weights_follow_and_are_zero_for_nobody(routing: str, window: tu
 
 @on_every_routing
 @on_every_window
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-def test_bias_of_each_rows_expert(routing: str, window: tuple[int, int], weighted: bool) -> None:
-    """What is past the last group, NaN in its gradient included, reaches no bias and no routing weight."""
+def test_bias_of_each_rows_expert_before_the_activation(routing: str, window: tuple[int, int]) -> None:
+    """What is past the last group, NaN in its gradient included, reaches no bias."""
     found = sort_by_expert(routed(routing), *window)
-    num_rows, num_local = found.row_to_slot_N.numel(), sum(map(len, groups(routing, *window)))
+    num_rows, num_local = found.num_rows, sum(map(len, groups(routing, *window)))
     generator = torch.Generator().manual_seed(8)
-    y_ND = torch.randn(num_rows, 5, dtype=F64, generator=generator).requires_grad_()
-    bias_LD = torch.randn(window[1], 5, dtype=F64, generator=generator).requires_grad_()
-    weights_N = torch.rand(num_rows, dtype=F64, generator=generator).requires_grad_() if weighted else None
-    grad_ND = torch.randn(num_rows, 5, dtype=F64, generator=generator)
-    grad_ND[num_local:] = torch.nan
-
-    biased_ND = add_expert_bias(y_ND, bias_LD, found, weights_N)
-    biased_ND.backward(grad_ND)
-
-    grad_bias_LD = torch.zeros_like(bias_LD)
+    h_NI = torch.randn(num_rows, 5, dtype=F64, generator=generator).requires_grad_()
+    bias_LI = torch.randn(window[1], 5, dtype=F64, generator=generator).requires_grad_()
+    grad_NI = torch.randn(num_rows, 5, dtype=F64, generator=generator)
+    grad_NI[num_local:] = torch.nan
+    a_NI = weighted_activation(h_NI, found, None, bias_LI, RELU2)
+    a_NI.backward(grad_NI)
+    grad_bias_LI = torch.zeros_like(bias_LI)
     for row, expert in enumerate(found.row_to_expert_N.tolist()[:num_local]):
-        weight = weights_N[row].item() if weights_N is not None else 1.0
-        torch.testing.assert_close(biased_ND[row], y_ND[row] + weight * bias_LD[expert], rtol=1e-14, atol=1e-15)
-        grad_bias_LD[expert] += weight * grad_ND[row]
-        if weights_N is not None:
-            assert weights_N.grad[row].item() == pytest.approx((grad_ND[row] @ bias_LD[expert]).item(), rel=1e-12)
-    torch.testing.assert_close(bias_LD.grad, grad_bias_LD, rtol=1e-13, atol=1e-14)
-    assert torch.equal(y_ND.grad[:num_local], grad_ND[:num_local])
+        positive = (h_NI[row] + bias_LI[expert]).detach().clamp(min=0)
+        torch.testing.assert_close(a_NI[row], positive**2, rtol=1e-14, atol=1e-15)
+        torch.testing.assert_close(h_NI.grad[row], grad_NI[row] * 2 * positive, rtol=1e-14, atol=1e-15)
+        grad_bias_LI[expert] += grad_NI[row] * 2 * positive
+    torch.testing.assert_close(bias_LI.grad, grad_bias_LI, rtol=1e-13, atol=1e-14)
+
+
+@on_every_routing
+@on_every_window
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_combine(routing: str, window: tuple[int, int], bias: bool, after: bool) -> None:
+    """y + weight·bias, or weight·(y + bias): output and every gradient, whatever is past the last group."""
+    indices = routed(routing)
+    found = sort_by_expert(indices, *window)
+    num_rows, num_local = found.num_rows, sum(map(len, groups(routing, *window)))
+    generator = torch.Generator().manual_seed(9)
+    y_ND, bias_LD = (torch.randn(n, 5, dtype=F64, generator=generator) for n in (num_rows, window[1]))
+    weights_TK = torch.rand(indices.shape, dtype=F64, generator=generator)
+    grad_TD = torch.randn(len(indices), 5, dtype=F64, generator=generator)
+
+    given = [y_ND, weights_TK, bias_LD] if bias else [y_ND, weights_TK]
+    used = [0] + [1] * (bias or after) + [2] * bias
+
+    leaves = [tensor.clone().requires_grad_() for tensor in given]
+    zero = sum(leaf.sum() for leaf in leaves) * 0
+    rows = [zero.expand(5) for _ in range(len(indices))]
+    for row, (t, k) in enumerate(slots(found)[:num_local]):
+        y, weight, added = leaves[0][row], leaves[1][t, k], 0.0
+        if bias:
+            added = leaves[2][int(indices[t, k]) - window[0]]
+        rows[t] = rows[t] + (weight * (y + added) if after else y + weight * added)
+    right_TD = torch.stack(rows) if rows else zero.expand(0, 5)
+    right = torch.autograd.grad(right_TD, [leaves[i] for i in used], grad_TD)
+
+    y_ND[num_local:] = torch.nan
+    weights_TK[~found.is_local_TK] = torch.nan
+    leaves = [tensor.clone().requires_grad_() for tensor in given]
+    found_TD = combine(leaves[0], found, leaves[1], leaves[2] if bias else None, after)
+    mine = torch.autograd.grad(found_TD, [leaves[i] for i in used], grad_TD)
+    torch.testing.assert_close(found_TD, right_TD, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(mine[0][:num_local], right[0][:num_local], rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(mine[1:], right[1:], rtol=1e-12, atol=1e-14)
 
 
 @on_every_routing
@@ -226,21 +261,26 @@ def test_cut_to_the_local_rows(routing: str, window: tuple[int, int]) -> None:
     results = []
     for permutation in (whole, found):
         rows_ND = permute(x_TD, permutation)
-        weights_N = permute_weights(weights_TK, permutation)
-        back_TD = unpermute(add_expert_bias(rows_ND, bias_LD, permutation, weights_N), permutation)
+        a_ND = weighted_activation(rows_ND, permutation, weights_TK, bias_LD, RELU2)
+        back_TD = combine(a_ND, permutation, weights_TK, bias_LD, after=True)
         gradients = torch.autograd.grad(back_TD, (x_TD, weights_TK, bias_LD), tokens(routing).sin())
-        results.append([rows_ND[:num_local], weights_N[:num_local], back_TD, *gradients])
+        results.append([rows_ND[:num_local], a_ND[:num_local], back_TD, *gradients])
     assert permute(x_TD, found).shape == (num_local, 5)
-    assert permute_weights(weights_TK, found).shape == (num_local,)
+    assert weighted_activation(rows_ND, found, weights_TK, None, RELU2).shape == (num_local, 5)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
 def test_bias_without_rows_gets_zeros() -> None:
-    bias_LD = torch.ones(3, 5, requires_grad=True)
     found = sort_by_expert(routed("nobody"), 0, 3)
-    add_expert_bias(torch.ones(4, 5, requires_grad=True), bias_LD, found).sum().backward()
-    assert torch.equal(bias_LD.grad, torch.zeros(3, 5))
+    weights_TK, y_ND = torch.ones(2, 2), torch.ones(4, 5, requires_grad=True)
+    for used in (
+        lambda bias_LD: combine(y_ND, found, weights_TK, bias_LD, after=False),
+        lambda bias_LD: weighted_activation(y_ND, found, weights_TK, bias_LD, RELU2),
+    ):
+        bias_LD = torch.ones(3, 5, requires_grad=True)
+        used(bias_LD).sum().backward()
+        assert torch.equal(bias_LD.grad, torch.zeros(3, 5))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -261,7 +301,8 @@ def test_dtypes_are_kept_and_sums_are_in_float32(dtype: torch.dtype) -> None:
 
     bias_LD = torch.zeros(1, 2, dtype=dtype, requires_grad=True)
     many = sort_by_expert(torch.zeros(512, 1, dtype=torch.int64), 0, 1)
-    add_expert_bias(torch.ones(512, 2, dtype=dtype), bias_LD, many).backward(torch.ones(512, 2, dtype=dtype))
+    rows_ND, weights_TK = torch.ones(512, 2, dtype=dtype), torch.ones(512, 1)
+    combine(rows_ND, many, weights_TK, bias_LD, after=False).backward(torch.ones(512, 2, dtype=dtype))
     assert bias_LD.grad.tolist() == [[512, 512]]
     assert bias_LD.grad.dtype is dtype
 
@@ -270,5 +311,5 @@ def test_weighted_bias_is_not_rounded_before_it_is_added() -> None:
     """1 + 1.4/256 less 0.6/256 is nearer to 1 than to 1 + 2/256, bfloat16's next; rounded first, it would be that."""
     found = sort_by_expert(torch.zeros(1, 1, dtype=torch.int64), 0, 1)
     y_ND = torch.full((1, 1), -0.6 / 256, dtype=BF16)
-    weights_N = torch.tensor([1 + 1.4 / 256])
-    assert add_expert_bias(y_ND, torch.ones(1, 1, dtype=BF16), found, weights_N).item() == 1
+    weights_TK = torch.tensor([[1 + 1.4 / 256]])
+    assert combine(y_ND, found, weights_TK, torch.ones(1, 1, dtype=BF16), after=False).item() == 1

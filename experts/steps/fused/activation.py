@@ -13,6 +13,7 @@ from experts.activations import ActivationForm, activation_form
 from experts.config import MoEConfig
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
+from experts.steps.fused.tiles import find_rows, glu, load_gate_and_up, load_tile, store_tile
 
 TILE = 2048  # elements of the result a program holds at once
 MAX_COLUMNS = 256  # of one row: so that few lie past its end, whatever its length
@@ -100,83 +101,6 @@ def _constants(
 
 
 @triton.jit
-def _find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr):
-    """Row numbers of this program, which of them are in a group, their slots, experts and routing weights."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = row < tl.load(num_local)
-    slot = tl.load(row_to_slot + row, mask=valid, other=0)
-    expert = tl.load(row_to_expert + row, mask=valid, other=0)
-    weight = tl.full([ROWS], 1.0, dtype=tl.float32)
-    if WEIGHTS:
-        weight = tl.load(weights + slot, mask=valid, other=0.0).to(tl.float32)
-    return row, valid, slot, expert, weight
-
-
-@triton.jit
-def _load(source, bias, row, valid, expert, columns, shift, width, stride, BIAS: tl.constexpr):
-    """A tile of the columns from `shift` on, `width` of them, with the bias of each row's expert; zeros outside."""
-    inside = valid[:, None] & (columns < width)[None, :]
-    where = shift + columns[None, :]
-    tile = tl.load(source + row[:, None] * stride + where, mask=inside, other=0.0).to(tl.float32)
-    if BIAS:
-        tile += tl.load(bias + expert[:, None] * stride + where, mask=inside, other=0.0).to(tl.float32)
-    return tile
-
-
-@triton.jit
-def _store(target, tile, row, valid, columns, shift, width, stride):
-    inside = valid[:, None] & (columns < width)[None, :]
-    tl.store(target + row[:, None] * stride + shift + columns[None, :], tile.to(target.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _load_gate_and_up(
-    h,
-    bias,
-    row,
-    valid,
-    expert,
-    start,
-    inter: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    if INTERLEAVED:
-        pairs = 2 * start + tl.arange(0, 2 * COLUMNS)
-        both = _load(h, bias, row, valid, expert, pairs, 0, 2 * inter, 2 * inter, BIAS)
-        gate, up = tl.split(tl.reshape(both, [ROWS, COLUMNS, 2]))
-    else:
-        columns = start + tl.arange(0, COLUMNS)
-        gate = _load(h, bias, row, valid, expert, columns, 0, inter, 2 * inter, BIAS)
-        up = _load(h, bias, row, valid, expert, columns, inter, inter, 2 * inter, BIAS)
-    return gate, up
-
-
-@triton.jit
-def _glu(gate, up, alpha, limit, offset, GELU: tl.constexpr, LIMITED: tl.constexpr):
-    """The gated activation and its derivatives by gate and up. NaN passes the clamps, as it does in torch."""
-    g, u = gate, up
-    if LIMITED:
-        g = tl.where(gate > limit, limit, gate)
-        u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    if GELU:
-        inside = 1.5957691216057308 * (g + 0.044715 * g * g * g)
-        slope = 1.5957691216057308 * (1 + 0.134145 * g * g)
-    else:
-        inside = alpha * g
-        slope = alpha
-    s = tl.sigmoid(inside)
-    by_gate = (u + offset) * (s + g * s * (1 - s) * slope)
-    by_up = g * s
-    if LIMITED:
-        by_gate = tl.where(gate > limit, 0.0, by_gate)
-        by_up = tl.where((up > limit) | (up < -limit), 0.0, by_up)
-    return g * s * (u + offset), by_gate, by_up
-
-
-@triton.jit
 def _activate(
     h,
     out,
@@ -200,17 +124,17 @@ def _activate(
 ):
     if tl.program_id(0).to(tl.int64) * ROWS >= tl.load(num_local):
         return
-    row, valid, _, expert, weight = _find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS, ROWS)
+    row, valid, _, expert, weight = find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS, ROWS)
     start = tl.program_id(1) * COLUMNS
     columns = start + tl.arange(0, COLUMNS)
     if GATED:
-        gate, up = _load_gate_and_up(h, bias, row, valid, expert, start, INTER, INTERLEAVED, BIAS, ROWS, COLUMNS)
-        value, _, _ = _glu(gate, up, alpha, limit, offset, GELU, LIMITED)
+        gate, up = load_gate_and_up(h, bias, row, valid, expert, start, INTER, INTERLEAVED, BIAS, ROWS, COLUMNS)
+        value, _, _ = glu(gate, up, alpha, limit, offset, GELU, LIMITED)
     else:
-        x = _load(h, bias, row, valid, expert, columns, 0, INTER, INTER, BIAS)
+        x = load_tile(h, bias, row, valid, expert, columns, 0, INTER, INTER, BIAS)
         x = tl.where(x < 0, 0.0, x)
         value = x * x
-    _store(out, value * weight[:, None], row, valid, columns, 0, INTER, INTER)
+    store_tile(out, value * weight[:, None], row, valid, columns, 0, INTER, INTER)
 
 
 @triton.jit
@@ -240,30 +164,31 @@ def _activate_backward(
 ):
     if tl.program_id(0).to(tl.int64) * ROWS >= tl.load(num_local):
         return
-    row, valid, slot, expert, weight = _find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS, ROWS)
+    row, valid, slot, expert, weight = find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS, ROWS)
     by_weight = tl.zeros([ROWS], dtype=tl.float32)
     for start in range(0, INTER, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        da = _load(grad, bias, row, valid, expert, columns, 0, INTER, INTER, False)
+        da = load_tile(grad, bias, row, valid, expert, columns, 0, INTER, INTER, False)
         if GATED:
-            gate, up = _load_gate_and_up(h, bias, row, valid, expert, start, INTER, INTERLEAVED, BIAS, ROWS, COLUMNS)
-            value, by_gate, by_up = _glu(gate, up, alpha, limit, offset, GELU, LIMITED)
+            gate, up = load_gate_and_up(h, bias, row, valid, expert, start, INTER, INTERLEAVED, BIAS, ROWS, COLUMNS)
+            value, by_gate, by_up = glu(gate, up, alpha, limit, offset, GELU, LIMITED)
         else:
-            x = _load(h, bias, row, valid, expert, columns, 0, INTER, INTER, BIAS)
+            x = load_tile(h, bias, row, valid, expert, columns, 0, INTER, INTER, BIAS)
             x = tl.where(x < 0, 0.0, x)
             value = x * x
         by_weight += tl.sum(da * value, axis=1)
         weighted = da * weight[:, None]
         if AGAIN:
             tl.debug_barrier()  # what is written lies over what was read: every warp has read by now
-            _store(grad, value * weight[:, None], row, valid, columns, 0, INTER, INTER)
+            store_tile(grad, value * weight[:, None], row, valid, columns, 0, INTER, INTER)
         if not GATED:
-            _store(grad_h, weighted * 2 * x, row, valid, columns, 0, INTER, INTER)
+            store_tile(grad_h, weighted * 2 * x, row, valid, columns, 0, INTER, INTER)
         elif INTERLEAVED:
             pairs = 2 * start + tl.arange(0, 2 * COLUMNS)
-            _store(grad_h, tl.interleave(weighted * by_gate, weighted * by_up), row, valid, pairs, 0, 2 * INTER, 2 * INTER)
+            both = tl.interleave(weighted * by_gate, weighted * by_up)
+            store_tile(grad_h, both, row, valid, pairs, 0, 2 * INTER, 2 * INTER)
         else:
-            _store(grad_h, weighted * by_gate, row, valid, columns, 0, INTER, 2 * INTER)
-            _store(grad_h, weighted * by_up, row, valid, columns, INTER, INTER, 2 * INTER)
+            store_tile(grad_h, weighted * by_gate, row, valid, columns, 0, INTER, 2 * INTER)
+            store_tile(grad_h, weighted * by_up, row, valid, columns, INTER, INTER, 2 * INTER)
     if WEIGHTS:
         tl.store(grad_weights + slot, by_weight, mask=valid)

@@ -59,9 +59,7 @@ def sum_rows(
 
 
 @triton.jit
-def _gather(
-    x, rows, slot_to_row, num_local, weights, dim, K: tl.constexpr, WEIGH: tl.constexpr, STRETCH: tl.constexpr
-):
+def _gather(x, rows, slot_to_row, num_local, weights, dim, K: tl.constexpr, WEIGH: tl.constexpr, STRETCH: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
     end = tl.load(num_local)

@@ -12,7 +12,7 @@ from torch import Tensor
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
-BLOCK = 256  # a block compares each of its choices with each other: its square is the work
+BLOCK = 128  # a block compares each of its choices with each other: its square is the work, and has to fit registers
 
 
 def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
