@@ -148,16 +148,14 @@ def _backward(
     grad_h_NH, a_NI, grad_weights = steps.activate_backward(
         h_NH, grad_NI, permutation, weights_TK, up_bias, plan.config, again=True
     )
-    assert a_NI is not None
     assert grad_weights is not None
     del grad_NI
     if down_bias is not None and wanted.weights:
         grad_weights += steps.dot_rows(grad_TD, permutation, None, down_bias)
 
-    if plan.save == "time" and wanted.down:
-        assert grad_ND is not None
-        grad_down = products.outer(a_NI, grad_ND)
-    grad_ND = None
+    if grad_ND is not None:
+        grad_down = products.outer(a_NI, grad_ND) if wanted.down else None
+        grad_ND = a_NI = None
     if wanted.up_bias:
         grad_up_bias = steps.sum_by_expert(grad_h_NH, permutation)
     if wanted.gate_and_up:
@@ -166,7 +164,7 @@ def _backward(
         grad_x = steps.sum_rows(products.rows_back(grad_h_NH, gate_and_up), permutation)
     del grad_h_NH
     h_NH.untyped_storage().resize_(0)  # the graph holds it until backward ends
-    if plan.save == "memory" and wanted.down:
+    if a_NI is not None and wanted.down:
         grad_down = products.outer(a_NI, steps.gather_rows(grad_TD, permutation))
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias
 
