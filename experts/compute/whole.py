@@ -138,24 +138,24 @@ def _backward(
     steps = steps_on(grad_TD.device, grad_TD.dtype)
     grad_x = grad_up = grad_down = grad_up_bias = grad_down_bias = None
 
-    grad_ND: Tensor | None = steps.gather_rows(grad_TD, permutation)
-    assert grad_ND is not None
+    grad_ND = steps.gather_rows(grad_TD, permutation)
     if wanted.down_bias:
         grad_down_bias = steps.sum_by_expert(grad_ND, permutation, weights_TK)
     grad_NI = products.rows_back(grad_ND, down)
-    if plan.save == "memory":
-        grad_ND = None
+    kept_ND = grad_ND if plan.save == "time" else None
+    del grad_ND
     grad_h_NH, a_NI, grad_weights = steps.activate_backward(
         h_NH, grad_NI, permutation, weights_TK, up_bias, plan.config, again=True
     )
+    assert a_NI is not None
     assert grad_weights is not None
     del grad_NI
     if down_bias is not None and wanted.weights:
         grad_weights += steps.dot_rows(grad_TD, permutation, None, down_bias)
 
-    if grad_ND is not None:
-        grad_down = products.outer(a_NI, grad_ND) if wanted.down else None
-        grad_ND = a_NI = None
+    if kept_ND is not None:
+        grad_down = products.outer(a_NI, kept_ND) if wanted.down else None
+        kept_ND = a_NI = None
     if wanted.up_bias:
         grad_up_bias = steps.sum_by_expert(grad_h_NH, permutation)
     if wanted.gate_and_up:
