@@ -13,6 +13,7 @@ from experts.engines import get_engine
 from experts.errors import ConfigError, Unsupported
 from experts.layer import ExpertLayer
 from experts.state_dict import as_local, local_share
+from experts.steps import make_of_steps
 
 
 def parameter_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
@@ -68,6 +69,13 @@ class GroupedExperts(ExpertLayer):
         if self.ep_mesh is None and isinstance(self.down_projs, DTensor):
             self.init_token_dispatcher(self.down_projs.device_mesh)
         return super().forward(x, token_mask, weights, indices)
+
+    def extra_repr(self) -> str:
+        """Shape, engine, what it saves, and the make of the steps around its products."""
+        parts = [super().extra_repr(), *(f"{name}={value}" for name, value in self.engine_options.items())]
+        if self.engine_name != "loop":
+            parts.append(f"steps={make_of_steps(self.down_projs.device, self.config.dtype)}")
+        return ", ".join(parts)
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         """By the engine, on the local parameters."""
