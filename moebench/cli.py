@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from moebench import __version__, advisecli, comparecli, gatecli, listing, results
+from moebench import __version__, abcli, advisecli, comparecli, gatecli, listing, results
 from moebench.audit import audit
 from moebench.case import Job
-from moebench.console import err, out
+from moebench.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, err, out, progress_bar
 from moebench.doctor import doctor as examine
 from moebench.frame import ResultsError, load
+from moebench.options import AsJson, Backends, CaseIds, Device, Filters, Out, TimeBudget
 from moebench.record import GOOD, Record
+from moebench.revisions import RevisionError
 from moebench.runner import Outcome, Refused, RunnerError
 from moebench.selection import select
 from moebench.spec import SweepError
 from moebench.tables import summary
-
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     name="moebench",
@@ -35,14 +34,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Backends = Annotated[
-    list[str] | None, typer.Option("--backend", help="measure this backend instead of the sweep's; repeatable")
-]
-Filters = Annotated[
-    list[str] | None, typer.Option("--filter", help="KEY=V1,V2  KEY!=V  KEY<V  KEY<=V  KEY>V  KEY>=V; repeatable")
-]
-CaseIds = Annotated[list[str] | None, typer.Option("--case", help="only the case with this id; repeatable")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, for machines")]
 Folder = Annotated[Path, typer.Argument(help="a results folder, or a Parquet file of one")]
 
 
@@ -62,7 +53,7 @@ def _main(
 @app.command()
 def run(
     sweep: Annotated[str | None, typer.Argument(help="a sweep file, or the name of one in suites/")] = None,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="results folder; default results/runs/<new>")] = None,
+    out_dir: Out = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="go on with the run in this results folder, as it was asked for")
     ] = None,
@@ -70,7 +61,7 @@ def run(
         bool, typer.Option("--force", help="resume although the sweep file or the environment has changed")
     ] = False,
     backend: Backends = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default a GPU if there is one")] = None,
+    device: Device = None,
     gpus: Annotated[
         str | None, typer.Option(metavar="0,2|all", help="spread jobs over these; default all that are free")
     ] = None,
@@ -82,9 +73,7 @@ def run(
         int | None, typer.Option(min=1, help="measure all that often, in fresh processes and random order; default 1")
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="leave a torch profiler's trace of each job")] = False,
-    time_budget: Annotated[
-        float | None, typer.Option(min=0, metavar="MIN", help="start no job after so many minutes")
-    ] = None,
+    time_budget: TimeBudget = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a sweep: check every job, time it, write table and plots. The last line names the results folder."""
@@ -121,7 +110,7 @@ def run(
     plan, notes = results.on_gpus(plan, gpus, share_gpus)
     for note in notes:
         err.print(note)
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("", total=plan.num_jobs)
 
         def show(row: Record) -> None:
@@ -138,17 +127,6 @@ def run(
             out.print(f"wrote {path}", soft_wrap=True)
         out.print(f"results: {plan.folder}", soft_wrap=True)
     _exit(outcome, plan.folder)
-
-
-def _progress() -> Progress:
-    columns = (
-        SpinnerColumn(),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    return Progress(*columns, console=err, transient=True)
 
 
 def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:
@@ -194,7 +172,7 @@ def parity(
     dtypes: Annotated[
         list[str] | None, typer.Option("--dtype", help="only this dtype; repeatable; default all")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default a GPU if there is one")] = None,
+    device: Device = None,
     seed: Annotated[int, typer.Option(min=0, max=2**30, help="of weights, tokens and routing")] = 0,
     list_checks: Annotated[bool, typer.Option("--list", help="print the checks, run none")] = False,
     as_json: AsJson = False,
@@ -203,7 +181,7 @@ def parity(
     if list_checks:
         out.print(listing.checks())
         return
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("", total=None)
 
         def show(row: Record) -> None:
@@ -287,6 +265,7 @@ def report(
 
 
 app.add_typer(gatecli.commands)
+app.add_typer(abcli.commands)
 app.add_typer(comparecli.commands)
 app.add_typer(advisecli.commands)
 
@@ -295,7 +274,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
     try:
         app()
-    except (SweepError, ResultsError, Refused, results.UsageError) as mistake:
+    except (SweepError, ResultsError, RevisionError, Refused, results.UsageError) as mistake:
         err.print(str(mistake))
         raise SystemExit(EXIT_USAGE) from None
     except RunnerError as failure:

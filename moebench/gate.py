@@ -99,6 +99,7 @@ def gate(
     *,
     threshold: float = verdicts.THRESHOLD,
     false_alarms: float = verdicts.FALSE_ALARMS,
+    wrong_passes: float = verdicts.WRONG_PASSES,
     self_comparisons: Sequence[SelfComparison] | None = None,
 ) -> GateResult:
     """Judge every job of two results, as `moebench.frame.load` opens them.
@@ -118,7 +119,7 @@ def gate(
         for key, pair in pairs.items()
         if pair.both_ok and not pair.why_incomparable
     }
-    times = verdicts.judge_times(family, threshold, false_alarms)
+    times = verdicts.judge_times(family, threshold, false_alarms, wrong_passes)
     found = {key: findings.of_baseline_alone() for key in before}
     found |= {key: findings.of_candidate_alone(row) for key, row in after.items()}
     found |= {key: findings.of_pair(pair, times.get(key)) for key, pair in pairs.items()}

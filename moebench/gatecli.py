@@ -15,6 +15,7 @@ from moebench.console import err, out
 from moebench.frame import write_atomically
 from moebench.gate import GateResult, gate
 from moebench.gatetable import GateTable
+from moebench.options import AsJson
 from moebench.results import UsageError
 
 #: Where GitHub Actions wants the Markdown of a step's summary.
@@ -22,7 +23,6 @@ SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 
 commands = typer.Typer()
 
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, for machines")]
 Threshold = Annotated[
     str, typer.Option(metavar="SHARE", help="the smallest slowdown that must not pass, such as 3% or 0.03")
 ]
@@ -82,10 +82,15 @@ def _allowed(named: list[str]) -> frozenset[str]:
     return frozenset((*CHANGES, "env_id") if "all" in named else named)
 
 
-def report(result: GateResult, junit_file: Path | None, for_github: bool, as_json: bool) -> None:
-    """Print a gate's verdicts, write what is asked for, and exit with the gate's code."""
+def check_outputs(for_github: bool, as_json: bool) -> None:
+    """Raises UsageError for outputs that exclude each other."""
     if as_json and for_github:
         raise UsageError("--json and --github both write to standard output: choose one")
+
+
+def report(result: GateResult, junit_file: Path | None, for_github: bool, as_json: bool) -> None:
+    """Print a gate's verdicts, write what is asked for, and exit with the gate's code."""
+    check_outputs(for_github, as_json)
     if junit_file:
         _write(junit_file, junit.document(result))
     if as_json:

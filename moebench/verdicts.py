@@ -100,20 +100,25 @@ def holm(p_values: Sequence[float], level: float) -> list[bool]:
 
 
 def judge_times(
-    family: Mapping[Key, Sides], threshold: float = THRESHOLD, false_alarms: float = FALSE_ALARMS
+    family: Mapping[Key, Sides],
+    threshold: float = THRESHOLD,
+    false_alarms: float = FALSE_ALARMS,
+    wrong_passes: float = WRONG_PASSES,
 ) -> dict[Key, TimeVerdict]:
     """The verdict on each case of a family, false alarms controlled over all of it together.
 
-    A test that is looked at several times, with more rounds each time, shares `false_alarms` out among the looks
-    (`FALSE_ALARMS / num_looks`) and judges the whole family at each. A case with one round on a side is no test, and is
-    not counted in the family.
+    A test that is looked at several times, with more rounds each time, shares `false_alarms` and `wrong_passes` out
+    among the looks (moebench.looks) and judges the whole family at each. A case with one round on a side is no test,
+    and is not counted in the family.
     """
     tested = {key: _Comparison(sides) for key, sides in family.items() if min(sides.rounds) >= MIN_ROUNDS}
     slower = dict(zip(tested, holm([test.p_slower for test in tested.values()], false_alarms), strict=True))
     faster = dict(zip(tested, holm([test.p_faster for test in tested.values()], false_alarms), strict=True))
     level = false_alarms / max(1, len(tested))
     return {
-        key: tested[key].verdict(slower[key], faster[key], threshold, level) if key in tested else _one_process(sides)
+        key: tested[key].verdict(slower[key], faster[key], threshold, level, wrong_passes)
+        if key in tested
+        else _one_process(sides)
         for key, sides in family.items()
     }
 
@@ -128,9 +133,9 @@ class _Comparison:
         self.p_slower = ranksum.p_greater(self._shifts, self._rounds[0])
         self.p_faster = ranksum.p_less(self._shifts, self._rounds[0])
 
-    def verdict(self, slower: bool, faster: bool, threshold: float, level: float) -> TimeVerdict:
-        low = ranksum.lower_limit(self._shifts, self._rounds[0], WRONG_PASSES)
-        high = ranksum.upper_limit(self._shifts, self._rounds[0], WRONG_PASSES)
+    def verdict(self, slower: bool, faster: bool, threshold: float, level: float, wrong_passes: float) -> TimeVerdict:
+        low = ranksum.lower_limit(self._shifts, self._rounds[0], wrong_passes)
+        high = ranksum.upper_limit(self._shifts, self._rounds[0], wrong_passes)
         floor, smallest = math.log1p(threshold), self._smallest_shift(level)
         if slower and high >= floor:
             verdict, reason = Verdict.REGRESSED, "slower"

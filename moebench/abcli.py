@@ -1,0 +1,69 @@
+"""The command that compares two revisions: parses, drives moebench.ab, prints. Imported by moebench.cli alone."""
+
+from typing import Annotated
+
+import typer
+
+from moebench import ab, results, verdicts
+from moebench.console import EXIT_INTERRUPTED, err, progress_bar
+from moebench.gate import GateResult
+from moebench.gatecli import Github, Junit, Threshold, check_outputs, report, share
+from moebench.gatewords import total
+from moebench.options import AsJson, Backends, CaseIds, Device, Filters, Out, Sweep, TimeBudget
+from moebench.record import Record
+
+commands = typer.Typer()
+
+
+@commands.command("ab")
+def ab_(
+    a: Annotated[str, typer.Argument(metavar="REV_A", help="git revision, or folder that holds an `experts`")],
+    b: Annotated[str, typer.Argument(metavar="REV_B", help="git revision or folder to judge against it")],
+    sweep: Sweep,
+    out_dir: Out = None,
+    backend: Backends = None,
+    device: Device = None,
+    filters: Filters = None,
+    case: CaseIds = None,
+    threshold: Threshold = f"{verdicts.THRESHOLD:.0%}",
+    time_budget: TimeBudget = None,
+    junit_file: Junit = None,
+    for_github: Github = False,
+    as_json: AsJson = False,
+) -> None:
+    """Is B slower, larger or wrong? Measures both in turn. Exit code 0 no, 1 yes or missing, 3 not decided."""
+    smallest = share("--threshold", threshold)
+    check_outputs(for_github, as_json)
+    run = results.plan(
+        sweep,
+        out=out_dir,
+        backends=backend or [],
+        filters=filters or [],
+        case_ids=case or [],
+        device=device,
+        time_budget_min=time_budget,
+    )
+    with ab.prepared(run, a, b, smallest) as plan:
+        err.print(f"A {plan.a}, B {plan.b}: {len(plan.common)} jobs, {' or '.join(map(str, plan.looks))} rounds")
+        try:
+            result = _measure(plan)
+        except ab.Interrupted as interrupted:
+            err.print(str(interrupted))
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+    err.print(f"results: {' and '.join(map(str, plan.folders))}")
+    report(result, junit_file, for_github, as_json)
+
+
+def _measure(plan: ab.AbPlan) -> GateResult:
+    """The verdicts of the last look; those of the looks before are told as they come."""
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+
+        def show(row: Record) -> None:
+            progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")
+
+        for look in ab.compare(plan, show):
+            spent = f", time budget spent: {look.num_left} measurements left" if look.num_left else ""
+            progress.print(f"after {look.num_rounds} rounds: {total(look.result)}{spent}")
+            result = look.result
+    return result

@@ -1,0 +1,53 @@
+"""Rounds are judged at a few fixed looks, and what is decided at one is measured no more. No torch here.
+
+That is optional stopping, and stays valid: at every look the whole family is judged, decided members with the rounds
+they have, and each look has its share of the false alarms and of the wrong passes that a gate may have (Bonferroni).
+What is shown at one look stays shown, since the p-values that it rests on stay. The clock may end the rounds before a
+look: it knows nothing of the results.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import TypeVar
+
+from moebench.verdicts import FALSE_ALARMS, WRONG_PASSES, Verdict
+
+Key = TypeVar("Key", bound=Hashable)
+
+NUM_LOOKS = 3
+#: Of one look.
+LOOK_FALSE_ALARMS = FALSE_ALARMS / NUM_LOOKS
+LOOK_WRONG_PASSES = WRONG_PASSES / NUM_LOOKS
+
+
+def schedule(family_size: int) -> tuple[int, ...]:
+    """The rounds at each look, of one round of the candidate and two of the baseline each.
+
+    At the first look they are as few as can show anything in such a family, then twice and four times as many.
+    """
+    level = LOOK_FALSE_ALARMS / max(1, family_size)
+    first = next(rounds for rounds in count(1) if 1 / math.comb(3 * rounds, rounds) <= level)
+    return tuple(first * 2**look for look in range(NUM_LOOKS))
+
+
+def until_decided(
+    family: Sequence[Key],
+    looks: Sequence[int],
+    measure: Callable[[Sequence[Key], range], bool],
+    judge: Callable[[], Mapping[Key, Verdict]],
+) -> Iterator[int]:
+    """Measure and judge until every member of the family is decided; yields the number of rounds after each look.
+
+    `measure` is given what is undecided and the numbers of the rounds to measure, and says whether there is time for
+    more. `judge` judges the whole family.
+    """
+    undecided, done = list(family), 0
+    for rounds in looks:
+        has_time = measure(undecided, range(done, rounds))
+        done = rounds
+        verdicts = judge()
+        yield done
+        undecided = [key for key in undecided if verdicts[key] is Verdict.INCONCLUSIVE]
+        if not (undecided and has_time):
+            return
