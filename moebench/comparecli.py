@@ -12,11 +12,11 @@ from moebench.comparability import Result, open_result
 from moebench.compare import compare, names_of
 from moebench.console import err, out
 from moebench.history import draw, history
+from moebench.options import AsJson
 
 commands = typer.Typer()
 
 Results = Annotated[list[Path], typer.Argument(help="results folders, or Parquet files of them")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, for machines")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="CSV on standard output")]
 
 

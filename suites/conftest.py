@@ -10,6 +10,7 @@ from experts.errors import RegistryError
 from experts.registry import check_name
 from moebench import environment, results
 from moebench.case import Job
+from moebench.selection import select
 from moebench.spec import SweepError, find_sweep, load_sweep
 from moebench.timing import TimingPolicy
 from moebench.worker import pick_device, timing_policy
@@ -42,7 +43,7 @@ def _choose(config: pytest.Config) -> None:
     results.check_device(config.option.device)
     device = pick_device(config.option.device)
     sweep = config.option.sweep or ("gpu" if device.type == "cuda" else "quick")
-    jobs = results.select(sweep, config.option.backend, [], [])
+    jobs = select(sweep, config.option.backend, [], [])
     for name in dict.fromkeys(job.backend for job in jobs):
         check_name(name)
     config.stash[JOBS] = jobs
