@@ -22,9 +22,9 @@ from moebench.looks import LOOK_FALSE_ALARMS, LOOK_WRONG_PASSES, schedule, until
 from moebench.plan import UsageError
 from moebench.record import Record
 from moebench.results import RunPlan
+from moebench.resume import SWEEP_NAME, locked
 from moebench.revisions import Revision, copy_experts, unknown_backends
 from moebench.rounds import shuffled
-from moebench.resume import SWEEP_NAME, locked
 from moebench.runner import Outcome, Plan, execute
 from moebench.verdicts import THRESHOLD, Sides, Verdict
 
