@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from experts import te
-from experts.config import BackendConfig, Dispatcher, Fp8Recipe, MoEConfig
+from experts.config import BackendConfig, Dispatcher, Fp8Recipe, MoEConfig, Save
 from experts.dispatchers import dispatcher_unsupported
 from experts.engines import engine_names, get_engine
 from experts.errors import RegistryError, Unsupported
@@ -39,6 +39,9 @@ TE_BACKENDS: dict[str, tuple[Fp8Recipe | None, bool]] = {
     "te_fp8_block_cached": ("block", True),
     "te_mxfp8": ("mxfp8", False),
 }
+
+#: Engines that keep more for backward than they must, to spend less time there (BackendConfig.save = "time").
+SAVE_TIME_BACKENDS = {"torch_mm_save_time": "torch_mm", "gmm_save_time": "gmm"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Backend:
 
 def backend_names() -> tuple[str, ...]:
     """Built-in backends, then installed third-party ones. Imports none of them."""
-    built_in = (*engine_names(), *TE_BACKENDS)
+    built_in = (*engine_names(), *SAVE_TIME_BACKENDS, *TE_BACKENDS)
     installed = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
     return *built_in, *sorted(installed - set(built_in))
 
@@ -85,6 +88,10 @@ def get_backend(name: str) -> Backend:
     if name in engine_names():
         fp8 = "mxfp8" if name == "torch_mm_mxfp8" else None
         return Backend(name, functools.partial(_build_grouped, name), get_engine(name).unsupported, fp8)
+    if name in SAVE_TIME_BACKENDS:
+        engine = SAVE_TIME_BACKENDS[name]
+        build = functools.partial(_build_grouped, engine, save="time")
+        return Backend(name, build, get_engine(engine).unsupported)
     if name in TE_BACKENDS:
         recipe, cached = TE_BACKENDS[name]
         build = functools.partial(_build_te, recipe, cached)
@@ -97,8 +104,10 @@ def get_backend(name: str) -> Backend:
     raise _nowhere(name)
 
 
-def _build_grouped(name: str, config: MoEConfig, dispatcher: Dispatcher | None = None) -> nn.Module:
-    return GroupedExperts(config, BackendConfig(experts=name, dispatcher=dispatcher))  # type: ignore[arg-type]
+def _build_grouped(
+    name: str, config: MoEConfig, dispatcher: Dispatcher | None = None, save: Save | None = None
+) -> nn.Module:
+    return GroupedExperts(config, BackendConfig(experts=name, dispatcher=dispatcher, save=save))  # type: ignore[arg-type]
 
 
 def _build_te(

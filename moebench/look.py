@@ -25,6 +25,8 @@ BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "loop": ("#5A5A5A", "o"),
         "torch_mm": ("#0072B2", "s"),
         "gmm": ("#E69F00", "^"),
+        "torch_mm_save_time": ("#004E7A", "8"),
+        "gmm_save_time": ("#A86F00", "H"),
         "te": ("#009E73", "D"),
         "te_fp8_current": ("#CC79A7", "v"),
         "te_fp8_delayed": ("#882255", ">"),

@@ -18,6 +18,8 @@ BUILT_IN = (
     "torch_mm",
     "torch_mm_mxfp8",
     "gmm",
+    "torch_mm_save_time",
+    "gmm_save_time",
     "te",
     "te_fp8_current",
     "te_fp8_delayed",
@@ -103,7 +105,7 @@ def test_what_is_built_in_is_found_without_its_library(name: str) -> None:
         recipe = fp8 if f"te_fp8_{fp8}" in name else recipe
     assert (backend.name, backend.fp8) == (name, recipe)
     reason = backend.unsupported(CPU, moe_config(dtype=BF16))
-    assert (reason is None) == (name in ("loop", "torch_mm"))
+    assert (reason is None) == (name in ("loop", "torch_mm", "torch_mm_save_time"))
 
 
 @pytest.mark.parametrize("name", ["loop", "torch_mm"])
@@ -255,3 +257,10 @@ def test_what_goes_wrong_inside_somebody_elses_module_is_not_hidden(
     with pytest.raises(Exception, match="theirs") as caught:
         get_backend("raises_at_import:Mine")
     assert type(caught.value).__name__ == error
+
+
+def test_save_time_is_the_engine_that_saves_more() -> None:
+    for name, options in (("torch_mm", {}), ("torch_mm_save_time", {"save": "time"})):
+        layer = get_backend(name).build(moe_config())
+        assert isinstance(layer, GroupedExperts)
+        assert (layer.engine_name, layer.engine_options) == ("torch_mm", options)
