@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moebench.cells import human
 from moebench.labels import describe, in_order, panel_title
-from moebench.look import LEADING_IN, NOTE_SIZE, sheet, shortened
+from moebench.look import LEADING_IN, NOTE_SIZE, legend_below, sheet, shortened
 from moebench.metrics import BREAKDOWN, PARTS, tokens_text
 
 #: No backend's colours, and of three lightnesses.
@@ -22,6 +22,8 @@ _BAR_IN = NOTE_SIZE * LEADING_IN + 0.01
 _TITLE_IN, _TITLE_CHARACTERS = 0.24, 36  # a line of a panel's title, which begins above its bars
 _AROUND_PANEL_IN = 0.38  # ticks and space
 _TOTAL_ROOM = 1.18  # of an axis over its longest bar, for the number behind it
+
+_LABEL = "ms in a forward, slowest rank"
 
 Panels = list[tuple[str, pd.DataFrame]]
 
@@ -81,14 +83,24 @@ def _figure(rows: pd.DataFrame, panels: Panels, on_axes: tuple[str, ...]) -> Fig
         case_in(panel["line"].nunique()) + _TITLE_IN * (len(title) - 1)
         for title, (_, panel) in zip(titles, panels, strict=True)
     ]
-    entries: list[Artist] = [Patch(color=PART_COLORS[part], label=part) for part in PARTS]
-    figure, body = sheet(rows, BREAKDOWN, on_axes, [entries], sum(heights_in) + 0.25)
+    figure, body = sheet(rows, BREAKDOWN, on_axes, [_entries()], sum(heights_in) + 0.25)
     axes = body.subplots(len(panels), squeeze=False, height_ratios=heights_in)[:, 0]
     for ax, title, (_, panel) in zip(axes, titles, panels, strict=True):
         ax.set_title("\n".join(title))
         _draw(ax, points.loc[panel.index])
-    axes[-1].set_xlabel("ms in a forward, slowest rank")
+    axes[-1].set_xlabel(_LABEL)
     return figure
+
+
+def panel(ax: Axes, rows: pd.DataFrame) -> None:
+    """The bars of one case, on axes of somebody else's, legend included."""
+    _draw(ax, BREAKDOWN.points(rows))
+    ax.set_xlabel(_LABEL)
+    legend_below(ax, [_entries()])
+
+
+def _entries() -> list[Artist]:
+    return [Patch(color=PART_COLORS[part], label=part) for part in PARTS]
 
 
 def _draw(ax: Axes, points: pd.DataFrame) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from moebench import comparetable, merge
 from moebench.comparability import Result, open_result
-from moebench.compare import compare, names_of
+from moebench.comparison import compare, names_of
 from moebench.console import err, out
 from moebench.history import draw, history
 from moebench.options import AsJson

@@ -21,7 +21,7 @@ from moebench.labels import backend_labels, describe
 class ComparisonTable:
     """A line a job: the first result's time, and of each other one its time and memory over the first's."""
 
-    frame: pd.DataFrame  # of moebench.compare.compare
+    frame: pd.DataFrame  # of moebench.comparison.compare
     names: Sequence[str]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

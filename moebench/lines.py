@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from moebench.labels import describe, in_order, panel_title
-from moebench.look import BAD, CROSS, LEADING_IN, NOTE_SIZE, line_legends, line_look, sheet
+from moebench.look import BAD, CROSS, LEADING_IN, NOTE_SIZE, legend_below, line_legends, line_look, sheet
 from moebench.metrics import THROUGHPUT, Metric, limits, round_ticks, tokens_text, unit
 from moebench.record import Status
 
@@ -47,18 +47,35 @@ def family_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
     for ax, (mode, routing, load) in zip(axes, panels, strict=True):
         here = points[(points["mode"] == mode) & (points["routing"] == routing) & (points["rank_load"] == load)]
         ax.set_title(panel_title(drawn, mode, routing, load))
-        _draw(ax, here, metric, upright=True)
-        ax.set_ylabel(unit(rows, metric))
-        if metric is THROUGHPUT:
-            _tflops_axis(ax, here)
+        _draw_values(ax, here, metric)
     body.align_ylabels(axes)
+    _token_axis(axes[-1], drawn)
+    return figure
+
+
+def panel(ax: Axes, rows: pd.DataFrame, metric: Metric) -> None:
+    """Values against tokens of rows that one panel holds, on axes of somebody else's, legend included."""
+    points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
+    points = points[points["num_tokens"] > 0]
+    _draw_values(ax, points, metric)
+    _token_axis(ax, points.dropna(subset="value"))
+    legend_below(ax, line_legends(points, metric, joined=True))
+
+
+def _draw_values(ax: Axes, points: pd.DataFrame, metric: Metric) -> None:
+    _draw(ax, points, metric, upright=True)
+    ax.set_ylabel(unit(points, metric))
+    if metric is THROUGHPUT:
+        _tflops_axis(ax, points)
+
+
+def _token_axis(ax: Axes, drawn: pd.DataFrame) -> None:
     counts = sorted(set(drawn["place"]))
     step = math.ceil(len(counts) / 9)
-    axes[-1].set_xscale("log", base=2)
-    axes[-1].set_xticks(counts[::step], [tokens_text(count) for count in counts[::step]])
-    axes[-1].set_xticks([], minor=True)
-    axes[-1].set_xlabel("tokens per rank" if (rows["ep_size"] > 1).any() else "tokens")
-    return figure
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(counts[::step], [tokens_text(count) for count in counts[::step]])
+    ax.set_xticks([], minor=True)
+    ax.set_xlabel("tokens per rank" if (drawn["ep_size"] > 1).any() else "tokens")
 
 
 def page_figure(rows: pd.DataFrame, metric: Metric) -> Figure:

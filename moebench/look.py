@@ -11,9 +11,10 @@ from typing import Any
 import matplotlib
 import pandas as pd
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, ScaledTranslation
 
 from moebench.labels import describe, in_order, machine
 from moebench.metrics import THROUGHPUT, Kind, Metric
@@ -56,6 +57,7 @@ CROSS: Mapping[str, Any] = MappingProxyType(
 _WIDTH_IN, PANEL_IN, _MARGIN_IN = 6.4, 2.45, 0.12
 _TITLE_SIZE, _TEXT_SIZE, NOTE_SIZE = 13.5, 12.0, 11.0
 LEADING_IN = 1.35 / 72  # a line's height, per point of its font size
+_LABELS_IN = 0.6  # of an axis: tick labels and its own
 _ENTRY_IN = 0.25  # a legend's line
 _CHARACTER_IN = 0.57 / 72  # a character's mean width, likewise
 RC: Any = {  # of Any, since matplotlib's own type of it lists every key
@@ -185,6 +187,16 @@ def line_legends(points: pd.DataFrame, metric: Metric, joined: bool) -> list[lis
     dispatchers = {name: {**_stroke(name, ""), "color": _INK} for name in sorted(set(drawn["dispatcher"]))}
     legends = [_entries(engines, joined=True), _entries(dispatchers, joined), _other_entries(drawn, metric, joined)]
     return [entries for entries in legends if entries]
+
+
+def legend_below(ax: Axes, legends: list[list[Artist]]) -> None:
+    """All entries under the labels of axes that stand alone."""
+    entries = [entry for entries in legends for entry in entries]
+    how: dict[str, Any] = {"ncols": _columns(entries), "borderaxespad": 0, "labelspacing": 0.3}
+    figure: Any = ax.get_figure(root=True)
+    below = ax.transAxes + ScaledTranslation(0, -_LABELS_IN, figure.dpi_scale_trans)
+    how |= {"bbox_to_anchor": (0.5, 0.0), "bbox_transform": below}
+    ax.legend(handles=entries, loc="upper center", fontsize=NOTE_SIZE, **how)
 
 
 def _look_of_first(rows: pd.DataFrame) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator
 
 from moebench.case import UNGATED
 from moebench.labels import in_order
-from moebench.look import line_legends, line_look, sheet
+from moebench.look import legend_below, line_legends, line_look, sheet
 from moebench.metrics import ROOFLINE, limits, round_ticks, unit
 
 _PANEL_IN = 3.0
@@ -73,27 +73,41 @@ def page_figure(rows: pd.DataFrame) -> Figure:
     axes = body.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
     for ax, (mode, dtype) in zip(axes, panels, strict=True):
         ax.set_title(f"{mode}, {dtype}" if several else mode)
-        draw(ax, drawn[(drawn["mode"] == mode) & (drawn["dtype"] == dtype)])
+        _draw(ax, drawn[(drawn["mode"] == mode) & (drawn["dtype"] == dtype)])
         ax.set_ylabel(unit(rows, ROOFLINE))
     body.align_ylabels(axes)
-    axes[-1].set_xscale("log")
-    low, high = drawn["intensity"].min() / 1.6, drawn["intensity"].max() * 1.6
-    axes[-1].set_xlim(low, high)
-    ticks = round_ticks(low, high, 10)
-    axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes[-1].xaxis.set_minor_locator(NullLocator())
-    axes[-1].set_xlabel("FLOP per byte that has to move")
+    _intensity_axis(axes[-1], drawn)
     return figure
+
+
+def panel(ax: Axes, rows: pd.DataFrame) -> None:
+    """The rows of one mode and dtype, on axes of somebody else's, legend included."""
+    points = with_intensity(ROOFLINE.points(rows))
+    drawn = points.dropna(subset="value")
+    _draw(ax, drawn)
+    ax.set_ylabel(unit(rows, ROOFLINE))
+    _intensity_axis(ax, drawn)
+    legend_below(ax, [*line_legends(points, ROOFLINE, joined=False), _ceiling_entries(drawn)])
+
+
+def _intensity_axis(ax: Axes, drawn: pd.DataFrame) -> None:
+    low, high = drawn["intensity"].min() / 1.6, drawn["intensity"].max() * 1.6
+    ticks = round_ticks(low, high, 10)
+    ax.set_xscale("log")
+    ax.set_xlim(low, high)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("FLOP per byte that has to move")
 
 
 def _ceiling_entries(drawn: pd.DataFrame) -> list[Artist]:
     measured = [look for column, look in _CEILINGS.items() if drawn[column].notna().any()]
     if measured:
         return [Line2D([], [], **look) for look in measured]
-    return [Line2D([], [], linestyle="none", label="no ceiling: this run measured none")]
+    return [Line2D([], [], linestyle="none", label="no ceilings measured")]
 
 
-def draw(ax: Axes, points: pd.DataFrame) -> None:
+def _draw(ax: Axes, points: pd.DataFrame) -> None:
     """The rows of one mode and dtype: a mark each, and above them what was measured as most that is possible."""
     in_reach = points["roof_tflops"].max()
     copied = points[points["copy_tflops"] <= in_reach].sort_values("intensity")

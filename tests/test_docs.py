@@ -80,6 +80,18 @@ def test_the_readmes_python_runs() -> None:
     assert output.isfinite().all()
 
 
+def test_the_notebook_functions_work_as_documented(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (source,) = blocks(ROOT / "docs" / "notebooks.md", "python")
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(compile(source, "notebooks.md", "exec"), scope)
+    assert scope["times"]["torch_mm"].notna().all()
+    assert scope["slowdown"].min(axis=None) == 1.0
+    assert (tmp_path / "throughput.png").stat().st_size > 10_000
+    assert (scope["sides"]["time_ms_ratio:after"] == 1).all()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_pictures_lead_somewhere(document: Path) -> None:
     text = document.read_text()

@@ -25,7 +25,7 @@ sys.meta_path.insert(0, Blocked())
 """
 WITHOUT_TORCH = (
     *("case", "spec", "axes", "selection", "sweepfile", "models", "record", "stats", "frame", "plots", "tables"),
-    *("advise", "advisecli"),
+    *("advise", "advisecli", "notebook"),
     *("report", "pagetable", "reproduce", "roofline"),
     *(
         "results",
@@ -42,7 +42,7 @@ WITHOUT_TORCH = (
         "verdicts",
     ),
     *("comparability", "findings", "gate", "gatecli", "gatejson", "gatetable", "github", "junit"),
-    *("baseline", "compare", "comparecli", "comparetable", "history", "merge", "simulate"),
+    *("baseline", "comparison", "comparecli", "comparetable", "history", "merge", "simulate"),
 )
 
 

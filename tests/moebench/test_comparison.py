@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from moebench.compare import compare, names_of
+from moebench.comparison import compare, names_of
 from moebench.frame import ResultsError
 from moebench.record import Status
 from tests.moebench.gated import bad, frame, job_of, ok

@@ -1,0 +1,41 @@
+"""Run the notebooks of this folder, each in a fresh kernel, and store their outputs: `python notebooks/execute.py`.
+
+What differs from run to run, and the Python that ran them, is left out.
+"""
+
+import os
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
+
+
+def execute(notebook: nbformat.NotebookNode, first_on_path: Path | None = None) -> nbformat.NotebookNode:
+    """The notebook with the outputs of a fresh kernel that imports this checkout. Raises CellExecutionError."""
+    paths = [str(path) for path in (first_on_path, ROOT) if path is not None]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))}
+    resources = {"metadata": {"path": str(FOLDER)}}
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources, record_timing=False)
+    executed: nbformat.NotebookNode = client.execute(env=variables)
+    return _stripped(executed)
+
+
+def _stripped(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Without the Python that ran it, metadata of cells, and a plot's place in memory."""
+    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    for cell in notebook.cells:
+        cell.metadata = {}
+        for output in cell.get("outputs", []):
+            output.pop("transient", None)
+            if "data" in output and "image/png" in output["data"]:
+                output["data"].pop("text/plain", None)
+    return notebook
+
+
+if __name__ == "__main__":
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        nbformat.write(execute(nbformat.read(path, as_version=4)), path)
+        print(f"wrote {path}")
