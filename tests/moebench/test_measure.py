@@ -156,6 +156,25 @@ def test_forward_runs_without_gradients_and_train_with(recorder, mode):
     assert len(recorder.calls) > measured["num_samples"]
 
 
+class Worn(GroupedExperts):
+    """Right for as many calls as parity looks at, and wrong later. Its output is always the same memory."""
+
+    num_calls = 0
+
+    def forward(self, x, token_mask, weights, indices):
+        out = super().forward(x, token_mask, weights, indices).detach()
+        self.num_calls += 1
+        self.kept = getattr(self, "kept", out)
+        return self.kept.copy_(out if self.num_calls <= 2 else 0 * out)
+
+
+def test_what_goes_wrong_while_it_is_timed_is_a_mismatch(monkeypatch):
+    monkeypatch.setattr("moebench.subject.get_backend", lambda name: Backend("worn", Worn, lambda device, config: None))
+    measured = measure(Job(case=case("float32", "forward"), backend="worn"), Workload(CPU), POLICY)
+    assert (measured["status"], measured["parity_worst_tensor"]) == (Status.mismatch, "output")
+    assert "time_ms" not in measured
+
+
 def test_backends_of_a_case_get_the_same_inputs_and_none_gets_anothers_tensors(recorder):
     workload = Workload(CPU)
     for _ in range(2):
