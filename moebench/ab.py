@@ -59,13 +59,17 @@ class AbPlan:
         return self.run.folder / "a", self.run.folder / "b"
 
     def round(self, jobs: Collection[Job], number: int) -> list[Plan]:
-        """The processes of a round, in their order. A has two rounds for each of B: an even one and an odd one."""
+        """The processes of a round, in their order. A has two rounds for each of B: an even one and an odd one.
+
+        They use as many GPUs as the largest EP size needs: what is compared is measured on the same.
+        """
         both, (folder_a, folder_b) = set(jobs), self.folders
         alone_a, alone_b = (self.only_a, self.only_b) if number == 0 else ((), ())  # nothing to compare: once will do
+        whole = self.run.rounds[0]
+        base = replace(whole, slots=whole.slots[: max(job.case.ep_size for job in self.run.jobs)])
 
         def process(revision: Revision, folder: Path, its_round: int, alone: Collection[Job]) -> Plan:
             order = shuffled(both.union(alone), self.run.run_id, number)
-            base = self.run.rounds[0]
             return replace(base, jobs=order, folder=folder, round=its_round, experts_folder=revision.folder)
 
         plans = [

@@ -9,7 +9,7 @@ from moebench.console import EXIT_INTERRUPTED, err, progress_bar
 from moebench.gate import GateResult
 from moebench.gatecli import Github, Junit, Threshold, check_outputs, report, share
 from moebench.gatewords import total
-from moebench.options import AsJson, Backends, CaseIds, Device, Filters, Out, Sweep, TimeBudget
+from moebench.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, Sweep, TimeBudget
 from moebench.record import Record
 
 commands = typer.Typer()
@@ -23,6 +23,8 @@ def ab_(
     out_dir: Out = None,
     backend: Backends = None,
     device: Device = None,
+    gpus: Gpus = None,
+    share_gpus: ShareGpus = False,
     filters: Filters = None,
     case: CaseIds = None,
     threshold: Threshold = f"{verdicts.THRESHOLD:.0%}",
@@ -43,6 +45,9 @@ def ab_(
         device=device,
         time_budget_min=time_budget,
     )
+    run, notes = results.on_gpus(run, gpus, share_gpus)
+    for note in notes:
+        err.print(note)
     with ab.prepared(run, a, b, smallest) as plan:
         err.print(f"A {plan.a}, B {plan.b}: {len(plan.common)} jobs, {' or '.join(map(str, plan.looks))} rounds")
         try:

@@ -17,7 +17,7 @@ from moebench.case import Job
 from moebench.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, err, out, progress_bar
 from moebench.doctor import doctor as examine
 from moebench.frame import ResultsError, load
-from moebench.options import AsJson, Backends, CaseIds, Device, Filters, Out, TimeBudget
+from moebench.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, TimeBudget
 from moebench.record import GOOD, Record
 from moebench.revisions import RevisionError
 from moebench.runner import Outcome, Refused, RunnerError
@@ -62,10 +62,8 @@ def run(
     ] = False,
     backend: Backends = None,
     device: Device = None,
-    gpus: Annotated[
-        str | None, typer.Option(metavar="0,2|all", help="spread jobs over these; default all that are free")
-    ] = None,
-    share_gpus: Annotated[bool, typer.Option("--share-gpus", help="use GPUs that other processes use too")] = False,
+    gpus: Gpus = None,
+    share_gpus: ShareGpus = False,
     filters: Filters = None,
     case: CaseIds = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be measured, measure nothing")] = False,

@@ -15,6 +15,8 @@ Filters = Annotated[
 ]
 CaseIds = Annotated[list[str] | None, typer.Option("--case", help="only the case with this id; repeatable")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default a GPU if there is one")]
+Gpus = Annotated[str | None, typer.Option(metavar="0,2|all", help="the GPUs to use; default all that are free")]
+ShareGpus = Annotated[bool, typer.Option("--share-gpus", help="use GPUs that other processes use too")]
 TimeBudget = Annotated[
     float | None, typer.Option("--time-budget", min=0, metavar="MIN", help="start no job after so many minutes")
 ]

@@ -235,20 +235,35 @@ def test_mistakes_are_found_before_anything_is_measured(moebench, processes, tmp
 
 # real processes
 
-COPIES = {  # file -> what is planted there, instead of what
-    "torch_mm.py": ("grouped_mm(rows, matrices, offs", "grouped_mm(rows, matrices.repeat(200, 1, 1)[:4], offs"),
-    "loop.py": ("out_TD = torch.zeros_like(x_acc_TD)", "out_TD = torch.zeros_like(x_acc_TD.repeat(9, 1))[: len(x_TD)]"),
+#: Engine -> what is appended to its file: the engine as it was, but for one copy too many, or too large a buffer.
+PLANTED = {
+    "torch_mm": """
+
+def _with_a_copy_too_many(x_TD, weights_TK, indices_TK, parameters, *rest, **more):
+    large = (None if tensor is None else tensor.repeat(200, 1, 1)[: len(tensor)] for tensor in parameters)
+    return compute(x_TD, weights_TK, indices_TK, ExpertParameters(*large), *rest, **more)
+
+
+ENGINE = Engine(_with_a_copy_too_many, unsupported)
+""",
+    "loop": """
+
+def _with_a_buffer_too_large(x_TD, *rest):
+    buffer = x_TD.repeat(9, 1)
+    return compute(buffer[: len(x_TD)], *rest)
+
+
+ENGINE = Engine(_with_a_buffer_too_large, unsupported)
+""",
 }
 
 
 @pytest.mark.timeout(400)
 def test_a_copy_too_many_and_a_buffer_too_large_are_found(moebench, monkeypatch, tmp_path):
     """One look of four rounds, as few as can show that one of two jobs is slower; two jobs of real processes."""
-    for name, (before, after) in COPIES.items():
-        source = tmp_path / "b-folder" / "experts" / "compute" / name
-        text = source.read_text()
-        assert text.count(before) == 1
-        source.write_text(text.replace(before, after))
+    for engine, planted in PLANTED.items():
+        with (tmp_path / "b-folder" / "experts" / "compute" / f"{engine}.py").open("a") as source:
+            source.write(planted)
     monkeypatch.setattr(ab, "schedule", lambda num_jobs: (4,))
     monkeypatch.setattr(ab, "LOOK_FALSE_ALARMS", verdicts.FALSE_ALARMS)
     monkeypatch.setattr(ab, "unknown_backends", lambda revision, names: {})
