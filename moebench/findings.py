@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from moebench.case import Case, Job
 from moebench.comparability import MEMORY_CHANGES, TIME_CHANGES, Difference
 from moebench.record import GOOD, Status
 from moebench.verdicts import TimeVerdict, Verdict, round_medians
@@ -48,6 +49,12 @@ class Pair:
         one, two = (row["l2"] for row in (self.baseline, self.candidate))
         other_l2 = [] if is_null(one) or is_null(two) or one == two else [f"L2 {one} -> {two}"]
         return ", ".join([*map(str, self.forbidding), *other_l2])
+
+
+def job_of(row: Row) -> Job:
+    """The job that a row is about."""
+    fields = {name: None if is_null(row[name]) else row[name] for name in Case.model_fields}
+    return Job(case=Case.model_validate(fields), backend=row["backend"], dispatcher=row["dispatcher"])
 
 
 def is_ok(row: Row) -> bool:

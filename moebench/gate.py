@@ -108,18 +108,8 @@ def gate(
     they have no job in common.
     """
     before, after = _by_key(baseline), _by_key(candidate)
-    pairs = {key: _pair(before[key], after[key], comparability) for key in before if key in after}
-    if not pairs:
-        raise ResultsError(
-            f"no job in common: {len(before)} in the baseline, {len(after)} in the candidate, none with the same case, "
-            "backend and dispatcher in both; give two results of one sweep"
-        )
-    family = {
-        key: Sides(rounds_of(pair.baseline), rounds_of(pair.candidate))
-        for key, pair in pairs.items()
-        if pair.both_ok and not pair.why_incomparable
-    }
-    times = verdicts.judge_times(family, threshold, false_alarms, wrong_passes)
+    pairs = _pairs(before, after, comparability)
+    times = verdicts.judge_times(_family(pairs), threshold, false_alarms, wrong_passes)
     found = {key: findings.of_baseline_alone() for key in before}
     found |= {key: findings.of_candidate_alone(row) for key, row in after.items()}
     found |= {key: findings.of_pair(pair, times.get(key)) for key, pair in pairs.items()}
@@ -140,6 +130,25 @@ def gate(
 
 def _by_key(frame: pd.DataFrame) -> dict[Key, Row]:
     return {(row["case_id"], row["backend"], row["dispatcher"]): row for row in frame.to_dict("records")}
+
+
+def _pairs(before: Mapping[Key, Row], after: Mapping[Key, Row], comparability: Comparability) -> dict[Key, Pair]:
+    pairs = {key: _pair(before[key], after[key], comparability) for key in before if key in after}
+    if not pairs:
+        raise ResultsError(
+            f"no job in common: {len(before)} in the baseline, {len(after)} in the candidate, none with the same case, "
+            "backend and dispatcher in both; give two results of one sweep"
+        )
+    return pairs
+
+
+def _family(pairs: Mapping[Key, Pair]) -> dict[Key, Sides]:
+    """The rounds of the jobs whose times may be compared."""
+    return {
+        key: Sides(rounds_of(pair.baseline), rounds_of(pair.candidate))
+        for key, pair in pairs.items()
+        if pair.both_ok and not pair.why_incomparable
+    }
 
 
 def _pair(baseline: Row, candidate: Row, comparability: Comparability) -> Pair:

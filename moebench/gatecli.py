@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +13,13 @@ from moebench import baseline as baselines
 from moebench import gatejson, github, junit, verdicts
 from moebench.comparability import CHANGES, Comparability, Result, open_result
 from moebench.console import err, out
+from moebench.findings import job_of
 from moebench.frame import write_atomically
 from moebench.gate import GateResult, gate
 from moebench.gatetable import GateTable
 from moebench.options import AsJson
 from moebench.results import UsageError
+from moebench.selection import filter_jobs
 
 #: Where GitHub Actions wants the Markdown of a step's summary.
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
@@ -46,6 +49,9 @@ def gate_(
     baseline: Annotated[str, typer.Argument(help="results folder or Parquet file, baseline:NAME, or auto")],
     candidate: Annotated[Path, typer.Argument(help="results folder or Parquet file to judge against it")],
     threshold: Threshold = f"{verdicts.THRESHOLD:.0%}",
+    filters: Annotated[
+        list[str] | None, typer.Option("--filter", help="gate these jobs alone, as in moebench run; repeatable")
+    ] = None,
     allow_env_change: Annotated[
         list[str] | None,
         typer.Option(metavar="WHAT", help=f"compare although this differs; repeatable: {', '.join(CHANGES)}, all"),
@@ -59,6 +65,7 @@ def gate_(
     allowed = _allowed(allow_env_change or [])
     after = open_result(candidate)
     before = _baseline(baseline, after)
+    before, after = (_filtered(result, filters or []) for result in (before, after))
     comparability = Comparability(before.environments, after.environments, allowed)
     report(gate(before.frame, after.frame, comparability, threshold=smallest), junit_file, for_github, as_json)
 
@@ -73,6 +80,13 @@ def _baseline(text: str, candidate: Result) -> Result:
         err.print(f"baseline: {found.path}")
         return found.result
     return open_result(Path(text))
+
+
+def _filtered(result: Result, filters: list[str]) -> Result:
+    """The jobs that pass every filter. Raises SweepError for what is no filter."""
+    jobs = [job_of(row) for row in result.frame.to_dict("records")]
+    kept = set(filter_jobs(jobs, filters))
+    return replace(result, frame=result.frame[[job in kept for job in jobs]])
 
 
 def _allowed(named: list[str]) -> frozenset[str]:
@@ -98,15 +112,19 @@ def report(result: GateResult, junit_file: Path | None, for_github: bool, as_jso
     else:
         out.print(GateTable(result))
     if for_github:
-        for line in github.annotations(result):
-            print(line)
-        summary_file = os.environ.get(SUMMARY_VARIABLE)
-        if summary_file:
-            with Path(summary_file).open("a", encoding="utf-8") as file:
-                file.write(github.summary(result))
-        else:
-            err.print(f"--github: {SUMMARY_VARIABLE} is not set, so no step summary was written")
+        _tell_github(result)
     raise typer.Exit(result.exit_code)
+
+
+def _tell_github(result: GateResult) -> None:
+    for line in github.annotations(result):
+        print(line)
+    summary_file = os.environ.get(SUMMARY_VARIABLE)
+    if not summary_file:
+        err.print(f"--github: {SUMMARY_VARIABLE} is not set, so no step summary was written")
+        return
+    with Path(summary_file).open("a", encoding="utf-8") as file:
+        file.write(github.summary(result))
 
 
 stored = typer.Typer(no_args_is_help=True, help="Results that are kept to be gated against.")

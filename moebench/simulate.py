@@ -223,14 +223,15 @@ def table(frame: pd.DataFrame, between: Sequence[float], num_gates: int, num_job
             return
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table; `arguments` instead of the command line's."""
     parser = argparse.ArgumentParser(description="What the gate does, simulated from recorded samples.")
     parser.add_argument("results", type=Path, help="results folder or Parquet file")
     parser.add_argument("--num-gates", type=int, default=500, help="simulated gates")
     parser.add_argument("--num-jobs", type=int, default=NUM_JOBS, help="jobs a gate")
     parser.add_argument("--between", type=float, nargs="*", default=ASSUMED_BETWEEN, help="share, where not recorded")
     parser.add_argument("--backend", nargs="*", help="jobs of these backends alone")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     frame = load(asked.results)
     if asked.backend:
         frame = frame[frame["backend"].isin(asked.backend)]

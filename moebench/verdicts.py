@@ -32,6 +32,7 @@ Key = TypeVar("Key", bound=Hashable)
 #: Half of the 1% that a gate may have: the tests are exact, what is left is for rounds that are not quite exchangeable.
 FALSE_ALARMS = 0.005
 WRONG_PASSES = 0.01
+#: Of `smallest_effect`: how often a slowdown so large is found, at least.
 POWER = 0.95
 THRESHOLD = 0.03
 #: A round more or less of one process says nothing about how processes differ.
@@ -68,8 +69,8 @@ class TimeVerdict:
 
     `low` and `high`: each end of the interval is wrong at most 1 time in 100, infinite where there are too few rounds.
     `p_slower`, `p_faster`: of this case alone, before Holm's correction. `smallest_effect`: the smallest slowdown, as
-    a share (0.03: 3%), that this comparison, with the noise it met, would have shown with a probability of 95%; inf
-    where it could have shown none.
+    a share (0.03: 3%), that this comparison, with the noise it met, would have shown with a probability of 95% or more;
+    inf where it could have shown none.
     """
 
     verdict: Verdict
@@ -155,10 +156,11 @@ class _Comparison:
     def _smallest_shift(self, level: float) -> float:
         """The slowdown that lies above what must be exceeded to be shown even where chance is against it.
 
-        To be shown, the estimate must exceed its distance from the lower limit of the family's level; 95 estimates of
-        100 lie above the true shift less their distance from the lower limit of that level.
+        To be shown, the estimate must exceed its distance from the lower limit of the family's level; 99 estimates of
+        100 lie above the true shift less their distance from the lower limit of 1%. For the promised 95 that is more
+        than enough where the noise is known, and enough where it comes out too small by chance.
         """
-        limits = [ranksum.lower_limit(self._shifts, self._rounds[0], some) for some in (level, 1 - POWER)]
+        limits = [ranksum.lower_limit(self._shifts, self._rounds[0], some) for some in (level, WRONG_PASSES)]
         return sum(self._estimate - limit for limit in limits)
 
     def _why_inconclusive(self, smallest: float, threshold: float, level: float) -> str:
@@ -167,7 +169,7 @@ class _Comparison:
             needed = ranksum.group_size_needed(level)
             return f"{rounds} can show nothing among so many cases; measure {needed} a side: --rounds {needed}"
         if smallest > math.log1p(threshold):
-            return f"noise: less than {math.expm1(smallest):.1%} would not be seen with {rounds}; measure more"
+            return f"too noisy to see a slowdown of {threshold:.1%} with {rounds}; measure more"
         return f"slower by {threshold:.1%} is neither shown nor excluded with {rounds}; measure more"
 
 

@@ -1,17 +1,23 @@
 """What README and docs show works as they show it."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from typer.testing import CliRunner
 
 from experts.registry import get_backend
 from moebench import parity
 from moebench.case import Case
+from moebench.cli import app
 from moebench.inputs import make_inputs, make_parameters, moe_config
+from moebench.ranksum import group_size_needed, null_tail
 from moebench.spec import parse_sweep
+from moebench.verdicts import FALSE_ALARMS
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -90,6 +96,53 @@ def test_the_notebook_functions_work_as_documented(monkeypatch: pytest.MonkeyPat
     assert scope["slowdown"].min(axis=None) == 1.0
     assert (tmp_path / "throughput.png").stat().st_size > 10_000
     assert (scope["sides"]["time_ms_ratio:after"] == 1).all()
+
+
+WORKFLOWS = sorted((ROOT / "docs" / "ci").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_are_what_github_reads(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow.keys() == {"name", True, "jobs"}, "YAML 1.1 reads `on` as a truth value; GitHub does not"
+    for job in workflow["jobs"].values():
+        assert job.keys() <= {"runs-on", "timeout-minutes", "steps"}
+        for step in job["steps"]:
+            assert ("run" in step) != ("uses" in step)
+            assert step.keys() <= {"name", "run", "shell", "uses", "with", "if"}
+
+
+def commands(path: Path) -> list[str]:
+    """Every `moebench …` in a workflow's steps or in the indented blocks of a document, one line each."""
+    text = path.read_text()
+    if path.suffix == ".yml":
+        steps = [step for job in yaml.safe_load(text)["jobs"].values() for step in job["steps"]]
+        text = "\n".join("    " + step.get("run", "") for step in steps).replace("\\\n", " ").replace("\n", "\n    ")
+    return re.findall(r"^ {4}\s*(?:\.venv/bin/)?(moebench [^#\n]*)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [*WORKFLOWS, ROOT / "docs" / "gating.md"], ids=lambda path: path.name)
+def test_commands_that_are_shown_exist(path: Path) -> None:
+    """By their help: the command, and every option that it is given."""
+    found = commands(path)
+    assert found
+    for line in found:
+        words = [word for word in shlex.split(line)[1:] if word not in ("||", "&&")]
+        name = words[:2] if words[0] == "baseline" else words[:1]
+        shown = CliRunner().invoke(app, [*name, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, line
+        for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
+            assert re.search(rf"{option}\b", shown.output), f"{line}: {option}"
+
+
+def test_the_rounds_that_gating_tells_are_enough_and_no_more() -> None:
+    text = (ROOT / "docs" / "gating.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for jobs, a_side, candidate, baseline in (map(int, row) for row in rows):
+        level = FALSE_ALARMS / jobs
+        assert group_size_needed(level) == a_side
+        assert null_tail(baseline, candidate)[0] <= level < null_tail(baseline - 1, candidate)[0]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -2,6 +2,8 @@
 
 import pytest
 
+from moebench import findings
+from moebench.case import Case
 from moebench.comparability import Difference
 from moebench.findings import Pair, of_pair, rounds_of
 from moebench.record import Status
@@ -88,6 +90,15 @@ def test_why_times_are_not_compared():
     assert pair(ok(JOB, steady(), l2=None), ok(JOB, steady(), l2=None)).why_incomparable == ""
     finding = found(same, ok(JOB, steady(), l2="warm"), "time")
     assert (finding.verdict, finding.reason) == (Verdict.INCOMPARABLE, "L2 cold -> warm")
+
+
+def test_the_job_of_a_row():
+    job = job_of(backend="te", dispatcher="deepep", ep_size=2, mode="train", routing="zipf:1.2", masked_share=0.25)
+    (row,) = rows(ok(job, steady()))
+    assert findings.job_of(row) == job
+    assert findings.job_of(row).case.case_id == row["case_id"]
+    preset = job.model_copy(update={"case": Case(**{**job.case.model_dump(), "model": "qwen3-30b-a3b"})})
+    assert findings.job_of(*rows(ok(preset, steady()))) == preset
 
 
 def test_rounds_of_a_row():

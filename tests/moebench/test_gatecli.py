@@ -117,6 +117,16 @@ def test_outside_github_the_summary_that_is_not_written_is_said(moebench, result
     assert "GITHUB_STEP_SUMMARY" in found.err
 
 
+def test_a_filter_gates_those_jobs_alone(moebench, results):
+    Journal(results / "same" / "journal.jsonl").append(ok(job_of(128), steady()))
+    assert moebench("gate", "same", "again").code == 1, "one is missing"
+    assert moebench("gate", "same", "again", "--filter", "num_tokens<100").code == 0
+    found = moebench("gate", "same", "again", "--filter", "num_tokens>100")
+    assert (found.code, "no job in common" in found.err) == (2, True)
+    found = moebench("gate", "same", "again", "--filter", "size=3")
+    assert (found.code, "there is no key 'size'" in found.err) == (2, True)
+
+
 def test_a_stored_baseline_is_gated_against(moebench, results):
     environment = H200.model_copy(update={"env_id": "e"})
     for name in ("same", "slow"):

@@ -1,5 +1,7 @@
 """False alarms and power of the gate, by simulation on recorded samples; `make certify` simulates 1000 gates each."""
 
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,13 @@ from moebench.record import Status
 from moebench.simulate import (
     ASSUMED_BETWEEN,
     EFFECTS,
+    HEADER,
     Noise,
     Rate,
     Setting,
     drawn,
     false_alarms,
+    main,
     noises,
     plant,
     rate,
@@ -130,6 +134,33 @@ def test_the_table_is_markdown():
     assert header.count("|") == rule.count("|")
     assert [row.count("|") for row in rows] == [header.count("|")] * 3
     assert "0.3%, assumed" in rows[0]
+
+
+SIMULATED = re.findall(
+    r"^ {4}python -m moebench\.simulate (.*)\n\n((?:\|.*\n)+)", (ROOT / "docs" / "gating.md").read_text(), re.MULTILINE
+)
+
+
+def percent(cell):
+    return float(cell.partition("%")[0])
+
+
+@pytest.mark.certify
+@pytest.mark.parametrize(("arguments", "figures"), SIMULATED, ids=[arguments for arguments, _ in SIMULATED])
+def test_the_figures_of_the_docs(certify, capsys, monkeypatch, arguments, figures):
+    """They keep what is promised and, at full size, are what the simulation prints."""
+    header, _, *rows = figures.splitlines()
+    assert [cell.strip() for cell in header.strip("|").split("|")] == list(HEADER)
+    assert len(rows) >= 3
+    for row in rows:
+        cells = dict(zip(HEADER, (cell.strip() for cell in row.strip("|").split("|")), strict=True))
+        assert percent(cells["false alarms"]) <= 1
+        if percent(cells["jobs that can"]):
+            assert percent(cells["slower by 3% found, of jobs that say they can see it"]) >= 95
+    if certify:
+        monkeypatch.chdir(ROOT)
+        main(shlex.split(arguments))
+        assert capsys.readouterr().out == figures
 
 
 def test_a_rate_says_of_how_many():

@@ -54,8 +54,17 @@ def test_noise_is_never_green():
     found = judge(noisy(random, 0.05), noisy(random, 0.05))
     assert found.verdict is Verdict.INCONCLUSIVE
     assert found.smallest_effect > THRESHOLD
-    assert f"{found.smallest_effect:.1%}" in found.reason
+    assert "too noisy to see a slowdown of 3.0%" in found.reason
     assert judge(noisy(random, 0.05), noisy(random, 0.05), threshold=0.5).verdict is Verdict.PASS
+
+
+def test_what_is_not_excluded_does_not_pass():
+    """Noise that is skewed upwards: a slowdown of 3% would have been shown, and is still not excluded."""
+    baseline = (1.0063, 1.0009, 1.006, 1.0012, 1.0037, 1.0053, 1.0027, 1.0011)
+    found = judge(baseline, (1.0028, 0.9961, 0.9919, 1.0409, 1.0217, 1.0057, 1.0317, 0.9998))
+    assert found.smallest_effect < THRESHOLD < found.high - 1
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "neither shown nor excluded" in found.reason
 
 
 def test_noise_does_not_hide_what_is_larger():
@@ -121,7 +130,7 @@ def test_false_alarms_over_a_family_are_as_rare_as_promised():
 
 
 def test_the_smallest_effect_is_found_as_often_as_it_says():
-    """Planted as large as the gate says that it could have seen, it is found 95 times of 100; half as large, not."""
+    """As large as the gate says that it could have seen, it is found 95 times of 100 and more; half as large, not."""
     random = np.random.default_rng(11)
     found, half = [], []
     for _ in range(300):
@@ -130,14 +139,14 @@ def test_the_smallest_effect_is_found_as_often_as_it_says():
         for planted, shown in ((size, found), (size / 2, half)):
             slow = Sides(family[0].baseline_ms, times(1 + planted, family[0].candidate_ms))
             shown.append(judge_times({**family, 0: slow})[0].p_slower <= FALSE_ALARMS / 8)
-    assert abs(np.mean(found) - POWER) <= 3 * math.sqrt(POWER * (1 - POWER) / len(found))
+    assert POWER <= np.mean(found) < 1
     assert np.mean(half) < 0.5
 
 
 def test_the_threshold_passes_seldom_and_less_noise_is_more_pass():
     random = np.random.default_rng(2)
     shares = []
-    for scale in (0.04, 0.02, 0.002):
+    for scale in (0.04, 0.012, 0.002):
         sides = [Sides(noisy(random, scale), noisy(random, scale)) for _ in range(60)]
         slow = [Sides(side.baseline_ms, times(1 + THRESHOLD, side.candidate_ms)) for side in sides]
         assert sum(judge_times({0: side})[0].verdict is Verdict.PASS for side in slow) <= 3
