@@ -17,7 +17,7 @@ from moebench.graphs import captured
 from moebench.inputs import Inputs
 from moebench.peers import Peers
 from moebench.probes import examine
-from moebench.profiling import executed
+from moebench.profiling import executed, trace
 from moebench.record import Status
 from moebench.reference import Tensors
 from moebench.samplers import Stage
@@ -150,6 +150,8 @@ def _speed_and_memory(
         graph_time_ms = _graph_time_ms(call, timed, device, policy, peers)
     parts = breakdown(module, call.forward, device, peers)
     call.clear()
+    if workload.trace is not None:
+        trace(call.stages, call.clear, device, workload.trace)
     return {
         "executed": ran,
         **_largest(weighed, peers),

@@ -2,16 +2,18 @@
 
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 MAX_NAME = 80
 #: What the names of matrix products have in common, among torch's operators and among the libraries' kernels.
 PRODUCT = re.compile(r"mm\b|gemm|matmul|linear|nvjet|cutlass|cublas", re.IGNORECASE)
 CPU_CALLS = 3
+TRACED_CALLS = 3
 
 
 def executed(call: Callable[[], object], device: torch.device) -> str | None:
@@ -28,10 +30,29 @@ def executed(call: Callable[[], object], device: torch.device) -> str | None:
     return max(products or by_chain, key=lambda chain: by_chain[chain], default=None)
 
 
+def trace(stages: Sequence[Callable[[], object]], clear: Callable[[], None], device: torch.device, path: Path) -> None:
+    """Leave a Chrome trace (JSON, for Perfetto or chrome://tracing) of a few calls, whose stages run in turn."""
+    with _profiler(device, record_shapes=True) as profiler:
+        for number in range(TRACED_CALLS):
+            with record_function(f"call {number}"):
+                for stage in stages:
+                    stage()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            clear()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+
+
+def _profiler(device: torch.device, record_shapes: bool = False) -> profile:
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    # without acc_events torch 2.11 warns of cycles: there is one
+    return profile(activities=activities, acc_events=True, record_shapes=record_shapes)
+
+
 def _profiled(call: Callable[[], object], device: torch.device) -> dict[str, float]:
     on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with profile(activities=activities, acc_events=True) as profiler:  # else torch 2.11 warns of cycles: there is one
+    with _profiler(device) as profiler:
         call()
         if on_gpu:
             torch.cuda.synchronize(device)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moebench.case import Job
 from moebench.comparability import ENVIRONMENT_NAME, differences
-from moebench.environment import Environment
+from moebench.environment import Environment, EnvironmentFileError
 from moebench.frame import write_atomically
 from moebench.plan import UsageError
 
@@ -96,7 +96,10 @@ def environment_changes(folder: Path, now: Environment) -> list[str]:
     file = folder / ENVIRONMENT_NAME
     if not file.exists():
         return []
-    was = Environment.from_file(file)
+    try:
+        was = Environment.from_file(file)
+    except EnvironmentFileError as error:
+        raise UsageError(str(error)) from error
     found = [str(difference) for difference in differences(was, now)]
     for name in ("moebench", "git_revision", "git_dirty"):
         if getattr(was, name) != getattr(now, name):

@@ -14,10 +14,11 @@ from types import FrameType
 
 from moebench.backlog import Backlog
 from moebench.case import Job
+from moebench.comparability import ENVIRONMENT_NAME, ENVIRONMENTS_NAME
 from moebench.environment import Environment
 from moebench.plan import Plan, Refused, RunnerError, new_run_id
 from moebench.record import Journal, Record
-from moebench.slots import Place, places
+from moebench.slots import places
 from moebench.supervisor import WorkerProcess
 
 __all__ = ["Outcome", "Plan", "Refused", "RunnerError", "execute", "new_run_id", "writing_to"]
@@ -128,18 +129,18 @@ class _Crew:
     keep: Callable[[Record], None]
     on_environment: Callable[[Environment], None]
     notes: list[str]
-    workers: dict[Place, WorkerProcess] = field(default_factory=dict)
+    workers: dict[int, WorkerProcess] = field(default_factory=dict)  # by the number of their place
     met: bool = False
 
     def __post_init__(self) -> None:
         self.backlog = Backlog(job for job in self.plan.jobs if job.case.ep_size == self.ep_size)
-        self.places = places(self.plan.slots, self.ep_size)
+        self.places = dict(enumerate(places(self.plan.slots, self.ep_size)))
 
     def work(self) -> None:
         """Look at every place in turn until nothing is left or the run should end; then end the workers."""
         try:
             while not self.stop.interrupted:
-                heard = [self._look_at(place) for place in list(self.places)]
+                heard = [self._look_at(number) for number in list(self.places)]
                 if not self.workers and (self.stop() or not len(self.backlog)):
                     return
                 if not any(heard):
@@ -148,11 +149,11 @@ class _Crew:
             for worker in self.workers.values():
                 worker.end()
 
-    def _look_at(self, place: Place) -> bool:
+    def _look_at(self, number: int) -> bool:
         """Keep what the worker there tells, replace it where it is over; whether there was anything to do."""
-        worker = self.workers.get(place)
+        worker = self.workers.get(number)
         if worker is None:
-            return self._start_at(place)
+            return self._start_at(number)
         knew = worker.environment
         heard = False
         try:
@@ -162,7 +163,7 @@ class _Crew:
         except RunnerError as failure:
             if not self.met or len(self.places) == 1:
                 raise
-            self._give_up(place, failure)
+            self._give_up(number, failure)
             return True
         if knew is None and worker.environment is not None:
             self._meet(worker.environment)
@@ -171,27 +172,28 @@ class _Crew:
             worker.give(self._next_for(worker))
             is_free = not worker.unfinished
         if worker.over or is_free or (self.stop() and not worker.at_a_job):
-            self._end(place)
+            self._end(number)
             return True
         return heard
 
-    def _start_at(self, place: Place) -> bool:
+    def _start_at(self, number: int) -> bool:
         """The first goes ahead: what it refuses all would refuse, and where torch sees no GPU it is the only one."""
-        if self.stop() or not len(self.backlog) or (self.workers and not self.met):
+        place = self.places.get(number)
+        if place is None or self.stop() or not len(self.backlog) or (self.workers and not self.met):
             return False
-        self.workers[place] = WorkerProcess(self.plan, place, self.ep_size, len(self.places))
+        self.workers[number] = WorkerProcess(self.plan, place, self.ep_size, len(self.places))
         return True
 
     def _meet(self, environment: Environment) -> None:
         """Before anything is measured there: whether it may be, and a file that says where it was."""
         self.on_environment(environment)
         if environment.device == "cpu" and self.plan.slots[0].gpu is not None:
-            del self.places[1:]  # GPUs that torch does not see are no places
+            self.places = {number: self.places[number] for number in self.workers}  # torch sees no GPU: no place there
         self.met = True
         folder = self.plan.folder
-        file = folder / "environment.json"
+        file = folder / ENVIRONMENT_NAME
         if file.exists() and Environment.from_file(file).env_id != environment.env_id:
-            file = folder / "environments" / f"{environment.env_id}.json"
+            file = folder / ENVIRONMENTS_NAME / f"{environment.env_id}.json"
             file.parent.mkdir(exist_ok=True)
         file.write_text(environment.to_json())
 
@@ -203,14 +205,13 @@ class _Crew:
         others = [other.weights for other in self.workers.values() if other is not worker and other.weights]
         return self.backlog.take(worker.weights, others)
 
-    def _end(self, place: Place) -> None:
-        worker = self.workers.pop(place)
+    def _end(self, number: int) -> None:
+        worker = self.workers.pop(number)
         self.backlog.put_back(worker.unfinished)
         worker.end()
 
-    def _give_up(self, place: Place, failure: RunnerError) -> None:
+    def _give_up(self, number: int, failure: RunnerError) -> None:
         """Where a worker no longer starts the others go on without it: a GPU may be lost."""
-        self._end(place)
-        self.places.remove(place)
-        gpus = ", ".join(str(slot.gpu) for slot in place)
+        self._end(number)
+        gpus = ", ".join(slot.gpu for slot in self.places.pop(number) if slot.gpu is not None)
         self.notes.append(f"{gpus or 'a slot'}: given up: {failure}")

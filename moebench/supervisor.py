@@ -109,6 +109,7 @@ class WorkerProcess:
     def give(self, jobs: Sequence[Job]) -> None:
         """Let it measure these next."""
         self._given += jobs
+        self._kills_before = _kernel_kills()
         with self._job_file.open("a") as file:
             file.writelines(job.model_dump_json() + "\n" for job in jobs)
         self._since = time.monotonic()
@@ -144,10 +145,10 @@ class WorkerProcess:
                 raise Refused("\n".join(event["mistakes"]))
             case "start":
                 self._running = event["number"]
-                self._kills_before = _kernel_kills()
             case "record" if event["number"] == self._running:  # of several ranks that fail, the first is told
                 self._running = None
                 self._num_done += 1
+                self._kills_before = _kernel_kills()
                 return Record.model_validate_json(json.dumps(event["record"]))
         return None
 

@@ -17,6 +17,7 @@ import gc
 import json
 import os
 import platform
+import re
 import signal
 import threading
 import time
@@ -36,7 +37,7 @@ from moebench import canary, environment
 from moebench.case import Job
 from moebench.environment import Environment
 from moebench.measure import measure
-from moebench.peers import join, leave
+from moebench.peers import Peers, join, leave
 from moebench.record import Record, Status, record
 from moebench.spec import Policy
 from moebench.subject import Measured
@@ -167,6 +168,7 @@ def work(work_list: WorkList, events: Events, device: torch.device, jobs: Iterab
 
 def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList, described: Environment) -> Record:
     started = time.perf_counter()
+    workload.trace = _trace_file(job, work_list, workload.peers)
     measured = run_job(job, workload, policy)
     device, rank = workload.device, workload.peers.rank
     if workload.peers.size > 1 and measured["status"] in (Status.oom, Status.error):
@@ -177,6 +179,14 @@ def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList
     if "samples_ms" in measured:
         measured["sample_rounds"] = (work_list.round,) * len(measured["samples_ms"])
     return record(job, run_id=work_list.run_id, env_id=described.env_id, **measured)
+
+
+def _trace_file(job: Job, work_list: WorkList, peers: Peers) -> Path | None:
+    if work_list.traces is None:
+        return None
+    parts = [job.case.case_id, job.backend, job.dispatcher]
+    parts += [f"round{work_list.round}"] * (work_list.round > 0) + [f"rank{peers.rank}"] * (peers.size > 1)
+    return work_list.traces / (re.sub(r"[^\w.+-]", "_", "--".join(parts)) + ".json")
 
 
 def _someone_is_gone(ranks: Sequence[tuple[str, int]]) -> bool:

@@ -1,6 +1,7 @@
 """What the backends of a case share, made once: parameters, inputs, and the ceilings they are held against."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,10 +15,14 @@ from moebench.peers import ALONE, Peers
 
 @dataclass
 class Workload:
-    """Parameters and inputs of the case at hand, kept for the next backend; parameters also for the next case."""
+    """Parameters and inputs of the case at hand, kept for the next backend; parameters also for the next case.
+
+    `trace` is where the job at hand leaves a profiler's trace, None for none.
+    """
 
     device: torch.device
     peers: Peers = ALONE
+    trace: Path | None = None
     _parameters: tuple[str, dict[str, Tensor]] | None = field(default=None, repr=False)
     _inputs: tuple[str, Inputs] | None = field(default=None, repr=False)
     _ceilings: dict[tuple[str, str, bool], Ceilings] = field(default_factory=dict, repr=False)

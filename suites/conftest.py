@@ -44,6 +44,7 @@ def _choose(config: pytest.Config) -> None:
     device = pick_device(config.option.device)
     sweep = config.option.sweep or ("gpu" if device.type == "cuda" else "quick")
     jobs = select(sweep, config.option.backend, [], [])
+    results.check_named(jobs, config.option.backend)
     for name in dict.fromkeys(job.backend for job in jobs):
         check_name(name)
     config.stash[JOBS] = jobs

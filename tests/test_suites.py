@@ -14,7 +14,7 @@ name = "small"
 [policy]
 time_cap_s = 0.05
 [[grid]]
-backend = ["loop", "torch_mm", "gmm", "faulty:SwappedExperts"]
+backend = ["loop", "torch_mm"]
 num_tokens = 24
 n_routed_experts = 4
 n_activated_experts = 2
@@ -23,6 +23,9 @@ moe_inter_dim = 32
 dtype = "float32"
 mode = "train"
 """
+
+
+BACKENDS = [f"--backend={name}" for name in ("loop", "torch_mm", "gmm", "faulty:SwappedExperts")]
 
 
 def suites(folder: Path, *arguments: str) -> tuple[int, str]:
@@ -40,7 +43,7 @@ def suites(folder: Path, *arguments: str) -> tuple[int, str]:
 def autosaved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     folder = tmp_path_factory.mktemp("suites")
     (folder / "small.toml").write_text(SWEEP)
-    return folder, *suites(folder, "--sweep", "small.toml", "--benchmark-autosave", "--benchmark-save-data")
+    return folder, *suites(folder, "--sweep", "small.toml", *BACKENDS, "--benchmark-autosave", "--benchmark-save-data")
 
 
 def saved_file(folder: Path) -> Path:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -137,3 +138,49 @@ class OtherParameters(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.dim))
+
+
+class FillsTheHost(_BreaksInForward):
+    """Takes memory until the limit that its process has, and gives it back with what it raises."""
+
+    def break_down(self) -> None:
+        taken = []
+        while True:
+            taken.append(torch.empty(2**30, dtype=torch.uint8))
+
+
+class ChangesItsProcess(_BreaksInForward):
+    """Fails, and leaves every later silu of its process a little wrong."""
+
+    def break_down(self) -> None:
+        silu = torch.nn.functional.silu
+        torch.nn.functional.silu = lambda *given: silu(*given) * 1.001  # type: ignore[method-assign]
+        raise RuntimeError("and nobody knows what I did")
+
+
+class ReadsOutOfBounds(_BreaksInForward):
+    """An illegal memory access on the GPU, by a kernel that Triton compiles."""
+
+    def break_down(self) -> None:
+        from illegal import read_out_of_bounds
+
+        read_out_of_bounds()
+
+
+class HangsTheGpu(_BreaksInForward):
+    """A kernel that takes hours: the host waits in the driver, where no signal but SIGKILL reaches it."""
+
+    def break_down(self) -> None:
+        for _ in range(1000):
+            torch.cuda._sleep(2**40)
+        torch.cuda.synchronize()
+
+
+class FillsTheGpu(_BreaksInForward):
+    """Takes the GPU's memory for real, piece by piece, and holds on to it: a later job finds none."""
+
+    taken: ClassVar[list[Tensor]] = []
+
+    def break_down(self) -> None:
+        while True:
+            self.taken.append(torch.empty(2**30, dtype=torch.uint8, device="cuda"))

@@ -108,7 +108,8 @@ def good_run(sweep, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("good")
     backends = ["loop", "torch_mm", "broken:SaysUnsupported", "broken:OutOfMemory"]
     chosen = [argument for name in backends for argument in ("--backend", name)]
-    found = finished("run", sweep, "--json", "--filter", "num_tokens=8", *chosen, "--device", "cpu", cwd=cwd)
+    asked = ["--json", "--filter", "num_tokens=8", *chosen, "--device", "cpu", "--profile"]
+    found = finished("run", sweep, *asked, cwd=cwd)
     return SimpleNamespace(**vars(found), cwd=cwd, backends=backends)
 
 
@@ -135,12 +136,21 @@ def test_a_run_goes_to_a_new_folder_of_results(good_run, sweep):
     names = {path.name for path in (good_run.cwd / folder).iterdir()}
     assert names == {
         *("journal.jsonl", "results.parquet", "results.csv", "environment.json", "run.json", "sweep.toml"),
-        *("report.html", "logs", "plots"),
+        *("report.html", "logs", "plots", "traces"),
     }
     assert (good_run.cwd / folder / "sweep.toml").read_text() == sweep.read_text()
     asked = json.loads((good_run.cwd / folder / "run.json").read_text())
     assert (asked["sweep"], asked["num_jobs"], asked["moebench"]) == ("tiny", 4, __version__)
     assert asked["command"].startswith(f"moebench run {sweep} --json --filter num_tokens=8 --backend loop")
+
+
+def test_profile_leaves_a_trace_of_each_job_that_ran(good_run):
+    folder = good_run.cwd / json.loads(good_run.out)["results"] / "traces"
+    names = sorted(path.name.partition("--")[2] for path in folder.iterdir())
+    assert names == ["loop--local.json", "torch_mm--local.json"]
+    for path in folder.iterdir():
+        events = json.loads(path.read_text())["traceEvents"]
+        assert "aten::mm" in {event.get("name") for event in events}
 
 
 def test_the_results_can_be_shown_again(good_run, moebench):

@@ -1,12 +1,14 @@
 """The operator that really ran is named, whatever the backend is called."""
 
+import json
+
 import pytest
 import torch
 
 from experts.registry import get_backend
 from moebench.case import Case
 from moebench.inputs import make_inputs, make_parameters, moe_config
-from moebench.profiling import executed
+from moebench.profiling import executed, trace
 
 CPU = torch.device("cpu")
 CASE = Case(
@@ -45,6 +47,20 @@ def test_the_outermost_operator_leads_to_the_innermost():
 @pytest.mark.parametrize("call", [lambda: None, lambda: sum(range(10))])
 def test_a_call_without_operators_has_none(call):
     assert executed(call, CPU) is None
+
+
+def test_a_trace_has_the_operators_of_each_call(tmp_path):
+    a = torch.rand(8, 8)
+    cleared = []
+    path = tmp_path / "deep" / "trace.json"
+    trace([lambda: a @ a, lambda: a + a], lambda: cleared.append(None), CPU, path)
+    events = json.loads(path.read_text())["traceEvents"]
+    names = [event.get("name") for event in events]
+    calls = sorted(name for name in names if str(name).startswith("call "))
+    assert calls == [f"call {number}" for number in range(len(cleared))] != []
+    assert names.count("aten::mm") == names.count("aten::add") == len(cleared)
+    (product, *_) = (event for event in events if event.get("name") == "aten::mm")
+    assert [8, 8] in product["args"]["Input Dims"]
 
 
 def disturbed(calls, when):

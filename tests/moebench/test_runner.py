@@ -6,6 +6,7 @@ The first half runs real workers over backends that break them; the second half 
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -135,6 +136,29 @@ def test_what_a_dead_worker_leaves_behind_is_ended_too(broken_run):
     assert has_ended(int(child[1]))
 
 
+def limit_memory(environment):
+    """A gibibyte more than what the worker that has just started has mapped."""
+    (worker,) = psutil.Process().children()
+    most = worker.memory_info().vms + 2**30
+    resource.prlimit(worker.pid, resource.RLIMIT_AS, (most, most))
+
+
+def test_a_worker_goes_on_after_a_failure_if_it_is_healthy(tmp_path, monkeypatch):
+    """Out of memory by a real limit leaves it so; a change to what all backends call does not."""
+    monkeypatch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    jobs = jobs_of("broken:FillsTheHost", "loop", "broken:ChangesItsProcess", "torch_mm")
+    rows = execute(plan_of(tmp_path, jobs), on_environment=limit_memory).records
+    assert [row.status.value for row in rows] == ["oom", "ok", "error", "ok"]
+    assert "can't allocate memory" in rows[0].detail
+    assert "nobody knows what I did" in rows[2].detail
+    first, second = (path.read_text() for path in sorted((tmp_path / "logs").glob("worker-*.log")))
+    assert "Unhealthy: the canary's output is off by 0.0007" in first
+    assert "Unhealthy" not in second
+    given = [path.read_text().count("\n") - 1 for path in sorted((tmp_path / "logs").glob("*.jobs.jsonl"))]
+    assert given == [4, 1]
+
+
 def other_experts(folder):
     """This checkout's experts, with a loop that is twice as large as it should be."""
     shutil.copytree(ROOT / "experts", folder / "experts")
@@ -229,6 +253,50 @@ def test_the_last_words_before_a_death_are_heard(tmp_path, stand_in, monkeypatch
         ("b", "unsupported"),
         ("c", "crash"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("kills", "status", "detail"),
+    [
+        (8, "oom", "its process was killed by SIGKILL; the kernel has killed for lack of memory"),
+        (7, "crash", "its process was killed by SIGKILL; someone killed it, and not the kernel for lack of memory"),
+    ],
+)
+def test_who_was_killed_by_the_kernel_ran_out_of_memory(tmp_path, stand_in, monkeypatch, kills, status, detail):
+    counters = tmp_path / "vmstat"
+    counters.write_text("pgfault 12\noom_kill 7\n")
+    monkeypatch.setattr(supervisor, "KERNEL_COUNTERS", counters)
+    stand_in(
+        "ready()\n"
+        "if number_of_worker == 0:\n"
+        "    start(0)\n"
+        f"    open({str(counters)!r}, 'w').write('oom_kill {kills}\\n')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "for number in itertools.count(): done(number)\n"
+    )
+    rows = execute(plan_of(tmp_path / "run", THREE)).records
+    assert [row.status.value for row in rows] == [status, "unsupported", "unsupported"]
+    assert rows[0].detail.startswith(detail)
+
+
+def test_without_the_kernels_counters_a_kill_is_a_crash(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setattr(supervisor, "KERNEL_COUNTERS", tmp_path / "absent")
+    stand_in("ready()\nstart(0)\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    (row,) = execute(plan_of(tmp_path / "run", THREE[:1])).records
+    assert row.status is Status.crash
+
+
+def test_a_journal_on_a_full_disk_ends_the_run_in_one_line(tmp_path, stand_in):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "journal.jsonl").symlink_to("/dev/full")
+    stand_in(ALL)
+    with pytest.raises(RunnerError) as failure:
+        execute(plan_of(tmp_path / "run", THREE))
+    assert str(failure.value) == (
+        f"{tmp_path}/run: cannot be written: No space left on device; what was measured is in the results folder; "
+        f"make room and continue with `moebench run --resume {tmp_path}/run`"
+    )
+    assert has_ended(pid_of(tmp_path / "run"))
 
 
 def test_a_death_between_two_jobs_is_nobodys_and_the_next_worker_goes_on(tmp_path, stand_in):
