@@ -14,7 +14,7 @@ from moebench import findings, verdicts
 from moebench.comparability import Comparability, Difference, clock_difference
 from moebench.findings import Finding, Pair, Row, is_null, rounds_of
 from moebench.frame import ResultsError
-from moebench.labels import backend_labels, describe
+from moebench.labels import backend_labels, describe, machine
 from moebench.verdicts import Sides, TimeVerdict, Verdict
 
 EXIT_PASS, EXIT_REGRESSED, EXIT_UNDECIDED = 0, 1, 3
@@ -64,7 +64,7 @@ class SelfComparison:
         share = self.num_below / self.num_compared
         return (
             f"{self.name}: {self.num_alarms} false alarms in {self.num_compared} jobs; "
-            f"p < 5% either way in {share:.1%} of them, where 10% or less is chance"
+            f"p < 5% either way in {share:.1%} of them (by chance 10% or less)"
         )
 
 
@@ -77,6 +77,7 @@ class GateResult:
     false_alarms: float
     self_comparisons: tuple[SelfComparison, ...] = ()
     differences: tuple[Difference, ...] = ()  # between the environments, those that are allowed included
+    title: str = ""  # what all cases share, and where and when both sides were measured
 
     @property
     def counts(self) -> dict[Verdict, int]:
@@ -125,6 +126,7 @@ def gate(
         false_alarms,
         tuple(self_comparisons),
         tuple(dict.fromkeys(difference for pair in pairs.values() for difference in pair.differences)),
+        _title(baseline, candidate),
     )
 
 
@@ -164,6 +166,12 @@ def _names(*frames: pd.DataFrame) -> dict[Key, tuple[str, str]]:
     cases = describe(rows.assign(run_id="", device="", gpu="")).labels
     texts = zip(cases.where(cases != "", rows["case_id"]), backend_labels(rows), strict=True)
     return dict(zip(zip(rows["case_id"], rows["backend"], rows["dispatcher"], strict=True), texts, strict=True))
+
+
+def _title(baseline: pd.DataFrame, candidate: pd.DataFrame) -> str:
+    shared = describe(pd.concat([baseline, candidate], ignore_index=True)).title()
+    places = " -> ".join(dict.fromkeys(machine(frame) for frame in (baseline, candidate)))
+    return "\n".join(filter(None, (shared, places)))
 
 
 def halves(name: str, frame: pd.DataFrame, threshold: float, false_alarms: float) -> SelfComparison:

@@ -26,6 +26,11 @@ _STYLES = {
     Verdict.INCOMPARABLE: "yellow",
     Verdict.IMPROVED: "green",
 }
+_WIDE = 100  # columns, from which on no number is folded
+_LEGEND = """\
+time: candidate over baseline, above 0 slower; an end of the interval is wrong
+at most 1 time in 100; sees: the smallest slowdown that would have been found
+95 times in 100; err: parity error / budget"""
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,10 @@ class GateTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         jobs = in_verdict_order(self.result)
-        yield _table(jobs)
+        yield Text(self.result.title, style="bold")
+        yield _table(jobs, wide=options.max_width >= _WIDE)
         yield Text()
-        yield Text(
-            "time: candidate over baseline, above 0 slower, each end of the interval wrong at most 1 time in 100;\n"
-            "sees: the smallest slowdown that would have been found 95 times in 100; err: parity error / budget",
-            style="dim",
-        )
+        yield Text(_LEGEND, style="dim")
         yield Text()
         for (verdict, why), whom in reasons(jobs, set(Verdict) - {Verdict.PASS}).items():
             yield Text(f"{verdict} {why}: {whom}", style=_STYLES.get(verdict, ""))
@@ -53,12 +55,12 @@ class GateTable:
         yield Text(f"gate: {total(self.result)}", style="bold")
 
 
-def _table(jobs: list[Judged]) -> Table:
+def _table(jobs: list[Judged], wide: bool) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for name in ("verdict", "backend", "case"):
         table.add_column(name, overflow="fold")
     for name in ("time", "sees", "memory", "err"):
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify="right", overflow="fold", no_wrap=wide)
     for job in jobs:
         texts = (job.backend, job.case, change(job), smallest_effect(job), memory_change(job), parity_change(job))
         verdict = Text(job.verdict.value, style=_STYLES.get(job.verdict, ""), no_wrap=True)

@@ -152,5 +152,10 @@ def test_the_table_shows_what_could_have_been_seen(result):
     assert f"{smallest:.1%}" in row
 
 
+def test_the_table_says_what_was_measured_where(result):
+    assert printed(result).splitlines()[1] == "NVIDIA H200, L2 cold, 2026-11-23"
+    assert "e8k2d256i512, bfloat16, forward, uniform routing" in printed(result).splitlines()[0]
+
+
 def test_80_columns_are_enough(result):
     assert max(map(len, printed(result, 80).splitlines())) <= 80
