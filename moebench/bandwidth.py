@@ -37,7 +37,7 @@ def raw_ways(name: str, inputs: Inputs, sent: Dispatched, config: MoEConfig, pee
         return lambda: all_gather_rows(inputs.x_TD, peers.group), lambda: reduce_scatter_rows(y_RD, peers.group)
     if name == "alltoall":
         route = sent.origin
-        rows_ND = inputs.x_TD.index_select(0, route.by_rank.row_to_token_N)
+        rows_ND = inputs.x_TD.index_select(0, route.by_rank.row_to_token_N[: sum(route.send)])
         return (
             lambda: all_to_all_rows(rows_ND, route.send, route.receive, peers.group),
             lambda: all_to_all_rows(y_RD, route.receive, route.send, peers.group),

@@ -1,18 +1,22 @@
 """All-to-all: a token goes once to every rank that holds one of its experts, and comes back from each.
 
 Sizes travel first; then rows, with split sizes both ways. Ranks are to tokens here what experts are in
-`experts.permutation`: sorting, gathering and summing are the same functions.
+`experts.permutation`: sorting, gathering and summing are the same steps. All that needs no sizes is enqueued before the
+host waits for them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from experts.dispatch import Dispatched
-from experts.dispatch.collectives import AllToAllChoices, AllToAllRows, all_to_all_rows
-from experts.permutation import Permutation, permute, sort_by_expert, unpermute
+from experts.dispatch.collectives import all_to_all_rows, pack_choices, unpack_choices
+from experts.steps import Permutation, steps_on
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,15 @@ class _Route:
     by_rank: Permutation
     send: list[int]
     receive: list[int]
+    group: dist.ProcessGroup
+
+    def out(self, rows: Tensor) -> Tensor:
+        """Rows by rank, and any past them, to the ranks."""
+        return all_to_all_rows(rows[: sum(self.send)], self.send, self.receive, self.group)
+
+    def back(self, rows: Tensor) -> Tensor:
+        """Rows as they were received, to where they came from."""
+        return all_to_all_rows(rows, self.receive, self.send, self.group)
 
 
 class AllToAll:
@@ -33,26 +46,73 @@ class AllToAll:
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
         """The tokens that chose an expert of this rank. Waits for the device once, for the sizes."""
-        route = self._route(indices_TK)
-        sizes = route.send, route.receive, self._group
-        x_RD = AllToAllRows.apply(permute(x_TD, route.by_rank), *sizes)
-        choices = permute(weights_TK, route.by_rank), indices_TK.index_select(0, route.by_rank.row_to_token_N)
-        weights_RK, indices_RK = AllToAllChoices.apply(*choices, *sizes)
+        x_RD, weights_RK, indices_RK, route = _Dispatch.apply(
+            x_TD, weights_TK, indices_TK, self._group, self._n_local_experts
+        )
         return Dispatched(x_RD, weights_RK, indices_RK, route)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """Every rank's part of this rank's tokens, summed in float32 in the order of the ranks."""
-        route: _Route = dispatched.origin
-        rows_ND = AllToAllRows.apply(y_RD, route.receive, route.send, self._group)
-        return unpermute(rows_ND, route.by_rank)
+        tokens_TD: Tensor = _Combine.apply(y_RD, dispatched.origin)
+        return tokens_TD
 
-    def _route(self, indices_TK: Tensor) -> _Route:
-        num_ranks = self._group.size()
-        ranks_R = torch.arange(num_ranks, device=indices_TK.device)
-        rank_TK = indices_TK // self._n_local_experts  # of −1, −1
-        wanted_TR = (rank_TK.unsqueeze(-1) == ranks_R).any(dim=1)
-        by_rank = sort_by_expert(torch.where(wanted_TR, ranks_R, -1), 0, num_ranks)
-        send_R = by_rank.tokens_per_expert_L
-        receive_R = all_to_all_rows(send_R, [1] * num_ranks, [1] * num_ranks, self._group)
-        send, receive = torch.stack([send_R, receive_R]).tolist()
-        return _Route(by_rank.cut(sum(send)), send, receive)
+
+def _sort_by_rank(indices_TK: Tensor, num_ranks: int, n_local_experts: int) -> Permutation:
+    """Groups tokens by the ranks that they go to; a token's choices are ranks here, each at most once."""
+    ranks_R = torch.arange(num_ranks, device=indices_TK.device)
+    rank_TK = indices_TK // n_local_experts  # of −1, −1
+    wanted_TR = (rank_TK.unsqueeze(-1) == ranks_R).any(dim=1)
+    return steps_on(indices_TK.device).sort_by_expert(torch.where(wanted_TR, ranks_R, -1), 0, num_ranks)
+
+
+def _exchange_sizes(by_rank: Permutation, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
+    """Rows to send to and to receive from each rank. Waits for the device."""
+    sizes_2R = by_rank.offsets_L.new_empty(2, group.size())
+    torch.diff(by_rank.offsets_L, prepend=by_rank.offsets_L.new_zeros(1), out=sizes_2R[0])
+    dist.all_to_all_single(sizes_2R[1], sizes_2R[0], group=group)
+    send, receive = sizes_2R.tolist()
+    return send, receive
+
+
+class _Dispatch(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        indices_TK: Tensor,
+        group: dist.ProcessGroup,
+        n_local_experts: int,
+    ) -> tuple[Tensor, Tensor, Tensor, _Route]:
+        steps = steps_on(x_TD.device, x_TD.dtype)
+        by_rank = _sort_by_rank(indices_TK, group.size(), n_local_experts)
+        x_ND = steps.gather_rows(x_TD, by_rank)
+        choices_NB = pack_choices(weights_TK, indices_TK).index_select(0, by_rank.row_to_token_N)
+        ctx.route = route = _Route(by_rank, *_exchange_sizes(by_rank, group), group)
+        x_RD = route.out(x_ND)
+        weights_RK, indices_RK = unpack_choices(route.out(choices_NB), weights_TK.dtype)
+        ctx.mark_non_differentiable(indices_RK)
+        return x_RD, weights_RK, indices_RK, route
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x_RD: Tensor, grad_weights_RK: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        route: _Route = ctx.route
+        grads = []
+        for grad_RC, wanted in zip((grad_x_RD, grad_weights_RK), ctx.needs_input_grad, strict=False):
+            steps = steps_on(grad_RC.device, grad_RC.dtype)
+            grads.append(steps.sum_rows(route.back(grad_RC), route.by_rank) if wanted else None)
+        return *grads, None, None, None
+
+
+class _Combine(Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, route: _Route) -> Tensor:
+        ctx.route = route
+        return steps_on(y_RD.device, y_RD.dtype).sum_rows(route.back(y_RD), route.by_rank)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
+        route: _Route = ctx.route
+        return route.out(steps_on(grad_TD.device, grad_TD.dtype).gather_rows(grad_TD, route.by_rank)), None

@@ -64,27 +64,14 @@ class ReduceScatterRows(Function):
         return all_gather_rows(grad, ctx.group), None
 
 
-class AllToAllRows(Function):
-    """`all_to_all_rows`, whose gradient goes back the way the rows came."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return all_to_all_rows(rows, send, receive, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return all_to_all_rows(grad, ctx.receive, ctx.send, ctx.group), None, None, None
-
-
 class AllGatherChoices(Function):
     """Every rank's routing weights and indices in one message; gradients of the weights are summed back."""
 
     @staticmethod
     def forward(ctx: Any, weights_TK: Tensor, indices_TK: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         ctx.group = group
-        weights_RK, indices_RK = _unpack(all_gather_rows(_pack(weights_TK, indices_TK), group), weights_TK.dtype)
+        gathered = all_gather_rows(pack_choices(weights_TK, indices_TK), group)
+        weights_RK, indices_RK = unpack_choices(gathered, weights_TK.dtype)
         ctx.mark_non_differentiable(indices_RK)
         return weights_RK, indices_RK
 
@@ -94,31 +81,13 @@ class AllGatherChoices(Function):
         return reduce_scatter_rows(grad_RK, ctx.group), None, None
 
 
-class AllToAllChoices(Function):
-    """Rows of routing weights and indices sent as `all_to_all_rows` sends, in one message; gradients go back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weights_NK: Tensor, indices_NK: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
-    ) -> tuple[Tensor, Tensor]:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        received = all_to_all_rows(_pack(weights_NK, indices_NK), send, receive, group)
-        weights_RK, indices_RK = _unpack(received, weights_NK.dtype)
-        ctx.mark_non_differentiable(indices_RK)
-        return weights_RK, indices_RK
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RK: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return all_to_all_rows(grad_RK, ctx.receive, ctx.send, ctx.group), None, None, None, None
-
-
-def _pack(weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-    """Rows of bytes: a small message costs a GPU as long as its latency, whatever is in it."""
+def pack_choices(weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+    """Routing weights and indices of each row in bytes: one message, since a small one costs its latency alone."""
     return torch.cat([one.contiguous().view(torch.uint8) for one in (indices_RK.int(), weights_RK)], dim=1)
 
 
-def _unpack(packed: Tensor, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def unpack_choices(packed: Tensor, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Routing weights and int64 indices out of rows of bytes."""
     index_bytes = packed.shape[1] // (torch.int32.itemsize + weights_dtype.itemsize) * torch.int32.itemsize
     indices, weights = packed.tensor_split([index_bytes], dim=1)
     return weights.contiguous().view(weights_dtype), indices.contiguous().view(torch.int32).long()

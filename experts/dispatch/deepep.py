@@ -20,6 +20,8 @@ from experts.errors import Unsupported
 
 ROW_ALIGNMENT_BYTES = 16
 MAX_RANKS_A_NODE = 8
+#: Of deep_ep's notify kernel, which has a thread for each.
+MAX_EXPERTS_A_RANK = 128
 DEFAULT_NUM_SMS = 20
 
 _buffers: dict[dist.ProcessGroup, Any] = {}
@@ -93,9 +95,15 @@ class DeepEP:
     """Dispatcher over one NCCL process group of at least two ranks; `num_sms` (even) multiprocessors move rows."""
 
     def __init__(self, group: dist.ProcessGroup, config: MoEConfig, num_sms: int = DEFAULT_NUM_SMS) -> None:
+        n_local_experts = config.n_routed_experts // group.size()
+        if n_local_experts > MAX_EXPERTS_A_RANK:
+            raise Unsupported(
+                f"deep_ep dispatches to at most {MAX_EXPERTS_A_RANK} experts a rank, n_routed_experts = "
+                f"{config.n_routed_experts} on {group.size()} ranks are {n_local_experts}; use more ranks, or alltoall"
+            )
         self._group = group
         self._n_routed_experts = config.n_routed_experts
-        self._first = group.rank() * (config.n_routed_experts // group.size())
+        self._first = group.rank() * n_local_experts
         self._row_bytes = config.dim * torch.bfloat16.itemsize
         self._buffer_class = _deep_ep().Buffer
         self.num_sms = num_sms

@@ -52,6 +52,16 @@ def test_without_the_library_it_says_what_to_install() -> None:
 
 
 @pytest.mark.usefixtures("fake_libraries")
+def test_more_experts_a_rank_than_the_library_has_threads_for() -> None:
+    with pytest.raises(Unsupported) as caught:
+        deepep.DeepEP(group(2), moe_config(n_routed_experts=384, dtype=BF16))
+    assert caught.value.reason == (
+        "deep_ep dispatches to at most 128 experts a rank, n_routed_experts = 384 on 2 ranks are 192; "
+        "use more ranks, or alltoall"
+    )
+
+
+@pytest.mark.usefixtures("fake_libraries")
 @pytest.mark.parametrize(
     ("size", "reason"),
     [
