@@ -1,6 +1,8 @@
 """Results to gate: jobs with the rounds that a test names."""
 
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +10,13 @@ import pandas as pd
 
 from moebench.case import Case, Job
 from moebench.comparability import Comparability
+from moebench.environment import Environment
 from moebench.frame import to_frame
 from moebench.gate import GateResult, gate
 from moebench.record import Record, Status, record
 
+ROOT = Path(__file__).parents[2]
+H200 = Environment.from_file(ROOT / "results" / "published" / "h200-2026-11-23" / "environment.json")
 SHAPE: dict[str, Any] = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 256, "moe_inter_dim": 512}
 
 
@@ -58,3 +63,30 @@ def frame(*rows: Record) -> pd.DataFrame:
 def gated(baseline: Sequence[Record], candidate: Sequence[Record], **options: Any) -> GateResult:
     comparability = options.pop("comparability", Comparability({}, {}))
     return gate(to_frame(baseline), to_frame(candidate), comparability, **options)
+
+
+#: By what becomes of them in `one_of_each`.
+JOBS = {
+    name: job_of(tokens) for name, tokens in {"same": 1, "slow": 2, "gone": 3, "one": 4, "crash": 5, "new": 6}.items()
+}
+NASTY = "died \x1b[31m100%\x00 <b>|`x`, a:b\x07\nand more"
+
+
+@cache
+def one_of_each() -> GateResult:
+    """PASS, REGRESSED by time, MISSING, INCONCLUSIVE, REGRESSED by a crash with a nasty reason, NEW."""
+    slow = steady(time_ms=1.0512)
+    before = [ok(JOBS[name], steady()) for name in ("same", "slow", "gone", "crash")]
+    after = [ok(JOBS["same"], steady()), ok(JOBS["slow"], slow, peak_memory_bytes=1_250_000), ok(JOBS["new"], slow)]
+    return gated(
+        [*before, ok(JOBS["one"], [1.0])],
+        [*after, ok(JOBS["one"], [1.0]), bad(JOBS["crash"], Status.crash, NASTY)],
+    )
+
+
+def changed(
+    of: Environment = H200, gpu: dict[str, Any] | None = None, versions: dict[str, Any] | None = None, **fields: Any
+) -> Environment:
+    """The environment with other facts, a GPU's and libraries' among them."""
+    gpus = tuple(some.model_copy(update=gpu or {}) for some in of.gpus)
+    return of.model_copy(update={"gpus": gpus, "versions": {**of.versions, **(versions or {})}, **fields})

@@ -6,8 +6,7 @@ from moebench.baseline import matching, name_of, named, stored, update
 from moebench.comparability import Result
 from moebench.frame import ResultsError
 from moebench.merge import save
-from tests.moebench.gated import frame, job_of, ok, steady
-from tests.moebench.test_comparability import H200, changed
+from tests.moebench.gated import H200, changed, frame, job_of, ok, steady
 
 ONE, TWO = job_of(1), job_of(2)
 NAME = f"nvidia-h200-{H200.env_id}"

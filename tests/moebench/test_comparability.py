@@ -1,7 +1,6 @@
 """What two environments differ in has a name, and exactly what env_id hashes counts."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -14,21 +13,12 @@ from moebench.comparability import (
     facts,
     open_result,
 )
-from moebench.environment import Environment
 from moebench.frame import ResultsError
 from moebench.record import Journal
 from moebench.verdicts import Verdict
-from tests.moebench.gated import gated, job_of, ok, steady
+from tests.moebench.gated import H200, changed, gated, job_of, ok, steady
 
-ROOT = Path(__file__).parents[2]
-H200 = Environment.from_file(ROOT / "results" / "published" / "h200-2026-11-23" / "environment.json")
 JOB = job_of(64)
-
-
-def changed(of=H200, gpu=None, versions=None, **fields):
-    """The environment with other facts, a GPU's and libraries' among them."""
-    gpus = tuple(some.model_copy(update=gpu or {}) for some in of.gpus)
-    return of.model_copy(update={"gpus": gpus, "versions": {**of.versions, **(versions or {})}, **fields})
 
 
 DIFFERENT = {

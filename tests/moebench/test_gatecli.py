@@ -1,65 +1,26 @@
 """moebench gate as a user types it: exit codes, files, and one line for a mistake."""
 
 import json
-import sys
-from types import SimpleNamespace
 from xml.etree import ElementTree as xml
 
 import pytest
 
-from moebench import cli
 from moebench.gatecli import share
 from moebench.record import Journal
 from moebench.results import UsageError
-from tests.moebench.gated import job_of, ok, steady
-from tests.moebench.test_comparability import H200, changed
-
-
-@pytest.fixture
-def moebench(capsys, monkeypatch, tmp_path):
-    """The command line in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moebench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        printed = capsys.readouterr()
-        return SimpleNamespace(code=end.value.code or 0, out=printed.out, err=printed.err)
-
-    return call
-
-
-@pytest.fixture
-def results(tmp_path):
-    """Folders: `same` and `again` alike, `slow` slower, `one` of one round, `other` of another case, `empty`."""
-    job = job_of(64)
-    rows = {
-        "same": ok(job, steady()),
-        "again": ok(job, steady(seed=1)),
-        "slow": ok(job, steady(time_ms=1.04)),
-        "one": ok(job, [1.0]),
-        "other": ok(job_of(128), steady()),
-    }
-    for name, row in rows.items():
-        (tmp_path / name).mkdir()
-        Journal(tmp_path / name / "journal.jsonl").append(row)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "journal.jsonl").touch()
-    return tmp_path
+from tests.moebench.gated import H200, job_of, ok, steady
 
 
 @pytest.mark.parametrize(("candidate", "code"), [("again", 0), ("slow", 1), ("one", 3)])
-def test_exit_codes(moebench, results, candidate, code):
-    found = moebench("gate", results / "same", results / candidate)
+def test_exit_codes(moebench, folders, candidate, code):
+    found = moebench("gate", folders / "same", folders / candidate)
     assert (found.code, found.err) == (code, "")
     assert found.out.splitlines()[-1].startswith("gate: 1 ")
 
 
-def test_the_threshold_is_a_share(moebench, results):
-    assert moebench("gate", results / "same", results / "slow", "--threshold", "10%").code == 0
-    assert moebench("gate", results / "same", results / "slow", "--threshold", "0.1").code == 0
+def test_the_threshold_is_a_share(moebench, folders):
+    assert moebench("gate", folders / "same", folders / "slow", "--threshold", "10%").code == 0
+    assert moebench("gate", folders / "same", folders / "slow", "--threshold", "0.1").code == 0
     assert [share("--x", text) for text in ("3%", "0.03", " 2.5 %", ".5")] == [0.03, 0.03, 0.025, 0.5]
     for text in ("3", "0", "0%", "100%", "-1%", "x", "", "nan", "1e-2"):
         with pytest.raises(UsageError, match="must be a share"):
@@ -80,45 +41,45 @@ def test_the_threshold_is_a_share(moebench, results):
         (("same", "same", "--junit", "same"), "cannot be written"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(moebench, results, arguments, word):
+def test_a_mistake_is_one_line_and_exit_code_2(moebench, folders, arguments, word):
     found = moebench("gate", *arguments)
     assert (found.code, found.out) == (2, "")
     (line,) = found.err.strip().splitlines()
     assert word in line
 
 
-def test_another_schema_is_one_line(moebench, results):
-    row = json.loads((results / "same" / "journal.jsonl").read_text())
-    (results / "one" / "journal.jsonl").write_text(json.dumps({**row, "schema": 99}) + "\n")
+def test_another_schema_is_one_line(moebench, folders):
+    row = json.loads((folders / "same" / "journal.jsonl").read_text())
+    (folders / "one" / "journal.jsonl").write_text(json.dumps({**row, "schema": 99}) + "\n")
     found = moebench("gate", "same", "one")
     assert found.code == 2
     assert "schema 99" in found.err
 
 
-def test_json_is_all_there_is_on_standard_output(moebench, results):
+def test_json_is_all_there_is_on_standard_output(moebench, folders):
     found = moebench("gate", "same", "slow", "--json", "--junit", "made/gate.xml")
     assert found.code == 1
     assert json.loads(found.out)["exit_code"] == 1
-    assert xml.parse(results / "made" / "gate.xml").getroot().get("failures") == "1"
+    assert xml.parse(folders / "made" / "gate.xml").getroot().get("failures") == "1"
 
 
-def test_github_gets_annotations_and_a_summary(moebench, results, monkeypatch):
-    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(results / "summary.md"))
-    (results / "summary.md").write_text("before\n")
+def test_github_gets_annotations_and_a_summary(moebench, folders, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(folders / "summary.md"))
+    (folders / "summary.md").write_text("before\n")
     found = moebench("gate", "same", "slow", "--github")
     assert found.code == 1
     assert found.out.splitlines()[-1].startswith("::error title=moebench%3A REGRESSED::loop on ")
-    assert (results / "summary.md").read_text().startswith("before\n## moebench gate: 1 REGRESSED")
+    assert (folders / "summary.md").read_text().startswith("before\n## moebench gate: 1 REGRESSED")
 
 
-def test_outside_github_the_summary_that_is_not_written_is_said(moebench, results):
+def test_outside_github_the_summary_that_is_not_written_is_said(moebench, folders):
     found = moebench("gate", "same", "same", "--github")
     assert found.code == 0
     assert "GITHUB_STEP_SUMMARY" in found.err
 
 
-def test_a_filter_gates_those_jobs_alone(moebench, results):
-    Journal(results / "same" / "journal.jsonl").append(ok(job_of(128), steady()))
+def test_a_filter_gates_those_jobs_alone(moebench, folders):
+    Journal(folders / "same" / "journal.jsonl").append(ok(job_of(128), steady()))
     assert moebench("gate", "same", "again").code == 1, "one is missing"
     assert moebench("gate", "same", "again", "--filter", "num_tokens<100").code == 0
     found = moebench("gate", "same", "again", "--filter", "num_tokens>100")
@@ -127,10 +88,10 @@ def test_a_filter_gates_those_jobs_alone(moebench, results):
     assert (found.code, "there is no key 'size'" in found.err) == (2, True)
 
 
-def test_a_stored_baseline_is_gated_against(moebench, results):
+def test_a_stored_baseline_is_gated_against(moebench, folders):
     environment = H200.model_copy(update={"env_id": "e"})
     for name in ("same", "slow"):
-        (results / name / "environment.json").write_text(environment.to_json())
+        (folders / name / "environment.json").write_text(environment.to_json())
     stored = moebench("baseline", "update", "same")
     assert (stored.code, stored.err) == (0, "")
     assert "baseline:nvidia-h200-e: 1 jobs in results/published/baselines/nvidia-h200-e" in stored.out
@@ -140,37 +101,10 @@ def test_a_stored_baseline_is_gated_against(moebench, results):
     shown = moebench("baseline", "show")
     assert "rounds: 10" in shown.out
     assert json.loads(moebench("baseline", "show", "--json").out)[0]["jobs"] == 1
-    (results / "one" / "environment.json").write_text(environment.to_json())
+    (folders / "one" / "environment.json").write_text(environment.to_json())
     assert "--rounds" in moebench("baseline", "update", "one").err
 
 
 def test_without_baselines_show_says_how_to_make_one(moebench):
     found = moebench("baseline", "show")
     assert (found.code, "moebench baseline update" in " ".join(found.out.split())) == (0, True)
-
-
-def test_compare_shows_ratios_and_what_differs(moebench, results):
-    (results / "same" / "environment.json").write_text(H200.model_copy(update={"env_id": "e"}).to_json())
-    (results / "slow" / "environment.json").write_text(changed(cpu_model="other", env_id="f").to_json())
-    found = moebench("compare", "same", "slow", "other")
-    assert found.code == 0
-    assert "1.040" in found.out
-    assert "slow against same: cpu Intel(R) Xeon(R) Processor -> other" in found.out
-    assert json.loads(moebench("compare", "same", "slow", "--json").out)[0]["time_ms_ratio:slow"] == pytest.approx(1.04)
-    header, line = moebench("compare", "same", "slow", "--csv").out.splitlines()
-    assert len(header.split(",")) == len(line.split(","))
-    assert moebench("compare", "same").code == moebench("compare", "same", "same").code == 2
-
-
-def test_merge_and_history(moebench, results):
-    assert moebench("merge", "same", "slow", "--out", "merged").code == 2
-    assert not (results / "merged").exists()
-    assert moebench("merge", "same", "other", "--out", "merged").code == 0
-    case_id = job_of(64).case.case_id
-    found = moebench("history", case_id, "merged", "slow", "--plot", "history.png")
-    assert (found.code, found.err) == (0, "wrote history.png\n")
-    assert "+4.0%" in found.out
-    assert (results / "history.png").is_file()
-    document = json.loads(moebench("history", case_id, "merged", "slow", "--json").out)
-    assert [row["result"] for row in document] == ["merged", "slow"]
-    assert moebench("history", "nothing", "merged").code == 2

@@ -7,8 +7,7 @@ import pytest
 from moebench.comparability import Result, open_result
 from moebench.frame import ResultsError, load
 from moebench.merge import merge, merged, save
-from tests.moebench.gated import frame, job_of, ok
-from tests.moebench.test_comparability import H200, changed
+from tests.moebench.gated import H200, changed, frame, job_of, ok
 
 ONE, TWO = job_of(1), job_of(2)
 OTHER = changed(cpu_model="other", env_id="other")
