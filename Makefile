@@ -30,10 +30,11 @@ lint: $(READY) ## style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-results: $(READY) ## draw the plots of results/published/ again, the README's picture among them
+results: $(READY) ## draw the plots of results/published/ again, the README's picture among them; run the notebooks
 	@set -e; for folder in results/published/*/; do \
 		if [ -d "$$folder" ]; then $(RUN) -m moebench plots "$${folder%/}"; fi; \
 	done
+	$(RUN) notebooks/execute.py
 
 clean: ## remove caches and builds; .venv and results/runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks

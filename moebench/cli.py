@@ -257,9 +257,10 @@ def plots(folder: Folder) -> None:
 def report(
     folder: Folder,
     out_file: Annotated[Path | None, typer.Option("--out", help="the page; default report.html beside them")] = None,
+    gate: Annotated[Path | None, typer.Option(help="a file of what `moebench gate --json` printed")] = None,
 ) -> None:
     """One HTML page of a results folder: verdict, plots, table with filters, commands to reproduce."""
-    out.print(f"wrote {results.report(folder, out_file)}", soft_wrap=True)
+    out.print(f"wrote {results.report(folder, out_file, gate)}", soft_wrap=True)
 
 
 app.add_typer(gatecli.commands)

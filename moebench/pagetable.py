@@ -167,7 +167,7 @@ def extremes(rows: pd.DataFrame, reproducer: Reproducer) -> dict[str, list[Extre
         "Slowest": listed(slowest, _slowness, lambda row: ""),
         "Least accurate": listed(
             least_accurate,
-            lambda row: f"{row['parity_worst']:.2g} of the budget, in {row['parity_worst_tensor']}",
+            lambda row: f"{row['parity_worst']:.2g} of the budget" + _tensor(row),
             lambda row: "",
         ),
     }
@@ -178,6 +178,10 @@ def _slowness(row: Row) -> str:
     return f"{milliseconds(row['time_ms'])} ms{beside}"
 
 
+def _tensor(row: Row) -> str:
+    return "" if pd.isna(row["parity_worst_tensor"]) else f", in {row['parity_worst_tensor']}"
+
+
 def _failure(row: Row) -> str:
     return " in ".join(filter(None, mismatch(row))) if row["status"] == Status.mismatch else row["status"]
 
@@ -185,13 +189,14 @@ def _failure(row: Row) -> str:
 def time_spent(rows: pd.DataFrame) -> list[Spent]:
     """Where the run's time went: in all, then by backend, the longest first. A job whose process died has no time."""
     parts = pd.DataFrame({part: rows[f"{part}_s"].fillna(0.0) for part in _PARTS})
-    parts["other"] = (rows["job_s"].fillna(0.0) - parts.sum(axis=1)).clip(lower=0)
+    parts["rest"] = (rows["job_s"].fillna(0.0) - parts.sum(axis=1)).clip(lower=0)
     total_s = float(rows["job_s"].sum()) or 1.0
 
-    def spent(who: str, some: pd.DataFrame) -> Spent:
-        shares = parts.loc[some.index].sum() / total_s
-        seconds = float(some["job_s"].sum())
-        return Spent(who, len(some), seconds, float(some["job_s"].max()), {str(p): float(s) for p, s in shares.items()})
+    seconds = rows["job_s"].fillna(0.0)
 
-    by_backend = [spent(str(label), some) for label, some in rows.groupby("label")]
-    return [spent("all", rows), *sorted(by_backend, key=lambda one: -one.seconds)]
+    def spent(who: str, some: pd.Index) -> Spent:
+        shares = {str(part): float(share) for part, share in (parts.loc[some].sum() / total_s).items()}
+        return Spent(who, len(some), float(seconds[some].sum()), float(seconds[some].max()), shares)
+
+    by_backend = [spent(str(label), some.index) for label, some in rows.groupby("label")]
+    return [spent("all", rows.index), *sorted(by_backend, key=lambda one: -one.seconds)]

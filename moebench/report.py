@@ -12,21 +12,23 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from moebench import pagetable
+from moebench import pagegate, pagetable
 from moebench.cells import size
 from moebench.environment import Environment, EnvironmentFileError, Gpu
 from moebench.labels import backend_labels, describe, in_case_order, machine
 from moebench.metrics import BREAKDOWN, MEMORY, PARITY, ROOFLINE, THROUGHPUT
 from moebench.record import GOOD
 from moebench.reproduce import Reproducer
-from moebench.tables import fastest_rows
+from moebench.tables import details, fastest_rows
 
 REPORT_NAME = "report.html"
 _HEADLINE = ("torch", "cuda", "revision")  # of the environment, for the page's head
 
 
-def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path) -> str:
-    """The page of `frame`, the results in `folder`, with its plots `svgs` by their names."""
+def page(
+    frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: pagegate.GateDocument | None = None
+) -> str:
+    """The page of `frame`, the results in `folder`, with its plots `svgs` by their names, and a gate's verdicts."""
     rows = in_case_order(frame)
     rows = rows.assign(label=backend_labels(rows), fastest=fastest_rows(rows), heading=describe(rows).headings)
     facts = environment_facts(folder)
@@ -38,6 +40,9 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path) -> str:
         software=", ".join(f"{name} {value}" for name, value in facts if name in _HEADLINE),
         statuses=Counter(map(str, rows["status"])),
         good=[status.value for status in GOOD],
+        gate=gate,
+        fine_verdicts=pagegate.FINE,
+        reasons=[text.plain for text in details(rows)],
         wins=_wins(rows),
         num_compared=int(rows["fastest"].sum()),
         plots=_plots(svgs),

@@ -12,6 +12,7 @@ from moebench import __version__
 from moebench.case import Job
 from moebench.environment import Environment
 from moebench.frame import JOURNAL_NAME, load, write, write_atomically
+from moebench.pagegate import read_gate
 from moebench.plan import UsageError as UsageError
 from moebench.plots import all_figures, image, write_plots
 from moebench.record import Journal, Record
@@ -236,14 +237,14 @@ def draw(path: Path) -> list[Path]:
     return write_plots(all_figures(load(path)), _folder_of(path) / "plots")
 
 
-def report(path: Path, out: Path | None) -> Path:
-    """Write the report of a results folder or of a Parquet file, by default beside it."""
-    frame = load(path)
+def report(path: Path, out: Path | None, gate: Path | None) -> Path:
+    """Write the report of a results folder or of a Parquet file, by default beside it, with the verdicts in `gate`."""
+    frame, verdicts = load(path), None if gate is None else read_gate(gate)
     out = out or _folder_of(path) / REPORT_NAME
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.parent}; make it, or name a file elsewhere")
     svgs = {name: image(figure, "svg") for name, figure in all_figures(frame)}
-    return _write_page(page(frame, svgs, _folder_of(path)), out)
+    return _write_page(page(frame, svgs, _folder_of(path), verdicts), out)
 
 
 def _write_page(html: str, out: Path) -> Path:

@@ -51,14 +51,12 @@ def with_intensity(rows: pd.DataFrame) -> pd.DataFrame:
     """`rows` with `intensity`, useful FLOP per byte of `least_bytes`, and the most that the run measured as possible.
 
     `roof_tflops` is a row's own ceiling, `copy_tflops` what a copy's speed allows at its intensity; null where not
-    measured, the latter also where caches may be warm, since bytes are no bound there.
+    measured. The latter is null also where bytes are no bound: where caches may be warm, and above every ceiling.
     """
     intensity = rows["tflops"] * rows["time_ms"] * 1e9 / least_bytes(rows)
-    return rows.assign(
-        intensity=intensity,
-        roof_tflops=rows["tflops"] / rows["roofline_fraction"],
-        copy_tflops=(intensity * rows["copy_gb_per_s"] / 1e3).where(rows["l2"].eq("cold").fillna(False)),
-    )
+    roof, copied = rows["tflops"] / rows["roofline_fraction"], intensity * rows["copy_gb_per_s"] / 1e3
+    is_bound = rows["l2"].eq("cold").fillna(False) & (copied <= roof.max())
+    return rows.assign(intensity=intensity, roof_tflops=roof, copy_tflops=copied.where(is_bound))
 
 
 def page_figure(rows: pd.DataFrame) -> Figure:
@@ -109,8 +107,6 @@ def _ceiling_entries(drawn: pd.DataFrame) -> list[Artist]:
 
 def _draw(ax: Axes, points: pd.DataFrame) -> None:
     """The rows of one mode and dtype: a mark each, and above them what was measured as most that is possible."""
-    in_reach = points["roof_tflops"].max()
-    copied = points[points["copy_tflops"] <= in_reach].sort_values("intensity")
     bottom, top = limits(pd.concat([points, points.assign(value=points["roof_tflops"])]), ROOFLINE)
     ax.set_yscale("log")
     ax.set_ylim(bottom, top)
@@ -121,6 +117,7 @@ def _draw(ax: Axes, points: pd.DataFrame) -> None:
         rows = points[points["line"] == line]
         look: dict[str, Any] = line_look(*rows[["backend", "dispatcher"]].iloc[0])
         ax.plot(rows["intensity"], rows["value"], **{**look, "linestyle": "none"}, label=line)
-    for column, some in (("roof_tflops", points.dropna(subset="roof_tflops")), ("copy_tflops", copied)):
+    for column, look in _CEILINGS.items():
+        some = points.dropna(subset=column).sort_values("intensity")
         if len(some):
-            ax.plot(some["intensity"], some[column], **_CEILINGS[column])
+            ax.plot(some["intensity"], some[column], **look)

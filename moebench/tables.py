@@ -64,10 +64,10 @@ class Summary:
                 yield _table(part, described, backends, layout)
             yield Text()
         yield legend(rows)
-        details = list(_details(rows))
-        if details:
+        reasons = list(details(rows))
+        if reasons:
             yield Text()
-            yield from details
+            yield from reasons
 
 
 def summary(frame: pd.DataFrame) -> Summary:
@@ -182,8 +182,11 @@ def _cell(row: Row, layout: _Layout) -> Text:
     return Text(speed + layout.break_ + work, style=style_of(row))
 
 
-def _details(rows: pd.DataFrame) -> Iterator[Text]:
-    """A line for each distinct reason with all whom it befell, failures first, and one for each flag."""
+def details(rows: pd.DataFrame) -> Iterator[Text]:
+    """A line for each distinct reason with all whom it befell, failures first, and one for each flag.
+
+    `rows` have `label`.
+    """
     failed = rows[rows["status"] != Status.ok]
     reasons = failed["detail"].str.strip().str.split("\n").str[0]
     for (status, reason), some in sorted(

@@ -1,5 +1,6 @@
 """The page stands alone, escapes what it shows, and says of every row what the frame says."""
 
+import json
 import re
 import shlex
 from html import unescape
@@ -9,9 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from moebench import results
+from moebench import gatejson, results
 from moebench.cli import app
-from moebench.frame import load, to_frame, write
+from moebench.comparability import Comparability
+from moebench.frame import ResultsError, load, to_frame, write
+from moebench.gate import gate
+from moebench.pagegate import read_gate
 from moebench.plots import all_figures
 from moebench.record import Record, Status
 from moebench.report import page
@@ -90,6 +94,16 @@ def _cells(html: str) -> list[list[str]]:
     return [[unescape(cell) for cell in re.findall(r"<td [^>]*>([^<]*)</td>", row)] for row in rows]
 
 
+def test_every_reason_is_said_once_in_the_verdict() -> None:
+    failures = [bad(case(count), Status.unsupported, "te", detail="needs SM100\nmore") for count in (8, 16)]
+    rows = [*failures, ok(case(8), "loop", flags=("synchronises",))]
+    verdict = text_of(section(page_of(rows), "verdict"))
+    assert verdict.count("needs SM100") == 1
+    assert "te: unsupported x2: needs SM100" in verdict
+    assert "loop: flagged x1: synchronises" in verdict
+    assert "not able to run" in verdict
+
+
 def test_the_parts_that_vary_are_columns_and_filters() -> None:
     html = page_of(family("loop") + family("torch_mm", mode="train") + family("loop", routing="zipf"))
     assert re.findall(r'<th scope="col">([^<]*)</th>', html)[:4] == ["tokens", "mode", "setting", "backend"]
@@ -120,7 +134,7 @@ def test_the_time_is_that_of_the_jobs_and_their_parts() -> None:
     rows = [ok(case(count), "a", job_s=seconds, timing_s=1.0) for count, seconds in ((8, 2.0), (16, 3.0))]
     html = section(page_of([*rows, ok(case(8), "b", job_s=15.0, parity_s=10.0)]), "time")
     shown = text_of(html)
-    assert "20 s in 3 jobs: parity 50%, timing 10%, other 40%." in shown
+    assert "20 s in 3 jobs: parity 50% , timing 10% , rest 40% ." in shown
     assert shown.index("b 15.0 s in 1 jobs") < shown.index("a 5.0 s in 2 jobs, the longest 3.0 s")
     assert re.findall(r'class="part timing" style="width: ([\d.]+)%', html) == ["0.00", "10.00"]
 
@@ -157,7 +171,44 @@ def test_the_command_writes_the_page_beside_the_results(tmp_path: Path) -> None:
     CliRunner().invoke(app, ["report", str(tmp_path / "results.parquet"), "--out", str(other)])
     assert other.is_file()
     with pytest.raises(results.UsageError, match="no folder"):
-        results.report(tmp_path, tmp_path / "gone" / "page.html")
+        results.report(tmp_path, tmp_path / "gone" / "page.html", gate=None)
+
+
+@pytest.fixture
+def gate_file(tmp_path: Path) -> Path:
+    """What a gate printed of a job that got slower, one that did not, and one that is gone."""
+    slow, same, gone = (
+        ok(case(count), "te", sample_rounds=tuple(range(12)), samples_ms=tuple(1 + at / 1e4 for at in range(12)))
+        for count in (8, 16, 32)
+    )
+    before = [slow, same, gone]
+    after = [slow.model_copy(update={"samples_ms": tuple(2 * time for time in slow.samples_ms)}), same]
+    result = gate(to_frame(before), to_frame(after), Comparability({}, {}))
+    (tmp_path / "gate.json").write_text(json.dumps(gatejson.document(result)))
+    return tmp_path / "gate.json"
+
+
+def test_the_verdicts_of_a_gate_are_shown_the_worst_first(gate_file: Path) -> None:
+    document = read_gate(gate_file)
+    assert [job.verdict.value for job in document.remarkable] == ["REGRESSED", "MISSING"]
+    html = page(to_frame(family("te")), {}, Path("nowhere"), document)
+    verdict = text_of(section(html, "verdict"))
+    assert "1 REGRESSED" in verdict
+    assert "1 PASS" in verdict
+    assert "Exit code 1; a slowdown of 3% or more must not pass." in verdict
+    assert verdict.index("+100.0%") < verdict.rindex("MISSING")
+    assert case(8).case_id in verdict
+    assert case(16).case_id not in verdict
+    assert "Exit code" not in text_of(page_of(family("te")))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"schema": 99}', None])
+def test_what_is_no_gate_is_refused(content: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "gate.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ResultsError, match="give what `moebench gate --json` printed"):
+        read_gate(file)
 
 
 def test_an_empty_frame_has_a_page() -> None:
