@@ -19,6 +19,8 @@ from moebench.verdicts import TimeVerdict, Verdict, round_medians
 Row = Mapping[Hashable, Any]  # of a frame of results
 
 _MEMORY_COLUMNS = {"peak": "peak_memory_bytes", "saved for backward": "saved_memory_bytes"}
+#: Flags of a time that says nothing about the code.
+_SPOILED = {"slowed_down": "slowed down by heat or a power brake", "impossibly_fast": "impossibly fast"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,13 @@ class Pair:
         """What forbids to compare the times of the two; empty where nothing does."""
         one, two = (row["l2"] for row in (self.baseline, self.candidate))
         other_l2 = [] if is_null(one) or is_null(two) or one == two else [f"L2 {one} -> {two}"]
-        return ", ".join([*map(str, self.forbidding), *other_l2])
+        spoiled = [
+            f"{side} {why}: measure it again"
+            for side, row in (("baseline", self.baseline), ("candidate", self.candidate))
+            for flag, why in _SPOILED.items()
+            if flag in row["flags"]
+        ]
+        return ", ".join([*map(str, self.forbidding), *other_l2, *spoiled])
 
 
 def job_of(row: Row) -> Job:

@@ -88,6 +88,10 @@ def test_why_times_are_not_compared():
     assert pair(same, same, (DRIVER,)).why_incomparable == ""
     assert pair(same, ok(JOB, steady(), l2="warm")).why_incomparable == "L2 cold -> warm"
     assert pair(ok(JOB, steady(), l2=None), ok(JOB, steady(), l2=None)).why_incomparable == ""
+    hot = ok(JOB, steady(), flags=("synchronises", "slowed_down"))
+    assert pair(same, hot).why_incomparable == "candidate slowed down by heat or a power brake: measure it again"
+    assert pair(ok(JOB, steady(), flags=("impossibly_fast",)), same).why_incomparable.startswith("baseline impossibly")
+    assert pair(same, ok(JOB, steady(), flags=("clock_changed",))).why_incomparable == ""
     finding = found(same, ok(JOB, steady(), l2="warm"), "time")
     assert (finding.verdict, finding.reason) == (Verdict.INCOMPARABLE, "L2 cold -> warm")
 
