@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moebench import ab, cli, verdicts
+from moebench import ab, cli, results, verdicts
 from moebench.frame import load
 from moebench.record import Journal, Status
 from moebench.runner import Outcome, Refused
+from moebench.slots import Slot
 from tests.moebench.gated import bad, ok
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,14 @@ def test_a_round_is_three_processes_in_random_order_each_with_its_own_experts(mo
         positions.add([plan.folder.name for plan in triple].index("b"))
     assert positions == {0, 1, 2}
     assert len({triple[0].jobs for triple in triples}) > 1
+
+
+def test_all_is_measured_on_one_gpu_and_those_in_use_are_named(moebench, processes, monkeypatch):
+    free = tuple(Slot(f"GPU-{letter}") for letter in "xyz")
+    monkeypatch.setattr(results, "choose", lambda device, wanted, share: (free, ["GPU 0 is in use"]))
+    found = moebench()
+    assert "GPU 0 is in use" in found.err
+    assert {plan.slots for plan in processes.plans} == {free[:1]}
 
 
 def test_what_is_slower_is_found_and_only_suspects_go_on(moebench, processes):
