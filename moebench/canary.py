@@ -22,6 +22,8 @@ def sing(device: torch.device) -> None:
 
     All inputs are 1 and all matrices means: gate and up are 1, so that y = silu(1) and dx = silu'(1) + silu(1).
     """
+    if torch.get_default_dtype() != torch.float32:
+        raise Unhealthy(f"the default dtype is {torch.get_default_dtype()}: a backend has changed it")
     config = MoEConfig(
         n_routed_experts=_EXPERTS, n_activated_experts=_EXPERTS, dim=_WIDTH, moe_inter_dim=_WIDTH, dtype=torch.float32
     )

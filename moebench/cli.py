@@ -6,6 +6,7 @@ Exit codes: 0 all right (unsupported and out of memory are results), 1 a mismatc
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,17 +91,10 @@ def run(
             time_budget_min=time_budget,
         )
     else:
-        fixed: dict[str, object] = {
-            "SWEEP": sweep,
-            "--out": out_dir,
-            "--device": device,
-            "--filter": filters,
-            "--case": case,
-        }
-        fixed |= {"--rounds": rounds, "--profile": profile or None}
-        given = [name for name, value in fixed.items() if value is not None]
-        if given:
-            raise results.UsageError(f"--resume {resume}: {given[0]} is as the run was begun; leave it out")
+        _refuse_beside_resume(
+            {"SWEEP": sweep, "--out": out_dir, "--device": device, "--filter": filters, "--case": case}
+            | {"--rounds": rounds, "--profile": profile or None}
+        )
         plan = results.plan_rest(resume, backends=backend or [], time_budget_min=time_budget, force=force)
     if dry_run:
         _print_jobs(plan.jobs, as_json)
@@ -125,6 +119,12 @@ def run(
             out.print(f"wrote {path}", soft_wrap=True)
         out.print(f"results: {plan.folder}", soft_wrap=True)
     _exit(outcome, plan.folder)
+
+
+def _refuse_beside_resume(options: Mapping[str, object]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise results.UsageError(f"{given[0]} beside --resume: it is as the run was begun; leave it out")
 
 
 def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:

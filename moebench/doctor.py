@@ -14,6 +14,7 @@ import psutil
 
 from moebench import nvml
 from moebench.environment import cpu_cores_usable, cpu_model
+from moebench.slots import GPU_BUSY_PERCENT
 from moebench.versions import DISTRIBUTIONS, library_versions
 
 Level = Literal["ok", "missing", "problem"]
@@ -35,7 +36,6 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
 )
 
 _CPU_BUSY_PERCENT = 25.0
-_GPU_BUSY_PERCENT = 5
 _GOVERNORS = Path("/sys/devices/system/cpu")
 _GIB = 2**30
 
@@ -111,7 +111,7 @@ def _one_gpu(name: str, gpu: nvml.GpuReading, use: nvml.GpuUse) -> list[Finding]
     if use.other_pids:
         pids = ", ".join(str(pid) for pid in use.other_pids)
         findings.append(Finding("problem", f"{name} use", f"process {pids} uses it", "end it, or choose another GPU"))
-    elif use.busy_percent is not None and use.busy_percent > _GPU_BUSY_PERCENT:
+    elif use.busy_percent is not None and use.busy_percent > GPU_BUSY_PERCENT:
         detail = f"it is {use.busy_percent}% busy with work of a process that cannot be seen from here"
         findings.append(Finding("problem", f"{name} use", detail, "choose another GPU"))
     slowed = sorted(set(gpu.throttle_reasons or ()) & nvml.SLOWED_DOWN)

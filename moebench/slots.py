@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moebench import nvml
 
 #: A GPU busier than this, with no process to be seen, is someone's in another container.
-GPU_BUSY_PERCENT = 10
+GPU_BUSY_PERCENT = 5
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from moebench.frame import write_atomically
 from moebench.plan import Plan, Refused, RunnerError, importing_from
 from moebench.record import Record, Status, record
 from moebench.slots import Place
+from moebench.worklist import WorkList
 
 #: A worker that has not said `ready` by then does not start: importing torch and opening a GPU take seconds.
 START_TIMEOUT_S = 180.0
@@ -59,16 +60,16 @@ class WorkerProcess:
 
     def _write_head(self) -> None:
         plan = self._plan
-        head = {
-            "run_id": plan.run_id,
-            "policy": plan.policy.model_dump(mode="json"),
-            "backends": list(dict.fromkeys(job.backend for job in plan.jobs)),
-            "are_checks": any(job.check for job in plan.jobs),
-            "round": plan.round,
-            "experts_folder": plan.experts_folder and str(plan.experts_folder.resolve()),
-            "traces": str(plan.folder / "traces") if plan.profile else None,
-        }
-        self._job_file.write_text(json.dumps(head) + "\n")
+        head = WorkList(
+            run_id=plan.run_id,
+            policy=plan.policy,
+            backends=tuple(dict.fromkeys(job.backend for job in plan.jobs)),
+            are_checks=any(job.check for job in plan.jobs),
+            round=plan.round,
+            experts_folder=plan.experts_folder and plan.experts_folder.resolve(),
+            traces=plan.folder / "traces" if plan.profile else None,
+        )
+        self._job_file.write_text(head.model_dump_json() + "\n")
 
     def _start(self, events: Path) -> subprocess.Popen[bytes]:
         """Python, or torch.distributed's launcher of as many ranks as the jobs have, with the worker's module."""

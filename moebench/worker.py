@@ -22,13 +22,12 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
 import torch
-from pydantic import BaseModel, ConfigDict
 
 import experts
 from experts.errors import RegistryError
@@ -42,61 +41,13 @@ from moebench.record import Record, Status, record
 from moebench.spec import Policy
 from moebench.subject import Measured
 from moebench.timing import TimingPolicy
+from moebench.worklist import Events, WorkList, read_jobs
 from moebench.workload import Workload
 
 #: What torch's CPU allocator says when the host has no memory left; it raises a plain RuntimeError.
 HOST_OOM = "DefaultCPUAllocator: can't allocate memory"
 #: A rank that fails looks so long whether another has ended, before it takes the failure for its own.
 GONE_WITHIN_S = 2.0
-POLL_S = 0.005
-
-
-class WorkList(BaseModel):
-    """What a worker is asked to measure, and of which round. `experts_folder` is where `experts` must come from.
-
-    Without `jobs` they come later, of these `backends`, all of them checks or none. `traces` is the folder where each
-    leaves a profiler's trace.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    run_id: str
-    policy: Policy
-    jobs: tuple[Job, ...] = ()
-    backends: tuple[str, ...] = ()
-    are_checks: bool = False
-    round: int = 0
-    experts_folder: Path | None = None
-    traces: Path | None = None
-
-
-def read_jobs(path: Path) -> tuple[WorkList, Iterator[Job]]:
-    """The work list in the file's first line, and its jobs: those in it or else, as they are added, those below it."""
-    file = path.open(encoding="utf-8")
-    work_list = WorkList.model_validate_json(file.readline())
-    return work_list, iter(work_list.jobs) if work_list.jobs else _jobs_to_come(file)
-
-
-def _jobs_to_come(file: TextIO) -> Iterator[Job]:
-    line = ""
-    while True:
-        line += file.readline()
-        if line.endswith("\n"):
-            yield Job.model_validate_json(line)
-            line = ""
-        else:
-            time.sleep(POLL_S)
-
-
-class Events:
-    """The events file, written line by line."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
-
-    def emit(self, kind: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, **fields}) + "\n")
-        self._file.flush()
 
 
 def timing_policy(policy: Policy, device: torch.device) -> TimingPolicy:
@@ -148,8 +99,15 @@ def work(work_list: WorkList, events: Events, device: torch.device, jobs: Iterab
             return
         torch.cuda.set_device(device)
     peers = join(device, 2 * work_list.policy.timeout_s)  # who waits for a rank that hangs is ended by the supervisor
+    _measure_all(jobs, work_list, events, Workload(device, peers), described)
+    leave(peers)
+
+
+def _measure_all(
+    jobs: Iterable[Job], work_list: WorkList, events: Events, workload: Workload, described: Environment
+) -> None:
+    peers, policy = workload.peers, timing_policy(work_list.policy, workload.device)
     ranks = peers.tell((platform.node(), os.getpid()))
-    workload, policy = Workload(device, peers), timing_policy(work_list.policy, device)
     for number, job in enumerate(jobs):
         if peers.rank == 0:
             events.emit("start", number=number)
@@ -163,7 +121,6 @@ def work(work_list: WorkList, events: Events, device: torch.device, jobs: Iterab
             if peers.size > 1:  # the other ranks wait in a collective for this one: only a new group goes on
                 os._exit(1)
             _recover(workload)  # raises where an error broke the process or its GPU: another worker goes on
-    leave(peers)
 
 
 def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList, described: Environment) -> Record:
@@ -174,7 +131,7 @@ def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList
     if workload.peers.size > 1 and measured["status"] in (Status.oom, Status.error):
         measured["detail"] = f"rank {rank}: {measured['detail']}"
     measured |= {"device": device.type, "job_s": time.perf_counter() - started, "round": work_list.round}
-    measured["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    measured["gpu"] = described.gpus[0].name if described.gpus else None
     measured["gpu_uuid"] = described.gpu_uuids(workload.peers.size)
     if "samples_ms" in measured:
         measured["sample_rounds"] = (work_list.round,) * len(measured["samples_ms"])
@@ -279,7 +236,11 @@ def main() -> None:
     work_list, jobs = read_jobs(options.jobs)
     if "OMP_NUM_THREADS" not in os.environ:  # checks are so small that threads would only wait for each other
         torch.set_num_threads(1 if work_list.are_checks else environment.cpu_cores_usable())
-    work(work_list, Events(options.events), pick_device(options.device), jobs)
+    try:
+        work(work_list, Events(options.events), pick_device(options.device), jobs)
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)  # with a broken GPU the interpreter may hang over its own end
 
 
 if __name__ == "__main__":

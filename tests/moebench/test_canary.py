@@ -36,6 +36,15 @@ def test_a_wrong_gradient_is_found(monkeypatch):
         sing(CPU)
 
 
+def test_another_default_dtype_is_found():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(Unhealthy, match=r"the default dtype is torch\.float64"):
+            sing(CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_gradients_switched_off_are_found():
     with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
         sing(CPU)

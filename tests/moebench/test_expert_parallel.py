@@ -25,7 +25,8 @@ from moebench.runner import Plan, execute
 from moebench.samplers import Group
 from moebench.spec import Policy
 from moebench.timing import TimingPolicy
-from moebench.worker import WorkList, work
+from moebench.worker import work
+from moebench.worklist import WorkList
 from moebench.workload import Workload
 
 ROOT = Path(__file__).parents[2]

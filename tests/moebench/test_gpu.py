@@ -12,7 +12,7 @@ from moebench.graphs import captured
 from moebench.parity import poisoned
 from moebench.record import Status
 from moebench.runner import Plan, execute
-from moebench.spec import Policy
+from moebench.spec import Policy, load_sweep
 from moebench.timing import TimingPolicy
 
 pytestmark = pytest.mark.gpu
@@ -222,6 +222,28 @@ def test_a_row_that_is_never_written_is_found(gpu):
 def case(**fields):
     shape = {"num_tokens": 64, "n_routed_experts": 8, "n_activated_experts": 2, "dim": 64, "moe_inter_dim": 64}
     return Case.model_validate({**shape, "dtype": "bfloat16", "mode": "train", "expert_bias": True, **fields})
+
+
+def test_breakdowns_inside_a_sweep_disturb_nothing(tmp_path, monkeypatch):
+    """An illegal access, a hang in the driver and a GPU that is really full, right backends before and after each."""
+    paths = [str(ROOT / "tests" / "backends"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    sweep = load_sweep(ROOT / "tests" / "backends" / "breakdowns.toml")
+    broken = {"ReadsOutOfBounds": "error", "FillsTheGpu": "oom", "HangsTheGpu": "timeout", "Segfaults": "crash"}
+    names = ["loop", *(name for fault in broken for name in (f"broken:{fault}", "torch_mm"))]
+    found = [job.case for job in sweep.jobs()][0]
+    jobs = [Job(case=found.model_copy(update={"seed": n}), backend=name) for n, name in enumerate(names)]
+    outcome = execute(Plan(tuple(jobs), sweep.policy, tmp_path, "run", device="cuda"))
+    statuses = {(row.backend, row.seed): row.status.value for row in outcome.records}
+    assert [statuses.pop((f"broken:{fault}", 2 * n + 1)) for n, fault in enumerate(broken)] == list(broken.values())
+    assert set(statuses.values()) == {"ok"}
+    assert len(statuses) == 5
+    details = {row.backend: row.detail for row in outcome.records}
+    assert "illegal memory access" in details["broken:ReadsOutOfBounds"]
+    assert details["broken:FillsTheGpu"].startswith("CUDA out of memory")
+    assert {row.gpu_uuid for row in outcome.records} == {outcome.records[0].gpu_uuid} != {None}
+    logs = "\n".join(path.read_text() for path in (tmp_path / "logs").glob("worker-*.log"))
+    assert "bytes of the GPU are still held after a failed job" in logs
 
 
 @pytest.fixture(scope="module")

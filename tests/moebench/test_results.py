@@ -8,10 +8,11 @@ import pytest
 from moebench import results
 from moebench.case import Case, Job
 from moebench.record import Journal, Status, record
-from moebench.results import UsageError, check_device, finish, measure, plan
+from moebench.results import UsageError, check_device, finish, measure, on_gpus, plan
 from moebench.rounds import shuffled
 from moebench.runner import Outcome, Refused, RunnerError
 from moebench.selection import select
+from moebench.slots import ANYWHERE, Slot
 from moebench.spec import SweepError
 
 SWEEP = """
@@ -65,6 +66,22 @@ def test_rounds_are_plans_of_the_same_jobs_in_other_orders():
     assert planned.num_jobs == 12
     assert {frozenset(one.jobs) for one in planned.rounds} == {frozenset(planned.jobs)}
     assert [one.jobs for one in planned.rounds] == [shuffled(planned.jobs, planned.run_id, n) for n in range(3)]
+
+
+def test_a_plan_is_spread_over_the_gpus_that_are_free(fake_nvml, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, pids in (("GPU-a", []), ("GPU-b", [7]), ("GPU-c", [])):
+        fake_nvml.add_gpu(name, pids=pids)
+    spread, notes = on_gpus(plan_(rounds=2), None, share=False)
+    assert {one.slots for one in spread.rounds} == {(Slot("GPU-a"), Slot("GPU-c"))}
+    assert [one.device for one in spread.rounds] == [None, None]
+    assert [note.partition(":")[0] for note in notes] == ["GPU 1 is in use by process 7"]
+    one, notes = on_gpus(plan_(device="cuda:2"), None, share=False)
+    assert (one.rounds[0].slots, one.rounds[0].device, notes) == ((Slot("GPU-c"),), "cuda", [])
+    with pytest.raises(UsageError, match="GPU 1 is in use by process 7"):
+        on_gpus(plan_(), "1", share=False)
+    on_cpu, _ = on_gpus(plan_(device="cpu"), None, share=False)
+    assert (on_cpu.rounds[0].slots, on_cpu.rounds[0].device) == (ANYWHERE, "cpu")
 
 
 def test_selections_are_combined():

@@ -299,9 +299,9 @@ def test_a_changed_environment_is_said_and_refused(folder, moebench):
     ("arguments", "word"),
     [
         (("run",), "give a SWEEP, or --resume DIR"),
-        (("run", "tiny.toml", "--resume", "out"), "SWEEP is as the run was begun"),
-        (("run", "--resume", "out", "--rounds", "2"), "--rounds is as the run was begun"),
-        (("run", "--resume", "out", "--filter", "dim=16"), "--filter is as the run was begun"),
+        (("run", "tiny.toml", "--resume", "out"), "SWEEP beside --resume: it is as the run was begun"),
+        (("run", "--resume", "out", "--rounds", "2"), "--rounds beside --resume: it is as the run was begun"),
+        (("run", "--resume", "out", "--filter", "dim=16"), "--filter beside --resume: it is as the run was begun"),
         (("run", "--resume", "nowhere"), "nowhere: run.json: No such file"),
         (("run", "--resume", "merged"), "merged: run.json: run_id: Field required"),
     ],

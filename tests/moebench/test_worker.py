@@ -10,7 +10,8 @@ from moebench.case import Case, Job
 from moebench.record import Record, Status
 from moebench.spec import Policy
 from moebench.timing import TimingPolicy
-from moebench.worker import Events, WorkList, pick_device, run_job, timing_policy, work
+from moebench.worker import pick_device, run_job, timing_policy, work
+from moebench.worklist import Events, WorkList
 from moebench.workload import Workload
 
 ROOT = Path(__file__).parents[2]
