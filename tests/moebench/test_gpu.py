@@ -231,7 +231,7 @@ def test_breakdowns_inside_a_sweep_disturb_nothing(tmp_path, monkeypatch):
     sweep = load_sweep(ROOT / "tests" / "backends" / "breakdowns.toml")
     broken = {"ReadsOutOfBounds": "error", "FillsTheGpu": "oom", "HangsTheGpu": "timeout", "Segfaults": "crash"}
     names = ["loop", *(name for fault in broken for name in (f"broken:{fault}", "torch_mm"))]
-    found = [job.case for job in sweep.jobs()][0]
+    found = sweep.jobs()[0].case
     jobs = [Job(case=found.model_copy(update={"seed": n}), backend=name) for n, name in enumerate(names)]
     outcome = execute(Plan(tuple(jobs), sweep.policy, tmp_path, "run", device="cuda"))
     statuses = {(row.backend, row.seed): row.status.value for row in outcome.records}

@@ -71,6 +71,9 @@ BROKEN = {
 }
 
 
+pytestmark = pytest.mark.timeout(400)  # six workers, one of which hangs for ten seconds, on a machine that may be busy
+
+
 @pytest.fixture(scope="module")
 def broken_run(tmp_path_factory):
     """Right backends before, between and after those that break their process, under a supervisor that looks rarely."""
