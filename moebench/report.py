@@ -14,7 +14,8 @@ import pandas as pd
 
 from moebench import pagegate, pagetable
 from moebench.cells import size
-from moebench.environment import Environment, EnvironmentFileError, Gpu
+from moebench.comparability import environments_beside
+from moebench.environment import Environment, Gpu
 from moebench.labels import backend_labels, describe, in_case_order, machine
 from moebench.metrics import BREAKDOWN, MEMORY, PARITY, ROOFLINE, THROUGHPUT
 from moebench.record import GOOD
@@ -28,16 +29,20 @@ _HEADLINE = ("torch", "cuda", "revision")  # of the environment, for the page's 
 def page(
     frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: pagegate.GateDocument | None = None
 ) -> str:
-    """The page of `frame`, the results in `folder`, with its plots `svgs` by their names, and a gate's verdicts."""
+    """The page of `frame`, the results in `folder`, with its plots `svgs` by their names, and a gate's verdicts.
+
+    Raises ResultsError where a file of `folder` that should hold an environment holds none.
+    """
     rows = in_case_order(frame)
     rows = rows.assign(label=backend_labels(rows), fastest=fastest_rows(rows), heading=describe(rows).headings)
-    facts = environment_facts(folder)
+    environments = [environment_facts(found) for found in environments_beside(folder).values()]
+    headline = [f"{name} {value}" for facts in environments for name, value in facts if name in _HEADLINE]
     return _template().render(
         title=" and ".join(dict.fromkeys(rows["run_id"])) if rows["run_id"].nunique() < 3 else folder.name,
         where=machine(rows),
         shared=describe(rows).title(),
-        environment=facts,
-        software=", ".join(f"{name} {value}" for name, value in facts if name in _HEADLINE),
+        environments=environments,
+        software=", ".join(dict.fromkeys(headline)),
         statuses=Counter(map(str, rows["status"])),
         good=[status.value for status in GOOD],
         gate=gate,
@@ -64,12 +69,8 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html")
 
 
-def environment_facts(folder: Path) -> list[tuple[str, str]]:
-    """Names and values of what a folder's environment.json says of machine and software; none without that file."""
-    try:
-        found = Environment.from_file(folder / "environment.json")
-    except EnvironmentFileError:
-        return []
+def environment_facts(found: Environment) -> list[tuple[str, str]]:
+    """Names and values of machine and software."""
     gpus = Counter(map(_gpu_text, found.gpus))
     revision = f"{found.git_revision[:12]}{', with changes' if found.git_dirty else ''}" if found.git_revision else None
     facts = [

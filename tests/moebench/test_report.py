@@ -118,6 +118,19 @@ def test_the_page_says_whether_there_are_ceilings(measured: bool) -> None:
     assert ("of roofline" in re.findall(r'<th scope="col">([^<]*)</th>', html)) is measured
 
 
+def test_each_environment_of_merged_results_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "environments").mkdir()
+    written = [json.loads((folder / "environment.json").read_text()) for folder in PUBLISHED[:2]]
+    for at, facts in enumerate(written):
+        (tmp_path / "environments" / f"{at}.json").write_text(json.dumps(facts))
+    shown = text_of(section(page_of(family("te"), tmp_path), "environment"))
+    assert all(facts["env_id"] in shown for facts in written)
+    assert "no environment.json" in page_of(family("te"), tmp_path / "environments")
+    (tmp_path / "environment.json").write_text("{}")
+    with pytest.raises(ResultsError, match=r"environment\.json"):
+        page_of(family("te"), tmp_path)
+
+
 def test_extremes_come_in_their_order() -> None:
     rows = [ok(case(count), "loop", count / 10, parity_worst=1 / count) for count in (16, 32, 64)]
     rows += [ok(case(16), "gmm", 0.4, parity_worst=0.01)]
