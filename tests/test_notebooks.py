@@ -67,5 +67,5 @@ def test_a_fresh_kernel_without_torch_shows_what_is_committed(path: Path, execut
     committed = nbformat.read(path, as_version=4)
     again = execute(nbformat.read(path, as_version=4), first_on_path=tmp_path)
     assert not [output for output in outputs(again) if output.output_type == "error"]
-    assert printed(again) == printed(committed)
+    assert printed(again) == printed(committed), "stale: run `python notebooks/execute.py` and look at what changed"
     assert pictures(again) == pictures(committed)
