@@ -87,7 +87,7 @@ def _frame(ax: Axes, points: pd.DataFrame) -> None:
     ax.set_ylim(-most, most)
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     ax.yaxis.set_major_locator(MaxNLocator(7))
-    ax.set_ylabel("change of the time")
+    ax.set_ylabel("time: change since the first")
     runs = points.drop_duplicates("place").sort_values("place")
     step = -(-len(runs) // _MOST_TICKS)
     labels = [when(str(run)).replace(" ", "\n") for run in runs["run_id"]]
