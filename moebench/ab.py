@@ -97,16 +97,16 @@ def prepared(run: RunPlan, revision_a: str, revision_b: str, threshold: float) -
     Where nothing was measured, the folder goes too: the command, set right, may name it again.
     """
     existed, copies = run.folder.exists(), run.folder / "experts"
-    try:
-        with locked(run.folder):
+    with locked(run.folder):
+        try:
             a, b = copy_experts(revision_a, copies / "a"), copy_experts(revision_b, copies / "b")
             yield _plan(run, a, b, threshold)
-    finally:
-        shutil.rmtree(copies, ignore_errors=True)
-        if not any(run.folder.glob(f"*/{JOURNAL_NAME}")):
-            shutil.rmtree(run.folder, ignore_errors=True)
-            if existed:
-                run.folder.mkdir()
+        finally:
+            shutil.rmtree(copies, ignore_errors=True)
+            if not any(run.folder.glob(f"*/{JOURNAL_NAME}")):
+                shutil.rmtree(run.folder, ignore_errors=True)
+                if existed:
+                    run.folder.mkdir()
 
 
 def _plan(run: RunPlan, a: Revision, b: Revision, threshold: float) -> AbPlan:

@@ -16,6 +16,7 @@ import pytest
 from moebench import ab, cli, results, verdicts
 from moebench.frame import load
 from moebench.record import Journal, Status
+from moebench.resume import locked
 from moebench.runner import Outcome, Refused
 from moebench.slots import Slot
 from tests.moebench.gated import bad, ok
@@ -231,6 +232,17 @@ def test_a_refused_run_leaves_no_folder(moebench, processes, monkeypatch, tmp_pa
     found = moebench()
     assert (found.code, found.err.splitlines()[-1]) == (2, "no such GPU")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_another_process_writes_into_is_left_alone(moebench, tmp_path):
+    asked = {"backends": [], "filters": [], "case_ids": [], "device": "cpu", "time_budget_min": None}
+    run = results.plan("small.toml", out=tmp_path / "out", **asked)
+    theirs = tmp_path / "out" / "experts" / "a"
+    with locked(tmp_path / "out"):
+        theirs.mkdir(parents=True)
+        with pytest.raises(results.UsageError, match="is writing into it"), ab.prepared(run, "a-folder", ".", 0.03):
+            pass
+    assert theirs.exists()
 
 
 def test_mistakes_are_found_before_anything_is_measured(moebench, processes, tmp_path):
