@@ -43,6 +43,14 @@ TE_BACKENDS: dict[str, tuple[Fp8Recipe | None, bool]] = {
 #: Engines that keep more for backward than they must, to spend less time there (BackendConfig.save = "time").
 SAVE_TIME_BACKENDS = {"torch_mm_save_time": "torch_mm", "gmm_save_time": "gmm"}
 
+#: Expert layers of other libraries, where each is. Names here and not entry points of our own, so that they are known
+#: wherever the package is on the path, installed or not.
+PEERS = {
+    "peer_transformers": "experts.peers.transformers_experts:TransformersExperts",
+    "peer_automodel_torch_mm": "experts.peers.nemo_automodel:AutoModelTorchMm",
+    "peer_sonicmoe": "experts.peers.sonicmoe:SonicMoE",
+}
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -75,7 +83,7 @@ class Backend:
 
 def backend_names() -> tuple[str, ...]:
     """Built-in backends, then installed third-party ones. Imports none of them."""
-    built_in = (*engine_names(), *SAVE_TIME_BACKENDS, *TE_BACKENDS)
+    built_in = (*engine_names(), *SAVE_TIME_BACKENDS, *TE_BACKENDS, *PEERS)
     installed = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
     return *built_in, *sorted(installed - set(built_in))
 
@@ -96,6 +104,8 @@ def get_backend(name: str) -> Backend:
         recipe, cached = TE_BACKENDS[name]
         build = functools.partial(_build_te, recipe, cached)
         return Backend(name, build, functools.partial(te.unsupported, te_fp8=recipe), recipe)
+    if name in PEERS:
+        return _third_party(name, PEERS[name])
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name == name:
             return _third_party(name, point.value)

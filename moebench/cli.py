@@ -162,7 +162,7 @@ def _print_jobs(jobs: tuple[Job, ...], as_json: bool) -> None:
 @app.command()
 def parity(
     backends: Annotated[
-        list[str] | None, typer.Argument(metavar="[BACKEND]...", help="default: all that run on this device")
+        list[str] | None, typer.Argument(metavar="[BACKEND]...", help="default: all but peers that run on this device")
     ] = None,
     checks: Annotated[
         list[str] | None, typer.Option("--check", help="only this check; repeatable; default all")

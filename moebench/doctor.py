@@ -31,6 +31,9 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "deep_ep": "in the checkout: pip install -e '.[deepep]'",
         "torchao": "pip install torchao",
         "triton": "comes with a CUDA build of torch",
+        "transformers": "a peer to compare with: pip install 'transformers>=5.17'",
+        "nemo_automodel": "a peer to compare with: pip install nemo_automodel",
+        "sonicmoe": "a peer to compare with, on Python 3.12 or later: pip install sonic-moe",
         "numpy": "pip install numpy",
     }
 )

@@ -72,8 +72,10 @@ def backends(device: str | None) -> Table:
 
 
 def available_backends(device: str | None) -> list[str]:
-    """The names of those that can run on `device`."""
-    return [line.name for line in _backends(device) if line.unavailable is None]
+    """The names of those that can run on `device`, without other libraries' layers: who doubts those names them."""
+    from experts.registry import PEERS
+
+    return [line.name for line in _backends(device) if line.unavailable is None and line.name not in PEERS]
 
 
 def checks() -> Table:

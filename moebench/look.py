@@ -37,6 +37,9 @@ BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "te_mxfp8": ("#8DB600", "*"),
         "torch_mm_mxfp8": ("#56B4E9", "<"),
         "triton": ("#332288", "p"),
+        "peer_transformers": ("#B03060", "h"),
+        "peer_automodel_torch_mm": ("#117733", "1"),
+        "peer_sonicmoe": ("#DDAA33", "2"),
     }
 )
 _OTHER_COLORS = ("#999933", "#AA4499", "#661100", "#44AA99", "#6699CC", "#B8860B")

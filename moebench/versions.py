@@ -13,6 +13,9 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "grouped_gemm": ("grouped-gemm", "nv-grouped-gemm"),
         "deep_ep": ("tokenspeed-deepep", "sgl-deep-ep", "deep-ep"),
         "torchao": ("torchao",),
+        "transformers": ("transformers",),
+        "nemo_automodel": ("nemo-automodel",),
+        "sonicmoe": ("sonic-moe",),
         "numpy": ("numpy",),
     }
 )

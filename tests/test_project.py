@@ -28,7 +28,7 @@ DISTRIBUTION_OF = {
     "triton": "torch",  # a dependency of its CUDA builds
 }
 #: Imported inside functions alone, for backends that no extra installs.
-UNDECLARED = {"torchao"}
+UNDECLARED = {"torchao", "nemo_automodel", "sonicmoe"}
 
 
 def pins():

@@ -16,7 +16,15 @@ from experts.config import MoEConfig
 from experts.dispatch import deepep
 from tests.experts import fake_deep_ep, fake_grouped_gemm, fake_transformer_engine
 
-LIBRARIES = ("transformer_engine", "grouped_gemm", "deep_ep", "torchao")
+LIBRARIES = (
+    "transformer_engine",
+    "grouped_gemm",
+    "deep_ep",
+    "torchao",
+    "transformers",
+    "nemo_automodel",
+    "sonicmoe",
+)
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 

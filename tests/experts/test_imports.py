@@ -16,7 +16,16 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "experts").rglob("*.py"))
 #: Kernels, which need Triton to be defined: whoever wants them imports them inside a function.
 KERNELS = "experts.steps.fused"
-VENDOR = ("transformer_engine", "grouped_gemm", "deep_ep", "triton", "torchao")
+VENDOR = (
+    "deep_ep",
+    "grouped_gemm",
+    "nemo_automodel",
+    "sonicmoe",
+    "torchao",
+    "transformer_engine",
+    "transformers",
+    "triton",
+)
 
 ALONE = f"""
 import sys

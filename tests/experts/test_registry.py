@@ -27,6 +27,9 @@ BUILT_IN = (
     "te_fp8_current_cached",
     "te_fp8_block_cached",
     "te_mxfp8",
+    "peer_transformers",
+    "peer_automodel_torch_mm",
+    "peer_sonicmoe",
 )
 
 #: What somebody else's package might hold. `unsupported` is asked before anything is built.
