@@ -198,8 +198,6 @@ class _Crew:
         file.write_text(environment.to_json())
 
     def _next_for(self, worker: WorkerProcess) -> tuple[Job, ...]:
-        if self.stop():
-            return ()
         if len(self.places) == 1:
             return self.backlog.take()
         others = [other.weights for other in self.workers.values() if other is not worker and other.weights]
