@@ -100,6 +100,8 @@ def test_places_are_as_large_as_groups_of_ranks():
     assert places(slots, 2) == [slots[:2]]
     assert places(slots, 4) == [slots], "too few: the worker says so"
     assert places(ANYWHERE, 4) == [ANYWHERE], "ranks share a CPU"
+    shares = (Slot(num_threads=1), Slot(num_threads=2))
+    assert places(shares, 2) == [shares[:1], shares[1:]]
 
 
 def test_what_a_worker_is_told_of_its_place(monkeypatch):
