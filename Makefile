@@ -32,7 +32,7 @@ lint: $(READY) ## style and types
 
 results: $(READY) ## draw the plots of results/published/ again, the README's picture among them; run the notebooks
 	@set -e; for folder in results/published/*/; do \
-		if [ -d "$$folder" ]; then $(RUN) -m moebench plots "$${folder%/}"; fi; \
+		if [ -f "$$folder/results.parquet" ]; then $(RUN) -m moebench plots "$${folder%/}"; fi; \
 	done
 	$(RUN) notebooks/execute.py
 
