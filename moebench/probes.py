@@ -95,6 +95,11 @@ def unnormalised(inputs: Inputs, case: Case) -> Inputs:
     return dataclasses.replace(inputs, weights_TK=weights_TK)
 
 
+def amplified(inputs: Inputs, case: Case) -> Inputs:
+    """Tokens four times as large: what is clamped at three standard deviations is so at three quarters of one."""
+    return dataclasses.replace(inputs, x_TD=4 * inputs.x_TD)
+
+
 def input_dtypes(inputs: Inputs, case: Case) -> Inputs:
     """Indices in int32, routing weights in bfloat16."""
     return dataclasses.replace(
@@ -135,11 +140,11 @@ def _strided(subject: Subject) -> Examined:
 
 
 def _other_inputs(subject: Subject) -> Examined:
-    """Other tokens before, as many and twice as many, all of them judged."""
+    """Other tokens before, twice as many and as many, all of them judged."""
     case = subject.case
     verdicts = []
     subject.settle(subject.inputs.clone())
-    for other in (_next(case, 1), _next(case, 2, num_tokens=2 * case.num_tokens), case):
+    for other in (_next(case, 1, num_tokens=2 * case.num_tokens), _next(case, 2), case):
         inputs = subject.inputs if other is case else make_inputs(other, subject.device)
         verdicts.append(subject.judge([subject.run(inputs.clone())], inputs, case=other))
     return Examined(_all_of(verdicts))
@@ -209,6 +214,7 @@ PROBES: dict[str, Callable[[Subject], Examined]] = {
     "dropped": _on(dropped),
     "duplicates": _on(duplicates),
     "unnormalised": _on(unnormalised),
+    "amplified": _on(amplified),
     "input_dtypes": _on(input_dtypes),
     "strided": _strided,
     "other_inputs": _other_inputs,

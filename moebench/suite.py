@@ -14,6 +14,7 @@ Probe = Literal[
     "dropped",
     "duplicates",
     "unnormalised",
+    "amplified",
     "input_dtypes",
     "strided",
     "other_inputs",
@@ -45,7 +46,7 @@ class Check:
 #: Clamped activations, whose gradient jumps at the limit: a row is wide enough that one value that FP8's rounding
 #: carries over the limit is a small part of it.
 _WIDE: Fields = {"moe_inter_dim": 512, "n_routed_experts": 4}
-_CLAMPED: Fields = {**_WIDE, "activation_alpha": 1.5, "activation_limit": 5.0}
+_CLAMPED: Fields = {**_WIDE, "activation_alpha": 0.7, "activation_limit": 5.0}
 _OF_ACTIVATION: dict[str, Fields] = {"swigluoai": _CLAMPED, "quick_geglu": _CLAMPED}
 _FORMS: tuple[Fields, ...] = (
     *({"expert_activation": name, **_OF_ACTIVATION.get(name, {})} for name in ACTIVATIONS),
@@ -59,6 +60,19 @@ CHECKS: dict[str, Check] = {
             "activations",
             "every activation with and without biases: halves or interleaved columns, alpha, limits, weighted biases",
             tuple({**form, "expert_bias": bias} for form in _FORMS for bias in (True, False)),
+        ),
+        Check(
+            "limits",
+            "limits that many values meet, a slope far from the default: clamps and alpha that are missing",
+            tuple(
+                {"mode": "forward", "activation_alpha": 0.3, "activation_limit": 5.0, **form}
+                for form in (
+                    {"expert_activation": "swigluoai"},
+                    {"expert_activation": "quick_geglu"},
+                    {"swiglu_limit": 5.0},
+                )
+            ),
+            "amplified",
         ),
         Check(
             "weight-after-down",

@@ -1,7 +1,8 @@
 """Backends that are right but for one fault each, which `moebench` must call a mismatch.
 
 Named as a user would name them, `faulty:SwappedExperts`, with this folder on PYTHONPATH. `FAULTS` says in which tensors
-each fault must be found.
+each fault must be found when a job is measured. Those of faulty_rows and faulty_weights are for `moebench parity`; some
+show to it alone. All are right otherwise, without tokens too, and stand before any layer that is a GroupedExperts.
 """
 
 from typing import Any
@@ -47,6 +48,8 @@ class UnweightedDownBias(GroupedExperts):
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         right = super().forward(x, token_mask, weights, indices)
+        if self.down_proj_bias is None:
+            return right
         missing = (1 - weights).unsqueeze(-1) * self.down_proj_bias[indices]
         return right + (missing.sum(dim=1) * token_mask.unsqueeze(-1)).to(right.dtype)
 
@@ -55,8 +58,8 @@ class DroppedToken(GroupedExperts):
     """One token is forgotten."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        first = int(token_mask.nonzero()[0])
-        return super().forward(x, token_mask & (torch.arange(len(x)) != first), weights, indices)
+        is_first = token_mask & (token_mask.cumsum(0) == 1)
+        return super().forward(x, token_mask & ~is_first, weights, indices)
 
 
 class UnwrittenRow(GroupedExperts):
@@ -119,9 +122,11 @@ class _WriteSomeGrads(Function):
 class ScaledExpert(GroupedExperts):
     """One expert's rows are 2% too large."""
 
+    factor = 1.02
+
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         (expert,) = busiest(indices, 1)
-        return super().forward(x, token_mask, torch.where(indices == expert, 1.02 * weights, weights), indices)
+        return super().forward(x, token_mask, torch.where(indices == expert, self.factor * weights, weights), indices)
 
 
 class WrongWhenWarm(GroupedExperts):

@@ -58,6 +58,16 @@ class OwnTokensOnly(_LastRankFails):
         return torch.where(own_R1, right_RD, others_RD)
 
 
+class ForeignWeightsDetached(_LastRankFails):
+    """The last rank's experts give back no gradient for other ranks' routing weights. For all-gather, as the above."""
+
+    def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+        if self.is_last:
+            own_R1 = torch.arange(len(x_RD)).unsqueeze(-1) >= len(x_RD) - len(x_RD) // 2
+            weights_RK = torch.where(own_R1, weights_RK, weights_RK.detach())
+        return super().compute_local(x_RD, weights_RK, indices_RK)
+
+
 class Raises(_LastRankFails):
     def break_down(self) -> None:
         raise ZeroDivisionError("no tokens for this rank")
