@@ -40,7 +40,7 @@ FP8_UNIT = torch.finfo(torch.float8_e4m3fn).eps / 2
 CEILING = 0.5
 
 #: Integers as wide as a float, by its bytes.
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 #: Requests of up to so many bytes are small to torch's CUDA caching allocator.
 SMALL_BLOCK = 1 << 20
@@ -204,14 +204,14 @@ def are_identical(passes: Sequence[Tensors], peers: Peers = ALONE) -> bool:
     """Whether all passes hold the same tensors, bit by bit, on every rank. All ranks call it alike."""
     first, *others = passes
     same = all(
-        first.keys() == other.keys() and all(_bits(first[name]).equal(_bits(other[name])) for name in first)
-        for other in others
+        first.keys() == other.keys() and all(_same_bits(first[name], other[name]) for name in first) for other in others
     )
     return all(peers.tell(same))
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(_INTEGERS[tensor.dtype.itemsize])
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    integers = _INTEGERS[a.dtype.itemsize]
+    return a.dtype is b.dtype and a.view(integers).equal(b.view(integers))
 
 
 @contextmanager

@@ -182,6 +182,21 @@ def test_without_a_word_it_runs_anywhere(third_party: str) -> None:
     assert backend.unsupported(torch.device("cuda"), moe_config(dtype=F64)) is None
 
 
+def test_a_callable_that_takes_no_dispatcher_is_for_one_process() -> None:
+    config = moe_config()
+    spread = {
+        "any": lambda config, **named: GroupedExperts(config),
+        "named": lambda config, dispatcher=None: GroupedExperts(config),
+    }
+    for build in spread.values():
+        assert Backend("spread", build, lambda *_: None).unsupported(CPU, config, "allgather") is None
+    alone = Backend("alone", lambda config: GroupedExperts(config), lambda *_: None)
+    assert alone.unsupported(CPU, config) is None
+    reason = alone.unsupported(CPU, config, "allgather")
+    assert reason is not None
+    assert "takes no argument `dispatcher`" in reason.reason
+
+
 @pytest.mark.parametrize(
     ("target", "reason"),
     [

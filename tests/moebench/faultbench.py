@@ -23,7 +23,7 @@ from moebench.measure import measure
 from moebench.record import Status
 from moebench.suite import CHECKS, suite_jobs
 from moebench.workload import Workload
-from tests.backends import faulty, faulty_rows, faulty_weights, fp8
+from tests.backends import coarse, faulty, faulty_rows, faulty_weights, fp8
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "faults.md"
 CPU = torch.device("cpu")
@@ -52,6 +52,9 @@ FP8_VARIANTS = (
 VARIANTS = {one.name: one for one in (*(Variant(name, name, GroupedExperts) for name in DTYPES), *FP8_VARIANTS)}
 
 
+COARSE = (coarse.SumInDtype, coarse.ActivationInDtype)
+
+
 class TorchMM(GroupedExperts):
     """Right, by grouped_mm."""
 
@@ -59,7 +62,11 @@ class TorchMM(GroupedExperts):
         super().__init__(config, BackendConfig(experts="torch_mm"))
 
 
-RIGHT = (*VARIANTS.values(), *(Variant(f"torch_mm {name}", name, TorchMM) for name in DTYPES[1:]))
+RIGHT = (
+    *VARIANTS.values(),
+    *(Variant(f"torch_mm {name}", name, TorchMM) for name in DTYPES[1:]),
+    *(Variant(f"{kind.__name__} {name}", name, kind) for kind in COARSE for name in DTYPES[2:]),
+)
 
 FAULTS: dict[str, type[GroupedExperts]] = {
     name: kind

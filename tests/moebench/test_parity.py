@@ -8,7 +8,7 @@ import torch
 from experts.registry import get_backend
 from moebench.case import ACTIVATIONS, Case
 from moebench.inputs import make_inputs, make_parameters, moe_config
-from moebench.parity import CEILING, Finding, Verdict, check, judge, poisoned, run_pass
+from moebench.parity import CEILING, Finding, Verdict, are_identical, check, judge, poisoned, run_pass
 from moebench.reference import GroupErrors
 from tests.backends import faulty
 
@@ -150,6 +150,28 @@ def test_a_verdict_is_its_worst_finding():
     assert Verdict((wrong, right)).worst is wrong
     assert str(right) == "output (token 3): error 0.01, budget 0.02"
     assert not Verdict((right, Finding("output", "token 0", math.inf, 0.02))).passed
+
+
+# are_identical: bit by bit
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (torch.tensor([1.0, 0.0, math.nan]), True),
+        (torch.tensor([1.0, -0.0, math.nan]), False),
+        (torch.tensor([1.0 + 1e-7, 0.0, math.nan]), False),
+        (torch.tensor([1.0, 0.0, math.nan]).double(), False),
+        (torch.tensor([1.0, 0.0]), False),
+        (torch.tensor([1.0, 0.0, math.nan]).view(3, 1), False),
+        (torch.tensor([[1.0, 0.0, math.nan], [0, 0, 0]]).t()[:, 0], True),
+    ],
+)
+def test_passes_are_identical_where_every_bit_is(other, same):
+    first = {"output": torch.tensor([1.0, 0.0, math.nan])}
+    assert are_identical([first, {"output": other}]) is same
+    assert are_identical([first, first, {"output": other}]) is same
+    assert not are_identical([first, {}])
 
 
 # judge: from norms to a finding

@@ -1,0 +1,40 @@
+"""Coarser than the loop in ways that are common in kernels, and no fault: their rounding is the dtype's own."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from experts import GroupedExperts
+from experts.compute import ExpertParameters
+from experts.compute.loop import expert_forward, split_experts
+
+
+class SumInDtype(GroupedExperts):
+    """A token's experts are added up in the tokens' dtype, and so are their gradients; the loop does so in float32."""
+
+    def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+        out_RD = torch.zeros_like(x_RD)
+        for index, expert in enumerate(split_experts(self.expert_parameters())):
+            rows_N, choices_N = torch.where(indices_RK == index)
+            y_ND = self.expert(x_RD[rows_N], weights_RK[rows_N, choices_N], expert)
+            out_RD = out_RD.index_add(0, rows_N, y_ND.to(x_RD.dtype))
+        return out_RD
+
+    def expert(self, x_ND: Tensor, weights_N: Tensor, expert: ExpertParameters) -> Tensor:
+        """What one expert adds to its rows."""
+        return expert_forward(x_ND, weights_N, expert, self.config)
+
+
+class ActivationInDtype(SumInDtype):
+    """And swiglu is computed in the tokens' dtype, the routing weight rounded to it, each step rounded."""
+
+    def expert(self, x_ND: Tensor, weights_N: Tensor, expert: ExpertParameters) -> Tensor:
+        config = self.config
+        if config.expert_activation != "swiglu" or config.swiglu_limit or config.apply_router_weight_after_down:
+            return super().expert(x_ND, weights_N, expert)
+        weights_N1 = weights_N.to(x_ND.dtype).unsqueeze(-1)
+        h_NI = x_ND @ expert.gate_and_up_projs
+        h_NI = h_NI if expert.gate_up_proj_bias is None else h_NI + expert.gate_up_proj_bias
+        gate_NI, up_NI = h_NI.chunk(2, dim=-1)
+        y_ND = (F.silu(gate_NI) * up_NI * weights_N1) @ expert.down_projs
+        return y_ND if expert.down_proj_bias is None else y_ND + expert.down_proj_bias * weights_N1
