@@ -132,6 +132,9 @@ class Audit:
                 first, number = cell.failures[0], f"{len(cell.failures)} of {len(cell.records)} cases"
                 where = " ".join(_place(first))
                 yield Text(f"{cell.backend}: {cell.check}: {number}: {where}: {_reason(first)}", style="bold red")
+        for row in self.records:
+            if row.executed:
+                yield Text(f"{row.backend}: executed in {row.dtype}: {row.executed}", style=DIM)
         reasons: dict[tuple[str, str], set[str]] = {}
         for row in self.records:
             if row.status in (Status.unsupported, Status.oom):

@@ -14,6 +14,7 @@ from moebench import parity
 from moebench.case import Case, Job
 from moebench.inputs import Inputs, make_inputs, make_parameters, moe_config
 from moebench.parity import Finding, Verdict
+from moebench.profiling import executed
 from moebench.subject import Measured, Subject, backend_of, make_subject, verdict_fields
 from moebench.suite import CHECKS
 from moebench.workload import Workload
@@ -26,10 +27,11 @@ LARGE_BYTES = 80 << 30
 
 @dataclass(frozen=True)
 class Examined:
-    """What a probe found; whether runs agreed bit by bit, None where it does not compare such."""
+    """What a probe found; whether runs agreed bit by bit, and what ran: None where it does not look."""
 
     verdict: Verdict
     deterministic: bool | None = None
+    executed: str | None = None
 
 
 def examine(job: Job, workload: Workload) -> Measured:
@@ -39,7 +41,7 @@ def examine(job: Job, workload: Workload) -> Measured:
     if probe == "large":
         _refuse_large(workload.device)
     found = PROBES[probe](make_subject(backend_of(job, workload), job, workload))
-    return verdict_fields(found.verdict) | {"deterministic": found.deterministic}
+    return verdict_fields(found.verdict) | {"deterministic": found.deterministic, "executed": found.executed}
 
 
 def _refuse_large(device: torch.device) -> None:
@@ -57,6 +59,12 @@ def _passes(subject: Subject, changed: Inputs | None = None) -> Examined:
     subject.settle(handed)
     passes = [subject.run(handed) for _ in range(2)]
     return Examined(subject.judge(passes, inputs), parity.are_identical(passes, subject.peers))
+
+
+def _profiled(subject: Subject) -> Examined:
+    found, handed = _passes(subject), subject.inputs.clone()
+    ran = executed(lambda: parity.run_pass(subject.module, handed, "forward"), subject.device)
+    return dataclasses.replace(found, executed=ran)
 
 
 # inputs of other kinds
@@ -211,6 +219,7 @@ def _all_of(verdicts: Sequence[Verdict]) -> Verdict:
 
 PROBES: dict[str, Callable[[Subject], Examined]] = {
     "passes": _passes,
+    "profiled": _profiled,
     "dropped": _on(dropped),
     "duplicates": _on(duplicates),
     "unnormalised": _on(unnormalised),

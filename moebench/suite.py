@@ -11,6 +11,7 @@ from moebench.case import ACTIVATIONS, DTYPES, Case, Job
 
 Probe = Literal[
     "passes",
+    "profiled",
     "dropped",
     "duplicates",
     "unnormalised",
@@ -152,6 +153,7 @@ CHECKS: dict[str, Check] = {
             "whether two runs agree bit by bit, which is told, not judged: many rows an expert",
             ({"num_tokens": 512, "n_activated_experts": 4},),
         ),
+        Check("fallback", "another backend behind the name: what ran is told, not judged", ({},), "profiled"),
         Check(
             "expert-parallel",
             "two ranks against one process: unequal loads, a rank without tokens, experts without any",

@@ -31,8 +31,8 @@ CPU = torch.device("cpu")
 CLEARLY = 2.0
 #: So many checks are named, of those that find a fault.
 MOST = 5
-#: The rest need a GPU, or processes of their own.
-IN_PROCESS = tuple(name for name in CHECKS if name not in ("expert-parallel", "large-offsets"))
+#: The rest need a GPU, or processes of their own, or tell what ran.
+IN_PROCESS = tuple(name for name in CHECKS if name not in ("expert-parallel", "large-offsets", "fallback"))
 
 
 @dataclass(frozen=True)

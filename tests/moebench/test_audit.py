@@ -78,6 +78,7 @@ def test_the_table_says_where_a_backend_is_wrong_and_why_it_cannot():
             rows_of("one-hot", "bad:One", Status.ok, WRONG, infinite),
             rows_of("layouts", "bad:One", (Status.error, {"detail": "Traceback\n  there\nValueError: no"})),
             rows_of("layouts", "loop", Status.unsupported, Status.unsupported),
+            rows_of("fallback", "loop", (Status.ok, {"executed": "aten::mm"})),
             backends=("loop", "bad:One"),
             checks=("one-hot", "layouts"),
         )
@@ -86,6 +87,7 @@ def test_the_table_says_where_a_backend_is_wrong_and_why_it_cannot():
     assert "bad:One: one-hot: 2 of 3 cases: float32 swiglu bias train: x.grad (token 3): error inf" in text
     assert "bad:One: layouts: 1 of 1 cases: float64 swiglu bias train: ValueError: no" in text
     assert "loop: cannot: layouts: why" in text
+    assert "loop: executed in float64: aten::mm" in text
 
 
 def test_json_has_every_cell_and_every_record():

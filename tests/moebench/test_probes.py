@@ -85,6 +85,12 @@ def test_an_examined_job_has_an_error_and_no_time():
     assert "time_ms" not in found
 
 
+def test_what_ran_is_told():
+    found = measure(job("fallback", "torch_mm"), Workload(CPU), None)
+    assert found["status"] is Status.ok
+    assert found["executed"].startswith("aten::_grouped_mm > ")
+
+
 def test_a_cpu_is_too_small_for_large_offsets_and_says_so_before_anything_is_made():
     (large,) = suite_jobs(["loop"], ["large-offsets"])
     with pytest.raises(Unsupported, match="needs a GPU with 80 GiB free, the device is cpu"):
