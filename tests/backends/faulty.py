@@ -138,7 +138,7 @@ class WrongWhenWarm(GroupedExperts):
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         self._num_calls += 1
-        return super().forward(x, token_mask, weights, indices) * (1.1 if self._num_calls > 5 else 1.0)
+        return super().forward(x, token_mask, weights, indices) * (1.5 if self._num_calls > 5 else 1.0)
 
 
 class ZeroedInputs(GroupedExperts):

@@ -6,7 +6,7 @@ import torch
 from tests.moebench.faultbench import IN_PROCESS, RIGHT, examine
 
 #: Each seed draws inputs for so large a share of the checks, another share each time.
-SHARES = 4
+SHARES = 10
 
 
 @pytest.mark.certify
