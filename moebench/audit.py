@@ -140,7 +140,7 @@ class Audit:
             if row.status in (Status.unsupported, Status.oom):
                 reasons.setdefault((row.backend, _reason(row)), set()).add(str(row.check))
         for (backend, reason), checks in reasons.items():
-            which = "every check" if len(checks) == len(self.checks) > 1 else listed(sorted(checks))
+            which = listed(sorted(checks)) if len(checks) <= 3 else f"{len(checks)} of {len(self.checks)} checks"
             yield Text(f"{backend}: cannot: {which}: {reason}", style=DIM)
 
 
