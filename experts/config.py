@@ -17,7 +17,7 @@ from experts.errors import ConfigError
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Activation = Literal["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"]
-Engine = Literal["loop", "torch_mm", "torch_mm_mxfp8", "gmm", "te"]
+Engine = Literal["loop", "torch_mm", "torch_mm_mxfp8", "triton", "gmm", "te"]
 Dispatcher = Literal["allgather", "alltoall", "deepep"]
 Save = Literal["memory", "time"]
 Fp8Recipe = Literal["current", "delayed", "block", "mxfp8"]
@@ -128,7 +128,7 @@ class BackendConfig:
     )
     te_fp8: Fp8Recipe | None = _field("the name of an FP8 recipe, or None for none", "block", default=None)
     save: Save | None = _field(
-        "'memory' or 'time', what torch_mm and gmm save between forward and backward, or None for memory",
+        "'memory' or 'time', what torch_mm, triton and gmm save between forward and backward, or None for memory",
         "time",
         default=None,
     )

@@ -9,6 +9,7 @@ _MODULES = {
     "loop": "experts.compute.loop",
     "torch_mm": "experts.compute.torch_mm",
     "torch_mm_mxfp8": "experts.compute.torch_mm_mxfp8",
+    "triton": "experts.compute.triton",
     "gmm": "experts.compute.gmm",
 }
 

@@ -18,7 +18,7 @@ import typer
 from torch import Tensor
 
 from experts import BackendConfig, GroupedExperts, MoEConfig
-from experts.compute import torch_mm
+from experts.compute import grouped_mm
 from experts.compute.whole import Products
 from experts.config import is_gated_activation
 from experts.steps import Permutation, make_of_steps, steps_on
@@ -84,7 +84,7 @@ def products_alone(
     inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, permutation: Permutation
 ) -> Iterator[Work]:
     """The grouped GEMMs of a forward and of a train step, on sorted rows."""
-    products: Products = torch_mm.products(permutation.offsets_L)
+    products: Products = grouped_mm.products(permutation.offsets_L)
     up, down = parameters["gate_and_up_projs"], parameters["down_projs"]
     x_ND = inputs.x_TD.index_select(0, permutation.row_to_token_N)
     h_NH = products.rows(x_ND, up)

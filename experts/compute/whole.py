@@ -34,6 +34,10 @@ class Products(NamedTuple):
     rows: Callable[[Tensor, Tensor], Tensor]  # a [N, P], b [L, P, Q] -> [N, Q]: each row times its expert's matrix
     rows_back: Callable[[Tensor, Tensor], Tensor]  # a [N, Q], b [L, P, Q] -> [N, P]: times its transpose
     outer: Callable[[Tensor, Tensor], Tensor]  # a [N, P], b [N, Q] -> [L, P, Q]: aᵀ·b of each expert's rows
+    #: x [T, P], b [L, P, Q] -> [N, Q]: `rows` of the tokens' rows, for who needs none laid out
+    gathered: Callable[[Tensor, Tensor], Tensor] | None = None
+    #: x [T, D], b [L, D, H], weights [T, K] or None, bias [L, H] or None -> [N, I]: the weighted activation of that
+    activated: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,18 @@ def _forward(
     gate_and_up, down, up_bias, down_bias = parameters
     permutation = plan.permutation
     steps = steps_on(x_TD.device, x_TD.dtype)
-    x_ND = steps.gather_rows(x_TD, permutation)
-    h_NH = plan.products.rows(x_ND, gate_and_up)
-    kept = (x_ND if plan.save == "time" else x_TD, h_NH) if keep else None
-    del x_ND
-    a_NI = steps.activate(h_NH, permutation, None if plan.after else weights_TK, up_bias, plan.config)
-    del h_NH
+    inside_TK = None if plan.after else weights_TK
+    kept = None
+    if plan.products.activated is not None and not keep:
+        a_NI = plan.products.activated(x_TD, gate_and_up, inside_TK, up_bias)
+    else:
+        are_rows = keep and plan.save == "time"
+        tokens = steps.gather_rows(x_TD, permutation) if are_rows else x_TD
+        h_NH = _project_up(tokens, are_rows, gate_and_up, plan, steps)
+        kept = (tokens, h_NH) if keep else None
+        del tokens
+        a_NI = steps.activate(h_NH, permutation, inside_TK, up_bias, plan.config)
+        del h_NH
     y_ND = plan.products.rows(a_NI, down)
     del a_NI
     weights = weights_TK if plan.after or down_bias is not None else None
@@ -106,7 +116,7 @@ class _WholeExperts(Function):
         plan: Plan = ctx.plan
         if ctx.h_is_spent:  # by another backward of the same graph (retain_graph)
             steps = steps_on(grad_TD.device, grad_TD.dtype)
-            h_NH = plan.products.rows(_rows_of(tokens, plan, steps), parameters[0])
+            h_NH = _project_up(tokens, plan.save == "time", parameters[0], plan, steps)
         ctx.h_is_spent = True
         wanted = _Wanted(*ctx.needs_input_grad[:6])
         return *_backward(grad_TD, tokens, h_NH, weights_TK, ExpertParameters(*parameters), plan, wanted), None
@@ -167,6 +177,15 @@ def _backward(
     if a_NI is not None and wanted.down:
         grad_down = products.outer(a_NI, steps.gather_rows(grad_TD, permutation))
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias
+
+
+def _project_up(tokens: Tensor, are_rows: bool, gate_and_up: Tensor, plan: Plan, steps: Steps) -> Tensor:
+    """The up projection [N, H] of tokens, or of their rows where those are kept."""
+    if are_rows:
+        return plan.products.rows(tokens, gate_and_up)
+    if plan.products.gathered is not None:
+        return plan.products.gathered(tokens, gate_and_up)
+    return plan.products.rows(steps.gather_rows(tokens, plan.permutation), gate_and_up)
 
 
 def _rows_of(tokens: Tensor, plan: Plan, steps: Steps) -> Tensor:

@@ -1,0 +1,41 @@
+"""torch.nn.functional.grouped_mm as the products of local experts, and what rows it takes."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from experts.compute.whole import Products
+from experts.config import MoEConfig, dtype_name, is_gated_activation
+from experts.errors import Unsupported
+
+ROW_ALIGNMENT_BYTES = 16
+
+
+def products(offsets_L: Tensor) -> Products:
+    """grouped_mm of rows in groups that end at the offsets; it never reads rows past the last."""
+    multiply = functools.partial(torch.nn.functional.grouped_mm, offs=offsets_L)
+    return Products(
+        rows=multiply,
+        rows_back=lambda a_NQ, b_LPQ: multiply(a_NQ, b_LPQ.transpose(-2, -1)),
+        outer=lambda a_NP, b_NQ: multiply(a_NP.t(), b_NQ),
+    )
+
+
+def unaligned(config: MoEConfig, who: str = "grouped_mm") -> Unsupported | None:
+    """`who` takes rows that are a multiple of 16 bytes; nothing is padded in silence."""
+    gated = is_gated_activation(config.expert_activation)
+    widths = {
+        "dim": config.dim,
+        "2·moe_inter_dim" if gated else "moe_inter_dim": config.moe_inter_dim * (2 if gated else 1),
+        "moe_inter_dim": config.moe_inter_dim,
+    }
+    for name, width in widths.items():
+        num_bytes = width * config.dtype.itemsize
+        if num_bytes % ROW_ALIGNMENT_BYTES:
+            return Unsupported(
+                f"{who} takes rows that are a multiple of {ROW_ALIGNMENT_BYTES} bytes, but {name} = {width} in "
+                f"{dtype_name(config.dtype)} is {num_bytes}; choose a multiple of "
+                f"{ROW_ALIGNMENT_BYTES // config.dtype.itemsize}, or the loop"
+            )
+    return None

@@ -1,0 +1,70 @@
+"""A grouped GEMM of our own in Triton, `experts.gemm`, made for few tokens: no host sync, bfloat16 and float16.
+
+The up projection reads rows of tokens where they are and, without gradients, writes the weighted activation alone. With
+gradients it writes what backward needs, and backward's products are torch's grouped_mm: a train step gains little here.
+"""
+
+import torch
+from torch import Tensor
+
+from experts.compute import Engine, ExpertParameters, grouped_mm
+from experts.compute.whole import Plan, Products, whole_experts
+from experts.config import MoEConfig, Save, dtype_name
+from experts.errors import Unsupported
+from experts.permutation import Permutation, sort_by_expert
+
+NEEDED_CAPABILITY = (8, 0)
+
+
+def compute(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    indices_TK: Tensor,
+    parameters: ExpertParameters,
+    config: MoEConfig,
+    first: int,
+    save: Save = "memory",
+) -> Tensor:
+    """Two grouped GEMMs over rows sorted by expert, and the sum of each token's rows."""
+    permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
+    plan = Plan(permutation, config, products(permutation, config), save)
+    return whole_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), plan)
+
+
+def products(permutation: Permutation, config: MoEConfig) -> Products:
+    """Triton's of forward, torch's of backward."""
+    from experts import gemm
+
+    rows = permutation, permutation.num_rows / config.n_routed_experts
+    return grouped_mm.products(permutation.offsets_L)._replace(
+        rows=lambda a_NP, b_LPQ: gemm.product(a_NP, b_LPQ, *rows),
+        gathered=lambda x_TP, b_LPQ: gemm.gathered_product(x_TP, b_LPQ, *rows),
+        activated=lambda x_TD, b_LDH, weights_TK, bias_LH: gemm.activated_product(
+            x_TD, b_LDH, *rows, weights_TK, bias_LH, config
+        ),
+    )
+
+
+def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
+    """A CUDA GPU of SM80 or later, or Triton's interpreter; bfloat16 or float16, rows a multiple of 16 bytes."""
+    try:
+        import triton
+    except (ImportError, OSError) as error:
+        return Unsupported(f"triton does not import ({error}); CUDA builds of torch bring it")
+    if device.type == "cuda":
+        present = torch.cuda.get_device_capability(device)
+        if present < NEEDED_CAPABILITY:
+            return Unsupported(f"the triton engine needs SM80, this is SM{present[0]}{present[1]}; use torch_mm")
+    elif device.type != "cpu" or not triton.knobs.runtime.interpret:
+        return Unsupported(f"the triton engine needs a CUDA GPU, the device is {device.type}; use torch_mm")
+    if config is None:
+        return None
+    if config.dtype not in (torch.bfloat16, torch.float16):
+        return Unsupported(
+            f"the triton engine takes bfloat16 and float16, which tensor cores multiply exactly, not "
+            f"{dtype_name(config.dtype)}; use torch_mm or the loop"
+        )
+    return grouped_mm.unaligned(config, "the triton engine")
+
+
+ENGINE = Engine(compute, unsupported, saves=True)
