@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ TOLERANCE = {F64: 1e-14, F32: 2e-6, BF16: 4e-2, F16: 5e-3}
 
 Named = dict[str, Tensor]
 
+ENGINES = ("loop", "torch_mm", "triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -37,6 +41,13 @@ class Setup:
         return layer(self.engine, config, parameters, self.device)
 
 
+def takes(engine: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether the engine has anything to compute there; Triton on a CPU in its interpreter, without bfloat16."""
+    if engine == "triton":
+        return dtype in (F16, BF16) if device == "cuda" else INTERPRETED and dtype is F16
+    return engine == "loop" or dtype is not F64
+
+
 def _setups(devices: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> list[Any]:
     return [
         pytest.param(
@@ -45,14 +56,16 @@ def _setups(devices: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> list[A
             marks=[pytest.mark.gpu] if device == "cuda" else [],
         )
         for device in devices
-        for engine in ("loop", "torch_mm")
+        for engine in ENGINES
         for dtype in dtypes
-        if not (engine == "torch_mm" and dtype is F64)
+        if takes(engine, device, dtype)
     ]
 
 
 on_every_setup = pytest.mark.parametrize("setup", _setups(("cpu", "cuda"), (F64, F32, BF16, F16)))
-on_cpu_and_gpu = pytest.mark.parametrize("setup", _setups(("cpu",), (F32,)) + _setups(("cuda",), (F32, BF16)))
+on_cpu_and_gpu = pytest.mark.parametrize(
+    "setup", _setups(("cpu",), (F32, F16) if INTERPRETED else (F32,)) + _setups(("cuda",), (F32, BF16))
+)
 on_every_engine = pytest.mark.parametrize("engine", ["loop", "torch_mm"])
 
 

@@ -12,48 +12,22 @@ import torch
 from torch import Tensor
 
 from experts.steps import Permutation
-from tests.experts.layers import BF16, F16, F32, moe_config
+from tests.experts.compiled import compile_launches
+from tests.experts.layers import BF16, F32, moe_config
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 TOKENS, K, EXPERTS, DIM, INTER = 64, 8, 128, 2048, 768
 ROWS = TOKENS * K
-POINTERS = {BF16: "*bf16", F16: "*fp16", F32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 
 
 @pytest.fixture
 def ptx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     """By kernel, what the launches from now on compile to; none runs."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from experts.steps import fused  # noqa: F401
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled: dict[str, str] = {}
-
-    def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        signature: dict[str, str] = {}
-        fixed = dict(constants)
-        divisible: dict[tuple[int], Any] = {}
-        for position, (name, argument) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
-            if argument is None or (isinstance(argument, int) and argument == 1):
-                fixed[name] = argument
-            elif isinstance(argument, Tensor):
-                signature[name] = POINTERS[argument.dtype]
-            else:
-                signature[name] = "fp32" if isinstance(argument, float) else "i32"
-            multiple = argument.data_ptr() if isinstance(argument, Tensor) else argument
-            if isinstance(multiple, int) and multiple % 16 == 0:
-                divisible[position,] = [["tt.divisibility", 16]]
-        signature |= dict.fromkeys(fixed, "constexpr")
-        ordered = {name: signature[name] for name in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=ordered, constexprs=fixed, attrs=divisible)
-        compiled[kernel.__name__] = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-
-    for module in ("sort", "rows", "activation", "reduce"):
-        monkeypatch.setattr(sys.modules[f"experts.steps.fused.{module}"], "launch", compile_only)
-    return compiled
+    modules = [sys.modules[f"experts.steps.fused.{name}"] for name in ("sort", "rows", "activation", "reduce")]
+    return compile_launches(monkeypatch, tmp_path, *modules)
 
 
 def test_steps_compile_for_sm90_and_move_16_bytes_at_a_time(ptx: dict[str, str]) -> None:

@@ -142,7 +142,7 @@ def test_torch_is_another_name_of_the_loop() -> None:
     assert BackendConfig(experts="torch").experts == "loop"
 
 
-@pytest.mark.parametrize("name", ["loop", "torch_mm", "torch_mm_mxfp8", "gmm", "te", None])
+@pytest.mark.parametrize("name", ["loop", "torch_mm", "torch_mm_mxfp8", "triton", "gmm", "te", None])
 def test_every_engine_has_its_name(name: Any) -> None:
     assert BackendConfig(experts=name).experts == name
 

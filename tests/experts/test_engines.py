@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def test_names() -> None:
-    assert engine_names() == ("loop", "torch_mm", "torch_mm_mxfp8", "gmm")
+    assert engine_names() == ("loop", "torch_mm", "torch_mm_mxfp8", "triton", "gmm")
 
 
 def test_unknown_engine_lists_the_engines() -> None:

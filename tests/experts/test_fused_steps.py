@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from experts.steps import Permutation, Steps, eager
-from tests.experts.layers import BF16, F16, F32, F64, moe_config
+from tests.experts.layers import BF16, F16, F32, F64, INTERPRETED, moe_config
 
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_tritons_interpreter")
 
 

@@ -17,6 +17,7 @@ BUILT_IN = (
     "loop",
     "torch_mm",
     "torch_mm_mxfp8",
+    "triton",
     "gmm",
     "torch_mm_save_time",
     "gmm_save_time",

@@ -1,0 +1,57 @@
+"""Kernels compiled as for an H200, which needs no GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.experts.layers import BF16, F16, F32
+
+POINTERS = {BF16: "*bf16", F16: "*fp16", F32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
+OPTIONS = ("num_stages", "num_warps")
+#: Bytes of shared memory that a program may have on SM90.
+SHARED_MEMORY_BYTES = 227 * 1024
+
+
+def compile_launches(monkeypatch: pytest.MonkeyPatch, folder: Path, *modules: Any) -> dict[str, str]:
+    """By kernel, the PTX of the modules' latest launch; none runs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    compiled: dict[str, str] = {}
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+        signature: dict[str, str] = {}
+        fixed = dict(constants)
+        divisible: dict[tuple[int], Any] = {}
+        for position, (name, argument) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+            if argument is None or (isinstance(argument, int) and argument == 1):
+                fixed[name] = argument
+            else:
+                signature[name] = _type_of(argument)
+            multiple = argument.data_ptr() if isinstance(argument, Tensor) else argument
+            if isinstance(multiple, int) and multiple % 16 == 0:
+                divisible[position,] = [["tt.divisibility", 16]]
+        signature |= dict.fromkeys(fixed, "constexpr")
+        ordered = {name: signature[name] for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=ordered, constexprs=fixed, attrs=divisible)
+        result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert result.metadata.shared <= SHARED_MEMORY_BYTES
+        compiled[kernel.__name__] = result.asm["ptx"]
+
+    for module in modules:
+        monkeypatch.setattr(module, "launch", compile_only)
+    return compiled
+
+
+def _type_of(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        return POINTERS[argument.dtype]
+    if isinstance(argument, float | int):
+        return "fp32" if isinstance(argument, float) else "i32"
+    return f"tensordesc<{POINTERS[argument.base.dtype][1:]}{argument.block_shape}>"

@@ -1,0 +1,264 @@
+"""The grouped GEMM in Triton: its products in Triton's interpreter and on a GPU, and as compiled for an H200.
+
+As in test_fused_steps.py, the interpreter needs a process of its own; it truncates bfloat16, which is for the GPU.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from experts import MoEConfig
+from experts.engines import get_engine
+from experts.steps import Permutation, eager
+from tests.experts.compiled import compile_launches
+from tests.experts.layers import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    INTERPRETED,
+    Batch,
+    assert_near,
+    expected,
+    layer,
+    moe_config,
+    random_batch,
+    random_parameters,
+)
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_tritons_interpreter")
+ACTIVATIONS = ("swiglu", "quick_geglu", "swigluoai", "geglu", "relu2")
+
+
+def setups(*dtypes: torch.dtype, device: str) -> list[Any]:
+    mark = pytest.mark.gpu if device == "cuda" else in_interpreter
+    return [pytest.param(device, dtype, id=f"{device}-{dtype}", marks=mark) for dtype in dtypes]
+
+
+on_every_setup = pytest.mark.parametrize(
+    ("device", "dtype"), setups(F32, F16, device="cpu") + setups(F16, BF16, device="cuda")
+)
+on_every_layer = pytest.mark.parametrize(
+    ("device", "dtype"), setups(F16, device="cpu") + setups(F16, BF16, device="cuda")
+)
+bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="it starts this process")
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["tests/experts/test_gemm.py", "-k", "cpu"],
+        [
+            *("tests/experts/test_corners.py", "tests/experts/test_engines.py", "-k"),
+            "triton-cpu-float16 and (every_gradient and bias and not geglu or zero_tokens or one_expert or window)",
+        ],
+    ],
+    ids=["products", "layers"],
+)
+def test_in_tritons_interpreter(tests: list[str]) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "EXPERTS_STEPS": "fused", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "0", *tests]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
+
+
+class Given:
+    """Rows of experts 1 … 3 of 5, experts 2 without any; what is past the last group, or of nobody, is NaN."""
+
+    def __init__(self, device: str, dtype: torch.dtype, **fields: Any) -> None:
+        small = device == "cpu"
+        num_tokens, dim, inter = (23, 40, 24) if small else (700, 328, 200)
+        fields = {"n_routed_experts": 5, "n_activated_experts": 3, "dim": dim, "moe_inter_dim": inter, **fields}
+        self.config = moe_config(**fields)
+        self.generator = torch.Generator().manual_seed(4)
+        self.device, self.dtype = device, dtype
+        indices_TK = torch.randint(-1, 5, (num_tokens, 3), generator=self.generator)
+        indices_TK[indices_TK == 2] = 1
+        self.permutation = eager.sort_by_expert(indices_TK.to(device), 1, 3)
+        self.num_local = int(self.permutation.offsets_L[-1])
+        assert 0 < self.num_local < indices_TK.numel()
+        width = inter * (1 if self.config.expert_activation == "relu2" else 2)
+        self.x_TD = self.random(num_tokens, dim)
+        self.x_TD[~self.permutation.is_local_TK.any(dim=1)] = torch.nan
+        self.b_LDH = self.random(3, dim, width) / dim**0.5
+        self.bias_LH = self.random(3, width)
+        self.weights_TK = self.random(num_tokens, 3).float()
+        self.weights_TK[~self.permutation.is_local_TK] = torch.nan
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+
+    def right_h(self) -> Tensor:
+        """The up projection of the local rows in float64."""
+        x_ND = eager.gather_rows(self.x_TD.double(), self.permutation)
+        groups = torch.tensor_split(x_ND, self.permutation.offsets_L.tolist())
+        return torch.cat([rows @ b for rows, b in zip(groups, self.b_LDH.double(), strict=False)])
+
+    def assert_near(self, found: Tensor, exact: Tensor) -> None:
+        """Sums in float32 and one rounding."""
+        size = exact.square().mean().sqrt()
+        eps = torch.finfo(self.dtype).eps
+        allowed = eps * exact.abs() + (4e-6 if self.dtype is F32 else eps / 64) * size
+        assert found[: self.num_local].dtype is self.dtype
+        worst = ((found[: self.num_local].double() - exact).abs() / allowed).max()
+        assert worst <= 1, f"{worst:.2f} times what rounding explains"
+
+
+@pytest.fixture(params=[(16, 16, 16), (32, 64, 32)], ids=["16x16", "32x64"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that divide a group, its columns and the sum's length, and such as do not."""
+    from experts.gemm import tiling
+
+    of_these = tiling.Tiling(*request.param, stages=2, warps=4)
+    monkeypatch.setattr(tiling, "tiling_for", lambda rows_per_expert, pairs: of_these)
+
+
+@on_every_setup
+@pytest.mark.usefixtures("tiles")
+def test_products(device: str, dtype: torch.dtype) -> None:
+    from experts import gemm
+
+    given = Given(device, dtype)
+    right = given.right_h()
+    given.assert_near(gemm.gathered_product(given.x_TD, given.b_LDH, given.permutation, 9.0), right)
+    x_ND = eager.gather_rows(given.x_TD, given.permutation)
+    x_ND[given.num_local :] = torch.nan
+    given.assert_near(gemm.product(x_ND, given.b_LDH, given.permutation, 9.0), right)
+    transposed = given.b_LDH.transpose(1, 2).contiguous().transpose(1, 2)
+    given.assert_near(gemm.product(x_ND, transposed, given.permutation, 9.0), right)
+
+
+@on_every_setup
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("looked_up", ["weights", "bias", "both"])
+def test_activated_product(
+    device: str, dtype: torch.dtype, looked_up: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experts import gemm
+    from experts.gemm import tiling
+
+    of_these = tiling.Tiling(16, 16, 32, stages=2, warps=4)
+    monkeypatch.setattr(tiling, "tiling_for", lambda rows_per_expert, pairs: of_these)
+    given = Given(device, dtype, expert_activation=activation, swiglu_limit=1.0, activation_limit=1.0)
+    bias_LH = None if looked_up == "weights" else given.bias_LH
+    weights_TK = None if looked_up == "bias" else given.weights_TK
+    exactly = [None if tensor is None else tensor.double() for tensor in (weights_TK, bias_LH)]
+    right = eager.activate(given.right_h(), given.permutation.cut(given.num_local), *exactly, given.config)
+    given.assert_near(
+        gemm.activated_product(given.x_TD, given.b_LDH, given.permutation, 9.0, weights_TK, bias_LH, given.config),
+        right,
+    )
+
+
+@on_every_layer
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("activation", ["swiglu", "quick_geglu", "relu2"])
+@bias_or_not
+def test_layer_without_gradients(device: str, dtype: torch.dtype, bias: bool, activation: str, after: bool) -> None:
+    """Where the activation is the up projection's; masked tokens, −1, an expert twice, an expert without tokens."""
+    fields = {"expert_bias": bias, "expert_activation": activation, "apply_router_weight_after_down": after}
+    config = moe_config(dtype=dtype, **fields)
+    batch = random_batch(config, indices=[[3, 0], [0, 0], [2, 3], [-1, -1], [-1, 2], [3, 2]])
+    batch.token_mask[2] = False
+    parameters = random_parameters(config)
+    right = {"output": expected(config, parameters, batch)["output"]}
+    assert_near({"output": output_of("triton", config, batch, device)}, right, dtype)
+
+
+def output_of(engine: str, config: MoEConfig, batch: Batch, device: str) -> Tensor:
+    made = layer(engine, config, device=device)
+    on_device = batch.map(lambda tensor: tensor.to(device))
+    with torch.no_grad():
+        output: Tensor = made(on_device.x, on_device.token_mask, on_device.weights, on_device.indices)
+    return output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 40, 300, 3000])
+@pytest.mark.parametrize("activation", ["swiglu", "quick_geglu"])
+def test_every_tiling_on_a_gpu(activation: str, num_tokens: int) -> None:
+    """Against float64 on the CPU; each count is of another tiling."""
+    sizes = {"n_routed_experts": 8, "n_activated_experts": 3, "dim": 264, "moe_inter_dim": 136}
+    config = moe_config(dtype=BF16, expert_bias=True, expert_activation=activation, **sizes)
+    batch = random_batch(config, num_tokens)
+    in_float64 = batch.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    oracle = layer("loop", config.with_dtype(F64), random_parameters(config))
+    right = {"output": oracle(in_float64.x, batch.token_mask, in_float64.weights, batch.indices).detach()}
+    for _ in range(2):
+        assert_near({"output": output_of("triton", config, batch, "cuda")}, right, BF16)
+
+
+def test_tilings_grow_with_the_rows() -> None:
+    from experts.gemm.tiling import tiling_for
+
+    for pairs in (False, True):
+        heights = [tiling_for(rows, pairs).rows for rows in (0.1, 8, 16, 64, 1024)]
+        assert heights == sorted(heights)
+        assert (heights[0], heights[-1]) == (16, 128)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.parametrize("rows_per_expert", [4, 20, 50, 1000])
+def test_products_compile_for_sm90(rows_per_expert: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On tensor cores, Hopper's own from 64 rows; weights come by tensor memory accelerator, tokens 16 bytes a thread."""
+    from experts import gemm
+    from experts.gemm import products
+
+    ptx = compile_launches(monkeypatch, tmp_path, products)
+    tokens, k, experts, dim, inter = 64, 8, 128, 2048, 768
+    maps = [torch.zeros(tokens * k, dtype=torch.int64) for _ in range(3)]
+    permutation = Permutation(*maps, torch.zeros(experts, dtype=torch.int32), k)
+    x_TD, a_NI = torch.zeros(tokens, dim, dtype=BF16), torch.zeros(tokens * k, inter, dtype=BF16)
+    weights_TK = torch.zeros(tokens, k)
+
+    def check(gathers: bool) -> None:
+        code = ptx.pop("_product")
+        assert ("wgmma.mma_async" in code, "mma.sync" in code) == (rows_per_expert > 24, rows_per_expert <= 24)
+        assert "cp.async.bulk.tensor.3d" in code
+        assert ("cp.async.cg.shared.global" in code) == gathers
+        assert not re.search(r"cp\.async\.ca|st\.global(\.\w+)*\.[bu]16\b", code), "it moves less than 16 bytes"
+
+    for activation in ("swiglu", "quick_geglu"):
+        config = moe_config(dim=dim, moe_inter_dim=inter, expert_activation=activation, dtype=BF16)
+        up, bias_LH = torch.zeros(experts, dim, 2 * inter, dtype=BF16), torch.zeros(experts, 2 * inter, dtype=BF16)
+        gemm.activated_product(x_TD, up, permutation, rows_per_expert, weights_TK, bias_LH, config)
+        check(gathers=True)
+    gemm.product(a_NI, torch.zeros(experts, inter, dim, dtype=BF16), permutation, rows_per_expert)
+    check(gathers=False)
+
+
+REFUSALS = [
+    ("cpu", {"dtype": BF16}, "the triton engine needs a CUDA GPU, the device is cpu; use torch_mm"),
+    ("cuda", {"dtype": F32}, "the triton engine takes bfloat16 and float16, which"),
+    ("cuda", {"dtype": F64}, "not float64; use torch_mm or the loop"),
+    ("cuda", {"dtype": BF16, "dim": 12}, "the triton engine takes rows that are a multiple of 16 bytes, but dim = 12"),
+]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="where it runs on a CPU")
+@pytest.mark.parametrize(("device", "fields", "fact"), REFUSALS, ids=[fact for *_, fact in REFUSALS])
+def test_refusals(device: str, fields: dict[str, Any], fact: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    reason = get_engine("triton").unsupported(torch.device(device), moe_config(**fields))
+    assert reason is not None
+    assert fact in reason.reason
+    assert "\n" not in reason.reason
+
+
+def test_refuses_what_came_before_sm80(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    reason = get_engine("triton").unsupported(torch.device("cuda"), None)
+    assert reason is not None
+    assert reason.reason == "the triton engine needs SM80, this is SM75; use torch_mm"
