@@ -117,7 +117,9 @@ def _find_tile(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.cons
 @triton.jit
 def _load_bias(bias, expert, columns, width: tl.constexpr):
     """A row of the expert's bias in float32; what lies past a half of it is of columns that are not stored."""
-    return tl.load(bias + expert.to(tl.int64) * width + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    return tl.load(bias + expert.to(tl.int64) * width + columns, mask=columns < width, other=0.0).to(tl.float32)[
+        None, :
+    ]
 
 
 @triton.jit

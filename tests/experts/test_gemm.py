@@ -212,7 +212,7 @@ def test_tilings_grow_with_the_rows() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
 @pytest.mark.parametrize("rows_per_expert", [4, 20, 50, 1000])
 def test_products_compile_for_sm90(rows_per_expert: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On tensor cores, Hopper's own from 64 rows; weights come by tensor memory accelerator, tokens 16 bytes a thread."""
+    """On tensor cores, Hopper's own from 64 rows; weights come by tensor memory accelerator, tokens by 16 bytes."""
     from experts import gemm
     from experts.gemm import products
 

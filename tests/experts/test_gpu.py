@@ -12,6 +12,7 @@ import torch
 from experts import BackendConfig, GroupedExperts
 from tests.experts.layers import (
     BF16,
+    ENGINES,
     F16,
     F32,
     F64,
@@ -23,12 +24,19 @@ from tests.experts.layers import (
     random_batch,
     random_parameters,
     run,
+    takes,
 )
 
 pytestmark = pytest.mark.gpu
 
 on_every_dtype = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-on_every_engine = pytest.mark.parametrize("engine", ["loop", "torch_mm"])
+on_every_engine = pytest.mark.parametrize("engine", ENGINES)
+on_every_engine_and_dtype = pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [(engine, dtype) for engine in ENGINES for dtype in (F32, BF16, F16) if takes(engine, "cuda", dtype)],
+    ids=str,
+)
+without_sync = pytest.mark.parametrize("engine", ["torch_mm", "triton"])
 
 
 def needs_sm90() -> None:
@@ -65,12 +73,15 @@ def corner_batch(made: GroupedExperts, num_tokens: int = 64) -> Batch:
 @pytest.mark.parametrize("activation", ["swiglu", "quick_geglu", "relu2"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("parameters", [BF16, F32], ids=["bfloat16", "float32-parameters"])
-def test_torch_mm_never_waits_for_the_device(parameters: torch.dtype, bias: bool, activation: str, after: bool) -> None:
+@without_sync
+def test_never_waits_for_the_device(
+    engine: str, parameters: torch.dtype, bias: bool, activation: str, after: bool
+) -> None:
     needs_sm90()
     config = moe_config(
         dtype=parameters, expert_bias=bias, expert_activation=activation, apply_router_weight_after_down=after
     )
-    made = layer("torch_mm", config, device="cuda")
+    made = layer(engine, config, device="cuda")
     batch = corner_batch(made)
     x, grad = batch.x.to(BF16).requires_grad_(), batch.grad.to(BF16)
     weights = batch.weights.requires_grad_()
@@ -83,7 +94,7 @@ def test_torch_mm_never_waits_for_the_device(parameters: torch.dtype, bias: bool
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_the_sync_that_the_loop_needs_is_seen() -> None:
-    """Else the test above would pass whatever torch_mm did."""
+    """Else the test above would pass whatever the engines did."""
     made = layer("loop", moe_config(dtype=BF16), device="cuda")
     batch = corner_batch(made)
     with no_host_sync(), pytest.raises(RuntimeError, match="synchroniz"):
@@ -91,11 +102,12 @@ def test_the_sync_that_the_loop_needs_is_seen() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_torch_mm_in_a_cuda_graph(bias: bool) -> None:
+@without_sync
+def test_in_a_cuda_graph(engine: str, bias: bool) -> None:
     """Captured once, replayed with other tokens, other routing and another mask."""
     needs_sm90()
     config = moe_config(dtype=BF16, expert_bias=bias)
-    made = layer("torch_mm", config, device="cuda")
+    made = layer(engine, config, device="cuda")
     static = on_gpu(random_batch(config, num_tokens=32))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -135,8 +147,7 @@ def test_poison_works(size: int) -> None:
     assert sum(bool(block.isnan().all()) for block in blocks) > 10
 
 
-@on_every_dtype
-@on_every_engine
+@on_every_engine_and_dtype
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("activation", ["swiglu", "quick_geglu", "relu2"])
 def test_unwritten_memory_reaches_nothing(engine: str, dtype: torch.dtype, bias: bool, activation: str) -> None:
@@ -154,8 +165,7 @@ def in_float64(batch: Batch) -> Batch:
     return batch.map(lambda tensor: tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu())
 
 
-@on_every_dtype
-@on_every_engine
+@on_every_engine_and_dtype
 @pytest.mark.parametrize("activation", ["swiglu", "quick_geglu", "relu2"])
 def test_agrees_with_the_cpu_in_float64(engine: str, dtype: torch.dtype, activation: str) -> None:
     """Of a size at which the kernels tile: many experts, several hundred tokens, some experts without any."""
@@ -176,11 +186,14 @@ def test_agrees_with_the_cpu_in_float64(engine: str, dtype: torch.dtype, activat
 
 
 @on_every_dtype
-def test_torch_mm_is_deterministic(dtype: torch.dtype) -> None:
+@without_sync
+def test_is_deterministic(engine: str, dtype: torch.dtype) -> None:
+    if not takes(engine, "cuda", dtype):
+        pytest.skip(f"{engine} does not take {dtype}")
     config = moe_config(
         n_routed_experts=16, n_activated_experts=4, dim=128, moe_inter_dim=64, dtype=dtype, expert_bias=True
     )
-    made = layer("torch_mm", config, device="cuda")
+    made = layer(engine, config, device="cuda")
     batch = corner_batch(made, num_tokens=2000)
     first = {name: tensor.clone() for name, tensor in run(made, batch).items()}
     for _ in range(4):
