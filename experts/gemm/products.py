@@ -67,7 +67,7 @@ def _multiply(
     read_columns = tile.columns * (2 if form.interleaved else 1)
     a = a.contiguous()
     launch(
-        _product,
+        _grouped_gemm,
         (most_blocks * triton.cdiv(out_width, tile.columns),),
         a if gather else TensorDescriptor.from_tensor(a, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(b_LPQ.contiguous(), [1, tile.depth, read_columns]),
@@ -123,7 +123,7 @@ def _load_bias(bias, expert, columns, width: tl.constexpr):
 
 
 @triton.jit
-def _product(
+def _grouped_gemm(
     a,
     b,
     out,

@@ -224,7 +224,7 @@ def test_products_compile_for_sm90(rows_per_expert: int, monkeypatch: pytest.Mon
     weights_TK = torch.zeros(tokens, k)
 
     def check(gathers: bool) -> None:
-        code = ptx.pop("_product")
+        code = ptx.pop("_grouped_gemm")
         assert ("wgmma.mma_async" in code, "mma.sync" in code) == (rows_per_expert > 24, rows_per_expert <= 24)
         assert "cp.async.bulk.tensor.3d" in code
         assert ("cp.async.cg.shared.global" in code) == gathers
