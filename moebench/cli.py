@@ -17,6 +17,7 @@ from moebench.audit import audit
 from moebench.case import Job
 from moebench.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, err, out, progress_bar
 from moebench.doctor import doctor as examine
+from moebench.forecast import forecast, measured_jobs
 from moebench.frame import ResultsError, load
 from moebench.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, TimeBudget
 from moebench.record import GOOD, Record
@@ -67,7 +68,7 @@ def run(
     share_gpus: ShareGpus = False,
     filters: Filters = None,
     case: CaseIds = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be measured, measure nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be measured, and what it may take")] = False,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="measure all that often, in fresh processes and random order; default 1")
     ] = None,
@@ -97,7 +98,7 @@ def run(
         )
         plan = results.plan_rest(resume, backends=backend or [], time_budget_min=time_budget, force=force)
     if dry_run:
-        _print_jobs(plan.jobs, as_json)
+        _print_plan(plan.jobs, as_json)
         return
     plan, notes = results.on_gpus(plan, gpus, share_gpus)
     for note in notes:
@@ -150,13 +151,19 @@ def _exit(outcome: Outcome, folder: Path) -> None:
         raise typer.Exit(EXIT_FAILED)
 
 
-def _print_jobs(jobs: tuple[Job, ...], as_json: bool) -> None:
+def _print_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
+    expected = forecast(jobs, measured_jobs())
     if as_json:
-        out.print_json(json.dumps([{"case_id": job.case.case_id, **job.model_dump(mode="json")} for job in jobs]))
+        listed = [
+            {"case_id": job.case.case_id, **job.model_dump(mode="json"), "estimate": vars(estimate)}
+            for job, estimate in zip(jobs, expected.estimates, strict=True)
+        ]
+        out.print_json(json.dumps({"jobs": listed, "forecast": expected.as_dict()}))
         return
     for job in jobs:
         out.print(f"{job.case.case_id}  {job.backend}  {job.dispatcher}", soft_wrap=True)
     out.print(f"{len(jobs)} jobs")
+    out.print(expected, soft_wrap=True)
 
 
 @app.command()
@@ -212,9 +219,9 @@ def list_(
     device: Annotated[str | None, typer.Option(help="the device that backends are asked about")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sweeps and backends, with why one is unavailable here; or the cases of a sweep."""
+    """Sweeps and backends, with why one is unavailable here; or a sweep's jobs, and what they may take."""
     if sweep is not None:
-        _print_jobs(select(sweep, backend or [], filters or [], []), as_json)
+        _print_plan(select(sweep, backend or [], filters or [], []), as_json)
         return
     results.check_device(device)
     listed = listing.everything(device)

@@ -13,7 +13,8 @@ import torch
 from experts import MoEConfig
 from tests.experts.layers import BF16, F32, F64, Batch, moe_config, random_batch
 
-SIZES = (1, 2, 4)
+SIZES = (1, 2, 4)  # that have the same scenarios
+LAUNCHED = (*SIZES, 8)
 
 
 def _shares(*counts: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
@@ -32,7 +33,7 @@ Change = Callable[[Batch], Batch]
 
 @dataclass(frozen=True)
 class Scenario:
-    """A layer of 12 experts, which every number of ranks divides, the tokens of all ranks, and who has how many."""
+    """A layer of 12 experts, which each of SIZES divides, the tokens of all ranks, and who has how many."""
 
     counts: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=lambda: UNEVEN)
     change: Change = lambda batch: batch
@@ -67,8 +68,8 @@ def _all_masked(batch: Batch) -> Batch:
 
 def _to_the_experts(*experts: int) -> Change:
     def change(batch: Batch) -> Batch:
-        chosen = torch.tensor(experts)
-        indices = torch.stack([chosen[torch.arange(13) % len(experts)], chosen[torch.arange(1, 14) % len(experts)]], 1)
+        chosen, tokens = torch.tensor(experts), torch.arange(len(batch.indices))
+        indices = torch.stack([chosen[tokens % len(experts)], chosen[(tokens + 1) % len(experts)]], 1)
         return batch.with_(indices=indices)
 
     return change
@@ -133,7 +134,26 @@ OTHERS = {
     "without-bias": Scenario(fields=(("expert_bias", False),)),
     "weight-after-down": Scenario(fields=(("apply_router_weight_after_down", True),)),
 }
-SCENARIOS = ROUTINGS | ACTIVATIONS | OTHERS
+
+
+def _of_eight(*counts: int, change: Change = lambda batch: batch, n_routed_experts: int = 16) -> Scenario:
+    """Of eight ranks; with 8 experts each has one."""
+    fields = (("n_routed_experts", n_routed_experts),)
+    return Scenario({1: (sum(counts),), 8: counts}, change, fields=fields)
+
+
+#: What fewer ranks cannot show: most of them without tokens, or all but one without rows, in the middle and at the ends.
+OF_EIGHT = {
+    "eight-uneven": _of_eight(3, 1, 0, 5, 2, 7, 4, 6),
+    "eight-an-expert-a-rank": _of_eight(3, 1, 0, 5, 2, 7, 4, 6, n_routed_experts=8),
+    "eight-fewer-tokens-than-ranks": _of_eight(0, 1, 0, 0, 1, 0, 1, 0, n_routed_experts=8),
+    "eight-one-rank-with-tokens": _of_eight(0, 0, 0, 0, 0, 0, 13, 0),
+    "eight-all-to-the-last-rank": _of_eight(0, 2, 1, 0, 4, 0, 3, 0, change=_to_the_experts(15, 14)),
+    "eight-all-to-a-rank-without": _of_eight(1, 2, 0, 4, 0, 3, 5, 6, change=_to_the_experts(5, 4)),
+    "eight-masked": _of_eight(1, 2, 0, 3, 1, 2, 3, 1, change=_masked),
+    "eight-all-without": _of_eight(0, 0, 0, 0, 0, 0, 0, 0),
+}
+SCENARIOS = ROUTINGS | ACTIVATIONS | OTHERS | OF_EIGHT
 
 
 @dataclass(frozen=True)
@@ -177,9 +197,16 @@ def cases(world_size: int) -> list[Case]:
             Case(name, engine, "allgather") for name in ("uneven", "masked") for engine in ("loop", "torch_mm", "te")
         ]
     two = ("allgather", "alltoall")
+    if world_size == 8:
+        return [
+            *(Case(name, engine, way) for name in OF_EIGHT for way in two for engine in ("loop", "torch_mm")),
+            *(Case("eight-uneven", "loop", way, dtype) for way in two for dtype in (F64, BF16)),
+            *(Case(name, "loop", "deepep", BF16) for name in OF_EIGHT),
+            Case("eight-uneven", "torch_mm", "alltoall", made="saved-by-one"),
+        ]
     grid = [
         Case(name, engine, way)
-        for name in SCENARIOS
+        for name in ROUTINGS | ACTIVATIONS | OTHERS
         for way in two
         for engine in ("loop", "torch_mm")
         # four ranks tell nothing new of activations
@@ -219,4 +246,5 @@ FACTS = {
         "num_sms",
     ),
     4: ("refusals", "fresh_weights", "state_dict_tools", "two_meshes"),
+    8: (),
 }
