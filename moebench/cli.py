@@ -68,7 +68,7 @@ def run(
     share_gpus: ShareGpus = False,
     filters: Filters = None,
     case: CaseIds = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be measured, and what it may take")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be measured and may be needed")] = False,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="measure all that often, in fresh processes and random order; default 1")
     ] = None,

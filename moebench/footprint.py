@@ -66,17 +66,23 @@ def footprint(job: Job) -> Footprint:
 
 
 def pass_bytes(job: Job) -> int:
-    """What one pass allocates at its peak above parameters and inputs: what `peak_memory_bytes` is measured as."""
+    """What one pass allocates at its peak above parameters and inputs: what `peak_memory_bytes` is measured as.
+
+    The peak is where the activation (its gradient, in a backward) is computed, or where gradients of parameters are
+    written. FP8 keeps its copies of the parameters from forward to backward.
+    """
     case, sizes, itemsize = job.case, _sizes(job), ITEMSIZE[job.case.dtype]
     is_train = case.mode == "train"
     clamps = case.expert_bias or case.swiglu_limit > 0 or case.expert_activation in ("quick_geglu", "swigluoai")
     temporaries = _TEMPORARIES["clamped" if clamps else "plain"][is_train]
-    inter, width = case.moe_inter_dim, _width(case)
-    acc = max(4, itemsize)
-    unfused = width * itemsize + temporaries * inter * acc + is_train * (case.dim + inter) * itemsize
-    row = max(unfused, (case.dim + width) * itemsize)
+    inter, width, acc = case.moe_inter_dim, _width(case), max(4, itemsize)
+    activating = width * itemsize + temporaries * inter * acc + is_train * (case.dim + inter) * itemsize
+    multiplying = (case.dim + width + inter) * itemsize + 2 * inter * acc
+    quantised = sizes.parameter_bytes if is_train and "fp8" in job.backend else 0
     tokens = (1 + is_train) * (sizes.num_tokens + sizes.reached) * case.dim * itemsize
-    return int(sizes.rows * row + tokens + _weight_copies(job) * sizes.parameter_bytes)
+    at_activation = sizes.rows * activating + quantised
+    at_gradients = sizes.rows * multiplying + _weight_copies(job) * sizes.parameter_bytes
+    return int(tokens + max(at_activation, at_gradients))
 
 
 def _weight_copies(job: Job) -> float:
@@ -106,7 +112,10 @@ def _sizes(job: Job) -> _Sizes:
     reached = _reached(job, max(counts), all_tokens)
     most = reached * min(case.n_activated_experts, num_local)
     local_rows = min(most, _skew(case) * all_tokens * case.n_activated_experts / case.ep_size)
-    counts_rows = job.backend.partition("_")[0] in _COUNTS_ROWS
+    rows_of_expert = min(all_tokens, _skew(case) * local_rows / num_local)
+    rows = local_rows if job.backend.partition("_")[0] in _COUNTS_ROWS else reached * case.n_activated_experts
+    if job.backend == "loop" and case.mode == "forward":
+        rows = rows_of_expert  # one after the other
     expert = case.dim * _width(case) + case.moe_inter_dim * case.dim
     biases = (_width(case) + case.dim) if case.expert_bias else 0
     choices = 16 * case.n_activated_experts  # a weight and an index, int64, of each
@@ -114,8 +123,8 @@ def _sizes(job: Job) -> _Sizes:
         num_tokens=max(counts),
         all_tokens=all_tokens,
         reached=reached,
-        rows=local_rows if counts_rows else reached * case.n_activated_experts,
-        rows_of_expert=min(all_tokens, _skew(case) * local_rows / num_local),
+        rows=rows,
+        rows_of_expert=rows_of_expert,
         parameter_bytes=num_local * (expert + biases) * itemsize,
         expert_numbers=expert,
         input_bytes=max(counts) * (2 * case.dim * itemsize + choices),

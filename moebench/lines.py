@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator
 
 from moebench.labels import describe, in_order, panel_title
 from moebench.look import BAD, CROSS, LEADING_IN, NOTE_SIZE, legend_below, line_legends, line_look, sheet
-from moebench.metrics import THROUGHPUT, Metric, limits, round_ticks, tokens_text, unit
+from moebench.metrics import RATES, Metric, limits, round_ticks, tokens_text, unit
 from moebench.record import Status
 
 _PANEL_IN, _CROWDED_PANEL_IN, _CROWD = 2.45, 3.8, 6  # a panel's height, for more lines than a crowd, and a crowd
@@ -40,14 +40,13 @@ def family_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
     points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
     drawn = points.dropna(subset="value")
     panels = sorted(set(zip(drawn["mode"], drawn["routing"], drawn["rank_load"], strict=True)))
-    panel_in = _PANEL_IN if drawn["line"].nunique() <= _CROWD else _CROWDED_PANEL_IN
     legends = line_legends(points, metric, joined=True)
-    figure, body = sheet(rows, metric, ("tokens", "mode"), legends, panel_in * len(panels) + 0.3)
+    figure, body = sheet(rows, metric, ("tokens", "mode"), legends, panel_in(drawn) * len(panels) + 0.3)
     axes = body.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
     for ax, (mode, routing, load) in zip(axes, panels, strict=True):
         here = points[(points["mode"] == mode) & (points["routing"] == routing) & (points["rank_load"] == load)]
         ax.set_title(panel_title(drawn, mode, routing, load))
-        _draw_values(ax, here, metric)
+        draw_values(ax, here, metric)
     body.align_ylabels(axes)
     _token_axis(axes[-1], drawn)
     return figure
@@ -57,15 +56,21 @@ def panel(ax: Axes, rows: pd.DataFrame, metric: Metric) -> None:
     """Values against tokens of rows that one panel holds, on axes of somebody else's, legend included."""
     points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
     points = points[points["num_tokens"] > 0]
-    _draw_values(ax, points, metric)
+    draw_values(ax, points, metric)
     _token_axis(ax, points.dropna(subset="value"))
     legend_below(ax, line_legends(points, metric, joined=True))
 
 
-def _draw_values(ax: Axes, points: pd.DataFrame, metric: Metric) -> None:
+def panel_in(rows: pd.DataFrame) -> float:
+    """How high a panel stands, in inches, that may show all lines of `rows`."""
+    return _PANEL_IN if rows["line"].nunique() <= _CROWD else _CROWDED_PANEL_IN
+
+
+def draw_values(ax: Axes, points: pd.DataFrame, metric: Metric) -> None:
+    """Every line's values at their `place`, with the axis of values."""
     _draw(ax, points, metric, upright=True)
     ax.set_ylabel(unit(points, metric))
-    if metric is THROUGHPUT:
+    if metric in RATES:
         _tflops_axis(ax, points)
 
 
@@ -159,7 +164,7 @@ def _draw_line(ax: Axes, rows: pd.DataFrame, metric: Metric, look: dict[str, Any
         text = "∞" if exact == math.inf else f"{exact:.0e}" if exact else "0"
         where = (place, value) if upright else (value, place)
         ax.annotate(text, where, (9, 0), textcoords="offset points", va="center", fontsize=NOTE_SIZE)
-    if metric is THROUGHPUT:
+    if metric in RATES:
         wide = shown[at["converged"].eq(False).fillna(False).to_numpy(dtype=bool) & shown.notna()]
         put(wide.index, wide, **plain, markerfacecolor="white", label="not converged")
     if metric.budget is not None:

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox, ScaledTranslation
 
 from moebench.labels import describe, in_order, machine
-from moebench.metrics import THROUGHPUT, Kind, Metric
+from moebench.metrics import RATES, Kind, Metric
 from moebench.record import Status
 
 #: Colour (Okabe and Ito's and Tol's, told apart by the colour-blind) and marker of each known backend.
@@ -224,7 +224,7 @@ def _other_entries(points: pd.DataFrame, metric: Metric, joined: bool) -> list[A
         dashed = {"linestyle": _SAVED_DASHES} if points["dispatcher"].eq("local").all() else {}
         looks = ({"marker": "o"}, {"marker": "o", **_SECONDARY, **dashed}) if joined else (dot, {**dot, **hollow})
         entries += [entry(curve, color=_INK, **look) for curve, look in zip(metric.curves, looks, strict=True)]
-    if metric is THROUGHPUT and points["converged"].eq(False).any():
+    if metric in RATES and points["converged"].eq(False).any():
         entries.append(entry("not converged", color=_INK, **dot, **hollow))
     if metric.budget is not None:
         entries.append(entry("budget", color=BAD, linewidth=1.6))

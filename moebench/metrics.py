@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -94,6 +94,8 @@ def tokens_text(count: float) -> str:
 THROUGHPUT = Metric(
     "throughput", "Throughput", "tokens/s per {per}", _points_of_throughput, combine="median", base=10, tick=_short
 )
+SCALING = replace(THROUGHPUT, name="scaling", title="Scaling")
+RATES = (THROUGHPUT, SCALING)
 MEMORY = Metric(
     *("memory", "Memory", "memory per {per}", _points_of_memory),
     combine="max",

@@ -4,7 +4,8 @@ A workload family (all of a case but its tokens, mode, routing, load of the rank
 of its own, with a panel for each mode, routing and load, and a line for each backend with two token counts or more
 there. Cases with a backend that is on no line are gathered in an overview of their EP size, so that nothing measured is
 invisible. The roofline has all cases of an EP size in one figure. Under expert parallelism there is also the breakdown
-of a forward. Only figures, no pyplot: importing this changes nothing for who imports it.
+of a forward and, of workloads measured at several EP sizes, throughput against these. Only figures, no pyplot:
+importing this changes nothing for who imports it.
 """
 
 import io
@@ -20,12 +21,13 @@ from matplotlib.figure import Figure
 
 from moebench import bars, lines
 from moebench import roofline as rooflines
+from moebench import scaling as scalings
 from moebench.frame import write_atomically
 from moebench.labels import backend_labels, describe, in_case_order
 from moebench.look import RC, settle
-from moebench.metrics import BREAKDOWN, MEMORY, PARITY, ROOFLINE, THROUGHPUT, Kind, Metric
+from moebench.metrics import BREAKDOWN, MEMORY, PARITY, ROOFLINE, SCALING, THROUGHPUT, Kind, Metric
 
-_KINDS = (THROUGHPUT, MEMORY, PARITY, ROOFLINE, BREAKDOWN)
+_KINDS = (THROUGHPUT, SCALING, MEMORY, PARITY, ROOFLINE, BREAKDOWN)
 _PREFIXES = tuple(f"{kind.name}-" for kind in _KINDS)  # of every file that is written
 
 _PAGE_IN = 11.0  # of an overview, at most, if it has more than one case
@@ -43,6 +45,18 @@ _FAMILY = (
 def throughput(frame: pd.DataFrame) -> Named:
     """Tokens/s per GPU against tokens, TFLOP/s on the right, the 95% interval as a band. Only rows with status ok."""
     return _metric_figures(frame, THROUGHPUT)
+
+
+def scaling(frame: pd.DataFrame) -> Named:
+    """Tokens/s per GPU against the EP size, every rank with as many tokens. Only rows with status ok."""
+    named: Named = []
+    columns = [name for name in _FAMILY if name != "ep_size"]
+    with matplotlib.rc_context(RC):
+        for _, family in in_case_order(frame).groupby(columns, dropna=False, sort=False):
+            some = scalings.on_lines(family)
+            if _has_values(some, SCALING):
+                named.append((_slug(SCALING, some), scalings.family_figure(some)))
+    return _distinct(named)
 
 
 def memory(frame: pd.DataFrame) -> Named:
@@ -75,7 +89,7 @@ def roofline(frame: pd.DataFrame) -> Named:
 
 def all_figures(frame: pd.DataFrame) -> Named:
     """Every figure of `frame`, its layout settled."""
-    drawn = (throughput, memory, parity, roofline, breakdown)
+    drawn = (throughput, scaling, memory, parity, roofline, breakdown)
     named = [pair for draw in drawn for pair in draw(frame)]
     for _, figure in named:
         settle(figure)

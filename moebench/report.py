@@ -17,7 +17,7 @@ from moebench.cells import size
 from moebench.comparability import environments_beside
 from moebench.environment import Environment, Gpu
 from moebench.labels import backend_labels, describe, in_case_order, machine
-from moebench.metrics import BREAKDOWN, MEMORY, PARITY, ROOFLINE, THROUGHPUT
+from moebench.metrics import BREAKDOWN, MEMORY, PARITY, ROOFLINE, SCALING, THROUGHPUT
 from moebench.record import GOOD
 from moebench.reproduce import Reproducer
 from moebench.tables import details, fastest_rows
@@ -105,7 +105,7 @@ def _wins(rows: pd.DataFrame) -> dict[str, int]:
 
 def _plots(svgs: Mapping[str, bytes]) -> list[list[tuple[str, str]]]:
     """Name and data URI of every plot: those that compare backends, and those that say why."""
-    groups = (THROUGHPUT, MEMORY, PARITY), (ROOFLINE, BREAKDOWN)
+    groups = (THROUGHPUT, SCALING, MEMORY, PARITY), (ROOFLINE, BREAKDOWN)
     return [
         [(name, _data_uri(svg)) for kind in kinds for name, svg in svgs.items() if name.startswith(f"{kind.name}-")]
         for kinds in groups

@@ -142,7 +142,7 @@ def _of_eight(*counts: int, change: Change = lambda batch: batch, n_routed_exper
     return Scenario({1: (sum(counts),), 8: counts}, change, fields=fields)
 
 
-#: What fewer ranks cannot show: most of them without tokens, or all but one without rows, in the middle and at the ends.
+#: What fewer ranks cannot show: most of them without tokens, or all but one without rows.
 OF_EIGHT = {
     "eight-uneven": _of_eight(3, 1, 0, 5, 2, 7, 4, 6),
     "eight-an-expert-a-rank": _of_eight(3, 1, 0, 5, 2, 7, 4, 6, n_routed_experts=8),

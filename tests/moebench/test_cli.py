@@ -366,16 +366,20 @@ def test_dry_run_measures_nothing(sweep, case_ids, moebench):
         "run", sweep, "--dry-run", "--filter", "num_tokens=24", "--backend", "torch_mm", "--backend", "my:Own"
     )
     assert (found.code, found.err) == (0, "")
-    assert found.out.splitlines() == [f"{case_ids[1]}  {name}  local" for name in ("torch_mm", "my:Own")] + ["2 jobs"]
+    listed = [f"{case_ids[1]}  {name}  local" for name in ("torch_mm", "my:Own")] + ["2 jobs"]
+    assert found.out.splitlines()[:3] == listed
+    assert "Estimates, nothing was measured." in found.out
     assert list(Path().iterdir()) == []
 
 
 def test_dry_run_as_json_is_what_list_gives(sweep, moebench):
-    jobs = json.loads(moebench("run", sweep, "--dry-run", "--json").out)
-    assert [(job["case"]["num_tokens"], job["backend"]) for job in jobs] == [
+    plan = json.loads(moebench("run", sweep, "--dry-run", "--json").out)
+    assert [(job["case"]["num_tokens"], job["backend"]) for job in plan["jobs"]] == [
         (tokens, name) for tokens in (8, 24) for name in ("loop", "torch_mm")
     ]
-    assert json.loads(moebench("list", sweep, "--json").out) == jobs
+    assert plan["forecast"]["num_jobs"] == 4
+    assert plan["forecast"]["memory_bytes"] == max(job["estimate"]["memory_bytes"] for job in plan["jobs"]) > 0
+    assert json.loads(moebench("list", sweep, "--json").out) == plan
 
 
 @VENDORS_MAY_WARN

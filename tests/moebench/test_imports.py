@@ -25,7 +25,7 @@ sys.meta_path.insert(0, Blocked())
 """
 WITHOUT_TORCH = (
     *("case", "spec", "axes", "selection", "sweepfile", "models", "record", "stats", "frame", "plots", "tables"),
-    *("advise", "advisecli", "notebook"),
+    *("advise", "advisecli", "notebook", "footprint", "forecast", "scaling"),
     *("report", "pagetable", "reproduce", "roofline"),
     *(
         "results",
