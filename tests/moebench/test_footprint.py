@@ -64,9 +64,9 @@ def test_a_pass_of_two_ranks_takes_about_what_was_measured(
 
 SHAPES = [
     {"num_tokens": 64},
-    {"num_tokens": 2048},
-    {"num_tokens": 2048, "n_routed_experts": 8, "n_activated_experts": 2, "moe_inter_dim": 1024},
-    {"num_tokens": 2048, "moe_inter_dim": 512, "expert_activation": "quick_geglu", "expert_bias": True},
+    {"num_tokens": 1024},
+    {"num_tokens": 1024, "n_routed_experts": 8, "n_activated_experts": 2, "moe_inter_dim": 1024},
+    {"num_tokens": 1024, "moe_inter_dim": 512, "expert_activation": "quick_geglu", "expert_bias": True},
 ]
 
 
