@@ -80,6 +80,8 @@ def pass_bytes(job: Job) -> int:
     multiplying = (case.dim + width + inter) * itemsize + 2 * inter * acc
     quantised = sizes.parameter_bytes if is_train and "fp8" in job.backend else 0
     tokens = (1 + is_train) * (sizes.num_tokens + sizes.reached) * case.dim * itemsize
+    if job.backend == "loop":  # adds experts up in float32
+        tokens += sizes.reached * case.dim * (acc + itemsize)
     at_activation = sizes.rows * activating + quantised
     at_gradients = sizes.rows * multiplying + _weight_copies(job) * sizes.parameter_bytes
     return int(tokens + max(at_activation, at_gradients))
