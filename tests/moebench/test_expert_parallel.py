@@ -124,6 +124,29 @@ def run(tmp_path_factory):
     return SimpleNamespace(folder=folder, records=outcome.records, outcome=outcome, looks=looks)
 
 
+@pytest.mark.certify
+def test_more_ranks_judge_and_measure_as_two_do(tmp_path, certify):
+    """Of four, in full of eight: ranks with little, with nothing, with fewer tokens than there are ranks."""
+    ranks = {"ep_size": 8 if certify else 4, "mode": "train"}
+    jobs = [
+        job("loop", "allgather", rank_load="one-empty", num_tokens=1, masked_share=0.0, **ranks),
+        job("torch_mm", "alltoall", rank_load="uneven", **ranks),
+        job("ranks:OwnTokensOnly", rank_load="uneven", **ranks),
+    ]
+    policy = Policy(time_cap_s=0.01, interval_target=0.9, timeout_s=100.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        rows = execute(Plan(tuple(jobs), policy, tmp_path, "run", device="cpu")).records
+    assert [(row.status.value, row.ep_size) for row in rows] == [
+        (status, ranks["ep_size"]) for status in ("ok", "ok", "mismatch")
+    ], [row.detail for row in rows]
+    for one, row in zip(jobs[:2], rows, strict=False):
+        assert row.tokens_per_s == pytest.approx(one.case.num_active_tokens / row.time_ms * 1e3)
+        assert min(row.dispatch_ms, row.compute_ms, row.combine_ms) > 0
+    assert re.match(r"\w+\.grad \(rank \d, expert \d\): error ", rows[2].detail)
+
+
 def row_of(run, backend, **fields):
     (row,) = (row for row in run.records if row.backend == backend)
     assert all(getattr(row, name) == value for name, value in fields.items())

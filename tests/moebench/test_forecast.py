@@ -113,7 +113,7 @@ def test_measured_jobs_are_those_of_results_folders(tmp_path: Path) -> None:
     assert measured_jobs([tmp_path / "none"]) is None
 
 
-@pytest.mark.parametrize("name", ["gpu", "gpu-ep2", "gpu-ep4", "gpu-ep8", "gpu-ep-scaling"])
+@pytest.mark.parametrize("name", ["gpu", "gpu-ep2", "gpu-ep4", "gpu-ep8", "gpu-ep-scaling", "gpu-ep2-as-ep8"])
 def test_the_suites_of_gpus_fit_an_h200_and_end_within_ten_minutes(name: str) -> None:
     """Of 141 GB; most of their jobs have been measured alike."""
     found = forecast(load_sweep(available_sweeps()[name]).jobs(), measured_jobs(PUBLISHED))

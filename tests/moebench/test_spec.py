@@ -183,7 +183,7 @@ def test_suite_loads(path: Path) -> None:
     assert spec.name == path.stem
     assert spec.description
     ids = {job.case.case_id for job in found}
-    assert 0 < len(ids) <= 250 or path.stem.endswith("-wide"), "the others end within minutes"
+    assert 0 < len(found) <= 250 or path.stem.endswith("-wide"), "the others end within minutes"
     assert len(ids) == len({job.case for job in found})
 
 
@@ -200,6 +200,48 @@ def test_quick_covers_what_a_first_look_needs() -> None:
     assert all({job.backend for job in found if job.case == case} == {"loop", "torch_mm"} for case in cases)
     main = {case.num_tokens for case in cases if (case.dim, case.mode) == (256, "train")}
     assert len(main) >= 4
+
+
+@pytest.mark.parametrize("ep_size", [2, 4, 8])
+def test_a_suite_of_ranks_has_every_engine_with_every_dispatcher_and_unkind_ranks(ep_size: int) -> None:
+    found = load_sweep(REPOSITORY / "suites" / f"gpu-ep{ep_size}.toml").jobs()
+    assert {job.case.ep_size for job in found} == {ep_size}
+    engines = {(job.backend, job.dispatcher, job.case.mode) for job in found if "fp8" not in job.backend}
+    assert engines == {
+        (backend, dispatcher, mode)
+        for backend in ("loop", "torch_mm", "gmm", "te")
+        for dispatcher in ("allgather", "alltoall", "deepep")
+        for mode in ("forward", "train")
+    }
+    assert {job.backend for job in found} >= {"te_fp8_current", "te_fp8_delayed", "te_fp8_block"}
+    assert {job.case.rank_load for job in found} == {"even", "uneven", "one-empty"}
+    assert {job.case.routing for job in found} == {"uniform", "zipf"}
+    assert {job.case.model for job in found} >= {"deepseek-v3", "kimi-k2"}
+    most = max(job.case.n_routed_experts // ep_size for job in found if job.dispatcher == "deepep")
+    assert most <= 128, "deep_ep takes no more experts a rank"
+
+
+def test_two_gpus_have_the_load_of_a_rank_of_eight() -> None:
+    """As many experts, of the same shape, for as many rows: of DeepSeek-V3, Kimi-K2 and gpt-oss-20b."""
+    of_two, of_eight = (
+        {
+            (job.case.n_routed_experts // size, job.case.n_activated_experts, job.case.dim, job.case.moe_inter_dim)
+            for job in load_sweep(REPOSITORY / "suites" / f"{name}.toml").jobs()
+            if job.case.ep_size == size
+        }
+        for name, size in (("gpu-ep2-as-ep8", 2), ("gpu-ep8", 8))
+    )
+    assert of_two == {(32, 8, 7168, 2048), (48, 8, 7168, 2048), (4, 4, 2880, 2880)}
+    assert of_two < of_eight
+
+
+def test_the_suite_of_ep_sizes_has_as_many_tokens_a_rank_at_each() -> None:
+    found = load_sweep(REPOSITORY / "suites" / "gpu-ep-scaling.toml").jobs()
+    assert {(job.case.num_tokens, job.case.rank_load) for job in found} == {(4096, "even")}
+    sizes: dict[object, set[int]] = {}
+    for job in found:
+        sizes.setdefault((job.case.model, job.case.mode, job.backend), set()).add(job.case.ep_size)
+    assert set(map(frozenset, sizes.values())) == {frozenset({1, 2, 4, 8}), frozenset({4, 8})}
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
