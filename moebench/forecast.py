@@ -113,8 +113,8 @@ class Forecast:
 
     @property
     def memory_bytes(self) -> int:
-        """Of the rank that needs most in the whole sweep."""
-        return max(estimate.memory_bytes for estimate in self.estimates)
+        """Of the rank that needs most in the whole sweep; 0 without jobs."""
+        return max((estimate.memory_bytes for estimate in self.estimates), default=0)
 
     @property
     def time_s(self) -> float | None:
@@ -131,6 +131,8 @@ class Forecast:
         return {"num_jobs": len(self.jobs), **whole, "lines": [asdict(line) for line in self.lines]}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.jobs:
+            return
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("EP", "backend", "jobs", "memory of a rank", "time"):
             table.add_column(name, justify="left" if name == "backend" else "right", overflow="fold")

@@ -105,6 +105,11 @@ def test_it_says_that_it_is_an_estimate_of_what_and_what_is_missing() -> None:
     assert "Time: unknown, no measured job is near any of these." in text
 
 
+def test_of_a_run_with_nothing_left_there_is_nothing_to_say() -> None:
+    found = forecast([], of(took(1.0)))
+    assert (found.memory_bytes, found.time_s, found.num_untimed, shown(found)) == (0, None, 0, "")
+
+
 def test_measured_jobs_are_those_of_results_folders(tmp_path: Path) -> None:
     write(to_frame([took(1.0), took(2.0, num_tokens=16)]), tmp_path)
     found = measured_jobs([tmp_path])
