@@ -1,6 +1,7 @@
 """Two rows of one job -> what is found about parity and memory, and what of them may be compared. No torch here.
 
-Memory is judged to the byte: on the same torch and GPU the same code allocates the same. Parity is judged by the
+Memory is judged to the byte on a CPU. On a GPU torch's caching allocator counts whole the cached blocks that it hands
+out, and which those are differs from process to process: only what exceeds that is a change. Parity is judged by the
 status, and so by the error over its budget: what is over it is a mismatch.
 """
 
@@ -19,6 +20,9 @@ from moebench.verdicts import TimeVerdict, Verdict, round_medians
 Row = Mapping[Hashable, Any]  # of a frame of results
 
 _MEMORY_COLUMNS = {"peak": "peak_memory_bytes", "saved for backward": "saved_memory_bytes"}
+#: Between two processes on an H200 (2026-11-23, 58 jobs) the same code differed by up to 0.33% and, where that is less, by
+#: 0.2 MiB at the peak, by up to 0.6% or 1 MiB in what it saves for backward.
+_GPU_SLACK, _GPU_SLACK_BYTES = 0.01, 2 << 20
 #: Flags of a time that says nothing about the code.
 _SPOILED = {"slowed_down": "slowed down by heat or a power brake", "impossibly_fast": "impossibly fast"}
 
@@ -146,9 +150,16 @@ def _memory(pair: Pair) -> Sequence[Finding]:
     forbidding = [some for some in others if some in pair.forbidding or some.what in MEMORY_CHANGES]
     if forbidding:
         return [Finding("memory", Verdict.INCOMPARABLE, _texts(forbidding))]
-    changed = {name: sizes for name, sizes in bytes_of.items() if sizes[0] != sizes[1]}
+    on_gpu = not is_null(one["gpu"])
+    changed = {name: sizes for name, sizes in bytes_of.items() if _differ(*sizes, on_gpu)}
     reason = ", ".join(f"{name} {before:,} -> {after:,} bytes" for name, (before, after) in changed.items())
     verdict = Verdict.IMPROVED if changed else Verdict.PASS
     if any(after > before for before, after in changed.values()):
         verdict = Verdict.REGRESSED
-    return [Finding("memory", verdict, reason or "the same to the byte")]
+    same = "the same within what the allocator varies" if on_gpu else "the same to the byte"
+    return [Finding("memory", verdict, reason or same)]
+
+
+def _differ(before: int, after: int, on_gpu: bool) -> bool:
+    slack = max(_GPU_SLACK_BYTES, _GPU_SLACK * before) if on_gpu else 0
+    return abs(after - before) > slack

@@ -39,7 +39,7 @@ def ok(job: Job, rounds: Sequence[float], **measured: Any) -> Record:
         "time_ms": float(np.median(rounds)),
         "samples_ms": tuple(time * factor for time in rounds for factor in (0.9, 1.0, 1.3)),
         "sample_rounds": tuple(number for number in range(len(rounds)) for _ in range(3)),
-        "peak_memory_bytes": 1_000_000,
+        "peak_memory_bytes": 100_000_000,
         "saved_memory_bytes": 1000 if job.case.mode == "train" else None,
         "parity_worst": 0.25,
         "env_id": "e",
@@ -77,7 +77,7 @@ def one_of_each() -> GateResult:
     """PASS, REGRESSED by time, MISSING, INCONCLUSIVE, REGRESSED by a crash with a nasty reason, NEW."""
     slow = steady(time_ms=1.0512)
     before = [ok(JOBS[name], steady()) for name in ("same", "slow", "gone", "crash")]
-    after = [ok(JOBS["same"], steady()), ok(JOBS["slow"], slow, peak_memory_bytes=1_250_000), ok(JOBS["new"], slow)]
+    after = [ok(JOBS["same"], steady()), ok(JOBS["slow"], slow, peak_memory_bytes=125_000_000), ok(JOBS["new"], slow)]
     return gated(
         [*before, ok(JOBS["one"], [1.0])],
         [*after, ok(JOBS["one"], [1.0]), bad(JOBS["crash"], Status.crash, NASTY)],

@@ -28,9 +28,9 @@ def found(one, two, measure, **differing):
     return {finding.measure: finding for finding in of_pair(pair(one, two, **differing), None)}[measure]
 
 
-def memory(before, after, **differing):
+def memory(before, after, gpu=None, **differing):
     names = ("peak_memory_bytes", "saved_memory_bytes")
-    one, two = (ok(JOB, steady(), **dict(zip(names, some, strict=True))) for some in (before, after))
+    one, two = (ok(JOB, steady(), **{**dict(zip(names, some, strict=True)), "gpu": gpu}) for some in (before, after))
     return found(one, two, "memory", **differing)
 
 
@@ -41,6 +41,15 @@ def test_one_byte_more_is_a_regression():
     assert memory((100, 50), (99, 50)).verdict is Verdict.IMPROVED
     assert memory((100, 50), (90, 51)).verdict is Verdict.REGRESSED, "less peak does not pay for more saved"
     assert "peak 1,000 -> 2,000 bytes" in memory((1000, 50), (2000, 50)).reason
+
+
+def test_on_a_gpu_what_the_allocator_varies_is_no_change():
+    mib = 1 << 20
+    for before, least in ((40 * mib, 2 * mib), (1000 * mib, 10 * mib)):
+        assert memory((before, 0), (before + least, 0), gpu="NVIDIA H200").verdict is Verdict.PASS
+        assert memory((before, 0), (before + least + 1, 0), gpu="NVIDIA H200").verdict is Verdict.REGRESSED
+        assert memory((before, 0), (before - least - 1, 0), gpu="NVIDIA H200").verdict is Verdict.IMPROVED
+        assert memory((0, before), (0, before + least + 1), gpu="NVIDIA H200").verdict is Verdict.REGRESSED
 
 
 def test_what_was_not_measured_is_not_judged():

@@ -25,7 +25,7 @@ def test_json_has_every_number_and_no_infinity(result):
     assert slow["verdict"] == "REGRESSED"
     assert slow["time"]["ratio"] == pytest.approx(1.0512, rel=1e-3)
     assert slow["time"]["rounds"] == [10, 10]
-    assert slow["peak_memory_bytes"] == {"baseline": 1_000_000, "candidate": 1_250_000}
+    assert slow["peak_memory_bytes"] == {"baseline": 100_000_000, "candidate": 125_000_000}
     assert {some["measure"]: some["verdict"] for some in slow["findings"]}["memory"] == "REGRESSED"
     one = jobs[JOBS["one"].case.case_id]["time"]
     assert (one["smallest_effect"], one["low"], one["high"]) == (None, None, None)
