@@ -20,8 +20,8 @@ from moebench.verdicts import TimeVerdict, Verdict, round_medians
 Row = Mapping[Hashable, Any]  # of a frame of results
 
 _MEMORY_COLUMNS = {"peak": "peak_memory_bytes", "saved for backward": "saved_memory_bytes"}
-#: Between two processes on an H200 (2026-11-23, 58 jobs) the same code differed by up to 0.33% and, where that is less, by
-#: 0.2 MiB at the peak, by up to 0.6% or 1 MiB in what it saves for backward.
+#: Between two processes on an H200 (2026-11-23, 58 jobs) the same code differed by up to 0.33% and, where that is less,
+#: by 0.2 MiB at the peak, by up to 0.6% or 1 MiB in what it saves for backward.
 _GPU_SLACK, _GPU_SLACK_BYTES = 0.01, 2 << 20
 #: Flags of a time that says nothing about the code.
 _SPOILED = {"slowed_down": "slowed down by heat or a power brake", "impossibly_fast": "impossibly fast"}

@@ -20,7 +20,8 @@ from moebench.labels import describe, in_order, machine
 from moebench.metrics import RATES, Kind, Metric
 from moebench.record import Status
 
-#: Colour (Okabe and Ito's and Tol's, told apart by the colour-blind) and marker of each known backend.
+#: Colour (Okabe and Ito's and Tol's, told apart by the colour-blind) and marker of each known backend. Matplotlib has
+#: 15 markers with a face, which "not converged" needs: peers share two with backends that they are not drawn beside.
 BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "loop": ("#5A5A5A", "o"),
@@ -38,8 +39,8 @@ BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "torch_mm_mxfp8": ("#56B4E9", "<"),
         "triton": ("#332288", "p"),
         "peer_transformers": ("#B03060", "h"),
-        "peer_automodel_torch_mm": ("#117733", "1"),
-        "peer_sonicmoe": ("#DDAA33", "2"),
+        "peer_automodel_torch_mm": ("#117733", "d"),
+        "peer_sonicmoe": ("#DDAA33", "X"),
     }
 )
 _OTHER_COLORS = ("#999933", "#AA4499", "#661100", "#44AA99", "#6699CC", "#B8860B")

@@ -30,14 +30,15 @@ def center_of_rounds(medians: Sequence[float]) -> tuple[float, float, float]:
     """Median of the medians of several rounds, one process each, and its 95% interval.
 
     Samples of one process share its luck (addresses, clocks): the process is what repeats. From MIN_SAMPLES rounds on
-    the interval is the exact one of `median_interval`; of fewer it is Student's, which takes rounds' medians to be
-    normal, and is wide for two.
+    the interval is the exact one of `median_interval`; of fewer it is Student's on their logarithms, which takes
+    them to be normal, and is wide for two.
     """
     if len(medians) >= MIN_SAMPLES:
         return median_interval(medians)
     median = float(np.median(medians))
-    half = float(stdtrit(len(medians) - 1, (1 + CONFIDENCE) / 2) * np.std(medians, ddof=1) / np.sqrt(len(medians)))
-    return median, median - half, median + half
+    deviation = float(np.std(np.log(medians), ddof=1))
+    factor = math.exp(float(stdtrit(len(medians) - 1, (1 + CONFIDENCE) / 2)) * deviation / math.sqrt(len(medians)))
+    return median, median / factor, median * factor
 
 
 def series_interval(samples: Sequence[float]) -> tuple[float, float, float]:

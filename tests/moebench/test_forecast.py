@@ -14,7 +14,8 @@ from moebench.record import Record, Status
 from moebench.spec import available_sweeps, load_sweep
 from tests.moebench.drawn import bad, case, ok
 
-PUBLISHED = sorted((Path(__file__).parents[2] / "results" / "published").glob("*/"))
+RESULTS = (Path(__file__).parents[2] / "results" / "published").glob("*/results.parquet")
+PUBLISHED = sorted(path.parent for path in RESULTS)
 
 
 def took(job_s: float, backend: str = "te", dispatcher: str = "local", **fields: Any) -> Record:

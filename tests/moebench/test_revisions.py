@@ -104,5 +104,5 @@ def test_a_revision_says_which_backends_it_has_not(tmp_path):
 def test_experts_that_this_harness_cannot_drive_are_named(tmp_path):
     (tmp_path / "experts").mkdir()
     (tmp_path / "experts" / "__init__.py").write_text("")
-    with pytest.raises(RevisionError, match="old: this moebench cannot drive its experts: ModuleNotFoundError: "):
+    with pytest.raises(RevisionError, match=r"old: this moebench cannot drive its experts: .*Error: "):
         unknown_backends(Revision("old", None, tmp_path), ["loop"])

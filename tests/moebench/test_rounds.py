@@ -78,9 +78,14 @@ def test_one_round_is_its_row():
 def test_few_rounds_have_the_interval_of_student():
     times = [2.0, 2.2, 2.1]
     one = merged([row(number, time_ms=time_ms) for number, time_ms in enumerate(times)])
-    half = t.ppf(0.975, 2) * np.std(times, ddof=1) / np.sqrt(3)
-    assert (one.time_ms, one.time_ms_low, one.time_ms_high) == pytest.approx((2.1, 2.1 - half, 2.1 + half))
+    factor = np.exp(t.ppf(0.975, 2) * np.std(np.log(times), ddof=1) / np.sqrt(3))
+    assert (one.time_ms, one.time_ms_low, one.time_ms_high) == pytest.approx((2.1, 2.1 / factor, 2.1 * factor))
     assert (one.round, one.num_rounds) == (None, 3)
+
+
+def test_two_rounds_far_apart_are_of_a_time_above_zero():
+    one = merged([row(number, time_ms=time_ms) for number, time_ms in enumerate([1.0, 3.0])])
+    assert 0 < one.time_ms_low < 1.0 < 3.0 < one.time_ms_high
 
 
 def test_many_rounds_have_the_exact_interval_of_their_medians():

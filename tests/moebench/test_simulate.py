@@ -30,7 +30,7 @@ from moebench.verdicts import POWER, THRESHOLD
 from tests.moebench.gated import bad, frame, job_of, ok
 
 ROOT = Path(__file__).parents[2]
-H200 = load(ROOT / "results" / "published" / "h200-2026-11-23")
+H200 = load(ROOT / "results" / "published" / "earlier" / "h200-2026-11-23")
 RANDOM = np.random.default_rng(17)
 
 
