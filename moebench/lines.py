@@ -1,6 +1,7 @@
 """Values as lines against tokens, and of cases that are on no line in an overview. No torch here."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
 from textwrap import wrap
@@ -18,6 +19,7 @@ from moebench.record import Status
 
 _PANEL_IN, _CROWDED_PANEL_IN, _CROWD = 2.45, 3.8, 6  # a panel's height, for more lines than a crowd, and a crowd
 _SEPARATOR, _MARK_SIZE = "#BBBBBB", 6.5
+_LABEL_SHARE = 0.095  # of the token axis: a label of four characters and a gap
 _MARK_IN, _CASE_GAP_IN = 0.16, 0.13  # in an overview: of each line, and between cases
 
 
@@ -75,12 +77,23 @@ def draw_values(ax: Axes, points: pd.DataFrame, metric: Metric) -> None:
 
 
 def _token_axis(ax: Axes, drawn: pd.DataFrame) -> None:
-    counts = sorted(set(drawn["place"]))
-    step = math.ceil(len(counts) / 9)
+    counts = spaced(sorted(set(drawn["place"])))
     ax.set_xscale("log", base=2)
-    ax.set_xticks(counts[::step], [tokens_text(count) for count in counts[::step]])
+    ax.set_xticks(counts, [tokens_text(count) for count in counts])
     ax.set_xticks([], minor=True)
     ax.set_xlabel("tokens per rank" if (drawn["ep_size"] > 1).any() else "tokens")
+
+
+def spaced(counts: Sequence[float]) -> list[float]:
+    """Those of ascending counts whose labels stand apart on a logarithmic axis, first and last among them."""
+    apart = math.log(counts[-1] / counts[0]) * _LABEL_SHARE if counts else 0.0
+    kept: list[float] = []
+    for count in counts:
+        if not kept or math.log(count / kept[-1]) >= apart:
+            kept.append(count)
+    if kept and kept[-1] != counts[-1]:
+        kept[len(kept) - 1 if len(kept) > 1 else 1 :] = [counts[-1]]
+    return kept
 
 
 def page_figure(rows: pd.DataFrame, metric: Metric) -> Figure:

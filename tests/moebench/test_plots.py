@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from moebench.frame import to_frame
+from moebench.lines import spaced
 from moebench.plots import all_figures, memory, parity, throughput, write_plots
 from moebench.record import Status
 from tests.moebench.drawn import COUNTS, LONG, bad, case, family, labels, legend, line, ok, only, panels, texts
@@ -239,3 +240,11 @@ def test_plots_of_families_that_are_gone_are_removed_and_nothing_else(tmp_path: 
     assert set(tmp_path.iterdir()) == kept | {tmp_path / name for name in (*others, "memory-folder.png")}
     assert write_plots(all_figures(to_frame([])), tmp_path) == []
     assert {path.name for path in tmp_path.iterdir()} == {*others, "memory-folder.png"}
+
+
+def test_token_counts_are_labelled_where_their_labels_stand_apart() -> None:
+    assert spaced([16, 128, 512, 2048, 8192, 16384]) == [16, 128, 512, 2048, 8192, 16384]
+    assert spaced([1, 4, 16, 64, 128, 256, 16384]) == [1, 4, 16, 64, 256, 16384]
+    assert spaced([1, 1000, 1001]) == [1, 1001], "the last has its label, rather than the one before"
+    assert spaced([8]) == [8]
+    assert spaced([]) == []
