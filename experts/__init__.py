@@ -8,7 +8,7 @@ from experts.activations import get_expert_activation_for_deepep, quick_geglu_de
 from experts.config import BackendConfig, MoEConfig, is_gated_activation
 from experts.errors import ConfigError, ExpertsError, InputError, RegistryError, Unsupported
 from experts.modules import GroupedExperts, GroupedExpertsDeepEP
-from experts.te import GroupedExpertsTE
+from experts.te.layer import GroupedExpertsTE
 
 __all__ = [
     "BackendConfig",

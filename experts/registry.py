@@ -20,12 +20,13 @@ from importlib.metadata import entry_points
 import torch
 from torch import nn
 
-from experts import te
 from experts.config import BackendConfig, Dispatcher, Fp8Recipe, MoEConfig, Save
 from experts.dispatchers import dispatcher_unsupported
 from experts.engines import engine_names, get_engine
 from experts.errors import RegistryError, Unsupported
 from experts.modules import GroupedExperts
+from experts.te import library
+from experts.te.layer import CachedWeightsTE, GroupedExpertsTE
 
 ENTRY_POINT_GROUP = "experts.backends"
 
@@ -103,7 +104,7 @@ def get_backend(name: str) -> Backend:
     if name in TE_BACKENDS:
         recipe, cached = TE_BACKENDS[name]
         build = functools.partial(_build_te, recipe, cached)
-        return Backend(name, build, functools.partial(te.unsupported, te_fp8=recipe), recipe)
+        return Backend(name, build, functools.partial(library.unsupported, te_fp8=recipe), recipe)
     if name in PEERS:
         return _third_party(name, PEERS[name])
     for point in entry_points(group=ENTRY_POINT_GROUP):
@@ -123,7 +124,7 @@ def _build_grouped(
 def _build_te(
     recipe: Fp8Recipe | None, cached: bool, config: MoEConfig, dispatcher: Dispatcher | None = None
 ) -> nn.Module:
-    layer = te.CachedWeightsTE if cached else te.GroupedExpertsTE
+    layer = CachedWeightsTE if cached else GroupedExpertsTE
     return layer(config, BackendConfig(experts="te", te_fp8=recipe, dispatcher=dispatcher))
 
 

@@ -3,13 +3,12 @@
     python -m moebench.steps --model qwen3-30b-a3b --num-tokens 16384 --out FILE.json
 
 A step's bytes are those that it must read and write once; its speed is set against a copy that is measured in the same
-run, cold like everything. The products alone are the grouped GEMMs of `torch_mm`, two forward and six in a train step,
-on rows that are sorted already. bfloat16, uniform routing.
+run, cold like everything. The products alone are the grouped GEMMs of the backend's own library, two forward and six in
+a train step, on rows that are sorted already. bfloat16, uniform routing.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,31 +16,20 @@ import torch
 import typer
 from torch import Tensor
 
-from experts import BackendConfig, GroupedExperts, MoEConfig
-from experts.compute import grouped_mm
-from experts.compute.whole import Products
+from experts import MoEConfig
 from experts.config import is_gated_activation
-from experts.steps import Permutation, make_of_steps, steps_on
+from experts.registry import get_backend
+from experts.steps import make_of_steps, steps_on
 from moebench import environment, timing
 from moebench.case import Case
 from moebench.inputs import Inputs, make_inputs, make_parameters, moe_config
 from moebench.models import MODELS
+from moebench.products import BACKENDS, Work, of_backend
 from moebench.timing import TimingPolicy
 from moebench.worker import pick_device
 
-Call = Callable[[], object]
 COPY_BYTES = 1 << 30
 WARM_UPS = 3
-
-
-@dataclass(frozen=True)
-class Work:
-    """A call and what it must do at least: bytes read and written, or floating-point operations."""
-
-    name: str
-    call: Call
-    num_bytes: int = 0
-    num_flops: int = 0
 
 
 def memory_bound(inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, copy_bytes: int) -> Iterator[Work]:
@@ -80,57 +68,6 @@ def memory_bound(inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfi
         yield Work("dot_rows", lambda: steps.dot_rows(x_TD, permutation, None, down_bias), tokens * dim * e)
 
 
-def products_alone(
-    inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, permutation: Permutation
-) -> Iterator[Work]:
-    """The grouped GEMMs of a forward and of a train step, on sorted rows."""
-    products: Products = grouped_mm.products(permutation.offsets_L)
-    up, down = parameters["gate_and_up_projs"], parameters["down_projs"]
-    x_ND = inputs.x_TD.index_select(0, permutation.row_to_token_N)
-    h_NH = products.rows(x_ND, up)
-    a_NI = h_NH[:, : config.moe_inter_dim].contiguous()
-
-    def forward() -> None:
-        products.rows(x_ND, up)
-        products.rows(a_NI, down)
-
-    def train() -> None:
-        forward()
-        products.rows_back(x_ND, down)
-        products.rows_back(h_NH, up)
-        products.outer(a_NI, x_ND)
-        products.outer(x_ND, h_NH)
-
-    flops = 2 * permutation.num_rows * (up[0].numel() + down[0].numel())
-    yield Work("products, forward", forward, num_flops=flops)
-    yield Work("products, train", train, num_flops=3 * flops)
-
-
-def layers(inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig) -> Iterator[Work]:
-    """`torch_mm` as a whole: forward without gradients, and train steps for what may be saved."""
-    num_rows = inputs.indices_TK.numel()
-    flops = 2 * num_rows * sum(parameters[name][0].numel() for name in ("gate_and_up_projs", "down_projs"))
-    x_TD, weights_TK = (tensor.detach().requires_grad_() for tensor in (inputs.x_TD, inputs.weights_TK))
-    for save in ("memory", "time"):
-        with torch.device(x_TD.device):
-            layer = GroupedExperts(config, BackendConfig(experts="torch_mm", save=save))
-        layer.load_state_dict(parameters)
-
-        def forward(layer: GroupedExperts = layer) -> Tensor:
-            output: Tensor = layer(x_TD, inputs.token_mask_T, weights_TK, inputs.indices_TK)
-            return output
-
-        def train(layer: GroupedExperts = layer, forward: Callable[[], Tensor] = forward) -> None:
-            layer.zero_grad(set_to_none=True)
-            x_TD.grad = weights_TK.grad = None
-            with torch.enable_grad():
-                forward().backward(inputs.grad_TD)
-
-        if save == "memory":
-            yield Work("torch_mm, forward", forward, num_flops=flops)
-        yield Work(f"torch_mm, train ({save})", train, num_flops=3 * flops)
-
-
 def measure(work: Work, device: torch.device, policy: TimingPolicy) -> dict[str, Any]:
     """A row: milliseconds, and the speed of what there is to do."""
     for _ in range(WARM_UPS):
@@ -146,6 +83,7 @@ def measure(work: Work, device: torch.device, policy: TimingPolicy) -> dict[str,
 def main(
     model: Annotated[str, typer.Option(help="a preset of moebench.models")] = "qwen3-30b-a3b",
     num_tokens: int = 16_384,
+    backend: Annotated[list[str], typer.Option(help=f"of {', '.join(BACKENDS)}; repeatable")] = ["torch_mm"],  # noqa: B006
     device: str | None = None,
     time_cap_s: Annotated[float, typer.Option(help="seconds a measurement may take")] = 1.0,
     out: Path | None = None,
@@ -155,18 +93,29 @@ def main(
         raise typer.BadParameter(f"--model {model}: it must be one of {', '.join(MODELS)}")
     on = pick_device(device)
     case = Case(model=model, num_tokens=num_tokens, **MODELS[model])  # type: ignore[arg-type]
-    config, inputs, parameters = moe_config(case), make_inputs(case, on), make_parameters(case, on)
+    config = moe_config(case)
+    for name in backend:
+        _check_backend(name, on, config)
+    inputs, parameters = make_inputs(case, on), make_parameters(case, on)
     policy = TimingPolicy(TimingPolicy.default(on).interval_target, time_cap_s)
     copy_bytes = COPY_BYTES if on.type == "cuda" else COPY_BYTES >> 4
     steps = [measure(work, on, policy) for work in memory_bound(inputs, parameters, config, copy_bytes)]
-    permutation = steps_on(on).sort_by_expert(inputs.active_indices_TK, 0, config.n_routed_experts)
-    wholes = [measure(work, on, policy) for work in products_alone(inputs, parameters, config, permutation)]
-    wholes += [measure(work, on, policy) for work in layers(inputs, parameters, config)]
+    rows = steps_on(on).sort_by_expert(inputs.active_indices_TK, 0, config.n_routed_experts)
+    works = [work for name in backend for work in of_backend(name, inputs, parameters, config, rows)]
+    wholes = [measure(work, on, policy) for work in works]
     for row in steps:
         row["fraction"] = row["gb_per_s"] / steps[0]["gb_per_s"]
-    for row in wholes:
-        row["fraction"] = row["tflops"] / wholes["train" in row["name"]]["tflops"]
+    for products, layer in zip(wholes[::2], wholes[1::2], strict=True):
+        products["fraction"], layer["fraction"] = 1.0, layer["tflops"] / products["tflops"]
     _tell(steps + wholes, config, on, out)
+
+
+def _check_backend(name: str, device: torch.device, config: MoEConfig) -> None:
+    if name not in BACKENDS:
+        raise typer.BadParameter(f"--backend {name}: it must be one of {', '.join(BACKENDS)}")
+    reason = get_backend(name).unsupported(device, config)
+    if reason is not None:
+        raise typer.BadParameter(f"--backend {name}: {reason.reason}")
 
 
 def _tell(rows: list[dict[str, Any]], config: MoEConfig, device: torch.device, out: Path | None) -> None:
@@ -174,7 +123,7 @@ def _tell(rows: list[dict[str, Any]], config: MoEConfig, device: torch.device, o
     print(f"steps: {make}; fraction of the copy's speed, of the products' speed alone")
     for row in rows:
         speed = f"{row['gb_per_s']:8.0f} GB/s   " if "gb_per_s" in row else f"{row['tflops']:8.1f} TFLOP/s"
-        print(f"{row['name']:<26} {row['ms']:9.4f} ms {speed} {row['fraction']:6.2f}")
+        print(f"{row['name']:<32} {row['ms']:9.4f} ms {speed} {row['fraction']:6.2f}")
     if out is not None:
         described = environment.collect(device.type).model_dump(mode="json")
         out.write_text(json.dumps({"environment": described, "steps": make, "rows": rows}, indent=2) + "\n")

@@ -7,19 +7,19 @@ import pytest
 
 @pytest.fixture
 def no_libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from experts import te
+    from experts.te import library
     from tests.experts import fakes
 
     fakes.remove(monkeypatch)
     yield
-    te._not_installed.cache_clear()
+    library.not_installed.cache_clear()
 
 
 @pytest.fixture
 def fake_libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from experts import te
+    from experts.te import library
     from tests.experts import fakes
 
     fakes.install(monkeypatch)
     yield
-    te._not_installed.cache_clear()
+    library.not_installed.cache_clear()

@@ -1,4 +1,4 @@
-"""Transformer Engine (2.20) in plain torch: what experts/te.py uses of it, what it asserts, and how it keeps weights.
+"""Transformer Engine (2.20) in plain torch: what experts/te uses of it, what it asserts, and how it keeps weights.
 
 Under FP8 nothing is rounded; but groups must be aligned, and weights are copies that are kept as TE keeps its quantised
 ones, so that who uses old ones is seen.

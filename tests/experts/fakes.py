@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from experts import Unsupported, te
+from experts import Unsupported
 from experts.compute import Engine, gmm
 from experts.config import MoEConfig
 from experts.dispatch import deepep
+from experts.te import library
 from tests.experts import fake_deep_ep, fake_grouped_gemm, fake_transformer_engine
 
 LIBRARIES = (
@@ -34,7 +35,7 @@ def remove(patch: pytest.MonkeyPatch) -> None:
     for name in {*LIBRARIES, *sys.modules}:
         if name.partition(".")[0] in LIBRARIES:
             patch.setitem(sys.modules, name, None)
-    te._not_installed.cache_clear()
+    library.not_installed.cache_clear()
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
@@ -45,7 +46,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
             patch.setitem(sys.modules, name, module)
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    _on_a_gpu(patch, te, te.unsupported)
+    _on_a_gpu(patch, library, library.unsupported)
     _on_a_gpu(patch, deepep, deepep.unsupported)
     refuses = gmm.unsupported
 

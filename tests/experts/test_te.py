@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from experts import BackendConfig, ConfigError, GroupedExperts, GroupedExpertsTE, Unsupported, te
+from experts import BackendConfig, ConfigError, GroupedExperts, GroupedExpertsTE, Unsupported
 from experts.registry import get_backend
+from experts.te import library
 from tests.experts import fake_transformer_engine, fakes
 from tests.experts.layers import (
     BF16,
@@ -419,7 +420,7 @@ def test_what_it_cannot_do(
 ) -> None:
     """Told before and, by the forward of a layer that may be made on any machine, after."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    given = te.unsupported(CUDA, config(**fields), recipe)
+    given = library.unsupported(CUDA, config(**fields), recipe)
     assert (given and given.reason) == reason
     made = layer(te_fp8=recipe, **fields)
     batch = random_batch(made.config)

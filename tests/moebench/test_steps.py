@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from experts import MoEConfig
-from experts.steps import Steps, steps_on
+from experts.steps import Steps
 from moebench import steps
 from moebench.case import Case
 from moebench.inputs import make_inputs, make_parameters, moe_config
+from moebench.products import Work
 from moebench.timing import TimingPolicy
 
 ROOT = Path(__file__).parents[2]
@@ -29,50 +29,39 @@ CASE = Case(
 
 
 @pytest.fixture(scope="module")
-def works() -> list[steps.Work]:
+def works() -> list[Work]:
     config, inputs, parameters = moe_config(CASE), make_inputs(CASE, CPU), make_parameters(CASE, CPU)
-    permutation = steps_on(CPU).sort_by_expert(inputs.indices_TK, 0, 4)
-    return [
-        *steps.memory_bound(inputs, parameters, config, copy_bytes=1 << 16),
-        *steps.products_alone(inputs, parameters, config, permutation),
-        *steps.layers(inputs, parameters, config),
-    ]
+    return list(steps.memory_bound(inputs, parameters, config, copy_bytes=1 << 16))
 
 
-def test_no_step_is_forgotten(works: list[steps.Work]) -> None:
+def test_no_step_is_forgotten(works: list[Work]) -> None:
     named = {work.name.partition(" (")[0] for work in works}
     assert {name for name in vars(Steps) if not name.startswith("_")} <= named
 
 
-def test_bytes_and_operations(works: list[steps.Work]) -> None:
+def test_bytes(works: list[Work]) -> None:
     by_name = {work.name: work for work in works}
     assert by_name["gather_rows"].num_bytes == (24 + 48) * 32 * 4
     assert by_name["activate"].num_bytes == 48 * (32 + 16) * 4
-    assert by_name["products, forward"].num_flops == by_name["torch_mm, forward"].num_flops == 6 * 48 * 32 * 16
-    assert by_name["products, train"].num_flops == 3 * 6 * 48 * 32 * 16
 
 
-def test_everything_runs_and_has_a_speed(works: list[steps.Work]) -> None:
+def test_everything_runs_and_has_a_speed(works: list[Work]) -> None:
     for work in works:
         row = steps.measure(work, CPU, TimingPolicy(0.5, time_cap_s=0.01))
         assert row["ms"] > 0
         assert row.get("gb_per_s", row.get("tflops")) > 0
 
 
-def test_layers_leave_gradients_of_one_step() -> None:
-    """A train step that added to the last one's gradients would be timed with the addition."""
-    config: MoEConfig = moe_config(CASE)
-    inputs, parameters = make_inputs(CASE, CPU), make_parameters(CASE, CPU)
-    train = next(work for work in steps.layers(inputs, parameters, config) if "train" in work.name).call
-    layer = train.__defaults__[0]  # type: ignore[attr-defined]
-    train()
-    first = layer.down_projs.grad.clone()
-    train()
-    assert torch.equal(layer.down_projs.grad, first)
-
-
-def test_an_unknown_model_is_one_line() -> None:
-    command = [sys.executable, "-m", "moebench.steps", "--model", "gpt-5"]
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "gpt-5"], "--model gpt-5: it must be one of"),
+        (["--backend", "cutlass"], "--backend cutlass: it must be one of torch_mm,"),
+        (["--backend", "gmm", "--device", "cpu"], "--backend gmm: grouped_gemm"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments: list[str], said: str) -> None:
+    command = [sys.executable, "-m", "moebench.steps", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 2
-    assert "--model gpt-5: it must be one of" in " ".join(done.stderr.split())
+    assert said in " ".join(done.stderr.replace("│", " ").split())

@@ -4,31 +4,19 @@ It keeps TE's own parameters, one [out, in] matrix an expert, and speaks the sta
 """
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from experts.compute.grouped import GroupedProduct, grouped_experts, no_rows
-from experts.config import BackendConfig, Fp8Recipe, MoEConfig, dtype_name, is_gated_activation
+from experts.config import BackendConfig, MoEConfig, dtype_name, is_gated_activation
 from experts.errors import ConfigError, Unsupported
 from experts.layer import ExpertLayer
 from experts.permutation import sort_by_expert
-from experts.state_dict import as_local, local_share
-
-FP8_ALIGNMENT = 16
-MXFP8_ALIGNMENT = 32
-LINEARS = ("gate_up_linear", "down_linear")
-#: Stacked name -> the linear that keeps it, and the name of its per-expert parameters there.
-KEPT_IN = {
-    "gate_and_up_projs": ("gate_up_linear", "weight"),
-    "down_projs": ("down_linear", "weight"),
-    "gate_up_proj_bias": ("gate_up_linear", "bias"),
-    "down_proj_bias": ("down_linear", "bias"),
-}
+from experts.te import layout, library
+from experts.te.layout import LINEARS
 
 
 class GroupedExpertsTE(ExpertLayer):
@@ -50,7 +38,7 @@ class GroupedExpertsTE(ExpertLayer):
             raise ConfigError(f"GroupedExpertsTE computes with te, not {backend.experts!r}; use GroupedExperts for it")
         if backend.save is not None:
             raise ConfigError(f"save = {backend.save!r} is of torch_mm and gmm, te keeps what it keeps; leave save out")
-        missing = _not_installed()
+        missing = library.not_installed()
         if missing is not None:
             raise missing
         super().__init__(config, "te", backend.dispatcher or "deepep")
@@ -59,9 +47,9 @@ class GroupedExpertsTE(ExpertLayer):
         self.gate_up_linear = self._make_linear(config.dim, up, torch.get_default_device())
         self.down_linear = self._make_linear(config.moe_inter_dim, config.dim, torch.get_default_device())
         self._is_first_microbatch: bool | None = None
-        self.register_state_dict_post_hook(_stack_keys)
-        self.register_load_state_dict_pre_hook(_split_keys)
-        self.register_load_state_dict_post_hook(_name_missing_keys)
+        self.register_state_dict_post_hook(layout.stack_keys)
+        self.register_load_state_dict_pre_hook(layout.split_keys)
+        self.register_load_state_dict_post_hook(layout.name_missing_keys)
 
     def forward(
         self,
@@ -88,7 +76,7 @@ class GroupedExpertsTE(ExpertLayer):
         def by(linear: nn.Module) -> GroupedProduct:
             return lambda rows: self._multiply(linear, rows, rows_per_expert)
 
-        biases = (self._stacked(name) for name in ("gate_up_proj_bias", "down_proj_bias"))
+        biases = (layout.stacked(self, name) for name in ("gate_up_proj_bias", "down_proj_bias"))
         rows = permutation.cut(sum(rows_per_expert))
         with self._autocast():
             products = by(self.gate_up_linear), by(self.down_linear)
@@ -99,36 +87,35 @@ class GroupedExpertsTE(ExpertLayer):
         if config.dtype is torch.float32 and self.config.dtype is not torch.float32:
             dtype = dtype_name(self.config.dtype)
             return Unsupported(f"Transformer Engine computes float32 on float32 parameters, these are {dtype}")
-        return unsupported(device, config, self.te_fp8)
+        return library.unsupported(device, config, self.te_fp8)
 
     @property
     def gate_and_up_projs(self) -> Tensor:
         """[E, D, 2I] ([E, D, I] ungated), stacked from TE's weights; a DTensor under expert parallelism."""
-        return self._sharded(self._stacked("gate_and_up_projs"))
+        stacked = layout.sharded(self, "gate_and_up_projs")
+        assert stacked is not None
+        return stacked
 
     @property
     def down_projs(self) -> Tensor:
         """[E, I, D], stacked from TE's weights; a DTensor under expert parallelism."""
-        return self._sharded(self._stacked("down_projs"))
+        stacked = layout.sharded(self, "down_projs")
+        assert stacked is not None
+        return stacked
 
     @property
     def gate_up_proj_bias(self) -> Tensor | None:
         """[E, 2I], or None."""
-        return self._sharded(self._stacked("gate_up_proj_bias")) if self.config.expert_bias else None
+        return layout.sharded(self, "gate_up_proj_bias")
 
     @property
     def down_proj_bias(self) -> Tensor | None:
         """[E, D], or None."""
-        return self._sharded(self._stacked("down_proj_bias")) if self.config.expert_bias else None
+        return layout.sharded(self, "down_proj_bias")
 
     def stacked_grads(self) -> dict[str, Tensor]:
         """TE's gradients, stacked; absent where an expert has none."""
-        grads = {}
-        for name in KEPT_IN:
-            parts = [part.grad for part in self._parts(name)]
-            if parts and all(part is not None for part in parts):
-                grads[name] = _stack(parts)
-        return grads
+        return layout.stacked_grads(self)
 
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
         """TE's own reset: normal weights with TE's deviation, zero biases. `init_std` is not used."""
@@ -158,7 +145,7 @@ class GroupedExpertsTE(ExpertLayer):
         fp8 = FP8GlobalStateManager.is_fp8_enabled()
         sizes = rows_per_expert
         if fp8:
-            alignment = MXFP8_ALIGNMENT if FP8GlobalStateManager.get_fp8_recipe().mxfp8() else FP8_ALIGNMENT
+            alignment = library.alignment(FP8GlobalStateManager.get_fp8_recipe().mxfp8())
             rows, sizes = te.Fp8Padding(len(sizes), alignment)(rows.contiguous(), sizes)
         # TE casts parameters of another dtype than the rows' under autocast alone
         other_dtype = rows.dtype is not self.config.dtype
@@ -174,24 +161,8 @@ class GroupedExpertsTE(ExpertLayer):
             return contextlib.nullcontext()
         import transformer_engine.pytorch as te
 
-        context: contextlib.AbstractContextManager[None] = te.autocast(enabled=True, recipe=_recipe(self.te_fp8))
+        context: contextlib.AbstractContextManager[None] = te.autocast(enabled=True, recipe=library.recipe(self.te_fp8))
         return context
-
-    def _parts(self, name: str) -> list[Tensor]:
-        linear, kind = KEPT_IN[name]
-        if kind == "bias" and not self.config.expert_bias:
-            return []
-        return [getattr(getattr(self, linear), f"{kind}{index}") for index in range(self.n_local_experts)]
-
-    def _stacked(self, name: str) -> Tensor | None:
-        parts = self._parts(name)
-        return _stack(parts) if parts else None
-
-    def _sharded(self, stacked: Tensor | None) -> Tensor:
-        assert stacked is not None
-        if self.ep_mesh is None:
-            return stacked
-        return DTensor.from_local(stacked, self.ep_mesh, [Shard(0)], run_check=False)
 
     @torch.no_grad()
     def _shard_parameters(self, ep_mesh: DeviceMesh) -> None:
@@ -244,96 +215,3 @@ class CachedWeightsTE(GroupedExpertsTE):
 def _forget_kept(module: nn.Module, _: Any) -> None:
     assert isinstance(module, CachedWeightsTE)
     module._kept = False
-
-
-def _stack(parts: list[Any]) -> Tensor:
-    """[L, in, out] of matrices [out, in], [L, out] of vectors."""
-    return torch.stack([part.t() if part.ndim == 2 else part for part in parts])
-
-
-def _stack_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    assert isinstance(module, GroupedExpertsTE)
-    for key in [key for key in state_dict if key.startswith(tuple(f"{prefix}{name}." for name in LINEARS))]:
-        del state_dict[key]
-    for name in KEPT_IN:
-        stacked = module._stacked(name)
-        if stacked is not None:
-            state_dict[prefix + name] = module._sharded(stacked.detach())
-
-
-def _split_keys(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
-) -> None:
-    """Per-expert entries, views of this rank's share, for the linears to load.
-
-    Where they are to be kept as they are (`assign=True`) they are copies: TE reads a matrix as if it were contiguous.
-    """
-    assert isinstance(module, GroupedExpertsTE)
-    keeps = local_metadata.get("assign_to_params_buffers", False)
-    for name, (linear, kind) in KEPT_IN.items():
-        stacked = state_dict.get(prefix + name)
-        if stacked is None or not module._parts(name):
-            continue
-        del state_dict[prefix + name]
-        if not isinstance(stacked, DTensor) and module.ep_mesh is not None:
-            stacked = local_share(stacked, module.ep_mesh)
-        for index, part in enumerate(as_local(stacked).unbind(0)):
-            matrix = part.t() if part.ndim == 2 else part
-            state_dict[f"{prefix}{linear}.{kind}{index}"] = matrix.contiguous() if keeps else matrix
-    for name in LINEARS:
-        state_dict.setdefault(f"{prefix}{name}._extra_state", None)  # FP8 scales are found anew, not loaded
-
-
-def _name_missing_keys(module: nn.Module, incompatible: Any) -> None:
-    """Missing per-expert keys are told once, by their stacked name."""
-    for name, (linear, kind) in KEPT_IN.items():
-        missing = [key for key in incompatible.missing_keys if f"{linear}.{kind}" in key]
-        if missing:
-            prefix = missing[0].partition(linear)[0]
-            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in missing]
-            incompatible.missing_keys.append(prefix + name)
-
-
-def _recipe(name: Fp8Recipe) -> Any:
-    from transformer_engine.common import recipe
-
-    recipes = {
-        "current": recipe.Float8CurrentScaling,
-        "delayed": recipe.DelayedScaling,
-        "block": recipe.Float8BlockScaling,
-        "mxfp8": recipe.MXFP8BlockScaling,
-    }
-    return recipes[name]()
-
-
-@functools.cache
-def _not_installed() -> Unsupported | None:
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, OSError) as error:
-        return Unsupported(f"Transformer Engine does not import ({error}); pip install 'moebench[te]'")
-    return None
-
-
-def unsupported(device: torch.device, config: MoEConfig | None, te_fp8: Fp8Recipe | None) -> Unsupported | None:
-    """TE needs CUDA; FP8 needs SM89, MXFP8 SM100, and dim and moe_inter_dim that are multiples of 16 (32)."""
-    missing = _not_installed()
-    if missing is not None:
-        return missing
-    if device.type != "cuda":
-        return Unsupported(f"Transformer Engine needs a CUDA GPU, the device is {device.type}")
-    needed = (10, 0) if te_fp8 == "mxfp8" else (8, 9) if te_fp8 else (7, 0)
-    present = torch.cuda.get_device_capability(device)
-    if present < needed:
-        what = te_fp8 or "te"
-        return Unsupported(f"{what} needs SM{needed[0]}{needed[1]}, this is SM{present[0]}{present[1]}")
-    if config is None:
-        return None
-    if config.dtype is torch.float64:
-        return Unsupported(f"Transformer Engine has no {dtype_name(config.dtype)}; use the loop")
-    alignment = MXFP8_ALIGNMENT if te_fp8 == "mxfp8" else FP8_ALIGNMENT
-    for name in ("dim", "moe_inter_dim"):
-        size = getattr(config, name)
-        if te_fp8 and size % alignment:
-            return Unsupported(f"FP8 takes multiples of {alignment}, but {name} = {size}; use te without FP8")
-    return None

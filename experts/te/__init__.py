@@ -1,0 +1,1 @@
+"""Experts by Transformer Engine, which is imported when a layer is made."""

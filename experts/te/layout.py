@@ -1,0 +1,101 @@
+"""The stacked layout of parameters that Transformer Engine keeps one by one, a matrix [out, in] an expert.
+
+A layer here is any with Transformer Engine's two linears; the hooks are for its state dict.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from experts.layer import ExpertLayer
+from experts.state_dict import as_local, local_share
+
+LINEARS = ("gate_up_linear", "down_linear")
+#: Stacked name -> the linear that keeps it, and the name of its per-expert parameters there.
+KEPT_IN = {
+    "gate_and_up_projs": ("gate_up_linear", "weight"),
+    "down_projs": ("down_linear", "weight"),
+    "gate_up_proj_bias": ("gate_up_linear", "bias"),
+    "down_proj_bias": ("down_linear", "bias"),
+}
+
+
+def stacked(layer: ExpertLayer, name: str) -> Tensor | None:
+    """This rank's parameter of that name, made of TE's own; None for a bias that the layer has not."""
+    parts = _parts(layer, name)
+    return _stack(parts) if parts else None
+
+
+def sharded(layer: ExpertLayer, name: str) -> Tensor | None:
+    """As `stacked`; under expert parallelism a DTensor of all ranks' experts."""
+    local = stacked(layer, name)
+    if local is None or layer.ep_mesh is None:
+        return local
+    return DTensor.from_local(local, layer.ep_mesh, [Shard(0)], run_check=False)
+
+
+def stacked_grads(layer: ExpertLayer) -> dict[str, Tensor]:
+    """TE's gradients, stacked; absent where an expert has none."""
+    grads = {}
+    for name in KEPT_IN:
+        parts = [part.grad for part in _parts(layer, name)]
+        if parts and all(part is not None for part in parts):
+            grads[name] = _stack(parts)
+    return grads
+
+
+def stack_keys(layer: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """State dict hook: stacked entries in place of TE's."""
+    assert isinstance(layer, ExpertLayer)
+    for key in [key for key in state_dict if key.startswith(tuple(f"{prefix}{name}." for name in LINEARS))]:
+        del state_dict[key]
+    with torch.no_grad():
+        entries = {name: sharded(layer, name) for name in KEPT_IN}
+    state_dict.update({prefix + name: entry for name, entry in entries.items() if entry is not None})
+
+
+def split_keys(
+    layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
+) -> None:
+    """Hook before a load: per-expert entries, views of this rank's share, for the linears to load.
+
+    Where they are to be kept as they are (`assign=True`) they are copies: TE reads a matrix as if it were contiguous.
+    """
+    assert isinstance(layer, ExpertLayer)
+    keeps = local_metadata.get("assign_to_params_buffers", False)
+    for name, (linear, kind) in KEPT_IN.items():
+        whole = state_dict.get(prefix + name)
+        if whole is None or not _parts(layer, name):
+            continue
+        del state_dict[prefix + name]
+        if not isinstance(whole, DTensor) and layer.ep_mesh is not None:
+            whole = local_share(whole, layer.ep_mesh)
+        for index, part in enumerate(as_local(whole).unbind(0)):
+            matrix = part.t() if part.ndim == 2 else part
+            state_dict[f"{prefix}{linear}.{kind}{index}"] = matrix.contiguous() if keeps else matrix
+    for name in LINEARS:
+        state_dict.setdefault(f"{prefix}{name}._extra_state", None)  # FP8 scales are found anew, not loaded
+
+
+def name_missing_keys(_: nn.Module, incompatible: Any) -> None:
+    """Hook after a load: missing per-expert keys are told once, by their stacked name."""
+    for name, (linear, kind) in KEPT_IN.items():
+        missing = [key for key in incompatible.missing_keys if f"{linear}.{kind}" in key]
+        if missing:
+            prefix = missing[0].partition(linear)[0]
+            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in missing]
+            incompatible.missing_keys.append(prefix + name)
+
+
+def _parts(layer: ExpertLayer, name: str) -> list[Any]:
+    linear, kind = KEPT_IN[name]
+    if kind == "bias" and not layer.config.expert_bias:
+        return []
+    return [getattr(getattr(layer, linear), f"{kind}{index}") for index in range(layer.n_local_experts)]
+
+
+def _stack(parts: list[Any]) -> Tensor:
+    """[L, in, out] of matrices [out, in], [L, out] of vectors."""
+    return torch.stack([part.t() if part.ndim == 2 else part for part in parts])
