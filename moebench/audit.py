@@ -159,9 +159,7 @@ def _place(row: Record) -> list[str]:
 
 
 def _reason(row: Record) -> str:
-    """The last line of a traceback, the first of anything else."""
-    lines = (row.detail or "").strip().splitlines() or [""]
-    return lines[-1 if row.status is Status.error else 0]
+    return (row.detail or "").strip().partition("\n")[0]
 
 
 def audit(

@@ -84,7 +84,10 @@ def environments_beside(path: Path) -> dict[str, Environment]:
         found = [Environment.from_file(file) for file in files if file.is_file()]
     except EnvironmentFileError as error:
         raise ResultsError(str(error)) from error
-    return {environment.env_id: environment for environment in found}
+    by_id: dict[str, Environment] = {}
+    for environment in found:  # of several of one id, which differ in revision alone, the run's own
+        by_id.setdefault(environment.env_id, environment)
+    return by_id
 
 
 @dataclass(frozen=True)

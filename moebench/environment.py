@@ -85,6 +85,11 @@ class Environment(BaseModel):
             "libraries": {name: self.versions.get(name) for name in TIMED_LIBRARIES},
         }
 
+    @property
+    def code(self) -> dict[str, Any]:
+        """Which moebench and experts ran, by the name of the field: no part of `env_id`."""
+        return {"moebench": self.moebench, "git_revision": self.git_revision, "git_dirty": self.git_dirty}
+
     def gpu_uuids(self, count: int) -> str | None:
         """The names of the first GPUs, as many as a job has ranks; None where there are none."""
         return ", ".join(gpu.uuid or f"index {gpu.index}" for gpu in self.gpus[:count]) or None

@@ -101,10 +101,7 @@ def environment_changes(folder: Path, now: Environment) -> list[str]:
     except EnvironmentFileError as error:
         raise UsageError(str(error)) from error
     found = [str(difference) for difference in differences(was, now)]
-    for name in ("moebench", "git_revision", "git_dirty"):
-        if getattr(was, name) != getattr(now, name):
-            found.append(f"{name} {getattr(was, name)} -> {getattr(now, name)}")
-    return found
+    return found + [f"{name} {was.code[name]} -> {code}" for name, code in now.code.items() if code != was.code[name]]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from moebench.backlog import Backlog
 from moebench.case import Job
 from moebench.comparability import ENVIRONMENT_NAME, ENVIRONMENTS_NAME
 from moebench.environment import Environment
+from moebench.frame import write_atomically
 from moebench.plan import Plan, Refused, RunnerError, new_run_id
 from moebench.record import Journal, Record
 from moebench.slots import places
@@ -119,6 +120,18 @@ def _past(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
 
+def _file_of(environment: Environment, folder: Path) -> Path:
+    """Where a folder keeps it: as the run's own, or as a further one of a run that was resumed by force."""
+    first = folder / ENVIRONMENT_NAME
+    was = Environment.from_file(first) if first.exists() else environment
+    if was.env_id != environment.env_id:
+        return folder / ENVIRONMENTS_NAME / f"{environment.env_id}.json"
+    if was.code != environment.code:  # times may be compared, but it is other code that ran
+        code = environment.git_revision or environment.moebench
+        return folder / ENVIRONMENTS_NAME / f"{environment.env_id}-{code}.json"
+    return first
+
+
 @dataclass
 class _Crew:
     """The workers of one plan for the jobs of one EP size, one at each place."""
@@ -190,12 +203,10 @@ class _Crew:
         if environment.device == "cpu" and self.plan.slots[0].gpu is not None:
             self.places = {number: self.places[number] for number in self.workers}  # torch sees no GPU: no place there
         self.met = True
-        folder = self.plan.folder
-        file = folder / ENVIRONMENT_NAME
-        if file.exists() and Environment.from_file(file).env_id != environment.env_id:
-            file = folder / ENVIRONMENTS_NAME / f"{environment.env_id}.json"
+        file = _file_of(environment, self.plan.folder)
+        if not file.exists():
             file.parent.mkdir(exist_ok=True)
-        file.write_text(environment.to_json())
+            write_atomically(file, environment.to_json().encode())
 
     def _next_for(self, worker: WorkerProcess) -> tuple[Job, ...]:
         if len(self.places) == 1:

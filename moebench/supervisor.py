@@ -1,5 +1,6 @@
 """One worker process, or group of ranks, under watch: what it is given, what it tells, how it ends. No torch here."""
 
+import itertools
 import json
 import os
 import signal
@@ -48,9 +49,9 @@ class WorkerProcess:
         self._running: int | None = None  # the job it is at
         self._kills_before = 0
         self._torn = b""
-        number = len(list((plan.folder / "logs").glob("worker-*.log")))
+        name = _unused_name(plan.folder / "logs")
         self._log, self._job_file, events = (
-            plan.folder / "logs" / f"worker-{number}{ending}" for ending in (".log", ".jobs.jsonl", ".events.jsonl")
+            plan.folder / "logs" / f"{name}{ending}" for ending in (".log", ".jobs.jsonl", ".events.jsonl")
         )
         self._write_head()
         events.touch()
@@ -69,7 +70,7 @@ class WorkerProcess:
             experts_folder=plan.experts_folder and plan.experts_folder.resolve(),
             traces=plan.folder / "traces" if plan.profile else None,
         )
-        self._job_file.write_text(head.model_dump_json() + "\n")
+        self._job_file.write_text(head.model_dump_json() + "\n", encoding="utf-8")
 
     def _start(self, events: Path) -> subprocess.Popen[bytes]:
         """Python, or torch.distributed's launcher of as many ranks as the jobs have, with the worker's module."""
@@ -111,7 +112,7 @@ class WorkerProcess:
         """Let it measure these next."""
         self._given += jobs
         self._kills_before = _kernel_kills()
-        with self._job_file.open("a") as file:
+        with self._job_file.open("a", encoding="utf-8") as file:
             file.writelines(job.model_dump_json() + "\n" for job in jobs)
         self._since = time.monotonic()
 
@@ -228,6 +229,12 @@ class WorkerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(KILL_TIMEOUT_S)
+
+
+def _unused_name(logs: Path) -> str:
+    """Of a worker whose files are all new: what another was told, and told, is no word of this one."""
+    names = (f"worker-{number}" for number in itertools.count())
+    return next(name for name in names if not any(logs.glob(f"{name}.*")))
 
 
 def _kernel_kills() -> int:

@@ -67,9 +67,17 @@ def run_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     except (torch.OutOfMemoryError, MemoryError) as error:
         return {"status": Status.oom, "detail": _briefly(error)}
     except Exception as error:
-        if HOST_OOM in str(error):
+        reason = _reason(error)
+        if HOST_OOM in reason:
             return {"status": Status.oom, "detail": _briefly(error)}
-        return {"status": Status.error, "detail": traceback.format_exc(limit=-8)}
+        detail = f"{reason}\n{traceback.format_exc(limit=-8)}"
+        return {"status": Status.error, "detail": detail.encode(errors="backslashreplace").decode()}
+
+
+def _reason(error: Exception) -> str:
+    """Type and text of an error, also where its text cannot be made."""
+    parts = traceback.format_exception_only(error)  # a SyntaxError's begin with its place, indented
+    return next(part for part in parts if not part.startswith(" ")).strip()
 
 
 def _briefly(error: BaseException) -> str:

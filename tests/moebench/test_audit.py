@@ -76,7 +76,7 @@ def test_the_table_says_where_a_backend_is_wrong_and_why_it_cannot():
         audit_of(
             rows_of("one-hot", "loop", Status.ok),
             rows_of("one-hot", "bad:One", Status.ok, WRONG, infinite),
-            rows_of("layouts", "bad:One", (Status.error, {"detail": "Traceback\n  there\nValueError: no"})),
+            rows_of("layouts", "bad:One", (Status.error, {"detail": "ValueError: no\nTraceback\n  there"})),
             rows_of("layouts", "loop", Status.unsupported, Status.unsupported),
             rows_of("fallback", "loop", (Status.ok, {"executed": "aten::mm"})),
             backends=("loop", "bad:One"),

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from moebench import cli, results, supervisor
+from moebench.comparability import environments_beside
 from moebench.frame import load
 from moebench.record import Journal
 from moebench.results import UsageError
@@ -294,6 +295,19 @@ def test_a_changed_environment_is_said_and_refused(folder, moebench):
     assert is_whole(folder / "out")
     assert json.loads((folder / "out" / "environment.json").read_text())["env_id"] == "e"
     assert json.loads((folder / "out" / "environments" / "f.json").read_text())["python"] == "4"
+
+
+def test_which_revision_ran_is_kept_though_times_of_both_may_be_compared(folder, moebench):
+    for name in ("first", "other"):
+        script = TOLD_AND_INTERRUPTS if name == "first" else ALL
+        stand_in.write(folder / name, script.replace("ready()", f"ready(git_revision={name!r})"))
+    assert moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", worker="first").code == 130
+    assert refused(moebench("run", "--resume", "out", worker="other"), "git_revision first -> other")
+    assert moebench("run", "--resume", "out", "--force", worker="other").code == 0
+    assert is_whole(folder / "out")
+    assert {row.env_id for row in rows(folder / "out")} == {"e"}
+    assert environments_beside(folder / "out")["e"].git_revision == "first"
+    assert json.loads((folder / "out/environments/e-other.json").read_text())["git_revision"] == "other"
 
 
 @pytest.mark.parametrize(

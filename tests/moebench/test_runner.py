@@ -416,5 +416,15 @@ def test_a_second_run_into_the_folder_keeps_the_logs_of_the_first(tmp_path, stan
     assert len(Journal(tmp_path / "run" / "journal.jsonl").read()[0]) == 6
 
 
+def test_a_worker_never_hears_what_another_was_told(tmp_path, stand_in):
+    """Of one whose log was deleted to save space."""
+    stand_in(ALL)
+    execute(plan_of(tmp_path / "run", THREE[:2]))
+    (tmp_path / "run" / "logs" / "worker-0.log").unlink()
+    outcome = execute(plan_of(tmp_path / "run", THREE[2:]))
+    assert ([row.backend for row in outcome.records], outcome.num_left) == (["c"], 0)
+    assert [row.backend for row in Journal(tmp_path / "run" / "journal.jsonl")] == ["a", "b", "c"]
+
+
 def test_a_run_id_says_when_and_of_what():
     assert re.fullmatch(r"20\d{6}-\d{6}-quick", runner.new_run_id("quick"))

@@ -65,6 +65,35 @@ def test_an_error_keeps_its_traceback_and_other_statuses_one_line():
         assert "\n" not in outcome(f"broken:{backend}")[1]
 
 
+class HasNoText(Exception):
+    def __str__(self):
+        raise ValueError("asked for its text")
+
+
+@pytest.mark.usefixtures("_third_party")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("in a bad mood\nand no more"), "RuntimeError: in a bad mood"),
+        (SyntaxError("no Python", ("kernel.py", 3, 1, "(")), "SyntaxError: no Python"),
+        (
+            OSError("no file k\udcffernel"),
+            r"OSError: no file k\udcffernel",
+        ),  # bytes that are no text
+        (HasNoText(), "tests.moebench.test_worker.HasNoText: <exception str() failed>"),
+    ],
+)
+def test_an_error_gives_its_reason_first_whatever_its_text(monkeypatch, error, reason):
+    def break_down(self):
+        raise error
+
+    monkeypatch.setattr("broken.RaisesInForward.break_down", break_down)
+    status, detail = outcome("broken:RaisesInForward")
+    assert (status, detail.splitlines()[0]) == (Status.error, reason)
+    assert "Traceback" in detail.splitlines()[2 if "mood" in reason else 1]
+    detail.encode()
+
+
 @pytest.mark.usefixtures("_third_party")
 def test_a_gpu_out_of_memory_is_oom(monkeypatch):
     def run_out(self):
