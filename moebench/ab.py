@@ -21,11 +21,11 @@ from moebench.gate import GateResult, Judged, SelfComparison, gate, self_compari
 from moebench.looks import LOOK_FALSE_ALARMS, LOOK_WRONG_PASSES, schedule, until_decided
 from moebench.plan import UsageError
 from moebench.record import Record
-from moebench.results import RunPlan
 from moebench.resume import SWEEP_NAME, locked
 from moebench.revisions import Revision, copy_experts, unknown_backends
 from moebench.rounds import shuffled
 from moebench.runner import Outcome, Plan, execute
+from moebench.runplan import RunPlan
 from moebench.verdicts import THRESHOLD, Sides, Verdict
 
 AB_NAME = "ab.json"

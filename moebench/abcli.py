@@ -4,13 +4,14 @@ from typing import Annotated
 
 import typer
 
-from moebench import ab, results, verdicts
+from moebench import ab, runplan, verdicts
 from moebench.console import EXIT_INTERRUPTED, err, progress_bar
 from moebench.gate import GateResult
 from moebench.gatecli import Github, Junit, Threshold, check_outputs, report, share
 from moebench.gatewords import total
 from moebench.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, Sweep, TimeBudget
 from moebench.record import Record
+from moebench.resume import Asked
 
 commands = typer.Typer()
 
@@ -36,16 +37,11 @@ def ab_(
     """Is B slower, larger or wrong? Measures both in turn. Exit code 0 no, 1 yes or missing, 3 not decided."""
     smallest = share("--threshold", threshold)
     check_outputs(for_github, as_json)
-    run = results.plan(
-        sweep,
-        out=out_dir,
-        backends=backend or [],
-        filters=filters or [],
-        case_ids=case or [],
-        device=device,
-        time_budget_min=time_budget,
+    asked = Asked(
+        backends=tuple(backend or ()), filters=tuple(filters or ()), case_ids=tuple(case or ()), device=device
     )
-    run, notes = results.on_gpus(run, gpus, share_gpus)
+    run = runplan.plan(sweep, asked, out=out_dir, time_budget_min=time_budget)
+    run, notes = runplan.on_gpus(run, gpus, share_gpus)
     for note in notes:
         err.print(note)
     with ab.prepared(run, a, b, smallest) as plan:

@@ -10,7 +10,7 @@ from moebench import advise
 from moebench.advisetable import AdviceTable, document, workload
 from moebench.axes import listed
 from moebench.console import err, out
-from moebench.results import UsageError
+from moebench.plan import UsageError
 
 EXIT_NO_DATA = 3
 

@@ -14,9 +14,10 @@ from rich.text import Text
 from moebench.axes import did_you_mean, listed
 from moebench.case import DTYPES, Job
 from moebench.cells import DIM, STATUS_STYLES, status_text
+from moebench.plan import Plan, UsageError, new_run_id
 from moebench.record import GOOD, Record, Status
-from moebench.results import UsageError, check_device
-from moebench.runner import Plan, execute, new_run_id
+from moebench.runner import execute
+from moebench.runplan import check_device
 from moebench.spec import Policy
 from moebench.suite import CHECKS, suite_jobs
 

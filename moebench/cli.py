@@ -5,24 +5,20 @@ Exit codes: 0 all right (unsupported and out of memory are results), 1 a mismatc
 """
 
 import json
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from moebench import __version__, abcli, advisecli, comparecli, gatecli, listing, results
+from moebench import __version__, abcli, advisecli, comparecli, gatecli, listing, results, runcli, runplan
 from moebench.audit import audit
-from moebench.case import Job
 from moebench.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, err, out, progress_bar
 from moebench.doctor import doctor as examine
-from moebench.forecast import forecast, measured_jobs
 from moebench.frame import ResultsError, load
-from moebench.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, TimeBudget
-from moebench.record import GOOD, Record
+from moebench.options import AsJson, Backends, Device, Filters
+from moebench.plan import Refused, RunnerError, UsageError
+from moebench.record import Record
 from moebench.revisions import RevisionError
-from moebench.runner import Outcome, Refused, RunnerError
 from moebench.selection import select
 from moebench.spec import SweepError
 from moebench.tables import summary
@@ -52,118 +48,7 @@ def _main(
     pass
 
 
-@app.command()
-def run(
-    sweep: Annotated[str | None, typer.Argument(help="a sweep file, or the name of one in suites/")] = None,
-    out_dir: Out = None,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="go on with the run in this results folder, as it was asked for")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="resume although the sweep file or the environment has changed")
-    ] = False,
-    backend: Backends = None,
-    device: Device = None,
-    gpus: Gpus = None,
-    share_gpus: ShareGpus = False,
-    filters: Filters = None,
-    case: CaseIds = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be measured and may be needed")] = False,
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="measure all that often, in fresh processes and random order; default 1")
-    ] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="leave a torch profiler's trace of each job")] = False,
-    time_budget: TimeBudget = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a sweep: check every job, time it, write table and plots. The last line names the results folder."""
-    if resume is None:
-        if sweep is None:
-            raise results.UsageError("moebench run: give a SWEEP, or --resume DIR")
-        plan = results.plan(
-            sweep,
-            out=out_dir,
-            backends=backend or [],
-            filters=filters or [],
-            case_ids=case or [],
-            device=device,
-            rounds=rounds or 1,
-            profile=profile,
-            time_budget_min=time_budget,
-        )
-    else:
-        _refuse_beside_resume(
-            {"SWEEP": sweep, "--out": out_dir, "--device": device, "--filter": filters, "--case": case}
-            | {"--rounds": rounds, "--profile": profile or None}
-        )
-        plan = results.plan_rest(resume, backends=backend or [], time_budget_min=time_budget, force=force)
-    if dry_run:
-        _print_plan(plan.jobs, as_json)
-        return
-    plan, notes = results.on_gpus(plan, gpus, share_gpus)
-    for note in notes:
-        err.print(note)
-    with progress_bar() as progress:
-        task = progress.add_task("", total=plan.num_jobs)
-
-        def show(row: Record) -> None:
-            progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")
-
-        outcome = results.measure(plan, show)
-    written = results.finish(plan.folder)
-    if as_json:
-        out.print_json(json.dumps(_report(outcome, plan.folder)))
-    else:
-        if outcome.records:
-            out.print(summary(load(plan.folder)))
-        for path in written:
-            out.print(f"wrote {path}", soft_wrap=True)
-        out.print(f"results: {plan.folder}", soft_wrap=True)
-    _exit(outcome, plan.folder)
-
-
-def _refuse_beside_resume(options: Mapping[str, object]) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise results.UsageError(f"{given[0]} beside --resume: it is as the run was begun; leave it out")
-
-
-def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:
-    return {
-        "results": str(folder),
-        "interrupted": outcome.interrupted,
-        "num_left": outcome.num_left,
-        "statuses": dict(Counter(row.status.value for row in outcome.records)),
-        "records": [json.loads(row.to_json()) for row in outcome.records],
-    }
-
-
-def _exit(outcome: Outcome, folder: Path) -> None:
-    for note in outcome.notes:
-        err.print(note)
-    how = f"go on with `moebench run --resume {folder}`"
-    if outcome.interrupted:
-        err.print(f"interrupted: {outcome.num_left} jobs left; {how}")
-        raise typer.Exit(EXIT_INTERRUPTED)
-    if outcome.num_left:
-        err.print(f"time budget spent: {outcome.num_left} jobs left; {how}")
-    if any(row.status not in GOOD for row in outcome.records):
-        raise typer.Exit(EXIT_FAILED)
-
-
-def _print_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
-    expected = forecast(jobs, measured_jobs())
-    if as_json:
-        listed = [
-            {"case_id": job.case.case_id, **job.model_dump(mode="json"), "estimate": vars(estimate)}
-            for job, estimate in zip(jobs, expected.estimates, strict=True)
-        ]
-        out.print_json(json.dumps({"jobs": listed, "forecast": expected.as_dict()}))
-        return
-    for job in jobs:
-        out.print(f"{job.case.case_id}  {job.backend}  {job.dispatcher}", soft_wrap=True)
-    out.print(f"{len(jobs)} jobs")
-    out.print(expected, soft_wrap=True)
+app.command()(runcli.run)
 
 
 @app.command()
@@ -221,9 +106,9 @@ def list_(
 ) -> None:
     """Sweeps and backends, with why one is unavailable here; or a sweep's jobs, and what they may take."""
     if sweep is not None:
-        _print_plan(select(sweep, backend or [], filters or [], []), as_json)
+        runcli.print_plan(select(sweep, backend or [], filters or [], []), as_json)
         return
-    results.check_device(device)
+    runplan.check_device(device)
     listed = listing.everything(device)
     if as_json:
         out.print_json(json.dumps(listed.as_dict()))
@@ -280,7 +165,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
     try:
         app()
-    except (SweepError, ResultsError, RevisionError, Refused, results.UsageError) as mistake:
+    except (SweepError, ResultsError, RevisionError, Refused, UsageError) as mistake:
         err.print(str(mistake))
         raise SystemExit(EXIT_USAGE) from None
     except RunnerError as failure:

@@ -114,7 +114,7 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     if not path.is_dir():
         raise ResultsError(f"{path}: no such file or folder; give a results folder or a Parquet file of one")
     if (path / JOURNAL_NAME).is_file():
-        return _read_journal(path / JOURNAL_NAME)
+        return to_frame(read_journal(path / JOURNAL_NAME))
     if (path / PARQUET_NAME).is_file():
         return _read_parquet(path / PARQUET_NAME)
     raise ResultsError(
@@ -155,9 +155,10 @@ def _to_pandas(table: Any) -> pd.DataFrame:
     return frame
 
 
-def _read_journal(path: Path) -> pd.DataFrame:
+def read_journal(path: Path) -> list[Record]:
+    """The records of a journal, oldest first; none where there is no file. Raises `ResultsError` for anything else."""
     try:
-        return to_frame(Journal(path))
+        return list(Journal(path))
     except JournalError as error:
         raise ResultsError(str(error)) from error
     except ValidationError as error:

@@ -18,7 +18,7 @@ from moebench.frame import write_atomically
 from moebench.gate import GateResult, gate
 from moebench.gatetable import GateTable
 from moebench.options import AsJson
-from moebench.results import UsageError
+from moebench.plan import UsageError
 from moebench.selection import filter_jobs
 
 #: Where GitHub Actions wants the Markdown of a step's summary.

@@ -106,13 +106,18 @@ def environment_changes(folder: Path, now: Environment) -> list[str]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """While the block runs, no other process writes results into the folder. Raises UsageError where one does.
+    """While the block runs, no other process writes results into the folder. Raises UsageError where one does, and
+    where this one cannot.
 
     The lock goes with its process, however that ends.
     """
     path = folder / LOCK_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written: {error.strerror}; name a folder that can be") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

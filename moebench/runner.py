@@ -4,6 +4,7 @@ A backend that breaks its process cannot break this one, which alone writes the 
 """
 
 import errno
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -86,7 +87,7 @@ def writing_to(folder: Path) -> Iterator[None]:
             raise
         raise RunnerError(
             f"{error.filename or folder}: cannot be written: {error.strerror}; what was measured is in the results "
-            f"folder; make room and continue with `moebench run --resume {folder}`"
+            f"folder; make room and continue with `moebench run --resume {shlex.quote(str(folder))}`"
         ) from error
 
 

@@ -112,11 +112,15 @@ def find_sweep(name_or_path: str | Path) -> Path:
 
 def load_sweep(path: Path) -> SweepSpec:
     """The sweep in that file; SweepError names every mistake in it."""
+    return parse_sweep(read_sweep(path), str(path))
+
+
+def read_sweep(path: Path) -> str:
+    """The text of a sweep file, to the byte. Raises SweepError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise SweepError([f"{path}: cannot be read: {error}; give a TOML file in UTF-8"]) from error
-    return parse_sweep(text, str(path))
 
 
 def parse_sweep(text: str, origin: str) -> SweepSpec:

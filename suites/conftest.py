@@ -8,8 +8,9 @@ import torch
 
 from experts.errors import RegistryError
 from experts.registry import check_name
-from moebench import environment, results
+from moebench import environment, runplan
 from moebench.case import Job
+from moebench.plan import UsageError
 from moebench.selection import select
 from moebench.spec import SweepError, find_sweep, load_sweep
 from moebench.timing import TimingPolicy
@@ -35,16 +36,16 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(environment.cpu_cores_usable())
     try:
         _choose(config)
-    except (SweepError, RegistryError, results.UsageError, ValueError) as mistake:
+    except (SweepError, RegistryError, UsageError, ValueError) as mistake:
         raise pytest.UsageError(str(mistake)) from None
 
 
 def _choose(config: pytest.Config) -> None:
-    results.check_device(config.option.device)
+    runplan.check_device(config.option.device)
     device = pick_device(config.option.device)
     sweep = config.option.sweep or ("gpu" if device.type == "cuda" else "quick")
     jobs = select(sweep, config.option.backend, [], [])
-    results.check_named(jobs, config.option.backend)
+    runplan.check_named(jobs, config.option.backend)
     for name in dict.fromkeys(job.backend for job in jobs):
         check_name(name)
     config.stash[JOBS] = jobs

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moebench import ab, cli, results, verdicts
+from moebench import ab, cli, runplan, verdicts
 from moebench.frame import load
+from moebench.plan import UsageError
 from moebench.record import Journal, Status
-from moebench.resume import locked
+from moebench.resume import Asked, locked
 from moebench.runner import Outcome, Refused
 from moebench.slots import Slot
 from tests.moebench.gated import bad, ok
@@ -125,7 +126,7 @@ def test_a_round_is_three_processes_in_random_order_each_with_its_own_experts(mo
 
 def test_all_is_measured_on_one_gpu_and_those_in_use_are_named(moebench, processes, monkeypatch):
     free = tuple(Slot(f"GPU-{letter}") for letter in "xyz")
-    monkeypatch.setattr(results, "choose", lambda device, wanted, share: (free, ["GPU 0 is in use"]))
+    monkeypatch.setattr(runplan, "choose", lambda device, wanted, share: (free, ["GPU 0 is in use"]))
     found = moebench()
     assert "GPU 0 is in use" in found.err
     assert {plan.slots for plan in processes.plans} == {free[:1]}
@@ -235,12 +236,11 @@ def test_a_refused_run_leaves_no_folder(moebench, processes, monkeypatch, tmp_pa
 
 
 def test_a_folder_that_another_process_writes_into_is_left_alone(moebench, tmp_path):
-    asked = {"backends": [], "filters": [], "case_ids": [], "device": "cpu", "time_budget_min": None}
-    run = results.plan("small.toml", out=tmp_path / "out", **asked)
+    run = runplan.plan("small.toml", Asked(device="cpu"), out=tmp_path / "out")
     theirs = tmp_path / "out" / "experts" / "a"
     with locked(tmp_path / "out"):
         theirs.mkdir(parents=True)
-        with pytest.raises(results.UsageError, match="is writing into it"), ab.prepared(run, "a-folder", ".", 0.03):
+        with pytest.raises(UsageError, match="is writing into it"), ab.prepared(run, "a-folder", ".", 0.03):
             pass
     assert theirs.exists()
 

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from moebench import audit as audit_module
 from moebench.audit import Audit, audit
+from moebench.plan import UsageError
 from moebench.record import Status, record
-from moebench.results import UsageError
 from moebench.runner import Outcome
 from moebench.suite import CHECKS, suite_jobs
 

@@ -6,8 +6,8 @@ from xml.etree import ElementTree as xml
 import pytest
 
 from moebench.gatecli import share
+from moebench.plan import UsageError
 from moebench.record import Journal
-from moebench.results import UsageError
 from tests.moebench.gated import H200, job_of, ok, steady
 
 

@@ -29,6 +29,8 @@ WITHOUT_TORCH = (
     *("report", "pagetable", "reproduce", "roofline"),
     *(
         "results",
+        "runplan",
+        "runcli",
         "suite",
         "audit",
         "runner",

@@ -17,12 +17,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from moebench import cli, results, supervisor
+from moebench import cli, results, runplan, supervisor
 from moebench.comparability import environments_beside
 from moebench.frame import load
+from moebench.plan import UsageError
 from moebench.record import Journal
-from moebench.results import UsageError
-from moebench.resume import locked
+from moebench.resume import Asked, locked
 from tests.moebench import stand_in
 from tests.moebench.stand_in import ALL
 
@@ -252,8 +252,7 @@ def test_two_runs_into_one_folder(folder, moebench):
 
 def test_two_new_runs_into_one_folder(folder):
     """Both found it empty; the second to begin is refused, at once or when the first has ended."""
-    asked = {"backends": [], "filters": [], "case_ids": [], "device": "cpu", "time_budget_min": 0.0}
-    plan = results.plan("tiny.toml", out=Path("out"), **asked)
+    plan = runplan.plan("tiny.toml", Asked(device="cpu"), out=Path("out"), time_budget_min=0.0)
     with locked(Path("out")), pytest.raises(UsageError, match=f"out: process {os.getpid()} is writing into it"):
         results.measure(plan, print)
     Path("out/journal.jsonl").touch()
@@ -311,12 +310,68 @@ def test_which_revision_ran_is_kept_though_times_of_both_may_be_compared(folder,
 
 
 @pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("sweep.toml", None, ("out/sweep.toml: cannot be read: ", "No such file")),
+        ("sweep.toml", lambda text: text.replace(b"tiny", b"t\xefny"), ("out/sweep.toml: cannot be read: ", "UTF-8")),
+        ("journal.jsonl", None, ("out: journal.jsonl is not there", "results.parquet is; put it back")),
+        ("journal.jsonl", lambda text: text.replace(b'"schema":1', b'"schema":2'), ("journal.jsonl:1: schema 2",)),
+        ("journal.jsonl", lambda text: text.replace(b'"oom"', b'"fine"'), ("journal.jsonl: status: Input should",)),
+        ("environment.json", lambda text: text[:40], ("out/environment.json: the file: Invalid JSON",)),
+    ],
+)
+def test_a_folder_with_a_file_lost_or_broken_is_refused_in_one_line(folder, moebench, name, change, words):
+    stand_in.write(folder / "first", TOLD_AND_INTERRUPTS.replace("done(0)", "done(0, status='oom')"))
+    assert moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", worker="first").code == 130
+    content = (folder / "out" / name).read_bytes()
+    (folder / "out" / name).unlink()
+    if change is not None:
+        assert change(content) != content
+        (folder / "out" / name).write_bytes(change(content))
+    left = {path: path.read_bytes() for path in (folder / "out").iterdir() if path.name.startswith("results")}
+    assert refused(moebench("run", "--resume", "out", "--force"), *words)
+    assert left == {path: path.read_bytes() for path in left}
+
+
+def test_who_was_overtaken_measures_nothing_twice(folder, moebench):
+    """Another process goes on with the run, and ends, between this one's look at the journal and its lock."""
+    begun(moebench)
+    plan = runplan.plan_rest(Path("out"), backends=(), time_budget_min=None)
+    assert moebench("run", "--resume", "out").code == 0
+    with pytest.raises(UsageError, match="out: another process has gone on with it meanwhile"):
+        results.measure(plan, print)
+    assert is_whole(folder / "out")
+
+
+def test_what_is_left_of_later_rounds_is_shown(folder, moebench):
+    asked = ("--rounds", 2, "--device", "cpu", "--backend", "loop")
+    assert moebench("run", "tiny.toml", "--out", "out", *asked).code == 0
+    journal = folder / "out" / "journal.jsonl"
+    kept = [
+        line
+        for line in journal.read_text().splitlines(keepends=True)
+        if '"round":0' in line or '"num_tokens":24' in line
+    ]
+    journal.write_text("".join(kept))
+    found = moebench("run", "--resume", "out", "--dry-run")
+    assert "2 jobs" in found.out.splitlines()
+    assert moebench("run", "--resume", "out").code == 0
+    assert is_whole(folder / "out", ["loop"], rounds=2)
+
+
+@pytest.mark.parametrize("out", ["tiny.toml/out", "/proc/moebench"])
+def test_a_folder_that_cannot_be_written_is_refused(folder, moebench, out):
+    assert refused(moebench("run", "tiny.toml", "--device", "cpu", "--out", out), f"{out}: cannot be written: ")
+
+
+@pytest.mark.parametrize(
     ("arguments", "word"),
     [
         (("run",), "give a SWEEP, or --resume DIR"),
         (("run", "tiny.toml", "--resume", "out"), "SWEEP beside --resume: it is as the run was begun"),
         (("run", "--resume", "out", "--rounds", "2"), "--rounds beside --resume: it is as the run was begun"),
         (("run", "--resume", "out", "--filter", "dim=16"), "--filter beside --resume: it is as the run was begun"),
+        (("run", "tiny.toml", "--force"), "--force without --resume"),
         (("run", "--resume", "nowhere"), "nowhere: run.json: No such file"),
         (("run", "--resume", "merged"), "merged: run.json: run_id: Field required"),
     ],
