@@ -14,7 +14,9 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Activation = Literal["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"]
 Mode = Literal["forward", "train"]
 RankLoad = Literal["even", "uneven", "one-empty"]
-Positive = Annotated[int, Field(gt=0)]
+#: More is a slip of the pen: no machine has the memory, and columns are integers of 64 bits.
+LARGEST = 2**31
+Positive = Annotated[int, Field(gt=0, lt=LARGEST)]
 
 # kind[:argument]; moebench.inputs draws them, docs/sweeps.md says what each means
 ROUTING_PATTERN = r"^(uniform|balanced|one-hot|zipf(:\d+(\.\d+)?)?|empty(:0?\.\d+)?|trace:.+)$"
@@ -30,7 +32,7 @@ class Case(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    num_tokens: Annotated[int, Field(ge=0)]
+    num_tokens: Annotated[int, Field(ge=0, lt=LARGEST)]
     n_routed_experts: Positive
     n_activated_experts: Positive
     dim: Positive

@@ -71,38 +71,38 @@ def copy_gb_per_s(device: torch.device) -> float:
     """Bytes read and bytes written a second, of a copy much larger than any cache."""
     source = torch.empty(COPIED_BYTES[device.type], dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _median_ms([lambda: target.copy_(source)], device, ALONE) / 1e6
+    return 2 * source.nbytes / _median_ms([lambda: target.copy_(source)], device, True, ALONE) / 1e6
 
 
 def measure(work: Work, inputs: Inputs, dispatcher: str, fp8: bool, copy: float, cold: bool, peers: Peers) -> Ceilings:
     """The ceilings of a case on this device; `copy` is `copy_gb_per_s`. Under `fp8` dense products are of E4M3.
 
-    Where memory may be in a cache (`cold` is false), the bytes are no bound and count as none.
+    All but the copy with a cache as the case has it: `cold`, or not; then the bytes are no bound and count as none.
     """
     device = inputs.x_TD.device
     dense = (_dense_fp8 if fp8 else _dense)(work) if work.rows_ND.shape[0] else None
     grouped = _grouped(work) if work.rows_ND.shape[0] else None
-    dense_ms, grouped_ms = (_slowest_ms(products, device, peers) for products in (dense, grouped))
+    dense_ms, grouped_ms = (_slowest_ms(products, device, cold, peers) for products in (dense, grouped))
     collective = _collective(work.case, inputs, dispatcher, peers)
     return Ceilings(
         dense_ms=dense_ms,
         grouped_ms=grouped_ms,
-        collective_ms=None if collective is None else _median_ms(collective, device, peers),
+        collective_ms=None if collective is None else _median_ms(collective, device, cold, peers),
         copy_gb_per_s=copy,
         least_bytes=int(peers.largest(_least_bytes(work))) if cold else 0,
     )
 
 
-def _slowest_ms(products: list[Product] | None, device: torch.device, peers: Peers) -> float | None:
+def _slowest_ms(products: list[Product] | None, device: torch.device, cold: bool, peers: Peers) -> float | None:
     """Of the rank that has most; None where no rank has any."""
-    return peers.largest(_median_ms(products, device, ALONE) if products else 0.0) or None
+    return peers.largest(_median_ms(products, device, cold, ALONE) if products else 0.0) or None
 
 
-def _median_ms(calls: list[Product], device: torch.device, peers: Peers) -> float:
+def _median_ms(calls: list[Product], device: torch.device, cold: bool, peers: Peers) -> float:
     for _ in range(2):
         for call in calls:
             call()
-    return timing.measure(calls, device, TimingPolicy(INTERVAL_TARGET, TIME_CAP_S), peers=peers).time_ms
+    return timing.measure(calls, device, TimingPolicy(INTERVAL_TARGET, TIME_CAP_S, cold), peers=peers).time_ms
 
 
 def _least_bytes(work: Work) -> int:

@@ -14,13 +14,14 @@ from moebench import __version__, abcli, advisecli, comparecli, gatecli, listing
 from moebench.audit import audit
 from moebench.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, err, out, progress_bar
 from moebench.doctor import doctor as examine
-from moebench.frame import ResultsError, load
+from moebench.frame import ResultsError, load, to_json
 from moebench.options import AsJson, Backends, Device, Filters
 from moebench.plan import Refused, RunnerError, UsageError
 from moebench.record import Record
 from moebench.revisions import RevisionError
 from moebench.selection import select
 from moebench.spec import SweepError
+from moebench.suite import CHECKS
 from moebench.tables import summary
 
 app = typer.Typer(
@@ -69,7 +70,7 @@ def parity(
 ) -> None:
     """Examine backends: faults that shipped elsewhere, on small shapes. Exit code 1 where one is found."""
     if list_checks:
-        out.print(listing.checks())
+        _print_checks(as_json)
         return
     with progress_bar() as progress:
         task = progress.add_task("", total=None)
@@ -96,6 +97,13 @@ def parity(
         raise typer.Exit(EXIT_FAILED)
 
 
+def _print_checks(as_json: bool) -> None:
+    if as_json:
+        out.print_json(json.dumps({check.name: check.looks_for for check in CHECKS.values()}))
+    else:
+        out.print(listing.checks())
+
+
 @app.command("list")
 def list_(
     sweep: Annotated[str | None, typer.Argument(help="list this sweep's cases; without it sweeps and backends")] = None,
@@ -105,6 +113,10 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """Sweeps and backends, with why one is unavailable here; or a sweep's jobs, and what they may take."""
+    if sweep is not None and device is not None:
+        raise UsageError(f"--device {device} beside SWEEP: its jobs are the same on every device; leave it out")
+    if sweep is None and (backend or filters):
+        raise UsageError("--backend and --filter select jobs of a sweep: give a SWEEP beside them")
     if sweep is not None:
         runcli.print_plan(select(sweep, backend or [], filters or [], []), as_json)
         return
@@ -133,7 +145,7 @@ def show(folder: Folder, as_json: AsJson = False) -> None:
     """The table of a results folder again."""
     frame = load(folder)
     if as_json:
-        out.print_json(frame.to_json(orient="records"))
+        out.print_json(to_json(frame))
     else:
         out.print(summary(frame))
 

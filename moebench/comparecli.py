@@ -11,6 +11,7 @@ from moebench import comparetable, merge
 from moebench.comparability import Result, open_result
 from moebench.comparison import compare, names_of
 from moebench.console import err, out
+from moebench.frame import to_json
 from moebench.history import draw, history
 from moebench.options import AsJson
 
@@ -26,7 +27,7 @@ def compare_(results: Results, as_json: AsJson = False, as_csv: AsCsv = False) -
     opened = _opened(results)
     frame = compare({name: result.frame for name, result in opened.items()})
     if as_json:
-        out.print_json(frame.to_json(orient="records"))
+        out.print_json(to_json(frame))
     elif as_csv:
         frame.to_csv(sys.stdout, index=False, lineterminator="\n")
     else:
@@ -60,7 +61,7 @@ def history_(
         draw(rows, plot)
         err.print(f"wrote {plot}")
     if as_json:
-        out.print_json(rows.drop(columns=["samples_ms", "sample_rounds"]).to_json(orient="records"))
+        out.print_json(to_json(rows.drop(columns=["samples_ms", "sample_rounds"])))
     else:
         out.print(comparetable.history_table(rows))
 

@@ -132,7 +132,7 @@ def collect(device: str) -> Environment:
         python=platform.python_version(),
         moebench=moebench.__version__,
         versions=library_versions(),
-        gpus=_gpus(device),
+        gpus=tuple(map(_gpu, gpu_numbers(device))),
         git_revision=revision,
         git_dirty=dirty,
     )
@@ -143,21 +143,22 @@ def _digest(comparable: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _gpus(device: str) -> tuple[Gpu, ...]:
+def gpu_numbers(device: str) -> range:
+    """Torch's numbers of the GPUs that a device names. Raises ValueError as `collect` does."""
     import torch
 
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
         raise ValueError(f"device = {device!r}: it must be cpu, cuda or cuda:N")
     if kind == "cpu":
-        return ()
+        return range(0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(index or 0) >= count:
         raise ValueError(
             f"device = {device!r}: torch {torch.__version__} sees {count} CUDA GPUs; "
             "choose another, or see what `moebench doctor` says"
         )
-    return tuple(_gpu(number) for number in ([int(index)] if index else range(count)))
+    return range(int(index), int(index) + 1) if index else range(count)
 
 
 def _gpu(index: int) -> Gpu:

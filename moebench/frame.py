@@ -96,6 +96,13 @@ def _jsonable(error: float) -> float | str:
     return error if math.isfinite(error) else str(error)  # JSON has no infinity: "inf"
 
 
+def to_json(frame: pd.DataFrame) -> str:
+    """A JSON array with an object a row, its cells as they are: null for what was not measured, "inf" for infinity."""
+    rows = pa.Table.from_pandas(frame, preserve_index=False).to_pylist()
+    cells = ({name: _jsonable(cell) if isinstance(cell, float) else cell for name, cell in row.items()} for row in rows)
+    return json.dumps(list(cells), allow_nan=False)
+
+
 def parity_errors(cell: str | None) -> dict[str, float]:
     """Error over budget of each tensor, from a cell of the column `parity_errors`; empty for null."""
     if cell is None or pd.isna(cell):

@@ -6,6 +6,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from moebench.environment import gpu_numbers
+from moebench.plan import UsageError
 from moebench.spec import available_sweeps, load_sweep
 from moebench.suite import CHECKS
 
@@ -58,7 +60,10 @@ def _backend_table(lines: tuple[BackendLine, ...]) -> Table:
 
 
 def everything(device: str | None) -> Listing:
-    """All sweeps of suites/ and all backends, asked about `device` (default a GPU if there is one)."""
+    """All sweeps of suites/ and all backends, asked about `device` (default a GPU if there is one).
+
+    Raises UsageError for a device that is not there, as all that ask backends do.
+    """
     sweeps = []
     for path in available_sweeps().values():
         sweep = load_sweep(path)
@@ -93,5 +98,9 @@ def _backends(device: str | None) -> tuple[BackendLine, ...]:
     from moebench.worker import pick_device
 
     asked = pick_device(device)
+    try:
+        gpu_numbers(str(asked))
+    except ValueError as absent:
+        raise UsageError(str(absent)) from absent
     reasons = {name: get_backend(name).unsupported(asked) for name in backend_names()}
     return tuple(BackendLine(name, None if reason is None else reason.reason) for name, reason in reasons.items())

@@ -14,7 +14,7 @@ from moebench.plots import all_figures, image, write_plots
 from moebench.record import Record
 from moebench.report import REPORT_NAME, page
 from moebench.resume import SWEEP_NAME, environment_changes, locked
-from moebench.runner import Outcome, execute, writing_to
+from moebench.runner import Outcome, execute, interruptible, writing_to
 from moebench.runplan import RunPlan, check_new
 
 
@@ -65,11 +65,14 @@ def _remove(folder: Path) -> None:
 
 
 def finish(folder: Path) -> list[Path]:
-    """Parquet, CSV, plots and report from the journal. What was measured before an interruption counts too."""
+    """Parquet, CSV, plots and report from the journal. What was measured before an interruption counts too.
+
+    Raises KeyboardInterrupt at a signal; each file is then whole or as it was.
+    """
     if not (folder / JOURNAL_NAME).exists():
         return []
     frame = load(folder)
-    with writing_to(folder):
+    with writing_to(folder), interruptible():
         plots = write_plots(all_figures(frame), folder / "plots")
         svgs = {path.stem: path.read_bytes() for path in plots if path.suffix == ".svg"}
         written = [*write(frame, folder), *plots, _write_page(page(frame, svgs, folder), folder / REPORT_NAME)]

@@ -54,8 +54,8 @@ def merged(rows: Sequence[Record]) -> Record:
     """One row of the rounds of a job.
 
     The time is the median of the rounds' medians, its interval from their spread (`stats.center_of_rounds`); memory and
-    parity are the worst, counts and job_s sums, other measures medians. Where a round failed, so has the job: with the
-    worst of its statuses.
+    parity are the worst, counts and job_s sums, other measures medians, and speeds follow from the time. Where a round
+    failed, so has the job: with the worst of its statuses.
     """
     if len(rows) == 1:
         return rows[0]
@@ -81,6 +81,8 @@ def _combined(name: str, rows: Sequence[Record]) -> Any:
         return tuple(dict.fromkeys(chain.from_iterable(values)))
     if name == "parity_worst":
         return max(values)
+    if name == "sm_clock_mhz":
+        return statistics.median_low(values)
     match values[0]:
         case bool():
             return all(values)
@@ -100,6 +102,8 @@ def _speed(rows: Sequence[Record]) -> dict[str, Any]:
     first = rows[0]
     assert first.time_ms is not None, "a row with status ok has a time"
     work = {name: value * first.time_ms for name in ("tokens_per_s", "tflops") if (value := getattr(first, name))}
+    if (bound_ms := _combined("roofline_ms", rows)) is not None:
+        work["roofline_fraction"] = bound_ms
     ends = {"time_ms": time_ms, "time_ms_low": low, "time_ms_high": high}
     return {**ends, **{name: amount / time_ms for name, amount in work.items()}}
 

@@ -91,7 +91,7 @@ def _measure(plan: RunPlan, as_json: bool) -> None:
             progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")
 
         outcome = results.measure(plan, show)
-    written = results.finish(plan.folder)
+    written = _finish(plan.folder)
     if as_json:
         out.print_json(json.dumps(_report(outcome, plan.folder)))
     else:
@@ -101,6 +101,18 @@ def _measure(plan: RunPlan, as_json: bool) -> None:
             out.print(f"wrote {path}", soft_wrap=True)
         out.print(f"results: {plan.folder}", soft_wrap=True)
     _exit(outcome, plan.folder)
+
+
+def _finish(folder: Path) -> list[Path]:
+    try:
+        return results.finish(folder)
+    except KeyboardInterrupt:
+        err.print(f"interrupted: all that was measured is in the journal; {_go_on(folder)}")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _go_on(folder: Path) -> str:
+    return f"go on with `moebench run --resume {shlex.quote(str(folder))}`"
 
 
 def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:
@@ -116,12 +128,11 @@ def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:
 def _exit(outcome: Outcome, folder: Path) -> None:
     for note in outcome.notes:
         err.print(note)
-    how = f"go on with `moebench run --resume {shlex.quote(str(folder))}`"
     if outcome.interrupted:
-        err.print(f"interrupted: {outcome.num_left} jobs left; {how}")
+        err.print(f"interrupted: {outcome.num_left} jobs left; {_go_on(folder)}")
         raise typer.Exit(EXIT_INTERRUPTED)
     if outcome.num_left:
-        err.print(f"time budget spent: {outcome.num_left} jobs left; {how}")
+        err.print(f"time budget spent: {outcome.num_left} jobs left; {_go_on(folder)}")
     if any(row.status not in GOOD for row in outcome.records):
         raise typer.Exit(EXIT_FAILED)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from moebench.backlog import Backlog
 from moebench.case import Job
@@ -108,13 +109,26 @@ class Stop:
         def note(number: int, frame: FrameType | None) -> None:
             self.interrupted = True
 
-        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
-        before = {number: signal.signal(number, note) for number in heeded}
-        try:
+        with _at_signals(note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """While the block runs each of these signals raises KeyboardInterrupt, so that what was begun is cleaned up."""
+    with _at_signals(signal.default_int_handler):
+        yield
+
+
+@contextmanager
+def _at_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
+    before = {number: signal.signal(number, handler) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _past(deadline: float | None) -> bool:

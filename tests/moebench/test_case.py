@@ -20,6 +20,8 @@ def case(**changes: Any) -> Case:
         {"num_tokens": -1},
         {"num_tokens": "8"},
         {"num_tokens": True},
+        {"num_tokens": 2**31},
+        {"dim": 2**31},
         {"n_routed_experts": 0},
         {"dim": 16.0},
         {"dtype": "fp8"},

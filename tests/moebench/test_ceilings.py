@@ -1,5 +1,7 @@
 """Ceilings on a CPU: which rows and bytes they are of, and how a case is held against them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -59,6 +61,19 @@ def test_measured_on_a_cpu_there_is_no_grouped_kernel_nor_a_collective_and_warm_
     assert (found.grouped_ms, found.collective_ms, found.least_bytes) == (None, None, 0)
     assert found.dense_ms > 0
     assert found.roofline_ms == found.dense_ms
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_ceilings_are_measured_with_a_cache_as_the_case_has_it(monkeypatch, cold):
+    seen = []
+
+    def measure(calls, device, policy, **options):
+        seen.append(policy.cold_l2)
+        return SimpleNamespace(time_ms=1.0)
+
+    monkeypatch.setattr(ceilings.timing, "measure", measure)
+    ceilings.measure(*work(), "local", fp8=False, copy=10.0, cold=cold, peers=ALONE)
+    assert seen == [cold]
 
 
 def test_without_rows_there_is_no_product():

@@ -328,6 +328,12 @@ def test_a_case_a_filter_and_a_backend_that_cannot_be(sweep, moebench):
     is_refused(moebench("run", sweep, "--backend", "my module"), "'my module'", "module:attribute")
 
 
+def test_options_that_would_change_nothing(sweep, moebench):
+    is_refused(moebench("list", sweep, "--device", "cuda"), "--device cuda beside SWEEP")
+    is_refused(moebench("list", "--filter", "num_tokens=8"), "give a SWEEP")
+    is_refused(moebench("list", "--backend", "loop"), "give a SWEEP")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -393,6 +399,12 @@ def test_list_names_sweeps_and_backends(moebench):
     quick = load_sweep(ROOT / "suites" / "quick.toml")
     (line,) = [line for line in listed["sweeps"] if line["name"] == "quick"]
     assert line == {"name": "quick", "num_jobs": len(quick.jobs()), "description": quick.description}
+
+
+def test_the_checks_of_parity_can_be_listed(moebench):
+    listed = json.loads(moebench("parity", "--list", "--json").out)
+    assert listed["one-hot"].startswith("every token on the same experts")
+    assert all(name in moebench("parity", "--list").out for name in listed)
 
 
 @VENDORS_MAY_WARN

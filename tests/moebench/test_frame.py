@@ -25,6 +25,7 @@ from moebench.frame import (
     load,
     parity_errors,
     to_frame,
+    to_json,
     write,
     write_atomically,
 )
@@ -292,6 +293,15 @@ def test_a_journal_of_others_is_refused_in_one_line(tmp_path: Path, line: str, s
     with pytest.raises(ResultsError, match=says) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_json_has_every_cell_to_the_bit_and_infinity_as_a_string() -> None:
+    frame = to_frame([ok(**{**ALL, "roofline_fraction": 1e-12}), *rows()[2:]])
+    full, wrong, cannot = json.loads(to_json(frame))
+    assert list(full) == list(COLUMNS)
+    assert (full["roofline_fraction"], full["samples_ms"]) == (1e-12, [1.5, 1.25, 1 / 3])
+    assert (full["peak_memory_bytes"], full["converged"], full["flags"]) == (2**53 + 1, False, ["clocks", "a;b"])
+    assert (wrong["parity_worst"], wrong["time_ms"], cannot["parity_worst"]) == ("inf", None, None)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """From a plan to a folder: what is written, what a refused run leaves."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from moebench import results
+from moebench import frame, results
 from moebench.case import Case, Job
 from moebench.record import Journal, Status, record
 from moebench.results import finish, measure
@@ -98,6 +100,18 @@ def test_what_was_measured_and_what_went_wrong_stay(monkeypatch, error, rows):
         measure(planned := plan_(out=Path("out")), lambda one: None)
     assert (planned.folder / "logs").is_dir()
     assert (planned.folder / "journal.jsonl").exists() == bool(rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_results_are_written_leaves_no_part_of_a_file(monkeypatch, number):
+    Path("out").mkdir()
+    Journal(Path("out/journal.jsonl")).append(row())
+    before = signal.getsignal(number)
+    monkeypatch.setattr(frame.os, "fsync", lambda descriptor: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt):
+        finish(Path("out"))
+    assert signal.getsignal(number) is before
+    assert [path.name for path in Path("out").iterdir() if "results" in path.name or "tmp" in path.name] == []
 
 
 def test_tables_plots_and_report_come_of_the_journal():

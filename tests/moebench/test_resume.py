@@ -144,6 +144,21 @@ def test_a_signal_ends_the_run_in_one_line_and_it_is_gone_on_with(folder, moeben
     assert len(load(folder / "out" / "results.parquet")) == 6
 
 
+def test_a_signal_while_results_are_written_is_one_line_too(folder, moebench, monkeypatch):
+    begun(moebench)
+
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "finish", interrupted)
+        found = moebench("run", "--resume", "out")
+    line = "interrupted: all that was measured is in the journal; go on with `moebench run --resume out`"
+    assert (found.code, found.out, found.err) == (130, "", line)
+    assert moebench("run", "--resume", "out").code == 0
+    assert len(load(folder / "out" / "results.parquet")) == 6
+
+
 def test_a_signal_that_is_ignored_stays_so(folder):
     """nohup."""
     ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}

@@ -113,6 +113,20 @@ def test_speed_is_of_the_time_that_is_given():
     assert (one.tokens_per_s, one.tflops) == pytest.approx((8 / 2.5, 4 / 2.5))
 
 
+def test_the_share_of_the_roofline_is_of_the_time_that_is_given():
+    times, bounds = [1.0, 2.0, 4.0], [0.5, 0.25, 1.5]
+    rounds = [
+        row(n, time_ms=time_ms, roofline_ms=bound, roofline_fraction=bound / time_ms)
+        for n, (time_ms, bound) in enumerate(zip(times, bounds, strict=True))
+    ]
+    one = merged(rounds)
+    assert (one.time_ms, one.roofline_ms, one.roofline_fraction) == (2.0, 0.5, 0.25)
+
+
+def test_the_clock_is_that_of_most_rounds():
+    assert merged([row(n, sm_clock_mhz=mhz) for n, mhz in enumerate([1980, 1500, 1515])]).sm_clock_mhz == 1515
+
+
 def test_the_worst_round_counts_where_it_should():
     first = row(
         0, peak_memory_bytes=5, saved_memory_bytes=None, converged=True, flags=("a",), executed="x > y", num_samples=3
