@@ -14,32 +14,13 @@ from moebench.results import finish, measure
 from moebench.resume import Asked
 from moebench.runner import Outcome, Refused, RunnerError
 from moebench.runplan import plan
-
-SWEEP = """
-name = "two"
-[policy]
-timeout_s = 7.0
-[defaults]
-n_routed_experts = 4
-n_activated_experts = 2
-dim = 16
-moe_inter_dim = 8
-backend = ["loop", "torch_mm"]
-[[grid]]
-num_tokens = [8, 24]
-"""
+from tests.moebench.planned import plan_, write_sweep
 
 
 @pytest.fixture(autouse=True)
 def sweep(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = Path("two.toml")
-    path.write_text(SWEEP)
-    return path
-
-
-def plan_(out=None, time_budget_min=None, **asked):
-    return plan("two.toml", Asked(**asked), out=out, time_budget_min=time_budget_min)
+    return write_sweep()
 
 
 def row():

@@ -5,38 +5,19 @@ from pathlib import Path
 import pytest
 
 from moebench.plan import UsageError
-from moebench.resume import Asked, locked
+from moebench.resume import locked
 from moebench.rounds import shuffled
-from moebench.runplan import check_device, on_gpus, plan
+from moebench.runplan import check_device, on_gpus
 from moebench.selection import select
 from moebench.slots import ANYWHERE, Slot
 from moebench.spec import SweepError
-
-SWEEP = """
-name = "two"
-[policy]
-timeout_s = 7.0
-[defaults]
-n_routed_experts = 4
-n_activated_experts = 2
-dim = 16
-moe_inter_dim = 8
-backend = ["loop", "torch_mm"]
-[[grid]]
-num_tokens = [8, 24]
-"""
+from tests.moebench.planned import plan_, write_sweep
 
 
 @pytest.fixture(autouse=True)
 def sweep(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = Path("two.toml")
-    path.write_text(SWEEP)
-    return path
-
-
-def plan_(out=None, time_budget_min=None, **asked):
-    return plan("two.toml", Asked(**asked), out=out, time_budget_min=time_budget_min)
+    return write_sweep()
 
 
 def test_a_plan_has_the_sweeps_jobs_and_policy():
