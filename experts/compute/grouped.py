@@ -1,9 +1,12 @@
 """What the engines share whose products bring a backward of their own: everything around the two products."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from experts.config import MoEConfig
 from experts.permutation import Permutation, combine, permute, weighted_activation
@@ -30,12 +33,26 @@ def grouped_experts(
 
 
 def no_rows(x_TD: Tensor, others: Iterable[Tensor | None]) -> Tensor:
-    """Zeros like x [T, D] with zero gradients for x and `others`, for libraries that cannot multiply no rows.
+    """Zeros like x [T, D] with zero gradients for x and `others`, for libraries that cannot multiply no rows."""
+    zeros_TD: Tensor = _NoRows.apply(x_TD, *others)
+    return zeros_TD
 
-    Only empty slices are touched, so that a NaN in x stays where it is.
+
+class _NoRows(Function):
+    """Saves, and looks at in backward, what it could do without: what is saved is what makes checkpointing run forward
+    again, and a rank that did not would miss the dispatcher's collectives there, in which the others wait for it.
     """
-    out_TD = torch.zeros_like(x_TD)
-    for tensor in (x_TD, *others):
-        if tensor is not None:
-            out_TD = out_TD + tensor.reshape(-1)[:0].sum().to(x_TD.dtype)
-    return out_TD
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*others)
+        return torch.zeros_like(x_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = grad_TD, *ctx.saved_tensors
+        return tuple(
+            torch.zeros_like(tensor) if wanted else None
+            for tensor, wanted in zip(tensors, ctx.needs_input_grad, strict=True)
+        )

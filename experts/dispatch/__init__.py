@@ -3,10 +3,12 @@
 A dispatcher keeps no state between the two: what `combine` needs travels in `Dispatched`.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,13 @@ class Local:
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """The sums as they are."""
         return y_RD
+
+
+class OverGroup:
+    """A dispatcher over a process group, which nothing can copy: a layer's copy has it too."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OverGroup":
+        return copy.copy(self)

@@ -3,19 +3,15 @@
 Ranks may have different numbers of tokens, none included: rows are padded to the longest rank's with choices of −1.
 """
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from experts.dispatch import Dispatched
+from experts.dispatch import Dispatched, OverGroup
 from experts.dispatch.collectives import AllGatherChoices, AllGatherRows, ReduceScatterRows, largest
 
 
-class AllGather:
+class AllGather(OverGroup):
     """Dispatcher over one process group, gloo or NCCL."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
         """Every rank's tokens, in the order of the ranks. Waits for the device once, for the largest count."""

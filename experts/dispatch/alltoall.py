@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from experts.dispatch import Dispatched
+from experts.dispatch import Dispatched, OverGroup
 from experts.dispatch.collectives import all_to_all_rows, pack_choices, unpack_choices
 from experts.steps import Permutation, steps_on
 
@@ -37,11 +37,11 @@ class _Route:
         return all_to_all_rows(rows, self.receive, self.send, self.group)
 
 
-class AllToAll:
+class AllToAll(OverGroup):
     """Dispatcher over one process group, gloo or NCCL; `n_local_experts` experts a rank, in the order of the ranks."""
 
     def __init__(self, group: dist.ProcessGroup, n_local_experts: int) -> None:
-        self._group = group
+        super().__init__(group)
         self._n_local_experts = n_local_experts
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:

@@ -82,15 +82,24 @@ class AllGatherChoices(Function):
 
 
 def pack_choices(weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-    """Routing weights and indices of each row in bytes: one message, since a small one costs its latency alone."""
-    return torch.cat([one.contiguous().view(torch.uint8) for one in (indices_RK.int(), weights_RK)], dim=1)
+    """Routing weights and indices of each row in bytes: one message, since a small one costs its latency alone.
+
+    Indices travel as int32; one beyond that, which no layer has an expert of, as the nearest.
+    """
+    indices_RK = indices_RK.clamp(-1, torch.iinfo(torch.int32).max).int()
+    return torch.cat([_dense(one).view(torch.uint8) for one in (indices_RK, weights_RK)], dim=1)
 
 
 def unpack_choices(packed: Tensor, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Routing weights and int64 indices out of rows of bytes."""
     index_bytes = packed.shape[1] // (torch.int32.itemsize + weights_dtype.itemsize) * torch.int32.itemsize
     indices, weights = packed.tensor_split([index_bytes], dim=1)
-    return weights.contiguous().view(weights_dtype), indices.contiguous().view(torch.int32).long()
+    return _dense(weights).view(weights_dtype), _dense(indices).view(torch.int32).long()
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A copy, which any dtype can view: contiguous() leaves a single row or column as it is, whatever its strides."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def largest(count: int, group: dist.ProcessGroup, device: torch.device) -> int:

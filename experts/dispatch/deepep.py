@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from experts.config import MoEConfig, dtype_name
-from experts.dispatch import Dispatched
+from experts.dispatch import Dispatched, OverGroup
 from experts.errors import Unsupported
 
 ROW_ALIGNMENT_BYTES = 16
@@ -91,7 +91,7 @@ def _destroy(group: dist.ProcessGroup) -> None:
 atexit.register(destroy_buffers)
 
 
-class DeepEP:
+class DeepEP(OverGroup):
     """Dispatcher over one NCCL process group of at least two ranks; `num_sms` (even) multiprocessors move rows."""
 
     def __init__(self, group: dist.ProcessGroup, config: MoEConfig, num_sms: int = DEFAULT_NUM_SMS) -> None:
@@ -101,7 +101,7 @@ class DeepEP:
                 f"deep_ep dispatches to at most {MAX_EXPERTS_A_RANK} experts a rank, n_routed_experts = "
                 f"{config.n_routed_experts} on {group.size()} ranks are {n_local_experts}; use more ranks, or alltoall"
             )
-        self._group = group
+        super().__init__(group)
         self._n_routed_experts = config.n_routed_experts
         self._first = group.rank() * n_local_experts
         self._row_bytes = config.dim * torch.bfloat16.itemsize

@@ -244,6 +244,8 @@ FACTS = {
         "buffers",
         "replaced_buffer",
         "num_sms",
+        "checkpointed",
+        "copied",
     ),
     4: ("refusals", "fresh_weights", "state_dict_tools", "two_meshes"),
     8: (),

@@ -1,5 +1,6 @@
 """What the ranks of a group look at themselves. Every rank calls every fact; one that does not hold raises on all."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 from experts import BackendConfig, ConfigError, GroupedExperts, Unsupported
 from experts.dispatch.deepep import destroy_buffers
@@ -162,6 +164,35 @@ def num_sms() -> None:
     assert Buffer.num_sms == 20
 
 
+def checkpointed() -> None:
+    """Forward runs again on all ranks alike: on one without rows too, whose library is not asked."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for engine in ("loop", "torch_mm", "gmm", "te"):
+        for dispatcher in ("allgather", "alltoall"):
+            case = Case("all-to-one-expert", engine, dispatcher)
+            made, batch = sharded(build(case), random_parameters(case.config)), case.share(rank, size)
+            right = run_stacked(made, batch)
+            made.zero_grad()
+            x, weights = batch.x.clone().requires_grad_(), batch.weights.clone().requires_grad_()
+            checkpoint(made, x, batch.token_mask, weights, batch.indices, use_reentrant=False).backward(batch.grad)
+            found = {"output": right["output"], "x": x.grad, "weights": weights.grad, **made.stacked_grads()}
+            assert_same(found, right)
+
+
+def copied() -> None:
+    """A layer's copy is over the same group, and apart."""
+    for engine, dispatcher in (("loop", "allgather"), ("te", "alltoall"), ("loop", "deepep")):
+        case = Case("uneven", engine, dispatcher, DEEPEP.dtype)
+        made, batch = sharded(build(case), random_parameters(case.config)), case.share(dist.get_rank(), 2)
+        right = {name: tensor.clone() for name, tensor in run_stacked(made, batch).items()}
+        other = copy.deepcopy(made)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.zero_()
+        assert_same(run_stacked(other, batch), right)
+        assert not run_stacked(made, batch)["output"].any()
+
+
 FACTS: dict[str, Callable[[], None]] = {
     fact.__name__: fact
     for fact in (
@@ -174,5 +205,7 @@ FACTS: dict[str, Callable[[], None]] = {
         buffers,
         replaced_buffer,
         num_sms,
+        checkpointed,
+        copied,
     )
 }
