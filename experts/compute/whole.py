@@ -173,7 +173,8 @@ def _backward(
     if wanted.x:
         grad_x = steps.sum_rows(products.rows_back(grad_h_NH, gate_and_up), permutation)
     del grad_h_NH
-    h_NH.untyped_storage().resize_(0)  # the graph holds it until backward ends
+    if not torch.compiler.is_compiling():  # what is compiled frees by itself
+        h_NH.untyped_storage().resize_(0)  # the graph holds it until backward ends
     if a_NI is not None and wanted.down:
         grad_down = products.outer(a_NI, steps.gather_rows(grad_TD, permutation))
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias

@@ -132,6 +132,20 @@ def test_in_a_cuda_graph(engine: str, bias: bool) -> None:
         assert torch.equal(output, right)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@without_sync
+def test_compiled(engine: str, bias: bool) -> None:
+    """A train step under torch.compile, for any number of tokens, is the same as without."""
+    needs_sm90()
+    config = moe_config(dtype=BF16, expert_bias=bias)
+    made, compiled = (layer(engine, config, device="cuda") for _ in range(2))
+    compiled.compile()
+    for num_tokens in (64, 48, 80):
+        batch = corner_batch(made, num_tokens)
+        assert_near(run(compiled, batch), run(made, batch), BF16)
+
+
 def poison_free_memory() -> None:
     """What the allocator hands out next held NaN: large blocks first, then small ones, which fill the gaps between."""
     torch.cuda.empty_cache()
