@@ -132,7 +132,7 @@ def test_ways_that_torch_has_to_save_less(save: str, way: Callable[..., Tensor])
 def relu2_backward(
     h: Tensor, grad: Tensor, permutation: Permutation, weights: Tensor, bias: None, config: MoEConfig, again: bool
 ) -> tuple[Tensor, ...]:
-    """`Steps.activate_backward` in formulas, as the kernels have it: torch's compiler does not go past autograd.grad."""
+    """`Steps.activate_backward` in formulas, as the kernels have it: torch's compiler stops at autograd.grad."""
     value, weight = h.float().relu(), weights.reshape(-1)[permutation.row_to_slot_N].unsqueeze(1)
     weight = torch.where(permutation.row_to_expert_N.unsqueeze(1) < len(permutation.offsets_L), weight, 0.0)
     by_weight = (grad * value.square()).sum(1)[permutation.slot_to_row_S].view(weights.shape)
