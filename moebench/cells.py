@@ -40,8 +40,8 @@ def rate(value: float) -> str:
 
 
 def milliseconds(time_ms: float) -> str:
-    """A time in at most six characters."""
-    decimals = 4 if time_ms < 0.1 else 3 - min(3, math.floor(math.log10(max(time_ms, 1))))
+    """A time in at most six characters; an end of an interval may be infinite."""
+    decimals = 4 if time_ms < 0.1 else 3 - math.floor(math.log10(min(max(time_ms, 1), 1000)))
     return f"{time_ms:.{decimals}f}"
 
 

@@ -1,6 +1,7 @@
 """What there is: sweeps, and backends with why one cannot run here."""
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -10,6 +11,9 @@ from moebench.environment import gpu_numbers
 from moebench.plan import UsageError
 from moebench.spec import available_sweeps, load_sweep
 from moebench.suite import CHECKS
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def checks() -> Table:
 
 
 def _backends(device: str | None) -> tuple[BackendLine, ...]:
-    from experts.registry import backend_names, get_backend  # imports torch, which opening results must not
+    from experts.registry import backend_names  # imports torch, which opening results must not
     from moebench.worker import pick_device
 
     asked = pick_device(device)
@@ -102,5 +106,14 @@ def _backends(device: str | None) -> tuple[BackendLine, ...]:
         gpu_numbers(str(asked))
     except ValueError as absent:
         raise UsageError(str(absent)) from absent
-    reasons = {name: get_backend(name).unsupported(asked) for name in backend_names()}
-    return tuple(BackendLine(name, None if reason is None else reason.reason) for name, reason in reasons.items())
+    return tuple(BackendLine(name, _why_not(name, asked)) for name in backend_names())
+
+
+def _why_not(name: str, device: "torch.device") -> str | None:
+    from experts.registry import get_backend
+
+    try:
+        reason = get_backend(name).unsupported(device)
+    except Exception as error:  # an installed package's backend is imported here: its fault is not the others'
+        return f"{type(error).__name__}: {error}"
+    return None if reason is None else reason.reason

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moebench.case import Case, Job
+from moebench.case import Job
 
 SCHEMA = 1
 
@@ -181,11 +181,6 @@ def record(job: Job, status: Status, *, run_id: str, env_id: str, **measured: An
         env_id=env_id,
         **measured,
     )
-
-
-def case_of(row: Record) -> Case:
-    """The workload that a row is about."""
-    return Case(**{name: getattr(row, name) for name in Case.model_fields})
 
 
 class JournalError(Exception):

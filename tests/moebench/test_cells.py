@@ -39,3 +39,7 @@ def test_times_keep_to_their_width(time_ms: float) -> None:
 @pytest.mark.parametrize(("time_ms", "text"), [(math.nan, "-"), (0.0, "0.000"), (0.0002, "<.001"), (0.0123, "0.012")])
 def test_a_short_part_is_neither_nothing_nor_unmeasured(time_ms: float, text: str) -> None:
     assert part_milliseconds(time_ms) == text
+
+
+def test_an_infinite_end_of_an_interval_is_said():
+    assert milliseconds(math.inf) == "inf"

@@ -1,7 +1,11 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from experts.registry import PEERS, Backend, backend_names
+from experts import registry
+from experts.errors import RegistryError
+from experts.registry import PEERS, Backend, backend_names, get_backend
 from moebench.listing import available_backends, everything
 from moebench.plan import UsageError
 
@@ -12,7 +16,21 @@ def test_other_libraries_layers_are_examined_when_they_are_named(monkeypatch: py
 
 
 @pytest.mark.parametrize("ask", [available_backends, everything])
-def test_backends_are_not_asked_about_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, ask) -> None:  # type: ignore[no-untyped-def]
+def test_backends_are_not_asked_about_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, ask: Callable[[str], object]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=r"device = 'cuda:1': torch .* sees 0 CUDA GPUs"):
         ask("cuda:1")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("at import"), RegistryError("no such module")])
+def test_a_backend_that_cannot_be_imported_is_unavailable_and_says_why(monkeypatch, error: Exception) -> None:
+    def get(name: str) -> Backend:
+        if name == "te":
+            raise error
+        return get_backend(name)
+
+    monkeypatch.setattr(registry, "get_backend", get)
+    lines = {line.name: line.unavailable for line in everything("cpu").backends}
+    assert (lines["te"], lines["loop"]) == (f"{type(error).__name__}: {error}", None)

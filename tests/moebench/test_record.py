@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from moebench.case import Case, Job
-from moebench.record import GOOD, SCHEMA, SPEED_FIELDS, Journal, JournalError, Record, Status, case_of, record
+from moebench.record import GOOD, SCHEMA, SPEED_FIELDS, Journal, JournalError, Record, Status, record
 
 CASE = Case(
     num_tokens=8,
@@ -43,7 +43,7 @@ def journal(tmp_path: Path) -> Journal:
 
 def test_record_holds_every_field_of_its_job() -> None:
     row = record(Job(case=CASE, backend="m:A", dispatcher="alltoall"), Status.oom, run_id="r", env_id="e", detail="d")
-    assert case_of(row) == CASE
+    assert Case(**{name: getattr(row, name) for name in Case.model_fields}) == CASE
     assert (row.backend, row.dispatcher, row.case_id) == ("m:A", "alltoall", CASE.case_id)
 
 
