@@ -1,7 +1,8 @@
-"""Whether this process can still be trusted: a layer whose result is known in closed form, computed once more."""
+"""Whether this process can still be trusted: by a layer whose result is known in closed form, and torch's settings."""
 
 import gc
 import math
+from typing import Any
 
 import torch
 
@@ -15,6 +16,17 @@ _TOLERANCE = 1e-5  # float32, sums of a few equal terms; products in TF32 that a
 
 class Unhealthy(Exception):
     """What is wrong with this process."""
+
+
+def settings() -> tuple[object, ...]:
+    """What a backend may set in torch and not set back: the times and roundings of all that run after it follow."""
+    libraries: Any = (torch.backends.cuda, torch.backends.mkldnn)
+    return (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        *(library.matmul.fp32_precision.replace("none", "ieee") for library in libraries),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def sing(device: torch.device) -> None:

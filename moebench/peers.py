@@ -1,10 +1,14 @@
 """The processes that measure one case together, rank by rank; alone, one process is its own group."""
 
 import os
+import platform
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -67,6 +71,8 @@ class Peers:
 
 
 ALONE = Peers()
+#: A rank that fails looks so long whether another has ended, before it takes the failure for its own.
+GONE_WITHIN_S = 2.0
 
 
 def join(device: torch.device, timeout_s: float) -> Peers:
@@ -88,3 +94,24 @@ def leave(peers: Peers) -> None:
 
         destroy_buffers()
         dist.destroy_process_group()
+
+
+def someone_is_gone(ranks: Sequence[tuple[str, int]]) -> bool:
+    """Whether one of the ranks, each (machine, process id), has ended, or does soon. Sees those of this machine.
+
+    A process closes its connections, which others notice, a moment before it has ended.
+    """
+    others = [pid for machine, pid in ranks if machine == platform.node() and pid != os.getpid()]
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while others and time.monotonic() < deadline:
+        if any(_has_ended(pid) for pid in others):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

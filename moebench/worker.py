@@ -22,11 +22,10 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 import experts
@@ -36,7 +35,7 @@ from moebench import canary, environment
 from moebench.case import Job
 from moebench.environment import Environment
 from moebench.measure import measure
-from moebench.peers import Peers, join, leave
+from moebench.peers import Peers, join, leave, someone_is_gone
 from moebench.record import Record, Status, record
 from moebench.spec import Policy
 from moebench.subject import Measured
@@ -46,8 +45,8 @@ from moebench.workload import Workload
 
 #: What torch's CPU allocator says when the host has no memory left; it raises a plain RuntimeError.
 HOST_OOM = "DefaultCPUAllocator: can't allocate memory"
-#: A rank that fails looks so long whether another has ended, before it takes the failure for its own.
-GONE_WITHIN_S = 2.0
+#: Flag of a job that left torch's settings otherwise than it found them.
+CHANGED_SETTINGS = "changed_settings"
 
 
 def timing_policy(policy: Policy, device: torch.device) -> TimingPolicy:
@@ -121,7 +120,7 @@ def _measure_all(
             events.emit("start", number=number)
         row = _row(job, workload, policy, work_list, described)
         failed = row.status in (Status.oom, Status.error)
-        while failed and _someone_is_gone(ranks):  # it has told why, or died: this rank only misses it
+        while failed and someone_is_gone(ranks):  # it has told why, or died: this rank only misses it
             signal.pause()  # the launcher ends this rank too, and its log says how the first ended
         if peers.rank == 0 or failed:
             events.emit("record", number=number, record=json.loads(row.to_json()))
@@ -129,10 +128,12 @@ def _measure_all(
             if peers.size > 1:  # the other ranks wait in a collective for this one: only a new group goes on
                 os._exit(1)
             _recover(workload)  # raises where an error broke the process or its GPU: another worker goes on
+        if CHANGED_SETTINGS in row.flags:
+            raise canary.Unhealthy(f"{job.backend} has changed settings of torch: another worker goes on")
 
 
 def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList, described: Environment) -> Record:
-    started = time.perf_counter()
+    started, settings = time.perf_counter(), canary.settings()
     workload.trace = _trace_file(job, work_list, workload.peers)
     measured = run_job(job, workload, policy)
     device, rank = workload.device, workload.peers.rank
@@ -141,6 +142,8 @@ def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList
     measured |= {"device": device.type, "job_s": time.perf_counter() - started, "round": work_list.round}
     measured["gpu"] = described.gpus[0].name if described.gpus else None
     measured["gpu_uuid"] = described.gpu_uuids(workload.peers.size)
+    if canary.settings() != settings and not work_list.are_checks:  # a check's worker has no other backend
+        measured["flags"] = (*measured.get("flags", ()), CHANGED_SETTINGS)
     if "samples_ms" in measured:
         measured["sample_rounds"] = (work_list.round,) * len(measured["samples_ms"])
     return record(job, run_id=work_list.run_id, env_id=described.env_id, **measured)
@@ -152,27 +155,6 @@ def _trace_file(job: Job, work_list: WorkList, peers: Peers) -> Path | None:
     parts = [job.case.case_id, job.backend, job.dispatcher]
     parts += [f"round{work_list.round}"] * (work_list.round > 0) + [f"rank{peers.rank}"] * (peers.size > 1)
     return work_list.traces / (re.sub(r"[^\w.+-]", "_", "--".join(parts)) + ".json")
-
-
-def _someone_is_gone(ranks: Sequence[tuple[str, int]]) -> bool:
-    """Whether one of the ranks, each (machine, process id), has ended, or does soon. Sees those of this machine.
-
-    A process closes its connections, which others notice, a moment before it has ended.
-    """
-    others = [pid for machine, pid in ranks if machine == platform.node() and pid != os.getpid()]
-    deadline = time.monotonic() + GONE_WITHIN_S
-    while others and time.monotonic() < deadline:
-        if any(_has_ended(pid) for pid in others):
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def _has_ended(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _tell_unsupported(work_list: WorkList, jobs: Iterable[Job], events: Events, env_id: str) -> None:

@@ -158,6 +158,14 @@ class ChangesItsProcess(_BreaksInForward):
         raise RuntimeError("and nobody knows what I did")
 
 
+class RoundsForAll(GroupedExperts):
+    """Leaves torch so that every later float32 product may be rounded more coarsely."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        torch.set_float32_matmul_precision("medium")
+
+
 class ReadsOutOfBounds(_BreaksInForward):
     """An illegal memory access on the GPU, by a kernel that Triton compiles."""
 

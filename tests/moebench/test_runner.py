@@ -162,6 +162,16 @@ def test_a_worker_goes_on_after_a_failure_if_it_is_healthy(tmp_path, monkeypatch
     assert given == [4, 1]
 
 
+def test_a_backend_changes_torch_for_itself_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rows = execute(plan_of(tmp_path, jobs_of("loop", "broken:RoundsForAll", "torch_mm"))).records
+    assert [(row.status.value, row.flags) for row in rows] == [("ok", ()), ("ok", ("changed_settings",)), ("ok", ())]
+    first, second = (path.read_text() for path in sorted((tmp_path / "logs").glob("worker-*.log")))
+    assert "Unhealthy: broken:RoundsForAll has changed settings of torch" in first
+    assert "Unhealthy" not in second
+
+
 def other_experts(folder):
     """This checkout's experts, with a loop that is twice as large as it should be."""
     shutil.copytree(ROOT / "experts", folder / "experts")
