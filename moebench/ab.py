@@ -1,7 +1,9 @@
 """Two revisions of `experts`, driven by this harness side by side until every job is decided. No torch here.
 
-A round is three fresh processes in random order: A, B, and A once more. Both A together are the baseline; against each
-other they show how often this machine raises a false alarm. moebench.looks says when to stop.
+A round is four fresh processes, two of A and two of B, and only times of one round are compared. On a CPU they live
+side by side and take turns, job by job in random order, so that what disturbs the machine disturbs both sides; on GPUs,
+whose memory they would have to share, they run one after the other, in random order. Both A of a round, against each
+other, show how often this machine raises a false alarm. moebench.looks says when to stop.
 """
 
 import json
@@ -11,14 +13,15 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from moebench.case import Job
 from moebench.comparability import Comparability, open_result
 from moebench.findings import Row, is_ok, rounds_of
 from moebench.frame import JOURNAL_NAME, load, write, write_atomically
-from moebench.gate import GateResult, Judged, SelfComparison, gate, self_comparison
-from moebench.looks import LOOK_FALSE_ALARMS, LOOK_WRONG_PASSES, schedule, until_decided
+from moebench.gate import GateResult, Judged, SelfComparison, gate, self_comparison, sides
+from moebench.looks import LOOK_FALSE_ALARMS, LOOK_WRONG_PASSES, RUNS_A_SIDE, block_of, schedule, until_decided
 from moebench.plan import UsageError
 from moebench.record import Record
 from moebench.resume import SWEEP_NAME, locked
@@ -26,7 +29,8 @@ from moebench.revisions import Revision, copy_experts, unknown_backends
 from moebench.rounds import shuffled
 from moebench.runner import Outcome, Plan, execute
 from moebench.runplan import RunPlan
-from moebench.verdicts import THRESHOLD, Sides, Verdict
+from moebench.turns import execute_in_turns
+from moebench.verdicts import THRESHOLD, Verdict
 
 AB_NAME = "ab.json"
 
@@ -55,11 +59,16 @@ class AbPlan:
         return tuple(job for job in self.run.jobs if job not in self.only_a | self.only_b)
 
     @property
+    def in_turns(self) -> bool:
+        """Whether the processes of a round live side by side."""
+        return all(slot.gpu is None for slot in self.run.rounds[0].slots)
+
+    @property
     def folders(self) -> tuple[Path, Path]:
         return self.run.folder / "a", self.run.folder / "b"
 
     def round(self, jobs: Collection[Job], number: int) -> list[Plan]:
-        """The processes of a round, in their order. A has two rounds for each of B: an even one and an odd one.
+        """The processes of a round, in random order; `block_of` of the rounds they write is its number.
 
         They use as many GPUs as the largest EP size needs: what is compared is measured on the same.
         """
@@ -72,10 +81,11 @@ class AbPlan:
             order = shuffled(both.union(alone), self.run.run_id, number)
             return replace(base, jobs=order, folder=folder, round=its_round, experts_folder=revision.folder)
 
+        both_sides = (self.a, folder_a, alone_a), (self.b, folder_b, alone_b)
         plans = [
-            process(self.a, folder_a, 2 * number, alone_a),
-            process(self.a, folder_a, 2 * number + 1, ()),
-            process(self.b, folder_b, number, alone_b),
+            process(revision, folder, RUNS_A_SIDE * number + run, alone if run == 0 else ())
+            for revision, folder, alone in both_sides
+            for run in range(RUNS_A_SIDE)
         ]
         random.Random(f"{self.run.run_id} {number}").shuffle(plans)
         return plans
@@ -134,8 +144,11 @@ def compare(plan: AbPlan, on_record: Callable[[Record], None]) -> Iterator[Look]
     def measure(jobs: Sequence[Job], rounds: range) -> bool:
         nonlocal outcome
         left_s = None if budget_s is None else budget_s - (time.monotonic() - started)
-        processes = [process for number in rounds for process in plan.round(jobs, number)]
-        outcome = execute(*processes, on_record=on_record, time_budget_s=left_s)
+        planned = [plan.round(jobs, number) for number in rounds]
+        if plan.in_turns:
+            outcome = execute_in_turns(*planned, on_record=on_record, time_budget_s=left_s)
+        else:
+            outcome = execute(*chain.from_iterable(planned), on_record=on_record, time_budget_s=left_s)
         if outcome.interrupted:
             raise Interrupted(f"interrupted; what was measured is in {plan.folders[0]} and {plan.folders[1]}")
         return not outcome.num_left
@@ -180,11 +193,15 @@ def _judge(plan: AbPlan) -> GateResult:
         false_alarms=LOOK_FALSE_ALARMS,
         wrong_passes=LOOK_WRONG_PASSES,
         self_comparisons=[_a_against_itself(before.frame.to_dict("records"), plan.threshold)],
+        block_of=block_of,
     )
 
 
 def _a_against_itself(rows: Sequence[Row], threshold: float) -> SelfComparison:
-    """The even rounds of A against the odd ones."""
-    rounds = [rounds_of(row) for row in rows if is_ok(row)]
-    family = {number: Sides(some[::2], some[1::2]) for number, some in enumerate(rounds)}
+    """The first process of A in each round against the second."""
+    family = {}
+    for number, row in enumerate(filter(is_ok, rows)):
+        rounds = rounds_of(row)
+        first, second = ({run: rounds[run] for run in rounds if run % RUNS_A_SIDE == which} for which in (0, 1))
+        family[number] = sides(first, second, block_of)
     return self_comparison("A against itself", family, threshold, LOOK_FALSE_ALARMS)

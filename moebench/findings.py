@@ -77,14 +77,14 @@ def is_null(cell: Any) -> bool:
     return cell is None or (pd.api.types.is_scalar(cell) and bool(pd.isna(cell)))
 
 
-def rounds_of(row: Row) -> tuple[float, ...]:
-    """The median of each round of a row, ms; one round where the row does not say which sample is of which.
+def rounds_of(row: Row) -> dict[int, float]:
+    """The median of each round of a row by its number, ms; round 0 where the row does not say which sample is of which.
 
     Marked samples, of another clock than most, count only in a round that has no others.
     """
     samples, rounds, marked = row["samples_ms"], row["sample_rounds"], row["sample_marked"]
     if is_null(samples) or not len(samples):
-        return ()
+        return {}
     numbers = np.zeros(len(samples)) if is_null(rounds) else np.asarray(rounds)
     usual = np.ones(len(samples), bool) if is_null(marked) else ~np.asarray(marked, bool)
     kept = usual | ~np.isin(numbers, numbers[usual])

@@ -4,7 +4,7 @@ moebench.verdicts judges the times of all jobs together, moebench.findings each 
 is the user's reference.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,15 +102,17 @@ def gate(
     false_alarms: float = verdicts.FALSE_ALARMS,
     wrong_passes: float = verdicts.WRONG_PASSES,
     self_comparisons: Sequence[SelfComparison] | None = None,
+    block_of: Callable[[int], int] | None = None,
 ) -> GateResult:
     """Judge every job of two results, as `moebench.frame.load` opens them.
 
+    `block_of` gives the block of a round's number where rounds of both sides were measured together.
     `self_comparisons` default to the earlier against the later rounds of each of the two. Raises ResultsError where
     they have no job in common.
     """
     before, after = _by_key(baseline), _by_key(candidate)
     pairs = _pairs(before, after, comparability)
-    times = verdicts.judge_times(_family(pairs), threshold, false_alarms, wrong_passes)
+    times = verdicts.judge_times(_family(pairs, block_of), threshold, false_alarms, wrong_passes)
     found = {key: findings.of_baseline_alone() for key in before}
     found |= {key: findings.of_candidate_alone(row) for key, row in after.items()}
     found |= {key: findings.of_pair(pair, times.get(key)) for key, pair in pairs.items()}
@@ -144,13 +146,23 @@ def _pairs(before: Mapping[Key, Row], after: Mapping[Key, Row], comparability: C
     return pairs
 
 
-def _family(pairs: Mapping[Key, Pair]) -> dict[Key, Sides]:
+def _family(pairs: Mapping[Key, Pair], block_of: Callable[[int], int] | None) -> dict[Key, Sides]:
     """The rounds of the jobs whose times may be compared."""
     return {
-        key: Sides(rounds_of(pair.baseline), rounds_of(pair.candidate))
+        key: sides(rounds_of(pair.baseline), rounds_of(pair.candidate), block_of)
         for key, pair in pairs.items()
         if pair.both_ok and not pair.why_incomparable
     }
+
+
+def sides(
+    baseline: Mapping[int, float], candidate: Mapping[int, float], block_of: Callable[[int], int] | None = None
+) -> Sides:
+    """Rounds by number, and which of them were measured together."""
+    blocks = None
+    if block_of is not None:
+        blocks = tuple(map(block_of, baseline)), tuple(map(block_of, candidate))
+    return Sides(tuple(baseline.values()), tuple(candidate.values()), blocks)
 
 
 def _pair(baseline: Row, candidate: Row, comparability: Comparability) -> Pair:
@@ -176,7 +188,7 @@ def _title(baseline: pd.DataFrame, candidate: pd.DataFrame) -> str:
 
 def halves(name: str, frame: pd.DataFrame, threshold: float, false_alarms: float) -> SelfComparison:
     """The earlier rounds of a result against its later ones: a machine that drifts raises alarms here too."""
-    rounds = [rounds_of(row) for row in frame.to_dict("records")]
+    rounds = [tuple(rounds_of(row).values()) for row in frame.to_dict("records")]
     enough = [some for some in rounds if len(some) >= 2 * verdicts.MIN_ROUNDS]
     family = {number: Sides(some[: len(some) // 2], some[len(some) // 2 :]) for number, some in enumerate(enough)}
     return self_comparison(name, family, threshold, false_alarms)

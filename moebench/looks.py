@@ -6,28 +6,33 @@ What is shown at one look stays shown, since the p-values that it rests on stay.
 look: it knows nothing of the results.
 """
 
-import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from itertools import count
 from typing import TypeVar
 
+from moebench.ranksum import blocks_needed
 from moebench.verdicts import FALSE_ALARMS, WRONG_PASSES, Verdict
 
 Key = TypeVar("Key", bound=Hashable)
 
 NUM_LOOKS = 3
+#: Processes of each side in a round. With two there are six orders of both sides in a round, with one there are two.
+RUNS_A_SIDE = 2
 #: Of one look.
 LOOK_FALSE_ALARMS = FALSE_ALARMS / NUM_LOOKS
 LOOK_WRONG_PASSES = WRONG_PASSES / NUM_LOOKS
 
 
+def block_of(run: int) -> int:
+    """The round that a process belongs to: its number is counted over all rounds, on each side."""
+    return run // RUNS_A_SIDE
+
+
 def schedule(family_size: int) -> tuple[int, ...]:
-    """The rounds at each look, of one round of the candidate and two of the baseline each.
+    """The rounds at each look, each with `RUNS_A_SIDE` processes of both sides.
 
     At the first look they are as few as can show anything in such a family, then twice and four times as many.
     """
-    level = LOOK_FALSE_ALARMS / max(1, family_size)
-    first = next(rounds for rounds in count(1) if 1 / math.comb(3 * rounds, rounds) <= level)
+    first = blocks_needed(LOOK_FALSE_ALARMS / max(1, family_size), RUNS_A_SIDE)
     return tuple(first * 2**look for look in range(NUM_LOOKS))
 
 

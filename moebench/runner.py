@@ -7,7 +7,7 @@ import errno
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from moebench.backlog import Backlog
 from moebench.case import Job
 from moebench.comparability import ENVIRONMENT_NAME, ENVIRONMENTS_NAME
 from moebench.environment import Environment
-from moebench.frame import write_atomically
+from moebench.frame import JOURNAL_NAME, write_atomically
 from moebench.plan import Plan, Refused, RunnerError, new_run_id
 from moebench.record import Journal, Record
 from moebench.slots import places
@@ -58,24 +58,45 @@ def execute(
     measured stays. `on_environment` is told where each worker runs, before it is given a job. Raises RunnerError where
     no worker starts or the disk is full, Refused where a worker says that it was asked for what is not there.
     """
-    stop = Stop(None if time_budget_s is None else time.monotonic() + time_budget_s)
-    records: list[Record] = []
-    notes: list[str] = []
-    with stop.at_signals():
+    run = Run(plans, Stop.after(time_budget_s), on_record, on_environment)
+    with run.stop.at_signals():
         for plan in plans:
-            journal = Journal(plan.folder / "journal.jsonl")
-
-            def keep(row: Record, journal: Journal = journal) -> None:
-                journal.append(row)
-                records.append(row)
-                on_record(row)
-
             with writing_to(plan.folder):
                 (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
                 for ep_size in sorted({job.case.ep_size for job in plan.jobs}):
-                    _Crew(plan, ep_size, stop, keep, on_environment, notes).work()
-    num_left = sum(len(plan.jobs) for plan in plans) - len(records)
-    return Outcome(tuple(records), num_left, stop.interrupted, tuple(notes))
+                    _Crew(plan, ep_size, run).work()
+    return run.outcome
+
+
+@dataclass
+class Run:
+    """What some plans have measured so far, and whether they should end."""
+
+    plans: Sequence[Plan]
+    stop: "Stop"
+    on_record: Callable[[Record], None]
+    on_environment: Callable[[Environment], None]
+    records: list[Record] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def keep(self, plan: Plan, row: Record) -> None:
+        """In the plan's journal, before anything else is done."""
+        Journal(plan.folder / JOURNAL_NAME).append(row)
+        self.records.append(row)
+        self.on_record(row)
+
+    def meet(self, plan: Plan, environment: Environment) -> None:
+        """Before anything is measured there: whether it may be, and a file that says where it was."""
+        self.on_environment(environment)
+        file = _file_of(environment, plan.folder)
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, environment.to_json().encode())
+
+    @property
+    def outcome(self) -> Outcome:
+        num_left = sum(len(plan.jobs) for plan in self.plans) - len(self.records)
+        return Outcome(tuple(self.records), num_left, self.stop.interrupted, tuple(self.notes))
 
 
 @contextmanager
@@ -98,6 +119,10 @@ class Stop:
 
     deadline: float | None = None
     interrupted: bool = False
+
+    @classmethod
+    def after(cls, budget_s: float | None) -> "Stop":
+        return cls(None if budget_s is None else time.monotonic() + budget_s)
 
     def __call__(self) -> bool:
         return self.interrupted or _past(self.deadline)
@@ -153,10 +178,7 @@ class _Crew:
 
     plan: Plan
     ep_size: int
-    stop: Stop
-    keep: Callable[[Record], None]
-    on_environment: Callable[[Environment], None]
-    notes: list[str]
+    run: Run
     workers: dict[int, WorkerProcess] = field(default_factory=dict)  # by the number of their place
     met: bool = False
 
@@ -167,9 +189,9 @@ class _Crew:
     def work(self) -> None:
         """Look at every place in turn until nothing is left or the run should end; then end the workers."""
         try:
-            while not self.stop.interrupted:
+            while not self.run.stop.interrupted:
                 heard = [self._look_at(number) for number in list(self.places)]
-                if not self.workers and (self.stop() or not len(self.backlog)):
+                if not self.workers and (self.run.stop() or not len(self.backlog)):
                     return
                 if not any(heard):
                     time.sleep(POLL_S)
@@ -185,9 +207,9 @@ class _Crew:
         knew = worker.environment
         heard = False
         try:
-            for row in worker.watch(self.stop):
+            for row in worker.watch(self.run.stop):
                 heard = True
-                self.keep(row)
+                self.run.keep(self.plan, row)
         except RunnerError as failure:
             if not self.met or len(self.places) == 1:
                 raise
@@ -199,7 +221,7 @@ class _Crew:
         if is_free and not worker.over:
             worker.give(self._next_for(worker))
             is_free = not worker.unfinished
-        if worker.over or is_free or (self.stop() and not worker.at_a_job):
+        if worker.over or is_free or (self.run.stop() and not worker.at_a_job):
             self._end(number)
             return True
         return heard
@@ -207,21 +229,16 @@ class _Crew:
     def _start_at(self, number: int) -> bool:
         """The first goes ahead: what it refuses all would refuse, and where torch sees no GPU it is the only one."""
         place = self.places.get(number)
-        if place is None or self.stop() or not len(self.backlog) or (self.workers and not self.met):
+        if place is None or self.run.stop() or not len(self.backlog) or (self.workers and not self.met):
             return False
         self.workers[number] = WorkerProcess(self.plan, place, self.ep_size, len(self.places))
         return True
 
     def _meet(self, environment: Environment) -> None:
-        """Before anything is measured there: whether it may be, and a file that says where it was."""
-        self.on_environment(environment)
+        self.run.meet(self.plan, environment)
         if environment.device == "cpu" and self.plan.slots[0].gpu is not None:
             self.places = {number: self.places[number] for number in self.workers}  # torch sees no GPU: no place there
         self.met = True
-        file = _file_of(environment, self.plan.folder)
-        if not file.exists():
-            file.parent.mkdir(exist_ok=True)
-            write_atomically(file, environment.to_json().encode())
 
     def _next_for(self, worker: WorkerProcess) -> tuple[Job, ...]:
         if len(self.places) == 1:
@@ -238,4 +255,4 @@ class _Crew:
         """Where a worker no longer starts the others go on without it: a GPU may be lost."""
         self._end(number)
         gpus = ", ".join(slot.gpu for slot in self.places.pop(number) if slot.gpu is not None)
-        self.notes.append(f"{gpus or 'a slot'}: given up: {failure}")
+        self.run.notes.append(f"{gpus or 'a slot'}: given up: {failure}")

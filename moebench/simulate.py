@@ -1,14 +1,16 @@
 """Gates simulated from recorded samples: how often they alarm falsely, and what they find. No torch here.
 
-    python -m moebench.simulate RESULTS [--num-gates N] [--between SHARE]
+    python -m moebench.simulate RESULTS [--num-gates N] [--between SHARE] [--ab]
 
 prints a table of docs/gating.md. A simulated gate draws jobs from a result, with replacement, and for both
-sides of each the rounds that it might have had:
+sides of each the rounds that it might have had (moebench.noise):
 
 * of a job with several recorded rounds, rounds drawn from those, with replacement, each moved by a little of their own
   spread (a smoothed bootstrap), so that two drawn alike are not the same to the last bit;
 * of a job with one recorded process, the median of its samples, drawn in blocks so that neighbours stay neighbours,
-  times a factor between processes, log-normal of the share `between`: that part is assumed, not recorded.
+  times a factor between processes, log-normal of the share `between`: that part is assumed, not recorded;
+* with `--ab`, of a folder that `moebench ab` wrote for twice the same revision, rounds as a whole: what their processes
+  had in common they have in common again. Each look of `ab` is simulated alone, at its share of the false alarms.
 """
 
 import argparse
@@ -19,73 +21,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from moebench.findings import is_ok, rounds_of
 from moebench.frame import load
+from moebench.looks import LOOK_FALSE_ALARMS, RUNS_A_SIDE, schedule
+from moebench.noise import JobNoise, noises, noises_together
 from moebench.verdicts import FALSE_ALARMS, POWER, THRESHOLD, Sides, TimeVerdict, Verdict, judge_times
 
-#: Fewer recorded rounds than this say too little of how rounds are spread.
-MIN_RECORDED = 5
 ASSUMED_BETWEEN = (0.003, 0.01)
 NUM_JOBS = 200
 ROUNDS = ((10, 10), (20, 20), (20, 5))
 #: From 0.5% up, each a tenth more than the one before.
 EFFECTS = tuple(0.005 * 1.1**step for step in range(70))
-
-_FloatArray = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The noise of one job: recorded rounds, or samples of one process and what is assumed between processes."""
-
-    backend: str
-    log_rounds: _FloatArray
-    log_samples: _FloatArray
-    between: float
-
-    @property
-    def is_recorded(self) -> bool:
-        """Whether the noise between processes is recorded rather than assumed."""
-        return len(self.log_rounds) >= MIN_RECORDED
-
-    def draw(self, random: np.random.Generator, num_rounds: int) -> _FloatArray:
-        """Logarithms of the medians of so many rounds, around 0."""
-        if self.is_recorded:
-            picked = random.choice(self.log_rounds, num_rounds)
-            bandwidth = 0.9 * _spread(self.log_rounds) * len(self.log_rounds) ** -0.2  # Silverman's rule
-            return np.asarray(picked + random.normal(0, bandwidth, num_rounds))
-        return np.asarray(self._medians(random, num_rounds) + random.normal(0, self.between, num_rounds))
-
-    def _medians(self, random: np.random.Generator, num_rounds: int) -> _FloatArray:
-        """Medians of as many samples as were recorded, in circular blocks of their number's square root."""
-        size = len(self.log_samples)
-        block = max(1, round(math.sqrt(size)))
-        starts = random.integers(0, size, (num_rounds, -(-size // block)))
-        picked = (starts[:, :, None] + np.arange(block)).reshape(num_rounds, -1)[:, :size] % size
-        return np.asarray(np.median(self.log_samples[picked], axis=1))
-
-
-def _spread(values: _FloatArray) -> float:
-    """The standard deviation or, where outliers make that larger, the quartiles' distance on its scale."""
-    low, high = np.percentile(values, (25, 75))
-    return float(min(np.std(values, ddof=1), (high - low) / 1.349))
-
-
-def noises(frame: pd.DataFrame, between: float) -> list[Noise]:
-    """The noise of every job of a result that has a time; `between` where one process was recorded."""
-    rows = [row for row in frame.to_dict("records") if is_ok(row)]
-    return [
-        Noise(row["backend"], _centred(rounds_of(row)), _centred(row["samples_ms"]), between)
-        for row in rows
-        if len(rounds_of(row)) >= 1
-    ]
-
-
-def _centred(times_ms: Sequence[float]) -> _FloatArray:
-    logs = np.log(np.asarray(times_ms, float))
-    return np.asarray(logs - np.median(logs))
 
 
 @dataclass(frozen=True)
@@ -118,21 +64,18 @@ class Rate:
         return f"{self.share:.1%} ({self.count} of {self.total})" if self.total else "-"
 
 
-def drawn(recorded: Sequence[Noise], setting: Setting, random: np.random.Generator) -> tuple[Noise, Sides]:
+def _drawn(recorded: Sequence[JobNoise], setting: Setting, random: np.random.Generator) -> tuple[JobNoise, Sides]:
     """A job in which nothing changed, and the rounds of both its sides."""
     job = recorded[int(random.integers(len(recorded)))]
-    first, second = (
-        tuple(np.exp(job.draw(random, size) + random.normal(0, setting.session)).tolist()) for size in setting.rounds
-    )
-    return job, Sides(first, second)
+    return job, job.sides(random, setting.rounds, setting.session)
 
 
-def false_alarms(recorded: Sequence[Noise], setting: Setting, num_gates: int, seed: int = 0) -> Rate:
+def false_alarms(recorded: Sequence[JobNoise], setting: Setting, num_gates: int, seed: int = 0) -> Rate:
     """Of gates in which nothing changed, those that call any job REGRESSED."""
     random = np.random.default_rng(seed)
     alarms = 0
     for _ in range(num_gates):
-        family = {number: drawn(recorded, setting, random)[1] for number in range(setting.num_jobs)}
+        family = {number: _drawn(recorded, setting, random)[1] for number in range(setting.num_jobs)}
         found = judge_times(family, setting.threshold, setting.false_alarms).values()
         alarms += any(some.verdict is Verdict.REGRESSED for some in found)
     return Rate(alarms, num_gates)
@@ -153,7 +96,7 @@ class Planted:
 
 
 def plant(
-    recorded: Sequence[Noise], setting: Setting, effects: Sequence[float], num_gates: int, seed: int = 0
+    recorded: Sequence[JobNoise], setting: Setting, effects: Sequence[float], num_gates: int, seed: int = 0
 ) -> list[Planted]:
     """Slow one job of each gate down by each of the `effects`.
 
@@ -167,11 +110,11 @@ def plant(
 
     found = []
     for _ in range(num_gates):
-        job, sides = drawn(recorded, setting, random)
+        job, sides = _drawn(recorded, setting, random)
         without = judged(sides)
         for effect in effects:
             slow = tuple(time * (1 + effect) for time in sides.candidate_ms)
-            found.append(Planted(job.backend, effect, without, judged(Sides(sides.baseline_ms, slow))))
+            found.append(Planted(job.backend, effect, without, judged(replace(sides, candidate_ms=slow))))
     return found
 
 
@@ -185,7 +128,7 @@ def seen(found: Sequence[Planted], threshold: float = THRESHOLD) -> list[Planted
     return [some for some in found if some.without.smallest_effect <= threshold]
 
 
-def smallest_found(recorded: Sequence[Noise], setting: Setting, num_gates: int, seed: int = 0) -> float:
+def smallest_found(recorded: Sequence[JobNoise], setting: Setting, num_gates: int, seed: int = 0) -> float:
     """The smallest of EFFECTS that is found in 95% of gates, whatever job it is planted in; inf where none is.
 
     Whatever the setting's threshold: an effect below it, which the gate lets pass, is found if it is shown.
@@ -203,24 +146,34 @@ HEADER = (
 )
 
 
-def table(frame: pd.DataFrame, between: Sequence[float], num_gates: int, num_jobs: int) -> Iterator[str]:
-    """The figures of one result as Markdown, a row for each setting and, where it is not recorded, assumption."""
-    yield "| " + " | ".join(HEADER) + " |"
-    yield "| --- " * len(HEADER) + "|"
+def table(recorded: Sequence[JobNoise], settings: Sequence[Setting], between: str, num_gates: int) -> Iterator[str]:
+    """The figures as Markdown, a row for each setting; `between` says what processes differ by."""
+    for setting in settings:
+        found = plant(recorded, setting, [THRESHOLD], 4 * num_gates)
+        cells = (
+            *(f"{setting.rounds[0]} and {setting.rounds[1]}", between),
+            *(false_alarms(recorded, setting, num_gates), rate(seen(found)), Rate(len(seen(found)), len(found))),
+            f"{smallest_found(recorded, setting, num_gates):.1%}",
+        )
+        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def of_results(frame: pd.DataFrame, between: Sequence[float], num_gates: int, num_jobs: int) -> Iterator[str]:
+    """The table of a gate on stored results; for each assumption where processes' noise is not recorded."""
+    settings = [Setting(rounds, num_jobs) for rounds in ROUNDS]
     for assumed in between:
         recorded = noises(frame, assumed)
-        is_recorded = all(noise.is_recorded for noise in recorded)
-        for rounds in ROUNDS:
-            setting = Setting(rounds, num_jobs)
-            found = plant(recorded, setting, [THRESHOLD], 4 * num_gates)
-            cells = (
-                *(f"{rounds[0]} and {rounds[1]}", "recorded" if is_recorded else f"{assumed:.1%}, assumed"),
-                *(false_alarms(recorded, setting, num_gates), rate(seen(found))),
-                *(Rate(len(seen(found)), len(found)), f"{smallest_found(recorded, setting, num_gates):.1%}"),
-            )
-            yield "| " + " | ".join(map(str, cells)) + " |"
-        if is_recorded:
+        if all(noise.is_recorded for noise in recorded):
+            yield from table(recorded, settings, "recorded", num_gates)
             return
+        yield from table(recorded, settings, f"{assumed:.1%}, assumed", num_gates)
+
+
+def of_ab(a: pd.DataFrame, b: pd.DataFrame, num_gates: int, num_jobs: int) -> Iterator[str]:
+    """The table of `moebench ab`, a row a look."""
+    rounds = [(RUNS_A_SIDE * look, RUNS_A_SIDE * look) for look in schedule(num_jobs)]
+    settings = [Setting(some, num_jobs, false_alarms=LOOK_FALSE_ALARMS) for some in rounds]
+    yield from table(noises_together(a, b), settings, "recorded", num_gates)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -231,11 +184,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-jobs", type=int, default=NUM_JOBS, help="jobs a gate")
     parser.add_argument("--between", type=float, nargs="*", default=ASSUMED_BETWEEN, help="share, where not recorded")
     parser.add_argument("--backend", nargs="*", help="jobs of these backends alone")
+    parser.add_argument("--ab", action="store_true", help="results of `moebench ab` for twice the same revision")
     asked = parser.parse_args(arguments)
-    frame = load(asked.results)
-    if asked.backend:
-        frame = frame[frame["backend"].isin(asked.backend)]
-    for line in table(frame, asked.between, asked.num_gates, asked.num_jobs):
+
+    def opened(folder: Path) -> pd.DataFrame:
+        frame = load(folder)
+        return frame[frame["backend"].isin(asked.backend)] if asked.backend else frame
+
+    print("| " + " | ".join(HEADER) + " |")
+    print("| --- " * len(HEADER) + "|")
+    if asked.ab:
+        lines = of_ab(opened(asked.results / "a"), opened(asked.results / "b"), asked.num_gates, asked.num_jobs)
+    else:
+        lines = of_results(opened(asked.results), asked.between, asked.num_gates, asked.num_jobs)
+    for line in lines:
         print(line, flush=True)
 
 

@@ -10,10 +10,11 @@ candidate over baseline, above 1 slower, and are estimated by the median over al
 
 *Shown* is exact: rank-sum tests (moebench.ranksum) with Holm's correction over the family, so that a family in which
 nothing changed has a false REGRESSED at most so often as `FALSE_ALARMS` says, whatever the noise looks like, as long as
-the rounds of both sides are exchangeable; IMPROVED likewise. *Excluded* is by the upper end of a case's own interval: a
-case slower by the threshold passes at most so often as `WRONG_PASSES` says. *Would have been seen*: `smallest_effect`
-is at most the threshold. The threshold is thus the smallest slowdown that must not pass, not one beyond which the
-estimate has to lie: of a slowdown by exactly the threshold, half the estimates lie below it.
+the rounds of both sides are exchangeable, or those that were measured together; IMPROVED likewise. *Excluded* is by the
+upper end of a case's own interval: a case slower by the threshold passes at most so often as `WRONG_PASSES` says.
+*Would have been seen*: `smallest_effect` is at most the threshold. The threshold is thus the smallest slowdown that
+must not pass, not one beyond which the estimate has to lie: of a slowdown by exactly the threshold, half the estimates
+lie below it.
 """
 
 import math
@@ -25,7 +26,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moebench import ranksum
+from moebench.ranksum import Shifts, group_size_needed
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -53,10 +54,24 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Sides:
-    """The median time of each round of one case, in ms."""
+    """The median time of each round of one case, in ms.
+
+    `blocks`, where rounds of both sides were measured together, block by block: the block of each of the baseline's and
+    of each of the candidate's. Only rounds of one block are compared then.
+    """
 
     baseline_ms: tuple[float, ...]
     candidate_ms: tuple[float, ...]
+    blocks: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    @property
+    def shifts(self) -> Shifts:
+        """Candidate over baseline, on the logarithmic scale."""
+        sides = np.log(self.baseline_ms), np.log(self.candidate_ms)
+        if self.blocks is None:
+            return Shifts.within(sides)
+        of_one, of_two = (np.asarray(some) for some in self.blocks)
+        return Shifts.within(*((sides[0][of_one == block], sides[1][of_two == block]) for block in np.unique(of_one)))
 
     @property
     def rounds(self) -> tuple[int, int]:
@@ -84,10 +99,10 @@ class TimeVerdict:
     rounds: tuple[int, int]
 
 
-def round_medians(samples_ms: ArrayLike, sample_rounds: ArrayLike) -> tuple[float, ...]:
-    """The median of each round's samples, in the order of the rounds."""
+def round_medians(samples_ms: ArrayLike, sample_rounds: ArrayLike) -> dict[int, float]:
+    """The median of each round's samples by its number, ascending."""
     samples, rounds = np.asarray(samples_ms, float), np.asarray(sample_rounds)
-    return tuple(float(np.median(samples[rounds == number])) for number in np.unique(rounds))
+    return {int(number): float(np.median(samples[rounds == number])) for number in np.unique(rounds)}
 
 
 def holm(p_values: Sequence[float], level: float) -> list[bool]:
@@ -128,15 +143,12 @@ class _Comparison:
     """One case: the shift between its sides on the logarithmic scale."""
 
     def __init__(self, sides: Sides) -> None:
-        self._rounds = sides.rounds
-        self._shifts = ranksum.pairwise_shifts(np.log(sides.baseline_ms), np.log(sides.candidate_ms))
-        self._estimate = float(np.median(self._shifts))
-        self.p_slower = ranksum.p_greater(self._shifts, self._rounds[0])
-        self.p_faster = ranksum.p_less(self._shifts, self._rounds[0])
+        self._sides = sides
+        self._shifts = shifts = sides.shifts
+        self.p_slower, self.p_faster = shifts.p_greater, shifts.p_less
 
     def verdict(self, slower: bool, faster: bool, threshold: float, level: float, wrong_passes: float) -> TimeVerdict:
-        low = ranksum.lower_limit(self._shifts, self._rounds[0], wrong_passes)
-        high = ranksum.upper_limit(self._shifts, self._rounds[0], wrong_passes)
+        low, high = self._shifts.lower_limit(wrong_passes), self._shifts.upper_limit(wrong_passes)
         floor, smallest = math.log1p(threshold), self._smallest_shift(level)
         if slower and high >= floor:
             verdict, reason = Verdict.REGRESSED, "slower"
@@ -149,8 +161,8 @@ class _Comparison:
         else:
             verdict, reason = Verdict.INCONCLUSIVE, self._why_inconclusive(smallest, threshold, level)
         return TimeVerdict(
-            verdict, reason, math.exp(self._estimate), math.exp(low), math.exp(high), self.p_slower, self.p_faster,
-            math.expm1(smallest), self._rounds,
+            verdict, reason, math.exp(self._shifts.center), math.exp(low), math.exp(high), self.p_slower, self.p_faster,
+            math.expm1(smallest), self._sides.rounds,
         )  # fmt: skip
 
     def _smallest_shift(self, level: float) -> float:
@@ -160,14 +172,15 @@ class _Comparison:
         100 lie above the true shift less their distance from the lower limit of 1%. For the promised 95 that is more
         than enough where the noise is known, and enough where it comes out too small by chance.
         """
-        limits = [ranksum.lower_limit(self._shifts, self._rounds[0], some) for some in (level, WRONG_PASSES)]
-        return sum(self._estimate - limit for limit in limits)
+        return sum(self._shifts.center - self._shifts.lower_limit(some) for some in (level, WRONG_PASSES))
 
     def _why_inconclusive(self, smallest: float, threshold: float, level: float) -> str:
-        rounds = f"{self._rounds[0]} and {self._rounds[1]} rounds"
+        one, two = self._sides.rounds
+        rounds = f"{one} and {two} rounds"
         if math.isinf(smallest):
-            needed = ranksum.group_size_needed(level)
-            return f"{rounds} can show nothing among so many cases; measure {needed} a side: --rounds {needed}"
+            needed = group_size_needed(level)
+            remedy = "more" if self._sides.blocks else f"{needed} a side: --rounds {needed}"
+            return f"{rounds} can show nothing among so many cases; measure {remedy}"
         if smallest > math.log1p(threshold):
             return f"too noisy to see a slowdown of {threshold:.1%} with {rounds}; measure more"
         return f"slower by {threshold:.1%} is neither shown nor excluded with {rounds}; measure more"

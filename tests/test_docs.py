@@ -142,7 +142,7 @@ def test_the_rounds_that_gating_tells_are_enough_and_no_more() -> None:
     for jobs, a_side, candidate, baseline in (map(int, row) for row in rows):
         level = FALSE_ALARMS / jobs
         assert group_size_needed(level) == a_side
-        assert null_tail(baseline, candidate)[0] <= level < null_tail(baseline - 1, candidate)[0]
+        assert null_tail([(baseline, candidate)])[0] <= level < null_tail([(baseline - 1, candidate)])[0]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -3,6 +3,7 @@
 Most tests have a stand-in for the processes, whose times and failures they name; the last drives real ones.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -40,13 +41,19 @@ FIRST, SECOND, LAST = 5, 10, 20  # the looks of four jobs
 
 
 class Processes:
-    """Stands in for `execute`: writes the row that `row_of(side, job, time_ms)` gives; ends as a test says."""
+    """Stands in for `execute`: writes the row that `row_of(side, job, time_ms)` gives; ends as a test says.
+
+    `in_turns` stands in for `execute_in_turns`.
+    """
 
     def __init__(self):
         self.plans, self.budgets_s = [], []
         self.stops = {}  # call of execute -> the Outcome to end with, or an exception, instead of its last process
         self.row_of = lambda side, job, time_ms: ok(job, [time_ms])
         self._noise = np.random.default_rng(3)
+
+    def in_turns(self, *rounds, **options):
+        return self(*itertools.chain(*rounds), **options)
 
     def __call__(self, *plans, on_record, time_budget_s):
         stop = self.stops.get(len(self.budgets_s))
@@ -73,6 +80,7 @@ class Processes:
 def processes(monkeypatch):
     stand_in = Processes()
     monkeypatch.setattr(ab, "execute", stand_in)
+    monkeypatch.setattr(ab, "execute_in_turns", stand_in.in_turns)
     monkeypatch.setattr(ab, "unknown_backends", lambda revision, names: {})
     return stand_in
 
@@ -107,24 +115,24 @@ def test_an_unchanged_revision_passes_and_its_copies_are_gone(moebench, processe
     assert asked["revisions"] == {"a": "a-folder", "b": "b-folder"}
 
 
-def test_a_round_is_three_processes_in_random_order_each_with_its_own_experts(moebench, processes):
+def test_a_round_is_two_processes_a_side_in_random_order_each_with_its_own_experts(moebench, processes):
     processes.row_of = lambda side, job, time_ms: ok(job, [time_ms * processes._noise.uniform(0.5, 2)])
     moebench()
-    triples = [processes.plans[start : start + 3] for start in range(0, len(processes.plans), 3)]
-    assert len(triples) == LAST
-    positions = set()
-    for number, triple in enumerate(triples):
-        sides = {(plan.folder.name, plan.round) for plan in triple}
-        assert sides == {("a", 2 * number), ("a", 2 * number + 1), ("b", number)}
-        assert {plan.experts_folder.name for plan in triple if plan.folder.name == "b"} == {"b"}
-        assert {plan.experts_folder.name for plan in triple if plan.folder.name == "a"} == {"a"}
-        assert len({plan.jobs for plan in triple}) == 1
-        positions.add([plan.folder.name for plan in triple].index("b"))
-    assert positions == {0, 1, 2}
-    assert len({triple[0].jobs for triple in triples}) > 1
+    rounds = [processes.plans[start : start + 4] for start in range(0, len(processes.plans), 4)]
+    assert len(rounds) == LAST
+    orders = set()
+    for number, together in enumerate(rounds):
+        sides = {(plan.folder.name, plan.round) for plan in together}
+        assert sides == {(side, run) for side in "ab" for run in (2 * number, 2 * number + 1)}
+        assert all(plan.experts_folder.name == plan.folder.name for plan in together)
+        assert len({plan.jobs for plan in together}) == 1
+        orders.add("".join(plan.folder.name for plan in together))
+    assert len(orders) > 3
+    assert len({together[0].jobs for together in rounds}) > 1
 
 
-def test_all_is_measured_on_one_gpu_and_those_in_use_are_named(moebench, processes, monkeypatch):
+def test_all_is_measured_on_one_gpu_one_after_the_other_and_those_in_use_are_named(moebench, processes, monkeypatch):
+    monkeypatch.delattr(ab, "execute_in_turns")  # the memory of one GPU is not for four
     free = tuple(Slot(f"GPU-{letter}") for letter in "xyz")
     monkeypatch.setattr(runplan, "choose", lambda device, wanted, share: (free, ["GPU 0 is in use"]))
     found = moebench()
@@ -145,9 +153,9 @@ def test_what_is_slower_is_found_and_only_suspects_go_on(moebench, processes):
     verdict_of = {(job["backend"], "-t64-" in job["case_id"]): job["verdict"] for job in jobs}
     assert verdict_of[("torch_mm", True)] == "REGRESSED"
     assert verdict_of[("torch_mm", False)] == "PASS"
-    assert processes.rounds("b", "torch_mm") == list(range(FIRST))
-    assert len(processes.rounds("b", "loop")) > FIRST
-    assert processes.rounds("a", "loop") == list(range(2 * len(processes.rounds("b", "loop"))))
+    assert processes.rounds("b", "torch_mm") == list(range(2 * FIRST))
+    assert len(processes.rounds("b", "loop")) > 2 * FIRST
+    assert processes.rounds("a", "loop") == processes.rounds("b", "loop")
     assert f"after {FIRST} rounds: 1 REGRESSED, 2 INCONCLUSIVE, 1 PASS" in found.err
 
 
@@ -159,7 +167,7 @@ def test_memory_is_judged_at_once_and_does_not_end_the_rounds_for_time(moebench,
     found = moebench("--backend", "loop")
     assert found.code == 1
     assert "REGRESSED memory: peak 1,000,000 -> 1,000,001 bytes" in found.out
-    assert len(processes.rounds("b", "loop")) > FIRST
+    assert len(processes.rounds("b", "loop")) > 2 * FIRST
 
 
 def test_a_wrong_candidate_is_regressed(moebench, processes):
@@ -210,7 +218,7 @@ def test_the_time_budget_ends_the_rounds_with_a_verdict(moebench, processes):
 
 
 def test_no_time_at_all_is_said(moebench, processes, monkeypatch):
-    monkeypatch.setattr(ab, "execute", lambda *plans, **options: Outcome((), 9))
+    monkeypatch.setattr(ab, "execute_in_turns", lambda *plans, **options: Outcome((), 9))
     found = moebench("--time-budget", "0")
     assert found.code == 2
     assert "--time-budget: spent before both sides had measured a job" in found.err
@@ -229,7 +237,7 @@ def test_a_refused_run_leaves_no_folder(moebench, processes, monkeypatch, tmp_pa
     def refuse(*plans, **options):
         raise Refused("no such GPU")
 
-    monkeypatch.setattr(ab, "execute", refuse)
+    monkeypatch.setattr(ab, "execute_in_turns", refuse)
     found = moebench()
     assert (found.code, found.err.splitlines()[-1]) == (2, "no such GPU")
     assert not (tmp_path / "out").exists()
@@ -298,7 +306,7 @@ def test_a_copy_too_many_and_a_buffer_too_large_are_found(moebench, monkeypatch,
     }
     assert verdict_on[("torch_mm", "time")] == "REGRESSED"
     assert torch_mm["time"]["ratio"] > 3
-    assert torch_mm["time"]["rounds"] == [8, 4]
+    assert torch_mm["time"]["rounds"] == [8, 8]
     assert verdict_on[("loop", "memory")] == "REGRESSED"
     before, after = (loop["peak_memory_bytes"][side] for side in ("baseline", "candidate"))
     assert after > before

@@ -48,7 +48,7 @@ WITHOUT_TORCH = (
         "verdicts",
     ),
     *("comparability", "findings", "gate", "gatecli", "gatejson", "gatetable", "github", "junit"),
-    *("baseline", "comparison", "comparecli", "comparetable", "history", "merge", "simulate"),
+    *("baseline", "comparison", "comparecli", "comparetable", "history", "merge", "noise", "simulate", "turns"),
 )
 
 

@@ -16,9 +16,10 @@ def test_the_first_look_is_the_first_that_can_show_anything(family_size):
     looks = schedule(family_size)
     assert [rounds / looks[0] for rounds in looks] == [1, 2, 4]
 
-    def shown(rounds):  # as clearly as can be: every round of the candidate slower than all of the baseline
-        apart = Sides((1.0,) * 2 * rounds, (9.0,) * rounds)
-        alike = {number: Sides((1.0,) * 2 * rounds, (1.0,) * rounds) for number in range(family_size - 1)}
+    def shown(rounds):  # as clearly as can be: every process of the candidate slower than all of the baseline
+        blocks = (tuple(run // 2 for run in range(2 * rounds)),) * 2
+        apart = Sides((1.0,) * 2 * rounds, (9.0,) * 2 * rounds, blocks)
+        alike = {number: Sides((1.0,) * 2 * rounds, (1.0,) * 2 * rounds, blocks) for number in range(family_size - 1)}
         found = judge_times({"slow": apart, **alike}, THRESHOLD, LOOK_FALSE_ALARMS, LOOK_WRONG_PASSES)
         return found["slow"].verdict is REGRESSED
 
@@ -71,7 +72,7 @@ FAMILY = 200
 
 
 class Machine:
-    """Times of a family on two sides: each round of its own luck, now and then disturbed, drifting as it goes on.
+    """Times of a family on two sides: each process of its own luck, now and then disturbed, drifting as it goes on.
 
     `slowdown` holds the factor of the candidate, member by member; `noise` is the spread of rounds.
     """
@@ -86,19 +87,23 @@ class Machine:
     def measure(self, undecided, rounds):
         for _ in rounds:
             self._drift += self._generator.normal(0, self._noise / 3)
-            luck = self._generator.standard_t(4, (3, len(undecided))) * self._noise + self._drift
-            disturbed = self._generator.random((3, len(undecided))) < 0.05
+            luck = self._generator.standard_t(4, (4, len(undecided))) * self._noise + self._drift
+            disturbed = self._generator.random((4, len(undecided))) < 0.05
             times = np.exp(luck + disturbed * self._generator.exponential(0.05, disturbed.shape))
-            for key, first, second, third in zip(undecided, *times, strict=True):
-                self.baseline[key] += [first, second]
-                self.candidate[key].append(third * self._slowdown[key])
+            for key, one, two, three, four in zip(undecided, *times, strict=True):
+                self.baseline[key] += [one, two]
+                self.candidate[key] += [three * self._slowdown[key], four * self._slowdown[key]]
         return True
 
     def judge(self):
-        sides = {key: Sides(tuple(self.baseline[key]), tuple(self.candidate[key])) for key in self.baseline}
+        sides = {key: self._sides(key) for key in self.baseline}
         found = judge_times(sides, THRESHOLD, LOOK_FALSE_ALARMS, LOOK_WRONG_PASSES)
         self.verdicts = {key: some.verdict for key, some in found.items()}
         return self.verdicts
+
+    def _sides(self, key):
+        blocks = tuple(run // 2 for run in range(len(self.baseline[key])))
+        return Sides(tuple(self.baseline[key]), tuple(self.candidate[key]), (blocks, blocks))
 
     def compare(self):
         for _ in until_decided(range(len(self._slowdown)), schedule(len(self._slowdown)), self.measure, self.judge):

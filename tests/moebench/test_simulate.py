@@ -4,80 +4,29 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from moebench.frame import load
-from moebench.record import Status
+from moebench.noise import noises
 from moebench.simulate import (
     ASSUMED_BETWEEN,
     EFFECTS,
     HEADER,
-    Noise,
     Rate,
     Setting,
-    drawn,
     false_alarms,
     main,
-    noises,
+    of_results,
     plant,
     rate,
     seen,
     smallest_found,
-    table,
 )
 from moebench.verdicts import POWER, THRESHOLD
-from tests.moebench.gated import bad, frame, job_of, ok
+from tests.moebench.test_noise import noise
 
 ROOT = Path(__file__).parents[2]
 H200 = load(ROOT / "results" / "published" / "earlier" / "h200-2026-11-23")
-RANDOM = np.random.default_rng(17)
-
-
-def noise(log_rounds=(0.0,), log_samples=(0.0,), between=0.0):
-    return Noise("loop", np.asarray(log_rounds, float), np.asarray(log_samples, float), between)
-
-
-# what is drawn
-
-
-def test_one_process_varies_as_its_samples_and_as_assumed():
-    assert noise().draw(RANDOM, 5).tolist() == [0.0] * 5
-    assert np.std(noise(between=0.01).draw(RANDOM, 4000)) == pytest.approx(0.01, rel=0.1)
-    samples = RANDOM.normal(0, 0.1, 100)
-    assert np.std(noise(log_samples=samples).draw(RANDOM, 4000)) == pytest.approx(0.1 * 1.2533 / 10, rel=0.25)
-
-
-def test_neighbours_stay_neighbours():
-    """A process that drifts has medians that vary more than those of the same samples in any order."""
-    drift = np.linspace(-0.1, 0.1, 100)
-    spreads = [np.std(noise(log_samples=some).draw(RANDOM, 2000)) for some in (drift, RANDOM.permutation(drift))]
-    assert spreads[0] > 1.5 * spreads[1]
-
-
-def test_recorded_rounds_are_what_varies():
-    rounds = RANDOM.normal(0, 0.02, 30)
-    recorded = noise(rounds, log_samples=RANDOM.normal(0, 9, 100), between=9)
-    assert recorded.is_recorded
-    assert np.std(recorded.draw(RANDOM, 4000)) == pytest.approx(np.std(rounds), rel=0.15)
-    assert not noise([0.0] * 4).is_recorded
-    disturbed = noise([0.0] * 19 + [1.0])
-    assert set(disturbed.draw(RANDOM, 50)) <= {0.0, 1.0}, "an outlier is drawn as one, and smears nothing"
-
-
-def test_noises_are_those_of_jobs_with_a_time():
-    rows = frame(ok(job_of(1), [2.0, 4.0, 8.0, 4.0, 4.0]), ok(job_of(2), [3.0]), bad(job_of(3), Status.oom))
-    first, second = noises(rows, 0.01)
-    assert first.log_rounds.tolist() == pytest.approx(np.log([0.5, 1, 2, 1, 1]))
-    assert (first.is_recorded, second.is_recorded) == (True, False)
-    assert len(second.log_samples) == 3
-
-
-def test_sides_have_the_rounds_of_the_setting_and_the_shift_of_their_session():
-    _, sides = drawn([noise()], Setting((7, 3), session=0.1), RANDOM)
-    assert sides.rounds == (7, 3)
-    assert len(set(sides.baseline_ms)) == len(set(sides.candidate_ms)) == 1
-    assert sides.baseline_ms[0] != sides.candidate_ms[0]
 
 
 # what the gate does
@@ -130,9 +79,8 @@ def test_a_session_that_shifts_alarms_although_nothing_changed():
 
 
 def test_the_table_is_markdown():
-    header, rule, *rows = table(H200, [0.003], num_gates=2, num_jobs=9)
-    assert header.count("|") == rule.count("|")
-    assert [row.count("|") for row in rows] == [header.count("|")] * 3
+    rows = list(of_results(H200, [0.003], num_gates=2, num_jobs=9))
+    assert [row.count("|") for row in rows] == [len(HEADER) + 1] * 3
     assert "0.3%, assumed" in rows[0]
 
 

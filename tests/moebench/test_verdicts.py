@@ -108,7 +108,7 @@ def test_many_rounds_on_one_side_spare_the_other():
 
 def test_a_round_is_the_unit_however_many_samples_it_has():
     samples = [1.0, 9.0, 2.0, 5.0, 5.0, 5.0, 7.0]
-    assert round_medians(samples, [3, 3, 3, 0, 0, 0, 7]) == (5.0, 2.0, 7.0)
+    assert round_medians(samples, [3, 3, 3, 0, 0, 0, 7]) == {0: 5.0, 3: 2.0, 7: 7.0}
 
 
 def test_a_disturbed_round_costs_no_verdict():
@@ -153,3 +153,31 @@ def test_the_threshold_passes_seldom_and_less_noise_is_more_pass():
         shares.append(sum(judge_times({0: side})[0].verdict is Verdict.PASS for side in sides))
     assert all(less < more for less, more in pairwise(shares))
     assert shares[-1] == 60
+
+
+# rounds measured together
+
+
+def together(random, disturbance, slowdown=1.0, rounds=8):
+    """Two processes a side in each round; what disturbs a round disturbs all four alike."""
+    common = random.normal(0, disturbance, rounds)
+    blocks = (tuple(number for number in range(rounds) for _ in range(2)),) * 2
+    one, two = (np.exp(np.repeat(common, 2) + random.normal(0, 0.002, 2 * rounds)) for _ in "ab")
+    return Sides(tuple(one), tuple(two * slowdown), blocks)
+
+
+def test_what_disturbs_a_whole_round_hides_nothing():
+    random = np.random.default_rng(11)
+    slow = together(random, disturbance=0.5, slowdown=1.03)
+    found = judge_times({"it": slow, "same": together(random, disturbance=0.5)})
+    assert (found["it"].verdict, found["same"].verdict) == (Verdict.REGRESSED, Verdict.PASS)
+    assert found["it"].ratio == pytest.approx(1.03, abs=0.003)
+    assert found["it"].rounds == (16, 16)
+    apart = Sides(slow.baseline_ms, slow.candidate_ms)
+    assert judge_times({"it": apart})["it"].verdict is Verdict.INCONCLUSIVE
+
+
+def test_too_few_blocks_ask_for_more_rounds():
+    found = judge_times({"it": together(np.random.default_rng(1), 0.0, rounds=2)})["it"]
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert found.reason == "4 and 4 rounds can show nothing among so many cases; measure more"
