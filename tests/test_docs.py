@@ -15,6 +15,7 @@ from moebench import parity
 from moebench.case import Case
 from moebench.cli import app
 from moebench.inputs import make_inputs, make_parameters, moe_config
+from moebench.looks import schedule
 from moebench.ranksum import group_size_needed, null_tail
 from moebench.spec import parse_sweep
 from moebench.verdicts import FALSE_ALARMS
@@ -143,6 +144,13 @@ def test_the_rounds_that_gating_tells_are_enough_and_no_more() -> None:
         level = FALSE_ALARMS / jobs
         assert group_size_needed(level) == a_side
         assert null_tail([(baseline, candidate)])[0] <= level < null_tail([(baseline - 1, candidate)])[0]
+
+
+def test_the_looks_that_gating_tells_are_those_of_ab() -> None:
+    rows = re.findall(r"^\| (\d+) \| (\d+), (\d+), (\d+) \|$", (ROOT / "docs" / "gating.md").read_text(), re.MULTILINE)
+    assert len(rows) == 4
+    for jobs, *looks in (map(int, row) for row in rows):
+        assert schedule(jobs) == tuple(looks)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
