@@ -14,7 +14,7 @@ import pandas as pd
 
 from moebench.case import Case, Job
 from moebench.comparability import MEMORY_CHANGES, TIME_CHANGES, Difference
-from moebench.record import GOOD, Status
+from moebench.record import GOOD, IMPOSSIBLY_FAST, Status
 from moebench.verdicts import TimeVerdict, Verdict, round_medians
 
 Row = Mapping[Hashable, Any]  # of a frame of results
@@ -24,7 +24,7 @@ _MEMORY_COLUMNS = {"peak": "peak_memory_bytes", "saved for backward": "saved_mem
 #: by 0.2 MiB at the peak, by up to 0.6% or 1 MiB in what it saves for backward.
 _GPU_SLACK, _GPU_SLACK_BYTES = 0.01, 2 << 20
 #: Flags of a time that says nothing about the code.
-_SPOILED = {"slowed_down": "slowed down by heat or a power brake", "impossibly_fast": "impossibly fast"}
+_SPOILED = {"slowed_down": "slowed down by heat or a power brake", IMPOSSIBLY_FAST: "impossibly fast"}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from moebench.inputs import Inputs
 from moebench.peers import Peers
 from moebench.probes import examine
 from moebench.profiling import executed, trace
-from moebench.record import Status
+from moebench.record import Status, flags_of_speed
 from moebench.reference import Tensors
 from moebench.samplers import Stage
 from moebench.subject import Measured, backend_of, make_subject, verdict_fields
@@ -29,8 +29,6 @@ from moebench.workload import Workload
 PASSES = 2
 #: Columns of what a job spent its time on; memory, profile and the passes that are checked are the rest of `job_s`.
 PHASES = ("setup_s", "ceilings_s", "parity_s", "timing_s")
-#: A time shorter than so much of the case's roofline is no speed but a measurement that went wrong.
-IMPOSSIBLE = 0.8
 #: A graph's replays differ little: less time does for them.
 GRAPH_SHARE = 0.25
 
@@ -107,15 +105,14 @@ class _Phases:
 
 def _against(bounds: Ceilings, measured: Measured) -> Measured:
     """The case's ceilings, and how near it came to its roofline."""
-    fraction = bounds.roofline_ms / measured["time_ms"]
     return {
         "roofline_ms": bounds.roofline_ms,
-        "roofline_fraction": fraction,
+        "roofline_fraction": bounds.roofline_ms / measured["time_ms"],
         "dense_ms": bounds.dense_ms,
         "grouped_ms": bounds.grouped_ms,
         "collective_ms": bounds.collective_ms,
         "copy_gb_per_s": bounds.copy_gb_per_s,
-        "flags": measured["flags"] + ("impossibly_fast",) * (fraction * IMPOSSIBLE > 1),
+        "flags": measured["flags"] + flags_of_speed(measured["time_ms"], bounds.roofline_ms),
     }
 
 

@@ -54,6 +54,16 @@ SPEED_FIELDS = (
 )
 
 
+IMPOSSIBLY_FAST = "impossibly_fast"
+#: A time shorter than so much of the case's roofline is no speed but a measurement that went wrong.
+IMPOSSIBLE = 0.8
+
+
+def flags_of_speed(time_ms: float, roofline_ms: float | None) -> tuple[str, ...]:
+    """IMPOSSIBLY_FAST, or none."""
+    return (IMPOSSIBLY_FAST,) if roofline_ms is not None and time_ms < IMPOSSIBLE * roofline_ms else ()
+
+
 class Record(BaseModel):
     """One row of results: a job, how it ended, and what was measured. What was not measured is None, never 0.
 

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 from moebench.case import Case, Job
-from moebench.record import Record, Status
+from moebench.record import IMPOSSIBLY_FAST, Record, Status, flags_of_speed
 from moebench.stats import center_of_rounds
 
 _MEASURED = (
@@ -98,14 +98,17 @@ def _combined(name: str, rows: Sequence[Record]) -> Any:
 
 
 def _speed(rows: Sequence[Record]) -> dict[str, Any]:
+    """The time of all rounds, and what follows from it."""
     time_ms, low, high = center_of_rounds([row.time_ms for row in rows if row.time_ms is not None])
     first = rows[0]
     assert first.time_ms is not None, "a row with status ok has a time"
     work = {name: value * first.time_ms for name in ("tokens_per_s", "tflops") if (value := getattr(first, name))}
     if (bound_ms := _combined("roofline_ms", rows)) is not None:
         work["roofline_fraction"] = bound_ms
-    ends = {"time_ms": time_ms, "time_ms_low": low, "time_ms_high": high}
-    return {**ends, **{name: amount / time_ms for name, amount in work.items()}}
+    others = (flag for flag in _combined("flags", rows) if flag != IMPOSSIBLY_FAST)
+    found: dict[str, Any] = {"time_ms": time_ms, "time_ms_low": low, "time_ms_high": high}
+    found["flags"] = (*others, *flags_of_speed(time_ms, bound_ms))  # one round may have had its ceilings disturbed
+    return {**found, **{name: amount / time_ms for name, amount in work.items()}}
 
 
 def _detail(worst: Record, rows: Sequence[Record]) -> str | None:

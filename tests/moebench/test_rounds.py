@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import t
 
 from moebench.case import Case, Job
-from moebench.record import SPEED_FIELDS, Record, Status, record
+from moebench.record import IMPOSSIBLY_FAST, SPEED_FIELDS, Record, Status, record
 from moebench.rounds import merged, shuffled
 
 SHAPE = {"n_routed_experts": 4, "n_activated_experts": 2, "moe_inter_dim": 8}
@@ -121,6 +121,17 @@ def test_the_share_of_the_roofline_is_of_the_time_that_is_given():
     ]
     one = merged(rounds)
     assert (one.time_ms, one.roofline_ms, one.roofline_fraction) == (2.0, 0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "flags"), [([1.0, 9.0, 1.0], ("synchronises",)), ([9.0, 9.0, 1.0], ("synchronises", IMPOSSIBLY_FAST))]
+)
+def test_one_disturbed_ceiling_makes_no_time_impossible(bounds, flags):
+    def flagged(bound):
+        return ("synchronises", IMPOSSIBLY_FAST) if bound > 2 else ("synchronises",)
+
+    rounds = [row(n, time_ms=2.0, roofline_ms=bound, flags=flagged(bound)) for n, bound in enumerate(bounds)]
+    assert merged(rounds).flags == flags
 
 
 def test_the_clock_is_that_of_most_rounds():
