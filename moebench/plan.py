@@ -1,6 +1,8 @@
 """What is measured in processes of its own, and what may go wrong before or while it is. No torch here."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +23,15 @@ class Refused(RunnerError):
 
 class UsageError(Exception):
     """Something asked for that cannot be: what, which value, the rule, the remedy, in one line."""
+
+
+@contextmanager
+def writable(place: Path) -> Iterator[None]:
+    """What cannot be written while the block runs is a UsageError."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{place}: cannot be written: {error.strerror}; name a place that can be") from error
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from moebench.environment import Environment
 from moebench.frame import JOURNAL_NAME, load, read_journal, write, write_atomically
 from moebench.pagegate import read_gate
-from moebench.plan import Refused, UsageError
+from moebench.plan import Refused, UsageError, writable
 from moebench.plots import all_figures, image, write_plots
 from moebench.record import Record
 from moebench.report import REPORT_NAME, page
@@ -81,7 +81,9 @@ def finish(folder: Path) -> list[Path]:
 
 def draw(path: Path) -> list[Path]:
     """Draw the plots of a results folder, or of a Parquet file beside it."""
-    return write_plots(all_figures(load(path)), _folder_of(path) / "plots")
+    figures, folder = all_figures(load(path)), _folder_of(path) / "plots"
+    with writable(folder):
+        return write_plots(figures, folder)
 
 
 def report(path: Path, out: Path | None, gate: Path | None) -> Path:
@@ -91,7 +93,9 @@ def report(path: Path, out: Path | None, gate: Path | None) -> Path:
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.parent}; make it, or name a file elsewhere")
     svgs = {name: image(figure, "svg") for name, figure in all_figures(frame)}
-    return _write_page(page(frame, svgs, _folder_of(path), verdicts), out)
+    html = page(frame, svgs, _folder_of(path), verdicts)
+    with writable(out):
+        return _write_page(html, out)
 
 
 def _write_page(html: str, out: Path) -> Path:

@@ -13,7 +13,7 @@ from moebench.case import Job
 from moebench.comparability import ENVIRONMENT_NAME, differences
 from moebench.environment import Environment, EnvironmentFileError
 from moebench.frame import write_atomically
-from moebench.plan import UsageError
+from moebench.plan import UsageError, writable
 
 RUN_NAME = "run.json"
 SWEEP_NAME = "sweep.toml"
@@ -112,11 +112,9 @@ def locked(folder: Path) -> Iterator[None]:
     The lock goes with its process, however that ends.
     """
     path = folder / LOCK_NAME
-    try:
+    with writable(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be written: {error.strerror}; name a folder that can be") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

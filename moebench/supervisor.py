@@ -28,7 +28,7 @@ from moebench.worklist import WorkList
 START_TIMEOUT_S = 180.0
 #: A killed process that is still there then is stuck in its GPU's driver: nobody can end it.
 KILL_TIMEOUT_S = 30.0
-LOG_LINES = 12
+LOG_LINES, TAIL_BYTES = 12, 1 << 16
 #: Where the kernel counts the processes that it killed for lack of memory.
 KERNEL_COUNTERS = Path("/proc/vmstat")
 
@@ -210,7 +210,9 @@ class WorkerProcess:
 
     def _tail(self) -> str:
         """The log's last lines; where Python died with a stack, its first: the most recent call leads."""
-        lines = self._log.read_text(errors="replace").splitlines()
+        with self._log.open("rb") as log:  # a backend may have printed for hours
+            log.seek(max(0, self._log.stat().st_size - TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
         deaths = [number for number, line in enumerate(lines) if line.startswith("Fatal Python error")]
         return "\n".join(lines[deaths[-1] :][:LOG_LINES] if deaths else lines[-LOG_LINES:])
 

@@ -28,7 +28,7 @@ CLOCK_TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class TimingPolicy:
-    """When sampling stops: the 95% interval of the median within ±`interval_target`, or `time_cap_s` spent.
+    """When sampling stops: half the median's 95% interval at most `interval_target` of it, or `time_cap_s` spent.
 
     It stops at a quarter of the cap where the interval, which narrows with the root of time, cannot get there.
     """

@@ -175,6 +175,18 @@ def test_the_plots_can_be_drawn_again(good_run, moebench):
     assert len(drawn.out.splitlines()) == len(before)
 
 
+def test_what_cannot_be_written_is_said_in_one_line(good_run, moebench):
+    """Plots where there is a file, a page where there is no file."""
+    Path("results.parquet").write_bytes(next(good_run.cwd.glob("results/runs/*/results.parquet")).read_bytes())
+    Path("plots").touch()
+    Path("page.html").mkdir()
+    for arguments, place in (
+        (("plots", "results.parquet"), "plots"),
+        (("report", ".", "--out", "page.html"), "page.html"),
+    ):
+        is_refused(moebench(*arguments), f"{place}: cannot be written: ")
+
+
 @pytest.fixture(scope="module")
 def bad_run(sweep, case_ids, tmp_path_factory):
     """A backend that is wrong, into a folder whose name is hard to print."""

@@ -358,6 +358,14 @@ def test_a_worker_that_dies_at_once_ends_the_run_and_says_how(tmp_path, stand_in
     assert not (tmp_path / "run" / "journal.jsonl").exists()
 
 
+def test_of_a_long_log_the_end_is_told(tmp_path, stand_in):
+    stand_in("print('too early', 'x' * 100_000, 'last words', sep='\\n', flush=True)\nready(); start(0)\nos._exit(7)\n")
+    (row,) = execute(plan_of(tmp_path / "run", THREE[:1])).records
+    assert row.detail.endswith("\nlast words")
+    assert "too early" not in row.detail
+    assert len(row.detail) < 70_000
+
+
 def test_a_worker_that_never_starts_ends_the_run(tmp_path, stand_in, monkeypatch):
     monkeypatch.setattr(supervisor, "START_TIMEOUT_S", 1.0)
     stand_in("hang()\n")
