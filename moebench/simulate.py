@@ -1,6 +1,6 @@
 """Gates simulated from recorded samples: how often they alarm falsely, and what they find. No torch here.
 
-    python -m moebench.simulate RESULTS [--num-gates N] [--between SHARE] [--ab]
+    python -m moebench.simulate RESULTS [--num-gates N] [--num-jobs N] [--threshold SHARE] [--between SHARE] [--ab]
 
 prints a table of docs/gating.md. A simulated gate draws jobs from a result, with replacement, and for both
 sides of each the rounds that it might have had (moebench.noise):
@@ -42,7 +42,7 @@ class Setting:
     two days on one machine; no test within a result can see it.
     """
 
-    rounds: tuple[int, int]
+    rounds: tuple[int, int] = ROUNDS[0]
     num_jobs: int = NUM_JOBS
     session: float = 0.0
     threshold: float = THRESHOLD
@@ -141,7 +141,7 @@ def smallest_found(recorded: Sequence[JobNoise], setting: Setting, num_gates: in
 # The table of docs/gating.md
 
 HEADER = (
-    *("rounds", "between processes", "false alarms", "slower by 3% found, of jobs that say they can see it"),
+    *("rounds", "between processes", "false alarms", "slower by the threshold found, of jobs that say they can see it"),
     *("jobs that can", "found in any job 95 times of 100"),
 )
 
@@ -149,18 +149,19 @@ HEADER = (
 def table(recorded: Sequence[JobNoise], settings: Sequence[Setting], between: str, num_gates: int) -> Iterator[str]:
     """The figures as Markdown, a row for each setting; `between` says what processes differ by."""
     for setting in settings:
-        found = plant(recorded, setting, [THRESHOLD], 4 * num_gates)
+        found = plant(recorded, setting, [setting.threshold], 4 * num_gates)
+        visible = seen(found, setting.threshold)
         cells = (
             *(f"{setting.rounds[0]} and {setting.rounds[1]}", between),
-            *(false_alarms(recorded, setting, num_gates), rate(seen(found)), Rate(len(seen(found)), len(found))),
+            *(false_alarms(recorded, setting, num_gates), rate(visible), Rate(len(visible), len(found))),
             f"{smallest_found(recorded, setting, num_gates):.1%}",
         )
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
-def of_results(frame: pd.DataFrame, between: Sequence[float], num_gates: int, num_jobs: int) -> Iterator[str]:
+def of_results(frame: pd.DataFrame, between: Sequence[float], num_gates: int, setting: Setting) -> Iterator[str]:
     """The table of a gate on stored results; for each assumption where processes' noise is not recorded."""
-    settings = [Setting(rounds, num_jobs) for rounds in ROUNDS]
+    settings = [replace(setting, rounds=rounds) for rounds in ROUNDS]
     for assumed in between:
         recorded = noises(frame, assumed)
         if all(noise.is_recorded for noise in recorded):
@@ -169,10 +170,10 @@ def of_results(frame: pd.DataFrame, between: Sequence[float], num_gates: int, nu
         yield from table(recorded, settings, f"{assumed:.1%}, assumed", num_gates)
 
 
-def of_ab(a: pd.DataFrame, b: pd.DataFrame, num_gates: int, num_jobs: int) -> Iterator[str]:
+def of_ab(a: pd.DataFrame, b: pd.DataFrame, num_gates: int, setting: Setting) -> Iterator[str]:
     """The table of `moebench ab`, a row a look."""
-    rounds = [(RUNS_A_SIDE * look, RUNS_A_SIDE * look) for look in schedule(num_jobs)]
-    settings = [Setting(some, num_jobs, false_alarms=LOOK_FALSE_ALARMS) for some in rounds]
+    rounds = [(RUNS_A_SIDE * look, RUNS_A_SIDE * look) for look in schedule(setting.num_jobs)]
+    settings = [replace(setting, rounds=some, false_alarms=LOOK_FALSE_ALARMS) for some in rounds]
     yield from table(noises_together(a, b), settings, "recorded", num_gates)
 
 
@@ -182,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", type=Path, help="results folder or Parquet file")
     parser.add_argument("--num-gates", type=int, default=500, help="simulated gates")
     parser.add_argument("--num-jobs", type=int, default=NUM_JOBS, help="jobs a gate")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="the gate's, as a share")
     parser.add_argument("--between", type=float, nargs="*", default=ASSUMED_BETWEEN, help="share, where not recorded")
     parser.add_argument("--backend", nargs="*", help="jobs of these backends alone")
     parser.add_argument("--ab", action="store_true", help="results of `moebench ab` for twice the same revision")
@@ -193,10 +195,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     print("| " + " | ".join(HEADER) + " |")
     print("| --- " * len(HEADER) + "|")
+    setting = Setting(num_jobs=asked.num_jobs, threshold=asked.threshold)
     if asked.ab:
-        lines = of_ab(opened(asked.results / "a"), opened(asked.results / "b"), asked.num_gates, asked.num_jobs)
+        lines = of_ab(opened(asked.results / "a"), opened(asked.results / "b"), asked.num_gates, setting)
     else:
-        lines = of_results(opened(asked.results), asked.between, asked.num_gates, asked.num_jobs)
+        lines = of_results(opened(asked.results), asked.between, asked.num_gates, setting)
     for line in lines:
         print(line, flush=True)
 
