@@ -12,7 +12,7 @@ from experts.config import BackendConfig, MoEConfig, is_gated_activation
 from experts.engines import get_engine
 from experts.errors import ConfigError, Unsupported
 from experts.layer import ExpertLayer
-from experts.state_dict import as_local, local_share
+from experts.state_dict import as_local, local_share, sharded_like
 from experts.steps import make_of_steps
 
 
@@ -89,8 +89,15 @@ class GroupedExperts(ExpertLayer):
         return self.engine.unsupported(device, config)
 
     def expert_parameters(self) -> ExpertParameters:
-        """The local experts' parameters, stacked."""
-        return ExpertParameters(*(as_local(getattr(self, name)) for name in PARAMETER_NAMES))
+        """The local experts' parameters, stacked. Raises ConfigError where they are not this rank's experts'."""
+        parameters = ExpertParameters(*(as_local(getattr(self, name)) for name in PARAMETER_NAMES))
+        count = parameters.down_projs.shape[0]
+        if count != self.n_local_experts:
+            raise ConfigError(
+                f"parameters hold {count} experts here, needs {self.n_local_experts}, this rank's of "
+                f"{self.n_routed_experts}; shard them on dimension 0 over ep_mesh, once"
+            )
+        return parameters
 
     def stacked_grads(self) -> dict[str, Tensor]:
         """The parameters' own gradients, of the local experts."""
@@ -107,7 +114,7 @@ class GroupedExperts(ExpertLayer):
             elif isinstance(parameter, DTensor) and parameter.device.type == "cpu":
                 # on a CPU mesh DTensor warns, and draws the same numbers on every rank
                 whole = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=init_std)
-                parameter.to_local().copy_(local_share(whole, parameter.device_mesh))
+                parameter.to_local().copy_(sharded_like(whole, parameter).to_local())
             else:
                 parameter.normal_(std=init_std)
 
@@ -133,11 +140,10 @@ def _take_local_share(module: nn.Module, state_dict: dict[str, Any], prefix: str
     """Plain tensors of all experts load into sharded parameters: each rank takes its own."""
     for name, parameter in module.named_parameters(recurse=False):
         value = state_dict.get(prefix + name)
-        if isinstance(parameter, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor):
-            mesh = parameter.device_mesh
-            if value.shape == parameter.shape:
-                share = local_share(value, mesh).to(parameter.device)
-                state_dict[prefix + name] = DTensor.from_local(share, mesh, [Shard(0)], run_check=False)
+        if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+            continue
+        if value.shape == parameter.shape:
+            state_dict[prefix + name] = sharded_like(value, parameter)
 
 
 class GroupedExpertsDeepEP(GroupedExperts):

@@ -186,7 +186,10 @@ class Case:
         return {"halves": world_size // 2, "one": 1}.get(self.made.rpartition("-")[2], world_size)
 
 
-LOADED = ("named-by-dtensors", "dtensors", "from-meta", "plain-checkpoint", "assigned-checkpoint", "dtensor-checkpoint")
+LOADED = (
+    *("named-by-dtensors", "dtensors", "from-meta", "assigned-to-meta"),
+    *("plain-checkpoint", "assigned-checkpoint", "dtensor-checkpoint"),
+)
 SAVED = ("saved-by-loop", "saved-by-te", "saved-by-one", "saved-for-one", "saved-for-halves")
 
 
@@ -232,7 +235,7 @@ def cases(world_size: int) -> list[Case]:
     return grid + exact + coarse + fakes + (deep_ep if world_size == 2 else []) + loaded
 
 
-#: What ranks look at themselves: functions of parallel_facts.py.
+#: What ranks look at themselves: functions of parallel_facts.py and parallel_training.py.
 FACTS = {
     1: ("refusals", "fresh_weights"),
     2: (
@@ -244,9 +247,9 @@ FACTS = {
         "buffers",
         "replaced_buffer",
         "num_sms",
-        "checkpointed",
-        "copied",
+        "parameters_of_others",
+        *("checkpointed", "copied", "fully_sharded"),
     ),
-    4: ("refusals", "fresh_weights", "state_dict_tools", "two_meshes"),
+    4: ("refusals", "fresh_weights", "state_dict_tools", "two_meshes", "fully_sharded_experts"),
     8: (),
 }

@@ -1,6 +1,5 @@
 """What the ranks of a group look at themselves. Every rank calls every fact; one that does not hold raises on all."""
 
-import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -9,17 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from experts import BackendConfig, ConfigError, GroupedExperts, Unsupported
 from experts.dispatch.deepep import destroy_buffers
-from experts.layer import ExpertLayer
 from tests.experts import fakes
 from tests.experts.fake_deep_ep import Buffer
-from tests.experts.layers import F64, Named, assert_same, moe_config, random_batch, random_parameters, run_stacked
+from tests.experts.layers import F64, assert_same, moe_config, random_batch, random_parameters, run_stacked
 from tests.experts.parallel import Case
-from tests.experts.parallel_layers import all_ranks, build, other_weights, sharded
+from tests.experts.parallel_layers import all_ranks, build, gathered, other_weights, sharded
 
 CPU = torch.device("cpu")
 SOME = Case("uneven", "loop", "allgather")
@@ -76,10 +74,6 @@ def fresh_weights() -> None:
     made.init_weights(CPU)
     assert made.down_projs.to_local().std().item() == pytest.approx(0.023, rel=0.1)
     assert not made.down_proj_bias.to_local().any()
-
-
-def gathered(made: ExpertLayer) -> Named:
-    return {name: tensor.full_tensor() for name, tensor in made.state_dict().items()}
 
 
 def state_dict_tools() -> None:
@@ -164,33 +158,19 @@ def num_sms() -> None:
     assert Buffer.num_sms == 20
 
 
-def checkpointed() -> None:
-    """Forward runs again on all ranks alike: on one without rows too, whose library is not asked."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    for engine in ("loop", "torch_mm", "gmm", "te"):
-        for dispatcher in ("allgather", "alltoall"):
-            case = Case("all-to-one-expert", engine, dispatcher)
-            made, batch = sharded(build(case), random_parameters(case.config)), case.share(rank, size)
-            right = run_stacked(made, batch)
-            made.zero_grad()
-            x, weights = batch.x.clone().requires_grad_(), batch.weights.clone().requires_grad_()
-            checkpoint(made, x, batch.token_mask, weights, batch.indices, use_reentrant=False).backward(batch.grad)
-            found = {"output": right["output"], "x": x.grad, "weights": weights.grad, **made.stacked_grads()}
-            assert_same(found, right)
-
-
-def copied() -> None:
-    """A layer's copy is over the same group, and apart."""
-    for engine, dispatcher in (("loop", "allgather"), ("te", "alltoall"), ("loop", "deepep")):
-        case = Case("uneven", engine, dispatcher, DEEPEP.dtype)
-        made, batch = sharded(build(case), random_parameters(case.config)), case.share(dist.get_rank(), 2)
-        right = {name: tensor.clone() for name, tensor in run_stacked(made, batch).items()}
-        other = copy.deepcopy(made)
-        with torch.no_grad():
-            for parameter in made.parameters():
-                parameter.zero_()
-        assert_same(run_stacked(other, batch), right)
-        assert not run_stacked(made, batch)["output"].any()
+def parameters_of_others() -> None:
+    """Experts that are not this rank's are refused, rather than taken for them."""
+    batch = random_batch(SOME.config)
+    inputs = batch.x, batch.token_mask, batch.weights, batch.indices
+    replicated = build(SOME)
+    for name, tensor in random_parameters(SOME.config).items():
+        setattr(replicated, name, nn.Parameter(distribute_tensor(tensor, all_ranks(), [Replicate()])))
+    with pytest.raises(ConfigError, match="parameters hold 12 experts here, needs 6, this rank's of 12; shard them on"):
+        replicated(*inputs)
+    spread = sharded(build(SOME), random_parameters(SOME.config))
+    spread.init_token_dispatcher(DeviceMesh("cpu", [dist.get_rank()]))
+    with pytest.raises(ConfigError, match="parameters hold 6 experts here, needs 12, this rank's of 12; shard them on"):
+        spread(*inputs)
 
 
 FACTS: dict[str, Callable[[], None]] = {
@@ -205,7 +185,6 @@ FACTS: dict[str, Callable[[], None]] = {
         buffers,
         replaced_buffer,
         num_sms,
-        checkpointed,
-        copied,
+        parameters_of_others,
     )
 }

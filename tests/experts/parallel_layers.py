@@ -45,6 +45,11 @@ def sharded(made: ExpertLayer, parameters: Named) -> ExpertLayer:
     return made
 
 
+def gathered(made: ExpertLayer) -> Named:
+    """The state dict of all ranks."""
+    return {name: tensor.full_tensor() for name, tensor in made.state_dict().items()}
+
+
 def distribute(parameters: Named) -> Named:
     return {name: distribute_tensor(tensor, all_ranks(), [Shard(0)]) for name, tensor in parameters.items()}
 
@@ -75,6 +80,15 @@ def sharded_on_meta(case: Case, parameters: Named, folder: Path) -> ExpertLayer:
     made.init_token_dispatcher(mesh_of(case))
     made.to_empty(device="cpu")
     made.load_state_dict(parameters)
+    return made
+
+
+def assigned_to_meta(case: Case, parameters: Named, folder: Path) -> ExpertLayer:
+    """Made and spread without memory, which only the checkpoint brings."""
+    with torch.device("meta"):
+        made = build(case)
+    made.init_token_dispatcher(mesh_of(case))
+    made.load_state_dict(parameters, assign=True)
     return made
 
 
@@ -124,6 +138,7 @@ MAKERS: dict[str, Callable[[Case, Named, Path], ExpertLayer]] = {
     "named-by-dtensors": with_dtensors,
     "dtensors": with_dtensors_taken_as_they_are,
     "from-meta": sharded_on_meta,
+    "assigned-to-meta": assigned_to_meta,
     "plain-checkpoint": lambda case, parameters, _: loaded(case, parameters),
     "assigned-checkpoint": lambda case, parameters, _: loaded(case, parameters, assign=True),
     "dtensor-checkpoint": lambda case, parameters, _: loaded(case, distribute(parameters)),

@@ -29,6 +29,7 @@ from tests.experts.layers import Batch, Named, assert_same, random_batch, random
 from tests.experts.parallel import Case
 from tests.experts.parallel_facts import FACTS
 from tests.experts.parallel_layers import MAKERS
+from tests.experts.parallel_training import TRAINING
 
 PATIENCE = timedelta(seconds=60)  # eight ranks on two cores start far apart
 
@@ -121,7 +122,7 @@ def main(folder: Path) -> None:
     for case in parallel.cases(run.size):
         run.attempt(case.name, lambda case=case: run_case(case, folder))
     for name in parallel.FACTS[run.size]:
-        run.attempt(name, FACTS[name])
+        run.attempt(name, (FACTS | TRAINING)[name])
     destroy_buffers()
     dist.destroy_process_group()
 
