@@ -15,6 +15,7 @@ _MODULES = {
 
 
 def engine_names() -> tuple[str, ...]:
+    """Every engine there is."""
     return tuple(_MODULES)
 
 

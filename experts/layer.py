@@ -122,10 +122,22 @@ class ExpertLayer(nn.Module, ABC):
                 f"token_mask is {token_mask.dtype} {list(token_mask.shape)}, needs bool [tokens] = [{x.shape[0]}]"
             )
         if indices.dtype not in INDEX_DTYPES or not weights.is_floating_point():
-            raise InputError(f"indices ({indices.dtype}) must be integers and weights ({weights.dtype}) floats")
+            raise InputError(
+                f"indices ({indices.dtype}) must be integers, of up to 64 bits with a sign or 8 without, and weights "
+                f"({weights.dtype}) floats; cast them"
+            )
         if x.dtype not in DTYPES.values():
             raise InputError(f"x is {x.dtype}, needs one of {', '.join(DTYPES)}")
+        self._check_devices(x, token_mask, weights, indices)
         self._check_supported(x)
+
+    def _check_devices(self, *inputs: Tensor) -> None:
+        """All on one; what is on meta may be computed with in silence."""
+        devices = [tensor.device for tensor in (*inputs, next(self.parameters(), inputs[0]))]
+        if devices.count(devices[0]) < len(devices):
+            names = "x", "token_mask", "weights", "indices", "the parameters"
+            where = ", ".join(f"{name} on {device}" for name, device in zip(names, devices, strict=True))
+            raise InputError(f"{where}: needs one device; move them, parameters on meta by init_weights")
 
     def _check_supported(self, x: Tensor) -> None:
         config = self.config.with_dtype(x.dtype)

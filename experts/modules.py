@@ -55,7 +55,7 @@ class GroupedExperts(ExpertLayer):
         if backend.save is not None and not self.engine.saves:
             raise ConfigError(
                 f"save = {backend.save!r} is of engines that choose what they keep for backward, {self.engine_name} "
-                "does not; use torch_mm or gmm, or leave save out"
+                "does not; use torch_mm, triton or gmm, or leave save out"
             )
         self.engine_options = {} if backend.save is None else {"save": backend.save}
         shapes = parameter_shapes(config)

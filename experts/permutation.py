@@ -17,7 +17,7 @@ from experts.config import MoEConfig
 from experts.errors import InputError
 from experts.steps import Permutation, steps_on
 
-__all__ = ["MAX_ROWS", "Permutation", "combine", "permute", "sort_by_expert", "unpermute", "weighted_activation"]
+__all__ = ["MAX_ROWS", "Permutation", "combine", "permute", "sort_by_expert", "weighted_activation"]
 
 MAX_ROWS = torch.iinfo(torch.int32).max
 
@@ -43,11 +43,6 @@ def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """
     rows: Tensor = _Permute.apply(x_TD, permutation)
     return rows
-
-
-def unpermute(y_ND: Tensor, permutation: Permutation) -> Tensor:
-    """Sum [T, D] of each token's rows, in float32 (float64 for float64), in the order of its choices, in y's dtype."""
-    return combine(y_ND, permutation, None, None, after=False)
 
 
 def weighted_activation(

@@ -132,8 +132,15 @@ def check_name(name: str) -> None:
     """Raises RegistryError for a name that leads nowhere, as far as that shows without importing what it leads to."""
     module_name, colon, _ = name.partition(":")
     top = module_name.partition(".")[0]
-    if name not in backend_names() and not (colon and top and importlib.util.find_spec(top)):
+    if name not in backend_names() and not (colon and top and _is_importable(top)):
         raise _nowhere(name)
+
+
+def _is_importable(top: str) -> bool:
+    try:
+        return importlib.util.find_spec(top) is not None
+    except ValueError:  # of a module that nobody imported, as __main__ may be
+        return False
 
 
 def _nowhere(name: str) -> RegistryError:

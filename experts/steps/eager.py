@@ -70,14 +70,14 @@ def activate_backward(
     again: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `Steps.activate_backward`."""
+    acc = accumulation_dtype(h_NH.dtype)
     with torch.enable_grad():
         h_NH = h_NH.detach().requires_grad_()
-        weights_TK = None if weights_TK is None else weights_TK.detach().requires_grad_()
+        weights_TK = None if weights_TK is None else weights_TK.detach().to(acc).requires_grad_()
         a_NI = activate(h_NH, permutation, weights_TK, bias_LH, config)
         wanted = [h_NH] if weights_TK is None else [h_NH, weights_TK]
         grad_h_NH, *grad_weights = torch.autograd.grad(a_NI, wanted, grad_NI)
-    acc = accumulation_dtype(h_NH.dtype)
-    return grad_h_NH, a_NI.detach() if again else None, grad_weights[0].to(acc) if grad_weights else None
+    return grad_h_NH, a_NI.detach() if again else None, grad_weights[0] if grad_weights else None
 
 
 def sum_by_expert(rows_NC: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:

@@ -127,6 +127,13 @@ def random_batch(config: MoEConfig, num_tokens: int = 7, seed: int = 2, indices:
     )
 
 
+def some_masked(batch: Batch) -> Batch:
+    """The first token, the last and one more."""
+    mask = torch.ones_like(batch.token_mask)
+    mask[[0, 3, -1]] = False
+    return batch.with_(token_mask=mask)
+
+
 def run(made: ExpertLayer, batch: Batch) -> Named:
     """`output`, and by name the gradients of x, weights and the parameters, as they come: dtypes and devices kept."""
     made.zero_grad()

@@ -1,6 +1,6 @@
 """What only a GPU shows: no host sync, CUDA graphs, memory that held something before, agreement with the CPU.
 
-The corners of test_corners.py and the engines' tests run on the GPU too.
+The corners of test_corners.py and test_tensors.py and the engines' tests run on the GPU too.
 """
 
 from collections.abc import Iterator

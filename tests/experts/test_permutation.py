@@ -5,15 +5,7 @@ import torch
 from torch import Tensor
 
 from experts import InputError
-from experts.permutation import (
-    MAX_ROWS,
-    Permutation,
-    combine,
-    permute,
-    sort_by_expert,
-    unpermute,
-    weighted_activation,
-)
+from experts.permutation import MAX_ROWS, Permutation, combine, permute, sort_by_expert, weighted_activation
 from tests.experts.layers import BF16, F32, F64, moe_config
 
 EXPERTS = 6
@@ -132,7 +124,7 @@ def tokens(routing: str, dim: int = 5, dtype: torch.dtype = F64) -> Tensor:
 
 @on_every_routing
 @on_every_window
-def test_permute_and_unpermute(routing: str, window: tuple[int, int]) -> None:
+def test_permute_and_combine(routing: str, window: tuple[int, int]) -> None:
     """Rows are the tokens' rows; what comes back is each token times its local choices. Gradients likewise."""
     x_TD = tokens(routing).requires_grad_()
     found = sort_by_expert(routed(routing), *window)
@@ -140,7 +132,7 @@ def test_permute_and_unpermute(routing: str, window: tuple[int, int]) -> None:
     assert torch.equal(rows_ND, x_TD[[t for t, _ in slots(found)]])
     poisoned_ND = rows_ND.clone()
     poisoned_ND[sum(map(len, groups(routing, *window))) :] = torch.nan
-    back_TD = unpermute(poisoned_ND, found)
+    back_TD = combine(poisoned_ND, found, None, None, after=False)
     times_T1 = found.is_local_TK.sum(dim=1, keepdim=True)
     torch.testing.assert_close(back_TD, x_TD * times_T1, rtol=1e-15, atol=0)
     grad_TD = tokens(routing).sin()
@@ -291,8 +283,9 @@ def test_dtypes_are_kept_and_sums_are_in_float32(dtype: torch.dtype) -> None:
     rows_ND = torch.ones(8, 2, dtype=dtype)
     rows_ND[0] = 256
     right = torch.tensor(263.0).to(dtype).item()
-    assert unpermute(rows_ND, found).tolist() == [[right, right]]
-    assert unpermute(rows_ND, found).dtype is dtype
+    sums_TD = combine(rows_ND, found, None, None, after=False)
+    assert sums_TD.tolist() == [[right, right]]
+    assert sums_TD.dtype is dtype
 
     x_TD = torch.ones(1, 2, dtype=dtype, requires_grad=True)
     permute(x_TD, found).backward(rows_ND)

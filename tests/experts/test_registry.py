@@ -233,6 +233,13 @@ def test_checking_a_name_that_leads_nowhere(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_checking_a_name_in_a_main_that_nobody_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a console script runs."""
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    with pytest.raises(RegistryError, match="backend '__main__:Mine': there is no module '__main__'"):
+        check_name("__main__:Mine")
+
+
 def test_attribute_that_is_no_backend(third_party: str) -> None:
     assert "is not callable; it must take a MoEConfig and give a module" in refusal(f"{third_party}:not_callable")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experts import ConfigError, steps
-from experts.steps import make_of_steps, steps_on
+from experts.steps import eager, make_of_steps, steps_on
 from tests.experts.layers import BF16, F32, F64, layer, moe_config
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -76,3 +76,16 @@ def test_eager_steps_import_no_triton() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     before, after, fused = done.stdout.split()
     assert (before, fused) == (after, "False")
+
+
+def test_eager_gradient_of_routing_weights_is_not_rounded_to_their_dtype() -> None:
+    """A bias may add to it before it is."""
+    config = moe_config(expert_activation="relu2")
+    permutation = eager.sort_by_expert(torch.tensor([[1, 0], [2, -1], [1, 3]]), 0, 4)
+    h_NI, grad_NI = (torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    weights_TK = torch.rand(3, 2).to(BF16)
+    found, right = (
+        eager.activate_backward(h_NI, grad_NI, permutation, weights, None, config, again=False)[2]
+        for weights in (weights_TK, weights_TK.float())
+    )
+    assert torch.equal(found, right)

@@ -1,0 +1,145 @@
+"""Tensors of any strides and dtypes, with and without gradients: corners as those of test_corners.py, of no routing."""
+
+import pytest
+import torch
+
+from tests.experts.layers import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    Setup,
+    assert_near,
+    check,
+    expected,
+    on_cpu_and_gpu,
+    on_every_setup,
+    random_batch,
+    random_parameters,
+    run,
+    some_masked,
+)
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, with every stride strange."""
+    spread = torch.zeros([3 * size for size in reversed(tensor.shape)], dtype=tensor.dtype, device=tensor.device)
+    view = spread.permute(*reversed(range(tensor.ndim)))[(slice(1, None, 3),) * tensor.ndim]
+    view.copy_(tensor)
+    assert not view.is_contiguous()
+    return view
+
+
+@on_every_setup
+@pytest.mark.parametrize("which", ["x", "token_mask", "weights", "indices", "grad", "all"])
+def test_non_contiguous_inputs(setup: Setup, which: str) -> None:
+    config = setup.config(expert_bias=True)
+    batch = some_masked(random_batch(config)).map(lambda tensor: tensor.to(setup.device))
+    names = ("x", "token_mask", "weights", "indices", "grad") if which == "all" else (which,)
+    check(setup, config, batch.with_(**{name: strided(getattr(batch, name)) for name in names}))
+
+
+@on_every_setup
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_expanded_output_gradient(setup: Setup, bias: bool) -> None:
+    """What `out.sum().backward()` gives back."""
+    config = setup.config(expert_bias=bias)
+    batch = random_batch(config)
+    ones = torch.ones((), dtype=config.dtype, device=setup.device).expand(batch.grad.shape)
+    check(setup, config, batch.with_(grad=ones))
+
+
+@on_every_setup
+def test_parameters_may_be_transposed_views(setup: Setup) -> None:
+    config = setup.config(expert_bias=True)
+    parameters = {name: p.to(setup.device) for name, p in random_parameters(config).items()}
+    transposed = {
+        name: p.transpose(1, 2).contiguous().transpose(1, 2) if p.ndim == 3 else p for name, p in parameters.items()
+    }
+    batch = random_batch(config)
+    made = setup.layer(config)
+    made.load_state_dict(transposed, assign=True)
+    assert not made.down_projs.is_contiguous()
+    assert_near(run(made, batch), expected(config, parameters, batch), config.dtype)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "activations"),
+    [(F32, BF16), (F32, F16), (BF16, F32)],
+    ids=["float32-bfloat16", "float32-float16", "bfloat16-float32"],
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@on_cpu_and_gpu
+def test_parameters_of_another_dtype(
+    setup: Setup, parameters: torch.dtype, activations: torch.dtype, bias: bool
+) -> None:
+    """The output and x's gradient have x's dtype, every parameter's gradient the parameter's."""
+    config = setup.config(dtype=parameters, expert_bias=bias)
+    batch = random_batch(config)
+    found = check(setup, config, batch.with_(x=batch.x.to(activations), grad=batch.grad.to(activations)))
+    assert found["output"].dtype is found["x"].dtype is activations
+    assert found["gate_and_up_projs"].dtype is parameters
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@on_cpu_and_gpu
+def test_routing_weights_of_any_float_dtype(setup: Setup, dtype: torch.dtype) -> None:
+    config = setup.config(expert_bias=True)
+    batch = random_batch(config)
+    found = check(setup, config, batch.with_(weights=batch.weights.to(dtype)))
+    assert found["weights"].dtype is dtype
+
+
+@on_cpu_and_gpu
+def test_gradients_accumulate(setup: Setup) -> None:
+    config = setup.config(expert_bias=True)
+    batch = random_batch(config).map(lambda tensor: tensor.to(setup.device))
+    made = setup.layer(config)
+    once = {name: g.clone() for name, g in run(made, batch).items()}
+    made(batch.x, batch.token_mask, batch.weights, batch.indices).backward(batch.grad)
+    for name, parameter in made.named_parameters():
+        assert torch.equal(parameter.grad, 2 * once[name])
+
+
+@on_cpu_and_gpu
+@pytest.mark.parametrize("frozen", ["parameters", "x", "weights", "x and weights"])
+def test_what_needs_no_gradient_gets_none(setup: Setup, frozen: str) -> None:
+    config = setup.config(expert_bias=True)
+    batch = random_batch(config).map(lambda tensor: tensor.to(setup.device))
+    made = setup.layer(config).requires_grad_(frozen != "parameters")
+    x = batch.x.requires_grad_("x" not in frozen)
+    weights = batch.weights.requires_grad_("weights" not in frozen)
+    made(x, batch.token_mask, weights, batch.indices).backward(batch.grad)
+    right = expected(config, random_parameters(config), batch)
+    tensors = {"x": x, "weights": weights, **dict(made.named_parameters())}
+    for name, tensor in tensors.items():
+        assert (tensor.grad is not None) == tensor.requires_grad
+        if tensor.grad is not None:
+            assert_near({name: tensor.grad}, {name: right[name]}, config.dtype)
+
+
+@on_every_setup
+def test_inference_gives_the_same_output(setup: Setup) -> None:
+    config = setup.config(expert_bias=True)
+    batch = some_masked(random_batch(config)).map(lambda tensor: tensor.to(setup.device))
+    made = setup.layer(config)
+    trained = run(made, batch)["output"]
+    inputs = [tensor.detach() for tensor in (batch.x, batch.token_mask, batch.weights, batch.indices)]
+    with torch.no_grad():
+        assert torch.equal(made(*inputs), trained)
+    with torch.inference_mode():
+        assert torch.equal(made(*inputs), trained)
+
+
+@on_every_setup
+def test_inputs_are_left_as_they_are(setup: Setup) -> None:
+    config = setup.config(expert_bias=True)
+    batch = some_masked(random_batch(config)).map(lambda tensor: tensor.to(setup.device))
+    before = batch.map(torch.clone)
+    made = setup.layer(config)
+    parameters = {name: p.detach().clone() for name, p in made.named_parameters()}
+    run(made, batch)
+    for name in ("x", "token_mask", "weights", "indices", "grad"):
+        assert torch.equal(getattr(batch, name), getattr(before, name)), name
+    for name, parameter in made.named_parameters():
+        assert torch.equal(parameter, parameters[name]), name
