@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from moebench.frame import load
+from moebench.frame import ResultsError, load
 from moebench.looks import LOOK_FALSE_ALARMS, RUNS_A_SIDE, schedule
 from moebench.noise import JobNoise, noises, noises_together
 from moebench.verdicts import FALSE_ALARMS, POWER, THRESHOLD, Sides, TimeVerdict, Verdict, judge_times
@@ -190,16 +190,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
 
     def opened(folder: Path) -> pd.DataFrame:
-        frame = load(folder)
+        try:
+            frame = load(folder)
+        except ResultsError as error:
+            parser.error(str(error))
         return frame[frame["backend"].isin(asked.backend)] if asked.backend else frame
 
-    print("| " + " | ".join(HEADER) + " |")
-    print("| --- " * len(HEADER) + "|")
     setting = Setting(num_jobs=asked.num_jobs, threshold=asked.threshold)
     if asked.ab:
         lines = of_ab(opened(asked.results / "a"), opened(asked.results / "b"), asked.num_gates, setting)
     else:
         lines = of_results(opened(asked.results), asked.between, asked.num_gates, setting)
+    print("| " + " | ".join(HEADER) + " |")
+    print("| --- " * len(HEADER) + "|")
     for line in lines:
         print(line, flush=True)
 

@@ -101,8 +101,9 @@ def main(
     copy_bytes = COPY_BYTES if on.type == "cuda" else COPY_BYTES >> 4
     steps = [measure(work, on, policy) for work in memory_bound(inputs, parameters, config, copy_bytes)]
     rows = steps_on(on).sort_by_expert(inputs.active_indices_TK, 0, config.n_routed_experts)
-    works = [work for name in backend for work in of_backend(name, inputs, parameters, config, rows)]
-    wholes = [measure(work, on, policy) for work in works]
+    wholes = [
+        measure(work, on, policy) for name in backend for work in of_backend(name, inputs, parameters, config, rows)
+    ]
     for row in steps:
         row["fraction"] = row["gb_per_s"] / steps[0]["gb_per_s"]
     for products, layer in zip(wholes[::2], wholes[1::2], strict=True):

@@ -111,6 +111,13 @@ def test_the_figures_of_the_docs(certify, capsys, monkeypatch, arguments, figure
         assert capsys.readouterr().out == figures
 
 
+def test_what_is_no_result_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path / "nowhere")])
+    assert end.value.code == 2
+    assert "nowhere: no such file or folder" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_rate_says_of_how_many():
     assert str(Rate(3, 200)) == "1.5% (3 of 200)"
     assert str(Rate(0, 0)) == "-"
