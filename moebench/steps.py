@@ -1,6 +1,7 @@
 """How near the memory-bound steps of an expert layer come to a plain copy, and the layer to its products alone.
 
     python -m moebench.steps --model qwen3-30b-a3b --num-tokens 16384 --out FILE.json
+    python -m moebench.steps --shape 32/8/7168/2048 --num-tokens 4096 --backend torch_mm --backend gmm --backend te
 
 A step's bytes are those that it must read and write once; its speed is set against a copy that is measured in the same
 run, cold like everything. The products alone are the grouped GEMMs of the backend's own library, two forward and six in
@@ -82,17 +83,18 @@ def measure(work: Work, device: torch.device, policy: TimingPolicy) -> dict[str,
 @torch.no_grad()
 def main(
     model: Annotated[str, typer.Option(help="a preset of moebench.models")] = "qwen3-30b-a3b",
-    num_tokens: int = 16_384,
+    shape: Annotated[
+        str | None, typer.Option(help="experts/top-k/dim/inter of a layer with SwiGLU, no bias, in place of a model")
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(min=1)] = 16_384,
     backend: Annotated[list[str], typer.Option(help=f"of {', '.join(BACKENDS)}; repeatable")] = ["torch_mm"],  # noqa: B006
     device: str | None = None,
     time_cap_s: Annotated[float, typer.Option(help="seconds a measurement may take")] = 1.0,
     out: Path | None = None,
 ) -> None:
     """Measure the steps of one model's expert layer, its products alone, and the layer."""
-    if model not in MODELS:
-        raise typer.BadParameter(f"--model {model}: it must be one of {', '.join(MODELS)}")
+    case = _case(model, num_tokens) if shape is None else _case_of_shape(shape, num_tokens)
     on = pick_device(device)
-    case = Case(model=model, num_tokens=num_tokens, **MODELS[model])  # type: ignore[arg-type]
     config = moe_config(case)
     for name in backend:
         _check_backend(name, on, config)
@@ -109,6 +111,21 @@ def main(
     for products, layer in zip(wholes[::2], wholes[1::2], strict=True):
         products["fraction"], layer["fraction"] = 1.0, layer["tflops"] / products["tflops"]
     _tell(steps + wholes, config, on, out)
+
+
+def _case(model: str, num_tokens: int) -> Case:
+    if model not in MODELS:
+        raise typer.BadParameter(f"--model {model}: it must be one of {', '.join(MODELS)}")
+    return Case(model=model, num_tokens=num_tokens, **MODELS[model])  # type: ignore[arg-type]
+
+
+def _case_of_shape(shape: str, num_tokens: int) -> Case:
+    names = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
+    try:
+        return Case(num_tokens=num_tokens, **dict(zip(names, map(int, shape.split("/")), strict=True)))  # type: ignore[arg-type]
+    except ValueError:
+        rule = "it must be four numbers, experts/top-k/dim/inter, with top-k no more than experts"
+        raise typer.BadParameter(f"--shape {shape}: {rule}, as 128/8/2048/768") from None
 
 
 def _check_backend(name: str, device: torch.device, config: MoEConfig) -> None:

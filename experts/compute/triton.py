@@ -16,6 +16,7 @@ from experts.permutation import Permutation, sort_by_expert
 NEEDED_CAPABILITY = (8, 0)
 
 
+@torch.compiler.disable  # kernels of its own: there is nothing to compile
 def compute(
     x_TD: Tensor,
     weights_TK: Tensor,

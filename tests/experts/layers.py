@@ -178,7 +178,7 @@ def assert_near(found: Named, right: Named, dtype: torch.dtype) -> None:
     """
     assert found.keys() == right.keys()
     for name, reference in right.items():
-        tensor = found[name].detach().to("cpu", F64)
+        tensor, reference = (side.detach().to("cpu", F64) for side in (found[name], reference))
         assert tensor.shape == reference.shape, name
         assert torch.isfinite(tensor).all(), f"{name} is not finite"
         if reference.numel() == 0:

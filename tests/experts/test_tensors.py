@@ -18,6 +18,7 @@ from tests.experts.layers import (
     random_parameters,
     run,
     some_masked,
+    takes,
 )
 
 
@@ -74,6 +75,8 @@ def test_parameters_of_another_dtype(
     setup: Setup, parameters: torch.dtype, activations: torch.dtype, bias: bool
 ) -> None:
     """The output and x's gradient have x's dtype, every parameter's gradient the parameter's."""
+    if not takes(setup.engine, setup.device, activations):
+        pytest.skip(f"{setup.engine} does not take {activations}")
     config = setup.config(dtype=parameters, expert_bias=bias)
     batch = random_batch(config)
     found = check(setup, config, batch.with_(x=batch.x.to(activations), grad=batch.grad.to(activations)))
@@ -126,9 +129,13 @@ def test_inference_gives_the_same_output(setup: Setup) -> None:
     trained = run(made, batch)["output"]
     inputs = [tensor.detach() for tensor in (batch.x, batch.token_mask, batch.weights, batch.indices)]
     with torch.no_grad():
-        assert torch.equal(made(*inputs), trained)
+        output = made(*inputs)
     with torch.inference_mode():
-        assert torch.equal(made(*inputs), trained)
+        assert torch.equal(made(*inputs), output)
+    if setup.engine == "triton":  # activates what was not yet rounded, which with gradients is kept in x's dtype
+        assert_near({"output": output}, {"output": trained}, setup.dtype)
+    else:
+        assert torch.equal(output, trained)
 
 
 @on_every_setup
