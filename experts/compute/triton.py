@@ -1,7 +1,7 @@
-"""A grouped GEMM of our own in Triton, `experts.gemm`, made for few tokens: no host sync, bfloat16 and float16.
+"""A grouped GEMM of our own in Triton, `experts.gemm`: no host sync, bfloat16 and float16.
 
-The up projection reads rows of tokens where they are and, without gradients, writes the weighted activation alone. With
-gradients it writes what backward needs, and backward's products are torch's grouped_mm: a train step gains little here.
+The up projection reads rows of tokens where they are and, without gradients, writes the weighted activation alone; with
+gradients it writes what backward needs. Gradients of weights are torch's grouped_mm.
 """
 
 import torch
@@ -16,7 +16,6 @@ from experts.permutation import Permutation, sort_by_expert
 NEEDED_CAPABILITY = (8, 0)
 
 
-@torch.compiler.disable  # kernels of its own: there is nothing to compile
 def compute(
     x_TD: Tensor,
     weights_TK: Tensor,
@@ -33,13 +32,15 @@ def compute(
 
 
 def products(permutation: Permutation, config: MoEConfig) -> Products:
-    """Triton's of forward, torch's of backward."""
+    """Triton's of rows, torch's of the weights' gradients."""
     from experts import gemm
 
     rows = permutation, permutation.num_rows / config.n_routed_experts
     return grouped_mm.products(permutation.offsets_L)._replace(
         rows=lambda a_NP, b_LPQ: gemm.product(a_NP, b_LPQ, *rows),
+        rows_back=lambda a_NQ, b_LPQ: gemm.product_back(a_NQ, b_LPQ, *rows),
         gathered=lambda x_TP, b_LPQ: gemm.gathered_product(x_TP, b_LPQ, *rows),
+        gathered_back=lambda g_TQ, b_LPQ: gemm.gathered_product_back(g_TQ, b_LPQ, *rows),
         activated=lambda x_TD, b_LDH, weights_TK, bias_LH: gemm.activated_product(
             x_TD, b_LDH, *rows, weights_TK, bias_LH, config
         ),
@@ -68,4 +69,5 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return grouped_mm.unaligned(config, "the triton engine")
 
 
-ENGINE = Engine(compute, unsupported, saves=True)
+#: Kernels of its own leave nothing to compile, and torch's compiler stops at them.
+ENGINE = Engine(torch.compiler.disable(compute), unsupported, saves=True)

@@ -36,6 +36,8 @@ class Products(NamedTuple):
     outer: Callable[[Tensor, Tensor], Tensor]  # a [N, P], b [N, Q] -> [L, P, Q]: aᵀ·b of each expert's rows
     #: x [T, P], b [L, P, Q] -> [N, Q]: `rows` of the tokens' rows, for who needs none laid out
     gathered: Callable[[Tensor, Tensor], Tensor] | None = None
+    #: g [T, Q], b [L, P, Q] -> [N, P]: `rows_back` of the tokens' rows
+    gathered_back: Callable[[Tensor, Tensor], Tensor] | None = None
     #: x [T, D], b [L, D, H], weights [T, K] or None, bias [L, H] or None -> [N, I]: the weighted activation of that
     activated: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor] | None = None
 
@@ -148,10 +150,14 @@ def _backward(
     steps = steps_on(grad_TD.device, grad_TD.dtype)
     grad_x = grad_up = grad_down = grad_up_bias = grad_down_bias = None
 
-    grad_ND = steps.gather_rows(grad_TD, permutation)
-    if wanted.down_bias:
-        grad_down_bias = steps.sum_by_expert(grad_ND, permutation, weights_TK)
-    grad_NI = products.rows_back(grad_ND, down)
+    grad_ND = None
+    if products.gathered_back is not None and plan.save == "memory" and not wanted.down_bias:
+        grad_NI = products.gathered_back(grad_TD, down)
+    else:
+        grad_ND = steps.gather_rows(grad_TD, permutation)
+        if wanted.down_bias:
+            grad_down_bias = steps.sum_by_expert(grad_ND, permutation, weights_TK)
+        grad_NI = products.rows_back(grad_ND, down)
     kept_ND = grad_ND if plan.save == "time" else None
     del grad_ND
     grad_h_NH, a_NI, grad_weights = steps.activate_backward(

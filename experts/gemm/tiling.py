@@ -12,6 +12,8 @@ class Tiling:
     depth: int  # of one step of the sum
     stages: int  # steps whose operands are on their way at once
     warps: int
+    #: Programs that stay, one a multiprocessor, go through a list of tiles; else there is a program a tile.
+    listed: bool = False
 
 
 def tiling_for(rows_per_expert: float, pairs: bool) -> Tiling:
@@ -19,10 +21,10 @@ def tiling_for(rows_per_expert: float, pairs: bool) -> Tiling:
 
     With few rows, reading the weights is all: tiles are as low as tensor cores take them, so that rows that do not
     exist cost no registers, and several programs share an SM, which together keep its memory busy. With many, a tile
-    is as large as registers allow.
+    is as large as registers allow, and a program has an SM to itself.
     """
     if rows_per_expert <= 24:
         return Tiling(16 if rows_per_expert <= 12 else 32, 64 if pairs else 128, depth=64, stages=4, warps=4)
     if rows_per_expert <= 96:
         return Tiling(64, 64 if pairs else 128, depth=64, stages=4, warps=4)
-    return Tiling(128, 128 if pairs else 256, depth=64, stages=4, warps=8)
+    return Tiling(128, 128 if pairs else 256, depth=64, stages=3, warps=8, listed=True)

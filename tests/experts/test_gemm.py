@@ -118,12 +118,18 @@ class Given:
         assert worst <= 1, f"{worst:.2f} times what rounding explains"
 
 
+@pytest.fixture(params=[False, True], ids=["a-program-a-tile", "listed"])
+def listed(request: pytest.FixtureRequest) -> bool:
+    chosen: bool = request.param
+    return chosen
+
+
 @pytest.fixture(params=[(16, 16, 16), (32, 64, 32)], ids=["16x16", "32x64"])
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiles(request: pytest.FixtureRequest, listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that divide a group, its columns and the sum's length, and such as do not."""
     from experts.gemm import tiling
 
-    of_these = tiling.Tiling(*request.param, stages=2, warps=4)
+    of_these = tiling.Tiling(*request.param, stages=2, warps=4, listed=listed)
     monkeypatch.setattr(tiling, "tiling_for", lambda rows_per_expert, pairs: of_these)
 
 
@@ -136,27 +142,36 @@ def test_products(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     given = Given(device, dtype)
     right = given.right_h()
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, torch.nan, **options))
+        patched.setattr(torch, "empty", poisoned)
         gathered = gemm.gathered_product(given.x_TD, given.b_LDH, given.permutation, 9.0)
     given.assert_near(gathered, right)
     assert gathered[given.num_local :].isnan().all()
     x_ND = eager.gather_rows(given.x_TD, given.permutation)
     x_ND[given.num_local :] = torch.nan
     given.assert_near(gemm.product(x_ND, given.b_LDH, given.permutation, 9.0), right)
-    transposed = given.b_LDH.transpose(1, 2).contiguous().transpose(1, 2)
-    given.assert_near(gemm.product(x_ND, transposed, given.permutation, 9.0), right)
+    strided = given.b_LDH.transpose(1, 2).contiguous().transpose(1, 2)
+    given.assert_near(gemm.product(x_ND, strided, given.permutation, 9.0), right)
+    b_LHD = given.b_LDH.transpose(1, 2).contiguous()
+    given.assert_near(gemm.product_back(x_ND, b_LHD, given.permutation, 9.0), right)
+    given.assert_near(gemm.gathered_product_back(given.x_TD, b_LHD, given.permutation, 9.0), right)
+
+
+def poisoned(*shape: Any, **options: Any) -> Tensor:
+    worst = torch.nan if options["dtype"].is_floating_point else torch.iinfo(options["dtype"]).max
+    sizes = shape[0] if isinstance(shape[0], tuple) else shape
+    return torch.full(sizes, worst, **options)
 
 
 @on_every_setup
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("looked_up", ["weights", "bias", "both"])
 def test_activated_product(
-    device: str, dtype: torch.dtype, looked_up: str, activation: str, monkeypatch: pytest.MonkeyPatch
+    device: str, dtype: torch.dtype, looked_up: str, activation: str, listed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from experts import gemm
     from experts.gemm import tiling
 
-    of_these = tiling.Tiling(16, 16, 32, stages=2, warps=4)
+    of_these = tiling.Tiling(16, 16, 32, stages=2, warps=4, listed=listed)
     monkeypatch.setattr(tiling, "tiling_for", lambda rows_per_expert, pairs: of_these)
     given = Given(device, dtype, expert_activation=activation, swiglu_limit=1.0, activation_limit=1.0)
     bias_LH = None if looked_up == "weights" else given.bias_LH
@@ -221,9 +236,10 @@ def test_tilings_grow_with_the_rows() -> None:
 def test_products_compile_for_sm90(rows_per_expert: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On tensor cores, Hopper's own from 64 rows; weights come by tensor memory accelerator, tokens by 16 bytes."""
     from experts import gemm
-    from experts.gemm import products
+    from experts.gemm import products, tiling
 
     ptx = compile_launches(monkeypatch, tmp_path, products)
+    listed = tiling.tiling_for(rows_per_expert, pairs=True).listed
     tokens, k, experts, dim, inter = 64, 8, 128, 2048, 768
     maps = [torch.zeros(tokens * k, dtype=torch.int64) for _ in range(3)]
     permutation = Permutation(*maps, torch.zeros(experts, dtype=torch.int32), k)
@@ -231,19 +247,30 @@ def test_products_compile_for_sm90(rows_per_expert: int, monkeypatch: pytest.Mon
     weights_TK = torch.zeros(tokens, k)
 
     def check(gathers: bool) -> None:
-        code = ptx.pop("_grouped_gemm")
+        code = ptx.pop("grouped_gemm")
+        assert (ptx.pop("list_tiles", None) is not None) == listed
         assert ("wgmma.mma_async" in code, "mma.sync" in code) == (rows_per_expert > 24, rows_per_expert <= 24)
         assert "cp.async.bulk.tensor.3d" in code
         assert ("cp.async.cg.shared.global" in code) == gathers
         assert not re.search(r"cp\.async\.ca|st\.global(\.\w+)*\.[bu]16\b", code), "it moves less than 16 bytes"
+        # a product that waits for the one before it: operands of the next step are not fetched meanwhile
+        waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", code)
+        assert waits == [] or max(map(int, waits)) > 0
 
     for activation in ("swiglu", "quick_geglu"):
         config = moe_config(dim=dim, moe_inter_dim=inter, expert_activation=activation, dtype=BF16)
         up, bias_LH = torch.zeros(experts, dim, 2 * inter, dtype=BF16), torch.zeros(experts, 2 * inter, dtype=BF16)
         gemm.activated_product(x_TD, up, permutation, rows_per_expert, weights_TK, bias_LH, config)
         check(gathers=True)
-    gemm.product(a_NI, torch.zeros(experts, inter, dim, dtype=BF16), permutation, rows_per_expert)
+    down = torch.zeros(experts, inter, dim, dtype=BF16)
+    gemm.product(a_NI, down, permutation, rows_per_expert)
     check(gathers=False)
+    gemm.product_back(torch.zeros(tokens * k, dim, dtype=BF16), down, permutation, rows_per_expert)
+    check(gathers=False)
+    gemm.gathered_product_back(x_TD, down, permutation, rows_per_expert)
+    check(gathers=True)
+    gemm.gathered_product(x_TD, up, permutation, rows_per_expert)
+    check(gathers=True)
 
 
 REFUSALS = [
