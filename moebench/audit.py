@@ -81,8 +81,17 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed; what is unsupported, or did not fit into memory, is no failure."""
-        return all(row.status in GOOD for row in self.records)
+        """Whether nothing failed, and of every backend something could run.
+
+        A case that is unsupported, or did not fit into memory, is no failure.
+        """
+        return not self.not_examined and all(row.status in GOOD for row in self.records)
+
+    @property
+    def not_examined(self) -> tuple[str, ...]:
+        """Backends of which no case could run."""
+        could_run = {row.backend for row in self.records if row.status not in (Status.unsupported, Status.oom)}
+        return tuple(backend for backend in self.backends if backend not in could_run)
 
     def cell(self, backend: str, check: str) -> Cell:
         """One backend on one check."""
@@ -143,6 +152,8 @@ class Audit:
         for (backend, reason), checks in reasons.items():
             which = listed(sorted(checks)) if len(checks) <= 3 else f"{len(checks)} of {len(self.checks)} checks"
             yield Text(f"{backend}: cannot: {which}: {reason}", style=DIM)
+        for backend in () if self.interrupted else self.not_examined:
+            yield Text(f"{backend}: not examined: none of its cases could run", style="bold red")
 
 
 def _jsonable(error: float) -> float | str:

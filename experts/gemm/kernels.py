@@ -137,7 +137,7 @@ def grouped_gemm(
         valid = row < end
         if GATHER or WEIGHTS:
             slot = tl.load(row_to_slot + row, mask=valid, other=0)
-        if GATHER:  # rows that are not stored read the first token
+        if GATHER:
             token_row = a + (slot // K)[:, None] * DEPTH + tl.arange(0, STEP)[None, :]
         sums = tl.zeros([ROWS, READ], dtype=tl.float32)
         if HALVES:
@@ -145,10 +145,9 @@ def grouped_gemm(
         for start in range(0, DEPTH, STEP):
             if not GATHER:
                 a_tile = a.load([first_row, start])
-            elif DEPTH % STEP == 0:
-                a_tile = tl.load(token_row + start)
             else:
-                a_tile = tl.load(token_row + start, mask=(start + tl.arange(0, STEP) < DEPTH)[None, :], other=0.0)
+                inside = valid[:, None] & (start + tl.arange(0, STEP) < DEPTH)[None, :]
+                a_tile = tl.load(token_row + start, mask=inside, other=0.0)
             b_tile = _load_weights(b, expert, start, column_tile * READ, STEP, READ, TRANSPOSED)
             sums = tl.dot(a_tile, b_tile, sums)
             if HALVES:

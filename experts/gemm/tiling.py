@@ -25,6 +25,6 @@ def tiling_for(rows_per_expert: float, pairs: bool) -> Tiling:
     """
     if rows_per_expert <= 24:
         return Tiling(16 if rows_per_expert <= 12 else 32, 64 if pairs else 128, depth=64, stages=4, warps=4)
-    if rows_per_expert <= 96:
+    if rows_per_expert <= 56:
         return Tiling(64, 64 if pairs else 128, depth=64, stages=4, warps=4)
     return Tiling(128, 128 if pairs else 256, depth=64, stages=3, warps=8, listed=True)

@@ -37,7 +37,7 @@ class GroupedExpertsTE(ExpertLayer):
         if backend.experts not in (None, "te"):
             raise ConfigError(f"GroupedExpertsTE computes with te, not {backend.experts!r}; use GroupedExperts for it")
         if backend.save is not None:
-            raise ConfigError(f"save = {backend.save!r} is of torch_mm and gmm, te keeps what it keeps; leave save out")
+            raise ConfigError(f"save = {backend.save!r} is of torch_mm, triton and gmm, te keeps its own; leave it out")
         missing = library.not_installed()
         if missing is not None:
             raise missing
@@ -84,9 +84,9 @@ class GroupedExpertsTE(ExpertLayer):
 
     def _unsupported(self, device: torch.device, config: MoEConfig) -> Unsupported | None:
         """TE's reason, with the FP8 recipe of this layer."""
-        if config.dtype is torch.float32 and self.config.dtype is not torch.float32:
-            dtype = dtype_name(self.config.dtype)
-            return Unsupported(f"Transformer Engine computes float32 on float32 parameters, these are {dtype}")
+        kept = dtype_name(self.gate_up_linear.weight0.dtype)
+        if config.dtype is torch.float32 and kept != "float32":
+            return Unsupported(f"Transformer Engine computes float32 on float32 parameters, these are {kept}")
         return library.unsupported(device, config, self.te_fp8)
 
     @property
@@ -148,7 +148,7 @@ class GroupedExpertsTE(ExpertLayer):
             alignment = library.alignment(FP8GlobalStateManager.get_fp8_recipe().mxfp8())
             rows, sizes = te.Fp8Padding(len(sizes), alignment)(rows.contiguous(), sizes)
         # TE casts parameters of another dtype than the rows' under autocast alone
-        other_dtype = rows.dtype is not self.config.dtype
+        other_dtype = rows.dtype is not linear.weight0.dtype
         with torch.autocast("cuda", dtype=rows.dtype, enabled=other_dtype):
             result = linear(rows.contiguous(), sizes, is_first_microbatch=self._is_first_microbatch)
         product: Tensor = result[0] if isinstance(result, tuple) else result

@@ -159,7 +159,7 @@ def test_engines_without_the_choice_refuse_it(engine: str) -> None:
     right = f"save = 'time' is of engines that choose what they keep for backward, {engine} does not; use torch_mm"
     with pytest.raises(ConfigError, match=right):
         GroupedExperts(CONFIG, BackendConfig(experts=engine, save="time"))
-    with pytest.raises(ConfigError, match="save = 'time' is of torch_mm and gmm, te keeps what it keeps"):
+    with pytest.raises(ConfigError, match="save = 'time' is of torch_mm, triton and gmm, te keeps its own"):
         GroupedExpertsTE(CONFIG, BackendConfig(save="time"))
 
 

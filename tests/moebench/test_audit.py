@@ -52,14 +52,14 @@ CRASH = Status.crash
     [
         ((Status.ok, (Status.ok, {"parity_worst": 0.5})), "ok 0.50", True),
         ((Status.ok, Status.unsupported), "ok 0.25", True),
-        ((Status.unsupported, Status.unsupported), "unsupported", True),
+        ((Status.unsupported, Status.unsupported), "unsupported", False),
         ((Status.ok, Status.oom), "ok 0.25", True),
         ((Status.ok, WRONG), "MISMATCH 3.14", False),
         ((CRASH, WRONG), "MISMATCH 3.14", False),
         ((CRASH, Status.ok), "CRASH", False),
         ((Status.timeout,), "TIMEOUT", False),
         ((Status.error, Status.ok), "ERROR", False),
-        ((), "not run", True),
+        ((), "not run", False),
         (((Status.ok, {"deterministic": True}), Status.ok), "ok 0.25", True),
         (((Status.ok, {"deterministic": True}), (Status.ok, {"deterministic": False})), "ok 0.25 differs", True),
     ],
@@ -88,6 +88,20 @@ def test_the_table_says_where_a_backend_is_wrong_and_why_it_cannot():
     assert "bad:One: layouts: 1 of 1 cases: float64 swiglu bias train: ValueError: no" in text
     assert "loop: cannot: layouts: why" in text
     assert "loop: executed in float64: aten::mm" in text
+
+
+def test_who_could_not_run_at_all_is_not_right():
+    """It would be green where its library is missing."""
+    whole = audit_of(
+        rows_of("one-hot", "loop", Status.ok),
+        rows_of("layouts", "loop", Status.unsupported),
+        rows_of("one-hot", "te", Status.unsupported, Status.oom),
+        backends=("loop", "te"),
+        checks=("one-hot", "layouts"),
+    )
+    assert whole.not_examined == ("te",)
+    assert not whole.passed
+    assert "te: not examined: none of its cases could run" in printed(whole)
 
 
 def test_json_has_every_cell_and_every_record():
