@@ -68,7 +68,7 @@ def parity(
     list_checks: Annotated[bool, typer.Option("--list", help="print the checks, run none")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Examine backends: faults that shipped elsewhere, on small shapes. Exit code 1 where one is found or none can be."""
+    """Look for faults that shipped elsewhere, on small shapes. Exit code 1 where one is found or none could be."""
     if list_checks:
         _print_checks(as_json)
         return

@@ -5,6 +5,7 @@ parallelism each rank runs its own experts on the gathered tokens of all, and th
 comes out is the single process on all tokens.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,7 +13,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from experts.activations import accumulation_dtype
+from experts import MoEConfig
+from experts.activations import accumulation_dtype, activation_form
 from experts.compute import PARAMETER_NAMES, ExpertParameters
 from experts.compute.loop import expert_forward
 from moebench.case import Case
@@ -85,14 +87,19 @@ def _own_rows(inputs: Inputs, peers: Peers) -> slice:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Per-token tensors, summed over experts: `exact` in float64, `loop` as the loop sums them.
+    """Per-token tensors, summed over experts: `exact` in float64, `loops` as the loop sums them.
 
     A routing weight's gradient is a sum over D of terms that may cancel: `chance_TK` is its size by chance.
     """
 
     exact: Tensors
-    loop: Tensors
+    loops: list[Tensors]
     chance_TK: Tensor
+
+    def loop_error(self, name: str, dtype: torch.dtype) -> Tensor:
+        """[T] the norm of the loop's error in each token's row, the larger where the loop ran more than once."""
+        errors = [_norms(loop[name].to(dtype).double() - self.exact[name]) for loop in self.loops]
+        return torch.stack(errors).amax(dim=0)
 
 
 class _Run:
@@ -103,7 +110,10 @@ class _Run:
         acc = accumulation_dtype(inputs.x_TD.dtype)
         like = {"output": inputs.x_TD, "x.grad": inputs.x_TD, "weights.grad": inputs.weights_TK}
         self.exact = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in like.items()}
-        self.loop = {name: torch.zeros_like(tensor, dtype=acc) for name, tensor in like.items()}
+        config = moe_config(case).with_dtype(inputs.x_TD.dtype)
+        self.exactly = config.with_dtype(torch.float64)
+        self.configs = [config, *(_limits_moved(config) if case.mode == "train" else [])]
+        self.loops = [{name: torch.zeros_like(t, dtype=acc) for name, t in like.items()} for _ in self.configs]
         self.chance_TK = torch.zeros_like(inputs.weights_TK, dtype=torch.float64)
 
     def expert(self, index: int, local: int, passes: list[Tensors]) -> Tensors:
@@ -111,10 +121,10 @@ class _Run:
         inputs = self.inputs
         at = torch.where(inputs.active_indices_TK == index)
         train = self.case.mode == "train"
-        exact = self._one_way(local, at, torch.float64, torch.matmul, train)
-        loop = self._one_way(local, at, inputs.x_TD.dtype, self.product, train)
-        _add(self.exact, exact, at)
-        _add(self.loop, loop, at)
+        exact = self._one_way(local, at, self.exactly, torch.matmul, train)
+        loops = [self._one_way(local, at, config, self.product, train) for config in self.configs]
+        for sums, run in zip((self.exact, *self.loops), (exact, *loops), strict=True):
+            _add(sums, run, at)
         if not train:
             return {}
         sizes_N = _norms(exact["output"]) * _norms(inputs.grad_TD[at[0]].double()) / math.sqrt(self.case.dim)
@@ -122,20 +132,18 @@ class _Run:
         self.chance_TK[at] = torch.where(weights_N == 0, 0.0, sizes_N / weights_N.abs())
         norms = {}
         for name in self.parameters:
-            found = [loop[name], *(tensors[f"{name}.grad"][local] for tensors in passes)]
-            errors = [torch.linalg.vector_norm(one.double() - exact[name]) for one in found]
-            norms[name] = torch.stack([torch.linalg.vector_norm(exact[name]), *errors])
+            found = [*(loop[name] for loop in loops), *(tensors[f"{name}.grad"][local] for tensors in passes)]
+            errors = torch.stack([torch.linalg.vector_norm(one.double() - exact[name]) for one in found])
+            of_loop, of_passes = errors.tensor_split([len(loops)])
+            norms[name] = torch.stack([torch.linalg.vector_norm(exact[name]), of_loop.amax(), *of_passes])
         return norms
 
-    def _one_way(
-        self, local: int, at: tuple[Tensor, ...], dtype: torch.dtype, product: Product, train: bool
-    ) -> Tensors:
-        """Output [N, D] of one expert in `dtype` and, in training, every gradient by name."""
-        inputs = self.inputs
+    def _one_way(self, local: int, at: tuple[Tensor, ...], config: MoEConfig, product: Product, train: bool) -> Tensors:
+        """Output [N, D] of one expert in the config's dtype and, in training, every gradient by name."""
+        inputs, dtype = self.inputs, config.dtype
         x_ND = inputs.x_TD[at[0]].to(dtype).requires_grad_(train)
         weights_N = inputs.weights_TK[at].to(accumulation_dtype(dtype)).requires_grad_(train)
         expert = {name: stacked[local].to(dtype).requires_grad_(train) for name, stacked in self.parameters.items()}
-        config = moe_config(self.case).with_dtype(dtype)
         parameters = ExpertParameters(*(expert.get(name) for name in PARAMETER_NAMES))  # type: ignore[arg-type]
         output_ND = expert_forward(x_ND, weights_N, parameters, config, product)
         if not train:
@@ -147,25 +155,43 @@ class _Run:
 
     def finish(self, peers: Peers, own: slice) -> _Sums:
         """The sums over the experts of all ranks, of this rank's own tokens."""
-        for tensor in (*self.exact.values(), *self.loop.values(), self.chance_TK):
-            peers.sum(tensor)
-        exact = {name: tensor[own] for name, tensor in self.exact.items()}
-        return _Sums(exact, {name: tensor[own] for name, tensor in self.loop.items()}, self.chance_TK[own])
+        for sums in (self.exact, *self.loops):
+            for tensor in sums.values():
+                peers.sum(tensor)
+        peers.sum(self.chance_TK)
+        exact, *loops = ({name: tensor[own] for name, tensor in sums.items()} for sums in (self.exact, *self.loops))
+        return _Sums(exact, loops, self.chance_TK[own])
 
     def factors(self, experts: range, outputs: list[Tensor]) -> GroupErrors:
         """The output's errors by expert, once the sums are those of all ranks."""
-        exact, loop = self.exact["output"], self.loop["output"].to(self.inputs.x_TD.dtype)
+        exact, loop = self.exact["output"], self.loops[0]["output"].to(self.inputs.x_TD.dtype)
         chance = BY_CHANCE / math.sqrt(min(self.case.dim, self.case.moe_inter_dim))
         norms = []
         for local, index in enumerate(experts):
             at = torch.where(self.inputs.active_indices_TK == index)
-            own_ND = self._one_way(local, at, torch.float64, torch.matmul, train=False)["output"]
+            own_ND = self._one_way(local, at, self.exactly, torch.matmul, train=False)["output"]
             exact_ND, size = exact[at[0]], torch.linalg.vector_norm(own_ND)
             direction_ND = own_ND / size.clamp(min=torch.finfo(size.dtype).tiny)
             along = [((one[at[0]].double() - exact_ND) * direction_ND).sum().abs() for one in (loop, *outputs)]
             norms.append(torch.stack([size.maximum(chance * torch.linalg.vector_norm(exact_ND)), *along]))
         scale_G, loop_G, *passes_PG = torch.stack(norms, dim=1)
         return GroupErrors("output", "expert", scale_G, loop_G, torch.stack(passes_PG))
+
+
+def _limits_moved(config: MoEConfig) -> list[MoEConfig]:
+    """The layer with its limits a rounding lower and higher, if it has any.
+
+    A gradient jumps where a value meets a limit: one that is nearer than what it is rounded by has two right gradients.
+    The loop's own error is the larger of what it is on either side.
+    """
+    if not activation_form(config).limit:
+        return []
+    eps = torch.finfo(config.dtype).eps
+    limits = {name: getattr(config, name) for name in ("activation_limit", "swiglu_limit")}
+    return [
+        dataclasses.replace(config, **{name: limit * factor for name, limit in limits.items()})
+        for factor in (1 - eps, 1 + eps)
+    ]
 
 
 def _add(sums: Tensors, run: Tensors, at: tuple[Tensor, ...]) -> None:
@@ -178,7 +204,7 @@ def _add(sums: Tensors, run: Tensors, at: tuple[Tensor, ...]) -> None:
 def _token_errors(name: str, sums: _Sums, inputs: Inputs, inactive: Tensor, passes: list[Tensors]) -> GroupErrors:
     """`inactive` [T, 1] or [T, K] marks what must be exactly zero."""
     like = inputs.weights_TK if name == "weights.grad" else inputs.x_TD
-    exact, loop = sums.exact[name], sums.loop[name].to(like.dtype)
+    exact = sums.exact[name]
     scale_T = _norms(exact)
     if name == "weights.grad":
         scale_T = scale_T.maximum(_norms(sums.chance_TK))
@@ -187,7 +213,9 @@ def _token_errors(name: str, sums: _Sums, inputs: Inputs, inactive: Tensor, pass
     scale_T = torch.where(active_T, scale_T.maximum(root_mean_square), 0.0)
     found = [tensors[name].double() for tensors in passes]
     errors = [torch.where(inactive & (one != 0), math.inf, one - exact) for one in found]
-    return GroupErrors(name, "token", scale_T, _norms(loop.double() - exact), torch.stack([_norms(e) for e in errors]))
+    return GroupErrors(
+        name, "token", scale_T, sums.loop_error(name, like.dtype), torch.stack([_norms(e) for e in errors])
+    )
 
 
 def _norms(rows: Tensor) -> Tensor:
