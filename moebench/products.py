@@ -16,8 +16,8 @@ from moebench.inputs import Inputs
 
 Call = Callable[[], object]
 
-#: Backends whose products are known: those that multiply by a library and no more.
-BACKENDS = ("torch_mm", "torch_mm_save_time", "gmm", "gmm_save_time", "te")
+#: Backends that can be set against products: their own library's, and `triton`, whose own do more, against torch's.
+BACKENDS = ("torch_mm", "torch_mm_save_time", "triton", "gmm", "gmm_save_time", "te")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Alone:
 
 
 def alone(backend: str, inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, rows: Permutation) -> Alone:
-    """The products that a backend of BACKENDS is made of; Transformer Engine's are its two GroupedLinears."""
+    """The products that a backend of BACKENDS is set against; Transformer Engine's are its two GroupedLinears."""
     x_ND = inputs.x_TD.index_select(0, rows.row_to_token_N)
     if backend == "te":
         return _of_linears(x_ND, parameters, config, rows.tokens_per_expert_L.tolist())
