@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ TRACED_CALLS = 3
 def executed(call: Callable[[], object], device: torch.device) -> str | None:
     """The matrix product that took most of a call's time and, under it, the kernel: "aten::_grouped_mm > aten::mm".
 
+    A kernel that no operator launched stands alone.
     On a GPU times and kernels are the device's; on a CPU, where a call may be disturbed, times are the medians of a few
     calls. A backend that fell back to another one shows it here, whatever its name. A call without a product is named
     by what took most of its time.
@@ -63,11 +65,17 @@ def _profiled(call: Callable[[], object], device: torch.device) -> dict[str, flo
 
 
 def _gpu_kernels(profiler: Any) -> list[tuple[str, float]]:
-    return [
-        (f"{_operators(event)[0]} > {_short(kernel.name)}", kernel.duration)
-        for event in profiler.events()
-        for kernel in event.kernels
-    ]
+    """Kernels under the operator that launched them, and by their own name those of libraries that are no operators."""
+    events = profiler.events()
+    launched = [(event, kernel) for event in events for kernel in event.kernels]
+    found = [(f"{_operators(event)[0]} > {_short(kernel.name)}", kernel.duration) for event, kernel in launched]
+    of_operators = Counter(kernel.name for _, kernel in launched)
+    for event in events:
+        if event.device_type.name == "CUDA" and not event.is_user_annotation:
+            of_operators[event.name] -= 1
+            if of_operators[event.name] < 0:
+                found.append((_short(event.name), event.time_range.elapsed_us()))
+    return found
 
 
 def _cpu_operators(profiler: Any) -> list[tuple[str, float]]:

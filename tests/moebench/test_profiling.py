@@ -1,11 +1,13 @@
 """The operator that really ran is named, whatever the backend is called."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from experts.registry import get_backend
+from moebench import profiling
 from moebench.case import Case
 from moebench.inputs import make_inputs, make_parameters, moe_config
 from moebench.profiling import executed, trace
@@ -61,6 +63,29 @@ def test_a_trace_has_the_operators_of_each_call(tmp_path):
     assert names.count("aten::mm") == names.count("aten::add") == len(cleared)
     (product, *_) = (event for event in events if event.get("name") == "aten::mm")
     assert [8, 8] in product["args"]["Input Dims"]
+
+
+def test_a_kernel_that_no_operator_launched_is_named_too():
+    """Those of Triton and of libraries with bindings of their own: profilers keep them apart from operators."""
+
+    def event(name, duration, on_gpu=True, kernels=(), annotation=False):
+        return SimpleNamespace(
+            name=name,
+            kernels=[SimpleNamespace(name=kernel, duration=us) for kernel, us in kernels],
+            cpu_parent=None,
+            device_type=SimpleNamespace(name="CUDA" if on_gpu else "CPU"),
+            is_user_annotation=annotation,
+            time_range=SimpleNamespace(elapsed_us=lambda: duration),
+        )
+
+    events = [
+        event("aten::mm", 1, on_gpu=False, kernels=[("nvjet", 5.0)]),
+        event("aten::add", 1, on_gpu=False, kernels=[("add", 2.0)]),
+        *(event("nvjet", 5.0), event("add", 2.0), event("grouped_gemm", 7.0), event("grouped_gemm", 8.0)),
+        event("call 0", 30.0, annotation=True),
+    ]
+    found = profiling._gpu_kernels(SimpleNamespace(events=lambda: events))
+    assert found == [("aten::mm > nvjet", 5.0), ("aten::add > add", 2.0), ("grouped_gemm", 7.0), ("grouped_gemm", 8.0)]
 
 
 def disturbed(calls, when):
