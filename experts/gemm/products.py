@@ -132,6 +132,7 @@ def _tiles(permutation: Permutation, experts: int, column_tiles: int, tile: Tili
         ROWS=tile.rows,
         COLUMN_TILES=column_tiles,
     )
-    on_gpu = offsets.is_cuda
-    multiprocessors = torch.cuda.get_device_properties(offsets.device).multi_processor_count if on_gpu else None
-    return tiles, min(multiprocessors or _INTERPRETED_PROGRAMS, most_tiles)
+    programs = _INTERPRETED_PROGRAMS
+    if offsets.is_cuda:
+        programs = torch.cuda.get_device_properties(offsets.device).multi_processor_count
+    return tiles, min(programs, most_tiles)

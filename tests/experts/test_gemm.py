@@ -31,6 +31,7 @@ from tests.experts.layers import (
     moe_config,
     random_batch,
     random_parameters,
+    run,
 )
 
 pytest.importorskip("triton")
@@ -208,18 +209,20 @@ def output_of(engine: str, config: MoEConfig, batch: Batch, device: str) -> Tens
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 40, 300, 3000])
+@pytest.mark.parametrize("num_tokens", [1, 40, 100, 3000])
 @pytest.mark.parametrize("activation", ["swiglu", "quick_geglu"])
-def test_every_tiling_on_a_gpu(activation: str, num_tokens: int) -> None:
-    """Against float64 on the CPU; each count is of another tiling."""
+@bias_or_not
+def test_every_tiling_on_a_gpu(bias: bool, activation: str, num_tokens: int) -> None:
+    """Without gradients and with, against float64 on the CPU; each count is of another tiling."""
     sizes = {"n_routed_experts": 8, "n_activated_experts": 3, "dim": 264, "moe_inter_dim": 136}
-    config = moe_config(dtype=BF16, expert_bias=True, expert_activation=activation, **sizes)
+    config = moe_config(dtype=BF16, expert_bias=bias, expert_activation=activation, **sizes)
     batch = random_batch(config, num_tokens)
     in_float64 = batch.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-    oracle = layer("loop", config.with_dtype(F64), random_parameters(config))
-    right = {"output": oracle(in_float64.x, batch.token_mask, in_float64.weights, batch.indices).detach()}
+    right = run(layer("loop", config.with_dtype(F64), random_parameters(config)), in_float64)
+    made = layer("triton", config, device="cuda")
     for _ in range(2):
-        assert_near({"output": output_of("triton", config, batch, "cuda")}, right, BF16)
+        assert_near({"output": output_of("triton", config, batch, "cuda")}, {"output": right["output"]}, BF16)
+        assert_near(run(made, batch), right, BF16)
 
 
 def test_tilings_grow_with_the_rows() -> None:
@@ -291,8 +294,15 @@ def test_refusals(device: str, fields: dict[str, Any], fact: str, monkeypatch: p
     assert "\n" not in reason.reason
 
 
-def test_refuses_what_came_before_sm80(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+@pytest.mark.parametrize(
+    ("capability", "why"),
+    [
+        ((7, 5), "the triton engine needs SM80, this is SM75; use torch_mm"),
+        ((12, 0), "the triton engine's tiles do not fit the shared memory of SM120; use torch_mm"),
+    ],
+)
+def test_refuses_other_gpus(capability: tuple[int, int], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     reason = get_engine("triton").unsupported(torch.device("cuda"), None)
     assert reason is not None
-    assert reason.reason == "the triton engine needs SM80, this is SM75; use torch_mm"
+    assert reason.reason == why

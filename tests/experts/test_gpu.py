@@ -102,13 +102,14 @@ def test_the_sync_that_the_loop_needs_is_seen() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("num_tokens", [32, 256])
 @without_sync
-def test_in_a_cuda_graph(engine: str, bias: bool) -> None:
+def test_in_a_cuda_graph(engine: str, num_tokens: int, bias: bool) -> None:
     """Captured once, replayed with other tokens, other routing and another mask."""
     needs_sm90()
     config = moe_config(dtype=BF16, expert_bias=bias)
     made = layer(engine, config, device="cuda")
-    static = on_gpu(random_batch(config, num_tokens=32))
+    static = on_gpu(random_batch(config, num_tokens=num_tokens))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(stream):
@@ -119,9 +120,9 @@ def test_in_a_cuda_graph(engine: str, bias: bool) -> None:
     with torch.no_grad(), torch.cuda.graph(graph):
         output = made(static.x, static.token_mask, static.weights, static.indices)
 
-    everything_to_one = random_batch(config, seed=21, indices=[[3, 3]] * 32)
-    nobody = random_batch(config, seed=22, indices=[[-1, -1]] * 32)
-    masked = random_batch(config, num_tokens=32, seed=23)
+    everything_to_one = random_batch(config, seed=21, indices=[[3, 3]] * num_tokens)
+    nobody = random_batch(config, seed=22, indices=[[-1, -1]] * num_tokens)
+    masked = random_batch(config, num_tokens, seed=23)
     masked.token_mask[::2] = False
     for batch in map(on_gpu, (everything_to_one, nobody, masked)):
         for name in ("x", "token_mask", "weights", "indices"):
