@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from moebench.labels import describe, in_order, panel_title
-from moebench.look import BAD, CROSS, LEADING_IN, NOTE_SIZE, legend_below, line_legends, line_look, sheet
+from moebench.look import BAD, CEILING_LOOKS, CROSS, LEADING_IN, NOTE_SIZE, legend_below, line_legends, line_look, sheet
 from moebench.metrics import RATES, Metric, limits, round_ticks, tokens_text, unit
 from moebench.record import Status
 
@@ -73,7 +73,15 @@ def draw_values(ax: Axes, points: pd.DataFrame, metric: Metric) -> None:
     _draw(ax, points, metric, upright=True)
     ax.set_ylabel(unit(points, metric))
     if metric in RATES:
+        _draw_ceilings(ax, points)
         _tflops_axis(ax, points)
+
+
+def _draw_ceilings(ax: Axes, points: pd.DataFrame) -> None:
+    """What the same run measured of the products alone, and its physical bound: of most backends, where they differ."""
+    for name, look in CEILING_LOOKS.items():
+        at = points.groupby("place")[name].median().dropna()
+        ax.plot(at.index.to_numpy(dtype="float64"), at, label=name, **look)
 
 
 def _token_axis(ax: Axes, drawn: pd.DataFrame) -> None:
@@ -123,7 +131,7 @@ def page_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
 
 def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> None:
     """Every line's values at their places; upright: values along y. What is off the axis stands at its edge."""
-    bottom, top = limits(points, metric)
+    bottom, top = limits(points, metric, with_ceilings=upright)
     ticks = round_ticks(bottom, top, metric.base)
     value_axis = ax.yaxis if upright else ax.xaxis
     (ax.set_yscale if upright else ax.set_xscale)("log", base=metric.base)

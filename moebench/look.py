@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox, ScaledTranslation
 
 from moebench.labels import describe, in_order, machine
-from moebench.metrics import RATES, Kind, Metric
+from moebench.metrics import CEILINGS, RATES, Kind, Metric
 from moebench.record import Status
 
 #: Colour (Okabe and Ito's and Tol's, told apart by the colour-blind) and marker of each known backend. Matplotlib has
@@ -56,6 +56,14 @@ _SECONDARY: Mapping[str, Any] = MappingProxyType({"linewidth": 1.3, "markersize"
 BAD, _INK = "#C00000", "#222222"
 CROSS: Mapping[str, Any] = MappingProxyType(
     {"marker": "x", "color": BAD, "markersize": 11, "markeredgewidth": 2.6, "linestyle": "none"}
+)
+
+#: Of moebench.metrics.CEILINGS, below every backend's line.
+CEILING_LOOKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        name: {"color": "#777777", "linewidth": 1.3, "linestyle": dashes, "zorder": 1.5}
+        for name, dashes in zip(CEILINGS, ((0, (1, 1.5)), (0, (5, 2))), strict=True)
+    }
 )
 
 _WIDTH_IN, PANEL_IN, _MARGIN_IN = 6.4, 2.45, 0.12
@@ -227,6 +235,8 @@ def _other_entries(points: pd.DataFrame, metric: Metric, joined: bool) -> list[A
         entries += [entry(curve, color=_INK, **look) for curve, look in zip(metric.curves, looks, strict=True)]
     if metric in RATES and points["converged"].eq(False).any():
         entries.append(entry("not converged", color=_INK, **dot, **hollow))
+    if metric in RATES and joined:
+        entries += [entry(name, **look) for name, look in CEILING_LOOKS.items() if points[name].notna().any()]
     if metric.budget is not None:
         entries.append(entry("budget", color=BAD, linewidth=1.6))
     if points["status"].eq(Status.mismatch).any():

@@ -10,6 +10,8 @@ import pandas as pd
 from moebench.record import Status
 
 PARTS = ("dispatch", "compute", "combine")  # of a forward under expert parallelism, in their order
+#: What a rate can be measured against, by its name in a figure, and the column of its time.
+CEILINGS = {"grouped GEMMs alone": "grouped_ms", "roofline": "roofline_ms"}
 _MOST_TICKS = 6
 
 
@@ -41,7 +43,8 @@ class Metric(Kind):
 def _points_of_throughput(rows: pd.DataFrame) -> pd.DataFrame:
     value, time = rows["tokens_per_s"].where(_is_ok(rows) & (rows["tokens_per_s"] > 0)), rows["time_ms"]
     low, high = value * time / rows["time_ms_high"], value * time / rows["time_ms_low"]
-    return rows.assign(curve="tokens/s", value=value, low=low, high=high)
+    ceilings = {name: value * time / rows[column] for name, column in CEILINGS.items()}
+    return rows.assign(curve="tokens/s", value=value, low=low, high=high, **ceilings)
 
 
 def _points_of_memory(rows: pd.DataFrame) -> pd.DataFrame:
@@ -122,9 +125,10 @@ def unit(rows: pd.DataFrame, metric: Kind) -> str:
     return metric.unit.format(per="process" if rows["gpu"].isna().all() else "GPU")
 
 
-def limits(points: pd.DataFrame, metric: Metric) -> tuple[float, float]:
+def limits(points: pd.DataFrame, metric: Metric, with_ceilings: bool = False) -> tuple[float, float]:
     """Of a logarithmic axis that holds every value and the budget, with a margin; a factor of 8 or more apart."""
-    numbers = points[["value", "low", "high"]].to_numpy(dtype="float64")
+    ceilings = CEILINGS if with_ceilings and metric in RATES else ()
+    numbers = points[["value", "low", "high", *ceilings]].to_numpy(dtype="float64")
     least, most = metric.window
     values = [float(number) for number in numbers[(numbers >= least) & (numbers <= most)]]
     if metric.budget is not None:

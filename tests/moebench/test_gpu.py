@@ -283,7 +283,7 @@ def test_right_backends_are_ok_whatever_runs_beside_them(rows):
 def test_the_grouped_product_is_named_and_runs_without_waiting(rows):
     named = {(row.backend, row.dtype): row for row in rows}
     assert "_grouped_mm > " in named["torch_mm", "bfloat16"].executed
-    assert named["triton", "bfloat16"].executed == "grouped_gemm"
+    assert named["triton", "bfloat16"].executed.endswith("grouped_gemm")
     assert "_grouped_mm" not in named["loop", "bfloat16"].executed
     if torch.cuda.get_device_capability() >= (9, 0):
         assert named["torch_mm", "bfloat16"].flags == ()

@@ -29,6 +29,24 @@ def test_throughput_draws_the_rates_of_the_frame_with_their_interval() -> None:
     assert band[:, 1].max() == pytest.approx(rates.max() / 0.9)
 
 
+def test_what_bounds_a_rate_is_drawn_beside_it() -> None:
+    """The products alone and the roofline, of most backends: an FP8 backend has a roofline of its own."""
+    bounds = {"loop": 0.5, "torch_mm": 0.5, "te_fp8_block": 0.25}
+    rows = [
+        ok(case(count), backend, time_ms=count / 100, grouped_ms=1.0, roofline_ms=bound)
+        for backend, bound in bounds.items()
+        for count in COUNTS
+    ]
+    figure = only(throughput(to_frame(rows)))
+    (ax,) = figure.axes
+    active = np.array([case(count).num_active_tokens for count in COUNTS])
+    np.testing.assert_allclose(line(ax, "grouped GEMMs alone").get_ydata(), active / 1.0 * 1e3)
+    np.testing.assert_allclose(line(ax, "roofline").get_ydata(), active / 0.5 * 1e3)
+    assert ax.get_ylim()[1] > active[-1] / 0.5 * 1e3
+    assert {"grouped GEMMs alone", "roofline"} <= set(legend(figure))
+    assert not {"grouped GEMMs alone", "roofline"} & set(legend(only(throughput(to_frame(family("loop"))))))
+
+
 def test_tflops_are_read_off_the_right_axis_exactly() -> None:
     frame = to_frame(family("loop", masked_share=0.25))
     figure = only(throughput(frame))
