@@ -6,6 +6,7 @@ gradients it writes what backward needs. Gradients of weights are torch's groupe
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,25 +32,6 @@ def compute(
     save: Save = "memory",
 ) -> Tensor:
     """Two grouped GEMMs over rows sorted by expert, and the sum of each token's rows."""
-    return _uncompiled()(x_TD, weights_TK, indices_TK, parameters, config, first, save)
-
-
-@functools.cache
-def _uncompiled() -> Callable[..., Tensor]:
-    """Out of sight of torch's compiler, which stops at kernels of our own. Importing that takes a second."""
-    uncompiled: Callable[..., Tensor] = torch.compiler.disable(_compute)
-    return uncompiled
-
-
-def _compute(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    indices_TK: Tensor,
-    parameters: ExpertParameters,
-    config: MoEConfig,
-    first: int,
-    save: Save,
-) -> Tensor:
     permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
     plan = Plan(permutation, config, products(permutation, config), save)
     return whole_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), plan)
@@ -96,4 +78,15 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return grouped_mm.unaligned(config, "the triton engine")
 
 
-ENGINE = Engine(compute, unsupported, saves=True)
+def _compute_uncompiled(*arguments: Any, **options: Any) -> Tensor:
+    """`compute`, out of sight of torch's compiler, which stops at kernels of our own."""
+    return _uncompiled()(*arguments, **options)
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Tensor]:
+    hidden: Callable[..., Tensor] = torch.compiler.disable(compute)  # at first use: it imports the compiler
+    return hidden
+
+
+ENGINE = Engine(_compute_uncompiled, unsupported, saves=True)

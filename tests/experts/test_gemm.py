@@ -200,6 +200,18 @@ def test_layer_without_gradients(device: str, dtype: torch.dtype, bias: bool, ac
     assert_near({"output": output_of("triton", config, batch, device)}, right, dtype)
 
 
+@in_interpreter
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+def test_compiled_on_a_cpu() -> None:
+    """torch's compiler stops at these kernels, and fails where it tries them."""
+    config = moe_config(dtype=F16)
+    made, compiled = layer("triton", config), layer("triton", config)
+    compiled.compile(backend="aot_eager")
+    for num_tokens in (9, 6):
+        batch = random_batch(config, num_tokens)
+        assert_near(run(compiled, batch), run(made, batch), F16)
+
+
 def output_of(engine: str, config: MoEConfig, batch: Batch, device: str) -> Tensor:
     made = layer(engine, config, device=device)
     on_device = batch.map(lambda tensor: tensor.to(device))
