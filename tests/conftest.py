@@ -1,6 +1,7 @@
 """Shared by all tests: one thread a test process, no GPU test where there is no GPU, and GPUs that are not there."""
 
 import os
+import signal
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,11 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores; set before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # as in a shell's background and under nohup; processes inherit it
+        signal.signal(number, handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
