@@ -78,11 +78,16 @@ class Audit:
     checks: tuple[str, ...]
     records: tuple[Record, ...]
     interrupted: bool = False
+    required: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed and something could run; a case that is unsupported, or did not fit, is no failure."""
-        return self.not_examined != self.backends and all(row.status in GOOD for row in self.records)
+        """Whether nothing failed and something could run, of each backend that is `required`.
+
+        A case that is unsupported, or did not fit into memory, is no failure.
+        """
+        missing = self.not_examined == self.backends or not set(self.required).isdisjoint(self.not_examined)
+        return not missing and all(row.status in GOOD for row in self.records)
 
     @property
     def not_examined(self) -> tuple[str, ...]:
@@ -179,10 +184,11 @@ def audit(
     dtypes: Sequence[str] = (),
     device: str | None = None,
     seed: int = 0,
+    required: Sequence[str] = (),
     on_plan: Callable[[int], None] = lambda num_jobs: None,
     on_record: Callable[[Record], None] = lambda row: None,
 ) -> Audit:
-    """Run the checks (default all) in the dtypes (default all) on the backends.
+    """Run the checks (default all) in the dtypes (default all) on the backends, of which some are `required` to run.
 
     Raises UsageError for a check or a dtype that there is not, and what moebench.runner.execute raises.
     """
@@ -199,7 +205,7 @@ def audit(
         records += found
         if interrupted:
             break
-    return Audit(tuple(jobs), wanted, tuple(records), interrupted)
+    return Audit(tuple(jobs), wanted, tuple(records), interrupted, tuple(required))
 
 
 class _Enough(Exception):

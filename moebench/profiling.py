@@ -22,14 +22,15 @@ def executed(call: Callable[[], object], device: torch.device) -> str | None:
 
     A kernel that no operator launched stands alone.
     On a GPU times and kernels are the device's; on a CPU, where a call may be disturbed, times are the medians of a few
-    calls. A backend that fell back to another one shows it here, whatever its name. A call without a product is named
-    by what took most of its time.
+    calls. A backend that fell back to another one shows it here, whatever its name. A product is known by its kernel's
+    name, else by its operator's; a call without one is named by what took most of its time.
     """
     _profiled(call, device)  # warms up, the call and the profiler both
     calls = [_profiled(call, device) for _ in range(1 if device.type == "cuda" else CPU_CALLS)]
     by_chain = {chain: statistics.median(one.get(chain, 0.0) for one in calls) for one in calls for chain in one}
-    products = [chain for chain in by_chain if PRODUCT.search(chain)]
-    return max(products or by_chain, key=lambda chain: by_chain[chain], default=None)
+    by_kernel = [chain for chain in by_chain if PRODUCT.search(chain.rpartition(" > ")[2])]
+    by_operator = [chain for chain in by_chain if PRODUCT.search(chain)]
+    return max(by_kernel or by_operator or by_chain, key=lambda chain: by_chain[chain], default=None)
 
 
 def trace(stages: Sequence[Callable[[], object]], clear: Callable[[], None], device: torch.device, path: Path) -> None:

@@ -54,7 +54,7 @@ def products(permutation: Permutation, config: MoEConfig) -> Products:
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """A CUDA GPU of SM80 to SM100, or Triton's interpreter; bfloat16 or float16, rows a multiple of 16 bytes."""
+    """A CUDA GPU from SM80 on, but SM120, or Triton's interpreter; 16-bit floats, rows a multiple of 16 bytes."""
     try:
         import triton
     except (ImportError, OSError) as error:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,7 @@ def test_who_could_not_run_at_all_is_told():
     assert "te: not examined: none of its cases could run" in printed(whole)
     assert whole.as_dict()["not_examined"] == ("te",)
     assert whole.passed
+    assert not replace(whole, required=("loop", "te")).passed
 
 
 def test_json_has_every_cell_and_every_record():
