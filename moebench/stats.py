@@ -19,11 +19,14 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
     median = float(np.median(samples))
     if len(samples) < MIN_SAMPLES:
         return median, -float("inf"), float("inf")
-    count = len(samples)
-    below = bdtr(np.arange(count), count, 0.5)  # P(fewer than k of them lie below the true median), k = 1 … count
-    rank = int(np.searchsorted(below, (1 - CONFIDENCE) / 2, side="right"))
-    ordered = np.sort(samples)
+    rank, ordered = _rank(len(samples)), np.sort(samples)
     return median, float(ordered[rank - 1]), float(ordered[-rank])
+
+
+def _rank(count: int) -> int:
+    """Of the sample, counted from the least, at which the exact interval of so many begins."""
+    below = bdtr(np.arange(count), count, 0.5)  # P(fewer than k of them lie below the true median), k = 1 … count
+    return int(np.searchsorted(below, (1 - CONFIDENCE) / 2, side="right"))
 
 
 def center_of_rounds(medians: Sequence[float]) -> tuple[float, float, float]:
@@ -42,10 +45,18 @@ def center_of_rounds(medians: Sequence[float]) -> tuple[float, float, float]:
 
 
 def series_interval(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Median of samples in the order they were taken, and its 95% interval, wider by their `dependence`."""
-    median, low, high = median_interval(samples)
-    wider = dependence(samples)
-    return median, median - wider * (median - low), median + wider * (high - median)
+    """Median of samples in the order they were taken, and its 95% interval, so many more ranks wide as they depend on
+    one another (`dependence`). Where there are not so many, it ends as far past the samples as those are apart.
+    """
+    count = len(samples)
+    if count < MIN_SAMPLES:
+        return median_interval(samples)
+    middle, ordered = (count - 1) / 2, np.sort(samples)
+    median = float(np.median(ordered))
+    ranks = dependence(samples) * (middle - (_rank(count) - 1))
+    low, high = np.interp([middle - ranks, middle + ranks], np.arange(count), ordered)
+    past = max(0.0, ranks / middle - 1)
+    return median, float(low - past * (median - low)), float(high + past * (high - median))
 
 
 def dependence(samples: Sequence[float]) -> float:

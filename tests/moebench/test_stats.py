@@ -89,6 +89,28 @@ def test_the_interval_of_a_series_that_drifts_holds_its_median_as_often_as_it_sa
     assert wider > 0.9
 
 
+def test_the_interval_of_two_regimes_lies_between_them():
+    """Half of a distance that many samples share is no distance that any has: 3.7 or 5.2, never 1.5."""
+    rng = np.random.default_rng(5)
+    series = np.concatenate([rng.normal(5.2, 0.1, 60), rng.normal(3.7, 0.1, 46)])
+    median, low, high = series_interval(series.tolist())
+    assert dependence(series) > 2
+    assert min(series) < low < 4 < 5 < median < high < max(series)
+
+
+def test_independent_samples_have_their_exact_interval_as_a_series():
+    in_turn = [float(number // 2 + 15 * (number % 2)) for number in range(30)]  # each on the other side
+    assert dependence(in_turn) == 1
+    assert series_interval(in_turn) == median_interval(in_turn)
+
+
+def test_where_samples_do_not_reach_the_interval_goes_past_them():
+    """A drift: what comes next is not among them."""
+    drift = [1 + number / 1000 for number in range(26)]
+    median, low, high = series_interval(drift)
+    assert low < min(drift) < median < max(drift) < high
+
+
 def test_a_series_keeps_its_median_and_a_constant_one_has_no_width():
     assert series_interval([1.0] * 10) == (1.0, 1.0, 1.0)
     assert series_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])[0] == 3.5
