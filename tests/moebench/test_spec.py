@@ -209,7 +209,7 @@ def test_a_suite_of_ranks_has_every_engine_with_every_dispatcher_and_unkind_rank
     engines = {(job.backend, job.dispatcher, job.case.mode) for job in found if "fp8" not in job.backend}
     assert engines == {
         (backend, dispatcher, mode)
-        for backend in ("loop", "torch_mm", "gmm", "te")
+        for backend in ("loop", "torch_mm", "triton", "gmm", "te")
         for dispatcher in ("allgather", "alltoall", "deepep")
         for mode in ("forward", "train")
     }
