@@ -18,8 +18,8 @@ from experts.errors import Unsupported
 from experts.permutation import Permutation, sort_by_expert
 
 NEEDED_CAPABILITY = (8, 0)
-#: SM120 has less than half of the shared memory that a tile for many rows takes elsewhere.
-TOO_SMALL_CAPABILITY = (12, 0)
+#: SM12x has 99 KiB of shared memory a block; a tile for many rows compiles to 104 KiB there.
+TOO_SMALL_MAJOR = 12
 
 
 def compute(
@@ -54,7 +54,7 @@ def products(permutation: Permutation, config: MoEConfig) -> Products:
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """A CUDA GPU from SM80 on, but SM120, or Triton's interpreter; 16-bit floats, rows a multiple of 16 bytes."""
+    """A CUDA GPU from SM80 on, but SM12x, or Triton's interpreter; 16-bit floats, rows a multiple of 16 bytes."""
     try:
         import triton
     except (ImportError, OSError) as error:
@@ -63,7 +63,7 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
         present = torch.cuda.get_device_capability(device)
         if present < NEEDED_CAPABILITY:
             return Unsupported(f"the triton engine needs SM80, this is SM{present[0]}{present[1]}; use torch_mm")
-        if present >= TOO_SMALL_CAPABILITY:
+        if present[0] == TOO_SMALL_MAJOR:
             this = f"SM{present[0]}{present[1]}"
             return Unsupported(f"the triton engine's tiles do not fit the shared memory of {this}; use torch_mm")
     elif device.type != "cpu" or not triton.knobs.runtime.interpret:
