@@ -1,5 +1,5 @@
 """python -m moebench"""
 
-from moebench.cli import main
+from moebench.cli.app import main
 
 main()

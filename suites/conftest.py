@@ -8,14 +8,15 @@ import torch
 
 from experts.errors import RegistryError
 from experts.registry import check_name
-from moebench import environment, runplan
-from moebench.case import Job
-from moebench.plan import UsageError
-from moebench.selection import select
-from moebench.spec import SweepError, find_sweep, load_sweep
-from moebench.timing import TimingPolicy
-from moebench.worker import pick_device, timing_policy
-from moebench.workload import Workload
+from moebench.errors import SweepError, UsageError
+from moebench.machine import environment
+from moebench.measure.cache import Workload
+from moebench.measure.timing import TimingPolicy
+from moebench.measure.worker import pick_device, timing_policy
+from moebench.run import request
+from moebench.workload.case import Job
+from moebench.workload.selection import select
+from moebench.workload.spec import find_sweep, load_sweep
 
 JOBS = pytest.StashKey[tuple[Job, ...]]()
 POLICY = pytest.StashKey[TimingPolicy]()
@@ -41,11 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _choose(config: pytest.Config) -> None:
-    runplan.check_device(config.option.device)
+    request.check_device(config.option.device)
     device = pick_device(config.option.device)
     sweep = config.option.sweep or ("gpu" if device.type == "cuda" else "quick")
     jobs = select(sweep, config.option.backend, [], [])
-    runplan.check_named(jobs, config.option.backend)
+    request.check_named(jobs, config.option.backend)
     for name in dict.fromkeys(job.backend for job in jobs):
         check_name(name)
     config.stash[JOBS] = jobs

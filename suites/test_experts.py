@@ -9,12 +9,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from moebench.case import Job
-from moebench.record import GOOD, Status
-from moebench.subject import Measured
-from moebench.timing import TimingPolicy
-from moebench.worker import run_job
-from moebench.workload import Workload
+from moebench.measure.cache import Workload
+from moebench.measure.subject import Measured
+from moebench.measure.timing import TimingPolicy
+from moebench.measure.worker import run_job
+from moebench.results.record import GOOD, Status
+from moebench.workload.case import Job
 
 #: What is saved beside the time; docs/results.md says what each is.
 EXTRA_INFO = (

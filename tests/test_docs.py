@@ -11,14 +11,14 @@ import yaml
 from typer.testing import CliRunner
 
 from experts.registry import get_backend
-from moebench import parity
-from moebench.case import Case
-from moebench.cli import app
-from moebench.inputs import make_inputs, make_parameters, moe_config
-from moebench.looks import schedule
-from moebench.ranksum import group_size_needed, null_tail
-from moebench.spec import parse_sweep
-from moebench.verdicts import FALSE_ALARMS
+from moebench.cli.app import app
+from moebench.parity import judge
+from moebench.verdicts.looks import schedule
+from moebench.verdicts.ranksum import group_size_needed, null_tail
+from moebench.verdicts.times import FALSE_ALARMS
+from moebench.workload.case import Case
+from moebench.workload.inputs import make_inputs, make_parameters, moe_config
+from moebench.workload.spec import parse_sweep
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_the_backend_of_the_docs_is_right(my_backend: str, dtype: str, routing: 
     backend, inputs, parameters = get_backend(my_backend), make_inputs(case, CPU), make_parameters(case, CPU)
     layer = backend.build(moe_config(case))
     layer.load_state_dict(parameters)
-    verdict = parity.check(case, inputs, parameters, [parity.run_pass(layer, inputs, "train")])
+    verdict = judge.check(case, inputs, parameters, [judge.run_pass(layer, inputs, "train")])
     assert verdict.passed, verdict.worst
 
 

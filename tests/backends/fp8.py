@@ -13,7 +13,7 @@ from torch.autograd import Function
 from experts import BackendConfig, GroupedExperts, MoEConfig
 from experts.activations import get_expert_activation_for_deepep
 from experts.compute import ExpertParameters
-from moebench.quantization import fp8_product
+from moebench.parity.quantization import fp8_product
 
 
 class Fp8Experts(GroupedExperts):

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from experts import BackendConfig, ConfigError, GroupedExperts, GroupedExpertsTE, MoEConfig
 from experts.steps import Permutation, eager
-from moebench import memory
+from moebench.measure import memory
 from tests.experts.layers import (
     BF16,
     F32,

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from moebench import cli
-from moebench.record import Journal
+from moebench.cli import app
+from moebench.results.journal import Journal
 from tests.moebench.gated import job_of, ok, steady
 
 
@@ -19,7 +19,7 @@ def moebench(capsys, monkeypatch, tmp_path):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["moebench", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            app.main()
         printed = capsys.readouterr()
         return SimpleNamespace(code=end.value.code or 0, out=printed.out, err=printed.err)
 

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from moebench.case import Case, Job
-from moebench.record import Record, Status, record
+from moebench.results.record import Record, Status, record
+from moebench.workload.case import Case, Job
 
 SHAPE: dict[str, Any] = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 256, "moe_inter_dim": 512}
 COUNTS = (128, 256, 1024)

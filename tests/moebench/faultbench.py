@@ -17,12 +17,12 @@ from torch import nn
 
 from experts import BackendConfig, GroupedExperts
 from experts.registry import Backend
-from moebench import subject as subject_module
-from moebench.case import DTYPES, Job
-from moebench.measure import measure
-from moebench.record import Status
-from moebench.suite import CHECKS, suite_jobs
-from moebench.workload import Workload
+from moebench.measure import subject as subject_module
+from moebench.measure.cache import Workload
+from moebench.measure.job import measure
+from moebench.parity.checks import CHECKS, suite_jobs
+from moebench.results.record import Status
+from moebench.workload.case import DTYPES, Job
 from tests.backends import coarse, faulty, faulty_rows, faulty_weights, fp8
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "faults.md"

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moebench.case import Case, Job
-from moebench.comparability import Comparability
-from moebench.environment import Environment
-from moebench.frame import to_frame
-from moebench.gate import GateResult, gate
-from moebench.record import Record, Status, record
+from moebench.machine.environment import Environment
+from moebench.results.frame import to_frame
+from moebench.results.record import Record, Status, record
+from moebench.verdicts.comparability import Comparability
+from moebench.verdicts.gate import GateResult, gate
+from moebench.workload.case import Case, Job
 
 ROOT = Path(__file__).parents[2]
 H200 = Environment.from_file(ROOT / "results" / "published" / "h200-2026-11-23" / "environment.json")

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from moebench.resume import Asked
-from moebench.runplan import RunPlan, plan
+from moebench.run.request import RunPlan, plan
+from moebench.run.runfile import Asked
 
 SWEEP = """
 name = "two"

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parents[2]
 
 _SCRIPT = """#!{python}
 import itertools, json, os, resource, signal, sys, threading, time
-from moebench.case import Job
-from moebench.environment import Environment
-from moebench.record import Status, record
+from moebench.workload.case import Job
+from moebench.machine.environment import Environment
+from moebench.results.record import Status, record
 
 option = dict(zip(sys.argv, sys.argv[1:]))
 job_file = open(option["--jobs"])
@@ -74,9 +74,10 @@ ALL = "ready()\nfor number in itertools.count(): done(number)\n"
 _COMMAND_LINE = """
 import sys
 from types import SimpleNamespace
-from moebench import cli, supervisor
+from moebench.cli import app
+from moebench.run import supervisor
 supervisor.sys = SimpleNamespace(executable=sys.argv.pop(1))
-cli.main()
+app.main()
 """
 
 

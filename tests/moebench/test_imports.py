@@ -1,14 +1,18 @@
-"""Results are opened, and runs are planned, where torch and the vendor packages cannot be imported at all."""
+"""Who may import whom; and results are opened, and runs are planned, where torch and the vendor packages are not."""
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from moebench.case import Case, Job
-from moebench.record import Journal, Status, record
+import moebench
+from moebench.results.journal import Journal
+from moebench.results.record import Status, record
+from moebench.workload.case import Case, Job
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,33 +27,132 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 """
-WITHOUT_TORCH = (
-    *("case", "spec", "axes", "selection", "sweepfile", "models", "record", "stats", "frame", "plots", "tables"),
-    *("advise", "advisecli", "notebook", "footprint", "forecast", "scaling"),
-    *("report", "pagetable", "reproduce", "roofline"),
-    *(
-        "results",
-        "runplan",
-        "runcli",
-        "suite",
-        "audit",
-        "runner",
-        "supervisor",
-        "worklist",
-        "resume",
-        "slots",
-        "listing",
-        "doctor",
-        "environment",
-        "nvml",
-        "versions",
-        "cli",
-        "ranksum",
-        "verdicts",
-    ),
-    *("comparability", "findings", "gate", "gatecli", "gatejson", "gatetable", "github", "junit"),
-    *("baseline", "comparison", "comparecli", "comparetable", "history", "merge", "noise", "simulate", "turns"),
+
+PACKAGE = ROOT / "moebench"
+LOWEST = frozenset({"workload", "machine"})
+#: What each folder may import besides itself and moebench.errors: folders, and single modules of others.
+MAY_IMPORT: dict[str, frozenset[str]] = {
+    "workload": frozenset(),
+    "machine": frozenset(),
+    "results": LOWEST,
+    "parity": frozenset({"workload"}),
+    "measure": LOWEST | {"results", "parity"},
+    "run": LOWEST | {"results", "parity.checks", "measure.protocol"},
+    "verdicts": LOWEST | {"results", "run"},
+    "report": LOWEST | {"results", "run", "verdicts"},
+    "cli": LOWEST | {"results", "parity", "measure", "run", "verdicts", "report"},
+}
+#: Where torch, and `experts`, which imports it, may be imported at module level; and inside functions besides.
+TORCH_AT_IMPORT = ("parity", "measure", "workload.inputs", "workload.ranks")
+NEVER_TORCH_AT_IMPORT = ("parity.checks", "measure.protocol")
+TORCH_IN_FUNCTIONS = ("machine.doctor", "machine.environment", "machine.versions", "cli.listing")
+#: Modules of `experts` that do not import torch.
+TORCH_FREE_EXPERTS: tuple[str, ...] = ()
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.parent != PACKAGE
+}
+
+
+def is_within(module: str, places: Iterable[str]) -> bool:
+    return any(module == place or module.startswith(f"{place}.") for place in places)
+
+
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """The modules that a source imports, and whether it does at module level. What only type checkers read is none."""
+    tree = ast.parse(source)
+    for node in tree.body:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body.clear()
+            node.body.append(ast.Pass())
+    in_functions = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) not in in_functions) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where a name comes from"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from ((name, id(node) not in in_functions) for name in names)
+
+
+def broken_rules(module: str, source: str) -> list[str]:
+    """What a module of moebench, named without that prefix, imports and may not."""
+    folder = module.partition(".")[0]
+    allowed = MAY_IMPORT[folder] | {folder, "errors", "__version__"}
+    found = []
+    for name, at_import in imports(source):
+        package, _, rest = name.partition(".")
+        if package == "moebench" and rest and not is_within(rest, allowed):
+            found.append(f"{module} imports {name}")
+        if package in ("torch", "experts") and not is_within(name, TORCH_FREE_EXPERTS):
+            may = is_within(module, TORCH_AT_IMPORT) and not is_within(module, NEVER_TORCH_AT_IMPORT)
+            if not (may or (not at_import and is_within(module, TORCH_IN_FUNCTIONS))):
+                found.append(f"{module} imports {name}")
+    return found
+
+
+def test_folders_are_those_of_the_design() -> None:
+    """A new folder needs a rule; no folder outgrows what a reader takes in."""
+    folders = {path.parent for path in MODULES.values()}
+    assert {folder.relative_to(PACKAGE).parts[0] for folder in folders} == MAY_IMPORT.keys()
+    for folder in folders:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= 15, f"{folder.relative_to(ROOT)} has {len(files)} files"
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "errors.py"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module: str) -> None:
+    assert not broken_rules(module, MODULES[module].read_text())
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("workload.case", "from moebench.machine import gpus"),
+        ("machine.gpus", "from moebench.workload.case import Case"),
+        ("results.advise", "from moebench.verdicts.times import FALSE_ALARMS"),
+        ("parity.judge", "from moebench.machine import nvml"),
+        ("measure.job", "from moebench.run.plan import Plan"),
+        ("run.audit", "from moebench.report.tables.cells import DIM"),
+        ("run.audit", "from moebench.parity.judge import check"),
+        ("run.supervisor", "from moebench.measure import worker"),
+        ("verdicts.ab", "from moebench.parity.checks import CHECKS"),
+        ("report.page", "from moebench.measure.protocol import WorkList"),
+        ("report.page", "from moebench.cli.console import out"),
+        ("results.frame", "import moebench.cli.app"),
+        ("results.frame", "import torch"),
+        ("results.frame", "def f():\n    import torch"),
+        ("parity.checks", "import torch"),
+        ("measure.protocol", "from experts import MoEConfig"),
+        ("cli.listing", "import torch"),
+    ],
 )
+def test_an_import_that_is_turned_round_is_seen(module: str, line: str) -> None:
+    assert broken_rules(module, f"{MODULES[module].read_text()}\n{line}\n")
+
+
+def test_no_public_name_hides_a_folder() -> None:
+    """`import moebench.results` must not replace a function `moebench.results`, nor the other way round."""
+    folders_and_modules = {path.stem for path in PACKAGE.iterdir()}
+    assert not folders_and_modules & {name for name in moebench.__all__ if name != "__version__"}
+
+
+def test_every_public_name_is_there(tmp_path: Path) -> None:
+    names = (
+        *("load", "pivot", "plot", "compare", "open_result", "Comparability", "parity_errors", "ResultsError"),
+        "__version__",
+    )
+    assert set(moebench.__all__) == set(names)
+    code = "import moebench\nfor name in sys.argv[1:]: getattr(moebench, name)\nassert 'torch' not in sys.modules\n"
+    done = python(code, *names, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def python(code, *arguments, cwd):
@@ -69,15 +172,20 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_what_opens_results_imports_without_torch(tmp_path):
+def test_what_is_free_of_torch_imports_where_torch_is_not(tmp_path: Path) -> None:
+    free = [
+        name
+        for name in MODULES
+        if not is_within(name, TORCH_AT_IMPORT) or name in (*NEVER_TORCH_AT_IMPORT, "parity", "measure")
+    ]
     code = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(f'moebench.{name}')\n"
     code += "assert 'torch' not in sys.modules\n"
-    done = python(code, *WITHOUT_TORCH, cwd=tmp_path)
+    done = python(code, *free, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 COMMAND = """
-from moebench.cli import main
+from moebench.cli.app import main
 try:
     main()
 finally:
@@ -96,6 +204,6 @@ def test_results_are_opened_and_runs_planned_without_torch(folder, command):
 
 
 def test_the_block_blocks(tmp_path):
-    done = python("import moebench.parity", cwd=tmp_path)
+    done = python("import moebench.parity.judge", cwd=tmp_path)
     assert done.returncode != 0
     assert "torch is blocked" in done.stderr

@@ -1,0 +1,68 @@
+"""`moebench ab`: parses, drives moebench.verdicts.ab, prints."""
+
+from typing import Annotated
+
+import typer
+
+from moebench.cli.console import err, progress_bar
+from moebench.cli.gate import Github, Junit, Threshold, check_outputs, report, share
+from moebench.cli.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, Sweep, TimeBudget
+from moebench.report.gatewords import total
+from moebench.results.record import Record
+from moebench.results.stats import THRESHOLD
+from moebench.run import request
+from moebench.run.runfile import Asked
+from moebench.verdicts import ab
+from moebench.verdicts.gate import GateResult
+
+commands = typer.Typer()
+
+
+@commands.command("ab")
+def ab_(
+    a: Annotated[str, typer.Argument(metavar="REV_A", help="git revision, or folder that holds an `experts`")],
+    b: Annotated[str, typer.Argument(metavar="REV_B", help="git revision or folder to judge against it")],
+    sweep: Sweep,
+    out_dir: Out = None,
+    backend: Backends = None,
+    device: Device = None,
+    gpus: Gpus = None,
+    share_gpus: ShareGpus = False,
+    filters: Filters = None,
+    case: CaseIds = None,
+    threshold: Threshold = f"{THRESHOLD:.0%}",
+    time_budget: TimeBudget = None,
+    junit_file: Junit = None,
+    for_github: Github = False,
+    as_json: AsJson = False,
+) -> None:
+    """Is B slower, larger or wrong? Measures both in turn. Exit code 0 no, 1 yes or missing, 3 not decided."""
+    smallest = share("--threshold", threshold)
+    check_outputs(for_github, as_json)
+    asked = Asked(
+        backends=tuple(backend or ()), filters=tuple(filters or ()), case_ids=tuple(case or ()), device=device
+    )
+    run = request.plan(sweep, asked, out=out_dir, time_budget_min=time_budget)
+    run, notes = request.on_gpus(run, gpus, share_gpus)
+    for note in notes:
+        err.print(note)
+    with ab.prepared(run, a, b, smallest) as plan:
+        err.print(f"A {plan.a}, B {plan.b}: {len(plan.common)} jobs, {' or '.join(map(str, plan.looks))} rounds")
+        result = _measure(plan)
+    err.print(f"results: {' and '.join(map(str, plan.folders))}")
+    report(result, junit_file, for_github, as_json)
+
+
+def _measure(plan: ab.AbPlan) -> GateResult:
+    """The verdicts of the last look; those of the looks before are told as they come."""
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+
+        def show(row: Record) -> None:
+            progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")
+
+        for look in ab.compare(plan, show):
+            spent = f", time budget spent: {look.num_left} measurements left" if look.num_left else ""
+            progress.print(f"after {look.num_rounds} rounds: {total(look.result)}{spent}")
+            result = look.result
+    return result

@@ -1,0 +1,48 @@
+"""`moebench advise`: parses, asks moebench.results.advise, prints."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moebench.cli.console import err, out
+from moebench.report.tables.advisetable import AdviceTable, document, workload
+from moebench.results import advise
+from moebench.results.published import default_folders, load_all
+from moebench.workload.axes import listed
+
+EXIT_NO_DATA = 3
+
+commands = typer.Typer()
+
+
+@commands.command("advise")
+def advise_(
+    model: Annotated[str, typer.Option(help="a model's name, or a shape such as e64k6d1024i512")],
+    num_tokens: Annotated[int, typer.Option(help="tokens per rank")],
+    ep_size: Annotated[int, typer.Option(help="ranks that share the experts")] = 1,
+    mode: Annotated[str, typer.Option(help="forward or train")] = "forward",
+    dtype: Annotated[str, typer.Option(help="as in a sweep")] = "bfloat16",
+    routing: Annotated[str, typer.Option(help="as in a sweep")] = "uniform",
+    folders: Annotated[
+        list[Path] | None, typer.Option("--results", help="a results folder; repeatable; default results/published/*")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output, for machines")] = False,
+) -> None:
+    """Which backend, how much faster than the next, at what memory, by measured results. Exit code 3: no data near."""
+    asked = advise.question(model, num_tokens, ep_size=ep_size, mode=mode, dtype=dtype, routing=routing)
+    frame = load_all(folders or default_folders())
+    advices = advise.advise(frame, asked)
+    if as_json:
+        out.print_json(json.dumps(document(asked, advices)))
+    else:
+        out.print(workload(model, asked), soft_wrap=True)
+        for one in advices:
+            out.print(AdviceTable(one))
+    if any(one.candidates for one in advices):
+        return
+    if not advices:
+        err.print(f"no data: no result of this workload, but of {listed(advise.elsewhere(frame, asked))}")
+    err.print("no data near: nothing is extrapolated; measure it with a sweep of your own, see docs/sweeps.md")
+    raise typer.Exit(EXIT_NO_DATA)

@@ -1,0 +1,95 @@
+"""The command line: parses, calls one function, prints. Imported by nothing.
+
+Exit codes: 0 all right (unsupported and out of memory are results), 1 a mismatch, timeout, crash or error, 2 bad usage,
+130 interrupted.
+"""
+
+import json
+from typing import Annotated
+
+import typer
+
+from moebench import __version__
+from moebench.cli import ab, advise, compare, gate, listing, parity, run, show
+from moebench.cli.console import err, out
+from moebench.cli.options import AsJson, Backends, Filters
+from moebench.errors import MoebenchError, UsageError
+from moebench.machine.doctor import doctor as examine
+from moebench.run import request
+from moebench.workload.selection import select
+
+app = typer.Typer(
+    name="moebench",
+    help="Measure, check and compare the expert layers of Mixture-of-Experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"moebench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_(
+    sweep: Annotated[str | None, typer.Argument(help="list this sweep's cases; without it sweeps and backends")] = None,
+    backend: Backends = None,
+    filters: Filters = None,
+    device: Annotated[str | None, typer.Option(help="the device that backends are asked about")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sweeps and backends, with why one is unavailable here; or a sweep's jobs, and what they may take."""
+    if sweep is not None and device is not None:
+        raise UsageError(f"--device {device} beside SWEEP: its jobs are the same on every device; leave it out")
+    if sweep is None and (backend or filters):
+        raise UsageError("--backend and --filter select jobs of a sweep: give a SWEEP beside them")
+    if sweep is not None:
+        run.print_plan(select(sweep, backend or [], filters or [], []), as_json)
+        return
+    request.check_device(device)
+    listed = listing.everything(device)
+    if as_json:
+        out.print_json(json.dumps(listed.as_dict()))
+    else:
+        out.print(listed)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """The machine, versions, what is missing and how to install it."""
+    findings = examine()
+    if as_json:
+        out.print_json(json.dumps([vars(finding) for finding in findings]))
+        return
+    for finding in findings:
+        out.print(str(finding), soft_wrap=True)
+    out.print(listing.backends(None), soft_wrap=True)
+
+
+# The order in which `moebench --help` lists the commands.
+for module in (run, parity, show, gate, ab, compare, advise):
+    app.add_typer(module.commands)
+
+
+def main() -> None:
+    """Run the command line; an error of moebench is its message on standard error and its exit code."""
+    try:
+        app()
+    except MoebenchError as error:
+        err.print(str(error))
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The commands that lay results side by side: each parses, calls one function, prints. Imported by cli alone."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moebench.cli.console import err, out
+from moebench.cli.options import AsJson
+from moebench.report.plots.history import draw
+from moebench.report.tables import comparetable
+from moebench.results import merge
+from moebench.results.compare import compare, names_of
+from moebench.results.folder import Result, open_result
+from moebench.results.frame import to_json
+from moebench.results.history import history
+
+commands = typer.Typer()
+
+Results = Annotated[list[Path], typer.Argument(help="results folders, or Parquet files of them")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="CSV on standard output")]
+
+
+@commands.command("compare")
+def compare_(results: Results, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
+    """Results side by side: times, memory and errors of each, and their ratios to the first. No verdict."""
+    opened = _opened(results)
+    frame = compare({name: result.frame for name, result in opened.items()})
+    if as_json:
+        out.print_json(to_json(frame))
+    elif as_csv:
+        frame.to_csv(sys.stdout, index=False, lineterminator="\n")
+    else:
+        out.print(comparetable.ComparisonTable(frame, tuple(opened)))
+        for line in comparetable.environment_lines(opened):
+            out.print(line, soft_wrap=True)
+
+
+@commands.command("merge")
+def merge_(
+    results: Results,
+    folder: Annotated[Path, typer.Option("--out", help="the folder to make; it must be new or empty")],
+    newest: Annotated[bool, typer.Option("--newest", help="of a job in several results, take the latest")] = False,
+) -> None:
+    """Results folders into one, with all their environments."""
+    for path in merge.merge(results, folder, newest=newest):
+        out.print(f"wrote {path}", soft_wrap=True)
+    out.print(f"results: {folder}", soft_wrap=True)
+
+
+@commands.command("history")
+def history_(
+    case_id: Annotated[str, typer.Argument(help="a case's id")],
+    results: Results,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw it as PNG or SVG")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One case over many results, oldest first: the times of each backend, and what changed."""
+    rows = history(case_id, {name: result.frame for name, result in _opened(results).items()})
+    if plot is not None:
+        draw(rows, plot)
+        err.print(f"wrote {plot}")
+    if as_json:
+        out.print_json(to_json(rows.drop(columns=["samples_ms", "sample_rounds"])))
+    else:
+        out.print(comparetable.history_table(rows))
+
+
+def _opened(paths: list[Path]) -> Mapping[str, Result]:
+    return dict(zip(names_of([str(path) for path in paths]), map(open_result, paths), strict=True))

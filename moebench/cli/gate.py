@@ -1,0 +1,170 @@
+"""The commands that judge results: each parses, calls one function, prints. Imported by moebench.cli.app alone."""
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moebench.cli.console import err, out
+from moebench.cli.options import AsJson
+from moebench.errors import UsageError
+from moebench.machine.comparability import CHANGES
+from moebench.report import github, junit
+from moebench.report.tables.gatetable import GateTable
+from moebench.results.files import writable, write_atomically
+from moebench.results.folder import Result, open_result
+from moebench.results.stats import THRESHOLD
+from moebench.verdicts import baseline as baselines
+from moebench.verdicts import times
+from moebench.verdicts.comparability import Comparability
+from moebench.verdicts.document import GateDocument
+from moebench.verdicts.findings import job_of
+from moebench.verdicts.gate import GateResult, gate
+from moebench.workload.selection import filter_jobs
+
+#: Where GitHub Actions wants the Markdown of a step's summary.
+SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
+
+commands = typer.Typer()
+
+Threshold = Annotated[
+    str, typer.Option(metavar="SHARE", help="the smallest slowdown that must not pass, such as 3% or 0.03")
+]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write verdicts as JUnit XML")]
+Github = Annotated[
+    bool, typer.Option("--github", help="print annotations and write the step summary of GitHub Actions")
+]
+
+
+def share(option: str, text: str) -> float:
+    """`3%` or `0.03` as 0.03. Raises UsageError."""
+    number = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
+    value = float(number[1]) / (100 if number[2] else 1) if number else -1.0
+    if not 0 < value < 1:
+        raise UsageError(f"{option} {text}: it must be a share between 0 and 1, written as 3% or 0.03")
+    return value
+
+
+@commands.command("gate")
+def gate_(
+    baseline: Annotated[str, typer.Argument(help="results folder or Parquet file, baseline:NAME, or auto")],
+    candidate: Annotated[Path, typer.Argument(help="results folder or Parquet file to judge against it")],
+    threshold: Threshold = f"{THRESHOLD:.0%}",
+    filters: Annotated[
+        list[str] | None, typer.Option("--filter", help="gate these jobs alone, as in moebench run; repeatable")
+    ] = None,
+    allow_env_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WHAT", help=f"compare although this differs; repeatable: {', '.join(CHANGES)}, all"),
+    ] = None,
+    junit_file: Junit = None,
+    for_github: Github = False,
+    as_json: AsJson = False,
+) -> None:
+    """Is the candidate slower, larger or wrong? Exit code 0 no, 1 yes or missing, 3 not decided, 2 bad usage."""
+    smallest = share("--threshold", threshold)
+    allowed = _allowed(allow_env_change or [])
+    after = open_result(candidate)
+    before = _baseline(baseline, after)
+    before, after = (_filtered(result, filters or []) for result in (before, after))
+    comparability = Comparability(before.environments, after.environments, allowed)
+    report(gate(before.frame, after.frame, comparability, threshold=smallest), junit_file, for_github, as_json)
+
+
+def _baseline(text: str, candidate: Result) -> Result:
+    """What is gated against: a path, or a stored baseline by name or by the candidate's machine."""
+    kind, colon, name = text.partition(":")
+    if colon and kind == "baseline":
+        return baselines.named(name).result
+    if text == "auto":
+        found = baselines.matching(candidate)
+        err.print(f"baseline: {found.path}")
+        return found.result
+    return open_result(Path(text))
+
+
+def _filtered(result: Result, filters: list[str]) -> Result:
+    """The jobs that pass every filter. Raises SweepError for what is no filter."""
+    jobs = [job_of(row) for row in result.frame.to_dict("records")]
+    kept = set(filter_jobs(jobs, filters))
+    return replace(result, frame=result.frame[[job in kept for job in jobs]])
+
+
+def _allowed(named: list[str]) -> frozenset[str]:
+    unknown = [name for name in named if name not in (*CHANGES, "all")]
+    if unknown:
+        raise UsageError(f"--allow-env-change {unknown[0]}: it must be one of {', '.join(CHANGES)}, or all")
+    return frozenset((*CHANGES, "env_id") if "all" in named else named)
+
+
+def check_outputs(for_github: bool, as_json: bool) -> None:
+    """Raises UsageError for outputs that exclude each other."""
+    if as_json and for_github:
+        raise UsageError("--json and --github both write to standard output: choose one")
+
+
+def report(result: GateResult, junit_file: Path | None, for_github: bool, as_json: bool) -> None:
+    """Print a gate's verdicts, write what is asked for, and exit with the gate's code."""
+    check_outputs(for_github, as_json)
+    if junit_file:
+        _write(junit_file, junit.document(result))
+    if as_json:
+        out.print_json(GateDocument.of(result).to_json())
+    else:
+        out.print(GateTable(result))
+    if for_github:
+        _tell_github(result)
+    raise typer.Exit(result.exit_code)
+
+
+def _tell_github(result: GateResult) -> None:
+    for line in github.annotations(result):
+        print(line)
+    summary_file = os.environ.get(SUMMARY_VARIABLE)
+    if not summary_file:
+        err.print(f"--github: {SUMMARY_VARIABLE} is not set, so no step summary was written")
+        return
+    with Path(summary_file).open("a", encoding="utf-8") as file:
+        file.write(github.summary(result))
+
+
+stored = typer.Typer(no_args_is_help=True, help="Results that are kept to be gated against.")
+commands.add_typer(stored, name="baseline")
+
+
+@stored.command()
+def update(folder: Annotated[Path, typer.Argument(help="results folder of one run, better of 20 rounds")]) -> None:
+    """Take a run into the baseline of its machine and software; jobs that it has already are replaced."""
+    baseline = baselines.update(folder)
+    least, _ = baseline.rounds
+    out.print(f"baseline:{baseline.name}: {len(baseline.result.frame)} jobs in {baseline.path}", soft_wrap=True)
+    if least < times.MIN_ROUNDS:
+        err.print(
+            f"some jobs have {least} rounds: the gate will say INCONCLUSIVE; measure with `moebench run --rounds`"
+        )
+
+
+@stored.command("show")
+def show_baselines(as_json: AsJson = False) -> None:
+    """The baselines there are: machine, software, how many jobs and rounds, of which runs."""
+    found = baselines.stored()
+    if as_json:
+        out.print_json(json.dumps([some.as_dict() for some in found]))
+        return
+    if not found:
+        out.print(f"no baselines in {baselines.BASELINES}; store one with `moebench baseline update DIR`")
+    for some in found:
+        out.print(f"baseline:{some.name}", soft_wrap=True)
+        for name, value in some.as_dict().items():
+            if name != "name":
+                out.print(f"  {name}: {value}", soft_wrap=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)

@@ -1,0 +1,119 @@
+"""What there is: sweeps, and backends with why one cannot run here."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from moebench.errors import UsageError
+from moebench.machine.environment import gpu_numbers
+from moebench.parity.checks import CHECKS
+from moebench.workload.spec import available_sweeps, load_sweep
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class BackendLine:
+    """A backend, and why it cannot run on the device that was asked about (None: it can)."""
+
+    name: str
+    unavailable: str | None
+
+
+@dataclass(frozen=True)
+class SweepLine:
+    """A sweep of suites/."""
+
+    name: str
+    num_jobs: int
+    description: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Sweeps and backends, for a console or as plain data."""
+
+    sweeps: tuple[SweepLine, ...]
+    backends: tuple[BackendLine, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(box=None, pad_edge=False, title_justify="left", header_style="bold")
+        for name in ("sweep", "jobs", "description"):
+            table.add_column(name, justify="right" if name == "jobs" else "left")
+        for line in self.sweeps:
+            table.add_row(line.name, str(line.num_jobs), line.description)
+        yield table
+        yield Text()
+        yield _backend_table(self.backends)
+
+
+def _backend_table(lines: tuple[BackendLine, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("backend")
+    table.add_column("here")
+    for line in lines:
+        table.add_row(line.name, f"unavailable: {line.unavailable}" if line.unavailable else "available")
+    return table
+
+
+def everything(device: str | None) -> Listing:
+    """All sweeps of suites/ and all backends, asked about `device` (default a GPU if there is one).
+
+    Raises UsageError for a device that is not there, as all that ask backends do.
+    """
+    sweeps = []
+    for path in available_sweeps().values():
+        sweep = load_sweep(path)
+        sweeps.append(SweepLine(path.stem, len(sweep.jobs()), sweep.description))
+    return Listing(tuple(sweeps), _backends(device))
+
+
+def backends(device: str | None) -> Table:
+    """The backends and why one cannot run."""
+    return _backend_table(_backends(device))
+
+
+def available_backends(device: str | None) -> list[str]:
+    """The names of those that can run on `device`, without other libraries' layers: who doubts those names them."""
+    from experts.registry import PEERS
+
+    return [line.name for line in _backends(device) if line.unavailable is None and line.name not in PEERS]
+
+
+def checks() -> Table:
+    """The checks of `moebench parity` and what each looks for."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("check", no_wrap=True)
+    table.add_column("looks for")
+    for check in CHECKS.values():
+        table.add_row(check.name, check.looks_for)
+    return table
+
+
+def _backends(device: str | None) -> tuple[BackendLine, ...]:
+    from experts.registry import backend_names  # imports torch, which opening results must not
+    from moebench.measure.worker import pick_device
+
+    asked = pick_device(device)
+    try:
+        gpu_numbers(str(asked))
+    except ValueError as absent:
+        raise UsageError(str(absent)) from absent
+    return tuple(BackendLine(name, _why_not(name, asked)) for name in backend_names())
+
+
+def _why_not(name: str, device: "torch.device") -> str | None:
+    from experts.registry import get_backend
+
+    try:
+        reason = get_backend(name).unsupported(device)
+    except Exception as error:  # an installed package's backend is imported here: its fault is not the others'
+        return f"{type(error).__name__}: {error}"
+    return None if reason is None else reason.reason

@@ -1,0 +1,73 @@
+"""The command that checks backends."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from moebench.cli import listing
+from moebench.cli.console import out, progress_bar
+from moebench.cli.options import AsJson, Device
+from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from moebench.parity.checks import CHECKS
+from moebench.report.tables.audittable import AuditTable
+from moebench.results.record import Record
+from moebench.run.audit import audit
+
+commands = typer.Typer()
+
+
+@commands.command()
+def parity(
+    backends: Annotated[
+        list[str] | None, typer.Argument(metavar="[BACKEND]...", help="default: all but peers that run on this device")
+    ] = None,
+    checks: Annotated[
+        list[str] | None, typer.Option("--check", help="only this check; repeatable; default all")
+    ] = None,
+    dtypes: Annotated[
+        list[str] | None, typer.Option("--dtype", help="only this dtype; repeatable; default all")
+    ] = None,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**30, help="of weights, tokens and routing")] = 0,
+    list_checks: Annotated[bool, typer.Option("--list", help="print the checks, run none")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look for faults that shipped elsewhere, on small shapes.
+
+    Exit code 1 where one is found, or where no case of a backend that was named could run.
+    """
+    if list_checks:
+        _print_checks(as_json)
+        return
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+
+        def show(row: Record) -> None:
+            progress.update(task, advance=1, description=f"{row.backend} {row.check} {row.status.value}")
+
+        found = audit(
+            backends or listing.available_backends(device),
+            checks=checks or [],
+            dtypes=dtypes or [],
+            device=device,
+            seed=seed,
+            required=backends or [],
+            on_plan=lambda num_jobs: progress.update(task, total=num_jobs),
+            on_record=show,
+        )
+    if as_json:
+        out.print_json(json.dumps(found.as_dict()))
+    else:
+        out.print(AuditTable(found))
+    if found.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if not found.passed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print_checks(as_json: bool) -> None:
+    if as_json:
+        out.print_json(json.dumps({check.name: check.looks_for for check in CHECKS.values()}))
+    else:
+        out.print(listing.checks())

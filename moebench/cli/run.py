@@ -1,0 +1,158 @@
+"""The command that measures a sweep, and what it prints. Imported by moebench.cli.app alone."""
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moebench.cli.console import err, out, progress_bar
+from moebench.cli.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, TimeBudget
+from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
+from moebench.report.folder import finish
+from moebench.report.tables.forecasttable import ForecastTable
+from moebench.report.tables.tables import summary
+from moebench.results.frame import load
+from moebench.results.record import GOOD, Record
+from moebench.run import request, start
+from moebench.run.forecast import forecast, measured_jobs
+from moebench.run.request import RunPlan
+from moebench.run.runfile import Asked
+from moebench.run.runner import Outcome
+from moebench.workload.case import Job
+
+commands = typer.Typer()
+
+
+@commands.command()
+def run(
+    sweep: Annotated[str | None, typer.Argument(help="a sweep file, or the name of one in suites/")] = None,
+    out_dir: Out = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="go on with the run in this results folder, as it was asked for")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="resume although the sweep file or the environment has changed")
+    ] = False,
+    backend: Backends = None,
+    device: Device = None,
+    gpus: Gpus = None,
+    share_gpus: ShareGpus = False,
+    filters: Filters = None,
+    case: CaseIds = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be measured and may be needed")] = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="measure all that often, in fresh processes and random order; default 1")
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="leave a torch profiler's trace of each job")] = False,
+    time_budget: TimeBudget = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a sweep: check every job, time it, write table and plots. The last line names the results folder."""
+    if resume is not None:
+        _refuse_beside_resume(
+            {"SWEEP": sweep, "--out": out_dir, "--device": device, "--filter": filters, "--case": case}
+            | {"--rounds": rounds, "--profile": profile or None}
+        )
+        plan = request.plan_rest(resume, backends=backend or [], time_budget_min=time_budget, force=force)
+    elif sweep is None:
+        raise UsageError("moebench run: give a SWEEP, or --resume DIR")
+    elif force:
+        raise UsageError("--force without --resume: there is nothing to go on with; leave it out")
+    else:
+        asked = Asked(
+            backends=tuple(backend or ()),
+            filters=tuple(filters or ()),
+            case_ids=tuple(case or ()),
+            device=device,
+            rounds=rounds or 1,
+            profile=profile,
+        )
+        plan = request.plan(sweep, asked, out=out_dir, time_budget_min=time_budget)
+    if dry_run:
+        print_plan(plan.jobs, as_json)
+        return
+    plan, notes = request.on_gpus(plan, gpus, share_gpus)
+    for note in notes:
+        err.print(note)
+    _measure(plan, as_json)
+
+
+def _refuse_beside_resume(options: Mapping[str, object]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{given[0]} beside --resume: it is as the run was begun; leave it out")
+
+
+def _measure(plan: RunPlan, as_json: bool) -> None:
+    """Measure, and print results and how it ended."""
+    with progress_bar() as progress:
+        task = progress.add_task("", total=plan.num_jobs)
+
+        def show(row: Record) -> None:
+            progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")
+
+        outcome = start.measure(plan, show)
+    written = _finish(plan.folder)
+    if as_json:
+        out.print_json(json.dumps(_report(outcome, plan.folder)))
+    else:
+        if outcome.records:
+            out.print(summary(load(plan.folder)))
+        for path in written:
+            out.print(f"wrote {path}", soft_wrap=True)
+        out.print(f"results: {plan.folder}", soft_wrap=True)
+    _exit(outcome, plan.folder)
+
+
+def _finish(folder: Path) -> list[Path]:
+    try:
+        return finish(folder)
+    except KeyboardInterrupt:
+        err.print(f"interrupted: all that was measured is in the journal; {_go_on(folder)}")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _go_on(folder: Path) -> str:
+    return f"go on with `moebench run --resume {shlex.quote(str(folder))}`"
+
+
+def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:
+    return {
+        "results": str(folder),
+        "interrupted": outcome.interrupted,
+        "num_left": outcome.num_left,
+        "statuses": dict(Counter(row.status.value for row in outcome.records)),
+        "records": [json.loads(row.to_json()) for row in outcome.records],
+    }
+
+
+def _exit(outcome: Outcome, folder: Path) -> None:
+    for note in outcome.notes:
+        err.print(note)
+    if outcome.interrupted:
+        err.print(f"interrupted: {outcome.num_left} jobs left; {_go_on(folder)}")
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if outcome.num_left:
+        err.print(f"time budget spent: {outcome.num_left} jobs left; {_go_on(folder)}")
+    if any(row.status not in GOOD for row in outcome.records):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def print_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
+    """The jobs, and what they may take."""
+    expected = forecast(jobs, measured_jobs())
+    if as_json:
+        listed = [
+            {"case_id": job.case.case_id, **job.model_dump(mode="json"), "estimate": vars(estimate)}
+            for job, estimate in zip(jobs, expected.estimates, strict=True)
+        ]
+        out.print_json(json.dumps({"jobs": listed, "forecast": expected.as_dict()}))
+        return
+    for job in jobs:
+        out.print(f"{job.case.case_id}  {job.backend}  {job.dispatcher}", soft_wrap=True)
+    out.print(f"{len(jobs)} jobs")
+    out.print(ForecastTable(expected), soft_wrap=True)

@@ -1,0 +1,43 @@
+"""The commands that open results."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moebench.cli.console import out
+from moebench.cli.options import AsJson
+from moebench.report import folder as report_folder
+from moebench.report.tables.tables import summary
+from moebench.results.frame import load, to_json
+
+commands = typer.Typer()
+
+Folder = Annotated[Path, typer.Argument(help="a results folder, or a Parquet file of one")]
+
+
+@commands.command()
+def show(folder: Folder, as_json: AsJson = False) -> None:
+    """The table of a results folder again."""
+    frame = load(folder)
+    if as_json:
+        out.print_json(to_json(frame))
+    else:
+        out.print(summary(frame))
+
+
+@commands.command()
+def plots(folder: Folder) -> None:
+    """Draw the plots of a results folder again."""
+    for path in report_folder.draw(folder):
+        out.print(f"wrote {path}", soft_wrap=True)
+
+
+@commands.command()
+def report(
+    folder: Folder,
+    out_file: Annotated[Path | None, typer.Option("--out", help="the page; default report.html beside them")] = None,
+    gate: Annotated[Path | None, typer.Option(help="a file of what `moebench gate --json` printed")] = None,
+) -> None:
+    """One HTML page of a results folder: verdict, plots, table with filters, commands to reproduce."""
+    out.print(f"wrote {report_folder.report(folder, out_file, gate)}", soft_wrap=True)

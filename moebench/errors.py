@@ -1,0 +1,73 @@
+"""Every error that a user may see. The message is one line: what, which value, the rule, the remedy.
+
+    MoebenchError          base; the command line prints the message and ends with `exit_code`
+    ├── UsageError         2    something was asked for that cannot be
+    ├── SweepError         2    a sweep, a filter or a backend's name is wrong: one line for each mistake
+    ├── ResultsError       2    a file or folder cannot be opened as results
+    ├── RevisionError      2    a revision or folder of `experts` cannot be measured
+    ├── InputsError        1    a case's inputs cannot be made
+    ├── RunnerError        1    a run cannot go on
+    │   └── Refused        2    a run cannot begin, because a backend or a device is not there
+    └── Interrupted        130  a signal ended the run
+
+A bug of moebench raises anything else and keeps its traceback. Exceptions that only steer the flow within one module
+stay in that module.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNDECIDED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+
+class MoebenchError(Exception):
+    """Base of all errors that moebench raises on purpose."""
+
+    exit_code: ClassVar[int] = EXIT_USAGE
+
+
+class UsageError(MoebenchError):
+    """Something was asked for that cannot be."""
+
+
+class SweepError(MoebenchError):
+    """A sweep, a filter or a backend's name that cannot be used. `mistakes` has every mistake, one line each."""
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        super().__init__(mistakes)
+        self.mistakes = list(mistakes)
+
+    def __str__(self) -> str:
+        return "\n".join(self.mistakes)
+
+
+class ResultsError(MoebenchError):
+    """A file or folder that cannot be opened as results."""
+
+
+class RevisionError(MoebenchError):
+    """A revision or folder of `experts` that cannot be measured."""
+
+
+class InputsError(MoebenchError, ValueError):
+    """A case whose inputs cannot be made."""
+
+    exit_code = EXIT_FAILED
+
+
+class RunnerError(MoebenchError):
+    """A run that cannot go on: what happened, and where to look."""
+
+    exit_code = EXIT_FAILED
+
+
+class Refused(RunnerError):
+    """A run that cannot begin, because a backend or a device that was asked for is not there: one line each."""
+
+    exit_code = EXIT_USAGE
+
+
+class Interrupted(MoebenchError):
+    """A signal ended the run: where what was measured is."""
+
+    exit_code = EXIT_INTERRUPTED

@@ -1,0 +1,164 @@
+"""What this machine can measure, what is missing and how to install it, and what would spoil a measurement.
+
+Findings are values, one line each. Backends are not asked here: `moebench list` says why one is unavailable.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+import psutil
+
+from moebench.machine import nvml
+from moebench.machine.environment import cpu_cores_usable, cpu_model
+from moebench.machine.gpus import GPU_BUSY_PERCENT
+from moebench.machine.versions import DISTRIBUTIONS, library_versions
+
+Level = Literal["ok", "missing", "problem"]
+
+_FROM_SOURCE = (
+    "in the checkout, with nvcc: pip install 'setuptools>=77' ninja && pip install --no-build-isolation -e '.[{}]'"
+)
+
+#: How to get a library that is missing. Extensions are built against the torch that is there: no build isolation.
+REMEDIES: Mapping[str, str] = MappingProxyType(
+    {
+        "transformer_engine": _FROM_SOURCE.format("te"),
+        "grouped_gemm": _FROM_SOURCE.format("gmm"),
+        "deep_ep": "in the checkout: pip install -e '.[deepep]'",
+        "torchao": "pip install torchao",
+        "triton": "comes with a CUDA build of torch",
+        "transformers": "a peer to compare with: pip install 'transformers>=5.17'",
+        "nemo_automodel": "a peer to compare with: pip install nemo_automodel",
+        "sonicmoe": "a peer to compare with, on Python 3.12 or later: pip install sonic-moe",
+        "numpy": "pip install numpy",
+    }
+)
+
+_CPU_BUSY_PERCENT = 25.0
+_GOVERNORS = Path("/sys/devices/system/cpu")
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: `remedy` says what to do where it is missing or a problem."""
+
+    level: Level
+    name: str
+    detail: str
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.level:<8} {self.name}: {self.detail}" + (f" → {self.remedy}" if self.remedy else "")
+
+
+def doctor() -> list[Finding]:
+    """Every finding, hardware before software. Takes about a second and opens no CUDA context."""
+    gpus = _gpu_findings()  # before torch is asked for anything, so that this process uses no GPU yet
+    has_gpu = any(finding.level != "missing" for finding in gpus)
+    return [*_cpu_findings(), *gpus, *_torch_findings(has_gpu), *_library_findings(has_gpu)]
+
+
+def _cpu_findings() -> list[Finding]:
+    memory = psutil.virtual_memory().total / _GIB
+    cores = cpu_cores_usable()
+    findings = [Finding("ok", "cpu", f"{cpu_model()}, {cores} of {psutil.cpu_count()} cores usable, {memory:.0f} GiB")]
+    busy = psutil.cpu_percent(interval=0.5)
+    if busy > _CPU_BUSY_PERCENT:
+        detail = f"other processes keep the cores {busy:.0f}% busy, which a CPU's times will show"
+        findings.append(Finding("problem", "cpu load", detail, "stop them, or wait"))
+    governors = _governors() - {"performance"}
+    if governors:
+        detail = (
+            f"the clock follows the load (governor {', '.join(sorted(governors))}), so times depend on what ran before"
+        )
+        findings.append(Finding("problem", "cpu clock", detail, "cpupower frequency-set -g performance (as root)"))
+    return findings
+
+
+def _governors() -> set[str]:
+    files = _GOVERNORS.glob("cpu[0-9]*/cpufreq/scaling_governor")
+    return {file.read_text().strip() for file in files}
+
+
+def _gpu_findings() -> list[Finding]:
+    try:
+        gpus = nvml.read_all()
+    except nvml.NvmlUnavailable as reason:
+        if _torch_sees_gpu():
+            detail = f"torch sees one, but its clocks, power and users cannot be read ({reason})"
+            return [Finding("problem", "gpu", detail, "make the driver's libnvidia-ml visible here")]
+        return [Finding("missing", "gpu", f"no NVIDIA GPU to be seen ({reason}); CPU sweeps run")]
+    if not gpus:
+        return [Finding("missing", "gpu", "NVML counts no GPU; CPU sweeps run")]
+    return [finding for index, (reading, use) in enumerate(gpus) for finding in _one_gpu(f"gpu {index}", reading, use)]
+
+
+def _torch_sees_gpu() -> bool:
+    try:
+        import torch
+    except (ImportError, OSError):  # a finding of its own
+        return False
+    return torch.cuda.is_available()
+
+
+def _one_gpu(name: str, gpu: nvml.GpuReading, use: nvml.GpuUse) -> list[Finding]:
+    if gpu.nvml_error:
+        return [Finding("problem", name, gpu.nvml_error, "see what nvidia-smi says")]
+    size = "" if gpu.memory_bytes is None else f", {gpu.memory_bytes / _GIB:.0f} GiB"
+    findings = [Finding("ok", name, f"{gpu.name}{size}, driver {gpu.driver_version}")]
+    if use.other_pids:
+        pids = ", ".join(str(pid) for pid in use.other_pids)
+        findings.append(Finding("problem", f"{name} use", f"process {pids} uses it", "end it, or choose another GPU"))
+    elif use.busy_percent is not None and use.busy_percent > GPU_BUSY_PERCENT:
+        detail = f"it is {use.busy_percent}% busy with work of a process that cannot be seen from here"
+        findings.append(Finding("problem", f"{name} use", detail, "choose another GPU"))
+    slowed = sorted(set(gpu.throttle_reasons or ()) & nvml.SLOWED_DOWN)
+    if slowed:
+        findings.append(
+            Finding("problem", f"{name} clock", f"held down: {', '.join(slowed)}", "check cooling and power")
+        )
+    return findings
+
+
+def _torch_findings(has_gpu: bool) -> list[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [Finding("problem", "torch", f"does not import: {error}", "pip install -c constraints.txt torch")]
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    found = Finding("ok", "torch", f"{torch.__version__}, built for {built_for}, {torch.get_num_threads()} threads")
+    if not has_gpu or torch.cuda.is_available():
+        return [found]
+    if torch.version.cuda is None:
+        detail = f"{torch.__version__} is a CPU build, and this machine has an NVIDIA GPU"
+        remedy = f"pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}"
+        return [Finding("problem", "torch", detail, remedy)]
+    detail = f"{torch.__version__} for CUDA {torch.version.cuda} sees no GPU, though this machine has one"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    remedy = (
+        "update the driver" if hidden is None else f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it, or update the driver"
+    )
+    return [Finding("problem", "torch", detail, remedy)]
+
+
+def _library_findings(has_gpu: bool) -> list[Finding]:
+    try:
+        versions = library_versions()
+    except (ImportError, OSError):  # torch: already a finding
+        return []
+    findings = []
+    for name in ("cudnn", "nccl", *DISTRIBUTIONS):
+        version = versions[name]
+        if version is not None and version.startswith("unusable"):
+            findings.append(Finding("problem", name, version, "keep the system's libraries off LD_LIBRARY_PATH"))
+        elif version is not None:
+            findings.append(Finding("ok", name, version))
+        elif name in DISTRIBUTIONS:
+            why = "not installed" if has_gpu else "not installed; of use on an NVIDIA GPU alone"
+            findings.append(Finding("missing", name, why, REMEDIES[name]))
+    return findings

@@ -1,0 +1,210 @@
+"""The machine and the software that a measurement ran on, and what of them makes timings comparable.
+
+No torch at import; `collect` imports it, and on CUDA it opens a context: call it where the measuring is done.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+import moebench
+from moebench.errors import ResultsError
+from moebench.machine import nvml
+from moebench.machine.versions import library_versions
+
+#: Set where the checkout has no .git, so that results still name their revision.
+REVISION_VARIABLE = "MOEBENCH_REVISION"
+
+#: Libraries whose code runs inside the timed region.
+TIMED_LIBRARIES = (
+    "torch", "cuda", "cudnn", "nccl", "triton", "transformer_engine", "grouped_gemm", "deep_ep", "torchao",
+)  # fmt: skip
+
+_ROOT = Path(moebench.__file__).resolve().parent.parent
+_SOURCES = ("experts", "moebench", "suites")
+
+
+class Gpu(nvml.GpuReading):
+    """A GPU as torch sees it (`index` is torch's), and NVML's reading of it."""
+
+    index: int
+    name: str
+    memory_bytes: int
+    compute_capability: str
+    sm_count: int
+    l2_bytes: int
+
+
+class Environment(BaseModel):
+    """Facts about machine and software. None: absent or not known. The host's name is left out on purpose."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    env_id: str
+    device: str
+    os: str
+    cpu_model: str
+    cpu_cores: int
+    cpu_cores_usable: int
+    num_threads: int
+    memory_bytes: int
+    python: str
+    moebench: str
+    versions: dict[str, str | None]
+    gpus: tuple[Gpu, ...] = ()
+    git_revision: str | None = None
+    git_dirty: bool | None = None
+
+    def comparable(self) -> dict[str, Any]:
+        """What two environments must share for their timings to be compared: what `env_id` is a hash of.
+
+        Hardware, its limits, driver and the libraries that run inside the timed region; the thread count on a CPU
+        alone. Not the clocks of the moment, not the revision: a comparison is often about the revision.
+        """
+        on_cpu = self.device == "cpu"
+        gpus = {
+            (gpu.name, gpu.memory_bytes, gpu.sm_count, gpu.driver_version, gpu.power_limit_w, gpu.max_sm_clock_mhz)
+            for gpu in self.gpus
+        }
+        return {
+            "device": self.device.partition(":")[0],
+            "cpu_model": self.cpu_model,
+            "num_threads": self.num_threads if on_cpu else None,
+            "python": ".".join(self.python.split(".")[:2]),
+            "gpus": sorted([list(gpu) for gpu in gpus], key=repr),
+            "libraries": {name: self.versions.get(name) for name in TIMED_LIBRARIES},
+        }
+
+    @property
+    def code(self) -> dict[str, Any]:
+        """Which moebench and experts ran, by the name of the field: no part of `env_id`."""
+        return {"moebench": self.moebench, "git_revision": self.git_revision, "git_dirty": self.git_dirty}
+
+    def gpu_uuids(self, count: int) -> str | None:
+        """The names of the first GPUs, as many as a job has ranks; None where there are none."""
+        return ", ".join(gpu.uuid or f"index {gpu.index}" for gpu in self.gpus[:count]) or None
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Environment":
+        """The environment that `to_json` wrote. Raises ResultsError."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise ResultsError(f"{path}: {error.strerror}; every results folder has one") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise ResultsError(f"{path}: {where}: {first['msg']}; open it with the moebench that wrote it") from error
+
+
+def collect(device: str) -> Environment:
+    """The environment of measurements on `device` ("cpu", "cuda" or "cuda:N"; "cuda" is every visible GPU).
+
+    Raises ValueError for a device that this machine does not have.
+    """
+    import torch
+
+    revision, dirty = git_state(_ROOT)
+    facts = Environment(
+        env_id="",
+        device=device,
+        os=f"{platform.system()} {platform.release().partition('-')[0]}",
+        cpu_model=cpu_model(),
+        cpu_cores=psutil.cpu_count() or 1,
+        cpu_cores_usable=cpu_cores_usable(),
+        num_threads=torch.get_num_threads(),
+        memory_bytes=psutil.virtual_memory().total,
+        python=platform.python_version(),
+        moebench=moebench.__version__,
+        versions=library_versions(),
+        gpus=tuple(map(_gpu, gpu_numbers(device))),
+        git_revision=revision,
+        git_dirty=dirty,
+    )
+    return facts.model_copy(update={"env_id": _digest(facts.comparable())})
+
+
+def _digest(comparable: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def gpu_numbers(device: str) -> range:
+    """Torch's numbers of the GPUs that a device names. Raises ValueError as `collect` does."""
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"device = {device!r}: it must be cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return range(0)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        raise ValueError(
+            f"device = {device!r}: torch {torch.__version__} sees {count} CUDA GPUs; "
+            "choose another, or see what `moebench doctor` says"
+        )
+    return range(int(index), int(index) + 1) if index else range(count)
+
+
+def _gpu(index: int) -> Gpu:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    reading = nvml.read(nvml.full_uuid(str(properties.uuid)))
+    seen_by_torch = {
+        "index": index,
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "sm_count": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+    }
+    return Gpu(**{**reading.model_dump(), **seen_by_torch})
+
+
+def cpu_model() -> str:
+    """The processor's name, as the kernel or else Python's platform module gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def cpu_cores_usable() -> int:
+    """Logical cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
+
+
+def git_state(root: Path) -> tuple[str | None, bool | None]:
+    """The checkout's revision, and whether what runs (not docs, not results) differs from it.
+
+    Without .git in `root`, or without git, MOEBENCH_REVISION gives the revision, and whether it is dirty is not known.
+    """
+    revision = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
+    if revision is None:
+        return os.environ.get(REVISION_VARIABLE) or None, None
+    changes = _git(root, "status", "--porcelain", "--", *_SOURCES)
+    return revision, None if changes is None else bool(changes)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook sets these
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=variables)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

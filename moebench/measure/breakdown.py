@@ -1,0 +1,73 @@
+"""Where a forward under expert parallelism spends its time: dispatch, compute, combine."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from moebench.workload.ranks import Peers
+
+SAMPLES = 10
+PARTS = ("dispatch_ms", "compute_ms", "combine_ms")
+
+
+def breakdown(module: nn.Module, forward: Callable[[], object], device: torch.device, peers: Peers) -> dict[str, float]:
+    """Medians of each part, of its slowest rank; empty for a module without a dispatcher to listen to.
+
+    Parts are marked in the stream that computes, so that one that runs beside it counts where it is waited for.
+    """
+    dispatcher: Any = getattr(module, "dispatcher", None)
+    if dispatcher is None or peers.size == 1:
+        return {}
+    listener: Any = _Listener(dispatcher, device)
+    module.dispatcher = listener
+    try:
+        samples = []
+        for _ in range(SAMPLES):
+            peers.align(device)
+            forward()
+            samples.append(listener.parts_ms())
+    finally:
+        module.dispatcher = dispatcher
+    medians = [statistics.median(part) for part in zip(*samples, strict=True)]
+    slowest = [max(part) for part in zip(*peers.tell(medians), strict=True)]
+    return dict(zip(PARTS, slowest, strict=True))
+
+
+class _Listener:
+    """A dispatcher that does what another does and marks when."""
+
+    def __init__(self, dispatcher: Any, device: torch.device) -> None:
+        self._dispatcher = dispatcher
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def dispatch(self, *tensors: Any) -> Any:
+        self._marks = [self._mark()]
+        sent = self._dispatcher.dispatch(*tensors)
+        self._marks.append(self._mark())
+        return sent
+
+    def combine(self, *tensors: Any) -> Any:
+        self._marks.append(self._mark())
+        summed = self._dispatcher.combine(*tensors)
+        self._marks.append(self._mark())
+        return summed
+
+    def parts_ms(self) -> list[float]:
+        """Milliseconds of dispatch, compute and combine of the last forward."""
+        marks = self._marks
+        if self._on_gpu:
+            marks[-1].synchronize()
+            return [marks[i].elapsed_time(marks[i + 1]) for i in range(len(PARTS))]
+        return [(marks[i + 1] - marks[i]) * 1e3 for i in range(len(PARTS))]
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

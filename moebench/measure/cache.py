@@ -1,0 +1,59 @@
+"""What the backends of a case share, made once: parameters, inputs, and the ceilings they are held against."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moebench.measure import ceilings
+from moebench.measure.ceilings import Ceilings
+from moebench.workload.case import Case, Job
+from moebench.workload.inputs import Inputs, make_inputs, make_parameters, moe_config
+from moebench.workload.ranks import ALONE, Peers
+
+
+@dataclass
+class Workload:
+    """Parameters and inputs of the case at hand, kept for the next backend; parameters also for the next case.
+
+    `trace` is where the job at hand leaves a profiler's trace, None for none.
+    """
+
+    device: torch.device
+    peers: Peers = ALONE
+    trace: Path | None = None
+    _parameters: tuple[str, dict[str, Tensor]] | None = field(default=None, repr=False)
+    _inputs: tuple[str, Inputs] | None = field(default=None, repr=False)
+    _ceilings: dict[tuple[str, str, bool], Ceilings] = field(default_factory=dict, repr=False)
+    _copy_gb_per_s: float | None = field(default=None, repr=False)
+
+    def parameters(self, case: Case) -> dict[str, Tensor]:
+        key = f"{moe_config(case)} {case.ep_size} {case.seed}"
+        if self._parameters is None or self._parameters[0] != key:
+            self._parameters = None  # the old ones go before the new ones come
+            self._parameters = key, make_parameters(case, self.device, self.peers.rank)
+        return self._parameters[1]
+
+    def inputs(self, case: Case) -> Inputs:
+        if self._inputs is None or self._inputs[0] != case.case_id:
+            self._inputs = None
+            self._inputs = case.case_id, make_inputs(case, self.device, self.peers.rank)
+        return self._inputs[1]
+
+    def ceilings(self, job: Job, fp8: bool, cold: bool) -> Ceilings:
+        """Measured once for all backends of a case; the copy once for all cases."""
+        case, key = job.case, (job.case.case_id, job.dispatcher, fp8)
+        if key not in self._ceilings:
+            if self._copy_gb_per_s is None:
+                self._copy_gb_per_s = ceilings.copy_gb_per_s(self.device)
+            self._ceilings = {known: each for known, each in self._ceilings.items() if known[0] == case.case_id}
+            inputs = self.inputs(case)
+            work = ceilings.work_of(case, inputs, self.parameters(case), self.peers)
+            found = ceilings.measure(work, inputs, job.dispatcher, fp8, self._copy_gb_per_s, cold, self.peers)
+            self._ceilings[key] = found
+        return self._ceilings[key]
+
+    def forget(self) -> None:
+        """Free the tensors, to be made again when they are asked for."""
+        self._parameters = self._inputs = None

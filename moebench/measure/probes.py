@@ -1,0 +1,234 @@
+"""What the checks of moebench.parity.checks do with a backend: run it in ways that break it, and judge every pass."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts import Unsupported
+from experts.registry import get_backend
+from moebench.measure.cache import Workload
+from moebench.measure.profiling import executed
+from moebench.measure.subject import Measured, Subject, backend_of, make_subject, verdict_fields
+from moebench.parity import judge
+from moebench.parity.checks import CHECKS
+from moebench.parity.judge import Finding, Verdict
+from moebench.workload.case import Case, Job
+from moebench.workload.inputs import Inputs, make_inputs, make_parameters, moe_config
+
+#: Calls of a backend that must be right in every one.
+REPEATS = 12
+#: What the tensors of the largest check need at once: inputs, the backend's rows, and the reference in float64.
+LARGE_BYTES = 80 << 30
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a probe found; whether runs agreed bit by bit, and what ran: None where it does not look."""
+
+    verdict: Verdict
+    deterministic: bool | None = None
+    executed: str | None = None
+
+
+def examine(job: Job, workload: Workload) -> Measured:
+    """The measured fields of the record of a check's job. Raises Unsupported, and whatever the backend raises."""
+    assert job.check is not None
+    probe = CHECKS[job.check].probe
+    if probe == "large":
+        _refuse_large(workload.device)
+    found = PROBES[probe](make_subject(backend_of(job, workload), job, workload))
+    return verdict_fields(found.verdict) | {"deterministic": found.deterministic, "executed": found.executed}
+
+
+def _refuse_large(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise Unsupported(f"needs a GPU with {LARGE_BYTES >> 30} GiB free, the device is {device.type}")
+    free = torch.cuda.mem_get_info(device)[0]
+    if free < LARGE_BYTES:
+        raise Unsupported(f"needs {LARGE_BYTES >> 30} GiB of free GPU memory, there are {free >> 30}")
+
+
+def _passes(subject: Subject, changed: Inputs | None = None) -> Examined:
+    """Two passes on the case's inputs, or on what they were changed to."""
+    inputs = changed or subject.inputs
+    handed = inputs.clone()
+    subject.settle(handed)
+    passes = [subject.run(handed) for _ in range(2)]
+    return Examined(subject.judge(passes, inputs), judge.are_identical(passes, subject.peers))
+
+
+def _profiled(subject: Subject) -> Examined:
+    found, handed = _passes(subject), subject.inputs.clone()
+    ran = executed(lambda: judge.run_pass(subject.module, handed, "forward"), subject.device)
+    return dataclasses.replace(found, executed=ran)
+
+
+# inputs of other kinds
+
+
+def _on(change: Callable[[Inputs, Case], Inputs]) -> Callable[[Subject], Examined]:
+    return lambda subject: _passes(subject, change(subject.inputs, subject.case))
+
+
+def _random(inputs: Inputs, case: Case) -> Tensor:
+    """One number in [0, 1) for every choice [T, K]."""
+    generator = torch.Generator(inputs.x_TD.device).manual_seed(case.seed + 2)
+    return torch.rand(inputs.weights_TK.shape, device=inputs.x_TD.device, generator=generator)
+
+
+def dropped(inputs: Inputs, case: Case) -> Inputs:
+    """A quarter of the choices are −1, and all choices of the first token that the mask keeps."""
+    random_TK = _random(inputs, case)
+    random_TK[int(inputs.token_mask_T.long().argmax())] = 0.0
+    return dataclasses.replace(inputs, indices_TK=inputs.indices_TK.masked_fill(random_TK < 0.25, -1))
+
+
+def duplicates(inputs: Inputs, case: Case) -> Inputs:
+    """Half of the tokens choose their first expert twice, the last of them with all choices."""
+    indices_TK = inputs.indices_TK.clone()
+    indices_TK[::2, 1] = indices_TK[::2, 0]
+    last = int(inputs.token_mask_T.nonzero()[-1])
+    indices_TK[last] = indices_TK[last, :1]
+    return dataclasses.replace(inputs, indices_TK=indices_TK)
+
+
+def unnormalised(inputs: Inputs, case: Case) -> Inputs:
+    """Weights between 0.2 and 2.2 that sum to nothing in particular, and an eighth of them zero."""
+    random_TK = _random(inputs, case).to(inputs.weights_TK.dtype)
+    weights_TK = torch.where(random_TK < 0.125, 0.0, 0.2 + 2 * random_TK)
+    return dataclasses.replace(inputs, weights_TK=weights_TK)
+
+
+def amplified(inputs: Inputs, case: Case) -> Inputs:
+    """Tokens four times as large: what is clamped at three standard deviations is so at three quarters of one."""
+    return dataclasses.replace(inputs, x_TD=4 * inputs.x_TD)
+
+
+def input_dtypes(inputs: Inputs, case: Case) -> Inputs:
+    """Indices in int32, routing weights in bfloat16."""
+    return dataclasses.replace(
+        inputs, indices_TK=inputs.indices_TK.int(), weights_TK=inputs.weights_TK.to(torch.bfloat16)
+    )
+
+
+# layouts in memory
+
+
+def _every_other(tensor: Tensor) -> Tensor:
+    """The same values in every other column, or row of a vector, of a tensor whose rest is NaN, 0 or True."""
+    rest = math.nan if tensor.is_floating_point() else int(tensor.dtype is torch.bool)
+    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), rest, dtype=tensor.dtype, device=tensor.device)
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
+
+
+def _by_columns(tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous().t()
+
+
+def _laid_out(inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
+    return Inputs(*(layout(getattr(inputs, field.name)) for field in dataclasses.fields(inputs)))
+
+
+def _strided(subject: Subject) -> Examined:
+    """The same values in other layouts; and a gradient that is one number expanded, as of a sum."""
+    inputs = subject.inputs
+    subject.settle(inputs.clone())
+    passes = [subject.run(_laid_out(inputs, layout)) for layout in (_every_other, _by_columns)]
+    ones = inputs.grad_TD.new_ones(()).expand_as(inputs.grad_TD)
+    expanded = dataclasses.replace(inputs.clone(), grad_TD=ones)
+    return Examined(_all_of([subject.judge(passes), subject.judge([subject.run(expanded)], expanded)]))
+
+
+# calls before calls
+
+
+def _other_inputs(subject: Subject) -> Examined:
+    """Other tokens before, twice as many and as many, all of them judged."""
+    case = subject.case
+    verdicts = []
+    subject.settle(subject.inputs.clone())
+    for other in (_next(case, 1, num_tokens=2 * case.num_tokens), _next(case, 2), case):
+        inputs = subject.inputs if other is case else make_inputs(other, subject.device)
+        verdicts.append(subject.judge([subject.run(inputs.clone())], inputs, case=other))
+    return Examined(_all_of(verdicts))
+
+
+def _next(case: Case, seed: int, **fields: int) -> Case:
+    return case.model_copy(update={"seed": case.seed + seed, **fields})
+
+
+def _repeated(subject: Subject) -> Examined:
+    handed = subject.inputs.clone()
+    subject.settle(handed)
+    passes = [subject.run(handed) for _ in range(REPEATS)]
+    return Examined(subject.judge(passes), judge.are_identical(passes))
+
+
+# weights
+
+
+def _state_dict(subject: Subject) -> Examined:
+    """Out into the loop's module, bit by bit; other weights in after a call, which the next call must use."""
+    case, module = subject.case, subject.module
+    loop = get_backend("loop").build(moe_config(case)).to(subject.device)
+    loop.load_state_dict(module.state_dict())
+    findings = _differences(loop.state_dict(), subject.parameters, "left the state dict otherwise than it was loaded")
+    subject.settle(handed := subject.inputs.clone())
+    subject.run(handed)
+    others = make_parameters(_next(case, 1), subject.device)
+    loop.load_state_dict(others)
+    module.load_state_dict(loop.state_dict())
+    subject.settle(handed)
+    passes = [subject.run(handed) for _ in range(2)]
+    findings += _differences(module.state_dict(), others, "is not what was loaded after a call")
+    return Examined(_all_of([Verdict(tuple(findings)), subject.judge(passes, parameters=others)]))
+
+
+def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> list[Finding]:
+    """A finding for each name: infinite where one lacks it, or the two differ in a bit."""
+    findings = []
+    for name in sorted({*found, *expected}):
+        pair = [{key: side[key] for key in {name} & side.keys()} for side in (found, expected)]
+        findings.append(Finding(name, what, 0.0 if judge.are_identical(pair) else math.inf, 1.0))
+    return findings
+
+
+def _in_place(subject: Subject) -> Examined:
+    """Every parameter halved in place after a call, which is exact in any dtype."""
+    if getattr(subject.module, "caches_weights", False):
+        raise Unsupported("keeps weights from call to call: a load renews them, an update in place does not")
+    handed = subject.inputs.clone()
+    subject.settle(handed)
+    subject.run(handed)
+    with torch.no_grad():
+        for parameter in subject.module.parameters():
+            parameter.mul_(0.5)
+    halved = {name: 0.5 * parameter for name, parameter in subject.parameters.items()}
+    subject.settle(handed)
+    return Examined(subject.judge([subject.run(handed) for _ in range(2)], parameters=halved))
+
+
+def _all_of(verdicts: Sequence[Verdict]) -> Verdict:
+    return Verdict(tuple(finding for verdict in verdicts for finding in verdict.findings))
+
+
+PROBES: dict[str, Callable[[Subject], Examined]] = {
+    "passes": _passes,
+    "profiled": _profiled,
+    "dropped": _on(dropped),
+    "duplicates": _on(duplicates),
+    "unnormalised": _on(unnormalised),
+    "amplified": _on(amplified),
+    "input_dtypes": _on(input_dtypes),
+    "strided": _strided,
+    "other_inputs": _other_inputs,
+    "repeated": _repeated,
+    "state_dict": _state_dict,
+    "in_place": _in_place,
+    "large": _passes,
+}

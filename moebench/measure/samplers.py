@@ -1,0 +1,231 @@
+"""One call -> groups of samples, on the device's own clock. Knows no backend.
+
+A sample runs the stages of one call back to back. On a GPU: CUDA events around each stage, the second-level cache
+flushed before the first, and a short wait enqueued ahead so that the host has handed over all work when the clock
+starts; a call that itself waits for the device cannot be helped so, and is flagged. On a CPU: the steady clock.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+
+from moebench.machine import nvml
+from moebench.machine.nvml import Clock
+from moebench.workload.ranks import Peers
+
+Stage = Callable[[], object]
+CPU = torch.device("cpu")
+
+HOST_SAMPLES = 7
+#: Of a call so long that they cost more, the host's clock takes fewer samples, though at least three.
+HOST_SAMPLES_S = 0.05
+#: torch.cuda._sleep counts SM cycles; at the highest clock of current GPUs a millisecond has about this many.
+CYCLES_PER_MS = 2.0e6
+MAX_WAIT_MS = 20.0
+#: Enqueueing a short call takes its ups and downs: 4 to 20 µs on an H200's host, 2026-11.
+MIN_WAIT_MS = 0.03
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples taken one after the other, each the milliseconds of its stages, and the GPU's clock around them."""
+
+    samples: list[tuple[float, ...]]
+    skews_ms: list[float]
+    clock: Clock
+
+    @property
+    def totals_ms(self) -> list[float]:
+        return [sum(sample) for sample in self.samples]
+
+
+class Sampler(Protocol):
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What is peculiar about the samples."""
+
+    def sample(self, count: int) -> Group:
+        """A group of `count` samples, of this rank."""
+
+    def host_time_ms(self) -> float:
+        """Milliseconds of a call on the host's clock."""
+
+
+class _CpuSampler:
+    flags: tuple[str, ...] = ()
+
+    def __init__(self, stages: Sequence[Stage], prepare: Stage, peers: Peers) -> None:
+        self._stages, self._prepare, self._peers = stages, prepare, peers
+        self._totals_ms: list[float] = []
+
+    def sample(self, count: int) -> Group:
+        group = Group([self._one() for _ in range(count)], [], Clock())
+        self._totals_ms += group.totals_ms
+        return group
+
+    def _one(self) -> tuple[float, ...]:
+        self._prepare()
+        self._peers.align(CPU)
+        marks = [time.perf_counter_ns()]
+        for stage in self._stages:
+            stage()
+            marks.append(time.perf_counter_ns())
+        return tuple((b - a) / 1e6 for a, b in pairwise(marks))
+
+    def host_time_ms(self) -> float:
+        """On a CPU the call is the host's."""
+        return statistics.median(self._totals_ms)
+
+
+class _GpuSampler:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        device: torch.device,
+        cold_l2: bool,
+        prepare: Stage,
+        peers: Peers,
+        clock: Callable[[], Clock],
+    ) -> None:
+        self._stages, self._device, self._prepare, self._peers, self._clock = stages, device, prepare, peers, clock
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device) if cold_l2 else None
+        self._host_time_ms = self._median_on_host()
+        enqueue_ms, synchronises = self._enqueue_behind_a_wait()
+        self.flags = ("synchronises",) if synchronises else ()
+        wait_ms = min(1.5 * enqueue_ms + MIN_WAIT_MS, MAX_WAIT_MS)
+        self._wait_cycles = 0 if synchronises else int(wait_ms * CYCLES_PER_MS)
+
+    def _make_cold(self) -> None:
+        if self._flush is not None:
+            self._flush.zero_()
+
+    def _median_on_host(self) -> float:
+        started, samples = time.perf_counter(), [self._host_sample() for _ in range(3)]
+        long = self._peers.largest(time.perf_counter() - started) > HOST_SAMPLES_S
+        return statistics.median(samples + [self._host_sample() for _ in range(0 if long else HOST_SAMPLES - 3)])
+
+    def _host_sample(self) -> float:
+        """Milliseconds on the host's clock from an idle device to an idle device."""
+        self._prepare()
+        self._make_cold()
+        self._peers.align(self._device)
+        torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        for stage in self._stages:
+            stage()
+        torch.cuda.synchronize(self._device)
+        return (time.perf_counter() - start) * 1e3
+
+    def _enqueue_behind_a_wait(self) -> tuple[float, bool]:
+        """Milliseconds until the host has handed over all work, and whether it had to wait for the device on the way.
+
+        The device is kept busy for longer than the whole call takes: who is through before it is free did not wait.
+        """
+        self._prepare()
+        torch.cuda.synchronize(self._device)
+        free = torch.cuda.Event()
+        torch.cuda._sleep(int((2 * self._host_time_ms + 1.0) * CYCLES_PER_MS))
+        free.record()
+        start = time.perf_counter()
+        self._enqueue()
+        enqueue_ms = (time.perf_counter() - start) * 1e3
+        synchronises = free.query()
+        torch.cuda.synchronize(self._device)
+        return enqueue_ms, synchronises
+
+    def _enqueue(self) -> list[torch.cuda.Event]:
+        """Hand over the call, with an event before each stage and after the last."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(self._stages) + 1)]
+        events[0].record()
+        for stage, event in zip(self._stages, events[1:], strict=True):
+            stage()
+            event.record()
+        return events
+
+    def sample(self, count: int) -> Group:
+        rows: list[list[torch.cuda.Event]] = []
+        for _ in range(count):
+            self._prepare()
+            self._make_cold()
+            if self._wait_cycles:
+                torch.cuda._sleep(self._wait_cycles)
+            self._peers.align(self._device)
+            rows.append(self._enqueue())
+        while_busy = self._clock()
+        torch.cuda.synchronize(self._device)
+        samples = [tuple(a.elapsed_time(b) for a, b in pairwise(row)) for row in rows]
+        return Group(samples, [], slower([while_busy, self._clock()]))
+
+    def host_time_ms(self) -> float:
+        return self._host_time_ms
+
+
+def slower(clocks: Sequence[Clock]) -> Clock:
+    known = [clock.sm_clock_mhz for clock in clocks if clock.sm_clock_mhz is not None]
+    reasons = dict.fromkeys(reason for clock in clocks for reason in clock.slowed_down)
+    return Clock(sm_clock_mhz=min(known, default=None), slowed_down=tuple(reasons))
+
+
+@contextmanager
+def make_sampler(
+    stages: Sequence[Stage], device: torch.device, cold_l2: bool, prepare: Stage, peers: Peers
+) -> Iterator[Sampler]:
+    """The device's sampler of these stages, already warm."""
+    if device.type != "cuda":
+        yield _CpuSampler(stages, prepare, peers)
+        return
+    with nvml.clock_of(nvml.full_uuid(str(torch.cuda.get_device_properties(device).uuid))) as clock:
+        yield _GpuSampler(stages, device, cold_l2, prepare, peers, clock)
+
+
+#: Calls on the stream of the capture before it: libraries make their workspaces in them.
+WARMUP_CALLS = 2
+
+
+@contextmanager
+def captured(stages: Sequence[Stage], prepare: Stage, device: torch.device) -> Iterator[Stage | None]:
+    """The replay of all stages in one graph, or None for a call that cannot be captured.
+
+    `prepare` runs before each call, never in the graph. Memory of the graph is freed at the end.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        yield graph.replay if _capture(graph, stages, prepare, device) else None
+    finally:
+        graph.reset()
+        prepare()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: libraries keep a workspace for every stream that they see."""
+    return torch.cuda.Stream(device)
+
+
+def _capture(graph: torch.cuda.CUDAGraph, stages: Sequence[Stage], prepare: Stage, device: torch.device) -> bool:
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP_CALLS):
+            prepare()
+            for stage in stages:
+                stage()
+        prepare()
+    torch.cuda.synchronize(device)
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for stage in stages:
+                stage()
+    except RuntimeError:  # torch has ended the capture; what the call allocated in it goes with the graph
+        return False
+    return True

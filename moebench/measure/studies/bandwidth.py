@@ -1,0 +1,131 @@
+"""How much of a library's bandwidth a dispatcher keeps: its two ways against the raw call that moves the same rows.
+
+    torchrun --nproc-per-node 2 -m moebench.measure.studies.bandwidth --model deepseek-v3 --num-tokens 4096
+        --out FILE.json
+
+Both are measured in one run, forward alone, in bfloat16, uniform routing, barrier-aligned, the slowest rank's median.
+The raw call is handed sizes and sorted rows: what a dispatcher does to find them, and to carry weights and indices,
+counts as its own.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from experts import MoEConfig
+from experts.dispatch import Dispatched, Dispatcher
+from experts.dispatch.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from experts.dispatchers import dispatcher_names, dispatcher_unsupported, make_dispatcher
+from moebench.machine import environment
+from moebench.measure import timing
+from moebench.measure.timing import TimingPolicy
+from moebench.measure.worker import pick_device
+from moebench.workload.case import Case
+from moebench.workload.inputs import Inputs, make_inputs, moe_config
+from moebench.workload.models import MODELS
+from moebench.workload.ranks import Peers, join, leave
+
+Way = Callable[[], object]
+
+
+def raw_ways(name: str, inputs: Inputs, sent: Dispatched, config: MoEConfig, peers: Peers) -> tuple[Way, Way]:
+    """The library calls that move the rows of `sent` out, and rows of its shape back, with nothing around them."""
+    y_RD = torch.randn_like(sent.x_RD)
+    if name == "allgather":
+        return lambda: all_gather_rows(inputs.x_TD, peers.group), lambda: reduce_scatter_rows(y_RD, peers.group)
+    if name == "alltoall":
+        route = sent.origin
+        rows_ND = inputs.x_TD.index_select(0, route.by_rank.row_to_token_N[: sum(route.send)])
+        return (
+            lambda: all_to_all_rows(rows_ND, route.send, route.receive, peers.group),
+            lambda: all_to_all_rows(y_RD, route.receive, route.send, peers.group),
+        )
+    route, indices_TK, weights_TK = sent.origin, inputs.active_indices_TK, inputs.weights_TK
+    buffer = route.buffer()
+
+    def dispatch() -> None:
+        per_rank, per_rdma_rank, per_expert, is_in_rank, _ = buffer.get_dispatch_layout(
+            indices_TK, config.n_routed_experts
+        )
+        buffer.dispatch(
+            inputs.x_TD,
+            topk_idx=indices_TK,
+            topk_weights=weights_TK,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_rdma_rank,
+            is_token_in_rank=is_in_rank,
+            num_tokens_per_expert=per_expert,
+        )
+
+    return dispatch, lambda: buffer.combine(y_RD, route.handle)
+
+
+def measure(name: str, case: Case, device: torch.device, peers: Peers) -> list[dict[str, Any]]:
+    """A row for each way: milliseconds and GB/s of the dispatcher and of the raw call, and their ratio."""
+    config, inputs = moe_config(case), make_inputs(case, device, peers.rank)
+    dispatcher: Dispatcher = make_dispatcher(name, peers.group, config)
+    arguments = inputs.x_TD, inputs.weights_TK, inputs.active_indices_TK
+    sent = dispatcher.dispatch(*arguments)
+    y_RD = torch.randn_like(sent.x_RD)
+    ours = (lambda: dispatcher.dispatch(*arguments), lambda: dispatcher.combine(y_RD, sent))
+    raw = raw_ways(name, inputs, sent, config, peers)
+    policy = TimingPolicy.default(device)
+    gigabytes = peers.largest(sent.x_RD.nbytes) / 1e9
+    rows: list[dict[str, Any]] = []
+    for way, our_call, raw_call in zip(("dispatch", "combine"), ours, raw, strict=True):
+        our_ms, raw_ms = (_median_ms(call, device, policy, peers) for call in (our_call, raw_call))
+        speeds = {"gb_per_s": gigabytes / our_ms * 1e3, "raw_gb_per_s": gigabytes / raw_ms * 1e3}
+        what = {"dispatcher": name, "way": way, "model": case.model, "num_tokens": case.num_tokens}
+        rows.append({**what, "ms": our_ms, "raw_ms": raw_ms, **speeds, "fraction": raw_ms / our_ms})
+    return rows
+
+
+def _median_ms(call: Way, device: torch.device, policy: TimingPolicy, peers: Peers) -> float:
+    for _ in range(3):
+        call()
+    return timing.measure([call], device, policy, peers=peers).time_ms
+
+
+@torch.no_grad()
+def main(
+    model: Annotated[str, typer.Option(help="a preset of moebench.workload.models")] = "deepseek-v3",
+    num_tokens: Annotated[list[int] | None, typer.Option(help="tokens per rank; repeatable")] = None,
+    device: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Run as one of the ranks that torch.distributed's launcher starts."""
+    if model not in MODELS:
+        raise typer.BadParameter(f"--model {model}: it must be one of {', '.join(MODELS)}")
+    on = pick_device(device)
+    if on.type == "cuda":
+        torch.cuda.set_device(on)
+    peers = join(on, timeout_s=120)
+    rows = []
+    for count in num_tokens or [4096]:
+        case = Case(model=model, num_tokens=count, ep_size=peers.size, **MODELS[model])  # type: ignore[arg-type]
+        for name in dispatcher_names():
+            if dispatcher_unsupported(name, on, moe_config(case)) is None:
+                rows += measure(name, case, on, peers)
+    if peers.rank == 0:
+        _tell(rows, on, out)
+    leave(peers)
+
+
+def _tell(rows: list[dict[str, Any]], device: torch.device, out: Path | None) -> None:
+    for row in rows:
+        print(
+            f"{row['dispatcher']:<10} {row['way']:<9} {row['num_tokens']:>6} tokens  "
+            f"{row['ms']:8.3f} ms {row['gb_per_s']:7.1f} GB/s  "
+            f"raw {row['raw_ms']:8.3f} ms {row['raw_gb_per_s']:7.1f} GB/s  {row['fraction']:.2f}"
+        )
+    if out is not None:
+        described = environment.collect(device.type).model_dump(mode="json")
+        out.write_text(json.dumps({"environment": described, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,131 @@
+"""The matrix products of a backend alone, by its own library, and its whole layer: calls to be timed."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experts import MoEConfig
+from experts.compute import gmm, grouped_mm
+from experts.compute.whole import Products
+from experts.registry import get_backend
+from experts.steps import Permutation
+from moebench.workload.inputs import Inputs
+
+Call = Callable[[], object]
+
+#: Backends that can be set against products: their own library's, and `triton`, whose own do more, against torch's.
+BACKENDS = ("torch_mm", "torch_mm_save_time", "triton", "gmm", "gmm_save_time", "te")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A call and what it must do at least: bytes read and written, or floating-point operations."""
+
+    name: str
+    call: Call
+    num_bytes: int = 0
+    num_flops: int = 0
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The products of a forward and of a train step, on rows that are sorted already."""
+
+    forward: Call
+    train: Call
+
+
+def alone(backend: str, inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, rows: Permutation) -> Alone:
+    """The products that a backend of BACKENDS is set against; Transformer Engine's are its two GroupedLinears."""
+    x_ND = inputs.x_TD.index_select(0, rows.row_to_token_N)
+    if backend == "te":
+        return _of_linears(x_ND, parameters, config, rows.tokens_per_expert_L.tolist())
+    if backend.startswith("gmm"):
+        return _of_products(gmm.products(rows.tokens_per_expert_L.cpu()), x_ND, parameters, config)
+    return _of_products(grouped_mm.products(rows.offsets_L), x_ND, parameters, config)
+
+
+def _of_products(products: Products, x_ND: Tensor, parameters: dict[str, Tensor], config: MoEConfig) -> Alone:
+    up, down = parameters["gate_and_up_projs"], parameters["down_projs"]
+    h_NH = products.rows(x_ND, up)
+    a_NI = h_NH[:, : config.moe_inter_dim].contiguous()
+
+    def forward() -> None:
+        products.rows(x_ND, up)
+        products.rows(a_NI, down)
+
+    def train() -> None:
+        forward()
+        products.rows_back(x_ND, down)
+        products.rows_back(h_NH, up)
+        products.outer(a_NI, x_ND)
+        products.outer(x_ND, h_NH)
+
+    return Alone(forward, train)
+
+
+def _of_linears(x_ND: Tensor, parameters: dict[str, Tensor], config: MoEConfig, sizes: list[int]) -> Alone:
+    layer = layer_of("te", parameters, config)
+    up: Any = layer.gate_up_linear
+    down: Any = layer.down_linear
+    # with a bias of its own a linear gives a pair
+    h_NH = _first(up(x_ND, sizes))
+    a_NI = h_NH[:, : config.moe_inter_dim].contiguous()
+    x_ND, a_NI = (rows.detach().requires_grad_() for rows in (x_ND, a_NI))
+
+    def forward() -> None:
+        up(x_ND, sizes)
+        down(a_NI, sizes)
+
+    def train() -> None:
+        layer.zero_grad(set_to_none=True)
+        x_ND.grad = a_NI.grad = None
+        with torch.enable_grad():
+            torch.autograd.backward([_first(up(x_ND, sizes)), _first(down(a_NI, sizes))], [h_NH, x_ND.detach()])
+
+    return Alone(forward, train)
+
+
+def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def of_backend(
+    backend: str, inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, rows: Permutation
+) -> Iterator[Work]:
+    """A backend's products alone and its layer: forward without gradients, then a train step."""
+    own = alone(backend, inputs, parameters, config, rows)
+    flops = 2 * rows.num_rows * (parameters["gate_and_up_projs"][0].numel() + parameters["down_projs"][0].numel())
+    forward, train = passes(layer_of(backend, parameters, config), inputs)
+    yield Work(f"{backend}: products, forward", own.forward, num_flops=flops)
+    yield Work(f"{backend}: layer, forward", forward, num_flops=flops)
+    yield Work(f"{backend}: products, train", own.train, num_flops=3 * flops)
+    yield Work(f"{backend}: layer, train", train, num_flops=3 * flops)
+
+
+def layer_of(backend: str, parameters: dict[str, Tensor], config: MoEConfig) -> nn.Module:
+    """The backend's layer with these parameters, where they are."""
+    with torch.device(parameters["down_projs"].device):
+        layer = get_backend(backend).build(config)
+    layer.load_state_dict(parameters)
+    return layer
+
+
+def passes(layer: nn.Module, inputs: Inputs) -> tuple[Call, Call]:
+    """A forward pass and a train step."""
+    x_TD, weights_TK = (tensor.detach().requires_grad_() for tensor in (inputs.x_TD, inputs.weights_TK))
+
+    def forward() -> Tensor:
+        output: Tensor = layer(x_TD, inputs.token_mask_T, weights_TK, inputs.indices_TK)
+        return output
+
+    def train() -> None:
+        layer.zero_grad(set_to_none=True)
+        x_TD.grad = weights_TK.grad = None
+        with torch.enable_grad():
+            forward().backward(inputs.grad_TD)
+
+    return forward, train

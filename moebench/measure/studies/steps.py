@@ -1,0 +1,156 @@
+"""How near the memory-bound steps of an expert layer come to a plain copy, and the layer to its products alone.
+
+    python -m moebench.measure.studies.steps --model qwen3-30b-a3b --num-tokens 16384 --out FILE.json
+    python -m moebench.measure.studies.steps --shape 32/8/7168/2048 --num-tokens 4096 --backend torch_mm --backend te
+
+A step's bytes are those that it must read and write once; its speed is set against a copy that is measured in the same
+run, cold like everything. The products alone are the grouped GEMMs of the backend's own library, two forward and six in
+a train step, on rows that are sorted already. bfloat16, uniform routing.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from experts import MoEConfig
+from experts.config import is_gated_activation
+from experts.registry import get_backend
+from experts.steps import make_of_steps, steps_on
+from moebench.machine import environment
+from moebench.measure import timing
+from moebench.measure.studies.products import BACKENDS, Work, of_backend
+from moebench.measure.timing import TimingPolicy
+from moebench.measure.worker import pick_device
+from moebench.workload.case import Case
+from moebench.workload.inputs import Inputs, make_inputs, make_parameters, moe_config
+from moebench.workload.models import MODELS
+
+COPY_BYTES = 1 << 30
+WARM_UPS = 3
+
+
+def memory_bound(inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, copy_bytes: int) -> Iterator[Work]:
+    """A copy, then each step, with the bytes of its largest tensors."""
+    x_TD, weights_TK = inputs.x_TD, inputs.weights_TK
+    steps, e = steps_on(x_TD.device, x_TD.dtype), x_TD.element_size()
+    permutation = steps.sort_by_expert(inputs.active_indices_TK, 0, config.n_routed_experts)
+    tokens, rows, dim, inter = len(x_TD), permutation.num_rows, config.dim, config.moe_inter_dim
+    width = inter * (2 if is_gated_activation(config.expert_activation) else 1)
+    y_ND = steps.gather_rows(x_TD, permutation)
+    h_NH, a_NI = (torch.randn(rows, columns, device=x_TD.device).to(x_TD.dtype) for columns in (width, inter))
+    up_bias, down_bias = parameters.get("gate_up_proj_bias"), parameters.get("down_proj_bias")
+    looked_up = (permutation, weights_TK, up_bias, config)
+    source = torch.ones(copy_bytes // 2, dtype=torch.uint8, device=x_TD.device)
+    target = torch.empty_like(source)
+
+    yield Work("copy", lambda: target.copy_(source), copy_bytes)
+    # the indices twice; three maps
+    sort = (inputs.active_indices_TK, 0, config.n_routed_experts)
+    yield Work("sort_by_expert", lambda: steps.sort_by_expert(*sort), rows * 8 * 5)
+    yield Work("gather_rows", lambda: steps.gather_rows(x_TD, permutation), (tokens + rows) * dim * e)
+    yield Work("activate", lambda: steps.activate(h_NH, *looked_up), rows * (width + inter) * e)
+    yield Work(
+        "sum_rows",
+        lambda: steps.sum_rows(y_ND, permutation, None if down_bias is None else weights_TK, down_bias),
+        (tokens + rows) * dim * e,
+    )
+    yield Work(
+        "activate_backward",  # over the same memory again and again: its numbers go astray, its time does not
+        lambda: steps.activate_backward(h_NH, a_NI, *looked_up, again=True),
+        rows * 2 * (width + inter) * e,
+    )
+    if up_bias is not None:
+        yield Work("sum_by_expert (up)", lambda: steps.sum_by_expert(h_NH, permutation), rows * width * e)
+        yield Work("sum_by_expert (down)", lambda: steps.sum_by_expert(y_ND, permutation, weights_TK), rows * dim * e)
+        yield Work("dot_rows", lambda: steps.dot_rows(x_TD, permutation, None, down_bias), tokens * dim * e)
+
+
+def measure(work: Work, device: torch.device, policy: TimingPolicy) -> dict[str, Any]:
+    """A row: milliseconds, and the speed of what there is to do."""
+    for _ in range(WARM_UPS):
+        work.call()
+    ms = timing.measure([work.call], device, policy).time_ms
+    row: dict[str, Any] = {"name": work.name, "ms": ms}
+    if work.num_bytes:
+        return {**row, "gb_per_s": work.num_bytes / ms / 1e6}
+    return {**row, "tflops": work.num_flops / ms / 1e9}
+
+
+@torch.no_grad()
+def main(
+    model: Annotated[
+        str | None, typer.Option(help="a preset of moebench.workload.models; without a shape qwen3-30b-a3b")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="experts/top-k/dim/inter of a layer with SwiGLU, no bias, in place of a model")
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(min=1)] = 16_384,
+    backend: Annotated[list[str], typer.Option(help=f"of {', '.join(BACKENDS)}; repeatable")] = ["torch_mm"],  # noqa: B006
+    device: str | None = None,
+    time_cap_s: Annotated[float, typer.Option(help="seconds a measurement may take")] = 1.0,
+    out: Path | None = None,
+) -> None:
+    """Measure the steps of one model's expert layer, its products alone, and the layer."""
+    if model is not None and shape is not None:
+        raise typer.BadParameter(f"--model {model} and --shape {shape}: give one of them")
+    case = _case(model or "qwen3-30b-a3b", num_tokens) if shape is None else _case_of_shape(shape, num_tokens)
+    on = pick_device(device)
+    config = moe_config(case)
+    for name in backend:
+        _check_backend(name, on, config)
+    inputs, parameters = make_inputs(case, on), make_parameters(case, on)
+    policy = TimingPolicy(TimingPolicy.default(on).interval_target, time_cap_s)
+    copy_bytes = COPY_BYTES if on.type == "cuda" else COPY_BYTES >> 4
+    steps = [measure(work, on, policy) for work in memory_bound(inputs, parameters, config, copy_bytes)]
+    rows = steps_on(on).sort_by_expert(inputs.active_indices_TK, 0, config.n_routed_experts)
+    wholes = [
+        measure(work, on, policy) for name in backend for work in of_backend(name, inputs, parameters, config, rows)
+    ]
+    for row in steps:
+        row["fraction"] = row["gb_per_s"] / steps[0]["gb_per_s"]
+    for products, layer in zip(wholes[::2], wholes[1::2], strict=True):
+        products["fraction"], layer["fraction"] = 1.0, layer["tflops"] / products["tflops"]
+    _tell(steps + wholes, config, on, out)
+
+
+def _case(model: str, num_tokens: int) -> Case:
+    if model not in MODELS:
+        raise typer.BadParameter(f"--model {model}: it must be one of {', '.join(MODELS)}")
+    return Case(model=model, num_tokens=num_tokens, **MODELS[model])  # type: ignore[arg-type]
+
+
+def _case_of_shape(shape: str, num_tokens: int) -> Case:
+    names = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
+    try:
+        return Case(num_tokens=num_tokens, **dict(zip(names, map(int, shape.split("/")), strict=True)))  # type: ignore[arg-type]
+    except ValueError:
+        rule = "it must be four positive numbers, experts/top-k/dim/inter, with top-k no more than experts"
+        raise typer.BadParameter(f"--shape {shape}: {rule}, as 128/8/2048/768") from None
+
+
+def _check_backend(name: str, device: torch.device, config: MoEConfig) -> None:
+    if name not in BACKENDS:
+        raise typer.BadParameter(f"--backend {name}: it must be one of {', '.join(BACKENDS)}")
+    reason = get_backend(name).unsupported(device, config)
+    if reason is not None:
+        raise typer.BadParameter(f"--backend {name}: {reason.reason}")
+
+
+def _tell(rows: list[dict[str, Any]], config: MoEConfig, device: torch.device, out: Path | None) -> None:
+    make = make_of_steps(device, config.dtype)
+    print(f"steps: {make}; fraction of the copy's speed, of the products' speed alone")
+    for row in rows:
+        speed = f"{row['gb_per_s']:8.0f} GB/s   " if "gb_per_s" in row else f"{row['tflops']:8.1f} TFLOP/s"
+        print(f"{row['name']:<32} {row['ms']:9.4f} ms {speed} {row['fraction']:6.2f}")
+    if out is not None:
+        described = environment.collect(device.type).model_dump(mode="json")
+        out.write_text(json.dumps({"environment": described, "steps": make, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

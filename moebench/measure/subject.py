@@ -1,0 +1,109 @@
+"""A backend built on one case: what it is handed, how it is run, and what it is judged by."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from experts.registry import Backend, get_backend
+from moebench.measure.cache import Workload
+from moebench.parity.judge import Verdict, check, run_pass
+from moebench.parity.poison import poisoned
+from moebench.parity.reference import Tensors
+from moebench.results.record import Status
+from moebench.workload.case import Case, Job
+from moebench.workload.inputs import Inputs, moe_config
+from moebench.workload.ranks import Peers
+
+#: Passes before those that are checked, by FP8 recipe: delayed scaling finds its scales in the passes before.
+SETTLING_PASSES = {"delayed": 2}
+
+#: The measured fields of a record.
+Measured = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backend's module with the case's parameters, and the case's inputs: of this rank, where there are several."""
+
+    case: Case
+    module: nn.Module
+    inputs: Inputs
+    parameters: Mapping[str, Tensor]
+    fp8: str | None
+    device: torch.device
+    peers: Peers
+
+    def settle(self, handed: Inputs) -> None:
+        """The passes that the backend's recipe needs before it may be checked."""
+        for _ in range(SETTLING_PASSES.get(self.fp8 or "", 0)):
+            run_pass(self.module, handed, "train")
+
+    def run(self, handed: Inputs) -> Tensors:
+        """One pass in poisoned memory. What is handed may come back changed: hand a clone."""
+        with poisoned(self.device):
+            return run_pass(self.module, handed, self.case.mode)
+
+    def judge(
+        self,
+        passes: list[Tensors],
+        inputs: Inputs | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+        case: Case | None = None,
+    ) -> Verdict:
+        """The passes against the reference; on other inputs, parameters or a case of another mode where given."""
+        return check(
+            case or self.case, inputs or self.inputs, parameters or self.parameters, passes, self.fp8, self.peers
+        )
+
+
+def backend_of(job: Job, workload: Workload) -> Backend:
+    """The job's backend. Raises Unsupported where it cannot run the case here."""
+    backend = get_backend(job.backend)
+    reason = backend.unsupported(workload.device, moe_config(job.case), _dispatcher(job, workload))
+    if reason is not None:
+        raise reason
+    return backend
+
+
+def make_subject(backend: Backend, job: Job, workload: Workload) -> Subject:
+    """The backend's module on the job's case. Raises whatever building it raises."""
+    inputs, parameters = workload.inputs(job.case), workload.parameters(job.case)
+    module = _build(backend, job.case, _dispatcher(job, workload), parameters, workload)
+    return Subject(job.case, module, inputs, parameters, backend.fp8, workload.device, workload.peers)
+
+
+def _dispatcher(job: Job, workload: Workload) -> str | None:
+    return None if workload.peers.mesh is None else job.dispatcher
+
+
+def _build(
+    backend: Backend, case: Case, dispatcher: str | None, parameters: dict[str, Tensor], workload: Workload
+) -> nn.Module:
+    with workload.device:
+        module = backend.build(moe_config(case), dispatcher)
+    module.to(workload.device)
+    mesh = workload.peers.mesh
+    if mesh is not None:
+        spread: Callable[[DeviceMesh], None] = module.init_token_dispatcher  # type: ignore[assignment]
+        spread(mesh)
+        shards = {name: DTensor.from_local(local, mesh, [Shard(0)]) for name, local in parameters.items()}
+        module.load_state_dict(shards)
+    else:
+        module.load_state_dict(parameters)
+    return module
+
+
+def verdict_fields(verdict: Verdict) -> Measured:
+    """What a record says of a verdict, its status included."""
+    worst = verdict.worst
+    found = {
+        "parity_worst": worst.over_budget,
+        "parity_worst_tensor": worst.tensor,
+        "parity_errors": verdict.errors,
+    }
+    return found | ({"status": Status.ok} if verdict.passed else {"status": Status.mismatch, "detail": str(worst)})

@@ -1,0 +1,160 @@
+"""A callable -> time statistics. Knows no backend.
+
+Samples are taken in groups, and a GPU's clock is read around each. Groups that ran at another clock than most, or while
+the GPU was slowed down, are kept and marked, and left out of the statistics.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from moebench.measure.samplers import Group, Sampler, Stage, make_sampler, slower
+from moebench.results.stats import MIN_SAMPLES, relative_half_width, series_interval
+from moebench.workload.ranks import ALONE, Peers
+
+BATCH = 20
+#: Sampling does not stop before so many samples for being precise: a handful may agree by chance.
+CONVERGED_SAMPLES = 20
+#: Where the target is further away than so many times the time cap, after a quarter of it, sampling ends there.
+OUT_OF_REACH = 2.0
+#: A group of samples is of another regime where its clock is so far from that of most, relatively.
+CLOCK_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class TimingPolicy:
+    """When sampling stops: half the median's 95% interval at most `interval_target` of it, or `time_cap_s` spent.
+
+    It stops at a quarter of the cap where the interval, which narrows with the root of time, cannot get there.
+    """
+
+    interval_target: float
+    time_cap_s: float
+    cold_l2: bool = True
+
+    @staticmethod
+    def default(device: torch.device) -> "TimingPolicy":
+        on_gpu = device.type == "cuda"
+        return TimingPolicy(interval_target=0.005 if on_gpu else 0.02, time_cap_s=2.0 if on_gpu else 1.0)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Statistics of one call; `samples_ms` holds the whole call, `stage_ms` the median of each stage.
+
+    With ranks, each sample is the slowest rank's, and `skew_ms` the median of how much later it was than the fastest.
+    `marked` says of each sample whether it is of another clock regime than most; the statistics are of the others.
+    `sm_clock_mhz` is the clock of those.
+    """
+
+    samples_ms: tuple[float, ...]
+    marked: tuple[bool, ...]
+    stage_ms: tuple[float, ...]
+    time_ms: float
+    time_ms_low: float
+    time_ms_high: float
+    converged: bool
+    host_time_ms: float
+    skew_ms: float | None
+    sm_clock_mhz: int | None
+    flags: tuple[str, ...]
+
+
+def measure(
+    stages: Sequence[Stage],
+    device: torch.device,
+    policy: TimingPolicy,
+    prepare: Stage = lambda: None,
+    peers: Peers = ALONE,
+) -> Timing:
+    """Sample the stages, already warm, until the policy is met. `prepare` runs, untimed, before each sample.
+
+    Ranks start every sample together; a sample's time is that of its slowest rank.
+    """
+    with _no_garbage_collection(), make_sampler(stages, device, policy.cold_l2, prepare, peers) as sampler:
+        groups, converged = _sample(sampler, policy, peers)
+        return _statistics(groups, converged, peers.largest(sampler.host_time_ms()), sampler.flags, peers)
+
+
+def _sample(sampler: Sampler, policy: TimingPolicy, peers: Peers) -> tuple[list[Group], bool]:
+    groups: list[Group] = []
+    start, count, num_samples = time.perf_counter(), MIN_SAMPLES, 0
+    while True:
+        groups.append(_slowest(peers.tell(sampler.sample(count))))
+        num_samples += count
+        median, low, high = series_interval([ms for group in _of_one_regime(groups) for ms in group.totals_ms])
+        width = relative_half_width(median, low, high)
+        spent = peers.largest(time.perf_counter() - start)  # one clock for all, so that all go on or none
+        if width <= policy.interval_target and (num_samples >= CONVERGED_SAMPLES or spent >= policy.time_cap_s):
+            return groups, True
+        out_of_reach = spent * width**2 > OUT_OF_REACH * policy.time_cap_s * policy.interval_target**2
+        hopeless = out_of_reach and num_samples >= CONVERGED_SAMPLES and spent >= policy.time_cap_s / 4
+        if spent >= policy.time_cap_s or hopeless:
+            return groups, False
+        affordable = int((policy.time_cap_s - spent) / (spent / num_samples))
+        count = max(1, min(BATCH, affordable))
+
+
+def _slowest(ranks: Sequence[Group]) -> Group:
+    """A group of all ranks': of each sample the slowest rank's, and the slowest clock."""
+    samples, skews_ms = [], []
+    for sample in zip(*(rank.samples for rank in ranks), strict=True):
+        totals_ms = [sum(stage_ms) for stage_ms in sample]
+        samples.append(sample[totals_ms.index(max(totals_ms))])
+        skews_ms.append(max(totals_ms) - min(totals_ms))
+    return Group(samples, skews_ms, slower([rank.clock for rank in ranks]))
+
+
+def _of_one_regime(groups: Sequence[Group]) -> list[Group]:
+    """The groups that ran at the clock of most samples and were not slowed down; all where none is left."""
+    clocks = [group.clock.sm_clock_mhz for group in groups for _ in group.samples]
+    known = [clock for clock in clocks if clock is not None]
+    usual = statistics.median_low(known) if known else None
+
+    def is_usual(group: Group) -> bool:
+        clock = group.clock.sm_clock_mhz
+        near = usual is None or clock is None or abs(clock - usual) <= CLOCK_TOLERANCE * usual
+        return near and not group.clock.slowed_down
+
+    return [group for group in groups if is_usual(group)] or list(groups)
+
+
+def _statistics(
+    groups: Sequence[Group], converged: bool, host_time_ms: float, flags: tuple[str, ...], peers: Peers
+) -> Timing:
+    usual = _of_one_regime(groups)
+    samples = [sample for group in usual for sample in group.samples]
+    median, low, high = series_interval([sum(sample) for sample in samples])
+    slowed_down = any(group.clock.slowed_down for group in groups)
+    flags += ("clock_changed",) * (len(usual) < len(groups)) + ("slowed_down",) * slowed_down
+    clocks = [group.clock.sm_clock_mhz for group in usual if group.clock.sm_clock_mhz is not None]
+    return Timing(
+        samples_ms=tuple(total for group in groups for total in group.totals_ms),
+        marked=tuple(group not in usual for group in groups for _ in group.samples),
+        stage_ms=tuple(statistics.median(stage) for stage in zip(*samples, strict=True)),
+        time_ms=median,
+        time_ms_low=low,
+        time_ms_high=high,
+        converged=converged,
+        host_time_ms=host_time_ms,
+        skew_ms=statistics.median(ms for group in usual for ms in group.skews_ms) if peers.size > 1 else None,
+        sm_clock_mhz=statistics.median_low(clocks) if clocks else None,
+        flags=flags,
+    )
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Python's collector runs when it likes, for milliseconds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

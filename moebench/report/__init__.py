@@ -1,0 +1,1 @@
+"""How results and verdicts are shown: tables, plots, pages, JUnit and GitHub. No torch."""

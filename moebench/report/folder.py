@@ -1,0 +1,55 @@
+"""Everything that is written from a results folder: tables, plots and report."""
+
+from pathlib import Path
+
+from moebench.errors import UsageError
+from moebench.report.page import REPORT_NAME, page
+from moebench.report.plots.figures import all_figures, image, write_plots
+from moebench.results.files import writable, write_atomically, writing_to
+from moebench.results.frame import load, write
+from moebench.results.journal import JOURNAL_NAME
+from moebench.run.runner import interruptible
+from moebench.verdicts.document import GateDocument
+
+
+def finish(folder: Path) -> list[Path]:
+    """Parquet, CSV, plots and report from the journal. What was measured before an interruption counts too.
+
+    Raises KeyboardInterrupt at a signal; each file is then whole or as it was.
+    """
+    if not (folder / JOURNAL_NAME).exists():
+        return []
+    frame = load(folder)
+    with writing_to(folder), interruptible():
+        plots = write_plots(all_figures(frame), folder / "plots")
+        svgs = {path.stem: path.read_bytes() for path in plots if path.suffix == ".svg"}
+        written = [*write(frame, folder), *plots, _write_page(page(frame, svgs, folder), folder / REPORT_NAME)]
+    return [*written, *sorted((folder / "traces").glob("*.json"))]
+
+
+def draw(path: Path) -> list[Path]:
+    """Draw the plots of a results folder, or of a Parquet file beside it."""
+    figures, folder = all_figures(load(path)), _folder_of(path) / "plots"
+    with writable(folder):
+        return write_plots(figures, folder)
+
+
+def report(path: Path, out: Path | None, gate: Path | None) -> Path:
+    """Write the report of a results folder or of a Parquet file, by default beside it, with the verdicts in `gate`."""
+    frame, verdicts = load(path), None if gate is None else GateDocument.read(gate)
+    out = out or _folder_of(path) / REPORT_NAME
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}; make it, or name a file elsewhere")
+    svgs = {name: image(figure, "svg") for name, figure in all_figures(frame)}
+    html = page(frame, svgs, _folder_of(path), verdicts)
+    with writable(out):
+        return _write_page(html, out)
+
+
+def _write_page(html: str, out: Path) -> Path:
+    write_atomically(out, html.encode())
+    return out
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent

@@ -1,0 +1,78 @@
+"""How a gate's numbers are spoken of, the same in table, annotations and summary. No torch here."""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from moebench.verdicts.gate import GateResult, Judged
+from moebench.verdicts.verdict import Severity, Verdict
+
+NONE = "-"
+
+
+def total(result: GateResult) -> str:
+    """`2 REGRESSED, 105 PASS`."""
+    return ", ".join(f"{count} {verdict}" for verdict, count in result.counts.items())
+
+
+def change(job: Judged) -> str:
+    """The change of the time with its interval, `+3.1% (+2.8 to +3.5)`; above 0 is slower."""
+    if job.time is None or math.isnan(job.time.ratio):
+        return NONE
+    low, high = (f"{some - 1:+.1%}".rstrip("%") for some in (job.time.low, job.time.high))
+    if not (math.isfinite(job.time.high) and job.time.low > 0):
+        return f"{job.time.ratio - 1:+.1%}"
+    return f"{job.time.ratio - 1:+.1%} ({low} to {high})"
+
+
+def smallest_effect(job: Judged) -> str:
+    """The smallest slowdown that would have been seen, `2.1%`."""
+    if job.time is None:
+        return NONE
+    return f"{job.time.smallest_effect:.1%}" if math.isfinite(job.time.smallest_effect) else "none"
+
+
+def memory_change(job: Judged) -> str:
+    """The change of the peak or, where that is the same, of what is saved for backward: `=` or `+1.2%`."""
+    changes = [
+        _relative(*job.cells(column))
+        for column in ("peak_memory_bytes", "saved_memory_bytes")
+        if None not in job.cells(column)
+    ]
+    return next((text for text in changes if text != "="), "=") if changes else NONE
+
+
+def _relative(before: Any, after: Any) -> str:
+    if before == after:
+        return "="
+    return f"{after / before - 1:+.2%}" if before else f"+{after:,} B"
+
+
+def parity_change(job: Judged) -> str:
+    """The error over its budget, of both where it changed: `0.31` or `0.31 > 0.35`; a status that is not ok instead."""
+    statuses = ["none" if status is None else str(status) for status in job.cells("status")]
+    errors = [NONE if error is None else f"{error:.2g}" for error in job.cells("parity_worst")]
+    both = [error if status == "ok" else status for status, error in zip(statuses, errors, strict=True)]
+    return both[0] if both[0] == both[1] else " > ".join(both)
+
+
+def in_verdict_order(result: GateResult) -> list[Judged]:
+    """The jobs, the worst first."""
+    return sorted(result.jobs, key=lambda job: job.verdict.rank)
+
+
+def reasons(jobs: Sequence[Judged], of: Collection[Severity]) -> dict[tuple[Verdict, str], str]:
+    """Each verdict with its measure and reason, and whom it befell, the worst verdict first."""
+    befell: dict[tuple[Verdict, str], list[str]] = {}
+    for job in jobs:
+        for finding in job.findings:
+            if finding.verdict.severity in of:
+                why = finding.verdict, f"{finding.measure}: {finding.reason}"
+                befell.setdefault(why, []).append(f"{job.backend} on {job.key[0]}")
+    worst_first = sorted(befell.items(), key=lambda item: item[0][0].rank)
+    return {why: _some(names) for why, names in worst_first}
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + f" and {rest} more" * (rest > 0)

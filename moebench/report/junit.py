@@ -1,0 +1,63 @@
+"""A gate's verdicts as JUnit XML, a test case a job and measure. No torch here.
+
+The dialect is the one that GitLab, Jenkins and GitHub's reporters read: testsuites, testsuite, testcase with failure or
+skipped, properties beside them.
+"""
+
+import math
+import re
+from xml.etree import ElementTree as xml
+
+from moebench.verdicts.findings import Finding
+from moebench.verdicts.gate import GateResult, Judged
+from moebench.verdicts.verdict import Severity
+
+SKIPPED = frozenset({Severity.UNDECIDED, Severity.NOTED})
+
+#: Characters that XML 1.0 has no way to write; a crash's log may hold any.
+_UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def document(result: GateResult) -> bytes:
+    """The file's content: REGRESSED and MISSING are failures, what could not be decided is skipped, all with why."""
+    cases = [_test_case(job, finding) for job in result.jobs for finding in job.findings]
+    severities = [finding.verdict.severity for job in result.jobs for finding in job.findings]
+    counts = {
+        "tests": str(len(severities)),
+        "failures": str(severities.count(Severity.FAILED)),
+        "errors": "0",
+        "skipped": str(sum(severity in SKIPPED for severity in severities)),
+    }
+    root = xml.Element("testsuites", {"name": "moebench", **counts})
+    suite = xml.SubElement(root, "testsuite", {"name": "moebench gate", **counts})
+    _properties(suite, {"threshold": f"{result.threshold:g}", "false_alarms": f"{result.false_alarms:g}"})
+    suite.extend(cases)
+    xml.indent(root)
+    content: bytes = xml.tostring(root, encoding="utf-8", xml_declaration=True)
+    return content + b"\n"
+
+
+def _test_case(job: Judged, finding: Finding) -> xml.Element:
+    case_id = job.key[0]
+    names = {"classname": _written(f"{job.backend}.{finding.measure}"), "name": _written(case_id)}
+    case = xml.Element("testcase", names)
+    if finding.measure == "time" and job.time is not None:
+        numbers = {"ratio": job.time.ratio, "smallest_effect": job.time.smallest_effect}
+        _properties(case, {name: f"{value:.4g}" for name, value in numbers.items() if math.isfinite(value)})
+    why = {"message": _written(f"{finding.verdict.value}: {finding.reason}")}
+    if finding.verdict.severity is Severity.FAILED:
+        xml.SubElement(case, "failure", {**why, "type": finding.verdict.value}).text = why["message"]
+    elif finding.verdict.severity in SKIPPED:
+        xml.SubElement(case, "skipped", why)
+    return case
+
+
+def _properties(element: xml.Element, values: dict[str, str]) -> None:
+    if values:
+        properties = xml.SubElement(element, "properties")
+        for name, value in values.items():
+            xml.SubElement(properties, "property", {"name": name, "value": value})
+
+
+def _written(text: str) -> str:
+    return _UNWRITABLE.sub("\ufffd", text)

@@ -1,0 +1,202 @@
+"""What stands in a report's tables: every row, the extremes with the commands that reproduce them, the time spent.
+
+No torch here. Rows are in order and have `label`, `fastest` and `heading`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from moebench.report.reproduce import Reproducer
+from moebench.report.tables.cells import Row, half_interval, human, marks, milliseconds, mismatch, size
+from moebench.results.labels import describe, in_order
+from moebench.results.record import GOOD, Status
+
+_NUM_EXTREMES = 6
+_PARTS = ("setup", "ceilings", "parity", "timing")  # of a job, with columns of their seconds
+#: Parts of a case that have a column of their own where they vary, with its title; the others share one.
+_OWN_COLUMNS = {"experts": "model", "tokens": "tokens", "mode": "mode"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell: its text, what it is sorted by, and whether it is a number."""
+
+    text: str
+    key: str | float
+    is_number: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: what it is filtered by, and its cells."""
+
+    backend: str
+    model: str
+    mode: str
+    status: str
+    case_id: str
+    is_fastest: bool
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Titles and lines, and the values that each filter offers."""
+
+    titles: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+    @property
+    def choices(self) -> dict[str, list[str]]:
+        names = ("backend", "model", "mode", "status")
+        found = {name: list(dict.fromkeys(getattr(line, name) for line in self.lines)) for name in names}
+        found["backend"] = in_order(found["backend"])
+        return found
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """A row that deserves a look: what it is, why, and how to measure it again."""
+
+    case: str
+    backend: str
+    figure: str
+    detail: str
+    command: str | None
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds that jobs took, the longest of them, and the share of the whole run that each part of them was."""
+
+    who: str
+    num_jobs: int
+    seconds: float
+    longest_s: float
+    shares: dict[str, float]
+
+
+_MISSING = Cell("", math.inf, True)  # sorts last
+
+
+def _number(column: str, form: Callable[[Any], str]) -> Callable[[Row], Cell]:
+    def cell(row: Row) -> Cell:
+        value: Any = row[column]
+        return _MISSING if pd.isna(value) else Cell(form(value), float(value), True)
+
+    return cell
+
+
+def _interval(row: Row) -> Cell:
+    share = (row["time_ms_high"] - row["time_ms_low"]) / row["time_ms"]
+    return _MISSING if math.isnan(share) else Cell(half_interval(row), share, True)
+
+
+def _time(row: Row) -> Cell:
+    if pd.isna(row["time_ms"]):
+        return _MISSING
+    return Cell(f"{marks(row)} {milliseconds(row['time_ms'])}".strip(), row["time_ms"], True)
+
+
+def _status(row: Row) -> Cell:
+    flag = "!" if len(row["flags"]) else ""
+    return Cell(row["status"] + flag, row["status"])
+
+
+#: Title of each column, the column of results without which it is left out, and its cells.
+_MEASURED: tuple[tuple[str, str, Callable[[Row], Cell]], ...] = (
+    ("status", "status", _status),
+    ("ms", "time_ms", _time),
+    ("±", "time_ms", _interval),
+    ("tokens/s", "tokens_per_s", _number("tokens_per_s", human)),
+    ("TFLOP/s", "tflops", _number("tflops", human)),
+    ("of roofline", "roofline_fraction", _number("roofline_fraction", "{:.0%}".format)),
+    ("peak memory", "peak_memory_bytes", _number("peak_memory_bytes", size)),
+    ("saved", "saved_memory_bytes", _number("saved_memory_bytes", size)),
+    ("error", "parity_worst", _number("parity_worst", "{:.2g}".format)),
+    ("dispatch", "dispatch_ms", _number("dispatch_ms", milliseconds)),
+    ("compute", "compute_ms", _number("compute_ms", milliseconds)),
+    ("combine", "combine_ms", _number("combine_ms", milliseconds)),
+)
+
+
+def results_table(rows: pd.DataFrame) -> Table:
+    """A line a row: the parts of its case that vary, backend, and what was measured."""
+    parts = describe(rows).varying
+    own = [name for name in _OWN_COLUMNS if name in parts]
+    settings = parts.drop(columns=own)
+    measured = [(title, cell) for title, column, cell in _MEASURED if rows[column].notna().any()]
+    lines = []
+    for row, part, setting in zip(
+        rows.to_dict("records"), parts[own].to_dict("records"), settings.to_numpy(), strict=True
+    ):
+        texts = [*part.values(), *([", ".join(filter(None, setting))] if len(setting) else []), row["label"]]
+        cells = [_text(str(text)) for text in texts] + [cell(row) for _, cell in measured]
+        model = str(part.get("experts", ""))
+        names = (row["label"], model, row["mode"], row["status"], row["case_id"])
+        lines.append(Line(*names, bool(row["fastest"]), tuple(cells)))
+    titles = [*(_OWN_COLUMNS[name] for name in own), *(["setting"] if settings.shape[1] else []), "backend"]
+    return Table((*titles, *(title for title, _ in measured)), tuple(lines))
+
+
+def _text(text: str) -> Cell:
+    return Cell(text, float(text), True) if text.isdecimal() else Cell(text, text)
+
+
+def extremes(rows: pd.DataFrame, reproducer: Reproducer) -> dict[str, list[Extreme]]:
+    """Rows by what is remarkable of them: those that failed, the slowest, the least accurate."""
+    failed = rows[~rows["status"].isin(GOOD)]
+    slowest = rows.dropna(subset="time_ms").nlargest(_NUM_EXTREMES, "time_ms")
+    best_ms = rows.groupby(["run_id", "case_id"])["time_ms"].transform("min")
+    slowest = slowest.assign(times=slowest["time_ms"] / best_ms[slowest.index])
+    passed = rows[rows["status"] == Status.ok].dropna(subset="parity_worst")
+    least_accurate = passed.nlargest(_NUM_EXTREMES, "parity_worst")
+
+    def listed(some: pd.DataFrame, figure: Callable[[Row], str], detail: Callable[[Row], str]) -> list[Extreme]:
+        return [
+            Extreme(row["heading"], row["label"], figure(row), detail(row), reproducer.command(row))
+            for row in some.to_dict("records")
+        ]
+
+    return {
+        "Failed": listed(failed, _failure, lambda row: row["detail"]),
+        "Slowest": listed(slowest, _slowness, lambda row: ""),
+        "Least accurate": listed(
+            least_accurate,
+            lambda row: f"{row['parity_worst']:.2g} of the budget" + _tensor(row),
+            lambda row: "",
+        ),
+    }
+
+
+def _slowness(row: Row) -> str:
+    beside = f", {row['times']:.3g} times the fastest backend of its case" if row["times"] > 1 else ""
+    return f"{milliseconds(row['time_ms'])} ms{beside}"
+
+
+def _tensor(row: Row) -> str:
+    return "" if pd.isna(row["parity_worst_tensor"]) else f", in {row['parity_worst_tensor']}"
+
+
+def _failure(row: Row) -> str:
+    return " in ".join(filter(None, mismatch(row))) if row["status"] == Status.mismatch else row["status"]
+
+
+def time_spent(rows: pd.DataFrame) -> list[Spent]:
+    """Where the run's time went: in all, then by backend, the longest first. A job whose process died has no time."""
+    parts = pd.DataFrame({part: rows[f"{part}_s"].fillna(0.0) for part in _PARTS})
+    parts["rest"] = (rows["job_s"].fillna(0.0) - parts.sum(axis=1)).clip(lower=0)
+    total_s = float(rows["job_s"].sum()) or 1.0
+
+    seconds = rows["job_s"].fillna(0.0)
+
+    def spent(who: str, some: pd.Index) -> Spent:
+        shares = {str(part): float(share) for part, share in (parts.loc[some].sum() / total_s).items()}
+        return Spent(who, len(some), float(seconds[some].sum()), float(seconds[some].max()), shares)
+
+    by_backend = [spent(str(label), some.index) for label, some in rows.groupby("label")]
+    return [spent("all", rows.index), *sorted(by_backend, key=lambda one: -one.seconds)]

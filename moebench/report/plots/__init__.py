@@ -1,0 +1,1 @@
+"""Figures of results. `kinds` says what each kind shows, `figures` draws all of them."""

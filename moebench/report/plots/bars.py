@@ -1,0 +1,127 @@
+"""Where the time of a forward goes under expert parallelism: bars of dispatch, compute and combine. No torch here."""
+
+from collections.abc import Mapping
+from textwrap import wrap
+from types import MappingProxyType
+
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from moebench.report.plots.kinds import BREAKDOWN, PARTS, tokens_text
+from moebench.report.plots.look import LEADING_IN, NOTE_SIZE, legend_below, sheet, shortened
+from moebench.report.tables.cells import human
+from moebench.results.labels import describe, in_order, panel_title
+
+#: No backend's colours, and of three lightnesses.
+PART_COLORS: Mapping[str, str] = MappingProxyType({"dispatch": "#2F5D8C", "compute": "#C8CDD2", "combine": "#E3874B"})
+_BAR_IN = NOTE_SIZE * LEADING_IN + 0.01
+_TITLE_IN, _TITLE_CHARACTERS = 0.24, 36  # a line of a panel's title, which begins above its bars
+_AROUND_PANEL_IN = 0.38  # ticks and space
+_TOTAL_ROOM = 1.18  # of an axis over its longest bar, for the number behind it
+
+_LABEL = "ms in a forward, slowest rank"
+
+Panels = list[tuple[str, pd.DataFrame]]
+
+
+def case_in(num_lines: int) -> float:
+    """About how high a case, a panel of its own, stands in an overview."""
+    return num_lines * _BAR_IN + _TITLE_IN + _AROUND_PANEL_IN
+
+
+def in_family(family: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows of a workload family its own figure chooses from: all with tokens, if these are of several counts."""
+    has_tokens = family["num_tokens"] > 0
+    return has_tokens & (family.loc[has_tokens, "num_tokens"].nunique() > 1)
+
+
+def family_figure(rows: pd.DataFrame) -> Figure:
+    """The bars of a workload at its largest and a middle token count, a panel for each mode, routing and load.
+
+    The middle one is, of the counts below the largest, one that compares the most backends. Parts are those of a
+    forward: a backend has those of mode train only where it was not measured in mode forward.
+    """
+    shown = _without_twins(rows)
+    measured = shown.loc[BREAKDOWN.points(shown).dropna(subset="value").index.unique()]
+    *smaller, largest = measured.groupby("num_tokens")["line"].nunique().items()
+    widest = [count for count, width in smaller if width == max(width for _, width in smaller)]
+    shown = shown[shown["num_tokens"].isin([*widest[len(widest) // 2 :][:1], largest[0]])]
+    panels: Panels = []
+    for _, panel in shown.groupby(list(_PLACE)):
+        mode, routing, load, count = panel[list(_PLACE)].iloc[0]
+        title = panel_title(shown, f"{tokens_text(count)} tokens per rank", routing, load)
+        panels.append((title if shown["mode"].nunique() == 1 else f"{title}, {mode}", panel))
+    return _figure(shown, panels, ("tokens", "mode") if shown["mode"].eq("forward").all() else ("tokens",))
+
+
+_PLACE = ("mode", "routing", "rank_load", "num_tokens")
+
+
+def _without_twins(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows without those of mode train that have a measured twin in mode forward."""
+    twins = rows.groupby(["line", *_PLACE[1:]])
+    has_forward = rows["dispatch_ms"].where(rows["mode"] == "forward").groupby(twins.ngroup()).transform("count") > 0
+    return rows[(rows["mode"] == "forward") | ~has_forward]
+
+
+def page_figure(rows: pd.DataFrame) -> Figure:
+    """The bars of several cases, a panel each."""
+    headings = describe(rows).headings
+    return _figure(rows, [(headings[panel.index[0]], panel) for _, panel in rows.groupby("case", sort=False)], ())
+
+
+def _figure(rows: pd.DataFrame, panels: Panels, on_axes: tuple[str, ...]) -> Figure:
+    points = BREAKDOWN.points(rows)
+    has_value = points.dropna(subset="value").index
+    panels = [(title, panel) for title, panel in panels if panel.index.isin(has_value).any()]
+    titles = [wrap(title, _TITLE_CHARACTERS) or [""] for title, _ in panels]
+    heights_in = [
+        case_in(panel["line"].nunique()) + _TITLE_IN * (len(title) - 1)
+        for title, (_, panel) in zip(titles, panels, strict=True)
+    ]
+    figure, body = sheet(rows, BREAKDOWN, on_axes, [_entries()], sum(heights_in) + 0.25)
+    axes = body.subplots(len(panels), squeeze=False, height_ratios=heights_in)[:, 0]
+    for ax, title, (_, panel) in zip(axes, titles, panels, strict=True):
+        ax.set_title("\n".join(title))
+        _draw(ax, points.loc[panel.index])
+    axes[-1].set_xlabel(_LABEL)
+    return figure
+
+
+def panel(ax: Axes, rows: pd.DataFrame) -> None:
+    """The bars of one case, on axes of somebody else's, legend included."""
+    _draw(ax, BREAKDOWN.points(rows))
+    ax.set_xlabel(_LABEL)
+    legend_below(ax, [_entries()])
+
+
+def _entries() -> list[Artist]:
+    return [Patch(color=PART_COLORS[part], label=part) for part in PARTS]
+
+
+def _draw(ax: Axes, points: pd.DataFrame) -> None:
+    """A bar a line, from the top; the number behind it is its length. What has no value leaves a gap."""
+    lines = in_order(points["line"])
+    values = points.groupby(["line", "curve"])["value"].agg(BREAKDOWN.combine).unstack()
+    values = values.reindex(index=lines, columns=list(PARTS))
+    left = values[PARTS[0]] * 0
+    for part in PARTS:
+        ax.barh(range(len(lines)), values[part], left=left, height=0.74, color=PART_COLORS[part], label=part)
+        left = left + values[part]
+    for place, total in enumerate(left):
+        if pd.notna(total):
+            ax.annotate(
+                human(total), (total, place), (4, 0), textcoords="offset points", va="center", fontsize=NOTE_SIZE
+            )
+    ax.set_yticks(range(len(lines)), [shortened(line, 32) for line in lines], fontsize=NOTE_SIZE)
+    ax.set_ylim(len(lines) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
+    end = (float(left.max()) or 1.0) * _TOTAL_ROOM
+    ticks = [float(tick) for tick in MaxNLocator(5).tick_values(0, end) if tick <= end]
+    ax.set_xlim(0, end)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -1,0 +1,201 @@
+"""Frame -> matplotlib figures, readable at 400 px width: throughput, memory and parity against tokens. No torch here.
+
+A workload family (all of a case but its tokens, mode, routing, load of the ranks and seed, on one machine) has a figure
+of its own, with a panel for each mode, routing and load, and a line for each backend with two token counts or more
+there. Cases with a backend that is on no line are gathered in an overview of their EP size, so that nothing measured is
+invisible. The roofline has all cases of an EP size in one figure. Under expert parallelism there is also the breakdown
+of a forward and, of workloads measured at several EP sizes, throughput against these. Only figures, no pyplot:
+importing this changes nothing for who imports it.
+"""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+from moebench.report.plots import bars, lines
+from moebench.report.plots import roofline as rooflines
+from moebench.report.plots import scaling as scalings
+from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, ROOFLINE, SCALING, THROUGHPUT, Kind, Metric
+from moebench.report.plots.look import RC, settle
+from moebench.results.files import write_atomically
+from moebench.results.labels import backend_labels, describe, in_case_order
+
+_KINDS = (THROUGHPUT, SCALING, MEMORY, PARITY, ROOFLINE, BREAKDOWN)
+_PREFIXES = tuple(f"{kind.name}-" for kind in _KINDS)  # of every file that is written
+
+_PAGE_IN = 11.0  # of an overview, at most, if it has more than one case
+
+Named = list[tuple[str, Figure]]
+
+#: A line joins cases that agree in these; they differ in tokens, mode, routing, load, seed and backend.
+_FAMILY = (
+    *("model", "n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim", "dtype", "expert_activation"),
+    *("expert_bias", "activation_alpha", "activation_limit", "swiglu_limit", "apply_router_weight_after_down"),
+    *("masked_share", "ep_size", "device", "gpu"),
+)
+
+
+def throughput(frame: pd.DataFrame) -> Named:
+    """Tokens/s per GPU against tokens, TFLOP/s on the right, the 95% interval as a band. Only rows with status ok."""
+    return _metric_figures(frame, THROUGHPUT)
+
+
+def scaling(frame: pd.DataFrame) -> Named:
+    """Tokens/s per GPU against the EP size, every rank with as many tokens. Only rows with status ok."""
+    named: Named = []
+    columns = [name for name in _FAMILY if name != "ep_size"]
+    with matplotlib.rc_context(RC):
+        for _, family in in_case_order(frame).groupby(columns, dropna=False, sort=False):
+            some = scalings.on_lines(family)
+            if _has_values(some, SCALING):
+                named.append((_slug(SCALING, some), scalings.family_figure(some)))
+    return _distinct(named)
+
+
+def memory(frame: pd.DataFrame) -> Named:
+    """Peak memory against tokens, and dashed what forward leaves saved for backward. Only rows with status ok."""
+    return _metric_figures(frame, MEMORY)
+
+
+def parity(frame: pd.DataFrame) -> Named:
+    """The worst error over its budget against tokens, with a line at the budget; a mismatch has a cross."""
+    return _metric_figures(frame, PARITY)
+
+
+def breakdown(frame: pd.DataFrame) -> Named:
+    """Dispatch, compute and combine of a forward under expert parallelism, at the largest and a middle token count."""
+    drawing = _Drawing(bars.in_family, bars.family_figure, bars.page_figure, bars.case_in)
+    return _figures(frame[frame["ep_size"] > 1], BREAKDOWN, drawing)
+
+
+def roofline(frame: pd.DataFrame) -> Named:
+    """Achieved TFLOP/s per GPU against arithmetic intensity, below the measured ceilings where the run has them."""
+    rows = in_case_order(frame)
+    rows["line"] = backend_labels(rows)
+    named: Named = []
+    with matplotlib.rc_context(RC):
+        for _, some in rows.groupby(["ep_size", "device", "gpu"], dropna=False, sort=False):
+            if _has_values(some, ROOFLINE):
+                named.append((_overview(ROOFLINE, some["ep_size"].iloc[0]), rooflines.page_figure(some)))
+    return _distinct(named)
+
+
+def all_figures(frame: pd.DataFrame) -> Named:
+    """Every figure of `frame`, its layout settled."""
+    drawn = (throughput, scaling, memory, parity, roofline, breakdown)
+    named = [pair for draw in drawn for pair in draw(frame)]
+    for _, figure in named:
+        settle(figure)
+    return named
+
+
+def image(figure: Figure, kind: str) -> bytes:
+    """A settled figure as "png" or "svg". The same frame gives the same SVG, to the byte."""
+    content = io.BytesIO()
+    with matplotlib.rc_context(RC):
+        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return content.getvalue()
+
+
+def write_plots(named: Named, folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Write the figures of a frame into `folder`, made if missing, and remove plots there of what it no longer has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for slug, figure in named:
+        for kind in formats:
+            paths.append(folder / f"{slug}.{kind}")
+            write_atomically(paths[-1], image(figure, kind))
+    _remove_all_but({slug for slug, _ in named}, folder)
+    return paths
+
+
+def _remove_all_but(slugs: set[str], folder: Path) -> None:
+    """Remove the plots of other names, but no file that `write_plots` cannot have written."""
+    for path in folder.iterdir():
+        ours = path.suffix in (".png", ".svg") and path.stem.startswith(_PREFIXES) and path.is_file()
+        if ours and path.stem not in slugs:
+            path.unlink()
+
+
+def _metric_figures(frame: pd.DataFrame, metric: Metric) -> Named:
+    drawing = _Drawing(
+        in_family=lines.on_lines,
+        family=lambda rows: lines.family_figure(rows, metric),
+        page=lambda rows: lines.page_figure(rows, metric),
+        case_in=lines.case_in,
+    )
+    return _figures(frame, metric, drawing)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """How figures of one kind are made."""
+
+    in_family: Callable[[pd.DataFrame], "pd.Series[bool]"]  # which rows of a workload family its own figure shows
+    family: Callable[[pd.DataFrame], Figure]  # of those
+    page: Callable[[pd.DataFrame], Figure]  # of a page of an overview
+    case_in: Callable[[int], float]  # about how high a case with so many backends stands there
+
+
+def _figures(frame: pd.DataFrame, kind: Kind, drawing: _Drawing) -> Named:
+    rows = in_case_order(frame)
+    rows["line"] = backend_labels(rows)
+    rows["case"] = rows.groupby(["case_id", "device", "gpu", "run_id"], dropna=False, sort=False).ngroup()
+    named: Named = []
+    gathered = [rows.iloc[:0]]
+    with matplotlib.rc_context(RC):
+        for _, family in rows.groupby(list(_FAMILY), dropna=False, sort=False):
+            in_family = drawing.in_family(family)
+            rest = set(family.loc[~in_family, "case"])
+            gathered.append(family[family["case"].isin(rest)])  # whole, for what they compare
+            some = family[in_family]
+            if _has_values(some, kind):
+                named.append((_slug(kind, some), drawing.family(some)))
+        lone = pd.concat(gathered)
+        for ep_size in sorted(set(lone["ep_size"])):
+            pages = _pages(lone[lone["ep_size"] == ep_size], drawing.case_in)
+            named += [(_overview(kind, ep_size), drawing.page(page)) for page in pages if _has_values(page, kind)]
+    return _distinct(named)
+
+
+def _pages(rows: pd.DataFrame, case_in: Callable[[int], float]) -> list[pd.DataFrame]:
+    """The rows of as many cases as fit one page, page by page."""
+    pages: list[list[pd.DataFrame]] = []
+    room = 0.0
+    for _, case in rows.groupby("case", sort=False):
+        room -= case_in(case["line"].nunique())
+        if room < 0 or not pages:
+            pages.append([])
+            room = _PAGE_IN - case_in(case["line"].nunique())
+        pages[-1].append(case)
+    return [pd.concat(page) for page in pages]
+
+
+def _has_values(rows: pd.DataFrame, kind: Kind) -> bool:
+    return bool(kind.points(rows)["value"].notna().any())
+
+
+def _slug(kind: Kind, rows: pd.DataFrame) -> str:
+    words = f"{kind.name} {describe(rows).title('tokens', 'mode', 'routing', 'rank_load', 'seed')}"
+    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
+
+
+def _overview(kind: Kind, ep_size: int) -> str:
+    return f"{kind.name}-overview" if ep_size == 1 else f"{kind.name}-overview-ep-{ep_size}"
+
+
+def _distinct(named: Named) -> Named:
+    """Number the names that occur again, as on a second machine."""
+    counts: Counter[str] = Counter()
+    distinct = []
+    for slug, figure in named:
+        counts[slug] += 1
+        distinct.append((slug if counts[slug] == 1 else f"{slug}-{counts[slug]}", figure))
+    return distinct

@@ -1,0 +1,83 @@
+"""The plot of a history: the change of each backend's time since its first result."""
+
+import io
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from moebench.errors import ResultsError
+from moebench.report.plots.kinds import Metric
+from moebench.report.plots.look import RC, line_legends, line_look, settle, sheet
+from moebench.results.files import write_atomically
+from moebench.results.history import when
+from moebench.results.labels import in_order
+from moebench.results.record import Status
+
+_BODY_IN = 3.4
+
+
+_LEAST_SPAN = 0.05  # of the axis: a history without changes is drawn flat
+
+
+_MOST_TICKS = 5
+
+
+def _points(rows: pd.DataFrame) -> pd.DataFrame:
+    first = rows["time_ms"] / (1 + rows["since_first"])
+    ends = {end: rows[f"time_ms_{end}"] / first - 1 for end in ("low", "high")}
+    return rows.assign(curve="time", value=rows["since_first"].where(rows["status"] == Status.ok), **ends)
+
+
+_HISTORY = Metric(*("history", "History", "", _points), combine="median", base=10, tick="{:g}".format)
+
+
+def figure_of(rows: pd.DataFrame) -> Figure:
+    """The change of each backend's time since its first result, with its 95% interval; dotted where machine or software
+    changed.
+    """
+    points = _points(rows)
+    with matplotlib.rc_context(RC):
+        figure, body = sheet(rows, _HISTORY, (), line_legends(points, _HISTORY, joined=True), _BODY_IN)
+        ax = body.subplots()
+        for number, line in enumerate(in_order(points["line"])):
+            some = points[points["line"] == line]
+            above = number / max(1, points["line"].nunique() - 1)
+            look = line_look(*some[["backend", "dispatcher"]].iloc[0], above=above)
+            ax.plot(some["place"], some["value"], **look)
+            ax.fill_between(some["place"], some["low"], some["high"], color=look["color"], alpha=0.25, linewidth=0)
+        _frame(ax, points)
+        settle(figure)
+    return figure
+
+
+def _frame(ax: Axes, points: pd.DataFrame) -> None:
+    ax.axhline(0, color="#888888", linewidth=1.0, zorder=1)
+    span = points[["value", "low", "high"]].abs().to_numpy(dtype="float64")
+    most = max(float(pd.Series(span.ravel()).max()), _LEAST_SPAN) * 1.1
+    ax.set_ylim(-most, most)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    ax.yaxis.set_major_locator(MaxNLocator(7))
+    ax.set_ylabel("time: change since the first")
+    runs = points.drop_duplicates("place").sort_values("place")
+    step = -(-len(runs) // _MOST_TICKS)
+    labels = [when(str(run)).replace(" ", "\n") for run in runs["run_id"]]
+    ax.set_xticks(list(runs["place"])[::step], labels[::step])
+    ax.set_xlim(-0.3, max(runs["place"]) + 0.3)
+    changed = runs["env_id"] != runs["env_id"].shift(fill_value=runs["env_id"].iloc[0])
+    for place in runs.loc[changed, "place"]:
+        ax.axvline(place - 0.5, color="#888888", linestyle=":", linewidth=1.5, zorder=1)
+    ax.set_xlabel("began (UTC)" + ("; dotted: another machine or software" if changed.any() else ""))
+
+
+def draw(rows: pd.DataFrame, path: Path) -> None:
+    """Write the plot of a history as PNG or SVG, by the path's suffix. Raises ResultsError for another suffix."""
+    if path.suffix not in (".png", ".svg"):
+        raise ResultsError(f"{path}: a plot is written as .png or .svg; name it so")
+    image = io.BytesIO()
+    with matplotlib.rc_context(RC):
+        figure_of(rows).savefig(image, format=path.suffix[1:])
+    write_atomically(path, image.getvalue())

@@ -1,0 +1,156 @@
+"""What each kind of figure shows: values from a frame, and the logarithmic axis that holds them. No torch here."""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from moebench.results.record import Status
+
+PARTS = ("dispatch", "compute", "combine")  # of a forward under expert parallelism, in their order
+#: What a rate can be measured against, by its name in a figure, and the column of its time.
+CEILINGS = {"grouped GEMMs alone": "grouped_ms", "roofline": "roofline_ms"}
+_MOST_TICKS = 6
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one kind of figure shows."""
+
+    name: str
+    title: str
+    unit: str  # of the values, for the axis; {per} is GPU or process
+    points: Callable[[pd.DataFrame], pd.DataFrame]  # the rows with curve and value; null leaves a gap
+    combine: str  # values of several seeds or runs at one place
+    curves: tuple[str, ...] = ()  # to tell apart in the legend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Kind):
+    """A kind of figure with values along a logarithmic axis; its points also have low and high.
+
+    All curves but the first are drawn as secondary.
+    """
+
+    base: int  # of the axis
+    tick: Callable[[float], str]
+    budget: float | None = None  # the most that passes
+    window: tuple[float, float] = (sys.float_info.min, sys.float_info.max)  # beyond it a value stands at the edge
+
+
+def _points_of_throughput(rows: pd.DataFrame) -> pd.DataFrame:
+    value, time = rows["tokens_per_s"].where(_is_ok(rows) & (rows["tokens_per_s"] > 0)), rows["time_ms"]
+    low, high = value * time / rows["time_ms_high"], value * time / rows["time_ms_low"]
+    ceilings = {name: value * time / rows[column] for name, column in CEILINGS.items()}
+    return rows.assign(curve="tokens/s", value=value, low=low, high=high, **ceilings)
+
+
+def _points_of_memory(rows: pd.DataFrame) -> pd.DataFrame:
+    curves = {"peak": "peak_memory_bytes", "saved for backward": "saved_memory_bytes"}
+    values = {curve: rows[column].astype("float64").where(_is_ok(rows)) for curve, column in curves.items()}
+    return pd.concat([rows.assign(curve=curve, value=values[curve], low=math.nan, high=math.nan) for curve in curves])
+
+
+def _points_of_parity(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(curve="error", value=rows["parity_worst"], low=math.nan, high=math.nan)
+
+
+def _points_of_breakdown(rows: pd.DataFrame) -> pd.DataFrame:
+    values = {part: rows[f"{part}_ms"].where(_is_ok(rows) & (rows["ep_size"] > 1)) for part in PARTS}
+    return pd.concat([rows.assign(curve=part, value=values[part]) for part in PARTS])
+
+
+def _points_of_roofline(rows: pd.DataFrame) -> pd.DataFrame:
+    value = rows["tflops"].where(_is_ok(rows) & (rows["tflops"] > 0))
+    return rows.assign(curve="TFLOP/s", value=value, low=math.nan, high=math.nan)
+
+
+def _is_ok(rows: pd.DataFrame) -> "pd.Series[bool]":
+    return rows["status"].eq(Status.ok).astype("bool")
+
+
+def _short(value: float) -> str:
+    """A decimal suffix: 20K, 1.5M."""
+    for power, suffix in ((9, "G"), (6, "M"), (3, "K")):
+        if value >= 10**power:
+            return f"{value / 10**power:g}{suffix}"
+    return f"{value:g}"
+
+
+def _bytes(value: float) -> str:
+    for power, suffix in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if value >= 2**power:
+            return f"{value / 2**power:g} {suffix}"
+    return f"{value:g} B"
+
+
+def tokens_text(count: float) -> str:
+    """1024 as 1K, as tokens are counted; what is not a multiple of 512 stays as it is."""
+    for power, suffix in ((20, "M"), (10, "K")):
+        if count >= 2**power and count % 2 ** (power - 1) == 0:
+            return f"{count / 2**power:g}{suffix}"
+    return f"{count:g}"
+
+
+THROUGHPUT = Metric(
+    "throughput", "Throughput", "tokens/s per {per}", _points_of_throughput, combine="median", base=10, tick=_short
+)
+SCALING = replace(THROUGHPUT, name="scaling", title="Scaling")
+RATES = (THROUGHPUT, SCALING)
+MEMORY = Metric(
+    *("memory", "Memory", "memory per {per}", _points_of_memory),
+    combine="max",
+    base=2,
+    tick=_bytes,
+    curves=("peak", "saved for backward"),
+)
+PARITY = Metric(
+    *("parity", "Parity", "error / budget", _points_of_parity),
+    combine="max",
+    base=10,
+    tick="{:g}".format,
+    budget=1.0,
+    window=(1e-4, 1e6),
+)
+ROOFLINE = Metric(
+    *("roofline", "Roofline", "TFLOP/s per {per}", _points_of_roofline), combine="median", base=10, tick="{:g}".format
+)
+BREAKDOWN = Kind("breakdown", "Breakdown", "ms", _points_of_breakdown, combine="median", curves=PARTS)
+
+
+def unit(rows: pd.DataFrame, metric: Kind) -> str:
+    """Of the values, in words: of a GPU, or of a process where none is named."""
+    return metric.unit.format(per="process" if rows["gpu"].isna().all() else "GPU")
+
+
+def limits(points: pd.DataFrame, metric: Metric, with_ceilings: bool = False) -> tuple[float, float]:
+    """Of a logarithmic axis that holds every value and the budget, with a margin; a factor of 8 or more apart."""
+    ceilings = CEILINGS if with_ceilings and metric in RATES else ()
+    numbers = points[["value", "low", "high", *ceilings]].to_numpy(dtype="float64")
+    least, most = metric.window
+    values = [float(number) for number in numbers[(numbers >= least) & (numbers <= most)]]
+    if metric.budget is not None:
+        values += [metric.budget / 3, metric.budget * 3]
+    low, high = (min(values), max(values)) if values else (1.0, 1.0)
+    spare = max((high / low) ** 0.07, math.sqrt(8 * low / high))
+    edge = (high / low * 8) ** 0.1  # beyond the last number, for what stands at the edge
+    low, high = low / spare, high * spare
+    return low / edge if (numbers < least).any() else low, high * edge if (numbers > most).any() else high
+
+
+def round_ticks(low: float, high: float, base: int) -> list[float]:
+    """Round numbers between low and high, as many as stay readable."""
+    first, last = math.floor(math.log(low, base)), math.ceil(math.log(high, base))
+    within: tuple[tuple[int, ...], ...] = ((1, 2, 5), (1, 3), (1,)) if base == 10 else ((1,),)
+    patterns = [(1, factors) for factors in within] + [(step, (1,)) for step in range(2, last - first + 2)]
+    ticks: list[float] = []
+    for step, factors in patterns:
+        powers = range(first // step * step, last + 1, step)
+        ticks = [
+            tick for power in powers for factor in factors if low <= (tick := factor * float(base) ** power) <= high
+        ]
+        if len(ticks) <= _MOST_TICKS:
+            break
+    return ticks

@@ -1,0 +1,218 @@
+"""Values as lines against tokens, and of cases that are on no line in an overview. No torch here."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import fmean
+from textwrap import wrap
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from moebench.report.plots.kinds import RATES, Metric, limits, round_ticks, tokens_text, unit
+from moebench.report.plots.look import (
+    BAD,
+    CEILING_LOOKS,
+    CROSS,
+    LEADING_IN,
+    NOTE_SIZE,
+    legend_below,
+    line_legends,
+    line_look,
+    sheet,
+)
+from moebench.results.labels import describe, in_order, panel_title
+from moebench.results.record import Status
+
+_PANEL_IN, _CROWDED_PANEL_IN, _CROWD = 2.45, 3.8, 6  # a panel's height, for more lines than a crowd, and a crowd
+_SEPARATOR, _MARK_SIZE = "#BBBBBB", 6.5
+_LABEL_SHARE = 0.095  # of the token axis: a label of four characters and a gap
+_MARK_IN, _CASE_GAP_IN = 0.16, 0.13  # in an overview: of each line, and between cases
+
+
+def case_in(num_lines: int) -> float:
+    """About how high a case stands in an overview."""
+    return max(2 * NOTE_SIZE * LEADING_IN, num_lines * _MARK_IN) + _CASE_GAP_IN
+
+
+def on_lines(family: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows of a workload family stand on a line: their backend has two token counts or more in their panel."""
+    counts = family["num_tokens"].where(family["num_tokens"] > 0)  # a logarithmic axis has no place for 0
+    num_counts = counts.groupby([family[name] for name in ("mode", "routing", "rank_load", "line")]).transform(
+        "nunique"
+    )
+    return counts.notna() & (num_counts > 1)
+
+
+def family_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
+    """Values against tokens, a panel for each mode, routing and load of the ranks."""
+    points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
+    drawn = points.dropna(subset="value")
+    panels = sorted(set(zip(drawn["mode"], drawn["routing"], drawn["rank_load"], strict=True)))
+    legends = line_legends(points, metric, joined=True)
+    figure, body = sheet(rows, metric, ("tokens", "mode"), legends, panel_in(drawn) * len(panels) + 0.3)
+    axes = body.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
+    for ax, (mode, routing, load) in zip(axes, panels, strict=True):
+        here = points[(points["mode"] == mode) & (points["routing"] == routing) & (points["rank_load"] == load)]
+        ax.set_title(panel_title(drawn, mode, routing, load))
+        draw_values(ax, here, metric)
+    body.align_ylabels(axes)
+    _token_axis(axes[-1], drawn)
+    return figure
+
+
+def panel(ax: Axes, rows: pd.DataFrame, metric: Metric) -> None:
+    """Values against tokens of rows that one panel holds, on axes of somebody else's, legend included."""
+    points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
+    points = points[points["num_tokens"] > 0]
+    draw_values(ax, points, metric)
+    _token_axis(ax, points.dropna(subset="value"))
+    legend_below(ax, line_legends(points, metric, joined=True))
+
+
+def panel_in(rows: pd.DataFrame) -> float:
+    """How high a panel stands, in inches, that may show all lines of `rows`."""
+    return _PANEL_IN if rows["line"].nunique() <= _CROWD else _CROWDED_PANEL_IN
+
+
+def draw_values(ax: Axes, points: pd.DataFrame, metric: Metric) -> None:
+    """Every line's values at their `place`, with the axis of values."""
+    _draw(ax, points, metric, upright=True)
+    ax.set_ylabel(unit(points, metric))
+    if metric in RATES:
+        _draw_ceilings(ax, points)
+        _tflops_axis(ax, points)
+
+
+def _draw_ceilings(ax: Axes, points: pd.DataFrame) -> None:
+    """What the same run measured of the products alone, and its physical bound: of most backends, where they differ."""
+    for name, look in CEILING_LOOKS.items():
+        at = points.groupby("place")[name].median().dropna()
+        ax.plot(at.index.to_numpy(dtype="float64"), at, label=name, **look)
+
+
+def _token_axis(ax: Axes, drawn: pd.DataFrame) -> None:
+    counts = spaced(sorted(set(drawn["place"])))
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(counts, [tokens_text(count) for count in counts])
+    ax.set_xticks([], minor=True)
+    ax.set_xlabel("tokens per rank" if (drawn["ep_size"] > 1).any() else "tokens")
+
+
+def spaced(counts: Sequence[float]) -> list[float]:
+    """Those of ascending counts whose labels stand apart on a logarithmic axis, first and last among them."""
+    apart = math.log(counts[-1] / counts[0]) * _LABEL_SHARE if counts else 0.0
+    kept: list[float] = []
+    for count in counts:
+        if not kept or math.log(count / kept[-1]) >= apart:
+            kept.append(count)
+    if kept and kept[-1] != counts[-1]:
+        kept[len(kept) - 1 if len(kept) > 1 else 1 :] = [counts[-1]]
+    return kept
+
+
+def page_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
+    """Values of cases that are on no line, a row each, as high as it has backends."""
+    points = metric.points(rows)
+    labels = dict(zip(rows["case"], describe(rows).labels, strict=True))
+    texts: list[str] = []
+    edges = [0.0]  # of the cases, in inches from the top
+    for case, some in points.groupby("case", sort=False):
+        lines = in_order(some["line"])
+        texts.append("\n".join(wrap(labels[case], 26)) or "all")
+        text_in = (texts[-1].count("\n") + 1) * NOTE_SIZE * LEADING_IN
+        edges.append(edges[-1] + max(text_in, len(lines) * _MARK_IN) + _CASE_GAP_IN)
+        places = {line: fmean(edges[-2:]) + (at - (len(lines) - 1) / 2) * _MARK_IN for at, line in enumerate(lines)}
+        points.loc[points["case"] == case, "place"] = some["line"].map(places)
+
+    figure, body = sheet(rows, metric, (), line_legends(points, metric, joined=False), edges[-1] + 0.7)
+    ax = body.subplots()
+    _draw(ax, points, metric, upright=False)
+    ax.set_yticks([fmean(pair) for pair in pairwise(edges)], texts, fontsize=NOTE_SIZE)
+    ax.set_ylim(edges[-1], 0)
+    ax.grid(visible=False, axis="y")
+    ax.hlines(edges[1:-1], 0, 1, transform=ax.get_yaxis_transform(), color=_SEPARATOR, linewidth=0.8, zorder=0)
+    ax.set_xlabel(unit(rows, metric))
+    return figure
+
+
+def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> None:
+    """Every line's values at their places; upright: values along y. What is off the axis stands at its edge."""
+    bottom, top = limits(points, metric, with_ceilings=upright)
+    ticks = round_ticks(bottom, top, metric.base)
+    value_axis = ax.yaxis if upright else ax.xaxis
+    (ax.set_yscale if upright else ax.set_xscale)("log", base=metric.base)
+    (ax.set_ylim if upright else ax.set_xlim)(bottom, top)
+    value_axis.set_ticks(ticks, [metric.tick(tick) for tick in ticks])
+    value_axis.set_minor_locator(NullLocator())
+    if metric.budget is not None:
+        (ax.axhline if upright else ax.axvline)(metric.budget, color=BAD, linewidth=1.6, label="budget")
+        (ax.axhspan if upright else ax.axvspan)(metric.budget, top, color=BAD, alpha=0.06, linewidth=0)
+    backends = in_order(points["backend"])
+    for line in in_order(points["line"]):
+        for curve, rows in points[points["line"] == line].groupby("curve", sort=False):
+            secondary = curve in metric.curves[1:]
+            backend, dispatcher = rows[["backend", "dispatcher"]].iloc[0]
+            above = backends.index(backend) / max(1, len(backends) - 1)
+            look = line_look(backend, dispatcher, secondary=secondary, above=above)
+            if rows["value"].notna().any():
+                _draw_line(ax, rows, metric, {**look, "label": f"{line} {curve}"}, upright)
+
+
+def _draw_line(ax: Axes, rows: pd.DataFrame, metric: Metric, look: dict[str, Any], upright: bool) -> None:
+    def put(places: Any, values: Any, **how: Any) -> None:
+        if len(values):  # an empty line still takes part in the layout, at the origin
+            ax.plot(*((places, values) if upright else (values, places)), **how)
+
+    if not upright:
+        look = {**look, "linestyle": "none", "markersize": _MARK_SIZE}  # nothing covers another
+    bottom, top = (ax.get_ylim if upright else ax.get_xlim)()
+    at = rows.groupby("place").agg(
+        value=("value", metric.combine), low=("low", "min"), high=("high", "max"), converged=("converged", "min")
+    )
+    places = at.index.to_numpy(dtype="float64")
+    drawable = at["value"].between(bottom, top)
+    put(places, at["value"].where(drawable), **look)
+    if upright:
+        ax.fill_between(places, at["low"], at["high"], color=look["color"], alpha=0.25, linewidth=0)
+    else:
+        ax.hlines(places, at["low"], at["high"], color=look["color"], linewidth=1.5)
+
+    plain = {
+        "color": look["color"],
+        "linestyle": "none",
+        "marker": look["marker"],
+        "markersize": look["markersize"],
+        "zorder": look["zorder"],
+    }
+    shown = at["value"].clip(bottom * (top / bottom) ** 0.03, top / (top / bottom) ** 0.03)
+    edge = shown[~drawable & shown.notna()]
+    put(edge.index, edge, **plain)
+    for place, value, exact in zip(edge.index, edge, at["value"][edge.index], strict=True):
+        text = "∞" if exact == math.inf else f"{exact:.0e}" if exact else "0"
+        where = (place, value) if upright else (value, place)
+        ax.annotate(text, where, (9, 0), textcoords="offset points", va="center", fontsize=NOTE_SIZE)
+    if metric in RATES:
+        wide = shown[at["converged"].eq(False).fillna(False).to_numpy(dtype=bool) & shown.notna()]
+        put(wide.index, wide, **plain, markerfacecolor="white", label="not converged")
+    if metric.budget is not None:
+        wrong = shown[shown.index.isin(rows.loc[rows["status"] == Status.mismatch, "place"])]
+        put(wrong.index, wrong, **CROSS, label="mismatch", clip_on=False, zorder=4)
+
+
+def _tflops_axis(ax: Axes, points: pd.DataFrame) -> None:
+    """TFLOP/s on the right: exact, since useful work per token is one number in a panel."""
+    measured = points.dropna(subset="tflops")
+    if measured.empty:
+        return
+    ratio = float(measured["tflops"].iloc[0] / measured["tokens_per_s"].iloc[0])
+    scale: Any = (lambda tokens: tokens * ratio, lambda tflops: tflops / ratio)
+    right = ax.secondary_yaxis("right", functions=scale)
+    bottom, top = ax.get_ylim()
+    ticks = round_ticks(bottom * ratio, top * ratio, 10)
+    right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    right.yaxis.set_minor_locator(NullLocator())
+    right.set_ylabel("TFLOP/s")

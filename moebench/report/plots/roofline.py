@@ -1,0 +1,123 @@
+"""Achieved TFLOP/s against arithmetic intensity, under the ceilings that the run measured. No torch here."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from moebench.report.plots.kinds import ROOFLINE, limits, round_ticks, unit
+from moebench.report.plots.look import legend_below, line_legends, line_look, sheet
+from moebench.results.labels import in_order
+from moebench.workload.case import UNGATED
+
+_PANEL_IN = 3.0
+_ROOF: Any = {"marker": "_", "markersize": 15, "markeredgewidth": 2.0, "linestyle": "none"}
+_SLOPE: Any = {"linestyle": (0, (4, 2)), "linewidth": 1.5}
+_CEILINGS: Mapping[str, Any] = MappingProxyType(
+    {
+        "roof_tflops": {"label": "ceiling of the case", "color": "#222222", "zorder": 1, **_ROOF},
+        "copy_tflops": {"label": "copy of memory", "color": "#888888", "zorder": 1, **_SLOPE},
+    }
+)
+_DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def least_bytes(rows: pd.DataFrame) -> "pd.Series[float]":
+    """Bytes per rank that every implementation has to move, were its caches perfect, in the case's dtype.
+
+    Forward: the parameters of the experts that have tokens once, tokens in and out; train: all gradients too. That is
+    what moebench.measure.ceilings counts; how many experts have tokens, a row does not say: here as many as uniform
+    routing gives on average.
+    """
+    num_tokens = rows["num_tokens"].astype("float64")
+    experts = rows["n_routed_experts"] / rows["ep_size"]
+    idle_share = (1 - rows["n_activated_experts"] / rows["n_routed_experts"]) ** (num_tokens * rows["ep_size"])
+    with_tokens = experts * (1 - idle_share)
+    matrices = rows["expert_activation"].isin(UNGATED).map({True: 2, False: 3})
+    train = rows["mode"].eq("train").astype("int64")
+    parameters = (with_tokens + train * experts) * matrices * rows["dim"] * rows["moe_inter_dim"]
+    numbers = parameters + (1 + train) * 2 * num_tokens * rows["dim"]
+    num_bytes: pd.Series[float] = numbers * rows["dtype"].map(_DTYPE_BYTES).astype("float64")
+    return num_bytes
+
+
+def with_intensity(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` with `intensity`, useful FLOP per byte of `least_bytes`, and the most that the run measured as possible.
+
+    `roof_tflops` is a row's own ceiling, `copy_tflops` what a copy's speed allows at its intensity; null where not
+    measured. The latter is null also where bytes are no bound: where caches may be warm, and above every ceiling.
+    """
+    intensity = rows["tflops"] * rows["time_ms"] * 1e9 / least_bytes(rows)
+    roof, copied = rows["tflops"] / rows["roofline_fraction"], intensity * rows["copy_gb_per_s"] / 1e3
+    is_bound = rows["l2"].eq("cold").fillna(False) & (copied <= roof.max())
+    return rows.assign(intensity=intensity, roof_tflops=roof, copy_tflops=copied.where(is_bound))
+
+
+def page_figure(rows: pd.DataFrame) -> Figure:
+    """A panel for each mode and dtype; a mark for each row, a line at the ceilings."""
+    points = with_intensity(ROOFLINE.points(rows))
+    drawn = points.dropna(subset="value")
+    panels = sorted(set(zip(drawn["mode"], drawn["dtype"], strict=True)))
+    several = drawn["dtype"].nunique() > 1
+    legends = line_legends(points, ROOFLINE, joined=False)
+    legends.append(_ceiling_entries(drawn))
+    figure, body = sheet(rows, ROOFLINE, ("mode",), legends, _PANEL_IN * len(panels) + 0.3)
+    axes = body.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
+    for ax, (mode, dtype) in zip(axes, panels, strict=True):
+        ax.set_title(f"{mode}, {dtype}" if several else mode)
+        _draw(ax, drawn[(drawn["mode"] == mode) & (drawn["dtype"] == dtype)])
+        ax.set_ylabel(unit(rows, ROOFLINE))
+    body.align_ylabels(axes)
+    _intensity_axis(axes[-1], drawn)
+    return figure
+
+
+def panel(ax: Axes, rows: pd.DataFrame) -> None:
+    """The rows of one mode and dtype, on axes of somebody else's, legend included."""
+    points = with_intensity(ROOFLINE.points(rows))
+    drawn = points.dropna(subset="value")
+    _draw(ax, drawn)
+    ax.set_ylabel(unit(rows, ROOFLINE))
+    _intensity_axis(ax, drawn)
+    legend_below(ax, [*line_legends(points, ROOFLINE, joined=False), _ceiling_entries(drawn)])
+
+
+def _intensity_axis(ax: Axes, drawn: pd.DataFrame) -> None:
+    low, high = drawn["intensity"].min() / 1.6, drawn["intensity"].max() * 1.6
+    ticks = round_ticks(low, high, 10)
+    ax.set_xscale("log")
+    ax.set_xlim(low, high)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("FLOP per byte that has to move")
+
+
+def _ceiling_entries(drawn: pd.DataFrame) -> list[Artist]:
+    measured = [look for column, look in _CEILINGS.items() if drawn[column].notna().any()]
+    if measured:
+        return [Line2D([], [], **look) for look in measured]
+    return [Line2D([], [], linestyle="none", label="no ceilings measured")]
+
+
+def _draw(ax: Axes, points: pd.DataFrame) -> None:
+    """The rows of one mode and dtype: a mark each, and above them what was measured as most that is possible."""
+    bottom, top = limits(pd.concat([points, points.assign(value=points["roof_tflops"])]), ROOFLINE)
+    ax.set_yscale("log")
+    ax.set_ylim(bottom, top)
+    ticks = round_ticks(bottom, top, 10)
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.yaxis.set_minor_locator(NullLocator())
+    for line in in_order(points["line"]):
+        rows = points[points["line"] == line]
+        look: dict[str, Any] = line_look(*rows[["backend", "dispatcher"]].iloc[0])
+        ax.plot(rows["intensity"], rows["value"], **{**look, "linestyle": "none"}, label=line)
+    for column, look in _CEILINGS.items():
+        some = points.dropna(subset=column).sort_values("intensity")
+        if len(some):
+            ax.plot(some["intensity"], some[column], **look)

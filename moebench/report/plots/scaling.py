@@ -1,0 +1,53 @@
+"""Throughput against the EP size, every rank with as many tokens: what expert parallelism costs a rank. No torch here.
+
+A flat line is perfect: twice the ranks do twice the work in the same time.
+"""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from moebench.report.plots import lines
+from moebench.report.plots.kinds import SCALING, tokens_text
+from moebench.report.plots.look import line_legends, sheet
+from moebench.results.labels import backend_labels, panel_title
+
+_PANEL = ("mode", "routing", "rank_load", "num_tokens")
+
+
+def on_lines(family: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a workload at all its EP sizes that stand on a line: their backend has two EP sizes in their panel.
+
+    One process needs no dispatcher: its rows begin the line of each that its backend has.
+    """
+    alone, spread = family[family["ep_size"] == 1], family[family["ep_size"] > 1]
+    begun = alone.drop(columns="dispatcher").merge(spread[["backend", "dispatcher"]].drop_duplicates(), on="backend")
+    rows = pd.concat([begun, spread], ignore_index=True)
+    rows["line"] = backend_labels(rows)
+    num_sizes = rows.groupby([*_PANEL, "line"])["ep_size"].transform("nunique")
+    return rows[(num_sizes > 1) & (rows["num_tokens"] > 0)]
+
+
+def family_figure(rows: pd.DataFrame) -> Figure:
+    """Values against the EP size, a panel for each mode, routing, load of the ranks and number of tokens."""
+    points = SCALING.points(rows).assign(place=lambda points: points["ep_size"].astype("float64"))
+    drawn = points.dropna(subset="value")
+    panels = sorted(set(zip(*(drawn[name] for name in _PANEL), strict=True)))
+    on_axes = ("tokens", "mode")
+    figure, body = sheet(rows, SCALING, on_axes, line_legends(points, SCALING, joined=True), _body_in(rows, panels))
+    axes = body.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
+    for ax, key in zip(axes, panels, strict=True):
+        mode, routing, load, count = key
+        here = points[(points[list(_PANEL)] == list(key)).all(axis=1)]
+        ax.set_title(panel_title(drawn, f"{mode}, {tokens_text(count)} tokens per rank", routing, load))
+        lines.draw_values(ax, here, SCALING)
+    body.align_ylabels(axes)
+    sizes = sorted(set(drawn["ep_size"]))
+    axes[-1].set_xscale("log", base=2)
+    axes[-1].set_xticks(sizes, [str(size) for size in sizes])
+    axes[-1].set_xticks([], minor=True)
+    axes[-1].set_xlabel("EP size: ranks that share the experts")
+    return figure
+
+
+def _body_in(rows: pd.DataFrame, panels: list[tuple[object, ...]]) -> float:
+    return lines.panel_in(rows) * len(panels) + 0.3

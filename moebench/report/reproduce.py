@@ -1,0 +1,52 @@
+"""The command that measures one row of results again. No torch here."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moebench.errors import SweepError
+from moebench.report.tables.cells import Row
+from moebench.workload.spec import find_sweep, load_sweep
+
+
+@dataclass(frozen=True)
+class Reproducer:
+    """The sweeps that a results folder's rows come from, as a command line names them, and the cases of each."""
+
+    case_ids: dict[str, frozenset[str]]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Reproducer":
+        """For the rows of a folder: its own sweep file first, then those that its run was asked for and are here."""
+        case_ids = {}
+        for name in _sweeps(folder):
+            try:
+                jobs = load_sweep(find_sweep(name)).jobs()
+            except SweepError:  # such as one whose recorded routing is not here
+                continue
+            case_ids[name] = frozenset(job.case.case_id for job in jobs)
+        return cls(case_ids)
+
+    def command(self, row: Row) -> str | None:
+        """`moebench run …` for the row's job alone; None where no sweep has its case."""
+        sweep = next((name for name, ids in self.case_ids.items() if row["case_id"] in ids), None)
+        if sweep is None:
+            return None
+        words = ["moebench", "run", sweep, "--case", row["case_id"], "--backend", row["backend"]]
+        if row["dispatcher"] != "local":
+            words += ["--filter", f"dispatcher={row['dispatcher']}"]
+        if row["device"] == "cpu":
+            words += ["--device", "cpu"]
+        return shlex.join(map(str, words))
+
+
+def _sweeps(folder: Path) -> Iterator[str]:
+    if (folder / "sweep.toml").is_file():
+        yield str(folder / "sweep.toml")
+    try:
+        asked = json.loads((folder / "run.json").read_text())["command"]
+        yield from (word for word in shlex.split(asked)[2:] if not word.startswith("-"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return

@@ -1,0 +1,79 @@
+"""What `moebench parity` prints: a table of checks and backends, and below it what did not pass."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from moebench.report.tables.cells import DIM, STATUS_STYLES, status_text
+from moebench.results.record import Record, Status
+from moebench.run.audit import Audit, Cell
+from moebench.workload.axes import listed
+
+
+@dataclass(frozen=True)
+class AuditTable:
+    """The checks of an audit by backend, then the faults, the kernels that ran and what could not run. For rich."""
+
+    audit: Audit
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        audit = self.audit
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("check")
+        for backend in audit.backends:
+            table.add_column(backend, overflow="fold")
+        for check in audit.checks:
+            table.add_row(check, *(_cell_text(audit.cell(backend, check)) for backend in audit.backends))
+        yield table
+        yield Text("ok: the worst error over its budget; differs: not the same bits in every run", style=DIM)
+        yield from _details(audit)
+
+
+def _details(audit: Audit) -> Iterator[Text]:
+    for cell in audit.cells:
+        if cell.failures:
+            first, number = cell.failures[0], f"{len(cell.failures)} of {len(cell.records)} cases"
+            where = " ".join(_place(first))
+            yield Text(f"{cell.backend}: {cell.check}: {number}: {where}: {_reason(first)}", style="bold red")
+    for row in audit.records:
+        if row.executed:
+            yield Text(f"{row.backend}: executed in {row.dtype}: {row.executed}", style=DIM)
+    reasons: dict[tuple[str, str], set[str]] = {}
+    for row in audit.records:
+        if row.status in (Status.unsupported, Status.oom):
+            reasons.setdefault((row.backend, _reason(row)), set()).add(str(row.check))
+    for (backend, reason), checks in reasons.items():
+        which = listed(sorted(checks)) if len(checks) <= 3 else f"{len(checks)} of {len(audit.checks)} checks"
+        yield Text(f"{backend}: cannot: {which}: {reason}", style=DIM)
+    for backend in () if audit.interrupted else audit.not_examined:
+        yield Text(f"{backend}: not examined: none of its cases could run", style="bold")
+
+
+def cell_words(cell: Cell) -> str:
+    """How a backend fared on a check: `ok 0.31`, `MISMATCH 4.2` or its status."""
+    match cell.status:
+        case None:
+            return "not run"
+        case Status.ok:
+            return f"ok {cell.parity_worst:.2f}{'' if cell.deterministic is not False else ' differs'}"
+        case Status.mismatch:
+            return f"MISMATCH {cell.parity_worst:.3g}"
+        case status:
+            return status_text(status)
+
+
+def _cell_text(cell: Cell) -> Text:
+    good = cell.status in (None, Status.ok)
+    return Text(cell_words(cell), style="" if good else STATUS_STYLES.get(cell.status, "bold red"))  # type: ignore[arg-type]
+
+
+def _place(row: Record) -> list[str]:
+    spread = [f"EP {row.ep_size}", row.dispatcher, row.rank_load] if row.ep_size > 1 else []
+    return [row.dtype, row.expert_activation, *(["bias"] if row.expert_bias else []), row.mode, *spread]
+
+
+def _reason(row: Record) -> str:
+    return (row.detail or "").strip().partition("\n")[0]

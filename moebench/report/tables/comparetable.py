@@ -1,0 +1,95 @@
+"""Comparisons and histories as tables for a terminal. No torch here."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from moebench.machine.comparability import differences
+from moebench.report.tables.cells import Row, milliseconds
+from moebench.results.folder import Result
+from moebench.results.history import when
+from moebench.results.labels import backend_labels, describe
+from moebench.verdicts.findings import is_null
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """A line a job: the first result's time, and of each other one its time and memory over the first's."""
+
+    frame: pd.DataFrame  # of moebench.results.compare.compare
+    names: Sequence[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        described = describe(self.frame.assign(run_id="", device="", gpu=""))
+        yield Text(described.title(), style="bold")
+        for number, name in enumerate(self.names):
+            yield Text(f"{_letter(number)}: {name}")
+        yield self._table(described.labels)
+        yield Text(
+            "ms: median time; /A: over A's, below 1 is faster, or smaller; no test of noise: `moebench gate`", "dim"
+        )
+
+    def _table(self, labels: "pd.Series[str]") -> Table:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        for name in ("backend", "case"):
+            table.add_column(name, overflow="fold")
+        for number in range(len(self.names)):
+            letter = _letter(number)
+            for title in (f"{letter} ms", *((f"{letter}/A", f"mem {letter}/A") if number else ())):
+                table.add_column(title, justify="right")
+        backends = backend_labels(self.frame)
+        for backend, label, row in zip(backends, labels, self.frame.to_dict("records"), strict=True):
+            table.add_row(Text(backend), Text(label or "all"), *map(Text, self._cells(row)))
+        return table
+
+    def _cells(self, row: Row) -> Iterator[str]:
+        for number, name in enumerate(self.names):
+            time_ms, status = row[f"time_ms:{name}"], row[f"status:{name}"]
+            yield milliseconds(time_ms) if not is_null(time_ms) else "-" if is_null(status) else str(status)
+            if number:
+                yield _ratio(row[f"time_ms_ratio:{name}"])
+                yield _ratio(row[f"peak_memory_bytes_ratio:{name}"])
+
+
+def _letter(number: int) -> str:
+    """A, B, … Z, A1, B1, …"""
+    turn, place = divmod(number, 26)
+    return chr(ord("A") + place) + (str(turn) if turn else "")
+
+
+def _ratio(value: Any) -> str:
+    return "-" if is_null(value) else f"{value:.3f}"
+
+
+def environment_lines(results: Mapping[str, Result]) -> list[str]:
+    """What differs between the environments of the first result and of each other one; nothing where none does."""
+    (first, one), *others = results.items()
+    found: dict[str, None] = {}
+    for name, two in others:
+        for before in one.environments.values():
+            for after in two.environments.values():
+                found |= dict.fromkeys(f"{name} against {first}: {some}" for some in differences(before, after))
+        if not (one.environments and two.environments) and set(one.frame["env_id"]) != set(two.frame["env_id"]):
+            found[f"{name} against {first}: other environments, and no environment.json says what differs"] = None
+    return list(found)
+
+
+def history_table(rows: pd.DataFrame) -> Table:
+    """A line for each backend and result of moebench.results.history.history."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for name in ("began (UTC)", "result", "backend"):
+        table.add_column(name, overflow="fold")
+    for name in ("ms", "change", "since first"):
+        table.add_column(name, justify="right")
+    table.add_column("environment")
+    for row in rows.to_dict("records"):
+        time_ms = str(row["status"]) if is_null(row["time_ms"]) else milliseconds(row["time_ms"])
+        changes = ["-" if is_null(row[name]) else f"{row[name]:+.1%}" for name in ("change", "since_first")]
+        table.add_row(*map(Text, (when(row["run_id"]), row["result"], row["line"], time_ms, *changes, row["env_id"])))
+    return table

@@ -1,0 +1,66 @@
+"""A gate's verdicts as a table for a terminal, the worst first, and below it why. No torch here."""
+
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from moebench.report.gatewords import (
+    change,
+    in_verdict_order,
+    memory_change,
+    parity_change,
+    reasons,
+    smallest_effect,
+    total,
+)
+from moebench.verdicts.gate import GateResult, Judged
+from moebench.verdicts.verdict import Severity
+
+_STYLES = {
+    Severity.FAILED: "bold red",
+    Severity.UNDECIDED: "yellow",
+    Severity.BETTER: "green",
+}
+_WIDE = 100  # columns, from which on no number is folded
+_LEGEND = """\
+time: candidate over baseline, above 0 slower; an end of the interval is wrong
+at most 1 time in 100; sees: the smallest slowdown that would have been found
+95 times in 100; err: parity error / budget"""
+
+
+@dataclass(frozen=True)
+class GateTable:
+    """A line a job, the reasons for what is not PASS, what the gate can do, and the total. A rich renderable."""
+
+    result: GateResult
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        jobs = in_verdict_order(self.result)
+        yield Text(self.result.title, style="bold")
+        yield _table(jobs, wide=options.max_width >= _WIDE)
+        yield Text()
+        yield Text(_LEGEND, style="dim")
+        yield Text()
+        for (verdict, why), whom in reasons(jobs, set(Severity) - {Severity.PASSED}).items():
+            yield Text(f"{verdict} {why}: {whom}", style=_STYLES.get(verdict.severity, ""))
+        for difference in self.result.differences:
+            yield Text(f"environments differ: {difference}")
+        for comparison in self.result.self_comparisons:
+            yield Text(str(comparison), style="dim")
+        yield Text(f"gate: {total(self.result)}", style="bold")
+
+
+def _table(jobs: list[Judged], wide: bool) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for name in ("verdict", "backend", "case"):
+        table.add_column(name, overflow="fold")
+    for name in ("time", "sees", "memory", "err"):
+        table.add_column(name, justify="right", overflow="fold", no_wrap=wide)
+    for job in jobs:
+        texts = (job.backend, job.case, change(job), smallest_effect(job), memory_change(job), parity_change(job))
+        verdict = Text(job.verdict.value, style=_STYLES.get(job.verdict.severity, ""), no_wrap=True)
+        table.add_row(verdict, *map(Text, texts))
+    return table

@@ -1,0 +1,100 @@
+"""The long table: a case is a heading, and each of its backends a line. For more backends than fit side by side.
+
+Under expert parallelism a line also says where the time of a forward goes: dispatch, compute, combine, and the skew
+between ranks.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from textwrap import wrap
+
+import pandas as pd
+from rich.text import Text
+
+from moebench.report.tables.cells import (
+    DIM,
+    Row,
+    half_interval,
+    marks,
+    milliseconds,
+    mismatch,
+    part_milliseconds,
+    rate,
+    status_text,
+    style_of,
+)
+from moebench.results.labels import Description, in_order
+from moebench.results.record import Status
+
+Column = tuple[str, int, Callable[[Row], str]]  # title, width with the space before it, cell
+
+_SPEED: tuple[Column, ...] = (
+    ("ms", 6, lambda row: milliseconds(row["time_ms"])),
+    ("+/-", 5, half_interval),
+    ("tok/s", 6, lambda row: rate(row["tokens_per_s"])),
+    ("TF/s", 6, lambda row: rate(row["tflops"])),
+    ("err", 5, lambda row: f"{row['parity_worst']:.2f}"),
+    ("", 1, lambda row: "!" if len(row["flags"]) else ""),
+)
+_PARTS: tuple[Column, ...] = (
+    ("disp", 6, lambda row: part_milliseconds(row["dispatch_ms"])),
+    ("comp", 6, lambda row: part_milliseconds(row["compute_ms"])),
+    ("comb", 6, lambda row: part_milliseconds(row["combine_ms"])),
+    ("skew", 6, lambda row: part_milliseconds(row["skew_ms"])),
+)
+_MARKS_WIDTH = 2
+_LEAST_LABEL = 16  # a backend's label is folded to this before the parts go to a line of their own
+
+
+def long_table(rows: pd.DataFrame, described: Description, width: int, *, ascii_only: bool) -> Iterator[Text]:
+    """Lines of text. `rows` are in order and have `label` and `fastest`."""
+    lines_of_columns = _lines_of_columns(width, has_parts=bool((rows["ep_size"] > 1).any()))
+    numbers = max(sum(size for _, size, _ in columns) for columns in lines_of_columns)
+    longest = max(map(len, rows["label"]))
+    label_width = max(1, min(longest, width - numbers - _MARKS_WIDTH - 1))
+    places = {label: place for place, label in enumerate(in_order(rows["label"]))}
+    rows = rows.assign(heading=described.headings)
+    for number, (_, group) in enumerate(rows.groupby(["run_id", "case_id"], sort=False)):
+        if number:
+            yield Text()
+        heading = group["heading"].iloc[0]
+        if heading:
+            yield Text(heading, style="bold")
+        for columns in lines_of_columns:
+            titles = "".join(_title(title, ascii_only).rjust(size) for title, size, _ in columns)
+            yield Text(" " * (label_width + 1 + _MARKS_WIDTH) + titles.rstrip(), style=DIM)
+        for row in sorted(group.to_dict("records"), key=lambda row: places[row["label"]]):
+            yield _line(row, label_width, lines_of_columns)
+
+
+def _lines_of_columns(width: int, *, has_parts: bool) -> list[tuple[Column, ...]]:
+    if not has_parts:
+        return [_SPEED]
+    one_line = (*_SPEED, *_PARTS)
+    fits = _LEAST_LABEL + 1 + _MARKS_WIDTH + sum(size for _, size, _ in one_line) <= width
+    return [one_line] if fits else [_SPEED, _PARTS]
+
+
+def _title(title: str, ascii_only: bool) -> str:
+    return "±" if title == "+/-" and not ascii_only else title
+
+
+def _line(row: Row, label_width: int, lines_of_columns: list[tuple[Column, ...]]) -> Text:
+    """A backend's cells beside its label; where that is folded, or the cells need two lines, as many as it takes."""
+    status = Status(row["status"])
+    if status is Status.ok:
+        cells = ["".join(cell(row).rjust(size) for _, size, cell in columns) for columns in lines_of_columns]
+        cells = [f"{mark:>{_MARKS_WIDTH}}{line}" for mark, line in zip_longest([marks(row)], cells, fillvalue="")]
+    else:
+        why = " ".join(mismatch(row)) if status is Status.mismatch else status_text(status)
+        cells = [" " * _MARKS_WIDTH + why]
+    pieces = zip_longest(_folded(row["label"], label_width), cells, fillvalue="")
+    return Text("\n".join(f"{label:<{label_width}} {cell}".rstrip() for label, cell in pieces), style=style_of(row))
+
+
+def _folded(label: str, width: int) -> list[str]:
+    """In lines of at most `width`, broken before the dispatcher if anywhere."""
+    if len(label) <= width:
+        return [label]
+    backend, plus, dispatcher = label.rpartition("+")
+    return [*wrap(backend or label, width), *wrap(" " + plus + dispatcher, width)] if plus else wrap(label, width)

@@ -1,0 +1,207 @@
+"""Frame -> tables to read in a terminal: a row a case, backends side by side. No torch here.
+
+Nothing depends on colour, and 80 columns are enough: what all cases share stands in the title, and backends that do not
+fit beside each other have a line each under their case. Each EP size has a table of its own. Details of what did not
+run follow, a line for each reason.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from textwrap import wrap
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from moebench.report.tables.cells import (
+    DIM,
+    STATUS_STYLES,
+    Row,
+    half_interval,
+    marks,
+    milliseconds,
+    mismatch,
+    rate,
+    status_text,
+    style_of,
+)
+from moebench.report.tables.longtable import long_table
+from moebench.results.labels import Description, backend_labels, describe, in_case_order, in_order, machine
+from moebench.results.record import GOOD, Status
+
+_SPEED_WIDTH = 20  # marks 2, time 6, interval 6, parity 5, flag 1
+_WORK_WIDTH = 16  # tokens/s 8, TFLOP/s 8
+_COLUMN_GAP = 1
+_CASE_WIDTH = 14  # the least that a case is squeezed to
+_TITLED_PARTS = ("experts", "tokens", "dtype", "mode", "routing", "activation")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The tables of a run, and the details below them. A rich renderable."""
+
+    frame: pd.DataFrame
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.frame.empty:
+            yield Text("No rows of results yet.")
+            return
+        rows = in_case_order(self.frame)
+        rows = rows.assign(label=backend_labels(rows), fastest=fastest_rows(rows))
+        ep_sizes = sorted(rows["ep_size"].unique())
+        for ep_size in ep_sizes:
+            part = rows[rows["ep_size"] == ep_size]
+            described, backends = describe(part), in_order(part["label"])
+            one_of_several = ["EP 1"] if ep_size == 1 < len(ep_sizes) else []
+            title = ", ".join([described.title(), *one_of_several])
+            yield Text("\n".join(filter(None, (title, machine(part)))), style="bold")
+            layout = _layout(options, len(backends), described)
+            if layout is None:
+                yield from long_table(part, described, options.max_width, ascii_only=options.ascii_only)
+            else:
+                yield _table(part, described, backends, layout)
+            yield Text()
+        yield legend(rows)
+        reasons = list(details(rows))
+        if reasons:
+            yield Text()
+            yield from reasons
+
+
+def summary(frame: pd.DataFrame) -> Summary:
+    """Tables of every case in `frame`, one for each EP size, for `rich.print` or a Console.
+
+    A backend has the median time with half its 95% interval, the parity error over its budget, tokens/s and TFLOP/s; or
+    the status, where that is not ok. The lowest median of a case has an asterisk.
+    """
+    return Summary(frame)
+
+
+def legend(frame: pd.DataFrame) -> Text:
+    """How to read the tables of `frame`."""
+    per = "process" if frame["gpu"].isna().all() else "GPU"
+    explained = {
+        "* fastest of its case": fastest_rows(frame).any(),
+        "~ interval wider than the target": frame["converged"].eq(False).any(),
+        "! flagged, see below": frame["flags"].map(len).any(),
+    }
+    ranks = (
+        "EP: tokens are per rank, ms of the slowest rank; disp, comp, comb: median ms of",
+        "dispatch, compute and combine in a forward; skew: of slowest - fastest rank",
+    )
+    lines = (
+        "ms: median time, and half its 95% interval; err: parity error / budget, <= 1",
+        f"passes; tok/s, TFLOP/s (TF/s): useful work per {per}",
+        *(ranks if frame["ep_size"].gt(1).any() else ()),
+        ";  ".join(mark for mark, present in explained.items() if present),
+    )
+    return Text("\n".join(filter(None, lines)), style=DIM)
+
+
+def fastest_rows(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows have the lowest median time of their case, where two or more backends have one. Only `ok` competes."""
+    times = frame["time_ms"].where(frame["status"] == Status.ok)
+    groups = times.groupby([frame["run_id"], frame["case_id"]])
+    return (times == groups.transform("min")) & (groups.transform("count") > 1)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How backends stand side by side in a terminal."""
+
+    case_width: int
+    break_: str  # between the speed and the work in a cell: a line break where the width is short
+    half: str  # the sign before half an interval
+
+
+def _layout(options: ConsoleOptions, num_backends: int, described: Description) -> _Layout | None:
+    """None where the backends do not fit side by side."""
+    longest_word = max(map(len, " ".join([*described.varying, *described.labels]).split()), default=0)
+    half = "" if options.ascii_only else "±"
+    width, least = options.max_width, max(_CASE_WIDTH, longest_word + 1)
+    one_line = _SPEED_WIDTH + _WORK_WIDTH + _COLUMN_GAP
+    if width >= num_backends * one_line + 2 * least:
+        return _Layout(width - num_backends * one_line, "", half)
+    two_lines = _SPEED_WIDTH + _COLUMN_GAP
+    if width >= num_backends * two_lines + least:
+        return _Layout(width - num_backends * two_lines, "\n", half)
+    return None
+
+
+def _table(rows: pd.DataFrame, described: Description, backends: list[str], layout: _Layout) -> Table:
+    header, labels = _case_column(described, layout.case_width - 1)
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    table.add_column(Text(header), overflow="fold")
+    width = _SPEED_WIDTH if layout.break_ else _SPEED_WIDTH + _WORK_WIDTH
+    units = f"  {'ms':>6} {layout.half or '+/-':>5} {'err':>4} {layout.break_}  {'tok/s':>6} {'TFLOP/s':>7}"
+    folded = {backend: ["  " + line for line in wrap(backend, width - 3)] for backend in backends}
+    tallest = max(map(len, folded.values()))
+    for lines in folded.values():
+        name = "\n".join([""] * (tallest - len(lines)) + lines)
+        table.add_column(Text(name + "\n") + Text(units, style=DIM), width=width)
+
+    for _, group in rows.assign(case=labels).groupby(["run_id", "case_id"], sort=False):
+        cells = {row["label"]: _cell(row, layout) for row in group.to_dict("records")}
+        table.add_row(group["case"].iloc[0], *(cells.get(backend, Text("  -", style=DIM)) for backend in backends))
+    return table
+
+
+def _case_column(described: Description, width: int) -> tuple[str, "pd.Series[str]"]:
+    """Header and label of what tells cases apart: in straight columns where `width` allows, else to be wrapped."""
+    # the parts that come last, "25% masked" or "EP 8", name themselves
+    titles = [str(name) if name in _TITLED_PARTS else "" for name in described.varying]
+    wide = [
+        max(len(title), int(texts.str.len().max()))
+        for title, (_, texts) in zip(titles, described.varying.items(), strict=True)
+    ]
+    if not titles or sum(wide) + len(wide) - 1 > width:
+        return " ".join(filter(None, titles)) or "case", described.labels
+
+    def straight(texts: Iterable[str]) -> str:
+        cells = zip(texts, titles, wide, strict=True)
+        return " ".join(text.rjust(size) if title == "tokens" else text.ljust(size) for text, title, size in cells)
+
+    labels = [straight(row) for row in described.varying.itertuples(index=False)]
+    return straight(titles), pd.Series(labels, index=described.varying.index, dtype="str")
+
+
+def _cell(row: Row, layout: _Layout) -> Text:
+    status = Status(row["status"])
+    if status is Status.mismatch:
+        text = f"{layout.break_}  ".join(mismatch(row))
+        return Text(f"  {text}", style=style_of(row))
+    if status is not Status.ok:
+        return Text(f"  {status_text(status)}", style=style_of(row))
+    flag = "!" if len(row["flags"]) else " "
+    half = half_interval(row)
+    half = half if half == "-" else layout.half + half
+    speed = f"{marks(row):>2}{milliseconds(row['time_ms']):>6} {half:>5} {row['parity_worst']:4.2f}{flag}"
+    work = f"  {rate(row['tokens_per_s']):>6} {rate(row['tflops']):>7}"
+    return Text(speed + layout.break_ + work, style=style_of(row))
+
+
+def details(rows: pd.DataFrame) -> Iterator[Text]:
+    """A line for each distinct reason with all whom it befell, failures first, and one for each flag.
+
+    `rows` have `label`.
+    """
+    failed = rows[rows["status"] != Status.ok]
+    reasons = failed["detail"].str.strip().str.split("\n").str[0]
+    for (status, reason), some in sorted(
+        failed.groupby(["status", reasons], sort=False), key=lambda group: group[0][0] in GOOD
+    ):
+        style = STATUS_STYLES.get(Status(str(status)), "red")
+        yield Text(f"{_names(some)}: {status}{_times(some)}: {reason}", style=style)
+    flagged = rows[["label", "flags"]].explode("flags").dropna()
+    for flag, some in flagged.groupby("flags", sort=False):
+        yield Text(f"{_names(some)}: flagged x{len(some)}: {flag}", style="yellow")
+
+
+def _names(rows: pd.DataFrame) -> str:
+    return ", ".join(in_order(rows["label"]))
+
+
+def _times(rows: pd.DataFrame) -> str:
+    return f" x{len(rows)}" if len(rows) > 1 else ""

@@ -1,0 +1,165 @@
+"""Which backend for a workload, from measured results alone. No torch here.
+
+A backend is judged by what was measured of it at the asked token count or, between two measured counts no more than
+MOST_APART times apart, by the straight line between them in logarithms. Nothing is extrapolated.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from pydantic import ValidationError
+
+from moebench.errors import UsageError
+from moebench.results.labels import backend_labels, machine, shape_names
+from moebench.results.record import Status
+from moebench.results.stats import THRESHOLD
+from moebench.workload.axes import SHAPE_AXES, did_you_mean, listed
+from moebench.workload.case import Case
+from moebench.workload.models import MODELS
+
+#: Between two token counts further apart a backend's time need not follow a line.
+MOST_APART = 8
+#: A smaller advantage is none.
+CLOSE = THRESHOLD
+
+_SHAPE = re.compile(r"e(?P<n_routed_experts>\d+)k(?P<n_activated_experts>\d+)d(?P<dim>\d+)i(?P<moe_inter_dim>\d+)")
+#: Fields of a case that may differ from the asked: the name of a shape, and what is averaged over.
+_FREE = ("model", "num_tokens", "seed")
+_VALUES = ("time_ms", "time_ms_low", "time_ms_high", "peak_memory_bytes", "tokens_per_s")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend with its dispatcher at the asked token count. Times in ms; memory null where it was not measured."""
+
+    label: str
+    backend: str
+    dispatcher: str
+    time_ms: float
+    time_ms_low: float
+    time_ms_high: float
+    peak_memory_bytes: float
+    tokens_per_s: float
+    measured_at: tuple[int, ...]  # the asked count, or the two that it lies between
+    run_ids: tuple[str, ...]
+
+    @property
+    def is_interpolated(self) -> bool:
+        return len(self.measured_at) > 1
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What one machine's results say: candidates, the fastest first, and the others with why they are not."""
+
+    machine: str
+    candidates: tuple[Candidate, ...]
+    left_out: dict[str, str]
+
+    @property
+    def times_the_next(self) -> float | None:
+        """How many times as long the second takes as the first."""
+        return self.candidates[1].time_ms / self.candidates[0].time_ms if len(self.candidates) > 1 else None
+
+    @property
+    def is_close(self) -> bool:
+        """Whether either of the first two may be the faster: intervals overlap, or less than CLOSE apart.
+
+        An interval is of one process, and the next process may differ by more.
+        """
+        if self.times_the_next is None:
+            return False
+        return self.candidates[0].time_ms_high >= self.candidates[1].time_ms_low or self.times_the_next < 1 + CLOSE
+
+
+def question(model: str, num_tokens: int, **more: object) -> Case:
+    """The asked workload; `model` is a preset or a shape as tables name it, e64k6d1024i512. Raises UsageError."""
+    shape = _SHAPE.fullmatch(model)
+    if shape is None and model not in MODELS:
+        hint = did_you_mean(model, MODELS) or f"there are {listed(MODELS)}"
+        raise UsageError(f"--model {model}: must be a model of moebench, or a shape such as e64k6d1024i512; {hint}")
+    fields = MODELS[model] if shape is None else {name: int(number) for name, number in shape.groupdict().items()}
+    try:
+        return Case.model_validate({**fields, "num_tokens": num_tokens, **more})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + "-".join(map(str, first["loc"])).replace("_", "-") if first["loc"] else "the workload"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{option} {first['input'] if first['loc'] else ''}: {message}".replace(" :", ":")) from error
+
+
+def matching(frame: pd.DataFrame, asked: Case) -> pd.DataFrame:
+    """The rows of the asked workload at any token count."""
+    wanted = asked.model_dump(exclude=set(_FREE))
+    return frame[frame[list(wanted)].eq(pd.Series(wanted)).all(axis=1)]
+
+
+def advise(frame: pd.DataFrame, asked: Case) -> list[Advice]:
+    """Advice for each machine that has measured the asked workload at any token count."""
+    rows = matching(frame, asked)
+    rows = rows.assign(label=backend_labels(rows))
+    found = []
+    for _, here in rows.groupby(["device", "gpu"], dropna=False):
+        candidates, left_out = [], {}
+        for label, line in here.groupby("label"):
+            judged = _judge(_newest(line), asked.num_tokens)
+            if isinstance(judged, Candidate):
+                candidates.append(judged)
+            else:
+                left_out[str(label)] = judged
+        candidates.sort(key=lambda one: one.time_ms)
+        found.append(Advice(machine(here), tuple(candidates), left_out))
+    return found
+
+
+def elsewhere(frame: pd.DataFrame, asked: Case) -> list[str]:
+    """What the results have instead of the asked workload: other settings of its shape, else other shapes."""
+    shape = frame[list(SHAPE_AXES)].eq(pd.Series({name: getattr(asked, name) for name in SHAPE_AXES})).all(axis=1)
+    if not shape.any():
+        return list(dict.fromkeys(shape_names(frame)))
+    settings = frame.loc[shape, ["dtype", "mode", "routing", "ep_size", "rank_load"]].drop_duplicates()
+    return [f"{dtype} {mode} {routing} EP {ranks} {load}" for dtype, mode, routing, ranks, load in settings.to_numpy()]
+
+
+def _newest(line: pd.DataFrame) -> pd.DataFrame:
+    """Of what was measured more than once, the last run's; run ids begin with the time."""
+    return line.sort_values("run_id").drop_duplicates(["num_tokens", "seed"], keep="last")
+
+
+def _judge(line: pd.DataFrame, num_tokens: int) -> Candidate | str:
+    """One backend and dispatcher at a token count; or why nothing can be said of it."""
+    failed = line[(line["num_tokens"] == num_tokens) & (line["status"] != Status.ok)]
+    if len(failed):
+        return f"{failed['status'].iloc[0]}: {failed['detail'].iloc[0].partition(chr(10))[0]}"
+    counts = sorted(int(count) for count in line.loc[line["status"] == Status.ok, "num_tokens"].unique())
+    around = _around(counts, num_tokens)
+    if not around:
+        return f"measured at {tokens_list(counts)}" if counts else "never measured right"
+    at = line[line["num_tokens"].isin(around)]
+    values = at.groupby("num_tokens")[list(_VALUES)].median().astype("float64")
+    low, high = values.iloc[0], values.iloc[-1]
+    share = math.log(num_tokens / around[0]) / math.log(around[-1] / around[0]) if len(around) > 1 else 0.0
+    here = {name: float(low[name] ** (1 - share) * high[name] ** share) for name in _VALUES}
+    name, dispatcher = at[["backend", "dispatcher"]].iloc[0]
+    runs = tuple(dict.fromkeys(at["run_id"]))
+    return Candidate(line["label"].iloc[0], name, dispatcher, **here, measured_at=tuple(around), run_ids=runs)
+
+
+def _around(counts: Sequence[int], num_tokens: int) -> list[int]:
+    """The measured count that is the asked one, or the two next to it if they are near each other; else none."""
+    if num_tokens in counts:
+        return [num_tokens]
+    below = max((count for count in counts if 0 < count < num_tokens), default=None)
+    above = min((count for count in counts if count > num_tokens), default=None)
+    if below is None or above is None or above > MOST_APART * below:
+        return []
+    return [below, above]
+
+
+def tokens_list(counts: Iterable[int]) -> str:
+    """Token counts in words: 16, 128 and 512 tokens."""
+    texts = [str(count) for count in counts]
+    return f"{', '.join(texts[:-1])}{' and ' if len(texts) > 1 else ''}{texts[-1]} tokens"

@@ -1,0 +1,179 @@
+"""Journal -> tidy DataFrame -> Parquet and CSV: a row a job, a column a field of `Record`. No torch here.
+
+A column has one dtype, whatever it holds: an empty run, a run of failures and a full one all concatenate. Null is NaN
+in a float column and `<NA>` elsewhere; infinity is a value. `parity_errors` is a JSON object in a string, since
+its keys differ from row to row; the function of that name reads it. docs/results.md explains every column.
+"""
+
+import json
+import math
+import os
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pandas as pd
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from moebench.errors import ResultsError
+from moebench.results.files import write_atomically
+from moebench.results.journal import JOURNAL_NAME, read_journal
+from moebench.results.record import SCHEMA, Record, Status
+from moebench.results.rounds import merged
+
+PARQUET_NAME = "results.parquet"
+CSV_NAME = "results.csv"
+
+#: Left out of the CSV: thousands of numbers in a cell help nobody.
+SAMPLE_COLUMNS = ("samples_ms", "sample_rounds", "sample_marked")
+
+_ARROW_TYPES: Mapping[Hashable, Any] = {
+    str: pa.string(),
+    Status: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    tuple[str, ...]: pa.list_(pa.string()),
+    tuple[int, ...]: pa.list_(pa.int64()),
+    tuple[float, ...]: pa.list_(pa.float64()),
+    tuple[bool, ...]: pa.list_(pa.bool_()),
+    dict[str, float]: pa.string(),
+}
+_PANDAS_TYPES: Mapping[Any, Any] = {
+    pa.string(): pd.StringDtype(),
+    pa.int64(): pd.Int64Dtype(),
+    pa.bool_(): pd.BooleanDtype(),
+    **{kind: pd.ArrowDtype(kind) for kind in _ARROW_TYPES.values() if pa.types.is_list(kind)},
+}
+
+
+def _bare(annotation: Any) -> Any:
+    """An annotation without `| None`, `Annotated` and `Literal`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _bare(arguments[0])
+    if origin is Literal:
+        return type(arguments[0])
+    if origin in (Union, UnionType):
+        (some,) = (kind for kind in arguments if kind is not NoneType)
+        return _bare(some)
+    return annotation
+
+
+#: The one Arrow schema of results: Record's fields, in their order, by the names that the journal uses.
+ARROW_SCHEMA = pa.schema(
+    [(field.alias or name, _ARROW_TYPES[_bare(field.annotation)]) for name, field in Record.model_fields.items()]
+)
+COLUMNS: tuple[str, ...] = tuple(ARROW_SCHEMA.names)
+#: Columns that a Parquet file may lack, and what their cells hold then.
+_OPTIONAL = {
+    name: field.default for name, field in Record.model_fields.items() if not (field.is_required() or field.alias)
+}
+
+
+def to_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """A row a job, its rounds merged, in the order in which jobs first appear.
+
+    Of records of one job and round, the last counts.
+    """
+    latest = {(*row.key, row.round): row for row in records}
+    jobs: dict[Hashable, list[Record]] = {}
+    for row in latest.values():
+        jobs.setdefault(row.key, []).append(row)
+    dumped = [merged(rounds).model_dump(by_alias=True) for rounds in jobs.values()]
+    for cells in dumped:
+        errors = cells["parity_errors"]
+        cells["parity_errors"] = errors and json.dumps({name: _jsonable(error) for name, error in errors.items()})
+    return _to_pandas(pa.Table.from_pylist(dumped, schema=ARROW_SCHEMA))
+
+
+def _jsonable(error: float) -> float | str:
+    return error if math.isfinite(error) else str(error)  # JSON has no infinity: "inf"
+
+
+def to_json(frame: pd.DataFrame) -> str:
+    """A JSON array with an object a row, its cells as they are: null for what was not measured, "inf" for infinity."""
+    rows = pa.Table.from_pandas(frame, preserve_index=False).to_pylist()
+    cells = ({name: _jsonable(cell) if isinstance(cell, float) else cell for name, cell in row.items()} for row in rows)
+    return json.dumps(list(cells), allow_nan=False)
+
+
+def parity_errors(cell: str | None) -> dict[str, float]:
+    """Error over budget of each tensor, from a cell of the column `parity_errors`; empty for null."""
+    if cell is None or pd.isna(cell):
+        return {}
+    return {tensor: float(error) for tensor, error in json.loads(cell).items()}
+
+
+def load(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """The results in a folder (its journal, else its results.parquet) or in a Parquet file.
+
+    Raises `ResultsError` for anything else.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _read_parquet(path)
+    if not path.is_dir():
+        raise ResultsError(f"{path}: no such file or folder; give a results folder or a Parquet file of one")
+    if (path / JOURNAL_NAME).is_file():
+        return to_frame(read_journal(path / JOURNAL_NAME))
+    if (path / PARQUET_NAME).is_file():
+        return _read_parquet(path / PARQUET_NAME)
+    raise ResultsError(
+        f"{path}: holds neither {JOURNAL_NAME} nor {PARQUET_NAME}, and a results folder holds one of them; "
+        "give the folder that the last line of `moebench run` names"
+    )
+
+
+def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write results.parquet and results.csv (without samples) into `folder`, which exists; each whole or not at all."""
+    table = pa.Table.from_pandas(frame, schema=ARROW_SCHEMA, preserve_index=False).replace_schema_metadata(None)
+    parquet = pa.BufferOutputStream()
+    pq.write_table(table, parquet, compression="zstd")
+    flat = frame[[name for name in COLUMNS if name not in SAMPLE_COLUMNS]]
+    flat = flat.assign(flags=[";".join(flags) for flags in frame["flags"]])
+    csv = flat.to_csv(index=False, lineterminator="\n")
+
+    write_atomically(folder / PARQUET_NAME, parquet.getvalue().to_pybytes())
+    write_atomically(folder / CSV_NAME, csv.encode())
+    return [folder / PARQUET_NAME, folder / CSV_NAME]
+
+
+def _to_pandas(table: Any) -> pd.DataFrame:
+    frame: pd.DataFrame = table.to_pandas(types_mapper=_PANDAS_TYPES.get, ignore_metadata=True)
+    return frame
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        table = pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        raise ResultsError(
+            f"{path}: not a Parquet file ({str(error).splitlines()[0]}); give a results folder or its {PARQUET_NAME}"
+        ) from error
+    for name, default in _OPTIONAL.items():
+        if name not in table.column_names:  # written before there was this column
+            cells = pa.array([default] * len(table), ARROW_SCHEMA.field(name).type)
+            table = table.append_column(name, cells)
+    missing = [name for name in COLUMNS if name not in table.column_names]
+    if missing:
+        raise ResultsError(
+            f"{path}: no column {', '.join(missing[:3])}{' …' * (len(missing) > 3)}, which results of schema {SCHEMA} "
+            f"have; give the {PARQUET_NAME} that `moebench run` wrote"
+        )
+    try:
+        frame = _to_pandas(table.select(COLUMNS).cast(ARROW_SCHEMA))
+    except (pa.ArrowException, ValueError) as error:
+        raise ResultsError(
+            f"{path}: a column has another type than in schema {SCHEMA} ({str(error).splitlines()[0]}); "
+            f"give the {PARQUET_NAME} that `moebench run` wrote"
+        ) from error
+    others = sorted({int(schema) for schema in frame["schema"].dropna()} - {SCHEMA})
+    if others or frame["schema"].isna().any():
+        raise ResultsError(
+            f"{path}: schema {', '.join(map(str, others)) or 'null'}, this moebench reads {SCHEMA}: "
+            "open it with the moebench that wrote it"
+        )
+    return frame

@@ -1,0 +1,41 @@
+"""One case over many results, in the order in which they were measured, and its plot. No torch here."""
+
+import re
+from collections.abc import Mapping
+
+import pandas as pd
+
+from moebench.errors import ResultsError
+from moebench.results.labels import backend_labels
+from moebench.results.record import Status
+from moebench.workload.axes import did_you_mean
+
+_TIME = re.compile(r"(20\d\d)([01]\d)([0-3]\d)-([0-2]\d)([0-5]\d)")
+
+
+def history(case_id: str, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """A row for each backend and result that has the case, oldest first.
+
+    Columns are those of results, and `result`, its name; `line`, the backend with its dispatcher; `place`, the number
+    of its result in time; `change`, the time over that of the same line's last row with a time, less 1; `since_first`,
+    likewise over its first. Raises ResultsError where no result has the case.
+    """
+    known = sorted({case for frame in frames.values() for case in frame["case_id"]})
+    if case_id not in known:
+        hint = did_you_mean(case_id, known) or "`moebench list SWEEP` names a sweep's cases"
+        raise ResultsError(f"{case_id}: none of {len(frames)} results has this case; {hint}")
+    found = [frame[frame["case_id"] == case_id].assign(result=name) for name, frame in frames.items()]
+    rows = pd.concat(found, ignore_index=True).sort_values("run_id", kind="stable", ignore_index=True)
+    rows["line"] = backend_labels(rows)
+    order = list(dict.fromkeys(rows["result"]))
+    rows["place"] = rows["result"].map(order.index)
+    times = rows["time_ms"].where(rows["status"] == Status.ok).groupby(rows["line"])
+    rows["change"] = rows["time_ms"] / times.transform(lambda some: some.ffill().shift()) - 1
+    rows["since_first"] = rows["time_ms"] / times.transform("first") - 1
+    return rows.sort_values(["place", "line"], kind="stable", ignore_index=True)
+
+
+def when(run_id: str) -> str:
+    """The day and time with which a run's id begins; the id itself where it begins otherwise."""
+    found = _TIME.match(run_id)
+    return "{}-{}-{} {}:{}".format(*found.groups()) if found else run_id

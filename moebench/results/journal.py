@@ -1,0 +1,79 @@
+"""The append-only journal that holds records as they are finished."""
+
+import json
+import reprlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moebench.errors import ResultsError
+from moebench.results.record import SCHEMA, Record
+
+
+class Journal:
+    """Records, one JSON object a line, appended and flushed as each job is finished.
+
+    A process killed while it writes leaves at most one torn line, the last; reading passes over it and counts it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Record) -> None:
+        line = row.to_json() + "\n"
+        with self.path.open("ab+") as file:
+            if file.tell() and not _ends_a_line(file):
+                line = "\n" + line  # what a killed writer left stays a line of its own
+            file.write(line.encode())
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.read()[0])
+
+    def read(self) -> tuple[list[Record], int]:
+        """The records, oldest first, and the number of torn lines that were passed over."""
+        rows: list[Record] = []
+        torn = 0
+        if not self.path.exists():
+            return rows, torn
+        for number, line in enumerate(self.path.read_bytes().split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except ValueError:
+                torn += 1
+                continue
+            if not isinstance(fields, dict):
+                raise ResultsError(
+                    f"{self.path}:{number}: {reprlib.repr(fields)}, where a line holds one record, a JSON object: "
+                    "give a journal that `moebench run` wrote"
+                )
+            if fields.get("schema") != SCHEMA:
+                raise ResultsError(
+                    f"{self.path}:{number}: schema {fields.get('schema')!r}, this moebench reads {SCHEMA}: "
+                    "open it with the moebench that wrote it"
+                )
+            rows.append(Record.model_validate_json(line))
+        return rows, torn
+
+
+def _ends_a_line(file: Any) -> bool:
+    file.seek(-1, 2)
+    return bool(file.read(1) == b"\n")
+
+
+JOURNAL_NAME = "journal.jsonl"
+
+
+def read_journal(path: Path) -> list[Record]:
+    """The records of a journal, oldest first; none where there is no file. Raises `ResultsError` for anything else."""
+    try:
+        return list(Journal(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "a line"
+        raise ResultsError(
+            f"{path}: {field}: {first['msg']}: not a record of this moebench; open it with the moebench that wrote it"
+        ) from error

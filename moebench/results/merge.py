@@ -1,0 +1,70 @@
+"""Several results folders -> one. No torch here."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from moebench.errors import ResultsError
+from moebench.machine.environment import Environment
+from moebench.results.files import check_empty, write_atomically
+from moebench.results.folder import ENVIRONMENT_NAME, ENVIRONMENTS_NAME, Result, open_result
+from moebench.results.frame import write
+
+KEY = ["case_id", "backend", "dispatcher"]
+
+
+def merged(results: Sequence[Result], names: Sequence[str], *, newest: bool) -> Result:
+    """The rows of all results, and all their environments.
+
+    A job that several hold has, with `newest`, the row of the run that began last (run ids begin with the time), and of
+    equal ones the last given. Raises ResultsError for such jobs without `newest`.
+    """
+    frames = [result.frame.assign(result=name) for result, name in zip(results, names, strict=True)]
+    rows = pd.concat(frames, ignore_index=True)
+    twice = rows[rows.duplicated(KEY, keep=False)]
+    if len(twice) and not newest:
+        jobs, (case_id, backend, _) = twice.drop_duplicates(KEY), twice.iloc[0][KEY]
+        holders = twice.loc[(twice[KEY] == twice.iloc[0][KEY]).all(axis=1), "result"]
+        raise ResultsError(
+            f"{len(jobs)} jobs stand in several results, as {backend} on {case_id} in {' and '.join(holders)}: "
+            "--newest takes the one measured last"
+        )
+    last = rows.sort_values("run_id", kind="stable").drop_duplicates(KEY, keep="last")
+    environments = {env_id: some for result in results for env_id, some in result.environments.items()}
+    return Result(last.sort_index().drop(columns="result").reset_index(drop=True), environments)
+
+
+def save(result: Result, folder: Path) -> list[Path]:
+    """Write results.parquet, results.csv and the environments: environment.json, or environments/ID.json of several."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = write(result.frame, folder)
+    several = len(result.environments) > 1
+    for env_id, environment in sorted(result.environments.items()):
+        path = folder / ENVIRONMENTS_NAME / f"{env_id}.json" if several else folder / ENVIRONMENT_NAME
+        written.append(_write_environment(environment, path))
+    return written
+
+
+def _write_environment(environment: Environment, path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, environment.to_json().encode())
+    return path
+
+
+def merge(paths: Sequence[Path], out: Path, *, newest: bool = False) -> list[Path]:
+    """Merge results into the folder `out`, which is new or empty, and say in its run.json of what.
+
+    Raises ResultsError, and UsageError for another `out`.
+    """
+    check_empty(out)
+    results = [open_result(path) for path in paths]
+    result = merged(results, [str(path) for path in paths], newest=newest)
+    written = save(result, out)
+    sources = [
+        {"path": str(path), "run_ids": sorted(set(some.frame["run_id"])), "num_jobs": len(some.frame)}
+        for path, some in zip(paths, results, strict=True)
+    ]
+    write_atomically(out / "run.json", (json.dumps({"merged": sources}, indent=2) + "\n").encode())
+    return [*written, out / "run.json"]

@@ -1,0 +1,26 @@
+"""The results that are shipped: finding them and opening them together."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from moebench.errors import ResultsError
+from moebench.results.frame import PARQUET_NAME, load
+from moebench.results.journal import JOURNAL_NAME
+from moebench.workload.spec import checkout
+
+
+def default_folders() -> list[Path]:
+    """The folders with results in results/published of the current folder, else of the checkout."""
+    for root in (Path(), checkout()):
+        folders = [] if root is None else sorted((root / "results" / "published").glob("*/"))
+        found = [path for path in folders if any((path / name).is_file() for name in (JOURNAL_NAME, PARQUET_NAME))]
+        if found:
+            return found
+    raise ResultsError("results/published: holds no results; name folders with --results")
+
+
+def load_all(folders: Iterable[Path]) -> pd.DataFrame:
+    """The rows of several results under one another. Raises ResultsError."""
+    return pd.concat([load(folder) for folder in folders], ignore_index=True)

@@ -1,0 +1,91 @@
+"""Rounds: the same jobs again in fresh processes. Their order in each, and one row made of all. No torch here."""
+
+import statistics
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from moebench.results.record import IMPOSSIBLY_FAST, Record, Status, flags_of_speed
+from moebench.results.stats import center_of_rounds
+from moebench.workload.case import Case
+
+_MEASURED = (
+    Record.model_fields.keys() - Case.model_fields.keys() - {*("case_id", "backend", "dispatcher", "schema_version")}
+)
+
+#: Of rounds that ended differently the row has the first of these.
+WORST_FIRST = (
+    *(Status.mismatch, Status.crash, Status.error, Status.timeout, Status.oom, Status.unsupported),
+    Status.ok,
+)
+
+
+#: What all rounds together took.
+SUMS = ("num_samples", "job_s", "setup_s", "ceilings_s", "parity_s", "timing_s")
+
+
+def merged(rows: Sequence[Record]) -> Record:
+    """One row of the rounds of a job.
+
+    The time is the median of the rounds' medians, its interval from their spread (`stats.center_of_rounds`); memory and
+    parity are the worst, counts and job_s sums, other measures medians, and speeds follow from the time. Where a round
+    failed, so has the job: with the worst of its statuses.
+    """
+    if len(rows) == 1:
+        return rows[0]
+    rows = sorted(rows, key=lambda row: row.round or 0)
+    row = min(rows, key=lambda row: (WORST_FIRST.index(row.status), -(row.parity_worst or 0.0)))
+    together: dict[str, Any] = {"round": None, "num_rounds": len(rows)}
+    if row.status is Status.ok:
+        together |= {name: _combined(name, rows) for name in _MEASURED - together.keys()}
+        together |= {"parity_worst_tensor": row.parity_worst_tensor} | _speed(rows)
+    else:
+        together |= {"detail": _detail(row, rows), "job_s": _combined("job_s", rows)}
+    return Record.model_validate(row.model_dump(by_alias=True) | together)
+
+
+def _combined(name: str, rows: Sequence[Record]) -> Any:
+    """What rounds say of one field, those that say nothing aside."""
+    values = [value for row in rows if (value := getattr(row, name)) is not None]
+    if not values:
+        return None
+    if name in SUMS:
+        return sum(values)
+    if name == "flags":
+        return tuple(dict.fromkeys(chain.from_iterable(values)))
+    if name == "parity_worst":
+        return max(values)
+    if name == "sm_clock_mhz":
+        return statistics.median_low(values)
+    match values[0]:
+        case bool():
+            return all(values)
+        case int():
+            return max(values)
+        case float():
+            return statistics.median(values)
+        case tuple():
+            return tuple(chain.from_iterable(values))
+        case dict():
+            return {key: max(value[key] for value in values if key in value) for key in dict.fromkeys(chain(*values))}
+    return " | ".join(dict.fromkeys(values))
+
+
+def _speed(rows: Sequence[Record]) -> dict[str, Any]:
+    """The time of all rounds, and what follows from it."""
+    time_ms, low, high = center_of_rounds([row.time_ms for row in rows if row.time_ms is not None])
+    first = rows[0]
+    assert first.time_ms is not None, "a row with status ok has a time"
+    work = {name: value * first.time_ms for name in ("tokens_per_s", "tflops") if (value := getattr(first, name))}
+    if (bound_ms := _combined("roofline_ms", rows)) is not None:
+        work["roofline_fraction"] = bound_ms
+    others = (flag for flag in _combined("flags", rows) if flag != IMPOSSIBLY_FAST)
+    found: dict[str, Any] = {"time_ms": time_ms, "time_ms_low": low, "time_ms_high": high}
+    found["flags"] = (*others, *flags_of_speed(time_ms, bound_ms))  # one round may have had its ceilings disturbed
+    return {**found, **{name: amount / time_ms for name, amount in work.items()}}
+
+
+def _detail(worst: Record, rows: Sequence[Record]) -> str | None:
+    """Why the job failed and, where it did not in every round, in which."""
+    alike = [str(row.round) for row in rows if row.status is worst.status]
+    return worst.detail if len(alike) == len(rows) else f"round {', '.join(alike)} of {len(rows)}: {worst.detail}"

@@ -1,0 +1,177 @@
+"""`moebench parity`: the checks of moebench.parity.checks, each backend in worker processes of its own."""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moebench.errors import UsageError
+from moebench.parity.checks import CHECKS, suite_jobs
+from moebench.results.record import GOOD, Record, Status
+from moebench.run.plan import Plan, new_run_id
+from moebench.run.request import check_device
+from moebench.run.runner import execute
+from moebench.workload.axes import did_you_mean, listed
+from moebench.workload.case import DTYPES, Job
+from moebench.workload.spec import Policy
+
+#: Jobs are small: who has not answered by then hangs.
+TIMEOUT_S = 120.0
+#: A backend that ended so many processes is examined no further.
+MOST_DEATHS = 3
+_WORST_FIRST = (Status.mismatch, Status.error, Status.crash, Status.timeout, Status.ok, Status.oom, Status.unsupported)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One backend on one check: the records of its cases."""
+
+    backend: str
+    check: str
+    records: tuple[Record, ...]
+
+    @property
+    def status(self) -> Status | None:
+        """The worst of its cases; unsupported where none could run, None where none was tried."""
+        return min((row.status for row in self.records), key=_WORST_FIRST.index, default=None)
+
+    @property
+    def failures(self) -> list[Record]:
+        """Worst first."""
+        failed = [row for row in self.records if row.status not in GOOD]
+        return sorted(failed, key=lambda row: (_WORST_FIRST.index(row.status), -(row.parity_worst or 0.0)))
+
+    @property
+    def parity_worst(self) -> float | None:
+        """The worst error over its budget."""
+        return max((row.parity_worst for row in self.records if row.parity_worst is not None), default=None)
+
+    @property
+    def deterministic(self) -> bool | None:
+        """Whether runs agreed bit by bit wherever they were compared."""
+        told = [row.deterministic for row in self.records if row.deterministic is not None]
+        return all(told) if told else None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the checks found, backend by backend."""
+
+    backends: tuple[str, ...]
+    checks: tuple[str, ...]
+    records: tuple[Record, ...]
+    interrupted: bool = False
+    required: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed and something could run, of each backend that is `required`.
+
+        A case that is unsupported, or did not fit into memory, is no failure.
+        """
+        missing = self.not_examined == self.backends or not set(self.required).isdisjoint(self.not_examined)
+        return not missing and all(row.status in GOOD for row in self.records)
+
+    @property
+    def not_examined(self) -> tuple[str, ...]:
+        """Backends of which no case could run."""
+        could_run = {row.backend for row in self.records if row.status not in (Status.unsupported, Status.oom)}
+        return tuple(backend for backend in self.backends if backend not in could_run)
+
+    def cell(self, backend: str, check: str) -> Cell:
+        """One backend on one check."""
+        rows = tuple(row for row in self.records if (row.backend, row.check) == (backend, check))
+        return Cell(backend, check, rows)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Check by check."""
+        return [self.cell(backend, check) for check in self.checks for backend in self.backends]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: every cell, and every record."""
+        return {
+            "passed": self.passed,
+            "not_examined": self.not_examined,
+            "interrupted": self.interrupted,
+            "checks": [
+                {
+                    "check": cell.check,
+                    "looks_for": CHECKS[cell.check].looks_for,
+                    "backend": cell.backend,
+                    "status": cell.status and cell.status.value,
+                    "num_cases": len(cell.records),
+                    "num_failures": len(cell.failures),
+                    "parity_worst": None if cell.parity_worst is None else _jsonable(cell.parity_worst),
+                    "deterministic": cell.deterministic,
+                    "detail": cell.failures[0].detail if cell.failures else None,
+                }
+                for cell in self.cells
+            ],
+            "records": [json.loads(row.to_json()) for row in self.records],
+        }
+
+
+def _jsonable(error: float) -> float | str:
+    return error if error < float("inf") else "inf"
+
+
+def audit(
+    backends: Sequence[str],
+    *,
+    checks: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    device: str | None = None,
+    seed: int = 0,
+    required: Sequence[str] = (),
+    on_plan: Callable[[int], None] = lambda num_jobs: None,
+    on_record: Callable[[Record], None] = lambda row: None,
+) -> Audit:
+    """Run the checks (default all) in the dtypes (default all) on the backends, of which some are `required` to run.
+
+    Raises UsageError for a check or a dtype that there is not, and what moebench.run.runner.execute raises.
+    """
+    check_device(device)
+    _check_names("check", checks, CHECKS)
+    _check_names("dtype", dtypes, DTYPES)
+    wanted = tuple(name for name in CHECKS if not checks or name in checks)
+    jobs = {name: suite_jobs([name], wanted, dtypes or DTYPES, seed) for name in dict.fromkeys(backends)}
+    on_plan(sum(map(len, jobs.values())))
+    records: list[Record] = []
+    interrupted = False
+    for own in jobs.values():
+        found, interrupted = _examine(own, device, on_record)
+        records += found
+        if interrupted:
+            break
+    return Audit(tuple(jobs), wanted, tuple(records), interrupted, tuple(required))
+
+
+class _Enough(Exception):
+    """A backend that goes on ending its processes."""
+
+
+def _examine(jobs: Sequence[Job], device: str | None, on_record: Callable[[Record], None]) -> tuple[list[Record], bool]:
+    records: list[Record] = []
+
+    def keep(row: Record) -> None:
+        records.append(row)
+        on_record(row)
+        if sum(one.status in (Status.crash, Status.timeout) for one in records) >= MOST_DEATHS:
+            raise _Enough
+
+    with tempfile.TemporaryDirectory(prefix="moebench-parity-") as folder:
+        plan = Plan(tuple(jobs), Policy(timeout_s=TIMEOUT_S), Path(folder), new_run_id("parity"), device)
+        try:
+            return records, execute(plan, on_record=keep).interrupted
+        except _Enough:
+            return records, False
+
+
+def _check_names(kind: str, names: Sequence[str], valid: Sequence[str] | dict[str, Any]) -> None:
+    for name in names:
+        if name not in valid:
+            hint = did_you_mean(name, valid)
+            raise UsageError(f"--{kind} {name}: {hint + ' ' if hint else ''}it must be one of {listed(valid)}")

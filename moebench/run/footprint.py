@@ -1,0 +1,157 @@
+"""The memory that a job will take, estimated from the shapes of its case. No torch here.
+
+Follows moebench.measure.job: what lives while the module is built, while it is run twice and both passes are kept, and
+while they are compared with the float64 reference. Activations are those of the unfused steps, fused ones take less.
+Not in it: contexts and communication buffers, fragments, and the copies that the ceilings are measured with.
+"""
+
+from dataclasses import dataclass
+
+from moebench.workload.case import Case, Job
+
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+PASSES = 2
+#: float32 buffers [N, I] that an activation holds at once, forward and backward; more where it clamps and adds biases.
+_TEMPORARIES = {"plain": (4, 8), "clamped": (7, 11)}
+#: Engines that count a rank's rows on the host; others have a row for each choice of each token that reaches the rank.
+_COUNTS_ROWS = ("loop", "gmm", "te")
+#: What the busiest rank has over an even share, where routing is skewed; about so, of zipf and recorded traces.
+_SKEW = 2.0
+#: Bytes of a token's number in what all ranks' tokens sum up to (output and its gradient, float64 and float32), and in
+#: the comparison of a rank's own.
+_SUMS, _COMPARED = 2 * (8 + 4), 50
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a rank, the largest, at each stage of its job: an estimate."""
+
+    building: int
+    passes: int
+    parity: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.building, self.passes, self.parity)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of the rank that has most: rows it computes on and bytes of what it holds."""
+
+    num_tokens: int  # its own
+    all_tokens: int  # of all ranks
+    reached: int  # tokens that the dispatcher brings it
+    rows: float
+    rows_of_expert: float
+    parameter_bytes: int
+    expert_numbers: int  # parameters of one expert
+    input_bytes: int
+
+
+def footprint(job: Job) -> Footprint:
+    """The memory of the job's largest rank. Nothing is kept of cases before it but what it shares with them."""
+    case, sizes = job.case, _sizes(job)
+    weights, inputs = sizes.parameter_bytes, sizes.input_bytes
+    token_bytes = case.dim * ITEMSIZE[case.dtype]
+    num_kept = 2 if case.mode == "train" else 1  # [T, D] of a pass: the output, and the gradient of x
+    kept = num_kept * sizes.num_tokens * token_bytes + (weights if case.mode == "train" else 0)
+    whole = case.ep_size * weights  # the module has all experts until it is spread
+    settled = 2 * weights + 2 * inputs  # the case's own and the module's, what is handed and what is kept beside it
+    return Footprint(
+        building=weights + inputs + whole + (weights if case.ep_size > 1 else 0),
+        passes=int(settled + (PASSES - 1) * kept + pass_bytes(job)),
+        parity=int(settled + PASSES * kept + _reference_bytes(case, sizes)),
+    )
+
+
+def pass_bytes(job: Job) -> int:
+    """What one pass allocates at its peak above parameters and inputs: what `peak_memory_bytes` is measured as.
+
+    The peak is where the activation (its gradient, in a backward) is computed, or where gradients of parameters are
+    written. FP8 keeps its copies of the parameters from forward to backward.
+    """
+    case, sizes, itemsize = job.case, _sizes(job), ITEMSIZE[job.case.dtype]
+    is_train = case.mode == "train"
+    clamps = case.expert_bias or case.swiglu_limit > 0 or case.expert_activation in ("quick_geglu", "swigluoai")
+    temporaries = _TEMPORARIES["clamped" if clamps else "plain"][is_train]
+    inter, width, acc = case.moe_inter_dim, _width(case), max(4, itemsize)
+    activating = width * itemsize + temporaries * inter * acc + is_train * (case.dim + inter) * itemsize
+    multiplying = (case.dim + width + inter) * itemsize + 2 * inter * acc
+    quantised = sizes.parameter_bytes if is_train and "fp8" in job.backend else 0
+    tokens = (1 + is_train) * (sizes.num_tokens + sizes.reached) * case.dim * itemsize
+    if job.backend == "loop":  # adds experts up in float32
+        tokens += sizes.reached * case.dim * (acc + itemsize)
+    at_activation = sizes.rows * activating + quantised
+    at_gradients = sizes.rows * multiplying + _weight_copies(job) * sizes.parameter_bytes
+    return int(tokens + max(at_activation, at_gradients))
+
+
+def _weight_copies(job: Job) -> float:
+    """Gradients, and what an engine makes of the parameters beside them: as measured on an H200, 2026-11-23.
+
+    FP8 quantises them in both directions for a backward; the loop's autograd adds up gradients of all experts.
+    """
+    is_fp8, is_train = "fp8" in job.backend, job.case.mode == "train"
+    if not is_train:
+        return 1 / 3 if is_fp8 else 0.0
+    return 5 / 3 if is_fp8 or job.backend == "loop" else 1.0
+
+
+def _reference_bytes(case: Case, sizes: _Sizes) -> float:
+    """All ranks' inputs, the sums over experts, one expert in float64, and the comparison of the rank's own tokens."""
+    gathered = 0 if case.ep_size == 1 else 2 * sizes.all_tokens * case.dim * ITEMSIZE[case.dtype]
+    expert = (3 if case.mode == "train" else 1.5) * 8 * sizes.expert_numbers
+    rows = 8 * sizes.rows_of_expert * (4 * case.dim + 2 * _width(case) + 4 * case.moe_inter_dim)
+    sums = _SUMS * sizes.all_tokens * case.dim
+    return gathered + sums + max(expert + rows, _COMPARED * sizes.num_tokens * case.dim)
+
+
+def _sizes(job: Job) -> _Sizes:
+    case, itemsize = job.case, ITEMSIZE[job.case.dtype]
+    counts = [case.tokens_of_rank(rank) for rank in range(case.ep_size)]
+    all_tokens, num_local = sum(counts), case.n_routed_experts // case.ep_size
+    reached = _reached(job, max(counts), all_tokens)
+    most = reached * min(case.n_activated_experts, num_local)
+    local_rows = min(most, _skew(case) * all_tokens * case.n_activated_experts / case.ep_size)
+    rows_of_expert = min(all_tokens, _skew(case) * local_rows / num_local)
+    rows = local_rows if job.backend.partition("_")[0] in _COUNTS_ROWS else reached * case.n_activated_experts
+    if job.backend == "loop" and case.mode == "forward":
+        rows = rows_of_expert  # one after the other
+    expert = case.dim * _width(case) + case.moe_inter_dim * case.dim
+    biases = (_width(case) + case.dim) if case.expert_bias else 0
+    choices = 16 * case.n_activated_experts  # a weight and an index, int64, of each
+    return _Sizes(
+        num_tokens=max(counts),
+        all_tokens=all_tokens,
+        reached=reached,
+        rows=rows,
+        rows_of_expert=rows_of_expert,
+        parameter_bytes=num_local * (expert + biases) * itemsize,
+        expert_numbers=expert,
+        input_bytes=max(counts) * (2 * case.dim * itemsize + choices),
+    )
+
+
+def _reached(job: Job, most: int, all_tokens: int) -> int:
+    """Tokens that the dispatcher brings to a rank: with all-gather all, padded; else those that chose an expert of it.
+
+    Of K choices spread evenly over ranks one at least is of this rank with 1 − (1 − 1/ranks)^K.
+    """
+    case = job.case
+    if job.dispatcher == "allgather":
+        return most * case.ep_size
+    return round(all_tokens * min(1.0, _skew(case) * (1 - (1 - 1 / case.ep_size) ** case.n_activated_experts)))
+
+
+def _skew(case: Case) -> float:
+    """Rows of the busiest rank, and of its busiest expert, over an even share: all there can be for `one-hot`."""
+    kind, _, argument = case.routing.partition(":")
+    if kind == "empty":
+        return 1 / max(1 - float(argument or 0.5), 1 / case.n_routed_experts)
+    return {"uniform": 1.0, "balanced": 1.0, "one-hot": float(case.n_routed_experts)}.get(kind, _SKEW)
+
+
+def _width(case: Case) -> int:
+    """Of the up projection's output."""
+    return case.moe_inter_dim * (2 if case.is_gated else 1)

@@ -1,0 +1,175 @@
+"""What a run is asked to do, and every mistake in it that shows before anything runs. No torch here."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from moebench import __version__
+from moebench.errors import UsageError
+from moebench.machine.gpus import choose
+from moebench.results.frame import PARQUET_NAME
+from moebench.results.journal import JOURNAL_NAME, read_journal
+from moebench.results.record import Record
+from moebench.run.lock import check_new
+from moebench.run.order import shuffled
+from moebench.run.plan import Plan, new_run_id
+from moebench.run.runfile import SWEEP_NAME, Asked, RunFile, digest, digest_jobs
+from moebench.workload.case import Job
+from moebench.workload.selection import select_of
+from moebench.workload.spec import SweepSpec, find_sweep, parse_sweep, read_sweep
+
+RUNS = Path("results") / "runs"
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run is asked to do: the jobs of each round that are left, and what its folder says of it.
+
+    `earlier` are the records that the folder has already, of a run that is resumed.
+    """
+
+    run: RunFile
+    sweep_text: bytes
+    rounds: tuple[Plan, ...]
+    time_budget_s: float | None = None
+    earlier: tuple[Record, ...] = ()
+    is_resumed: bool = False
+    force: bool = False
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """What any round has left, each job once: in the sweep's order unless there are several rounds."""
+        return tuple(dict.fromkeys(job for plan in self.rounds for job in plan.jobs))
+
+    @property
+    def num_jobs(self) -> int:
+        """Of all rounds together."""
+        return sum(len(plan.jobs) for plan in self.rounds)
+
+    @property
+    def folder(self) -> Path:
+        return self.rounds[0].folder
+
+    @property
+    def run_id(self) -> str:
+        return self.rounds[0].run_id
+
+
+def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: float | None = None) -> RunPlan:
+    """A new run, into the folder `out` (default one below RUNS). Raises SweepError, UsageError."""
+    check_device(asked.device)
+    sweep_file = find_sweep(sweep)
+    text = read_sweep(sweep_file)
+    spec = parse_sweep(text, str(sweep_file))
+    jobs = select_of(spec, sweep, asked.backends, asked.filters, asked.case_ids)
+    check_named(jobs, asked.backends)
+    run_id = new_run_id(spec.name)
+    folder = out or RUNS / run_id
+    check_new(folder)
+    run = RunFile(
+        run_id=run_id,
+        moebench=__version__,
+        started=_now(),
+        command=_command(),
+        sweep=spec.name,
+        sweep_file=str(sweep_file),
+        sweep_sha256=digest(text.encode()),
+        jobs_sha256=digest_jobs(jobs),
+        num_jobs=len(jobs),
+        num_rounds=asked.rounds,
+        asked=asked,
+    )
+    return RunPlan(run, text.encode(), _rounds(run, jobs, spec, folder), _seconds(time_budget_min))
+
+
+def plan_rest(folder: Path, *, backends: Sequence[str], time_budget_min: float | None, force: bool = False) -> RunPlan:
+    """What is left of the run in the folder. `backends` are the modules that it may import, as its own command named.
+
+    Raises UsageError, SweepError and ResultsError where the folder is no run's, and UsageError where sweep or jobs are
+    no longer those of then, unless by force.
+    """
+    run = RunFile.read(folder)
+    asked = run.asked
+    text = read_sweep(folder / SWEEP_NAME)
+    spec = parse_sweep(text, run.sweep_file)
+    jobs = select_of(spec, run.sweep, asked.backends, asked.filters, asked.case_ids)
+    changes = run.changes(folder, jobs)
+    if changes and not force:
+        raise UsageError(
+            f"--resume {folder}: {'; '.join(changes)}; --force goes on with {folder / SWEEP_NAME} as it is"
+        )
+    check_named(jobs, backends)
+    earlier = _earlier(folder)
+    done = {(row.key, row.round) for row in earlier}
+    plans = (
+        replace(whole, jobs=tuple(job for job in whole.jobs if (job.key, whole.round) not in done))
+        for whole in _rounds(run, jobs, spec, folder)
+    )
+    run = run.model_copy(update={"resumed": (*run.resumed, f"{_now()} {_command()}")})
+    return RunPlan(run, text.encode(), tuple(plans), _seconds(time_budget_min), earlier, is_resumed=True, force=force)
+
+
+def _earlier(folder: Path) -> tuple[Record, ...]:
+    journal = folder / JOURNAL_NAME
+    if not journal.exists() and (folder / PARQUET_NAME).exists():
+        raise UsageError(
+            f"--resume {folder}: {JOURNAL_NAME} is not there, which says what was measured, though {PARQUET_NAME} is; "
+            "put it back, or run the sweep again into another folder"
+        )
+    return tuple(read_journal(journal))
+
+
+def _rounds(run: RunFile, jobs: tuple[Job, ...], spec: SweepSpec, folder: Path) -> tuple[Plan, ...]:
+    """The plan of each round. One has the sweep's order, several each an order of its own."""
+    whole = Plan(jobs, spec.policy, folder, run.run_id, run.asked.device, profile=run.asked.profile)
+    if run.asked.rounds == 1:
+        return (whole,)
+    numbers = range(run.asked.rounds)
+    return tuple(replace(whole, jobs=shuffled(jobs, run.run_id, number), round=number) for number in numbers)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _command() -> str:
+    return shlex.join(["moebench", *sys.argv[1:]])
+
+
+def _seconds(minutes: float | None) -> float | None:
+    return None if minutes is None else minutes * 60
+
+
+def check_device(device: str | None) -> None:
+    """Raises UsageError for what cannot name a device; whether it is there, only torch knows."""
+    if device is None:
+        return
+    kind, colon, index = device.partition(":")
+    if kind not in DEVICES or (colon and not (kind == "cuda" and index.isdecimal())):
+        raise UsageError(f"--device {device}: it must be cpu, cuda or cuda:N")
+
+
+def check_named(jobs: Sequence[Job], backends: Sequence[str]) -> None:
+    """Raises UsageError for a module that a file names and the command line does not: to import it is to run it."""
+    names = list(dict.fromkeys(job.backend for job in jobs))
+    unnamed = [name for name in names if ":" in name and name not in backends]
+    if unnamed:
+        options = " ".join(f"--backend {name}" for name in names)
+        raise UsageError(
+            f"backend {', '.join(unnamed)}: a module is imported only where the command line names it, not for being "
+            f"in a file; if you trust it, add {options}"
+        )
+
+
+def on_gpus(run_plan: RunPlan, wanted: str | None, share: bool) -> tuple[RunPlan, list[str]]:
+    """The plan on the GPUs that are wanted and free, and what is to be said of others. Raises UsageError."""
+    device = run_plan.run.asked.device
+    slots, notes = choose(device, wanted, share)
+    if slots[0].gpu is not None and device is not None:
+        device = "cuda"  # each worker sees its own alone
+    rounds = tuple(replace(one, slots=slots, device=device) for one in run_plan.rounds)
+    return replace(run_plan, rounds=rounds), notes

@@ -1,0 +1,242 @@
+"""Plans -> workers -> journal: what runs where, until all is measured. No torch here.
+
+A backend that breaks its process cannot break this one, which alone writes the journal.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from moebench.errors import Refused, RunnerError
+from moebench.machine.environment import Environment
+from moebench.machine.gpus import places
+from moebench.results.files import write_atomically, writing_to
+from moebench.results.folder import ENVIRONMENT_NAME, ENVIRONMENTS_NAME
+from moebench.results.journal import JOURNAL_NAME, Journal
+from moebench.results.record import Record
+from moebench.run.backlog import Backlog
+from moebench.run.plan import Plan, new_run_id
+from moebench.run.supervisor import WorkerProcess
+from moebench.workload.case import Job
+
+__all__ = ["Outcome", "Plan", "Refused", "RunnerError", "execute", "new_run_id", "writing_to"]
+
+POLL_S = 0.02
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run measured, and how many jobs it left when its time was spent or it was interrupted.
+
+    `notes` say which GPUs were given up on the way, and why.
+    """
+
+    records: tuple[Record, ...]
+    num_left: int
+    interrupted: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def execute(
+    *plans: Plan,
+    on_record: Callable[[Record], None] = lambda row: None,
+    on_environment: Callable[[Environment], None] = lambda environment: None,
+    time_budget_s: float | None = None,
+) -> Outcome:
+    """Measure every job of the plans, one plan after the other, each record in its journal when it is told of.
+
+    A job whose process dies or hangs gets a record that says so, and the next jobs a new process. Ctrl-C, SIGTERM and
+    SIGHUP end the run at once, the time budget (of all plans together) with the jobs that are running; what was
+    measured stays. `on_environment` is told where each worker runs, before it is given a job. Raises RunnerError where
+    no worker starts or the disk is full, Refused where a worker says that it was asked for what is not there.
+    """
+    run = Run(plans, Stop.after(time_budget_s), on_record, on_environment)
+    with run.stop.at_signals():
+        for plan in plans:
+            with writing_to(plan.folder):
+                (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
+                for ep_size in sorted({job.case.ep_size for job in plan.jobs}):
+                    _Crew(plan, ep_size, run).work()
+    return run.outcome
+
+
+@dataclass
+class Run:
+    """What some plans have measured so far, and whether they should end."""
+
+    plans: Sequence[Plan]
+    stop: "Stop"
+    on_record: Callable[[Record], None]
+    on_environment: Callable[[Environment], None]
+    records: list[Record] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def keep(self, plan: Plan, row: Record) -> None:
+        """In the plan's journal, before anything else is done."""
+        Journal(plan.folder / JOURNAL_NAME).append(row)
+        self.records.append(row)
+        self.on_record(row)
+
+    def meet(self, plan: Plan, environment: Environment) -> None:
+        """Before anything is measured there: whether it may be, and a file that says where it was."""
+        self.on_environment(environment)
+        file = _file_of(environment, plan.folder)
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, environment.to_json().encode())
+
+    @property
+    def outcome(self) -> Outcome:
+        num_left = sum(len(plan.jobs) for plan in self.plans) - len(self.records)
+        return Outcome(tuple(self.records), num_left, self.stop.interrupted, tuple(self.notes))
+
+
+@dataclass
+class Stop:
+    """Whether a run should end: its time is spent (no new job), or a signal came (at once)."""
+
+    deadline: float | None = None
+    interrupted: bool = False
+
+    @classmethod
+    def after(cls, budget_s: float | None) -> "Stop":
+        return cls(None if budget_s is None else time.monotonic() + budget_s)
+
+    def __call__(self) -> bool:
+        return self.interrupted or _past(self.deadline)
+
+    @contextmanager
+    def at_signals(self) -> Iterator[None]:
+        """While the block runs a signal is noted, and seen between two looks at the workers: no line is ever torn."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.interrupted = True
+
+        with _at_signals(note):
+            yield
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """While the block runs each of these signals raises KeyboardInterrupt, so that what was begun is cleaned up."""
+    with _at_signals(signal.default_int_handler):
+        yield
+
+
+@contextmanager
+def _at_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
+    before = {number: signal.signal(number, handler) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _past(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
+
+
+def _file_of(environment: Environment, folder: Path) -> Path:
+    """Where a folder keeps it: as the run's own, or as a further one of a run that was resumed by force."""
+    first = folder / ENVIRONMENT_NAME
+    was = Environment.from_file(first) if first.exists() else environment
+    if was.env_id != environment.env_id:
+        return folder / ENVIRONMENTS_NAME / f"{environment.env_id}.json"
+    if was.code != environment.code:  # times may be compared, but it is other code that ran
+        code = environment.git_revision or environment.moebench
+        return folder / ENVIRONMENTS_NAME / f"{environment.env_id}-{code}.json"
+    return first
+
+
+@dataclass
+class _Crew:
+    """The workers of one plan for the jobs of one EP size, one at each place."""
+
+    plan: Plan
+    ep_size: int
+    run: Run
+    workers: dict[int, WorkerProcess] = field(default_factory=dict)  # by the number of their place
+    met: bool = False
+
+    def __post_init__(self) -> None:
+        self.backlog = Backlog(job for job in self.plan.jobs if job.case.ep_size == self.ep_size)
+        self.places = dict(enumerate(places(self.plan.slots, self.ep_size)))
+
+    def work(self) -> None:
+        """Look at every place in turn until nothing is left or the run should end; then end the workers."""
+        try:
+            while not self.run.stop.interrupted:
+                heard = [self._look_at(number) for number in list(self.places)]
+                if not self.workers and (self.run.stop() or not len(self.backlog)):
+                    return
+                if not any(heard):
+                    time.sleep(POLL_S)
+        finally:
+            for worker in self.workers.values():
+                worker.end()
+
+    def _look_at(self, number: int) -> bool:
+        """Keep what the worker there tells, replace it where it is over; whether there was anything to do."""
+        worker = self.workers.get(number)
+        if worker is None:
+            return self._start_at(number)
+        knew = worker.environment
+        heard = False
+        try:
+            for row in worker.watch(self.run.stop):
+                heard = True
+                self.run.keep(self.plan, row)
+        except RunnerError as failure:
+            if not self.met or len(self.places) == 1:
+                raise
+            self._give_up(number, failure)
+            return True
+        if knew is None and worker.environment is not None:
+            self._meet(worker.environment)
+        is_free = worker.environment is not None and not worker.unfinished
+        if is_free and not worker.over:
+            worker.give(self._next_for(worker))
+            is_free = not worker.unfinished
+        if worker.over or is_free or (self.run.stop() and not worker.at_a_job):
+            self._end(number)
+            return True
+        return heard
+
+    def _start_at(self, number: int) -> bool:
+        """The first goes ahead: what it refuses all would refuse, and where torch sees no GPU it is the only one."""
+        place = self.places.get(number)
+        if place is None or self.run.stop() or not len(self.backlog) or (self.workers and not self.met):
+            return False
+        self.workers[number] = WorkerProcess(self.plan, place, self.ep_size, len(self.places))
+        return True
+
+    def _meet(self, environment: Environment) -> None:
+        self.run.meet(self.plan, environment)
+        if environment.device == "cpu" and self.plan.slots[0].gpu is not None:
+            self.places = {number: self.places[number] for number in self.workers}  # torch sees no GPU: no place there
+        self.met = True
+
+    def _next_for(self, worker: WorkerProcess) -> tuple[Job, ...]:
+        if len(self.places) == 1:
+            return self.backlog.take()
+        others = [other.weights for other in self.workers.values() if other is not worker and other.weights]
+        return self.backlog.take(worker.weights, others)
+
+    def _end(self, number: int) -> None:
+        worker = self.workers.pop(number)
+        self.backlog.put_back(worker.unfinished)
+        worker.end()
+
+    def _give_up(self, number: int, failure: RunnerError) -> None:
+        """Where a worker no longer starts the others go on without it: a GPU may be lost."""
+        self._end(number)
+        gpus = ", ".join(slot.gpu for slot in self.places.pop(number) if slot.gpu is not None)
+        self.run.notes.append(f"{gpus or 'a slot'}: given up: {failure}")

@@ -1,0 +1,63 @@
+"""A results folder, from its plan to its tables and plots. No torch here."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from moebench.errors import Refused, UsageError
+from moebench.machine.environment import Environment
+from moebench.results.files import write_atomically, writing_to
+from moebench.results.journal import JOURNAL_NAME, read_journal
+from moebench.results.record import Record
+from moebench.run.lock import check_new, locked
+from moebench.run.request import RunPlan
+from moebench.run.runfile import SWEEP_NAME, environment_changes
+from moebench.run.runner import Outcome, execute
+
+
+def measure(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome:
+    """Run the plan into its folder. A run that is refused leaves none: the command, set right, may name it again.
+
+    The outcome has earlier records too. Raises UsageError where another process writes into the folder.
+    """
+    folder = run_plan.folder
+    with writing_to(folder), locked(folder):
+        _check_unchanged(run_plan)
+        write_atomically(folder / SWEEP_NAME, run_plan.sweep_text)
+        run_plan.run.write(folder)
+
+        def check(environment: Environment) -> None:
+            changes = environment_changes(folder, environment) if run_plan.is_resumed else []
+            if changes and not run_plan.force:
+                raise Refused(
+                    f"--resume {folder}: not where it was: {'; '.join(changes)}; --force goes on all the same"
+                )
+
+        try:
+            outcome = execute(
+                *run_plan.rounds, on_record=on_record, on_environment=check, time_budget_s=run_plan.time_budget_s
+            )
+        except Refused:
+            if not (run_plan.is_resumed or (folder / JOURNAL_NAME).exists()):
+                _remove(folder)
+            raise
+    return replace(outcome, records=(*run_plan.earlier, *outcome.records))
+
+
+def _check_unchanged(run_plan: RunPlan) -> None:
+    """Another run may have come and gone between the plan and the lock."""
+    folder = run_plan.folder
+    if not run_plan.is_resumed:
+        check_new(folder)
+    elif len(read_journal(folder / JOURNAL_NAME)) != len(run_plan.earlier):
+        raise UsageError(f"{folder}: another process has gone on with it meanwhile; give the command again")
+
+
+def _remove(folder: Path) -> None:
+    """A folder that was empty, or not there, before this run."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with suppress(OSError):  # a link to a folder stays, and where this process is
+        folder.rmdir()

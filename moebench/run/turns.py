@@ -1,0 +1,97 @@
+"""Several plans at once: the workers of all live side by side and take turns, job by job. No torch here.
+
+What disturbs a machine for seconds at a time disturbs all of them alike then. Made for CPUs: on a GPU the memory of all
+would have to fit at once.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from moebench.machine.gpus import places
+from moebench.results.files import writing_to
+from moebench.results.record import Record
+from moebench.run.plan import Plan
+from moebench.run.runner import POLL_S, Outcome, Run, Stop
+from moebench.run.supervisor import WorkerProcess
+from moebench.workload.case import Job
+
+
+def execute_in_turns(
+    *rounds: Sequence[Plan], on_record: Callable[[Record], None], time_budget_s: float | None = None
+) -> Outcome:
+    """As `runner.execute`, the plans of a round side by side: each job is measured by all, in random order.
+
+    Jobs come in the order of the plans, which is the same in all of a round; a plan may have none of some.
+    """
+    plans = [plan for together in rounds for plan in together]
+    run = Run(plans, Stop.after(time_budget_s), on_record, lambda environment: None)
+    with run.stop.at_signals():
+        for together in rounds:
+            with writing_to(together[0].folder):
+                for plan in together:
+                    (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
+                _Turns(together, run).work()
+    return run.outcome
+
+
+@dataclass
+class _Turns:
+    """The workers of one round, one for each plan that has begun."""
+
+    plans: Sequence[Plan]
+    run: Run
+    workers: dict[int, WorkerProcess] = field(default_factory=dict)  # by the number of their plan
+
+    def work(self) -> None:
+        """All jobs by all plans that have them, then the workers' end."""
+        draw = random.Random(f"{self.plans[0].run_id} {self.plans[0].round}")
+        jobs = dict.fromkeys(job for plan in self.plans for job in plan.jobs)
+        ep_size = 0
+        try:
+            for job in sorted(jobs, key=lambda job: job.case.ep_size):
+                if job.case.ep_size != ep_size:
+                    self._end_all()  # they have as many ranks as their jobs
+                    ep_size = job.case.ep_size
+                have_it = [number for number, plan in enumerate(self.plans) if job in plan.jobs]
+                for number in draw.sample(have_it, len(have_it)):
+                    if self.run.stop():
+                        return
+                    self._measure(number, job)
+        finally:
+            self._end_all()
+
+    def _measure(self, number: int, job: Job) -> None:
+        """One turn: until the job is told of, by another worker where one dies before it has begun."""
+        while not self.run.stop.interrupted:
+            worker = self.workers.get(number) or self._start(number, job)
+            if not worker.unfinished:
+                worker.give([job])
+            self._hear(number, worker)
+            is_told = not worker.unfinished
+            if worker.over:
+                self.workers.pop(number).end()
+            if is_told:
+                return
+
+    def _start(self, number: int, job: Job) -> WorkerProcess:
+        place = places(self.plans[number].slots, job.case.ep_size)[0]
+        self.workers[number] = WorkerProcess(self.plans[number], place, job.case.ep_size, at_once=1)
+        return self.workers[number]
+
+    def _hear(self, number: int, worker: WorkerProcess) -> None:
+        """Keep what it tells, if anything; else wait a little."""
+        plan, knew = self.plans[number], worker.environment
+        rows = list(worker.watch(lambda: self.run.stop.interrupted))
+        if knew is None and worker.environment is not None:
+            self.run.meet(plan, worker.environment)
+        for row in rows:
+            self.run.keep(plan, row)
+        if not rows and not worker.over:
+            time.sleep(POLL_S)
+
+    def _end_all(self) -> None:
+        for worker in self.workers.values():
+            worker.end()
+        self.workers.clear()

@@ -1,0 +1,126 @@
+"""Baselines: results that are kept to be gated against, one folder for each machine and its software. No torch here.
+
+A baseline's name is its GPU's (or CPU's) and the fingerprint of all that must be the same for timings to be compared
+(`Environment.comparable`), so that a candidate finds its own.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moebench.errors import ResultsError
+from moebench.machine.comparability import facts
+from moebench.machine.environment import Environment
+from moebench.results.folder import Result, open_result
+from moebench.results.merge import merged, save
+from moebench.verdicts.findings import rounds_of
+
+BASELINES = Path("results") / "published" / "baselines"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A stored baseline."""
+
+    path: Path
+    result: Result
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def environment(self) -> Environment:
+        (environment,) = self.result.environments.values()
+        return environment
+
+    @property
+    def rounds(self) -> tuple[int, int]:
+        """The fewest and the most rounds that a job with a time has."""
+        counts = [len(rounds_of(row)) for row in self.result.frame.to_dict("records") if rounds_of(row)]
+        return min(counts, default=0), max(counts, default=0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What it is of, for people and machines."""
+        frame, (least, most) = self.result.frame, self.rounds
+        return {
+            "name": self.name,
+            "jobs": len(frame),
+            "rounds": str(least) if least == most else f"{least} to {most}",
+            "runs": ", ".join(sorted(set(frame["run_id"]))),
+            "revision": self.environment.git_revision,
+            **{what: text for what, text in facts(self.environment).items() if text not in ("none", "any")},
+        }
+
+
+def name_of(environment: Environment) -> str:
+    """`nvidia-h200-e4e1d3dc1b02`: however many of the GPUs there are, each counts for itself."""
+    names = sorted({gpu.name for gpu in environment.gpus})
+    machine = "-".join(names) if names else environment.cpu_model
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    return f"{slug}-{environment.env_id}"
+
+
+def stored(root: Path = BASELINES) -> list[Baseline]:
+    """The baselines there are, by name. Raises ResultsError for a folder that is none."""
+    folders = sorted(path for path in root.glob("*") if path.is_dir())
+    return [_opened(folder) for folder in folders]
+
+
+def _opened(folder: Path) -> Baseline:
+    result = open_result(folder)
+    if len(result.environments) != 1:
+        raise ResultsError(
+            f"{folder}: {len(result.environments)} environments beside a baseline, which has one; "
+            "make it again with `moebench baseline update`"
+        )
+    return Baseline(folder, result)
+
+
+def update(path: Path, root: Path = BASELINES) -> Baseline:
+    """Take the results in `path` into the baseline of their machine and software; jobs that it has are replaced.
+
+    Raises ResultsError for results of several environments, or without any.
+    """
+    new = open_result(path)
+    ids = sorted(set(new.frame["env_id"]))
+    if len(ids) != 1 or ids[0] not in new.environments:
+        raise ResultsError(
+            f"{path}: rows of environments {', '.join(ids)}, and environment.json of "
+            f"{', '.join(sorted(new.environments)) or 'none'}; a baseline is of one that is known: give a run's folder"
+        )
+    environment = new.environments[ids[0]]
+    folder = root / name_of(environment)
+    parts = [_opened(folder).result] if folder.exists() else []
+    return _saved([*parts, Result(new.frame, {environment.env_id: environment})], folder)
+
+
+def _saved(results: Sequence[Result], folder: Path) -> Baseline:
+    names = [str(number) for number in range(len(results))]
+    result = merged(results, names, newest=True)
+    save(result, folder)
+    return Baseline(folder, result)
+
+
+def matching(candidate: Result, root: Path = BASELINES) -> Baseline:
+    """The baseline of the candidate's machine and software. Raises ResultsError where there is none."""
+    ids = sorted(set(candidate.frame["env_id"]))
+    there = stored(root)
+    found = [baseline for baseline in there if baseline.environment.env_id in ids]
+    if not found:
+        names = ", ".join(baseline.name for baseline in there) or "none"
+        raise ResultsError(
+            f"no baseline of this machine and software ({', '.join(ids)}) in {root}; there are {names}: "
+            "store one with `moebench baseline update DIR`, or name one as baseline:NAME"
+        )
+    return found[0]
+
+
+def named(name: str, root: Path = BASELINES) -> Baseline:
+    """The baseline of that name. Raises ResultsError where there is none."""
+    there = {baseline.name: baseline for baseline in stored(root)}
+    if name not in there:
+        raise ResultsError(f"baseline:{name}: no such baseline in {root}; there are {', '.join(there) or 'none'}")
+    return there[name]

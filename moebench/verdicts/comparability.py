@@ -1,0 +1,28 @@
+"""Whether rows of two results may be compared."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from moebench.machine.comparability import Difference, differences
+from moebench.machine.environment import Environment
+
+
+@dataclass(frozen=True)
+class Comparability:
+    """Whether rows of two results may be compared, from the environments of both."""
+
+    baseline: Mapping[str, Environment]
+    candidate: Mapping[str, Environment]
+    allowed: Collection[str] = ()  # of CHANGES
+
+    def between(self, baseline_id: str, candidate_id: str) -> tuple[Difference, ...]:
+        """What differs between two env_ids; one difference, of `env_id`, where no file says more."""
+        if baseline_id == candidate_id:
+            return ()
+        one, two = self.baseline.get(baseline_id), self.candidate.get(candidate_id)
+        found = differences(one, two) if one is not None and two is not None else ()
+        return found or (Difference("env_id", baseline_id, candidate_id),)
+
+    def forbidding(self, differences: Iterable[Difference]) -> tuple[Difference, ...]:
+        """Those that were not allowed."""
+        return tuple(difference for difference in differences if difference.what not in self.allowed)

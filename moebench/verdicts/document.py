@@ -1,0 +1,187 @@
+"""A gate's verdicts as one JSON document: `moebench gate --json` writes it, `moebench report --gate` reads it.
+
+docs/gating.md explains the keys. A number that is infinite or not known is null, because JSON has no infinity and a
+reader must not take a limit for a number.
+"""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from moebench.errors import ResultsError
+from moebench.verdicts.gate import GateResult, Judged, SelfComparison
+from moebench.verdicts.verdict import Severity, Verdict
+
+SCHEMA = 1
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+Cell = Annotated[str | int | float | None, BeforeValidator(_finite)]
+
+
+class _Part(BaseModel):
+    """Unknown keys are passed over, so that a later moebench may add some."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True)
+
+
+class GateFinding(_Part):
+    """What was found of one measure of a job."""
+
+    measure: str
+    verdict: Verdict
+    reason: str
+
+
+class GateTime(_Part):
+    """Candidate over baseline with its interval, and shares of the baseline."""
+
+    ratio: Number
+    low: Number
+    high: Number
+    p_slower: Number
+    p_faster: Number
+    smallest_effect: Number
+    rounds: tuple[int, int]
+
+    def __str__(self) -> str:
+        if self.ratio is None:
+            return ""
+        ends = ["?" if end is None else f"{end - 1:+.1%}" for end in (self.low, self.high)]
+        return f"{self.ratio - 1:+.1%} ({' to '.join(ends)})"
+
+    @property
+    def sees(self) -> str:
+        return "" if self.smallest_effect is None else f"{self.smallest_effect:.1%}"
+
+
+class Pair(_Part):
+    """A column's value on both sides."""
+
+    baseline: Cell
+    candidate: Cell
+
+
+class GateJob(_Part):
+    """The verdict on one job, and what both sides measured."""
+
+    case_id: str
+    backend: str
+    dispatcher: str
+    verdict: Verdict
+    findings: tuple[GateFinding, ...]
+    time: GateTime | None
+    status: Pair
+    time_ms: Pair
+    peak_memory_bytes: Pair
+    saved_memory_bytes: Pair
+    parity_worst: Pair
+
+    @classmethod
+    def of(cls, job: Judged) -> Self:
+        case_id, backend, dispatcher = job.key
+        time = None if job.time is None else GateTime.model_validate(job.time)
+        if time is not None and not time.low:
+            time = time.model_copy(update={"low": None})  # 0 is minus infinity on the logarithmic scale: not known
+        columns = ("status", "time_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
+        return cls(
+            case_id=case_id,
+            backend=backend,
+            dispatcher=dispatcher,
+            verdict=job.verdict,
+            findings=tuple(GateFinding.model_validate(finding) for finding in job.findings),
+            time=time,
+            **{name: Pair(**dict(zip(Pair.model_fields, job.cells(name), strict=True))) for name in columns},
+        )
+
+    @property
+    def label(self) -> str:
+        return self.backend if self.dispatcher == "local" else f"{self.backend}+{self.dispatcher}"
+
+    @property
+    def reasons(self) -> str:
+        """Why the verdict is what it is."""
+        return "; ".join(f"{one.measure}: {one.reason}" for one in self.findings if one.verdict is self.verdict)
+
+
+class GateSelfComparison(_Part):
+    """Two sides between which nothing changed, judged alike."""
+
+    name: str
+    num_compared: int
+    num_alarms: int
+    num_below: int
+    false_alarm_rate: float | None
+
+    @classmethod
+    def of(cls, some: SelfComparison) -> Self:
+        rate = some.num_alarms / some.num_compared if some.num_compared else None
+        return cls(**vars(some), false_alarm_rate=rate)
+
+
+class GateDifference(_Part):
+    """A fact that differs between the environments of both sides."""
+
+    what: str
+    baseline: str
+    candidate: str
+
+
+class GateDocument(_Part):
+    """All verdicts of a gate."""
+
+    schema_version: int = Field(alias="schema", ge=SCHEMA, le=SCHEMA)
+    exit_code: int
+    threshold: float
+    false_alarms: float
+    counts: dict[Verdict, int]
+    differences: tuple[GateDifference, ...]
+    self_comparisons: tuple[GateSelfComparison, ...]
+    jobs: tuple[GateJob, ...]
+
+    @classmethod
+    def of(cls, result: GateResult) -> Self:
+        return cls(
+            schema=SCHEMA,
+            exit_code=result.exit_code,
+            threshold=result.threshold,
+            false_alarms=result.false_alarms,
+            counts=result.counts,
+            differences=tuple(GateDifference.model_validate(difference) for difference in result.differences),
+            self_comparisons=tuple(map(GateSelfComparison.of, result.self_comparisons)),
+            jobs=tuple(map(GateJob.of, result.jobs)),
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The document in a file. Raises ResultsError for anything else."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise ResultsError(f"--gate {path}: {error.strerror}; give what `moebench gate --json` printed") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            message = f"--gate {path}: {place}: {first['msg']}; give what `moebench gate --json` printed"
+            raise ResultsError(message) from error
+
+    def to_json(self) -> str:
+        return self.model_dump_json(by_alias=True)
+
+    @property
+    def remarkable(self) -> list[GateJob]:
+        """The jobs to look at, the worst first."""
+        open_ = [job for job in self.jobs if job.verdict.severity in (Severity.FAILED, Severity.UNDECIDED)]
+        return sorted(open_, key=lambda job: job.verdict.rank)
+
+    @property
+    def verdict_counts(self) -> Counter[Verdict]:
+        """How many jobs have each verdict, the worst first."""
+        return Counter({verdict: self.counts[verdict] for verdict in Verdict if verdict in self.counts})

@@ -1,0 +1,207 @@
+"""Two results -> a verdict on every job: time, memory, parity. No torch here.
+
+moebench.verdicts.times judges the times of all jobs together, moebench.verdicts.findings each job's memory and parity.
+docs/gating.md is the user's reference.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from moebench.errors import EXIT_FAILED, EXIT_OK, EXIT_UNDECIDED, ResultsError
+from moebench.machine.comparability import Difference, clock_difference
+from moebench.results.labels import backend_labels, describe, machine
+from moebench.results.stats import THRESHOLD
+from moebench.verdicts import findings, times
+from moebench.verdicts.comparability import Comparability
+from moebench.verdicts.findings import Finding, Pair, Row, is_null, rounds_of
+from moebench.verdicts.times import Sides, TimeVerdict
+from moebench.verdicts.verdict import Severity, Verdict
+
+Key = tuple[str, str, str]  # case_id, backend, dispatcher
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The verdict on a job, with what it rests on: the rows of both sides, None where there is none."""
+
+    key: Key
+    case: str  # what tells it from the other cases, in words
+    backend: str  # with its dispatcher, as it is shown everywhere
+    findings: tuple[Finding, ...]
+    time: TimeVerdict | None
+    baseline: Row | None
+    candidate: Row | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst that was found."""
+        return min((finding.verdict for finding in self.findings), key=lambda verdict: verdict.rank)
+
+    def finding(self, measure: str) -> Finding | None:
+        return next((finding for finding in self.findings if finding.measure == measure), None)
+
+    def cells(self, column: str) -> tuple[Any, Any]:
+        """A column's value of the baseline and of the candidate, None where it was not measured."""
+        values = [None if row is None else row[column] for row in (self.baseline, self.candidate)]
+        one, two = (None if is_null(value) else value for value in values)
+        return one, two
+
+
+@dataclass(frozen=True)
+class SelfComparison:
+    """Two sides between which nothing changed, judged as the gate judges: every alarm is a false one."""
+
+    name: str
+    num_compared: int  # jobs
+    num_alarms: int  # REGRESSED or IMPROVED among them, by the gate's own rules
+    num_below: int  # jobs with a p-value below 5%, slower or faster: of exchangeable rounds, 10% or less
+
+    def __str__(self) -> str:
+        if not self.num_compared:
+            return f"{self.name}: too few rounds to tell"
+        share = self.num_below / self.num_compared
+        return (
+            f"{self.name}: {self.num_alarms} false alarms in {self.num_compared} jobs; "
+            f"p < 5% either way in {share:.1%} of them (by chance 10% or less)"
+        )
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """All verdicts of a gate, and what they rest on."""
+
+    jobs: tuple[Judged, ...]
+    threshold: float
+    false_alarms: float
+    self_comparisons: tuple[SelfComparison, ...] = ()
+    differences: tuple[Difference, ...] = ()  # between the environments, those that are allowed included
+    title: str = ""  # what all cases share, and where and when both sides were measured
+
+    @property
+    def counts(self) -> dict[Verdict, int]:
+        """How many jobs have each verdict, the worst first."""
+        found = [job.verdict for job in self.jobs]
+        return {verdict: found.count(verdict) for verdict in Verdict if verdict in found}
+
+    @property
+    def exit_code(self) -> int:
+        """1 where something regressed, mismatched or is missing; 3 where it is not decided; else 0."""
+        severities = {verdict.severity for verdict in self.counts}
+        if Severity.FAILED in severities:
+            return EXIT_FAILED
+        return EXIT_UNDECIDED if Severity.UNDECIDED in severities else EXIT_OK
+
+
+def gate(
+    baseline: pd.DataFrame,
+    candidate: pd.DataFrame,
+    comparability: Comparability,
+    *,
+    threshold: float = THRESHOLD,
+    false_alarms: float = times.FALSE_ALARMS,
+    wrong_passes: float = times.WRONG_PASSES,
+    self_comparisons: Sequence[SelfComparison] | None = None,
+    block_of: Callable[[int], int] | None = None,
+) -> GateResult:
+    """Judge every job of two results, as `moebench.results.frame.load` opens them.
+
+    `block_of` gives the block of a round's number where rounds of both sides were measured together.
+    `self_comparisons` default to the earlier against the later rounds of each of the two. Raises ResultsError where
+    they have no job in common.
+    """
+    before, after = _by_key(baseline), _by_key(candidate)
+    pairs = _pairs(before, after, comparability)
+    judged_times = times.judge_times(_family(pairs, block_of), threshold, false_alarms, wrong_passes)
+    found = {key: findings.of_baseline_alone() for key in before}
+    found |= {key: findings.of_candidate_alone(row) for key, row in after.items()}
+    found |= {key: findings.of_pair(pair, judged_times.get(key)) for key, pair in pairs.items()}
+    names = _names(baseline, candidate)
+    if self_comparisons is None:
+        self_comparisons = [
+            halves(f"{side}, earlier against later rounds", frame, threshold, false_alarms)
+            for side, frame in (("baseline", baseline), ("candidate", candidate))
+        ]
+    return GateResult(
+        tuple(
+            Judged(key, *names[key], found[key], judged_times.get(key), before.get(key), after.get(key))
+            for key in found
+        ),
+        threshold,
+        false_alarms,
+        tuple(self_comparisons),
+        tuple(dict.fromkeys(difference for pair in pairs.values() for difference in pair.differences)),
+        _title(baseline, candidate),
+    )
+
+
+def _by_key(frame: pd.DataFrame) -> dict[Key, Row]:
+    return {(row["case_id"], row["backend"], row["dispatcher"]): row for row in frame.to_dict("records")}
+
+
+def _pairs(before: Mapping[Key, Row], after: Mapping[Key, Row], comparability: Comparability) -> dict[Key, Pair]:
+    pairs = {key: _pair(before[key], after[key], comparability) for key in before if key in after}
+    if not pairs:
+        raise ResultsError(
+            f"no job in common: {len(before)} in the baseline, {len(after)} in the candidate, none with the same case, "
+            "backend and dispatcher in both; give two results of one sweep"
+        )
+    return pairs
+
+
+def _family(pairs: Mapping[Key, Pair], block_of: Callable[[int], int] | None) -> dict[Key, Sides]:
+    """The rounds of the jobs whose times may be compared."""
+    return {
+        key: sides(rounds_of(pair.baseline), rounds_of(pair.candidate), block_of)
+        for key, pair in pairs.items()
+        if pair.both_ok and not pair.why_incomparable
+    }
+
+
+def sides(
+    baseline: Mapping[int, float], candidate: Mapping[int, float], block_of: Callable[[int], int] | None = None
+) -> Sides:
+    """Rounds by number, and which of them were measured together."""
+    blocks = None
+    if block_of is not None:
+        blocks = tuple(map(block_of, baseline)), tuple(map(block_of, candidate))
+    return Sides(tuple(baseline.values()), tuple(candidate.values()), blocks)
+
+
+def _pair(baseline: Row, candidate: Row, comparability: Comparability) -> Pair:
+    differences = comparability.between(baseline["env_id"], candidate["env_id"])
+    clocks = (None if is_null(row["sm_clock_mhz"]) else float(row["sm_clock_mhz"]) for row in (baseline, candidate))
+    differences += clock_difference(*clocks)
+    return Pair(baseline, candidate, differences, comparability.forbidding(differences))
+
+
+def _names(*frames: pd.DataFrame) -> dict[Key, tuple[str, str]]:
+    """Case and backend of each job in words; the case's id where all are one case."""
+    rows = pd.concat(frames, ignore_index=True)
+    cases = describe(rows.assign(run_id="", device="", gpu="")).labels
+    texts = zip(cases.where(cases != "", rows["case_id"]), backend_labels(rows), strict=True)
+    return dict(zip(zip(rows["case_id"], rows["backend"], rows["dispatcher"], strict=True), texts, strict=True))
+
+
+def _title(baseline: pd.DataFrame, candidate: pd.DataFrame) -> str:
+    shared = describe(pd.concat([baseline, candidate], ignore_index=True)).title()
+    places = " -> ".join(dict.fromkeys(machine(frame) for frame in (baseline, candidate)))
+    return "\n".join(filter(None, (shared, places)))
+
+
+def halves(name: str, frame: pd.DataFrame, threshold: float, false_alarms: float) -> SelfComparison:
+    """The earlier rounds of a result against its later ones: a machine that drifts raises alarms here too."""
+    rounds = [tuple(rounds_of(row).values()) for row in frame.to_dict("records")]
+    enough = [some for some in rounds if len(some) >= 2 * times.MIN_ROUNDS]
+    family = {number: Sides(some[: len(some) // 2], some[len(some) // 2 :]) for number, some in enumerate(enough)}
+    return self_comparison(name, family, threshold, false_alarms)
+
+
+def self_comparison(name: str, family: Mapping[Any, Sides], threshold: float, false_alarms: float) -> SelfComparison:
+    """What a gate says of two sides between which nothing changed."""
+    found = times.judge_times(family, threshold, false_alarms).values()
+    alarms = [some for some in found if some.verdict in (Verdict.REGRESSED, Verdict.IMPROVED)]
+    below = [some for some in found if min(some.p_slower, some.p_faster) < 0.05]
+    return SelfComparison(name, len(family), len(alarms), len(below))

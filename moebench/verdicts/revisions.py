@@ -1,0 +1,95 @@
+"""Another revision's `experts`, in a folder from which workers can import it. No torch here."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moebench.errors import RevisionError
+from moebench.run.plan import importing_from
+
+PACKAGE = "experts"
+
+
+@dataclass(frozen=True)
+class Revision:
+    """An `experts` to measure: a copy in `folder`, and what it was asked for by and is."""
+
+    asked: str
+    commit: str | None  # None: a folder's, which has no name but its path
+    folder: Path
+
+    def __str__(self) -> str:
+        return self.asked if self.commit is None else f"{self.asked} ({self.commit[:10]})"
+
+
+def copy_experts(asked: str, into: Path) -> Revision:
+    """Copy the `experts` of a folder that holds one, else of a git revision of the repository around, to `into`.
+
+    The working tree is left as it is, and what happens to it later changes nothing. Raises RevisionError.
+    """
+    source = Path(asked)
+    into.mkdir(parents=True)
+    if (source / PACKAGE / "__init__.py").is_file():
+        shutil.copytree(source / PACKAGE, into / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
+        return Revision(asked, None, into)
+    _git(asked, "rev-list", "--max-count=1", "--end-of-options", asked, "--")  # says best what is wrong; takes ranges
+    commit = _git(asked, "rev-parse", "--verify", "--end-of-options", f"{asked}^{{commit}}").decode().strip()
+    top = _git(asked, "rev-parse", "--show-toplevel").decode().rstrip("\n")
+    archive = _git(asked, "-C", top, "archive", "--format=tar", commit, PACKAGE)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(into, filter="data")
+    return Revision(asked, commit, into)
+
+
+def _git(asked: str, *arguments: str) -> bytes:
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook sets these
+    variables["LC_ALL"] = "C"
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, check=False, env=variables)
+    except OSError as error:
+        raise RevisionError(f"{asked}: no folder that holds an {PACKAGE}, and git does not run: {error}") from None
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise RevisionError(
+            f"{asked}: no folder that holds an {PACKAGE}, nor a git revision with one: git says: {reason[0]}"
+        )
+    return done.stdout
+
+
+#: Said by a process that imports what a worker would: what is wrong with each name, null where nothing is.
+_PROBE = """
+import json, sys
+import moebench.measure.worker
+from experts.errors import RegistryError
+from experts.registry import check_name
+
+def wrong(name):
+    try:
+        check_name(name)
+    except RegistryError as error:
+        return str(error)
+
+print(json.dumps({name: wrong(name) for name in sys.argv[1:]}))
+"""
+
+
+def unknown_backends(revision: Revision, names: Iterable[str]) -> dict[str, str]:
+    """The backends that this revision does not have, with what it says of each.
+
+    Raises RevisionError where its `experts` cannot be driven by this moebench.
+    """
+    command = [sys.executable, "-c", _PROBE, *dict.fromkeys(names)]
+    variables = os.environ | importing_from(revision.folder)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise RevisionError(f"{revision}: this moebench cannot drive its {PACKAGE}: {reason[0]}")
+    said: dict[str, str | None] = json.loads(done.stdout.splitlines()[-1])
+    return {name: wrong for name, wrong in said.items() if wrong is not None}

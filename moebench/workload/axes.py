@@ -1,0 +1,136 @@
+"""The axes of a sweep: which values each takes, what a wrong value is told, and their combinations. No torch here."""
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from moebench.workload.case import Case
+from moebench.workload.models import MODELS
+
+SHAPE_AXES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
+DISPATCHERS = ("local", "allgather", "alltoall", "deepep")
+BACKEND_PATTERN = r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$"
+BACKEND_RULE = 'must be a name, or "module:attribute" for a backend of your own'
+UNKNOWN: Final = object()  # stands for a value that a mistake hides
+
+# Values: their types are those of Case's fields
+
+
+def _openable(routing: str, info: ValidationInfo) -> str:
+    """A recorded trace as a path that can be opened from here; `info.context` is the sweep file's folder."""
+    kind, _, written = routing.partition(":")
+    if kind != "trace" or info.context is None:
+        return routing
+    path = (info.context / written).resolve()
+    if not path.is_file():
+        raise PydanticCustomError("no_trace", "there is no file {path}", {"path": str(path)})
+    return f"trace:{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
+
+
+def _axis_types() -> dict[str, Any]:
+    fields: dict[str, Any] = {name: field.rebuild_annotation() for name, field in Case.model_fields.items()}
+    literal: Any = Literal
+    annotated: Any = Annotated
+    return fields | {
+        "model": literal[tuple(MODELS)],
+        "routing": annotated[fields["routing"], AfterValidator(_openable)],
+        "backend": annotated[str, Field(pattern=BACKEND_PATTERN)],
+        "dispatcher": literal[DISPATCHERS],
+    }
+
+
+_TYPES = _axis_types()
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+AXES: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(type_, config=_STRICT) for name, type_ in _TYPES.items()}
+_NAMED = ("model", "mode", "dtype", "expert_activation", "rank_load", "dispatcher")
+_CHOICES = {name: get_args(_TYPES[name]) for name in _NAMED}
+_CHOICES["l2"] = ("cold", "warm")
+FIXED_BY_MODEL = tuple(dict.fromkeys(name for preset in MODELS.values() for name in preset))
+DEFAULTS = {name: field.default for name, field in Case.model_fields.items() if not field.is_required()}
+_RULES = {
+    "name": 'must be letters, digits, ".", "_" and "-", a letter or digit first',
+    "description": "must be one line of text",
+    "backend": BACKEND_RULE,
+    "routing": "must be one of uniform, balanced, one-hot, zipf[:s], empty[:share], trace:FILE.npy",
+}
+_EXAMPLES = {
+    **DEFAULTS,
+    **{name: MODELS["qwen3-30b-a3b"][name] for name in SHAPE_AXES},
+    "num_tokens": 128,
+    "interval_target": 0.02,
+    "time_cap_s": 1.0,
+    "timeout_s": 300.0,
+    "name": "quick",
+    "description": "one line",
+    "backend": "loop",
+}
+
+
+def rule_for(name: str, value: object, error: ErrorDetails) -> str:
+    """The rule that `value` of the field `name` breaks, and the remedy."""
+    if name in _CHOICES:
+        hint = did_you_mean(value, _CHOICES[name]) or "take one of them"
+        return f"must be one of {listed(_CHOICES[name])}; {hint}"
+    if error["type"] == "no_trace":
+        return f"{error['msg']}; a trace's path is absolute or relative to the sweep file's folder"
+    rule = _RULES.get(name) or error["msg"].replace("Input should be", "must be")
+    return f"{rule}; for example {name} = {example(name)}"
+
+
+def shown(value: object) -> str:
+    """The value as a mistake quotes it: JSON, in at most 80 characters."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def listed(names: Iterable[object]) -> str:
+    """The names with commas between them, or "none"."""
+    return ", ".join(map(str, names)) or "none"
+
+
+def did_you_mean(word: object, valid: Iterable[str]) -> str:
+    """A question that names the valid word closest to `word`; empty where none is close."""
+    close = difflib.get_close_matches(str(word), list(valid), n=1)
+    return f'did you mean "{close[0]}"?' if close else ""
+
+
+def example(name: str) -> str:
+    """A value of the field `name`, as a sweep file has it."""
+    return shown(_EXAMPLES[name] if name in _EXAMPLES else _CHOICES[name][0])
+
+
+# Combinations: one value for every axis
+
+
+def combinations(axes: Mapping[str, Sequence[object]]) -> Iterator[dict[str, object]]:
+    """Each combination of the axes, complete: with the model's shape, Case's defaults, and the dispatcher in force."""
+    for values in product(*axes.values()):
+        combination = {**DEFAULTS, "dispatcher": "allgather", **dict(zip(axes, values, strict=True))}
+        model = combination["model"]
+        if model is UNKNOWN:
+            combination |= dict.fromkeys(FIXED_BY_MODEL, UNKNOWN)
+        elif model is not None:
+            combination |= MODELS[str(model)]
+        if combination["ep_size"] is UNKNOWN:
+            combination["dispatcher"] = UNKNOWN
+        elif combination["ep_size"] == 1:
+            combination["dispatcher"] = "local"
+        yield combination
+
+
+def is_match(exclude: Mapping[str, Sequence[object]], combination: Mapping[str, object]) -> bool | None:
+    """Whether the combination has one of the values for every key; None where a mistake leaves that open."""
+    matches: bool | None = True
+    for name, values in exclude.items():
+        value = combination.get(name, UNKNOWN)
+        if value is UNKNOWN or (UNKNOWN in values and value not in values):
+            matches = None
+        elif value not in values:
+            return False
+    return matches

@@ -1,0 +1,137 @@
+"""What is measured: a `Case` is one workload, a `Job` is one backend on it. No torch here."""
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+ACTIVATIONS = ("swiglu", "swigluoai", "quick_geglu", "geglu", "relu2")
+UNGATED = ("relu2",)
+
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+Activation = Literal["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"]
+Mode = Literal["forward", "train"]
+RankLoad = Literal["even", "uneven", "one-empty"]
+#: More is a slip of the pen: no machine has the memory, and columns are integers of 64 bits.
+LARGEST = 2**31
+Positive = Annotated[int, Field(gt=0, lt=LARGEST)]
+
+# kind[:argument]; moebench.workload.inputs draws them, docs/sweeps.md says what each means
+ROUTING_PATTERN = r"^(uniform|balanced|one-hot|zipf(:\d+(\.\d+)?)?|empty(:0?\.\d+)?|trace:.+)$"
+
+
+class Case(BaseModel):
+    """One workload of an expert layer, whatever backend runs it.
+
+    `num_tokens` counts tokens per rank, at most: `rank_load` says how many of the ranks have so many. `mode` "forward"
+    runs under no_grad, "train" is forward and backward without an optimizer. `masked_share` is the share of tokens that
+    the token mask drops.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    num_tokens: Annotated[int, Field(ge=0, lt=LARGEST)]
+    n_routed_experts: Positive
+    n_activated_experts: Positive
+    dim: Positive
+    moe_inter_dim: Positive
+    mode: Mode = "forward"
+    dtype: Dtype = "bfloat16"
+    model: str | None = None
+    expert_activation: Activation = "swiglu"
+    expert_bias: bool = False
+    activation_alpha: float = 1.702
+    activation_limit: Annotated[float, Field(gt=0)] = 7.0
+    swiglu_limit: Annotated[float, Field(ge=0)] = 0.0
+    apply_router_weight_after_down: bool = False
+    routing: Annotated[str, Field(pattern=ROUTING_PATTERN)] = "uniform"
+    masked_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    ep_size: Positive = 1
+    rank_load: RankLoad = "even"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "Case":
+        mistakes = []
+        if self.n_activated_experts > self.n_routed_experts:
+            mistakes.append(
+                f"n_activated_experts = {self.n_activated_experts} exceeds n_routed_experts = {self.n_routed_experts}: "
+                "a token cannot choose more experts than there are; lower it, or exclude the pair"
+            )
+        if self.n_routed_experts % self.ep_size:
+            mistakes.append(
+                f"n_routed_experts = {self.n_routed_experts} does not divide by ep_size = {self.ep_size}: "
+                "every rank holds as many experts; choose a divisor, or exclude the pair"
+            )
+        if self.rank_load != "even" and self.ep_size == 1:
+            mistakes.append(
+                f"rank_load = {self.rank_load} needs ranks, but ep_size = 1: choose a larger one, or exclude the pair"
+            )
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+    @property
+    def case_id(self) -> str:
+        """Readable name and a hash of every field that differs from its default, so that a new field keeps old ids."""
+        shape = self.model or f"e{self.n_routed_experts}k{self.n_activated_experts}d{self.dim}i{self.moe_inter_dim}"
+        fields = json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True)
+        digest = hashlib.sha256(fields.encode()).hexdigest()[:8]
+        routing = self.routing.partition(":")[0]
+        return f"{shape}-t{self.num_tokens}-{self.dtype}-{self.mode}-{routing}-ep{self.ep_size}-{digest}"
+
+    @property
+    def weights(self) -> tuple[object, ...]:
+        """What the layer's weights are made of: cases that share it can share them."""
+        shape = (self.n_routed_experts, self.dim, self.moe_inter_dim, self.is_gated)
+        return (*shape, self.dtype, self.expert_bias, self.seed, self.ep_size)
+
+    @property
+    def is_gated(self) -> bool:
+        return self.expert_activation not in UNGATED
+
+    def flops(self) -> float:
+        """Useful floating-point operations per rank, the mean over ranks.
+
+        Forward: 6·T·K·dim·inter gated, 4·T·K·dim·inter ungated; forward and backward three times that. Masked tokens do
+        no useful work and do not count.
+        """
+        rows = self.num_active_tokens * self.n_activated_experts
+        forward = (6 if self.is_gated else 4) * rows * self.dim * self.moe_inter_dim
+        return float(3 * forward if self.mode == "train" else forward)
+
+    def tokens_of_rank(self, rank: int) -> int:
+        """Tokens that a rank has: all as many, from few to many ("uneven"), or the last none ("one-empty")."""
+        if self.rank_load == "uneven":
+            return -(-self.num_tokens * (rank + 1) // self.ep_size)
+        return 0 if self.rank_load == "one-empty" and rank == self.ep_size - 1 else self.num_tokens
+
+    def active_tokens_of_rank(self, rank: int) -> int:
+        """Tokens of a rank that the token mask keeps."""
+        num_tokens = self.tokens_of_rank(rank)
+        return num_tokens - round(num_tokens * self.masked_share)
+
+    @property
+    def num_active_tokens(self) -> float:
+        """Tokens that the token mask keeps, the mean over ranks."""
+        return sum(self.active_tokens_of_rank(rank) for rank in range(self.ep_size)) / self.ep_size
+
+
+class Job(BaseModel):
+    """One backend on one case: what a row of results is about.
+
+    With `check`, a name in moebench.parity.checks, it is examined as that check asks; without, measured.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    case: Case
+    backend: str
+    dispatcher: str = "local"
+    check: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, str | None]:
+        return self.case.case_id, self.backend, self.dispatcher, self.check

@@ -1,0 +1,159 @@
+"""Case -> seeded tensors: the same tokens, routing, parameters and output gradient for every backend.
+
+Scales are chosen so that faults show: projections keep every intermediate near 1, biases are far from zero, masked rows
+are NaN, and clamped activations meet their limit at three standard deviations (often enough to be seen where it is
+missing, seldom enough that rounding across the limit stays below the budgets).
+"""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experts import MoEConfig
+from experts.activations import accumulation_dtype
+from experts.modules import parameter_shapes
+from moebench.errors import InputsError
+from moebench.workload.case import Case
+
+BIAS_STD = 0.5
+LIMIT_IN_STDS = 3.0
+DEFAULT_ZIPF_EXPONENT = 1.0
+DEFAULT_EMPTY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one forward and backward pass reads. Masked rows of x are NaN."""
+
+    x_TD: Tensor  # the case's dtype
+    token_mask_T: Tensor  # bool
+    weights_TK: Tensor  # float32 (float64 for float64), rows sum to 1
+    indices_TK: Tensor  # int64
+    grad_TD: Tensor  # gradient of the output, contiguous, the case's dtype
+
+    @property
+    def active_indices_TK(self) -> Tensor:
+        """The indices that take part: −1 where the token is masked."""
+        return self.indices_TK.masked_fill(~self.token_mask_T.unsqueeze(-1), -1)
+
+    def clone(self) -> "Inputs":
+        return Inputs(*(getattr(self, field.name).clone() for field in fields(self)))
+
+
+def moe_config(case: Case) -> MoEConfig:
+    """The expert layer of a case."""
+    return MoEConfig(**{name: getattr(case, name) for name in MoEConfig.__dataclass_fields__})
+
+
+def make_parameters(case: Case, device: torch.device, rank: int = 0) -> dict[str, Tensor]:
+    """Stacked parameters of a rank's experts by name, in the case's dtype.
+
+    Projections are N(0, 1/fan-in) times a gain, biases N(0, 0.5²).
+    """
+    config = moe_config(case)
+    generator = torch.Generator(device).manual_seed(_seed(case, rank))
+    n_local_experts = case.n_routed_experts // case.ep_size
+    deviations = {
+        "gate_and_up_projs": _gain(case) / math.sqrt(case.dim),
+        "down_projs": 1 / math.sqrt(case.moe_inter_dim),
+    }
+    return {
+        name: torch.empty((n_local_experts, *shape[1:]), dtype=config.dtype, device=device).normal_(
+            std=deviations.get(name, BIAS_STD), generator=generator
+        )
+        for name, shape in parameter_shapes(config).items()
+    }
+
+
+def _gain(case: Case) -> float:
+    """Standard deviation of the first projection's output."""
+    if case.expert_activation in ("quick_geglu", "swigluoai"):
+        return case.activation_limit / LIMIT_IN_STDS
+    if case.expert_activation == "swiglu" and case.swiglu_limit > 0:
+        return case.swiglu_limit / LIMIT_IN_STDS
+    return 1.0
+
+
+def _seed(case: Case, rank: int) -> int:
+    return (case.seed + 0x9E3779B1 * rank) % 2**32  # torch's generator on a CPU reads 32 bits of a seed
+
+
+def make_inputs(case: Case, device: torch.device, rank: int = 0) -> Inputs:
+    """A rank's tokens, mask, routing and output gradient. Raises InputsError for a trace that does not fit the case."""
+    generator = torch.Generator(device).manual_seed(_seed(case, rank) + 1)
+    dtype = moe_config(case).dtype
+    num_tokens = case.tokens_of_rank(rank)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+
+    x_TD, grad_TD = normal(num_tokens, case.dim), normal(num_tokens, case.dim)
+    choices = (num_tokens, case.n_activated_experts)
+    weights_TK = torch.randn(choices, dtype=accumulation_dtype(dtype), device=device, generator=generator).softmax(
+        dim=-1
+    )
+    indices_TK = draw_routing(case, generator, rank)
+    order_T = torch.randperm(num_tokens, device=device, generator=generator)
+    token_mask_T = order_T < case.active_tokens_of_rank(rank)
+    x_TD.masked_fill_(~token_mask_T.unsqueeze(-1), math.nan)
+    return Inputs(x_TD, token_mask_T, weights_TK, indices_TK, grad_TD)
+
+
+def draw_routing(case: Case, generator: torch.Generator, rank: int = 0) -> Tensor:
+    """Expert indices [T, K] int64 of a rank's tokens; a token's experts differ, except in a recorded trace."""
+    kind, _, argument = case.routing.partition(":")
+    n_experts, num_tokens = case.n_routed_experts, case.tokens_of_rank(rank)
+    device = generator.device
+    if kind == "trace":
+        return _read_trace(Path(argument), case, num_tokens).to(device)
+    if kind == "balanced":
+        return _balanced(case, num_tokens, generator)
+    # Experts drawn without replacement in proportion to a popularity: the K largest of log popularity + Gumbel noise
+    # (Kool, van Hoof and Welling 2019, "Stochastic beams and where to find them").
+    # Which experts are popular is the same on all ranks.
+    popularity = torch.Generator(device).manual_seed(case.seed)
+    by_rank = torch.randperm(n_experts, device=device, generator=popularity)
+    log_popularity_E = torch.zeros(n_experts, device=device)
+    if kind == "zipf":
+        exponent = float(argument or DEFAULT_ZIPF_EXPONENT)
+        log_popularity_E[by_rank] = -exponent * torch.arange(1, n_experts + 1, device=device).log()
+    elif kind == "one-hot":
+        log_popularity_E[by_rank[case.n_activated_experts :]] = -math.inf
+    elif kind == "empty":
+        share = float(argument or DEFAULT_EMPTY_SHARE)
+        num_empty = min(round(share * n_experts), n_experts - case.n_activated_experts)
+        log_popularity_E[by_rank[:num_empty]] = -math.inf
+    uniform_TE = torch.rand((num_tokens, n_experts), device=device, generator=generator)
+    gumbel_TE = -torch.log(-torch.log(uniform_TE.clamp(1e-20, 1 - 2**-24)))
+    return (log_popularity_E + gumbel_TE).topk(case.n_activated_experts, dim=-1).indices
+
+
+def _balanced(case: Case, num_tokens: int, generator: torch.Generator) -> Tensor:
+    slots_TK = torch.arange(num_tokens * case.n_activated_experts, device=generator.device)
+    indices_TK = (slots_TK % case.n_routed_experts).view(num_tokens, case.n_activated_experts)
+    return indices_TK[torch.randperm(num_tokens, device=generator.device, generator=generator)]
+
+
+def _read_trace(path: Path, case: Case, num_tokens: int) -> Tensor:
+    try:
+        with path.open("rb") as file:
+            trace = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputsError(f"trace {path}: {error}; give a .npy file of integer expert indices [tokens, K]") from error
+    columns = case.n_activated_experts
+    if trace.ndim != 2 or trace.shape[0] == 0 or trace.shape[1] != columns or trace.dtype.kind not in "iu":
+        raise InputsError(
+            f"trace {path} is {trace.dtype} {list(trace.shape)}, needs integers "
+            f"[tokens >= 1, n_activated_experts = {columns}]"
+        )
+    if trace.min() < -1 or trace.max() >= case.n_routed_experts:
+        raise InputsError(
+            f"trace {path} names experts {trace.min()} to {trace.max()}, the case has 0 to {case.n_routed_experts - 1} "
+            "(-1 for none); record it from a model with as many experts"
+        )
+    rows = np.arange(num_tokens) % trace.shape[0]  # a trace shorter than the case starts again
+    return torch.from_numpy(trace[rows].astype(np.int64))

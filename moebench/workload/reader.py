@@ -1,0 +1,198 @@
+"""Reads a sweep file's tables and gathers every mistake in them. No torch here."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from moebench.workload.axes import (
+    AXES,
+    DEFAULTS,
+    DISPATCHERS,
+    FIXED_BY_MODEL,
+    SHAPE_AXES,
+    UNKNOWN,
+    combinations,
+    did_you_mean,
+    example,
+    is_match,
+    listed,
+    rule_for,
+    shown,
+)
+from moebench.workload.case import Case
+
+Read = dict[str, tuple[object, ...]]  # axes as they were read, UNKNOWN among them
+
+_DECISIVE = {*SHAPE_AXES, "model", "ep_size", "rank_load", "dispatcher"}  # what makes a combination impossible
+
+
+class SweepReader:
+    """Reads one document and gathers every mistake in it.
+
+    A wrong value is read on as UNKNOWN, which may be anything, so that one mistake neither hides nor causes others.
+    """
+
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        self.folder = Path(origin).parent
+        self.mistakes: dict[str, None] = {}
+
+    def read(self, document: dict[str, Any], head: type[BaseModel], policy: type[BaseModel]) -> dict[str, Any]:
+        """The fields of a SweepSpec, right only if `mistakes` stays empty.
+
+        `head` (the top-level keys of a sweep's own) and `policy` are the models that those values must satisfy.
+        """
+        self.unknown_keys("", document, (*head.model_fields, "policy", "defaults", "grid", "exclude"))
+        found = self.fields("", head, {key: document[key] for key in head.model_fields if key in document})
+        found["policy"] = self.fields("policy.", policy, self.table("policy", document.get("policy", {})))
+        grids = self.grids(document)
+        excludes = self.excludes(document)
+        self.sweep(grids, excludes)
+        return found | {"grids": tuple(grids), "excludes": tuple(excludes.values())}
+
+    def wrong(self, place: str, message: str) -> None:
+        self.mistakes[f"{self.origin}: {place}: {message}" if place else f"{self.origin}: {message}"] = None
+
+    def unknown_keys(self, prefix: str, table: Mapping[str, object], valid: Sequence[str]) -> list[str]:
+        """Reports keys that are not valid; returns those that were meant, or else the keys themselves."""
+        meant = []
+        for key in (key for key in table if key not in valid):
+            close = difflib.get_close_matches(key, valid, n=1)
+            hint = did_you_mean(key, valid) or f"valid keys are {listed(valid)}"
+            self.wrong(f"{prefix}{key} = {shown(table[key])}", f"there is no such key; {hint}")
+            meant += close or [key]
+        return meant
+
+    def fields(self, prefix: str, model: type[BaseModel], table: dict[str, Any]) -> dict[str, Any]:
+        """The table as it is, with the mistakes that `model` finds in it reported."""
+        self.unknown_keys(prefix, table, tuple(model.model_fields))
+        try:
+            model.model_validate(table)
+        except ValidationError as error:
+            for details in error.errors():
+                name = str(details["loc"][0])
+                if details["type"] == "missing":
+                    self.wrong(f"{prefix}{name}", f"is missing; add {name} = {example(name)}")
+                elif details["type"] != "extra_forbidden":
+                    rule = rule_for(name, table[name], details)
+                    self.wrong(f"{prefix}{name} = {shown(table[name])}", rule)
+        return table
+
+    def table(self, key: str, raw: object) -> dict[str, Any]:
+        if isinstance(raw, dict):
+            return raw
+        self.wrong(f"{key} = {shown(raw)}", f"must be one table; write [{key}] above its keys")
+        return {}
+
+    def tables(self, key: str, raw: object) -> list[tuple[str, dict[str, Any]]]:
+        """Each table of an array of tables, with its place."""
+        if isinstance(raw, list) and all(isinstance(table, dict) for table in raw):
+            return [(f"{key}[{number}]", table) for number, table in enumerate(raw)]
+        self.wrong(f"{key} = {shown(raw)}", f"must be an array of tables; write [[{key}]] above each one's keys")
+        return [(key, raw)] if isinstance(raw, dict) else []
+
+    def axes(self, place: str, table: Mapping[str, object]) -> Read:
+        read = {name: self.axis(f"{place}.{name}", name, raw) for name, raw in table.items() if name in AXES}
+        for meant in self.unknown_keys(f"{place}.", table, tuple(AXES)):
+            read.setdefault(meant, (UNKNOWN,))
+        return read
+
+    def axis(self, place: str, name: str, raw: object) -> tuple[object, ...]:
+        """The values of one axis, a scalar or a list."""
+        if raw == []:
+            self.wrong(f"{place} = []", f"an axis has at least one value; for example {name} = [{example(name)}]")
+            return (UNKNOWN,)
+        read: list[object] = []
+        for number, value in enumerate(raw if isinstance(raw, list) else [raw]):
+            at = f"{place}[{number}] = {shown(value)}" if isinstance(raw, list) else f"{place} = {shown(value)}"
+            try:
+                valid = AXES[name].validate_python(value, context=self.folder)
+            except ValidationError as error:
+                self.wrong(at, rule_for(name, value, error.errors()[0]))
+                valid = UNKNOWN
+            if valid is not UNKNOWN and valid in read:
+                self.wrong(at, "stands in the list already; remove it")
+            else:
+                read.append(valid)
+        return tuple(read)
+
+    def grids(self, document: Mapping[str, Any]) -> list[Read]:
+        defaults = self.table("defaults", document.get("defaults", {}))
+        default_axes = self.axes("defaults", defaults)
+        if not document.get("grid"):
+            self.wrong("grid", "there is none; add [[grid]] with num_tokens, backend, and model or the shape axes")
+            return []
+        grids = []
+        for place, table in self.tables("grid", document["grid"]):
+            axes = default_axes | self.axes(place, table)
+            where = {**dict.fromkeys(defaults, "defaults"), **dict.fromkeys(table, place)}
+            grids.append(self.shape(place, axes, where))
+        return grids
+
+    def shape(self, place: str, axes: Read, where: Mapping[str, str]) -> Read:
+        """The axes of one grid, what it must have in place. `where` says which table each key stands in."""
+        twice = [name for name in FIXED_BY_MODEL if name in where and "model" in where]
+        for name in twice:
+            rule = f"{where['model']}.model fixes it; remove one of the two: a grid has model or the shape axes"
+            self.wrong(f"{where[name]}.{name}", rule)
+        missing = [name for name in ("num_tokens", "backend") if name not in axes]
+        shapeless = [name for name in SHAPE_AXES if name not in axes] if "model" not in axes else []
+        if len(shapeless) == len(SHAPE_AXES):
+            self.wrong(place, f"there is no shape; add model, or {listed(SHAPE_AXES)}, here or in [defaults]")
+        else:
+            missing += shapeless
+        for name in missing:
+            self.wrong(f"{place}.{name}", f"is missing; add {name} = {example(name)}, here or in [defaults]")
+        return axes | dict.fromkeys([*missing, *shapeless, *(["model"] if twice else [])], (UNKNOWN,))
+
+    def excludes(self, document: Mapping[str, Any]) -> dict[str, Read]:
+        """The excludes by their place."""
+        excludes = {}
+        for place, table in self.tables("exclude", document.get("exclude", [])):
+            if not table:
+                self.wrong(place, "a table without keys leaves out every job; name what to leave out, or remove it")
+            else:
+                excludes[place] = self.axes(place, table)
+        return excludes
+
+    def sweep(self, grids: Sequence[Read], excludes: Mapping[str, Read]) -> None:
+        """Reports what only the combinations show: impossible ones, dead excludes, and that nothing is left."""
+        dead, left = dict.fromkeys(excludes), 0
+        for number, axes in enumerate(grids):
+            for combination in combinations(axes):
+                matches = {place: is_match(exclude, combination) for place, exclude in excludes.items()}
+                dead = {place: None for place in dead if matches[place] is False}
+                if True in matches.values():
+                    continue
+                left += 1
+                spared = any(match is None and _DECISIVE & excludes[place].keys() for place, match in matches.items())
+                for message in () if spared else _impossible(combination):
+                    self.wrong(f"grid[{number}]", message)
+        for place in dead if grids else ():
+            self.wrong(place, "matches no job of this sweep; correct it or remove it")
+        if grids and not left:
+            self.wrong("exclude", "every job is left out, the sweep is empty; remove an exclude or add a grid")
+
+
+def _impossible(combination: Mapping[str, object]) -> list[str]:
+    """Why no job can be made of a combination whose values are each valid."""
+    ep_size, dispatcher = combination["ep_size"], combination["dispatcher"]
+    messages = []
+    if dispatcher == "local" and ep_size != 1:
+        messages.append(
+            f'dispatcher = "local" at ep_size = {ep_size}: tokens must move between ranks; take '
+            f"{listed(DISPATCHERS[1:])}; ep_size = 1 is local whatever the axis says"
+        )
+    if combination["n_routed_experts"] is UNKNOWN:
+        return messages
+    stand_ins = {**dict.fromkeys(Case.model_fields, 1), **DEFAULTS}
+    known = {name: stand_ins[name] if combination[name] is UNKNOWN else combination[name] for name in stand_ins}
+    try:
+        Case.model_validate(known)
+    except ValidationError as error:
+        for details in error.errors():
+            messages += details["msg"].removeprefix("Value error, ").splitlines()
+    return messages

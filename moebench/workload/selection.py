@@ -1,0 +1,117 @@
+"""What a command line selects among the jobs of a sweep. No torch here."""
+
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from moebench.errors import SweepError
+from moebench.workload.axes import AXES, BACKEND_PATTERN, BACKEND_RULE, did_you_mean, listed, rule_for
+from moebench.workload.case import Case, Job
+from moebench.workload.spec import SweepSpec, find_sweep, load_sweep
+
+_NUMBERS = tuple(name for name, field in Case.model_fields.items() if field.annotation in (int, float))
+_ORDERS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+def select(sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]) -> tuple[Job, ...]:
+    """The jobs of a sweep that a command line selects. Raises SweepError, also where none is left."""
+    return select_of(load_sweep(find_sweep(sweep)), sweep, backends, filters, case_ids)
+
+
+def select_of(
+    spec: SweepSpec, sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]
+) -> tuple[Job, ...]:
+    """Likewise of a sweep that has been read, and is called `sweep` in mistakes."""
+    jobs = filter_jobs(select_backends(spec.jobs(), backends), filters)
+    unknown = sorted(set(case_ids) - {job.case.case_id for job in jobs})
+    if unknown:
+        raise SweepError(
+            [f"case {case_id!r}: {sweep} has none of that id; see `moebench list {sweep}`" for case_id in unknown]
+        )
+    chosen = tuple(job for job in jobs if not case_ids or job.case.case_id in case_ids)
+    if not chosen:
+        raise SweepError([f"{sweep}: no job is left by {' '.join(filters)}; see `moebench list {sweep}`"])
+    return chosen
+
+
+def filter_jobs(jobs: Sequence[Job], filters: Sequence[str]) -> list[Job]:
+    """The jobs that pass every filter: KEY=V1,V2, KEY!=V1,V2, and for numbers KEY<V, KEY<=V, KEY>V, KEY>=V.
+
+    Keys are the axes of a sweep. Raises SweepError with the mistakes of all filters.
+    """
+    tests: list[Callable[[Job], bool]] = []
+    mistakes: list[str] = []
+    for text in filters:
+        try:
+            tests.append(_test(text))
+        except SweepError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise SweepError(mistakes)
+    return [job for job in jobs if all(test(job) for test in tests)]
+
+
+def _test(text: str) -> Callable[[Job], bool]:
+    parts = re.fullmatch(r"\s*(\w+)\s*(!=|<=|>=|=|<|>)(.*)", text)
+    keys = f"keys are {listed(AXES)}"
+    if parts is None:
+        raise SweepError([f"filter {text!r}: must be KEY=V1,V2, KEY!=V1,V2, KEY<V, KEY<=V, KEY>V or KEY>=V; {keys}"])
+    key, sign, written = parts.groups()
+    if key not in AXES:
+        hint = did_you_mean(key, AXES)
+        raise SweepError([f"filter {text!r}: there is no key {key!r}; {hint + ' ' if hint else ''}{keys}"])
+    if sign in _ORDERS:
+        if key not in _NUMBERS:
+            raise SweepError([f"filter {text!r}: {key} has no order; use = or !=; numbers are {listed(_NUMBERS)}"])
+        bound, compare = _number(text, written), _ORDERS[sign]
+        return lambda job: compare(_value(job, key), bound)
+    values = [_filter_value(text, key, word.strip()) for word in written.split(",")]
+    return lambda job: (_value(job, key) in values) == (sign == "=")
+
+
+def _value(job: Job, key: str) -> Any:
+    return getattr(job if key in ("backend", "dispatcher") else job.case, key)
+
+
+def _number(text: str, written: str) -> float:
+    try:
+        number = float(written)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise SweepError([f"filter {text!r}: {written.strip()!r} is not a number; compare with one number"])
+    return number
+
+
+def _filter_value(text: str, key: str, word: str) -> object:
+    try:
+        return AXES[key].validate_strings(word)
+    except ValidationError as error:
+        raise SweepError([f"filter {text!r}: {word!r}: {rule_for(key, word, error.errors()[0])}"]) from error
+
+
+def select_backends(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
+    """The cases of `jobs`, each once for every named backend and every dispatcher it has; without names, `jobs`."""
+    wrong = [name for name in names if not re.fullmatch(BACKEND_PATTERN, name)]
+    if wrong:
+        raise SweepError([f"backend {name!r}: {BACKEND_RULE}; for example my_module:MyExperts" for name in wrong])
+    if not names:
+        return list(jobs)
+    dispatchers: dict[Case, dict[str, None]] = {}
+    for job in jobs:
+        dispatchers.setdefault(job.case, {})[job.dispatcher] = None
+    return [
+        Job(case=case, backend=name, dispatcher=dispatcher)
+        for case in dispatchers
+        for name in dict.fromkeys(names)
+        for dispatcher in dispatchers[case]
+    ]

@@ -1,0 +1,58 @@
+"""moebench.measure.studies.bandwidth in two real ranks, and what its raw calls move."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[4]
+TOKENS = (24, 40)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    out = tmp_path_factory.mktemp("bandwidth") / "rows.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "moebench.measure.studies.bandwidth", "--model", "olmoe", "--device", "cpu", "--out", str(out)]
+    command += [word for count in TOKENS for word in ("--num-tokens", str(count))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(out.read_text())
+    assert told["environment"]["device"] == "cpu"
+    return told["rows"]
+
+
+def test_every_dispatcher_of_a_cpu_both_ways_at_every_count(rows: list[dict]) -> None:
+    found = [(row["num_tokens"], row["dispatcher"], row["way"]) for row in rows]
+    names, ways = ("allgather", "alltoall"), ("dispatch", "combine")
+    assert found == [(count, name, way) for count in TOKENS for name in names for way in ways]
+
+
+def test_both_speeds_are_of_the_same_bytes(rows: list[dict]) -> None:
+    for row in rows:
+        assert row["gb_per_s"] * row["ms"] == pytest.approx(row["raw_gb_per_s"] * row["raw_ms"])
+        assert row["fraction"] == pytest.approx(row["raw_ms"] / row["ms"])
+
+
+def test_all_gather_moves_every_ranks_rows(rows: list[dict]) -> None:
+    for row in rows:
+        if row["dispatcher"] == "allgather":
+            num_bytes = 2 * row["num_tokens"] * 2048 * 2  # two ranks, olmoe's dim, bfloat16
+            assert row["gb_per_s"] * row["ms"] * 1e6 == pytest.approx(num_bytes)
+
+
+def test_all_to_all_moves_no_more_than_every_token_to_every_rank(rows: list[dict]) -> None:
+    for row in rows:
+        if row["dispatcher"] == "alltoall":
+            assert 0 < row["gb_per_s"] * row["ms"] * 1e6 <= 2 * row["num_tokens"] * 2048 * 2 + 1
+
+
+def test_an_unknown_model_is_one_line() -> None:
+    command = [sys.executable, "-m", "moebench.measure.studies.bandwidth", "--model", "gpt-5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert "--model gpt-5: it must be one of" in " ".join(done.stderr.split())

@@ -1,0 +1,70 @@
+"""moebench.measure.studies.steps: that it measures every step, with the bytes and operations of the shape."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from experts.steps import Steps
+from moebench.measure.studies import steps
+from moebench.measure.studies.products import Work
+from moebench.measure.timing import TimingPolicy
+from moebench.workload.case import Case
+from moebench.workload.inputs import make_inputs, make_parameters, moe_config
+
+ROOT = Path(__file__).parents[4]
+CPU = torch.device("cpu")
+CASE = Case(
+    num_tokens=24,
+    n_routed_experts=4,
+    n_activated_experts=2,
+    dim=32,
+    moe_inter_dim=16,
+    dtype="float32",
+    expert_activation="quick_geglu",
+    expert_bias=True,
+)
+
+
+@pytest.fixture(scope="module")
+def works() -> list[Work]:
+    config, inputs, parameters = moe_config(CASE), make_inputs(CASE, CPU), make_parameters(CASE, CPU)
+    return list(steps.memory_bound(inputs, parameters, config, copy_bytes=1 << 16))
+
+
+def test_no_step_is_forgotten(works: list[Work]) -> None:
+    named = {work.name.partition(" (")[0] for work in works}
+    assert {name for name in vars(Steps) if not name.startswith("_")} <= named
+
+
+def test_bytes(works: list[Work]) -> None:
+    by_name = {work.name: work for work in works}
+    assert by_name["gather_rows"].num_bytes == (24 + 48) * 32 * 4
+    assert by_name["activate"].num_bytes == 48 * (32 + 16) * 4
+
+
+def test_everything_runs_and_has_a_speed(works: list[Work]) -> None:
+    for work in works:
+        row = steps.measure(work, CPU, TimingPolicy(0.5, time_cap_s=0.01))
+        assert row["ms"] > 0
+        assert row.get("gb_per_s", row.get("tflops")) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "gpt-5"], "--model gpt-5: it must be one of"),
+        (["--shape", "128/8/2048"], "--shape 128/8/2048: it must be four positive numbers"),
+        (["--shape", "8/16/64/64"], "--shape 8/16/64/64: it must be four positive numbers"),
+        (["--shape", "8/2/64/64", "--model", "olmoe"], "--model olmoe and --shape 8/2/64/64: give one of them"),
+        (["--backend", "cutlass"], "--backend cutlass: it must be one of torch_mm,"),
+        (["--backend", "gmm", "--device", "cpu"], "--backend gmm: grouped_gemm"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments: list[str], said: str) -> None:
+    command = [sys.executable, "-m", "moebench.measure.studies.steps", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.replace("│", " ").split())

@@ -1,0 +1,144 @@
+"""The parts of a forward, by a clock that a test moves: dispatch, compute and combine, of the slowest rank each."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moebench.measure import breakdown as module
+from moebench.measure.breakdown import SAMPLES, breakdown
+from moebench.workload.ranks import ALONE
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Seconds, which pass when a test says so."""
+
+    def __init__(self):
+        self.now_s = 100.0
+
+    def perf_counter(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    moved = Clock()
+    monkeypatch.setattr(module, "time", moved)
+    return moved
+
+
+class Dispatcher:
+    """Takes its time both ways, and keeps what it is handed."""
+
+    def __init__(self, clock, dispatch_ms, combine_ms):
+        self.clock, self.dispatch_ms, self.combine_ms = clock, iter(dispatch_ms), iter(combine_ms)
+        self.handed = []
+
+    def dispatch(self, x, weights, indices):
+        self.clock.now_s += next(self.dispatch_ms) / 1e3
+        self.handed.append((x, weights, indices))
+        return f"sent {x}"
+
+    def combine(self, y, sent):
+        self.clock.now_s += next(self.combine_ms) / 1e3
+        return y, sent
+
+
+class Layer:
+    """A layer of no tensors: its forward takes a little before dispatch and after combine, and time to compute."""
+
+    around_ms = 0.125
+
+    def __init__(self, clock, dispatch_ms=(1.0,) * SAMPLES, compute_ms=(2.0,) * SAMPLES, combine_ms=(0.5,) * SAMPLES):
+        self.clock, self.compute_ms = clock, iter(compute_ms)
+        self.dispatcher = Dispatcher(clock, dispatch_ms, combine_ms)
+        self.outputs, self.forwards_ms = [], []
+
+    def forward(self):
+        start_s = self.clock.now_s
+        self.clock.now_s += self.around_ms / 1e3
+        sent = self.dispatcher.dispatch("x", "weights", "indices")
+        self.clock.now_s += next(self.compute_ms) / 1e3
+        self.outputs.append(self.dispatcher.combine("y", sent))
+        self.clock.now_s += self.around_ms / 1e3
+        self.forwards_ms.append((self.clock.now_s - start_s) * 1e3)
+
+
+class Others:
+    """A rank of two; the other tells `others`, and takes `late_ms` to come to every start."""
+
+    size = 2
+
+    def __init__(self, others, clock=None, late_ms=0.0):
+        self.others, self.clock, self.late_ms, self.num_aligned = others, clock, late_ms, 0
+
+    def tell(self, value):
+        return [value, self.others]
+
+    def align(self, device):
+        self.num_aligned += 1
+        if self.clock is not None:
+            self.clock.now_s += self.late_ms / 1e3
+
+
+def parts(dispatch_ms, compute_ms, combine_ms):
+    figures = {"dispatch_ms": dispatch_ms, "compute_ms": compute_ms, "combine_ms": combine_ms}
+    return pytest.approx(figures, rel=1e-9)
+
+
+def test_the_parts_add_up_to_the_forward_but_for_what_is_around_them(clock):
+    layer = Layer(clock)
+    found = breakdown(layer, layer.forward, CPU, Others([0.0, 0.0, 0.0]))
+    assert found == parts(1.0, 2.0, 0.5)
+    assert sum(found.values()) == pytest.approx(layer.forwards_ms[0] - 2 * layer.around_ms)
+    assert len(layer.forwards_ms) == SAMPLES
+
+
+def test_waiting_for_the_other_ranks_to_start_is_in_no_part(clock):
+    layer = Layer(clock)
+    peers = Others([0.0, 0.0, 0.0], clock, late_ms=50.0)
+    assert breakdown(layer, layer.forward, CPU, peers) == parts(1.0, 2.0, 0.5)
+    assert peers.num_aligned == SAMPLES
+
+
+def test_a_part_is_a_median_so_that_one_hiccup_is_none(clock):
+    hiccup = [1.0] * (SAMPLES - 1) + [1000.0]
+    layer = Layer(clock, dispatch_ms=hiccup, compute_ms=hiccup[::-1])
+    assert breakdown(layer, layer.forward, CPU, Others([0.0, 0.0, 0.0])) == parts(1.0, 1.0, 0.5)
+
+
+def test_each_part_is_that_of_its_slowest_rank(clock):
+    layer = Layer(clock)
+    assert breakdown(layer, layer.forward, CPU, Others([3.0, 0.25, 0.75])) == parts(3.0, 2.0, 0.75)
+
+
+def test_the_layer_computes_what_it_would_without_a_listener(clock):
+    layer = Layer(clock)
+    dispatcher = layer.dispatcher
+    breakdown(layer, layer.forward, CPU, Others([0.0, 0.0, 0.0]))
+    assert set(layer.outputs) == {("y", "sent x")}
+    assert set(dispatcher.handed) == {("x", "weights", "indices")}
+    assert layer.dispatcher is dispatcher
+
+
+@pytest.mark.parametrize("raises", ["dispatch", "combine"])
+def test_the_dispatcher_is_back_in_its_place_after_an_error(clock, monkeypatch, raises):
+    layer = Layer(clock)
+    dispatcher = layer.dispatcher
+
+    def fail(*arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(dispatcher, raises, fail)
+    with pytest.raises(ZeroDivisionError):
+        breakdown(layer, layer.forward, CPU, Others([0.0, 0.0, 0.0]))
+    assert layer.dispatcher is dispatcher
+
+
+def test_alone_and_without_a_dispatcher_there_are_no_parts_and_no_call(clock):
+    layer = Layer(clock)
+    assert breakdown(layer, layer.forward, CPU, ALONE) == {}
+    assert breakdown(SimpleNamespace(), layer.forward, CPU, Others([0.0, 0.0, 0.0])) == {}
+    assert layer.forwards_ms == []

@@ -1,0 +1,99 @@
+"""Ceilings on a CPU: which rows and bytes they are of, and how a case is held against them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moebench.measure import ceilings
+from moebench.measure.ceilings import Ceilings, copy_gb_per_s, work_of
+from moebench.workload.case import Case
+from moebench.workload.inputs import make_inputs, make_parameters
+from moebench.workload.ranks import ALONE
+
+CPU = torch.device("cpu")
+SHAPE = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 16, "moe_inter_dim": 24, "dtype": "float32"}
+
+
+def work(mode="forward", **fields):
+    case = Case(num_tokens=40, mode=mode, **(SHAPE | fields))
+    inputs = make_inputs(case, CPU)
+    return work_of(case, inputs, make_parameters(case, CPU)), inputs
+
+
+def test_rows_are_those_of_active_choices_in_groups_by_expert():
+    made, inputs = work(masked_share=0.25, routing="empty:0.5")
+    chosen = inputs.indices_TK[inputs.token_mask_T]
+    assert made.tokens_per_expert_L.tolist() == chosen.flatten().bincount(minlength=8).tolist()
+    assert made.rows_ND.shape == (60, 16)
+    assert made.rows_ND.isfinite().all(), "masked rows are NaN"
+    first = int(chosen.min())
+    tokens = ((inputs.indices_TK == first) & inputs.token_mask_T.unsqueeze(-1)).any(dim=1)
+    assert torch.equal(made.rows_ND[: int(tokens.sum())], inputs.x_TD[tokens])
+
+
+def test_least_bytes_are_parameters_of_experts_with_rows_and_tokens_in_and_out():
+    made, _ = work(routing="empty:0.5")
+    expert = (16 * 48 + 24 * 16) * 4
+    tokens = 2 * 40 * 16 * 4
+    assert int((made.tokens_per_expert_L > 0).sum()) == 4
+    assert ceilings._least_bytes(made) == 4 * expert + tokens
+    trained, _ = work(mode="train", routing="empty:0.5")
+    assert ceilings._least_bytes(trained) == (4 + 8) * expert + 2 * tokens
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize(("mode", "count"), [("forward", 2), ("train", 6)])
+def test_products_do_the_work_that_tflops_are_counted_by(mode, count, activation):
+    made, _ = work(mode=mode, expert_activation=activation)
+    with FlopCounterMode(display=False) as counter:
+        products = ceilings._dense(made)
+        for product in products:
+            product()
+    assert len(products) == count
+    assert counter.get_total_flops() == made.case.flops()
+
+
+def test_measured_on_a_cpu_there_is_no_grouped_kernel_nor_a_collective_and_warm_bytes_are_no_bound():
+    made, inputs = work()
+    found = ceilings.measure(made, inputs, "local", fp8=False, copy=10.0, cold=False, peers=ALONE)
+    assert (found.grouped_ms, found.collective_ms, found.least_bytes) == (None, None, 0)
+    assert found.dense_ms > 0
+    assert found.roofline_ms == found.dense_ms
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_ceilings_are_measured_with_a_cache_as_the_case_has_it(monkeypatch, cold):
+    seen = []
+
+    def measure(calls, device, policy, **options):
+        seen.append(policy.cold_l2)
+        return SimpleNamespace(time_ms=1.0)
+
+    monkeypatch.setattr(ceilings.timing, "measure", measure)
+    ceilings.measure(*work(), "local", fp8=False, copy=10.0, cold=cold, peers=ALONE)
+    assert seen == [cold]
+
+
+def test_without_rows_there_is_no_product():
+    made, inputs = work(masked_share=1.0)
+    found = ceilings.measure(made, inputs, "local", fp8=False, copy=10.0, cold=True, peers=ALONE)
+    assert found.dense_ms is None
+    assert found.roofline_ms == pytest.approx(2 * 40 * 16 * 4 / 10e9 * 1e3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "longest"),
+    [
+        ({"dense_ms": 3.0, "collective_ms": 2.0, "least_bytes": 1_000_000}, 3.0),
+        ({"dense_ms": 1.0, "collective_ms": 2.0, "least_bytes": 1_000_000}, 2.0),
+        ({"dense_ms": 1.0, "collective_ms": None, "least_bytes": 5_000_000_000}, 5.0),
+    ],
+)
+def test_the_roofline_is_the_longest_of_what_cannot_be_avoided(fields, longest):
+    assert Ceilings(grouped_ms=9.0, copy_gb_per_s=1000.0, **fields).roofline_ms == longest
+
+
+def test_a_copy_has_a_speed():
+    assert copy_gb_per_s(CPU) > 0.1

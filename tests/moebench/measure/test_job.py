@@ -1,0 +1,208 @@
+"""Planted faults through the real runner and worker: each a mismatch without speed, the right backends beside it ok."""
+
+import math
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from experts import GroupedExperts
+from experts.registry import Backend
+from moebench.measure.cache import Workload
+from moebench.measure.job import measure
+from moebench.measure.timing import TimingPolicy
+from moebench.results.record import SPEED_FIELDS, Record, Status
+from moebench.run.runner import Plan, execute
+from moebench.workload.case import Case, Job
+from moebench.workload.spec import Policy
+from tests.backends.faulty import FAULTS
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+RIGHT = ("loop", "torch_mm")
+FORWARD_IS_RIGHT = {name for name, tensors in FAULTS.items() if "output" not in tensors}
+
+
+def case(dtype: str, mode: str = "train", **fields: object) -> Case:
+    shape = {"num_tokens": 40, "n_routed_experts": 8, "n_activated_experts": 2, "dim": 32, "moe_inter_dim": 32}
+    unkind = {"expert_bias": True, "masked_share": 0.1, "routing": "empty:0.25"}
+    return Case.model_validate({**shape, **unkind, "dtype": dtype, "mode": mode, **fields})
+
+
+CASES = [case(dtype, mode) for dtype in ("float32", "bfloat16") for mode in ("train", "forward")]
+
+
+def python_path(*folders):
+    """PYTHONPATH with these folders first."""
+    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], Record]:
+    """One run of every fault beside the right backends, by backend, dtype and mode."""
+    backends = [RIGHT[0], *(f"faulty:{name}" for name in FAULTS), RIGHT[1]]
+    jobs = tuple(Job(case=one, backend=name) for one in CASES for name in backends)
+    policy = Policy(time_cap_s=0.01, interval_target=0.9, timeout_s=60.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        outcome = execute(Plan(jobs, policy, tmp_path_factory.mktemp("run"), "run", device="cpu"))
+    assert outcome.num_left == 0
+    return {(row.backend.removeprefix("faulty:"), row.dtype, row.mode): row for row in outcome.records}
+
+
+@pytest.mark.parametrize("mode", ["train", "forward"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", RIGHT)
+def test_a_right_backend_beside_faulty_ones_is_ok(rows, backend, dtype, mode):
+    row = rows[backend, dtype, mode]
+    assert (row.status, row.detail) == (Status.ok, None)
+    assert 0 < row.parity_worst <= 1
+    assert row.time_ms_low <= row.time_ms <= row.time_ms_high
+    assert row.num_samples == len(row.samples_ms) == len(row.sample_rounds)
+    assert row.tokens_per_s == pytest.approx(36 / row.time_ms * 1e3)
+    assert row.tflops == pytest.approx(row_flops(mode) / row.time_ms / 1e9)
+    assert (row.backward_ms is None) == (row.saved_memory_bytes is None) == (mode == "forward")
+    assert row.peak_memory_bytes > 0
+    assert (row.device, row.gpu, row.l2, row.graph_time_ms, row.sm_clock_mhz) == ("cpu", None, None, None, None)
+    assert row.roofline_ms == row.dense_ms > 0
+    assert row.roofline_fraction == pytest.approx(row.roofline_ms / row.time_ms)
+    assert not any(row.sample_marked)
+    assert 0 < row.setup_s + row.ceilings_s + row.parity_s + row.timing_s < row.job_s
+
+
+def row_flops(mode: str) -> int:
+    """Of 36 active tokens, from the convention of shared/backends.md."""
+    return (3 if mode == "train" else 1) * 6 * 36 * 2 * 32 * 32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_training_is_a_mismatch(rows, fault, dtype):
+    row = rows[fault, dtype, "train"]
+    assert row.status is Status.mismatch
+    assert {name: getattr(row, name) for name in SPEED_FIELDS if getattr(row, name) is not None} == {}
+    assert row.parity_worst > 1
+    assert row.detail.startswith(row.parity_worst_tensor)
+    wrong = {tensor for tensor, error in row.parity_errors.items() if error > 1}
+    assert wrong >= FAULTS[fault]
+    assert row.parity_worst_tensor in wrong
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_in_forward_a_fault_is_seen_where_the_output_is_wrong(rows, fault, dtype):
+    row = rows[fault, dtype, "forward"]
+    if fault in FORWARD_IS_RIGHT - {"ScaledExpert"}:  # 2% of a part of the output may or may not exceed rounding
+        assert row.status is Status.ok
+    elif fault != "ScaledExpert":
+        assert row.status is Status.mismatch
+        assert row.parity_worst_tensor == "output"
+        assert row.time_ms is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", ["ZeroGradOfOneExpert", "UnwrittenGradOfEmptyExperts"])
+def test_a_fault_in_one_gradient_accuses_no_other(rows, fault, dtype):
+    errors = rows[fault, dtype, "train"].parity_errors
+    assert {tensor for tensor, error in errors.items() if error > 1} == FAULTS[fault]
+    assert "expert" in rows[fault, dtype, "train"].detail
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_details_name_what_is_wrong(rows, dtype):
+    assert "weights.grad (is None)" in rows["DetachedRoutingWeight", dtype, "train"].detail
+    assert "output (token " in rows["DroppedToken", dtype, "forward"].detail
+    assert "down_projs.grad (expert " in rows["ZeroGradOfOneExpert", dtype, "train"].detail
+    assert ": error 1, budget 0.0" in rows["ZeroGradOfOneExpert", "bfloat16", "train"].detail
+    for fault in ("UnwrittenRow", "LeakingMask"):
+        assert rows[fault, dtype, "train"].parity_errors["output"] == math.inf
+
+
+def test_only_rows_that_nobody_wrote_are_infinitely_wrong(rows):
+    row = rows["DroppedToken", "float32", "train"]
+    assert all(error < math.inf for error in row.parity_errors.values())
+
+
+class Recorder(GroupedExperts):
+    """Right, and keeps what it is handed."""
+
+    calls: ClassVar[list[tuple[torch.Tensor, bool]]] = []
+
+    def forward(self, x, token_mask, weights, indices):
+        self.calls.append((x, torch.is_grad_enabled()))
+        return super().forward(x, token_mask, weights, indices)
+
+
+POLICY = TimingPolicy(interval_target=0.9, time_cap_s=0.01)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
+    backend = Backend("recorder", Recorder, lambda device, config: None)
+    monkeypatch.setattr("moebench.measure.subject.get_backend", lambda name: backend)
+    monkeypatch.setattr(Recorder, "calls", [])
+    return Recorder
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_forward_runs_without_gradients_and_train_with(recorder, mode):
+    measured = measure(Job(case=case("float32", mode), backend="recorder"), Workload(CPU), POLICY)
+    assert measured["status"] is Status.ok
+    # the last call checks the output once more after timing, without gradients
+    assert {enabled for _, enabled in recorder.calls[:-1]} == {mode == "train"}
+    assert len(recorder.calls) > measured["num_samples"]
+
+
+class Worn(GroupedExperts):
+    """Right for as many calls as parity looks at, and wrong later. Its output is always the same memory."""
+
+    num_calls = 0
+
+    def forward(self, x, token_mask, weights, indices):
+        out = super().forward(x, token_mask, weights, indices).detach()
+        self.num_calls += 1
+        self.kept = getattr(self, "kept", out)
+        return self.kept.copy_(out if self.num_calls <= 2 else 0 * out)
+
+
+def test_what_goes_wrong_while_it_is_timed_is_a_mismatch(monkeypatch):
+    monkeypatch.setattr(
+        "moebench.measure.subject.get_backend", lambda name: Backend("worn", Worn, lambda device, config: None)
+    )
+    measured = measure(Job(case=case("float32", "forward"), backend="worn"), Workload(CPU), POLICY)
+    assert (measured["status"], measured["parity_worst_tensor"]) == (Status.mismatch, "output")
+    assert "time_ms" not in measured
+
+
+def test_backends_of_a_case_get_the_same_inputs_and_none_gets_anothers_tensors(recorder):
+    workload = Workload(CPU)
+    for _ in range(2):
+        measure(Job(case=case("float32"), backend="recorder"), workload, POLICY)
+    first, last = recorder.calls[0][0], recorder.calls[-1][0]
+    torch.testing.assert_close(first.detach(), last, equal_nan=True, rtol=0, atol=0)
+    assert first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr()
+
+
+def test_parameters_are_kept_across_cases_that_share_them_and_made_anew_for_others():
+    workload = Workload(CPU)
+    kept = workload.parameters(case("float32"))
+    assert workload.parameters(case("float32", num_tokens=3, mode="forward", routing="uniform")) is kept
+    for other in (case("float32", seed=1), case("bfloat16"), case("float32", expert_activation="geglu")):
+        assert workload.parameters(other) is not kept
+
+
+@pytest.mark.parametrize("backend", RIGHT)
+def test_no_tokens_and_no_active_tokens_are_cases_like_others(backend):
+    for one in (case("float32", num_tokens=0), case("float32", masked_share=1.0)):
+        measured = measure(Job(case=one, backend=backend), Workload(CPU), POLICY)
+        assert (measured["status"], measured["parity_worst"]) == (Status.ok, 0.0)
+
+
+def test_what_an_engine_cannot_take_is_unsupported_with_the_rule():
+    measured = measure(Job(case=case("float64"), backend="torch_mm"), Workload(CPU), POLICY)
+    assert measured["status"] is Status.unsupported
+    assert "float64" in measured["detail"]
+    assert measured.keys() == {"status", "detail"}

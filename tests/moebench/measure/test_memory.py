@@ -1,0 +1,135 @@
+"""Known allocations, to the byte."""
+
+import pytest
+import torch
+from torch import nn
+
+from moebench.measure.memory import StorageTracker, measure
+
+CPU = torch.device("cpu")
+KIB = 1024
+
+
+def kib(count):
+    """A tensor of that many KiB, made while it is called."""
+    return torch.zeros(count * KIB // 4)
+
+
+def test_live_and_peak_bytes_of_tensors_that_come_and_go():
+    with StorageTracker() as tracker:
+        a = kib(4)
+        assert (tracker.live_bytes, tracker.peak_bytes) == (4 * KIB, 4 * KIB)
+        b = kib(8)
+        assert tracker.live_bytes == 12 * KIB
+        del a
+        assert (tracker.live_bytes, tracker.peak_bytes) == (8 * KIB, 12 * KIB)
+        c = kib(2)
+        assert (tracker.live_bytes, tracker.peak_bytes) == (10 * KIB, 12 * KIB)
+        del b, c
+        assert (tracker.live_bytes, tracker.peak_bytes) == (0, 12 * KIB)
+
+
+def test_views_and_in_place_operators_allocate_nothing():
+    with StorageTracker() as tracker:
+        a = kib(4)
+        views = [a.view(2, -1), a[3:], a.detach(), a.unsqueeze(0).transpose(0, 1)]
+        a.add_(1).mul_(2)
+        a[:5] = 1
+        torch.add(a, 1, out=a)
+        assert tracker.peak_bytes == 4 * KIB
+        del a
+        assert tracker.live_bytes == 4 * KIB, "a view keeps its storage"
+        del views
+        assert tracker.live_bytes == 0
+
+
+def test_a_view_counts_once_with_the_whole_of_its_storage():
+    with StorageTracker() as tracker:
+        part = kib(4)[:1]
+        assert tracker.live_bytes == 4 * KIB
+        del part
+        assert tracker.live_bytes == 0
+
+
+def test_what_was_there_before_does_not_count():
+    before = kib(64)
+    with StorageTracker() as tracker:
+        before.add_(1)
+        before = before.view(-1)
+        del before
+        assert (tracker.live_bytes, tracker.peak_bytes) == (0, 0)
+
+
+def test_operators_with_several_results():
+    with StorageTracker() as tracker:
+        values, order = kib(4).sort()
+        assert tracker.live_bytes == values.nbytes + order.nbytes == 4 * KIB + 8 * KIB
+        parts = values.chunk(4)
+        assert tracker.live_bytes == 12 * KIB
+        assert len(parts) == 4
+
+
+def test_dtypes_count_by_their_bytes():
+    for dtype, itemsize in ((torch.bfloat16, 2), (torch.float64, 8), (torch.bool, 1)):
+        with StorageTracker() as tracker:
+            kept = torch.zeros(1000, dtype=dtype)
+            assert tracker.live_bytes == 1000 * itemsize == kept.nbytes
+
+
+@pytest.mark.parametrize("again", range(2))
+def test_forward_alone(again):
+    def forward():
+        first = kib(16)
+        second = first + 1
+        del first
+        return second[: KIB // 4] + 1
+
+    assert measure(forward, None, CPU).peak_bytes == 32 * KIB
+    assert measure(forward, None, CPU).saved_bytes is None
+
+
+def test_what_forward_saves_for_backward():
+    """exp keeps its result, of 8 KiB; multiplication by a number keeps nothing; the output is the caller's."""
+    x = torch.zeros(2 * KIB, requires_grad=True)
+    measured = measure(lambda: x.exp() * 2, lambda output: output.backward(torch.ones(2 * KIB)), CPU)
+    assert measured.saved_bytes == 8 * KIB
+
+
+def test_nothing_is_saved_where_nothing_is_kept():
+    x = torch.zeros(2 * KIB, requires_grad=True)
+    measured = measure(lambda: (x + 1) * 2, lambda output: output.backward(torch.ones(2 * KIB)), CPU)
+    assert measured.saved_bytes == 0
+
+
+def test_backward_counts_into_the_peak():
+    """Output 8, gradient of it 8, then the gradient of x 8 more, which stays: 24 KiB, of which forward had 8."""
+    x = torch.zeros(2 * KIB, requires_grad=True)
+    measured = measure(lambda: x * 2, lambda output: output.backward(torch.ones(2 * KIB)), CPU)
+    assert (measured.peak_bytes, measured.saved_bytes) == (24 * KIB, 0)
+    assert x.grad is not None
+
+
+def test_parameters_and_inputs_are_in_the_floor():
+    layer = nn.Linear(256, 256, bias=False)
+    x = torch.zeros(16, 256)
+    with torch.no_grad():
+        assert measure(lambda: layer(x), None, CPU).peak_bytes == 16 * 256 * 4
+
+
+def test_a_linear_layer_saves_nothing_of_its_own_and_its_backward_writes_both_gradients():
+    layer = nn.Linear(256, 256, bias=False)
+    x = torch.zeros(16, 256, requires_grad=True)
+    grad = torch.ones(16, 256)
+    measured = measure(lambda: layer(x), lambda output: output.backward(grad), CPU)
+    assert measured.saved_bytes == 0
+    assert measured.peak_bytes == (16 * 256 + 16 * 256 + 256 * 256) * 4
+
+
+def test_only_memory_of_the_call_is_counted_not_of_those_before():
+    kept = []
+
+    def forward():
+        kept.append(kib(4))
+        return kept[-1]
+
+    assert [measure(forward, None, CPU).peak_bytes for _ in range(3)] == [4 * KIB] * 3

@@ -1,0 +1,179 @@
+"""The worker's side: whatever a backend raises becomes a status, and every job is told of, in order."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moebench.measure.cache import Workload
+from moebench.measure.protocol import Events, WorkList
+from moebench.measure.timing import TimingPolicy
+from moebench.measure.worker import pick_device, run_job, timing_policy, work
+from moebench.results.record import Record, Status
+from moebench.workload.case import Case, Job
+from moebench.workload.spec import Policy
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+CASE = Case(num_tokens=6, n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=8, dtype="float32")
+QUICK = Policy(time_cap_s=0.001, interval_target=0.9)
+
+
+def job(backend, **fields):
+    return Job(case=CASE.model_copy(update=fields), backend=backend)
+
+
+@pytest.fixture
+def _third_party(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "backends"))
+
+
+def outcome(backend):
+    measured = run_job(job(backend, mode="train"), Workload(CPU), timing_policy(QUICK, CPU))
+    return measured["status"], measured["detail"]
+
+
+@pytest.mark.usefixtures("_third_party")
+@pytest.mark.parametrize(
+    ("backend", "status", "detail"),
+    [
+        ("RaisesInBuild", Status.error, "ZeroDivisionError: no experts today"),
+        ("RaisesInForward", Status.error, "RuntimeError: cuBLAS is in a bad mood"),
+        ("RaisesInBackward", Status.error, "RuntimeError: no way back"),
+        ("NotAModule", Status.error, "AttributeError"),
+        ("OtherParameters", Status.error, "gate_and_up_projs"),
+        ("IsNotThere", Status.error, "has no attribute 'IsNotThere'"),
+        ("SaysUnsupported", Status.unsupported, "runs on paper, not on cpu"),
+        ("RaisesUnsupported", Status.unsupported, "found out too late"),
+        ("RaisesMemoryError", Status.oom, "MemoryError"),
+        ("OutOfMemory", Status.oom, "DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_what_a_backend_raises_becomes_its_status(backend, status, detail):
+    found = outcome(f"broken:{backend}")
+    assert found[0] is status
+    assert detail in found[1]
+
+
+@pytest.mark.usefixtures("_third_party")
+def test_an_error_keeps_its_traceback_and_other_statuses_one_line():
+    _, detail = outcome("broken:RaisesInForward")
+    assert "break_down" in detail
+    assert "broken.py" in detail
+    for backend in ("RaisesMemoryError", "OutOfMemory", "SaysUnsupported"):
+        assert "\n" not in outcome(f"broken:{backend}")[1]
+
+
+class HasNoText(Exception):
+    def __str__(self):
+        raise ValueError("asked for its text")
+
+
+@pytest.mark.usefixtures("_third_party")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("in a bad mood\nand no more"), "RuntimeError: in a bad mood"),
+        (SyntaxError("no Python", ("kernel.py", 3, 1, "(")), "SyntaxError: no Python"),
+        (
+            OSError("no file k\udcffernel"),
+            r"OSError: no file k\udcffernel",
+        ),  # bytes that are no text
+        (HasNoText(), "tests.moebench.measure.test_worker.HasNoText: <exception str() failed>"),
+    ],
+)
+def test_an_error_gives_its_reason_first_whatever_its_text(monkeypatch, error, reason):
+    def break_down(self):
+        raise error
+
+    monkeypatch.setattr("broken.RaisesInForward.break_down", break_down)
+    status, detail = outcome("broken:RaisesInForward")
+    assert (status, detail.splitlines()[0]) == (Status.error, reason)
+    assert "Traceback" in detail.splitlines()[2 if "mood" in reason else 1]
+    detail.encode()
+
+
+@pytest.mark.usefixtures("_third_party")
+def test_a_gpu_out_of_memory_is_oom(monkeypatch):
+    def run_out(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1024.00 GiB. GPU 0 has a lot. Try this.")
+
+    monkeypatch.setattr("broken.RaisesInForward.break_down", run_out)
+    assert outcome("broken:RaisesInForward") == (
+        Status.oom,
+        "CUDA out of memory. Tried to allocate 1024.00 GiB",
+    )
+
+
+class Told(list):
+    """Events as they would be written."""
+
+    def emit(self, kind, **fields):
+        self.append(json.loads(json.dumps({"kind": kind, **fields})))
+
+
+def events_of(jobs, device=CPU):
+    told = Told()
+    work(WorkList(run_id="a run", policy=QUICK, jobs=jobs), told, device)
+    return told
+
+
+def test_events_are_on_disk_when_they_are_told_of(tmp_path):
+    events = Events(tmp_path / "events")
+    events.emit("start", number=3)
+    assert json.loads((tmp_path / "events").read_text()) == {"kind": "start", "number": 3}
+    events.emit("record", number=3, record={"detail": "two\nlines"})
+    assert (tmp_path / "events").read_bytes().count(b"\n") == 2
+    events._file.close()
+
+
+@pytest.mark.usefixtures("_third_party")
+def test_every_job_is_told_of_before_and_after():
+    jobs = (job("loop"), job("broken:RaisesInForward"), job("torch_mm", mode="train"))
+    ready, *told = events_of(jobs)
+    assert [(event["kind"], event["number"]) for event in told] == [
+        (kind, number) for number in range(3) for kind in ("start", "record")
+    ]
+    rows = [Record.model_validate_json(json.dumps(event["record"])) for event in told[1::2]]
+    assert [row.key for row in rows] == [one.key for one in jobs]
+    assert [row.status.value for row in rows] == ["ok", "error", "ok"]
+    assert {(row.run_id, row.env_id, row.device) for row in rows} == {("a run", ready["environment"]["env_id"], "cpu")}
+    assert all(row.job_s > 0 for row in rows)
+
+
+def test_what_is_not_there_is_refused_before_anything_runs():
+    jobs = (job("loop"), job("lop"), job("no_such_module:Experts"), job("lop", mode="train"))
+    (refused,) = events_of(jobs, torch.device("cuda", 99))
+    assert refused["kind"] == "refused"
+    unknown, module, device = refused["mistakes"]
+    assert unknown.startswith("there is no backend 'lop'; did you mean 'loop'?")
+    assert "no module 'no_such_module'" in module
+    assert "cuda:99" in device
+
+
+@pytest.mark.usefixtures("_third_party")
+def test_what_a_name_leads_to_is_imported_by_its_job_alone(tmp_path, monkeypatch):
+    """Importing is running: it must not end the whole run."""
+    (tmp_path / "explosive.py").write_text("raise SystemError('at import')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    _, *told = events_of((job("explosive:Experts"), job("loop")))
+    statuses = [event["record"]["status"] for event in told if event["kind"] == "record"]
+    assert statuses == ["error", "ok"]
+    assert "SystemError: at import" in told[1]["record"]["detail"]
+
+
+def test_the_sweeps_policy_goes_before_the_devices_defaults():
+    assert timing_policy(Policy(), CPU) == TimingPolicy.default(CPU)
+    set_ = timing_policy(Policy(interval_target=0.1, time_cap_s=3.0, l2="warm"), CPU)
+    assert set_ == TimingPolicy(interval_target=0.1, time_cap_s=3.0, cold_l2=False)
+
+
+def test_the_device_by_name_and_without(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device(None) == pick_device("cpu") == CPU
+    assert pick_device("cuda") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device(None) == pick_device("cuda") == torch.device("cuda", 0)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    assert pick_device("cpu") == CPU

@@ -1,0 +1,285 @@
+"""Right backends pass, in every dtype and over seeds; nothing that is wrong does: not zeros, not NaN, not one row."""
+
+import math
+
+import pytest
+import torch
+
+from experts.registry import get_backend
+from moebench.parity.judge import CEILING, Finding, Verdict, are_identical, check, judge, run_pass
+from moebench.parity.poison import poisoned
+from moebench.parity.reference import GroupErrors
+from moebench.workload.case import ACTIVATIONS, Case
+from moebench.workload.inputs import make_inputs, make_parameters, moe_config
+from tests.backends import faulty
+
+CPU = torch.device("cpu")
+FLOOR = 1e-7
+
+
+def case(**fields):
+    shape = {"num_tokens": 48, "n_routed_experts": 6, "n_activated_experts": 2, "dim": 64, "moe_inter_dim": 32}
+    return Case.model_validate({**shape, "mode": "train", "expert_bias": True, "masked_share": 0.1, **fields})
+
+
+def layer(one, build=None):
+    parameters = make_parameters(one, CPU)
+    module = (build or get_backend("loop").build)(moe_config(one))
+    module.load_state_dict(parameters)
+    return module, make_inputs(one, CPU), parameters
+
+
+def passes(one, build=None):
+    """Two passes of a backend on a case, and what they are checked against."""
+    module, inputs, parameters = layer(one, build)
+    return [run_pass(module, inputs, one.mode) for _ in range(2)], inputs, parameters
+
+
+def verdict(one, build=None):
+    tensors, inputs, parameters = passes(one, build)
+    return check(one, inputs, parameters, tensors)
+
+
+RIGHT = [("loop", "float64"), *((name, d) for name in ("loop", "torch_mm") for d in ("float32", "bfloat16", "float16"))]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("backend", "dtype"), RIGHT)
+def test_a_right_backend_passes(backend, dtype, activation):
+    for seed in range(3):
+        one = case(dtype=dtype, expert_activation=activation, seed=seed)
+        found = verdict(one, get_backend(backend).build)
+        assert found.passed, str(found.worst)
+
+
+@pytest.mark.parametrize("fields", [{"swiglu_limit": 1.0}, {"apply_router_weight_after_down": True}], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), RIGHT)
+def test_a_right_backend_passes_in_other_forms(backend, dtype, fields):
+    found = verdict(case(dtype=dtype, **fields), get_backend(backend).build)
+    assert found.passed, str(found.worst)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_one_expert_scaled_by_1_02_fails(dtype):
+    for seed in range(5):
+        found = verdict(case(dtype=dtype, seed=seed), faulty.ScaledExpert)
+        assert not found.passed
+        assert found.errors["down_projs.grad"] > 1
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tensor", ["output", "x.grad", "weights.grad", "down_projs.grad", "down_proj_bias.grad"])
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_tensor_of_zeros_or_of_no_numbers_never_passes(dtype, tensor, value):
+    one = case(dtype=dtype)
+    tensors, inputs, parameters = passes(one)
+    assert check(one, inputs, parameters, tensors).passed
+    tensors[1][tensor] = torch.full_like(tensors[1][tensor], value)
+    found = check(one, inputs, parameters, tensors)
+    assert not found.passed
+    assert found.worst.tensor == tensor
+    assert (found.worst.error == math.inf) == (value != 0)
+
+
+@pytest.mark.parametrize("tensor", ["output", "x.grad", "weights.grad"])
+def test_a_masked_token_must_be_exactly_zero(tensor):
+    one = case(dtype="bfloat16")
+    tensors, inputs, parameters = passes(one)
+    masked = int((~inputs.token_mask_T).nonzero()[1])
+    tensors[0][tensor][masked, 0] = 1e-30
+    found = check(one, inputs, parameters, tensors).worst
+    assert (found.tensor, found.where, found.error) == (tensor, f"token {masked}", math.inf)
+
+
+@pytest.mark.parametrize("name", ["gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias"])
+def test_the_gradient_of_an_expert_without_tokens_must_be_exactly_zero(name):
+    one = case(dtype="float32", routing="one-hot")
+    tensors, inputs, parameters = passes(one)
+    empty = next(e for e in range(6) if not (inputs.indices_TK == e).any())
+    tensors[1][f"{name}.grad"][empty].view(-1)[-1] = 1e-30
+    found = check(one, inputs, parameters, tensors).worst
+    assert (found.tensor, found.where, found.error) == (f"{name}.grad", f"expert {empty}", math.inf)
+
+
+@pytest.mark.parametrize("name", ["x", "weights", "down_projs", "gate_up_proj_bias"])
+def test_a_gradient_that_is_missing_or_of_another_kind_fails(name):
+    one = case(dtype="bfloat16")
+    wrong = {
+        "is None": None,
+        "is torch.float64 ": lambda grad: grad.double(),
+        "is torch.": lambda grad: grad[:-1],
+    }
+    for message, change in wrong.items():
+        tensors, inputs, parameters = passes(one)
+        right = tensors[1].pop(f"{name}.grad")
+        if change is not None:
+            tensors[1][f"{name}.grad"] = change(right)
+        found = check(one, inputs, parameters, tensors)
+        assert not found.passed
+        assert (found.worst.tensor, found.worst.error) == (f"{name}.grad", math.inf)
+        assert found.worst.where.startswith(message)
+
+
+def test_an_output_of_another_dtype_fails():
+    one = case(dtype="bfloat16", mode="forward")
+    tensors, inputs, parameters = passes(one)
+    tensors[0]["output"] = tensors[0]["output"].float()
+    found = check(one, inputs, parameters, tensors).worst
+    assert (found.tensor, found.where) == ("output", "is torch.float32 [48, 64] instead of torch.bfloat16 [48, 64]")
+
+
+def test_every_pass_counts():
+    """A buffer is often clean the first time: the first pass is right, or the second alone is."""
+    one = case(dtype="float32")
+    for wrong in (0, 1):
+        tensors, inputs, parameters = passes(one)
+        tensors[wrong]["output"] = tensors[wrong]["output"] * 1.001
+        assert not check(one, inputs, parameters, tensors).passed
+
+
+def test_every_tensor_is_in_the_verdict():
+    errors = verdict(case(dtype="float32")).errors
+    names = ("x", "weights", "gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias")
+    assert errors.keys() == {"output", *(f"{name}.grad" for name in names)}
+    assert verdict(case(dtype="float32", mode="forward")).errors.keys() == {"output"}
+
+
+def test_a_verdict_is_its_worst_finding():
+    right, wrong = Finding("output", "token 3", 0.01, 0.02), Finding("x.grad", "whole tensor", 0.03, 0.02)
+    assert Verdict((right,)).passed
+    assert not Verdict((right, wrong)).passed
+    assert Verdict((wrong, right)).worst is wrong
+    assert str(right) == "output (token 3): error 0.01, budget 0.02"
+    assert not Verdict((right, Finding("output", "token 0", math.inf, 0.02))).passed
+
+
+# are_identical: bit by bit
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (torch.tensor([1.0, 0.0, math.nan]), True),
+        (torch.tensor([1.0, -0.0, math.nan]), False),
+        (torch.tensor([1.0 + 1e-7, 0.0, math.nan]), False),
+        (torch.tensor([1.0, 0.0, math.nan]).double(), False),
+        (torch.tensor([1.0, 0.0]), False),
+        (torch.tensor([1.0, 0.0, math.nan]).view(3, 1), False),
+        (torch.tensor([[1.0, 0.0, math.nan], [0, 0, 0]]).t()[:, 0], True),
+    ],
+)
+def test_passes_are_identical_where_every_bit_is(other, same):
+    first = {"output": torch.tensor([1.0, 0.0, math.nan])}
+    assert are_identical([first, {"output": other}]) is same
+    assert are_identical([first, first, {"output": other}]) is same
+    assert not are_identical([first, {}])
+
+
+# judge: from norms to a finding
+
+
+def norms(num_groups=10_000, *, scale=1.0, loop=1e-7, error=1e-7):
+    """Every group like any other; a test makes one different. Two passes."""
+    ones = torch.ones(num_groups, dtype=torch.float64)
+    return GroupErrors("output", "token", scale * ones, loop * ones, (error * ones).repeat(2, 1))
+
+
+def test_errors_like_the_loops_own_pass():
+    found = judge(norms(), FLOOR)
+    assert found.over_budget <= 1
+    assert found.budget == pytest.approx(3e-7)
+
+
+def test_one_wrong_row_of_ten_thousand_fails_though_the_whole_tensor_would_pass():
+    errors = norms()
+    errors.passes_PG[1, 1234] = 2e-6
+    found = judge(errors, FLOOR)
+    assert (found.where, found.error, found.over_budget > 1) == ("token 1234", pytest.approx(2e-6), True)
+    whole = torch.linalg.vector_norm(errors.passes_PG[1]) / 100  # the norm of 10,000 rows of norm 1
+    assert whole < 3e-7
+
+
+def test_many_rows_slightly_wrong_fail_as_a_whole_though_each_row_would_pass():
+    """The worst row of the loop sets the rows' budget, but an error in all rows is none of rounding's."""
+    errors = norms()
+    errors.loop_G[7] = 1e-6
+    errors.passes_PG[0] = 1e-6
+    found = judge(errors, FLOOR)
+    assert (found.where, found.over_budget > 1) == ("whole tensor", True)
+
+
+def test_a_budget_is_never_below_the_floor():
+    """A right backend may round where the loop happens not to."""
+    assert judge(norms(loop=0.0), FLOOR).budget == FLOOR
+    assert judge(norms(loop=0.0), FLOOR).over_budget <= 1
+    assert judge(norms(loop=0.0, error=2e-7), FLOOR).over_budget == pytest.approx(2)
+
+
+@pytest.mark.parametrize("loop", [0.2, 0.4, 1.0, math.inf, math.nan])
+def test_zeros_do_not_pass_however_wrong_the_loop_is(loop):
+    """The error of zeros is 1."""
+    found = judge(norms(loop=loop, error=1.0), FLOOR)
+    assert found.over_budget > 1
+    assert found.budget <= CEILING
+
+
+@pytest.mark.parametrize("error", [math.nan, math.inf])
+def test_one_value_that_is_no_number_is_infinitely_wrong(error):
+    for pass_, group in ((0, 0), (1, 9_999)):
+        errors = norms()
+        errors.passes_PG[pass_, group] = error
+        found = judge(errors, FLOOR)
+        assert (found.where, found.error) == (f"token {group}", math.inf)
+
+
+def test_what_must_be_zero_has_no_budget():
+    errors = norms()
+    errors.scale_G[5] = errors.loop_G[5] = errors.passes_PG[:, 5] = 0.0
+    assert judge(errors, FLOOR).over_budget <= 1
+    errors.passes_PG[0, 5] = 1e-300
+    assert (judge(errors, FLOOR).where, judge(errors, FLOOR).error) == ("token 5", math.inf)
+
+
+def test_no_groups_and_nothing_but_zeros_pass():
+    assert judge(norms(0), FLOOR).over_budget == 0
+    assert judge(norms(scale=0.0, loop=0.0, error=0.0), FLOOR).over_budget == 0
+
+
+# poisoned
+
+
+def test_memory_that_nobody_wrote_is_nan():
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        with poisoned(CPU):
+            assert torch.empty(5, 7, dtype=dtype).isnan().all()
+            assert torch.empty_like(torch.zeros(3, dtype=dtype)).isnan().all()
+    assert before == (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+
+
+def test_poison_is_gone_after_an_error():
+    def fail():
+        with poisoned(CPU):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_passes_are_independent(mode):
+    """Gradients of one pass are not added to those of the last, and none stays on the module or the inputs."""
+    one = case(dtype="float64", mode=mode)
+    module, inputs, _ = layer(one)
+    first, second = (run_pass(module, inputs, mode) for _ in range(2))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=0, atol=0)
+        assert not first[name].requires_grad
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert not inputs.x_TD.requires_grad
+    assert inputs.x_TD.grad is None

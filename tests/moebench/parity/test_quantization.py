@@ -1,0 +1,229 @@
+"""What FP8 recipes round to: exactly, by block and by tensor, forward and in gradients; and how much that costs.
+
+A product with the identity gives back its other operand as the recipe quantised it: the identity itself is exact.
+"""
+
+import pytest
+import torch
+
+from moebench.parity.quantization import RECIPES, fp8_product
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+BY_BLOCK = ("block", "mxfp8")
+BY_TENSOR = ("current", "delayed")
+
+
+def finite(fmt):
+    """Every number of the format, as [1, N] in float32."""
+    values = torch.arange(256, dtype=torch.uint8).view(fmt).float()
+    return values[values.isfinite()].unsqueeze(0)
+
+
+def rows_kept(values, recipe):
+    """An activation as the recipe keeps it."""
+    return fp8_product(recipe)(values, torch.eye(values.shape[1]))
+
+
+def matrix_kept(values, recipe):
+    """A weight as the recipe keeps it."""
+    return fp8_product(recipe)(torch.eye(values.shape[0]), values)
+
+
+def grad_kept(grad, recipe):
+    """A gradient [N, Q] as the recipe keeps it: that of `a` in a @ identity."""
+    a = torch.ones_like(grad).requires_grad_()
+    fp8_product(recipe)(a, torch.eye(grad.shape[1])).backward(grad)
+    return a.grad
+
+
+def grad_kept_for_weights(grad, recipe):
+    """A gradient as the recipe keeps it for the weights' gradient: that of `b` in identity @ b."""
+    b = torch.ones_like(grad).requires_grad_()
+    fp8_product(recipe)(torch.eye(grad.shape[0]), b).backward(grad)
+    return b.grad
+
+
+def rows_kept_for_weights(values, recipe):
+    """An activation as the recipe keeps it for the weights' gradient, which is its transpose times the gradient."""
+    b = torch.ones(values.shape[1], values.shape[0], requires_grad=True)
+    fp8_product(recipe)(values, b).backward(torch.eye(values.shape[0]))
+    return b.grad.t()
+
+
+FORWARD = (rows_kept, matrix_kept, rows_kept_for_weights)
+BACKWARD = (grad_kept, grad_kept_for_weights)
+
+
+# exact values
+
+
+@pytest.mark.parametrize("exponent", [-40, -1, 0, 7, 30])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kept", FORWARD)
+def test_what_e4m3_can_hold_passes_unchanged_at_any_power_of_two(kept, recipe, exponent):
+    values = finite(E4M3)
+    if recipe in BY_BLOCK:  # so that every block has the largest
+        values = values[values.abs() >= 1].unsqueeze(0)
+        values = torch.stack([values[0], torch.full_like(values[0], 448.0)], dim=1).reshape(1, -1)
+    values = values * 2.0**exponent
+    assert torch.equal(kept(values, recipe), values)
+
+
+@pytest.mark.parametrize("exponent", [-40, 0, 30])
+@pytest.mark.parametrize("recipe", BY_TENSOR)
+@pytest.mark.parametrize("kept", BACKWARD)
+def test_gradients_scaled_by_tensor_are_e5m2(kept, recipe, exponent):
+    values = finite(E5M2) * 2.0**exponent
+    assert torch.equal(kept(values, recipe), values)
+    # 18 is a number of E4M3, and in E5M2 as far from 16 as from 20
+    between = torch.tensor([[448.0, 18.0, -22.0]]) * 2.0**exponent
+    assert torch.equal(kept(between, recipe), torch.tensor([[448.0, 16.0, -24.0]]) * 2.0**exponent)
+
+
+@pytest.mark.parametrize("recipe", BY_BLOCK)
+@pytest.mark.parametrize("kept", BACKWARD)
+def test_gradients_scaled_by_block_are_e4m3(kept, recipe):
+    values = torch.tensor([[448.0, 18.0, -22.0, 17.0, 19.0]])
+    assert torch.equal(kept(values, recipe), torch.tensor([[448.0, 18.0, -22.0, 16.0, 20.0]]))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kept", FORWARD)
+def test_numbers_between_go_to_the_nearest_and_halves_to_the_even(kept, recipe):
+    values = torch.tensor([[448.0, 17.0, 17.01, 18.99, 19.0, -21.1]])
+    assert torch.equal(kept(values, recipe), torch.tensor([[448.0, 16.0, 18.0, 18.0, 20.0, -22.0]]))
+
+
+def test_the_scale_of_a_tensor_takes_its_largest_to_the_formats_that_of_a_block_is_a_power_of_two():
+    """1 and 3: by tensor 1 becomes 149⅓, whose neighbours are 144 and 160; by block 128."""
+    values = torch.tensor([[1.0, 3.0]])
+    for recipe in BY_TENSOR:
+        torch.testing.assert_close(rows_kept(values, recipe), torch.tensor([[144 / (448 / 3), 3.0]]), rtol=1e-6, atol=0)
+    for recipe in BY_BLOCK:
+        assert torch.equal(rows_kept(values, recipe), values)
+
+
+# what shares a scale
+
+LARGE = 2.0**40
+#: Ratios to LARGE far below E4M3's least, 2^-9 / 448: a scale for both leaves nothing of these.
+SMALL = torch.tensor([3.0, -5.0, 7.5, 11.0]).repeat(160).reshape(1, -1)
+
+
+def with_one_large(values, row, column):
+    values = values.clone()
+    values[row, column] = LARGE
+    return values
+
+
+@pytest.mark.parametrize("kept", [rows_kept, grad_kept])
+def test_a_large_value_disturbs_its_own_1_by_128_and_nothing_else(kept):
+    values = SMALL[:, :384].repeat(3, 1)
+    found = kept(with_one_large(values, 1, 130), "block")
+    expected = values.clone()
+    expected[1, 128:256] = 0
+    expected[1, 130] = LARGE
+    assert torch.equal(found, expected)
+    by_tensor = kept(with_one_large(values, 1, 130), "current")
+    assert torch.equal(by_tensor, with_one_large(torch.zeros_like(values), 1, 130))
+
+
+@pytest.mark.parametrize("kept", [rows_kept_for_weights, grad_kept_for_weights])
+def test_for_the_gradient_of_weights_blocks_run_over_the_rows(kept):
+    """The reduction of that product is over tokens."""
+    values = SMALL[:, :300].t().repeat(1, 3)
+    found = kept(with_one_large(values, 130, 1), "block")
+    expected = values.clone()
+    expected[128:256, 1] = 0
+    expected[130, 1] = LARGE
+    assert torch.equal(found, expected)
+
+
+def test_a_large_weight_disturbs_its_own_128_by_128_and_nothing_else():
+    values = SMALL[:, :300].repeat(300, 1)
+    found = matrix_kept(with_one_large(values, 130, 5), "block")
+    expected = values.clone()
+    expected[128:256, :128] = 0
+    expected[130, 5] = LARGE
+    assert torch.equal(found, expected)
+
+
+def test_mxfp8_has_blocks_of_32_along_the_reduction():
+    values = SMALL[:, :96].repeat(96, 1)
+    for kept, block in ((rows_kept, (slice(40, 41), slice(32, 64))), (matrix_kept, (slice(32, 64), slice(40, 41)))):
+        expected = values.clone()
+        expected[block] = 0
+        expected[40, 40] = LARGE
+        assert torch.equal(kept(with_one_large(values, 40, 40), "mxfp8"), expected)
+
+
+@pytest.mark.parametrize("recipe", BY_BLOCK)
+@pytest.mark.parametrize("kept", FORWARD + BACKWARD)
+def test_a_block_at_the_edge_is_a_smaller_one(kept, recipe):
+    """As if it were filled up with zeros."""
+    values = torch.randn(130, 200, generator=torch.Generator().manual_seed(0))
+    values[128:] *= 1e-9
+    values[:, 192:] *= 1e-9
+    padded = torch.zeros(256, 256)
+    padded[:130, :200] = values
+    assert torch.equal(kept(values, recipe), kept(padded, recipe)[:130, :200])
+
+
+# nothing, or next to nothing
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kept", FORWARD + BACKWARD)
+def test_zeros_stay_zeros(kept, recipe):
+    """A whole tensor of them, and a block among others, as a clamped activation's gradient has of few tokens."""
+    assert torch.equal(kept(torch.zeros(3, 300), recipe), torch.zeros(3, 300))
+    one = with_one_large(torch.zeros(300, 300), 1, 130)
+    assert torch.equal(kept(one, recipe), one)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kept", FORWARD + BACKWARD)
+def test_the_smallest_normal_numbers_of_float32_are_numbers_like_others(kept, recipe):
+    values = torch.tensor([[1.0, -3.0, 2.0, 1.5]]) * 2.0**-124
+    torch.testing.assert_close(kept(values, recipe), values, rtol=0.07, atol=0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_rows_give_no_rows_and_gradients_of_zeros(recipe):
+    a, b = torch.zeros(0, 130, requires_grad=True), torch.randn(130, 40, requires_grad=True)
+    result = fp8_product(recipe)(a, b)
+    result.backward(torch.zeros(0, 40))
+    assert result.shape == (0, 40)
+    assert a.grad.shape == (0, 130)
+    assert torch.equal(b.grad, torch.zeros(130, 40))
+
+
+# how much it costs
+
+
+def relative_errors(recipe, dtype=torch.float32):
+    """Of the product of Gaussian operands and of both gradients, against float64."""
+    generator = torch.Generator().manual_seed(1)
+    a, b, grad = (torch.randn(size, generator=generator).to(dtype) for size in ((256, 384), (384, 320), (256, 320)))
+    exact = a.double() @ b.double(), grad.double() @ b.double().t(), a.double().t() @ grad.double()
+    a, b = a.requires_grad_(), b.requires_grad_()
+    result = fp8_product(recipe)(a, b)
+    result.backward(grad)
+    found = result.detach(), a.grad, b.grad
+    assert {tensor.dtype for tensor in found} == {dtype}
+    return [float((one - right).norm() / right.norm()) for one, right in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("recipe", "forward", "gradient"),
+    [("current", 0.0375, 0.059), ("delayed", 0.0375, 0.059), ("block", 0.0375, 0.0375), ("mxfp8", 0.0375, 0.0375)],
+)
+def test_the_error_is_that_of_two_operands_rounded_to_three_bits_or_two(recipe, forward, gradient, dtype):
+    """A Gaussian rounded to E4M3 is off by 2.65% of its size, to E5M2 by twice that; two of them add in squares."""
+    assert relative_errors(recipe, dtype) == pytest.approx([forward, gradient, gradient], rel=0.03)
+
+
+def test_an_unknown_recipe_is_told_those_there_are():
+    with pytest.raises(ValueError, match=r"'e4m3'.*must be one of current, delayed, block, mxfp8"):
+        fp8_product("e4m3")

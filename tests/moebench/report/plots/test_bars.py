@@ -1,0 +1,151 @@
+"""The bars are the columns dispatch_ms, compute_ms and combine_ms, at counts that compare the most backends."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moebench.report.plots.figures import all_figures, breakdown, write_plots
+from moebench.results.frame import to_frame
+from moebench.results.record import Record, Status
+from tests.moebench.drawn import bad, case, family, legend, ok, only, panels, texts
+
+PARTS = ("dispatch", "compute", "combine")
+COUNTS = (16, 128, 1024, 4096, 16384)
+
+
+def row(count: int, backend: str = "te", dispatcher: str = "deepep", scale: float = 1.0, **fields: Any) -> Record:
+    parts = {"dispatch_ms": 0.5 * scale, "compute_ms": 2.0 * scale, "combine_ms": 0.75 * scale}
+    return ok(case(count, ep_size=2, **fields), backend, 3.5 * scale, dispatcher, **parts)
+
+
+def rows(counts: tuple[int, ...] = COUNTS, **fields: Any) -> list[Record]:
+    pairs = [(backend, dispatcher) for backend in ("te", "loop") for dispatcher in ("deepep", "alltoall")]
+    return [
+        row(count, backend, dispatcher, scale=count / 64 + at, **fields)
+        for count in counts
+        for at, (backend, dispatcher) in enumerate(pairs)
+    ]
+
+
+def bars(ax: Axes) -> dict[str, list[tuple[float, float]]]:
+    """Start and length of each line's parts, by line, from the top."""
+    labels = [text.get_text() for text in ax.get_yticklabels()]
+    found: dict[str, list[tuple[float, float]]] = {label: [] for label in labels}
+    assert [container.get_label() for container in ax.containers] == list(PARTS)
+    for container in ax.containers:
+        for label, bar in zip(labels, container, strict=True):
+            found[label].append((bar.get_x(), bar.get_width()))
+    return found
+
+
+def test_bars_are_dispatch_compute_and_combine_end_to_end_at_a_middle_and_the_largest_count() -> None:
+    figure = only(breakdown(to_frame(rows())))
+    shown = panels(figure)
+    assert list(shown) == ["1K tokens per rank", "16K tokens per rank"]
+    drawn = bars(shown["16K tokens per rank"])
+    assert list(drawn) == ["loop+alltoall", "loop+deepep", "te+alltoall", "te+deepep"]
+    assert drawn["te+deepep"] == [(0, 128.0), (128.0, 512.0), (640.0, 192.0)]
+    assert drawn["loop+alltoall"] == [(0, 129.5), (129.5, 518.0), (647.5, 194.25)]
+    assert [text.get_text() for text in shown["1K tokens per rank"].texts] == ["61.8", "58.5", "55.2", "52.0"]
+    assert legend(figure) == list(PARTS)
+    assert texts(figure)[0] == "Breakdown: e8k2d256i512, bfloat16, swiglu, EP 2"
+    assert shown["16K tokens per rank"].get_xlabel() == "ms in a forward, slowest rank"
+
+
+def test_the_middle_count_is_one_that_most_backends_have() -> None:
+    some = [one for one in rows() if one.num_tokens == 4096 or one.backend == "te"]
+    shown = panels(only(breakdown(to_frame(some))))
+    assert [len(bars(ax)) for ax in shown.values()] == [4, 2]
+    assert list(shown) == ["4K tokens per rank", "16K tokens per rank"]
+
+
+def test_one_process_has_no_breakdown() -> None:
+    assert breakdown(to_frame(family("loop") + family("te"))) == []
+    assert breakdown(to_frame([])) == []
+    unheard = [ok(case(count, ep_size=2), "mine:Own", dispatcher="alltoall") for count in COUNTS]
+    assert breakdown(to_frame(unheard)) == [], "a module of others may have no dispatcher to listen to"
+
+
+def test_routings_and_loads_have_panels_and_train_only_what_forward_lacks() -> None:
+    some = rows((128, 1024)) + rows((128, 1024), mode="train") + rows((128, 1024), routing="zipf", rank_load="uneven")
+    some += [row(1024, "te_fp8_block", mode="train")]
+    shown = panels(only(breakdown(to_frame(some))))
+    assert [title.replace("\n", " ") for title in shown] == [
+        "128 tokens per rank, uniform, forward",
+        "1K tokens per rank, uniform, forward",
+        "128 tokens per rank, zipf, uneven ranks, forward",
+        "1K tokens per rank, zipf, uneven ranks, forward",
+        "1K tokens per rank, uniform, train",
+    ]
+    assert list(bars(shown["1K tokens per rank, uniform, train"])) == ["te_fp8_block+deepep"]
+
+
+def test_a_run_of_train_alone_is_shown() -> None:
+    figure = only(breakdown(to_frame(rows(mode="train"))))
+    assert list(panels(figure)) == ["1K tokens per rank", "16K tokens per rank"]
+    assert "train" in texts(figure)[1]
+
+
+def test_what_failed_is_a_gap_and_is_named() -> None:
+    some = [one for one in rows((128, 1024)) if (one.num_tokens, one.backend, one.dispatcher) != (1024, "te", "deepep")]
+    wrong = bad(case(1024, ep_size=2), Status.mismatch, "te", "deepep", parity_worst=7.0)
+    figure = only(breakdown(to_frame([*some, wrong])))
+    drawn = bars(panels(figure)["1K tokens per rank"])
+    assert np.isnan([length for _, length in drawn["te+deepep"]]).all()
+    assert not np.isnan([length for _, length in drawn["te+alltoall"]]).any()
+    assert "Not drawn: te+deepep mismatch ×1" in texts(figure)
+
+
+def test_several_seeds_meet_in_their_median() -> None:
+    some = [row(count, scale=scale, seed=seed) for count in (128, 256) for seed, scale in enumerate((1.0, 2.0, 9.0))]
+    shown = panels(only(breakdown(to_frame(some))))
+    assert bars(shown["256 tokens per rank"])["te+deepep"] == [(0, 1.0), (1.0, 4.0), (5.0, 1.5)]
+
+
+def test_a_case_of_its_own_has_a_panel_in_the_overview_of_its_ep_size() -> None:
+    some = [row(64, dtype="float32"), row(64, expert_bias=True), row(64, "loop", "alltoall", expert_bias=True)]
+    failed = bad(case(64, ep_size=2, dtype="float16"), Status.unsupported, "te", "deepep")
+    ((slug, figure),) = breakdown(to_frame([*some, failed]))
+    assert slug == "breakdown-overview-ep-2"
+    assert {title.replace("\n", " "): list(bars(ax)) for title, ax in panels(figure).items()} == {
+        "bfloat16, swiglu+bias": ["loop+alltoall", "te+deepep"],
+        "float32, swiglu": ["te+deepep"],
+    }
+    assert "Not drawn: te+deepep unsupported ×1" in texts(figure)
+
+
+def test_an_overview_of_many_cases_has_several_pages_of_readable_height() -> None:
+    named = breakdown(to_frame([one for seed in range(40) for one in rows((64,), dim=64 + 8 * seed)]))
+    assert len(named) > 1
+    assert sum(len(figure.axes) for _, figure in named) == 40
+    assert all(height(figure) < 14 for _, figure in named)
+
+
+def height(figure: Figure) -> float:
+    return float(figure.get_size_inches()[1])
+
+
+def test_the_breakdown_is_written_the_same_each_time_and_removed_when_it_is_gone(tmp_path: Path) -> None:
+    frame = to_frame(rows((128, 1024)))
+    name = "breakdown-e8k2d256i512-bfloat16-swiglu-ep-2.svg"
+    written = write_plots(all_figures(frame), tmp_path, formats=("svg",))
+    assert tmp_path / name in written
+    first = (tmp_path / name).read_bytes()
+    write_plots(all_figures(frame), tmp_path, formats=("svg",))
+    assert (tmp_path / name).read_bytes() == first
+    (tmp_path / "breakdown.svg").write_bytes(b"mine")
+    write_plots(all_figures(to_frame(family("loop"))), tmp_path, formats=("svg",))
+    assert not (tmp_path / name).exists()
+    assert (tmp_path / "breakdown.svg").exists()
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA B200"])
+def test_machines_have_figures_of_their_own(gpu: str) -> None:
+    other = to_frame(rows((128, 1024))).assign(gpu=gpu)
+    both = breakdown(pd.concat([to_frame(rows((128, 1024))), other], ignore_index=True))
+    assert len(both) == (1 if gpu == "NVIDIA H200" else 2)

@@ -1,0 +1,231 @@
+"""The page stands alone, escapes what it shows, and says of every row what the frame says."""
+
+import json
+import re
+import shlex
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moebench.cli.app import app
+from moebench.errors import ResultsError
+from moebench.report.page import page
+from moebench.report.plots.figures import all_figures
+from moebench.results.frame import load, to_frame, write
+from moebench.results.record import Record, Status
+from moebench.run import start
+from moebench.verdicts.comparability import Comparability
+from moebench.verdicts.document import GateDocument
+from moebench.verdicts.gate import gate
+from moebench.workload.selection import filter_jobs, select
+from tests.moebench.drawn import bad, case, family, ok
+
+PUBLISHED = sorted(path.parent for path in Path("results/published").glob("*/environment.json"))
+HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x onerror=y>\"&"
+
+
+def page_of(rows: list[Record], folder: Path = Path("nowhere")) -> str:
+    return page(to_frame(rows), {}, folder)
+
+
+def text_of(html: str) -> str:
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", html)).split())
+
+
+def section(html: str, name: str) -> str:
+    return html[html.index(f'<section id="{name}">') :].partition("</section>")[0]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
+def test_the_page_of_published_results_stands_alone_and_is_small(folder: Path) -> None:
+    frame = load(folder)
+    html = page(frame, {path.stem: path.read_bytes() for path in folder.glob("plots/*.svg")}, folder)
+    assert len(html) < 3e6
+    sources = re.findall(r'\b(?:src|href)="([^"]{0,30})', html)
+    assert sources
+    assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in sources)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "default-src 'none'" in html
+    assert html.count("<tr data-backend") == len(frame)
+    assert "torch 2." in section(html, "environment").replace("</dt><dd>", " ")
+
+
+def test_nothing_that_a_result_says_becomes_markup() -> None:
+    rows = [
+        *family("loop"),
+        bad(case(512), Status.crash, backend=HOSTILE, detail=HOSTILE),
+        bad(case(512, routing=f"trace:{HOSTILE}"), Status.mismatch, parity_worst=7.0, parity_worst_tensor=HOSTILE),
+    ]
+    html = page_of(rows)
+    assert "<script>alert" not in html
+    assert "<img src=http" not in html
+    assert html.count("<script>") == 1
+    assert text_of(section(html, "extremes")).count("<script>alert('x')</script>") == 4, "shown, as text"
+    backends = re.findall(r'data-backend="([^"]*)"', html)
+    assert HOSTILE in map(unescape, backends), "no quote ends the attribute early"
+
+
+def test_a_row_shows_its_figures_and_a_failure_none() -> None:
+    wrong = bad(case(256), Status.mismatch, parity_worst=37.0, parity_worst_tensor="output", peak_memory_bytes=2**30)
+    rows = [ok(case(256), "loop", 4.0, peak_memory_bytes=3 * 2**29), ok(case(256), "gmm", 2.0), wrong]
+    html = page_of(rows)
+    titles = re.findall(r'<th scope="col">([^<]*)</th>', html)
+    lines = [dict(zip(titles, cells, strict=True)) for cells in _cells(html)]
+    loop, gmm, torch_mm = (
+        next(line for line in lines if line["backend"] == name) for name in ("loop", "gmm", "torch_mm")
+    )
+    assert (loop["ms"], gmm["ms"]) == ("4.000", "* 2.000")
+    assert loop["±"] == "15%"
+    assert loop["peak memory"] == "1.50 GiB"
+    assert loop["tokens/s"] == "64.0K"
+    assert (torch_mm["status"], torch_mm["ms"], torch_mm["tokens/s"], torch_mm["error"]) == ("mismatch", "", "", "37")
+    verdict = text_of(section(html, "verdict"))
+    assert "2 ok" in verdict
+    assert "1 mismatch" in verdict
+    assert "Not every job ended well" in verdict
+    assert "of 1 cases that two or more backends were timed in: gmm in 1" in verdict
+
+
+def _cells(html: str) -> list[list[str]]:
+    rows = re.findall(r"<tr data-backend.*?</tr>", html, re.DOTALL)
+    return [[unescape(cell) for cell in re.findall(r"<td [^>]*>([^<]*)</td>", row)] for row in rows]
+
+
+def test_every_reason_is_said_once_in_the_verdict() -> None:
+    failures = [bad(case(count), Status.unsupported, "te", detail="needs SM100\nmore") for count in (8, 16)]
+    rows = [*failures, ok(case(8), "loop", flags=("synchronises",))]
+    verdict = text_of(section(page_of(rows), "verdict"))
+    assert verdict.count("needs SM100") == 1
+    assert "te: unsupported x2: needs SM100" in verdict
+    assert "loop: flagged x1: synchronises" in verdict
+    assert "not able to run" in verdict
+
+
+def test_the_parts_that_vary_are_columns_and_filters() -> None:
+    html = page_of(family("loop") + family("torch_mm", mode="train") + family("loop", routing="zipf"))
+    assert re.findall(r'<th scope="col">([^<]*)</th>', html)[:4] == ["tokens", "mode", "setting", "backend"]
+    filters = re.findall(r'data-filter="(\w+)"', html)
+    assert filters == ["backend", "mode"], "a filter of one value is none"
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_page_says_whether_there_are_ceilings(measured: bool) -> None:
+    html = page_of([ok(case(256), roofline_fraction=0.5 if measured else None)])
+    assert ("measured no ceilings" in html) is not measured
+    assert ("of roofline" in re.findall(r'<th scope="col">([^<]*)</th>', html)) is measured
+
+
+def test_each_environment_of_merged_results_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "environments").mkdir()
+    written = [json.loads((folder / "environment.json").read_text()) for folder in PUBLISHED[:2]]
+    for at, facts in enumerate(written):
+        (tmp_path / "environments" / f"{at}.json").write_text(json.dumps(facts))
+    shown = text_of(section(page_of(family("te"), tmp_path), "environment"))
+    assert all(facts["env_id"] in shown for facts in written)
+    assert "no environment.json" in page_of(family("te"), tmp_path / "environments")
+    (tmp_path / "environment.json").write_text("{}")
+    with pytest.raises(ResultsError, match=r"environment\.json"):
+        page_of(family("te"), tmp_path)
+
+
+def test_extremes_come_in_their_order() -> None:
+    rows = [ok(case(count), "loop", count / 10, parity_worst=1 / count) for count in (16, 32, 64)]
+    rows += [ok(case(16), "gmm", 0.4, parity_worst=0.01)]
+    shown = section(page_of(rows), "extremes")
+    slow, inaccurate = shown.partition("Least accurate")[::2]
+    assert re.findall(r"(\d+) tokens", text_of(slow)) == ["64", "32", "16", "16"]
+    assert re.findall(r"(\d+) tokens", text_of(inaccurate)) == ["16", "32", "64", "16"]
+    assert "1.600 ms, 4 times the fastest backend of its case" in text_of(slow)
+    assert "no sweep that is here has this case" in shown
+    assert "Failed" not in shown
+
+
+def test_the_time_is_that_of_the_jobs_and_their_parts() -> None:
+    rows = [ok(case(count), "a", job_s=seconds, timing_s=1.0) for count, seconds in ((8, 2.0), (16, 3.0))]
+    html = section(page_of([*rows, ok(case(8), "b", job_s=15.0, parity_s=10.0)]), "time")
+    shown = text_of(html)
+    assert "20 s in 3 jobs: parity 50% , timing 10% , rest 40% ." in shown
+    assert shown.index("b 15.0 s in 1 jobs") < shown.index("a 5.0 s in 2 jobs, the longest 3.0 s")
+    assert re.findall(r'class="part timing" style="width: ([\d.]+)%', html) == ["0.00", "10.00"]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
+def test_each_command_measures_just_the_job_it_stands_at(folder: Path) -> None:
+    html = page(load(folder), {}, folder)
+    commands = [unescape(text) for text in re.findall(r'<code class="command">(.*?)</code>', html, re.DOTALL)]
+    backends = re.findall(r"<li><b>(.*?)</b>", html)
+    assert len(commands) == len(backends) >= 12
+    for command, backend in zip(commands, backends, strict=True):
+        (job,) = _jobs(command)
+        assert backend == job.backend + (f"+{job.dispatcher}" if job.case.ep_size > 1 else "")
+
+
+def _jobs(command: str) -> Any:
+    """The jobs that a command runs."""
+    program, run, sweep, *options = shlex.split(command)
+    assert (program, run) == ("moebench", "run")
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    assert set(given) <= {"--case", "--backend", "--filter", "--device"}
+    jobs = select(sweep, [given["--backend"]], [], [given["--case"]])
+    return filter_jobs(jobs, [given["--filter"]] if "--filter" in given else [])
+
+
+def test_the_command_writes_the_page_beside_the_results(tmp_path: Path) -> None:
+    frame = to_frame(family("loop"))
+    write(frame, tmp_path)
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "report.html").read_text().count("data:image/svg+xml") == len(all_figures(frame))
+    assert done.output.replace("\n", "") == f"wrote {tmp_path / 'report.html'}"
+    other = tmp_path / "other.html"
+    CliRunner().invoke(app, ["report", str(tmp_path / "results.parquet"), "--out", str(other)])
+    assert other.is_file()
+    with pytest.raises(start.UsageError, match="no folder"):
+        start.report(tmp_path, tmp_path / "gone" / "page.html", gate=None)
+
+
+@pytest.fixture
+def gate_file(tmp_path: Path) -> Path:
+    """What a gate printed of a job that got slower, one that did not, and one that is gone."""
+    slow, same, gone = (
+        ok(case(count), "te", sample_rounds=tuple(range(12)), samples_ms=tuple(1 + at / 1e4 for at in range(12)))
+        for count in (8, 16, 32)
+    )
+    before = [slow, same, gone]
+    after = [slow.model_copy(update={"samples_ms": tuple(2 * time for time in slow.samples_ms)}), same]
+    result = gate(to_frame(before), to_frame(after), Comparability({}, {}))
+    (tmp_path / "gate.json").write_text(GateDocument.of(result).to_json())
+    return tmp_path / "gate.json"
+
+
+def test_the_verdicts_of_a_gate_are_shown_the_worst_first(gate_file: Path) -> None:
+    document = GateDocument.read(gate_file)
+    assert [job.verdict.value for job in document.remarkable] == ["REGRESSED", "MISSING"]
+    html = page(to_frame(family("te")), {}, Path("nowhere"), document)
+    verdict = text_of(section(html, "verdict"))
+    assert "1 REGRESSED" in verdict
+    assert "1 PASS" in verdict
+    assert "Exit code 1; a slowdown of 3% or more must not pass." in verdict
+    assert verdict.index("+100.0%") < verdict.rindex("MISSING")
+    assert case(8).case_id in verdict
+    assert case(16).case_id not in verdict
+    assert "Exit code" not in text_of(page_of(family("te")))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"schema": 99}', None])
+def test_what_is_no_gate_is_refused(content: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "gate.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ResultsError, match="give what `moebench gate --json` printed"):
+        GateDocument.read(file)
+
+
+def test_an_empty_frame_has_a_page() -> None:
+    html = page_of([])
+    assert "No row of results" in html
+    assert "<tr data-backend" not in html

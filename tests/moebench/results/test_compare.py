@@ -1,0 +1,81 @@
+"""Results side by side: a row a job that any has, ratios to the first, null where there is nothing."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from moebench.errors import ResultsError
+from moebench.results.compare import compare, names_of
+from moebench.results.record import Status
+from tests.moebench.gated import bad, frame, job_of, ok
+
+SMALL, LARGE, NEW = job_of(8), job_of(64, mode="train"), job_of(8, "torch_mm")
+
+
+@pytest.fixture(scope="module")
+def compared():
+    before = frame(
+        ok(LARGE, [2.0], tokens_per_s=100.0, saved_memory_bytes=500),
+        ok(SMALL, [1.0], tokens_per_s=10.0, parity_worst=0.0),
+    )
+    after = frame(
+        ok(LARGE, [3.0], tokens_per_s=50.0, peak_memory_bytes=150_000_000, saved_memory_bytes=500, parity_worst=0.5),
+        bad(SMALL, Status.mismatch),
+        ok(NEW, [7.0]),
+    )
+    return compare({"before": before, "after": after})
+
+
+def row(compared, job):
+    (found,) = compared[(compared["case_id"] == job.case.case_id) & (compared["backend"] == job.backend)].to_dict(
+        "records"
+    )
+    return found
+
+
+def test_ratios_are_to_the_first(compared):
+    large = row(compared, LARGE)
+    assert (large["time_ms:before"], large["time_ms:after"], large["time_ms_ratio:after"]) == (2.0, 3.0, 1.5)
+    assert large["tokens_per_s_ratio:after"] == 0.5
+    assert large["peak_memory_bytes_ratio:after"] == 1.5
+    assert large["saved_memory_bytes_ratio:after"] == 1
+    assert large["parity_worst_ratio:after"] == 2
+    assert "time_ms_ratio:before" not in compared
+    assert (large["mode"], large["num_tokens"]) == ("train", 64)
+
+
+def test_what_one_does_not_have_is_null(compared):
+    small = row(compared, SMALL)
+    assert (small["status:before"], small["status:after"]) == ("ok", "mismatch")
+    assert math.isnan(small["time_ms:after"])
+    assert math.isnan(small["time_ms_ratio:after"])
+    assert math.isnan(small["parity_worst_ratio:after"]), "over an error of 0 there is no ratio"
+    new = row(compared, NEW)
+    assert pd.isna(new["status:before"])
+    assert new["time_ms:after"] == 7.0
+
+
+def test_rows_are_in_case_order(compared):
+    assert [(some["num_tokens"], some["backend"]) for some in compared.to_dict("records")] == [
+        (8, "loop"),
+        (8, "torch_mm"),
+        (64, "loop"),
+    ]
+
+
+def test_a_type_does_not_depend_on_what_is_there(compared):
+    nothing = compare({"before": frame(), "after": frame()})
+    assert compared.dtypes.to_dict() == nothing.dtypes.to_dict()
+
+
+def test_one_result_is_no_comparison():
+    with pytest.raises(ResultsError, match="two or more"):
+        compare({"before": frame()})
+
+
+def test_names_are_as_short_as_they_can_be():
+    assert names_of(["a/one", "b/two/"]) == ["one", "two"]
+    assert names_of(["a/run", "b/run"]) == ["a/run", "b/run"]
+    with pytest.raises(ResultsError, match="twice"):
+        names_of(["a/run", "a/run"])

@@ -1,0 +1,69 @@
+"""Folders into one: nothing is lost, nothing is taken twice unless asked."""
+
+import json
+
+import pytest
+
+from moebench.errors import ResultsError
+from moebench.results.folder import Result, open_result
+from moebench.results.frame import load
+from moebench.results.merge import merge, merged, save
+from tests.moebench.gated import H200, changed, frame, job_of, ok
+
+ONE, TWO = job_of(1), job_of(2)
+OTHER = changed(cpu_model="other", env_id="other")
+
+
+def result(*rows, environment=H200):
+    return Result(frame(*rows), {environment.env_id: environment})
+
+
+def row(job, time_ms=1.0, run_id="20261101-000000-a", env_id=H200.env_id):
+    return ok(job, [time_ms], run_id=run_id, env_id=env_id)
+
+
+def test_rows_and_environments_of_all():
+    found = merged([result(row(ONE)), result(row(TWO, env_id="other"), environment=OTHER)], "ab", newest=False)
+    assert list(found.frame["num_tokens"]) == [1, 2]
+    assert found.environments == {H200.env_id: H200, "other": OTHER}
+    assert list(found.frame.columns) == list(frame().columns)
+    assert found.frame.dtypes.to_dict() == frame().dtypes.to_dict()
+
+
+def test_a_job_in_two_results_is_refused_and_named():
+    with pytest.raises(ResultsError, match="1 jobs stand in several results") as refused:
+        merged([result(row(ONE), row(TWO)), result(row(ONE))], ["a", "b"], newest=False)
+    for part in (f"loop on {ONE.case.case_id} in a and b", "--newest"):
+        assert part in str(refused.value)
+
+
+def test_the_newest_is_of_the_run_that_began_last_whatever_the_order():
+    old, new = row(ONE, 1.0, "20261101-000000-a"), row(ONE, 2.0, "20261102-000000-a")
+    for order in ((old, new), (new, old)):
+        found = merged([result(some) for some in order], "ab", newest=True).frame
+        assert list(found["time_ms"]) == [2.0]
+    same = merged([result(row(ONE, 1.0)), result(row(ONE, 2.0))], "ab", newest=True).frame
+    assert list(same["time_ms"]) == [2.0], "of equal ones the last given"
+
+
+def test_a_folder_that_opens_again(tmp_path):
+    for name, job, environment in (("a", ONE, H200), ("b", TWO, OTHER)):
+        save(result(row(job, env_id=environment.env_id), environment=environment), tmp_path / name)
+    out = tmp_path / "new" / "out"
+    written = merge([tmp_path / "a", tmp_path / "b"], out)
+    assert all(path.is_file() for path in written)
+    assert open_result(out).environments == {H200.env_id: H200, "other": OTHER}
+    assert list(load(out)["num_tokens"]) == [1, 2]
+    sources = json.loads((out / "run.json").read_text())["merged"]
+    assert [(some["path"], some["num_jobs"]) for some in sources] == [
+        (str(tmp_path / "a"), 1),
+        (str(tmp_path / "b"), 1),
+    ]
+    with pytest.raises(ResultsError, match="not an empty folder"):
+        merge([tmp_path / "a", tmp_path / "b"], out)
+
+
+def test_one_environment_is_where_a_run_has_it(tmp_path):
+    save(result(row(ONE)), tmp_path / "a")
+    assert (tmp_path / "a" / "environment.json").read_text() == H200.to_json()
+    assert not (tmp_path / "a" / "environments").exists()

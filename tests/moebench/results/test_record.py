@@ -1,0 +1,203 @@
+"""Records tie a status to its contents; the journal survives a writer that is killed."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from moebench.errors import ResultsError
+from moebench.results.journal import Journal
+from moebench.results.record import GOOD, SCHEMA, SPEED_FIELDS, Record, Status, record
+from moebench.workload.case import Case, Job
+
+CASE = Case(
+    num_tokens=8,
+    n_routed_experts=4,
+    n_activated_experts=2,
+    dim=16,
+    moe_inter_dim=32,
+    dtype="float32",
+    routing="zipf:1.5",
+    expert_bias=True,
+    masked_share=0.25,
+)
+LISTS = {"samples_ms": (1.0,), "sample_rounds": (0,), "sample_marked": (False,)}
+SPEED = {name: LISTS.get(name, 1.0) for name in SPEED_FIELDS}
+
+
+def ok(backend: str = "loop", **measured: Any) -> Record:
+    measured = {"time_ms": 1.5, "parity_worst": 0.25, **measured}
+    return record(Job(case=CASE, backend=backend), Status.ok, run_id="r", env_id="e", **measured)
+
+
+def bad(status: Status, **measured: Any) -> Record:
+    measured = {"detail": "why", "parity_worst": 3.0, **measured}
+    return record(Job(case=CASE, backend="loop"), status, run_id="r", env_id="e", **measured)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "journal.jsonl")
+
+
+def test_record_holds_every_field_of_its_job() -> None:
+    row = record(Job(case=CASE, backend="m:A", dispatcher="alltoall"), Status.oom, run_id="r", env_id="e", detail="d")
+    assert Case(**{name: getattr(row, name) for name in Case.model_fields}) == CASE
+    assert (row.backend, row.dispatcher, row.case_id) == ("m:A", "alltoall", CASE.case_id)
+
+
+def test_record_has_a_column_for_every_field_of_a_case() -> None:
+    assert Case.model_fields.keys() <= Record.model_fields.keys()
+
+
+def test_what_was_not_measured_is_null() -> None:
+    row = json.loads(ok().to_json())
+    assert [name for name in ("backward_ms", "tflops", "peak_memory_bytes", "converged") if row[name] is not None] == []
+    assert row["schema"] == SCHEMA
+
+
+@pytest.mark.parametrize("missing", [{"time_ms": None}, {"parity_worst": None}])
+def test_ok_needs_a_time_and_a_parity_error(missing: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="status ok needs a"):
+        ok(**missing)
+
+
+def test_ok_of_a_check_needs_no_time_but_a_parity_error() -> None:
+    job = Job(case=CASE, backend="loop", check="layouts")
+    row = record(job, Status.ok, run_id="r", env_id="e", parity_worst=0.25)
+    assert (row.time_ms, row.check, row.key) == (None, "layouts", job.key)
+    with pytest.raises(ValidationError, match="needs a parity error"):
+        record(job, Status.ok, run_id="r", env_id="e")
+
+
+@pytest.mark.parametrize("worst", [1.0001, math.inf, math.nan])
+def test_ok_needs_an_error_within_its_budget(worst: float) -> None:
+    with pytest.raises(ValidationError, match="within its budget"):
+        ok(parity_worst=worst)
+
+
+def test_ok_may_use_its_whole_budget() -> None:
+    assert ok(parity_worst=1.0).status is Status.ok
+
+
+@pytest.mark.parametrize("time_ms", [0.0, -1.0, math.nan])
+def test_a_time_is_more_than_zero(time_ms: float) -> None:
+    with pytest.raises(ValidationError, match="time_ms"):
+        ok(time_ms=time_ms)
+
+
+@pytest.mark.parametrize("name", SPEED_FIELDS)
+@pytest.mark.parametrize("status", [status for status in Status if status is not Status.ok])
+def test_only_ok_carries_a_speed(status: Status, name: str) -> None:
+    with pytest.raises(ValidationError, match=f"carries no speed, but has .*{name}"):
+        bad(status, **{name: SPEED[name]})
+
+
+@pytest.mark.parametrize("detail", [None, ""])
+@pytest.mark.parametrize("status", [status for status in Status if status is not Status.ok])
+def test_other_statuses_say_why(status: Status, detail: str | None) -> None:
+    assert bad(status).detail == "why"
+    with pytest.raises(ValidationError, match="says why in detail"):
+        bad(status, detail=detail)
+
+
+def test_mismatch_carries_its_error() -> None:
+    with pytest.raises(ValidationError, match="carries the error that was found"):
+        bad(Status.mismatch, parity_worst=None)
+
+
+def test_good_statuses_are_results_about_a_backend() -> None:
+    assert {"ok", "unsupported", "oom"} == GOOD
+
+
+def test_unknown_field_is_refused() -> None:
+    with pytest.raises(ValidationError, match="time_s"):
+        ok(time_s=1.0)
+
+
+def test_journal_gives_back_what_was_appended(journal: Journal) -> None:
+    rows = [
+        ok(samples_ms=(1.25, 1.5), sample_rounds=(0, 1), flags=("a", "b"), parity_errors={"output": 0.25}),
+        bad(Status.mismatch, parity_worst=math.inf, detail="line\nbreak, ünïcode"),
+        bad(Status.unsupported, parity_worst=None),
+    ]
+    for row in rows:
+        journal.append(row)
+    assert journal.read() == (rows, 0)
+    assert list(Journal(journal.path)) == rows
+    assert journal.path.read_bytes().count(b"\n") == len(rows)
+
+
+def test_nan_survives_the_journal(journal: Journal) -> None:
+    journal.append(bad(Status.mismatch, parity_worst=math.nan))
+    (row,) = journal
+    assert row.parity_worst is not None
+    assert math.isnan(row.parity_worst)
+
+
+def test_a_journal_not_yet_written_is_empty(journal: Journal) -> None:
+    assert journal.read() == ([], 0)
+    assert not journal.path.exists()
+
+
+def test_every_row_is_on_disk_when_append_returns(journal: Journal) -> None:
+    for number in range(1, 4):
+        journal.append(ok())
+        assert len(Journal(journal.path).read()[0]) == number
+
+
+@pytest.mark.parametrize("kept", [1, 40, -3, -2])
+def test_torn_last_line_is_passed_over(journal: Journal, kept: int) -> None:
+    journal.append(ok("loop"))
+    with journal.path.open("ab") as file:
+        file.write((ok("torch_mm").to_json() + "\n").encode()[:kept])
+    rows, torn = journal.read()
+    assert ([row.backend for row in rows], torn) == (["loop"], 1)
+
+
+def test_line_torn_inside_a_character_is_passed_over(journal: Journal) -> None:
+    journal.append(ok())
+    with journal.path.open("ab") as file:
+        file.write('{"detail": "ü'.encode()[:-1])
+    assert journal.read() == ([ok()], 1)
+
+
+def test_torn_line_stays_alone_when_a_restarted_writer_goes_on(journal: Journal) -> None:
+    journal.append(ok("loop"))
+    with journal.path.open("ab") as file:
+        file.write(ok("torn").to_json().encode()[:50])
+    restarted = Journal(journal.path)
+    restarted.append(ok("torch_mm"))
+    restarted.append(ok("gmm"))
+    rows, torn = restarted.read()
+    assert ([row.backend for row in rows], torn) == (["loop", "torch_mm", "gmm"], 1)
+
+
+def test_whole_last_line_without_its_newline_is_kept(journal: Journal) -> None:
+    journal.path.write_text(ok("loop").to_json())
+    journal.append(ok("torch_mm"))
+    rows, torn = journal.read()
+    assert ([row.backend for row in rows], torn) == (["loop", "torch_mm"], 0)
+
+
+@pytest.mark.parametrize("schema", [SCHEMA + 1, None])
+def test_another_schema_is_refused_with_its_place(journal: Journal, schema: int | None) -> None:
+    journal.append(ok())
+    fields = {**json.loads(ok().to_json()), "schema": schema, "a_field_of_the_future": 1}
+    with journal.path.open("a") as file:
+        file.write(json.dumps(fields) + "\n")
+    with pytest.raises(ResultsError, match=rf"journal\.jsonl:2: schema {schema}, this moebench reads {SCHEMA}"):
+        journal.read()
+
+
+@pytest.mark.parametrize("line", ["[]", "3", "null", '"schema"', '[{"schema": 1}]'])
+def test_a_line_that_is_no_object_is_refused_with_its_place(journal: Journal, line: str) -> None:
+    journal.append(ok())
+    with journal.path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ResultsError, match=r"journal\.jsonl:2: .*a line holds one record, a JSON object") as caught:
+        journal.read()
+    assert "\n" not in str(caught.value)

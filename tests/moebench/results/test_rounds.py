@@ -1,0 +1,183 @@
+"""Rounds: an order that is random and can be told again, and one honest row of several."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.stats import t
+
+from moebench.results.record import IMPOSSIBLY_FAST, SPEED_FIELDS, Record, Status, record
+from moebench.results.rounds import merged
+from moebench.run.order import shuffled
+from moebench.workload.case import Case, Job
+
+SHAPE = {"n_routed_experts": 4, "n_activated_experts": 2, "moe_inter_dim": 8}
+
+
+def jobs():
+    """Two EP sizes, three widths, four token counts, five backends."""
+    return [
+        Job(case=Case(num_tokens=tokens, dim=dim, ep_size=ep_size, **SHAPE), backend=backend)
+        for dim, tokens, ep_size, backend in itertools.product((16, 32, 48), (1, 2, 3, 4), (1, 2), "abcde")
+    ]
+
+
+def changes(values):
+    return sum(before != after for before, after in itertools.pairwise(values))
+
+
+def test_a_round_has_every_job_once_in_an_order_that_run_and_round_decide():
+    order = shuffled(jobs(), "a-run", 0)
+    assert sorted(job.key for job in order) == sorted(job.key for job in jobs())
+    assert order == shuffled(reversed(jobs()), "a-run", 0)
+    others = [shuffled(jobs(), "a-run", 1), shuffled(jobs(), "b-run", 0)]
+    assert order not in others
+    assert others[0] != others[1]
+
+
+def test_what_is_shared_stays_together():
+    """Groups of ranks are started, weights and inputs made, no more often than there are."""
+    order = shuffled(jobs(), "a-run", 0)
+    assert [job.case.ep_size for job in order] == [1] * 60 + [2] * 60
+    assert changes([(job.case.ep_size, job.case.dim) for job in order]) == 5
+    assert changes([job.case for job in order]) == 23
+
+
+def test_every_level_is_shuffled():
+    orders = [shuffled(jobs(), "a-run", number)[:60] for number in range(8)]
+    assert len({tuple(job.backend for job in order[:5]) for order in orders}) > 4
+    assert len({tuple(dict.fromkeys(job.case.num_tokens for job in order[:20])) for order in orders}) > 4
+    assert len({tuple(dict.fromkeys(job.case.dim for job in order)) for order in orders}) > 2
+    (of_one_order,) = {
+        tuple(len({job.backend for job in order[i : i + 5]}) for i in range(0, 60, 5)) for order in orders
+    }
+    assert of_one_order == (5,) * 12
+    first = [job.backend for job in orders[0]]
+    assert any(first[:5] != first[i : i + 5] for i in range(5, 60, 5)), "cases have orders of their own"
+
+
+def row(number, status=Status.ok, **measured) -> Record:
+    if status is Status.ok:
+        time_ms = measured.get("time_ms", 2.0)
+        speed = {
+            "tokens_per_s": 8 / time_ms,
+            "tflops": 4 / time_ms,
+            "parity_worst": 0.25,
+            "parity_worst_tensor": "output",
+        }
+        measured = {"time_ms": time_ms, **speed, **measured}
+    else:
+        measured = {"detail": f"how it went in {number}", **measured}
+    job = Job(case=Case(num_tokens=8, dim=16, **SHAPE), backend="loop")
+    return record(job, status, run_id="r", env_id="e", round=number, **measured)
+
+
+def test_one_round_is_its_row():
+    assert merged([row(3)]) == row(3)
+
+
+def test_few_rounds_have_the_interval_of_student():
+    times = [2.0, 2.2, 2.1]
+    one = merged([row(number, time_ms=time_ms) for number, time_ms in enumerate(times)])
+    factor = np.exp(t.ppf(0.975, 2) * np.std(np.log(times), ddof=1) / np.sqrt(3))
+    assert (one.time_ms, one.time_ms_low, one.time_ms_high) == pytest.approx((2.1, 2.1 / factor, 2.1 * factor))
+    assert (one.round, one.num_rounds) == (None, 3)
+
+
+def test_two_rounds_far_apart_are_of_a_time_above_zero():
+    one = merged([row(number, time_ms=time_ms) for number, time_ms in enumerate([1.0, 3.0])])
+    assert 0 < one.time_ms_low < 1.0 < 3.0 < one.time_ms_high
+
+
+def test_many_rounds_have_the_exact_interval_of_their_medians():
+    """Of six, smallest and largest: the median is beyond all of them once in 32 times."""
+    times = [2.0, 2.5, 2.1, 2.2, 2.6, 2.05]
+    one = merged([row(number, time_ms=time_ms) for number, time_ms in enumerate(times)])
+    assert (one.time_ms, one.time_ms_low, one.time_ms_high) == (pytest.approx(2.15), 2.0, 2.6)
+
+
+def test_samples_of_one_round_narrow_nothing():
+    """A thousand alike samples a round, and rounds that differ: it is the rounds that count."""
+    rows = [
+        row(n, time_ms=time_ms, samples_ms=(time_ms,) * 1000, sample_rounds=(n,) * 1000)
+        for n, time_ms in ((0, 2.0), (1, 2.2))
+    ]
+    one = merged(rows)
+    assert one.time_ms_high - one.time_ms_low > 1
+    assert len(one.samples_ms) == 2000
+    assert one.sample_rounds == (0,) * 1000 + (1,) * 1000
+
+
+def test_speed_is_of_the_time_that_is_given():
+    one = merged([row(0, time_ms=1.0), row(1, time_ms=4.0)])
+    assert one.time_ms == 2.5
+    assert (one.tokens_per_s, one.tflops) == pytest.approx((8 / 2.5, 4 / 2.5))
+
+
+def test_the_share_of_the_roofline_is_of_the_time_that_is_given():
+    times, bounds = [1.0, 2.0, 4.0], [0.5, 0.25, 1.5]
+    rounds = [
+        row(n, time_ms=time_ms, roofline_ms=bound, roofline_fraction=bound / time_ms)
+        for n, (time_ms, bound) in enumerate(zip(times, bounds, strict=True))
+    ]
+    one = merged(rounds)
+    assert (one.time_ms, one.roofline_ms, one.roofline_fraction) == (2.0, 0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "flags"), [([1.0, 9.0, 1.0], ("synchronises",)), ([9.0, 9.0, 1.0], ("synchronises", IMPOSSIBLY_FAST))]
+)
+def test_one_disturbed_ceiling_makes_no_time_impossible(bounds, flags):
+    def flagged(bound):
+        return ("synchronises", IMPOSSIBLY_FAST) if bound > 2 else ("synchronises",)
+
+    rounds = [row(n, time_ms=2.0, roofline_ms=bound, flags=flagged(bound)) for n, bound in enumerate(bounds)]
+    assert merged(rounds).flags == flags
+
+
+def test_the_clock_is_that_of_most_rounds():
+    assert merged([row(n, sm_clock_mhz=mhz) for n, mhz in enumerate([1980, 1500, 1515])]).sm_clock_mhz == 1515
+
+
+def test_the_worst_round_counts_where_it_should():
+    first = row(
+        0, peak_memory_bytes=5, saved_memory_bytes=None, converged=True, flags=("a",), executed="x > y", num_samples=3
+    )
+    second = row(
+        1, peak_memory_bytes=7, saved_memory_bytes=3, converged=False, flags=("b", "a"), executed="x > z", num_samples=4
+    )
+    second = second.model_copy(
+        update={"parity_worst": 0.5, "parity_worst_tensor": "dX", "parity_errors": {"dX": 0.5, "output": 0.1}}
+    )
+    first = first.model_copy(update={"parity_errors": {"output": 0.25}, "host_time_ms": 1.0, "job_s": 2.0})
+    second = second.model_copy(update={"host_time_ms": 4.0, "job_s": 3.0})
+    for one in (merged([first, second]), merged([second, first])):
+        assert (one.peak_memory_bytes, one.saved_memory_bytes, one.converged) == (7, 3, False)
+        assert (one.flags, one.executed, one.num_samples) == (("a", "b"), "x > y | x > z", 7)
+        assert (one.parity_worst, one.parity_worst_tensor) == (0.5, "dX")
+        assert one.parity_errors == {"output": 0.25, "dX": 0.5}
+        assert (one.host_time_ms, one.job_s) == (2.5, 5.0)
+
+
+def test_a_job_that_failed_in_a_round_has_failed_and_says_in_which():
+    one = merged(
+        [row(0, samples_ms=(2.0,), sample_rounds=(0,)), row(1, Status.timeout), row(2), row(3, Status.timeout)]
+    )
+    assert (one.status, one.detail, one.num_rounds) == (Status.timeout, "round 1, 3 of 4: how it went in 1", 4)
+    assert {getattr(one, name) for name in SPEED_FIELDS} == {None}
+
+
+def test_of_several_failures_the_worst_is_told():
+    rows = [
+        row(0, Status.oom),
+        row(1, Status.mismatch, parity_worst=2.0),
+        row(2, Status.mismatch, parity_worst=9.0),
+        row(3, Status.crash),
+    ]
+    one = merged(rows)
+    assert (one.status, one.parity_worst, one.detail) == (Status.mismatch, 9.0, "round 1, 2 of 4: how it went in 2")
+
+
+def test_what_is_so_in_every_round_needs_no_round():
+    one = merged([row(0, Status.unsupported, detail="needs a GPU"), row(1, Status.unsupported, detail="needs a GPU")])
+    assert one.detail == "needs a GPU"

@@ -1,0 +1,129 @@
+"""Time and memory of a sweep before it runs: of the nearest measured job, or of none."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from moebench.results.frame import to_frame, write
+from moebench.results.record import Record, Status
+from moebench.run.footprint import footprint
+from moebench.run.forecast import Measured, forecast, measured_jobs
+from moebench.workload.case import Job
+from moebench.workload.spec import available_sweeps, load_sweep
+from tests.moebench.drawn import bad, case, ok
+
+RESULTS = (Path(__file__).parents[3] / "results" / "published").glob("*/results.parquet")
+PUBLISHED = sorted(path.parent for path in RESULTS)
+
+
+def took(job_s: float, backend: str = "te", dispatcher: str = "local", **fields: Any) -> Record:
+    return ok(case(**{"num_tokens": 1024, **fields}), backend, dispatcher=dispatcher, job_s=job_s)
+
+
+def asked(backend: str = "te", dispatcher: str = "local", **fields: Any) -> Job:
+    return Job(case=case(**{"num_tokens": 1024, **fields}), backend=backend, dispatcher=dispatcher)
+
+
+def of(*rows: Record) -> Measured:
+    return Measured(to_frame(rows))
+
+
+def test_a_job_takes_as_long_as_the_nearest_one() -> None:
+    measured = of(took(1.0, num_tokens=128), took(2.0), took(3.0, num_tokens=4096), took(4.0, moe_inter_dim=2048))
+    assert measured.time_s(asked()) == 2.0
+    assert measured.time_s(asked(num_tokens=256)) == 1.0
+    assert measured.time_s(asked(num_tokens=16384)) == 3.0
+    assert measured.time_s(asked(moe_inter_dim=4096)) == 4.0
+    assert measured.time_s(asked(routing="zipf", seed=3)) == 2.0
+
+
+def test_ranks_are_near_if_they_hold_as_much() -> None:
+    """Eight ranks of eight times the experts are as two of twice as many, not as one of the same layer."""
+    measured = of(took(1.0, n_routed_experts=64), took(2.0, "te", "deepep", n_routed_experts=16, ep_size=2))
+    assert measured.time_s(asked(dispatcher="deepep", n_routed_experts=64, ep_size=8)) == 2.0
+
+
+def test_the_own_dispatcher_is_nearer_than_another() -> None:
+    rows = [took(1.0, dispatcher="allgather", ep_size=2), took(2.0, dispatcher="alltoall", ep_size=2)]
+    assert [of(*rows).time_s(asked(dispatcher=way, ep_size=4)) for way in ("allgather", "alltoall")] == [1.0, 2.0]
+    further = took(3.0, dispatcher="deepep", ep_size=2, num_tokens=128)
+    assert of(*rows, further).time_s(asked(dispatcher="deepep", ep_size=2)) in (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"backend": "gmm"},
+        {"mode": "train"},
+        {"dtype": "float32"},
+        {"num_tokens": 1024 * 17},
+        {"num_tokens": 1024 // 17},
+        {"dim": 256 * 9},
+        {"ep_size": 8, "n_routed_experts": 64, "dispatcher": "deepep"},
+    ],
+    ids=str,
+)
+def test_without_a_near_job_there_is_no_time(other: dict[str, Any]) -> None:
+    measured = of(took(1.0))
+    assert measured.time_s(asked(**other)) is None
+    assert forecast([asked(**other)], measured).time_s is None
+
+
+def test_what_failed_tells_no_time() -> None:
+    measured = of(bad(case(1024), Status.timeout, "te", job_s=300.0), took(1.0, num_tokens=2048))
+    assert (measured.num_jobs, measured.time_s(asked())) == (1, 1.0)
+
+
+def test_a_sweep_takes_the_sum_of_its_jobs_and_the_memory_of_the_largest() -> None:
+    jobs = [asked(), asked(num_tokens=16), asked(num_tokens=2048), asked("loop"), asked(ep_size=2, dispatcher="deepep")]
+    found = forecast(jobs, of(took(1.5)))
+    assert (found.time_s, found.num_untimed) == (4.5, 2)
+    assert found.memory_bytes == max(footprint(job).peak_bytes for job in jobs)
+    told = found.as_dict()
+    assert [(line["ep_size"], line["backend"], line["num_jobs"], line["time_s"]) for line in told["lines"]] == [
+        (1, "te", 3, 3.0),
+        (1, "loop", 1, None),
+        (2, "te", 1, 1.5),
+    ]
+    assert told["lines"][0]["num_untimed"] == 1
+    assert "NVIDIA H200" in told["based_on"]
+
+
+def shown(found: Any) -> str:
+    console = Console(width=80, record=True)
+    with console.capture() as captured:
+        console.print(found)
+    return captured.get()
+
+
+def test_it_says_that_it_is_an_estimate_of_what_and_what_is_missing() -> None:
+    text = " ".join(shown(forecast([asked(), asked("loop")], of(took(90.0)))).split())
+    assert "Estimates, nothing was measured." in text
+    assert "Time: 90 s, of the nearest of 1 measured jobs (NVIDIA H200, 2026-11-23); 1 jobs have none near" in text
+    text = " ".join(shown(forecast([asked()], None)).split())
+    assert "Time: unknown, no measured job is near any of these." in text
+
+
+def test_of_a_run_with_nothing_left_there_is_nothing_to_say() -> None:
+    found = forecast([], of(took(1.0)))
+    assert (found.memory_bytes, found.time_s, found.num_untimed, shown(found)) == (0, None, 0, "")
+
+
+def test_measured_jobs_are_those_of_results_folders(tmp_path: Path) -> None:
+    write(to_frame([took(1.0), took(2.0, num_tokens=16)]), tmp_path)
+    found = measured_jobs([tmp_path])
+    assert found is not None
+    assert found.num_jobs == 2
+    assert measured_jobs([tmp_path / "none"]) is None
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu-ep2", "gpu-ep4", "gpu-ep8", "gpu-ep-scaling", "gpu-ep2-as-ep8"])
+def test_the_suites_of_gpus_fit_an_h200_and_end_within_ten_minutes(name: str) -> None:
+    """Of 141 GB; most of their jobs have been measured alike."""
+    found = forecast(load_sweep(available_sweeps()[name]).jobs(), measured_jobs(PUBLISHED))
+    assert found.memory_bytes < 140 * 10**9
+    assert found.time_s is not None
+    assert found.num_untimed < len(found.jobs) / 4
+    assert found.time_s * len(found.jobs) / (len(found.jobs) - found.num_untimed) < 600

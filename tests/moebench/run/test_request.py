@@ -1,0 +1,106 @@
+"""What a run is asked to do: its jobs, its GPUs, what is left of it, and what is refused before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from moebench.errors import SweepError, UsageError
+from moebench.machine.gpus import ANYWHERE, Slot
+from moebench.run.lock import locked
+from moebench.run.order import shuffled
+from moebench.run.request import check_device, on_gpus
+from moebench.workload.selection import select
+from tests.moebench.planned import plan_, write_sweep
+
+
+@pytest.fixture(autouse=True)
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return write_sweep()
+
+
+def test_a_plan_has_the_sweeps_jobs_and_policy():
+    planned = plan_(device="cpu", time_budget_min=1.5)
+    assert [(job.case.num_tokens, job.backend) for job in planned.jobs] == [
+        (8, "loop"),
+        (8, "torch_mm"),
+        (24, "loop"),
+        (24, "torch_mm"),
+    ]
+    assert planned.rounds[0].policy.timeout_s == 7.0
+    assert planned.time_budget_s == 90.0
+    assert planned.rounds[0].device == "cpu"
+    assert plan_().time_budget_s is None
+    assert planned.folder.parent == Path("results/runs")
+    assert planned.folder.name == planned.run_id
+    assert [path.name for path in Path().iterdir()] == ["two.toml"], "planning writes nothing"
+
+
+def test_rounds_are_plans_of_the_same_jobs_in_other_orders():
+    planned = plan_(rounds=3)
+    assert [one.round for one in planned.rounds] == [0, 1, 2]
+    assert planned.num_jobs == 12
+    assert {frozenset(one.jobs) for one in planned.rounds} == {frozenset(planned.jobs)}
+    assert [one.jobs for one in planned.rounds] == [shuffled(planned.jobs, planned.run_id, n) for n in range(3)]
+
+
+def test_a_plan_is_spread_over_the_gpus_that_are_free(fake_nvml, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, pids in (("GPU-a", []), ("GPU-b", [7]), ("GPU-c", [])):
+        fake_nvml.add_gpu(name, pids=pids)
+    spread, notes = on_gpus(plan_(rounds=2), None, share=False)
+    assert {one.slots for one in spread.rounds} == {(Slot("GPU-a"), Slot("GPU-c"))}
+    assert [one.device for one in spread.rounds] == [None, None]
+    assert [note.partition(":")[0] for note in notes] == ["GPU 1 is in use by process 7"]
+    one, notes = on_gpus(plan_(device="cuda:2"), None, share=False)
+    assert (one.rounds[0].slots, one.rounds[0].device, notes) == ((Slot("GPU-c"),), "cuda", [])
+    with pytest.raises(UsageError, match="GPU 1 is in use by process 7"):
+        on_gpus(plan_(), "1", share=False)
+    on_cpu, _ = on_gpus(plan_(device="cpu"), None, share=False)
+    assert (on_cpu.rounds[0].slots, on_cpu.rounds[0].device) == (ANYWHERE, "cpu")
+
+
+def test_selections_are_combined():
+    jobs = select("two.toml", ["my:Own", "loop"], ["num_tokens>8"], [])
+    assert [(job.case.num_tokens, job.backend) for job in jobs] == [(24, "my:Own"), (24, "loop")]
+    chosen = select("two.toml", [], [], [jobs[0].case.case_id])
+    assert [job.backend for job in chosen] == ["loop", "torch_mm"]
+
+
+def test_every_case_that_is_not_there_is_named():
+    with pytest.raises(SweepError) as refusal:
+        select("two.toml", [], [], ["x", "y"])
+    assert len(refusal.value.mistakes) == 2
+
+
+def test_a_case_that_the_filters_leave_out_is_not_there():
+    case_id = select("two.toml", [], ["num_tokens=8"], [])[0].case.case_id
+    with pytest.raises(SweepError, match=case_id):
+        select("two.toml", [], ["num_tokens=24"], [case_id])
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:12", None])
+def test_devices_that_may_be(name):
+    check_device(name)
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:a", "cpu:0", "cuda:0:1", "CUDA"])
+def test_devices_that_cannot_be(name):
+    with pytest.raises(UsageError, match="it must be cpu, cuda or cuda:N"):
+        check_device(name)
+
+
+def test_an_empty_folder_may_be_named(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert plan_(out=Path("out")).folder == Path("out")
+    (tmp_path / "out" / "x").touch()
+    with pytest.raises(UsageError, match="--out out"):
+        plan_(out=Path("out"))
+
+
+def test_a_lock_fills_no_folder_but_somebodys_logs_do(tmp_path):
+    with locked(Path("out")):
+        assert plan_(out=Path("out")).folder == Path("out")
+        (tmp_path / "out" / "logs" / "diary.txt").touch()
+        with pytest.raises(UsageError, match="--out out"):
+            plan_(out=Path("out"))

@@ -1,0 +1,414 @@
+"""A run that ends early is gone on with: nothing lost, nothing twice, as it was asked for, by one process at a time.
+
+Signals, kills and limits are real, of real command lines; most have a stand-in for their workers.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from moebench.cli import app
+from moebench.errors import UsageError
+from moebench.results.folder import environments_beside
+from moebench.results.frame import load
+from moebench.results.journal import Journal
+from moebench.run import request, start, supervisor
+from moebench.run.lock import locked
+from moebench.run.runfile import Asked
+from tests.moebench import stand_in
+from tests.moebench.stand_in import ALL
+
+ROOT = Path(__file__).parents[3]
+SWEEP = """
+name = "tiny"
+
+[policy]
+time_cap_s = 0.01
+interval_target = 0.9
+
+[[grid]]
+n_routed_experts = 4
+n_activated_experts = 2
+dim = 16
+moe_inter_dim = 8
+num_tokens = [8, 16, 24]
+dtype = "float32"
+backend = ["loop", "torch_mm"]
+"""
+#: Measures until its second job, where it waits for a file to be there.
+WAITS = """ready()
+done(0)
+start(1)
+while not os.path.exists("go"): time.sleep(0.01)
+say(told(1))
+for number in itertools.count(2): done(number)
+"""
+#: Interrupts its supervisor when that has kept its first record.
+TOLD_AND_INTERRUPTS = """ready()
+done(0)
+while not os.path.exists("out/journal.jsonl"): time.sleep(0.01)
+os.kill(os.getppid(), signal.SIGTERM)
+hang()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder with a sweep and a stand-in for workers, and where this process is."""
+    (tmp_path / "tiny.toml").write_text(SWEEP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    stand_in.write(tmp_path / "waits", WAITS)
+    stand_in.write(tmp_path / "works", ALL)
+    return tmp_path
+
+
+@pytest.fixture
+def moebench(capsys, monkeypatch, folder):
+    """The command line in this process, with a stand-in for its workers."""
+
+    def call(*arguments, worker="works"):
+        monkeypatch.setattr(supervisor, "sys", SimpleNamespace(executable=str(folder / worker)))
+        monkeypatch.setattr(sys, "argv", ["moebench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            app.main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=end.value.code or 0, out=printed.out, err=printed.err.strip())
+
+    return call
+
+
+def rows(folder):
+    found, torn = Journal(folder / "journal.jsonl").read()
+    assert torn == 0
+    return found
+
+
+def until_records(process, folder, count=1):
+    """Wait until the run has told of so many jobs; it must not end by itself."""
+    deadline = time.monotonic() + 90
+    while not (folder / "journal.jsonl").exists() or (folder / "journal.jsonl").read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.02)
+            pytest.fail(f"it ended by itself: {process.communicate()}")
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def are_gone(processes):
+    def is_alive(process):
+        with suppress(psutil.NoSuchProcess):
+            return process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+    deadline = time.monotonic() + 30
+    while any(is_alive(process) for process in processes) and time.monotonic() < deadline:
+        psutil.wait_procs(processes, timeout=0.05)
+    return not any(is_alive(process) for process in processes)
+
+
+def is_whole(folder, backends=("loop", "torch_mm"), tokens=(8, 16, 24), rounds=1):
+    """Every job of every round is there, and once."""
+    wanted = [(t, name, n) for t in tokens for name in backends for n in range(rounds)]
+    assert sorted((row.num_tokens, row.backend, row.round) for row in rows(folder)) == sorted(wanted)
+    return True
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_run_in_one_line_and_it_is_gone_on_with(folder, moebench, name):
+    process = stand_in.started(folder / "waits", "run", "tiny.toml", "--out", "out", "--device", "cpu", cwd=folder)
+    workers = until_records(process, folder / "out")
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "interrupted: 5 jobs left; go on with `moebench run --resume out`"
+    assert out.splitlines()[-1] == "results: out"
+    assert len(workers) == 1
+    assert are_gone(workers)
+    before = (folder / "out" / "journal.jsonl").read_bytes()
+    assert len(rows(folder / "out")) == 1
+    found = moebench("run", "--resume", "out")
+    assert (found.code, found.err) == (0, "")
+    assert is_whole(folder / "out")
+    assert (folder / "out" / "journal.jsonl").read_bytes().startswith(before), "what is there stays as it is"
+    run = json.loads((folder / "out" / "run.json").read_text())
+    assert [line.partition(" ")[2] for line in run["resumed"]] == ["moebench run --resume out"]
+    assert len(load(folder / "out" / "results.parquet")) == 6
+
+
+def test_a_signal_while_results_are_written_is_one_line_too(folder, moebench, monkeypatch):
+    begun(moebench)
+
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "finish", interrupted)
+        found = moebench("run", "--resume", "out")
+    line = "interrupted: all that was measured is in the journal; go on with `moebench run --resume out`"
+    assert (found.code, found.out, found.err) == (130, "", line)
+    assert moebench("run", "--resume", "out").code == 0
+    assert len(load(folder / "out" / "results.parquet")) == 6
+
+
+def test_a_signal_that_is_ignored_stays_so(folder):
+    """nohup."""
+    ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    process = stand_in.started(folder / "waits", "run", "tiny.toml", "--out", "out", cwd=folder, **ignore)
+    until_records(process, folder / "out")
+    process.send_signal(signal.SIGHUP)
+    (folder / "go").touch()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (0, "")
+    assert is_whole(folder / "out")
+
+
+def test_a_run_killed_between_rounds_of_real_workers_is_completed_exactly(folder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def command(*arguments):
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [sys.executable, "-m", "moebench", "run", *arguments], stdout=pipe, stderr=pipe, text=True
+        )
+
+    chosen = ("--rounds", "2", "--filter", "num_tokens=8,24", "--backend", "loop", "--device", "cpu")
+    process = command("tiny.toml", "--out", "out", *chosen)
+    workers = until_records(process, folder / "out")
+    process.kill()
+    process.communicate()
+    assert are_gone(workers), "they do not outlive their supervisor"
+    before = rows(folder / "out")
+    assert 1 <= len(before) < 4
+    with (folder / "out" / "journal.jsonl").open("a") as file:
+        file.write(before[0].to_json()[:200])  # as of a kill while it writes
+    process = command("--resume", "out")
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err.strip()) == (0, "")
+    found, torn = Journal(folder / "out" / "journal.jsonl").read()
+    assert torn == 1
+    assert sorted((row.num_tokens, row.round) for row in found) == [(8, 0), (8, 1), (24, 0), (24, 1)]
+    assert found[: len(before)] == before
+    assert {row.status.value for row in found} == {"ok"}
+    assert load(folder / "out")["num_rounds"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("who", ["supervisor", "worker"])
+def test_a_full_disk_is_one_line_and_no_jobs_fault(folder, moebench, who):
+    """A real limit on the size of files: of the journal or, where only workers' files grow so large, of the events."""
+    lifted = "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n" * (who == "supervisor")
+    grows = ALL if who == "supervisor" else ALL.replace("ready()", "ready(versions={'torch': '1' * 1500})")
+    stand_in.write(folder / "fills", lifted + grows)
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))}
+    process = stand_in.started(folder / "fills", "run", "tiny.toml", "--out", "out", cwd=folder, **limit)
+    _, err = process.communicate(timeout=60)
+    (line,) = err.strip().splitlines()
+    assert process.returncode == 1
+    assert "cannot be written: File too large" in line
+    assert line.endswith("make room and continue with `moebench run --resume out`")
+    kept, torn = Journal(folder / "out" / "journal.jsonl").read()
+    assert 0 < len(kept) < 6
+    assert torn <= 1
+    assert {row.status.value for row in kept} == {"unsupported"}, "nobody crashed"
+    assert moebench("run", "--resume", "out", "--force").code == 0  # "torch" is another there
+    kept, _ = Journal(folder / "out" / "journal.jsonl").read()
+    assert len({(row.key, row.round) for row in kept}) == len(kept) == 6
+
+
+def test_a_run_is_gone_on_with_as_it_was_asked_for(folder, moebench):
+    asked = ("--filter", "num_tokens<=16", "--backend", "loop", "--backend", "gmm", "--device", "cpu", "--rounds", 3)
+    found = moebench("run", "tiny.toml", "--out", "out", *asked, "--time-budget", 0)
+    assert found.err == "time budget spent: 12 jobs left; go on with `moebench run --resume out`"
+    found = moebench("run", "--resume", "out")
+    assert (found.code, found.err) == (0, "")
+    assert is_whole(folder / "out", ("loop", "gmm"), (8, 16), rounds=3)
+    heads = [json.loads(path.read_text().splitlines()[0]) for path in (folder / "out" / "logs").glob("*.jobs.jsonl")]
+    assert sorted(head["round"] for head in heads) == [0, 1, 2], "each round has a process of its own"
+
+
+def test_a_whole_run_is_not_measured_again_and_keeps_its_exit_code(folder, moebench):
+    stand_in.write(folder / "fails", "ready()\nfor number in itertools.count(): done(number, status='error')\n")
+    assert moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", worker="fails").code == 1
+    assert moebench("run", "--resume", "out").code == 1
+    assert is_whole(folder / "out")
+    assert len(list((folder / "out" / "logs").glob("*.log"))) == 1, "no worker was started again"
+
+
+def begun(moebench):
+    """A run in `out` of which nothing is measured yet."""
+    assert moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", "--time-budget", 0).code == 0
+
+
+def refused(found, *words):
+    assert (found.code, found.out) == (2, "")
+    (line,) = found.err.splitlines()
+    for word in words:
+        assert word in line
+    return True
+
+
+def test_two_runs_into_one_folder(folder, moebench):
+    process = stand_in.started(folder / "waits", "run", "tiny.toml", "--out", "out", cwd=folder)
+    until_records(process, folder / "out")
+    assert refused(moebench("run", "--resume", "out"), f"out: process {process.pid} is writing into it")
+    (folder / "go").touch()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (0, "")
+    assert is_whole(folder / "out")
+
+
+def test_two_new_runs_into_one_folder(folder):
+    """Both found it empty; the second to begin is refused, at once or when the first has ended."""
+    plan = request.plan("tiny.toml", Asked(device="cpu"), out=Path("out"), time_budget_min=0.0)
+    with locked(Path("out")), pytest.raises(UsageError, match=f"out: process {os.getpid()} is writing into it"):
+        start.measure(plan, print)
+    Path("out/journal.jsonl").touch()
+    with pytest.raises(UsageError, match="not an empty folder"):
+        start.measure(plan, print)
+
+
+def test_a_changed_sweep_is_said_and_refused(folder, moebench):
+    begun(moebench)
+    (folder / "tiny.toml").write_text(SWEEP.replace("24", "32"))
+    assert refused(
+        moebench("run", "--resume", "out"), "tiny.toml has changed since 20", "--force goes on with out/sweep"
+    )
+    (folder / "tiny.toml").unlink()
+    (folder / "out" / "sweep.toml").write_text(SWEEP.replace("24", "32"))
+    assert refused(moebench("run", "--resume", "out"), "out/sweep.toml has been edited")
+    assert not (folder / "out" / "journal.jsonl").exists()
+    assert moebench("run", "--resume", "out", "--force").code == 0
+    assert is_whole(folder / "out", tokens=(8, 16, 32))
+
+
+def test_other_jobs_of_the_same_sweep_are_said_and_refused(folder, moebench):
+    """Another version of moebench may have other shapes for a model."""
+    begun(moebench)
+    run = json.loads((folder / "out" / "run.json").read_text())
+    (folder / "out" / "run.json").write_text(json.dumps({**run, "jobs_sha256": "0", "moebench": "9.9"}))
+    assert refused(moebench("run", "--resume", "out"), "makes other jobs", "9.9")
+
+
+def test_a_changed_environment_is_said_and_refused(folder, moebench):
+    other = "dict(python='4', versions={'torch': '3.0'}, env_id='f', git_revision='abc')"
+    stand_in.write(folder / "other", ALL.replace("ready()", f"ready(**{other})"))
+    stand_in.write(folder / "first", TOLD_AND_INTERRUPTS)
+    assert moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", worker="first").code == 130
+    found = moebench("run", "--resume", "out", worker="other")
+    assert refused(found, "python 3 -> 4", "torch none -> 3.0", "git_revision None -> abc", "--force")
+    assert len(rows(folder / "out")) == 1
+    assert moebench("run", "--resume", "out", "--force", worker="other").code == 0
+    assert is_whole(folder / "out")
+    assert json.loads((folder / "out" / "environment.json").read_text())["env_id"] == "e"
+    assert json.loads((folder / "out" / "environments" / "f.json").read_text())["python"] == "4"
+
+
+def test_which_revision_ran_is_kept_though_times_of_both_may_be_compared(folder, moebench):
+    for name in ("first", "other"):
+        script = TOLD_AND_INTERRUPTS if name == "first" else ALL
+        stand_in.write(folder / name, script.replace("ready()", f"ready(git_revision={name!r})"))
+    assert moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", worker="first").code == 130
+    assert refused(moebench("run", "--resume", "out", worker="other"), "git_revision first -> other")
+    assert moebench("run", "--resume", "out", "--force", worker="other").code == 0
+    assert is_whole(folder / "out")
+    assert {row.env_id for row in rows(folder / "out")} == {"e"}
+    assert environments_beside(folder / "out")["e"].git_revision == "first"
+    assert json.loads((folder / "out/environments/e-other.json").read_text())["git_revision"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("sweep.toml", None, ("out/sweep.toml: cannot be read: ", "No such file")),
+        ("sweep.toml", lambda text: text.replace(b"tiny", b"t\xefny"), ("out/sweep.toml: cannot be read: ", "UTF-8")),
+        ("journal.jsonl", None, ("out: journal.jsonl is not there", "results.parquet is; put it back")),
+        ("journal.jsonl", lambda text: text.replace(b'"schema":1', b'"schema":2'), ("journal.jsonl:1: schema 2",)),
+        ("journal.jsonl", lambda text: text.replace(b'"oom"', b'"fine"'), ("journal.jsonl: status: Input should",)),
+        ("environment.json", lambda text: text[:40], ("out/environment.json: the file: Invalid JSON",)),
+    ],
+)
+def test_a_folder_with_a_file_lost_or_broken_is_refused_in_one_line(folder, moebench, name, change, words):
+    stand_in.write(folder / "first", TOLD_AND_INTERRUPTS.replace("done(0)", "done(0, status='oom')"))
+    assert moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", worker="first").code == 130
+    content = (folder / "out" / name).read_bytes()
+    (folder / "out" / name).unlink()
+    if change is not None:
+        assert change(content) != content
+        (folder / "out" / name).write_bytes(change(content))
+    left = {path: path.read_bytes() for path in (folder / "out").iterdir() if path.name.startswith("results")}
+    assert refused(moebench("run", "--resume", "out", "--force"), *words)
+    assert left == {path: path.read_bytes() for path in left}
+
+
+def test_who_was_overtaken_measures_nothing_twice(folder, moebench):
+    """Another process goes on with the run, and ends, between this one's look at the journal and its lock."""
+    begun(moebench)
+    plan = request.plan_rest(Path("out"), backends=(), time_budget_min=None)
+    assert moebench("run", "--resume", "out").code == 0
+    with pytest.raises(UsageError, match="out: another process has gone on with it meanwhile"):
+        start.measure(plan, print)
+    assert is_whole(folder / "out")
+
+
+def test_what_is_left_of_later_rounds_is_shown(folder, moebench):
+    asked = ("--rounds", 2, "--device", "cpu", "--backend", "loop")
+    assert moebench("run", "tiny.toml", "--out", "out", *asked).code == 0
+    journal = folder / "out" / "journal.jsonl"
+    kept = [
+        line
+        for line in journal.read_text().splitlines(keepends=True)
+        if '"round":0' in line or '"num_tokens":24' in line
+    ]
+    journal.write_text("".join(kept))
+    found = moebench("run", "--resume", "out", "--dry-run")
+    assert "2 jobs" in found.out.splitlines()
+    assert moebench("run", "--resume", "out").code == 0
+    assert is_whole(folder / "out", ["loop"], rounds=2)
+
+
+@pytest.mark.parametrize("out", ["tiny.toml/out", "/proc/moebench"])
+def test_a_folder_that_cannot_be_written_is_refused(folder, moebench, out):
+    assert refused(moebench("run", "tiny.toml", "--device", "cpu", "--out", out), f"{out}: cannot be written: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("run",), "give a SWEEP, or --resume DIR"),
+        (("run", "tiny.toml", "--resume", "out"), "SWEEP beside --resume: it is as the run was begun"),
+        (("run", "--resume", "out", "--rounds", "2"), "--rounds beside --resume: it is as the run was begun"),
+        (("run", "--resume", "out", "--filter", "dim=16"), "--filter beside --resume: it is as the run was begun"),
+        (("run", "tiny.toml", "--force"), "--force without --resume"),
+        (("run", "--resume", "nowhere"), "nowhere: run.json: No such file"),
+        (("run", "--resume", "merged"), "merged: run.json: run_id: Field required"),
+    ],
+)
+def test_what_cannot_be_resumed(folder, moebench, arguments, word):
+    begun(moebench)
+    (folder / "merged").mkdir()
+    (folder / "merged" / "run.json").write_text('{"merged": []}')
+    assert refused(moebench(*arguments), word)
+
+
+def test_a_module_that_only_a_file_names_is_not_imported(folder, moebench):
+    """Neither a sweep nor a results folder of someone else's runs code by being opened."""
+    (folder / "theirs.toml").write_text(SWEEP.replace('"torch_mm"', '"evil:Experts"'))
+    found = moebench("run", "theirs.toml", "--out", "out")
+    assert refused(found, "evil:Experts: a module is imported only where", "add --backend loop --backend evil:Experts")
+    assert not (folder / "out").exists()
+    named = ("--backend", "evil:Experts")
+    assert moebench("run", "theirs.toml", "--out", "out", *named, "--time-budget", 0).code == 0
+    assert refused(moebench("run", "--resume", "out"), "evil:Experts", "add --backend evil:Experts")
+    assert moebench("run", "--resume", "out", *named).code == 0
+    assert is_whole(folder / "out", ("evil:Experts",))
+    assert moebench("list", "theirs.toml").code == 0, "to look at it imports nothing"

@@ -1,0 +1,107 @@
+"""From a plan to a folder: what is written, what a refused run leaves."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from moebench.report.folder import finish
+from moebench.results import frame
+from moebench.results.journal import Journal
+from moebench.results.record import Status, record
+from moebench.run import start
+from moebench.run.request import plan
+from moebench.run.runfile import Asked
+from moebench.run.runner import Outcome, Refused, RunnerError
+from moebench.run.start import measure
+from moebench.workload.case import Case, Job
+from tests.moebench.planned import plan_, write_sweep
+
+
+@pytest.fixture(autouse=True)
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return write_sweep()
+
+
+def row():
+    case = Case(num_tokens=8, n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=8)
+    return record(Job(case=case, backend="loop"), Status.oom, run_id="r", env_id="e", detail="much")
+
+
+def executing(monkeypatch, error=None, rows=()):
+    """Replaces the supervisor by one that writes these rows and raises this error."""
+
+    def execute(planned, *, on_record, on_environment, time_budget_s):
+        (planned.folder / "logs").mkdir(exist_ok=True)
+        for one in rows:
+            Journal(planned.folder / "journal.jsonl").append(one)
+            on_record(one)
+        if error is not None:
+            raise error
+        return Outcome(tuple(rows), 0)
+
+    monkeypatch.setattr(start, "execute", execute)
+
+
+def test_a_run_keeps_what_it_was_asked_for(monkeypatch, sweep):
+    executing(monkeypatch, rows=[row()])
+    planned = plan_(out=Path("deep/out"))
+    told = []
+    assert measure(planned, told.append).records == (row(),)
+    assert told == [row()]
+    assert (planned.folder / "sweep.toml").read_bytes() == sweep.read_bytes()
+    asked = json.loads((planned.folder / "run.json").read_text())
+    assert (asked["sweep"], asked["num_jobs"], asked["run_id"]) == ("two", 4, planned.run_id)
+
+
+def test_a_refused_run_leaves_no_folder(monkeypatch):
+    executing(monkeypatch, Refused("no backend x"))
+    with pytest.raises(Refused):
+        measure(planned := plan_(out=Path("out")), print)
+    assert not planned.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["link", "."])
+def test_a_refused_run_empties_a_folder_that_it_cannot_remove(monkeypatch, tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    if name == ".":
+        monkeypatch.chdir("empty")
+    planned = plan(str(tmp_path / "two.toml"), Asked(), out=Path(name))
+    executing(monkeypatch, Refused("no backend x"))
+    with pytest.raises(Refused):
+        measure(planned, print)
+    assert list((tmp_path / "link").iterdir()) == []
+
+
+@pytest.mark.parametrize(("error", "rows"), [(Refused("gone"), [row()]), (RunnerError("broken"), [])])
+def test_what_was_measured_and_what_went_wrong_stay(monkeypatch, error, rows):
+    executing(monkeypatch, error, rows)
+    with pytest.raises(RunnerError):
+        measure(planned := plan_(out=Path("out")), lambda one: None)
+    assert (planned.folder / "logs").is_dir()
+    assert (planned.folder / "journal.jsonl").exists() == bool(rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_results_are_written_leaves_no_part_of_a_file(monkeypatch, number):
+    Path("out").mkdir()
+    Journal(Path("out/journal.jsonl")).append(row())
+    before = signal.getsignal(number)
+    monkeypatch.setattr(frame.os, "fsync", lambda descriptor: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt):
+        finish(Path("out"))
+    assert signal.getsignal(number) is before
+    assert [path.name for path in Path("out").iterdir() if "results" in path.name or "tmp" in path.name] == []
+
+
+def test_tables_plots_and_report_come_of_the_journal():
+    Path("out").mkdir()
+    assert finish(Path("out")) == []
+    Journal(Path("out/journal.jsonl")).append(row())
+    written = finish(Path("out"))
+    assert {Path(f"out/{name}") for name in ("results.parquet", "results.csv", "report.html")} <= set(written)
+    assert all(path.is_file() for path in written)

@@ -1,0 +1,74 @@
+"""A stored baseline is found by the machine and software of the candidate, and grows job by job."""
+
+import pytest
+
+from moebench.errors import ResultsError
+from moebench.results.folder import Result
+from moebench.results.merge import save
+from moebench.verdicts.baseline import matching, name_of, named, stored, update
+from tests.moebench.gated import H200, changed, frame, job_of, ok, steady
+
+ONE, TWO = job_of(1), job_of(2)
+NAME = f"nvidia-h200-{H200.env_id}"
+
+
+def row(job, rounds, day=1, env_id=H200.env_id):
+    return ok(job, rounds, env_id=env_id, run_id=f"202611{day:02}-000000-a")
+
+
+def folder(path, *rows, environment=H200):
+    save(Result(frame(*rows), {environment.env_id: environment} if environment else {}), path)
+    return path
+
+
+def test_it_is_named_by_gpu_and_fingerprint(tmp_path):
+    assert name_of(H200) == NAME
+    assert name_of(changed(gpus=(), device="cpu")) == f"intel-r-xeon-r-processor-{H200.env_id}"
+    baseline = update(folder(tmp_path / "run", row(ONE, steady())), tmp_path / "baselines")
+    assert baseline.path == tmp_path / "baselines" / NAME
+    (there,) = stored(tmp_path / "baselines")
+    assert (there.name, there.environment, there.rounds) == (NAME, H200, (10, 10))
+    assert there.as_dict()["driver"] == "580.159.04"
+    assert there.as_dict()["torch"] == "2.11.0+cu130"
+
+
+def test_an_update_replaces_the_jobs_it_has_and_keeps_the_others(tmp_path):
+    root = tmp_path / "baselines"
+    update(folder(tmp_path / "a", row(ONE, steady()), row(TWO, steady(8))), root)
+    update(folder(tmp_path / "b", row(ONE, steady(20, 2.0), day=2)), root)
+    (there,) = stored(root)
+    times = dict(zip(there.result.frame["num_tokens"], there.result.frame["time_ms"], strict=True))
+    assert times == {1: pytest.approx(2.0), 2: pytest.approx(1.0)}
+    assert there.rounds == (8, 20)
+
+
+def test_machines_have_baselines_of_their_own(tmp_path):
+    root = tmp_path / "baselines"
+    other = changed(gpu={"name": "NVIDIA B200"}, env_id="other")
+    update(folder(tmp_path / "a", row(ONE, steady())), root)
+    update(folder(tmp_path / "b", row(ONE, steady(), env_id="other"), environment=other), root)
+    assert [some.name for some in stored(root)] == ["nvidia-b200-other", NAME]
+    candidate = Result(frame(row(ONE, steady())), {})
+    assert matching(candidate, root).name == NAME
+    assert named("nvidia-b200-other", root).environment == other
+
+
+def test_what_is_not_there_is_one_line_with_what_is(tmp_path):
+    root = tmp_path / "baselines"
+    candidate = Result(frame(row(ONE, steady(), env_id="x")), {})
+    with pytest.raises(ResultsError, match="there are none"):
+        matching(candidate, root)
+    update(folder(tmp_path / "a", row(ONE, steady())), root)
+    with pytest.raises(ResultsError, match=NAME):
+        matching(candidate, root)
+    with pytest.raises(ResultsError, match=NAME):
+        named("nothing", root)
+
+
+def test_results_of_no_or_several_environments_are_refused(tmp_path):
+    root = tmp_path / "baselines"
+    with pytest.raises(ResultsError, match="of none; a baseline"):
+        update(folder(tmp_path / "a", row(ONE, steady()), environment=None), root)
+    with pytest.raises(ResultsError, match="one that is known"):
+        update(folder(tmp_path / "b", row(ONE, steady()), row(TWO, steady(), env_id="x")), root)
+    assert not root.exists()

@@ -1,0 +1,36 @@
+"""One document with every number, and no infinity."""
+
+import json
+
+import pytest
+
+from moebench.verdicts.document import GateDocument
+from tests.moebench.gated import JOBS, one_of_each
+
+
+@pytest.fixture(scope="module")
+def result():
+    return one_of_each()
+
+
+def test_json_has_every_number_and_no_infinity(result):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    found = json.loads(GateDocument.of(result).to_json(), parse_constant=refuse)
+    assert found["exit_code"] == 1
+    assert found["counts"] == {"REGRESSED": 2, "MISSING": 1, "INCONCLUSIVE": 1, "NEW": 1, "PASS": 1}
+    jobs = {job["case_id"]: job for job in found["jobs"]}
+    slow = jobs[JOBS["slow"].case.case_id]
+    assert slow["verdict"] == "REGRESSED"
+    assert slow["time"]["ratio"] == pytest.approx(1.0512, rel=1e-3)
+    assert slow["time"]["rounds"] == [10, 10]
+    assert slow["peak_memory_bytes"] == {"baseline": 100_000_000, "candidate": 125_000_000}
+    assert {some["measure"]: some["verdict"] for some in slow["findings"]}["memory"] == "REGRESSED"
+    one = jobs[JOBS["one"].case.case_id]["time"]
+    assert (one["smallest_effect"], one["low"], one["high"]) == (None, None, None)
+    assert jobs[JOBS["gone"].case.case_id]["status"] == {"baseline": "ok", "candidate": None}
+    assert jobs[JOBS["crash"].case.case_id]["status"]["candidate"] == "crash"
+    baseline, candidate = found["self_comparisons"]
+    assert baseline["num_compared"] == 4
+    assert (candidate["num_alarms"], candidate["false_alarm_rate"]) == (0, 0)

@@ -1,0 +1,125 @@
+"""Memory to the byte, parity by status, and what may not be compared."""
+
+import pytest
+
+from moebench.machine.comparability import Difference
+from moebench.results.record import Status
+from moebench.verdicts import findings
+from moebench.verdicts.findings import Pair, of_pair, rounds_of
+from moebench.verdicts.verdict import Verdict
+from moebench.workload.case import Case
+from tests.moebench.gated import bad, frame, job_of, ok, steady
+
+JOB = job_of(mode="train")
+DRIVER = Difference("driver", "580", "590")
+TE = Difference("transformer_engine", "2.20", "2.21")
+TORCH = Difference("torch", "2.11", "2.13")
+
+
+def rows(*records):
+    return [frame(row).to_dict("records")[0] for row in records]
+
+
+def pair(one, two, differences=(), forbidding=()):
+    return Pair(*rows(one, two), differences, forbidding)
+
+
+def found(one, two, measure, **differing):
+    return {finding.measure: finding for finding in of_pair(pair(one, two, **differing), None)}[measure]
+
+
+def memory(before, after, gpu=None, **differing):
+    names = ("peak_memory_bytes", "saved_memory_bytes")
+    one, two = (ok(JOB, steady(), **{**dict(zip(names, some, strict=True)), "gpu": gpu}) for some in (before, after))
+    return found(one, two, "memory", **differing)
+
+
+def test_one_byte_more_is_a_regression():
+    assert memory((100, 50), (100, 50)).verdict is Verdict.PASS
+    assert memory((100, 50), (101, 50)).verdict is Verdict.REGRESSED
+    assert memory((100, 50), (100, 51)).verdict is Verdict.REGRESSED
+    assert memory((100, 50), (99, 50)).verdict is Verdict.IMPROVED
+    assert memory((100, 50), (90, 51)).verdict is Verdict.REGRESSED, "less peak does not pay for more saved"
+    assert "peak 1,000 -> 2,000 bytes" in memory((1000, 50), (2000, 50)).reason
+
+
+def test_on_a_gpu_what_the_allocator_varies_is_no_change():
+    mib = 1 << 20
+    for before, least in ((40 * mib, 2 * mib), (1000 * mib, 10 * mib)):
+        assert memory((before, 0), (before + least, 0), gpu="NVIDIA H200").verdict is Verdict.PASS
+        assert memory((before, 0), (before + least + 1, 0), gpu="NVIDIA H200").verdict is Verdict.REGRESSED
+        assert memory((before, 0), (before - least - 1, 0), gpu="NVIDIA H200").verdict is Verdict.IMPROVED
+        assert memory((0, before), (0, before + least + 1), gpu="NVIDIA H200").verdict is Verdict.REGRESSED
+
+
+def test_what_was_not_measured_is_not_judged():
+    assert memory((100, None), (100, None)).verdict is Verdict.PASS
+    unknown = of_pair(pair(*(ok(JOB, steady(), peak_memory_bytes=None, saved_memory_bytes=None) for _ in "ab")), None)
+    assert [finding.measure for finding in unknown] == ["time", "parity"]
+
+
+def test_memory_needs_the_same_torch_and_gpu_even_where_times_may_be_compared():
+    assert memory((100, 50), (999, 50), differences=(DRIVER,)).verdict is Verdict.REGRESSED
+    assert memory((100, 50), (999, 50), differences=(TORCH,)).verdict is Verdict.INCOMPARABLE
+    assert memory((100, 50), (999, 50), differences=(DRIVER,), forbidding=(DRIVER,)).verdict is Verdict.REGRESSED
+    assert memory((100, 50), (999, 50), differences=(TE,), forbidding=(TE,)).verdict is Verdict.INCOMPARABLE
+    assert memory((100, 50), (999, 50), differences=(TE,)).verdict is Verdict.REGRESSED
+
+
+@pytest.mark.parametrize("status", [Status.mismatch, Status.crash, Status.timeout, Status.error])
+def test_what_is_wrong_is_a_regression_whatever_it_was(status):
+    for before in (ok(JOB, steady()), bad(JOB, status), bad(JOB, Status.oom)):
+        finding = found(before, bad(JOB, status), "parity", differences=(TORCH,), forbidding=(TORCH,))
+        assert finding.verdict is Verdict.REGRESSED
+        assert f"{status}: why" in finding.reason
+        assert "more" not in finding.reason
+    assert "in the baseline too" in found(bad(JOB, status), bad(JOB, status), "parity").reason
+
+
+@pytest.mark.parametrize("status", [Status.oom, Status.unsupported])
+def test_what_no_longer_runs_is_a_regression_on_the_same_machine(status):
+    before, after = ok(JOB, steady()), bad(JOB, status)
+    assert found(before, after, "parity").verdict is Verdict.REGRESSED
+    assert found(before, after, "parity", differences=(TORCH,), forbidding=(TORCH,)).verdict is Verdict.INCOMPARABLE
+    assert found(after, after, "parity").verdict is Verdict.PASS
+    assert found(after, before, "parity").verdict is Verdict.IMPROVED
+
+
+def test_without_two_speeds_there_is_parity_alone():
+    for one, two in ((ok(JOB, steady()), bad(JOB, Status.oom)), (bad(JOB, Status.oom), ok(JOB, steady()))):
+        assert [finding.measure for finding in of_pair(pair(one, two), None)] == ["parity"]
+
+
+def test_why_times_are_not_compared():
+    same = ok(JOB, steady())
+    assert pair(same, same).why_incomparable == ""
+    assert pair(same, same, (DRIVER,), (DRIVER,)).why_incomparable == "driver 580 -> 590"
+    assert pair(same, same, (DRIVER,)).why_incomparable == ""
+    assert pair(same, ok(JOB, steady(), l2="warm")).why_incomparable == "L2 cold -> warm"
+    assert pair(ok(JOB, steady(), l2=None), ok(JOB, steady(), l2=None)).why_incomparable == ""
+    hot = ok(JOB, steady(), flags=("synchronises", "slowed_down"))
+    assert pair(same, hot).why_incomparable == "candidate slowed down by heat or a power brake: measure it again"
+    assert pair(ok(JOB, steady(), flags=("impossibly_fast",)), same).why_incomparable.startswith("baseline impossibly")
+    assert pair(same, ok(JOB, steady(), flags=("clock_changed",))).why_incomparable == ""
+    finding = found(same, ok(JOB, steady(), l2="warm"), "time")
+    assert (finding.verdict, finding.reason) == (Verdict.INCOMPARABLE, "L2 cold -> warm")
+
+
+def test_the_job_of_a_row():
+    job = job_of(backend="te", dispatcher="deepep", ep_size=2, mode="train", routing="zipf:1.2", masked_share=0.25)
+    (row,) = rows(ok(job, steady()))
+    assert findings.job_of(row) == job
+    assert findings.job_of(row).case.case_id == row["case_id"]
+    preset = job.model_copy(update={"case": Case(**{**job.case.model_dump(), "model": "qwen3-30b-a3b"})})
+    assert findings.job_of(*rows(ok(preset, steady()))) == preset
+
+
+def test_rounds_of_a_row():
+    (row,) = rows(ok(JOB, [2.0, 1.0, 4.0]))
+    assert list(rounds_of(row).values()) == pytest.approx([2.0, 1.0, 4.0])
+    (marked,) = rows(ok(JOB, [2.0, 8.0], sample_marked=(True, False, True, True, True, True)))
+    assert list(rounds_of(marked).values()) == pytest.approx([2.0, 8.0]), "a round of marked samples alone keeps them"
+    (other,) = rows(ok(JOB, [2.0, 8.0], sample_marked=(False, False, True, False, False, False)))
+    assert list(rounds_of(other).values()) == pytest.approx([1.9, 8.0])
+    (failed,) = rows(bad(JOB, Status.oom))
+    assert rounds_of(failed) == {}

@@ -1,0 +1,124 @@
+"""False alarms and power of the gate, by simulation on recorded samples; `make certify` simulates 1000 gates each."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from moebench.results.frame import load
+from moebench.results.stats import THRESHOLD
+from moebench.verdicts.noise import noises
+from moebench.verdicts.simulate import (
+    ASSUMED_BETWEEN,
+    EFFECTS,
+    HEADER,
+    Rate,
+    Setting,
+    false_alarms,
+    main,
+    of_results,
+    plant,
+    rate,
+    seen,
+    smallest_found,
+)
+from moebench.verdicts.times import POWER
+from tests.moebench.verdicts.test_noise import noise
+
+ROOT = Path(__file__).parents[3]
+H200 = load(ROOT / "results" / "published" / "earlier" / "h200-2026-11-23")
+
+
+# what the gate does
+
+
+@pytest.mark.certify
+@pytest.mark.parametrize("rounds", [(10, 10), (20, 5)])
+@pytest.mark.parametrize("between", ASSUMED_BETWEEN)
+def test_false_alarms_of_a_whole_gate_are_1_percent_or_less(certify, between, rounds):
+    found = false_alarms(noises(H200, between), Setting(rounds), num_gates=1000 if certify else 25)
+    assert found.share <= 0.01, found
+
+
+@pytest.mark.certify
+def test_without_the_correction_the_simulation_sees_the_alarms(certify):
+    """Each job at 1% of its own: of 200 jobs, most gates alarm."""
+    setting = Setting((10, 10), false_alarms=2.0, threshold=0.0)
+    assert false_alarms(noises(H200, 0.003), setting, num_gates=200 if certify else 10).share > 0.5
+
+
+@pytest.mark.certify
+def test_what_the_gate_says_it_can_see_it_finds(certify):
+    found = plant(noises(H200, 0.003), Setting((20, 20)), [THRESHOLD], num_gates=4000 if certify else 600)
+    assert len(seen(found)) > len(found) / 2
+    assert rate(seen(found)).share >= POWER
+
+
+@pytest.mark.certify
+def test_3_percent_is_found_in_what_keeps_the_gpu_busy(certify):
+    """In whatever job of torch_mm it is planted."""
+    quiet = noises(H200[H200["backend"] == "torch_mm"], 0.003)
+    found = plant(quiet, Setting((10, 10)), [THRESHOLD], num_gates=4000 if certify else 400)
+    assert rate(found).share >= POWER, rate(found)
+
+
+def test_nothing_planted_is_not_found():
+    assert rate(plant(noises(H200, 0.003), Setting((10, 10)), [0.0], num_gates=100)).count == 0
+
+
+def test_the_smallest_effect_found_grows_with_the_noise():
+    quiet, loud = (smallest_found([noise(between=some)], Setting((10, 10), 20), 40) for some in (0.003, 0.03))
+    assert 0.005 < quiet < 0.02 < loud < max(EFFECTS)
+
+
+def test_a_session_that_shifts_alarms_although_nothing_changed():
+    """The limit of a stored baseline: what differs between two days is no noise that rounds could show."""
+    quiet = [noise(between=0.001)]
+    assert false_alarms(quiet, Setting((10, 10), 50, session=0.003), 10).share == 0
+    assert false_alarms(quiet, Setting((10, 10), 50, session=0.03), 10).share == 1
+
+
+def test_the_table_is_markdown():
+    rows = list(of_results(H200, [0.003], num_gates=2, setting=Setting(num_jobs=9)))
+    assert [row.count("|") for row in rows] == [len(HEADER) + 1] * 3
+    assert "0.3%, assumed" in rows[0]
+
+
+SIMULATED = re.findall(
+    r"^ {4}python -m moebench\.simulate (.*)\n\n((?:\|.*\n)+)", (ROOT / "docs" / "gating.md").read_text(), re.MULTILINE
+)
+
+
+def percent(cell):
+    return float(cell.partition("%")[0])
+
+
+@pytest.mark.certify
+@pytest.mark.parametrize(("arguments", "figures"), SIMULATED, ids=[arguments for arguments, _ in SIMULATED])
+def test_the_figures_of_the_docs(certify, capsys, monkeypatch, arguments, figures):
+    """They keep what is promised and, at full size, are what the simulation prints."""
+    header, _, *rows = figures.splitlines()
+    assert [cell.strip() for cell in header.strip("|").split("|")] == list(HEADER)
+    assert len(rows) >= 3
+    for row in rows:
+        cells = dict(zip(HEADER, (cell.strip() for cell in row.strip("|").split("|")), strict=True))
+        assert percent(cells["false alarms"]) <= 1
+        if percent(cells["jobs that can"]):
+            assert percent(cells["slower by the threshold found, of jobs that say they can see it"]) >= 95
+    if certify:
+        monkeypatch.chdir(ROOT)
+        main(shlex.split(arguments))
+        assert capsys.readouterr().out == figures
+
+
+def test_what_is_no_result_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path / "nowhere")])
+    assert end.value.code == 2
+    assert "nowhere: no such file or folder" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_rate_says_of_how_many():
+    assert str(Rate(3, 200)) == "1.5% (3 of 200)"
+    assert str(Rate(0, 0)) == "-"

@@ -1,0 +1,210 @@
+"""Reading a sweep file: traces are found, and a wrong file gets every mistake in it and no false one."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moebench.errors import SweepError
+from moebench.workload.spec import parse_sweep
+
+SHAPE = "n_routed_experts = 8\nn_activated_experts = 2\ndim = 16\nmoe_inter_dim = 32\n"
+GRID = f'[[grid]]\n{SHAPE}num_tokens = 4\nbackend = "loop"\n'
+OLMOE = GRID.replace(SHAPE, 'model = "olmoe"\n')
+TWO_SEEDS = f"{GRID}seed = [0, 1]\n"
+
+
+def mistakes(text: str, origin: str = "x.toml") -> list[str]:
+    with pytest.raises(SweepError) as caught:
+        parse_sweep(text, origin)
+    assert str(caught.value) == "\n".join(caught.value.mistakes)
+    assert not [line for line in caught.value.mistakes if "\n" in line or not line.startswith(f"{origin}: ")]
+    return [line.removeprefix(f"{origin}: ") for line in caught.value.mistakes]
+
+
+def test_trace_is_found_beside_the_sweep_and_can_be_opened_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "t.npy").touch()
+    text = f'name = "x"\n{GRID}routing = ["trace:t.npy", "uniform"]\n[[exclude]]\nrouting = "uniform"\n'
+    monkeypatch.chdir(tmp_path)
+    for origin in ("suites/x.toml", str(tmp_path / "suites" / "x.toml")):
+        (job,) = parse_sweep(text, origin).jobs()
+        assert job.case.routing == "trace:suites/t.npy"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (job,) = parse_sweep(text, "../suites/x.toml").jobs()
+    assert Path(job.case.routing.removeprefix("trace:")).is_file()
+
+
+# Each of these has one mistake, and gets that one alone
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ('name = "x"\ngrid = [1,\n[[grid]]\nfoo = 1', "line 3, column 3: '[[grid]]' is not TOML: "),
+        ('name = "x"\ngrid = [1,', "end of document: is not TOML: "),
+        ('name = "x"\nname = "y"\n', "line 2, column 11: 'name = \"y\"' is not TOML: Cannot overwrite a value; "),
+        (GRID, 'name: is missing; add name = "quick"'),
+        (f'name = "a b"\n{GRID}', 'name = "a b": must be letters, digits, ".", "_" and "-", a letter or digit first; '),
+        (f'name = ".."\n{GRID}', 'name = "..": must be letters'),
+        (f"name = 3\n{GRID}", "name = 3: must be letters"),
+        (f'name = "x"\ndescription = "a\\nb"\n{GRID}', 'description = "a\\nb": must be one line of text; '),
+        (f'name = "x"\ndescripton = ""\n{GRID}', 'descripton = "": there is no such key; did you mean "description"?'),
+        (f'name = "x"\nfoo = 1\n{GRID}', "foo = 1: there is no such key; valid keys are name, description, policy, "),
+        ('name = "x"', "grid: there is none; add [[grid]] with num_tokens, backend, and model or the shape axes"),
+        ('name = "x"\ngrid = [1]', "grid = [1]: must be an array of tables; write [[grid]] above each one's keys"),
+    ],
+)
+def test_wrong_top_level(text: str, mistake: str) -> None:
+    (line,) = mistakes(text)
+    assert line.startswith(mistake)
+
+
+@pytest.mark.parametrize(
+    ("body", "mistake"),
+    [
+        ("timeout = 3", 'policy.timeout = 3: there is no such key; did you mean "timeout_s"?'),
+        ("interval_target = 2", "policy.interval_target = 2: must be less than 1; for example interval_target = 0.02"),
+        ("interval_target = 0", "policy.interval_target = 0: must be greater than 0; "),
+        ("time_cap_s = nan", "policy.time_cap_s = NaN: must be a"),
+        ('timeout_s = "5"', 'policy.timeout_s = "5": must be a valid number; for example timeout_s = 300.0'),
+        ('l2 = "cool"', 'policy.l2 = "cool": must be one of cold, warm; did you mean "cold"?'),
+    ],
+)
+def test_wrong_policy(body: str, mistake: str) -> None:
+    (line,) = mistakes(f'name = "x"\n[policy]\n{body}\n{GRID}')
+    assert line.startswith(mistake)
+
+
+def test_wrong_kind_of_table() -> None:
+    assert mistakes(f'name = "x"\n[[policy]]\nl2 = "cold"\n{GRID}') == [
+        'policy = [{"l2": "cold"}]: must be one table; write [policy] above its keys'
+    ]
+    (line,) = mistakes(f'name = "x"\n{GRID.replace("[[grid]]", "[grid]")}')
+    assert line.endswith("must be an array of tables; write [[grid]] above each one's keys")
+
+
+@pytest.mark.parametrize(
+    ("axis", "mistake"),
+    [
+        ("num_tokns = 3", 'num_tokns = 3: there is no such key; did you mean "num_tokens"?'),
+        (
+            'dtype = ["float32", "float23"]',
+            'dtype[1] = "float23": must be one of float64, float32, bfloat16, float16; d',
+        ),
+        ('dtype = "te_fp8"', 'dtype = "te_fp8": must be one of float64, '),
+        ("seed = -1", "seed = -1: must be greater than or equal to 0; for example seed = 0"),
+        ('seed = "1"', 'seed = "1": must be a valid integer; for example seed = 0'),
+        ("seed = true", "seed = true: must be a valid integer; "),
+        ("seed = [[1]]", "seed[0] = [1]: must be a valid integer; "),
+        ("seed = 2026-11-01", 'seed = "2026-11-01": must be a valid integer; '),
+        ("seed = []", "seed = []: an axis has at least one value; for example seed = [0]"),
+        ("seed = [0, 2, 0]", "seed[2] = 0: stands in the list already; remove it"),
+        ("masked_share = [0, 0.0]", "masked_share[1] = 0.0: stands in the list already; "),
+        ("masked_share = 1.5", "masked_share = 1.5: must be less than or equal to 1; "),
+        ("masked_share = true", "masked_share = true: must be a valid number; "),
+        ("activation_limit = inf", "activation_limit = Infinity: must be a finite number; "),
+        ('expert_bias = "yes"', 'expert_bias = "yes": must be a valid boolean; for example expert_bias = false'),
+        ("expert_bias = 1", "expert_bias = 1: must be a valid boolean; "),
+        ('expert_activation = "swigluai"', 'expert_activation = "swigluai": must be one of swiglu, swigluoai, quick_'),
+        ('mode = "backward"', 'mode = "backward": must be one of forward, train; '),
+        ('routing = "zip"', 'routing = "zip": must be one of uniform, balanced, one-hot, zipf[:s], empty[:share], '),
+        (
+            'dispatcher = "alltoal"',
+            'dispatcher = "alltoal": must be one of local, allgather, alltoall, deepep; did you ',
+        ),
+        ('rank_load = "unevn"', 'rank_load = "unevn": must be one of even, uneven, one-empty; did you mean "uneven"'),
+        ('model = ["olmo"]', 'model[0] = "olmo": must be one of qwen3-30b-a3b, '),
+    ],
+)
+def test_wrong_axis(axis: str, mistake: str) -> None:
+    """In a grid, in the defaults and in an exclude: there with its place, once, and nothing else."""
+    grid = GRID.replace(SHAPE, "") if axis.startswith("model") else GRID
+    for place, text in {
+        "grid[1]": f"{OLMOE}{grid}{axis}\n",
+        "defaults": f"[defaults]\n{axis}\n{grid}{grid}",
+        "exclude[0]": f"{GRID}seed = [0, 3]\nmasked_share = [0, 0.5]\n[[exclude]]\n{axis}\n",
+    }.items():
+        (line,) = mistakes(f'name = "x"\n{text}')
+        assert line.startswith(f"{place}.{mistake}")
+
+
+@pytest.mark.parametrize(
+    ("body", "mistake"),
+    [
+        (
+            GRID.replace('"loop"', '"a b"'),
+            'grid[0].backend = "a b": must be a name, or "module:attribute" for a backend',
+        ),
+        (GRID.replace("num_tokens = 4\n", ""), "grid[0].num_tokens: is missing; add num_tokens = 128, here or in [def"),
+        (
+            GRID.replace("num_tokens", "num_tokns"),
+            'grid[0].num_tokns = 4: there is no such key; did you mean "num_tokens"',
+        ),
+        (GRID + GRID.replace('backend = "loop"', ""), 'grid[1].backend: is missing; add backend = "loop", here or in'),
+        (GRID.replace("\ndim = 16", ""), "grid[0].dim: is missing; add dim = 2048, here or in [defaults]"),
+        (
+            GRID.replace(SHAPE, ""),
+            "grid[0]: there is no shape; add model, or n_routed_experts, n_activated_experts, dim,",
+        ),
+        (f"{OLMOE}dim = 4\n", "grid[0].dim: grid[0].model fixes it; remove one of the two"),
+        (f"{OLMOE}dim = 4\n[[exclude]]\ndim = 4\n", "grid[0].dim: grid[0].model fixes it"),
+        (f"[defaults]\nexpert_bias = true\n{OLMOE}{OLMOE}seed = 1", "defaults.expert_bias: grid["),
+        (f'{GRID}routing = "trace:no.npy"\n', 'grid[0].routing = "trace:no.npy": there is no file '),
+        (
+            GRID.replace("n_routed_experts = 8", "n_routed_experts = [1, 8]") + "seed = [0, 1]\n",
+            "grid[0]: n_activated_experts = 2 exceeds n_routed_experts = 1: ",
+        ),
+        (f"{TWO_SEEDS}ep_size = 3\n", "grid[0]: n_routed_experts = 8 does not divide by ep_size = 3: "),
+        (
+            f'{TWO_SEEDS}ep_size = [1, 2]\nrank_load = ["even", "uneven"]\n',
+            "grid[0]: rank_load = uneven needs ranks, but ep_size = 1: choose a larger one, or exclude the pair",
+        ),
+        (
+            f'{TWO_SEEDS}ep_size = [1, 2]\ndispatcher = ["local", "alltoall"]\n',
+            'grid[0]: dispatcher = "local" at ep_size = 2: tokens must move between ranks; take allgather, ',
+        ),
+        (
+            f'{GRID}[[exclude]]\nbackend = "torch_mm"\n',
+            "exclude[0]: matches no job of this sweep; correct it or remove it",
+        ),
+        (f'{TWO_SEEDS}[[exclude]]\nseed = 0\n[[exclude]]\nseed = 1\ndtype = "float32"\n', "exclude[1]: matches no job"),
+        (f"{GRID}[[exclude]]\n", "exclude[0]: a table without keys leaves out every job; "),
+        (f"{GRID}[[exclude]]\nfoo = 1\n", "exclude[0].foo = 1: there is no such key; valid keys are num_tokens, "),
+        (f"{TWO_SEEDS}[[exclude]]\nseed = [0, 1]\n", "exclude: every job is left out, the sweep is empty; "),
+    ],
+)
+def test_wrong_grid_or_exclude(body: str, mistake: str) -> None:
+    found = mistakes(f'name = "x"\n{body}')
+    assert all(line.startswith(mistake) for line in found)
+    assert len(found) == body.count("olmoe") or len(found) == 1
+
+
+def test_every_mistake_is_in_one_answer() -> None:
+    found = mistakes(
+        'name = "a b"\n[policy]\nl2 = "hot"\n[defaults]\ndtpye = "float32"\n'
+        f'{GRID}seed = [1, "2", -3]\nmode = "both"\n'
+        '[[grid]]\nn_routed_experts = 6\nn_activated_experts = 8\ndim = "x"\nep_size = 4\n'
+        f'{OLMOE}dim = 4\n[[exclude]]\nbackend = "gmm"\n[[exclude]]\ndtype = "float64"\n[[exclude]]\nseed = 1\n'
+        "mod = 1\n"
+    )
+    assert [re.split(": must|;|: a token|: every", line)[0] for line in found] == [
+        'name = "a b"',
+        'policy.l2 = "hot"',
+        'defaults.dtpye = "float32": there is no such key',
+        'grid[0].seed[1] = "2"',
+        "grid[0].seed[2] = -3",
+        'grid[0].mode = "both"',
+        'grid[1].dim = "x"',
+        "grid[1].num_tokens: is missing",
+        "grid[1].backend: is missing",
+        "grid[1].moe_inter_dim: is missing",
+        "grid[2].dim: grid[2].model fixes it",
+        "exclude[2].mod = 1: there is no such key",
+        "grid[1]: n_activated_experts = 8 exceeds n_routed_experts = 6",
+        "grid[1]: n_routed_experts = 6 does not divide by ep_size = 4",
+        # exclude[0] may mean grid[1]'s backend, exclude[1] the misspelled dtype: not yet known to be dead
+    ]

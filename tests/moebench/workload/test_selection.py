@@ -1,0 +1,108 @@
+"""Selecting jobs: filters keep what they say, backends replace the axis, and a wrong word is told so."""
+
+import pytest
+
+from moebench.errors import SweepError
+from moebench.workload.case import Job
+from moebench.workload.selection import filter_jobs, select_backends
+from moebench.workload.spec import parse_sweep
+
+SHAPE = "n_routed_experts = 8\nn_activated_experts = 2\ndim = 16\nmoe_inter_dim = 32\n"
+GRID = f'[[grid]]\n{SHAPE}num_tokens = 4\nbackend = "loop"\n'
+
+
+def jobs(body: str) -> list[Job]:
+    return parse_sweep(f'name = "x"\n{body}', "x.toml").jobs()
+
+
+def some_jobs() -> list[Job]:
+    return jobs(
+        f'[[grid]]\n{SHAPE}num_tokens = [4, 8, 16]\nbackend = ["loop", "torch_mm"]\nmasked_share = [0.0, 0.5]\n'
+        'expert_bias = [true, false]\n[[grid]]\nmodel = "olmoe"\nnum_tokens = 4\nbackend = "loop"\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("filters", "count"),
+    [
+        ([], 25),
+        (["num_tokens=4"], 9),
+        (["num_tokens=4,16"], 17),
+        (["num_tokens!=4,16"], 8),
+        (["num_tokens!=4", "num_tokens!=16"], 8),
+        (["num_tokens<8"], 9),
+        (["num_tokens<=8"], 17),
+        (["num_tokens>8"], 8),
+        (["num_tokens>=8"], 16),
+        ([" num_tokens > 4 ", "num_tokens<1e1"], 8),
+        (["masked_share=0.5"], 12),
+        (["masked_share=0"], 13),
+        (["masked_share>.4"], 12),
+        (["expert_bias=true"], 12),
+        (["backend=torch_mm, my_module:Mine"], 12),
+        (["model=olmoe"], 1),
+        (["model!=olmoe"], 24),
+        (["dispatcher=local"], 25),
+        (["rank_load=even"], 25),
+        (["rank_load=uneven,one-empty"], 0),
+        (["dtype=float32"], 0),
+    ],
+)
+def test_filter(filters: list[str], count: int) -> None:
+    assert len(filter_jobs(some_jobs(), filters)) == count
+
+
+def test_filter_keeps_the_order_and_the_jobs() -> None:
+    found = some_jobs()
+    assert filter_jobs(found, ["num_tokens=16,4"]) == [job for job in found if job.case.num_tokens in (4, 16)]
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("num_token=4", "there is no key 'num_token'; did you mean \"num_tokens\"? keys are num_tokens, "),
+        ("foo=4", "there is no key 'foo'; keys are num_tokens, "),
+        ("num_tokens", "must be KEY=V1,V2, "),
+        ("=4", "must be KEY=V1,V2, "),
+        ("num_tokens=", "'': must be a valid integer"),
+        ("num_tokens=4,", "'': must be a valid integer"),
+        ("num_tokens==4", "'=4': must be a valid integer"),
+        ("num_tokens=4.5", "'4.5': must be a valid integer"),
+        ("num_tokens<4,8", "'4,8' is not a number"),
+        ("num_tokens<nan", "'nan' is not a number"),
+        ("dtype<float32", "dtype has no order; use = or !=; numbers are num_tokens, "),
+        ("expert_bias>0", "expert_bias has no order; "),
+        ("dtype=float23", "'float23': must be one of float64, float32, bfloat16, float16; did you mean"),
+        ("routing=zip", "'zip': must be one of uniform, "),
+    ],
+)
+def test_wrong_filter(text: str, mistake: str) -> None:
+    with pytest.raises(SweepError) as caught:
+        filter_jobs(some_jobs(), ["dim=16", text, "bar=1"])
+    first, second = caught.value.mistakes
+    assert first.startswith(f"filter {text!r}: {mistake}")
+    assert second.startswith("filter 'bar=1': there is no key 'bar'")
+
+
+def test_selected_backends_replace_the_axis() -> None:
+    grid = GRID.replace('"loop"', '["loop", "torch_mm"]').replace("num_tokens = 4", "num_tokens = [4, 8]")
+    found = select_backends(jobs(f'{grid}ep_size = [1, 2]\ndispatcher = ["allgather", "alltoall"]\n'), ["m.n:A", "gmm"])
+    assert [(job.case.ep_size, job.case.num_tokens, job.backend, job.dispatcher) for job in found] == [
+        (ep_size, num_tokens, backend, dispatcher)
+        for ep_size, dispatchers in ((1, ["local"]), (2, ["allgather", "alltoall"]))
+        for num_tokens in (4, 8)
+        for backend in ("m.n:A", "gmm")
+        for dispatcher in dispatchers
+    ]
+    assert select_backends(found, ["gmm", "gmm"]) == [job for job in found if job.backend == "gmm"]
+    assert select_backends(found, []) == found
+
+
+def test_selected_backends_need_names() -> None:
+    with pytest.raises(SweepError) as caught:
+        select_backends(some_jobs(), ["a b", "loop", "a:b:c", ""])
+    assert [line.partition(": must")[0] for line in caught.value.mistakes] == [
+        "backend 'a b'",
+        "backend 'a:b:c'",
+        "backend ''",
+    ]
