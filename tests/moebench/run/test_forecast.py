@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moebench.report.tables.forecasttable import ForecastTable
 from moebench.results.frame import to_frame, write
 from moebench.results.record import Record, Status
 from moebench.run.footprint import footprint
@@ -94,7 +95,7 @@ def test_a_sweep_takes_the_sum_of_its_jobs_and_the_memory_of_the_largest() -> No
 def shown(found: Any) -> str:
     console = Console(width=80, record=True)
     with console.capture() as captured:
-        console.print(found)
+        console.print(ForecastTable(found))
     return captured.get()
 
 
