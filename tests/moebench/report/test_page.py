@@ -11,12 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from moebench.cli.app import app
-from moebench.errors import ResultsError
+from moebench.errors import ResultsError, UsageError
+from moebench.report.folder import write_report
 from moebench.report.page import page
 from moebench.report.plots.figures import all_figures
 from moebench.results.frame import load, to_frame, write
 from moebench.results.record import Record, Status
-from moebench.run import start
 from moebench.verdicts.comparability import Comparability
 from moebench.verdicts.document import GateDocument
 from moebench.verdicts.gate import gate
@@ -184,8 +184,8 @@ def test_the_command_writes_the_page_beside_the_results(tmp_path: Path) -> None:
     other = tmp_path / "other.html"
     CliRunner().invoke(app, ["report", str(tmp_path / "results.parquet"), "--out", str(other)])
     assert other.is_file()
-    with pytest.raises(start.UsageError, match="no folder"):
-        start.report(tmp_path, tmp_path / "gone" / "page.html", gate=None)
+    with pytest.raises(UsageError, match="no folder"):
+        write_report(tmp_path, tmp_path / "gone" / "page.html", gate=None)
 
 
 @pytest.fixture
