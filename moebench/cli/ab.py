@@ -61,7 +61,7 @@ def _measure(plan: ab.AbPlan) -> GateResult:
         def show(row: Record) -> None:
             progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")
 
-        for look in ab.compare(plan, show):
+        for look in ab.compare_revisions(plan, show):
             spent = f", time budget spent: {look.num_left} measurements left" if look.num_left else ""
             progress.print(f"after {look.num_rounds} rounds: {total(look.result)}{spent}")
             result = look.result

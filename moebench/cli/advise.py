@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moebench.cli.console import err, out
-from moebench.report.tables.advisetable import AdviceTable, document, workload
+from moebench.report.tables.advisetable import AdviceTable, advise_json, workload
 from moebench.results import advise
 from moebench.results.published import default_folders, load_all
 from moebench.workload.axes import listed
@@ -35,7 +35,7 @@ def advise_(
     frame = load_all(folders or default_folders())
     advices = advise.advise(frame, asked)
     if as_json:
-        out.print_json(json.dumps(document(asked, advices)))
+        out.print_json(json.dumps(advise_json(asked, advices)))
     else:
         out.print(workload(model, asked), soft_wrap=True)
         for one in advices:

@@ -9,7 +9,7 @@ import typer
 
 from moebench.cli.console import err, out
 from moebench.cli.options import AsJson
-from moebench.report.plots.history import draw
+from moebench.report.plots.history import draw_history
 from moebench.report.tables import comparetable
 from moebench.results import merge
 from moebench.results.compare import compare, names_of
@@ -60,7 +60,7 @@ def history_(
     """One case over many results, oldest first: the times of each backend, and what changed."""
     rows = history(case_id, {name: result.frame for name, result in _opened(results).items()})
     if plot is not None:
-        draw(rows, plot)
+        draw_history(rows, plot)
         err.print(f"wrote {plot}")
     if as_json:
         out.print_json(to_json(rows.drop(columns=["samples_ms", "sample_rounds"])))

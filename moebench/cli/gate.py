@@ -111,7 +111,7 @@ def report(result: GateResult, junit_file: Path | None, for_github: bool, as_jso
     """Print a gate's verdicts, write what is asked for, and exit with the gate's code."""
     check_outputs(for_github, as_json)
     if junit_file:
-        _write(junit_file, junit.document(result))
+        _write(junit_file, junit.junit_xml(result))
     if as_json:
         out.print_json(GateDocument.of(result).to_json())
     else:

@@ -95,7 +95,7 @@ def _measure(plan: RunPlan, as_json: bool) -> None:
         def show(row: Record) -> None:
             progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")
 
-        outcome = start.measure(plan, show)
+        outcome = start.start_run(plan, show)
     written = _finish(plan.folder)
     if as_json:
         out.print_json(json.dumps(_report(outcome, plan.folder)))

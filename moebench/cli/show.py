@@ -29,7 +29,7 @@ def show(folder: Folder, as_json: AsJson = False) -> None:
 @commands.command()
 def plots(folder: Folder) -> None:
     """Draw the plots of a results folder again."""
-    for path in report_folder.draw(folder):
+    for path in report_folder.draw_plots(folder):
         out.print(f"wrote {path}", soft_wrap=True)
 
 
@@ -40,4 +40,4 @@ def report(
     gate: Annotated[Path | None, typer.Option(help="a file of what `moebench gate --json` printed")] = None,
 ) -> None:
     """One HTML page of a results folder: verdict, plots, table with filters, commands to reproduce."""
-    out.print(f"wrote {report_folder.report(folder, out_file, gate)}", soft_wrap=True)
+    out.print(f"wrote {report_folder.write_report(folder, out_file, gate)}", soft_wrap=True)

@@ -12,7 +12,7 @@ MEMORY_CHANGES = frozenset({"device", "gpu", "torch", "env_id"})
 #: These cost time, not memory.
 TIME_CHANGES = frozenset({"driver", "power", "clocks", "cpu", "threads", "python"})
 #: A GPU at its power limit lowers its clock the more a kernel draws: less than this is the code's own doing.
-CLOCK_TOLERANCE = 0.1
+RUN_CLOCK_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,6 @@ def differences(baseline: Environment, candidate: Environment) -> tuple[Differen
 
 def clock_difference(baseline_mhz: float | None, candidate_mhz: float | None) -> tuple[Difference, ...]:
     """What two jobs' clocks differ by, if that is more than a change of the code explains: a lock, heat."""
-    if not baseline_mhz or not candidate_mhz or abs(candidate_mhz / baseline_mhz - 1) <= CLOCK_TOLERANCE:
+    if not baseline_mhz or not candidate_mhz or abs(candidate_mhz / baseline_mhz - 1) <= RUN_CLOCK_TOLERANCE:
         return ()
     return (Difference("clocks", _number(baseline_mhz, "MHz"), _number(candidate_mhz, "MHz")),)

@@ -44,7 +44,7 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing that was looked at: `remedy` says what to do where it is missing or a problem."""
 
     level: Level
@@ -56,27 +56,29 @@ class Finding:
         return f"{self.level:<8} {self.name}: {self.detail}" + (f" → {self.remedy}" if self.remedy else "")
 
 
-def doctor() -> list[Finding]:
+def doctor() -> list[Diagnosis]:
     """Every finding, hardware before software. Takes about a second and opens no CUDA context."""
     gpus = _gpu_findings()  # before torch is asked for anything, so that this process uses no GPU yet
     has_gpu = any(finding.level != "missing" for finding in gpus)
     return [*_cpu_findings(), *gpus, *_torch_findings(has_gpu), *_library_findings(has_gpu)]
 
 
-def _cpu_findings() -> list[Finding]:
+def _cpu_findings() -> list[Diagnosis]:
     memory = psutil.virtual_memory().total / _GIB
     cores = cpu_cores_usable()
-    findings = [Finding("ok", "cpu", f"{cpu_model()}, {cores} of {psutil.cpu_count()} cores usable, {memory:.0f} GiB")]
+    findings = [
+        Diagnosis("ok", "cpu", f"{cpu_model()}, {cores} of {psutil.cpu_count()} cores usable, {memory:.0f} GiB")
+    ]
     busy = psutil.cpu_percent(interval=0.5)
     if busy > _CPU_BUSY_PERCENT:
         detail = f"other processes keep the cores {busy:.0f}% busy, which a CPU's times will show"
-        findings.append(Finding("problem", "cpu load", detail, "stop them, or wait"))
+        findings.append(Diagnosis("problem", "cpu load", detail, "stop them, or wait"))
     governors = _governors() - {"performance"}
     if governors:
         detail = (
             f"the clock follows the load (governor {', '.join(sorted(governors))}), so times depend on what ran before"
         )
-        findings.append(Finding("problem", "cpu clock", detail, "cpupower frequency-set -g performance (as root)"))
+        findings.append(Diagnosis("problem", "cpu clock", detail, "cpupower frequency-set -g performance (as root)"))
     return findings
 
 
@@ -85,16 +87,16 @@ def _governors() -> set[str]:
     return {file.read_text().strip() for file in files}
 
 
-def _gpu_findings() -> list[Finding]:
+def _gpu_findings() -> list[Diagnosis]:
     try:
         gpus = nvml.read_all()
     except nvml.NvmlUnavailable as reason:
         if _torch_sees_gpu():
             detail = f"torch sees one, but its clocks, power and users cannot be read ({reason})"
-            return [Finding("problem", "gpu", detail, "make the driver's libnvidia-ml visible here")]
-        return [Finding("missing", "gpu", f"no NVIDIA GPU to be seen ({reason}); CPU sweeps run")]
+            return [Diagnosis("problem", "gpu", detail, "make the driver's libnvidia-ml visible here")]
+        return [Diagnosis("missing", "gpu", f"no NVIDIA GPU to be seen ({reason}); CPU sweeps run")]
     if not gpus:
-        return [Finding("missing", "gpu", "NVML counts no GPU; CPU sweeps run")]
+        return [Diagnosis("missing", "gpu", "NVML counts no GPU; CPU sweeps run")]
     return [finding for index, (reading, use) in enumerate(gpus) for finding in _one_gpu(f"gpu {index}", reading, use)]
 
 
@@ -106,47 +108,47 @@ def _torch_sees_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _one_gpu(name: str, gpu: nvml.GpuReading, use: nvml.GpuUse) -> list[Finding]:
+def _one_gpu(name: str, gpu: nvml.GpuReading, use: nvml.GpuUse) -> list[Diagnosis]:
     if gpu.nvml_error:
-        return [Finding("problem", name, gpu.nvml_error, "see what nvidia-smi says")]
+        return [Diagnosis("problem", name, gpu.nvml_error, "see what nvidia-smi says")]
     size = "" if gpu.memory_bytes is None else f", {gpu.memory_bytes / _GIB:.0f} GiB"
-    findings = [Finding("ok", name, f"{gpu.name}{size}, driver {gpu.driver_version}")]
+    findings = [Diagnosis("ok", name, f"{gpu.name}{size}, driver {gpu.driver_version}")]
     if use.other_pids:
         pids = ", ".join(str(pid) for pid in use.other_pids)
-        findings.append(Finding("problem", f"{name} use", f"process {pids} uses it", "end it, or choose another GPU"))
+        findings.append(Diagnosis("problem", f"{name} use", f"process {pids} uses it", "end it, or choose another GPU"))
     elif use.busy_percent is not None and use.busy_percent > GPU_BUSY_PERCENT:
         detail = f"it is {use.busy_percent}% busy with work of a process that cannot be seen from here"
-        findings.append(Finding("problem", f"{name} use", detail, "choose another GPU"))
+        findings.append(Diagnosis("problem", f"{name} use", detail, "choose another GPU"))
     slowed = sorted(set(gpu.throttle_reasons or ()) & nvml.SLOWED_DOWN)
     if slowed:
         findings.append(
-            Finding("problem", f"{name} clock", f"held down: {', '.join(slowed)}", "check cooling and power")
+            Diagnosis("problem", f"{name} clock", f"held down: {', '.join(slowed)}", "check cooling and power")
         )
     return findings
 
 
-def _torch_findings(has_gpu: bool) -> list[Finding]:
+def _torch_findings(has_gpu: bool) -> list[Diagnosis]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return [Finding("problem", "torch", f"does not import: {error}", "pip install -c constraints.txt torch")]
+        return [Diagnosis("problem", "torch", f"does not import: {error}", "pip install -c constraints.txt torch")]
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    found = Finding("ok", "torch", f"{torch.__version__}, built for {built_for}, {torch.get_num_threads()} threads")
+    found = Diagnosis("ok", "torch", f"{torch.__version__}, built for {built_for}, {torch.get_num_threads()} threads")
     if not has_gpu or torch.cuda.is_available():
         return [found]
     if torch.version.cuda is None:
         detail = f"{torch.__version__} is a CPU build, and this machine has an NVIDIA GPU"
         remedy = f"pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}"
-        return [Finding("problem", "torch", detail, remedy)]
+        return [Diagnosis("problem", "torch", detail, remedy)]
     detail = f"{torch.__version__} for CUDA {torch.version.cuda} sees no GPU, though this machine has one"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     remedy = (
         "update the driver" if hidden is None else f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it, or update the driver"
     )
-    return [Finding("problem", "torch", detail, remedy)]
+    return [Diagnosis("problem", "torch", detail, remedy)]
 
 
-def _library_findings(has_gpu: bool) -> list[Finding]:
+def _library_findings(has_gpu: bool) -> list[Diagnosis]:
     try:
         versions = library_versions()
     except (ImportError, OSError):  # torch: already a finding
@@ -155,10 +157,10 @@ def _library_findings(has_gpu: bool) -> list[Finding]:
     for name in ("cudnn", "nccl", *DISTRIBUTIONS):
         version = versions[name]
         if version is not None and version.startswith("unusable"):
-            findings.append(Finding("problem", name, version, "keep the system's libraries off LD_LIBRARY_PATH"))
+            findings.append(Diagnosis("problem", name, version, "keep the system's libraries off LD_LIBRARY_PATH"))
         elif version is not None:
-            findings.append(Finding("ok", name, version))
+            findings.append(Diagnosis("ok", name, version))
         elif name in DISTRIBUTIONS:
             why = "not installed" if has_gpu else "not installed; of use on an NVIDIA GPU alone"
-            findings.append(Finding("missing", name, why, REMEDIES[name]))
+            findings.append(Diagnosis("missing", name, why, REMEDIES[name]))
     return findings

@@ -8,33 +8,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from moebench.workload.ranks import Peers
+from moebench.workload.ranks import Ranks
 
 SAMPLES = 10
-PARTS = ("dispatch_ms", "compute_ms", "combine_ms")
+PART_COLUMNS = ("dispatch_ms", "compute_ms", "combine_ms")
 
 
-def breakdown(module: nn.Module, forward: Callable[[], object], device: torch.device, peers: Peers) -> dict[str, float]:
+def breakdown(module: nn.Module, forward: Callable[[], object], device: torch.device, ranks: Ranks) -> dict[str, float]:
     """Medians of each part, of its slowest rank; empty for a module without a dispatcher to listen to.
 
     Parts are marked in the stream that computes, so that one that runs beside it counts where it is waited for.
     """
     dispatcher: Any = getattr(module, "dispatcher", None)
-    if dispatcher is None or peers.size == 1:
+    if dispatcher is None or ranks.size == 1:
         return {}
     listener: Any = _Listener(dispatcher, device)
     module.dispatcher = listener
     try:
         samples = []
         for _ in range(SAMPLES):
-            peers.align(device)
+            ranks.align(device)
             forward()
             samples.append(listener.parts_ms())
     finally:
         module.dispatcher = dispatcher
     medians = [statistics.median(part) for part in zip(*samples, strict=True)]
-    slowest = [max(part) for part in zip(*peers.tell(medians), strict=True)]
-    return dict(zip(PARTS, slowest, strict=True))
+    slowest = [max(part) for part in zip(*ranks.tell(medians), strict=True)]
+    return dict(zip(PART_COLUMNS, slowest, strict=True))
 
 
 class _Listener:
@@ -62,8 +62,8 @@ class _Listener:
         marks = self._marks
         if self._on_gpu:
             marks[-1].synchronize()
-            return [marks[i].elapsed_time(marks[i + 1]) for i in range(len(PARTS))]
-        return [(marks[i + 1] - marks[i]) * 1e3 for i in range(len(PARTS))]
+            return [marks[i].elapsed_time(marks[i + 1]) for i in range(len(PART_COLUMNS))]
+        return [(marks[i + 1] - marks[i]) * 1e3 for i in range(len(PART_COLUMNS))]
 
     def _mark(self) -> Any:
         if not self._on_gpu:

@@ -10,7 +10,7 @@ from moebench.measure import ceilings
 from moebench.measure.ceilings import Ceilings
 from moebench.workload.case import Case, Job
 from moebench.workload.inputs import Inputs, make_inputs, make_parameters, moe_config
-from moebench.workload.ranks import ALONE, Peers
+from moebench.workload.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Workload:
     """
 
     device: torch.device
-    peers: Peers = ALONE
+    ranks: Ranks = ALONE
     trace: Path | None = None
     _parameters: tuple[str, dict[str, Tensor]] | None = field(default=None, repr=False)
     _inputs: tuple[str, Inputs] | None = field(default=None, repr=False)
@@ -32,13 +32,13 @@ class Workload:
         key = f"{moe_config(case)} {case.ep_size} {case.seed}"
         if self._parameters is None or self._parameters[0] != key:
             self._parameters = None  # the old ones go before the new ones come
-            self._parameters = key, make_parameters(case, self.device, self.peers.rank)
+            self._parameters = key, make_parameters(case, self.device, self.ranks.rank)
         return self._parameters[1]
 
     def inputs(self, case: Case) -> Inputs:
         if self._inputs is None or self._inputs[0] != case.case_id:
             self._inputs = None
-            self._inputs = case.case_id, make_inputs(case, self.device, self.peers.rank)
+            self._inputs = case.case_id, make_inputs(case, self.device, self.ranks.rank)
         return self._inputs[1]
 
     def ceilings(self, job: Job, fp8: bool, cold: bool) -> Ceilings:
@@ -49,8 +49,8 @@ class Workload:
                 self._copy_gb_per_s = ceilings.copy_gb_per_s(self.device)
             self._ceilings = {known: each for known, each in self._ceilings.items() if known[0] == case.case_id}
             inputs = self.inputs(case)
-            work = ceilings.work_of(case, inputs, self.parameters(case), self.peers)
-            found = ceilings.measure(work, inputs, job.dispatcher, fp8, self._copy_gb_per_s, cold, self.peers)
+            work = ceilings.work_of(case, inputs, self.parameters(case), self.ranks)
+            found = ceilings.measure_ceilings(work, inputs, job.dispatcher, fp8, self._copy_gb_per_s, cold, self.ranks)
             self._ceilings[key] = found
         return self._ceilings[key]
 

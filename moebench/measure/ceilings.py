@@ -16,7 +16,7 @@ from moebench.measure import timing
 from moebench.measure.timing import TimingPolicy
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
-from moebench.workload.ranks import ALONE, Peers
+from moebench.workload.ranks import ALONE, Ranks
 
 #: Precise enough for a bound, and cheap: backends of one case share it.
 INTERVAL_TARGET, TIME_CAP_S = 0.01, 0.15
@@ -24,7 +24,7 @@ COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 #: torch._scaled_mm takes dimensions that are multiples of it.
 FP8_ALIGNMENT = 16
 
-Product = Callable[[], object]
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
-class Work:
+class ExpertWork:
     """What the experts of this rank compute on: rows of every rank's tokens, in groups by local expert."""
 
     case: Case
@@ -55,16 +55,16 @@ class Work:
     num_tokens: int
 
 
-def work_of(case: Case, inputs: Inputs, parameters: dict[str, Tensor], peers: Peers = ALONE) -> Work:
+def work_of(case: Case, inputs: Inputs, parameters: dict[str, Tensor], ranks: Ranks = ALONE) -> ExpertWork:
     """The rows that this rank's experts get, sorted."""
     up_LDF, down_LID = parameters["gate_and_up_projs"], parameters["down_projs"]
     n_local_experts = up_LDF.shape[0]
-    local_RK = peers.rows(inputs.active_indices_TK) - peers.rank * n_local_experts
+    local_RK = ranks.rows(inputs.active_indices_TK) - ranks.rank * n_local_experts
     expert_N = torch.where((local_RK >= 0) & (local_RK < n_local_experts), local_RK, n_local_experts).flatten()
     counts = expert_N.bincount(minlength=n_local_experts + 1)[:n_local_experts]
     slots_N = expert_N.argsort(stable=True)[: int(counts.sum())]
-    rows_ND = peers.rows(inputs.x_TD).index_select(0, slots_N // case.n_activated_experts)
-    return Work(case, rows_ND, counts, up_LDF, down_LID, inputs.x_TD.shape[0])
+    rows_ND = ranks.rows(inputs.x_TD).index_select(0, slots_N // case.n_activated_experts)
+    return ExpertWork(case, rows_ND, counts, up_LDF, down_LID, inputs.x_TD.shape[0])
 
 
 def copy_gb_per_s(device: torch.device) -> float:
@@ -74,7 +74,9 @@ def copy_gb_per_s(device: torch.device) -> float:
     return 2 * source.nbytes / _median_ms([lambda: target.copy_(source)], device, True, ALONE) / 1e6
 
 
-def measure(work: Work, inputs: Inputs, dispatcher: str, fp8: bool, copy: float, cold: bool, peers: Peers) -> Ceilings:
+def measure_ceilings(
+    work: ExpertWork, inputs: Inputs, dispatcher: str, fp8: bool, copy: float, cold: bool, ranks: Ranks
+) -> Ceilings:
     """The ceilings of a case on this device; `copy` is `copy_gb_per_s`. Under `fp8` dense products are of E4M3.
 
     All but the copy with a cache as the case has it: `cold`, or not; then the bytes are no bound and count as none.
@@ -82,30 +84,30 @@ def measure(work: Work, inputs: Inputs, dispatcher: str, fp8: bool, copy: float,
     device = inputs.x_TD.device
     dense = (_dense_fp8 if fp8 else _dense)(work) if work.rows_ND.shape[0] else None
     grouped = _grouped(work) if work.rows_ND.shape[0] else None
-    dense_ms, grouped_ms = (_slowest_ms(products, device, cold, peers) for products in (dense, grouped))
-    collective = _collective(work.case, inputs, dispatcher, peers)
+    dense_ms, grouped_ms = (_slowest_ms(products, device, cold, ranks) for products in (dense, grouped))
+    collective = _collective(work.case, inputs, dispatcher, ranks)
     return Ceilings(
         dense_ms=dense_ms,
         grouped_ms=grouped_ms,
-        collective_ms=None if collective is None else _median_ms(collective, device, cold, peers),
+        collective_ms=None if collective is None else _median_ms(collective, device, cold, ranks),
         copy_gb_per_s=copy,
-        least_bytes=int(peers.largest(_least_bytes(work))) if cold else 0,
+        least_bytes=int(ranks.largest(_least_bytes(work))) if cold else 0,
     )
 
 
-def _slowest_ms(products: list[Product] | None, device: torch.device, cold: bool, peers: Peers) -> float | None:
+def _slowest_ms(products: list[Call] | None, device: torch.device, cold: bool, ranks: Ranks) -> float | None:
     """Of the rank that has most; None where no rank has any."""
-    return peers.largest(_median_ms(products, device, cold, ALONE) if products else 0.0) or None
+    return ranks.largest(_median_ms(products, device, cold, ALONE) if products else 0.0) or None
 
 
-def _median_ms(calls: list[Product], device: torch.device, cold: bool, peers: Peers) -> float:
+def _median_ms(calls: list[Call], device: torch.device, cold: bool, ranks: Ranks) -> float:
     for _ in range(2):
         for call in calls:
             call()
-    return timing.measure(calls, device, TimingPolicy(INTERVAL_TARGET, TIME_CAP_S, cold), peers=peers).time_ms
+    return timing.time_stages(calls, device, TimingPolicy(INTERVAL_TARGET, TIME_CAP_S, cold), ranks=ranks).time_ms
 
 
-def _least_bytes(work: Work) -> int:
+def _least_bytes(work: ExpertWork) -> int:
     """Parameters of experts with rows once, tokens in and out; in mode train gradients of all of them too.
 
     Backward needs the parameters again; a cache may have kept them.
@@ -118,17 +120,17 @@ def _least_bytes(work: Work) -> int:
     return touched + work.up_LDF.nbytes + work.down_LID.nbytes + 2 * tokens
 
 
-def _dense(work: Work) -> list[Product]:
+def _dense(work: ExpertWork) -> list[Call]:
     """The products of a pass, all rows by the first expert's matrices; in train also those of both gradients."""
     x_ND, up_DF, down_ID = work.rows_ND, work.up_LDF[0], work.down_LID[0]
     h_NF, a_NI = _like_rows(work, up_DF.shape[1]), _like_rows(work, down_ID.shape[0])
-    products: list[Product] = [lambda: x_ND @ up_DF, lambda: a_NI @ down_ID]
+    products: list[Call] = [lambda: x_ND @ up_DF, lambda: a_NI @ down_ID]
     if work.case.mode == "train":
         products += [lambda: x_ND @ down_ID.T, lambda: h_NF @ up_DF.T, lambda: a_NI.T @ x_ND, lambda: x_ND.T @ h_NF]
     return products
 
 
-def _dense_fp8(work: Work) -> list[Product] | None:
+def _dense_fp8(work: ExpertWork) -> list[Call] | None:
     """As `_dense`, in E4M3 with one scale a tensor; None for what torch._scaled_mm does not take."""
     dim, inter, width = work.case.dim, work.down_LID.shape[1], work.up_LDF.shape[2]
     num_rows = -(-work.rows_ND.shape[0] // FP8_ALIGNMENT) * FP8_ALIGNMENT
@@ -139,14 +141,14 @@ def _dense_fp8(work: Work) -> list[Product] | None:
         shapes += [(num_rows, dim, inter), (num_rows, width, dim), (inter, num_rows, dim), (dim, num_rows, width)]
     one = torch.ones((), device=work.rows_ND.device)
 
-    def product(m: int, k: int, n: int) -> Product:
+    def product(m: int, k: int, n: int) -> Call:
         a, b = (torch.randn(size, k, device=one.device).to(torch.float8_e4m3fn) for size in (m, n))
         return lambda: torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
     return [product(*shape) for shape in shapes]
 
 
-def _grouped(work: Work) -> list[Product] | None:
+def _grouped(work: ExpertWork) -> list[Call] | None:
     """torch's grouped GEMMs of a pass, alone; None where torch has no kernel for it but a loop with a host sync."""
     x_ND, up_LDF, down_LID = work.rows_ND, work.up_LDF, work.down_LID
     widths = (up_LDF.shape[1], up_LDF.shape[2], down_LID.shape[1])
@@ -155,7 +157,7 @@ def _grouped(work: Work) -> list[Product] | None:
     offsets_L = work.tokens_per_expert_L.cumsum(0).int()
     h_NF, a_NI = _like_rows(work, up_LDF.shape[2]), _like_rows(work, down_LID.shape[1])
 
-    def product(a: Tensor, b: Tensor) -> Product:
+    def product(a: Tensor, b: Tensor) -> Call:
         return lambda: torch.nn.functional.grouped_mm(a, b, offs=offsets_L)
 
     products = [product(x_ND, up_LDF), product(a_NI, down_LID)]
@@ -164,24 +166,24 @@ def _grouped(work: Work) -> list[Product] | None:
     return products
 
 
-def _like_rows(work: Work, width: int) -> Tensor:
+def _like_rows(work: ExpertWork, width: int) -> Tensor:
     return torch.randn(work.rows_ND.shape[0], width, dtype=work.rows_ND.dtype, device=work.rows_ND.device)
 
 
-def _collective(case: Case, inputs: Inputs, dispatcher: str, peers: Peers) -> list[Product] | None:
+def _collective(case: Case, inputs: Inputs, dispatcher: str, ranks: Ranks) -> list[Call] | None:
     """The raw collectives that carry the case's tokens out and back, in mode train twice."""
-    if peers.size == 1:
+    if ranks.size == 1:
         return None
     ways = 2 if case.mode == "train" else 1
     if dispatcher == "allgather":
-        most = int(peers.largest(inputs.x_TD.shape[0]))
-        x_TD, y_RD = (inputs.x_TD.new_zeros(rows, case.dim) for rows in (most, most * peers.size))
-        return [lambda: all_gather_rows(x_TD, peers.group), lambda: reduce_scatter_rows(y_RD, peers.group)] * ways
-    rank_TK = inputs.active_indices_TK // (case.n_routed_experts // peers.size)
-    send = [int((rank_TK == rank).any(dim=1).sum()) for rank in range(peers.size)]
-    receive = [row[peers.rank] for row in peers.tell(send)]
+        most = int(ranks.largest(inputs.x_TD.shape[0]))
+        x_TD, y_RD = (inputs.x_TD.new_zeros(rows, case.dim) for rows in (most, most * ranks.size))
+        return [lambda: all_gather_rows(x_TD, ranks.group), lambda: reduce_scatter_rows(y_RD, ranks.group)] * ways
+    rank_TK = inputs.active_indices_TK // (case.n_routed_experts // ranks.size)
+    send = [int((rank_TK == rank).any(dim=1).sum()) for rank in range(ranks.size)]
+    receive = [row[ranks.rank] for row in ranks.tell(send)]
     out_ND, back_RD = (inputs.x_TD.new_zeros(sum(rows), case.dim) for rows in (send, receive))
     return [
-        lambda: all_to_all_rows(out_ND, send, receive, peers.group),
-        lambda: all_to_all_rows(back_RD, receive, send, peers.group),
+        lambda: all_to_all_rows(out_ND, send, receive, ranks.group),
+        lambda: all_to_all_rows(back_RD, receive, send, ranks.group),
     ] * ways

@@ -18,12 +18,12 @@ from moebench.measure.profiling import executed, trace
 from moebench.measure.samplers import Stage, captured
 from moebench.measure.subject import Measured, backend_of, make_subject, verdict_fields
 from moebench.measure.timing import TimingPolicy
-from moebench.parity.judge import Verdict, are_identical, run_pass
+from moebench.parity.judge import ParityVerdict, are_identical, run_pass
 from moebench.parity.reference import Tensors
 from moebench.results.record import Status, flags_of_speed
 from moebench.workload.case import Case, Job
 from moebench.workload.inputs import Inputs
-from moebench.workload.ranks import Peers
+from moebench.workload.ranks import Ranks
 
 #: Both passes must be right: a buffer that happens to be clean is often so the first time only.
 PASSES = 2
@@ -33,7 +33,7 @@ PHASES = ("setup_s", "ceilings_s", "parity_s", "timing_s")
 GRAPH_SHARE = 0.25
 
 
-def measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
+def measure_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     """The measured fields of the job's record: `status` and what that status may carry.
 
     A job of a check is examined and not timed. Whatever the backend raises, but Unsupported, comes through.
@@ -45,7 +45,7 @@ def measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
 
 
 def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
-    case, device, peers = job.case, workload.device, workload.peers
+    case, device, ranks = job.case, workload.device, workload.ranks
     backend = backend_of(job, workload)
     phases = _Phases(device)
     with phases.of("setup_s"):
@@ -61,18 +61,18 @@ def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     _synchronize(device)
     measured: Measured = {"warmup_ms": (time.perf_counter() - started) * 1e3}
 
-    def judge(passes: list[Tensors], case: Case = case) -> Verdict:
+    def judge(passes: list[Tensors], case: Case = case) -> ParityVerdict:
         with phases.of("parity_s"):
             return subject.judge(passes, case=case)
 
-    if not _fit_together(passes, device, peers):  # the gradients of the largest layers, twice, would not
+    if not _fit_together(passes, device, ranks):  # the gradients of the largest layers, twice, would not
         verdict = judge(passes)
         passes.clear()
         if not verdict.passed:
             return _with_verdict(measured | phases.spent_s, verdict)
     passes += [subject.run(handed) for _ in range(PASSES - 1)]
     verdict = judge(passes)
-    measured["deterministic"] = are_identical(passes, peers) if len(passes) == PASSES else None
+    measured["deterministic"] = are_identical(passes, ranks) if len(passes) == PASSES else None
     judged = {"output": passes[-1]["output"].clone()} if verdict.passed else {}  # of a buffer that is written again
     passes.clear()
     if verdict.passed:
@@ -80,7 +80,7 @@ def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
         measured |= _against(bounds, measured)
         # what was timed must still be right: a kernel that goes wrong when it is called often has no speed either
         after = run_pass(subject.module, handed, "forward")
-        if not are_identical([judged, after], peers):  # the same bits are as right as they were
+        if not are_identical([judged, after], ranks):  # the same bits are as right as they were
             of_after = judge([after], case.model_copy(update={"mode": "forward"}))
             verdict = verdict if of_after.passed else of_after
     return _with_verdict(measured | phases.spent_s, verdict)
@@ -116,16 +116,16 @@ def _against(bounds: Ceilings, measured: Measured) -> Measured:
     }
 
 
-def _fit_together(passes: list[Tensors], device: torch.device, peers: Peers) -> bool:
+def _fit_together(passes: list[Tensors], device: torch.device, ranks: Ranks) -> bool:
     """Whether memory is left, on every rank, for as many passes at once and their making."""
     if device.type == "cpu":
         return True
     one_pass = sum(tensor.nbytes for tensor in passes[0].values())
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return all(peers.tell(PASSES * one_pass < free))
+    return all(ranks.tell(PASSES * one_pass < free))
 
 
-def _with_verdict(measured: Measured, verdict: Verdict) -> Measured:
+def _with_verdict(measured: Measured, verdict: ParityVerdict) -> Measured:
     found = verdict_fields(verdict)
     if verdict.passed:
         return measured | found
@@ -135,23 +135,23 @@ def _with_verdict(measured: Measured, verdict: Verdict) -> Measured:
 def _speed_and_memory(
     module: nn.Module, inputs: Inputs, case: Case, policy: TimingPolicy, workload: Workload, phases: _Phases
 ) -> Measured:
-    device, peers = workload.device, workload.peers
+    device, ranks = workload.device, workload.ranks
     call = _Call(module, inputs, case.mode)
     ran = executed(call.forward, device)
     call.clear()
-    weighed = memory.measure(call.forward, call.backward if case.mode == "train" else None, device)
+    weighed = memory.measure_memory(call.forward, call.backward if case.mode == "train" else None, device)
     call.clear()
     with phases.of("timing_s"):
-        timed = timing.measure(call.stages, device, policy, call.clear, peers)
+        timed = timing.time_stages(call.stages, device, policy, call.clear, ranks)
         call.clear()
-        graph_time_ms = _graph_time_ms(call, timed, device, policy, peers)
-    parts = breakdown(module, call.forward, device, peers)
+        graph_time_ms = _graph_time_ms(call, timed, device, policy, ranks)
+    parts = breakdown(module, call.forward, device, ranks)
     call.clear()
     if workload.trace is not None:
         trace(call.stages, call.clear, device, workload.trace)
     return {
         "executed": ran,
-        **_largest(weighed, peers),
+        **_largest(weighed, ranks),
         **parts,
         "l2": ("cold" if policy.cold_l2 else "warm") if device.type == "cuda" else None,
         "flags": timed.flags,
@@ -173,24 +173,24 @@ def _speed_and_memory(
 
 
 def _graph_time_ms(
-    call: "_Call", timed: timing.Timing, device: torch.device, policy: TimingPolicy, peers: Peers
+    call: "_Call", timed: timing.Timing, device: torch.device, policy: TimingPolicy, ranks: Ranks
 ) -> float | None:
     """Milliseconds of a replay of the call, for one that a CUDA graph can hold: alone, and without waiting."""
-    if device.type != "cuda" or peers.size > 1 or "synchronises" in timed.flags:
+    if device.type != "cuda" or ranks.size > 1 or "synchronises" in timed.flags:
         return None
     shorter = dataclasses.replace(policy, time_cap_s=GRAPH_SHARE * policy.time_cap_s)
     with captured(call.stages, call.clear, device) as replay:
-        return None if replay is None else timing.measure([replay], device, shorter).time_ms
+        return None if replay is None else timing.time_stages([replay], device, shorter).time_ms
 
 
-def _largest(weighed: memory.Memory, peers: Peers) -> Measured:
+def _largest(weighed: memory.Memory, ranks: Ranks) -> Measured:
     """The memory of the rank that needs most, figure by figure."""
-    ranks = peers.tell(weighed)
+    by_rank = ranks.tell(weighed)
     figures: dict[str, list[int | None]] = {
-        "peak_memory_bytes": [rank.peak_bytes for rank in ranks],
-        "saved_memory_bytes": [rank.saved_bytes for rank in ranks],
-        "reserved_memory_bytes": [rank.reserved_bytes for rank in ranks],
-        "outside_torch_bytes": [rank.outside_bytes for rank in ranks],
+        "peak_memory_bytes": [rank.peak_bytes for rank in by_rank],
+        "saved_memory_bytes": [rank.saved_bytes for rank in by_rank],
+        "reserved_memory_bytes": [rank.reserved_bytes for rank in by_rank],
+        "outside_torch_bytes": [rank.outside_bytes for rank in by_rank],
     }
     return {name: max((figure for figure in row if figure is not None), default=None) for name, row in figures.items()}
 

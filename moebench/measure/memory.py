@@ -27,7 +27,9 @@ class Memory:
     outside_bytes: int | None = None
 
 
-def measure(forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: torch.device) -> Memory:
+def measure_memory(
+    forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: torch.device
+) -> Memory:
     """Run forward, and backward where there is one, and count what they allocate.
 
     On a GPU by torch's caching allocator, on a CPU by following every tensor that torch's operators make.

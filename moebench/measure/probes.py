@@ -15,7 +15,7 @@ from moebench.measure.profiling import executed
 from moebench.measure.subject import Measured, Subject, backend_of, make_subject, verdict_fields
 from moebench.parity import judge
 from moebench.parity.checks import CHECKS
-from moebench.parity.judge import Finding, Verdict
+from moebench.parity.judge import ParityVerdict, TensorError
 from moebench.workload.case import Case, Job
 from moebench.workload.inputs import Inputs, make_inputs, make_parameters, moe_config
 
@@ -29,7 +29,7 @@ LARGE_BYTES = 80 << 30
 class Examined:
     """What a probe found; whether runs agreed bit by bit, and what ran: None where it does not look."""
 
-    verdict: Verdict
+    verdict: ParityVerdict
     deterministic: bool | None = None
     executed: str | None = None
 
@@ -58,7 +58,7 @@ def _passes(subject: Subject, changed: Inputs | None = None) -> Examined:
     handed = inputs.clone()
     subject.settle(handed)
     passes = [subject.run(handed) for _ in range(2)]
-    return Examined(subject.judge(passes, inputs), judge.are_identical(passes, subject.peers))
+    return Examined(subject.judge(passes, inputs), judge.are_identical(passes, subject.ranks))
 
 
 def _profiled(subject: Subject) -> Examined:
@@ -177,7 +177,7 @@ def _state_dict(subject: Subject) -> Examined:
     case, module = subject.case, subject.module
     loop = get_backend("loop").build(moe_config(case)).to(subject.device)
     loop.load_state_dict(module.state_dict())
-    findings = _differences(loop.state_dict(), subject.parameters, "left the state dict otherwise than it was loaded")
+    found = _differences(loop.state_dict(), subject.parameters, "left the state dict otherwise than it was loaded")
     subject.settle(handed := subject.inputs.clone())
     subject.run(handed)
     others = make_parameters(_next(case, 1), subject.device)
@@ -185,17 +185,17 @@ def _state_dict(subject: Subject) -> Examined:
     module.load_state_dict(loop.state_dict())
     subject.settle(handed)
     passes = [subject.run(handed) for _ in range(2)]
-    findings += _differences(module.state_dict(), others, "is not what was loaded after a call")
-    return Examined(_all_of([Verdict(tuple(findings)), subject.judge(passes, parameters=others)]))
+    found += _differences(module.state_dict(), others, "is not what was loaded after a call")
+    return Examined(_all_of([ParityVerdict(tuple(found)), subject.judge(passes, parameters=others)]))
 
 
-def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> list[Finding]:
-    """A finding for each name: infinite where one lacks it, or the two differ in a bit."""
-    findings = []
+def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> list[TensorError]:
+    """An error for each name: infinite where one lacks it, or the two differ in a bit."""
+    errors = []
     for name in sorted({*found, *expected}):
         pair = [{key: side[key] for key in {name} & side.keys()} for side in (found, expected)]
-        findings.append(Finding(name, what, 0.0 if judge.are_identical(pair) else math.inf, 1.0))
-    return findings
+        errors.append(TensorError(name, what, 0.0 if judge.are_identical(pair) else math.inf, 1.0))
+    return errors
 
 
 def _in_place(subject: Subject) -> Examined:
@@ -213,8 +213,8 @@ def _in_place(subject: Subject) -> Examined:
     return Examined(subject.judge([subject.run(handed) for _ in range(2)], parameters=halved))
 
 
-def _all_of(verdicts: Sequence[Verdict]) -> Verdict:
-    return Verdict(tuple(finding for verdict in verdicts for finding in verdict.findings))
+def _all_of(verdicts: Sequence[ParityVerdict]) -> ParityVerdict:
+    return ParityVerdict(tuple(error for verdict in verdicts for error in verdict.tensor_errors))
 
 
 PROBES: dict[str, Callable[[Subject], Examined]] = {

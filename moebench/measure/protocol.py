@@ -12,7 +12,7 @@ from moebench.workload.case import Job
 from moebench.workload.spec import Policy
 
 #: How often a worker looks for its next job.
-POLL_S = 0.005
+TAIL_POLL_S = 0.005
 
 
 class WorkList(BaseModel):
@@ -49,7 +49,7 @@ def _jobs_to_come(file: TextIO) -> Iterator[Job]:
             yield Job.model_validate_json(line)
             line = ""
         else:
-            time.sleep(POLL_S)
+            time.sleep(TAIL_POLL_S)
 
 
 class Events:

@@ -18,7 +18,7 @@ import torch
 
 from moebench.machine import nvml
 from moebench.machine.nvml import Clock
-from moebench.workload.ranks import Peers
+from moebench.workload.ranks import Ranks
 
 Stage = Callable[[], object]
 CPU = torch.device("cpu")
@@ -61,8 +61,8 @@ class Sampler(Protocol):
 class _CpuSampler:
     flags: tuple[str, ...] = ()
 
-    def __init__(self, stages: Sequence[Stage], prepare: Stage, peers: Peers) -> None:
-        self._stages, self._prepare, self._peers = stages, prepare, peers
+    def __init__(self, stages: Sequence[Stage], prepare: Stage, ranks: Ranks) -> None:
+        self._stages, self._prepare, self._ranks = stages, prepare, ranks
         self._totals_ms: list[float] = []
 
     def sample(self, count: int) -> Group:
@@ -72,7 +72,7 @@ class _CpuSampler:
 
     def _one(self) -> tuple[float, ...]:
         self._prepare()
-        self._peers.align(CPU)
+        self._ranks.align(CPU)
         marks = [time.perf_counter_ns()]
         for stage in self._stages:
             stage()
@@ -91,10 +91,10 @@ class _GpuSampler:
         device: torch.device,
         cold_l2: bool,
         prepare: Stage,
-        peers: Peers,
+        ranks: Ranks,
         clock: Callable[[], Clock],
     ) -> None:
-        self._stages, self._device, self._prepare, self._peers, self._clock = stages, device, prepare, peers, clock
+        self._stages, self._device, self._prepare, self._ranks, self._clock = stages, device, prepare, ranks, clock
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device) if cold_l2 else None
         self._host_time_ms = self._median_on_host()
@@ -109,14 +109,14 @@ class _GpuSampler:
 
     def _median_on_host(self) -> float:
         started, samples = time.perf_counter(), [self._host_sample() for _ in range(3)]
-        long = self._peers.largest(time.perf_counter() - started) > HOST_SAMPLES_S
+        long = self._ranks.largest(time.perf_counter() - started) > HOST_SAMPLES_S
         return statistics.median(samples + [self._host_sample() for _ in range(0 if long else HOST_SAMPLES - 3)])
 
     def _host_sample(self) -> float:
         """Milliseconds on the host's clock from an idle device to an idle device."""
         self._prepare()
         self._make_cold()
-        self._peers.align(self._device)
+        self._ranks.align(self._device)
         torch.cuda.synchronize(self._device)
         start = time.perf_counter()
         for stage in self._stages:
@@ -157,7 +157,7 @@ class _GpuSampler:
             self._make_cold()
             if self._wait_cycles:
                 torch.cuda._sleep(self._wait_cycles)
-            self._peers.align(self._device)
+            self._ranks.align(self._device)
             rows.append(self._enqueue())
         while_busy = self._clock()
         torch.cuda.synchronize(self._device)
@@ -176,14 +176,14 @@ def slower(clocks: Sequence[Clock]) -> Clock:
 
 @contextmanager
 def make_sampler(
-    stages: Sequence[Stage], device: torch.device, cold_l2: bool, prepare: Stage, peers: Peers
+    stages: Sequence[Stage], device: torch.device, cold_l2: bool, prepare: Stage, ranks: Ranks
 ) -> Iterator[Sampler]:
     """The device's sampler of these stages, already warm."""
     if device.type != "cuda":
-        yield _CpuSampler(stages, prepare, peers)
+        yield _CpuSampler(stages, prepare, ranks)
         return
     with nvml.clock_of(nvml.full_uuid(str(torch.cuda.get_device_properties(device).uuid))) as clock:
-        yield _GpuSampler(stages, device, cold_l2, prepare, peers, clock)
+        yield _GpuSampler(stages, device, cold_l2, prepare, ranks, clock)
 
 
 #: Calls on the stream of the capture before it: libraries make their workspaces in them.

@@ -11,13 +11,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 from experts.registry import Backend, get_backend
 from moebench.measure.cache import Workload
-from moebench.parity.judge import Verdict, check, run_pass
+from moebench.parity.judge import ParityVerdict, check, run_pass
 from moebench.parity.poison import poisoned
 from moebench.parity.reference import Tensors
 from moebench.results.record import Status
 from moebench.workload.case import Case, Job
 from moebench.workload.inputs import Inputs, moe_config
-from moebench.workload.ranks import Peers
+from moebench.workload.ranks import Ranks
 
 #: Passes before those that are checked, by FP8 recipe: delayed scaling finds its scales in the passes before.
 SETTLING_PASSES = {"delayed": 2}
@@ -36,7 +36,7 @@ class Subject:
     parameters: Mapping[str, Tensor]
     fp8: str | None
     device: torch.device
-    peers: Peers
+    ranks: Ranks
 
     def settle(self, handed: Inputs) -> None:
         """The passes that the backend's recipe needs before it may be checked."""
@@ -54,10 +54,10 @@ class Subject:
         inputs: Inputs | None = None,
         parameters: Mapping[str, Tensor] | None = None,
         case: Case | None = None,
-    ) -> Verdict:
+    ) -> ParityVerdict:
         """The passes against the reference; on other inputs, parameters or a case of another mode where given."""
         return check(
-            case or self.case, inputs or self.inputs, parameters or self.parameters, passes, self.fp8, self.peers
+            case or self.case, inputs or self.inputs, parameters or self.parameters, passes, self.fp8, self.ranks
         )
 
 
@@ -74,11 +74,11 @@ def make_subject(backend: Backend, job: Job, workload: Workload) -> Subject:
     """The backend's module on the job's case. Raises whatever building it raises."""
     inputs, parameters = workload.inputs(job.case), workload.parameters(job.case)
     module = _build(backend, job.case, _dispatcher(job, workload), parameters, workload)
-    return Subject(job.case, module, inputs, parameters, backend.fp8, workload.device, workload.peers)
+    return Subject(job.case, module, inputs, parameters, backend.fp8, workload.device, workload.ranks)
 
 
 def _dispatcher(job: Job, workload: Workload) -> str | None:
-    return None if workload.peers.mesh is None else job.dispatcher
+    return None if workload.ranks.mesh is None else job.dispatcher
 
 
 def _build(
@@ -87,7 +87,7 @@ def _build(
     with workload.device:
         module = backend.build(moe_config(case), dispatcher)
     module.to(workload.device)
-    mesh = workload.peers.mesh
+    mesh = workload.ranks.mesh
     if mesh is not None:
         spread: Callable[[DeviceMesh], None] = module.init_token_dispatcher  # type: ignore[assignment]
         spread(mesh)
@@ -98,7 +98,7 @@ def _build(
     return module
 
 
-def verdict_fields(verdict: Verdict) -> Measured:
+def verdict_fields(verdict: ParityVerdict) -> Measured:
     """What a record says of a verdict, its status included."""
     worst = verdict.worst
     found = {

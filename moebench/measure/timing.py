@@ -15,7 +15,7 @@ import torch
 
 from moebench.measure.samplers import Group, Sampler, Stage, make_sampler, slower
 from moebench.results.stats import MIN_SAMPLES, relative_half_width, series_interval
-from moebench.workload.ranks import ALONE, Peers
+from moebench.workload.ranks import ALONE, Ranks
 
 BATCH = 20
 #: Sampling does not stop before so many samples for being precise: a handful may agree by chance.
@@ -23,7 +23,7 @@ CONVERGED_SAMPLES = 20
 #: Where the target is further away than so many times the time cap, after a quarter of it, sampling ends there.
 OUT_OF_REACH = 2.0
 #: A group of samples is of another regime where its clock is so far from that of most, relatively.
-CLOCK_TOLERANCE = 0.02
+REGIME_CLOCK_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -65,31 +65,31 @@ class Timing:
     flags: tuple[str, ...]
 
 
-def measure(
+def time_stages(
     stages: Sequence[Stage],
     device: torch.device,
     policy: TimingPolicy,
     prepare: Stage = lambda: None,
-    peers: Peers = ALONE,
+    ranks: Ranks = ALONE,
 ) -> Timing:
     """Sample the stages, already warm, until the policy is met. `prepare` runs, untimed, before each sample.
 
     Ranks start every sample together; a sample's time is that of its slowest rank.
     """
-    with _no_garbage_collection(), make_sampler(stages, device, policy.cold_l2, prepare, peers) as sampler:
-        groups, converged = _sample(sampler, policy, peers)
-        return _statistics(groups, converged, peers.largest(sampler.host_time_ms()), sampler.flags, peers)
+    with _no_garbage_collection(), make_sampler(stages, device, policy.cold_l2, prepare, ranks) as sampler:
+        groups, converged = _sample(sampler, policy, ranks)
+        return _statistics(groups, converged, ranks.largest(sampler.host_time_ms()), sampler.flags, ranks)
 
 
-def _sample(sampler: Sampler, policy: TimingPolicy, peers: Peers) -> tuple[list[Group], bool]:
+def _sample(sampler: Sampler, policy: TimingPolicy, ranks: Ranks) -> tuple[list[Group], bool]:
     groups: list[Group] = []
     start, count, num_samples = time.perf_counter(), MIN_SAMPLES, 0
     while True:
-        groups.append(_slowest(peers.tell(sampler.sample(count))))
+        groups.append(_slowest(ranks.tell(sampler.sample(count))))
         num_samples += count
         median, low, high = series_interval([ms for group in _of_one_regime(groups) for ms in group.totals_ms])
         width = relative_half_width(median, low, high)
-        spent = peers.largest(time.perf_counter() - start)  # one clock for all, so that all go on or none
+        spent = ranks.largest(time.perf_counter() - start)  # one clock for all, so that all go on or none
         if width <= policy.interval_target and (num_samples >= CONVERGED_SAMPLES or spent >= policy.time_cap_s):
             return groups, True
         out_of_reach = spent * width**2 > OUT_OF_REACH * policy.time_cap_s * policy.interval_target**2
@@ -118,14 +118,14 @@ def _of_one_regime(groups: Sequence[Group]) -> list[Group]:
 
     def is_usual(group: Group) -> bool:
         clock = group.clock.sm_clock_mhz
-        near = usual is None or clock is None or abs(clock - usual) <= CLOCK_TOLERANCE * usual
+        near = usual is None or clock is None or abs(clock - usual) <= REGIME_CLOCK_TOLERANCE * usual
         return near and not group.clock.slowed_down
 
     return [group for group in groups if is_usual(group)] or list(groups)
 
 
 def _statistics(
-    groups: Sequence[Group], converged: bool, host_time_ms: float, flags: tuple[str, ...], peers: Peers
+    groups: Sequence[Group], converged: bool, host_time_ms: float, flags: tuple[str, ...], ranks: Ranks
 ) -> Timing:
     usual = _of_one_regime(groups)
     samples = [sample for group in usual for sample in group.samples]
@@ -142,7 +142,7 @@ def _statistics(
         time_ms_high=high,
         converged=converged,
         host_time_ms=host_time_ms,
-        skew_ms=statistics.median(ms for group in usual for ms in group.skews_ms) if peers.size > 1 else None,
+        skew_ms=statistics.median(ms for group in usual for ms in group.skews_ms) if ranks.size > 1 else None,
         sm_clock_mhz=statistics.median_low(clocks) if clocks else None,
         flags=flags,
     )

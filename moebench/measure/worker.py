@@ -35,13 +35,13 @@ from moebench.machine import environment
 from moebench.machine.environment import Environment
 from moebench.measure import canary
 from moebench.measure.cache import Workload
-from moebench.measure.job import measure
+from moebench.measure.job import measure_job
 from moebench.measure.protocol import Events, WorkList, read_jobs
 from moebench.measure.subject import Measured
 from moebench.measure.timing import TimingPolicy
 from moebench.results.record import Record, Status, record
 from moebench.workload.case import Job
-from moebench.workload.ranks import Peers, join, leave, someone_is_gone
+from moebench.workload.ranks import Ranks, join, leave, someone_is_gone
 from moebench.workload.spec import Policy
 
 #: What torch's CPU allocator says when the host has no memory left; it raises a plain RuntimeError.
@@ -63,7 +63,7 @@ def timing_policy(policy: Policy, device: torch.device) -> TimingPolicy:
 def run_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     """Measure one job; whatever it raises becomes its status. The one broad except of the worker."""
     try:
-        return measure(job, workload, policy)
+        return measure_job(job, workload, policy)
     except (torch.OutOfMemoryError, MemoryError) as error:
         return {"status": Status.oom, "detail": _briefly(error)}
     except Exception as error:
@@ -106,27 +106,27 @@ def work(work_list: WorkList, events: Events, device: torch.device, jobs: Iterab
             _tell_unsupported(work_list, jobs, events, described.env_id)
             return
         torch.cuda.set_device(device)
-    peers = join(device, 2 * work_list.policy.timeout_s)  # who waits for a rank that hangs is ended by the supervisor
-    _measure_all(jobs, work_list, events, Workload(device, peers), described)
-    leave(peers)
+    ranks = join(device, 2 * work_list.policy.timeout_s)  # who waits for a rank that hangs is ended by the supervisor
+    _measure_all(jobs, work_list, events, Workload(device, ranks), described)
+    leave(ranks)
 
 
 def _measure_all(
     jobs: Iterable[Job], work_list: WorkList, events: Events, workload: Workload, described: Environment
 ) -> None:
-    peers, policy = workload.peers, timing_policy(work_list.policy, workload.device)
-    ranks = peers.tell((platform.node(), os.getpid()))
+    ranks, policy = workload.ranks, timing_policy(work_list.policy, workload.device)
+    processes = ranks.tell((platform.node(), os.getpid()))
     for number, job in enumerate(jobs):
-        if peers.rank == 0:
+        if ranks.rank == 0:
             events.emit("start", number=number)
         row = _row(job, workload, policy, work_list, described)
         failed = row.status in (Status.oom, Status.error)
-        while failed and someone_is_gone(ranks):  # it has told why, or died: this rank only misses it
+        while failed and someone_is_gone(processes):  # it has told why, or died: this rank only misses it
             signal.pause()  # the launcher ends this rank too, and its log says how the first ended
-        if peers.rank == 0 or failed:
+        if ranks.rank == 0 or failed:
             events.emit("record", number=number, record=json.loads(row.to_json()))
         if failed:
-            if peers.size > 1:  # the other ranks wait in a collective for this one: only a new group goes on
+            if ranks.size > 1:  # the other ranks wait in a collective for this one: only a new group goes on
                 os._exit(1)
             _recover(workload)  # raises where an error broke the process or its GPU: another worker goes on
         if CHANGED_SETTINGS in row.flags:
@@ -135,14 +135,14 @@ def _measure_all(
 
 def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList, described: Environment) -> Record:
     started, settings = time.perf_counter(), canary.settings()
-    workload.trace = _trace_file(job, work_list, workload.peers)
+    workload.trace = _trace_file(job, work_list, workload.ranks)
     measured = run_job(job, workload, policy)
-    device, rank = workload.device, workload.peers.rank
-    if workload.peers.size > 1 and measured["status"] in (Status.oom, Status.error):
+    device, rank = workload.device, workload.ranks.rank
+    if workload.ranks.size > 1 and measured["status"] in (Status.oom, Status.error):
         measured["detail"] = f"rank {rank}: {measured['detail']}"
     measured |= {"device": device.type, "job_s": time.perf_counter() - started, "round": work_list.round}
     measured["gpu"] = described.gpus[0].name if described.gpus else None
-    measured["gpu_uuid"] = described.gpu_uuids(workload.peers.size)
+    measured["gpu_uuid"] = described.gpu_uuids(workload.ranks.size)
     if canary.settings() != settings and not work_list.are_checks:  # a check's worker has no other backend
         measured["flags"] = (*measured.get("flags", ()), CHANGED_SETTINGS)
     if "samples_ms" in measured:
@@ -150,11 +150,11 @@ def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList
     return record(job, run_id=work_list.run_id, env_id=described.env_id, **measured)
 
 
-def _trace_file(job: Job, work_list: WorkList, peers: Peers) -> Path | None:
+def _trace_file(job: Job, work_list: WorkList, ranks: Ranks) -> Path | None:
     if work_list.traces is None:
         return None
     parts = [job.case.case_id, job.backend, job.dispatcher]
-    parts += [f"round{work_list.round}"] * (work_list.round > 0) + [f"rank{peers.rank}"] * (peers.size > 1)
+    parts += [f"round{work_list.round}"] * (work_list.round > 0) + [f"rank{ranks.rank}"] * (ranks.size > 1)
     return work_list.traces / (re.sub(r"[^\w.+-]", "_", "--".join(parts)) + ".json")
 
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from experts.activations import accumulation_dtype
 from experts.compute import PARAMETER_NAMES
 from moebench.parity.quantization import fp8_product
-from moebench.parity.reference import GroupErrors, Tensors, compare
+from moebench.parity.reference import GroupErrors, Tensors, group_errors
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
-from moebench.workload.ranks import ALONE, Peers
+from moebench.workload.ranks import ALONE, Ranks
 
 #: A budget is this many times the loop's own error. Two right backends round independently and alike, so that the worst
 #: of many rows differs little between them; a fault of 2% in one expert exceeds it in every dtype.
@@ -46,7 +46,7 @@ SMALL_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Finding:
+class TensorError:
     """The worst error of one tensor: how large, against which budget, where."""
 
     tensor: str
@@ -64,14 +64,14 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The worst finding of every tensor that was compared."""
+class ParityVerdict:
+    """The worst error of every tensor that was compared."""
 
-    findings: tuple[Finding, ...]
+    tensor_errors: tuple[TensorError, ...]
 
     @property
-    def worst(self) -> Finding:
-        return max(self.findings, key=lambda finding: finding.over_budget)
+    def worst(self) -> TensorError:
+        return max(self.tensor_errors, key=lambda one: one.over_budget)
 
     @property
     def passed(self) -> bool:
@@ -80,9 +80,9 @@ class Verdict:
     @property
     def errors(self) -> dict[str, float]:
         """Error over budget by tensor, the worst where it was looked at in more than one way."""
-        ascending = sorted(self.findings, key=lambda finding: finding.over_budget)
-        worst = {finding.tensor: finding.over_budget for finding in ascending}
-        return {finding.tensor: worst[finding.tensor] for finding in self.findings}
+        ascending = sorted(self.tensor_errors, key=lambda one: one.over_budget)
+        worst = {one.tensor: one.over_budget for one in ascending}
+        return {one.tensor: worst[one.tensor] for one in self.tensor_errors}
 
 
 def run_pass(module: nn.Module, inputs: Inputs, mode: str) -> Tensors:
@@ -119,24 +119,24 @@ def check(
     parameters: Mapping[str, Tensor],
     passes: list[Tensors],
     fp8: str | None = None,
-    peers: Peers = ALONE,
-) -> Verdict:
+    ranks: Ranks = ALONE,
+) -> ParityVerdict:
     """Compare every pass of a backend, all alike, with the reference on the same inputs and parameters.
 
     Inputs, parameters and passes are this rank's; the verdict is over all ranks. `fp8` names the recipe that the
     backend computes in: its rounding is then the budget's. A gradient that is missing, or has another shape or dtype
     than its tensor, is an infinite error.
     """
-    malformed = [finding for tensors in passes for finding in _malformed(case, inputs, parameters, tensors)]
-    findings = [finding for rank in peers.tell(malformed) for finding in rank]
-    if not findings:
+    malformed = [error for tensors in passes for error in _malformed(case, inputs, parameters, tensors)]
+    found = [error for rank in ranks.tell(malformed) for error in rank]
+    if not found:
         product = torch.matmul if fp8 is None else fp8_product(fp8)
-        errors = compare(case, inputs, parameters, passes, product, peers)
+        errors = group_errors(case, inputs, parameters, passes, product, ranks)
         floor = _floor(case, inputs, fp8)
         floors = {"weights.grad": WEIGHTS_GRAD_UNITS * floor}
         mine = [judge(one, floors.get(one.tensor, floor)) for one in errors]
-        findings = [_worst_of_ranks(same) for same in zip(*peers.tell(mine), strict=True)]
-    return Verdict(tuple(findings))
+        found = [_worst_of_ranks(same) for same in zip(*ranks.tell(mine), strict=True)]
+    return ParityVerdict(tuple(found))
 
 
 def _floor(case: Case, inputs: Inputs, fp8: str | None) -> float:
@@ -147,31 +147,31 @@ def _floor(case: Case, inputs: Inputs, fp8: str | None) -> float:
     return (unit if fp8 is None else FP8_UNIT) + acc_unit * math.sqrt(longest)
 
 
-def _worst_of_ranks(findings: Sequence[Finding]) -> Finding:
-    rank, worst = max(enumerate(findings), key=lambda pair: pair[1].over_budget)
-    return worst if len(findings) == 1 else dataclasses.replace(worst, where=f"rank {rank}, {worst.where}")
+def _worst_of_ranks(found: Sequence[TensorError]) -> TensorError:
+    rank, worst = max(enumerate(found), key=lambda pair: pair[1].over_budget)
+    return worst if len(found) == 1 else dataclasses.replace(worst, where=f"rank {rank}, {worst.where}")
 
 
-def judge(errors: GroupErrors, floor: float) -> Finding:
-    """The worst finding of one tensor over all its passes, as a whole and by group."""
+def judge(errors: GroupErrors, floor: float) -> TensorError:
+    """The worst error of one tensor over all its passes, as a whole and by group."""
     whole = errors.scale_G.square().sum().sqrt()
     budget_of_whole = _budget(_ratios(_norm(errors.loop_G), whole), floor)
     budget_of_group = _budget(_ratios(errors.loop_G, errors.scale_G), floor)
-    findings = []
+    found = []
     for errors_G in errors.passes_PG:
         by_group_G = _ratios(errors_G, errors.scale_G)
         group = f"{errors.group} {int(by_group_G.argmax())}" if by_group_G.numel() else f"no {errors.group}"
         whole_error = _largest(_ratios(_norm(errors_G), whole))
-        findings.append(Finding(errors.tensor, group, _largest(by_group_G), budget_of_group))
-        findings.append(Finding(errors.tensor, "whole tensor", whole_error, budget_of_whole))
-    return max(findings, key=lambda finding: finding.over_budget)
+        found.append(TensorError(errors.tensor, group, _largest(by_group_G), budget_of_group))
+        found.append(TensorError(errors.tensor, "whole tensor", whole_error, budget_of_whole))
+    return max(found, key=lambda one: one.over_budget)
 
 
 def _budget(loop_ratios: Tensor, floor: float) -> float:
     return min(CEILING, max(floor, FACTOR * _largest(loop_ratios)))
 
 
-def _malformed(case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], tensors: Tensors) -> Iterator[Finding]:
+def _malformed(case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], tensors: Tensors) -> Iterator[TensorError]:
     expected = {"output": inputs.x_TD}
     if case.mode == "train":
         expected |= {"x.grad": inputs.x_TD, "weights.grad": inputs.weights_TK}
@@ -179,10 +179,10 @@ def _malformed(case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], ten
     for name, like in expected.items():
         found = tensors.get(name)
         if found is None:
-            yield Finding(name, "is None", math.inf, 1.0)
+            yield TensorError(name, "is None", math.inf, 1.0)
         elif found.shape != like.shape or found.dtype != like.dtype:
             what = f"is {found.dtype} {list(found.shape)} instead of {like.dtype} {list(like.shape)}"
-            yield Finding(name, what, math.inf, 1.0)
+            yield TensorError(name, what, math.inf, 1.0)
 
 
 def _ratios(errors: Tensor, scale: Tensor) -> Tensor:
@@ -199,13 +199,13 @@ def _norm(norms: Tensor) -> Tensor:
     return norm
 
 
-def are_identical(passes: Sequence[Tensors], peers: Peers = ALONE) -> bool:
+def are_identical(passes: Sequence[Tensors], ranks: Ranks = ALONE) -> bool:
     """Whether all passes hold the same tensors, bit by bit, on every rank. All ranks call it alike."""
     first, *others = passes
     same = all(
         first.keys() == other.keys() and all(_same_bits(first[name], other[name]) for name in first) for other in others
     )
-    return all(peers.tell(same))
+    return all(ranks.tell(same))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -20,7 +20,7 @@ from experts.compute.loop import expert_forward
 from moebench.parity.quantization import Product
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs, moe_config
-from moebench.workload.ranks import ALONE, Peers
+from moebench.workload.ranks import ALONE, Ranks
 
 Tensors = dict[str, Tensor]
 
@@ -47,29 +47,29 @@ class GroupErrors:
     passes_PG: Tensor
 
 
-def compare(
+def group_errors(
     case: Case,
     inputs: Inputs,
     parameters: Mapping[str, Tensor],
     passes: list[Tensors],
     product: Product = torch.matmul,
-    peers: Peers = ALONE,
+    ranks: Ranks = ALONE,
 ) -> list[GroupErrors]:
     """Errors of every tensor of the passes: `output` and, in mode train, the gradients of x, weights and parameters.
 
     Inputs, parameters and passes are this rank's. `product` is how the loop multiplies whose error becomes the budget.
     """
-    everyone = Inputs(*(peers.rows(getattr(inputs, field.name)) for field in fields(inputs)))
+    everyone = Inputs(*(ranks.rows(getattr(inputs, field.name)) for field in fields(inputs)))
     run = _Run(case, everyone, parameters, product)
-    first = peers.rank * (case.n_routed_experts // peers.size)
-    by_expert = [run.expert(first + local, local, passes) for local in range(case.n_routed_experts // peers.size)]
-    own = _own_rows(inputs, peers)
-    sums = run.finish(peers, own)
+    first = ranks.rank * (case.n_routed_experts // ranks.size)
+    by_expert = [run.expert(first + local, local, passes) for local in range(case.n_routed_experts // ranks.size)]
+    own = _own_rows(inputs, ranks)
+    sums = run.finish(ranks, own)
     inactive_TK = inputs.active_indices_TK < 0
     inactive_T1 = inactive_TK.all(dim=1, keepdim=True)
     errors = [_token_errors("output", sums, inputs, inactive_T1, passes)]
     if product is not torch.matmul:
-        outputs = [peers.rows(tensors["output"]) for tensors in passes]
+        outputs = [ranks.rows(tensors["output"]) for tensors in passes]
         errors.append(run.factors(range(first, first + len(by_expert)), outputs))
     if case.mode == "train":
         errors.append(_token_errors("x.grad", sums, inputs, inactive_T1, passes))
@@ -80,8 +80,8 @@ def compare(
     return errors
 
 
-def _own_rows(inputs: Inputs, peers: Peers) -> slice:
-    before = sum(peers.tell(inputs.x_TD.shape[0])[: peers.rank])
+def _own_rows(inputs: Inputs, ranks: Ranks) -> slice:
+    before = sum(ranks.tell(inputs.x_TD.shape[0])[: ranks.rank])
     return slice(before, before + inputs.x_TD.shape[0])
 
 
@@ -155,12 +155,12 @@ class _Run:
         grads = torch.autograd.grad(output_ND, list(leaves.values()), grad_ND)
         return {"output": output_ND.detach(), **dict(zip(leaves, grads, strict=True))}
 
-    def finish(self, peers: Peers, own: slice) -> _Sums:
+    def finish(self, ranks: Ranks, own: slice) -> _Sums:
         """The sums over the experts of all ranks, of this rank's own tokens."""
         for sums in (self.exact, *self.loops):
             for tensor in sums.values():
-                peers.sum(tensor)
-        peers.sum(self.chance_TK)
+                ranks.sum(tensor)
+        ranks.sum(self.chance_TK)
         exact, *loops = ({name: tensor[own] for name, tensor in sums.items()} for sums in (self.exact, *self.loops))
         return _Sums(exact, loops, self.chance_TK[own])
 

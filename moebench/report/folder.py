@@ -27,14 +27,14 @@ def finish(folder: Path) -> list[Path]:
     return [*written, *sorted((folder / "traces").glob("*.json"))]
 
 
-def draw(path: Path) -> list[Path]:
+def draw_plots(path: Path) -> list[Path]:
     """Draw the plots of a results folder, or of a Parquet file beside it."""
     figures, folder = all_figures(load(path)), _folder_of(path) / "plots"
     with writable(folder):
         return write_plots(figures, folder)
 
 
-def report(path: Path, out: Path | None, gate: Path | None) -> Path:
+def write_report(path: Path, out: Path | None, gate: Path | None) -> Path:
     """Write the report of a results folder or of a Parquet file, by default beside it, with the verdicts in `gate`."""
     frame, verdicts = load(path), None if gate is None else GateDocument.read(gate)
     out = out or _folder_of(path) / REPORT_NAME

@@ -18,7 +18,7 @@ SKIPPED = frozenset({Severity.UNDECIDED, Severity.NOTED})
 _UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def document(result: GateResult) -> bytes:
+def junit_xml(result: GateResult) -> bytes:
     """The file's content: REGRESSED and MISSING are failures, what could not be decided is skipped, all with why."""
     cases = [_test_case(job, finding) for job in result.jobs for finding in job.findings]
     severities = [finding.verdict.severity for job in result.jobs for finding in job.findings]

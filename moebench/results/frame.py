@@ -21,7 +21,7 @@ from moebench.errors import ResultsError
 from moebench.results.files import write_atomically
 from moebench.results.journal import JOURNAL_NAME, read_journal
 from moebench.results.record import SCHEMA, Record, Status
-from moebench.results.rounds import merged
+from moebench.results.rounds import merged_rounds
 
 PARQUET_NAME = "results.parquet"
 CSV_NAME = "results.csv"
@@ -82,7 +82,7 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
     jobs: dict[Hashable, list[Record]] = {}
     for row in latest.values():
         jobs.setdefault(row.key, []).append(row)
-    dumped = [merged(rounds).model_dump(by_alias=True) for rounds in jobs.values()]
+    dumped = [merged_rounds(rounds).model_dump(by_alias=True) for rounds in jobs.values()]
     for cells in dumped:
         errors = cells["parity_errors"]
         cells["parity_errors"] = errors and json.dumps({name: _jsonable(error) for name, error in errors.items()})

@@ -14,7 +14,7 @@ _MEASURED = (
 )
 
 #: Of rounds that ended differently the row has the first of these.
-WORST_FIRST = (
+WORST_ROUND_FIRST = (
     *(Status.mismatch, Status.crash, Status.error, Status.timeout, Status.oom, Status.unsupported),
     Status.ok,
 )
@@ -24,7 +24,7 @@ WORST_FIRST = (
 SUMS = ("num_samples", "job_s", "setup_s", "ceilings_s", "parity_s", "timing_s")
 
 
-def merged(rows: Sequence[Record]) -> Record:
+def merged_rounds(rows: Sequence[Record]) -> Record:
     """One row of the rounds of a job.
 
     The time is the median of the rounds' medians, its interval from their spread (`stats.center_of_rounds`); memory and
@@ -34,7 +34,7 @@ def merged(rows: Sequence[Record]) -> Record:
     if len(rows) == 1:
         return rows[0]
     rows = sorted(rows, key=lambda row: row.round or 0)
-    row = min(rows, key=lambda row: (WORST_FIRST.index(row.status), -(row.parity_worst or 0.0)))
+    row = min(rows, key=lambda row: (WORST_ROUND_FIRST.index(row.status), -(row.parity_worst or 0.0)))
     together: dict[str, Any] = {"round": None, "num_rounds": len(rows)}
     if row.status is Status.ok:
         together |= {name: _combined(name, rows) for name in _MEASURED - together.keys()}

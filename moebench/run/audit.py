@@ -21,11 +21,19 @@ from moebench.workload.spec import Policy
 TIMEOUT_S = 120.0
 #: A backend that ended so many processes is examined no further.
 MOST_DEATHS = 3
-_WORST_FIRST = (Status.mismatch, Status.error, Status.crash, Status.timeout, Status.ok, Status.oom, Status.unsupported)
+_WORST_CASE_FIRST = (
+    Status.mismatch,
+    Status.error,
+    Status.crash,
+    Status.timeout,
+    Status.ok,
+    Status.oom,
+    Status.unsupported,
+)
 
 
 @dataclass(frozen=True)
-class Cell:
+class AuditCell:
     """One backend on one check: the records of its cases."""
 
     backend: str
@@ -35,13 +43,13 @@ class Cell:
     @property
     def status(self) -> Status | None:
         """The worst of its cases; unsupported where none could run, None where none was tried."""
-        return min((row.status for row in self.records), key=_WORST_FIRST.index, default=None)
+        return min((row.status for row in self.records), key=_WORST_CASE_FIRST.index, default=None)
 
     @property
     def failures(self) -> list[Record]:
         """Worst first."""
         failed = [row for row in self.records if row.status not in GOOD]
-        return sorted(failed, key=lambda row: (_WORST_FIRST.index(row.status), -(row.parity_worst or 0.0)))
+        return sorted(failed, key=lambda row: (_WORST_CASE_FIRST.index(row.status), -(row.parity_worst or 0.0)))
 
     @property
     def parity_worst(self) -> float | None:
@@ -80,13 +88,13 @@ class Audit:
         could_run = {row.backend for row in self.records if row.status not in (Status.unsupported, Status.oom)}
         return tuple(backend for backend in self.backends if backend not in could_run)
 
-    def cell(self, backend: str, check: str) -> Cell:
+    def cell(self, backend: str, check: str) -> AuditCell:
         """One backend on one check."""
         rows = tuple(row for row in self.records if (row.backend, row.check) == (backend, check))
-        return Cell(backend, check, rows)
+        return AuditCell(backend, check, rows)
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[AuditCell]:
         """Check by check."""
         return [self.cell(backend, check) for check in self.checks for backend in self.backends]
 

@@ -37,7 +37,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Line:
+class ForecastLine:
     """Of the jobs of an EP size and backend. `time_s` is of those that have one, `num_untimed` have none."""
 
     ep_size: int
@@ -48,7 +48,7 @@ class Line:
     num_untimed: int
 
 
-class Measured:
+class KnownTimes:
     """The seconds of measured jobs, found by what they are near to."""
 
     def __init__(self, frame: pd.DataFrame) -> None:
@@ -83,10 +83,10 @@ def _place(case: Case) -> tuple[float, float, float]:
     return math.log2(numbers * ITEMSIZE[case.dtype]), math.log2(rows), math.log2(case.ep_size)
 
 
-def measured_jobs(folders: Sequence[Path] | None = None) -> Measured | None:
+def measured_jobs(folders: Sequence[Path] | None = None) -> KnownTimes | None:
     """Those in the results folders, default the published ones; None where there are none to open."""
     try:
-        return Measured(load_all(default_folders() if folders is None else folders))
+        return KnownTimes(load_all(default_folders() if folders is None else folders))
     except ResultsError:
         return None
 
@@ -100,13 +100,15 @@ class Forecast:
     based_on: str  # which measured jobs the times are of; empty without any
 
     @property
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[ForecastLine]:
         """A line for each EP size and backend, in the order of the jobs but by EP size."""
         groups: dict[tuple[int, str], list[Estimate]] = {}
         for job, estimate in zip(self.jobs, self.estimates, strict=True):
             groups.setdefault((job.case.ep_size, job.backend), []).append(estimate)
         ordered = sorted(groups.items(), key=lambda item: item[0][0])
-        return [Line(*key, len(some), max(one.memory_bytes for one in some), *_time(some)) for key, some in ordered]
+        return [
+            ForecastLine(*key, len(some), max(one.memory_bytes for one in some), *_time(some)) for key, some in ordered
+        ]
 
     @property
     def memory_bytes(self) -> int:
@@ -128,7 +130,7 @@ class Forecast:
         return {"num_jobs": len(self.jobs), **whole, "lines": [asdict(line) for line in self.lines]}
 
 
-def forecast(jobs: Sequence[Job], measured: Measured | None) -> Forecast:
+def forecast(jobs: Sequence[Job], measured: KnownTimes | None) -> Forecast:
     """Estimates of the jobs; `measured` says how long like ones took, None for no times."""
     estimates = (
         Estimate(footprint(job).peak_bytes, None if measured is None else measured.time_s(job)) for job in jobs

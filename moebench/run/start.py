@@ -17,7 +17,7 @@ from moebench.run.runfile import SWEEP_NAME, environment_changes
 from moebench.run.runner import Outcome, execute
 
 
-def measure(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome:
+def start_run(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome:
     """Run the plan into its folder. A run that is refused leaves none: the command, set right, may name it again.
 
     The outcome has earlier records too. Raises UsageError where another process writes into the folder.

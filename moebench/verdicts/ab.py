@@ -133,7 +133,7 @@ def _plan(run: RunPlan, a: Revision, b: Revision, threshold: float) -> AbPlan:
     return AbPlan(run, a, b, only_a, only_b, schedule(len(run.jobs) - len(only_a) - len(only_b)), threshold)
 
 
-def compare(plan: AbPlan, on_record: Callable[[Record], None]) -> Iterator[Look]:
+def compare_revisions(plan: AbPlan, on_record: Callable[[Record], None]) -> Iterator[Look]:
     """Measure, and judge at every look, until all is decided or the time is spent.
 
     Raises Interrupted; what was measured is in the folders of both sides, whatever ends this.
@@ -142,7 +142,7 @@ def compare(plan: AbPlan, on_record: Callable[[Record], None]) -> Iterator[Look]
     budget_s, started = plan.run.time_budget_s, time.monotonic()
     outcome, result = Outcome((), 0), GateResult((), plan.threshold, LOOK_FALSE_ALARMS)
 
-    def measure(jobs: Sequence[Job], rounds: range) -> bool:
+    def measure_rounds(jobs: Sequence[Job], rounds: range) -> bool:
         nonlocal outcome
         left_s = None if budget_s is None else budget_s - (time.monotonic() - started)
         planned = [plan.round(jobs, number) for number in rounds]
@@ -160,7 +160,7 @@ def compare(plan: AbPlan, on_record: Callable[[Record], None]) -> Iterator[Look]
         judged = {job.key: job for job in result.jobs}
         return {job: _verdict_on_time(judged.get(job.key[:3])) for job in plan.common}
 
-    for num_rounds in until_decided(plan.common, plan.looks, measure, judge):
+    for num_rounds in until_decided(plan.common, plan.looks, measure_rounds, judge):
         yield Look(num_rounds, result, outcome.num_left)
     for folder in plan.folders:
         write(load(folder), folder)

@@ -15,7 +15,7 @@ from moebench.errors import ResultsError
 from moebench.verdicts.gate import GateResult, Judged, SelfComparison
 from moebench.verdicts.verdict import Severity, Verdict
 
-SCHEMA = 1
+GATE_SCHEMA = 1
 
 
 def _finite(value: Any) -> Any:
@@ -23,7 +23,7 @@ def _finite(value: Any) -> Any:
 
 
 Number = Annotated[float | None, BeforeValidator(_finite)]
-Cell = Annotated[str | int | float | None, BeforeValidator(_finite)]
+CellValue = Annotated[str | int | float | None, BeforeValidator(_finite)]
 
 
 class _Part(BaseModel):
@@ -62,11 +62,11 @@ class GateTime(_Part):
         return "" if self.smallest_effect is None else f"{self.smallest_effect:.1%}"
 
 
-class Pair(_Part):
+class BothSides(_Part):
     """A column's value on both sides."""
 
-    baseline: Cell
-    candidate: Cell
+    baseline: CellValue
+    candidate: CellValue
 
 
 class GateJob(_Part):
@@ -78,11 +78,11 @@ class GateJob(_Part):
     verdict: Verdict
     findings: tuple[GateFinding, ...]
     time: GateTime | None
-    status: Pair
-    time_ms: Pair
-    peak_memory_bytes: Pair
-    saved_memory_bytes: Pair
-    parity_worst: Pair
+    status: BothSides
+    time_ms: BothSides
+    peak_memory_bytes: BothSides
+    saved_memory_bytes: BothSides
+    parity_worst: BothSides
 
     @classmethod
     def of(cls, job: Judged) -> Self:
@@ -98,7 +98,7 @@ class GateJob(_Part):
             verdict=job.verdict,
             findings=tuple(GateFinding.model_validate(finding) for finding in job.findings),
             time=time,
-            **{name: Pair(**dict(zip(Pair.model_fields, job.cells(name), strict=True))) for name in columns},
+            **{name: BothSides(**dict(zip(BothSides.model_fields, job.cells(name), strict=True))) for name in columns},
         )
 
     @property
@@ -137,7 +137,7 @@ class GateDifference(_Part):
 class GateDocument(_Part):
     """All verdicts of a gate."""
 
-    schema_version: int = Field(alias="schema", ge=SCHEMA, le=SCHEMA)
+    schema_version: int = Field(alias="schema", ge=GATE_SCHEMA, le=GATE_SCHEMA)
     exit_code: int
     threshold: float
     false_alarms: float
@@ -149,7 +149,7 @@ class GateDocument(_Part):
     @classmethod
     def of(cls, result: GateResult) -> Self:
         return cls(
-            schema=SCHEMA,
+            schema=GATE_SCHEMA,
             exit_code=result.exit_code,
             threshold=result.threshold,
             false_alarms=result.false_alarms,

@@ -40,17 +40,17 @@ def schedule(family_size: int) -> tuple[int, ...]:
 def until_decided(
     family: Sequence[Key],
     looks: Sequence[int],
-    measure: Callable[[Sequence[Key], range], bool],
+    measure_rounds: Callable[[Sequence[Key], range], bool],
     judge: Callable[[], Mapping[Key, Verdict]],
 ) -> Iterator[int]:
     """Measure and judge until every member of the family is decided; yields the number of rounds after each look.
 
-    `measure` is given what is undecided and the numbers of the rounds to measure, and says whether there is time for
-    more. `judge` judges the whole family.
+    `measure_rounds` is given what is undecided and the numbers of the rounds to measure, and says whether there is time
+    for more. `judge` judges the whole family.
     """
     undecided, done = list(family), 0
     for rounds in looks:
-        has_time = measure(undecided, range(done, rounds))
+        has_time = measure_rounds(undecided, range(done, rounds))
         done = rounds
         verdicts = judge()
         yield done

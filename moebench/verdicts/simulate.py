@@ -122,7 +122,7 @@ def plant(
     return found
 
 
-def rate(found: Sequence[Planted]) -> Rate:
+def detection_rate(found: Sequence[Planted]) -> Rate:
     """Of slowed jobs, those that were found."""
     return Rate(sum(some.is_found for some in found), len(found))
 
@@ -138,7 +138,9 @@ def smallest_found(recorded: Sequence[JobNoise], setting: Setting, num_gates: in
     Whatever the setting's threshold: an effect below it, which the gate lets pass, is found if it is shown.
     """
     found = plant(recorded, replace(setting, threshold=0.0), EFFECTS, num_gates, seed)
-    enough = [effect for effect in EFFECTS if rate([some for some in found if some.effect == effect]).share >= POWER]
+    enough = [
+        effect for effect in EFFECTS if detection_rate([some for some in found if some.effect == effect]).share >= POWER
+    ]
     return min(enough, default=math.inf)
 
 
@@ -157,7 +159,7 @@ def table(recorded: Sequence[JobNoise], settings: Sequence[Setting], between: st
         visible = seen(found, setting.threshold)
         cells = (
             *(f"{setting.rounds[0]} and {setting.rounds[1]}", between),
-            *(false_alarms(recorded, setting, num_gates), rate(visible), Rate(len(visible), len(found))),
+            *(false_alarms(recorded, setting, num_gates), detection_rate(visible), Rate(len(visible), len(found))),
             f"{smallest_found(recorded, setting, num_gates):.1%}",
         )
         yield "| " + " | ".join(map(str, cells)) + " |"

@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Peers:
+class Ranks:
     """This process among the `size` ranks of expert parallelism. Every method is called by all ranks alike."""
 
     rank: int = 0
@@ -70,38 +70,38 @@ class Peers:
             dist.barrier(group=self.group)
 
 
-ALONE = Peers()
+ALONE = Ranks()
 #: A rank that fails looks so long whether another has ended, before it takes the failure for its own.
 GONE_WITHIN_S = 2.0
 
 
-def join(device: torch.device, timeout_s: float) -> Peers:
+def join(device: torch.device, timeout_s: float) -> Ranks:
     """The group that torch.distributed's launcher started this process in: gloo on a CPU, NCCL on GPUs."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return Peers()
+        return Ranks()
     on_gpu = device.type == "cuda"
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("ep",))
-    return Peers(dist.get_rank(), size, mesh)
+    return Ranks(dist.get_rank(), size, mesh)
 
 
-def leave(peers: Peers) -> None:
+def leave(ranks: Ranks) -> None:
     """Free what the ranks share."""
-    if peers.mesh is not None:
+    if ranks.mesh is not None:
         from experts.dispatch.deepep import destroy_buffers
 
         destroy_buffers()
         dist.destroy_process_group()
 
 
-def someone_is_gone(ranks: Sequence[tuple[str, int]]) -> bool:
-    """Whether one of the ranks, each (machine, process id), has ended, or does soon. Sees those of this machine.
+def someone_is_gone(processes: Sequence[tuple[str, int]]) -> bool:
+    """Whether one of the processes, each (machine, process id), has ended, or does soon. Sees those of this machine.
 
     A process closes its connections, which others notice, a moment before it has ended.
     """
-    others = [pid for machine, pid in ranks if machine == platform.node() and pid != os.getpid()]
+    others = [pid for machine, pid in processes if machine == platform.node() and pid != os.getpid()]
     deadline = time.monotonic() + GONE_WITHIN_S
     while others and time.monotonic() < deadline:
         if any(_has_ended(pid) for pid in others):

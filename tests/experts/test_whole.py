@@ -54,7 +54,7 @@ def test_saved_bytes(save: str, kept_rows: int) -> None:
     config = moe_config(dim=64, moe_inter_dim=48)
     made, batch = layer(save, dim=64, moe_inter_dim=48, expert_bias=False), random_batch(config, num_tokens=100)
     x, weights = batch.x.requires_grad_(), batch.weights.requires_grad_()
-    found = memory.measure(
+    found = memory.measure_memory(
         lambda: made(x, batch.token_mask, weights, batch.indices), lambda output: output.backward(batch.grad), CPU
     )
     rows, maps = 100 * config.n_activated_experts, config.n_routed_experts * 4
@@ -180,7 +180,7 @@ def test_peak_of_a_train_step(save: str) -> None:
     def step() -> memory.Memory:
         made.zero_grad(set_to_none=True)
         x.grad = weights.grad = None
-        return memory.measure(
+        return memory.measure_memory(
             lambda: made(x, batch.token_mask, weights, batch.indices),
             lambda output: output.backward(batch.grad),
             torch.device("cuda"),

@@ -19,7 +19,7 @@ from experts import BackendConfig, GroupedExperts
 from experts.registry import Backend
 from moebench.measure import subject as subject_module
 from moebench.measure.cache import Workload
-from moebench.measure.job import measure
+from moebench.measure.job import measure_job
 from moebench.parity.checks import CHECKS, suite_jobs
 from moebench.results.record import Status
 from moebench.workload.case import DTYPES, Job
@@ -101,7 +101,7 @@ def over_budget(build: type[nn.Module], job: Job, workload: Workload) -> float:
     backend = Backend(job.backend, build, lambda device, config: None, getattr(build, "fp8", None))
     with mock.patch.object(subject_module, "get_backend", return_value=backend):
         try:
-            found = measure(job, workload, None)
+            found = measure_job(job, workload, None)
         except Exception:
             return math.inf
     assert found["status"] in (Status.ok, Status.mismatch), found

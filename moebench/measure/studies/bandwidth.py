@@ -27,22 +27,22 @@ from moebench.measure.worker import pick_device
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs, make_inputs, moe_config
 from moebench.workload.models import MODELS
-from moebench.workload.ranks import Peers, join, leave
+from moebench.workload.ranks import Ranks, join, leave
 
 Way = Callable[[], object]
 
 
-def raw_ways(name: str, inputs: Inputs, sent: Dispatched, config: MoEConfig, peers: Peers) -> tuple[Way, Way]:
+def raw_ways(name: str, inputs: Inputs, sent: Dispatched, config: MoEConfig, ranks: Ranks) -> tuple[Way, Way]:
     """The library calls that move the rows of `sent` out, and rows of its shape back, with nothing around them."""
     y_RD = torch.randn_like(sent.x_RD)
     if name == "allgather":
-        return lambda: all_gather_rows(inputs.x_TD, peers.group), lambda: reduce_scatter_rows(y_RD, peers.group)
+        return lambda: all_gather_rows(inputs.x_TD, ranks.group), lambda: reduce_scatter_rows(y_RD, ranks.group)
     if name == "alltoall":
         route = sent.origin
         rows_ND = inputs.x_TD.index_select(0, route.by_rank.row_to_token_N[: sum(route.send)])
         return (
-            lambda: all_to_all_rows(rows_ND, route.send, route.receive, peers.group),
-            lambda: all_to_all_rows(y_RD, route.receive, route.send, peers.group),
+            lambda: all_to_all_rows(rows_ND, route.send, route.receive, ranks.group),
+            lambda: all_to_all_rows(y_RD, route.receive, route.send, ranks.group),
         )
     route, indices_TK, weights_TK = sent.origin, inputs.active_indices_TK, inputs.weights_TK
     buffer = route.buffer()
@@ -64,30 +64,30 @@ def raw_ways(name: str, inputs: Inputs, sent: Dispatched, config: MoEConfig, pee
     return dispatch, lambda: buffer.combine(y_RD, route.handle)
 
 
-def measure(name: str, case: Case, device: torch.device, peers: Peers) -> list[dict[str, Any]]:
+def measure_dispatcher(name: str, case: Case, device: torch.device, ranks: Ranks) -> list[dict[str, Any]]:
     """A row for each way: milliseconds and GB/s of the dispatcher and of the raw call, and their ratio."""
-    config, inputs = moe_config(case), make_inputs(case, device, peers.rank)
-    dispatcher: Dispatcher = make_dispatcher(name, peers.group, config)
+    config, inputs = moe_config(case), make_inputs(case, device, ranks.rank)
+    dispatcher: Dispatcher = make_dispatcher(name, ranks.group, config)
     arguments = inputs.x_TD, inputs.weights_TK, inputs.active_indices_TK
     sent = dispatcher.dispatch(*arguments)
     y_RD = torch.randn_like(sent.x_RD)
     ours = (lambda: dispatcher.dispatch(*arguments), lambda: dispatcher.combine(y_RD, sent))
-    raw = raw_ways(name, inputs, sent, config, peers)
+    raw = raw_ways(name, inputs, sent, config, ranks)
     policy = TimingPolicy.default(device)
-    gigabytes = peers.largest(sent.x_RD.nbytes) / 1e9
+    gigabytes = ranks.largest(sent.x_RD.nbytes) / 1e9
     rows: list[dict[str, Any]] = []
     for way, our_call, raw_call in zip(("dispatch", "combine"), ours, raw, strict=True):
-        our_ms, raw_ms = (_median_ms(call, device, policy, peers) for call in (our_call, raw_call))
+        our_ms, raw_ms = (_median_ms(call, device, policy, ranks) for call in (our_call, raw_call))
         speeds = {"gb_per_s": gigabytes / our_ms * 1e3, "raw_gb_per_s": gigabytes / raw_ms * 1e3}
         what = {"dispatcher": name, "way": way, "model": case.model, "num_tokens": case.num_tokens}
         rows.append({**what, "ms": our_ms, "raw_ms": raw_ms, **speeds, "fraction": raw_ms / our_ms})
     return rows
 
 
-def _median_ms(call: Way, device: torch.device, policy: TimingPolicy, peers: Peers) -> float:
+def _median_ms(call: Way, device: torch.device, policy: TimingPolicy, ranks: Ranks) -> float:
     for _ in range(3):
         call()
-    return timing.measure([call], device, policy, peers=peers).time_ms
+    return timing.time_stages([call], device, policy, ranks=ranks).time_ms
 
 
 @torch.no_grad()
@@ -103,16 +103,16 @@ def main(
     on = pick_device(device)
     if on.type == "cuda":
         torch.cuda.set_device(on)
-    peers = join(on, timeout_s=120)
+    ranks = join(on, timeout_s=120)
     rows = []
     for count in num_tokens or [4096]:
-        case = Case(model=model, num_tokens=count, ep_size=peers.size, **MODELS[model])  # type: ignore[arg-type]
+        case = Case(model=model, num_tokens=count, ep_size=ranks.size, **MODELS[model])  # type: ignore[arg-type]
         for name in dispatcher_names():
             if dispatcher_unsupported(name, on, moe_config(case)) is None:
-                rows += measure(name, case, on, peers)
-    if peers.rank == 0:
+                rows += measure_dispatcher(name, case, on, ranks)
+    if ranks.rank == 0:
         _tell(rows, on, out)
-    leave(peers)
+    leave(ranks)
 
 
 def _tell(rows: list[dict[str, Any]], device: torch.device, out: Path | None) -> None:

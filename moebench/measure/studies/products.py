@@ -21,7 +21,7 @@ BACKENDS = ("torch_mm", "torch_mm_save_time", "triton", "gmm", "gmm_save_time", 
 
 
 @dataclass(frozen=True)
-class Work:
+class CountedCall:
     """A call and what it must do at least: bytes read and written, or floating-point operations."""
 
     name: str
@@ -95,15 +95,15 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def of_backend(
     backend: str, inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, rows: Permutation
-) -> Iterator[Work]:
+) -> Iterator[CountedCall]:
     """A backend's products alone and its layer: forward without gradients, then a train step."""
     own = alone(backend, inputs, parameters, config, rows)
     flops = 2 * rows.num_rows * (parameters["gate_and_up_projs"][0].numel() + parameters["down_projs"][0].numel())
     forward, train = passes(layer_of(backend, parameters, config), inputs)
-    yield Work(f"{backend}: products, forward", own.forward, num_flops=flops)
-    yield Work(f"{backend}: layer, forward", forward, num_flops=flops)
-    yield Work(f"{backend}: products, train", own.train, num_flops=3 * flops)
-    yield Work(f"{backend}: layer, train", train, num_flops=3 * flops)
+    yield CountedCall(f"{backend}: products, forward", own.forward, num_flops=flops)
+    yield CountedCall(f"{backend}: layer, forward", forward, num_flops=flops)
+    yield CountedCall(f"{backend}: products, train", own.train, num_flops=3 * flops)
+    yield CountedCall(f"{backend}: layer, train", train, num_flops=3 * flops)
 
 
 def layer_of(backend: str, parameters: dict[str, Tensor], config: MoEConfig) -> nn.Module:

@@ -23,7 +23,7 @@ from experts.registry import get_backend
 from experts.steps import make_of_steps, steps_on
 from moebench.machine import environment
 from moebench.measure import timing
-from moebench.measure.studies.products import BACKENDS, Work, of_backend
+from moebench.measure.studies.products import BACKENDS, CountedCall, of_backend
 from moebench.measure.timing import TimingPolicy
 from moebench.measure.worker import pick_device
 from moebench.workload.case import Case
@@ -34,7 +34,9 @@ COPY_BYTES = 1 << 30
 WARM_UPS = 3
 
 
-def memory_bound(inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, copy_bytes: int) -> Iterator[Work]:
+def memory_bound(
+    inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, copy_bytes: int
+) -> Iterator[CountedCall]:
     """A copy, then each step, with the bytes of its largest tensors."""
     x_TD, weights_TK = inputs.x_TD, inputs.weights_TK
     steps, e = steps_on(x_TD.device, x_TD.dtype), x_TD.element_size()
@@ -48,33 +50,35 @@ def memory_bound(inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfi
     source = torch.ones(copy_bytes // 2, dtype=torch.uint8, device=x_TD.device)
     target = torch.empty_like(source)
 
-    yield Work("copy", lambda: target.copy_(source), copy_bytes)
+    yield CountedCall("copy", lambda: target.copy_(source), copy_bytes)
     # the indices twice; three maps
     sort = (inputs.active_indices_TK, 0, config.n_routed_experts)
-    yield Work("sort_by_expert", lambda: steps.sort_by_expert(*sort), rows * 8 * 5)
-    yield Work("gather_rows", lambda: steps.gather_rows(x_TD, permutation), (tokens + rows) * dim * e)
-    yield Work("activate", lambda: steps.activate(h_NH, *looked_up), rows * (width + inter) * e)
-    yield Work(
+    yield CountedCall("sort_by_expert", lambda: steps.sort_by_expert(*sort), rows * 8 * 5)
+    yield CountedCall("gather_rows", lambda: steps.gather_rows(x_TD, permutation), (tokens + rows) * dim * e)
+    yield CountedCall("activate", lambda: steps.activate(h_NH, *looked_up), rows * (width + inter) * e)
+    yield CountedCall(
         "sum_rows",
         lambda: steps.sum_rows(y_ND, permutation, None if down_bias is None else weights_TK, down_bias),
         (tokens + rows) * dim * e,
     )
-    yield Work(
+    yield CountedCall(
         "activate_backward",  # over the same memory again and again: its numbers go astray, its time does not
         lambda: steps.activate_backward(h_NH, a_NI, *looked_up, again=True),
         rows * 2 * (width + inter) * e,
     )
     if up_bias is not None:
-        yield Work("sum_by_expert (up)", lambda: steps.sum_by_expert(h_NH, permutation), rows * width * e)
-        yield Work("sum_by_expert (down)", lambda: steps.sum_by_expert(y_ND, permutation, weights_TK), rows * dim * e)
-        yield Work("dot_rows", lambda: steps.dot_rows(x_TD, permutation, None, down_bias), tokens * dim * e)
+        yield CountedCall("sum_by_expert (up)", lambda: steps.sum_by_expert(h_NH, permutation), rows * width * e)
+        yield CountedCall(
+            "sum_by_expert (down)", lambda: steps.sum_by_expert(y_ND, permutation, weights_TK), rows * dim * e
+        )
+        yield CountedCall("dot_rows", lambda: steps.dot_rows(x_TD, permutation, None, down_bias), tokens * dim * e)
 
 
-def measure(work: Work, device: torch.device, policy: TimingPolicy) -> dict[str, Any]:
+def measure_step(work: CountedCall, device: torch.device, policy: TimingPolicy) -> dict[str, Any]:
     """A row: milliseconds, and the speed of what there is to do."""
     for _ in range(WARM_UPS):
         work.call()
-    ms = timing.measure([work.call], device, policy).time_ms
+    ms = timing.time_stages([work.call], device, policy).time_ms
     row: dict[str, Any] = {"name": work.name, "ms": ms}
     if work.num_bytes:
         return {**row, "gb_per_s": work.num_bytes / ms / 1e6}
@@ -106,10 +110,12 @@ def main(
     inputs, parameters = make_inputs(case, on), make_parameters(case, on)
     policy = TimingPolicy(TimingPolicy.default(on).interval_target, time_cap_s)
     copy_bytes = COPY_BYTES if on.type == "cuda" else COPY_BYTES >> 4
-    steps = [measure(work, on, policy) for work in memory_bound(inputs, parameters, config, copy_bytes)]
+    steps = [measure_step(work, on, policy) for work in memory_bound(inputs, parameters, config, copy_bytes)]
     rows = steps_on(on).sort_by_expert(inputs.active_indices_TK, 0, config.n_routed_experts)
     wholes = [
-        measure(work, on, policy) for name in backend for work in of_backend(name, inputs, parameters, config, rows)
+        measure_step(work, on, policy)
+        for name in backend
+        for work in of_backend(name, inputs, parameters, config, rows)
     ]
     for row in steps:
         row["fraction"] = row["gb_per_s"] / steps[0]["gb_per_s"]

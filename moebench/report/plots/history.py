@@ -73,7 +73,7 @@ def _frame(ax: Axes, points: pd.DataFrame) -> None:
     ax.set_xlabel("began (UTC)" + ("; dotted: another machine or software" if changed.any() else ""))
 
 
-def draw(rows: pd.DataFrame, path: Path) -> None:
+def draw_history(rows: pd.DataFrame, path: Path) -> None:
     """Write the plot of a history as PNG or SVG, by the path's suffix. Raises ResultsError for another suffix."""
     if path.suffix not in (".png", ".svg"):
         raise ResultsError(f"{path}: a plot is written as .png or .svg; name it so")

@@ -20,7 +20,7 @@ def workload(model: str, asked: Case) -> str:
     return ", ".join([model, *words, f"{asked.routing} routing"])
 
 
-def document(asked: Case, advices: Sequence[Advice]) -> dict[str, Any]:
+def advise_json(asked: Case, advices: Sequence[Advice]) -> dict[str, Any]:
     """Advice for machines: candidates of each machine, the fastest first."""
     return {
         "question": asked.model_dump(),

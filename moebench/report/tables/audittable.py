@@ -9,7 +9,7 @@ from rich.text import Text
 
 from moebench.report.tables.cells import DIM, STATUS_STYLES, status_text
 from moebench.results.record import Record, Status
-from moebench.run.audit import Audit, Cell
+from moebench.run.audit import Audit, AuditCell
 from moebench.workload.axes import listed
 
 
@@ -52,7 +52,7 @@ def _details(audit: Audit) -> Iterator[Text]:
         yield Text(f"{backend}: not examined: none of its cases could run", style="bold")
 
 
-def cell_words(cell: Cell) -> str:
+def cell_words(cell: AuditCell) -> str:
     """How a backend fared on a check: `ok 0.31`, `MISMATCH 4.2` or its status."""
     match cell.status:
         case None:
@@ -65,7 +65,7 @@ def cell_words(cell: Cell) -> str:
             return status_text(status)
 
 
-def _cell_text(cell: Cell) -> Text:
+def _cell_text(cell: AuditCell) -> Text:
     good = cell.status in (None, Status.ok)
     return Text(cell_words(cell), style="" if good else STATUS_STYLES.get(cell.status, "bold red"))  # type: ignore[arg-type]
 

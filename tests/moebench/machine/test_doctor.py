@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moebench.machine import doctor as module
-from moebench.machine.doctor import REMEDIES, Finding, doctor
+from moebench.machine.doctor import REMEDIES, Diagnosis, doctor
 from moebench.machine.versions import DISTRIBUTIONS
 
 UUID = "GPU-00000000-0000-0000-0000-000000000001"
@@ -44,7 +44,7 @@ def test_a_machine_without_gpu_has_no_problem(fake_nvml):
     assert problems() == {}
     assert found["gpu"].level == "missing"
     assert found["torch"].level == "ok"
-    assert found["numpy"] == Finding("ok", "numpy", version("numpy"))
+    assert found["numpy"] == Diagnosis("ok", "numpy", version("numpy"))
 
 
 def test_every_line_is_one_line_and_starts_with_its_level(h200):
@@ -66,7 +66,7 @@ def test_what_is_missing_comes_with_a_command_that_exists(fake_nvml, monkeypatch
 def test_an_idle_gpu_is_no_problem(h200):
     assert problems() == {}
     (gpu,) = [finding for finding in doctor() if finding.name == "gpu 0"]
-    assert gpu == Finding("ok", "gpu 0", "NVIDIA H200, 140 GiB, driver 580.159.03")
+    assert gpu == Diagnosis("ok", "gpu 0", "NVIDIA H200, 140 GiB, driver 580.159.03")
 
 
 def test_a_gpu_in_use_by_another_process(h200):

@@ -98,9 +98,9 @@ def test_the_parts_add_up_to_the_forward_but_for_what_is_around_them(clock):
 
 def test_waiting_for_the_other_ranks_to_start_is_in_no_part(clock):
     layer = Layer(clock)
-    peers = Others([0.0, 0.0, 0.0], clock, late_ms=50.0)
-    assert breakdown(layer, layer.forward, CPU, peers) == parts(1.0, 2.0, 0.5)
-    assert peers.num_aligned == SAMPLES
+    ranks = Others([0.0, 0.0, 0.0], clock, late_ms=50.0)
+    assert breakdown(layer, layer.forward, CPU, ranks) == parts(1.0, 2.0, 0.5)
+    assert ranks.num_aligned == SAMPLES
 
 
 def test_a_part_is_a_median_so_that_one_hiccup_is_none(clock):

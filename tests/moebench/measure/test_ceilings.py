@@ -57,7 +57,7 @@ def test_products_do_the_work_that_tflops_are_counted_by(mode, count, activation
 
 def test_measured_on_a_cpu_there_is_no_grouped_kernel_nor_a_collective_and_warm_bytes_are_no_bound():
     made, inputs = work()
-    found = ceilings.measure(made, inputs, "local", fp8=False, copy=10.0, cold=False, peers=ALONE)
+    found = ceilings.measure_ceilings(made, inputs, "local", fp8=False, copy=10.0, cold=False, ranks=ALONE)
     assert (found.grouped_ms, found.collective_ms, found.least_bytes) == (None, None, 0)
     assert found.dense_ms > 0
     assert found.roofline_ms == found.dense_ms
@@ -67,18 +67,18 @@ def test_measured_on_a_cpu_there_is_no_grouped_kernel_nor_a_collective_and_warm_
 def test_ceilings_are_measured_with_a_cache_as_the_case_has_it(monkeypatch, cold):
     seen = []
 
-    def measure(calls, device, policy, **options):
+    def time_stages(calls, device, policy, **options):
         seen.append(policy.cold_l2)
         return SimpleNamespace(time_ms=1.0)
 
-    monkeypatch.setattr(ceilings.timing, "measure", measure)
-    ceilings.measure(*work(), "local", fp8=False, copy=10.0, cold=cold, peers=ALONE)
+    monkeypatch.setattr(ceilings.timing, "time_stages", time_stages)
+    ceilings.measure_ceilings(*work(), "local", fp8=False, copy=10.0, cold=cold, ranks=ALONE)
     assert seen == [cold]
 
 
 def test_without_rows_there_is_no_product():
     made, inputs = work(masked_share=1.0)
-    found = ceilings.measure(made, inputs, "local", fp8=False, copy=10.0, cold=True, peers=ALONE)
+    found = ceilings.measure_ceilings(made, inputs, "local", fp8=False, copy=10.0, cold=True, ranks=ALONE)
     assert found.dense_ms is None
     assert found.roofline_ms == pytest.approx(2 * 40 * 16 * 4 / 10e9 * 1e3)
 

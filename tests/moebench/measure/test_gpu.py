@@ -30,7 +30,7 @@ def gpu():
 def measured(stages, gpu, *, cold_l2=True, prepare=lambda: None, target=0.005, cap_s=0.5):
     for stage in stages:
         stage()
-    return timing.measure(stages, gpu, TimingPolicy(target, cap_s, cold_l2), prepare)
+    return timing.time_stages(stages, gpu, TimingPolicy(target, cap_s, cold_l2), prepare)
 
 
 def wait(milliseconds):
@@ -149,7 +149,7 @@ def test_known_allocations_are_exact(gpu):
         del first
         return second
 
-    found = memory.measure(forward, None, gpu)
+    found = memory.measure_memory(forward, None, gpu)
     assert (found.peak_bytes, found.saved_bytes) == (48 * MIB, None)
 
 
@@ -157,7 +157,7 @@ def test_what_forward_saves_and_what_backward_adds_are_exact(gpu):
     """exp keeps its result; at the peak of its backward there are also the output's gradient and that of x."""
     x = torch.zeros(MIB, device=gpu, requires_grad=True)
     grad = torch.ones(MIB, device=gpu)
-    found = memory.measure(lambda: x.exp() * 2, lambda output: output.backward(grad), gpu)
+    found = memory.measure_memory(lambda: x.exp() * 2, lambda output: output.backward(grad), gpu)
     assert found.saved_bytes == 4 * MIB
     assert found.peak_bytes >= 12 * MIB
     assert found.peak_bytes % (4 * MIB) == 0
@@ -166,7 +166,7 @@ def test_what_forward_saves_and_what_backward_adds_are_exact(gpu):
 def test_what_is_reserved_is_whole_segments(gpu):
     """The allocator rounds a request of more than 10 MiB up to 2 MiB, and keeps it when the tensor is gone."""
     size = 1024 * MIB + MIB // 2  # more than other tests' segments have room for
-    found = memory.measure(lambda: torch.empty(size, dtype=torch.uint8, device=gpu), None, gpu)
+    found = memory.measure_memory(lambda: torch.empty(size, dtype=torch.uint8, device=gpu), None, gpu)
     assert (found.peak_bytes, found.reserved_bytes) == (size, 1026 * MIB)
 
 
@@ -174,7 +174,7 @@ def test_what_lives_before_the_call_and_what_died_do_not_count(gpu):
     alive = torch.empty(64 * MIB, dtype=torch.uint8, device=gpu)
     dead = torch.empty(64 * MIB, dtype=torch.uint8, device=gpu)
     del dead
-    found = memory.measure(lambda: torch.empty(2 * MIB, dtype=torch.uint8, device=gpu), None, gpu)
+    found = memory.measure_memory(lambda: torch.empty(2 * MIB, dtype=torch.uint8, device=gpu), None, gpu)
     assert found.peak_bytes == 2 * MIB
     del alive
 

@@ -11,7 +11,7 @@ import torch
 from experts import GroupedExperts
 from experts.registry import Backend
 from moebench.measure.cache import Workload
-from moebench.measure.job import measure
+from moebench.measure.job import measure_job
 from moebench.measure.timing import TimingPolicy
 from moebench.results.record import SPEED_FIELDS, Record, Status
 from moebench.run.runner import Plan, execute
@@ -149,7 +149,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
 
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_forward_runs_without_gradients_and_train_with(recorder, mode):
-    measured = measure(Job(case=case("float32", mode), backend="recorder"), Workload(CPU), POLICY)
+    measured = measure_job(Job(case=case("float32", mode), backend="recorder"), Workload(CPU), POLICY)
     assert measured["status"] is Status.ok
     # the last call checks the output once more after timing, without gradients
     assert {enabled for _, enabled in recorder.calls[:-1]} == {mode == "train"}
@@ -172,7 +172,7 @@ def test_what_goes_wrong_while_it_is_timed_is_a_mismatch(monkeypatch):
     monkeypatch.setattr(
         "moebench.measure.subject.get_backend", lambda name: Backend("worn", Worn, lambda device, config: None)
     )
-    measured = measure(Job(case=case("float32", "forward"), backend="worn"), Workload(CPU), POLICY)
+    measured = measure_job(Job(case=case("float32", "forward"), backend="worn"), Workload(CPU), POLICY)
     assert (measured["status"], measured["parity_worst_tensor"]) == (Status.mismatch, "output")
     assert "time_ms" not in measured
 
@@ -180,7 +180,7 @@ def test_what_goes_wrong_while_it_is_timed_is_a_mismatch(monkeypatch):
 def test_backends_of_a_case_get_the_same_inputs_and_none_gets_anothers_tensors(recorder):
     workload = Workload(CPU)
     for _ in range(2):
-        measure(Job(case=case("float32"), backend="recorder"), workload, POLICY)
+        measure_job(Job(case=case("float32"), backend="recorder"), workload, POLICY)
     first, last = recorder.calls[0][0], recorder.calls[-1][0]
     torch.testing.assert_close(first.detach(), last, equal_nan=True, rtol=0, atol=0)
     assert first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr()
@@ -197,12 +197,12 @@ def test_parameters_are_kept_across_cases_that_share_them_and_made_anew_for_othe
 @pytest.mark.parametrize("backend", RIGHT)
 def test_no_tokens_and_no_active_tokens_are_cases_like_others(backend):
     for one in (case("float32", num_tokens=0), case("float32", masked_share=1.0)):
-        measured = measure(Job(case=one, backend=backend), Workload(CPU), POLICY)
+        measured = measure_job(Job(case=one, backend=backend), Workload(CPU), POLICY)
         assert (measured["status"], measured["parity_worst"]) == (Status.ok, 0.0)
 
 
 def test_what_an_engine_cannot_take_is_unsupported_with_the_rule():
-    measured = measure(Job(case=case("float64"), backend="torch_mm"), Workload(CPU), POLICY)
+    measured = measure_job(Job(case=case("float64"), backend="torch_mm"), Workload(CPU), POLICY)
     assert measured["status"] is Status.unsupported
     assert "float64" in measured["detail"]
     assert measured.keys() == {"status", "detail"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moebench.measure.memory import StorageTracker, measure
+from moebench.measure.memory import StorageTracker, measure_memory
 
 CPU = torch.device("cpu")
 KIB = 1024
@@ -84,27 +84,27 @@ def test_forward_alone(again):
         del first
         return second[: KIB // 4] + 1
 
-    assert measure(forward, None, CPU).peak_bytes == 32 * KIB
-    assert measure(forward, None, CPU).saved_bytes is None
+    assert measure_memory(forward, None, CPU).peak_bytes == 32 * KIB
+    assert measure_memory(forward, None, CPU).saved_bytes is None
 
 
 def test_what_forward_saves_for_backward():
     """exp keeps its result, of 8 KiB; multiplication by a number keeps nothing; the output is the caller's."""
     x = torch.zeros(2 * KIB, requires_grad=True)
-    measured = measure(lambda: x.exp() * 2, lambda output: output.backward(torch.ones(2 * KIB)), CPU)
+    measured = measure_memory(lambda: x.exp() * 2, lambda output: output.backward(torch.ones(2 * KIB)), CPU)
     assert measured.saved_bytes == 8 * KIB
 
 
 def test_nothing_is_saved_where_nothing_is_kept():
     x = torch.zeros(2 * KIB, requires_grad=True)
-    measured = measure(lambda: (x + 1) * 2, lambda output: output.backward(torch.ones(2 * KIB)), CPU)
+    measured = measure_memory(lambda: (x + 1) * 2, lambda output: output.backward(torch.ones(2 * KIB)), CPU)
     assert measured.saved_bytes == 0
 
 
 def test_backward_counts_into_the_peak():
     """Output 8, gradient of it 8, then the gradient of x 8 more, which stays: 24 KiB, of which forward had 8."""
     x = torch.zeros(2 * KIB, requires_grad=True)
-    measured = measure(lambda: x * 2, lambda output: output.backward(torch.ones(2 * KIB)), CPU)
+    measured = measure_memory(lambda: x * 2, lambda output: output.backward(torch.ones(2 * KIB)), CPU)
     assert (measured.peak_bytes, measured.saved_bytes) == (24 * KIB, 0)
     assert x.grad is not None
 
@@ -113,14 +113,14 @@ def test_parameters_and_inputs_are_in_the_floor():
     layer = nn.Linear(256, 256, bias=False)
     x = torch.zeros(16, 256)
     with torch.no_grad():
-        assert measure(lambda: layer(x), None, CPU).peak_bytes == 16 * 256 * 4
+        assert measure_memory(lambda: layer(x), None, CPU).peak_bytes == 16 * 256 * 4
 
 
 def test_a_linear_layer_saves_nothing_of_its_own_and_its_backward_writes_both_gradients():
     layer = nn.Linear(256, 256, bias=False)
     x = torch.zeros(16, 256, requires_grad=True)
     grad = torch.ones(16, 256)
-    measured = measure(lambda: layer(x), lambda output: output.backward(grad), CPU)
+    measured = measure_memory(lambda: layer(x), lambda output: output.backward(grad), CPU)
     assert measured.saved_bytes == 0
     assert measured.peak_bytes == (16 * 256 + 16 * 256 + 256 * 256) * 4
 
@@ -132,4 +132,4 @@ def test_only_memory_of_the_call_is_counted_not_of_those_before():
         kept.append(kib(4))
         return kept[-1]
 
-    assert [measure(forward, None, CPU).peak_bytes for _ in range(3)] == [4 * KIB] * 3
+    assert [measure_memory(forward, None, CPU).peak_bytes for _ in range(3)] == [4 * KIB] * 3

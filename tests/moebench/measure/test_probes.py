@@ -9,7 +9,7 @@ from experts import GroupedExperts, Unsupported
 from experts.registry import get_backend
 from moebench.measure import probes
 from moebench.measure.cache import Workload
-from moebench.measure.job import measure
+from moebench.measure.job import measure_job
 from moebench.measure.subject import backend_of, make_subject
 from moebench.parity.checks import BASE, suite_jobs
 from moebench.results.record import Status
@@ -79,14 +79,14 @@ def test_a_weight_of_zero_has_a_gradient_that_is_measured():
 
 
 def test_an_examined_job_has_an_error_and_no_time():
-    found = measure(job("masked-tokens"), Workload(CPU), None)
+    found = measure_job(job("masked-tokens"), Workload(CPU), None)
     assert (found["status"], found["deterministic"]) == (Status.ok, True)
     assert found["parity_worst"] <= 1
     assert "time_ms" not in found
 
 
 def test_what_ran_is_told():
-    found = measure(job("fallback", "torch_mm"), Workload(CPU), None)
+    found = measure_job(job("fallback", "torch_mm"), Workload(CPU), None)
     assert found["status"] is Status.ok
     assert found["executed"].startswith("aten::_grouped_mm > ")
 
@@ -108,13 +108,13 @@ def test_runs_that_differ_in_a_bit_are_told_of_and_not_judged(monkeypatch):
 
     right = get_backend("loop")
     monkeypatch.setattr(right.__class__, "build", lambda self, config, dispatcher=None: Flips(config))
-    found = measure(job("masked-tokens"), Workload(CPU), None)
+    found = measure_job(job("masked-tokens"), Workload(CPU), None)
     assert (found["status"], found["deterministic"]) == (Status.ok, False)
 
 
 def test_who_keeps_weights_by_design_is_not_asked_to_see_an_update(monkeypatch):
     monkeypatch.setattr(GroupedExperts, "caches_weights", True, raising=False)
-    found = measure(job("updated-weights"), Workload(CPU), None)
+    found = measure_job(job("updated-weights"), Workload(CPU), None)
     assert found["status"] is Status.unsupported
     assert "a load renews them" in found["detail"]
 

@@ -12,7 +12,7 @@ import torch
 from moebench.machine.nvml import Clock
 from moebench.measure import samplers, timing
 from moebench.measure.samplers import Group
-from moebench.measure.timing import BATCH, CONVERGED_SAMPLES, TimingPolicy, measure
+from moebench.measure.timing import BATCH, CONVERGED_SAMPLES, TimingPolicy, time_stages
 from moebench.results.stats import MIN_SAMPLES, relative_half_width, series_interval
 from moebench.workload.ranks import ALONE
 
@@ -59,7 +59,7 @@ def policy(target=0.02, cap_s=10.0):
 
 
 def test_constant_durations_converge_as_soon_as_that_is_no_chance(clock):
-    found = measure([stage(clock, 2.0)], CPU, policy())
+    found = time_stages([stage(clock, 2.0)], CPU, policy())
     assert set(found.samples_ms) == {2.0}
     assert CONVERGED_SAMPLES <= len(found.samples_ms) < CONVERGED_SAMPLES + BATCH
     assert (found.time_ms, found.time_ms_low, found.time_ms_high) == (2.0, 2.0, 2.0)
@@ -69,7 +69,7 @@ def test_constant_durations_converge_as_soon_as_that_is_no_chance(clock):
 
 
 def test_a_call_is_the_sum_of_its_stages_and_each_has_its_median(clock):
-    found = measure([stage(clock, 1.0), stage(clock, 3.0, 3.0, 9.0)], CPU, policy(target=1e-9, cap_s=1.0))
+    found = time_stages([stage(clock, 1.0), stage(clock, 3.0, 3.0, 9.0)], CPU, policy(target=1e-9, cap_s=1.0))
     assert set(found.samples_ms) == {4.0, 10.0}
     assert found.stage_ms == (1.0, 3.0)
     assert found.time_ms == np.median(found.samples_ms) == 4.0
@@ -79,7 +79,7 @@ def test_prepare_runs_before_each_sample_and_is_not_timed(clock):
     calls = []
     stages = [stage(clock, 1.0, calls=calls, name="forward"), stage(clock, 2.0, calls=calls, name="backward")]
     prepare = stage(clock, 50.0, calls=calls, name="prepare")
-    found = measure(stages, CPU, policy(cap_s=100.0), prepare)
+    found = time_stages(stages, CPU, policy(cap_s=100.0), prepare)
     assert calls == ["prepare", "forward", "backward"] * len(found.samples_ms)
     assert set(found.samples_ms) == {3.0}
     assert found.stage_ms == (1.0, 2.0)
@@ -92,7 +92,7 @@ def noise(share, count=5000):
 def test_the_time_cap_ends_what_does_not_converge(clock):
     """A target that would be reached soon after the cap. Every sample taken is kept."""
     calls = []
-    found = measure([stage(clock, *noise(0.1), calls=calls)], CPU, policy(target=0.02, cap_s=1.0))
+    found = time_stages([stage(clock, *noise(0.1), calls=calls)], CPU, policy(target=0.02, cap_s=1.0))
     assert not found.converged
     assert len(found.samples_ms) == len(calls)
     assert 1.0 <= sum(found.samples_ms) / 1e3 < 1.0 + BATCH * 0.014
@@ -100,7 +100,7 @@ def test_the_time_cap_ends_what_does_not_converge(clock):
 
 
 def test_a_target_out_of_reach_costs_a_quarter_of_the_cap(clock):
-    found = measure([stage(clock, *noise(0.1))], CPU, policy(target=0.001, cap_s=4.0))
+    found = time_stages([stage(clock, *noise(0.1))], CPU, policy(target=0.001, cap_s=4.0))
     assert not found.converged
     assert 1.0 <= sum(found.samples_ms) / 1e3 < 1.0 + BATCH * 0.014
 
@@ -109,13 +109,13 @@ def test_the_time_cap_counts_what_prepare_takes(clock, monkeypatch):
     monkeypatch.setattr(timing, "OUT_OF_REACH", math.inf)
     calls = []
     prepare = stage(clock, 100.0)
-    measure([stage(clock, 1.0, 2.0, calls=calls)], CPU, policy(target=1e-9, cap_s=1.0), prepare)
+    time_stages([stage(clock, 1.0, 2.0, calls=calls)], CPU, policy(target=1e-9, cap_s=1.0), prepare)
     assert len(calls) == 10
 
 
 @pytest.mark.parametrize("target", [0.0, 0.02])
 def test_a_call_longer_than_the_time_cap_is_sampled_often_enough_for_an_interval(clock, target):
-    found = measure([stage(clock, 4000.0, 4000.1)], CPU, policy(target=target, cap_s=1.0))
+    found = time_stages([stage(clock, 4000.0, 4000.1)], CPU, policy(target=target, cap_s=1.0))
     assert len(found.samples_ms) == MIN_SAMPLES
     assert math.isfinite(found.time_ms_low)
     assert math.isfinite(found.time_ms_high)
@@ -124,7 +124,7 @@ def test_a_call_longer_than_the_time_cap_is_sampled_often_enough_for_an_interval
 
 def test_sampling_goes_on_until_the_interval_is_within_the_target(clock):
     durations = np.random.default_rng(3).normal(10.0, 1.0, size=5000).tolist()
-    found = measure([stage(clock, *durations)], CPU, policy(target=0.01, cap_s=1e4))
+    found = time_stages([stage(clock, *durations)], CPU, policy(target=0.01, cap_s=1e4))
     count = len(found.samples_ms)
     assert found.converged
     assert CONVERGED_SAMPLES + BATCH < count < 5000
@@ -141,7 +141,7 @@ def test_the_defaults_are_those_of_the_contract():
 
 def test_on_the_real_clock_every_sample_takes_time():
     a = torch.rand(64, 64)
-    found = measure([lambda: a @ a, lambda: a + a], CPU, policy(target=1e9, cap_s=0.0))
+    found = time_stages([lambda: a @ a, lambda: a + a], CPU, policy(target=1e9, cap_s=0.0))
     assert min(found.samples_ms) > 0
     assert 0 < found.time_ms_low <= found.time_ms <= found.time_ms_high
     assert len(found.stage_ms) == 2
@@ -194,6 +194,6 @@ def test_clocks_that_waver_little_or_are_not_known_are_one_regime():
 
 def test_the_collector_of_garbage_rests_while_samples_are_taken():
     enabled = []
-    measure([lambda: enabled.append(gc.isenabled())], CPU, policy(target=1e9, cap_s=0.0))
+    time_stages([lambda: enabled.append(gc.isenabled())], CPU, policy(target=1e9, cap_s=0.0))
     assert not any(enabled)
     assert gc.isenabled()

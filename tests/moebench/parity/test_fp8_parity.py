@@ -12,7 +12,7 @@ from moebench.measure.cache import Workload
 from moebench.measure.timing import TimingPolicy
 from moebench.parity.judge import FP8_UNIT, check, run_pass
 from moebench.parity.quantization import fp8_product
-from moebench.parity.reference import compare
+from moebench.parity.reference import group_errors
 from moebench.workload.case import Case, Job
 from moebench.workload.inputs import Inputs, make_inputs, make_parameters, moe_config
 from tests.backends import fp8
@@ -153,7 +153,7 @@ def test_the_expert_whose_scale_is_wrong_is_named():
 
 def factors(one, inputs: Inputs, parameters, output):
     """By expert: error over scale."""
-    errors = compare(one, inputs, parameters, [{"output": output}], fp8_product("block"))
+    errors = group_errors(one, inputs, parameters, [{"output": output}], fp8_product("block"))
     (by_expert,) = (found for found in errors if found.group == "expert")
     return by_expert.passes_PG[0] / by_expert.scale_G
 
@@ -214,7 +214,7 @@ def test_an_expert_without_tokens_has_no_factor_and_one_that_is_no_number_has_an
 def test_other_dtypes_are_not_looked_at_by_expert():
     """Their own rounding is so small that rows tell."""
     one, inputs, parameters = drawn()
-    errors = compare(one, inputs, parameters, [{"output": exact_output(one, inputs, parameters)}])
+    errors = group_errors(one, inputs, parameters, [{"output": exact_output(one, inputs, parameters)}])
     assert [found.group for found in errors] == ["token"]
 
 
@@ -228,7 +228,7 @@ def test_a_backends_attribute_names_the_recipe_that_it_is_judged_by(monkeypatch,
     policy = TimingPolicy(interval_target=0.9, time_cap_s=0.001)
     for mode in ("forward", "train"):
         job = Job(case=case(mode=mode), backend="third party")
-        found = job_module.measure(job, Workload(CPU), policy)
+        found = job_module.measure_job(job, Workload(CPU), policy)
         assert found["status"].value == status
         assert (found["parity_worst"] <= MARGIN) == (status == "ok")
         assert "time_ms" in found or status == "mismatch"

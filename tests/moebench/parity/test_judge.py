@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experts.registry import get_backend
-from moebench.parity.judge import CEILING, Finding, Verdict, are_identical, check, judge, run_pass
+from moebench.parity.judge import CEILING, ParityVerdict, TensorError, are_identical, check, judge, run_pass
 from moebench.parity.poison import poisoned
 from moebench.parity.reference import GroupErrors
 from moebench.workload.case import ACTIVATIONS, Case
@@ -144,13 +144,13 @@ def test_every_tensor_is_in_the_verdict():
     assert verdict(case(dtype="float32", mode="forward")).errors.keys() == {"output"}
 
 
-def test_a_verdict_is_its_worst_finding():
-    right, wrong = Finding("output", "token 3", 0.01, 0.02), Finding("x.grad", "whole tensor", 0.03, 0.02)
-    assert Verdict((right,)).passed
-    assert not Verdict((right, wrong)).passed
-    assert Verdict((wrong, right)).worst is wrong
+def test_a_verdict_is_its_worst_error():
+    right, wrong = TensorError("output", "token 3", 0.01, 0.02), TensorError("x.grad", "whole tensor", 0.03, 0.02)
+    assert ParityVerdict((right,)).passed
+    assert not ParityVerdict((right, wrong)).passed
+    assert ParityVerdict((wrong, right)).worst is wrong
     assert str(right) == "output (token 3): error 0.01, budget 0.02"
-    assert not Verdict((right, Finding("output", "token 0", math.inf, 0.02))).passed
+    assert not ParityVerdict((right, TensorError("output", "token 0", math.inf, 0.02))).passed
 
 
 # are_identical: bit by bit
@@ -175,7 +175,7 @@ def test_passes_are_identical_where_every_bit_is(other, same):
     assert not are_identical([first, {}])
 
 
-# judge: from norms to a finding
+# judge: from norms to an error
 
 
 def norms(num_groups=10_000, *, scale=1.0, loop=1e-7, error=1e-7):

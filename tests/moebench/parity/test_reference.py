@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experts.modules import parameter_shapes
-from moebench.parity.reference import GroupErrors, compare
+from moebench.parity.reference import GroupErrors, group_errors
 from moebench.workload.case import ACTIVATIONS, Case
 from moebench.workload.inputs import Inputs, make_inputs, make_parameters, moe_config
 
@@ -71,7 +71,7 @@ def naive_pass(case: Case, inputs: Inputs, parameters):
 
 
 def errors_of(case, tensors, inputs, parameters) -> dict[str, GroupErrors]:
-    return {errors.tensor: errors for errors in compare(case, inputs, parameters, [tensors])}
+    return {errors.tensor: errors for errors in group_errors(case, inputs, parameters, [tensors])}
 
 
 ACTIVATION_CASES = [{"expert_activation": name} for name in ACTIVATIONS] + [
@@ -126,7 +126,9 @@ def test_errors_are_those_of_the_rows_and_experts_that_are_wrong(mode):
         tensors = {"output": tensors["output"]}
     token = int(inputs.token_mask_T.nonzero()[2])
     tensors["output"][token, 3] += 0.5
-    tokens = {errors.tensor: errors for errors in compare(one, inputs, parameters, [tensors])}["output"].passes_PG[0]
+    tokens = {errors.tensor: errors for errors in group_errors(one, inputs, parameters, [tensors])}["output"].passes_PG[
+        0
+    ]
     assert float(tokens[token]) == pytest.approx(0.5, rel=1e-12)
     assert int((tokens > 1e-12).sum()) == 1
     if mode == "train":

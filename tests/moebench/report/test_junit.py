@@ -18,7 +18,7 @@ def cases(result):
 
 
 def parsed(result):
-    return xml.fromstring(junit.document(result))
+    return xml.fromstring(junit.junit_xml(result))
 
 
 def test_junit_counts_what_it_holds(result):

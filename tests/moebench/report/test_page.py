@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from moebench.cli.app import app
 from moebench.errors import ResultsError, UsageError
-from moebench.report import folder as report_folder
+from moebench.report.folder import write_report
 from moebench.report.page import page
 from moebench.report.plots.figures import all_figures
 from moebench.results.frame import load, to_frame, write
@@ -185,7 +185,7 @@ def test_the_command_writes_the_page_beside_the_results(tmp_path: Path) -> None:
     CliRunner().invoke(app, ["report", str(tmp_path / "results.parquet"), "--out", str(other)])
     assert other.is_file()
     with pytest.raises(UsageError, match="no folder"):
-        report_folder.report(tmp_path, tmp_path / "gone" / "page.html", gate=None)
+        write_report(tmp_path, tmp_path / "gone" / "page.html", gate=None)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import t
 
 from moebench.results.record import IMPOSSIBLY_FAST, SPEED_FIELDS, Record, Status, record
-from moebench.results.rounds import merged
+from moebench.results.rounds import merged_rounds
 from moebench.run.order import shuffled
 from moebench.workload.case import Case, Job
 
@@ -73,26 +73,26 @@ def row(number, status=Status.ok, **measured) -> Record:
 
 
 def test_one_round_is_its_row():
-    assert merged([row(3)]) == row(3)
+    assert merged_rounds([row(3)]) == row(3)
 
 
 def test_few_rounds_have_the_interval_of_student():
     times = [2.0, 2.2, 2.1]
-    one = merged([row(number, time_ms=time_ms) for number, time_ms in enumerate(times)])
+    one = merged_rounds([row(number, time_ms=time_ms) for number, time_ms in enumerate(times)])
     factor = np.exp(t.ppf(0.975, 2) * np.std(np.log(times), ddof=1) / np.sqrt(3))
     assert (one.time_ms, one.time_ms_low, one.time_ms_high) == pytest.approx((2.1, 2.1 / factor, 2.1 * factor))
     assert (one.round, one.num_rounds) == (None, 3)
 
 
 def test_two_rounds_far_apart_are_of_a_time_above_zero():
-    one = merged([row(number, time_ms=time_ms) for number, time_ms in enumerate([1.0, 3.0])])
+    one = merged_rounds([row(number, time_ms=time_ms) for number, time_ms in enumerate([1.0, 3.0])])
     assert 0 < one.time_ms_low < 1.0 < 3.0 < one.time_ms_high
 
 
 def test_many_rounds_have_the_exact_interval_of_their_medians():
     """Of six, smallest and largest: the median is beyond all of them once in 32 times."""
     times = [2.0, 2.5, 2.1, 2.2, 2.6, 2.05]
-    one = merged([row(number, time_ms=time_ms) for number, time_ms in enumerate(times)])
+    one = merged_rounds([row(number, time_ms=time_ms) for number, time_ms in enumerate(times)])
     assert (one.time_ms, one.time_ms_low, one.time_ms_high) == (pytest.approx(2.15), 2.0, 2.6)
 
 
@@ -102,14 +102,14 @@ def test_samples_of_one_round_narrow_nothing():
         row(n, time_ms=time_ms, samples_ms=(time_ms,) * 1000, sample_rounds=(n,) * 1000)
         for n, time_ms in ((0, 2.0), (1, 2.2))
     ]
-    one = merged(rows)
+    one = merged_rounds(rows)
     assert one.time_ms_high - one.time_ms_low > 1
     assert len(one.samples_ms) == 2000
     assert one.sample_rounds == (0,) * 1000 + (1,) * 1000
 
 
 def test_speed_is_of_the_time_that_is_given():
-    one = merged([row(0, time_ms=1.0), row(1, time_ms=4.0)])
+    one = merged_rounds([row(0, time_ms=1.0), row(1, time_ms=4.0)])
     assert one.time_ms == 2.5
     assert (one.tokens_per_s, one.tflops) == pytest.approx((8 / 2.5, 4 / 2.5))
 
@@ -120,7 +120,7 @@ def test_the_share_of_the_roofline_is_of_the_time_that_is_given():
         row(n, time_ms=time_ms, roofline_ms=bound, roofline_fraction=bound / time_ms)
         for n, (time_ms, bound) in enumerate(zip(times, bounds, strict=True))
     ]
-    one = merged(rounds)
+    one = merged_rounds(rounds)
     assert (one.time_ms, one.roofline_ms, one.roofline_fraction) == (2.0, 0.5, 0.25)
 
 
@@ -132,11 +132,11 @@ def test_one_disturbed_ceiling_makes_no_time_impossible(bounds, flags):
         return ("synchronises", IMPOSSIBLY_FAST) if bound > 2 else ("synchronises",)
 
     rounds = [row(n, time_ms=2.0, roofline_ms=bound, flags=flagged(bound)) for n, bound in enumerate(bounds)]
-    assert merged(rounds).flags == flags
+    assert merged_rounds(rounds).flags == flags
 
 
 def test_the_clock_is_that_of_most_rounds():
-    assert merged([row(n, sm_clock_mhz=mhz) for n, mhz in enumerate([1980, 1500, 1515])]).sm_clock_mhz == 1515
+    assert merged_rounds([row(n, sm_clock_mhz=mhz) for n, mhz in enumerate([1980, 1500, 1515])]).sm_clock_mhz == 1515
 
 
 def test_the_worst_round_counts_where_it_should():
@@ -151,7 +151,7 @@ def test_the_worst_round_counts_where_it_should():
     )
     first = first.model_copy(update={"parity_errors": {"output": 0.25}, "host_time_ms": 1.0, "job_s": 2.0})
     second = second.model_copy(update={"host_time_ms": 4.0, "job_s": 3.0})
-    for one in (merged([first, second]), merged([second, first])):
+    for one in (merged_rounds([first, second]), merged_rounds([second, first])):
         assert (one.peak_memory_bytes, one.saved_memory_bytes, one.converged) == (7, 3, False)
         assert (one.flags, one.executed, one.num_samples) == (("a", "b"), "x > y | x > z", 7)
         assert (one.parity_worst, one.parity_worst_tensor) == (0.5, "dX")
@@ -160,7 +160,7 @@ def test_the_worst_round_counts_where_it_should():
 
 
 def test_a_job_that_failed_in_a_round_has_failed_and_says_in_which():
-    one = merged(
+    one = merged_rounds(
         [row(0, samples_ms=(2.0,), sample_rounds=(0,)), row(1, Status.timeout), row(2), row(3, Status.timeout)]
     )
     assert (one.status, one.detail, one.num_rounds) == (Status.timeout, "round 1, 3 of 4: how it went in 1", 4)
@@ -174,10 +174,12 @@ def test_of_several_failures_the_worst_is_told():
         row(2, Status.mismatch, parity_worst=9.0),
         row(3, Status.crash),
     ]
-    one = merged(rows)
+    one = merged_rounds(rows)
     assert (one.status, one.parity_worst, one.detail) == (Status.mismatch, 9.0, "round 1, 2 of 4: how it went in 2")
 
 
 def test_what_is_so_in_every_round_needs_no_round():
-    one = merged([row(0, Status.unsupported, detail="needs a GPU"), row(1, Status.unsupported, detail="needs a GPU")])
+    one = merged_rounds(
+        [row(0, Status.unsupported, detail="needs a GPU"), row(1, Status.unsupported, detail="needs a GPU")]
+    )
     assert one.detail == "needs a GPU"

@@ -10,7 +10,7 @@ from moebench.report.tables.forecasttable import ForecastTable
 from moebench.results.frame import to_frame, write
 from moebench.results.record import Record, Status
 from moebench.run.footprint import footprint
-from moebench.run.forecast import Measured, forecast, measured_jobs
+from moebench.run.forecast import KnownTimes, forecast, measured_jobs
 from moebench.workload.case import Job
 from moebench.workload.spec import available_sweeps, load_sweep
 from tests.moebench.drawn import bad, case, ok
@@ -27,8 +27,8 @@ def asked(backend: str = "te", dispatcher: str = "local", **fields: Any) -> Job:
     return Job(case=case(**{"num_tokens": 1024, **fields}), backend=backend, dispatcher=dispatcher)
 
 
-def of(*rows: Record) -> Measured:
-    return Measured(to_frame(rows))
+def of(*rows: Record) -> KnownTimes:
+    return KnownTimes(to_frame(rows))
 
 
 def test_a_job_takes_as_long_as_the_nearest_one() -> None:

@@ -15,7 +15,7 @@ from moebench.run import start
 from moebench.run.request import plan
 from moebench.run.runfile import Asked
 from moebench.run.runner import Outcome, Refused, RunnerError
-from moebench.run.start import measure
+from moebench.run.start import start_run
 from moebench.workload.case import Case, Job
 from tests.moebench.planned import plan_, write_sweep
 
@@ -50,7 +50,7 @@ def test_a_run_keeps_what_it_was_asked_for(monkeypatch, sweep):
     executing(monkeypatch, rows=[row()])
     planned = plan_(out=Path("deep/out"))
     told = []
-    assert measure(planned, told.append).records == (row(),)
+    assert start_run(planned, told.append).records == (row(),)
     assert told == [row()]
     assert (planned.folder / "sweep.toml").read_bytes() == sweep.read_bytes()
     asked = json.loads((planned.folder / "run.json").read_text())
@@ -60,7 +60,7 @@ def test_a_run_keeps_what_it_was_asked_for(monkeypatch, sweep):
 def test_a_refused_run_leaves_no_folder(monkeypatch):
     executing(monkeypatch, Refused("no backend x"))
     with pytest.raises(Refused):
-        measure(planned := plan_(out=Path("out")), print)
+        start_run(planned := plan_(out=Path("out")), print)
     assert not planned.folder.exists()
 
 
@@ -73,7 +73,7 @@ def test_a_refused_run_empties_a_folder_that_it_cannot_remove(monkeypatch, tmp_p
     planned = plan(str(tmp_path / "two.toml"), Asked(), out=Path(name))
     executing(monkeypatch, Refused("no backend x"))
     with pytest.raises(Refused):
-        measure(planned, print)
+        start_run(planned, print)
     assert list((tmp_path / "link").iterdir()) == []
 
 
@@ -81,7 +81,7 @@ def test_a_refused_run_empties_a_folder_that_it_cannot_remove(monkeypatch, tmp_p
 def test_what_was_measured_and_what_went_wrong_stay(monkeypatch, error, rows):
     executing(monkeypatch, error, rows)
     with pytest.raises(RunnerError):
-        measure(planned := plan_(out=Path("out")), lambda one: None)
+        start_run(planned := plan_(out=Path("out")), lambda one: None)
     assert (planned.folder / "logs").is_dir()
     assert (planned.folder / "journal.jsonl").exists() == bool(rows)
 

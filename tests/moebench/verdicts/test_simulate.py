@@ -15,11 +15,11 @@ from moebench.verdicts.simulate import (
     HEADER,
     Rate,
     Setting,
+    detection_rate,
     false_alarms,
     main,
     of_results,
     plant,
-    rate,
     seen,
     smallest_found,
 )
@@ -52,7 +52,7 @@ def test_without_the_correction_the_simulation_sees_the_alarms(certify):
 def test_what_the_gate_says_it_can_see_it_finds(certify):
     found = plant(noises(H200, 0.003), Setting((20, 20)), [THRESHOLD], num_gates=4000 if certify else 600)
     assert len(seen(found)) > len(found) / 2
-    assert rate(seen(found)).share >= POWER
+    assert detection_rate(seen(found)).share >= POWER
 
 
 @pytest.mark.certify
@@ -60,11 +60,11 @@ def test_3_percent_is_found_in_what_keeps_the_gpu_busy(certify):
     """In whatever job of torch_mm it is planted."""
     quiet = noises(H200[H200["backend"] == "torch_mm"], 0.003)
     found = plant(quiet, Setting((10, 10)), [THRESHOLD], num_gates=4000 if certify else 400)
-    assert rate(found).share >= POWER, rate(found)
+    assert detection_rate(found).share >= POWER, detection_rate(found)
 
 
 def test_nothing_planted_is_not_found():
-    assert rate(plant(noises(H200, 0.003), Setting((10, 10)), [0.0], num_gates=100)).count == 0
+    assert detection_rate(plant(noises(H200, 0.003), Setting((10, 10)), [0.0], num_gates=100)).count == 0
 
 
 def test_the_smallest_effect_found_grows_with_the_noise():

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moebench.workload.ranks import ALONE, Peers, join, leave
+from moebench.workload.ranks import ALONE, Ranks, join, leave
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -20,37 +20,37 @@ import json, os, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from moebench.peers import ALONE, join, leave
+from moebench.workload.ranks import ALONE, join, leave
 
 cpu, folder = torch.device("cpu"), Path(sys.argv[1])
-peers = join(cpu, timeout_s=60)
-rank = peers.rank
+ranks = join(cpu, timeout_s=60)
+rank = ranks.rank
 assert rank == int(os.environ["RANK"])
-facts = {"size": peers.size, "mesh": [list(peers.mesh.shape), peers.mesh.mesh_dim_names[0]]}
+facts = {"size": ranks.size, "mesh": [list(ranks.mesh.shape), ranks.mesh.mesh_dim_names[0]]}
 facts["backend"] = dist.get_backend()
-facts["told"] = peers.tell(rank), peers.tell([None, "a longer one"][rank])
-facts["largest"] = peers.largest(1.5 if rank == 0 else -3.0)
+facts["told"] = ranks.tell(rank), ranks.tell([None, "a longer one"][rank])
+facts["largest"] = ranks.largest(1.5 if rank == 0 else -3.0)
 
 def rows(counts, *shape, dtype=torch.float32):
     count = counts[rank]
     mine = (100 * rank + torch.arange(count * int(torch.tensor(shape).prod()))).reshape(count, *shape).to(dtype)
-    found = peers.rows(mine)
+    found = ranks.rows(mine)
     assert found.dtype == dtype
     return found.tolist()
 
 facts["unequal"] = rows((2, 3), 2)
 facts["none of the first"] = rows((0, 2), 2)
 facts["none of the last"] = rows((2, 0), 2)
-facts["none"] = [list(peers.rows(torch.zeros(0, 3, 2)).shape), rows((0, 0), 2)]
+facts["none"] = [list(ranks.rows(torch.zeros(0, 3, 2)).shape), rows((0, 0), 2)]
 facts["vectors"] = rows((1, 2), dtype=torch.int64)
-facts["bool"] = peers.rows(torch.tensor([True, False] if rank == 0 else [False, True, True])).tolist()
+facts["bool"] = ranks.rows(torch.tensor([True, False] if rank == 0 else [False, True, True])).tolist()
 facts["bfloat16"] = rows((2, 1), 1, dtype=torch.bfloat16)
-facts["float64"] = peers.rows(torch.full((1,), 1 / 3 + rank, dtype=torch.float64)).tolist()
-not_finite = peers.rows(torch.tensor([[float("nan"), 1.0]] * (1 + rank)))
+facts["float64"] = ranks.rows(torch.full((1,), 1 / 3 + rank, dtype=torch.float64)).tolist()
+not_finite = ranks.rows(torch.tensor([[float("nan"), 1.0]] * (1 + rank)))
 facts["nan"] = not_finite.isnan().tolist()
 
 total = torch.tensor([[1.0, 2.0]], dtype=torch.float64) * 10**rank
-facts["sum gives"] = peers.sum(total)
+facts["sum gives"] = ranks.sum(total)
 facts["sum"] = total.tolist()
 
 # rank 0 is at the barrier, as far as rank 1 can see, before rank 1 does what rank 0 then must find done
@@ -61,11 +61,11 @@ else:
         pass
     sum(range(10**6))
     (folder / "done").touch()
-peers.align(cpu)
+ranks.align(cpu)
 facts["aligned"] = (folder / "done").exists()
 
 (folder / f"{rank}.json").write_text(json.dumps(facts))
-leave(peers)
+leave(ranks)
 (folder / f"{rank}.left").write_text(str(dist.is_initialized()))
 """
 
@@ -151,8 +151,8 @@ def test_alone_everything_is_as_it_was():
 def test_one_process_joins_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for _ in range(2):
-        peers = join(CPU, 60.0)
-        assert peers == ALONE == Peers()
-        leave(peers)
+        ranks = join(CPU, 60.0)
+        assert ranks == ALONE == Ranks()
+        leave(ranks)
         assert not torch.distributed.is_initialized()
         monkeypatch.setenv("WORLD_SIZE", "1")

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from experts.steps import steps_on
-from moebench.measure.studies.products import BACKENDS, Work, layer_of, of_backend, passes
+from moebench.measure.studies.products import BACKENDS, CountedCall, layer_of, of_backend, passes
 from moebench.workload.case import Case
 from moebench.workload.inputs import make_inputs, make_parameters, moe_config
 from tests.experts import fakes
@@ -35,7 +35,7 @@ def fake_libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @torch.no_grad()
-def works_of(backend: str) -> list[Work]:
+def works_of(backend: str) -> list[CountedCall]:
     config, inputs, parameters = moe_config(CASE), make_inputs(CASE, CPU), make_parameters(CASE, CPU)
     rows = steps_on(CPU).sort_by_expert(inputs.indices_TK, 0, 4)
     return list(of_backend(backend, inputs, parameters, config, rows))

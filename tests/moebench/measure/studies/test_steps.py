@@ -9,7 +9,7 @@ import torch
 
 from experts.steps import Steps
 from moebench.measure.studies import steps
-from moebench.measure.studies.products import Work
+from moebench.measure.studies.products import CountedCall
 from moebench.measure.timing import TimingPolicy
 from moebench.workload.case import Case
 from moebench.workload.inputs import make_inputs, make_parameters, moe_config
@@ -29,25 +29,25 @@ CASE = Case(
 
 
 @pytest.fixture(scope="module")
-def works() -> list[Work]:
+def works() -> list[CountedCall]:
     config, inputs, parameters = moe_config(CASE), make_inputs(CASE, CPU), make_parameters(CASE, CPU)
     return list(steps.memory_bound(inputs, parameters, config, copy_bytes=1 << 16))
 
 
-def test_no_step_is_forgotten(works: list[Work]) -> None:
+def test_no_step_is_forgotten(works: list[CountedCall]) -> None:
     named = {work.name.partition(" (")[0] for work in works}
     assert {name for name in vars(Steps) if not name.startswith("_")} <= named
 
 
-def test_bytes(works: list[Work]) -> None:
+def test_bytes(works: list[CountedCall]) -> None:
     by_name = {work.name: work for work in works}
     assert by_name["gather_rows"].num_bytes == (24 + 48) * 32 * 4
     assert by_name["activate"].num_bytes == 48 * (32 + 16) * 4
 
 
-def test_everything_runs_and_has_a_speed(works: list[Work]) -> None:
+def test_everything_runs_and_has_a_speed(works: list[CountedCall]) -> None:
     for work in works:
-        row = steps.measure(work, CPU, TimingPolicy(0.5, time_cap_s=0.01))
+        row = steps.measure_step(work, CPU, TimingPolicy(0.5, time_cap_s=0.01))
         assert row["ms"] > 0
         assert row.get("gb_per_s", row.get("tflops")) > 0
 
