@@ -72,18 +72,14 @@ class Backend:
 class Dispatcher:
     """One way to carry tokens between ranks. `module` has its `make(group, config)` and `unsupported(device, config)`.
 
-    `collective` is the raw collective that no such dispatcher is faster than.
+    It cannot be faster than the raw `collective`. With "all_gather" every rank gets every token, with "all_to_all"
+    those that chose one of its experts.
     """
 
     name: str
     module: str
     collective: Collective
     library: str | None = None
-
-    @property
-    def reaches_all(self) -> bool:
-        """Whether every rank gets every token, and not only those that chose one of its experts."""
-        return self.collective == "all_gather"
 
 
 _LOOP = Engine("loop", "experts.compute.loop", counts_rows=True, one_by_one=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from experts.dispatch.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 from moebench.measure import timing
 from moebench.measure.timing import TimingPolicy
+from moebench.workload.backends import collective_of
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import ALONE, Peers
@@ -173,15 +174,20 @@ def _collective(case: Case, inputs: Inputs, dispatcher: str, peers: Peers) -> li
     if peers.size == 1:
         return None
     ways = 2 if case.mode == "train" else 1
-    if dispatcher == "allgather":
+    if collective_of(dispatcher) == "all_gather":
         most = int(peers.largest(inputs.x_TD.shape[0]))
         x_TD, y_RD = (inputs.x_TD.new_zeros(rows, case.dim) for rows in (most, most * peers.size))
         return [lambda: all_gather_rows(x_TD, peers.group), lambda: reduce_scatter_rows(y_RD, peers.group)] * ways
-    rank_TK = inputs.active_indices_TK // (case.n_routed_experts // peers.size)
-    send = [int((rank_TK == rank).any(dim=1).sum()) for rank in range(peers.size)]
-    receive = [row[peers.rank] for row in peers.tell(send)]
+    send, receive = rows_between_ranks(inputs, case.n_routed_experts, peers)
     out_ND, back_RD = (inputs.x_TD.new_zeros(sum(rows), case.dim) for rows in (send, receive))
     return [
         lambda: all_to_all_rows(out_ND, send, receive, peers.group),
         lambda: all_to_all_rows(back_RD, receive, send, peers.group),
     ] * ways
+
+
+def rows_between_ranks(inputs: Inputs, n_routed_experts: int, peers: Peers) -> tuple[list[int], list[int]]:
+    """How many tokens this rank sends to each rank, each once, and how many it receives from each."""
+    rank_TK = inputs.active_indices_TK // (n_routed_experts // peers.size)
+    send = [int((rank_TK == rank).any(dim=1).sum()) for rank in range(peers.size)]
+    return send, [row[peers.rank] for row in peers.tell(send)]
