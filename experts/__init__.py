@@ -4,11 +4,8 @@ Legend of the dimension letters that end a tensor's name: T tokens, K experts a 
 D dim, I inter, N permuted rows.
 """
 
-from experts.activations import get_expert_activation_for_deepep, quick_geglu_deepep, relu2_deepep
-from experts.config import BackendConfig, MoEConfig, is_gated_activation
-from experts.errors import ConfigError, ExpertsError, InputError, RegistryError, Unsupported
-from experts.modules import GroupedExperts, GroupedExpertsDeepEP
-from experts.te.layer import GroupedExpertsTE
+import importlib
+from typing import TYPE_CHECKING
 
 __all__ = [
     "BackendConfig",
@@ -26,3 +23,38 @@ __all__ = [
     "quick_geglu_deepep",
     "relu2_deepep",
 ]
+
+if TYPE_CHECKING:
+    from experts.activations import get_expert_activation_for_deepep, quick_geglu_deepep, relu2_deepep
+    from experts.config import BackendConfig, MoEConfig, is_gated_activation
+    from experts.errors import ConfigError, ExpertsError, InputError, RegistryError, Unsupported
+    from experts.modules import GroupedExperts, GroupedExpertsDeepEP
+    from experts.te.layer import GroupedExpertsTE
+
+#: Imported when they are asked for, so that `experts.catalog` can be read without torch.
+_HOMES = {
+    "BackendConfig": "experts.config",
+    "ConfigError": "experts.errors",
+    "ExpertsError": "experts.errors",
+    "GroupedExperts": "experts.modules",
+    "GroupedExpertsDeepEP": "experts.modules",
+    "GroupedExpertsTE": "experts.te.layer",
+    "InputError": "experts.errors",
+    "MoEConfig": "experts.config",
+    "RegistryError": "experts.errors",
+    "Unsupported": "experts.errors",
+    "get_expert_activation_for_deepep": "experts.activations",
+    "is_gated_activation": "experts.config",
+    "quick_geglu_deepep": "experts.activations",
+    "relu2_deepep": "experts.activations",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

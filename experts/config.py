@@ -6,21 +6,26 @@ Field names are NeMo AutoModel's, so that its users can swap modules.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
+from experts import catalog
 from experts.errors import ConfigError
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Activation = Literal["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"]
-Engine = Literal["loop", "torch_mm", "torch_mm_mxfp8", "triton", "gmm", "te"]
-Dispatcher = Literal["allgather", "alltoall", "deepep"]
-Save = Literal["memory", "time"]
-Fp8Recipe = Literal["current", "delayed", "block", "mxfp8"]
+Save = catalog.Save
+Fp8Recipe = catalog.Fp8Recipe
+if TYPE_CHECKING:
+    Engine = str
+    Dispatcher = str
+else:
+    Engine = Literal[tuple(engine.name for engine in catalog.ENGINES)]
+    Dispatcher = Literal[tuple(dispatcher.name for dispatcher in catalog.DISPATCHERS)]
 
 _C = TypeVar("_C", bound=type)
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, extra="forbid")
@@ -128,7 +133,7 @@ class BackendConfig:
     )
     te_fp8: Fp8Recipe | None = _field("the name of an FP8 recipe, or None for none", "block", default=None)
     save: Save | None = _field(
-        "'memory' or 'time', what torch_mm, triton and gmm save between forward and backward, or None for memory",
+        "'memory' or 'time', what an engine with that choice keeps for backward, or None for memory",
         "time",
         default=None,
     )

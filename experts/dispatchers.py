@@ -1,56 +1,39 @@
 """The token dispatchers by name."""
 
-from collections.abc import Callable
+import importlib
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
 
+from experts import catalog
 from experts.config import MoEConfig
 from experts.dispatch import Dispatcher
 from experts.errors import RegistryError, Unsupported
 
-
-def _allgather(group: ProcessGroup, config: MoEConfig) -> Dispatcher:
-    from experts.dispatch.allgather import AllGather
-
-    return AllGather(group)
-
-
-def _alltoall(group: ProcessGroup, config: MoEConfig) -> Dispatcher:
-    from experts.dispatch.alltoall import AllToAll
-
-    return AllToAll(group, config.n_routed_experts // group.size())
-
-
-def _deepep(group: ProcessGroup, config: MoEConfig) -> Dispatcher:
-    from experts.dispatch.deepep import DeepEP
-
-    return DeepEP(group, config)
-
-
-_FACTORIES: dict[str, Callable[[ProcessGroup, MoEConfig], Dispatcher]] = {
-    "allgather": _allgather,
-    "alltoall": _alltoall,
-    "deepep": _deepep,
-}
+_MODULES = {dispatcher.name: dispatcher.module for dispatcher in catalog.DISPATCHERS}
 
 
 def dispatcher_names() -> tuple[str, ...]:
     """Every dispatcher there is."""
-    return tuple(_FACTORIES)
+    return tuple(_MODULES)
 
 
 def make_dispatcher(name: str, group: ProcessGroup, config: MoEConfig) -> Dispatcher:
     """The dispatcher of that name over a process group. Raises RegistryError, Unsupported."""
-    if name not in _FACTORIES:
-        raise RegistryError(f"there is no dispatcher {name!r}; the dispatchers are {', '.join(_FACTORIES)}")
-    return _FACTORIES[name](group, config)
+    if name not in _MODULES:
+        raise RegistryError(f"there is no dispatcher {name!r}; the dispatchers are {', '.join(_MODULES)}")
+    made: Dispatcher = _module(name).make(group, config)
+    return made
 
 
 def dispatcher_unsupported(name: str, device: torch.device, config: MoEConfig) -> Unsupported | None:
     """Why a dispatcher cannot carry the config's tokens on a device; "local", one process, always can."""
-    if name == "deepep":
-        from experts.dispatch import deepep
+    if name not in _MODULES:
+        return None
+    reason: Unsupported | None = _module(name).unsupported(device, config)
+    return reason
 
-        return deepep.unsupported(device, config)
-    return None
+
+def _module(name: str) -> Any:
+    return importlib.import_module(_MODULES[name])

@@ -2,16 +2,11 @@
 
 import importlib
 
+from experts import catalog
 from experts.compute import Engine
 from experts.errors import RegistryError
 
-_MODULES = {
-    "loop": "experts.compute.loop",
-    "torch_mm": "experts.compute.torch_mm",
-    "torch_mm_mxfp8": "experts.compute.torch_mm_mxfp8",
-    "triton": "experts.compute.triton",
-    "gmm": "experts.compute.gmm",
-}
+_MODULES = {engine.name: engine.module for engine in catalog.ENGINES if engine.stacked}
 
 
 def engine_names() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from experts.compute import PARAMETER_NAMES, ExpertParameters
 from experts.config import BackendConfig, MoEConfig, is_gated_activation
-from experts.engines import get_engine
+from experts.engines import engine_names, get_engine
 from experts.errors import ConfigError, Unsupported
 from experts.layer import ExpertLayer
 from experts.state_dict import as_local, local_share, sharded_like
@@ -55,7 +55,7 @@ class GroupedExperts(ExpertLayer):
         if backend.save is not None and not self.engine.saves:
             raise ConfigError(
                 f"save = {backend.save!r} is of engines that choose what they keep for backward, {self.engine_name} "
-                "does not; use torch_mm, triton or gmm, or leave save out"
+                f"does not; use one of {', '.join(_engines_that_save())}, or leave save out"
             )
         self.engine_options = {} if backend.save is None else {"save": backend.save}
         shapes = parameter_shapes(config)
@@ -134,6 +134,10 @@ class GroupedExperts(ExpertLayer):
                 share = local_share(parameter.detach(), ep_mesh).clone()
                 sharded = DTensor.from_local(share, ep_mesh, [Shard(0)], run_check=False)
                 setattr(self, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+
+
+def _engines_that_save() -> list[str]:
+    return [name for name in engine_names() if get_engine(name).saves]
 
 
 def _take_local_share(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

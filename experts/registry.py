@@ -20,9 +20,10 @@ from importlib.metadata import entry_points
 import torch
 from torch import nn
 
+from experts import catalog
 from experts.config import BackendConfig, Dispatcher, Fp8Recipe, MoEConfig, Save
 from experts.dispatchers import dispatcher_unsupported
-from experts.engines import engine_names, get_engine
+from experts.engines import get_engine
 from experts.errors import RegistryError, Unsupported
 from experts.modules import GroupedExperts
 from experts.te import library
@@ -32,25 +33,20 @@ ENTRY_POINT_GROUP = "experts.backends"
 
 #: Transformer Engine's backends: the FP8 recipe of each, and whether quantised weights are kept from call to call.
 TE_BACKENDS: dict[str, tuple[Fp8Recipe | None, bool]] = {
-    "te": (None, False),
-    "te_fp8_current": ("current", False),
-    "te_fp8_delayed": ("delayed", False),
-    "te_fp8_block": ("block", False),
-    "te_fp8_current_cached": ("current", True),
-    "te_fp8_block_cached": ("block", True),
-    "te_mxfp8": ("mxfp8", False),
+    backend.name: (backend.fp8, backend.cached)
+    for backend in catalog.BACKENDS
+    if backend.engine is not None and not backend.engine.stacked
 }
 
 #: Engines that keep more for backward than they must, to spend less time there (BackendConfig.save = "time").
-SAVE_TIME_BACKENDS = {"torch_mm_save_time": "torch_mm", "gmm_save_time": "gmm"}
-
-#: Expert layers of other libraries, where each is. Names here and not entry points of our own, so that they are known
-#: wherever the package is on the path, installed or not.
-PEERS = {
-    "peer_transformers": "experts.peers.transformers_experts:TransformersExperts",
-    "peer_automodel_torch_mm": "experts.peers.nemo_automodel:AutoModelTorchMm",
-    "peer_sonicmoe": "experts.peers.sonicmoe:SonicMoE",
+SAVE_TIME_BACKENDS = {
+    backend.name: backend.engine.name for backend in catalog.BACKENDS if backend.engine is not None and backend.save
 }
+
+#: Expert layers of other libraries, where each is.
+PEERS = {backend.name: backend.target for backend in catalog.BACKENDS if backend.target is not None}
+
+_BUILT_IN = {backend.name: backend for backend in catalog.BACKENDS}
 
 
 @dataclass(frozen=True)
@@ -84,9 +80,8 @@ class Backend:
 
 def backend_names() -> tuple[str, ...]:
     """Built-in backends, then installed third-party ones. Imports none of them."""
-    built_in = (*engine_names(), *SAVE_TIME_BACKENDS, *TE_BACKENDS, *PEERS)
     installed = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
-    return *built_in, *sorted(installed - set(built_in))
+    return *_BUILT_IN, *sorted(installed - _BUILT_IN.keys())
 
 
 def get_backend(name: str) -> Backend:
@@ -94,19 +89,8 @@ def get_backend(name: str) -> Backend:
 
     Raises RegistryError, with the names there are, for one that leads nowhere.
     """
-    if name in engine_names():
-        fp8 = "mxfp8" if name == "torch_mm_mxfp8" else None
-        return Backend(name, functools.partial(_build_grouped, name), get_engine(name).unsupported, fp8)
-    if name in SAVE_TIME_BACKENDS:
-        engine = SAVE_TIME_BACKENDS[name]
-        build = functools.partial(_build_grouped, engine, save="time")
-        return Backend(name, build, get_engine(engine).unsupported)
-    if name in TE_BACKENDS:
-        recipe, cached = TE_BACKENDS[name]
-        build = functools.partial(_build_te, recipe, cached)
-        return Backend(name, build, functools.partial(library.unsupported, te_fp8=recipe), recipe)
-    if name in PEERS:
-        return _third_party(name, PEERS[name])
+    if name in _BUILT_IN:
+        return _built_in(_BUILT_IN[name])
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name == name:
             return _third_party(name, point.value)
@@ -115,10 +99,21 @@ def get_backend(name: str) -> Backend:
     raise _nowhere(name)
 
 
+def _built_in(described: catalog.Backend) -> Backend:
+    name, engine, fp8 = described.name, described.engine, described.fp8
+    if engine is None:
+        return _third_party(name, str(described.target))
+    if engine.stacked:
+        build = functools.partial(_build_grouped, engine.name, save=described.save)
+        return Backend(name, build, get_engine(engine.name).unsupported, fp8)
+    build = functools.partial(_build_te, fp8, described.cached)
+    return Backend(name, build, functools.partial(library.unsupported, te_fp8=fp8), fp8)
+
+
 def _build_grouped(
     name: str, config: MoEConfig, dispatcher: Dispatcher | None = None, save: Save | None = None
 ) -> nn.Module:
-    return GroupedExperts(config, BackendConfig(experts=name, dispatcher=dispatcher, save=save))  # type: ignore[arg-type]
+    return GroupedExperts(config, BackendConfig(experts=name, dispatcher=dispatcher, save=save))
 
 
 def _build_te(

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from experts.config import MoEConfig
 from experts.errors import Unsupported
+
+if TYPE_CHECKING:
+    from experts.compute.whole import Products
+    from experts.permutation import Permutation
 
 
 class ExpertParameters(NamedTuple):
@@ -37,9 +41,11 @@ class Engine:
     """One way to compute the local experts.
 
     `unsupported(device, config)` says why the engine cannot run there on activations of the config's dtype; without a
-    config it speaks of the device alone. `saves`: what is kept for backward can be chosen.
+    config it speaks of the device alone. `saves`: what is kept for backward can be chosen. `products`: the grouped
+    products of a library, over rows sorted by expert, that the engine's time is set against; None where there are none.
     """
 
     compute: Compute
     unsupported: Callable[[torch.device, MoEConfig | None], Unsupported | None]
     saves: bool = False
+    products: "Callable[[Permutation], Products] | None" = None

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from experts import catalog
 from experts.compute import Engine, ExpertParameters
 from experts.compute.grouped import no_rows
 from experts.compute.whole import Plan, Products, whole_experts
@@ -55,7 +56,7 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     try:
         import grouped_gemm  # noqa: F401
     except (ImportError, OSError) as error:
-        return Unsupported(f"grouped_gemm does not import ({error}); pip install 'moebench[gmm]'")
+        return Unsupported(f"grouped_gemm does not import ({error}); {catalog.LIBRARIES['grouped_gemm']}")
     if device.type != "cuda":
         return Unsupported(f"grouped_gemm needs a CUDA GPU, the device is {device.type}; use torch_mm or the loop")
     if config is not None and config.dtype is not torch.bfloat16:
@@ -63,4 +64,6 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return None
 
 
-ENGINE = Engine(compute, unsupported, saves=True)
+ENGINE = Engine(
+    compute, unsupported, saves=True, products=lambda permutation: products(permutation.tokens_per_expert_L.cpu())
+)

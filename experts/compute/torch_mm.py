@@ -35,4 +35,4 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return unaligned(config)
 
 
-ENGINE = Engine(compute, unsupported, saves=True)
+ENGINE = Engine(compute, unsupported, saves=True, products=lambda permutation: products(permutation.offsets_L))

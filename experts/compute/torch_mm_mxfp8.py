@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from experts import catalog
 from experts.compute import Engine, ExpertParameters
 from experts.compute.grouped import GroupedProduct, grouped_experts, no_rows
 from experts.config import MoEConfig, dtype_name
@@ -51,7 +52,7 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     try:
         import torchao.prototype.moe_training.mxfp8_grouped_mm  # noqa: F401
     except (ImportError, OSError) as error:
-        return Unsupported(f"torchao does not import ({error}); pip install torchao")
+        return Unsupported(f"torchao does not import ({error}); {catalog.LIBRARIES['torchao']}")
     if config is None:
         return None
     if config.dtype is not torch.bfloat16:

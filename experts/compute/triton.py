@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experts import catalog
 from experts.compute import Engine, ExpertParameters, grouped_mm
 from experts.compute.whole import Plan, Products, whole_experts
 from experts.config import MoEConfig, Save, dtype_name
@@ -58,7 +59,7 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     try:
         import triton
     except (ImportError, OSError) as error:
-        return Unsupported(f"triton does not import ({error}); CUDA builds of torch bring it")
+        return Unsupported(f"triton does not import ({error}); {catalog.LIBRARIES['triton']}")
     if device.type == "cuda":
         present = torch.cuda.get_device_capability(device)
         if present < NEEDED_CAPABILITY:
@@ -89,4 +90,9 @@ def _uncompiled() -> Callable[..., Tensor]:
     return hidden
 
 
-ENGINE = Engine(_compute_uncompiled, unsupported, saves=True)
+ENGINE = Engine(
+    _compute_uncompiled,
+    unsupported,
+    saves=True,
+    products=lambda permutation: grouped_mm.products(permutation.offsets_L),  # its own do more than multiply
+)

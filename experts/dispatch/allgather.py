@@ -3,11 +3,15 @@
 Ranks may have different numbers of tokens, none included: rows are padded to the longest rank's with choices of −1.
 """
 
+import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from experts.config import MoEConfig
 from experts.dispatch import Dispatched, OverGroup
 from experts.dispatch.collectives import AllGatherChoices, AllGatherRows, ReduceScatterRows, largest
+from experts.errors import Unsupported
 
 
 class AllGather(OverGroup):
@@ -27,6 +31,16 @@ class AllGather(OverGroup):
         num_tokens: int = dispatched.origin
         share_TD: Tensor = ReduceScatterRows.apply(y_RD, self._group)
         return share_TD[:num_tokens]
+
+
+def make(group: ProcessGroup, config: MoEConfig) -> AllGather:
+    """The dispatcher over a group."""
+    return AllGather(group)
+
+
+def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
+    """It carries any dtype on any device."""
+    return None
 
 
 def _pad(rows: Tensor, missing: int, value: float) -> Tensor:

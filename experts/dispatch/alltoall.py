@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from experts.config import MoEConfig
 from experts.dispatch import Dispatched, OverGroup
 from experts.dispatch.collectives import all_to_all_rows, pack_choices, unpack_choices
+from experts.errors import Unsupported
 from experts.steps import Permutation, steps_on
 
 
@@ -55,6 +57,16 @@ class AllToAll(OverGroup):
         """Every rank's part of this rank's tokens, summed in float32 in the order of the ranks."""
         tokens_TD: Tensor = _Combine.apply(y_RD, dispatched.origin)
         return tokens_TD
+
+
+def make(group: dist.ProcessGroup, config: MoEConfig) -> AllToAll:
+    """The dispatcher over a group, for the config's experts."""
+    return AllToAll(group, config.n_routed_experts // group.size())
+
+
+def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
+    """It carries any dtype on any device."""
+    return None
 
 
 def _sort_by_rank(indices_TK: Tensor, num_ranks: int, n_local_experts: int) -> Permutation:

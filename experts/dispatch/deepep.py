@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from experts import catalog
 from experts.config import MoEConfig, dtype_name
 from experts.dispatch import Dispatched, OverGroup
 from experts.errors import Unsupported
@@ -51,7 +52,7 @@ def _deep_ep() -> Any:
     try:
         import deep_ep
     except (ImportError, OSError) as error:
-        raise Unsupported(f"deep_ep does not import ({error}); pip install 'moebench[deepep]'") from error
+        raise Unsupported(f"deep_ep does not import ({error}); {catalog.LIBRARIES['deep_ep']}") from error
     return deep_ep
 
 
@@ -130,6 +131,37 @@ class DeepEP(OverGroup):
         self._buffer_class.set_num_sms(self.num_sms)
         return _buffers.get(self._group) or shared_buffer(self._group, self._row_bytes)
 
+    def raw_ways(
+        self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, y_RD: Tensor, dispatched: Dispatched
+    ) -> tuple[Callable[[], object], Callable[[], object]]:
+        """DeepEP's own calls that move the same rows out and back, without what `dispatch` and `combine` add."""
+        route: _Route = dispatched.origin
+        buffer = route.buffer()
+        return (
+            lambda: _send(buffer, x_TD, weights_TK, indices_TK, route.n_routed_experts),
+            lambda: buffer.combine(y_RD, route.handle),
+        )
+
+
+def make(group: dist.ProcessGroup, config: MoEConfig) -> DeepEP:
+    """The dispatcher over a group, for the config's experts."""
+    return DeepEP(group, config)
+
+
+def _send(buffer: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, n_routed_experts: int) -> Any:
+    tokens_per_rank, tokens_per_rdma_rank, tokens_per_expert, is_in_rank, _ = buffer.get_dispatch_layout(
+        indices_TK, n_routed_experts
+    )
+    return buffer.dispatch(
+        x_TD,
+        topk_idx=indices_TK,
+        topk_weights=weights_TK,
+        num_tokens_per_rank=tokens_per_rank,
+        num_tokens_per_rdma_rank=tokens_per_rdma_rank,
+        is_token_in_rank=is_in_rank,
+        num_tokens_per_expert=tokens_per_expert,
+    )
+
 
 class _Route:
     """One dispatch: the handle that its combine and both backward passes use, and where the buffer of then is found.
@@ -148,19 +180,8 @@ class _Dispatch(Function):
     def forward(
         ctx: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, route: _Route
     ) -> tuple[Tensor, Tensor, Tensor]:
-        buffer = route.buffer()
-        tokens_per_rank, tokens_per_rdma_rank, tokens_per_expert, is_in_rank, _ = buffer.get_dispatch_layout(
-            indices_TK, route.n_routed_experts
-        )
-        x_RD, local_RK, weights_RK, _, route.handle, _ = buffer.dispatch(
-            x_TD,
-            topk_idx=indices_TK,
-            topk_weights=weights_TK,
-            num_tokens_per_rank=tokens_per_rank,
-            num_tokens_per_rdma_rank=tokens_per_rdma_rank,
-            is_token_in_rank=is_in_rank,
-            num_tokens_per_expert=tokens_per_expert,
-        )
+        sent = _send(route.buffer(), x_TD, weights_TK, indices_TK, route.n_routed_experts)
+        x_RD, local_RK, weights_RK, _, route.handle, _ = sent
         ctx.route = route
         ctx.mark_non_differentiable(local_RK)
         return x_RD, weights_RK, local_RK

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from experts.catalog import LIBRARIES
 from experts.compute import torch_mm
 from experts.config import MoEConfig
 from experts.errors import Unsupported
 from experts.modules import parameter_shapes
 from experts.peers.layer import Kept, PeerExperts, not_installed
 
-REMEDY = "pip install nemo_automodel"
+REMEDY = LIBRARIES["nemo_automodel"]
 #: Compiled as whole graphs or not at all; of the others, swiglu and geglu, dynamo leaves out what it cannot.
 WHOLE_GRAPHS = ("swigluoai", "quick_geglu", "relu2")
 

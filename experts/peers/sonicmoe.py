@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from experts.catalog import LIBRARIES
 from experts.compute.grouped import no_rows
 from experts.config import MoEConfig, dtype_name
 from experts.errors import Unsupported
 from experts.peers.layer import Kept, PeerExperts, Translated, not_installed, transposed
 
-REMEDY = "pip install sonic-moe (Python 3.12 or later, CUDA 12.9 or later)"
+REMEDY = LIBRARIES["sonicmoe"]
 ACTIVATIONS = {"swiglu": "SWIGLU", "geglu": "GEGLU"}
 ROW_ALIGNMENT_BYTES = 16
 

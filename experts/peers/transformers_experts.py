@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experts.catalog import LIBRARIES
 from experts.compute import torch_mm
 from experts.config import MoEConfig
 from experts.errors import Unsupported
 from experts.peers.layer import Kept, PeerExperts, Translated, not_installed, transposed
 
-REMEDY = "pip install 'transformers>=5.17'"
+REMEDY = LIBRARIES["transformers"]
 
 
 @dataclass(frozen=True)

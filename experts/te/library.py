@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from experts import catalog
 from experts.config import Fp8Recipe, MoEConfig, dtype_name
 from experts.errors import Unsupported
 
@@ -33,7 +34,8 @@ def not_installed() -> Unsupported | None:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except (ImportError, OSError) as error:
-        return Unsupported(f"Transformer Engine does not import ({error}); pip install 'moebench[te]'")
+        remedy = catalog.LIBRARIES["transformer_engine"]
+        return Unsupported(f"Transformer Engine does not import ({error}); {remedy}")
     return None
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import psutil
 
+from experts import catalog
 from moebench.machine import nvml
 from moebench.machine.environment import cpu_cores_usable, cpu_model
 from moebench.machine.gpus import GPU_BUSY_PERCENT
@@ -19,21 +20,15 @@ from moebench.machine.versions import DISTRIBUTIONS, library_versions
 
 Level = Literal["ok", "missing", "problem"]
 
-_FROM_SOURCE = (
-    "in the checkout, with nvcc: pip install 'setuptools>=77' ninja && pip install --no-build-isolation -e '.[{}]'"
-)
+_OF_PEERS = {backend.library for backend in catalog.BACKENDS if backend.target is not None}
 
-#: How to get a library that is missing. Extensions are built against the torch that is there: no build isolation.
+#: How to get a library that is missing.
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
-        "transformer_engine": _FROM_SOURCE.format("te"),
-        "grouped_gemm": _FROM_SOURCE.format("gmm"),
-        "deep_ep": "in the checkout: pip install -e '.[deepep]'",
-        "torchao": "pip install torchao",
-        "triton": "comes with a CUDA build of torch",
-        "transformers": "a peer to compare with: pip install 'transformers>=5.17'",
-        "nemo_automodel": "a peer to compare with: pip install nemo_automodel",
-        "sonicmoe": "a peer to compare with, on Python 3.12 or later: pip install sonic-moe",
+        **{
+            name: f"a peer to compare with: {install}" if name in _OF_PEERS else install
+            for name, install in catalog.LIBRARIES.items()
+        },
         "numpy": "pip install numpy",
     }
 )

@@ -17,15 +17,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import moebench
 from moebench.errors import ResultsError
 from moebench.machine import nvml
-from moebench.machine.versions import library_versions
+from moebench.machine.versions import TIMED, library_versions
 
 #: Set where the checkout has no .git, so that results still name their revision.
 REVISION_VARIABLE = "MOEBENCH_REVISION"
 
 #: Libraries whose code runs inside the timed region.
-TIMED_LIBRARIES = (
-    "torch", "cuda", "cudnn", "nccl", "triton", "transformer_engine", "grouped_gemm", "deep_ep", "torchao",
-)  # fmt: skip
+TIMED_LIBRARIES = ("torch", "cuda", "cudnn", "nccl", *TIMED)
 
 _ROOT = Path(moebench.__file__).resolve().parent.parent
 _SOURCES = ("experts", "moebench", "suites")

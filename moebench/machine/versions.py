@@ -5,14 +5,23 @@ import importlib.util
 from collections.abc import Mapping
 from types import MappingProxyType
 
-#: Importable name -> the distributions that ship it, by their names in package metadata.
-DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+#: Libraries whose code runs inside the timed region: importable name -> the distributions that ship it, by their names
+#: in package metadata. They stand here and not in `experts.catalog`, because workers of `moebench ab` import older
+#: revisions of `experts`, and the versions of both sides are compared.
+TIMED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "triton": ("triton", "pytorch-triton"),
         "transformer_engine": ("transformer-engine", "transformer-engine-torch"),
         "grouped_gemm": ("grouped-gemm", "nv-grouped-gemm"),
         "deep_ep": ("tokenspeed-deepep", "sgl-deep-ep", "deep-ep"),
         "torchao": ("torchao",),
+    }
+)
+
+#: Those, and the others that a backend may need.
+DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        **TIMED,
         "transformers": ("transformers",),
         "nemo_automodel": ("nemo-automodel",),
         "sonicmoe": ("sonic-moe",),

@@ -14,6 +14,7 @@ from torch import Tensor
 from experts.dispatch.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 from moebench.measure import timing
 from moebench.measure.timing import TimingPolicy
+from moebench.workload.backends import collective_of
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import ALONE, Ranks
@@ -175,15 +176,20 @@ def _collective(case: Case, inputs: Inputs, dispatcher: str, ranks: Ranks) -> li
     if ranks.size == 1:
         return None
     ways = 2 if case.mode == "train" else 1
-    if dispatcher == "allgather":
+    if collective_of(dispatcher) == "all_gather":
         most = int(ranks.largest(inputs.x_TD.shape[0]))
         x_TD, y_RD = (inputs.x_TD.new_zeros(rows, case.dim) for rows in (most, most * ranks.size))
         return [lambda: all_gather_rows(x_TD, ranks.group), lambda: reduce_scatter_rows(y_RD, ranks.group)] * ways
-    rank_TK = inputs.active_indices_TK // (case.n_routed_experts // ranks.size)
-    send = [int((rank_TK == rank).any(dim=1).sum()) for rank in range(ranks.size)]
-    receive = [row[ranks.rank] for row in ranks.tell(send)]
+    send, receive = rows_between_ranks(inputs, case.n_routed_experts, ranks)
     out_ND, back_RD = (inputs.x_TD.new_zeros(sum(rows), case.dim) for rows in (send, receive))
     return [
         lambda: all_to_all_rows(out_ND, send, receive, ranks.group),
         lambda: all_to_all_rows(back_RD, receive, send, ranks.group),
     ] * ways
+
+
+def rows_between_ranks(inputs: Inputs, n_routed_experts: int, ranks: Ranks) -> tuple[list[int], list[int]]:
+    """How many tokens this rank sends to each rank, each once, and how many it receives from each."""
+    rank_TK = inputs.active_indices_TK // (n_routed_experts // ranks.size)
+    send = [int((rank_TK == rank).any(dim=1).sum()) for rank in range(ranks.size)]
+    return send, [row[ranks.rank] for row in ranks.tell(send)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from moebench.workload.backends import DISPATCHERS
 from moebench.workload.case import ACTIVATIONS, DTYPES, Case, Job
 
 Probe = Literal[
@@ -29,7 +30,6 @@ Fields = dict[str, Any]
 SHAPE: Fields = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 128, "moe_inter_dim": 64}
 HOSTILE: Fields = {"mode": "train", "expert_bias": True, "masked_share": 0.125}
 BASE: Fields = {"num_tokens": 48, **SHAPE, **HOSTILE}
-DISPATCHERS = ("allgather", "alltoall", "deepep")
 
 
 @dataclass(frozen=True)

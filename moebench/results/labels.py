@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from moebench.workload.backends import REFERENCE
 from moebench.workload.case import Case
 
 
@@ -134,8 +135,8 @@ def backend_labels(frame: pd.DataFrame) -> "pd.Series[str]":
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Distinct backend labels as they are shown everywhere: loop, the reference, first, then by name."""
-    return sorted(set(labels), key=lambda label: (label.partition("+")[0] != "loop", label))
+    """Distinct backend labels as they are shown everywhere: the reference first, then by name."""
+    return sorted(set(labels), key=lambda label: (label.partition("+")[0] != REFERENCE, label))
 
 
 def machine(frame: pd.DataFrame) -> str:

@@ -7,14 +7,13 @@ Not in it: contexts and communication buffers, fragments, and the copies that th
 
 from dataclasses import dataclass
 
+from moebench.workload.backends import collective_of, described, engine_of
 from moebench.workload.case import Case, Job
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 PASSES = 2
 #: float32 buffers [N, I] that an activation holds at once, forward and backward; more where it clamps and adds biases.
 _TEMPORARIES = {"plain": (4, 8), "clamped": (7, 11)}
-#: Engines that count a rank's rows on the host; others have a row for each choice of each token that reaches the rank.
-_COUNTS_ROWS = ("loop", "gmm", "te")
 #: What the busiest rank has over an even share, where routing is skewed; about so, of zipf and recorded traces.
 _SKEW = 2.0
 #: Bytes of a token's number in what all ranks' tokens sum up to (output and its gradient, float64 and float32), and in
@@ -78,9 +77,9 @@ def pass_bytes(job: Job) -> int:
     inter, width, acc = case.moe_inter_dim, _width(case), max(4, itemsize)
     activating = width * itemsize + temporaries * inter * acc + is_train * (case.dim + inter) * itemsize
     multiplying = (case.dim + width + inter) * itemsize + 2 * inter * acc
-    quantised = sizes.parameter_bytes if is_train and "fp8" in job.backend else 0
+    quantised = sizes.parameter_bytes if is_train and _is_fp8(job) else 0
     tokens = (1 + is_train) * (sizes.num_tokens + sizes.reached) * case.dim * itemsize
-    if job.backend == "loop":  # adds experts up in float32
+    if _is_one_by_one(job):  # adds experts up in float32
         tokens += sizes.reached * case.dim * (acc + itemsize)
     at_activation = sizes.rows * activating + quantised
     at_gradients = sizes.rows * multiplying + _weight_copies(job) * sizes.parameter_bytes
@@ -90,12 +89,29 @@ def pass_bytes(job: Job) -> int:
 def _weight_copies(job: Job) -> float:
     """Gradients, and what an engine makes of the parameters beside them: as measured on an H200, 2026-11-23.
 
-    FP8 quantises them in both directions for a backward; the loop's autograd adds up gradients of all experts.
+    FP8 quantises them in both directions for a backward. Where experts run one by one, autograd adds up gradients of
+    all of them.
     """
-    is_fp8, is_train = "fp8" in job.backend, job.case.mode == "train"
+    is_fp8, is_train = _is_fp8(job), job.case.mode == "train"
     if not is_train:
         return 1 / 3 if is_fp8 else 0.0
-    return 5 / 3 if is_fp8 or job.backend == "loop" else 1.0
+    return 5 / 3 if is_fp8 or _is_one_by_one(job) else 1.0
+
+
+def _is_fp8(job: Job) -> bool:
+    """As the catalog says, or the name of somebody else's backend."""
+    backend = described(job.backend)
+    return "fp8" in job.backend if backend is None else backend.fp8 is not None
+
+
+def _is_one_by_one(job: Job) -> bool:
+    engine = engine_of(job.backend)
+    return engine is not None and engine.one_by_one
+
+
+def _counts_rows(job: Job) -> bool:
+    engine = engine_of(job.backend)
+    return engine is not None and engine.counts_rows
 
 
 def _reference_bytes(case: Case, sizes: _Sizes) -> float:
@@ -115,8 +131,8 @@ def _sizes(job: Job) -> _Sizes:
     most = reached * min(case.n_activated_experts, num_local)
     local_rows = min(most, _skew(case) * all_tokens * case.n_activated_experts / case.ep_size)
     rows_of_expert = min(all_tokens, _skew(case) * local_rows / num_local)
-    rows = local_rows if job.backend.partition("_")[0] in _COUNTS_ROWS else reached * case.n_activated_experts
-    if job.backend == "loop" and case.mode == "forward":
+    rows = local_rows if _counts_rows(job) else reached * case.n_activated_experts
+    if _is_one_by_one(job) and case.mode == "forward":
         rows = rows_of_expert  # one after the other
     expert = case.dim * _width(case) + case.moe_inter_dim * case.dim
     biases = (_width(case) + case.dim) if case.expert_bias else 0
@@ -139,7 +155,7 @@ def _reached(job: Job, most: int, all_tokens: int) -> int:
     Of K choices spread evenly over ranks one at least is of this rank with 1 − (1 − 1/ranks)^K.
     """
     case = job.case
-    if job.dispatcher == "allgather":
+    if collective_of(job.dispatcher) == "all_gather":
         return most * case.ep_size
     return round(all_tokens * min(1.0, _skew(case) * (1 - (1 - 1 / case.ep_size) ** case.n_activated_experts)))
 

@@ -10,11 +10,13 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from moebench.workload.backends import DISPATCHERS as BETWEEN_RANKS
+from moebench.workload.backends import GROUPS, is_group
 from moebench.workload.case import Case
 from moebench.workload.models import MODELS
 
 SHAPE_AXES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
-DISPATCHERS = ("local", "allgather", "alltoall", "deepep")
+DISPATCHERS = ("local", *BETWEEN_RANKS)
 BACKEND_PATTERN = r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$"
 BACKEND_RULE = 'must be a name, or "module:attribute" for a backend of your own'
 UNKNOWN: Final = object()  # stands for a value that a mistake hides
@@ -74,6 +76,8 @@ _EXAMPLES = {
 
 def rule_for(name: str, value: object, error: ErrorDetails) -> str:
     """The rule that `value` of the field `name` breaks, and the remedy."""
+    if is_group(name, value):
+        return f"there is no such group; the groups of {name} are {listed(GROUPS[name])}"
     if name in _CHOICES:
         hint = did_you_mean(value, _CHOICES[name]) or "take one of them"
         return f"must be one of {listed(_CHOICES[name])}; {hint}"
@@ -111,7 +115,7 @@ def example(name: str) -> str:
 def combinations(axes: Mapping[str, Sequence[object]]) -> Iterator[dict[str, object]]:
     """Each combination of the axes, complete: with the model's shape, Case's defaults, and the dispatcher in force."""
     for values in product(*axes.values()):
-        combination = {**DEFAULTS, "dispatcher": "allgather", **dict(zip(axes, values, strict=True))}
+        combination = {**DEFAULTS, "dispatcher": BETWEEN_RANKS[0], **dict(zip(axes, values, strict=True))}
         model = combination["model"]
         if model is UNKNOWN:
             combination |= dict.fromkeys(FIXED_BY_MODEL, UNKNOWN)

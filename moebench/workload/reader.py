@@ -22,6 +22,7 @@ from moebench.workload.axes import (
     rule_for,
     shown,
 )
+from moebench.workload.backends import expanded
 from moebench.workload.case import Case
 
 Read = dict[str, tuple[object, ...]]  # axes as they were read, UNKNOWN among them
@@ -106,7 +107,7 @@ class SweepReader:
             self.wrong(f"{place} = []", f"an axis has at least one value; for example {name} = [{example(name)}]")
             return (UNKNOWN,)
         read: list[object] = []
-        for number, value in enumerate(raw if isinstance(raw, list) else [raw]):
+        for number, value in expanded(name, raw if isinstance(raw, list) else [raw]):
             at = f"{place}[{number}] = {shown(value)}" if isinstance(raw, list) else f"{place} = {shown(value)}"
             try:
                 valid = AXES[name].validate_python(value, context=self.folder)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from moebench.errors import SweepError
 from moebench.workload.axes import AXES, BACKEND_PATTERN, BACKEND_RULE, did_you_mean, listed, rule_for
+from moebench.workload.backends import GROUPS, is_group, names_of
 from moebench.workload.case import Case, Job
 from moebench.workload.spec import SweepSpec, find_sweep, load_sweep
 
@@ -74,7 +75,8 @@ def _test(text: str) -> Callable[[Job], bool]:
             raise SweepError([f"filter {text!r}: {key} has no order; use = or !=; numbers are {listed(_NUMBERS)}"])
         bound, compare = _number(text, written), _ORDERS[sign]
         return lambda job: compare(_value(job, key), bound)
-    values = [_filter_value(text, key, word.strip()) for word in written.split(",")]
+    words = names_of(key, map(str.strip, written.split(",")))
+    values = [_filter_value(text, key, word) for word in words]
     return lambda job: (_value(job, key) in values) == (sign == "=")
 
 
@@ -100,10 +102,16 @@ def _filter_value(text: str, key: str, word: str) -> object:
 
 
 def select_backends(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
-    """The cases of `jobs`, each once for every named backend and every dispatcher it has; without names, `jobs`."""
+    """The cases of `jobs`, each once for every named backend (or member of a named group) and every dispatcher it has.
+
+    Without names, `jobs`.
+    """
+    names = names_of("backend", names)
     wrong = [name for name in names if not re.fullmatch(BACKEND_PATTERN, name)]
     if wrong:
-        raise SweepError([f"backend {name!r}: {BACKEND_RULE}; for example my_module:MyExperts" for name in wrong])
+        rule = f"{BACKEND_RULE}; for example my_module:MyExperts"
+        groups = f"there is no such group; the groups are {listed(GROUPS['backend'])}"
+        raise SweepError([f"backend {name!r}: {groups if is_group('backend', name) else rule}" for name in wrong])
     if not names:
         return list(jobs)
     dispatchers: dict[Case, dict[str, None]] = {}

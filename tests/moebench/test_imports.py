@@ -47,7 +47,7 @@ TORCH_AT_IMPORT = ("parity", "measure", "workload.inputs", "workload.ranks")
 NEVER_TORCH_AT_IMPORT = ("parity.checks", "measure.protocol")
 TORCH_IN_FUNCTIONS = ("machine.doctor", "machine.environment", "machine.versions", "cli.listing")
 #: Modules of `experts` that do not import torch.
-TORCH_FREE_EXPERTS: tuple[str, ...] = ()
+TORCH_FREE_EXPERTS: tuple[str, ...] = ("experts.catalog",)
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))

@@ -22,8 +22,10 @@ from experts.dispatch.collectives import all_gather_rows, all_to_all_rows, reduc
 from experts.dispatchers import dispatcher_names, dispatcher_unsupported, make_dispatcher
 from moebench.machine import environment
 from moebench.measure import timing
+from moebench.measure.ceilings import rows_between_ranks
 from moebench.measure.timing import TimingPolicy
 from moebench.measure.worker import pick_device
+from moebench.workload.backends import collective_of
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs, make_inputs, moe_config
 from moebench.workload.models import MODELS
@@ -32,36 +34,26 @@ from moebench.workload.ranks import Ranks, join, leave
 Way = Callable[[], object]
 
 
-def raw_ways(name: str, inputs: Inputs, sent: Dispatched, config: MoEConfig, ranks: Ranks) -> tuple[Way, Way]:
-    """The library calls that move the rows of `sent` out, and rows of its shape back, with nothing around them."""
+def raw_ways(
+    name: str, dispatcher: Dispatcher, inputs: Inputs, sent: Dispatched, config: MoEConfig, ranks: Ranks
+) -> tuple[Way, Way]:
+    """The library calls that move the rows of `sent` out, and rows of its shape back, with nothing around them.
+
+    A dispatcher whose library is not torch.distributed has `raw_ways` of its own.
+    """
     y_RD = torch.randn_like(sent.x_RD)
-    if name == "allgather":
+    own = getattr(dispatcher, "raw_ways", None)
+    if own is not None:
+        ways: tuple[Way, Way] = own(inputs.x_TD, inputs.weights_TK, inputs.active_indices_TK, y_RD, sent)
+        return ways
+    if collective_of(name) == "all_gather":
         return lambda: all_gather_rows(inputs.x_TD, ranks.group), lambda: reduce_scatter_rows(y_RD, ranks.group)
-    if name == "alltoall":
-        route = sent.origin
-        rows_ND = inputs.x_TD.index_select(0, route.by_rank.row_to_token_N[: sum(route.send)])
-        return (
-            lambda: all_to_all_rows(rows_ND, route.send, route.receive, ranks.group),
-            lambda: all_to_all_rows(y_RD, route.receive, route.send, ranks.group),
-        )
-    route, indices_TK, weights_TK = sent.origin, inputs.active_indices_TK, inputs.weights_TK
-    buffer = route.buffer()
-
-    def dispatch() -> None:
-        per_rank, per_rdma_rank, per_expert, is_in_rank, _ = buffer.get_dispatch_layout(
-            indices_TK, config.n_routed_experts
-        )
-        buffer.dispatch(
-            inputs.x_TD,
-            topk_idx=indices_TK,
-            topk_weights=weights_TK,
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_rdma_rank,
-            is_token_in_rank=is_in_rank,
-            num_tokens_per_expert=per_expert,
-        )
-
-    return dispatch, lambda: buffer.combine(y_RD, route.handle)
+    send, receive = rows_between_ranks(inputs, config.n_routed_experts, ranks)
+    rows_ND = torch.randn(sum(send), config.dim, device=y_RD.device).to(y_RD.dtype)
+    return (
+        lambda: all_to_all_rows(rows_ND, send, receive, ranks.group),
+        lambda: all_to_all_rows(y_RD, receive, send, ranks.group),
+    )
 
 
 def measure_dispatcher(name: str, case: Case, device: torch.device, ranks: Ranks) -> list[dict[str, Any]]:
@@ -72,7 +64,7 @@ def measure_dispatcher(name: str, case: Case, device: torch.device, ranks: Ranks
     sent = dispatcher.dispatch(*arguments)
     y_RD = torch.randn_like(sent.x_RD)
     ours = (lambda: dispatcher.dispatch(*arguments), lambda: dispatcher.combine(y_RD, sent))
-    raw = raw_ways(name, inputs, sent, config, ranks)
+    raw = raw_ways(name, dispatcher, inputs, sent, config, ranks)
     policy = TimingPolicy.default(device)
     gigabytes = ranks.largest(sent.x_RD.nbytes) / 1e9
     rows: list[dict[str, Any]] = []

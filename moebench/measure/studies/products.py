@@ -7,17 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experts import MoEConfig
-from experts.compute import gmm, grouped_mm
+from experts import MoEConfig, catalog
 from experts.compute.whole import Products
+from experts.engines import get_engine
 from experts.registry import get_backend
 from experts.steps import Permutation
+from moebench.workload.backends import engine_of
 from moebench.workload.inputs import Inputs
 
 Call = Callable[[], object]
 
-#: Backends that can be set against products: their own library's, and `triton`, whose own do more, against torch's.
-BACKENDS = ("torch_mm", "torch_mm_save_time", "triton", "gmm", "gmm_save_time", "te")
+
+def _has_products(backend: catalog.Backend) -> bool:
+    engine = backend.engine
+    if engine is None or backend.fp8 is not None:
+        return False
+    return not engine.stacked or get_engine(engine.name).products is not None
+
+
+#: Backends that can be set against a library's products. `triton`, whose own do more, is set against torch's.
+BACKENDS = tuple(backend.name for backend in catalog.BACKENDS if _has_products(backend))
 
 
 @dataclass(frozen=True)
@@ -41,11 +50,11 @@ class Alone:
 def alone(backend: str, inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, rows: Permutation) -> Alone:
     """The products that a backend of BACKENDS is set against; Transformer Engine's are its two GroupedLinears."""
     x_ND = inputs.x_TD.index_select(0, rows.row_to_token_N)
-    if backend == "te":
+    engine = engine_of(backend)
+    products = get_engine(engine.name).products if engine is not None and engine.stacked else None
+    if products is None:
         return _of_linears(x_ND, parameters, config, rows.tokens_per_expert_L.tolist())
-    if backend.startswith("gmm"):
-        return _of_products(gmm.products(rows.tokens_per_expert_L.cpu()), x_ND, parameters, config)
-    return _of_products(grouped_mm.products(rows.offsets_L), x_ND, parameters, config)
+    return _of_products(products(rows), x_ND, parameters, config)
 
 
 def _of_products(products: Products, x_ND: Tensor, parameters: dict[str, Tensor], config: MoEConfig) -> Alone:
