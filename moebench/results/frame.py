@@ -18,16 +18,17 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from moebench.errors import ResultsError
+from moebench.results.columns import Rounds
 from moebench.results.files import write_atomically
 from moebench.results.journal import JOURNAL_NAME, read_journal
-from moebench.results.record import SCHEMA, Record, Status
+from moebench.results.record import COLUMN_OF, SCHEMA, Record, Status
 from moebench.results.rounds import merged
 
 PARQUET_NAME = "results.parquet"
 CSV_NAME = "results.csv"
 
 #: Left out of the CSV: thousands of numbers in a cell help nobody.
-SAMPLE_COLUMNS = ("samples_ms", "sample_rounds", "sample_marked")
+SAMPLE_COLUMNS = tuple(name for name, column in COLUMN_OF.items() if column.rounds is Rounds.SAMPLES)
 
 _ARROW_TYPES: Mapping[Hashable, Any] = {
     str: pa.string(),

@@ -86,15 +86,14 @@ class GateJob(_Part):
 
     @classmethod
     def of(cls, job: Judged) -> Self:
-        case_id, backend, dispatcher = job.key
         time = None if job.time is None else GateTime.model_validate(job.time)
         if time is not None and not time.low:
             time = time.model_copy(update={"low": None})  # 0 is minus infinity on the logarithmic scale: not known
         columns = ("status", "time_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
         return cls(
-            case_id=case_id,
-            backend=backend,
-            dispatcher=dispatcher,
+            case_id=job.key.case_id,
+            backend=job.key.backend,
+            dispatcher=job.key.dispatcher,
             verdict=job.verdict,
             findings=tuple(GateFinding.model_validate(finding) for finding in job.findings),
             time=time,

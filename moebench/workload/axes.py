@@ -11,9 +11,8 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationI
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from moebench.workload.case import Case
-from moebench.workload.models import MODELS
+from moebench.workload.models import MODELS, SHAPE_AXES
 
-SHAPE_AXES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
 DISPATCHERS = ("local", "allgather", "alltoall", "deepep")
 BACKEND_PATTERN = r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$"
 BACKEND_RULE = 'must be a name, or "module:attribute" for a backend of your own'
