@@ -41,12 +41,11 @@ class Column:
 
 def columns_of(model: type[BaseModel]) -> dict[str, Column]:
     """The column of each field; a field that declares none is one of a case, and described there."""
-    return {
-        name: next(
-            (some for some in field.metadata if isinstance(some, Column)), Column(Rounds.SAME, field.description or "")
-        )
-        for name, field in model.model_fields.items()
-    }
+    found = {}
+    for name, field in model.model_fields.items():
+        of_case = Column(Rounds.SAME, field.description or "", null="not set")
+        found[name] = next((some for some in field.metadata if isinstance(some, Column)), of_case)
+    return found
 
 
 def _worst(values: Sequence[Any]) -> Any:

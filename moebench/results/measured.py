@@ -10,11 +10,10 @@ from pydantic import BaseModel, Field
 from moebench.results.columns import Column, Rounds
 
 _NO_PARTS = "at EP size 1, where a module has no `dispatcher` to listen to, unless ok"
-_NOT_SO_FAR = "did not get so far"
 
 
 class Measured(BaseModel):
-    """Times, ceilings, memory, parity and what the job itself took, in the order of the columns."""
+    """Times, ceilings, memory and parity, in the order of the columns."""
 
     time_ms: Annotated[
         float | None,
@@ -268,19 +267,4 @@ class Measured(BaseModel):
             "algorithms: a property, no fault",
             null="not compared, or memory holds only one pass",
         ),
-    ] = None
-
-    job_s: Annotated[
-        float | None, Column(Rounds.SUM, "wall-clock time that the job took in all", "s", null="process died")
-    ] = None
-    setup_s: Annotated[
-        float | None, Column(Rounds.SUM, "part of `job_s`: making inputs and module", "s", _NOT_SO_FAR)
-    ] = None
-    parity_s: Annotated[
-        float | None, Column(Rounds.SUM, "part of `job_s`: comparing with the reference", "s", _NOT_SO_FAR)
-    ] = None
-    timing_s: Annotated[float | None, Column(Rounds.SUM, "part of `job_s`: timing", "s", _NOT_SO_FAR)] = None
-    ceilings_s: Annotated[
-        float | None,
-        Column(Rounds.SUM, "part of `job_s`: measuring ceilings, which the first job of a case does", "s", _NOT_SO_FAR),
     ] = None

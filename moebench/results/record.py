@@ -1,4 +1,4 @@
-"""One row of results, its outcomes, and the append-only journal that holds rows as they are finished. No torch here.
+"""One row of results, its outcomes, and what its columns declare. No torch here.
 
 History of SCHEMA
 1  2026-11  first version.
@@ -14,6 +14,7 @@ from moebench.results.measured import Measured
 from moebench.workload.case import CaseFields, Job, JobKey
 
 SCHEMA = 1
+_NOT_SO_FAR = "did not get so far"
 
 
 class Status(StrEnum):
@@ -119,6 +120,20 @@ class Record(Measured, _Outcome, CaseFields, _Named):
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", use_enum_values=False)
 
+    job_s: Annotated[
+        float | None, Column(Rounds.SUM, "wall-clock time that the job took in all", "s", null="process died")
+    ] = None
+    setup_s: Annotated[
+        float | None, Column(Rounds.SUM, "part of `job_s`: making inputs and module", "s", _NOT_SO_FAR)
+    ] = None
+    parity_s: Annotated[
+        float | None, Column(Rounds.SUM, "part of `job_s`: comparing with the reference", "s", _NOT_SO_FAR)
+    ] = None
+    timing_s: Annotated[float | None, Column(Rounds.SUM, "part of `job_s`: timing", "s", _NOT_SO_FAR)] = None
+    ceilings_s: Annotated[
+        float | None,
+        Column(Rounds.SUM, "part of `job_s`: measuring ceilings, which the first job of a case does", "s", _NOT_SO_FAR),
+    ] = None
     env_id: Annotated[str, Column(Rounds.EVERY, "fingerprint of `environment.json`")]
     run_id: Annotated[str, Column(Rounds.EVERY, "the run: when it began (UTC) and the sweep's name")]
     schema_version: Annotated[

@@ -53,7 +53,7 @@ class CaseFields(BaseModel):
     n_activated_experts: Annotated[Positive, Field(description="experts that each token chooses")]
     dim: Annotated[Positive, Field(description="width of a token")]
     moe_inter_dim: Annotated[Positive, Field(description="width inside an expert")]
-    model: Annotated[str | None, Field(description="preset that the shape comes from; null for a shape of its own")] = (
+    model: Annotated[str | None, Field(description="preset that the shape comes from; a shape of its own has none")] = (
         None
     )
     dtype: Annotated[
