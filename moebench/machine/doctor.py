@@ -15,6 +15,7 @@ import psutil
 from moebench.machine import nvml
 from moebench.machine.environment import cpu_cores_usable, cpu_model
 from moebench.machine.gpus import GPU_BUSY_PERCENT
+from moebench.machine.units import size
 from moebench.machine.versions import DISTRIBUTIONS, library_versions
 
 Level = Literal["ok", "missing", "problem"]
@@ -40,7 +41,6 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
 
 _CPU_BUSY_PERCENT = 25.0
 _GOVERNORS = Path("/sys/devices/system/cpu")
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def doctor() -> list[Finding]:
 
 
 def _cpu_findings() -> list[Finding]:
-    memory = psutil.virtual_memory().total / _GIB
+    memory = size(psutil.virtual_memory().total, ".0f")
     cores = cpu_cores_usable()
-    findings = [Finding("ok", "cpu", f"{cpu_model()}, {cores} of {psutil.cpu_count()} cores usable, {memory:.0f} GiB")]
+    findings = [Finding("ok", "cpu", f"{cpu_model()}, {cores} of {psutil.cpu_count()} cores usable, {memory}")]
     busy = psutil.cpu_percent(interval=0.5)
     if busy > _CPU_BUSY_PERCENT:
         detail = f"other processes keep the cores {busy:.0f}% busy, which a CPU's times will show"
@@ -109,8 +109,8 @@ def _torch_sees_gpu() -> bool:
 def _one_gpu(name: str, gpu: nvml.GpuReading, use: nvml.GpuUse) -> list[Finding]:
     if gpu.nvml_error:
         return [Finding("problem", name, gpu.nvml_error, "see what nvidia-smi says")]
-    size = "" if gpu.memory_bytes is None else f", {gpu.memory_bytes / _GIB:.0f} GiB"
-    findings = [Finding("ok", name, f"{gpu.name}{size}, driver {gpu.driver_version}")]
+    memory = "" if gpu.memory_bytes is None else f", {size(gpu.memory_bytes, '.0f')}"
+    findings = [Finding("ok", name, f"{gpu.name}{memory}, driver {gpu.driver_version}")]
     if use.other_pids:
         pids = ", ".join(str(pid) for pid in use.other_pids)
         findings.append(Finding("problem", f"{name} use", f"process {pids} uses it", "end it, or choose another GPU"))

@@ -7,10 +7,10 @@ Not in it: contexts and communication buffers, fragments, and the copies that th
 
 from dataclasses import dataclass
 
+from moebench.measure.protocol import PASSES
 from moebench.workload.case import Case, Job
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-PASSES = 2
 #: float32 buffers [N, I] that an activation holds at once, forward and backward; more where it clamps and adds biases.
 _TEMPORARIES = {"plain": (4, 8), "clamped": (7, 11)}
 #: Engines that count a rank's rows on the host; others have a row for each choice of each token that reaches the rank.

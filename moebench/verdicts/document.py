@@ -4,12 +4,11 @@ docs/gating.md explains the keys. A number that is infinite or not known is null
 reader must not take a limit for a number.
 """
 
-import math
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moebench.errors import ResultsError
 from moebench.verdicts.gate import GateResult, Judged, SelfComparison
@@ -17,19 +16,13 @@ from moebench.verdicts.verdict import Severity, Verdict
 
 SCHEMA = 1
 
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]
-Cell = Annotated[str | int | float | None, BeforeValidator(_finite)]
+Cell = str | int | float | None
 
 
 class _Part(BaseModel):
     """Unknown keys are passed over, so that a later moebench may add some."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True, ser_json_inf_nan="null")
 
 
 class GateFinding(_Part):
@@ -43,12 +36,12 @@ class GateFinding(_Part):
 class GateTime(_Part):
     """Candidate over baseline with its interval, and shares of the baseline."""
 
-    ratio: Number
-    low: Number
-    high: Number
-    p_slower: Number
-    p_faster: Number
-    smallest_effect: Number
+    ratio: float | None
+    low: float | None
+    high: float | None
+    p_slower: float | None
+    p_faster: float | None
+    smallest_effect: float | None
     rounds: tuple[int, int]
 
     def __str__(self) -> str:

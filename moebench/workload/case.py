@@ -17,6 +17,8 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Activation = Literal["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"]
 Mode = Literal["forward", "train"]
 RankLoad = Literal["even", "uneven", "one-empty"]
+#: What cases must share to share their weights.
+Weights = tuple[object, ...]
 #: More is a slip of the pen: no machine has the memory, and columns are integers of 64 bits.
 LARGEST = 2**31
 Positive = Annotated[int, Field(gt=0, lt=LARGEST)]
@@ -135,7 +137,7 @@ class Case(CaseFields):
         return f"{shape}-t{self.num_tokens}-{self.dtype}-{self.mode}-{routing}-ep{self.ep_size}-{digest}"
 
     @property
-    def weights(self) -> tuple[object, ...]:
+    def weights(self) -> Weights:
         """All that `moebench.workload.inputs.make_parameters` reads: cases with equal ones have the same weights."""
         shape = (self.n_routed_experts, self.dim, self.moe_inter_dim, self.is_gated)
         return (*shape, self.dtype, self.expert_bias, self.seed, self.ep_size, self.gain)
