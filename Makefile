@@ -30,11 +30,12 @@ lint: $(READY) ## style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-results: $(READY) ## draw the plots of results/published/ again, the README's picture among them; run the notebooks
+results: $(READY) ## draw the plots of results/published/ again, the README's picture among them; run the notebooks; write docs/results.md's tables
 	@set -e; for folder in results/published/*/; do \
 		if [ -f "$$folder/results.parquet" ]; then $(RUN) -m moebench plots "$${folder%/}"; fi; \
 	done
 	$(RUN) notebooks/execute.py
+	$(RUN) -m moebench.report.columntable docs/results.md
 
 clean: ## remove caches and builds; .venv and results/runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks

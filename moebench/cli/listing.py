@@ -10,6 +10,7 @@ from rich.text import Text
 from moebench.errors import UsageError
 from moebench.machine.environment import gpu_numbers
 from moebench.parity.checks import CHECKS
+from moebench.report.tables.boxes import plain
 from moebench.workload.spec import available_sweeps, load_sweep
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Listing:
         return asdict(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(box=None, pad_edge=False, title_justify="left", header_style="bold")
+        table = plain()
         for name in ("sweep", "jobs", "description"):
             table.add_column(name, justify="right" if name == "jobs" else "left")
         for line in self.sweeps:
@@ -55,7 +56,7 @@ class Listing:
 
 
 def _backend_table(lines: tuple[BackendLine, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain()
     table.add_column("backend")
     table.add_column("here")
     for line in lines:
@@ -89,7 +90,7 @@ def available_backends(device: str | None) -> list[str]:
 
 def checks() -> Table:
     """The checks of `moebench parity` and what each looks for."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain()
     table.add_column("check", no_wrap=True)
     table.add_column("looks for")
     for check in CHECKS.values():

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moebench.machine.environment import TIMED_LIBRARIES, Environment
+from moebench.machine.units import size
 
 #: What may be allowed to differ, besides the libraries: the keys of `facts`.
 HARDWARE = ("device", "gpu", "driver", "power", "clocks", "cpu", "threads", "python")
@@ -36,7 +37,7 @@ def facts(environment: Environment) -> dict[str, str]:
 
     return {
         "device": environment.device.partition(":")[0],
-        "gpu": each(*(f"{gpu.name} ({gpu.memory_bytes / 2**30:.1f} GiB, {gpu.sm_count} SMs)" for gpu in gpus)),
+        "gpu": each(*(f"{gpu.name} ({size(gpu.memory_bytes, '.1f')}, {gpu.sm_count} SMs)" for gpu in gpus)),
         "driver": each(*(gpu.driver_version or "unknown" for gpu in gpus)),
         "power": each(*(_number(gpu.power_limit_w, "W") for gpu in gpus)),
         "clocks": each(*(_number(gpu.max_sm_clock_mhz, "MHz") for gpu in gpus)),

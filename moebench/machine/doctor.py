@@ -16,6 +16,7 @@ from experts import catalog
 from moebench.machine import nvml
 from moebench.machine.environment import cpu_cores_usable, cpu_model
 from moebench.machine.gpus import GPU_BUSY_PERCENT
+from moebench.machine.units import size
 from moebench.machine.versions import DISTRIBUTIONS, library_versions
 
 Level = Literal["ok", "missing", "problem"]
@@ -35,7 +36,6 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
 
 _CPU_BUSY_PERCENT = 25.0
 _GOVERNORS = Path("/sys/devices/system/cpu")
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,9 @@ def doctor() -> list[Diagnosis]:
 
 
 def _cpu_findings() -> list[Diagnosis]:
-    memory = psutil.virtual_memory().total / _GIB
+    memory = size(psutil.virtual_memory().total, ".0f")
     cores = cpu_cores_usable()
-    findings = [
-        Diagnosis("ok", "cpu", f"{cpu_model()}, {cores} of {psutil.cpu_count()} cores usable, {memory:.0f} GiB")
-    ]
+    findings = [Diagnosis("ok", "cpu", f"{cpu_model()}, {cores} of {psutil.cpu_count()} cores usable, {memory}")]
     busy = psutil.cpu_percent(interval=0.5)
     if busy > _CPU_BUSY_PERCENT:
         detail = f"other processes keep the cores {busy:.0f}% busy, which a CPU's times will show"
@@ -106,8 +104,8 @@ def _torch_sees_gpu() -> bool:
 def _one_gpu(name: str, gpu: nvml.GpuReading, use: nvml.GpuUse) -> list[Diagnosis]:
     if gpu.nvml_error:
         return [Diagnosis("problem", name, gpu.nvml_error, "see what nvidia-smi says")]
-    size = "" if gpu.memory_bytes is None else f", {gpu.memory_bytes / _GIB:.0f} GiB"
-    findings = [Diagnosis("ok", name, f"{gpu.name}{size}, driver {gpu.driver_version}")]
+    memory = "" if gpu.memory_bytes is None else f", {size(gpu.memory_bytes, '.0f')}"
+    findings = [Diagnosis("ok", name, f"{gpu.name}{memory}, driver {gpu.driver_version}")]
     if use.other_pids:
         pids = ", ".join(str(pid) for pid in use.other_pids)
         findings.append(Diagnosis("problem", f"{name} use", f"process {pids} uses it", "end it, or choose another GPU"))

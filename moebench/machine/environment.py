@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import moebench
 from moebench.errors import ResultsError
 from moebench.machine import nvml
+from moebench.machine.git import run_git
 from moebench.machine.versions import TIMED, library_versions
 
 #: Set where the checkout has no .git, so that results still name their revision.
@@ -199,10 +200,9 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook sets these
+    """What git says of the checkout; None where it cannot."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=variables)
+        done = run_git("-C", str(root), *arguments)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.decode().strip() if done.returncode == 0 else None

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moebench.measure import ceilings
 from moebench.measure.ceilings import Ceilings
-from moebench.workload.case import Case, Job
-from moebench.workload.inputs import Inputs, make_inputs, make_parameters, moe_config
+from moebench.workload.case import Case, Job, Weights
+from moebench.workload.inputs import Inputs, make_inputs, make_parameters
 from moebench.workload.ranks import ALONE, Ranks
 
 
@@ -23,16 +23,15 @@ class Workload:
     device: torch.device
     ranks: Ranks = ALONE
     trace: Path | None = None
-    _parameters: tuple[str, dict[str, Tensor]] | None = field(default=None, repr=False)
+    _parameters: tuple[Weights, dict[str, Tensor]] | None = field(default=None, repr=False)
     _inputs: tuple[str, Inputs] | None = field(default=None, repr=False)
     _ceilings: dict[tuple[str, str, bool], Ceilings] = field(default_factory=dict, repr=False)
     _copy_gb_per_s: float | None = field(default=None, repr=False)
 
     def parameters(self, case: Case) -> dict[str, Tensor]:
-        key = f"{moe_config(case)} {case.ep_size} {case.seed}"
-        if self._parameters is None or self._parameters[0] != key:
+        if self._parameters is None or self._parameters[0] != case.weights:
             self._parameters = None  # the old ones go before the new ones come
-            self._parameters = key, make_parameters(case, self.device, self.ranks.rank)
+            self._parameters = case.weights, make_parameters(case, self.device, self.ranks.rank)
         return self._parameters[1]
 
     def inputs(self, case: Case) -> Inputs:

@@ -15,6 +15,7 @@ from moebench.measure.cache import Workload
 from moebench.measure.ceilings import Ceilings
 from moebench.measure.probes import examine
 from moebench.measure.profiling import executed, trace
+from moebench.measure.protocol import PASSES
 from moebench.measure.samplers import Stage, captured
 from moebench.measure.subject import Measured, backend_of, make_subject, verdict_fields
 from moebench.measure.timing import TimingPolicy
@@ -25,8 +26,6 @@ from moebench.workload.case import Case, Job
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import Ranks
 
-#: Both passes must be right: a buffer that happens to be clean is often so the first time only.
-PASSES = 2
 #: Columns of what a job spent its time on; memory, profile and the passes that are checked are the rest of `job_s`.
 PHASES = ("setup_s", "ceilings_s", "parity_s", "timing_s")
 #: A graph's replays differ little: less time does for them.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from experts import Unsupported
 from experts.registry import get_backend
+from moebench.machine.units import size
 from moebench.measure.cache import Workload
 from moebench.measure.profiling import executed
 from moebench.measure.subject import Measured, Subject, backend_of, make_subject, verdict_fields
@@ -46,10 +47,10 @@ def examine(job: Job, workload: Workload) -> Measured:
 
 def _refuse_large(device: torch.device) -> None:
     if device.type != "cuda":
-        raise Unsupported(f"needs a GPU with {LARGE_BYTES >> 30} GiB free, the device is {device.type}")
+        raise Unsupported(f"needs a GPU with {size(LARGE_BYTES, '.0f')} free, the device is {device.type}")
     free = torch.cuda.mem_get_info(device)[0]
     if free < LARGE_BYTES:
-        raise Unsupported(f"needs {LARGE_BYTES >> 30} GiB of free GPU memory, there are {free >> 30}")
+        raise Unsupported(f"needs {size(LARGE_BYTES, '.0f')} of free GPU memory, there are {size(free)}")
 
 
 def _passes(subject: Subject, changed: Inputs | None = None) -> Examined:

@@ -68,7 +68,7 @@ def reasons(jobs: Sequence[Judged], of: Collection[Severity]) -> dict[tuple[Verd
         for finding in job.findings:
             if finding.verdict.severity in of:
                 why = finding.verdict, f"{finding.measure}: {finding.reason}"
-                befell.setdefault(why, []).append(f"{job.backend} on {job.key[0]}")
+                befell.setdefault(why, []).append(f"{job.backend} on {job.key.case_id}")
     worst_first = sorted(befell.items(), key=lambda item: item[0][0].rank)
     return {why: _some(names) for why, names in worst_first}
 

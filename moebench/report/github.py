@@ -47,7 +47,7 @@ def _escaped(text: str) -> str:
 def _sentence(job: Judged) -> str:
     decided = [finding for finding in job.findings if finding.verdict is job.verdict]
     found = "; ".join(f"{finding.measure}: {finding.reason}" for finding in decided)
-    return f"{job.backend} on {job.key[0]} ({change(job)}): {found}"
+    return f"{job.backend} on {job.key.case_id} ({change(job)}): {found}"
 
 
 def summary(result: GateResult) -> str:

@@ -38,7 +38,7 @@ def junit_xml(result: GateResult) -> bytes:
 
 
 def _test_case(job: Judged, finding: Finding) -> xml.Element:
-    case_id = job.key[0]
+    case_id = job.key.case_id
     names = {"classname": _written(f"{job.backend}.{finding.measure}"), "name": _written(case_id)}
     case = xml.Element("testcase", names)
     if finding.measure == "time" and job.time is not None:

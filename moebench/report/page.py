@@ -13,10 +13,10 @@ import jinja2
 import pandas as pd
 
 from moebench.machine.environment import Environment, Gpu
+from moebench.machine.units import size
 from moebench.report import pagetable
 from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, ROOFLINE, SCALING, THROUGHPUT
 from moebench.report.reproduce import Reproducer
-from moebench.report.tables.cells import size
 from moebench.report.tables.tables import details, fastest_rows
 from moebench.results.folder import environments_beside
 from moebench.results.labels import backend_labels, describe, in_case_order, machine

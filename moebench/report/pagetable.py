@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from moebench.machine.units import size
 from moebench.report.reproduce import Reproducer
-from moebench.report.tables.cells import Row, half_interval, human, marks, milliseconds, mismatch, size
+from moebench.report.tables.cells import Row, half_interval, human, marks, milliseconds, mismatch
 from moebench.results.labels import describe, in_order
 from moebench.results.record import GOOD, Status
 

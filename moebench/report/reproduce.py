@@ -1,13 +1,13 @@
 """The command that measures one row of results again. No torch here."""
 
-import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moebench.errors import SweepError
+from moebench.errors import SweepError, UsageError
 from moebench.report.tables.cells import Row
+from moebench.run.runfile import SWEEP_NAME, RunFile
 from moebench.workload.spec import find_sweep, load_sweep
 
 
@@ -19,7 +19,7 @@ class Reproducer:
 
     @classmethod
     def of(cls, folder: Path) -> "Reproducer":
-        """For the rows of a folder: its own sweep file first, then those that its run was asked for and are here."""
+        """For the rows of a folder: its own sweep file first, then that of its run where this is still here."""
         case_ids = {}
         for name in _sweeps(folder):
             try:
@@ -43,10 +43,11 @@ class Reproducer:
 
 
 def _sweeps(folder: Path) -> Iterator[str]:
-    if (folder / "sweep.toml").is_file():
-        yield str(folder / "sweep.toml")
+    """Where the sweep of a folder's run may be: beside its results, where the run found it, and in suites/."""
+    if (folder / SWEEP_NAME).is_file():
+        yield str(folder / SWEEP_NAME)
     try:
-        asked = json.loads((folder / "run.json").read_text())["command"]
-        yield from (word for word in shlex.split(asked)[2:] if not word.startswith("-"))
-    except (OSError, ValueError, KeyError, TypeError):
+        run = RunFile.read(folder)
+    except UsageError:  # no run's folder, but such as of `moebench merge`
         return
+    yield from (run.sweep_file, run.sweep)

@@ -5,7 +5,6 @@ MOST_APART times apart, by the straight line between them in logarithms. Nothing
 """
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,16 +15,15 @@ from moebench.errors import UsageError
 from moebench.results.labels import backend_labels, machine, shape_names
 from moebench.results.record import Status
 from moebench.results.stats import THRESHOLD
-from moebench.workload.axes import SHAPE_AXES, did_you_mean, listed
+from moebench.workload.axes import did_you_mean, listed
 from moebench.workload.case import Case
-from moebench.workload.models import MODELS
+from moebench.workload.models import MODELS, SHAPE_AXES, shape_fields
 
 #: Between two token counts further apart a backend's time need not follow a line.
 MOST_APART = 8
 #: A smaller advantage is none.
 CLOSE = THRESHOLD
 
-_SHAPE = re.compile(r"e(?P<n_routed_experts>\d+)k(?P<n_activated_experts>\d+)d(?P<dim>\d+)i(?P<moe_inter_dim>\d+)")
 #: Fields of a case that may differ from the asked: the name of a shape, and what is averaged over.
 _FREE = ("model", "num_tokens", "seed")
 _VALUES = ("time_ms", "time_ms_low", "time_ms_high", "peak_memory_bytes", "tokens_per_s")
@@ -77,11 +75,11 @@ class Advice:
 
 def question(model: str, num_tokens: int, **more: object) -> Case:
     """The asked workload; `model` is a preset or a shape as tables name it, e64k6d1024i512. Raises UsageError."""
-    shape = _SHAPE.fullmatch(model)
+    shape = shape_fields(model)
     if shape is None and model not in MODELS:
         hint = did_you_mean(model, MODELS) or f"there are {listed(MODELS)}"
         raise UsageError(f"--model {model}: must be a model of moebench, or a shape such as e64k6d1024i512; {hint}")
-    fields = MODELS[model] if shape is None else {name: int(number) for name, number in shape.groupdict().items()}
+    fields = MODELS[model] if shape is None else shape
     try:
         return Case.model_validate({**fields, "num_tokens": num_tokens, **more})
     except ValidationError as error:

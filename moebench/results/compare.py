@@ -6,9 +6,8 @@ import pandas as pd
 
 from moebench.errors import ResultsError
 from moebench.results.labels import CASE_ORDER
-from moebench.workload.case import Case
+from moebench.workload.case import KEY, Case
 
-KEY = ("case_id", "backend", "dispatcher")
 #: Columns that stand side by side, one for each result: `time_ms:NAME`.
 MEASURES = ("status", "time_ms", "tokens_per_s", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
 #: Of those, what also has a ratio to the first result, `time_ms_ratio:NAME`.

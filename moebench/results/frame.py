@@ -18,16 +18,17 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from moebench.errors import ResultsError
+from moebench.results.columns import Rounds
 from moebench.results.files import write_atomically
 from moebench.results.journal import JOURNAL_NAME, read_journal
-from moebench.results.record import SCHEMA, Record, Status
+from moebench.results.record import COLUMN_OF, SCHEMA, Record, Status
 from moebench.results.rounds import merged_rounds
 
 PARQUET_NAME = "results.parquet"
 CSV_NAME = "results.csv"
 
 #: Left out of the CSV: thousands of numbers in a cell help nobody.
-SAMPLE_COLUMNS = ("samples_ms", "sample_rounds", "sample_marked")
+SAMPLE_COLUMNS = tuple(name for name, column in COLUMN_OF.items() if column.rounds is Rounds.SAMPLES)
 
 _ARROW_TYPES: Mapping[Hashable, Any] = {
     str: pa.string(),
@@ -85,18 +86,19 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
     dumped = [merged_rounds(rounds).model_dump(by_alias=True) for rounds in jobs.values()]
     for cells in dumped:
         errors = cells["parity_errors"]
-        cells["parity_errors"] = errors and json.dumps({name: _jsonable(error) for name, error in errors.items()})
+        cells["parity_errors"] = errors and json.dumps({name: jsonable(error) for name, error in errors.items()})
     return _to_pandas(pa.Table.from_pylist(dumped, schema=ARROW_SCHEMA))
 
 
-def _jsonable(error: float) -> float | str:
-    return error if math.isfinite(error) else str(error)  # JSON has no infinity: "inf"
+def jsonable(number: float) -> float | str:
+    """A number as JSON can hold it: infinity, which JSON does not have, is "inf"."""
+    return number if math.isfinite(number) else str(number)
 
 
 def to_json(frame: pd.DataFrame) -> str:
     """A JSON array with an object a row, its cells as they are: null for what was not measured, "inf" for infinity."""
     rows = pa.Table.from_pandas(frame, preserve_index=False).to_pylist()
-    cells = ({name: _jsonable(cell) if isinstance(cell, float) else cell for name, cell in row.items()} for row in rows)
+    cells = ({name: jsonable(cell) if isinstance(cell, float) else cell for name, cell in row.items()} for row in rows)
     return json.dumps(list(cells), allow_nan=False)
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from moebench.workload.backends import REFERENCE
 from moebench.workload.case import Case
+from moebench.workload.models import SHAPE_AXES, shape_name
 
 
 @dataclass(frozen=True)
@@ -74,22 +75,11 @@ def shape_names(frame: pd.DataFrame) -> list[str]:
 
 
 def _shape_name(row: Mapping[Hashable, Any]) -> str:
-    if not pd.isna(row["model"]):
-        return str(row["model"])
-    return f"e{row['n_routed_experts']}k{row['n_activated_experts']}d{row['dim']}i{row['moe_inter_dim']}"
+    return shape_name(row) if pd.isna(row["model"]) else str(row["model"])
 
 
 def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
     """What describes a case, in words; empty for a setting at its default."""
-    settings = {
-        "activation_alpha": "alpha {:g}",
-        "activation_limit": "limit {:g}",
-        "swiglu_limit": "swiglu_limit {:g}",
-        "apply_router_weight_after_down": "weight after down",
-        "masked_share": "{:.0%} masked",
-        "ep_size": "EP {}",
-        "seed": "seed {}",
-    }
     return {
         "experts": _shape_name(row),
         "tokens": str(row["num_tokens"]),
@@ -97,14 +87,44 @@ def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
         "mode": row["mode"],
         "routing": row["routing"],
         "activation": row["expert_activation"] + ("+bias" if row["expert_bias"] else ""),
-        **{
-            name: "" if row[name] == Case.model_fields[name].default else text.format(row[name])
-            for name, text in settings.items()
-        },
+        **{name: _setting(name, row[name]) for name in _SETTINGS},
         "rank_load": rank_load_text(row["rank_load"]),
         "machine": _machine_name(row["gpu"], row["device"]),
         "run": row["run_id"],
     }
+
+
+#: Fields of a case that have a part of their own in `_parts`, or share one.
+_NAMED = (
+    *(*SHAPE_AXES, "model", "num_tokens", "dtype", "mode", "routing", "expert_activation", "expert_bias"),
+    "rank_load",
+)
+#: All others, which are told where they are not at their default.
+_SETTINGS = tuple(name for name in Case.model_fields if name not in _NAMED)
+#: How a setting reads; one that is not here reads as its name with its value.
+_TEXTS = {
+    "activation_alpha": "alpha {:g}",
+    "activation_limit": "limit {:g}",
+    "apply_router_weight_after_down": "weight after down",
+    "masked_share": "{:.0%} masked",
+    "ep_size": "EP {}",
+    "seed": "seed {}",
+}
+
+
+def _setting(name: str, value: Any) -> str:
+    """A field of a case in words; empty at its default."""
+    default = Case.model_fields[name].default
+    if value == default or (pd.isna(value) and default is None):
+        return ""
+    if name in _TEXTS:
+        return _TEXTS[name].format(value)
+    words = name.replace("_", " ")
+    return (words if value else f"no {words}") if isinstance(default, bool) else f"{name} {_short(value)}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _machine_name(gpu: Any, device: Any) -> str:
@@ -112,10 +132,9 @@ def _machine_name(gpu: Any, device: Any) -> str:
     return {"cpu": "CPU"}.get(names[0], str(names[0])) if names else ""
 
 
-CASE_ORDER = (
-    *("model", "n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim", "dtype", "expert_activation"),
-    *("expert_bias", "masked_share", "ep_size", "routing", "rank_load", "mode", "num_tokens", "seed", "case_id"),
-)
+_FIRST = ("model", "n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim", "dtype", "expert_activation")
+_LAST = ("expert_bias", "masked_share", "ep_size", "routing", "rank_load", "mode", "num_tokens", "seed", "case_id")
+CASE_ORDER = (*_FIRST, *(name for name in Case.model_fields if name not in (*_FIRST, *_LAST)), *_LAST)
 
 
 def in_case_order(frame: pd.DataFrame) -> pd.DataFrame:

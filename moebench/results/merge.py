@@ -11,8 +11,9 @@ from moebench.machine.environment import Environment
 from moebench.results.files import check_empty, write_atomically
 from moebench.results.folder import ENVIRONMENT_NAME, ENVIRONMENTS_NAME, Result, open_result
 from moebench.results.frame import write
+from moebench.workload.case import KEY, key_of
 
-KEY = ["case_id", "backend", "dispatcher"]
+_KEY = list(KEY)
 
 
 def merged(results: Sequence[Result], names: Sequence[str], *, newest: bool) -> Result:
@@ -23,15 +24,15 @@ def merged(results: Sequence[Result], names: Sequence[str], *, newest: bool) -> 
     """
     frames = [result.frame.assign(result=name) for result, name in zip(results, names, strict=True)]
     rows = pd.concat(frames, ignore_index=True)
-    twice = rows[rows.duplicated(KEY, keep=False)]
+    twice = rows[rows.duplicated(_KEY, keep=False)]
     if len(twice) and not newest:
-        jobs, (case_id, backend, _) = twice.drop_duplicates(KEY), twice.iloc[0][KEY]
-        holders = twice.loc[(twice[KEY] == twice.iloc[0][KEY]).all(axis=1), "result"]
+        jobs, first = twice.drop_duplicates(_KEY), key_of(twice.iloc[0].to_dict())
+        holders = twice.loc[(twice[_KEY] == twice.iloc[0][_KEY]).all(axis=1), "result"]
         raise ResultsError(
-            f"{len(jobs)} jobs stand in several results, as {backend} on {case_id} in {' and '.join(holders)}: "
-            "--newest takes the one measured last"
+            f"{len(jobs)} jobs stand in several results, as {first.backend} on {first.case_id} in "
+            f"{' and '.join(holders)}: --newest takes the one measured last"
         )
-    last = rows.sort_values("run_id", kind="stable").drop_duplicates(KEY, keep="last")
+    last = rows.sort_values("run_id", kind="stable").drop_duplicates(_KEY, keep="last")
     environments = {env_id: some for result in results for env_id, some in result.environments.items()}
     return Result(last.sort_index().drop(columns="result").reset_index(drop=True), environments)
 

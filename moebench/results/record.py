@@ -1,4 +1,4 @@
-"""One row of results, its outcomes, and the append-only journal that holds rows as they are finished. No torch here.
+"""One row of results, its outcomes, and what its columns declare. No torch here.
 
 History of SCHEMA
 1  2026-11  first version.
@@ -9,9 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moebench.workload.case import Job
+from moebench.results.columns import Column, Rounds, columns_of
+from moebench.results.measured import Measured
+from moebench.workload.case import CaseFields, Job, JobKey
 
 SCHEMA = 1
+_NOT_SO_FAR = "did not get so far"
 
 
 class Status(StrEnum):
@@ -29,26 +32,6 @@ class Status(StrEnum):
 #: Statuses that are results about a backend rather than failures of it (exit code 0).
 GOOD = frozenset({Status.ok, Status.unsupported, Status.oom})
 
-#: What only a status of `ok` may carry.
-SPEED_FIELDS = (
-    "time_ms",
-    "time_ms_low",
-    "time_ms_high",
-    "host_time_ms",
-    "graph_time_ms",
-    "backward_ms",
-    "dispatch_ms",
-    "compute_ms",
-    "combine_ms",
-    "skew_ms",
-    "samples_ms",
-    "sample_rounds",
-    "sample_marked",
-    "tokens_per_s",
-    "tflops",
-    "roofline_fraction",
-)
-
 
 IMPOSSIBLY_FAST = "impossibly_fast"
 #: A time shorter than so much of the case's roofline is no speed but a measurement that went wrong.
@@ -60,93 +43,104 @@ def flags_of_speed(time_ms: float, roofline_ms: float | None) -> tuple[str, ...]
     return (IMPOSSIBLY_FAST,) if roofline_ms is not None and time_ms < IMPOSSIBLE * roofline_ms else ()
 
 
-class Record(BaseModel):
+class _Named(BaseModel):
+    """The columns that name a row, before those of its case."""
+
+    case_id: Annotated[
+        str,
+        Column(Rounds.SAME, "name of the case: readable parts, and a hash of every field that is not at its default"),
+    ]
+    backend: Annotated[str, Column(Rounds.SAME, "a name of `moebench list`, or `module:attribute`")]
+    dispatcher: Annotated[str, Column(Rounds.SAME, "`allgather`, `alltoall` or `deepep`; `local` at EP size 1")]
+
+
+class _Outcome(BaseModel):
+    """The columns that say how a job ended, and on what it ran."""
+
+    check: Annotated[
+        str | None,
+        Column(
+            Rounds.SAME, "the check of `moebench parity` that the row is of; such rows are not timed", null="in a run"
+        ),
+    ] = None
+
+    status: Annotated[Status, Column(Rounds.OF_WORST, "how the job ended, see below")]
+    detail: Annotated[
+        str | None, Column(Rounds.EVERY, "why it ended so; the first line is the reason", null="may be when ok")
+    ] = None
+    flags: Annotated[
+        tuple[str, ...],
+        Column(Rounds.EVERY, "what a reader of the times should know, see below; may be empty"),
+    ] = ()
+    executed: Annotated[
+        str | None,
+        Column(
+            Rounds.EVERY,
+            "what really ran: operator > kernel, or the kernel without operator, of the matrix product that took most "
+            "of a profiled forward; in mode `train` the forward keeps what backward needs",
+            null="not profiled",
+        ),
+    ] = None
+    device: Annotated[str | None, Column(Rounds.EVERY, "`cpu` or `cuda`", null="not known")] = None
+    gpu: Annotated[str | None, Column(Rounds.EVERY, "name of the GPU", null="on a CPU")] = None
+    gpu_uuid: Annotated[
+        str | None,
+        Column(
+            Rounds.EVERY,
+            "which GPU, by the name that the driver gives it; all GPUs in the order of ranks",
+            null="on a CPU",
+        ),
+    ] = None
+    round: Annotated[
+        int | None,
+        Field(ge=0),
+        Column(Rounds.COMPUTED, "the round that the row is of, from 0", null="the row is of several rounds"),
+    ] = 0
+    num_rounds: Annotated[
+        int,
+        Field(ge=1),
+        Column(Rounds.COMPUTED, "how many rounds the row is of ([running.md](running.md#rounds))"),
+    ] = 1
+    l2: Annotated[
+        Literal["cold", "warm"] | None,
+        Column(
+            Rounds.EVERY,
+            "`cold`: the second-level cache was flushed before each sample; `warm`: it was not",
+            null="on a CPU, unless ok",
+        ),
+    ] = None
+
+
+class Record(Measured, _Outcome, CaseFields, _Named):
     """One row of results: a job, how it ended, and what was measured. What was not measured is None, never 0.
 
-    Units are in the names. docs/results.md explains every column.
+    Columns are in the order of these base classes, the last one first, then of the fields below. `make results` writes
+    what they declare into docs/results.md.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", use_enum_values=False)
 
-    case_id: str
-    backend: str
-    dispatcher: str
-    mode: str
-    num_tokens: int
-    n_routed_experts: int
-    n_activated_experts: int
-    dim: int
-    moe_inter_dim: int
-    model: str | None
-    dtype: str
-    expert_activation: str
-    expert_bias: bool
-    activation_alpha: float
-    activation_limit: float
-    swiglu_limit: float
-    apply_router_weight_after_down: bool
-    routing: str
-    masked_share: float
-    ep_size: int
-    rank_load: str
-    seed: int
-    check: str | None = None
-
-    status: Status
-    detail: str | None = None
-    flags: tuple[str, ...] = ()
-    executed: str | None = None
-    device: str | None = None
-    gpu: str | None = None
-    gpu_uuid: str | None = None
-    round: Annotated[int, Field(ge=0)] | None = 0
-    num_rounds: Annotated[int, Field(ge=1)] = 1
-    l2: Literal["cold", "warm"] | None = None
-
-    time_ms: Annotated[float, Field(gt=0)] | None = None
-    time_ms_low: float | None = None
-    time_ms_high: float | None = None
-    converged: bool | None = None
-    host_time_ms: float | None = None
-    graph_time_ms: float | None = None
-    backward_ms: float | None = None
-    dispatch_ms: float | None = None
-    compute_ms: float | None = None
-    combine_ms: float | None = None
-    skew_ms: float | None = None
-    warmup_ms: float | None = None
-    num_samples: int | None = None
-    samples_ms: tuple[float, ...] | None = None
-    sample_rounds: tuple[int, ...] | None = None
-    sample_marked: tuple[bool, ...] | None = None
-    sm_clock_mhz: int | None = None
-
-    tokens_per_s: float | None = None
-    tflops: float | None = None
-    roofline_fraction: float | None = None
-    roofline_ms: float | None = None
-    dense_ms: float | None = None
-    grouped_ms: float | None = None
-    collective_ms: float | None = None
-    copy_gb_per_s: float | None = None
-    peak_memory_bytes: int | None = None
-    saved_memory_bytes: int | None = None
-    reserved_memory_bytes: int | None = None
-    outside_torch_bytes: int | None = None
-
-    parity_worst: float | None = None
-    parity_worst_tensor: str | None = None
-    parity_errors: dict[str, float] | None = None
-    deterministic: bool | None = None
-
-    job_s: float | None = None
-    setup_s: float | None = None
-    parity_s: float | None = None
-    timing_s: float | None = None
-    ceilings_s: float | None = None
-    env_id: str
-    run_id: str
-    schema_version: int = Field(default=SCHEMA, alias="schema", serialization_alias="schema")
+    job_s: Annotated[
+        float | None, Column(Rounds.SUM, "wall-clock time that the job took in all", "s", null="process died")
+    ] = None
+    setup_s: Annotated[
+        float | None, Column(Rounds.SUM, "part of `job_s`: making inputs and module", "s", _NOT_SO_FAR)
+    ] = None
+    parity_s: Annotated[
+        float | None, Column(Rounds.SUM, "part of `job_s`: comparing with the reference", "s", _NOT_SO_FAR)
+    ] = None
+    timing_s: Annotated[float | None, Column(Rounds.SUM, "part of `job_s`: timing", "s", _NOT_SO_FAR)] = None
+    ceilings_s: Annotated[
+        float | None,
+        Column(Rounds.SUM, "part of `job_s`: measuring ceilings, which the first job of a case does", "s", _NOT_SO_FAR),
+    ] = None
+    env_id: Annotated[str, Column(Rounds.EVERY, "fingerprint of `environment.json`")]
+    run_id: Annotated[str, Column(Rounds.EVERY, "the run: when it began (UTC) and the sweep's name")]
+    schema_version: Annotated[
+        int,
+        Field(alias="schema", serialization_alias="schema"),
+        Column(Rounds.SAME, "version of these columns; `moebench/results/record.py` has the history"),
+    ] = SCHEMA
 
     @model_validator(mode="after")
     def _status_agrees_with_contents(self) -> "Record":
@@ -166,22 +160,24 @@ class Record(BaseModel):
         return self
 
     @property
-    def key(self) -> tuple[str, str, str, str | None]:
-        return self.case_id, self.backend, self.dispatcher, self.check
+    def key(self) -> JobKey:
+        return JobKey(self.case_id, self.backend, self.dispatcher, self.check)
 
     def to_json(self) -> str:
         return self.model_dump_json(by_alias=True)
 
 
+#: What each column declares.
+COLUMN_OF = columns_of(Record)
+#: What only a status of `ok` may carry.
+SPEED_FIELDS = tuple(name for name, column in COLUMN_OF.items() if column.is_speed)
+
+
 def record(job: Job, status: Status, *, run_id: str, env_id: str, **measured: Any) -> Record:
     """The row of `job`, from the job's own fields and what was `measured`."""
-    workload = job.case.model_dump()
     return Record(
-        case_id=job.case.case_id,
-        backend=job.backend,
-        dispatcher=job.dispatcher,
-        check=job.check,
-        **workload,
+        **job.key._asdict(),
+        **job.case.model_dump(),
         status=status,
         run_id=run_id,
         env_id=env_id,

@@ -1,17 +1,11 @@
 """Rounds: the same jobs again in fresh processes. Their order in each, and one row made of all. No torch here."""
 
-import statistics
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
-from moebench.results.record import IMPOSSIBLY_FAST, Record, Status, flags_of_speed
+from moebench.results.columns import COMBINE
+from moebench.results.record import COLUMN_OF, IMPOSSIBLY_FAST, Record, Status, flags_of_speed
 from moebench.results.stats import center_of_rounds
-from moebench.workload.case import Case
-
-_MEASURED = (
-    Record.model_fields.keys() - Case.model_fields.keys() - {*("case_id", "backend", "dispatcher", "schema_version")}
-)
 
 #: Of rounds that ended differently the row has the first of these.
 WORST_ROUND_FIRST = (
@@ -20,16 +14,12 @@ WORST_ROUND_FIRST = (
 )
 
 
-#: What all rounds together took.
-SUMS = ("num_samples", "job_s", "setup_s", "ceilings_s", "parity_s", "timing_s")
-
-
 def merged_rounds(rows: Sequence[Record]) -> Record:
     """One row of the rounds of a job.
 
-    The time is the median of the rounds' medians, its interval from their spread (`stats.center_of_rounds`); memory and
-    parity are the worst, counts and job_s sums, other measures medians, and speeds follow from the time. Where a round
-    failed, so has the job: with the worst of its statuses.
+    Its time is the median of the rounds' medians, and the interval comes from their spread (`stats.center_of_rounds`).
+    Speeds follow from the time; each other column says itself how rounds combine. Where a round failed, the job has
+    failed, with the worst of its statuses.
     """
     if len(rows) == 1:
         return rows[0]
@@ -37,38 +27,17 @@ def merged_rounds(rows: Sequence[Record]) -> Record:
     row = min(rows, key=lambda row: (WORST_ROUND_FIRST.index(row.status), -(row.parity_worst or 0.0)))
     together: dict[str, Any] = {"round": None, "num_rounds": len(rows)}
     if row.status is Status.ok:
-        together |= {name: _combined(name, rows) for name in _MEASURED - together.keys()}
-        together |= {"parity_worst_tensor": row.parity_worst_tensor} | _speed(rows)
+        together |= {name: _combined(name, rows) for name, column in COLUMN_OF.items() if column.rounds in COMBINE}
+        together |= _speed(rows)
     else:
         together |= {"detail": _detail(row, rows), "job_s": _combined("job_s", rows)}
     return Record.model_validate(row.model_dump(by_alias=True) | together)
 
 
 def _combined(name: str, rows: Sequence[Record]) -> Any:
-    """What rounds say of one field, those that say nothing aside."""
+    """What rounds say of one column as that declares it; None where none says anything."""
     values = [value for row in rows if (value := getattr(row, name)) is not None]
-    if not values:
-        return None
-    if name in SUMS:
-        return sum(values)
-    if name == "flags":
-        return tuple(dict.fromkeys(chain.from_iterable(values)))
-    if name == "parity_worst":
-        return max(values)
-    if name == "sm_clock_mhz":
-        return statistics.median_low(values)
-    match values[0]:
-        case bool():
-            return all(values)
-        case int():
-            return max(values)
-        case float():
-            return statistics.median(values)
-        case tuple():
-            return tuple(chain.from_iterable(values))
-        case dict():
-            return {key: max(value[key] for value in values if key in value) for key in dict.fromkeys(chain(*values))}
-    return " | ".join(dict.fromkeys(values))
+    return COMBINE[COLUMN_OF[name].rounds](values) if values else None
 
 
 def _speed(rows: Sequence[Record]) -> dict[str, Any]:

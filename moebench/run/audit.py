@@ -9,6 +9,7 @@ from typing import Any
 
 from moebench.errors import UsageError
 from moebench.parity.checks import CHECKS, suite_jobs
+from moebench.results.frame import jsonable
 from moebench.results.record import GOOD, Record, Status
 from moebench.run.plan import Plan, new_run_id
 from moebench.run.request import check_device
@@ -112,7 +113,7 @@ class Audit:
                     "status": cell.status and cell.status.value,
                     "num_cases": len(cell.records),
                     "num_failures": len(cell.failures),
-                    "parity_worst": None if cell.parity_worst is None else _jsonable(cell.parity_worst),
+                    "parity_worst": None if cell.parity_worst is None else jsonable(cell.parity_worst),
                     "deterministic": cell.deterministic,
                     "detail": cell.failures[0].detail if cell.failures else None,
                 }
@@ -120,10 +121,6 @@ class Audit:
             ],
             "records": [json.loads(row.to_json()) for row in self.records],
         }
-
-
-def _jsonable(error: float) -> float | str:
-    return error if error < float("inf") else "inf"
 
 
 def audit(

@@ -3,9 +3,7 @@
 import itertools
 from collections.abc import Iterable, Sequence
 
-from moebench.workload.case import Job
-
-Weights = tuple[object, ...]
+from moebench.workload.case import Job, Weights
 
 
 class Backlog:

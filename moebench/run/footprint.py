@@ -7,11 +7,11 @@ Not in it: contexts and communication buffers, fragments, and the copies that th
 
 from dataclasses import dataclass
 
+from moebench.measure.protocol import PASSES
 from moebench.workload.backends import collective_of, described, engine_of
 from moebench.workload.case import Case, Job
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-PASSES = 2
 #: float32 buffers [N, I] that an activation holds at once, forward and backward; more where it clamps and adds biases.
 _TEMPORARIES = {"plain": (4, 8), "clamped": (7, 11)}
 #: What the busiest rank has over an even share, where routing is skewed; about so, of zipf and recorded traces.

@@ -21,9 +21,8 @@ from moebench.machine.gpus import Place
 from moebench.measure.protocol import WorkList
 from moebench.results.files import write_atomically
 from moebench.results.record import Record, Status, record
-from moebench.run.backlog import Weights
 from moebench.run.plan import Plan, importing_from
-from moebench.workload.case import Job
+from moebench.workload.case import Job, Weights
 
 #: A worker that has not said `ready` by then does not start: importing torch and opening a GPU take seconds.
 START_TIMEOUT_S = 180.0

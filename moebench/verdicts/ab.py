@@ -158,7 +158,7 @@ def compare_revisions(plan: AbPlan, on_record: Callable[[Record], None]) -> Iter
         nonlocal result
         result = _judge(plan)
         judged = {job.key: job for job in result.jobs}
-        return {job: _verdict_on_time(judged.get(job.key[:3])) for job in plan.common}
+        return {job: _verdict_on_time(judged.get(job.key)) for job in plan.common}
 
     for num_rounds in until_decided(plan.common, plan.looks, measure_rounds, judge):
         yield Look(num_rounds, result, outcome.num_left)

@@ -4,12 +4,11 @@ docs/gating.md explains the keys. A number that is infinite or not known is null
 reader must not take a limit for a number.
 """
 
-import math
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moebench.errors import ResultsError
 from moebench.verdicts.gate import GateResult, Judged, SelfComparison
@@ -17,19 +16,13 @@ from moebench.verdicts.verdict import Severity, Verdict
 
 GATE_SCHEMA = 1
 
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]
-CellValue = Annotated[str | int | float | None, BeforeValidator(_finite)]
+CellValue = str | int | float | None
 
 
 class _Part(BaseModel):
     """Unknown keys are passed over, so that a later moebench may add some."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True, ser_json_inf_nan="null")
 
 
 class GateFinding(_Part):
@@ -43,12 +36,12 @@ class GateFinding(_Part):
 class GateTime(_Part):
     """Candidate over baseline with its interval, and shares of the baseline."""
 
-    ratio: Number
-    low: Number
-    high: Number
-    p_slower: Number
-    p_faster: Number
-    smallest_effect: Number
+    ratio: float | None
+    low: float | None
+    high: float | None
+    p_slower: float | None
+    p_faster: float | None
+    smallest_effect: float | None
     rounds: tuple[int, int]
 
     def __str__(self) -> str:
@@ -86,15 +79,14 @@ class GateJob(_Part):
 
     @classmethod
     def of(cls, job: Judged) -> Self:
-        case_id, backend, dispatcher = job.key
         time = None if job.time is None else GateTime.model_validate(job.time)
         if time is not None and not time.low:
             time = time.model_copy(update={"low": None})  # 0 is minus infinity on the logarithmic scale: not known
         columns = ("status", "time_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
         return cls(
-            case_id=case_id,
-            backend=backend,
-            dispatcher=dispatcher,
+            case_id=job.key.case_id,
+            backend=job.key.backend,
+            dispatcher=job.key.dispatcher,
             verdict=job.verdict,
             findings=tuple(GateFinding.model_validate(finding) for finding in job.findings),
             time=time,

@@ -19,15 +19,14 @@ from moebench.verdicts.comparability import Comparability
 from moebench.verdicts.findings import Finding, Pair, Row, is_null, rounds_of
 from moebench.verdicts.times import Sides, TimeVerdict
 from moebench.verdicts.verdict import Severity, Verdict
-
-Key = tuple[str, str, str]  # case_id, backend, dispatcher
+from moebench.workload.case import KEY, JobKey, key_of
 
 
 @dataclass(frozen=True)
 class Judged:
     """The verdict on a job, with what it rests on: the rows of both sides, None where there is none."""
 
-    key: Key
+    key: JobKey
     case: str  # what tells it from the other cases, in words
     backend: str  # with its dispatcher, as it is shown everywhere
     findings: tuple[Finding, ...]
@@ -137,11 +136,13 @@ def gate(
     )
 
 
-def _by_key(frame: pd.DataFrame) -> dict[Key, Row]:
-    return {(row["case_id"], row["backend"], row["dispatcher"]): row for row in frame.to_dict("records")}
+def _by_key(frame: pd.DataFrame) -> dict[JobKey, Row]:
+    return {key_of(row): row for row in frame.to_dict("records")}
 
 
-def _pairs(before: Mapping[Key, Row], after: Mapping[Key, Row], comparability: Comparability) -> dict[Key, Pair]:
+def _pairs(
+    before: Mapping[JobKey, Row], after: Mapping[JobKey, Row], comparability: Comparability
+) -> dict[JobKey, Pair]:
     pairs = {key: _pair(before[key], after[key], comparability) for key in before if key in after}
     if not pairs:
         raise ResultsError(
@@ -151,7 +152,7 @@ def _pairs(before: Mapping[Key, Row], after: Mapping[Key, Row], comparability: C
     return pairs
 
 
-def _family(pairs: Mapping[Key, Pair], block_of: Callable[[int], int] | None) -> dict[Key, Sides]:
+def _family(pairs: Mapping[JobKey, Pair], block_of: Callable[[int], int] | None) -> dict[JobKey, Sides]:
     """The rounds of the jobs whose times may be compared."""
     return {
         key: sides(rounds_of(pair.baseline), rounds_of(pair.candidate), block_of)
@@ -177,12 +178,12 @@ def _pair(baseline: Row, candidate: Row, comparability: Comparability) -> Pair:
     return Pair(baseline, candidate, differences, comparability.forbidding(differences))
 
 
-def _names(*frames: pd.DataFrame) -> dict[Key, tuple[str, str]]:
+def _names(*frames: pd.DataFrame) -> dict[JobKey, tuple[str, str]]:
     """Case and backend of each job in words; the case's id where all are one case."""
     rows = pd.concat(frames, ignore_index=True)
     cases = describe(rows.assign(run_id="", device="", gpu="")).labels
     texts = zip(cases.where(cases != "", rows["case_id"]), backend_labels(rows), strict=True)
-    return dict(zip(zip(rows["case_id"], rows["backend"], rows["dispatcher"], strict=True), texts, strict=True))
+    return dict(zip(map(key_of, rows[list(KEY)].to_dict("records")), texts, strict=True))
 
 
 def _title(baseline: pd.DataFrame, candidate: pd.DataFrame) -> str:

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moebench.verdicts.findings import Row, is_ok, rounds_of
+from moebench.verdicts.findings import is_ok, rounds_of
 from moebench.verdicts.looks import RUNS_A_SIDE, block_of
 from moebench.verdicts.times import Sides
+from moebench.workload.case import key_of
 
 #: Fewer recorded rounds than this say too little of how rounds are spread.
 MIN_RECORDED = 5
@@ -114,11 +115,11 @@ def _centred(times_ms: Sequence[float]) -> _FloatArray:
 
 def noises_together(a: pd.DataFrame, b: pd.DataFrame) -> list[NoiseTogether]:
     """The noise of every job that both sides of an `ab` have a time of; nothing must have changed between them."""
-    others = {_key(row): row for row in b.to_dict("records") if is_ok(row)}
+    others = {key_of(row): row for row in b.to_dict("records") if is_ok(row)}
     found = []
     for row in filter(is_ok, a.to_dict("records")):
-        if _key(row) in others:
-            found.append(NoiseTogether(row["backend"], _log_rounds(rounds_of(row), rounds_of(others[_key(row)]))))
+        if key_of(row) in others:
+            found.append(NoiseTogether(row["backend"], _log_rounds(rounds_of(row), rounds_of(others[key_of(row)]))))
     return found
 
 
@@ -128,7 +129,3 @@ def _log_rounds(one: Mapping[int, float], two: Mapping[int, float]) -> _FloatArr
     rows = [[side[run] for side in (one, two) for run in side if block_of(run) == block] for block in blocks]
     whole = np.log([row for row in rows if len(row) == 2 * RUNS_A_SIDE])
     return np.asarray(whole - np.median(whole, axis=1, keepdims=True))
-
-
-def _key(row: Row) -> tuple[str, str, str]:
-    return row["case_id"], row["backend"], row["dispatcher"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moebench.errors import RevisionError
+from moebench.machine.git import run_git
 from moebench.run.plan import importing_from
 
 PACKAGE = "experts"
@@ -49,11 +50,9 @@ def copy_experts(asked: str, into: Path) -> Revision:
 
 
 def _git(asked: str, *arguments: str) -> bytes:
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook sets these
-    variables["LC_ALL"] = "C"
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, check=False, env=variables)
-    except OSError as error:
+        done = run_git(*arguments)
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise RevisionError(f"{asked}: no folder that holds an {PACKAGE}, and git does not run: {error}") from None
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]

@@ -13,9 +13,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from moebench.workload.backends import DISPATCHERS as BETWEEN_RANKS
 from moebench.workload.backends import GROUPS, is_group
 from moebench.workload.case import Case
-from moebench.workload.models import MODELS
+from moebench.workload.models import MODELS, SHAPE_AXES
 
-SHAPE_AXES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
 DISPATCHERS = ("local", *BETWEEN_RANKS)
 BACKEND_PATTERN = r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$"
 BACKEND_RULE = 'must be a name, or "module:attribute" for a backend of your own'

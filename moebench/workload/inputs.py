@@ -20,7 +20,6 @@ from moebench.errors import InputsError
 from moebench.workload.case import Case
 
 BIAS_STD = 0.5
-LIMIT_IN_STDS = 3.0
 DEFAULT_ZIPF_EXPONENT = 1.0
 DEFAULT_EMPTY_SHARE = 0.5
 
@@ -58,7 +57,7 @@ def make_parameters(case: Case, device: torch.device, rank: int = 0) -> dict[str
     generator = torch.Generator(device).manual_seed(_seed(case, rank))
     n_local_experts = case.n_routed_experts // case.ep_size
     deviations = {
-        "gate_and_up_projs": _gain(case) / math.sqrt(case.dim),
+        "gate_and_up_projs": case.gain / math.sqrt(case.dim),
         "down_projs": 1 / math.sqrt(case.moe_inter_dim),
     }
     return {
@@ -67,15 +66,6 @@ def make_parameters(case: Case, device: torch.device, rank: int = 0) -> dict[str
         )
         for name, shape in parameter_shapes(config).items()
     }
-
-
-def _gain(case: Case) -> float:
-    """Standard deviation of the first projection's output."""
-    if case.expert_activation in ("quick_geglu", "swigluoai"):
-        return case.activation_limit / LIMIT_IN_STDS
-    if case.expert_activation == "swiglu" and case.swiglu_limit > 0:
-        return case.swiglu_limit / LIMIT_IN_STDS
-    return 1.0
 
 
 def _seed(case: Case, rank: int) -> int:

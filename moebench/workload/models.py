@@ -4,8 +4,26 @@ Each preset fixes the fields of `Case` that the model's configuration fixes; tok
 Shapes are those of the models' own configuration files, read 2026-11.
 """
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
+
+#: The fields of a shape, in the order in which it is written.
+SHAPE_AXES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
+#: e64k6d1024i512, as it is written everywhere; 64/6/1024/512 is read too, as older commands have it.
+_SHAPES = (re.compile(r"e(\d+)k(\d+)d(\d+)i(\d+)"), re.compile(r"(\d+)/(\d+)/(\d+)/(\d+)"))
+
+
+def shape_name(fields: Mapping[Any, Any]) -> str:
+    """The shape in these fields of a case as it is written everywhere: e64k6d1024i512."""
+    return "".join(f"{letter}{fields[name]}" for letter, name in zip("ekdi", SHAPE_AXES, strict=True))
+
+
+def shape_fields(text: str) -> dict[str, int] | None:
+    """The fields of the shape that is written e64k6d1024i512 or 64/6/1024/512; None for any other text."""
+    found = next(filter(None, (pattern.fullmatch(text) for pattern in _SHAPES)), None)
+    return found and dict(zip(SHAPE_AXES, map(int, found.groups()), strict=True))
 
 
 def _shape(

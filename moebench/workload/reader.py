@@ -12,7 +12,6 @@ from moebench.workload.axes import (
     DEFAULTS,
     DISPATCHERS,
     FIXED_BY_MODEL,
-    SHAPE_AXES,
     UNKNOWN,
     combinations,
     did_you_mean,
@@ -24,6 +23,7 @@ from moebench.workload.axes import (
 )
 from moebench.workload.backends import expanded
 from moebench.workload.case import Case
+from moebench.workload.models import SHAPE_AXES
 
 Read = dict[str, tuple[object, ...]]  # axes as they were read, UNKNOWN among them
 

@@ -1,7 +1,7 @@
 """How near the memory-bound steps of an expert layer come to a plain copy, and the layer to its products alone.
 
     python -m moebench.measure.studies.steps --model qwen3-30b-a3b --num-tokens 16384 --out FILE.json
-    python -m moebench.measure.studies.steps --shape 32/8/7168/2048 --num-tokens 4096 --backend torch_mm --backend te
+    python -m moebench.measure.studies.steps --shape e32k8d7168i2048 --num-tokens 4096 --backend torch_mm --backend te
 
 A step's bytes are those that it must read and write once; its speed is set against a copy that is measured in the same
 run, cold like everything. The products alone are the grouped GEMMs of the backend's own library, two forward and six in
@@ -28,7 +28,7 @@ from moebench.measure.timing import TimingPolicy
 from moebench.measure.worker import pick_device
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs, make_inputs, make_parameters, moe_config
-from moebench.workload.models import MODELS
+from moebench.workload.models import MODELS, shape_fields
 
 COPY_BYTES = 1 << 30
 WARM_UPS = 3
@@ -91,7 +91,7 @@ def main(
         str | None, typer.Option(help="a preset of moebench.workload.models; without a shape qwen3-30b-a3b")
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help="experts/top-k/dim/inter of a layer with SwiGLU, no bias, in place of a model")
+        str | None, typer.Option(help="in place of a model, a layer with SwiGLU and no bias: e64k6d1024i512")
     ] = None,
     num_tokens: Annotated[int, typer.Option(min=1)] = 16_384,
     backend: Annotated[list[str], typer.Option(help=f"of {', '.join(BACKENDS)}; repeatable")] = ["torch_mm"],  # noqa: B006
@@ -131,12 +131,11 @@ def _case(model: str, num_tokens: int) -> Case:
 
 
 def _case_of_shape(shape: str, num_tokens: int) -> Case:
-    names = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
     try:
-        return Case(num_tokens=num_tokens, **dict(zip(names, map(int, shape.split("/")), strict=True)))  # type: ignore[arg-type]
+        return Case.model_validate({"num_tokens": num_tokens, **(shape_fields(shape) or {})})
     except ValueError:
-        rule = "it must be four positive numbers, experts/top-k/dim/inter, with top-k no more than experts"
-        raise typer.BadParameter(f"--shape {shape}: {rule}, as 128/8/2048/768") from None
+        rule = "it must be four positive numbers, experts, top-k, dim and inter, with top-k no more than experts"
+        raise typer.BadParameter(f"--shape {shape}: {rule}, as e128k8d2048i768") from None
 
 
 def _check_backend(name: str, device: torch.device, config: MoEConfig) -> None:

@@ -26,6 +26,7 @@ from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, ROOFLINE, SCA
 from moebench.report.plots.look import RC, settle
 from moebench.results.files import write_atomically
 from moebench.results.labels import backend_labels, describe, in_case_order
+from moebench.workload.case import Case
 
 _KINDS = (THROUGHPUT, SCALING, MEMORY, PARITY, ROOFLINE, BREAKDOWN)
 _PREFIXES = tuple(f"{kind.name}-" for kind in _KINDS)  # of every file that is written
@@ -34,12 +35,9 @@ _PAGE_IN = 11.0  # of an overview, at most, if it has more than one case
 
 Named = list[tuple[str, Figure]]
 
-#: A line joins cases that agree in these; they differ in tokens, mode, routing, load, seed and backend.
-_FAMILY = (
-    *("model", "n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim", "dtype", "expert_activation"),
-    *("expert_bias", "activation_alpha", "activation_limit", "swiglu_limit", "apply_router_weight_after_down"),
-    *("masked_share", "ep_size", "device", "gpu"),
-)
+#: A line joins cases that differ in nothing but these and their backend.
+_ALONG_A_LINE = ("num_tokens", "mode", "routing", "rank_load", "seed")
+_FAMILY = (*(name for name in Case.model_fields if name not in _ALONG_A_LINE), "device", "gpu")
 
 
 def throughput(frame: pd.DataFrame) -> Named:
@@ -183,7 +181,7 @@ def _has_values(rows: pd.DataFrame, kind: Kind) -> bool:
 
 
 def _slug(kind: Kind, rows: pd.DataFrame) -> str:
-    words = f"{kind.name} {describe(rows).title('tokens', 'mode', 'routing', 'rank_load', 'seed')}"
+    words = f"{kind.name} {describe(rows).title('tokens', *_ALONG_A_LINE[1:])}"
     return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
 
 

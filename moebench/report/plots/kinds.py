@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
+from moebench.machine.units import size
 from moebench.results.record import Status
 
 PARTS = ("dispatch", "compute", "combine")  # of a forward under expert parallelism, in their order
@@ -79,13 +80,6 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _bytes(value: float) -> str:
-    for power, suffix in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if value >= 2**power:
-            return f"{value / 2**power:g} {suffix}"
-    return f"{value:g} B"
-
-
 def tokens_text(count: float) -> str:
     """1024 as 1K, as tokens are counted; what is not a multiple of 512 stays as it is."""
     for power, suffix in ((20, "M"), (10, "K")):
@@ -103,7 +97,7 @@ MEMORY = Metric(
     *("memory", "Memory", "memory per {per}", _points_of_memory),
     combine="max",
     base=2,
-    tick=_bytes,
+    tick=lambda num_bytes: size(num_bytes, "g"),
     curves=("peak", "saved for backward"),
 )
 PARITY = Metric(

@@ -9,7 +9,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from moebench.report.tables.cells import DIM, FASTEST, human, milliseconds, size
+from moebench.machine.units import size
+from moebench.report.tables.boxes import plain
+from moebench.report.tables.cells import DIM, FASTEST, human, milliseconds
 from moebench.results.advise import Advice, Candidate
 from moebench.workload.case import Case
 
@@ -83,7 +85,7 @@ def _cost(one: Candidate) -> str:
 
 
 def _table(candidates: Sequence[Candidate]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain()
     table.add_column("backend", overflow="fold")
     for title in ("ms", "95% interval", "time", "tokens/s", "memory", "tokens"):
         table.add_column(title, justify="right")

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
+from moebench.report.tables.boxes import plain
 from moebench.report.tables.cells import DIM, STATUS_STYLES, status_text
 from moebench.results.record import Record, Status
 from moebench.run.audit import Audit, AuditCell
@@ -21,7 +21,7 @@ class AuditTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         audit = self.audit
-        table = Table(box=None, pad_edge=False, header_style="bold")
+        table = plain()
         table.add_column("check")
         for backend in audit.backends:
             table.add_column(backend, overflow="fold")

@@ -25,15 +25,6 @@ def human(value: float) -> str:
     return f"{value:#.2g}"
 
 
-def size(num_bytes: float) -> str:
-    """Three significant digits with a binary suffix, 1.23 GiB."""
-    for power, suffix in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if num_bytes >= 2**power:
-            scaled = num_bytes / 2**power
-            return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f} {suffix}"
-    return f"{num_bytes:g} B"
-
-
 def rate(value: float) -> str:
     """As `human`; a dash for what was not measured."""
     return "-" if math.isnan(value) else human(value)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from moebench.machine.comparability import differences
+from moebench.report.tables.boxes import ruled
 from moebench.report.tables.cells import Row, milliseconds
 from moebench.results.folder import Result
 from moebench.results.history import when
@@ -36,7 +36,7 @@ class ComparisonTable:
         )
 
     def _table(self, labels: "pd.Series[str]") -> Table:
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        table = ruled()
         for name in ("backend", "case"):
             table.add_column(name, overflow="fold")
         for number in range(len(self.names)):
@@ -82,7 +82,7 @@ def environment_lines(results: Mapping[str, Result]) -> list[str]:
 
 def history_table(rows: pd.DataFrame) -> Table:
     """A line for each backend and result of moebench.results.history.history."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = ruled()
     for name in ("began (UTC)", "result", "backend"):
         table.add_column(name, overflow="fold")
     for name in ("ms", "change", "since first"):

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 
-from moebench.report.tables.cells import size
+from moebench.machine.units import size
+from moebench.report.tables.boxes import plain
 from moebench.run.forecast import Forecast
 
 
@@ -18,7 +18,7 @@ class ForecastTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not self.forecast.jobs:
             return
-        table = Table(box=None, pad_edge=False, header_style="bold")
+        table = plain()
         for name in ("EP", "backend", "jobs", "memory of a rank", "time"):
             table.add_column(name, justify="left" if name == "backend" else "right", overflow="fold")
         for line in self.forecast.lines:

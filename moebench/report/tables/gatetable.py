@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +15,7 @@ from moebench.report.gatewords import (
     smallest_effect,
     total,
 )
+from moebench.report.tables.boxes import ruled
 from moebench.verdicts.gate import GateResult, Judged
 from moebench.verdicts.verdict import Severity
 
@@ -54,7 +54,7 @@ class GateTable:
 
 
 def _table(jobs: list[Judged], wide: bool) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = ruled()
     for name in ("verdict", "backend", "case"):
         table.add_column(name, overflow="fold")
     for name in ("time", "sees", "memory", "err"):

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from textwrap import wrap
 
 import pandas as pd
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from moebench.report.tables.boxes import ruled
 from moebench.report.tables.cells import (
     DIM,
     STATUS_STYLES,
@@ -132,7 +132,7 @@ def _layout(options: ConsoleOptions, num_backends: int, described: Description) 
 
 def _table(rows: pd.DataFrame, described: Description, backends: list[str], layout: _Layout) -> Table:
     header, labels = _case_column(described, layout.case_width - 1)
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    table = ruled(padding=0)
     table.add_column(Text(header), overflow="fold")
     width = _SPEED_WIDTH if layout.break_ else _SPEED_WIDTH + _WORK_WIDTH
     units = f"  {'ms':>6} {layout.half or '+/-':>5} {'err':>4} {layout.break_}  {'tok/s':>6} {'TFLOP/s':>7}"

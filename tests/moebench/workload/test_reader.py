@@ -173,7 +173,10 @@ def test_wrong_axis(axis: str, mistake: str) -> None:
         ),
         (f'{TWO_SEEDS}[[exclude]]\nseed = 0\n[[exclude]]\nseed = 1\ndtype = "float32"\n', "exclude[1]: matches no job"),
         (f"{GRID}[[exclude]]\n", "exclude[0]: a table without keys leaves out every job; "),
-        (f"{GRID}[[exclude]]\nfoo = 1\n", "exclude[0].foo = 1: there is no such key; valid keys are num_tokens, "),
+        (
+            f"{GRID}[[exclude]]\nfoo = 1\n",
+            "exclude[0].foo = 1: there is no such key; valid keys are mode, num_tokens, ",
+        ),
         (f"{TWO_SEEDS}[[exclude]]\nseed = [0, 1]\n", "exclude: every job is left out, the sweep is empty; "),
     ],
 )

@@ -60,8 +60,8 @@ def test_filter_keeps_the_order_and_the_jobs() -> None:
 @pytest.mark.parametrize(
     ("text", "mistake"),
     [
-        ("num_token=4", "there is no key 'num_token'; did you mean \"num_tokens\"? keys are num_tokens, "),
-        ("foo=4", "there is no key 'foo'; keys are num_tokens, "),
+        ("num_token=4", "there is no key 'num_token'; did you mean \"num_tokens\"? keys are mode, num_tokens, "),
+        ("foo=4", "there is no key 'foo'; keys are mode, num_tokens, "),
         ("num_tokens", "must be KEY=V1,V2, "),
         ("=4", "must be KEY=V1,V2, "),
         ("num_tokens=", "'': must be a valid integer"),

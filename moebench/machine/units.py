@@ -1,0 +1,11 @@
+"""Numbers of bytes in words."""
+
+
+def size(num_bytes: float, spec: str | None = None) -> str:
+    """With a binary suffix, 1.23 GiB: in three significant digits, or as `spec` says, a format of a number."""
+    for power, suffix in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if num_bytes >= 2**power:
+            scaled = num_bytes / 2**power
+            digits = f".{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f"
+            return f"{scaled:{spec or digits}} {suffix}"
+    return f"{num_bytes:g} B"

@@ -1,0 +1,16 @@
+"""The two looks that tables have in a terminal."""
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+
+def ruled(padding: Any = (0, 1, 0, 0)) -> Table:
+    """For results: a line below the head."""
+    return Table(box=SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False)
+
+
+def plain() -> Table:
+    """For lists: no lines, and a bold head."""
+    return Table(box=None, pad_edge=False, header_style="bold")
