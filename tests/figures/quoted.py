@@ -1,4 +1,4 @@
-"""The figures that sentences of documents quote, each computed from committed results; sentences.py has the sentences."""
+"""The figures that sentences.py quotes, each computed from committed results."""
 
 import math
 from collections.abc import Sequence
@@ -133,8 +133,9 @@ def of_automodel() -> dict[str, str]:
     found = {}
     for backend in ("torch_mm", "triton"):
         for number, shape in enumerate(SHAPES):
-            own, other = (the(data.peers_of(name, shape), mode="train") for name in (backend, "peer_automodel_torch_mm"))
-            found[f"{backend}{number}"] = f"{own['time_ms'] / other['time_ms']:.2f}"
+            own, peer = (data.peers_of(name, shape) for name in (backend, "peer_automodel_torch_mm"))
+            times_ms = [the(frame, mode="train")["time_ms"] for frame in (own, peer)]
+            found[f"{backend}{number}"] = f"{times_ms[0] / times_ms[1]:.2f}"
     ours = [float(found[f"triton{number}"]) for number in range(len(SHAPES))]
     return {**found, "low": f"{min(ours):.2f}", "high": f"{max(ours):.2f}"}
 
@@ -241,7 +242,8 @@ def spread_apart() -> dict[str, Any]:
 
 
 def recorded_together() -> list[Any]:
-    return [noise.log_rounds for noise in noises_together(*(results(f"rounds/cpu-ab-2026-11-23/{side}") for side in "ab"))]
+    a, b = (results(f"rounds/cpu-ab-2026-11-23/{side}") for side in "ab")
+    return [noise.log_rounds for noise in noises_together(a, b)]
 
 
 def rounds_together() -> dict[str, int]:
