@@ -30,10 +30,9 @@ lint: $(READY) ## style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-results: $(READY) ## draw the plots of results/published/ again, the README's picture among them; run the notebooks; write docs/results.md's tables
-	@set -e; for folder in results/published/*/; do \
-		if [ -f "$$folder/results.parquet" ]; then $(RUN) -m moebench plots "$${folder%/}"; fi; \
-	done
+results: $(READY) ## write all that follows from results/published/: CSV, plots, reports, documents' tables, notebooks
+	$(RUN) results/rewrite.py
+	$(RUN) -m tests.figures
 	$(RUN) notebooks/execute.py
 	$(RUN) -m moebench.report.columntable docs/results.md
 

@@ -18,7 +18,14 @@ def execute(notebook: nbformat.NotebookNode, first_on_path: Path | None = None) 
     paths = [str(path) for path in (first_on_path, ROOT) if path is not None]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))}
     resources = {"metadata": {"path": str(FOLDER)}}
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources, record_timing=False)
+    client = NotebookClient(
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        resources=resources,
+        record_timing=False,
+        coalesce_streams=True,  # a cell's prints may arrive in one piece or in several
+    )
     executed: nbformat.NotebookNode = client.execute(env=variables)
     return _stripped(executed)
 

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pandas as pd
+
 from moebench.errors import UsageError
 from moebench.report.page import REPORT_NAME, page
 from moebench.report.plots.figures import all_figures, image, write_plots
 from moebench.results.files import writable, write_atomically, writing_to
-from moebench.results.frame import load, write
+from moebench.results.frame import load, write, write_csv
 from moebench.results.journal import JOURNAL_NAME
 from moebench.run.runner import interruptible
 from moebench.verdicts.document import GateDocument
@@ -22,9 +24,21 @@ def finish(folder: Path) -> list[Path]:
     frame = load(folder)
     with writing_to(folder), interruptible():
         plots = write_plots(all_figures(frame), folder / "plots")
-        svgs = {path.stem: path.read_bytes() for path in plots if path.suffix == ".svg"}
-        written = [*write(frame, folder), *plots, _write_page(page(frame, svgs, folder), folder / REPORT_NAME)]
+        written = [*write(frame, folder), *plots, _write_report(frame, plots, folder)]
     return [*written, *sorted((folder / "traces").glob("*.json"))]
+
+
+def rewrite(folder: Path) -> list[Path]:
+    """CSV, plots and report of committed results again, from their Parquet file, which stays as it is."""
+    frame = load(folder)
+    with writable(folder):
+        plots = write_plots(all_figures(frame), folder / "plots")
+        return [write_csv(frame, folder), *plots, _write_report(frame, plots, folder)]
+
+
+def _write_report(frame: pd.DataFrame, plots: list[Path], folder: Path) -> Path:
+    svgs = {path.stem: path.read_bytes() for path in plots if path.suffix == ".svg"}
+    return _write_page(page(frame, svgs, folder), folder / REPORT_NAME)
 
 
 def draw_plots(path: Path) -> list[Path]:

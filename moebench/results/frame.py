@@ -134,13 +134,16 @@ def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
     table = pa.Table.from_pandas(frame, schema=ARROW_SCHEMA, preserve_index=False).replace_schema_metadata(None)
     parquet = pa.BufferOutputStream()
     pq.write_table(table, parquet, compression="zstd")
+    write_atomically(folder / PARQUET_NAME, parquet.getvalue().to_pybytes())
+    return [folder / PARQUET_NAME, write_csv(frame, folder)]
+
+
+def write_csv(frame: pd.DataFrame, folder: Path) -> Path:
+    """Write results.csv, which has no samples, into `folder`, which exists."""
     flat = frame[[name for name in COLUMNS if name not in SAMPLE_COLUMNS]]
     flat = flat.assign(flags=[";".join(flags) for flags in frame["flags"]])
-    csv = flat.to_csv(index=False, lineterminator="\n")
-
-    write_atomically(folder / PARQUET_NAME, parquet.getvalue().to_pybytes())
-    write_atomically(folder / CSV_NAME, csv.encode())
-    return [folder / PARQUET_NAME, folder / CSV_NAME]
+    write_atomically(folder / CSV_NAME, flat.to_csv(index=False, lineterminator="\n").encode())
+    return folder / CSV_NAME
 
 
 def _to_pandas(table: Any) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from moebench.workload.selection import filter_jobs, select
 from tests.moebench.drawn import bad, case, family, ok
 
 PUBLISHED = sorted(path.parent for path in Path("results/published").glob("*/environment.json"))
+PICTURES = sorted(Path("results/published").glob("h200-2026-11-23/plots/throughput-qwen3-*.svg"))
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x onerror=y>\"&"
 
 
@@ -41,9 +42,9 @@ def section(html: str, name: str) -> str:
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
 def test_the_page_of_published_results_stands_alone_and_is_small(folder: Path) -> None:
-    frame = load(folder)
-    html = page(frame, {path.stem: path.read_bytes() for path in folder.glob("plots/*.svg")}, folder)
-    assert len(html) < 3e6
+    frame, pictures = load(folder), {path.stem: path.read_bytes() for path in PICTURES}
+    html = page(frame, pictures, folder)
+    assert len(html) < 300_000 + 4 / 3 * sum(map(len, pictures.values())), "base64 takes four bytes for three"
     sources = re.findall(r'\b(?:src|href)="([^"]{0,30})', html)
     assert sources
     assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in sources)

@@ -1,0 +1,14 @@
+"""Write CSV, plots and report of every folder in results/published again: `python results/rewrite.py`.
+
+Parquet, environment, sweep and the plots that documents show are committed; git ignores the rest.
+"""
+
+from pathlib import Path
+
+from moebench.report.folder import rewrite
+
+PUBLISHED = Path(__file__).resolve().parent / "published"
+
+if __name__ == "__main__":
+    for parquet in sorted(PUBLISHED.rglob("results.parquet")):
+        print(f"wrote {len(rewrite(parquet.parent))} files in {parquet.parent}")

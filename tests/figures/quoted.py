@@ -1,0 +1,273 @@
+"""The figures that sentences.py quotes, each computed from committed results."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experts.gemm.tiling import tiling_for
+from moebench import Comparability, open_result
+from moebench.parity.checks import suite_jobs
+from moebench.results.frame import load
+from moebench.run.footprint import pass_bytes
+from moebench.verdicts.gate import Judged, gate
+from moebench.verdicts.noise import noises, noises_together
+from moebench.verdicts.verdict import Verdict
+from moebench.workload.case import Case, Job
+from tests.figures import data
+from tests.figures.data import GPU, JOB, PEERS, SHAPES, TWO_GPUS, results, select, the
+
+WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+QWEN, MIXTRAL = "qwen3-30b-a3b", "mixtral-8x7b"
+
+
+def less(time_ms: float, than_ms: float) -> str:
+    return f"{1 - time_ms / than_ms:.0%}".rstrip("%")
+
+
+def span(values: Sequence[float], digits: int) -> dict[str, str]:
+    return {"low": f"{min(values):.{digits}f}", "high": f"{max(values):.{digits}f}"}
+
+
+def environment(name: str = GPU) -> dict[str, str]:
+    found = data.document(f"{name}/environment.json")
+    versions, (gpu, *_) = found["versions"], found["gpus"]
+    torch = ".".join(versions["torch"].split(".")[:2])
+    python = ".".join(found["python"].split(".")[:2])
+    return {"torch": torch, "cuda": versions["cuda"], "python": python, "gpu": gpu["name"], "date": name[-10:]}
+
+
+def counts(name: str) -> dict[str, Any]:
+    frame = results(name)
+    assert len(frame) == len(load(data.PUBLISHED / name)), "all jobs are ok"
+    assert frame["parity_worst"].max() <= 1
+    models = WORDS[frame["model"].nunique()]
+    num_jobs = data.document(f"{name}/run.json")["num_jobs"]
+    return {"measured": len(frame), "jobs": num_jobs, "models": models, "worst": f"{frame['parity_worst'].max():.2f}"}
+
+
+# README: which backend
+
+
+def by_backend(**values: Any) -> pd.DataFrame:
+    """Times of `moebench run gpu`, a row for each case and a column for each backend."""
+    return select(results(GPU), **values).pivot(index="case_id", columns="backend", values="time_ms")
+
+
+def fastest() -> dict[str, int]:
+    times = by_backend().dropna(subset="triton")
+    others = times.drop(columns="triton").min(axis=1).dropna()
+    assert (times.loc[others.index, "triton"] < others).all()
+    mixtral = select(results(GPU), model=MIXTRAL)
+    assert the(mixtral, backend="triton")["time_ms_high"] > the(mixtral, backend="torch_mm")["time_ms_low"]
+    return {"cases": len(others)}
+
+
+def triton_saves() -> dict[str, str]:
+    def saved(mode: str, num_tokens: list[int]) -> list[str]:
+        times = by_backend(model=QWEN, routing="uniform", mode=mode, num_tokens=num_tokens).dropna(subset="triton")
+        return sorted(less(row["triton"], row["torch_mm"]) for _, row in times.iterrows())
+
+    few = saved("forward", [16, 128, 512, 2048])
+    (forward,), (train,) = saved("forward", [16384]), saved("train", [16384])
+    return {"low": few[0], "high": few[-1], "forward": forward, "train": train}
+
+
+def libraries_take() -> dict[str, str]:
+    """`gmm` and `te` over `triton`, with about a thousand rows for each expert, and with fewer."""
+    frame = results(GPU)
+    rows = frame["num_tokens"] * frame["n_activated_experts"] / frame["n_routed_experts"]
+    ratios = {}
+    for name, some in {
+        "wide": frame[rows.between(1000, 1100) & frame["model"].isin(["gpt-oss-20b", MIXTRAL])],
+        "qwen": frame[rows.between(1000, 1100) & frame["model"].eq(QWEN)],
+        "fewer": frame[rows < 1000],
+    }.items():
+        times = some.pivot(index="case_id", columns="backend", values="time_ms")
+        over = times[["gmm", "te"]].div(times["triton"], axis=0).stack()
+        ratios |= {f"{name}_low": f"{over.min():.1f}", f"{name}_high": f"{over.max():.1f}", f"{name}_most": over.max()}
+    return {**ratios, "fewer_most": f"{ratios['fewer_most']:.0f}"}
+
+
+def fp8_is_slower() -> dict[str, str]:
+    for name in (GPU, TWO_GPUS):
+        times = results(name).pivot(index=["case_id", "dispatcher"], columns="backend", values="time_ms")
+        for backend in times.filter(like="fp8"):
+            both = times[[backend, "torch_mm"]].dropna()
+            assert len(both), backend
+            assert (both[backend] > both["torch_mm"]).all(), backend
+    return {}
+
+
+def dispatchers() -> dict[str, int]:
+    forward = select(results(TWO_GPUS), mode="forward")
+    times = forward.pivot(index=["num_tokens", "backend"], columns="dispatcher", values="time_ms").reset_index()
+    is_fastest = times["deepep"] < times[["allgather", "alltoall"]].min(axis=1)
+    is_slowest = times["deepep"] > times[["allgather", "alltoall"]].max(axis=1)
+    most, fewest = times.loc[is_fastest, "num_tokens"].max(), times.loc[is_slowest, "num_tokens"].min()
+    assert is_fastest[times["num_tokens"] <= most].all()
+    assert is_slowest[times["num_tokens"] >= fewest].all()
+    return {"few": most, "many": fewest}
+
+
+def minutes() -> dict[str, str]:
+    """A round of the sweep, in whole minutes that are begun."""
+    seconds = {name: results(name)["job_s"] / results(name)["num_rounds"] for name in (GPU, "rounds/cpu-2026-11-23")}
+    cpu, gpu = seconds["rounds/cpu-2026-11-23"].sum(), seconds[GPU].mean() * counts(GPU)["jobs"]
+    return {"cpu": {1: "a"}[math.ceil(cpu / 60)], "gpu": WORDS[math.ceil(gpu / 60)]}
+
+
+def lines_of_the_picture() -> dict[str, str]:
+    frame = select(results(GPU), model=QWEN)
+    points = frame.groupby(["backend", "mode", "routing"])["num_tokens"].nunique()
+    return {"backends": WORDS[points[points > 1].index.get_level_values("backend").nunique()]}
+
+
+# measured.md
+
+
+def of_automodel() -> dict[str, str]:
+    found = {}
+    for backend in ("torch_mm", "triton"):
+        for number, shape in enumerate(SHAPES):
+            own, peer = (data.peers_of(name, shape) for name in (backend, "peer_automodel_torch_mm"))
+            times_ms = [the(frame, mode="train")["time_ms"] for frame in (own, peer)]
+            found[f"{backend}{number}"] = f"{times_ms[0] / times_ms[1]:.2f}"
+    ours = [float(found[f"triton{number}"]) for number in range(len(SHAPES))]
+    return {**found, "low": f"{min(ours):.2f}", "high": f"{max(ours):.2f}"}
+
+
+def two_peers_runs() -> dict[str, str]:
+    both = results(PEERS).merge(results(data.EARLIER_PEERS), on=JOB, suffixes=("", "_before"))
+    both = both[both["backend"].eq("torch_mm") & both["num_tokens"].isin(SHAPES.values())]
+    apart = {name: (both[name] / both[f"{name}_before"] - 1).abs().max() for name in ("time_ms", "grouped_ms")}
+    return {name: f"{share:.1%}" for name, share in apart.items()}
+
+
+def products_twice() -> dict[str, str]:
+    of_case = results(GPU).groupby("case_id")["grouped_ms"]
+    assert of_case.nunique().max() == 2
+    return {"times": "twice", "apart": f"{(of_case.max() / of_case.min() - 1).max():.1%}"}
+
+
+def listed_from() -> dict[str, int]:
+    return {"rows": next(rows for rows in range(1000) if tiling_for(rows, pairs=False).listed)}
+
+
+def te_forward() -> dict[str, str]:
+    forward = select(results(GPU), model=QWEN, backend="te", mode="forward", routing="uniform")
+    return {f"t{count}": f"{the(forward, num_tokens=count)['time_ms']:.1f}" for count in (512, 16384)}
+
+
+def allgather_waits() -> dict[str, str]:
+    rows = data.document(f"{TWO_GPUS}/bandwidth.json")["rows"]
+    dispatch = [row for row in rows if (row["dispatcher"], row["way"]) == ("allgather", "dispatch")]
+    return span([row["ms"] - row["raw_ms"] for row in dispatch], 2)
+
+
+def seconds_of_a_job() -> dict[str, str]:
+    means = results(GPU)[["job_s", "timing_s", "parity_s", "ceilings_s"]].mean()
+    return {name: f"{value:.1f}" for name, value in means.items()}
+
+
+def not_converged() -> dict[str, Any]:
+    rows = select(results(GPU), waits=False, converged=False)
+    assert set(rows["model"]) == {MIXTRAL, "deepseek-v3", "kimi-k2"}
+    assert set(rows["mode"]) == {"train"}
+    return {"jobs": len(rows)}
+
+
+def speeds_of_the_host() -> dict[str, str]:
+    row = the(results(GPU), model=QWEN, backend="gmm", mode="forward", num_tokens=16384)
+    return span([float(at) for at in np.percentile(data.samples_of(row), (25, 75))], 1)
+
+
+def two_rounds() -> dict[str, int]:
+    frame = results("rounds/h200-2026-11-23")
+    assert set(frame["num_rounds"]) == {2}
+    return {"jobs": len(frame)}
+
+
+def peaks_apart() -> dict[str, str]:
+    both = results(GPU).merge(results(data.EARLIER_GPU), on=JOB, suffixes=("", "_before"))
+    both = both[both["backend"] != "triton"]
+    one, other = (both[f"peak_memory_bytes{side}"].astype(float) for side in ("", "_before"))
+    apart = (one - other).abs()
+    return {"apart": f"{(apart / one)[apart > 2**20].max():.2%}"}
+
+
+# the other documents
+
+
+def estimates() -> dict[str, Any]:
+    ratios = []
+    for name in (GPU, TWO_GPUS, PEERS):
+        for row in results(name).to_dict("records"):
+            if not row["backend"].startswith("peer_"):
+                fields = {key: row[key] for key in Case.model_fields if key in row and not pd.isna(row[key])}
+                job = Job(case=Case.model_validate(fields), backend=row["backend"], dispatcher=row["dispatcher"])
+                ratios.append(pass_bytes(job) / row["peak_memory_bytes"])
+    return {**span(ratios, 1), "median": f"{np.median(ratios):.1f}", "jobs": len(ratios)}
+
+
+def outside_torch() -> dict[str, str]:
+    return span([float(some) / 2**30 for some in results(TWO_GPUS)["outside_torch_bytes"]], 1)
+
+
+def gpus_differ() -> dict[str, str]:
+    rows = select(data.between_gpus(), waits=False)
+    return {"apart": f"{(rows['other_ms'] / rows['one_ms'] - 1).abs().max():.1%}"}
+
+
+def parity_cases() -> dict[str, int]:
+    return {"cases": len(suite_jobs(["torch_mm"]))}
+
+
+def spread(log_rounds: Sequence[Any]) -> dict[str, str]:
+    """Of the median job: the standard deviation, and the one that quartiles say."""
+    quartiles = [np.subtract(*np.percentile(some, (75, 25))) / 1.349 for some in log_rounds]
+    return {
+        "deviation": f"{np.median([np.std(some, ddof=1) for some in log_rounds]):.0%}",
+        "quartiles": f"{np.median(quartiles):.0%}",
+    }
+
+
+def spread_apart() -> dict[str, Any]:
+    frame = results("rounds/cpu-2026-11-23")
+    (rounds,) = frame["num_rounds"].unique()
+    return {**spread([noise.log_rounds for noise in noises(frame, 0.0)]), "jobs": len(frame), "rounds": rounds}
+
+
+def recorded_together() -> list[Any]:
+    a, b = (results(f"rounds/cpu-ab-2026-11-23/{side}") for side in "ab")
+    return [noise.log_rounds for noise in noises_together(a, b)]
+
+
+def rounds_together() -> dict[str, int]:
+    few, many = sorted({len(rounds) for rounds in recorded_together()})
+    return {"few": few, "many": many}
+
+
+def copy_of_weights() -> dict[str, Any]:
+    folder = data.ROOT / "notebooks" / "data" / "gate"
+    before, after = (open_result(Path(folder / side)) for side in ("baseline", "candidate"))
+    found = gate(before.frame, after.frame, Comparability(before.environments, after.environments))
+
+    def regressed(measure: str) -> list[Judged]:
+        return [job for job in found.jobs if (one := job.finding(measure)) and one.verdict is Verdict.REGRESSED]
+
+    (slower,) = regressed("time")
+    unchanged = [job for job in found.jobs if job.backend == "loop"]
+    assert slower.time is not None
+    assert {job.verdict for job in unchanged} == {Verdict.INCONCLUSIVE}
+    return {
+        "rounds": before.frame["num_rounds"].max(),
+        "memory": len(regressed("memory")),
+        "time": len(regressed("time")),
+        "ratio": f"{slower.time.ratio:.1f}",
+        "exit_code": found.exit_code,
+        "unchanged": len(unchanged),
+    }

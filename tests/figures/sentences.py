@@ -1,0 +1,161 @@
+"""The sentences of documents that quote figures, and what computes those.
+
+A sentence is a format string, and its figures are `{names}`. The test renders it and looks for it in the document; line
+breaks do not matter. In README.md and docs/measured.md a number that stands in no sentence here fails the test too.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tests.figures import quoted
+from tests.figures.data import GPU, TWO_GPUS
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence of a document, with its figures as `{names}`, and what computes them."""
+
+    document: str
+    text: str
+    figures: Callable[[], Mapping[str, Any]] = dict
+
+    def rendered(self) -> str:
+        return " ".join(self.text.format(**self.figures()).split())
+
+
+README = (
+    ("for {backends} backends of the Qwen3-30B-A3B expert layer", quoted.lines_of_the_picture),
+    ("One {gpu}, torch {torch}, {date}.", quoted.environment),
+    (
+        "holds the numbers: {measured} jobs on {models} model shapes, all within their parity budgets.",
+        lambda: quoted.counts(GPU),
+    ),
+    ("holds {measured} of {jobs} jobs on two H200s", lambda: quoted.counts(TWO_GPUS)),
+    ("(a train step of `triton` takes {low} to {high} of NeMo AutoModel's time)", quoted.of_automodel),
+    ("It was the fastest in all {cases} cases that it shares with another backend", quoted.fastest),
+    (
+        """With up to 2048 tokens of Qwen3-30B-A3B, uniformly routed, its forward takes {low} to {high}% less time
+        than that of `torch_mm`. With 16384 tokens the forward takes {forward}% less time and the train step
+        {train}% less.""",
+        quoted.triton_saves,
+    ),
+    (
+        """With a thousand rows or so for each expert, `gmm` and `te` take {wide_low} to {wide_high} times as long
+        as `triton` where experts are few and wide, and {qwen_low} to {qwen_high} times with Qwen3-30B-A3B's 128
+        experts. With fewer rows they take up to {fewer_most} times as long.""",
+        quoted.libraries_take,
+    ),
+    ("FP8 through Transformer Engine was slower than `torch_mm` in every case measured.", quoted.fp8_is_slower),
+    (
+        """take `deepep` for a forward of up to {few} tokens a rank, where it was always the fastest dispatcher.
+        With {many} tokens a rank take `alltoall` or `allgather`, which both beat it.""",
+        quoted.dispatchers,
+    ),
+    ("about {cpu} minute on a CPU; on a GPU node the GPU suite, about {gpu}", quoted.minutes),
+    ("`suites/quick.toml` takes about {cpu} minute on two cores.", quoted.minutes),
+)
+
+MEASURED = (
+    ("on NVIDIA H200 GPUs on {date}, with torch {torch}, CUDA {cuda} and Python {python}.", quoted.environment),
+    (
+        """Between the two runs the time of `torch_mm` differs by up to {time_ms}, and that of the products by up
+        to {grouped_ms}.""",
+        quoted.two_peers_runs,
+    ),
+    (
+        """a train step of `torch_mm` takes {torch_mm0}, {torch_mm1} and {torch_mm2} of AutoModel's time, and one
+        of `triton` {triton0}, {triton1} and {triton2}.""",
+        quoted.of_automodel,
+    ),
+    (
+        "measured the products of a case up to {times}, and the two times differ by up to {apart} where the GPU",
+        quoted.products_twice,
+    ),
+    ("From {rows} rows an expert on, each multiprocessor keeps one program", quoted.listed_from),
+    (
+        """With 128 experts the host's launches bound `te`: a forward of Qwen3-30B-A3B takes {t512} ms for 512
+        tokens and {t16384} ms for 16384.""",
+        quoted.te_forward,
+    ),
+    ("forwards of few tokens with 128 experts, top 8, dim 2048, inter 768.",),
+    ("its dispatch takes {low} to {high} ms longer than the raw call.", quoted.allgather_waits),
+    (
+        """measured {measured} of {jobs} jobs before its time budget ended. All were `ok`, and the worst error was
+        {worst} of its budget.""",
+        lambda: quoted.counts(GPU),
+    ),
+    (
+        """A job took {job_s} s in the mean: {timing_s} s of timing, {parity_s} s of parity, {ceilings_s} s of
+        ceilings""",
+        quoted.seconds_of_a_job,
+    ),
+    ("Sampling aims at an interval whose half is at most 0.5% of the median.",),
+    ("By that rule {jobs} jobs that do not wait did not converge", quoted.not_converged),
+    (
+        """the middle half of the samples of `gmm`'s forward of 16384 tokens of Qwen3-30B-A3B lies between {low}
+        and {high} ms.""",
+        quoted.speeds_of_the_host,
+    ),
+    ("for jobs that take 0.1 ms or more:",),
+    ("the first {jobs} jobs of a random order", quoted.two_rounds),
+    ("differed between the two H200s by up to {apart}, differences of 1 MiB or less apart.", quoted.peaks_apart),
+)
+
+OTHERS = (
+    (
+        "docs/sweeps.md",
+        "{low} to {high} GiB on each of two H200s (2026-11-23).",
+        quoted.outside_torch,
+    ),
+    (
+        "docs/sweeps.md",
+        """The estimate for one pass was {low} to {high} times the measured peak, and {median} times in the median,
+        over {jobs} jobs on H200s (2026-11-23)""",
+        quoted.estimates,
+    ),
+    (
+        "docs/running.md",
+        "two H200s by up to {apart} (2026-11-23",
+        quoted.gpus_differ,
+    ),
+    (
+        "docs/concepts.md",
+        "{cases} cases for each backend, in all dtypes.",
+        quoted.parity_cases,
+    ),
+    (
+        "docs/gating.md",
+        """(AMD EPYC, 2026-11-23) processes of the same code spread by {deviation} (standard deviation in the
+        median job; {quartiles} by its quartiles). The {jobs} jobs of `suites/quick.toml`, {rounds} rounds
+        recorded""",
+        quoted.spread_apart,
+    ),
+    (
+        "docs/gating.md",
+        "processes of a round spread by {deviation} ({quartiles} by quartiles).",
+        lambda: quoted.spread([rounds.ravel() for rounds in quoted.recorded_together()]),
+    ),
+    (
+        "docs/gating.md",
+        "drawn from the {few} or {many} that `moebench ab HEAD HEAD quick` recorded",
+        quoted.rounds_together,
+    ),
+    (
+        "docs/gating.md",
+        """one copy of the weights too many in every forward, {rounds} rounds a side, threshold 3% ([the
+        notebook](../notebooks/gate_a_change.ipynb) has the results). All {memory} jobs with the copy were
+        `REGRESSED` for their memory, and {time} of them, {ratio} times as slow, for its time too; exit code
+        {exit_code}. The {unchanged} jobs of `loop`, which did not change, were `INCONCLUSIVE`""",
+        quoted.copy_of_weights,
+    ),
+)
+
+SENTENCES = tuple(
+    Sentence(*fields)
+    for fields in (
+        *(("README.md", *rest) for rest in README),
+        *(("docs/measured.md", *rest) for rest in MEASURED),
+        *OTHERS,
+    )
+)

@@ -1,0 +1,140 @@
+"""The tables in documents that are made from the committed results; `make results` writes them.
+
+In a document a table stands between `<!-- table NAME, written by `make results` -->` and `<!-- end of table NAME -->`.
+A new one is a function here with a line in TABLES.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from moebench.results.stats import relative_half_width, series_interval
+from moebench.workload.models import SHAPE_AXES, shape_name
+from tests.figures import data
+
+_BEGIN, _END = "<!-- table {}, written by `make results` -->", "<!-- end of table {} -->"
+
+
+def _named(shape: tuple[int, ...]) -> str:
+    return shape_name(dict(zip(SHAPE_AXES, shape, strict=True)))
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    cells.insert(1, ["---"] * len(cells[0]))
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def peers() -> str:
+    backends = ["torch_mm", "torch_mm_save_time", "triton", "gmm", "te", "peer_automodel_torch_mm", "peer_transformers"]
+    header = ["shape", "tokens", "backend", "forward, TFLOP/s", "share", "train, TFLOP/s", "share", "train peak, MiB"]
+
+    def rows() -> Iterator[list[Any]]:
+        for shape, num_tokens in data.SHAPES.items():
+            for backend in backends:
+                found = data.peers_of(backend, shape)
+                cells: list[str] = []
+                for mode in ("forward", "train"):
+                    row = data.the(found, mode=mode)
+                    cells += [f"{row['tflops']:.0f}", f"{row['grouped_ms'] / row['time_ms']:.2f}"]
+                peak = data.the(found, mode="train")["peak_memory_bytes"] / 2**20
+                yield [_named(shape), num_tokens, f"`{backend}`", *cells, f"{peak:.0f}"]
+
+    return markdown(header, rows())
+
+
+def steps() -> str:
+    header = ["shape", "backend"]
+    for mode in ("forward", "train"):
+        header += [f"{mode}: its products, TFLOP/s", "layer, TFLOP/s", "share"]
+
+    def rows() -> Iterator[list[Any]]:
+        for shape in data.SHAPES:
+            measured = data.document(f"steps/h200-2026-11-23-{'-'.join(map(str, shape))}.json")["rows"]
+            found = {row["name"]: row for row in measured}
+            for backend in ("gmm", "te"):
+                cells: list[str] = []
+                for mode in ("forward", "train"):
+                    products, layer = (found[f"{backend}: {what}, {mode}"] for what in ("products", "layer"))
+                    cells += [f"{products['tflops']:.0f}", f"{layer['tflops']:.0f}", f"{layer['fraction']:.2f}"]
+                yield [_named(shape), f"`{backend}`", *cells]
+
+    return markdown(header, rows())
+
+
+def decode() -> str:
+    backends = ["torch_mm", "triton", "peer_transformers"]
+    frame = data.select(data.of_shape(data.results(data.PEERS), (128, 8, 2048, 768)), mode="forward")
+
+    def rows() -> Iterator[list[str]]:
+        for num_tokens in (1, 4, 16, 64, 128, 256):
+            case = data.select(frame, num_tokens=num_tokens)
+            measured = [data.the(case, backend=backend)["graph_time_ms"] for backend in backends]
+            bounds = [case[column].median() for column in ("roofline_ms", "grouped_ms")]
+            yield [str(num_tokens), *(f"{ms:.3f}" for ms in (*bounds, *measured))]
+
+    return markdown(["tokens", "weights", "products", *(f"`{name}`" for name in backends)], rows())
+
+
+def bandwidth() -> str:
+    counts = (4096, 16384)
+    frame = pd.DataFrame(data.document("h200-ep2-2026-11-23/bandwidth.json")["rows"])
+    columns = [(way, num_tokens) for way in ("dispatch", "combine") for num_tokens in counts]
+
+    def cell(dispatcher: str, way: str, num_tokens: int) -> str:
+        row = data.the(frame, dispatcher=dispatcher, way=way, num_tokens=num_tokens)
+        return f"{row['fraction']:.2f} ({row['gb_per_s']:.0f} GB/s)"
+
+    header = ["dispatcher", *(f"{way}, {num_tokens} tokens" for way, num_tokens in columns)]
+    rows = ([f"`{name}`", *(cell(name, *column) for column in columns)] for name in ("allgather", "alltoall", "deepep"))
+    return markdown(header, rows)
+
+
+def precision() -> str:
+    frame = data.results(data.GPU)
+    halves = [relative_half_width(*series_interval(data.samples_of(row))) for _, row in frame.iterrows()]
+    reach = frame.assign(reaches=[half <= 0.005 for half in halves]).groupby("waits")["reaches"]
+    kinds = {
+        False: "do not wait for the GPU: `torch_mm`, `torch_mm_save_time`, `triton`",
+        True: "wait for the GPU (flag `synchronises`): `gmm`, `te`, FP8, `loop`",
+    }
+    rows = ([text, reach.size()[waits], f"{reach.mean()[waits]:.0%}"] for waits, text in kinds.items())
+    return markdown(["calls that", "jobs", "half the interval at most 0.5%"], rows)
+
+
+def repeatability() -> str:
+    rounds, gpus = data.between_rounds(), data.between_gpus()
+    compared = {
+        "two rounds, calls that do not wait": data.select(rounds, waits=False),
+        "two rounds, calls that wait": data.select(rounds, waits=True),
+        "two H200s, `torch_mm` and `torch_mm_save_time`": data.select(gpus, waits=False),
+        "two H200s, calls that wait": data.select(gpus, waits=True),
+    }
+
+    def cells(rows: pd.DataFrame) -> list[Any]:
+        apart = (rows["other_ms"] / rows["one_ms"] - 1).abs()
+        return [len(rows), f"{(apart <= 0.01).mean():.0%}", f"{apart.median():.1%}", f"{apart.max():.1%}"]
+
+    header = ["compared", "jobs", "medians within 1%", "median difference", "largest"]
+    return markdown(header, ([text, *cells(rows)] for text, rows in compared.items()))
+
+
+#: By document and name.
+TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
+    ("docs/measured.md", table.__name__): table for table in (peers, steps, decode, bandwidth, precision, repeatability)
+}
+
+
+def written(text: str, name: str, table: str) -> str:
+    """The document's text with this table between its markers. Raises ValueError where it has no such markers."""
+    begin, end = _BEGIN.format(name), _END.format(name)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"table {name}: the document needs one line `{begin}` and one line `{end}`")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n\n{table}\n{end}{rest.partition(end)[2]}"
+
+
+def without_tables(text: str) -> str:
+    return re.sub(_BEGIN.format(r"(\w+)") + ".*?" + _END.format(r"\1"), " ", text, flags=re.DOTALL)

@@ -1,0 +1,77 @@
+"""Figures in README and docs are what the committed results say; see tests/figures."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.figures.sentences import SENTENCES, Sentence
+from tests.figures.tables import TABLES, without_tables, written
+
+ROOT = Path(__file__).parents[1]
+#: Every number in these is in a generated table or in a sentence that is tested.
+COVERED = ("README.md", "docs/measured.md")
+#: Numbers that no result can change: names, versions that are needed, exit codes.
+NAMES = re.compile(
+    r"\b(H200s?|FP8|L2|float32|float64|bfloat16|2026-11-23|Qwen3(-30B-A3B)?|DeepSeek-V3|Kimi-K2|Apache-2\.0)\b"
+    r"|Python 3\.11 or later"
+    r"|over its budget, at most 1\.|exits with 0 when|, 1 after a mismatch|, 2 on bad usage|, 130 when interrupted"
+    r"|false alarms below 1% a gate|A share may be 1 or more"
+)
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def uncovered(document: str, text: str) -> list[str]:
+    """The words with a digit that are in no tested sentence, generated table, code, link or name."""
+    text = re.sub(r"^```.*?^```|^ {4}.*?$", " ", without_tables(text), flags=re.DOTALL | re.MULTILINE)
+    text = flat(text)
+    for sentence in SENTENCES:
+        if sentence.document == document:
+            text = text.replace(sentence.rendered(), " ")
+    text = re.sub(r"`[^`]*`|(\[results/[^\]]*)?\]\([^)]*\)|<img src=\"[^\"]*\" width=\"\d+\"", " ", text)
+    return re.findall(r"\S*\d\S*", NAMES.sub(" ", text))
+
+
+@pytest.mark.parametrize("sentence", SENTENCES, ids=lambda one: f"{one.document}: {one.text[:50]}")
+def test_a_sentence_quotes_what_was_measured(sentence: Sentence) -> None:
+    text = flat((ROOT / sentence.document).read_text())
+    assert sentence.rendered() in text, f"{sentence.document} must say: {sentence.rendered()}"
+
+
+@pytest.mark.parametrize(("document", "name"), TABLES)
+def test_a_table_is_what_was_measured(document: str, name: str) -> None:
+    text = (ROOT / document).read_text()
+    assert written(text, name, TABLES[document, name]()) == text, "run `make results`"
+
+
+@pytest.mark.parametrize("document", COVERED)
+def test_every_figure_is_tested(document: str) -> None:
+    found = uncovered(document, (ROOT / document).read_text())
+    assert not found, f"{document}: {found} are in no sentence of tests/figures/sentences.py"
+
+
+def test_a_figure_that_nobody_computes_is_found() -> None:
+    assert uncovered("README.md", "On an H200 a forward takes 3.7 ms (`triton`, 16384).") == ["3.7", "16384)."]
+
+
+def test_a_table_needs_its_markers() -> None:
+    with pytest.raises(ValueError, match="needs one line `<!-- table peers"):
+        written("no table here", "peers", "| a |\n")
+
+
+def test_pictures_that_documents_show_are_committed() -> None:
+    """`make results` draws more beside them, which git ignores."""
+    shown = set()
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r'(?:src="|\]\()([^")#:]+\.(?:svg|png))', path.read_text()):
+            shown.add(str((path.parent / target).resolve().relative_to(ROOT)))
+    listed = subprocess.run(
+        ["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    if not listed:
+        pytest.skip("not a git checkout")
+    assert shown == {path for path in listed if path.endswith((".svg", ".png"))}
