@@ -2,10 +2,12 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
+from matplotlib.axis import Axis
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from moebench.results.record import Status
 
@@ -13,6 +15,9 @@ PARTS = ("dispatch", "compute", "combine")  # of a forward under expert parallel
 #: What a rate can be measured against, by its name in a figure, and the column of its time.
 CEILINGS = {"grouped GEMMs alone": "grouped_ms", "roofline": "roofline_ms"}
 _MOST_TICKS = 6
+#: Of ticks on an axis of base 10, within each power of it. The first that gives two to six is taken. The last is for
+#: axes that are too short for the others.
+_FACTORS = ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,6 @@ def _is_ok(rows: pd.DataFrame) -> "pd.Series[bool]":
     return rows["status"].eq(Status.ok).astype("bool")
 
 
-def _short(value: float) -> str:
-    """A decimal suffix: 20K, 1.5M."""
-    for power, suffix in ((9, "G"), (6, "M"), (3, "K")):
-        if value >= 10**power:
-            return f"{value / 10**power:g}{suffix}"
-    return f"{value:g}"
-
-
 def _bytes(value: float) -> str:
     for power, suffix in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if value >= 2**power:
@@ -95,7 +92,13 @@ def tokens_text(count: float) -> str:
 
 
 THROUGHPUT = Metric(
-    "throughput", "Throughput", "tokens/s per {per}", _points_of_throughput, combine="median", base=10, tick=_short
+    "throughput",
+    "Throughput",
+    "tokens/s per {per}",
+    _points_of_throughput,
+    combine="median",
+    base=10,
+    tick=EngFormatter(sep=""),
 )
 SCALING = replace(THROUGHPUT, name="scaling", title="Scaling")
 RATES = (THROUGHPUT, SCALING)
@@ -140,17 +143,18 @@ def limits(points: pd.DataFrame, metric: Metric, with_ceilings: bool = False) ->
     return low / edge if (numbers < least).any() else low, high * edge if (numbers > most).any() else high
 
 
-def round_ticks(low: float, high: float, base: int) -> list[float]:
-    """Round numbers between low and high, as many as stay readable."""
-    first, last = math.floor(math.log(low, base)), math.ceil(math.log(high, base))
-    within: tuple[tuple[int, ...], ...] = ((1, 2, 5), (1, 3), (1,)) if base == 10 else ((1,),)
-    patterns = [(1, factors) for factors in within] + [(step, (1,)) for step in range(2, last - first + 2)]
+def round_ticks(low: float, high: float, base: int = 10) -> list[float]:
+    """Round numbers from low to high, two at least and as many as stay readable. `high` is at least 2.5 times `low`."""
     ticks: list[float] = []
-    for step, factors in patterns:
-        powers = range(first // step * step, last + 1, step)
-        ticks = [
-            tick for power in powers for factor in factors if low <= (tick := factor * float(base) ** power) <= high
-        ]
-        if len(ticks) <= _MOST_TICKS:
+    for factors in _FACTORS if base == 10 else ((1.0,),):
+        found = LogLocator(base, factors, numticks=_MOST_TICKS).tick_values(low, high)
+        ticks = [float(tick) for tick in found if low <= tick <= high]
+        if 2 <= len(ticks) <= _MOST_TICKS:
             break
     return ticks
+
+
+def set_ticks(axis: Axis, ticks: Sequence[float], text: Callable[[float], str]) -> None:
+    """Label these ticks of a logarithmic axis, and no others."""
+    axis.set_ticks(ticks, [text(tick) for tick in ticks])
+    axis.set_minor_locator(NullLocator())
