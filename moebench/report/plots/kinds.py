@@ -14,8 +14,9 @@ from moebench.results.record import Status
 PARTS = ("dispatch", "compute", "combine")  # of a forward under expert parallelism, in their order
 #: What a rate can be measured against, by its name in a figure, and the column of its time.
 CEILINGS = {"grouped GEMMs alone": "grouped_ms", "roofline": "roofline_ms"}
-_MOST_TICKS = 6
-#: Of ticks on an axis of base 10, within each power of it. The first that gives two to six is taken. The last is for
+#: Labels that stay readable on an axis; side by side, "128 MiB" and "512 MiB" need more room than above each other.
+MOST_TICKS, MOST_TICKS_ALONG_X = 6, 5
+#: Of ticks on an axis of base 10, within each power of it. The first that gives few enough is taken. The last is for
 #: axes that are too short for the others.
 _FACTORS = ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
 
@@ -143,13 +144,13 @@ def limits(points: pd.DataFrame, metric: Metric, with_ceilings: bool = False) ->
     return low / edge if (numbers < least).any() else low, high * edge if (numbers > most).any() else high
 
 
-def round_ticks(low: float, high: float, base: int = 10) -> list[float]:
-    """Round numbers from low to high, two at least and as many as stay readable. `high` is at least 2.5 times `low`."""
+def round_ticks(low: float, high: float, base: int = 10, most: int = MOST_TICKS) -> list[float]:
+    """Round numbers from low to high, at least two and at most `most`. `high` is at least 2.5 times `low`."""
     ticks: list[float] = []
     for factors in _FACTORS if base == 10 else ((1.0,),):
-        found = LogLocator(base, factors, numticks=_MOST_TICKS).tick_values(low, high)
+        found = LogLocator(base, factors, numticks=most).tick_values(low, high)
         ticks = [float(tick) for tick in found if low <= tick <= high]
-        if 2 <= len(ticks) <= _MOST_TICKS:
+        if 2 <= len(ticks) <= most:
             break
     return ticks
 

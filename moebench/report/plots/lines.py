@@ -11,7 +11,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moebench.report.plots.kinds import RATES, Metric, limits, round_ticks, set_ticks, tokens_text, unit
+from moebench.report.plots.kinds import (
+    MOST_TICKS,
+    MOST_TICKS_ALONG_X,
+    RATES,
+    Metric,
+    limits,
+    round_ticks,
+    set_ticks,
+    tokens_text,
+    unit,
+)
 from moebench.report.plots.look import (
     BAD,
     CEILING_LOOKS,
@@ -143,7 +153,8 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> N
     value_axis = ax.yaxis if upright else ax.xaxis
     (ax.set_yscale if upright else ax.set_xscale)("log", base=metric.base)
     (ax.set_ylim if upright else ax.set_xlim)(bottom, top)
-    set_ticks(value_axis, round_ticks(bottom, top, metric.base), metric.tick)
+    most = MOST_TICKS if upright else MOST_TICKS_ALONG_X
+    set_ticks(value_axis, round_ticks(bottom, top, metric.base, most), metric.tick)
     if metric.budget is not None:
         (ax.axhline if upright else ax.axvline)(metric.budget, color=BAD, linewidth=1.6, label="budget")
         (ax.axhspan if upright else ax.axvspan)(metric.budget, top, color=BAD, alpha=0.06, linewidth=0)

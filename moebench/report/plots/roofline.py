@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from moebench.report.plots.kinds import ROOFLINE, limits, round_ticks, set_ticks, unit
+from moebench.report.plots.kinds import MOST_TICKS_ALONG_X, ROOFLINE, limits, round_ticks, set_ticks, unit
 from moebench.report.plots.look import legend_below, line_legends, line_look, sheet
 from moebench.results.labels import in_order
 from moebench.workload.case import UNGATED
@@ -91,7 +91,7 @@ def _intensity_axis(ax: Axes, drawn: pd.DataFrame) -> None:
     low, high = drawn["intensity"].min() / 1.6, drawn["intensity"].max() * 1.6
     ax.set_xscale("log")
     ax.set_xlim(low, high)
-    set_ticks(ax.xaxis, round_ticks(low, high), "{:g}".format)
+    set_ticks(ax.xaxis, round_ticks(low, high, most=MOST_TICKS_ALONG_X), "{:g}".format)
     ax.set_xlabel("FLOP per byte that has to move")
 
 

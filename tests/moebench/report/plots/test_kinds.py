@@ -5,7 +5,7 @@ import math
 import pytest
 
 from moebench.report.plots.figures import memory, parity, roofline, throughput
-from moebench.report.plots.kinds import round_ticks
+from moebench.report.plots.kinds import MOST_TICKS, MOST_TICKS_ALONG_X, round_ticks
 from moebench.results.frame import to_frame
 from moebench.results.record import Status
 from tests.moebench.drawn import bad, case, family, line, ok, only
@@ -54,12 +54,13 @@ def test_round_ticks(low: float, high: float, ticks: list[float]) -> None:
 
 
 @pytest.mark.parametrize(("base", "least"), [(10, 2.56), (2, 8.0)])
-def test_every_axis_has_two_to_six_ticks_wherever_it_lies(base: int, least: float) -> None:
+@pytest.mark.parametrize("most", [MOST_TICKS, MOST_TICKS_ALONG_X])
+def test_every_axis_has_two_ticks_and_few_wherever_it_lies(base: int, least: float, most: int) -> None:
     for at in range(-50, 120):
         for span in (0.0, 0.1, 0.3, 0.5, 1.0, 1.7, 2.5, 4.0, 6.0, 9.0, 12.0):
             low = 10 ** (at / 10)
-            ticks = round_ticks(low, low * least * 10**span, base)
-            assert 2 <= len(ticks) <= 6, (low, span)
+            ticks = round_ticks(low, low * least * 10**span, base, most)
+            assert 2 <= len(ticks) <= most, (low, span)
             assert ticks == sorted(set(ticks))
             assert low <= ticks[0] < ticks[-1] <= low * least * 10**span
 
