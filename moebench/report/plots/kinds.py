@@ -15,7 +15,7 @@ PARTS = ("dispatch", "compute", "combine")  # of a forward under expert parallel
 #: What a rate can be measured against, by its name in a figure, and the column of its time.
 CEILINGS = {"grouped GEMMs alone": "grouped_ms", "roofline": "roofline_ms"}
 #: Labels that stay readable on an axis; side by side, "128 MiB" and "512 MiB" need more room than above each other.
-MOST_TICKS, MOST_TICKS_ALONG_X = 6, 5
+MOST_TICKS, MOST_TICKS_ALONG_X = 6, 4
 #: Of ticks on an axis of base 10, within each power of it. The first that gives few enough is taken. The last is for
 #: axes that are too short for the others.
 _FACTORS = ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
