@@ -2,10 +2,12 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
+from matplotlib.axis import Axis
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from moebench.machine.units import size
 from moebench.results.record import Status
@@ -13,7 +15,11 @@ from moebench.results.record import Status
 PARTS = ("dispatch", "compute", "combine")  # of a forward under expert parallelism, in their order
 #: What a rate can be measured against, by its name in a figure, and the column of its time.
 CEILINGS = {"grouped GEMMs alone": "grouped_ms", "roofline": "roofline_ms"}
-_MOST_TICKS = 6
+#: Labels that stay readable on an axis; side by side, "128 MiB" and "512 MiB" need more room than above each other.
+MOST_TICKS, MOST_TICKS_ALONG_X = 6, 4
+#: Of ticks on an axis of base 10, within each power of it. The first that gives few enough is taken. The last is for
+#: axes that are too short for the others.
+_FACTORS = ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
 
 
 @dataclass(frozen=True)
@@ -72,14 +78,6 @@ def _is_ok(rows: pd.DataFrame) -> "pd.Series[bool]":
     return rows["status"].eq(Status.ok).astype("bool")
 
 
-def _short(value: float) -> str:
-    """A decimal suffix: 20K, 1.5M."""
-    for power, suffix in ((9, "G"), (6, "M"), (3, "K")):
-        if value >= 10**power:
-            return f"{value / 10**power:g}{suffix}"
-    return f"{value:g}"
-
-
 def tokens_text(count: float) -> str:
     """1024 as 1K, as tokens are counted; what is not a multiple of 512 stays as it is."""
     for power, suffix in ((20, "M"), (10, "K")):
@@ -89,7 +87,13 @@ def tokens_text(count: float) -> str:
 
 
 THROUGHPUT = Metric(
-    "throughput", "Throughput", "tokens/s per {per}", _points_of_throughput, combine="median", base=10, tick=_short
+    "throughput",
+    "Throughput",
+    "tokens/s per {per}",
+    _points_of_throughput,
+    combine="median",
+    base=10,
+    tick=EngFormatter(sep=""),
 )
 SCALING = replace(THROUGHPUT, name="scaling", title="Scaling")
 RATES = (THROUGHPUT, SCALING)
@@ -134,17 +138,18 @@ def limits(points: pd.DataFrame, metric: Metric, with_ceilings: bool = False) ->
     return low / edge if (numbers < least).any() else low, high * edge if (numbers > most).any() else high
 
 
-def round_ticks(low: float, high: float, base: int) -> list[float]:
-    """Round numbers between low and high, as many as stay readable."""
-    first, last = math.floor(math.log(low, base)), math.ceil(math.log(high, base))
-    within: tuple[tuple[int, ...], ...] = ((1, 2, 5), (1, 3), (1,)) if base == 10 else ((1,),)
-    patterns = [(1, factors) for factors in within] + [(step, (1,)) for step in range(2, last - first + 2)]
+def round_ticks(low: float, high: float, base: int = 10, most: int = MOST_TICKS) -> list[float]:
+    """Round numbers from low to high, at least two and at most `most`. `high` is at least 2.5 times `low`."""
     ticks: list[float] = []
-    for step, factors in patterns:
-        powers = range(first // step * step, last + 1, step)
-        ticks = [
-            tick for power in powers for factor in factors if low <= (tick := factor * float(base) ** power) <= high
-        ]
-        if len(ticks) <= _MOST_TICKS:
+    for factors in _FACTORS if base == 10 else ((1.0,),):
+        found = LogLocator(base, factors, numticks=most).tick_values(low, high)
+        ticks = [float(tick) for tick in found if low <= tick <= high]
+        if 2 <= len(ticks) <= most:
             break
     return ticks
+
+
+def set_ticks(axis: Axis, ticks: Sequence[float], text: Callable[[float], str]) -> None:
+    """Label these ticks of a logarithmic axis, and no others."""
+    axis.set_ticks(ticks, [text(tick) for tick in ticks])
+    axis.set_minor_locator(NullLocator())

@@ -10,9 +10,18 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
-from moebench.report.plots.kinds import RATES, Metric, limits, round_ticks, tokens_text, unit
+from moebench.report.plots.kinds import (
+    MOST_TICKS,
+    MOST_TICKS_ALONG_X,
+    RATES,
+    Metric,
+    limits,
+    round_ticks,
+    set_ticks,
+    tokens_text,
+    unit,
+)
 from moebench.report.plots.look import (
     BAD,
     CEILING_LOOKS,
@@ -97,8 +106,7 @@ def _draw_ceilings(ax: Axes, points: pd.DataFrame) -> None:
 def _token_axis(ax: Axes, drawn: pd.DataFrame) -> None:
     counts = spaced(sorted(set(drawn["place"])))
     ax.set_xscale("log", base=2)
-    ax.set_xticks(counts, [tokens_text(count) for count in counts])
-    ax.set_xticks([], minor=True)
+    set_ticks(ax.xaxis, counts, tokens_text)
     ax.set_xlabel("tokens per rank" if (drawn["ep_size"] > 1).any() else "tokens")
 
 
@@ -142,12 +150,11 @@ def page_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
 def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> None:
     """Every line's values at their places; upright: values along y. What is off the axis stands at its edge."""
     bottom, top = limits(points, metric, with_ceilings=upright)
-    ticks = round_ticks(bottom, top, metric.base)
     value_axis = ax.yaxis if upright else ax.xaxis
     (ax.set_yscale if upright else ax.set_xscale)("log", base=metric.base)
     (ax.set_ylim if upright else ax.set_xlim)(bottom, top)
-    value_axis.set_ticks(ticks, [metric.tick(tick) for tick in ticks])
-    value_axis.set_minor_locator(NullLocator())
+    most = MOST_TICKS if upright else MOST_TICKS_ALONG_X
+    set_ticks(value_axis, round_ticks(bottom, top, metric.base, most), metric.tick)
     if metric.budget is not None:
         (ax.axhline if upright else ax.axvline)(metric.budget, color=BAD, linewidth=1.6, label="budget")
         (ax.axhspan if upright else ax.axvspan)(metric.budget, top, color=BAD, alpha=0.06, linewidth=0)
@@ -212,7 +219,5 @@ def _tflops_axis(ax: Axes, points: pd.DataFrame) -> None:
     scale: Any = (lambda tokens: tokens * ratio, lambda tflops: tflops / ratio)
     right = ax.secondary_yaxis("right", functions=scale)
     bottom, top = ax.get_ylim()
-    ticks = round_ticks(bottom * ratio, top * ratio, 10)
-    right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    right.yaxis.set_minor_locator(NullLocator())
+    set_ticks(right.yaxis, round_ticks(bottom * ratio, top * ratio), "{:g}".format)
     right.set_ylabel("TFLOP/s")

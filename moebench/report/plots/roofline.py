@@ -9,9 +9,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
 
-from moebench.report.plots.kinds import ROOFLINE, limits, round_ticks, unit
+from moebench.report.plots.kinds import MOST_TICKS_ALONG_X, ROOFLINE, limits, round_ticks, set_ticks, unit
 from moebench.report.plots.look import legend_below, line_legends, line_look, sheet
 from moebench.results.labels import in_order
 from moebench.workload.case import UNGATED
@@ -90,11 +89,9 @@ def panel(ax: Axes, rows: pd.DataFrame) -> None:
 
 def _intensity_axis(ax: Axes, drawn: pd.DataFrame) -> None:
     low, high = drawn["intensity"].min() / 1.6, drawn["intensity"].max() * 1.6
-    ticks = round_ticks(low, high, 10)
     ax.set_xscale("log")
     ax.set_xlim(low, high)
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.xaxis.set_minor_locator(NullLocator())
+    set_ticks(ax.xaxis, round_ticks(low, high, most=MOST_TICKS_ALONG_X), "{:g}".format)
     ax.set_xlabel("FLOP per byte that has to move")
 
 
@@ -110,9 +107,7 @@ def _draw(ax: Axes, points: pd.DataFrame) -> None:
     bottom, top = limits(pd.concat([points, points.assign(value=points["roof_tflops"])]), ROOFLINE)
     ax.set_yscale("log")
     ax.set_ylim(bottom, top)
-    ticks = round_ticks(bottom, top, 10)
-    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.yaxis.set_minor_locator(NullLocator())
+    set_ticks(ax.yaxis, round_ticks(bottom, top), ROOFLINE.tick)
     for line in in_order(points["line"]):
         rows = points[points["line"] == line]
         look: dict[str, Any] = line_look(*rows[["backend", "dispatcher"]].iloc[0])

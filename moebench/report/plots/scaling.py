@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moebench.report.plots import lines
-from moebench.report.plots.kinds import SCALING, tokens_text
+from moebench.report.plots.kinds import SCALING, set_ticks, tokens_text
 from moebench.report.plots.look import line_legends, sheet
 from moebench.results.labels import backend_labels, panel_title
 
@@ -43,8 +43,7 @@ def family_figure(rows: pd.DataFrame) -> Figure:
     body.align_ylabels(axes)
     sizes = sorted(set(drawn["ep_size"]))
     axes[-1].set_xscale("log", base=2)
-    axes[-1].set_xticks(sizes, [str(size) for size in sizes])
-    axes[-1].set_xticks([], minor=True)
+    set_ticks(axes[-1].xaxis, sizes, str)
     axes[-1].set_xlabel("EP size: ranks that share the experts")
     return figure
 

@@ -30,8 +30,9 @@ def test_a_process_that_is_killed_frees_its_folder(tmp_path: Path) -> None:
 def test_a_folder_is_free_after_the_block_and_after_an_error_in_it(tmp_path: Path) -> None:
     with locked(tmp_path):
         pass
-    with pytest.raises(ZeroDivisionError), locked(tmp_path):
+    with pytest.raises(ZeroDivisionError) as error, locked(tmp_path):
         raise ZeroDivisionError
+    assert error.tb  # holds whatever the block held
     with locked(tmp_path):
         check_new(tmp_path)
         (tmp_path / "logs" / "diary.txt").touch()

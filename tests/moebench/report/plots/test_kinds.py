@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from moebench.report.plots.figures import memory, parity, throughput
+from moebench.report.plots.figures import memory, parity, roofline, throughput
+from moebench.report.plots.kinds import MOST_TICKS, MOST_TICKS_ALONG_X, round_ticks
 from moebench.results.frame import to_frame
 from moebench.results.record import Status
 from tests.moebench.drawn import bad, case, family, line, ok, only
@@ -32,6 +33,40 @@ def test_ticks_are_few_and_in_the_words_of_the_axis() -> None:
     rows = [ok(case(count), time_ms=3.0) for count in counts]
     (ax,) = only(throughput(to_frame(rows))).axes
     assert [text.get_text() for text in ax.get_xticklabels()] == ["128", "256", "512", "1K", "2K", "4K", "8K", "16K"]
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["30K", "100K", "300K", "1M", "3M"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["30k", "100k", "300k", "1M", "3M"]
     (ax,) = only(memory(to_frame(rows))).axes
     assert [text.get_text() for text in ax.get_yticklabels()] == ["256 KiB", "1 MiB", "4 MiB", "16 MiB"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (1.2, 9.6, [2, 5]),
+        (30.0, 2000.0, [50, 100, 200, 500, 1000, 2000]),
+        (2e4, 5e6, [3e4, 1e5, 3e5, 1e6, 3e6]),
+        (0.0017, 40.0, [0.01, 0.1, 1, 10]),
+        (31.0, 80.0, [40, 50, 60, 70, 80]),
+        (51.0, 131.0, [70, 100]),
+    ],
+)
+def test_round_ticks(low: float, high: float, ticks: list[float]) -> None:
+    assert round_ticks(low, high) == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize(("base", "least"), [(10, 2.56), (2, 8.0)])
+@pytest.mark.parametrize("most", [MOST_TICKS, MOST_TICKS_ALONG_X])
+def test_every_axis_has_two_ticks_and_few_wherever_it_lies(base: int, least: float, most: int) -> None:
+    for at in range(-50, 120):
+        for span in (0.0, 0.1, 0.3, 0.5, 1.0, 1.7, 2.5, 4.0, 6.0, 9.0, 12.0):
+            low = 10 ** (at / 10)
+            ticks = round_ticks(low, low * least * 10**span, base, most)
+            assert 2 <= len(ticks) <= most, (low, span)
+            assert ticks == sorted(set(ticks))
+            assert low <= ticks[0] < ticks[-1] <= low * least * 10**span
+
+
+def test_a_lone_point_still_has_two_labels_on_each_axis() -> None:
+    for token_count in (64, 100, 512):
+        for _, figure in roofline(to_frame([ok(case(token_count), time_ms=3.0)])):
+            for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+                assert len([text for text in axis.get_ticklabels() if text.get_text()]) >= 2

@@ -152,6 +152,16 @@ def test_no_text_overlaps_another_under_ep(draw: Any, lone: bool) -> None:
         assert_nothing_overlaps(figure)
 
 
+def test_labels_of_memory_stand_apart_along_x() -> None:
+    """Five labels as long as "512 MiB" would touch one another."""
+    sizes = {"one-hot": int(2**25.5), "uniform": int(2**35.6)}
+    rows = [ok(case(64, routing=routing), peak_memory_bytes=size) for routing, size in sizes.items()]
+    figure = only(memory(to_frame(rows)))
+    assert_nothing_overlaps(figure)
+    (ax,) = figure.axes
+    assert 2 <= len(ax.get_xticklabels()) <= 4
+
+
 def assert_nothing_overlaps(figure: Figure) -> None:
     found = list(boxes(figure))
     edge = figure.bbox.padded(1)
