@@ -4,7 +4,9 @@ The workers of `moebench ab` import older revisions of `experts`, which may have
 described, there are no groups of backends, and the dispatchers are those of that time.
 """
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +16,9 @@ else:
         from experts import catalog
     except ImportError:
         catalog = None
+    else:  # an editable install finds the checkout's catalog for a package of another folder that has none
+        if str(Path(catalog.__file__).parent) not in sys.modules["experts"].__path__:
+            catalog = None
 
 #: The dispatchers of the revisions without a catalog, and the raw collective that bounds each.
 _BEFORE_THE_CATALOG: Mapping[str, "catalog.Collective"] = {
@@ -30,7 +35,7 @@ _COLLECTIVES = (
 
 #: The dispatchers between ranks. The first is what a sweep takes that names none.
 DISPATCHERS = tuple(_COLLECTIVES)
-#: The backend that others are compared with, or "" where nothing says which it is.
+#: The backend that others are compared with; "" without a catalog.
 REFERENCE = "" if catalog is None else catalog.REFERENCE
 
 

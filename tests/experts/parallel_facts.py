@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from experts import BackendConfig, ConfigError, GroupedExperts, Unsupported
+from experts import BackendConfig, ConfigError, GroupedExperts, Unsupported, catalog
 from experts.dispatch.deepep import destroy_buffers
 from tests.experts import fakes
 from tests.experts.fake_deep_ep import Buffer
@@ -57,7 +57,7 @@ def without_deep_ep() -> None:
     run_stacked(made, DEEPEP.batch())
     assert_same(made.state_dict(), random_parameters(made.config))
     assert isinstance(caught.value, Unsupported)
-    assert "pip install 'moebench[deepep]'" in str(caught.value)
+    assert catalog.LIBRARIES["deep_ep"] in str(caught.value)
 
 
 def fresh_weights() -> None:

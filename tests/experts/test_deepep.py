@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experts import Unsupported
+from experts import Unsupported, catalog
 from experts.dispatch import deepep
 from tests.experts import fakes
 from tests.experts.layers import BF16, F16, F32, moe_config
@@ -48,7 +48,7 @@ def test_what_it_cannot_do(
 def test_without_the_library_it_says_what_to_install() -> None:
     given = deepep.unsupported(CUDA, moe_config(dtype=BF16))
     assert given.reason.startswith("deep_ep does not import")
-    assert given.reason.endswith("pip install 'moebench[deepep]'")
+    assert given.reason.endswith(catalog.LIBRARIES["deep_ep"])
 
 
 @pytest.mark.usefixtures("fake_libraries")

@@ -43,7 +43,7 @@ for name in {{*sys.modules}}:
     if name.partition(".")[0] in {VENDOR!r}:
         del sys.modules[name]
 sys.meta_path.insert(0, Blocked())
-import experts
+from experts import *
 print(*sys.modules)
 print(Blocked.asked)
 from experts import BackendConfig, GroupedExperts, MoEConfig
@@ -61,6 +61,39 @@ for name in ("loop", "torch_mm"):
 loaded = {{name.partition(".")[0] for name in sys.modules}}
 print(sorted(loaded & {{"moebench", "matplotlib", "pandas", "pyarrow", "scipy", "rich", "typer", *{VENDOR!r}}}))
 """
+
+
+CATALOG = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in (*sys.stdlib_module_names, "experts"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import experts.catalog
+from experts import ConfigError, Unsupported, catalog
+
+assert catalog.BACKENDS and set(experts.__all__) <= set(dir(experts))
+try:
+    experts.GroupedExperts
+except ImportError as error:
+    print(error)
+try:
+    experts.NoSuchThing
+except AttributeError as error:
+    print(error)
+"""
+
+
+def test_the_catalog_needs_nothing_but_python() -> None:
+    """Without torch the catalog and the errors are there; a layer says what it lacks."""
+    done = subprocess.run([sys.executable, "-c", CATALOG], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    no_layer, no_name = done.stdout.splitlines()
+    assert no_layer.endswith("is blocked")
+    assert no_name == "module 'experts' has no attribute 'NoSuchThing'"
 
 
 def imported(nodes: list[ast.stmt], inside_functions: bool) -> Iterator[str]:

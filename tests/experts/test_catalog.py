@@ -1,0 +1,64 @@
+"""The catalog: what it names is there, and what it says of a backend is what that backend does."""
+
+import importlib
+
+import pytest
+
+from experts import catalog
+from experts.config import BackendConfig
+from experts.dispatchers import dispatcher_names
+from experts.engines import engine_names
+from experts.registry import PEERS, SAVE_TIME_BACKENDS, TE_BACKENDS, backend_names, get_backend
+
+DESCRIBED = [*catalog.ENGINES, *catalog.BACKENDS, *catalog.DISPATCHERS]
+
+
+@pytest.mark.parametrize("described", [catalog.ENGINES, catalog.BACKENDS, catalog.DISPATCHERS])
+def test_every_name_is_there_once(described: tuple[catalog.Engine, ...]) -> None:
+    names = [one.name for one in described]
+    assert len(set(names)) == len(names)
+
+
+def test_every_library_says_how_to_get_it() -> None:
+    needed = {one.library for one in DESCRIBED} - {None}
+    assert needed == catalog.LIBRARIES.keys()
+    assert all(catalog.LIBRARIES.values())
+
+
+def test_every_module_has_what_its_kind_needs() -> None:
+    for engine in catalog.ENGINES:
+        assert hasattr(importlib.import_module(engine.module), "ENGINE") == engine.stacked
+    for dispatcher in catalog.DISPATCHERS:
+        module = importlib.import_module(dispatcher.module)
+        assert callable(module.make)
+        assert callable(module.unsupported)
+
+
+def test_a_configuration_takes_every_engine_and_dispatcher() -> None:
+    for engine in catalog.ENGINES:
+        assert BackendConfig(experts=engine.name).experts == engine.name
+    for dispatcher in catalog.DISPATCHERS:
+        assert BackendConfig(dispatcher=dispatcher.name).dispatcher == dispatcher.name
+
+
+def test_a_backend_is_an_engine_or_a_peer() -> None:
+    for backend in catalog.BACKENDS:
+        assert (backend.engine is None) == (backend.target is not None) == ("peers" in backend.groups)
+        assert backend.engine is None or backend.engine in catalog.ENGINES
+        assert (backend.save == "time") == ("save_time" in backend.groups)
+
+
+def test_the_registry_has_the_backends_of_the_catalog_in_its_order() -> None:
+    assert backend_names()[: len(catalog.BACKENDS)] == tuple(backend.name for backend in catalog.BACKENDS)
+    assert engine_names() == ("loop", "torch_mm", "torch_mm_mxfp8", "triton", "gmm")
+    assert dispatcher_names() == ("allgather", "alltoall", "deepep")
+    assert SAVE_TIME_BACKENDS == {"torch_mm_save_time": "torch_mm", "gmm_save_time": "gmm"}
+    assert {**TE_BACKENDS, "te": None}.keys() | PEERS.keys() == {
+        backend.name for backend in catalog.BACKENDS if backend.engine is None or not backend.engine.stacked
+    }
+    assert TE_BACKENDS["te_fp8_block_cached"] == ("block", True)
+
+
+@pytest.mark.parametrize("backend", catalog.BACKENDS, ids=lambda backend: backend.name)
+def test_a_backend_computes_in_the_recipe_that_the_catalog_says(backend: catalog.Backend) -> None:
+    assert get_backend(backend.name).fp8 == backend.fp8
