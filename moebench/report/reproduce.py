@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moebench.errors import SweepError, UsageError
+from moebench.errors import SweepError
 from moebench.report.tables.cells import Row
-from moebench.run.runfile import SWEEP_NAME, RunFile
+from moebench.run.runfile import SWEEP_NAME, sweeps_of
 from moebench.workload.spec import find_sweep, load_sweep
 
 
@@ -46,8 +46,4 @@ def _sweeps(folder: Path) -> Iterator[str]:
     """Where the sweep of a folder's run may be: beside its results, where the run found it, and in suites/."""
     if (folder / SWEEP_NAME).is_file():
         yield str(folder / SWEEP_NAME)
-    try:
-        run = RunFile.read(folder)
-    except UsageError:  # no run's folder, but such as of `moebench merge`
-        return
-    yield from (run.sweep_file, run.sweep)
+    yield from sweeps_of(folder)

@@ -1,6 +1,7 @@
 """A run's folder: what it was asked for, who writes into it, and whether it can be gone on with. No torch here."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -78,6 +79,18 @@ class RunFile(BaseModel):
         elif digest_jobs(jobs) != self.jobs_sha256:
             found.append(f"this moebench makes other jobs of {folder / SWEEP_NAME} than the {self.moebench} of then")
         return found
+
+
+def sweeps_of(folder: Path) -> list[str]:
+    """The sweep of the run in a folder: its file, then its name, as far as run.json has them.
+
+    Of older run files too, which `RunFile.read` refuses; none where a folder is no run's, as that of a merge.
+    """
+    try:
+        found = json.loads((folder / RUN_NAME).read_bytes())
+    except (OSError, ValueError):
+        return []
+    return [found[name] for name in ("sweep_file", "sweep") if name in found] if isinstance(found, dict) else []
 
 
 def digest(content: bytes) -> str:

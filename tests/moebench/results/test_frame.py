@@ -30,8 +30,11 @@ from moebench.results.frame import (
 )
 from moebench.results.journal import Journal
 from moebench.results.record import Record, Status, record
+from moebench.verdicts.findings import job_of
 from moebench.workload.case import Case, Job
 
+PUBLISHED = Path(__file__).parents[3] / "results" / "published"
+FOLDERS = sorted(path.parent for path in PUBLISHED.rglob("results.parquet"))
 SHAPE: dict[str, Any] = {"n_routed_experts": 4, "n_activated_experts": 2, "dim": 16, "moe_inter_dim": 32}
 ALL = {
     "flags": ("clocks", "a;b"),
@@ -229,6 +232,19 @@ def test_a_parquet_file_from_before_a_column_opens_with_its_default(tmp_path: Pa
     assert (frame["round"].tolist(), frame["num_rounds"].tolist()) == ([0] * 4, [1] * 4)
     assert frame["host_time_ms"].isna().all()
     assert [list(flags) for flags in frame["flags"]] == [[]] * 4
+
+
+def test_a_file_from_before_a_field_of_the_case_has_its_default(tmp_path: Path) -> None:
+    _write_table(tmp_path / "old.parquet", _arrow().drop_columns(["rank_load", "masked_share"]))
+    frame = load(tmp_path / "old.parquet")
+    assert list(frame.columns) == list(COLUMNS)
+    assert (frame["rank_load"].tolist(), frame["masked_share"].tolist()) == (["even"] * 4, [0.0] * 4)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(PUBLISHED)))
+def test_cases_that_were_published_keep_their_ids(folder: Path) -> None:
+    rows = load(folder).to_dict("records")
+    assert [job_of(row).case.case_id for row in rows] == [row["case_id"] for row in rows]
 
 
 def test_load_prefers_the_journal_of_a_folder(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from moebench.workload.case import ACTIVATIONS, DTYPES, UNGATED, Case, Job
+from moebench.workload.case import ACTIVATIONS, DTYPES, UNGATED, Case, Job, key_of
 from moebench.workload.models import MODELS
 
 
@@ -187,3 +187,10 @@ def test_job_key_tells_backends_and_dispatchers_apart() -> None:
     ]
     assert len({job.key for job in jobs}) == len(jobs)
     assert jobs[0].key == (case().case_id, "loop", "local", None)
+
+
+def test_a_row_has_the_key_of_its_job() -> None:
+    job = Job(case=case(ep_size=2), backend="te", dispatcher="deepep")
+    row = {**case().model_dump(), "backend": "te", "dispatcher": "deepep", "case_id": job.case.case_id, "time_ms": 1.0}
+    assert key_of(row) == job.key
+    assert (key_of(row).case_id, key_of(row).dispatcher) == (job.case.case_id, "deepep")

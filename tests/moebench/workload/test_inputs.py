@@ -224,3 +224,37 @@ def test_a_trace_that_is_not_there_or_no_array_is_refused(tmp_path):
     for name in ("missing.npy", "text.npy", "archive.npz"):
         with pytest.raises(InputsError, match=name):
             make_inputs(case(routing=f"trace:{tmp_path / name}"), CPU)
+
+
+#: Every field of a case at other values, those that weights depend on among them.
+OTHERS = (
+    *({"n_routed_experts": 8}, {"n_activated_experts": 2}, {"dim": 16}, {"moe_inter_dim": 8}, {"num_tokens": 3}),
+    *({"mode": "train"}, {"dtype": "float64"}, {"model": "olmoe"}, {"expert_bias": True}, {"seed": 1}, {"ep_size": 2}),
+    *({"ep_size": 2, "rank_load": "uneven"}, {"masked_share": 0.5}, {"routing": "zipf"}),
+    *({"expert_activation": name} for name in ("geglu", "relu2", "quick_geglu", "swigluoai")),
+    *({"swiglu_limit": 10.0}, {"activation_limit": 5.0}, {"activation_alpha": 1.0}),
+    *(
+        {"expert_activation": "quick_geglu", "activation_limit": 5.0},
+        {"expert_activation": "geglu", "swiglu_limit": 9.0},
+    ),
+    {"apply_router_weight_after_down": True},
+)
+
+
+@pytest.mark.parametrize("fields", OTHERS, ids=str)
+def test_cases_with_equal_weights_have_the_same_parameters_to_the_bit_and_others_have_not(fields):
+    one, other = case(), case(**fields)
+    mine, others = (make_parameters(some, CPU) for some in (one, other))
+    are_equal = mine.keys() == others.keys() and all(
+        mine[name].dtype == others[name].dtype and torch.equal(mine[name], others[name]) for name in mine
+    )
+    assert (one.weights == other.weights) == are_equal
+
+
+def test_an_activation_of_another_gain_has_weights_of_its_own():
+    clamped = case(expert_activation="quick_geglu")
+    assert clamped.weights != case().weights
+    assert clamped.weights == case(expert_activation="swigluoai").weights
+    assert case(expert_activation="geglu").weights == case().weights
+    names = {name for fields in OTHERS for name in fields}
+    assert names == Case.model_fields.keys()

@@ -57,6 +57,7 @@ def test_everything_runs_and_has_a_speed(works: list[CountedCall]) -> None:
     [
         (["--model", "gpt-5"], "--model gpt-5: it must be one of"),
         (["--shape", "128/8/2048"], "--shape 128/8/2048: it must be four positive numbers"),
+        (["--shape", "e8k16d64i64"], "--shape e8k16d64i64: it must be four positive numbers"),
         (["--shape", "8/16/64/64"], "--shape 8/16/64/64: it must be four positive numbers"),
         (["--shape", "8/2/64/64", "--model", "olmoe"], "--model olmoe and --shape 8/2/64/64: give one of them"),
         (["--backend", "cutlass"], "--backend cutlass: it must be one of torch_mm,"),

@@ -1,0 +1,69 @@
+"""What columns declare decides who may carry them, how rounds combine, and what the CSV leaves out."""
+
+import types
+from typing import Annotated
+
+import pytest
+from pydantic import BaseModel
+
+from moebench.results.columns import COMBINE, Column, Rounds, columns_of
+from moebench.results.frame import SAMPLE_COLUMNS
+from moebench.results.record import COLUMN_OF, SPEED_FIELDS, Record
+from moebench.workload.case import CaseFields
+
+
+def test_only_these_are_speeds() -> None:
+    times = ("time_ms", "time_ms_low", "time_ms_high", "host_time_ms", "graph_time_ms", "backward_ms")
+    parts = ("dispatch_ms", "compute_ms", "combine_ms", "skew_ms")
+    samples = ("samples_ms", "sample_rounds", "sample_marked")
+    assert (*times, *parts, *samples, "tokens_per_s", "tflops", "roofline_fraction") == SPEED_FIELDS
+    assert samples == SAMPLE_COLUMNS
+
+
+def test_every_column_says_what_it_means() -> None:
+    assert [name for name, column in COLUMN_OF.items() if not column.means] == []
+
+
+def test_what_may_be_missing_has_a_default() -> None:
+    """Then a file that was written before the column opens."""
+    optional = {name for name, field in Record.model_fields.items() if isinstance(field.annotation, types.UnionType)}
+    assert [name for name in optional if Record.model_fields[name].is_required()] == []
+
+
+def test_the_fields_of_a_case_are_the_same_in_all_rounds() -> None:
+    assert {COLUMN_OF[name].rounds for name in CaseFields.model_fields} == {Rounds.SAME}
+
+
+def test_sums_are_these() -> None:
+    sums = {name for name, column in COLUMN_OF.items() if column.rounds is Rounds.SUM}
+    assert sums == {"num_samples", "job_s", "setup_s", "ceilings_s", "parity_s", "timing_s"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "one"),
+    [
+        (Rounds.SUM, [1, 2, 4], 7),
+        (Rounds.WORST, [1, 4, 2], 4),
+        (Rounds.WORST, [{"a": 1.0, "b": 5.0}, {"a": 2.0}], {"a": 2.0, "b": 5.0}),
+        (Rounds.MEDIAN, [1.0, 2.0, 5.0, 9.0], 3.5),
+        (Rounds.LOWER_MEDIAN, [1500, 1980, 1515, 1980], 1515),
+        (Rounds.ALL, [True, False], False),
+        (Rounds.ALL, [True, True], True),
+        (Rounds.EVERY, ["x", "y", "x"], "x | y"),
+        (Rounds.EVERY, [("a",), ("b", "a")], ("a", "b")),
+        (Rounds.SAMPLES, [(1.0,), (2.0, 1.0)], (1.0, 2.0, 1.0)),
+    ],
+)
+def test_values_of_rounds_make_one(kind: Rounds, values: list, one: object) -> None:
+    assert COMBINE[kind](values) == one
+
+
+def test_every_way_to_combine_is_one_or_leaves_the_row_as_it_is() -> None:
+    assert set(Rounds) - COMBINE.keys() == {Rounds.SAME, Rounds.OF_WORST, Rounds.COMPUTED}
+
+
+def test_a_new_column_needs_its_declaration_and_nothing_else() -> None:
+    class Longer(BaseModel):
+        energy_j: Annotated[float | None, Column(Rounds.SUM, "energy of a call", "J", is_speed=True)] = None
+
+    assert columns_of(Longer) == {"energy_j": Column(Rounds.SUM, "energy of a call", "J", "unless ok", True)}
