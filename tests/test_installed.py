@@ -27,7 +27,10 @@ print(moebench.__file__)
 print(find_sweep("quick"))
 """
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip, to install the wheel")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip, to install the wheel"),
+    pytest.mark.timeout(400),  # half a minute of fresh processes, on a machine that may be busy
+]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Installed:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         variables = {**outside, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **self.variables}
         command = [str(self.folder / "bin" / program), *map(str, arguments)]
-        done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stderr if code else done.stdout
 
@@ -57,10 +60,10 @@ class Installed:
 
 def environment(folder: Path, *wheels: Path, **variables: str) -> Installed:
     """A fresh environment in `folder`, with these wheels installed and the libraries of this one within reach."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=100)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=300)
     if wheels:  # before the libraries are there: pip must not see a moebench among them
         pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder)
-        subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", *wheels], check=True, timeout=100)
+        subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", *wheels], check=True, timeout=300)
     (packages,) = folder.glob("lib/python*/site-packages")
     libraries = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (packages / "libraries.pth").write_text("".join(f"{path}\n" for path in libraries))  # their own .pth are not read
@@ -71,7 +74,7 @@ def built(what: str, project: Path, into: Path) -> Path:
     """An sdist, a wheel or an editable wheel of the project, by the hook that pip and others call."""
     code = f"import sys; from setuptools import build_meta; build_meta.build_{what}(sys.argv[1])"
     into.mkdir()
-    done = subprocess.run([sys.executable, "-c", code, into], cwd=project, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code, into], cwd=project, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = into.iterdir()
     return found
