@@ -12,9 +12,6 @@ from moebench.parity.checks import CHECKS
 ROOT = Path(__file__).parents[3]
 
 
-# as a user types it
-
-
 def moebench_parity(*arguments, cwd):
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests" / "backends"), os.environ.get("PYTHONPATH")]))
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -44,3 +41,9 @@ def test_the_list_names_every_check(tmp_path):
     found = moebench_parity("--list", cwd=tmp_path)
     assert found.code == 0
     assert all(f"\n{name} " in found.out for name in CHECKS)
+
+
+def test_the_checks_of_parity_can_be_listed(moebench):
+    listed = json.loads(moebench("parity", "--list", "--json").out)
+    assert listed["one-hot"].startswith("every token on the same experts")
+    assert all(name in moebench("parity", "--list").out for name in listed)
