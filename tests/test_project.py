@@ -116,3 +116,49 @@ def test_make_alone_lists_every_target(arguments):
     done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  make ")]
     assert listed == ["bench", "test", "certify", "lint", "results", "clean", "help"]
+
+
+#: Lines of the longest file, by top-level folder.
+MOST_LINES = {"experts": 300, "moebench": 300, "tests": 400}
+#: Of all tracked files together.
+MOST_BYTES = 8 * 2**20
+#: Tests that are of more than one module, or apart from those of theirs.
+CROSS_CUTTING = {
+    "test_imports.py",  # who imports whom, over all modules
+    "test_older_run.py",  # a results folder of an older revision, opened by all that opens one
+    "measure/test_expert_parallel.py",  # groups of real processes: worker, samplers, judge and runner
+    "measure/test_gpu.py",  # what only a CUDA GPU can show of timing, memory, poison and a run
+    "parity/test_faults.py",  # planted faults are found: probes, checks and judge
+    "parity/test_fp8_parity.py",  # the judge of FP8 recipes, with quantization and reference
+    "parity/test_never_accused.py",  # right backends over all checks
+    "run/test_schedule.py",  # workers at once: runner, turns and supervisor
+    "workload/test_inputs_of_ranks.py",  # inputs, case and models where a case has ranks; test_inputs.py is long
+}
+
+
+@pytest.mark.parametrize("folder", MOST_LINES)
+def test_a_file_is_read_in_one_sitting(folder):
+    lines = {path: path.read_text().count("\n") for path in (ROOT / folder).rglob("*.py")}
+    assert len(lines) > 20
+    most = MOST_LINES[folder]
+    too_long = [f"{path.relative_to(ROOT)}: {count} lines" for path, count in lines.items() if count > most]
+    assert not too_long, f"at most {most} lines: split by what is there"
+
+
+def test_tests_lie_where_what_they_test_does():
+    """tests/moebench/<folder>/test_<module>.py is of moebench/<folder>/<module>.py."""
+    tests, package = ROOT / "tests" / "moebench", ROOT / "moebench"
+    files = {path.relative_to(tests) for path in tests.rglob("test_*.py")}
+    strangers = {
+        str(file) for file in files if not (package / file.with_name(file.name.removeprefix("test_"))).is_file()
+    }
+    assert strangers == CROSS_CUTTING
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs a checkout and git")
+def test_what_is_tracked_is_small():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    sizes = {name: (ROOT / name).lstat().st_size for name in listed.split("\0") if name and (ROOT / name).exists()}
+    largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:5]
+    total = sum(sizes.values())
+    assert total <= MOST_BYTES, f"{total / 2**20:.1f} MiB; the largest are {', '.join(largest)}"

@@ -111,7 +111,7 @@ def find_sweep(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if name not in sweeps:
         hint = did_you_mean(name, sweeps) or "give a path or a name"
-        raise SweepError([f"{name}: no such file, and no such sweep in suites/; {hint}; there are {listed(sweeps)}"])
+        raise SweepError([f"{name}: no such file, and no sweep has that name; {hint}; there are {listed(sweeps)}"])
     return sweeps[name]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from experts import BackendConfig, ConfigError, GroupedExperts, GroupedExpertsTE, Unsupported
+from experts import BackendConfig, ConfigError, GroupedExpertsTE, Unsupported
 from experts.registry import get_backend
 from experts.te import library
 from tests.experts import fake_transformer_engine, fakes
@@ -17,46 +17,16 @@ from tests.experts.layers import (
     F16,
     F32,
     F64,
-    Batch,
-    Named,
-    assert_near,
-    assert_same,
-    expected,
-    moe_config,
     random_batch,
     random_parameters,
-    run_stacked,
 )
 from tests.experts.oracle import PARAMETERS
+from tests.experts.te_layers import calls, check, config, layer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 RECIPES = {"current": "Float8CurrentScaling", "delayed": "DelayedScaling", "block": "Float8BlockScaling"}
 
 pytestmark = pytest.mark.usefixtures("fake_libraries")
-
-
-def config(**fields: Any) -> Any:
-    """Sizes that FP8 takes, and more experts than there are digits."""
-    return moe_config(**{"n_routed_experts": 12, "moe_inter_dim": 16, "expert_bias": True, **fields})
-
-
-def layer(parameters: Named | None = None, te_fp8: Any = None, **fields: Any) -> GroupedExpertsTE:
-    made = GroupedExpertsTE(config(**fields), BackendConfig(te_fp8=te_fp8))
-    made.load_state_dict(random_parameters(made.config) if parameters is None else parameters)
-    return made
-
-
-def check(made: GroupedExpertsTE, batch: Batch, parameters: Named | None = None) -> Named:
-    parameters = random_parameters(made.config) if parameters is None else parameters
-    found = run_stacked(made, batch)
-    assert_near(found, expected(made.config, parameters, batch), batch.x.dtype)
-    return found
-
-
-def calls(made: GroupedExpertsTE) -> list[fake_transformer_engine.Call]:
-    """Of both projections, which must agree."""
-    assert made.gate_up_linear.calls == made.down_linear.calls
-    return made.gate_up_linear.calls
 
 
 # what it computes
@@ -210,147 +180,6 @@ def test_cached_weights_are_quantised_anew_when_a_model_around_them_is_loaded() 
         parameters = random_parameters(made.config, seed)
         model.load_state_dict({f"mlp.{name}": tensor for name, tensor in parameters.items()})
         check(made, batch, parameters)
-
-
-# the stacked layout
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-def test_state_dict_is_the_stacked_layout_and_no_other(activation: str, bias: bool) -> None:
-    parameters = random_parameters(config(expert_activation=activation, expert_bias=bias))
-    made = layer(parameters, expert_activation=activation, expert_bias=bias)
-    state = made.state_dict()
-    assert list(state) == [name for name in PARAMETERS if name in parameters]
-    assert_same(state, parameters)
-    assert not any(tensor.requires_grad for tensor in state.values())
-
-
-def test_its_own_parameters_are_one_matrix_an_expert_transposed() -> None:
-    parameters = random_parameters(config())
-    made = layer(parameters)
-    own = {name: p.detach() for name, p in made.named_parameters()}
-    assert len(own) == 4 * 12
-    for index in range(12):
-        assert torch.equal(own[f"gate_up_linear.weight{index}"], parameters["gate_and_up_projs"][index].t())
-        assert torch.equal(own[f"down_linear.weight{index}"], parameters["down_projs"][index].t())
-        assert torch.equal(own[f"gate_up_linear.bias{index}"], parameters["gate_up_proj_bias"][index])
-        assert torch.equal(own[f"down_linear.bias{index}"], parameters["down_proj_bias"][index])
-    assert all(p.is_contiguous() and p.is_leaf and p.requires_grad for p in made.parameters())
-
-
-def test_stacked_properties() -> None:
-    parameters = random_parameters(config())
-    made = layer(parameters)
-    assert_same({name: getattr(made, name) for name in PARAMETERS}, parameters)
-    made.gate_and_up_projs.square().sum().backward()
-    assert torch.equal(made.gate_up_linear.weight11.grad, 2 * parameters["gate_and_up_projs"][11].t())
-    without = layer(expert_bias=False)
-    assert without.gate_up_proj_bias is without.down_proj_bias is None
-    assert without.n_routed_experts == 12
-
-
-def test_gradients_that_are_not_there_are_absent() -> None:
-    made = layer()
-    assert made.stacked_grads() == {}
-    run_stacked(made, random_batch(made.config))
-    assert list(made.stacked_grads()) == list(PARAMETERS)
-
-
-def test_state_dict_takes_prefix_and_destination() -> None:
-    destination: Any = {"other": torch.ones(1)}
-    given = layer().state_dict(destination=destination, prefix="mlp.experts.")
-    assert given is destination
-    assert list(given) == ["other", *(f"mlp.experts.{name}" for name in PARAMETERS)]
-
-
-def test_what_a_destination_holds_already_stays() -> None:
-    destination: Any = {"gate_up_proj": torch.ones(1), "head.gate_up_linear.weight0": torch.ones(1)}
-    assert list(layer().state_dict(destination=destination)) == [*list(destination)[:2], *PARAMETERS]
-
-
-def test_inside_a_model_with_others() -> None:
-    """Its hooks touch its own keys alone, though another layer's begin with the same letters."""
-    model = nn.ModuleDict({"a": layer(), "ab": layer(), "c": GroupedExperts(config()), "d": nn.Linear(2, 2)})
-    state = {
-        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(index))
-        for index, (name, tensor) in enumerate(model.state_dict().items())
-    }
-    assert list(state) == [*(f"{key}.{name}" for key in ("a", "ab", "c") for name in PARAMETERS), "d.weight", "d.bias"]
-    assert str(model.load_state_dict(state)) == "<All keys matched successfully>"
-    assert_same(model.state_dict(), state)
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_checkpoints_go_both_ways(bias: bool) -> None:
-    parameters = random_parameters(config(expert_bias=bias), seed=9)
-    loop = GroupedExperts(config(expert_bias=bias))
-    loop.load_state_dict(layer(parameters, expert_bias=bias).state_dict())
-    assert_same(loop.state_dict(), parameters)
-    made = layer(expert_bias=bias)
-    made.load_state_dict(loop.state_dict())
-    check(made, random_batch(made.config, num_tokens=40), parameters)
-
-
-def test_loading_changes_neither_the_state_dict_nor_the_parameters_identity() -> None:
-    made = layer()
-    before = dict(made.named_parameters())
-    state = random_parameters(made.config, seed=7)
-    given = dict(state)
-    made.load_state_dict(given)
-    assert given.keys() == state.keys()
-    assert all(p is before[name] for name, p in made.named_parameters())
-    state["down_projs"].zero_()
-    assert made.down_projs.any()
-
-
-def test_assigned_parameters_have_the_strides_that_te_needs() -> None:
-    with torch.device("meta"):
-        made = GroupedExpertsTE(config())
-    assert all(p.is_meta for p in made.parameters())
-    parameters = random_parameters(made.config)
-    made.load_state_dict(parameters, assign=True)
-    check(made, random_batch(made.config), parameters)
-
-
-@pytest.mark.parametrize("missing", PARAMETERS)
-def test_missing_keys_have_their_stacked_names(missing: str) -> None:
-    made = layer()
-    before = made.state_dict()
-    state = {name: tensor for name, tensor in random_parameters(made.config, seed=3).items() if name != missing}
-    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{missing}"\.') as caught:
-        made.load_state_dict(state)
-    assert "linear" not in str(caught.value)
-    result = made.load_state_dict(state, strict=False)
-    assert (result.missing_keys, result.unexpected_keys) == ([missing], [])
-    assert_same(made.state_dict(), {**state, missing: before[missing]})
-
-
-def test_missing_keys_inside_a_model() -> None:
-    model = nn.ModuleDict({"first": layer(), "second": layer(), "norm": nn.LayerNorm(4)})
-    result = model.load_state_dict({}, strict=False)
-    assert sorted(result.missing_keys) == sorted(
-        [*(f"{layer}.{name}" for layer in ("first", "second") for name in PARAMETERS), "norm.weight", "norm.bias"]
-    )
-
-
-def test_unexpected_keys() -> None:
-    """A bias for a layer that has none is not dropped in silence, nor is a parameter of TE's own layout."""
-    made = layer(expert_bias=False)
-    own = "gate_up_linear.weight12"
-    state = {**made.state_dict(), "down_proj_bias": torch.ones(12, 16), own: torch.ones(32, 16), "other": torch.ones(1)}
-    with pytest.raises(RuntimeError, match=r'Unexpected key.*"down_proj_bias"'):
-        made.load_state_dict(state)
-    result = made.load_state_dict(state, strict=False)
-    assert (result.missing_keys, sorted(result.unexpected_keys)) == ([], sorted(["down_proj_bias", own, "other"]))
-
-
-@pytest.mark.parametrize("shape", [(12, 16, 16), (11, 16, 32), (13, 16, 32), (16, 32)], ids=str)
-def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
-    made = layer()
-    state = {**made.state_dict(), "gate_and_up_projs": torch.ones(shape)}
-    with pytest.raises(RuntimeError, match=r"size mismatch for gate_up|Missing key.*gate_and_up|Unexpected key.*gate"):
-        made.load_state_dict(state)
 
 
 def test_copies_are_apart() -> None:

@@ -1,306 +1,18 @@
-"""The commands as a user types them: what they print where, and their exit codes."""
+"""What all commands share: devices, wrong flags, help; and `list` and `doctor` as a user types them."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
-import pandas as pd
-import psutil
 import pytest
 
 from moebench import __version__
-from moebench.cli import app
-from moebench.results.journal import Journal
 from moebench.workload.spec import load_sweep
+from tests.moebench.typed import is_refused
 
 ROOT = Path(__file__).parents[3]
 #: To say whether Transformer Engine can run, it is imported; beside JAX it warns that it was built without.
 VENDORS_MAY_WARN = pytest.mark.filterwarnings("ignore:Detected a Jax installation:RuntimeWarning")
-
-SWEEP = """
-name = "tiny"
-description = "two cases"
-
-[policy]
-time_cap_s = 0.01
-interval_target = 0.9
-
-[[grid]]
-n_routed_experts = 4
-n_activated_experts = 2
-dim = 16
-moe_inter_dim = 8
-num_tokens = [8, 24]
-dtype = "float32"
-backend = ["loop", "torch_mm"]
-"""
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sweep") / "tiny.toml"
-    path.write_text(SWEEP)
-    return path
-
-
-@pytest.fixture(scope="module")
-def case_ids(sweep):
-    return [job.case.case_id for job in load_sweep(sweep).jobs()[::2]]
-
-
-def python_path(*folders):
-    """PYTHONPATH with these folders first."""
-    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
-
-
-def started(*arguments, cwd):
-    """The command line in a process of its own, with the backends of tests/backends at hand."""
-    path = python_path(ROOT, ROOT / "tests" / "backends")
-    variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "moebench", *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=cwd, env=variables, stdout=pipe, stderr=pipe, text=True)
-
-
-def finished(*arguments, cwd):
-    process = started(*arguments, cwd=cwd)
-    out, err = process.communicate(timeout=100)
-    return SimpleNamespace(code=process.returncode, out=out, err=err)
-
-
-@pytest.fixture
-def moebench(capsys, monkeypatch, tmp_path):
-    """The command line in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moebench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            app.main()
-        printed = capsys.readouterr()
-        return SimpleNamespace(code=end.value.code or 0, out=printed.out, err=printed.err)
-
-    return call
-
-
-def is_refused(found, *words):
-    """One line that says what is wrong, exit code 2, and nothing done."""
-    assert found.code == 2, found
-    assert found.out == ""
-    (line,) = found.err.strip().splitlines()
-    for word in words:
-        assert word in line
-    assert not Path("results").exists()
-
-
-# runs
-
-
-@pytest.fixture(scope="module")
-def good_run(sweep, tmp_path_factory):
-    """Results only, unsupported and out of memory among them, as JSON."""
-    cwd = tmp_path_factory.mktemp("good")
-    backends = ["loop", "torch_mm", "broken:SaysUnsupported", "broken:OutOfMemory"]
-    chosen = [argument for name in backends for argument in ("--backend", name)]
-    asked = ["--json", "--filter", "num_tokens=8", *chosen, "--device", "cpu", "--profile"]
-    found = finished("run", sweep, *asked, cwd=cwd)
-    return SimpleNamespace(**vars(found), cwd=cwd, backends=backends)
-
-
-def test_unsupported_and_out_of_memory_are_results(good_run):
-    assert good_run.code == 0, good_run.err
-    report = json.loads(good_run.out)
-    assert report["statuses"] == {"ok": 2, "unsupported": 1, "oom": 1}
-    assert [row["backend"] for row in report["records"]] == good_run.backends
-    assert (report["interrupted"], report["num_left"]) == (False, 0)
-
-
-def test_json_is_all_there_is_on_standard_output(good_run):
-    report = json.loads(good_run.out)
-    assert good_run.out.strip().startswith("{")
-    assert {row["num_tokens"] for row in report["records"]} == {8}
-    journal = Journal(good_run.cwd / report["results"] / "journal.jsonl")
-    assert [json.loads(row.to_json()) for row in journal] == report["records"]
-
-
-def test_a_run_goes_to_a_new_folder_of_results(good_run, sweep):
-    folder = Path(json.loads(good_run.out)["results"])
-    assert folder.parent == Path("results/runs")
-    assert folder.name.endswith("-tiny")
-    names = {path.name for path in (good_run.cwd / folder).iterdir()}
-    assert names == {
-        *("journal.jsonl", "results.parquet", "results.csv", "environment.json", "run.json", "sweep.toml"),
-        *("report.html", "logs", "plots", "traces"),
-    }
-    assert (good_run.cwd / folder / "sweep.toml").read_text() == sweep.read_text()
-    asked = json.loads((good_run.cwd / folder / "run.json").read_text())
-    assert (asked["sweep"], asked["num_jobs"], asked["moebench"]) == ("tiny", 4, __version__)
-    assert asked["command"].startswith(f"moebench run {sweep} --json --filter num_tokens=8 --backend loop")
-
-
-def test_profile_leaves_a_trace_of_each_job_that_ran(good_run):
-    folder = good_run.cwd / json.loads(good_run.out)["results"] / "traces"
-    names = sorted(path.name.partition("--")[2] for path in folder.iterdir())
-    assert names == ["loop--local.json", "torch_mm--local.json"]
-    for path in folder.iterdir():
-        events = json.loads(path.read_text())["traceEvents"]
-        assert "aten::mm" in {event.get("name") for event in events}
-
-
-def test_the_results_can_be_shown_again(good_run, moebench):
-    folder = good_run.cwd / json.loads(good_run.out)["results"]
-    shown = moebench("show", folder)
-    assert (shown.code, shown.err) == (0, "")
-    for word in ("loop", "torch_mm", "8 tokens", "oom", "runs on paper, not on cpu"):
-        assert word in shown.out
-    as_json = json.loads(moebench("show", folder, "--json").out)
-    assert [row["backend"] for row in as_json] == good_run.backends
-    assert as_json[0]["time_ms"] == pytest.approx(json.loads(good_run.out)["records"][0]["time_ms"])
-
-
-def test_the_plots_can_be_drawn_again(good_run, moebench):
-    folder = good_run.cwd / json.loads(good_run.out)["results"]
-    before = {path.name for path in (folder / "plots").iterdir()}
-    for path in (folder / "plots").iterdir():
-        path.unlink()
-    drawn = moebench("plots", folder)
-    assert drawn.code == 0
-    assert {path.name for path in (folder / "plots").iterdir()} == before != set()
-    assert len(drawn.out.splitlines()) == len(before)
-
-
-def test_what_cannot_be_written_is_said_in_one_line(good_run, moebench):
-    """Plots where there is a file, a page where there is no file."""
-    Path("results.parquet").write_bytes(next(good_run.cwd.glob("results/runs/*/results.parquet")).read_bytes())
-    Path("plots").touch()
-    Path("page.html").mkdir()
-    for arguments, place in (
-        (("plots", "results.parquet"), "plots"),
-        (("report", ".", "--out", "page.html"), "page.html"),
-    ):
-        is_refused(moebench(*arguments), f"{place}: cannot be written: ")
-
-
-@pytest.fixture(scope="module")
-def bad_run(sweep, case_ids, tmp_path_factory):
-    """A backend that is wrong, into a folder whose name is hard to print."""
-    cwd = tmp_path_factory.mktemp("bad")
-    arguments = ["--backend", "loop", "--backend", "faulty:DroppedToken", "--case", case_ids[1], "--out", "out [1] :x:"]
-    return SimpleNamespace(**vars(finished("run", sweep, *arguments, "--device", "cpu", cwd=cwd)), cwd=cwd)
-
-
-def test_a_mismatch_is_exit_code_1_and_in_the_table(bad_run):
-    assert bad_run.code == 1, bad_run.err
-    assert "mismatch" in bad_run.out
-    assert "faulty:DroppedToken" in bad_run.out
-    assert re.search(r"output \(token \d+\)", bad_run.out)
-
-
-def test_the_last_line_names_the_folder(bad_run):
-    assert bad_run.out.splitlines()[-1] == "results: out [1] :x:"
-    assert (bad_run.cwd / "out [1] :x:" / "results.parquet").is_file()
-
-
-def test_case_measures_that_case_alone(bad_run, case_ids):
-    frame = pd.read_parquet(bad_run.cwd / "out [1] :x:" / "results.parquet")
-    assert frame[["case_id", "backend", "status"]].to_numpy().tolist() == [
-        [case_ids[1], "loop", "ok"],
-        [case_ids[1], "faulty:DroppedToken", "mismatch"],
-    ]
-    assert frame["time_ms"].notna().tolist() == [True, False]
-
-
-def test_rounds_measure_every_job_again_in_fresh_processes(sweep, tmp_path):
-    found = finished(
-        "run", sweep, "--rounds", 2, "--filter", "num_tokens=8", "--out", "out", "--device", "cpu", cwd=tmp_path
-    )
-    assert found.code == 0, found.err
-    rows, _ = Journal(tmp_path / "out" / "journal.jsonl").read()
-    assert sorted((row.round, row.backend) for row in rows) == [
-        (n, name) for n in (0, 1) for name in ("loop", "torch_mm")
-    ]
-    assert len(list((tmp_path / "out" / "logs").glob("*.log"))) == 2
-    frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
-    assert frame["num_rounds"].tolist() == [2, 2]
-    assert {tuple(sorted(set(rounds))) for rounds in frame["sample_rounds"]} == {(0, 1)}
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["num_rounds"] == 2
-
-
-def hanging_run(sweep, cwd):
-    """A run that has measured its first job and hangs over the second, with the process of its worker."""
-    process = started(
-        *("run", sweep, "--out", "out", "--backend", "loop", "--backend", "broken:Hangs", "--device", "cpu"), cwd=cwd
-    )
-    journal, events = cwd / "out" / "journal.jsonl", cwd / "out" / "logs" / "worker-0.events.jsonl"
-    deadline = time.monotonic() + 90
-    while not (journal.exists() and events.read_text().count('"start"') == 2):
-        assert time.monotonic() < deadline
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.05)
-            pytest.fail(f"it ended by itself: {process.communicate()}")
-    (worker,) = psutil.Process(process.pid).children()
-    return process, worker
-
-
-def has_ended(worker):
-    """Whether the process is gone, or is soon; an orphan that nobody reaps counts as gone."""
-    deadline = time.monotonic() + 30
-    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-        psutil.wait_procs([worker], timeout=0.05)
-    return not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
-
-
-def test_ctrl_c_keeps_what_was_measured_and_ends_the_worker(sweep, tmp_path):
-    process, worker = hanging_run(sweep, tmp_path)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.strip() == "interrupted: 3 jobs left; go on with `moebench run --resume out`"
-    assert out.splitlines()[-1] == "results: out"
-    assert has_ended(worker)
-    (row,) = Journal(tmp_path / "out" / "journal.jsonl")
-    assert (row.backend, row.status.value) == ("loop", "ok")
-    assert pd.read_parquet(tmp_path / "out" / "results.parquet")["backend"].tolist() == ["loop"]
-
-
-def test_a_worker_does_not_outlive_a_supervisor_that_is_killed(sweep, tmp_path):
-    process, worker = hanging_run(sweep, tmp_path)
-    process.kill()
-    process.communicate()
-    assert has_ended(worker)
-    assert len(Journal(tmp_path / "out" / "journal.jsonl").read()[0]) == 1
-
-
-def test_what_is_not_there_is_refused_and_leaves_the_folder_free(sweep, moebench, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", python_path(ROOT))
-    found = moebench(
-        "run", sweep, "--out", "out", "--backend", "lopp", "--backend", "no_such:Thing", "--device", "cuda:99"
-    )
-    assert (found.code, found.out) == (2, "")
-    backend, module, device = found.err.strip().splitlines()
-    assert "there is no backend 'lopp'; did you mean 'loop'?" in backend
-    assert "there is no module 'no_such'" in module
-    assert "cuda:99" in device
-    assert not Path("out").exists()
-
-
-def test_a_time_budget_of_nothing_measures_nothing(sweep, moebench):
-    found = moebench("run", sweep, "--out", "out", "--time-budget", "0", "--device", "cpu")
-    assert found.code == 0
-    assert found.out == "results: out\n"
-    assert found.err.strip() == "time budget spent: 4 jobs left; go on with `moebench run --resume out`"
-    report = json.loads(moebench("run", sweep, "--out", "out2", "--time-budget", "0", "--json", "--device", "cpu").out)
-    assert (report["num_left"], report["records"], report["statuses"]) == (4, [], {})
-
-
-# what is refused before anything runs
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:-1", "cpu:0", "meta", ""])
@@ -310,35 +22,6 @@ def test_a_device_that_cannot_be(sweep, moebench, command, device):
     is_refused(
         moebench(command, *arguments, "--device", device), f"--device {device}", "it must be cpu, cuda or cuda:N"
     )
-
-
-def test_an_output_folder_that_holds_something(sweep, moebench):
-    Path("full").mkdir()
-    (Path("full") / "notes.txt").write_text("mine")
-    Path("file").write_text("mine")
-    for name in ("full", "file"):
-        is_refused(moebench("run", sweep, "--out", name), f"--out {name}", "not an empty folder")
-    assert (Path("full") / "notes.txt").read_text() == Path("file").read_text() == "mine"
-
-
-def test_a_sweep_that_is_not_there(moebench):
-    is_refused(moebench("run", "quik"), "quik", 'did you mean "quick"?')
-    is_refused(moebench("list", "quik"), "quik")
-
-
-def test_a_sweep_with_mistakes(moebench):
-    Path("bad.toml").write_text(SWEEP.replace("dim = 16", 'dim = "16"').replace('"float32"', '"float31"'))
-    found = moebench("run", "bad.toml")
-    assert found.code == 2
-    assert len(found.err.splitlines()) >= 2, "every mistake at once"
-    assert "float31" in found.err
-
-
-def test_a_case_a_filter_and_a_backend_that_cannot_be(sweep, moebench):
-    is_refused(moebench("run", sweep, "--case", "e4k2-nothing"), "'e4k2-nothing'", f"see `moebench list {sweep}`")
-    is_refused(moebench("run", sweep, "--filter", "tokens=8"), "'tokens=8'", "num_tokens")
-    is_refused(moebench("run", sweep, "--filter", "num_tokens=9"), "no job is left")
-    is_refused(moebench("run", sweep, "--backend", "my module"), "'my module'", "module:attribute")
 
 
 def test_options_that_would_change_nothing(sweep, moebench):
@@ -368,39 +51,6 @@ def test_wrong_flags(moebench, arguments):
     assert not Path("results").exists()
 
 
-@pytest.mark.parametrize("command", [("show",), ("show", "--json"), ("plots",)])
-def test_a_folder_without_results(moebench, command):
-    Path("empty").mkdir()
-    (Path("empty") / "text.parquet").write_text("no parquet")
-    for path in ("empty", "missing", "empty/text.parquet"):
-        is_refused(moebench(*command, path), path)
-    assert {path.name for path in Path("empty").iterdir()} == {"text.parquet"}
-
-
-# the rest
-
-
-def test_dry_run_measures_nothing(sweep, case_ids, moebench):
-    found = moebench(
-        "run", sweep, "--dry-run", "--filter", "num_tokens=24", "--backend", "torch_mm", "--backend", "my:Own"
-    )
-    assert (found.code, found.err) == (0, "")
-    listed = [f"{case_ids[1]}  {name}  local" for name in ("torch_mm", "my:Own")] + ["2 jobs"]
-    assert found.out.splitlines()[:3] == listed
-    assert "Estimates, nothing was measured." in found.out
-    assert list(Path().iterdir()) == []
-
-
-def test_dry_run_as_json_is_what_list_gives(sweep, moebench):
-    plan = json.loads(moebench("run", sweep, "--dry-run", "--json").out)
-    assert [(job["case"]["num_tokens"], job["backend"]) for job in plan["jobs"]] == [
-        (tokens, name) for tokens in (8, 24) for name in ("loop", "torch_mm")
-    ]
-    assert plan["forecast"]["num_jobs"] == 4
-    assert plan["forecast"]["memory_bytes"] == max(job["estimate"]["memory_bytes"] for job in plan["jobs"]) > 0
-    assert json.loads(moebench("list", sweep, "--json").out) == plan
-
-
 @VENDORS_MAY_WARN
 def test_list_names_sweeps_and_backends(moebench):
     found = moebench("list", "--device", "cpu")
@@ -412,12 +62,6 @@ def test_list_names_sweeps_and_backends(moebench):
     quick = load_sweep(ROOT / "suites" / "quick.toml")
     (line,) = [line for line in listed["sweeps"] if line["name"] == "quick"]
     assert line == {"name": "quick", "num_jobs": len(quick.jobs()), "description": quick.description}
-
-
-def test_the_checks_of_parity_can_be_listed(moebench):
-    listed = json.loads(moebench("parity", "--list", "--json").out)
-    assert listed["one-hot"].startswith("every token on the same experts")
-    assert all(name in moebench("parity", "--list").out for name in listed)
 
 
 @VENDORS_MAY_WARN

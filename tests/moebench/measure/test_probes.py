@@ -1,4 +1,4 @@
-"""What the probes hand to a backend; that they find what they are for is shown by tests/moebench/test_faults.py."""
+"""What the probes hand to a backend. tests/moebench/parity/test_faults.py shows that they find what they are for."""
 
 import math
 

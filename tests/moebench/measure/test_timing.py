@@ -15,6 +15,7 @@ from moebench.measure.samplers import Group
 from moebench.measure.timing import BATCH, CONVERGED_SAMPLES, TimingPolicy, time_stages
 from moebench.results.stats import MIN_SAMPLES, relative_half_width, series_interval
 from moebench.workload.ranks import ALONE
+from tests.moebench.measure.two_ranks import Two
 
 CPU = torch.device("cpu")
 MS = 1_000_000
@@ -197,3 +198,34 @@ def test_the_collector_of_garbage_rests_while_samples_are_taken():
     time_stages([lambda: enabled.append(gc.isenabled())], CPU, policy(target=1e9, cap_s=0.0))
     assert not any(enabled)
     assert gc.isenabled()
+
+
+def test_a_sample_is_its_slowest_ranks_with_that_ranks_stages(monkeypatch):
+    mine = Group([(1.0, 3.0), (5.0, 1.0)], [], Clock(sm_clock_mhz=1980))
+    others = Group([(4.0, 4.5), (0.5, 1.0)], [], Clock(sm_clock_mhz=1965))
+    sampler = SimpleNamespace(flags=(), sample=lambda count: mine, host_time_ms=lambda: 7.0)
+    monkeypatch.setattr(samplers, "_CpuSampler", lambda *arguments: sampler)
+    policy = TimingPolicy(interval_target=0.9, time_cap_s=1e-9)
+    # told in turn: the samples, the time spent, the host's time
+    found = timing.measure([], CPU, policy, peers=Two(others, 0.0, 9.0))
+    assert found.samples_ms == (8.5, 6.0)
+    assert found.stage_ms == (4.5, 2.75)
+    assert found.skew_ms == pytest.approx((4.5 + 4.5) / 2)
+    assert (found.time_ms, found.host_time_ms, found.sm_clock_mhz) == (7.25, 9.0, 1965)
+
+
+def test_ranks_agree_on_when_to_stop(monkeypatch):
+    """By one clock, the furthest: else one rank samples on alone, and waits for the others for ever."""
+    counts = []
+
+    def sample(count):
+        counts.append(count)
+        return Group([(1.0,)] * count, [], Clock())
+
+    sampler = SimpleNamespace(flags=(), sample=sample, host_time_ms=float)
+    monkeypatch.setattr(samplers, "_CpuSampler", lambda *arguments: sampler)
+    policy = TimingPolicy(interval_target=1e-12, time_cap_s=1e6)
+    peers = Two(Group([(1.0,)] * timing.MIN_SAMPLES, [], Clock()), 2e6)
+    found = timing.measure([], CPU, policy, peers=peers)
+    assert len(counts) == 1
+    assert len(found.samples_ms) == timing.MIN_SAMPLES

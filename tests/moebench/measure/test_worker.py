@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moebench.machine import environment
+from moebench.measure import worker
 from moebench.measure.cache import Workload
 from moebench.measure.protocol import Events, WorkList
 from moebench.measure.timing import TimingPolicy
@@ -177,3 +179,26 @@ def test_the_device_by_name_and_without(monkeypatch):
     assert pick_device(None) == pick_device("cuda") == torch.device("cuda", 0)
     assert pick_device("cuda:1") == torch.device("cuda", 1)
     assert pick_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_more_ranks_than_gpus_are_unsupported_and_told_once(monkeypatch, rank):
+    here = environment.collect("cpu")
+    monkeypatch.setattr(worker.environment, "collect", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(worker, "join", lambda *arguments: pytest.fail("ranks that have no GPU join nothing"))
+    for name, value in (("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2), ("RANK", rank), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, str(value))
+    case = CASE.model_copy(update={"ep_size": 2})
+    pairs = (("loop", "allgather"), ("torch_mm", "alltoall"))
+    jobs = tuple(Job(case=case, backend=backend, dispatcher=dispatcher) for backend, dispatcher in pairs)
+    told = Told()
+    work(WorkList(run_id="a run", policy=Policy(), jobs=jobs), told, torch.device("cuda", rank))
+    if rank == 1:
+        assert told == []
+        return
+    assert [event["kind"] for event in told] == ["ready", "start", "record", "start", "record"]
+    rows = [Record.model_validate_json(json.dumps(event["record"])) for event in told[2::2]]
+    assert [row.key for row in rows] == [one.key for one in jobs]
+    details = {(row.status.value, row.detail, row.device) for row in rows}
+    assert details == {("unsupported", "ep_size = 2 needs as many GPUs, this run has 1", "cuda")}

@@ -51,7 +51,7 @@ def test_a_fault_that_is_one_nowhere_would_show():
 @pytest.mark.certify
 @pytest.mark.parametrize("fault", ["WrongRow", "OwnTokensOnly", "ForeignWeightsDetached"])
 def test_a_fault_of_one_rank_is_found_between_ranks(certify, fault, monkeypatch):
-    """In groups of real processes, of which tests/moebench/test_expert_parallel.py has a share."""
+    """In groups of real processes, of which tests/moebench/measure/test_expert_parallel.py has a share."""
     if not certify:
         pytest.skip("groups of processes take long: `make certify`")
     folders = (ROOT / "tests" / "backends", ROOT, os.environ.get("PYTHONPATH", ""))

@@ -1,19 +1,46 @@
-"""Committed results, which have no CSV, report and few plots, get these again."""
+"""Tables, plots and the page are made from a folder's journal."""
 
+import os
+import signal
 from pathlib import Path
 
-from moebench.report.folder import rewrite
-from moebench.results.frame import to_frame, write
-from tests.moebench.drawn import family
+import pytest
+
+from moebench.report.folder import finish
+from moebench.results import frame
+from moebench.results.journal import Journal
+from moebench.results.record import Status, record
+from moebench.workload.case import Case, Job
+from tests.moebench.planned import write_sweep
 
 
-def test_all_but_the_parquet_file_is_written_again(tmp_path: Path) -> None:
-    write(to_frame(family("torch_mm")), tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    (tmp_path / "results.csv").unlink()
-    written = {path.relative_to(tmp_path).as_posix() for path in rewrite(tmp_path)}
-    assert written > {"results.csv", "report.html", "plots/roofline-overview.svg", "plots/roofline-overview.png"}
-    assert "results.parquet" not in written
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    pictures = sum(name.endswith(".svg") for name in written)
-    assert (tmp_path / "report.html").read_text().count("data:image/svg+xml") == pictures
+@pytest.fixture(autouse=True)
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return write_sweep()
+
+
+def row():
+    case = Case(num_tokens=8, n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=8)
+    return record(Job(case=case, backend="loop"), Status.oom, run_id="r", env_id="e", detail="much")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_results_are_written_leaves_no_part_of_a_file(monkeypatch, number):
+    Path("out").mkdir()
+    Journal(Path("out/journal.jsonl")).append(row())
+    before = signal.getsignal(number)
+    monkeypatch.setattr(frame.os, "fsync", lambda descriptor: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt):
+        finish(Path("out"))
+    assert signal.getsignal(number) is before
+    assert [path.name for path in Path("out").iterdir() if "results" in path.name or "tmp" in path.name] == []
+
+
+def test_tables_plots_and_report_come_of_the_journal():
+    Path("out").mkdir()
+    assert finish(Path("out")) == []
+    Journal(Path("out/journal.jsonl")).append(row())
+    written = finish(Path("out"))
+    assert {Path(f"out/{name}") for name in ("results.parquet", "results.csv", "report.html")} <= set(written)
+    assert all(path.is_file() for path in written)

@@ -16,7 +16,6 @@ from pandas.testing import assert_frame_equal
 
 from moebench.errors import ResultsError
 from moebench.results import frame as frames
-from moebench.results.files import write_atomically
 from moebench.results.frame import (
     COLUMNS,
     CSV_NAME,
@@ -332,18 +331,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     with pytest.raises(OSError, match="No space left"):
         write(to_frame(rows()), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_a_file_appears_only_when_it_is_whole_and_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    seen = []
-    monkeypatch.setattr(frames.os, "fsync", lambda descriptor: seen.append(path.read_bytes()))
-    with path.open("rb") as reader:
-        write_atomically(path, b"new")
-        assert reader.read() == b"old", "who reads it now reads the old file to its end"
-    assert seen == [b"old"]
-    assert path.read_bytes() == b"new"
 
 
 OPENS = """

@@ -3,7 +3,6 @@
 import pytest
 
 from moebench.errors import ResultsError
-from moebench.report.plots.history import draw_history, figure_of
 from moebench.results.history import history, when
 from moebench.results.record import Status
 from tests.moebench.gated import bad, frame, job_of, ok
@@ -54,23 +53,3 @@ def test_a_case_that_no_result_has_is_one_line():
 def test_times_of_runs_in_words():
     assert when("20261123-055249-gpu") == "2026-11-23 05:52"
     assert when("my-run") == "my-run"
-
-
-def test_the_plot_shows_each_backend_and_where_the_machine_changed(rows):
-    (ax,) = figure_of(rows).axes
-    drawn = {line.get_color(): line.get_ydata() for line in ax.lines if len(line.get_xdata()) > 2}
-    assert sorted(len(values) for values in drawn.values()) == [3, 4]
-    dotted = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"]
-    assert dotted == [1.5]
-    bottom, top = ax.get_ylim()
-    assert bottom < 0 < 2.0 < top
-    assert next(text.get_text() for text in ax.get_xticklabels()) == "2026-11-01\n10:15"
-    assert "change" in ax.get_ylabel()
-
-
-def test_a_plot_is_written_by_its_suffix(rows, tmp_path):
-    for name in ("a.png", "a.svg"):
-        draw_history(rows, tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 1000
-    with pytest.raises(ResultsError, match="a plot is written as"):
-        draw_history(rows, tmp_path / "a.pdf")

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from moebench.report.tables.forecasttable import ForecastTable
 from moebench.results.frame import to_frame, write
@@ -90,26 +89,6 @@ def test_a_sweep_takes_the_sum_of_its_jobs_and_the_memory_of_the_largest() -> No
     ]
     assert told["lines"][0]["num_untimed"] == 1
     assert "NVIDIA H200" in told["based_on"]
-
-
-def shown(found: Any) -> str:
-    console = Console(width=80, record=True)
-    with console.capture() as captured:
-        console.print(ForecastTable(found))
-    return captured.get()
-
-
-def test_it_says_that_it_is_an_estimate_of_what_and_what_is_missing() -> None:
-    text = " ".join(shown(forecast([asked(), asked("loop")], of(took(90.0)))).split())
-    assert "Estimates, nothing was measured." in text
-    assert "Time: 90 s, of the nearest of 1 measured jobs (NVIDIA H200, 2026-11-23); 1 jobs have none near" in text
-    text = " ".join(shown(forecast([asked()], None)).split())
-    assert "Time: unknown, no measured job is near any of these." in text
-
-
-def test_of_a_run_with_nothing_left_there_is_nothing_to_say() -> None:
-    found = forecast([], of(took(1.0)))
-    assert (found.memory_bytes, found.time_s, found.num_untimed, shown(found)) == (0, None, 0, "")
 
 
 def test_measured_jobs_are_those_of_results_folders(tmp_path: Path) -> None:

@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from moebench.errors import SweepError, UsageError
+from moebench.errors import UsageError
 from moebench.machine.gpus import ANYWHERE, Slot
-from moebench.run.lock import locked
 from moebench.run.order import shuffled
 from moebench.run.request import check_device, on_gpus
-from moebench.workload.selection import select
 from tests.moebench.planned import plan_, write_sweep
 
 
@@ -60,25 +58,6 @@ def test_a_plan_is_spread_over_the_gpus_that_are_free(fake_nvml, monkeypatch):
     assert (on_cpu.rounds[0].slots, on_cpu.rounds[0].device) == (ANYWHERE, "cpu")
 
 
-def test_selections_are_combined():
-    jobs = select("two.toml", ["my:Own", "loop"], ["num_tokens>8"], [])
-    assert [(job.case.num_tokens, job.backend) for job in jobs] == [(24, "my:Own"), (24, "loop")]
-    chosen = select("two.toml", [], [], [jobs[0].case.case_id])
-    assert [job.backend for job in chosen] == ["loop", "torch_mm"]
-
-
-def test_every_case_that_is_not_there_is_named():
-    with pytest.raises(SweepError) as refusal:
-        select("two.toml", [], [], ["x", "y"])
-    assert len(refusal.value.mistakes) == 2
-
-
-def test_a_case_that_the_filters_leave_out_is_not_there():
-    case_id = select("two.toml", [], ["num_tokens=8"], [])[0].case.case_id
-    with pytest.raises(SweepError, match=case_id):
-        select("two.toml", [], ["num_tokens=24"], [case_id])
-
-
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:12", None])
 def test_devices_that_may_be(name):
     check_device(name)
@@ -88,19 +67,3 @@ def test_devices_that_may_be(name):
 def test_devices_that_cannot_be(name):
     with pytest.raises(UsageError, match="it must be cpu, cuda or cuda:N"):
         check_device(name)
-
-
-def test_an_empty_folder_may_be_named(tmp_path):
-    (tmp_path / "out").mkdir()
-    assert plan_(out=Path("out")).folder == Path("out")
-    (tmp_path / "out" / "x").touch()
-    with pytest.raises(UsageError, match="--out out"):
-        plan_(out=Path("out"))
-
-
-def test_a_lock_fills_no_folder_but_somebodys_logs_do(tmp_path):
-    with locked(Path("out")):
-        assert plan_(out=Path("out")).folder == Path("out")
-        (tmp_path / "out" / "logs" / "diary.txt").touch()
-        with pytest.raises(UsageError, match="--out out"):
-            plan_(out=Path("out"))

@@ -4,124 +4,24 @@ Signals, kills and limits are real, of real command lines; most have a stand-in 
 """
 
 import json
-import os
 import resource
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
 
-from moebench.cli import app, run
 from moebench.errors import UsageError
 from moebench.results.folder import environments_beside
 from moebench.results.frame import load
 from moebench.results.journal import Journal
-from moebench.run import request, start, supervisor
-from moebench.run.lock import locked
-from moebench.run.runfile import Asked
+from moebench.run import request, start
 from tests.moebench import stand_in
+from tests.moebench.resumed import SWEEP, TOLD_AND_INTERRUPTS, are_gone, begun, is_whole, refused, rows, until_records
 from tests.moebench.stand_in import ALL
 
 ROOT = Path(__file__).parents[3]
-SWEEP = """
-name = "tiny"
-
-[policy]
-time_cap_s = 0.01
-interval_target = 0.9
-
-[[grid]]
-n_routed_experts = 4
-n_activated_experts = 2
-dim = 16
-moe_inter_dim = 8
-num_tokens = [8, 16, 24]
-dtype = "float32"
-backend = ["loop", "torch_mm"]
-"""
-#: Measures until its second job, where it waits for a file to be there.
-WAITS = """ready()
-done(0)
-start(1)
-while not os.path.exists("go"): time.sleep(0.01)
-say(told(1))
-for number in itertools.count(2): done(number)
-"""
-#: Interrupts its supervisor when that has kept its first record.
-TOLD_AND_INTERRUPTS = """ready()
-done(0)
-while not os.path.exists("out/journal.jsonl"): time.sleep(0.01)
-os.kill(os.getppid(), signal.SIGTERM)
-hang()
-"""
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder with a sweep and a stand-in for workers, and where this process is."""
-    (tmp_path / "tiny.toml").write_text(SWEEP)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
-    stand_in.write(tmp_path / "waits", WAITS)
-    stand_in.write(tmp_path / "works", ALL)
-    return tmp_path
-
-
-@pytest.fixture
-def moebench(capsys, monkeypatch, folder):
-    """The command line in this process, with a stand-in for its workers."""
-
-    def call(*arguments, worker="works"):
-        monkeypatch.setattr(supervisor, "sys", SimpleNamespace(executable=str(folder / worker)))
-        monkeypatch.setattr(sys, "argv", ["moebench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            app.main()
-        printed = capsys.readouterr()
-        return SimpleNamespace(code=end.value.code or 0, out=printed.out, err=printed.err.strip())
-
-    return call
-
-
-def rows(folder):
-    found, torn = Journal(folder / "journal.jsonl").read()
-    assert torn == 0
-    return found
-
-
-def until_records(process, folder, count=1):
-    """Wait until the run has told of so many jobs; it must not end by itself."""
-    deadline = time.monotonic() + 90
-    while not (folder / "journal.jsonl").exists() or (folder / "journal.jsonl").read_bytes().count(b"\n") < count:
-        assert time.monotonic() < deadline
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.02)
-            pytest.fail(f"it ended by itself: {process.communicate()}")
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def are_gone(processes):
-    def is_alive(process):
-        with suppress(psutil.NoSuchProcess):
-            return process.status() != psutil.STATUS_ZOMBIE
-        return False
-
-    deadline = time.monotonic() + 30
-    while any(is_alive(process) for process in processes) and time.monotonic() < deadline:
-        psutil.wait_procs(processes, timeout=0.05)
-    return not any(is_alive(process) for process in processes)
-
-
-def is_whole(folder, backends=("loop", "torch_mm"), tokens=(8, 16, 24), rounds=1):
-    """Every job of every round is there, and once."""
-    wanted = [(t, name, n) for t in tokens for name in backends for n in range(rounds)]
-    assert sorted((row.num_tokens, row.backend, row.round) for row in rows(folder)) == sorted(wanted)
-    return True
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -242,39 +142,6 @@ def test_a_whole_run_is_not_measured_again_and_keeps_its_exit_code(folder, moebe
     assert moebench("run", "--resume", "out").code == 1
     assert is_whole(folder / "out")
     assert len(list((folder / "out" / "logs").glob("*.log"))) == 1, "no worker was started again"
-
-
-def begun(moebench):
-    """A run in `out` of which nothing is measured yet."""
-    assert moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", "--time-budget", 0).code == 0
-
-
-def refused(found, *words):
-    assert (found.code, found.out) == (2, "")
-    (line,) = found.err.splitlines()
-    for word in words:
-        assert word in line
-    return True
-
-
-def test_two_runs_into_one_folder(folder, moebench):
-    process = stand_in.started(folder / "waits", "run", "tiny.toml", "--out", "out", cwd=folder)
-    until_records(process, folder / "out")
-    assert refused(moebench("run", "--resume", "out"), f"out: process {process.pid} is writing into it")
-    (folder / "go").touch()
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.strip()) == (0, "")
-    assert is_whole(folder / "out")
-
-
-def test_two_new_runs_into_one_folder(folder):
-    """Both found it empty; the second to begin is refused, at once or when the first has ended."""
-    plan = request.plan("tiny.toml", Asked(device="cpu"), out=Path("out"), time_budget_min=0.0)
-    with locked(Path("out")), pytest.raises(UsageError, match=f"out: process {os.getpid()} is writing into it"):
-        start.start_run(plan, print)
-    Path("out/journal.jsonl").touch()
-    with pytest.raises(UsageError, match="not an empty folder"):
-        start.start_run(plan, print)
 
 
 def test_a_changed_sweep_is_said_and_refused(folder, moebench):

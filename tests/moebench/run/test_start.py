@@ -1,14 +1,10 @@
 """From a plan to a folder: what is written, what a refused run leaves."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 
-from moebench.report.folder import finish
-from moebench.results import frame
 from moebench.results.journal import Journal
 from moebench.results.record import Status, record
 from moebench.run import start
@@ -84,24 +80,3 @@ def test_what_was_measured_and_what_went_wrong_stay(monkeypatch, error, rows):
         start_run(planned := plan_(out=Path("out")), lambda one: None)
     assert (planned.folder / "logs").is_dir()
     assert (planned.folder / "journal.jsonl").exists() == bool(rows)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_results_are_written_leaves_no_part_of_a_file(monkeypatch, number):
-    Path("out").mkdir()
-    Journal(Path("out/journal.jsonl")).append(row())
-    before = signal.getsignal(number)
-    monkeypatch.setattr(frame.os, "fsync", lambda descriptor: os.kill(os.getpid(), number))
-    with pytest.raises(KeyboardInterrupt):
-        finish(Path("out"))
-    assert signal.getsignal(number) is before
-    assert [path.name for path in Path("out").iterdir() if "results" in path.name or "tmp" in path.name] == []
-
-
-def test_tables_plots_and_report_come_of_the_journal():
-    Path("out").mkdir()
-    assert finish(Path("out")) == []
-    Journal(Path("out/journal.jsonl")).append(row())
-    written = finish(Path("out"))
-    assert {Path(f"out/{name}") for name in ("results.parquet", "results.csv", "report.html")} <= set(written)
-    assert all(path.is_file() for path in written)

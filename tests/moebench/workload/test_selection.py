@@ -1,11 +1,14 @@
 """Selecting jobs: filters keep what they say, backends replace the axis, and a wrong word is told so."""
 
+from pathlib import Path
+
 import pytest
 
 from moebench.errors import SweepError
 from moebench.workload.case import Job
-from moebench.workload.selection import filter_jobs, select_backends
+from moebench.workload.selection import filter_jobs, select, select_backends
 from moebench.workload.spec import parse_sweep
+from tests.moebench.planned import write_sweep
 
 SHAPE = "n_routed_experts = 8\nn_activated_experts = 2\ndim = 16\nmoe_inter_dim = 32\n"
 GRID = f'[[grid]]\n{SHAPE}num_tokens = 4\nbackend = "loop"\n'
@@ -106,3 +109,28 @@ def test_selected_backends_need_names() -> None:
         "backend 'a:b:c'",
         "backend ''",
     ]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    return write_sweep().name
+
+
+def test_selections_are_combined(sweep: str) -> None:
+    jobs = select(sweep, ["my:Own", "loop"], ["num_tokens>8"], [])
+    assert [(job.case.num_tokens, job.backend) for job in jobs] == [(24, "my:Own"), (24, "loop")]
+    chosen = select(sweep, [], [], [jobs[0].case.case_id])
+    assert [job.backend for job in chosen] == ["loop", "torch_mm"]
+
+
+def test_every_case_that_is_not_there_is_named(sweep: str) -> None:
+    with pytest.raises(SweepError) as refusal:
+        select(sweep, [], [], ["x", "y"])
+    assert len(refusal.value.mistakes) == 2
+
+
+def test_a_case_that_the_filters_leave_out_is_not_there(sweep: str) -> None:
+    case_id = select(sweep, [], ["num_tokens=8"], [])[0].case.case_id
+    with pytest.raises(SweepError, match=case_id):
+        select(sweep, [], ["num_tokens=24"], [case_id])

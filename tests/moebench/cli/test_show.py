@@ -1,0 +1,51 @@
+"""`moebench show`, `plots` and `report` open a folder again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.moebench.typed import is_refused
+
+
+def test_the_results_can_be_shown_again(good_run, moebench):
+    folder = good_run.cwd / json.loads(good_run.out)["results"]
+    shown = moebench("show", folder)
+    assert (shown.code, shown.err) == (0, "")
+    for word in ("loop", "torch_mm", "8 tokens", "oom", "runs on paper, not on cpu"):
+        assert word in shown.out
+    as_json = json.loads(moebench("show", folder, "--json").out)
+    assert [row["backend"] for row in as_json] == good_run.backends
+    assert as_json[0]["time_ms"] == pytest.approx(json.loads(good_run.out)["records"][0]["time_ms"])
+
+
+def test_the_plots_can_be_drawn_again(good_run, moebench):
+    folder = good_run.cwd / json.loads(good_run.out)["results"]
+    before = {path.name for path in (folder / "plots").iterdir()}
+    for path in (folder / "plots").iterdir():
+        path.unlink()
+    drawn = moebench("plots", folder)
+    assert drawn.code == 0
+    assert {path.name for path in (folder / "plots").iterdir()} == before != set()
+    assert len(drawn.out.splitlines()) == len(before)
+
+
+def test_what_cannot_be_written_is_said_in_one_line(good_run, moebench):
+    """Plots where there is a file, a page where there is no file."""
+    Path("results.parquet").write_bytes(next(good_run.cwd.glob("results/runs/*/results.parquet")).read_bytes())
+    Path("plots").touch()
+    Path("page.html").mkdir()
+    for arguments, place in (
+        (("plots", "results.parquet"), "plots"),
+        (("report", ".", "--out", "page.html"), "page.html"),
+    ):
+        is_refused(moebench(*arguments), f"{place}: cannot be written: ")
+
+
+@pytest.mark.parametrize("command", [("show",), ("show", "--json"), ("plots",)])
+def test_a_folder_without_results(moebench, command):
+    Path("empty").mkdir()
+    (Path("empty") / "text.parquet").write_text("no parquet")
+    for path in ("empty", "missing", "empty/text.parquet"):
+        is_refused(moebench(*command, path), path)
+    assert {path.name for path in Path("empty").iterdir()} == {"text.parquet"}

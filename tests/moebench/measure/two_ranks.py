@@ -1,0 +1,19 @@
+"""Peers of a process that stands for one of two ranks."""
+
+
+class Two:
+    """Peers of this process and another, which tells what a test says."""
+
+    size, rank = 2, 0
+
+    def __init__(self, *told):
+        self._told = list(told)
+
+    def tell(self, value):
+        return [value, self._told.pop(0) if self._told else value]
+
+    def largest(self, value):
+        return max(self.tell(value))
+
+    def align(self, device):
+        pass

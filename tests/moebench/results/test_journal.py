@@ -1,0 +1,125 @@
+"""The journal survives a writer that is killed."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moebench.errors import ResultsError
+from moebench.results.journal import Journal
+from moebench.results.record import SCHEMA, Record, Status, record
+from moebench.workload.case import Case, Job
+
+CASE = Case(
+    num_tokens=8,
+    n_routed_experts=4,
+    n_activated_experts=2,
+    dim=16,
+    moe_inter_dim=32,
+    dtype="float32",
+    routing="zipf:1.5",
+    expert_bias=True,
+    masked_share=0.25,
+)
+
+
+def ok(backend: str = "loop", **measured: Any) -> Record:
+    measured = {"time_ms": 1.5, "parity_worst": 0.25, **measured}
+    return record(Job(case=CASE, backend=backend), Status.ok, run_id="r", env_id="e", **measured)
+
+
+def bad(status: Status, **measured: Any) -> Record:
+    measured = {"detail": "why", "parity_worst": 3.0, **measured}
+    return record(Job(case=CASE, backend="loop"), status, run_id="r", env_id="e", **measured)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "journal.jsonl")
+
+
+def test_journal_gives_back_what_was_appended(journal: Journal) -> None:
+    rows = [
+        ok(samples_ms=(1.25, 1.5), sample_rounds=(0, 1), flags=("a", "b"), parity_errors={"output": 0.25}),
+        bad(Status.mismatch, parity_worst=math.inf, detail="line\nbreak, ünïcode"),
+        bad(Status.unsupported, parity_worst=None),
+    ]
+    for row in rows:
+        journal.append(row)
+    assert journal.read() == (rows, 0)
+    assert list(Journal(journal.path)) == rows
+    assert journal.path.read_bytes().count(b"\n") == len(rows)
+
+
+def test_nan_survives_the_journal(journal: Journal) -> None:
+    journal.append(bad(Status.mismatch, parity_worst=math.nan))
+    (row,) = journal
+    assert row.parity_worst is not None
+    assert math.isnan(row.parity_worst)
+
+
+def test_a_journal_not_yet_written_is_empty(journal: Journal) -> None:
+    assert journal.read() == ([], 0)
+    assert not journal.path.exists()
+
+
+def test_every_row_is_on_disk_when_append_returns(journal: Journal) -> None:
+    for number in range(1, 4):
+        journal.append(ok())
+        assert len(Journal(journal.path).read()[0]) == number
+
+
+@pytest.mark.parametrize("kept", [1, 40, -3, -2])
+def test_torn_last_line_is_passed_over(journal: Journal, kept: int) -> None:
+    journal.append(ok("loop"))
+    with journal.path.open("ab") as file:
+        file.write((ok("torch_mm").to_json() + "\n").encode()[:kept])
+    rows, torn = journal.read()
+    assert ([row.backend for row in rows], torn) == (["loop"], 1)
+
+
+def test_line_torn_inside_a_character_is_passed_over(journal: Journal) -> None:
+    journal.append(ok())
+    with journal.path.open("ab") as file:
+        file.write('{"detail": "ü'.encode()[:-1])
+    assert journal.read() == ([ok()], 1)
+
+
+def test_torn_line_stays_alone_when_a_restarted_writer_goes_on(journal: Journal) -> None:
+    journal.append(ok("loop"))
+    with journal.path.open("ab") as file:
+        file.write(ok("torn").to_json().encode()[:50])
+    restarted = Journal(journal.path)
+    restarted.append(ok("torch_mm"))
+    restarted.append(ok("gmm"))
+    rows, torn = restarted.read()
+    assert ([row.backend for row in rows], torn) == (["loop", "torch_mm", "gmm"], 1)
+
+
+def test_whole_last_line_without_its_newline_is_kept(journal: Journal) -> None:
+    journal.path.write_text(ok("loop").to_json())
+    journal.append(ok("torch_mm"))
+    rows, torn = journal.read()
+    assert ([row.backend for row in rows], torn) == (["loop", "torch_mm"], 0)
+
+
+@pytest.mark.parametrize("schema", [SCHEMA + 1, None])
+def test_another_schema_is_refused_with_its_place(journal: Journal, schema: int | None) -> None:
+    journal.append(ok())
+    fields = {**json.loads(ok().to_json()), "schema": schema, "a_field_of_the_future": 1}
+    with journal.path.open("a") as file:
+        file.write(json.dumps(fields) + "\n")
+    with pytest.raises(ResultsError, match=rf"journal\.jsonl:2: schema {schema}, this moebench reads {SCHEMA}"):
+        journal.read()
+
+
+@pytest.mark.parametrize("line", ["[]", "3", "null", '"schema"', '[{"schema": 1}]'])
+def test_a_line_that_is_no_object_is_refused_with_its_place(journal: Journal, line: str) -> None:
+    journal.append(ok())
+    with journal.path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ResultsError, match=r"journal\.jsonl:2: .*a line holds one record, a JSON object") as caught:
+        journal.read()
+    assert "\n" not in str(caught.value)

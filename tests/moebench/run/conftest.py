@@ -1,0 +1,53 @@
+"""Runs whose workers are stand-ins."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from moebench.cli import app
+from moebench.run import supervisor
+from tests.moebench import stand_in
+from tests.moebench.executed import python_path
+from tests.moebench.resumed import SWEEP, WAITS
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder with a sweep and a stand-in for workers, and where this process is."""
+    (tmp_path / "tiny.toml").write_text(SWEEP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", python_path(ROOT))
+    stand_in.write(tmp_path / "waits", WAITS)
+    stand_in.write(tmp_path / "works", stand_in.ALL)
+    return tmp_path
+
+
+@pytest.fixture
+def moebench(capsys, monkeypatch, folder):
+    """The command line in this process, with a stand-in for its workers."""
+
+    def call(*arguments, worker="works"):
+        monkeypatch.setattr(supervisor, "sys", SimpleNamespace(executable=str(folder / worker)))
+        monkeypatch.setattr(sys, "argv", ["moebench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            app.main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=end.value.code or 0, out=printed.out, err=printed.err.strip())
+
+    return call
+
+
+@pytest.fixture(name="stand_in")
+def stand_in_for_workers(tmp_path, monkeypatch):
+    """A function of what the worker does: makes execute start that instead."""
+    monkeypatch.setenv("PYTHONPATH", python_path(ROOT))
+
+    def write(script):
+        path = stand_in.write(tmp_path / "stand-in", script)
+        monkeypatch.setattr(supervisor, "sys", SimpleNamespace(executable=str(path)))
+
+    return write

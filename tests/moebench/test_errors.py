@@ -1,0 +1,99 @@
+"""Every error that a user can meet is a MoebenchError: one line on standard error, and an exit code of its own."""
+
+import ast
+import builtins
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from moebench import errors
+from moebench.cli import app
+from moebench.errors import MoebenchError, SweepError
+
+PACKAGE = Path(errors.__file__).parent
+#: Exceptions that no user meets, and where they are.
+INSIDE = {
+    "NvmlUnavailable": "machine/nvml.py",  # what NVML does not tell is not recorded
+    "Unhealthy": "measure/canary.py",  # ends a worker's process; the next one goes on
+}
+BUILT_IN = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)}
+CLASSES = [MoebenchError, *MoebenchError.__subclasses__()]
+CLASSES += [leaf for one in CLASSES[1:] for leaf in one.__subclasses__()]
+
+
+def exceptions(sources: dict[str, str]) -> list[tuple[str, str]]:
+    """Name and file of every exception that these sources define, whichever exception it derives from."""
+    defined = [
+        (node.name, file, {ast.unparse(base).rpartition(".")[2] for base in node.bases})
+        for file, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef)
+    ]
+    known = BUILT_IN | {"BaseException"}
+    while found := {name for name, _, bases in defined if bases & known} - known:
+        known |= found
+    return [(name, file) for name, file, _ in defined if name in known]
+
+
+def strangers(sources: dict[str, str]) -> list[str]:
+    """Exceptions that a user may meet and that are not of moebench.errors."""
+    return [
+        f"{file}: {name}"
+        for name, file in exceptions(sources)
+        if file != "errors.py" and not name.startswith("_") and INSIDE.get(name) != file
+    ]
+
+
+def sources() -> dict[str, str]:
+    return {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
+
+
+def test_every_exception_is_one_of_moebenchs_or_stays_inside() -> None:
+    assert strangers(sources()) == []
+    assert {name for name, _ in exceptions(sources())} >= {*INSIDE, *(one.__name__ for one in CLASSES)}
+
+
+@pytest.mark.parametrize("bases", ["Exception", "OSError", "errors.RunnerError", "_Enough"])
+def test_another_exception_is_seen(bases: str) -> None:
+    more = f"class TooBad({bases}):\n    pass\n"
+    assert strangers({**sources(), "run/new.py": more}) == ["run/new.py: TooBad"]
+
+
+def test_the_tree_in_the_docstring_is_that_of_the_classes() -> None:
+    """With the exit codes, as many levels deep as there are bases."""
+    rows = re.findall(r"^    ([│├└─ ]*)(\w+) +(\d+)?", str(errors.__doc__), re.MULTILINE)
+    parents: list[str] = []
+    drawn = {}
+    for lines, name, code in rows:
+        del parents[len(lines) // 4 :]
+        drawn[name] = (parents[-1] if parents else "Exception", int(code) if code else None)
+        parents.append(name)
+    there = {one.__name__: (one.__bases__[0].__name__, one.exit_code) for one in CLASSES}
+    there["MoebenchError"] = ("Exception", None)  # the base is never raised
+    assert drawn == there
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_the_command_line_prints_one_line_and_ends_with_its_code(
+    kind: type[MoebenchError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is: not wrapped, though it is long, and with the brackets that would colour a word."""
+    message = f"out [1]/[red]: {'x' * 300} is not there; name another folder"
+
+    def fail() -> None:
+        raise kind([message]) if kind is SweepError else kind(message)
+
+    monkeypatch.setattr(app, "app", fail)
+    with pytest.raises(SystemExit) as end:
+        app.main()
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.out, printed.err) == (kind.exit_code, "", f"{message}\n")
+
+
+def test_a_mistake_of_moebench_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "app", lambda: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["moebench"])
+    with pytest.raises(ZeroDivisionError):
+        app.main()

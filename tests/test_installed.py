@@ -1,0 +1,158 @@
+"""Sweeps are found wherever moebench comes from: a wheel, an editable install, PYTHONPATH, the working folder.
+
+Each environment is fresh. It sees the libraries of this one, but not the packages that this one installed editably.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SWEEPS = {path.stem for path in (ROOT / "suites").glob("*.toml")}
+#: What a build reads.
+PROJECT = ("LICENSE", "MANIFEST.in", "README.md", "experts", "moebench", "pyproject.toml", "setup.py", "suites")
+WHERE = """
+import moebench
+from moebench.workload.spec import find_sweep
+print(moebench.__file__)
+print(find_sweep("quick"))
+"""
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip, to install the wheel"),
+    pytest.mark.timeout(400),  # half a minute of fresh processes, on a machine that may be busy
+]
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An environment with moebench, and variables that it is reached with."""
+
+    folder: Path
+    variables: dict[str, str]
+
+    def call(self, program: str, *arguments: object, cwd: Path, code: int = 0) -> str:
+        """What the environment's program prints in `cwd`; standard error where it is to fail."""
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        variables = {**outside, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **self.variables}
+        command = [str(self.folder / "bin" / program), *map(str, arguments)]
+        done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stderr if code else done.stdout
+
+    def moebench(self, *arguments: object, cwd: Path, code: int = 0) -> str:
+        return self.call("moebench", *arguments, cwd=cwd, code=code)
+
+    def places(self, cwd: Path) -> tuple[Path, Path]:
+        """The package, and the sweep called quick."""
+        package, sweep = self.call("python", "-c", WHERE, cwd=cwd).splitlines()
+        return Path(package).parent, cwd / sweep
+
+
+def environment(folder: Path, *wheels: Path, **variables: str) -> Installed:
+    """A fresh environment in `folder`, with these wheels installed and the libraries of this one within reach."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=300)
+    if wheels:  # before the libraries are there: pip must not see a moebench among them
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder)
+        subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", *wheels], check=True, timeout=300)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    libraries = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (packages / "libraries.pth").write_text("".join(f"{path}\n" for path in libraries))  # their own .pth are not read
+    return Installed(folder, variables)
+
+
+def built(what: str, project: Path, into: Path) -> Path:
+    """An sdist, a wheel or an editable wheel of the project, by the hook that pip and others call."""
+    code = f"import sys; from setuptools import build_meta; build_meta.build_{what}(sys.argv[1])"
+    into.mkdir()
+    done = subprocess.run([sys.executable, "-c", code, into], cwd=project, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = into.iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build reads, so that no build is left in the checkout."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in PROJECT:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that is built from the source distribution."""
+    folder = tmp_path_factory.mktemp("dist")
+    with tarfile.open(built("sdist", project, folder / "sdist")) as sdist:
+        sdist.extractall(folder, filter="data")
+    (unpacked,) = folder.glob("moebench-*")
+    return built("wheel", unpacked, folder / "wheel")
+
+
+@pytest.fixture(scope="module")
+def from_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return environment(tmp_path_factory.mktemp("from-wheel") / "venv", wheel)
+
+
+def test_a_wheel_holds_sweeps_and_templates_and_nothing_of_the_tests(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {Path(name).stem for name in names if name.startswith("moebench/suites/")} == SWEEPS
+    templates = {path.name for path in (ROOT / "moebench" / "report" / "templates").iterdir()}
+    assert {f"moebench/report/templates/{name}" for name in templates} <= names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"experts", "moebench"}
+
+
+def test_a_wheel_lists_runs_shows_and_reports(from_wheel: Installed, tmp_path: Path) -> None:
+    package, quick = from_wheel.places(tmp_path)
+    assert package.is_relative_to(from_wheel.folder)
+    assert quick == package / "suites" / "quick.toml"
+    listed = json.loads(from_wheel.moebench("list", "--json", "--device", "cpu", cwd=tmp_path))
+    assert {line["name"] for line in listed["sweeps"]} == SWEEPS
+    chosen = ("--filter", "num_tokens=16", "--filter", "mode=forward", "--backend", "loop", "--device", "cpu")
+    printed = from_wheel.moebench("run", "quick", *chosen, "--out", "out", cwd=tmp_path)
+    assert printed.splitlines()[-1] == "results: out"
+    (tmp_path / "out" / "report.html").unlink()
+    from_wheel.moebench("report", "out", cwd=tmp_path)
+    assert "</html>" in (tmp_path / "out" / "report.html").read_text()
+    (row,) = json.loads(from_wheel.moebench("show", "out", "--json", cwd=tmp_path))
+    assert (row["backend"], row["num_tokens"], row["status"]) == ("loop", 16, "ok")
+
+
+def test_an_editable_install_finds_the_sweeps_of_its_checkout(project: Path, tmp_path: Path) -> None:
+    editable = environment(tmp_path / "venv", built("editable", project, tmp_path / "wheel"))
+    assert editable.places(tmp_path) == (project / "moebench", project / "suites" / "quick.toml")
+    assert not (project / "moebench" / "suites").exists(), "a copy would go stale"
+
+
+def test_a_checkout_on_the_path_finds_its_sweeps(project: Path, tmp_path: Path) -> None:
+    on_path = environment(tmp_path / "venv", PYTHONPATH=str(project))
+    assert on_path.places(tmp_path) == (project / "moebench", project / "suites" / "quick.toml")
+
+
+@pytest.mark.parametrize("is_from_wheel", [True, False], ids=["wheel", "checkout"])
+def test_the_working_folders_sweeps_win(
+    from_wheel: Installed, project: Path, tmp_path: Path, is_from_wheel: bool
+) -> None:
+    chosen = from_wheel if is_from_wheel else Installed(from_wheel.folder, {"PYTHONPATH": str(project)})
+    (tmp_path / "suites").mkdir()
+    for name in ("quick", "mine"):
+        shutil.copy(ROOT / "suites" / "torch-qwen3.toml", tmp_path / "suites" / f"{name}.toml")
+    package, quick = chosen.places(tmp_path)
+    assert package.is_relative_to(from_wheel.folder if is_from_wheel else project)
+    assert quick == tmp_path / "suites" / "quick.toml"
+    (line,) = chosen.moebench("list", "mime", cwd=tmp_path, code=2).splitlines()
+    assert line.startswith('mime: no such file, and no sweep has that name; did you mean "mine"?; there are ')
+    assert all(name in line for name in (*SWEEPS, "mine"))
