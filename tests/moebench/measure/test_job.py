@@ -12,7 +12,7 @@ from experts import GroupedExperts
 from experts.registry import Backend
 from moebench.measure import job as job_module
 from moebench.measure.cache import Workload
-from moebench.measure.job import measure
+from moebench.measure.job import measure_job
 from moebench.measure.memory import Memory
 from moebench.measure.timing import TimingPolicy
 from moebench.results.record import SPEED_FIELDS, Record, Status

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experts.registry import get_backend
-from moebench.parity.judge import CEILING, Finding, Verdict, are_identical, check, judge, run_pass
+from moebench.parity.judge import CEILING, ParityVerdict, TensorError, are_identical, check, judge, run_pass
 from moebench.parity.reference import GroupErrors
 from moebench.workload.case import ACTIVATIONS, Case
 from moebench.workload.inputs import make_inputs, make_parameters, moe_config

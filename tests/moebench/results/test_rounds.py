@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import t
 
 from moebench.results.record import IMPOSSIBLY_FAST, SPEED_FIELDS, Record, Status, record
-from moebench.results.rounds import merged
+from moebench.results.rounds import merged_rounds
 from moebench.workload.case import Case, Job
 
 SHAPE = {"n_routed_experts": 4, "n_activated_experts": 2, "moe_inter_dim": 8}

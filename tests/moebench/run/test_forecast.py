@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from moebench.report.tables.forecasttable import ForecastTable
 from moebench.results.frame import to_frame, write
 from moebench.results.record import Record, Status
 from moebench.run.footprint import footprint

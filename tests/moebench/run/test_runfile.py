@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from moebench.cli import run
 from moebench.errors import UsageError
 from moebench.results.folder import environments_beside
 from moebench.results.frame import load

@@ -3,7 +3,7 @@
 import pytest
 
 from moebench.errors import ResultsError
-from moebench.report.plots.history import draw, figure_of
+from moebench.report.plots.history import draw_history, figure_of
 from moebench.results.history import history
 from moebench.results.record import Status
 from tests.moebench.gated import bad, frame, job_of, ok
@@ -46,7 +46,7 @@ def test_the_plot_shows_each_backend_and_where_the_machine_changed(rows):
 
 def test_a_plot_is_written_by_its_suffix(rows, tmp_path):
     for name in ("a.png", "a.svg"):
-        draw(rows, tmp_path / name)
+        draw_history(rows, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1000
     with pytest.raises(ResultsError, match="a plot is written as"):
-        draw(rows, tmp_path / "a.pdf")
+        draw_history(rows, tmp_path / "a.pdf")

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from moebench.results.frame import to_frame
 from moebench.results.record import Record
-from moebench.run.forecast import Measured, forecast
+from moebench.run.forecast import KnownTimes, forecast
 from moebench.workload.case import Job
 from tests.moebench.drawn import case, ok
 
@@ -19,8 +19,8 @@ def asked(backend: str = "te", dispatcher: str = "local", **fields: Any) -> Job:
     return Job(case=case(**{"num_tokens": 1024, **fields}), backend=backend, dispatcher=dispatcher)
 
 
-def of(*rows: Record) -> Measured:
-    return Measured(to_frame(rows))
+def of(*rows: Record) -> KnownTimes:
+    return KnownTimes(to_frame(rows))
 
 
 def shown(found: Any) -> str:
