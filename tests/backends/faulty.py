@@ -1,8 +1,9 @@
-"""Backends that are right but for one fault each, which `moebench` must call a mismatch.
+"""Backends that are right except for one fault each. `moebench` must call each of them a mismatch.
 
-Named as a user would name them, `faulty:SwappedExperts`, with this folder on PYTHONPATH. `FAULTS` says in which tensors
-each fault must be found when a job is measured. Those of faulty_rows and faulty_weights are for `moebench parity`; some
-show to it alone. All are right otherwise, without tokens too, and stand before any layer that is a GroupedExperts.
+With this folder on PYTHONPATH, a test names a backend as a user would, for example `faulty:SwappedExperts`. `FAULTS`
+lists the tensors in which a measured job must find each fault. The faults in faulty_rows and faulty_weights are for
+`moebench parity`, and only `moebench parity` finds some of them. Apart from its fault, each backend is right, also
+without tokens. A fault can be planted before any layer that is a GroupedExperts.
 """
 
 from typing import Any
@@ -16,12 +17,12 @@ from experts.compute import ExpertParameters
 
 
 def busiest(indices_TK: Tensor, count: int) -> list[int]:
-    """The experts with the most tokens, so that a fault in one of them is a fault."""
+    """The experts with the most tokens. A fault in one of them changes the result."""
     return (indices_TK.flatten() + 1).bincount(minlength=count + 2)[1:].topk(count).indices.tolist()
 
 
 class SwappedExperts(GroupedExperts):
-    """Two experts in each other's place, as when they are loaded in lexicographic order."""
+    """Two experts are in each other's place, as after loading them in lexicographic order."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         one, other = busiest(indices, 2)
@@ -30,14 +31,14 @@ class SwappedExperts(GroupedExperts):
 
 
 class MissingRoutingWeight(GroupedExperts):
-    """Every chosen expert counts alike. The routing weights keep a gradient, of zeros."""
+    """Every chosen expert has weight 1. The routing weights still get a gradient, of zeros."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return super().forward(x, token_mask, weights * 0 + 1, indices)
 
 
 class DetachedRoutingWeight(GroupedExperts):
-    """The gradient of the routing weights is lost, as behind a plain all_gather; the forward pass is right."""
+    """The gradient of the routing weights is lost, as behind a plain all_gather. The forward pass is right."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return super().forward(x, token_mask, weights.detach(), indices)
@@ -55,7 +56,7 @@ class UnweightedDownBias(GroupedExperts):
 
 
 class DroppedToken(GroupedExperts):
-    """One token is forgotten."""
+    """One token is dropped."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         is_first = token_mask & (token_mask.cumsum(0) == 1)
@@ -63,7 +64,7 @@ class DroppedToken(GroupedExperts):
 
 
 class UnwrittenRow(GroupedExperts):
-    """The last row of the output is never written: what it holds is the allocator's business."""
+    """The last row of the output is never written. It holds what was in the memory before."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         right = super().forward(x, token_mask, weights, indices)
@@ -71,14 +72,14 @@ class UnwrittenRow(GroupedExperts):
 
 
 class LeakingMask(GroupedExperts):
-    """Masked rows take part through a sum times zero: harmless until one of them is not finite."""
+    """Masked rows are added through a sum times zero. This is harmless until one of their values is not finite."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return super().forward(x, token_mask, weights, indices) + x.sum() * 0
 
 
 class ZeroGradOfOneExpert(GroupedExperts):
-    """One expert's down projection never learns."""
+    """The gradient of one expert's down projection is zero."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         (self._frozen,) = busiest(indices, 1)
@@ -93,7 +94,7 @@ class ZeroGradOfOneExpert(GroupedExperts):
 
 
 class UnwrittenGradOfEmptyExperts(GroupedExperts):
-    """The weight gradient of an expert without tokens is never written, as in a kernel that visits groups with rows."""
+    """The weight gradient of an expert without tokens is never written: a kernel visits only groups with rows."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         rows_E = (indices[token_mask].flatten() + 1).bincount(minlength=self.n_routed_experts + 1)[1:]
@@ -130,7 +131,7 @@ class ScaledExpert(GroupedExperts):
 
 
 class WrongWhenWarm(GroupedExperts):
-    """Right in the first passes, which are checked; wrong in those that are timed."""
+    """The first passes, which are checked, are right. The later ones, which are timed, are wrong."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -142,7 +143,7 @@ class WrongWhenWarm(GroupedExperts):
 
 
 class ZeroedInputs(GroupedExperts):
-    """Does nothing, and covers its traces: of zero tokens and zero biases, the output is zero."""
+    """The layer overwrites its inputs with zeros. For zero tokens and zero weights, its output of zeros is right."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         with torch.no_grad():

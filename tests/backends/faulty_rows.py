@@ -1,4 +1,4 @@
-"""Faults in which rows go where, in what they are multiplied by, and in what flows back to them: see faulty."""
+"""Faults in the order of the rows, in the factors of the rows, and in the gradients of the rows. See faulty."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ def first_active(indices_TK: Tensor, mask_T: Tensor) -> Tensor:
 
 
 def with_grad(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The tensor, whose gradient is changed on its way back."""
+    """The same tensor, with a gradient that `change` changes."""
     if not tensor.requires_grad:
         return tensor
     same = tensor.view_as(tensor)
@@ -32,7 +32,7 @@ class WrongExpertOfOneInTenThousand(GroupedExperts):
 
 
 class OffsetsOf16Bits(GroupedExperts):
-    """Offsets of elements wrap at 2^16: rows past that are read from the beginning."""
+    """Offsets of elements wrap at 2^16. Rows past that offset are read from the beginning of x."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         limit = 2**16 // x.shape[1]
@@ -42,14 +42,14 @@ class OffsetsOf16Bits(GroupedExperts):
 
 
 class MinusOneIsTheLastExpert(GroupedExperts):
-    """An index of −1 counts from the end, as in Python."""
+    """An index of −1 counts from the end, as in Python, and selects the last expert."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return super().forward(x, token_mask, weights, indices % self.n_routed_experts)
 
 
 class MinusOneEndsAToken(GroupedExperts):
-    """Choices after one of −1 are not looked at."""
+    """The choices of a token after an index of −1 are ignored."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         ended = (indices < 0).cumsum(dim=1) > 0
@@ -57,7 +57,7 @@ class MinusOneEndsAToken(GroupedExperts):
 
 
 class DuplicateCountsOnce(GroupedExperts):
-    """An expert that a token chooses twice gets the first of the two weights, as from a set or a bitmap."""
+    """An expert that a token chooses twice gets only the first of the two weights, as from a set or a bitmap."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         earlier_KK = torch.ones(indices.shape[1], indices.shape[1], dtype=torch.bool).tril(-1)
@@ -66,14 +66,14 @@ class DuplicateCountsOnce(GroupedExperts):
 
 
 class RenormalisedWeights(GroupedExperts):
-    """Routing weights are made to sum to one, which those of a softmax over the chosen do already."""
+    """Routing weights are scaled to sum to one. The weights of a softmax over the chosen experts already do."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return super().forward(x, token_mask, weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-6), indices)
 
 
 class WeightGradByDivision(GroupedExperts):
-    """The gradient of a routing weight is found from the weighted row, divided by the weight: of zero it is lost."""
+    """A routing weight's gradient comes from the weighted row, divided by the weight. It is lost for zero."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         kept = with_grad(weights, lambda grad: torch.where(weights == 0, 0.0, grad))
@@ -81,7 +81,7 @@ class WeightGradByDivision(GroupedExperts):
 
 
 class WeightTwiceAfterDown(GroupedExperts):
-    """With apply_router_weight_after_down the weight multiplies after the down projection, and before it too."""
+    """With apply_router_weight_after_down, the weight multiplies both before and after the down projection."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         after = self.config.apply_router_weight_after_down
@@ -101,7 +101,7 @@ class PartialTileLeftOut(GroupedExperts):
 
 
 class TwoRowsExchanged(GroupedExperts):
-    """The outputs of two neighbours come back in each other's place."""
+    """The output rows of two neighbouring tokens are in each other's place."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         right = super().forward(x, token_mask, weights, indices)
@@ -114,7 +114,7 @@ class TwoRowsExchanged(GroupedExperts):
 
 
 class MaskedTokensLearn(GroupedExperts):
-    """The output is masked, and the gradient of x is not."""
+    """The output of masked tokens is masked, but their gradient of x is not."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         masked_T1 = ~token_mask.unsqueeze(-1)
@@ -123,7 +123,7 @@ class MaskedTokensLearn(GroupedExperts):
 
 
 class UnwrittenGradOfMaskedTokens(GroupedExperts):
-    """The rows of x's gradient that no expert wants are never written: what they hold is the allocator's business."""
+    """The rows of x's gradient for masked tokens are never written. They hold what was in the memory before."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         written_T1 = token_mask.unsqueeze(-1)
@@ -132,7 +132,7 @@ class UnwrittenGradOfMaskedTokens(GroupedExperts):
 
 
 class StaleInputGrad(GroupedExperts):
-    """The buffer of x's gradient is written in the first backward pass, and kept for as long as its size fits."""
+    """The buffer of x's gradient is written in the first backward pass, and reused while its size fits."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return super().forward(with_grad(x, self._kept), token_mask, weights, indices)
@@ -144,7 +144,7 @@ class StaleInputGrad(GroupedExperts):
 
 
 class StalePermutation(GroupedExperts):
-    """The order of the rows is found in the first call, and kept for as long as the number of tokens is the same."""
+    """The order of the rows is computed in the first call, and reused while the number of tokens is the same."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         before = getattr(self, "_indices", None)
@@ -153,7 +153,7 @@ class StalePermutation(GroupedExperts):
 
 
 class WrongNowAndThen(GroupedExperts):
-    """A race: in every seventh call a token loses its last choice."""
+    """A race: in every seventh call, one token loses its last choice."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         self._num_calls = getattr(self, "_num_calls", 0) + 1
@@ -163,7 +163,7 @@ class WrongNowAndThen(GroupedExperts):
 
 
 class RowsAssumedContiguous(GroupedExperts):
-    """x is read from where its rows would be if they lay one after the other."""
+    """x is read as if its rows lay one after the other in memory."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         read = torch.as_strided(x.detach(), x.shape, (x.shape[1], 1))
@@ -171,7 +171,7 @@ class RowsAssumedContiguous(GroupedExperts):
 
 
 class GradAssumedContiguous(GroupedExperts):
-    """So is the output's gradient, where its memory is long enough."""
+    """The output's gradient is read as if its rows lay one after the other, if its memory is long enough."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return with_grad(super().forward(x, token_mask, weights, indices), self._read)
@@ -183,7 +183,7 @@ class GradAssumedContiguous(GroupedExperts):
 
 
 class FailsWithoutTokens(GroupedExperts):
-    """Looks at the first active token, and there is none."""
+    """The layer looks at the first active token, and it raises an error if there is none."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         int(token_mask.nonzero()[0])
@@ -191,7 +191,7 @@ class FailsWithoutTokens(GroupedExperts):
 
 
 class BackwardDetachedWithoutTokens(GroupedExperts):
-    """Where no token is active the output is zeros that nothing leads back from: gradients are None."""
+    """If no token is active, the output is zeros without a graph, and the gradients are None."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         right = super().forward(x, token_mask, weights, indices)
@@ -199,14 +199,14 @@ class BackwardDetachedWithoutTokens(GroupedExperts):
 
 
 class RoundedWeights(GroupedExperts):
-    """Routing weights are rounded to bfloat16 on their way, and so are their gradients."""
+    """Routing weights and their gradients are rounded to bfloat16."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return super().forward(x, token_mask, weights.bfloat16().to(weights.dtype), indices)
 
 
 class OnlyLongIndices(GroupedExperts):
-    """The memory of the indices is read as int64, whatever they are."""
+    """The memory of the indices is read as int64, whatever their dtype is."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         if indices.dtype is torch.int32 and indices.numel() % 2 == 0:

@@ -1,4 +1,4 @@
-"""Faults in activations, in what the experts' parameters are, in their gradients and in the state dict: see faulty."""
+"""Faults in activations, in the experts' parameters, in their gradients and in the state dict. See faulty."""
 
 import dataclasses
 from typing import Any
@@ -21,19 +21,19 @@ def _as_named(count: int) -> list[int]:
 
 
 class _OtherConfig(GroupedExperts):
-    """Computes by another configuration than it was given."""
+    """The layer computes with another configuration than the one that it was given."""
 
     def __init__(self, config: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(config, *arguments, **named)
         self.config = dataclasses.replace(config, **self.other(config))
 
     def other(self, config: Any) -> dict[str, Any]:
-        """What it computes by instead."""
+        """The fields that differ."""
         raise NotImplementedError
 
 
 class FixedAlpha(_OtherConfig):
-    """The slope inside the sigmoid is 1.702, whatever was asked for."""
+    """The slope inside the sigmoid is always 1.702, whatever the configuration says."""
 
     def other(self, config: Any) -> dict[str, Any]:
         return {"activation_alpha": 1.702}
@@ -47,7 +47,7 @@ class NoLimit(_OtherConfig):
 
 
 class SiluForGelu(GroupedExperts):
-    """geglu's gate goes through SiLU, which looks alike."""
+    """The gate of geglu goes through SiLU, which is similar to GELU."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         right = self.config
@@ -60,7 +60,7 @@ class SiluForGelu(GroupedExperts):
 
 
 class HalvesForInterleaved(GroupedExperts):
-    """Gate and up are read as halves where they are interleaved, and interleaved where they are halves."""
+    """Interleaved gate and up columns are read as halves, and halves are read as interleaved columns."""
 
     def expert_parameters(self) -> ExpertParameters:
         right = super().expert_parameters()
@@ -78,7 +78,7 @@ class HalvesForInterleaved(GroupedExperts):
 
 
 class GateAndUpExchanged(GroupedExperts):
-    """The halves of the first projection in each other's place."""
+    """The gate and up columns of the first projection are in each other's place."""
 
     def expert_parameters(self) -> ExpertParameters:
         right = super().expert_parameters()
@@ -101,7 +101,7 @@ def _exchanged(columns: Tensor, shift: int) -> Tensor:
 
 
 class LowPrecisionWeights(GroupedExperts):
-    """The second projection is rounded to the next lower precision, as by TF32: here from float32 to bfloat16."""
+    """The down projection is rounded to the next lower precision, for example from float32 to bfloat16."""
 
     def expert_parameters(self) -> ExpertParameters:
         right = super().expert_parameters()
@@ -110,7 +110,7 @@ class LowPrecisionWeights(GroupedExperts):
 
 
 class TransposedWhereSquare(GroupedExperts):
-    """Projections lie transposed, which fits where both dimensions are equal alone; elsewhere they are right."""
+    """Projections are transposed where both of their dimensions are equal. Elsewhere they are right."""
 
     def expert_parameters(self) -> ExpertParameters:
         right = super().expert_parameters()
@@ -123,7 +123,7 @@ class TransposedWhereSquare(GroupedExperts):
 
 
 class ExpertsInOrderOfNames(GroupedExperts):
-    """Experts are loaded in the order of their names, which is another one from the eleventh on."""
+    """Experts are loaded in the order of their names. From the eleventh expert on, this is another order."""
 
     def expert_parameters(self) -> ExpertParameters:
         right = super().expert_parameters()
@@ -132,7 +132,7 @@ class ExpertsInOrderOfNames(GroupedExperts):
 
 
 class BiasOfNeighbour(GroupedExperts):
-    """Each expert adds the first bias of the next."""
+    """Each expert adds the first projection's bias of the expert before it."""
 
     def expert_parameters(self) -> ExpertParameters:
         right = super().expert_parameters()
@@ -141,7 +141,7 @@ class BiasOfNeighbour(GroupedExperts):
 
 
 class CastCopy(GroupedExperts):
-    """Weights are cast once, at the first call, and the copy is no longer the parameter."""
+    """Weights are cast once, in the first call, and later changes of the parameters do not reach the copy."""
 
     def expert_parameters(self) -> ExpertParameters:
         right = super().expert_parameters()
@@ -152,7 +152,7 @@ class CastCopy(GroupedExperts):
 
 
 class StateDictInOrderOfNames(GroupedExperts):
-    """Experts leave for a state dict in the order of their names."""
+    """The state dict holds the experts in the order of their names."""
 
     def state_dict(self, *arguments: Any, **named: Any) -> Any:
         right = super().state_dict(*arguments, **named)
@@ -161,7 +161,7 @@ class StateDictInOrderOfNames(GroupedExperts):
 
 
 class StateDictWithoutBiases(GroupedExperts):
-    """The state dict knows the projections alone, and loading says nothing of it."""
+    """The state dict holds zeros instead of the biases, and loading it raises no error."""
 
     def state_dict(self, *arguments: Any, **named: Any) -> Any:
         right = super().state_dict(*arguments, **named)
@@ -169,7 +169,7 @@ class StateDictWithoutBiases(GroupedExperts):
 
 
 class LoadsOnce(GroupedExperts):
-    """Weights that are loaded a second time are not taken."""
+    """Weights that are loaded a second time are ignored."""
 
     def load_state_dict(self, *arguments: Any, **named: Any) -> Any:
         if not getattr(self, "_has_loaded", False):
@@ -182,7 +182,7 @@ class LoadsOnce(GroupedExperts):
 
 
 class _OtherGrads(GroupedExperts):
-    """Its gradients are changed before anybody sees them."""
+    """The layer reports changed gradients."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         active = indices[token_mask].flatten().long()
@@ -193,26 +193,26 @@ class _OtherGrads(GroupedExperts):
         return self.change(super().stacked_grads())
 
     def change(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is seen instead."""
+        """The gradients that the layer reports."""
         raise NotImplementedError
 
 
 class NoGradOfEmptyExperts(_OtherGrads):
-    """Where an expert has no tokens its weights have no gradient, None, and so the stack of all has none."""
+    """If an expert has no tokens, its weight gradient is None, and so the stacked gradient is missing."""
 
     def change(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         return {n: g for n, g in grads.items() if "bias" in n or (self._rows_E > 0).all()}
 
 
 class NoBiasGradOfEmptyExperts(_OtherGrads):
-    """Likewise its biases alone."""
+    """If an expert has no tokens, its bias gradient is None, and so the stacked gradient is missing."""
 
     def change(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         return {n: g for n, g in grads.items() if "bias" not in n or (self._rows_E > 0).all()}
 
 
 class AddedUpGrad(_OtherGrads):
-    """The busiest expert's weight gradient is added to what the last pass left in its buffer."""
+    """The busiest expert's weight gradient is added to the result of the last pass, which is still in its buffer."""
 
     def change(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         right, expert = grads["down_projs"], int(self._rows_E.argmax())
@@ -224,7 +224,7 @@ class AddedUpGrad(_OtherGrads):
 
 
 class GradInAnotherDtype(_OtherGrads):
-    """Weight gradients are not of the parameters' dtype: as they were added up, in float32, or shorter."""
+    """Gradients do not have the dtype of their parameters: float32 for 16 bits, and a shorter one for the others."""
 
     def change(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         return {n: g.to(LOWER.get(g.dtype, torch.float32)) for n, g in grads.items()}
@@ -241,7 +241,7 @@ class ScaledGradOfOneExpert(_OtherGrads):
 
 
 class HalfOfABiasGrad(_OtherGrads):
-    """The bias gradient sums over every second row of a tile alone."""
+    """The down projection's bias gradient is halved, as if it summed only every second row of a tile."""
 
     def change(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         return {n: g * 0.5 if n == "down_proj_bias" else g for n, g in grads.items()}
