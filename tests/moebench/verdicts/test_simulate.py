@@ -86,7 +86,9 @@ def test_the_table_is_markdown():
 
 
 SIMULATED = re.findall(
-    r"^ {4}python -m moebench\.simulate (.*)\n\n((?:\|.*\n)+)", (ROOT / "docs" / "gating.md").read_text(), re.MULTILINE
+    r"^ {4}python -m moebench\.verdicts\.simulate (.*)\n\n((?:\|.*\n)+)",
+    (ROOT / "docs" / "gating.md").read_text(),
+    re.MULTILINE,
 )
 
 
