@@ -53,7 +53,7 @@ def test_a_signal_while_results_are_written_is_one_line_too(folder, moebench, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(start, "finish", interrupted)
+        patch.setattr("moebench.cli.run.finish", interrupted)
         found = moebench("run", "--resume", "out")
     line = "interrupted: all that was measured is in the journal; go on with `moebench run --resume out`"
     assert (found.code, found.out, found.err) == (130, "", line)
