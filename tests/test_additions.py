@@ -24,9 +24,9 @@ def touched(name: str) -> list[str]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The project without its results, to be changed."""
-    for name in ("experts", "moebench", "suites", "tests", "docs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    """The project, to be changed."""
+    for name in ("experts", "moebench", "suites", "tests", "docs", "results"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "runs", "plots"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
