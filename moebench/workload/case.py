@@ -19,7 +19,7 @@ Mode = Literal["forward", "train"]
 RankLoad = Literal["even", "uneven", "one-empty"]
 #: The values that two cases must share to have the same weights.
 Weights = tuple[object, ...]
-#: A larger number is a typing mistake: no machine has the memory. Products of such numbers must fit 64-bit columns.
+#: A number from here on is a typing mistake: no machine has the memory. Columns hold it as a 64-bit integer.
 LARGEST = 2**31
 Positive = Annotated[int, Field(gt=0, lt=LARGEST)]
 
@@ -145,7 +145,7 @@ class Case(CaseFields):
 
     @property
     def weights(self) -> Weights:
-        """All values that `moebench.workload.inputs.make_parameters` reads. Cases that share them have the same weights."""
+        """What `moebench.workload.inputs.make_parameters` reads. Cases with equal values have the same weights."""
         shape = (self.n_routed_experts, self.dim, self.moe_inter_dim, self.is_gated)
         return (*shape, self.dtype, self.expert_bias, self.seed, self.ep_size, self.gain)
 
@@ -175,8 +175,8 @@ class Case(CaseFields):
     def tokens_of_rank(self, rank: int) -> int:
         """Return the number of tokens of a rank.
 
-        All ranks have the same number, except: "uneven" rises in equal steps to num_tokens on the last rank, and with
-        "one-empty" the last rank has none.
+        All ranks have num_tokens, with two exceptions. With "uneven" the number rises in equal steps, rounded up, to
+        num_tokens on the last rank. With "one-empty" the last rank has none.
         """
         if self.rank_load == "uneven":
             return -(-self.num_tokens * (rank + 1) // self.ep_size)

@@ -149,8 +149,8 @@ def _read_trace(path: Path, case: Case, num_tokens: int) -> Tensor:
         )
     if trace.min() < -1 or trace.max() >= case.n_routed_experts:
         raise InputsError(
-            f"trace {path} names experts {trace.min()} to {trace.max()}, but the case has 0 to {case.n_routed_experts - 1} "
-            "(-1 for no expert); record it from a model with that many experts"
+            f"trace {path} names experts {trace.min()} to {trace.max()}, but the case has "
+            f"0 to {case.n_routed_experts - 1} (-1 for no expert); record it from a model with that many experts"
         )
     rows = np.arange(num_tokens) % trace.shape[0]  # a trace that is shorter than the case repeats
     return torch.from_numpy(trace[rows].astype(np.int64))

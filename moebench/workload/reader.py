@@ -200,7 +200,7 @@ def _impossible(combination: Mapping[str, object]) -> list[str]:
     if dispatcher == "local" and ep_size != 1:
         messages.append(
             f'dispatcher = "local" at ep_size = {ep_size}: tokens must move between ranks; take '
-            f"{listed(DISPATCHERS[1:])}; ep_size = 1 is local whatever the axis says"
+            f"{listed(DISPATCHERS[1:])}; at ep_size = 1 the dispatcher is always local"
         )
     if combination["n_routed_experts"] is UNKNOWN:
         return messages

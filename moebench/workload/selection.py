@@ -24,7 +24,7 @@ _ORDERS: dict[str, Callable[[float, float], bool]] = {
 
 
 def select(sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]) -> tuple[Job, ...]:
-    """Return the jobs of a sweep that a command line selects. Raises SweepError for a mistake and where no job is left."""
+    """Return the jobs that a command line selects. Raises SweepError for a mistake and where no job is left."""
     return select_of(load_sweep(find_sweep(sweep)), sweep, backends, filters, case_ids)
 
 

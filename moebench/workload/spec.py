@@ -56,9 +56,9 @@ class SweepSpec(_Head):
     excludes: tuple[Axes, ...] = ()
 
     def jobs(self) -> list[Job]:
-        """Return the jobs, each once. Jobs with the same weights are adjacent, then jobs of one case, then of one backend.
+        """Return the jobs, each once, grouped by weights, then by case, then by backend.
 
-        Otherwise they keep the order of the file.
+        Groups are in the order of the file.
         """
         found = {
             _job(combination): None
