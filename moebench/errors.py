@@ -50,7 +50,7 @@ class RevisionError(MoebenchError):
 
 
 class InputsError(MoebenchError, ValueError):
-    """A case whose inputs cannot be made."""
+    """The inputs of a case cannot be made."""
 
     exit_code = EXIT_FAILED
 

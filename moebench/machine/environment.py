@@ -24,7 +24,7 @@ from moebench.machine.versions import TIMED, library_versions
 #: The user sets this variable where the checkout has no .git, so that results still name their revision.
 REVISION_VARIABLE = "MOEBENCH_REVISION"
 
-#: Libraries whose code runs inside the timed region.
+#: Libraries that run code inside the timed region.
 TIMED_LIBRARIES = ("torch", "cuda", "cudnn", "nccl", *TIMED)
 
 _ROOT = Path(moebench.__file__).resolve().parent.parent

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Mapping
 from types import MappingProxyType
 
-#: Libraries whose code runs inside the timed region: importable name -> the distributions that ship it, by their names
+#: Libraries that run code inside the timed region: importable name -> the distributions that ship it, by their names
 #: in package metadata. This table is not in `experts.catalog`, because workers of `moebench ab` import older revisions
 #: of `experts`, and moebench compares the versions of both sides.
 TIMED: Mapping[str, tuple[str, ...]] = MappingProxyType(

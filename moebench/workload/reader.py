@@ -27,13 +27,8 @@ from moebench.workload.models import SHAPE_AXES
 
 Read = dict[str, tuple[object, ...]]  # axes as they were read; UNKNOWN stands for a wrong value
 
-_DECISIVE = {
-    *SHAPE_AXES,
-    "model",
-    "ep_size",
-    "rank_load",
-    "dispatcher",
-}  # axes whose values can make a combination impossible
+# axes with values that can make a combination impossible
+_DECISIVE = {*SHAPE_AXES, "model", "ep_size", "rank_load", "dispatcher"}
 
 
 class SweepReader:
@@ -174,7 +169,7 @@ class SweepReader:
     def sweep(self, grids: Sequence[Read], excludes: Mapping[str, Read]) -> None:
         """Report the mistakes that only the combinations show.
 
-        They are impossible combinations, excludes that match no job, and a sweep whose every job is excluded.
+        They are impossible combinations, excludes that match no job, and excludes that leave out every job.
         """
         dead, left = dict.fromkeys(excludes), 0
         for number, axes in enumerate(grids):
