@@ -161,7 +161,7 @@ CHECKS: dict[str, Check] = {
         ),
         Check(
             "state-dict",
-            "weights that a state dict changes, or loaded weights that the next call ignores; with more than ten experts",
+            "weights that a state dict changes, and loaded weights that a call ignores; with more than ten experts",
             ({"n_routed_experts": 12}, {"n_routed_experts": 12, "expert_activation": "relu2", "expert_bias": False}),
             "state_dict",
         ),
@@ -178,7 +178,7 @@ CHECKS: dict[str, Check] = {
         ),
         Check(
             "fallback",
-            "another backend that runs behind this one's name; the kernel that ran is reported, not judged",
+            "another backend that runs under the name of this one; the kernel that ran is reported, not judged",
             ({},),
             "profiled",
         ),
