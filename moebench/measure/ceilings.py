@@ -41,7 +41,7 @@ class Ceilings:
 
     @property
     def roofline_ms(self) -> float:
-        """The longest of the three times. Bytes read and bytes written both count, in the copy and in the least bytes."""
+        """The longest of the three times. Both bytes read and bytes written count, in the copy and in `least_bytes`."""
         return max(self.dense_ms or 0.0, self.collective_ms or 0.0, self.least_bytes / self.copy_gb_per_s / 1e6)
 
 

@@ -93,7 +93,7 @@ def dropped(inputs: Inputs, case: Case) -> Inputs:
 
 
 def duplicates(inputs: Inputs, case: Case) -> Inputs:
-    """Let every other token choose its first expert twice. The last token that the mask keeps chooses one expert K times."""
+    """Let every other token choose its first expert twice, and the last unmasked token choose one expert K times."""
     indices_TK = inputs.indices_TK.clone()
     indices_TK[::2, 1] = indices_TK[::2, 0]
     last = int(inputs.token_mask_T.nonzero()[-1])
@@ -185,7 +185,7 @@ def _state_dict(subject: Subject) -> Examined:
     case, module = subject.case, subject.module
     loop = get_backend("loop").build(moe_config(case)).to(subject.device)
     loop.load_state_dict(module.state_dict())
-    found = _differences(loop.state_dict(), subject.parameters, "is not the same after a round trip through the state dict")
+    found = _differences(loop.state_dict(), subject.parameters, "differs after a round trip through the state dict")
     subject.settle(handed := subject.inputs.clone())
     subject.run(handed)
     others = make_parameters(_next(case, 1), subject.device)
@@ -209,7 +209,7 @@ def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
 def _in_place(subject: Subject) -> Examined:
     """Halve every parameter in place after a call. Halving is exact in any dtype."""
     if getattr(subject.module, "caches_weights", False):
-        raise Unsupported("keeps weights between calls: loading weights renews them, changing parameters in place does not")
+        raise Unsupported("keeps weights between calls: loading weights renews them, an update in place does not")
     handed = subject.inputs.clone()
     subject.settle(handed)
     subject.run(handed)

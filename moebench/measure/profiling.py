@@ -34,7 +34,7 @@ def executed(call: Callable[[], object], device: torch.device) -> str | None:
 
 
 def trace(stages: Sequence[Callable[[], object]], clear: Callable[[], None], device: torch.device, path: Path) -> None:
-    """Write a Chrome trace (JSON, for Perfetto or chrome://tracing) of a few calls. Each call runs all stages in turn."""
+    """Write a Chrome trace (JSON, for Perfetto or chrome://tracing) of a few calls; each call runs all stages."""
     with _profiler(device, record_shapes=True) as profiler:
         for number in range(TRACED_CALLS):
             with record_function(f"call {number}"):
