@@ -55,7 +55,7 @@ class Subject:
         parameters: Mapping[str, Tensor] | None = None,
         case: Case | None = None,
     ) -> ParityVerdict:
-        """Judge passes against the reference. If the passes used other inputs, parameters or another case, give them."""
+        """Judge passes against the reference. If they used other inputs, parameters or another case, pass these."""
         return check(
             case or self.case, inputs or self.inputs, parameters or self.parameters, passes, self.fp8, self.ranks
         )

@@ -13,8 +13,8 @@ The worker appends events to the events file, one JSON object per line:
 * `record`, with a job's number and record, when the job has ended
 * `refused`, instead of all others, if the user asked for a backend or a device that does not exist
 
-After a failed job the worker goes on if it is healthy (moebench.measure.canary). The worker ends when its standard input
-ends, so that it does not outlive a supervisor that was killed.
+After a failed job, the worker goes on if it is healthy (moebench.measure.canary). It ends when its standard input ends,
+so that it does not outlive a supervisor that was killed.
 """
 
 import argparse
