@@ -50,7 +50,7 @@ class _NoRows(Function):
 
     Forward saves tensors and backward reads them although it does not need their values. Checkpointing runs forward
     again only when backward reads saved tensors. A rank that did not run forward again would miss the dispatcher's
-    collectives, and the other ranks would wait for it forever.
+    collectives, in which the other ranks wait for it.
     """
 
     @staticmethod

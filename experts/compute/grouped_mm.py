@@ -28,7 +28,7 @@ def products(offsets_L: Tensor) -> Products:
 def unaligned(config: MoEConfig, who: str = "grouped_mm") -> Unsupported | None:
     """Return why `who` cannot take the config's rows: their size must be a multiple of 16 bytes.
 
-    Rows are not padded, because padding would change what is measured.
+    Rows are never padded silently.
     """
     gated = is_gated_activation(config.expert_activation)
     widths = {

@@ -1,8 +1,9 @@
 """The local experts as one autograd function, for engines that supply their products. It decides what to keep.
 
 Forward keeps the tokens, the up projection's output before the activation, and the permutation. It keeps nothing of the
-down projection. Backward recomputes the activation while it computes the activation's gradient. It writes both over the
-memory that it reads, and frees each buffer at its last use. `save` decides about the gathered rows:
+down projection. Backward recomputes the activation while it computes the gradient of the activation's input. It writes
+both results over the memory that it reads, and frees each buffer at its last use. `save` decides about the gathered
+rows:
 
 - "memory": backward gathers the rows of the tokens and of the output's gradient again where it needs them again.
 - "time": forward keeps the rows of the tokens for backward, and backward keeps the rows of the output's gradient until
