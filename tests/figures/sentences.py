@@ -26,30 +26,30 @@ class Sentence:
 
 README = (
     ("for {backends} backends of the Qwen3-30B-A3B expert layer", quoted.lines_of_the_picture),
-    ("One {gpu}, torch {torch}, {date}.", quoted.environment),
+    ("on one NVIDIA H200 (torch {torch}, {date}).", quoted.environment),
     (
-        "holds the numbers: {measured} jobs on {models} model shapes, all within their parity budgets.",
+        "{measured} jobs on {models} model shapes, all within their parity budgets.",
         lambda: quoted.counts(GPU),
     ),
-    ("holds {measured} of {jobs} jobs on two H200s", lambda: quoted.counts(TWO_GPUS)),
-    ("(a train step of `triton` takes {low} to {high} of NeMo AutoModel's time)", quoted.of_automodel),
+    ("holds {measured} of {jobs} jobs.", lambda: quoted.counts(TWO_GPUS)),
+    ("a train step of `triton` takes {low} to {high} of the time.", quoted.of_automodel),
     ("It was the fastest in all {cases} cases that it shares with another backend", quoted.fastest),
     (
-        """With up to 2048 tokens of Qwen3-30B-A3B, uniformly routed, its forward takes {low} to {high}% less time
-        than that of `torch_mm`. With 16384 tokens the forward takes {forward}% less time and the train step
+        """For up to 2048 tokens of Qwen3-30B-A3B with uniform routing, its forward takes {low} to {high}% less time
+        than the forward of `torch_mm`. For 16384 tokens, its forward takes {forward}% less time and its train step
         {train}% less.""",
         quoted.triton_saves,
     ),
     (
-        """With a thousand rows or so for each expert, `gmm` and `te` take {wide_low} to {wide_high} times as long
-        as `triton` where experts are few and wide, and {qwen_low} to {qwen_high} times with Qwen3-30B-A3B's 128
-        experts. With fewer rows they take up to {fewer_most} times as long.""",
+        """With about a thousand tokens for each expert, they take {wide_low} to {wide_high} times as long as `triton`
+        on shapes with few, wide experts, and {qwen_low} to {qwen_high} times as long on the 128 experts of
+        Qwen3-30B-A3B. With fewer tokens for each expert, they take up to {fewer_most} times as long.""",
         quoted.libraries_take,
     ),
     ("FP8 through Transformer Engine was slower than `torch_mm` in every case measured.", quoted.fp8_is_slower),
     (
-        """take `deepep` for a forward of up to {few} tokens a rank, where it was always the fastest dispatcher.
-        With {many} tokens a rank take `alltoall` or `allgather`, which both beat it.""",
+        """take `deepep` for a forward of up to {few} tokens per rank, where it was always the fastest dispatcher.
+        For {many} tokens per rank, take `alltoall` or `allgather`, which were both faster.""",
         quoted.dispatchers,
     ),
     ("about {cpu} minute on a CPU; on a GPU node the GPU suite, about {gpu}", quoted.minutes),
