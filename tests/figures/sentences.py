@@ -121,7 +121,7 @@ OTHERS = (
     ),
     (
         "docs/concepts.md",
-        "{cases} cases for each backend, in all dtypes.",
+        "It has {cases} cases per backend over all dtypes,",
         quoted.parity_cases,
     ),
     (
