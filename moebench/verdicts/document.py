@@ -81,9 +81,7 @@ class GateJob(_Part):
     def of(cls, job: Judged) -> Self:
         time = None if job.time is None else GateTime.model_validate(job.time)
         if time is not None and not time.low:
-            time = time.model_copy(
-                update={"low": None}
-            )  # 0 is minus infinity on the logarithmic scale, so the end is not known
+            time = time.model_copy(update={"low": None})  # 0 is minus infinity as a logarithm: not known
         columns = ("status", "time_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
         return cls(
             case_id=job.key.case_id,

@@ -7,9 +7,10 @@ with equal weights, which compares only numbers of the same block.
 If both groups of a block are drawn from one distribution of any shape, all orders of their members are equally likely.
 This gives the distribution of U, the number of pairs in which the member of the second group is greater.
 
-The test assumes nothing about the noise. Two modes, a disturbed round, or a disturbance of a whole block may hide a
-change, but they do not cause a false alarm. The price is many rounds: for groups of n and m members that do not
-overlap, the smallest possible p-value is 1 / C(n + m, n). For several blocks it is the product over the blocks.
+The test assumes nothing about the noise. Two modes or a disturbed round may hide a change, but they do not cause a
+false alarm. A disturbance that all members of a block share does neither. The price is many rounds: for groups of n
+and m members that do not overlap, the smallest possible p-value is 1 / C(n + m, n). For several blocks it is the
+product over the blocks.
 """
 
 import math
