@@ -1,1 +1,1 @@
-"""Rows of results: journal, frame, folder, and what is read from them without a verdict. No torch."""
+"""Rows of results: the journal, the data frame, the results folder, and what reads them without a verdict."""

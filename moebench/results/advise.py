@@ -1,7 +1,8 @@
-"""Which backend for a workload, from measured results alone. No torch here.
+"""Which backend to use for a workload, from measured results only.
 
-A backend is judged by what was measured of it at the asked token count or, between two measured counts no more than
-MOST_APART times apart, by the straight line between them in logarithms. Nothing is extrapolated.
+If a backend was measured at the token count that the user asks for, `advise` takes that measurement. If the count lies
+between two measured counts, and the larger is at most MOST_APART times the smaller, `advise` interpolates on a straight
+line through their logarithms. It never extrapolates.
 """
 
 import math
@@ -19,19 +20,19 @@ from moebench.workload.axes import did_you_mean, listed
 from moebench.workload.case import Case
 from moebench.workload.models import MODELS, SHAPE_AXES, shape_fields
 
-#: Between two token counts further apart a backend's time need not follow a line.
+#: The largest ratio of two token counts to interpolate between. Further apart, the time may not follow a line.
 MOST_APART = 8
-#: A smaller advantage is none.
+#: A smaller advantage counts as none.
 CLOSE = THRESHOLD
 
-#: Fields of a case that may differ from the asked: the name of a shape, and what is averaged over.
+#: Fields of a case that a matching row need not share: the shape's name, and the fields that `advise` combines rows of.
 _FREE = ("model", "num_tokens", "seed")
 _VALUES = ("time_ms", "time_ms_low", "time_ms_high", "peak_memory_bytes", "tokens_per_s")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A backend with its dispatcher at the asked token count. Times in ms; memory null where it was not measured."""
+    """A backend and dispatcher at the token count that was asked for. Times in ms; memory is NaN if not measured."""
 
     label: str
     backend: str
@@ -41,7 +42,7 @@ class Candidate:
     time_ms_high: float
     peak_memory_bytes: float
     tokens_per_s: float
-    measured_at: tuple[int, ...]  # the asked count, or the two that it lies between
+    measured_at: tuple[int, ...]  # the count that was asked for, or the two around it
     run_ids: tuple[str, ...]
 
     @property
@@ -51,7 +52,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Advice:
-    """What one machine's results say: candidates, the fastest first, and the others with why they are not."""
+    """The advice from one machine's results: candidates, the fastest first, and why other backends are left out."""
 
     machine: str
     candidates: tuple[Candidate, ...]
@@ -59,14 +60,15 @@ class Advice:
 
     @property
     def times_the_next(self) -> float | None:
-        """How many times as long the second takes as the first."""
+        """The time of the second candidate divided by the time of the first; None without a second."""
         return self.candidates[1].time_ms / self.candidates[0].time_ms if len(self.candidates) > 1 else None
 
     @property
     def is_close(self) -> bool:
-        """Whether either of the first two may be the faster: intervals overlap, or less than CLOSE apart.
+        """Whether either of the first two candidates may be the faster one.
 
-        An interval is of one process, and the next process may differ by more.
+        That is so if their intervals overlap or if their times differ by less than CLOSE. The second rule is needed
+        because an interval comes from one process, and the next process may differ by more.
         """
         if self.times_the_next is None:
             return False
@@ -74,7 +76,10 @@ class Advice:
 
 
 def question(model: str, num_tokens: int, **more: object) -> Case:
-    """The asked workload; `model` is a preset or a shape as tables name it, e64k6d1024i512. Raises UsageError."""
+    """Return the workload that the user asks about. `model` is a preset, or a shape as tables name it: e64k6d1024i512.
+
+    Raises UsageError for a model or a value that a case cannot have.
+    """
     shape = shape_fields(model)
     if shape is None and model not in MODELS:
         hint = did_you_mean(model, MODELS) or f"there are {listed(MODELS)}"
@@ -90,13 +95,13 @@ def question(model: str, num_tokens: int, **more: object) -> Case:
 
 
 def matching(frame: pd.DataFrame, asked: Case) -> pd.DataFrame:
-    """The rows of the asked workload at any token count."""
+    """Return the rows of the workload at any token count."""
     wanted = asked.model_dump(exclude=set(_FREE))
     return frame[frame[list(wanted)].eq(pd.Series(wanted)).all(axis=1)]
 
 
 def advise(frame: pd.DataFrame, asked: Case) -> list[Advice]:
-    """Advice for each machine that has measured the asked workload at any token count."""
+    """Return one advice for each machine that has measured the workload at any token count."""
     rows = matching(frame, asked)
     rows = rows.assign(label=backend_labels(rows))
     found = []
@@ -114,7 +119,7 @@ def advise(frame: pd.DataFrame, asked: Case) -> list[Advice]:
 
 
 def elsewhere(frame: pd.DataFrame, asked: Case) -> list[str]:
-    """What the results have instead of the asked workload: other settings of its shape, else other shapes."""
+    """Return what the results have instead of the workload: other settings of its shape, or else other shapes."""
     shape = frame[list(SHAPE_AXES)].eq(pd.Series({name: getattr(asked, name) for name in SHAPE_AXES})).all(axis=1)
     if not shape.any():
         return list(dict.fromkeys(shape_names(frame)))
@@ -123,19 +128,19 @@ def elsewhere(frame: pd.DataFrame, asked: Case) -> list[str]:
 
 
 def _newest(line: pd.DataFrame) -> pd.DataFrame:
-    """Of what was measured more than once, the last run's; run ids begin with the time."""
+    """Keep the last run's row of each token count and seed. Run ids begin with the time, so they sort by it."""
     return line.sort_values("run_id").drop_duplicates(["num_tokens", "seed"], keep="last")
 
 
 def _judge(line: pd.DataFrame, num_tokens: int) -> Candidate | str:
-    """One backend and dispatcher at a token count; or why nothing can be said of it."""
+    """Return the candidate of one backend and dispatcher at a token count, or the reason why there is none."""
     failed = line[(line["num_tokens"] == num_tokens) & (line["status"] != Status.ok)]
     if len(failed):
         return f"{failed['status'].iloc[0]}: {failed['detail'].iloc[0].partition(chr(10))[0]}"
     counts = sorted(int(count) for count in line.loc[line["status"] == Status.ok, "num_tokens"].unique())
     around = _around(counts, num_tokens)
     if not around:
-        return f"measured at {tokens_list(counts)}" if counts else "never measured right"
+        return f"measured at {tokens_list(counts)}" if counts else "never measured with status ok"
     at = line[line["num_tokens"].isin(around)]
     values = at.groupby("num_tokens")[list(_VALUES)].median().astype("float64")
     low, high = values.iloc[0], values.iloc[-1]
@@ -147,7 +152,7 @@ def _judge(line: pd.DataFrame, num_tokens: int) -> Candidate | str:
 
 
 def _around(counts: Sequence[int], num_tokens: int) -> list[int]:
-    """The measured count that is the asked one, or the two next to it if they are near each other; else none."""
+    """Return the measured counts to use: `num_tokens` itself, or the two around it if they are near enough, or none."""
     if num_tokens in counts:
         return [num_tokens]
     below = max((count for count in counts if 0 < count < num_tokens), default=None)
@@ -158,6 +163,6 @@ def _around(counts: Sequence[int], num_tokens: int) -> list[int]:
 
 
 def tokens_list(counts: Iterable[int]) -> str:
-    """Token counts in words: 16, 128 and 512 tokens."""
+    """Return token counts in words: 16, 128 and 512 tokens."""
     texts = [str(count) for count in counts]
     return f"{', '.join(texts[:-1])}{' and ' if len(texts) > 1 else ''}{texts[-1]} tokens"

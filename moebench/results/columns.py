@@ -1,4 +1,4 @@
-"""What a column of results declares beside its type: its meaning, its unit, and how rounds make one value of it."""
+"""The declaration of a column of results besides its type: its meaning, its unit, and how its rounds combine."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -11,25 +11,26 @@ from pydantic import BaseModel
 
 
 class Rounds(StrEnum):
-    """How the values of several rounds make the value of their row. Rounds without a value do not count."""
+    """How the values of several rounds make one value of the row. Rounds without a value do not count."""
 
     SAME = "same in all"
     OF_WORST = "of the worst round"
     COMPUTED = "computed"  # from other columns, by moebench.results.rounds
     SUM = "sum"
-    WORST = "largest"  # of an object, key by key
+    WORST = "largest"  # for an object, key by key
     MEDIAN = "median"
-    LOWER_MEDIAN = "lower median"  # stays one of the values, so that an integer stays one
+    LOWER_MEDIAN = "lower median"  # always one of the values, so that an integer stays an integer
     ALL = "true if all are"
     EVERY = "all that occur"  # texts are joined by " | "
-    SAMPLES = "one after another"  # lists with an entry for each sample, which the CSV does not have
+    SAMPLES = "one after another"  # lists with one entry per sample; the CSV leaves these columns out
 
 
 @dataclass(frozen=True)
 class Column:
-    """Stands in the annotation of a field of `Record`.
+    """The declaration of a column. It stands in the annotation of a field of `Record`.
 
-    `null` says when nothing is there. Only a row with status ok may carry a speed.
+    `means` and `null` appear in docs/results.md; `null` says when a cell is null. Only a row with status ok may have a
+    value in a column with `is_speed`.
     """
 
     rounds: Rounds
@@ -40,7 +41,7 @@ class Column:
 
 
 def columns_of(model: type[BaseModel]) -> dict[str, Column]:
-    """The column of each field; a field that declares none is one of a case, and described there."""
+    """Return the declaration of each field. A field without one belongs to a case; its description is the meaning."""
     found = {}
     for name, field in model.model_fields.items():
         of_case = Column(Rounds.SAME, field.description or "", null="not set")
@@ -60,7 +61,7 @@ def _every(values: Sequence[Any]) -> Any:
     return " | ".join(dict.fromkeys(values))
 
 
-#: One value of the values of one row or more.
+#: How to combine the values of one or more rounds into one value.
 COMBINE: Mapping[Rounds, Callable[[Sequence[Any]], Any]] = {
     Rounds.SUM: sum,
     Rounds.WORST: _worst,

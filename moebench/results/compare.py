@@ -1,4 +1,4 @@
-"""Several results side by side, a row a job. No torch here."""
+"""Several results side by side, one row per job."""
 
 from collections.abc import Mapping
 
@@ -8,26 +8,31 @@ from moebench.errors import ResultsError
 from moebench.results.labels import CASE_ORDER
 from moebench.workload.case import KEY, Case
 
-#: Columns that stand side by side, one for each result: `time_ms:NAME`.
+#: Measures that have one column for each result: `time_ms:NAME`.
 MEASURES = ("status", "time_ms", "tokens_per_s", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
-#: Of those, what also has a ratio to the first result, `time_ms_ratio:NAME`.
+#: The measures that also have a ratio to the first result: `time_ms_ratio:NAME`.
 RATIOS = ("time_ms", "tokens_per_s", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
 
 _CASE_COLUMNS = tuple(name for name in Case.model_fields if name not in KEY)
 
 
 def compare(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Named results as one frame: a row a job that any of them has, in case order.
+    """Return one frame with a row for every job that any of the named results has, in the order of cases.
 
-    Columns: `case_id`, `backend`, `dispatcher` and the fields of the case; for each of MEASURES and each name
-    `MEASURE:NAME`, in the units of docs/results.md, null where that result has no such job or did not measure it; for
-    each of RATIOS and each name but the first `MEASURE_ratio:NAME`, that result's over the first's: below 1 is less
-    time, fewer tokens/s, less memory, a smaller error. Ratios of times say nothing about noise: `moebench gate` does.
+    Columns:
+
+    - `case_id`, `backend`, `dispatcher` and the fields of the case
+    - `MEASURE:NAME` for each of MEASURES and each result, in the units of docs/results.md; null if the result has no
+      such job or did not measure it
+    - `MEASURE_ratio:NAME` for each of RATIOS and each result except the first: its value divided by the first result's.
+      A ratio below 1 means less time, fewer tokens/s, less memory or a smaller error.
+
+    A ratio of times does not show whether the difference is noise. `moebench gate` tests that.
 
     Raises ResultsError for fewer than two results.
     """
     if len(frames) < 2:
-        raise ResultsError(f"{len(frames)} results to compare: give two or more")
+        raise ResultsError(f"{len(frames)} results to compare; give two or more")
     some = [frame[[*KEY, *_CASE_COLUMNS]] for frame in frames.values()]
     jobs = pd.concat(some, ignore_index=True).drop_duplicates(list(KEY))
     together = jobs.sort_values([*CASE_ORDER, "backend", "dispatcher"], kind="stable").set_index(list(KEY))
@@ -44,10 +49,10 @@ def compare(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def names_of(paths: list[str]) -> list[str]:
-    """A short name for each result: the last part of its path, or so many parts as tell them apart."""
+    """Return a short name for each result: as many of the last parts of its path as make the names differ."""
     parts = [path.rstrip("/").split("/") for path in paths]
     for many in range(1, max(map(len, parts)) + 1):
         names = ["/".join(some[-many:]) for some in parts]
         if len(set(names)) == len(names):
             return names
-    raise ResultsError("the same result is given twice; give different ones")
+    raise ResultsError("the same result is given twice; give each result once")

@@ -1,8 +1,8 @@
-"""Journal -> tidy DataFrame -> Parquet and CSV: a row a job, a column a field of `Record`. No torch here.
+"""Journal -> tidy DataFrame -> Parquet and CSV. The frame has one row per job and one column per field of `Record`.
 
-A column has one dtype, whatever it holds: an empty run, a run of failures and a full one all concatenate. Null is NaN
-in a float column and `<NA>` elsewhere; infinity is a value. `parity_errors` is a JSON object in a string, since
-its keys differ from row to row; the function of that name reads it. docs/results.md explains every column.
+Each column has a fixed dtype, so that an empty run, a run of failures and a full run concatenate. Null is NaN in a
+float column and `<NA>` elsewhere. Infinity is a value. A cell of `parity_errors` is a JSON object in a string, because
+its keys differ from row to row; the function `parity_errors` reads it. docs/results.md explains every column.
 """
 
 import json
@@ -27,7 +27,7 @@ from moebench.results.rounds import merged_rounds
 PARQUET_NAME = "results.parquet"
 CSV_NAME = "results.csv"
 
-#: Left out of the CSV: thousands of numbers in a cell help nobody.
+#: Columns that the CSV leaves out: nobody reads thousands of numbers in one cell.
 SAMPLE_COLUMNS = tuple(name for name, column in COLUMN_OF.items() if column.rounds is Rounds.SAMPLES)
 
 _ARROW_TYPES: Mapping[Hashable, Any] = {
@@ -51,7 +51,7 @@ _PANDAS_TYPES: Mapping[Any, Any] = {
 
 
 def _bare(annotation: Any) -> Any:
-    """An annotation without `| None`, `Annotated` and `Literal`."""
+    """Return the type that is left when `| None`, `Annotated` and `Literal` are removed from an annotation."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _bare(arguments[0])
@@ -63,21 +63,21 @@ def _bare(annotation: Any) -> Any:
     return annotation
 
 
-#: The one Arrow schema of results: Record's fields, in their order, by the names that the journal uses.
+#: The Arrow schema of all results: Record's fields in their order, with the names that the journal uses.
 ARROW_SCHEMA = pa.schema(
     [(field.alias or name, _ARROW_TYPES[_bare(field.annotation)]) for name, field in Record.model_fields.items()]
 )
 COLUMNS: tuple[str, ...] = tuple(ARROW_SCHEMA.names)
-#: Columns that a Parquet file may lack, and what their cells hold then.
+#: Columns that a Parquet file may lack, with the value that fills their cells then.
 _OPTIONAL = {
     name: field.default for name, field in Record.model_fields.items() if not (field.is_required() or field.alias)
 }
 
 
 def to_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """A row a job, its rounds merged, in the order in which jobs first appear.
+    """Return a frame with one row per job, in the order in which the jobs first appear. Each row merges a job's rounds.
 
-    Of records of one job and round, the last counts.
+    If a job has several records of one round, the last record counts.
     """
     latest = {(*row.key, row.round): row for row in records}
     jobs: dict[Hashable, list[Record]] = {}
@@ -91,26 +91,26 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def jsonable(number: float) -> float | str:
-    """A number as JSON can hold it: infinity, which JSON does not have, is "inf"."""
+    """Return the number itself, or the string "inf", "-inf" or "nan", because JSON has no such numbers."""
     return number if math.isfinite(number) else str(number)
 
 
 def to_json(frame: pd.DataFrame) -> str:
-    """A JSON array with an object a row, its cells as they are: null for what was not measured, "inf" for infinity."""
+    """Return a JSON array with one object per row. A cell that was not measured is null, and infinity is "inf"."""
     rows = pa.Table.from_pandas(frame, preserve_index=False).to_pylist()
     cells = ({name: jsonable(cell) if isinstance(cell, float) else cell for name, cell in row.items()} for row in rows)
     return json.dumps(list(cells), allow_nan=False)
 
 
 def parity_errors(cell: str | None) -> dict[str, float]:
-    """Error over budget of each tensor, from a cell of the column `parity_errors`; empty for null."""
+    """Return each tensor's error divided by its budget, from a cell of the column `parity_errors`; empty for null."""
     if cell is None or pd.isna(cell):
         return {}
     return {tensor: float(error) for tensor, error in json.loads(cell).items()}
 
 
 def load(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """The results in a folder (its journal, else its results.parquet) or in a Parquet file.
+    """Return the results in a Parquet file or a folder. In a folder the journal comes first, then results.parquet.
 
     Raises `ResultsError` for anything else.
     """
@@ -118,19 +118,22 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     if path.is_file():
         return _read_parquet(path)
     if not path.is_dir():
-        raise ResultsError(f"{path}: no such file or folder; give a results folder or a Parquet file of one")
+        raise ResultsError(f"{path}: no such file or folder; give a results folder or a results.parquet")
     if (path / JOURNAL_NAME).is_file():
         return to_frame(read_journal(path / JOURNAL_NAME))
     if (path / PARQUET_NAME).is_file():
         return _read_parquet(path / PARQUET_NAME)
     raise ResultsError(
-        f"{path}: holds neither {JOURNAL_NAME} nor {PARQUET_NAME}, and a results folder holds one of them; "
-        "give the folder that the last line of `moebench run` names"
+        f"{path}: holds neither {JOURNAL_NAME} nor {PARQUET_NAME}, but a results folder has one of them; "
+        "give the folder that `moebench run` names in its last line"
     )
 
 
 def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write results.parquet and results.csv (without samples) into `folder`, which exists; each whole or not at all."""
+    """Write results.parquet, and results.csv without samples, into the existing `folder`. Return the two paths.
+
+    A crash leaves each file old or new, never in part.
+    """
     table = pa.Table.from_pandas(frame, schema=ARROW_SCHEMA, preserve_index=False).replace_schema_metadata(None)
     parquet = pa.BufferOutputStream()
     pq.write_table(table, parquet, compression="zstd")
@@ -139,7 +142,7 @@ def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def write_csv(frame: pd.DataFrame, folder: Path) -> Path:
-    """Write results.csv, which has no samples, into `folder`, which exists."""
+    """Write results.csv, which has no samples, into the existing `folder`. Return its path."""
     flat = frame[[name for name in COLUMNS if name not in SAMPLE_COLUMNS]]
     flat = flat.assign(flags=[";".join(flags) for flags in frame["flags"]])
     write_atomically(folder / CSV_NAME, flat.to_csv(index=False, lineterminator="\n").encode())
@@ -159,14 +162,14 @@ def _read_parquet(path: Path) -> pd.DataFrame:
             f"{path}: not a Parquet file ({str(error).splitlines()[0]}); give a results folder or its {PARQUET_NAME}"
         ) from error
     for name, default in _OPTIONAL.items():
-        if name not in table.column_names:  # written before there was this column
+        if name not in table.column_names:  # an older moebench, without this column, wrote the file
             cells = pa.array([default] * len(table), ARROW_SCHEMA.field(name).type)
             table = table.append_column(name, cells)
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
         raise ResultsError(
             f"{path}: no column {', '.join(missing[:3])}{' …' * (len(missing) > 3)}, which results of schema {SCHEMA} "
-            f"have; give the {PARQUET_NAME} that `moebench run` wrote"
+            f"must have; give the {PARQUET_NAME} that `moebench run` wrote"
         )
     try:
         frame = _to_pandas(table.select(COLUMNS).cast(ARROW_SCHEMA))
@@ -178,7 +181,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     others = sorted({int(schema) for schema in frame["schema"].dropna()} - {SCHEMA})
     if others or frame["schema"].isna().any():
         raise ResultsError(
-            f"{path}: schema {', '.join(map(str, others)) or 'null'}, this moebench reads {SCHEMA}: "
+            f"{path}: schema {', '.join(map(str, others)) or 'null'}, this moebench reads {SCHEMA}; "
             "open it with the moebench that wrote it"
         )
     return frame

@@ -1,4 +1,4 @@
-"""One case over many results, in the order in which they were measured, and its plot. No torch here."""
+"""One case in many results, in the order in which they were measured."""
 
 import re
 from collections.abc import Mapping
@@ -14,15 +14,21 @@ _TIME = re.compile(r"(20\d\d)([01]\d)([0-3]\d)-([0-2]\d)([0-5]\d)")
 
 
 def history(case_id: str, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """A row for each backend and result that has the case, oldest first.
+    """Return one row for each result and backend that has the case, the oldest first.
 
-    Columns are those of results, and `result`, its name; `line`, the backend with its dispatcher; `place`, the number
-    of its result in time; `change`, the time over that of the same line's last row with a time, less 1; `since_first`,
-    likewise over its first. Raises ResultsError where no result has the case.
+    The frame has the columns of results and these:
+
+    - `result`: the name of the result
+    - `line`: the backend with its dispatcher
+    - `place`: the number of the result in the order of time, from 0
+    - `change`: the time divided by the previous time of the same line, minus 1; rows without a time are skipped
+    - `since_first`: the time divided by the first time of the same line, minus 1
+
+    Raises ResultsError if no result has the case.
     """
     known = sorted({case for frame in frames.values() for case in frame["case_id"]})
     if case_id not in known:
-        hint = did_you_mean(case_id, known) or "`moebench list SWEEP` names a sweep's cases"
+        hint = did_you_mean(case_id, known) or "run `moebench list SWEEP` for the cases of a sweep"
         raise ResultsError(f"{case_id}: none of {len(frames)} results has this case; {hint}")
     found = [frame[frame["case_id"] == case_id].assign(result=name) for name, frame in frames.items()]
     rows = pd.concat(found, ignore_index=True).sort_values("run_id", kind="stable", ignore_index=True)
@@ -36,6 +42,6 @@ def history(case_id: str, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def when(run_id: str) -> str:
-    """The day and time with which a run's id begins; the id itself where it begins otherwise."""
+    """Return the date and time that a run's id begins with, or the id itself if it begins with something else."""
     found = _TIME.match(run_id)
     return "{}-{}-{} {}:{}".format(*found.groups()) if found else run_id

@@ -1,4 +1,4 @@
-"""The append-only journal that holds records as they are finished."""
+"""The journal of a run: a file to which moebench appends the record of each finished job."""
 
 import json
 import reprlib
@@ -13,9 +13,10 @@ from moebench.results.record import SCHEMA, Record
 
 
 class Journal:
-    """Records, one JSON object a line, appended and flushed as each job is finished.
+    """The records of a run, one JSON object per line. `append` writes a line when a job is finished.
 
-    A process killed while it writes leaves at most one torn line, the last; reading passes over it and counts it.
+    A process that is killed while it writes leaves at most one torn line, at the end. `read` skips torn lines and
+    counts them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,14 +26,18 @@ class Journal:
         line = row.to_json() + "\n"
         with self.path.open("ab+") as file:
             if file.tell() and not _ends_a_line(file):
-                line = "\n" + line  # what a killed writer left stays a line of its own
+                line = "\n" + line  # keep the torn line of a killed writer apart
             file.write(line.encode())
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.read()[0])
 
     def read(self) -> tuple[list[Record], int]:
-        """The records, oldest first, and the number of torn lines that were passed over."""
+        """Return the records, the oldest first, and the number of torn lines that were skipped.
+
+        Raises ResultsError for a line that is not a JSON object or has another schema, and ValidationError for a line
+        whose fields are not those of a record.
+        """
         rows: list[Record] = []
         torn = 0
         if not self.path.exists():
@@ -47,12 +52,12 @@ class Journal:
                 continue
             if not isinstance(fields, dict):
                 raise ResultsError(
-                    f"{self.path}:{number}: {reprlib.repr(fields)}, where a line holds one record, a JSON object: "
+                    f"{self.path}:{number}: {reprlib.repr(fields)} is wrong; a line holds one record, a JSON object; "
                     "give a journal that `moebench run` wrote"
                 )
             if fields.get("schema") != SCHEMA:
                 raise ResultsError(
-                    f"{self.path}:{number}: schema {fields.get('schema')!r}, this moebench reads {SCHEMA}: "
+                    f"{self.path}:{number}: schema {fields.get('schema')!r}, this moebench reads {SCHEMA}; "
                     "open it with the moebench that wrote it"
                 )
             rows.append(Record.model_validate_json(line))
@@ -68,12 +73,16 @@ JOURNAL_NAME = "journal.jsonl"
 
 
 def read_journal(path: Path) -> list[Record]:
-    """The records of a journal, oldest first; none where there is no file. Raises `ResultsError` for anything else."""
+    """Return the records of a journal, the oldest first; none if there is no file.
+
+    Raises `ResultsError` for a file that is not a journal of this moebench.
+    """
     try:
         return list(Journal(path))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "a line"
         raise ResultsError(
-            f"{path}: {field}: {first['msg']}: not a record of this moebench; open it with the moebench that wrote it"
+            f"{path}: {field}: {first['msg']}; this is not a record of this moebench; "
+            "open it with the moebench that wrote it"
         ) from error

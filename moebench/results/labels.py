@@ -1,4 +1,4 @@
-"""How results are spoken of, the same in tables, plots and pages. No torch here."""
+"""The names of cases, backends and machines, the same in tables, plots and pages."""
 
 import re
 from collections.abc import Hashable, Iterable, Mapping
@@ -14,20 +14,23 @@ from moebench.workload.models import SHAPE_AXES, shape_name
 
 @dataclass(frozen=True)
 class Description:
-    """What tells the cases of a frame apart, and what they share."""
+    """The parts of a case's description that all rows of a frame share, and the parts that differ."""
 
-    shared: dict[str, str]  #: parts that are the same in every row, without those at their default
-    varying: pd.DataFrame  #: a column a part that differs, a row a row of the frame, all strings
+    shared: dict[str, str]  #: parts that are the same in every row, except settings at their defaults
+    varying: pd.DataFrame  #: strings: one column per part that differs, one row per row of the frame
 
     @property
     def labels(self) -> "pd.Series[str]":
-        """The varying parts of each row in one string."""
+        """The varying parts of each row, joined by spaces."""
         texts = [" ".join(filter(None, row)) for row in self.varying.to_numpy()]
         return pd.Series(texts, index=self.varying.index, dtype="str")
 
     @property
     def headings(self) -> "pd.Series[str]":
-        """The varying parts of each row in words, `4096 tokens, train`; `defaults` where that leaves a row without."""
+        """The varying parts of each row in words, such as `4096 tokens, train`.
+
+        A row whose varying parts are all at their defaults reads `defaults`.
+        """
         texts = [
             ", ".join(_in_words(str(part), text) for part, text in zip(self.varying, row, strict=True) if text)
             for row in self.varying.to_numpy()
@@ -36,32 +39,35 @@ class Description:
         return pd.Series(texts, index=self.varying.index, dtype="str")
 
     def title(self, *without: str) -> str:
-        """The shared parts in words, but for those named."""
+        """Return the shared parts in words, except the parts named in `without`."""
         return ", ".join(text for part, text in self.shared.items() if part not in without)
 
 
 def describe(frame: pd.DataFrame) -> Description:
-    """Split what describes the case of each row into what all rows share and what varies."""
+    """Split the descriptions of the rows' cases into the parts that all rows share and the parts that differ."""
     parts = pd.DataFrame([_parts(row) for row in frame.to_dict("records")], index=frame.index, dtype="str")
     values = {str(name): parts[name].unique() for name in parts}
     shared = {name: _in_words(name, found[0]) for name, found in values.items() if len(found) == 1 and found[0]}
     for place in ("machine", "run"):
-        shared.pop(place, None)  # `machine` below says where and when
+        shared.pop(place, None)  # the function `machine` below names the place and the date
     return Description(shared, parts[[name for name, found in values.items() if len(found) > 1]])
 
 
 def _in_words(part: str, text: str) -> str:
-    """A part as it reads without a column's title above it."""
+    """Return the text of a part, with the part's name where the text needs it."""
     return f"{text} {part}" if part in ("tokens", "routing") else text
 
 
 def rank_load_text(rank_load: str) -> str:
-    """How tokens are spread over ranks, in words; empty where all have as many."""
+    """Return in words how tokens are spread over ranks; empty if all ranks have the same number."""
     return _RANK_LOADS.get(rank_load, rank_load)
 
 
 def panel_title(rows: pd.DataFrame, first: str, routing: str, rank_load: str) -> str:
-    """Of the panel of one routing and load in a figure of `rows`: `first`, and what of the two differs there."""
+    """Return the title of one panel in a figure of `rows`.
+
+    It has `first`, then the panel's routing if `rows` have several routings, then its rank load if they have several.
+    """
     texts = {"routing": routing, "rank_load": rank_load_text(rank_load)}
     return ", ".join([first, *(text for name, text in texts.items() if text and rows[name].nunique() > 1)])
 
@@ -70,7 +76,7 @@ _RANK_LOADS = {"even": "", "uneven": "uneven ranks", "one-empty": "one empty ran
 
 
 def shape_names(frame: pd.DataFrame) -> list[str]:
-    """The model of each row, or the shape it has of its own: e64k6d1024i512."""
+    """Return the model of each row, or a name made of its shape if it has no model: e64k6d1024i512."""
     return [_shape_name(row) for row in frame.to_dict("records")]
 
 
@@ -79,7 +85,7 @@ def _shape_name(row: Mapping[Hashable, Any]) -> str:
 
 
 def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
-    """What describes a case, in words; empty for a setting at its default."""
+    """Return the parts of a case's description by name; the text is empty for a setting at its default."""
     return {
         "experts": _shape_name(row),
         "tokens": str(row["num_tokens"]),
@@ -94,14 +100,14 @@ def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
     }
 
 
-#: Fields of a case that have a part of their own in `_parts`, or share one.
+#: Fields of a case that `_parts` lists by hand.
 _NAMED = (
     *(*SHAPE_AXES, "model", "num_tokens", "dtype", "mode", "routing", "expert_activation", "expert_bias"),
     "rank_load",
 )
-#: All others, which are told where they are not at their default.
+#: All other fields. A description has them only if they are not at their defaults.
 _SETTINGS = tuple(name for name in Case.model_fields if name not in _NAMED)
-#: How a setting reads; one that is not here reads as its name with its value.
+#: The text of a setting. A setting that is not here reads as its name and its value.
 _TEXTS = {
     "activation_alpha": "alpha {:g}",
     "activation_limit": "limit {:g}",
@@ -113,7 +119,7 @@ _TEXTS = {
 
 
 def _setting(name: str, value: Any) -> str:
-    """A field of a case in words; empty at its default."""
+    """Return a field of a case in words; empty at its default."""
     default = Case.model_fields[name].default
     if value == default or (pd.isna(value) and default is None):
         return ""
@@ -138,9 +144,9 @@ CASE_ORDER = (*_FIRST, *(name for name in Case.model_fields if name not in (*_FI
 
 
 def in_case_order(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows sorted for reading: like cases together, forward before train, few tokens before many.
+    """Return the rows sorted for reading: similar cases together, forward before train, few tokens before many.
 
-    A row that names no machine, as that of a crash, gets its run's.
+    A row that names no machine, for example the row of a crash, gets the machine of its run.
     """
     runs = frame.groupby("run_id")
     machines = {name: frame[name].fillna(runs[name].transform("first")) for name in ("device", "gpu")}
@@ -148,18 +154,18 @@ def in_case_order(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def backend_labels(frame: pd.DataFrame) -> "pd.Series[str]":
-    """The backend of each row, with its dispatcher where there is one: `te+deepep`."""
+    """Return the backend of each row, with its dispatcher if it is not `local`: `te+deepep`."""
     dispatchers = frame["dispatcher"].map(lambda name: "" if name == "local" else f"+{name}")
     return (frame["backend"] + dispatchers).astype("str")
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Distinct backend labels as they are shown everywhere: the reference first, then by name."""
+    """Return the distinct backend labels in the order of every table and plot: the reference first, then by name."""
     return sorted(set(labels), key=lambda label: (label.partition("+")[0] != REFERENCE, label))
 
 
 def machine(frame: pd.DataFrame) -> str:
-    """Where and when rows were measured: GPU (or CPU), cold or warm L2, and the date if the run's id begins with it."""
+    """Return where and when rows were measured: GPU or CPU, cold or warm L2, and the dates that run ids begin with."""
     places = dict.fromkeys(map(_machine_name, frame["gpu"], frame["device"]))
     caches = [f"L2 {state}" for state in frame["l2"].dropna().unique()]
     dates = sorted({"-".join(found.groups()) for run in frame["run_id"] if (found := _DATE.match(run))})

@@ -1,6 +1,6 @@
-"""The columns of what is measured. A new one is declared here, and measured in moebench.measure.job.
+"""The columns of measured values. Declare a new column here, and measure it in moebench.measure.job.
 
-Units are in the names. What was not measured is None, never 0.
+Column names end in their unit. A value that was not measured is None, not 0.
 """
 
 from typing import Annotated
@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from moebench.results.columns import Column, Rounds
 
-_NO_PARTS = "at EP size 1, where a module has no `dispatcher` to listen to, unless ok"
+_NO_PARTS = "at EP size 1; if the module has no attribute `dispatcher`; unless ok"
 
 
 class Measured(BaseModel):
@@ -20,8 +20,8 @@ class Measured(BaseModel):
         Field(gt=0),
         Column(
             Rounds.COMPUTED,
-            "median of the samples; device time on a GPU, the steady clock on a CPU; forward and backward in mode "
-            "`train`; of several rounds, the median of their medians",
+            "median of the samples; mode `train` times forward and backward together; moebench reads the device's "
+            "clock on a GPU and the steady clock on a CPU; with several rounds, the median of the rounds' medians",
             "ms",
             is_speed=True,
         ),
@@ -30,25 +30,27 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.COMPUTED,
-            "lower end of the 95% interval of that median, which is wider where a sample depends on the one before",
+            "lower end of the 95% interval of `time_ms`; the interval is wider if a sample depends on the one before",
             "ms",
             is_speed=True,
         ),
     ] = None
-    time_ms_high: Annotated[float | None, Column(Rounds.COMPUTED, "its upper end", "ms", is_speed=True)] = None
+    time_ms_high: Annotated[
+        float | None, Column(Rounds.COMPUTED, "upper end of that interval", "ms", is_speed=True)
+    ] = None
     converged: Annotated[
         bool | None,
         Column(
             Rounds.ALL,
-            "whether half the interval is at most the target's share of `time_ms`; where it is not, the time cap came "
-            "first, or the target was out of reach",
+            "whether half the width of the interval is at most the target share of `time_ms`; if it is not, the time "
+            "cap came first or the target was out of reach",
         ),
     ] = None
     host_time_ms: Annotated[
         float | None,
         Column(
             Rounds.MEDIAN,
-            "wall-clock time of one call, from an idle device until it is synchronised",
+            "wall-clock time of one call: it starts on an idle device and ends when the device has finished",
             "ms",
             is_speed=True,
         ),
@@ -57,9 +59,9 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.MEDIAN,
-            "median of replays of the same call from a CUDA graph, which leaves the host out",
+            "median time of replays of the same call from a CUDA graph; host time does not count",
             "ms",
-            null="on a CPU, at an EP size above 1, where the call waits for the GPU or cannot be captured, unless ok",
+            null="on a CPU; at an EP size above 1; if the call synchronises or cannot be captured; unless ok",
             is_speed=True,
         ),
     ] = None
@@ -67,31 +69,38 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.MEDIAN,
-            "median of the backward part of `time_ms`",
+            "median time of backward, a part of `time_ms`",
             "ms",
-            null="in mode `forward`, unless ok",
+            null="in mode `forward`; unless ok",
             is_speed=True,
         ),
     ] = None
     dispatch_ms: Annotated[
         float | None,
         Column(
-            Rounds.MEDIAN, "part of a forward: tokens go to the ranks of their experts", "ms", _NO_PARTS, is_speed=True
+            Rounds.MEDIAN,
+            "part of a forward: the dispatcher sends tokens to the ranks of their experts",
+            "ms",
+            _NO_PARTS,
+            is_speed=True,
         ),
     ] = None
     compute_ms: Annotated[
         float | None, Column(Rounds.MEDIAN, "part of a forward: the experts compute", "ms", _NO_PARTS, is_speed=True)
     ] = None
     combine_ms: Annotated[
-        float | None, Column(Rounds.MEDIAN, "part of a forward: the outputs go back", "ms", _NO_PARTS, is_speed=True)
+        float | None,
+        Column(
+            Rounds.MEDIAN, "part of a forward: the dispatcher sends the outputs back", "ms", _NO_PARTS, is_speed=True
+        ),
     ] = None
     skew_ms: Annotated[
         float | None,
         Column(
             Rounds.MEDIAN,
-            "median over samples of the slowest rank's time less the fastest rank's",
+            "difference between the slowest and the fastest rank's time, the median over samples",
             "ms",
-            null="at EP size 1, unless ok",
+            null="at EP size 1; unless ok",
             is_speed=True,
         ),
     ] = None
@@ -99,9 +108,9 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.MEDIAN,
-            "the first calls, with compilation, autotuning and first allocations; no average includes them",
+            "time of the first calls with compilation, autotuning and first allocations; no other time includes them",
             "ms",
-            null="did not get so far",
+            null="if the job ended before this step",
         ),
     ] = None
     num_samples: Annotated[int | None, Column(Rounds.SUM, "number of samples")] = None
@@ -109,14 +118,15 @@ class Measured(BaseModel):
         tuple[float, ...] | None, Column(Rounds.SAMPLES, "the raw samples, in order", "ms", is_speed=True)
     ] = None
     sample_rounds: Annotated[
-        tuple[int, ...] | None, Column(Rounds.SAMPLES, "the round, a fresh process each, of each sample", is_speed=True)
+        tuple[int, ...] | None,
+        Column(Rounds.SAMPLES, "round of each sample; each round is a fresh process", is_speed=True),
     ] = None
     sample_marked: Annotated[
         tuple[bool, ...] | None,
         Column(
             Rounds.SAMPLES,
-            "whether the sample ran at another clock than most, or while the GPU was slowed down: the sample is kept, "
-            "and every figure here leaves it out",
+            "for each sample, whether the GPU ran at another clock than for most samples, or was slowed down; "
+            "`samples_ms` keeps such samples, and the statistics leave them out",
             is_speed=True,
         ),
     ] = None
@@ -124,16 +134,16 @@ class Measured(BaseModel):
         int | None,
         Column(
             Rounds.LOWER_MEDIAN,
-            "clock of the GPU's multiprocessors around the samples that are not marked",
+            "clock of the GPU's multiprocessors around the samples that are not marked in `sample_marked`",
             "MHz",
-            null="on a CPU, where NVML does not say, unless ok",
+            null="on a CPU; if NVML does not report it; unless ok",
         ),
     ] = None
     tokens_per_s: Annotated[
         float | None,
         Column(
             Rounds.COMPUTED,
-            "tokens that the mask keeps, the mean over ranks, by `time_ms`; per GPU (per process on a CPU)",
+            "tokens that the mask keeps, as the mean over ranks, divided by `time_ms`; per GPU (per process on a CPU)",
             "1/s",
             is_speed=True,
         ),
@@ -142,23 +152,24 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.COMPUTED,
-            "useful work by `time_ms`, per GPU: 6·T·K·dim·inter forward (4 ungated), three times that in mode `train`; "
-            "T: tokens that the mask keeps, the mean over ranks",
+            "useful work divided by `time_ms`, per GPU: 6·T·K·dim·inter in mode `forward` (4 instead of 6 for ungated "
+            "activations), three times as much in mode `train`; T: tokens that the mask keeps, as the mean over ranks; "
+            "K: experts per token",
             "10¹² FLOP/s",
             is_speed=True,
         ),
     ] = None
 
     roofline_fraction: Annotated[
-        float | None, Column(Rounds.COMPUTED, "`roofline_ms` over `time_ms`", is_speed=True)
+        float | None, Column(Rounds.COMPUTED, "`roofline_ms` divided by `time_ms`", is_speed=True)
     ] = None
     roofline_ms: Annotated[
         float | None,
         Column(
             Rounds.MEDIAN,
-            "the longest of `dense_ms`, `collective_ms` and the time to copy the least bytes that a pass moves: "
-            "parameters of experts with tokens, tokens in and out, in mode `train` all gradients (on a CPU and with a "
-            "warm cache no bytes count)",
+            "the largest of `dense_ms`, `collective_ms` and the time to copy the bytes that a pass must move: the "
+            "parameters of experts that have tokens, the tokens in and out, and in mode `train` all gradients (on a "
+            "CPU and with a warm cache the copy does not count)",
             "ms",
         ),
     ] = None
@@ -166,41 +177,42 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.MEDIAN,
-            "the case's matrix products (two forward, six in mode `train`) as if one expert had all rows; in FP8 for "
-            "FP8 backends",
+            "time of the case's matrix products (two in mode `forward`, six in mode `train`) as if one expert had all "
+            "rows; FP8 products for FP8 backends",
             "ms",
-            null="no rows, FP8 of a shape that `torch._scaled_mm` does not take, unless ok",
+            null="if no expert has a row; in FP8 if `torch._scaled_mm` does not take the shape; unless ok",
         ),
     ] = None
     grouped_ms: Annotated[
         float | None,
         Column(
             Rounds.MEDIAN,
-            "the same products by torch's grouped GEMM, on rows that are sorted already",
+            "time of the same products with torch's grouped GEMM, on rows that are already sorted by expert",
             "ms",
-            null="except in bfloat16 on CUDA, unless ok",
+            null="except in bfloat16 on CUDA; unless ok",
         ),
     ] = None
     collective_ms: Annotated[
         float | None,
         Column(
             Rounds.MEDIAN,
-            "the raw collective that carries the tokens out and back (in mode `train` twice): all-gather and "
-            "reduce-scatter for `allgather`, else all-to-all",
+            "time of the bare collectives that send the tokens out and back (twice in mode `train`): all-gather and "
+            "reduce-scatter for `allgather`, all-to-all for the other dispatchers",
             "ms",
-            null="at EP size 1, unless ok",
+            null="at EP size 1; unless ok",
         ),
     ] = None
     copy_gb_per_s: Annotated[
-        float | None, Column(Rounds.MEDIAN, "a copy within memory; bytes read and bytes written count", "10⁹ bytes/s")
+        float | None,
+        Column(Rounds.MEDIAN, "speed of a copy within memory; bytes read and bytes written both count", "10⁹ bytes/s"),
     ] = None
 
     peak_memory_bytes: Annotated[
         int | None,
         Column(
             Rounds.WORST,
-            "most that was allocated above the settled floor; weights and inputs are in the floor, weight gradients "
-            "above it",
+            "the most memory that the call had allocated above the settled floor; weights and inputs are part of the "
+            "floor, weight gradients are above it",
             "bytes",
         ),
     ] = None
@@ -208,29 +220,29 @@ class Measured(BaseModel):
         int | None,
         Column(
             Rounds.WORST,
-            "what forward leaves allocated for backward; its output does not count",
+            "memory that forward leaves allocated for backward; the output does not count",
             "bytes",
-            null="in mode `forward`, unless ok",
+            null="in mode `forward`; unless ok",
         ),
     ] = None
     reserved_memory_bytes: Annotated[
         int | None,
         Column(
             Rounds.WORST,
-            "what torch's caching allocator takes from the GPU for the call, after its cache was emptied; what it has "
-            "above the peak is lost to fragments",
+            "memory that torch's caching allocator takes from the GPU for the call, starting with an empty cache; the "
+            "part above `peak_memory_bytes` is lost to fragmentation",
             "bytes",
-            null="on a CPU, unless ok",
+            null="on a CPU; unless ok",
         ),
     ] = None
     outside_torch_bytes: Annotated[
         int | None,
         Column(
             Rounds.WORST,
-            "GPU memory in use after the call that is not torch's: CUDA contexts, NCCL, DeepEP's buffers, and any "
-            "other process on that GPU",
+            "GPU memory that is in use after the call and does not belong to torch: CUDA contexts, NCCL, DeepEP's "
+            "buffers, and every other process on that GPU",
             "bytes",
-            null="on a CPU, unless ok",
+            null="on a CPU; unless ok",
         ),
     ] = None
 
@@ -238,8 +250,8 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.WORST,
-            "the worst error over its budget: at most 1 passes; `inf` where a value is not finite, or must be zero and "
-            "is not",
+            "the largest error divided by its budget; at most 1 passes; `inf` if a value is not finite, or if a value "
+            "must be zero and is not",
             null="not compared",
         ),
     ] = None
@@ -255,7 +267,8 @@ class Measured(BaseModel):
         dict[str, float] | None,
         Column(
             Rounds.WORST,
-            "JSON object, error over budget by tensor; `moebench.results.frame.parity_errors(cell)` reads it",
+            "JSON object: for each tensor, its error divided by its budget; "
+            "`moebench.results.frame.parity_errors(cell)` reads it",
             null="not compared",
         ),
     ] = None
@@ -263,8 +276,8 @@ class Measured(BaseModel):
         bool | None,
         Column(
             Rounds.ALL,
-            "whether both checked passes gave the same bits, on every rank, on a CPU with torch's deterministic "
-            "algorithms: a property, no fault",
-            null="not compared, or memory holds only one pass",
+            "whether both checked passes gave the same bits on every rank; on a CPU, moebench switches torch's "
+            "deterministic algorithms on; `false` is a property of the backend and not a fault",
+            null="not compared; if memory holds only one pass",
         ),
     ] = None

@@ -1,4 +1,4 @@
-"""Several results folders -> one. No torch here."""
+"""Merge several results folders into one."""
 
 import json
 from collections.abc import Sequence
@@ -17,10 +17,11 @@ _KEY = list(KEY)
 
 
 def merged(results: Sequence[Result], names: Sequence[str], *, newest: bool) -> Result:
-    """The rows of all results, and all their environments.
+    """Return the rows of all results and all their environments.
 
-    A job that several hold has, with `newest`, the row of the run that began last (run ids begin with the time), and of
-    equal ones the last given. Raises ResultsError for such jobs without `newest`.
+    With `newest`, a job that several results have gets the row of the run that began last. Run ids begin with the time.
+    If the ids are equal, the result that stands last in `results` counts. Without `newest`, such a job raises
+    ResultsError.
     """
     frames = [result.frame.assign(result=name) for result, name in zip(results, names, strict=True)]
     rows = pd.concat(frames, ignore_index=True)
@@ -29,8 +30,8 @@ def merged(results: Sequence[Result], names: Sequence[str], *, newest: bool) -> 
         jobs, first = twice.drop_duplicates(_KEY), key_of(twice.iloc[0].to_dict())
         holders = twice.loc[(twice[_KEY] == twice.iloc[0][_KEY]).all(axis=1), "result"]
         raise ResultsError(
-            f"{len(jobs)} jobs stand in several results, as {first.backend} on {first.case_id} in "
-            f"{' and '.join(holders)}: --newest takes the one measured last"
+            f"{len(jobs)} jobs stand in several results, for example {first.backend} on {first.case_id} in "
+            f"{' and '.join(holders)}; a merged result has each job once; --newest takes the row measured last"
         )
     last = rows.sort_values("run_id", kind="stable").drop_duplicates(_KEY, keep="last")
     environments = {env_id: some for result in results for env_id, some in result.environments.items()}
@@ -38,7 +39,10 @@ def merged(results: Sequence[Result], names: Sequence[str], *, newest: bool) -> 
 
 
 def save(result: Result, folder: Path) -> list[Path]:
-    """Write results.parquet, results.csv and the environments: environment.json, or environments/ID.json of several."""
+    """Write results.parquet, results.csv and the environments into `folder`. Return the paths.
+
+    One environment goes into environment.json, several into environments/ID.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = write(result.frame, folder)
     several = len(result.environments) > 1
@@ -55,9 +59,9 @@ def _write_environment(environment: Environment, path: Path) -> Path:
 
 
 def merge(paths: Sequence[Path], out: Path, *, newest: bool = False) -> list[Path]:
-    """Merge results into the folder `out`, which is new or empty, and say in its run.json of what.
+    """Merge results into the folder `out`, which is new or empty. Its run.json lists the sources. Return the paths.
 
-    Raises ResultsError, and UsageError for another `out`.
+    Raises UsageError if `out` holds anything. Raises ResultsError for results that cannot be opened or merged.
     """
     check_empty(out)
     results = [open_result(path) for path in paths]

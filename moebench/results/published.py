@@ -1,4 +1,4 @@
-"""The results that are shipped: finding them and opening them together."""
+"""Find the results that come with the project, and open them together."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +12,10 @@ from moebench.workload.spec import checkout
 
 
 def default_folders() -> list[Path]:
-    """The folders with results in results/published of the current folder, else of the checkout."""
+    """Return the folders with results in results/published of the current folder, or else of the checkout.
+
+    Raises ResultsError if there are none.
+    """
     for root in (Path(), checkout()):
         folders = [] if root is None else sorted((root / "results" / "published").glob("*/"))
         found = [path for path in folders if any((path / name).is_file() for name in (JOURNAL_NAME, PARQUET_NAME))]
@@ -22,5 +25,5 @@ def default_folders() -> list[Path]:
 
 
 def load_all(folders: Iterable[Path]) -> pd.DataFrame:
-    """The rows of several results under one another. Raises ResultsError."""
+    """Return the rows of several results in one frame. Raises ResultsError for a folder without results."""
     return pd.concat([load(folder) for folder in folders], ignore_index=True)

@@ -1,4 +1,4 @@
-"""One row of results, its outcomes, and what its columns declare. No torch here.
+"""One row of results: how a job can end, and what each column declares.
 
 History of SCHEMA
 1  2026-11  first version.
@@ -14,70 +14,80 @@ from moebench.results.measured import Measured
 from moebench.workload.case import CaseFields, Job, JobKey
 
 SCHEMA = 1
-_NOT_SO_FAR = "did not get so far"
+_NOT_SO_FAR = "if the job ended before this step"
 
 
 class Status(StrEnum):
-    """How a job ended. Only `ok` carries a speed: a wrong backend has none."""
+    """How a job ended. Only a row with status `ok` has a speed: the speed of a wrong result means nothing."""
 
     ok = "ok"
-    mismatch = "mismatch"  # ran, and its output or a gradient is wrong
-    unsupported = "unsupported"  # cannot run this case here; `detail` says why
+    mismatch = "mismatch"  # the backend ran, and its output or a gradient is wrong
+    unsupported = "unsupported"  # the backend cannot run this case here; `detail` says why
     oom = "oom"
     timeout = "timeout"
     crash = "crash"  # its process died
-    error = "error"  # it raised
+    error = "error"  # the job raised an exception
 
 
-#: Statuses that are results about a backend rather than failures of it (exit code 0).
+#: Statuses that are results about a backend and not failures of it. They leave the exit code at 0.
 GOOD = frozenset({Status.ok, Status.unsupported, Status.oom})
 
-
 IMPOSSIBLY_FAST = "impossibly_fast"
-#: A time shorter than so much of the case's roofline is no speed but a measurement that went wrong.
+#: A time below this share of the case's roofline time is not a speed: the measurement went wrong.
 IMPOSSIBLE = 0.8
 
 
 def flags_of_speed(time_ms: float, roofline_ms: float | None) -> tuple[str, ...]:
-    """IMPOSSIBLY_FAST, or none."""
+    """Return the flag IMPOSSIBLY_FAST if the time is below IMPOSSIBLE times the roofline time, else no flag."""
     return (IMPOSSIBLY_FAST,) if roofline_ms is not None and time_ms < IMPOSSIBLE * roofline_ms else ()
 
 
 class _Named(BaseModel):
-    """The columns that name a row, before those of its case."""
+    """The columns that name a row. They stand before the columns of the case."""
 
     case_id: Annotated[
         str,
-        Column(Rounds.SAME, "name of the case: readable parts, and a hash of every field that is not at its default"),
+        Column(
+            Rounds.SAME, "name of the case: readable parts, then a hash of all fields that are not at their defaults"
+        ),
     ]
-    backend: Annotated[str, Column(Rounds.SAME, "a name of `moebench list`, or `module:attribute`")]
-    dispatcher: Annotated[str, Column(Rounds.SAME, "`allgather`, `alltoall` or `deepep`; `local` at EP size 1")]
+    backend: Annotated[
+        str, Column(Rounds.SAME, "name of the backend: one that `moebench list` prints, or `module:attribute`")
+    ]
+    dispatcher: Annotated[
+        str, Column(Rounds.SAME, "name of the dispatcher: `allgather`, `alltoall` or `deepep`; `local` at EP size 1")
+    ]
 
 
 class _Outcome(BaseModel):
-    """The columns that say how a job ended, and on what it ran."""
+    """The columns that say how a job ended and where it ran."""
 
     check: Annotated[
         str | None,
         Column(
-            Rounds.SAME, "the check of `moebench parity` that the row is of; such rows are not timed", null="in a run"
+            Rounds.SAME,
+            "the check of `moebench parity` that wrote the row; moebench does not time the jobs of a check",
+            null="in rows of `moebench run`",
         ),
     ] = None
 
-    status: Annotated[Status, Column(Rounds.OF_WORST, "how the job ended, see below")]
+    status: Annotated[Status, Column(Rounds.OF_WORST, "how the job ended; the next table explains the values")]
     detail: Annotated[
-        str | None, Column(Rounds.EVERY, "why it ended so; the first line is the reason", null="may be when ok")
+        str | None,
+        Column(
+            Rounds.EVERY, "why the job ended with this status; the first line is the reason", null="allowed when ok"
+        ),
     ] = None
     flags: Annotated[
         tuple[str, ...],
-        Column(Rounds.EVERY, "what a reader of the times should know, see below; may be empty"),
+        Column(Rounds.EVERY, "warnings about the times of the row, explained in the table of flags; may be empty"),
     ] = ()
     executed: Annotated[
         str | None,
         Column(
             Rounds.EVERY,
-            "what really ran: operator > kernel, or the kernel without operator, of the matrix product that took most "
-            "of a profiled forward; in mode `train` the forward keeps what backward needs",
+            "the matrix product that took most time in a profiled forward, as `operator > kernel`, or only the kernel "
+            "if no operator launched it; in mode `train` that forward also saves tensors for backward",
             null="not profiled",
         ),
     ] = None
@@ -87,76 +97,82 @@ class _Outcome(BaseModel):
         str | None,
         Column(
             Rounds.EVERY,
-            "which GPU, by the name that the driver gives it; all GPUs in the order of ranks",
+            "the driver's identifier of the GPU; at an EP size above 1, of all GPUs in the order of ranks",
             null="on a CPU",
         ),
     ] = None
     round: Annotated[
         int | None,
         Field(ge=0),
-        Column(Rounds.COMPUTED, "the round that the row is of, from 0", null="the row is of several rounds"),
+        Column(Rounds.COMPUTED, "number of the row's round, from 0", null="if several rounds make the row"),
     ] = 0
     num_rounds: Annotated[
         int,
         Field(ge=1),
-        Column(Rounds.COMPUTED, "how many rounds the row is of ([running.md](running.md#rounds))"),
+        Column(Rounds.COMPUTED, "number of rounds that make the row ([running.md](running.md#rounds))"),
     ] = 1
     l2: Annotated[
         Literal["cold", "warm"] | None,
         Column(
             Rounds.EVERY,
-            "`cold`: the second-level cache was flushed before each sample; `warm`: it was not",
-            null="on a CPU, unless ok",
+            "`cold`: moebench flushed the L2 cache before each sample; `warm`: it did not",
+            null="on a CPU; unless ok",
         ),
     ] = None
 
 
 class Record(Measured, _Outcome, CaseFields, _Named):
-    """One row of results: a job, how it ended, and what was measured. What was not measured is None, never 0.
+    """One row of results: a job, how it ended, and its measured values. A value that was not measured is None, not 0.
 
-    Columns are in the order of these base classes, the last one first, then of the fields below. `make results` writes
-    what they declare into docs/results.md.
+    The columns come in the order of the base classes, the last base class first, and then the fields below. `make
+    results` writes the declarations into the tables of docs/results.md.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", use_enum_values=False)
 
     job_s: Annotated[
-        float | None, Column(Rounds.SUM, "wall-clock time that the job took in all", "s", null="process died")
+        float | None, Column(Rounds.SUM, "wall-clock time of the whole job", "s", null="if the process died")
     ] = None
     setup_s: Annotated[
-        float | None, Column(Rounds.SUM, "part of `job_s`: making inputs and module", "s", _NOT_SO_FAR)
+        float | None, Column(Rounds.SUM, "part of `job_s`: creating the inputs and the module", "s", _NOT_SO_FAR)
     ] = None
     parity_s: Annotated[
         float | None, Column(Rounds.SUM, "part of `job_s`: comparing with the reference", "s", _NOT_SO_FAR)
     ] = None
-    timing_s: Annotated[float | None, Column(Rounds.SUM, "part of `job_s`: timing", "s", _NOT_SO_FAR)] = None
+    timing_s: Annotated[float | None, Column(Rounds.SUM, "part of `job_s`: timing the backend", "s", _NOT_SO_FAR)] = (
+        None
+    )
     ceilings_s: Annotated[
         float | None,
-        Column(Rounds.SUM, "part of `job_s`: measuring ceilings, which the first job of a case does", "s", _NOT_SO_FAR),
+        Column(
+            Rounds.SUM, "part of `job_s`: measuring the ceilings; the first job of a case does this", "s", _NOT_SO_FAR
+        ),
     ] = None
-    env_id: Annotated[str, Column(Rounds.EVERY, "fingerprint of `environment.json`")]
-    run_id: Annotated[str, Column(Rounds.EVERY, "the run: when it began (UTC) and the sweep's name")]
+    env_id: Annotated[str, Column(Rounds.EVERY, "fingerprint of the environment in `environment.json`")]
+    run_id: Annotated[
+        str, Column(Rounds.EVERY, "name of the run: the time at which it began (UTC) and the sweep's name")
+    ]
     schema_version: Annotated[
         int,
         Field(alias="schema", serialization_alias="schema"),
-        Column(Rounds.SAME, "version of these columns; `moebench/results/record.py` has the history"),
+        Column(Rounds.SAME, "version of the columns; `moebench/results/record.py` has the history"),
     ] = SCHEMA
 
     @model_validator(mode="after")
     def _status_agrees_with_contents(self) -> "Record":
         if self.status is Status.ok:
             if self.time_ms is None and self.check is None:
-                raise ValueError("a record with status ok needs a time, unless it is of a check")
-            if self.parity_worst is None or not self.parity_worst <= 1:  # nan is no pass
+                raise ValueError("a record with status ok needs a time, unless it belongs to a check")
+            if self.parity_worst is None or not self.parity_worst <= 1:  # nan fails this comparison
                 raise ValueError("a record with status ok needs a parity error within its budget")
         else:
             carried = [name for name in SPEED_FIELDS if getattr(self, name) is not None]
             if carried:
-                raise ValueError(f"a record with status {self.status.value} carries no speed, but has {carried}")
+                raise ValueError(f"a record with status {self.status.value} must have no speed, but has {carried}")
             if not self.detail:
-                raise ValueError(f"a record with status {self.status.value} says why in detail")
+                raise ValueError(f"a record with status {self.status.value} needs a reason in detail")
         if self.status is Status.mismatch and self.parity_worst is None:
-            raise ValueError("a record with status mismatch carries the error that was found")
+            raise ValueError("a record with status mismatch needs its parity_worst")
         return self
 
     @property
@@ -167,14 +183,14 @@ class Record(Measured, _Outcome, CaseFields, _Named):
         return self.model_dump_json(by_alias=True)
 
 
-#: What each column declares.
+#: The declaration of each column.
 COLUMN_OF = columns_of(Record)
-#: What only a status of `ok` may carry.
+#: The columns that only a row with status `ok` may have.
 SPEED_FIELDS = tuple(name for name, column in COLUMN_OF.items() if column.is_speed)
 
 
 def record(job: Job, status: Status, *, run_id: str, env_id: str, **measured: Any) -> Record:
-    """The row of `job`, from the job's own fields and what was `measured`."""
+    """Return the row of `job`: the job's own fields and the `measured` columns."""
     return Record(
         **job.key._asdict(),
         **job.case.model_dump(),

@@ -1,4 +1,4 @@
-"""Rounds: the same jobs again in fresh processes. Their order in each, and one row made of all. No torch here."""
+"""Make one row of a job's rounds. A round measures all jobs once, in fresh processes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from moebench.results.columns import COMBINE
 from moebench.results.record import COLUMN_OF, IMPOSSIBLY_FAST, Record, Status, flags_of_speed
 from moebench.results.stats import center_of_rounds
 
-#: Of rounds that ended differently the row has the first of these.
+#: If the rounds of a job ended differently, its row has the status that comes first here.
 WORST_ROUND_FIRST = (
     *(Status.mismatch, Status.crash, Status.error, Status.timeout, Status.oom, Status.unsupported),
     Status.ok,
@@ -15,11 +15,11 @@ WORST_ROUND_FIRST = (
 
 
 def merged_rounds(rows: Sequence[Record]) -> Record:
-    """One row of the rounds of a job.
+    """Return the one row of a job, made of its rounds.
 
-    Its time is the median of the rounds' medians, and the interval comes from their spread (`stats.center_of_rounds`).
-    Speeds follow from the time; each other column says itself how rounds combine. Where a round failed, the job has
-    failed, with the worst of its statuses.
+    The time is the median of the rounds' medians, and the interval comes from their spread (`stats.center_of_rounds`).
+    Speeds are computed from the time. Every other column declares how its rounds combine. If any round failed, the row
+    has the worst status of all rounds.
     """
     if len(rows) == 1:
         return rows[0]
@@ -35,13 +35,13 @@ def merged_rounds(rows: Sequence[Record]) -> Record:
 
 
 def _combined(name: str, rows: Sequence[Record]) -> Any:
-    """What rounds say of one column as that declares it; None where none says anything."""
+    """Combine the rounds' values of one column as the column declares; None if no round has a value."""
     values = [value for row in rows if (value := getattr(row, name)) is not None]
     return COMBINE[COLUMN_OF[name].rounds](values) if values else None
 
 
 def _speed(rows: Sequence[Record]) -> dict[str, Any]:
-    """The time of all rounds, and what follows from it."""
+    """Return the time over all rounds, and the columns that are computed from it."""
     time_ms, low, high = center_of_rounds([row.time_ms for row in rows if row.time_ms is not None])
     first = rows[0]
     assert first.time_ms is not None, "a row with status ok has a time"
@@ -50,11 +50,11 @@ def _speed(rows: Sequence[Record]) -> dict[str, Any]:
         work["roofline_fraction"] = bound_ms
     others = (flag for flag in _combined("flags", rows) if flag != IMPOSSIBLY_FAST)
     found: dict[str, Any] = {"time_ms": time_ms, "time_ms_low": low, "time_ms_high": high}
-    found["flags"] = (*others, *flags_of_speed(time_ms, bound_ms))  # one round may have had its ceilings disturbed
+    found["flags"] = (*others, *flags_of_speed(time_ms, bound_ms))  # one round's ceilings may be wrong
     return {**found, **{name: amount / time_ms for name, amount in work.items()}}
 
 
 def _detail(worst: Record, rows: Sequence[Record]) -> str | None:
-    """Why the job failed and, where it did not in every round, in which."""
+    """Return why the job failed and, unless it failed in every round, in which rounds."""
     alike = [str(row.round) for row in rows if row.status is worst.status]
     return worst.detail if len(alike) == len(rows) else f"round {', '.join(alike)} of {len(rows)}: {worst.detail}"

@@ -1,20 +1,20 @@
-"""Statistics of samples. No torch here."""
+"""Statistics of samples: medians, their intervals, and how much samples depend on each other."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import bdtr, stdtrit  # scipy.stats takes a second to import, in every worker
+from scipy.special import bdtr, stdtrit  # importing scipy.stats would cost every worker a second
 
 CONFIDENCE = 0.95
-#: Fewer samples than this have no two-sided 95% interval of the median: 1 − 2·0.5⁵ < 0.95.
+#: The fewest samples that give a two-sided 95% interval of the median. Five are too few: 1 − 2·0.5⁵ < 0.95.
 MIN_SAMPLES = 6
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Median of independent samples and its exact 95% interval, from order statistics (binomial).
+    """Return the median of independent samples, and the ends of its exact 95% interval.
 
-    With fewer than MIN_SAMPLES samples there is no such interval: its ends are infinite.
+    The interval comes from order statistics (binomial). With fewer than MIN_SAMPLES samples its ends are infinite.
     """
     median = float(np.median(samples))
     if len(samples) < MIN_SAMPLES:
@@ -24,17 +24,17 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _rank(count: int) -> int:
-    """Of the sample, counted from the least, at which the exact interval of so many begins."""
-    below = bdtr(np.arange(count), count, 0.5)  # P(fewer than k of them lie below the true median), k = 1 … count
+    """Return the rank at which the exact interval of `count` samples begins. The smallest sample has rank 1."""
+    below = bdtr(np.arange(count), count, 0.5)  # P(fewer than k samples lie below the true median), k = 1 … count
     return int(np.searchsorted(below, (1 - CONFIDENCE) / 2, side="right"))
 
 
 def center_of_rounds(medians: Sequence[float]) -> tuple[float, float, float]:
-    """Median of the medians of several rounds, one process each, and its 95% interval.
+    """Return the median of several rounds' medians, and the ends of its 95% interval. Each round is one process.
 
-    Samples of one process share its luck (addresses, clocks): the process is what repeats. From MIN_SAMPLES rounds on
-    the interval is the exact one of `median_interval`; of fewer it is Student's on their logarithms, which takes
-    them to be normal, and is wide for two.
+    All samples of one process share its memory addresses and its clocks, so the process is the unit that repeats. With
+    MIN_SAMPLES rounds or more, `median_interval` gives the exact interval. With fewer rounds it is Student's interval
+    of the logarithms, which assumes that they are normally distributed, and which is wide for two rounds.
     """
     if len(medians) >= MIN_SAMPLES:
         return median_interval(medians)
@@ -45,8 +45,11 @@ def center_of_rounds(medians: Sequence[float]) -> tuple[float, float, float]:
 
 
 def series_interval(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Median of samples in the order they were taken, and its 95% interval, so many more ranks wide as they depend on
-    one another (`dependence`). Where there are not so many, it ends as far past the samples as those are apart.
+    """Return the median of samples in the order they were taken, and the ends of its 95% interval.
+
+    The interval for independent samples reaches some number of ranks to each side of the middle. Here that number is
+    multiplied by `dependence(samples)`. If this reaches beyond the outermost samples, each end is extrapolated: the
+    distance from the median to the outermost sample grows in proportion to the ranks.
     """
     count = len(samples)
     if count < MIN_SAMPLES:
@@ -60,10 +63,11 @@ def series_interval(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def dependence(samples: Sequence[float]) -> float:
-    """How many times too narrow an interval is that takes these samples for independent: at least 1.
+    """Return the factor by which an interval for independent samples is too narrow for these samples; at least 1.
 
-    √((1 + r) / (1 − r)) for a first-order autoregressive series, r the correlation of a sample's side of the median
-    with the next one's: a machine that is slow is slow for a while.
+    Samples depend on each other because a machine that is slow stays slow for a while. For a first-order autoregressive
+    series the factor is √((1 + r) / (1 − r)). r is the correlation between the side of the median that a sample lies on
+    and the side of the next sample.
     """
     sides = np.sign(np.asarray(samples) - np.median(samples))
     if len(sides) < MIN_SAMPLES or not sides.any():
@@ -74,8 +78,9 @@ def dependence(samples: Sequence[float]) -> float:
 
 
 def relative_half_width(median: float, low: float, high: float) -> float:
-    """Half the width of an interval, relative to its median."""
+    """Return half the width of an interval, divided by its median."""
     return (high - low) / 2 / median
 
 
+#: The smallest slowdown that a gate must not pass, as a share.
 THRESHOLD = 0.03

@@ -1,2 +1,1 @@
-"""Did a change make it slower, larger or wrong? Exact tests, gates, baselines, and comparisons of revisions. No
-torch."""
+"""Did a change make it slower, larger or wrong? Exact tests, gates, baselines, and comparisons of revisions."""

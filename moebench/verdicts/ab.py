@@ -1,9 +1,10 @@
-"""Two revisions of `experts`, driven by this harness side by side until every job is decided. No torch here.
+"""Measure two revisions of `experts` side by side until every job is decided.
 
-A round is four fresh processes, two of A and two of B, and only times of one round are compared. On a CPU they live
-side by side and take turns, job by job in random order, so that what disturbs the machine disturbs both sides; on GPUs,
-whose memory they would have to share, they run one after the other, in random order. Both A of a round, against each
-other, show how often this machine raises a false alarm. moebench.verdicts.looks says when to stop.
+A round is four fresh processes, two of A and two of B. Only times of the same round are compared. On a CPU the four
+live at the same time and take turns, job by job in random order, so that a disturbance of the machine hits both sides.
+On a GPU they run one after the other in random order, because they would have to share its memory. The two A of each
+round, compared with each other, show how often this machine raises a false alarm. moebench.verdicts.looks decides when
+to stop.
 """
 
 import json
@@ -42,9 +43,10 @@ AB_NAME = "ab.json"
 
 @dataclass(frozen=True)
 class AbPlan:
-    """The jobs of a run, on two revisions. Results of A go to the run's folder `a`, those of B to `b`.
+    """The jobs of a run, for two revisions. The run's folder gets the results of A in `a` and the results of B in `b`.
 
-    `only_a`, `only_b`: jobs whose backend the other revision does not have. `looks`: the rounds at each.
+    `only_a`, `only_b`: jobs with a backend that the other revision does not have. `looks`: the number of rounds at each
+    look.
     """
 
     run: RunPlan
@@ -61,7 +63,7 @@ class AbPlan:
 
     @property
     def in_turns(self) -> bool:
-        """Whether the processes of a round live side by side."""
+        """Whether the processes of a round live at the same time and take turns."""
         return all(slot.gpu is None for slot in self.run.rounds[0].slots)
 
     @property
@@ -69,12 +71,13 @@ class AbPlan:
         return self.run.folder / "a", self.run.folder / "b"
 
     def round(self, jobs: Collection[Job], number: int) -> list[Plan]:
-        """The processes of a round, in random order; `block_of` of the rounds they write is its number.
+        """Return the processes of round `number`, in random order.
 
-        They use as many GPUs as the largest EP size needs: what is compared is measured on the same.
+        Each process writes a round of its own, for which `looks.block_of` returns `number`. The processes use no more
+        GPUs than the largest EP size needs, so that all of them measure on the same GPUs.
         """
         both, (folder_a, folder_b) = set(jobs), self.folders
-        alone_a, alone_b = (self.only_a, self.only_b) if number == 0 else ((), ())  # nothing to compare: once will do
+        alone_a, alone_b = (self.only_a, self.only_b) if number == 0 else ((), ())  # nothing to compare: measure once
         whole = self.run.rounds[0]
         base = replace(whole, slots=whole.slots[: max(job.case.ep_size for job in self.run.jobs)])
 
@@ -94,7 +97,7 @@ class AbPlan:
 
 @dataclass(frozen=True)
 class Look:
-    """The verdicts after so many rounds, and what was left unmeasured of those because the time was spent."""
+    """The verdicts after `num_rounds` rounds, and the number of measurements that the time budget left out."""
 
     num_rounds: int
     result: GateResult
@@ -103,9 +106,10 @@ class Look:
 
 @contextmanager
 def prepared(run: RunPlan, revision_a: str, revision_b: str, threshold: float) -> Iterator[AbPlan]:
-    """Make the run's folder, with copies of both revisions in it until the end. Raises RevisionError, UsageError.
+    """Make the run's folder, and keep copies of both revisions in it until the block ends.
 
-    Where nothing was measured, the folder goes too: the command, set right, may name it again.
+    If nothing was measured, a new folder is removed and an existing one emptied, so that the corrected command can name
+    it again. Raises RevisionError for a revision that cannot be measured, and UsageError for backends that do not fit.
     """
     existed, copies = run.folder.exists(), run.folder / "experts"
     with locked(run.folder):
@@ -134,9 +138,9 @@ def _plan(run: RunPlan, a: Revision, b: Revision, threshold: float) -> AbPlan:
 
 
 def compare_revisions(plan: AbPlan, on_record: Callable[[Record], None]) -> Iterator[Look]:
-    """Measure, and judge at every look, until all is decided or the time is spent.
+    """Measure, and judge at every look, until every job is decided or the time budget is spent. Yield each look.
 
-    Raises Interrupted; what was measured is in the folders of both sides, whatever ends this.
+    Raises Interrupted on Ctrl-C. The folders of both sides keep all measurements, whatever ends this.
     """
     _note(plan)
     budget_s, started = plan.run.time_budget_s, time.monotonic()
@@ -151,7 +155,7 @@ def compare_revisions(plan: AbPlan, on_record: Callable[[Record], None]) -> Iter
         else:
             outcome = execute(*chain.from_iterable(planned), on_record=on_record, time_budget_s=left_s)
         if outcome.interrupted:
-            raise Interrupted(f"interrupted; what was measured is in {plan.folders[0]} and {plan.folders[1]}")
+            raise Interrupted(f"interrupted; all finished measurements are in {plan.folders[0]} and {plan.folders[1]}")
         return not outcome.num_left
 
     def judge() -> dict[Job, Verdict]:
@@ -167,7 +171,7 @@ def compare_revisions(plan: AbPlan, on_record: Callable[[Record], None]) -> Iter
 
 
 def _note(plan: AbPlan) -> None:
-    """What was asked for, beside the results to come."""
+    """Write the request and the sweep into the run's folder."""
     asked = {"revisions": {"a": str(plan.a), "b": str(plan.b)}, "looks": plan.looks, "threshold": plan.threshold}
     content = plan.run.run.model_dump(mode="json", exclude={"resumed", "num_rounds"}) | asked
     write_atomically(plan.run.folder / AB_NAME, (json.dumps(content, indent=2) + "\n").encode())
@@ -175,7 +179,10 @@ def _note(plan: AbPlan) -> None:
 
 
 def _verdict_on_time(judged: Judged | None) -> Verdict:
-    """What more rounds could change: memory and parity are what they are. None: not measured on both sides yet."""
+    """Return the verdict that more rounds could change: the one on time. They do not change memory and parity.
+
+    `judged` is None if the two sides have not both measured the job yet.
+    """
     if judged is None:
         return Verdict.INCONCLUSIVE
     time = judged.finding("time")
@@ -184,7 +191,7 @@ def _verdict_on_time(judged: Judged | None) -> Verdict:
 
 def _judge(plan: AbPlan) -> GateResult:
     if not all((folder / JOURNAL_NAME).exists() for folder in plan.folders):
-        raise UsageError("--time-budget: spent before both sides had measured a job; give it more minutes")
+        raise UsageError("--time-budget: spent before both sides had measured a job; give more minutes")
     before, after = (open_result(folder) for folder in plan.folders)
     return gate(
         before.frame,
@@ -199,7 +206,7 @@ def _judge(plan: AbPlan) -> GateResult:
 
 
 def _a_against_itself(rows: Sequence[Row], threshold: float) -> SelfComparison:
-    """The first process of A in each round against the second."""
+    """Compare the first process of A in each round with the second."""
     family = {}
     for number, row in enumerate(filter(is_ok, rows)):
         rounds = rounds_of(row)

@@ -1,7 +1,7 @@
-"""Baselines: results that are kept to be gated against, one folder for each machine and its software. No torch here.
+"""Baselines: stored results to gate candidates against, one folder for each machine with its software.
 
-A baseline's name is its GPU's (or CPU's) and the fingerprint of all that must be the same for timings to be compared
-(`Environment.comparable`), so that a candidate finds its own.
+A baseline's name has the GPU's (or CPU's) name and a fingerprint of everything that must be equal before times may be
+compared (`Environment.comparable`). From these a candidate finds its baseline.
 """
 
 import re
@@ -38,12 +38,12 @@ class Baseline:
 
     @property
     def rounds(self) -> tuple[int, int]:
-        """The fewest and the most rounds that a job with a time has."""
+        """The smallest and the largest number of rounds of the jobs that have a time."""
         counts = [len(rounds_of(row)) for row in self.result.frame.to_dict("records") if rounds_of(row)]
         return min(counts, default=0), max(counts, default=0)
 
     def as_dict(self) -> dict[str, Any]:
-        """What it is of, for people and machines."""
+        """Return what the baseline holds and where it was measured, for a table or JSON."""
         frame, (least, most) = self.result.frame, self.rounds
         return {
             "name": self.name,
@@ -56,7 +56,7 @@ class Baseline:
 
 
 def name_of(environment: Environment) -> str:
-    """`nvidia-h200-e4e1d3dc1b02`: however many of the GPUs there are, each counts for itself."""
+    """Return the name of an environment's baseline: `nvidia-h200-e4e1d3dc1b02`. The number of GPUs does not count."""
     names = sorted({gpu.name for gpu in environment.gpus})
     machine = "-".join(names) if names else environment.cpu_model
     slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
@@ -64,7 +64,7 @@ def name_of(environment: Environment) -> str:
 
 
 def stored(root: Path = BASELINES) -> list[Baseline]:
-    """The baselines there are, by name. Raises ResultsError for a folder that is none."""
+    """Return all stored baselines, sorted by name. Raises ResultsError for a folder that is not a baseline."""
     folders = sorted(path for path in root.glob("*") if path.is_dir())
     return [_opened(folder) for folder in folders]
 
@@ -73,23 +73,25 @@ def _opened(folder: Path) -> Baseline:
     result = open_result(folder)
     if len(result.environments) != 1:
         raise ResultsError(
-            f"{folder}: {len(result.environments)} environments beside a baseline, which has one; "
+            f"{folder}: the folder has {len(result.environments)} environments, but a baseline has one; "
             "make it again with `moebench baseline update`"
         )
     return Baseline(folder, result)
 
 
 def update(path: Path, root: Path = BASELINES) -> Baseline:
-    """Take the results in `path` into the baseline of their machine and software; jobs that it has are replaced.
+    """Store the results in `path` in the baseline of their machine and software. Return that baseline.
 
-    Raises ResultsError for results of several environments, or without any.
+    The new rows replace stored rows of the same jobs. Raises ResultsError for results of several environments, and for
+    results without an environment's file.
     """
     new = open_result(path)
     ids = sorted(set(new.frame["env_id"]))
     if len(ids) != 1 or ids[0] not in new.environments:
         raise ResultsError(
-            f"{path}: rows of environments {', '.join(ids)}, and environment.json of "
-            f"{', '.join(sorted(new.environments)) or 'none'}; a baseline is of one that is known: give a run's folder"
+            f"{path}: the rows are of the environments {', '.join(ids)}, the files beside them describe "
+            f"{', '.join(sorted(new.environments)) or 'none'}; a baseline needs one environment and its file; "
+            "give a run's folder"
         )
     environment = new.environments[ids[0]]
     folder = root / name_of(environment)
@@ -105,21 +107,21 @@ def _saved(results: Sequence[Result], folder: Path) -> Baseline:
 
 
 def matching(candidate: Result, root: Path = BASELINES) -> Baseline:
-    """The baseline of the candidate's machine and software. Raises ResultsError where there is none."""
+    """Return the baseline of the candidate's machine and software. Raises ResultsError if there is none."""
     ids = sorted(set(candidate.frame["env_id"]))
     there = stored(root)
     found = [baseline for baseline in there if baseline.environment.env_id in ids]
     if not found:
         names = ", ".join(baseline.name for baseline in there) or "none"
         raise ResultsError(
-            f"no baseline of this machine and software ({', '.join(ids)}) in {root}; there are {names}: "
+            f"no baseline of this machine and software ({', '.join(ids)}) in {root}; there are {names}; "
             "store one with `moebench baseline update DIR`, or name one as baseline:NAME"
         )
     return found[0]
 
 
 def named(name: str, root: Path = BASELINES) -> Baseline:
-    """The baseline of that name. Raises ResultsError where there is none."""
+    """Return the baseline with that name. Raises ResultsError if there is none."""
     there = {baseline.name: baseline for baseline in stored(root)}
     if name not in there:
         raise ResultsError(f"baseline:{name}: no such baseline in {root}; there are {', '.join(there) or 'none'}")

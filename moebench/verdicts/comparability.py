@@ -13,10 +13,10 @@ class Comparability:
 
     baseline: Mapping[str, Environment]
     candidate: Mapping[str, Environment]
-    allowed: Collection[str] = ()  # of CHANGES
+    allowed: Collection[str] = ()  # names from CHANGES
 
     def between(self, baseline_id: str, candidate_id: str) -> tuple[Difference, ...]:
-        """What differs between two env_ids; one difference, of `env_id`, where no file says more."""
+        """Return what differs between two environments, or one difference named `env_id` if their files do not tell."""
         if baseline_id == candidate_id:
             return ()
         one, two = self.baseline.get(baseline_id), self.candidate.get(candidate_id)
@@ -24,5 +24,5 @@ class Comparability:
         return found or (Difference("env_id", baseline_id, candidate_id),)
 
     def forbidding(self, differences: Iterable[Difference]) -> tuple[Difference, ...]:
-        """Those that were not allowed."""
+        """Return the differences that are not allowed."""
         return tuple(difference for difference in differences if difference.what not in self.allowed)

@@ -1,7 +1,7 @@
 """A gate's verdicts as one JSON document: `moebench gate --json` writes it, `moebench report --gate` reads it.
 
-docs/gating.md explains the keys. A number that is infinite or not known is null, because JSON has no infinity and a
-reader must not take a limit for a number.
+docs/gating.md explains the keys. A number that is infinite or not known is null: JSON has no infinity, and a reader
+must not mistake a limit for a measured number.
 """
 
 from collections import Counter
@@ -20,13 +20,13 @@ CellValue = str | int | float | None
 
 
 class _Part(BaseModel):
-    """Unknown keys are passed over, so that a later moebench may add some."""
+    """The base of all parts. It ignores unknown keys, so that a later moebench may add keys."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True, ser_json_inf_nan="null")
 
 
 class GateFinding(_Part):
-    """What was found of one measure of a job."""
+    """The verdict on one measure of a job, with its reason."""
 
     measure: str
     verdict: Verdict
@@ -34,7 +34,7 @@ class GateFinding(_Part):
 
 
 class GateTime(_Part):
-    """Candidate over baseline with its interval, and shares of the baseline."""
+    """The ratio candidate / baseline with its interval, p-values, the smallest visible slowdown and the rounds."""
 
     ratio: float | None
     low: float | None
@@ -63,7 +63,7 @@ class BothSides(_Part):
 
 
 class GateJob(_Part):
-    """The verdict on one job, and what both sides measured."""
+    """The verdict on one job, and the measured values of both sides."""
 
     case_id: str
     backend: str
@@ -81,7 +81,7 @@ class GateJob(_Part):
     def of(cls, job: Judged) -> Self:
         time = None if job.time is None else GateTime.model_validate(job.time)
         if time is not None and not time.low:
-            time = time.model_copy(update={"low": None})  # 0 is minus infinity on the logarithmic scale: not known
+            time = time.model_copy(update={"low": None})  # 0 is minus infinity as a logarithm: not known
         columns = ("status", "time_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
         return cls(
             case_id=job.key.case_id,
@@ -99,12 +99,12 @@ class GateJob(_Part):
 
     @property
     def reasons(self) -> str:
-        """Why the verdict is what it is."""
+        """The reasons of all findings that have the job's verdict."""
         return "; ".join(f"{one.measure}: {one.reason}" for one in self.findings if one.verdict is self.verdict)
 
 
 class GateSelfComparison(_Part):
-    """Two sides between which nothing changed, judged alike."""
+    """Two sides between which nothing changed, judged by the gate's rules."""
 
     name: str
     num_compared: int
@@ -119,7 +119,7 @@ class GateSelfComparison(_Part):
 
 
 class GateDifference(_Part):
-    """A fact that differs between the environments of both sides."""
+    """A fact that differs between the environments of the two sides."""
 
     what: str
     baseline: str
@@ -153,7 +153,7 @@ class GateDocument(_Part):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The document in a file. Raises ResultsError for anything else."""
+        """Return the document in a file. Raises ResultsError for a file that does not hold one."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:

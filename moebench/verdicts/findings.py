@@ -1,8 +1,8 @@
-"""Two rows of one job -> what is found about parity and memory, and what of them may be compared. No torch here.
+"""Two rows of one job -> the findings on parity and memory, and whether the two rows may be compared.
 
-Memory is judged to the byte on a CPU. On a GPU torch's caching allocator counts whole the cached blocks that it hands
-out, and which those are differs from process to process: only what exceeds that is a change. Parity is judged by the
-status, and so by the error over its budget: what is over it is a mismatch.
+On a CPU memory is judged to the byte. On a GPU torch's caching allocator counts the full size of every cached block
+that it hands out, and it may hand out other blocks in the next process. Only a larger difference counts as a change.
+Parity is judged by the status: a job with an error above its budget has the status mismatch.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -18,13 +18,13 @@ from moebench.verdicts.times import TimeVerdict, round_medians
 from moebench.verdicts.verdict import Verdict
 from moebench.workload.case import Case, Job
 
-Row = Mapping[Hashable, Any]  # of a frame of results
+Row = Mapping[Hashable, Any]  # a row of a frame of results
 
 _MEMORY_COLUMNS = {"peak": "peak_memory_bytes", "saved for backward": "saved_memory_bytes"}
-#: Between two processes on an H200 (2026-11-23, 58 jobs) the same code differed by up to 0.33% and, where that is less,
-#: by 0.2 MiB at the peak, by up to 0.6% or 1 MiB in what it saves for backward.
+#: On one H200 (2026-11-23, 58 jobs) two processes of the same code differed in peak memory by up to 0.33%, or 0.2 MiB
+#: if that is more, and in memory saved for backward by up to 0.6% or 1 MiB.
 _GPU_SLACK, _GPU_SLACK_BYTES = 0.01, 2 << 20
-#: Flags of a time that says nothing about the code.
+#: Flags of a time that is not evidence about the code.
 _SPOILED = {"slowed_down": "slowed down by heat or a power brake", IMPOSSIBLY_FAST: "impossibly fast"}
 
 
@@ -32,14 +32,17 @@ _SPOILED = {"slowed_down": "slowed down by heat or a power brake", IMPOSSIBLY_FA
 class Finding:
     """The verdict on one measure of a job."""
 
-    measure: str  # "time", "memory", "parity"; "job" where there is but one side
+    measure: str  # "time", "memory" or "parity"; "job" if only one side has the job
     verdict: Verdict
     reason: str
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A job in both results: its rows, all that differs between their environments, and what of that is not allowed."""
+    """The two rows of a job that both results have.
+
+    `differences` lists the facts that differ between the environments; `forbidding` has the ones that are not allowed.
+    """
 
     baseline: Row
     candidate: Row
@@ -52,11 +55,11 @@ class Pair:
 
     @property
     def why_incomparable(self) -> str:
-        """What forbids to compare the times of the two; empty where nothing does."""
+        """Why the times of the two rows must not be compared; empty if they may be."""
         one, two = (row["l2"] for row in (self.baseline, self.candidate))
         other_l2 = [] if is_null(one) or is_null(two) or one == two else [f"L2 {one} -> {two}"]
         spoiled = [
-            f"{side} {why}: measure it again"
+            f"{side} {why}; measure it again"
             for side, row in (("baseline", self.baseline), ("candidate", self.candidate))
             for flag, why in _SPOILED.items()
             if flag in row["flags"]
@@ -65,7 +68,7 @@ class Pair:
 
 
 def job_of(row: Row) -> Job:
-    """The job that a row is about."""
+    """Return the job that a row belongs to."""
     fields = {name: None if is_null(row[name]) else row[name] for name in Case.model_fields}
     return Job(case=Case.model_validate(fields), backend=row["backend"], dispatcher=row["dispatcher"])
 
@@ -79,9 +82,10 @@ def is_null(cell: Any) -> bool:
 
 
 def rounds_of(row: Row) -> dict[int, float]:
-    """The median of each round of a row by its number, ms; round 0 where the row does not say which sample is of which.
+    """Return the median of each round of a row in ms, by the round's number.
 
-    Marked samples, of another clock than most, count only in a round that has no others.
+    If the row does not tell the samples' rounds, all samples belong to round 0. Marked samples ran at another clock
+    than most. They count only in a round in which all samples are marked.
     """
     samples, rounds, marked = row["samples_ms"], row["sample_rounds"], row["sample_marked"]
     if is_null(samples) or not len(samples):
@@ -103,7 +107,10 @@ def of_candidate_alone(row: Row) -> tuple[Finding, ...]:
 
 
 def of_pair(pair: Pair, time: TimeVerdict | None) -> tuple[Finding, ...]:
-    """Time, memory and parity, or parity alone without speeds; `time` is None where the two may not be compared."""
+    """Return the findings on time, memory and parity, or only parity if one side is not ok.
+
+    `time` is None if the times must not be compared.
+    """
     if not pair.both_ok:
         return (_parity(pair),)
     speed = Finding("time", Verdict.INCOMPARABLE, pair.why_incomparable)
@@ -116,7 +123,7 @@ def _parity(pair: Pair) -> Finding:
     before, after = Status(pair.baseline["status"]), Status(pair.candidate["status"])
     said = _said(pair.candidate)
     if after not in GOOD:
-        also = f" ({before} in the baseline too)" if before not in GOOD else ""
+        also = f" (also {before} in the baseline)" if before not in GOOD else ""
         return Finding("parity", Verdict.REGRESSED, said + also)
     if after is before is Status.ok:
         return Finding("parity", Verdict.PASS, f"error {pair.candidate['parity_worst']:.2g} of its budget")
@@ -129,7 +136,7 @@ def _parity(pair: Pair) -> Finding:
 
 
 def _said(row: Row) -> str:
-    """The status of a row, and the first line of why."""
+    """Return the status of a row and the first line of its detail."""
     detail = "" if is_null(row["detail"]) else str(row["detail"]).strip().split("\n")[0]
     return f"{row['status']}: {detail}" if detail else str(row["status"])
 
@@ -157,7 +164,7 @@ def _memory(pair: Pair) -> Sequence[Finding]:
     verdict = Verdict.IMPROVED if changed else Verdict.PASS
     if any(after > before for before, after in changed.values()):
         verdict = Verdict.REGRESSED
-    same = "the same within what the allocator varies" if on_gpu else "the same to the byte"
+    same = "the same within the allocator's usual variation" if on_gpu else "the same to the byte"
     return [Finding("memory", verdict, reason or same)]
 
 

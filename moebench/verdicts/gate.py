@@ -1,7 +1,7 @@
-"""Two results -> a verdict on every job: time, memory, parity. No torch here.
+"""Two results -> a verdict on every job: time, memory, parity.
 
-moebench.verdicts.times judges the times of all jobs together, moebench.verdicts.findings each job's memory and parity.
-docs/gating.md is the user's reference.
+moebench.verdicts.times judges the times of all jobs together. moebench.verdicts.findings judges each job's memory and
+parity. docs/gating.md is the user's reference.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +24,11 @@ from moebench.workload.case import KEY, JobKey, key_of
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdict on a job, with what it rests on: the rows of both sides, None where there is none."""
+    """The verdict on a job and its evidence. A side's row is None if that side does not have the job."""
 
     key: JobKey
-    case: str  # what tells it from the other cases, in words
-    backend: str  # with its dispatcher, as it is shown everywhere
+    case: str  # the parts that distinguish the case from the other cases, in words
+    backend: str  # with its dispatcher, as in every table and plot
     findings: tuple[Finding, ...]
     time: TimeVerdict | None
     baseline: Row | None
@@ -36,14 +36,14 @@ class Judged:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst that was found."""
+        """The worst verdict of all findings."""
         return min((finding.verdict for finding in self.findings), key=lambda verdict: verdict.rank)
 
     def finding(self, measure: str) -> Finding | None:
         return next((finding for finding in self.findings if finding.measure == measure), None)
 
     def cells(self, column: str) -> tuple[Any, Any]:
-        """A column's value of the baseline and of the candidate, None where it was not measured."""
+        """Return a column's value in the baseline and in the candidate; None if it was not measured."""
         values = [None if row is None else row[column] for row in (self.baseline, self.candidate)]
         one, two = (None if is_null(value) else value for value in values)
         return one, two
@@ -51,16 +51,16 @@ class Judged:
 
 @dataclass(frozen=True)
 class SelfComparison:
-    """Two sides between which nothing changed, judged as the gate judges: every alarm is a false one."""
+    """Two sides between which nothing changed, judged by the gate's rules: every alarm is a false one."""
 
     name: str
     num_compared: int  # jobs
-    num_alarms: int  # REGRESSED or IMPROVED among them, by the gate's own rules
-    num_below: int  # jobs with a p-value below 5%, slower or faster: of exchangeable rounds, 10% or less
+    num_alarms: int  # of these jobs, the ones with the verdict REGRESSED or IMPROVED
+    num_below: int  # jobs with either p-value below 5%; at most 10% if rounds are exchangeable
 
     def __str__(self) -> str:
         if not self.num_compared:
-            return f"{self.name}: too few rounds to tell"
+            return f"{self.name}: too few rounds to judge"
         share = self.num_below / self.num_compared
         return (
             f"{self.name}: {self.num_alarms} false alarms in {self.num_compared} jobs; "
@@ -70,14 +70,14 @@ class SelfComparison:
 
 @dataclass(frozen=True)
 class GateResult:
-    """All verdicts of a gate, and what they rest on."""
+    """All verdicts of a gate, with the settings and self-comparisons that a reader needs to judge them."""
 
     jobs: tuple[Judged, ...]
     threshold: float
     false_alarms: float
     self_comparisons: tuple[SelfComparison, ...] = ()
-    differences: tuple[Difference, ...] = ()  # between the environments, those that are allowed included
-    title: str = ""  # what all cases share, and where and when both sides were measured
+    differences: tuple[Difference, ...] = ()  # between the environments, including the allowed ones
+    title: str = ""  # what all cases share, and where and when moebench measured both sides
 
     @property
     def counts(self) -> dict[Verdict, int]:
@@ -87,7 +87,7 @@ class GateResult:
 
     @property
     def exit_code(self) -> int:
-        """1 where something regressed, mismatched or is missing; 3 where it is not decided; else 0."""
+        """1 if a verdict is REGRESSED or MISSING, else 3 if a verdict is undecided, else 0."""
         severities = {verdict.severity for verdict in self.counts}
         if Severity.FAILED in severities:
             return EXIT_FAILED
@@ -105,11 +105,11 @@ def gate(
     self_comparisons: Sequence[SelfComparison] | None = None,
     block_of: Callable[[int], int] | None = None,
 ) -> GateResult:
-    """Judge every job of two results, as `moebench.results.frame.load` opens them.
+    """Judge every job of two results. `moebench.results.frame.load` opens such frames.
 
-    `block_of` gives the block of a round's number where rounds of both sides were measured together.
-    `self_comparisons` default to the earlier against the later rounds of each of the two. Raises ResultsError where
-    they have no job in common.
+    `block_of` is given if rounds of both sides were measured together: it returns the block of a round's number.
+    `self_comparisons` default to the earlier rounds of each result against its later rounds. Raises ResultsError if the
+    results have no job in common.
     """
     before, after = _by_key(baseline), _by_key(candidate)
     pairs = _pairs(before, after, comparability)
@@ -146,14 +146,14 @@ def _pairs(
     pairs = {key: _pair(before[key], after[key], comparability) for key in before if key in after}
     if not pairs:
         raise ResultsError(
-            f"no job in common: {len(before)} in the baseline, {len(after)} in the candidate, none with the same case, "
-            "backend and dispatcher in both; give two results of one sweep"
+            f"no job in common: {len(before)} jobs in the baseline, {len(after)} in the candidate, but none with the "
+            "same case, backend and dispatcher in both; give two results of one sweep"
         )
     return pairs
 
 
 def _family(pairs: Mapping[JobKey, Pair], block_of: Callable[[int], int] | None) -> dict[JobKey, Sides]:
-    """The rounds of the jobs whose times may be compared."""
+    """Return the rounds of the jobs with times that may be compared."""
     return {
         key: sides(rounds_of(pair.baseline), rounds_of(pair.candidate), block_of)
         for key, pair in pairs.items()
@@ -164,7 +164,7 @@ def _family(pairs: Mapping[JobKey, Pair], block_of: Callable[[int], int] | None)
 def sides(
     baseline: Mapping[int, float], candidate: Mapping[int, float], block_of: Callable[[int], int] | None = None
 ) -> Sides:
-    """Rounds by number, and which of them were measured together."""
+    """Return the sides of one case from its rounds by number, with their blocks if `block_of` is given."""
     blocks = None
     if block_of is not None:
         blocks = tuple(map(block_of, baseline)), tuple(map(block_of, candidate))
@@ -179,7 +179,7 @@ def _pair(baseline: Row, candidate: Row, comparability: Comparability) -> Pair:
 
 
 def _names(*frames: pd.DataFrame) -> dict[JobKey, tuple[str, str]]:
-    """Case and backend of each job in words; the case's id where all are one case."""
+    """Return case and backend of each job in words; the case's id if all jobs are of one case."""
     rows = pd.concat(frames, ignore_index=True)
     cases = describe(rows.assign(run_id="", device="", gpu="")).labels
     texts = zip(cases.where(cases != "", rows["case_id"]), backend_labels(rows), strict=True)
@@ -193,7 +193,7 @@ def _title(baseline: pd.DataFrame, candidate: pd.DataFrame) -> str:
 
 
 def halves(name: str, frame: pd.DataFrame, threshold: float, false_alarms: float) -> SelfComparison:
-    """The earlier rounds of a result against its later ones: a machine that drifts raises alarms here too."""
+    """Compare the earlier rounds of a result with its later rounds. A machine that drifts raises false alarms here."""
     rounds = [tuple(rounds_of(row).values()) for row in frame.to_dict("records")]
     enough = [some for some in rounds if len(some) >= 2 * times.MIN_ROUNDS]
     family = {number: Sides(some[: len(some) // 2], some[len(some) // 2 :]) for number, some in enumerate(enough)}
@@ -201,7 +201,7 @@ def halves(name: str, frame: pd.DataFrame, threshold: float, false_alarms: float
 
 
 def self_comparison(name: str, family: Mapping[Any, Sides], threshold: float, false_alarms: float) -> SelfComparison:
-    """What a gate says of two sides between which nothing changed."""
+    """Judge two sides between which nothing changed by the gate's rules, and count the false alarms."""
     found = times.judge_times(family, threshold, false_alarms).values()
     alarms = [some for some in found if some.verdict in (Verdict.REGRESSED, Verdict.IMPROVED)]
     below = [some for some in found if min(some.p_slower, some.p_faster) < 0.05]

@@ -1,9 +1,11 @@
-"""Rounds are judged at a few fixed looks, and what is decided at one is measured no more. No torch here.
+"""The schedule of `moebench ab`: it judges at a few fixed looks, and stops measuring a job once it is decided.
 
-That is optional stopping, and stays valid: at every look the whole family is judged, decided members with the rounds
-they have, and each look has its share of the false alarms and of the wrong passes that a gate may have (Bonferroni).
-What is shown at one look stays shown, since the p-values that it rests on stay. The clock may end the rounds before a
-look: it knows nothing of the results.
+This is optional stopping. It stays valid for these reasons:
+
+- Every look judges the whole family. Members that are already decided take part with the rounds they have.
+- Each look has an equal share of the false alarms and the wrong passes that a gate may have (Bonferroni).
+- A change that is shown at one look stays shown, because its p-values stay the same.
+- The time budget may end the rounds before a look, because it does not depend on the results.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -16,22 +18,23 @@ from moebench.verdicts.verdict import Verdict
 Key = TypeVar("Key", bound=Hashable)
 
 NUM_LOOKS = 3
-#: Processes of each side in a round. With two there are six orders of both sides in a round, with one there are two.
+#: Processes of each side in a round. Two processes a side have six possible orders in a round, one a side has two.
 RUNS_A_SIDE = 2
-#: Of one look.
+#: The share of one look.
 LOOK_FALSE_ALARMS = FALSE_ALARMS / NUM_LOOKS
 LOOK_WRONG_PASSES = WRONG_PASSES / NUM_LOOKS
 
 
 def block_of(run: int) -> int:
-    """The round that a process belongs to: its number is counted over all rounds, on each side."""
+    """Return the round that a process belongs to. Each side numbers its processes over all rounds, from 0."""
     return run // RUNS_A_SIDE
 
 
 def schedule(family_size: int) -> tuple[int, ...]:
-    """The rounds at each look, each with `RUNS_A_SIDE` processes of both sides.
+    """Return the number of rounds at each look. A round has `RUNS_A_SIDE` processes of each side.
 
-    At the first look they are as few as can show anything in such a family, then twice and four times as many.
+    The first look has the fewest rounds that can show a change in a family of this size. The next looks have twice and
+    four times as many.
     """
     first = blocks_needed(LOOK_FALSE_ALARMS / max(1, family_size), RUNS_A_SIDE)
     return tuple(first * 2**look for look in range(NUM_LOOKS))
@@ -43,10 +46,10 @@ def until_decided(
     measure_rounds: Callable[[Sequence[Key], range], bool],
     judge: Callable[[], Mapping[Key, Verdict]],
 ) -> Iterator[int]:
-    """Measure and judge until every member of the family is decided; yields the number of rounds after each look.
+    """Measure and judge until every member of the family is decided. Yield the number of rounds after each look.
 
-    `measure_rounds` is given what is undecided and the numbers of the rounds to measure, and says whether there is time
-    for more. `judge` judges the whole family.
+    `measure_rounds` gets the undecided members and the numbers of the rounds to measure, and returns whether there is
+    time for more. `judge` returns the verdicts on the whole family.
     """
     undecided, done = list(family), 0
     for rounds in looks:

@@ -1,4 +1,4 @@
-"""How the times of one job vary, as recorded: in rounds, in samples of a process, in rounds of `ab`. No torch here."""
+"""How the recorded times of one job vary: between rounds, within one process, or within the rounds of `ab`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from moebench.verdicts.looks import RUNS_A_SIDE, block_of
 from moebench.verdicts.times import Sides
 from moebench.workload.case import key_of
 
-#: Fewer recorded rounds than this say too little of how rounds are spread.
+#: The fewest recorded rounds that show well enough how rounds vary.
 MIN_RECORDED = 5
 
 _FloatArray = NDArray[np.float64]
 
 
 class JobNoise(Protocol):
-    """What two sides of one job, between which nothing changed, may have measured."""
+    """A source of random rounds for two sides of one job between which nothing changed."""
 
     @property
     def backend(self) -> str: ...
@@ -31,12 +31,18 @@ class JobNoise(Protocol):
         """Whether the noise between processes is recorded rather than assumed."""
 
     def sides(self, random: np.random.Generator, rounds: tuple[int, int], session: float) -> Sides:
-        """So many rounds; all of a side shifted by chance of the standard deviation `session`, as on another day."""
+        """Return `rounds` random rounds of each side.
+
+        All rounds of a side share one random shift with the standard deviation `session`, as if of another day.
+        """
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Of sides measured apart: recorded rounds, or samples of one process and what is assumed between processes."""
+    """The noise of sides that are measured apart.
+
+    It comes from recorded rounds, or from the samples of one process and an assumed spread `between` processes.
+    """
 
     backend: str
     log_rounds: _FloatArray
@@ -52,14 +58,17 @@ class Noise:
         return Sides(tuple(one.tolist()), tuple(two.tolist()))
 
     def draw(self, random: np.random.Generator, num_rounds: int) -> _FloatArray:
-        """Logarithms of the medians of so many rounds, around 0."""
+        """Return logarithms of the medians of random rounds, around 0."""
         if self.is_recorded:
             picked = random.choice(self.log_rounds, num_rounds)
             return np.asarray(picked + random.normal(0, _bandwidth(self.log_rounds), num_rounds))
         return np.asarray(self._medians(random, num_rounds) + random.normal(0, self.between, num_rounds))
 
     def _medians(self, random: np.random.Generator, num_rounds: int) -> _FloatArray:
-        """Medians of as many samples as were recorded, in circular blocks of their number's square root."""
+        """Return medians of samples drawn in circular blocks. Each round has as many samples as were recorded.
+
+        The length of a block is the square root of their number.
+        """
         size = len(self.log_samples)
         block = max(1, round(math.sqrt(size)))
         starts = random.integers(0, size, (num_rounds, -(-size // block)))
@@ -69,7 +78,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class NoiseTogether:
-    """Of sides measured side by side by `moebench ab`: recorded rounds, a row each, of all its processes."""
+    """The noise of sides that `moebench ab` measured together. `log_rounds` has one row per recorded round."""
 
     backend: str
     log_rounds: _FloatArray
@@ -79,7 +88,7 @@ class NoiseTogether:
         return True
 
     def sides(self, random: np.random.Generator, rounds: tuple[int, int], session: float = 0.0) -> Sides:
-        """Rounds drawn from those recorded, their processes shared out anew. Side by side there is but one session."""
+        """Draw recorded rounds, and assign their processes to the sides at random. `session` does not apply here."""
         num_rounds = rounds[0] // RUNS_A_SIDE
         drawn = random.permuted(self.log_rounds[random.integers(len(self.log_rounds), size=num_rounds)], axis=1)
         drawn = np.exp(drawn + random.normal(0, self._bandwidth, drawn.shape))
@@ -93,13 +102,17 @@ class NoiseTogether:
 
 
 def _bandwidth(values: _FloatArray) -> float:
-    """Silverman's rule: of the standard deviation or, where outliers make that larger, the quartiles' on its scale."""
+    """Return the bandwidth by Silverman's rule.
+
+    The spread is the standard deviation or the scaled distance of the quartiles, whichever is smaller: outliers make
+    only the first one larger.
+    """
     low, high = np.percentile(values, (25, 75))
     return float(0.9 * min(np.std(values, ddof=1), (high - low) / 1.349) * len(values) ** -0.2)
 
 
 def noises(frame: pd.DataFrame, between: float) -> list[Noise]:
-    """The noise of every job of a result that has a time; `between` where one process was recorded."""
+    """Return the noise of every job that has a time. `between` is assumed for jobs with too few recorded rounds."""
     rows = [row for row in frame.to_dict("records") if is_ok(row)]
     return [
         Noise(row["backend"], _centred([*rounds_of(row).values()]), _centred(row["samples_ms"]), between)
@@ -114,7 +127,7 @@ def _centred(times_ms: Sequence[float]) -> _FloatArray:
 
 
 def noises_together(a: pd.DataFrame, b: pd.DataFrame) -> list[NoiseTogether]:
-    """The noise of every job that both sides of an `ab` have a time of; nothing must have changed between them."""
+    """Return the noise of every job with a time on both sides of an `ab`. Both sides must be the same code."""
     others = {key_of(row): row for row in b.to_dict("records") if is_ok(row)}
     found = []
     for row in filter(is_ok, a.to_dict("records")):
@@ -124,7 +137,7 @@ def noises_together(a: pd.DataFrame, b: pd.DataFrame) -> list[NoiseTogether]:
 
 
 def _log_rounds(one: Mapping[int, float], two: Mapping[int, float]) -> _FloatArray:
-    """A row a round that is complete, those of its processes on both sides, around their median."""
+    """Return one row per complete round: the log times of all its processes on both sides, minus their median."""
     blocks = dict.fromkeys(map(block_of, one))
     rows = [[side[run] for side in (one, two) for run in side if block_of(run) == block] for block in blocks]
     whole = np.log([row for row in rows if len(row) == 2 * RUNS_A_SIDE])

@@ -1,12 +1,16 @@
-"""Two groups of numbers -> by how much one is shifted, with exact, distribution-free limits. No torch here.
+"""Two groups of numbers -> the shift between them, with exact, distribution-free limits.
 
-The rank-sum test of Wilcoxon, Mann and Whitney, and the limits that invert it (Hollander, Wolfe and Chicken,
-Nonparametric Statistical Methods, 3rd ed., chapter 4); of numbers in blocks, van Elteren's (1960) with equal weights,
-which compares within blocks alone. Where both groups of a block are draws of one distribution, of whatever shape, every
-order of them is as likely as any other; that gives the distribution of U, the number of pairs in which the second
-group's member is greater. Nothing is assumed of the noise: two modes or a disturbed round cost power, never a false
-alarm, and neither does what a whole block has in common. The price is numbers: the smallest p-value there is, of groups
-apart, is 1 / C(n + m, n), over blocks the product of that.
+The test is the rank-sum test of Wilcoxon, Mann and Whitney, with the limits that invert it (Hollander, Wolfe and
+Chicken, Nonparametric Statistical Methods, 3rd ed., chapter 4). For numbers in blocks it is van Elteren's test (1960)
+with equal weights, which compares only numbers of the same block.
+
+If both groups of a block are drawn from one distribution of any shape, all orders of their members are equally likely.
+This gives the distribution of U, the number of pairs in which the member of the second group is greater.
+
+The test assumes nothing about the noise. Two modes or a disturbed round may hide a change, but they do not cause a
+false alarm. A disturbance that all members of a block share does neither. The price is many rounds: for groups of n
+and m members that do not overlap, the smallest possible p-value is 1 / C(n + m, n). For several blocks it is the
+product over the blocks.
 """
 
 import math
@@ -23,25 +27,25 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Shifts:
-    """Every difference second − first within a block, ascending, and P(U <= u) for u = 0 … their number."""
+    """All differences second − first within the blocks, ascending, and P(U <= u) for u = 0 … their number."""
 
     values: Floats
     null_tail: Floats
 
     @classmethod
     def within(cls, *blocks: tuple[ArrayLike, ArrayLike]) -> "Shifts":
-        """Of a first and a second group in each block; blocks that lack one say nothing."""
+        """Return the shifts from the first to the second group of each block. A block with an empty group adds none."""
         values = [np.subtract.outer(np.asarray(second, float), np.asarray(first, float)) for first, second in blocks]
         return cls(np.sort(np.concatenate([some.ravel() for some in values])), null_tail(some.shape for some in values))
 
     @property
     def center(self) -> float:
-        """The estimate of Hodges and Lehmann: their median."""
+        """The estimate of Hodges and Lehmann: the median of all differences."""
         return float(np.median(self.values))
 
     @property
     def p_greater(self) -> float:
-        """P-value of "the second group is not greater". Ties count against: valid with them too."""
+        """P-value of "the second group is not greater". A tie raises the p-value, so that the test stays valid."""
         return float(self.null_tail[np.count_nonzero(self.values <= 0)])
 
     @property
@@ -50,28 +54,28 @@ class Shifts:
         return float(self.null_tail[np.count_nonzero(self.values >= 0)])
 
     def lower_limit(self, level: float) -> float:
-        """What the shift exceeds, wrong at most so often as `level` says; −inf where there are too few numbers."""
+        """Return the lower limit of the shift, wrong with probability `level` at most; −inf for too few numbers."""
         rank = self._rank(level)
         return float(self.values[rank - 1]) if rank else -math.inf
 
     def upper_limit(self, level: float) -> float:
-        """What the shift stays below, wrong at most so often as `level` says; inf where there are too few numbers."""
+        """Return the upper limit of the shift, wrong with probability `level` at most; inf for too few numbers."""
         rank = self._rank(level)
         return float(self.values[-rank]) if rank else math.inf
 
     def _rank(self, level: float) -> int:
-        """Which of the ordered shifts, from either end, is the limit of that level; 0 where none is."""
+        """Return the rank, from either end, of the ordered difference that is the limit of that level; 0 if none is."""
         return int(np.searchsorted(self.null_tail, level, side="right"))
 
 
 def null_tail(sizes: Iterable[tuple[int, ...]]) -> Floats:
-    """P(U <= u) for u = 0 … Σ n·m where both groups of each block, of n and m, are draws of one distribution."""
+    """Return P(U <= u) for u = 0 … Σ n·m. `sizes` has n and m of each block, with both groups from one distribution."""
     return _null_tail(tuple(sorted(tuple(sorted(size)) for size in sizes)))
 
 
 @cache
 def _null_tail(sizes: tuple[tuple[int, int], ...]) -> Floats:
-    orders = np.ones(1, dtype=object)  # Python integers: exact
+    orders = np.ones(1, dtype=object)  # Python integers are exact
     for size in sizes:
         orders = np.convolve(orders, _orders(*size))
     total = int(orders.sum())
@@ -82,9 +86,9 @@ def _null_tail(sizes: tuple[tuple[int, int], ...]) -> Floats:
 
 @cache
 def _orders(num_first: int, num_second: int) -> NDArray[np.object_]:
-    """The orders of two groups without ties that have U = 0 … n·m.
+    """Return the number of orders of two groups without ties that have U = u, for u = 0 … n·m.
 
-    They are the coefficients of the Gaussian binomial, the product of (1 − q^(m+i)) / (1 − q^i) over i = 1 … n.
+    These are the coefficients of the Gaussian binomial, the product of (1 − q^(m+i)) / (1 − q^i) over i = 1 … n.
     """
     size = num_first * num_second + 1
     orders = np.zeros(size, dtype=object)
@@ -99,11 +103,11 @@ def _orders(num_first: int, num_second: int) -> NDArray[np.object_]:
 
 
 def group_size_needed(level: float) -> int:
-    """The size of two equal groups from which on a p-value of `level` is possible."""
+    """Return the smallest size of two equal groups for which a p-value of `level` is possible."""
     return next(size for size in count(1) if 1 / math.comb(2 * size, size) <= level)
 
 
 def blocks_needed(level: float, group_size: int) -> int:
-    """The number of blocks of two groups of that size from which on a p-value of `level` is possible."""
+    """Return the smallest number of blocks, of two groups of that size, for which a p-value of `level` is possible."""
     orders = math.comb(2 * group_size, group_size)
     return next(blocks for blocks in count(1) if orders**-blocks <= level)

@@ -1,4 +1,4 @@
-"""Another revision's `experts`, in a folder from which workers can import it. No torch here."""
+"""Copy another revision's `experts` into a folder from which workers can import it."""
 
 import io
 import json
@@ -20,10 +20,10 @@ PACKAGE = "experts"
 
 @dataclass(frozen=True)
 class Revision:
-    """An `experts` to measure: a copy in `folder`, and what it was asked for by and is."""
+    """A copy of `experts` to measure, in `folder`."""
 
-    asked: str
-    commit: str | None  # None: a folder's, which has no name but its path
+    asked: str  # the revision or the folder that the user named
+    commit: str | None  # None for a copy of a folder
     folder: Path
 
     def __str__(self) -> str:
@@ -31,16 +31,19 @@ class Revision:
 
 
 def copy_experts(asked: str, into: Path) -> Revision:
-    """Copy the `experts` of a folder that holds one, else of a git revision of the repository around, to `into`.
+    """Copy `experts` into the new folder `into`. `asked` is a folder that holds an `experts`, or else a git revision.
 
-    The working tree is left as it is, and what happens to it later changes nothing. Raises RevisionError.
+    The revision is one of the repository around the current folder. The working tree is not changed, and later changes
+    of it do not reach the copy. Raises RevisionError if `asked` is neither.
     """
     source = Path(asked)
     into.mkdir(parents=True)
     if (source / PACKAGE / "__init__.py").is_file():
         shutil.copytree(source / PACKAGE, into / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
         return Revision(asked, None, into)
-    _git(asked, "rev-list", "--max-count=1", "--end-of-options", asked, "--")  # says best what is wrong; takes ranges
+    _git(
+        asked, "rev-list", "--max-count=1", "--end-of-options", asked, "--"
+    )  # has the clearest error message, but takes ranges
     commit = _git(asked, "rev-parse", "--verify", "--end-of-options", f"{asked}^{{commit}}").decode().strip()
     top = _git(asked, "rev-parse", "--show-toplevel").decode().rstrip("\n")
     archive = _git(asked, "-C", top, "archive", "--format=tar", commit, PACKAGE)
@@ -53,16 +56,16 @@ def _git(asked: str, *arguments: str) -> bytes:
     try:
         done = run_git(*arguments)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RevisionError(f"{asked}: no folder that holds an {PACKAGE}, and git does not run: {error}") from None
+        raise RevisionError(f"{asked}: not a folder that holds an {PACKAGE}, and git does not run: {error}") from None
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise RevisionError(
-            f"{asked}: no folder that holds an {PACKAGE}, nor a git revision with one: git says: {reason[0]}"
+            f"{asked}: neither a folder that holds an {PACKAGE} nor a git revision with one; git says: {reason[0]}"
         )
     return done.stdout
 
 
-#: Said by a process that imports what a worker would: what is wrong with each name, null where nothing is.
+#: A program that imports what a worker imports. It prints what is wrong with each backend's name; null if nothing is.
 _PROBE = """
 import json, sys
 import moebench.measure.worker
@@ -80,9 +83,9 @@ print(json.dumps({name: wrong(name) for name in sys.argv[1:]}))
 
 
 def unknown_backends(revision: Revision, names: Iterable[str]) -> dict[str, str]:
-    """The backends that this revision does not have, with what it says of each.
+    """Return the backends that this revision does not have, with its error message for each.
 
-    Raises RevisionError where its `experts` cannot be driven by this moebench.
+    Raises RevisionError if this moebench cannot drive the revision's `experts`.
     """
     command = [sys.executable, "-c", _PROBE, *dict.fromkeys(names)]
     variables = os.environ | importing_from(revision.folder)

@@ -1,17 +1,19 @@
-"""Gates simulated from recorded samples: how often they alarm falsely, and what they find. No torch here.
+"""Simulate gates from recorded samples: how often they raise a false alarm, and which slowdowns they find.
 
     python -m moebench.verdicts.simulate RESULTS [--num-gates N] [--num-jobs N] [--threshold SHARE]
         [--between SHARE] [--ab]
 
-prints a table of docs/gating.md. A simulated gate draws jobs from a result, with replacement, and for both
-sides of each the rounds that it might have had (moebench.verdicts.noise):
+prints a table of docs/gating.md. A simulated gate draws jobs from a result, with replacement. For both sides of each
+job it draws random rounds (moebench.verdicts.noise):
 
-* of a job with several recorded rounds, rounds drawn from those, with replacement, each moved by a little of their own
-  spread (a smoothed bootstrap), so that two drawn alike are not the same to the last bit;
-* of a job with one recorded process, the median of its samples, drawn in blocks so that neighbours stay neighbours,
-  times a factor between processes, log-normal of the share `between`: that part is assumed, not recorded;
-* with `--ab`, of a folder that `moebench ab` wrote for twice the same revision, rounds as a whole: what their processes
-  had in common they have in common again. Each look of `ab` is simulated alone, at its share of the false alarms.
+* If the job has at least MIN_RECORDED recorded rounds, it draws from these with replacement, and moves each by a small
+  part of their spread (a smoothed bootstrap), so that two draws of one round are not equal to the last bit.
+* If the job has fewer, it draws the job's samples in blocks, so that neighbours stay together, and takes their median.
+  It multiplies the median by a log-normal factor between processes of the share `between`. This factor is assumed and
+  not recorded.
+* With `--ab`, RESULTS is a folder of `moebench ab` for the same revision twice. It draws whole rounds, so that a
+  disturbance that the processes of a round shared stays shared. It simulates each look of `ab` on its own, with the
+  look's share of the false alarms.
 """
 
 import argparse
@@ -34,16 +36,16 @@ from moebench.verdicts.verdict import Verdict
 ASSUMED_BETWEEN = (0.003, 0.01)
 NUM_JOBS = 200
 ROUNDS = ((10, 10), (20, 20), (20, 5))
-#: From 0.5% up, each a tenth more than the one before.
+#: Slowdowns from 0.5% up. Each is a tenth larger than the one before.
 EFFECTS = tuple(0.005 * 1.1**step for step in range(70))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is simulated: rounds of both sides, and jobs a gate.
+    """The setting of a simulation: the rounds of both sides, and the jobs per gate.
 
-    `session`: the standard deviation of a shift, as a share, that each job of each side has in all its rounds, as on
-    two days on one machine; no test within a result can see it.
+    `session` is the standard deviation, as a share, of a random shift that all rounds of one job and side have in
+    common, as between two days on one machine. No test within a result can see such a shift.
     """
 
     rounds: tuple[int, int] = ROUNDS[0]
@@ -55,7 +57,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Rate:
-    """So many of so many."""
+    """A count, and the total that it is a part of."""
 
     count: int
     total: int
@@ -69,13 +71,13 @@ class Rate:
 
 
 def _drawn(recorded: Sequence[JobNoise], setting: Setting, random: np.random.Generator) -> tuple[JobNoise, Sides]:
-    """A job in which nothing changed, and the rounds of both its sides."""
+    """Draw a job in which nothing changed, and rounds of both sides."""
     job = recorded[int(random.integers(len(recorded)))]
     return job, job.sides(random, setting.rounds, setting.session)
 
 
 def false_alarms(recorded: Sequence[JobNoise], setting: Setting, num_gates: int, seed: int = 0) -> Rate:
-    """Of gates in which nothing changed, those that call any job REGRESSED."""
+    """Simulate gates in which nothing changed, and count the gates that call any job REGRESSED."""
     random = np.random.default_rng(seed)
     alarms = 0
     for _ in range(num_gates):
@@ -87,7 +89,7 @@ def false_alarms(recorded: Sequence[JobNoise], setting: Setting, num_gates: int,
 
 @dataclass(frozen=True)
 class Planted:
-    """A job before and after it was slowed down by `effect`: what a gate says of it, the only one that changed."""
+    """The verdicts on a job without a slowdown and with a slowdown by `effect`. No other job of its gate changed."""
 
     backend: str
     effect: float
@@ -102,9 +104,10 @@ class Planted:
 def plant(
     recorded: Sequence[JobNoise], setting: Setting, effects: Sequence[float], num_gates: int, seed: int = 0
 ) -> list[Planted]:
-    """Slow one job of each gate down by each of the `effects`.
+    """Slow one job of each gate down by each of the `effects`, and judge it.
 
-    Of a family in which nothing else changed, Holm's correction leaves the one slowed job the level of Bonferroni's.
+    It is enough to judge that job, at the level of Bonferroni's correction: if nothing else in the family changed,
+    Holm's correction gives the slowed job the same level.
     """
     random = np.random.default_rng(seed)
     level = setting.false_alarms / setting.num_jobs
@@ -123,19 +126,20 @@ def plant(
 
 
 def detection_rate(found: Sequence[Planted]) -> Rate:
-    """Of slowed jobs, those that were found."""
+    """Count the slowed jobs that were found."""
     return Rate(sum(some.is_found for some in found), len(found))
 
 
 def seen(found: Sequence[Planted], threshold: float = THRESHOLD) -> list[Planted]:
-    """Those of which the gate said, before anything was slowed, that it would have seen the threshold."""
+    """Return the jobs for which the gate, before the slowdown, reported that it could see the threshold."""
     return [some for some in found if some.without.smallest_effect <= threshold]
 
 
 def smallest_found(recorded: Sequence[JobNoise], setting: Setting, num_gates: int, seed: int = 0) -> float:
-    """The smallest of EFFECTS that is found in 95% of gates, whatever job it is planted in; inf where none is.
+    """Return the smallest of EFFECTS that is found in 95% of gates, in a job drawn at random; inf if none is.
 
-    Whatever the setting's threshold: an effect below it, which the gate lets pass, is found if it is shown.
+    The threshold of the setting does not count here: an effect below it, which a gate would pass, is found if it is
+    shown.
     """
     found = plant(recorded, replace(setting, threshold=0.0), EFFECTS, num_gates, seed)
     enough = [
@@ -153,7 +157,7 @@ HEADER = (
 
 
 def table(recorded: Sequence[JobNoise], settings: Sequence[Setting], between: str, num_gates: int) -> Iterator[str]:
-    """The figures as Markdown, a row for each setting; `between` says what processes differ by."""
+    """Yield the figures as Markdown, one row for each setting. `between` is the text on how much processes differ."""
     for setting in settings:
         found = plant(recorded, setting, [setting.threshold], 4 * num_gates)
         visible = seen(found, setting.threshold)
@@ -166,7 +170,10 @@ def table(recorded: Sequence[JobNoise], settings: Sequence[Setting], between: st
 
 
 def of_results(frame: pd.DataFrame, between: Sequence[float], num_gates: int, setting: Setting) -> Iterator[str]:
-    """The table of a gate on stored results; for each assumption where processes' noise is not recorded."""
+    """Yield the table of a gate on stored results.
+
+    If the noise between processes is not recorded for all jobs, the table has rows for each assumption in `between`.
+    """
     settings = [replace(setting, rounds=rounds) for rounds in ROUNDS]
     for assumed in between:
         recorded = noises(frame, assumed)
@@ -177,22 +184,26 @@ def of_results(frame: pd.DataFrame, between: Sequence[float], num_gates: int, se
 
 
 def of_ab(a: pd.DataFrame, b: pd.DataFrame, num_gates: int, setting: Setting) -> Iterator[str]:
-    """The table of `moebench ab`, a row a look."""
+    """Yield the table of `moebench ab`, one row per look."""
     rounds = [(RUNS_A_SIDE * look, RUNS_A_SIDE * look) for look in schedule(setting.num_jobs)]
     settings = [replace(setting, rounds=some, false_alarms=LOOK_FALSE_ALARMS) for some in rounds]
     yield from table(noises_together(a, b), settings, "recorded", num_gates)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table; `arguments` instead of the command line's."""
-    parser = argparse.ArgumentParser(description="What the gate does, simulated from recorded samples.")
+    """Print the table. `arguments` replace those of the command line."""
+    parser = argparse.ArgumentParser(description="Simulate gates from recorded samples.")
     parser.add_argument("results", type=Path, help="results folder or Parquet file")
-    parser.add_argument("--num-gates", type=int, default=500, help="simulated gates")
-    parser.add_argument("--num-jobs", type=int, default=NUM_JOBS, help="jobs a gate")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="the gate's, as a share")
-    parser.add_argument("--between", type=float, nargs="*", default=ASSUMED_BETWEEN, help="share, where not recorded")
-    parser.add_argument("--backend", nargs="*", help="jobs of these backends alone")
-    parser.add_argument("--ab", action="store_true", help="results of `moebench ab` for twice the same revision")
+    parser.add_argument("--num-gates", type=int, default=500, help="number of simulated gates")
+    parser.add_argument("--num-jobs", type=int, default=NUM_JOBS, help="number of jobs per gate")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="threshold of the gate, as a share")
+    parser.add_argument(
+        "--between", type=float, nargs="*", default=ASSUMED_BETWEEN, help="assumed spread, if not recorded"
+    )
+    parser.add_argument("--backend", nargs="*", help="only jobs of these backends")
+    parser.add_argument(
+        "--ab", action="store_true", help="the results are of `moebench ab` for the same revision twice"
+    )
     asked = parser.parse_args(arguments)
 
     def opened(folder: Path) -> pd.DataFrame:

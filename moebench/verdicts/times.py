@@ -1,20 +1,27 @@
-"""Rounds of two sides -> verdicts on time, over a whole family of cases at once. No torch here.
+"""Rounds of two sides -> verdicts on time, for a whole family of cases at once.
 
-The unit that repeats is a round, a fresh process: a side of a case is the median time of each of its rounds. Ratios are
-candidate over baseline, above 1 slower, and are estimated by the median over all pairs of rounds (Hodges and Lehmann).
+The unit that repeats is a round, which is a fresh process. A side of a case is a list of medians, one per round. A
+ratio is candidate / baseline, so above 1 means slower. It is estimated by the median over all pairs of rounds (Hodges
+and Lehmann).
 
     REGRESSED     shown to be slower, and a slowdown by the threshold or more is not excluded
     IMPROVED      shown to be faster, and a speedup by the threshold or more is not excluded
-    PASS          a slowdown by the threshold is excluded, and would have been seen
-    INCONCLUSIVE  neither: the noise is too large for the threshold, or there are too few rounds
+    PASS          a slowdown by the threshold is excluded, and the comparison would have seen one;
+                  or a change is shown, and a change by the threshold is excluded
+    INCONCLUSIVE  none of these: the noise is too large for the threshold, or there are too few rounds
 
-*Shown* is exact: rank-sum tests (moebench.verdicts.ranksum) with Holm's correction over the family, so that a family in
-which nothing changed has a false REGRESSED at most so often as `FALSE_ALARMS` says, whatever the noise looks like, as
-long as the rounds of both sides are exchangeable, or those that were measured together; IMPROVED likewise. *Excluded*
-is by the upper end of a case's own interval: a case slower by the threshold passes at most so often as `WRONG_PASSES`
-says. *Would have been seen*: `smallest_effect` is at most the threshold. The threshold is thus the smallest slowdown
-that must not pass, not one beyond which the estimate has to lie: of a slowdown by exactly the threshold, half the
-estimates lie below it.
+*Shown*: by exact rank-sum tests (moebench.verdicts.ranksum) with Holm's correction over the family. If nothing changed,
+a family gets any REGRESSED with a probability of at most `FALSE_ALARMS`, and any IMPROVED with the same probability.
+This holds for noise of any shape, if the rounds of both sides are exchangeable; for rounds that were measured together
+in blocks, if they are exchangeable within a block.
+
+*Excluded*: by the end of the case's own interval. A case that is slower by the threshold passes with a probability of
+at most `WRONG_PASSES`.
+
+*Would have seen*: `smallest_effect` is at most the threshold.
+
+The threshold is therefore the smallest slowdown that must not pass. The estimate need not lie above it: if a case is
+slower by exactly the threshold, half of the estimates lie below it.
 """
 
 import math
@@ -31,12 +38,12 @@ from moebench.verdicts.verdict import Verdict
 
 Key = TypeVar("Key", bound=Hashable)
 
-#: Half of the 1% that a gate may have: the tests are exact, what is left is for rounds that are not quite exchangeable.
+#: Half of the 1% that a gate may have. The tests are exact; the other half allows for rounds not quite exchangeable.
 FALSE_ALARMS = 0.005
 WRONG_PASSES = 0.01
-#: Of `smallest_effect`: how often a slowdown so large is found, at least.
+#: The probability with which a slowdown by `smallest_effect` is found, at least.
 POWER = 0.95
-#: A round more or less of one process says nothing about how processes differ.
+#: The fewest rounds on a side. One process does not show how much processes differ.
 MIN_ROUNDS = 2
 
 
@@ -44,8 +51,8 @@ MIN_ROUNDS = 2
 class Sides:
     """The median time of each round of one case, in ms.
 
-    `blocks`, where rounds of both sides were measured together, block by block: the block of each of the baseline's and
-    of each of the candidate's. Only rounds of one block are compared then.
+    `blocks` is given if rounds of both sides were measured together, block by block. It has the block of each baseline
+    round and of each candidate round. Only rounds of the same block are then compared.
     """
 
     baseline_ms: tuple[float, ...]
@@ -54,7 +61,7 @@ class Sides:
 
     @property
     def shifts(self) -> Shifts:
-        """Candidate over baseline, on the logarithmic scale."""
+        """All shifts from baseline to candidate, as differences of logarithms."""
         sides = np.log(self.baseline_ms), np.log(self.candidate_ms)
         if self.blocks is None:
             return Shifts.within(sides)
@@ -68,12 +75,13 @@ class Sides:
 
 @dataclass(frozen=True)
 class TimeVerdict:
-    """What is known about the time of one case; ratios are candidate / baseline, above 1 slower.
+    """The verdict on the time of one case. Ratios are candidate / baseline, so above 1 means slower.
 
-    `low` and `high`: each end of the interval is wrong at most 1 time in 100, infinite where there are too few rounds.
-    `p_slower`, `p_faster`: of this case alone, before Holm's correction. `smallest_effect`: the smallest slowdown, as
-    a share (0.03: 3%), that this comparison, with the noise it met, would have shown with a probability of 95% or more;
-    inf where it could have shown none.
+    `low` and `high`: the ends of the interval. Each end is wrong with a probability of at most `wrong_passes`, 1% by
+    default. With too few rounds `low` is 0 and `high` is infinite.
+    `p_slower`, `p_faster`: the p-values of this case, before Holm's correction.
+    `smallest_effect`: the smallest slowdown, as a share (0.03 is 3%), that this comparison would have shown with a
+    probability of 95% or more, given the noise in its rounds; inf if it could not have shown any.
     """
 
     verdict: Verdict
@@ -88,13 +96,13 @@ class TimeVerdict:
 
 
 def round_medians(samples_ms: ArrayLike, sample_rounds: ArrayLike) -> dict[int, float]:
-    """The median of each round's samples by its number, ascending."""
+    """Return the median of each round's samples by the round's number, ascending."""
     samples, rounds = np.asarray(samples_ms, float), np.asarray(sample_rounds)
     return {int(number): float(np.median(samples[rounds == number])) for number in np.unique(rounds)}
 
 
 def holm(p_values: Sequence[float], level: float) -> list[bool]:
-    """Which of the hypotheses are rejected, so that any is wrongly rejected at most so often as `level` says."""
+    """Return which hypotheses Holm's procedure rejects. It rejects a true one with a probability of at most `level`."""
     rejected = [False] * len(p_values)
     for position, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         if p_values[number] > level / (len(p_values) - position):
@@ -109,11 +117,11 @@ def judge_times(
     false_alarms: float = FALSE_ALARMS,
     wrong_passes: float = WRONG_PASSES,
 ) -> dict[Key, TimeVerdict]:
-    """The verdict on each case of a family, false alarms controlled over all of it together.
+    """Return the verdict on each case of a family. `false_alarms` bounds the false alarms of the whole family together.
 
-    A test that is looked at several times, with more rounds each time, shares `false_alarms` and `wrong_passes` out
-    among the looks (moebench.verdicts.looks) and judges the whole family at each. A case with one round on a side is no
-    test, and is not counted in the family.
+    A caller that judges several times, with more rounds each time, must divide `false_alarms` and `wrong_passes` among
+    these looks and judge the whole family at each (moebench.verdicts.looks). A case with fewer than MIN_ROUNDS rounds
+    on a side is not tested and does not count in the family.
     """
     tested = {key: _Comparison(sides) for key, sides in family.items() if min(sides.rounds) >= MIN_ROUNDS}
     slower = dict(zip(tested, holm([test.p_slower for test in tested.values()], false_alarms), strict=True))
@@ -128,7 +136,7 @@ def judge_times(
 
 
 class _Comparison:
-    """One case: the shift between its sides on the logarithmic scale."""
+    """The shift between the two sides of one case, on the logarithmic scale."""
 
     def __init__(self, sides: Sides) -> None:
         self._sides = sides
@@ -154,11 +162,11 @@ class _Comparison:
         )  # fmt: skip
 
     def _smallest_shift(self, level: float) -> float:
-        """The slowdown that lies above what must be exceeded to be shown even where chance is against it.
+        """Return the smallest slowdown, as a difference of logarithms, that is shown even if chance is against it.
 
-        To be shown, the estimate must exceed its distance from the lower limit of the family's level; 99 estimates of
-        100 lie above the true shift less their distance from the lower limit of 1%. For the promised 95 that is more
-        than enough where the noise is known, and enough where it comes out too small by chance.
+        A slowdown is shown if the estimate exceeds its distance from the lower limit of the family's level. 99 of 100
+        estimates lie above the true shift minus their distance from the lower limit of 1%. The sum of both distances
+        is enough for the promised 95 of 100, even if the noise seems smaller than it is by chance.
         """
         return sum(self._shifts.center - self._shifts.lower_limit(some) for some in (level, WRONG_PASSES))
 
@@ -167,11 +175,11 @@ class _Comparison:
         rounds = f"{one} and {two} rounds"
         if math.isinf(smallest):
             needed = group_size_needed(level)
-            remedy = "more" if self._sides.blocks else f"{needed} a side: --rounds {needed}"
-            return f"{rounds} can show nothing among so many cases; measure {remedy}"
+            remedy = "more" if self._sides.blocks else f"{needed} on each side: --rounds {needed}"
+            return f"{rounds} are too few to show a change among so many cases; measure {remedy}"
         if smallest > math.log1p(threshold):
             return f"too noisy to see a slowdown of {threshold:.1%} with {rounds}; measure more"
-        return f"slower by {threshold:.1%} is neither shown nor excluded with {rounds}; measure more"
+        return f"a slowdown of {threshold:.1%} is neither shown nor excluded with {rounds}; measure more"
 
 
 def _one_process(sides: Sides) -> TimeVerdict:
@@ -179,5 +187,5 @@ def _one_process(sides: Sides) -> TimeVerdict:
     if min(sides.rounds):
         ratio = float(np.median(sides.candidate_ms) / np.median(sides.baseline_ms))
     rounds = f"{sides.rounds[0]} and {sides.rounds[1]} rounds"
-    reason = f"{rounds}: one process a side says nothing about how processes differ; measure with --rounds"
+    reason = f"{rounds}: one process on a side does not show how much processes differ; measure more with --rounds"
     return TimeVerdict(Verdict.INCONCLUSIVE, reason, ratio, 0.0, math.inf, 1.0, 1.0, math.inf, sides.rounds)

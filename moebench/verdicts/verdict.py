@@ -1,20 +1,20 @@
-"""The verdicts of a gate, and how much each weighs wherever verdicts are shown or counted."""
+"""The verdicts of a gate, and the severity of each, which decides how it is shown and counted."""
 
 from enum import Enum, StrEnum
 
 
 class Severity(Enum):
-    """What a verdict means for whoever reads it, the worst first."""
+    """How serious a verdict is, the worst first."""
 
     FAILED = "failed"  # the gate ends with exit code 1; a failure in JUnit, an error on GitHub
     UNDECIDED = "undecided"  # exit code 3; skipped in JUnit, a warning on GitHub
-    NOTED = "noted"  # listed, and changes no exit code; skipped in JUnit
-    BETTER = "better"  # listed, and changes no exit code
-    PASSED = "passed"  # counted, not listed
+    NOTED = "noted"  # listed; does not change the exit code; skipped in JUnit
+    BETTER = "better"  # listed; does not change the exit code
+    PASSED = "passed"  # counted, but not listed
 
 
 class Verdict(StrEnum):
-    """What a gate says about a case, the worst first."""
+    """The verdict of a gate on a job or on one of its measures, the worst first."""
 
     severity: Severity
 
@@ -34,5 +34,5 @@ class Verdict(StrEnum):
 
     @property
     def rank(self) -> int:
-        """0 for the worst verdict. A sort key."""
+        """A sort key: 0 for the worst verdict."""
         return list(Verdict).index(self)

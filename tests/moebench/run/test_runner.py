@@ -198,7 +198,7 @@ def test_a_journal_on_a_full_disk_ends_the_run_in_one_line(tmp_path, stand_in):
     with pytest.raises(RunnerError) as failure:
         execute(plan_of(tmp_path / "run", THREE))
     assert str(failure.value) == (
-        f"{tmp_path}/run: cannot be written: No space left on device; what was measured is in the results folder; "
+        f"{tmp_path}/run: cannot be written: No space left on device; all finished jobs are in the results folder; "
         f"make room and continue with `moebench run --resume {tmp_path}/run`"
     )
     assert has_ended(pid_of(tmp_path / "run"))

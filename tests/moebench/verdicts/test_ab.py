@@ -232,7 +232,7 @@ def test_ctrl_c_keeps_what_was_measured(moebench, processes, tmp_path):
     processes.stops = {0: Outcome((), 9, interrupted=True)}
     found = moebench()
     assert found.code == 130
-    assert f"interrupted; what was measured is in {Path('out/a')} and {Path('out/b')}" in found.err
+    assert f"interrupted; all finished measurements are in {Path('out/a')} and {Path('out/b')}" in found.err
     assert len(load(tmp_path / "out" / "a")) == 4
     assert not (tmp_path / "out" / "experts").exists()
 
@@ -261,7 +261,7 @@ def test_mistakes_are_found_before_anything_is_measured(moebench, processes, tmp
     assert moebench("--json", "--github").code == 2
     found = moebench(b="no-such")
     assert found.code == 2
-    assert found.err.startswith("no-such: no folder that holds an experts, nor a git revision with one: git says: ")
+    assert found.err.startswith("no-such: neither a folder that holds an experts nor a git revision with one; git ")
     assert processes.plans == []
     assert not (tmp_path / "out").exists()
 

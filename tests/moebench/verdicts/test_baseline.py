@@ -67,8 +67,8 @@ def test_what_is_not_there_is_one_line_with_what_is(tmp_path):
 
 def test_results_of_no_or_several_environments_are_refused(tmp_path):
     root = tmp_path / "baselines"
-    with pytest.raises(ResultsError, match="of none; a baseline"):
+    with pytest.raises(ResultsError, match="describe none; a baseline"):
         update(folder(tmp_path / "a", row(ONE, steady()), environment=None), root)
-    with pytest.raises(ResultsError, match="one that is known"):
+    with pytest.raises(ResultsError, match="needs one environment and its file"):
         update(folder(tmp_path / "b", row(ONE, steady()), row(TWO, steady(), env_id="x")), root)
     assert not root.exists()

@@ -73,7 +73,7 @@ def test_what_is_wrong_is_a_regression_whatever_it_was(status):
         assert finding.verdict is Verdict.REGRESSED
         assert f"{status}: why" in finding.reason
         assert "more" not in finding.reason
-    assert "in the baseline too" in found(bad(JOB, status), bad(JOB, status), "parity").reason
+    assert f"also {status} in the baseline" in found(bad(JOB, status), bad(JOB, status), "parity").reason
 
 
 @pytest.mark.parametrize("status", [Status.oom, Status.unsupported])
@@ -98,7 +98,7 @@ def test_why_times_are_not_compared():
     assert pair(same, ok(JOB, steady(), l2="warm")).why_incomparable == "L2 cold -> warm"
     assert pair(ok(JOB, steady(), l2=None), ok(JOB, steady(), l2=None)).why_incomparable == ""
     hot = ok(JOB, steady(), flags=("synchronises", "slowed_down"))
-    assert pair(same, hot).why_incomparable == "candidate slowed down by heat or a power brake: measure it again"
+    assert pair(same, hot).why_incomparable == "candidate slowed down by heat or a power brake; measure it again"
     assert pair(ok(JOB, steady(), flags=("impossibly_fast",)), same).why_incomparable.startswith("baseline impossibly")
     assert pair(same, ok(JOB, steady(), flags=("clock_changed",))).why_incomparable == ""
     finding = found(same, ok(JOB, steady(), l2="warm"), "time")

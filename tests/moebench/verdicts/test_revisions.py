@@ -80,7 +80,7 @@ def test_a_wrong_revision_is_one_line_with_gits_reason(repository, tmp_path, ask
     with pytest.raises(RevisionError) as error:
         copy_experts(asked, tmp_path / "a")
     assert str(error.value).startswith(
-        f"{asked}: no folder that holds an experts, nor a git revision with one: git says:"
+        f"{asked}: neither a folder that holds an experts nor a git revision with one; git says:"
     )
     assert why in str(error.value)
     assert "\n" not in str(error.value)

@@ -182,4 +182,4 @@ def test_what_disturbs_a_whole_round_hides_nothing():
 def test_too_few_blocks_ask_for_more_rounds():
     found = judge_times({"it": together(np.random.default_rng(1), 0.0, rounds=2)})["it"]
     assert found.verdict is Verdict.INCONCLUSIVE
-    assert found.reason == "4 and 4 rounds can show nothing among so many cases; measure more"
+    assert found.reason == "4 and 4 rounds are too few to show a change among so many cases; measure more"
