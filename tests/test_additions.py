@@ -26,7 +26,11 @@ def touched(name: str) -> list[str]:
 def copy(tmp_path: Path) -> Path:
     """The project, to be changed."""
     for name in ("experts", "moebench", "suites", "tests", "docs", "results"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "runs", "plots"))
+        shutil.copytree(
+            ROOT / name,
+            tmp_path / name,
+            ignore=shutil.ignore_patterns("__pycache__", "runs", "*.csv", "*.png", "*.svg"),
+        )
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
