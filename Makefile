@@ -1,4 +1,4 @@
-# Every target runs in .venv, which the first one makes; NO_INSTALL=1 runs in an environment that exists.
+# Every target runs in .venv and creates it first if needed. NO_INSTALL=1 uses the environment of PYTHON as it is.
 PYTHON ?= python3
 NO_INSTALL ?=
 WORKERS ?= 2
@@ -16,35 +16,35 @@ SUITE_FOR_THIS_MACHINE := import torch; print("gpu" if torch.cuda.is_available()
 .DEFAULT_GOAL := help
 .PHONY: bench test certify lint results clean help
 
-bench: $(READY) ## measure: suites/gpu.toml where torch sees a CUDA GPU, else suites/quick.toml
+bench: $(READY) ## measure suites/gpu.toml if torch sees a CUDA GPU, else suites/quick.toml
 	@suite=$$($(RUN) -c '$(SUITE_FOR_THIS_MACHINE)') && $(RUN) -m moebench run "$$suite"
 
-test: lint ## lint, types and tests
+test: lint ## check style and types, run the tests
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
-certify: $(READY) ## the proofs that take long, at their full size: fault bench, false alarms, power
+certify: $(READY) ## run the proofs that take long in full: planted faults, false alarms, found slowdowns, additions
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --certify -m certify --timeout 0
 
-lint: $(READY) ## style and types
+lint: $(READY) ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-results: $(READY) ## write all that follows from results/published/: CSV, plots, reports, documents' tables, notebooks
+results: $(READY) ## rewrite what follows from results/published/: CSV, plots, reports, tables in documents, notebooks
 	$(RUN) results/rewrite.py
 	$(RUN) -m tests.figures
 	$(RUN) notebooks/execute.py
 	$(RUN) -m moebench.report.columntable docs/results.md
 
-clean: ## remove caches and builds; .venv and results/runs/ stay
+clean: ## remove caches and builds, but not .venv and results/runs/
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-help: ## this list
+help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  PYTHON=python3.12          the Python that .venv is made of (3.11 or later)"
-	@echo "  PYTHON=... NO_INSTALL=1    run in that environment as it is: no .venv, nothing installed"
+	@echo "  PYTHON=python3.12          make .venv with this Python (3.11 or later)"
+	@echo "  PYTHON=... NO_INSTALL=1    use the environment of this Python as it is; install nothing"
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("moebench needs Python 3.11 or later, this is %s: make PYTHON=..." \

@@ -1,4 +1,4 @@
-"""Copies suites/*.toml into the wheel, as moebench/suites/. The rest of the build is described in pyproject.toml."""
+"""Copies suites/*.toml into the wheel, as moebench/suites/. pyproject.toml describes the rest of the build."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithSuites(build_py):
-    """An editable install copies nothing: it finds the sweeps of the checkout, as they are on the day of a run."""
+    """Copy the sweeps, except for an editable install, which reads them from the checkout."""
 
     def run(self) -> None:
         super().run()

@@ -1,6 +1,6 @@
 """Run the notebooks of this folder, each in a fresh kernel, and store their outputs: `python notebooks/execute.py`.
 
-What differs from run to run, and the Python that ran them, is left out.
+The stored notebooks do not name the Python that ran them, and have nothing that differs from run to run.
 """
 
 import os
@@ -14,7 +14,7 @@ ROOT = FOLDER.parent
 
 
 def execute(notebook: nbformat.NotebookNode, first_on_path: Path | None = None) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a fresh kernel that imports this checkout. Raises CellExecutionError."""
+    """Return the notebook with the outputs of a fresh kernel that imports this checkout. Raises CellExecutionError."""
     paths = [str(path) for path in (first_on_path, ROOT) if path is not None]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))}
     resources = {"metadata": {"path": str(FOLDER)}}
@@ -31,7 +31,7 @@ def execute(notebook: nbformat.NotebookNode, first_on_path: Path | None = None) 
 
 
 def _stripped(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Without the Python that ran it, metadata of cells, and a plot's place in memory."""
+    """Remove the Python that ran the notebook, the metadata of cells, and the memory addresses of plots."""
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     for cell in notebook.cells:
         cell.metadata = {}

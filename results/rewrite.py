@@ -1,6 +1,6 @@
 """Write CSV, plots and report of every folder in results/published again: `python results/rewrite.py`.
 
-Parquet, environment, sweep and the plots that documents show are committed; git ignores the rest.
+The repository has Parquet, environment, sweep and the plots that documents show. Git ignores the other files.
 """
 
 from pathlib import Path

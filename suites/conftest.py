@@ -1,4 +1,4 @@
-"""Options of `pytest suites/`, and the jobs that they choose. docs/pytest-benchmark.md is the user's reference."""
+"""Options of `pytest suites/`, and the jobs that they choose. docs/pytest-benchmark.md explains them."""
 
 import os
 from typing import Any
@@ -26,12 +26,16 @@ ENVIRONMENT = pytest.StashKey[environment.Environment]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("moebench")
-    group.addoption("--sweep", help="a sweep file, or the name of one; default gpu where torch sees a GPU, else quick")
-    group.addoption("--backend", action="append", default=[], help="instead of the sweep's backends; repeatable")
-    group.addoption("--device", help="cpu, cuda or cuda:N; default a GPU if there is one")
+    group.addoption(
+        "--sweep", help="a sweep file, or the name of a sweep; default: gpu if torch sees a GPU, else quick"
+    )
+    group.addoption(
+        "--backend", action="append", default=[], help="measure this backend instead of the sweep's; repeatable"
+    )
+    group.addoption("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-benchmark asks for the machine's description when it is configured
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark, which asks for the description of the machine
 def pytest_configure(config: pytest.Config) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(environment.cpu_cores_usable())
@@ -61,17 +65,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """What must be the same for times to be compared: --benchmark-compare warns where it is not."""
+    """Add what must be equal before times may be compared; --benchmark-compare warns if it differs."""
     machine_info["moebench"] = config.stash[ENVIRONMENT].comparable()
 
 
 @pytest.fixture
 def policy(request: pytest.FixtureRequest) -> TimingPolicy:
-    """How long a job is sampled."""
+    """Return how long each job is sampled."""
     return request.config.stash[POLICY]
 
 
 @pytest.fixture
 def workload(request: pytest.FixtureRequest) -> Workload:
-    """The session's: parameters and inputs live on from backend to backend of a case."""
+    """Return the workload of the session, which keeps parameters and inputs for all backends of a case."""
     return request.config.stash[WORKLOAD]

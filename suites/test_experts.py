@@ -1,6 +1,7 @@
-"""One test a job: measured as `moebench run` measures it, handed to pytest-benchmark sample by sample.
+"""One test per job. It measures as `moebench run` does, and gives each sample to pytest-benchmark.
 
-A backend that is wrong fails, one that cannot run the case here, or has no memory for it, is skipped with the reason.
+The test fails if the backend is wrong. It is skipped, with the reason, if the backend cannot run the case here or runs
+out of memory.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from moebench.measure.worker import run_job
 from moebench.results.record import GOOD, Status
 from moebench.workload.case import Job
 
-#: What is saved beside the time; docs/results.md says what each is.
+#: Columns that pytest-benchmark saves with the times. docs/results.md explains each.
 EXTRA_INFO = (
     *("gpu", "executed", "flags", "l2", "converged", "tokens_per_s", "tflops", "host_time_ms", "backward_ms"),
     *("warmup_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst", "parity_worst_tensor"),
@@ -24,7 +25,7 @@ EXTRA_INFO = (
 
 
 class Replay:
-    """Calls and a clock for pytest-benchmark: by this clock, each call lasts as long as one that was measured."""
+    """Calls and a clock for pytest-benchmark. By this clock, each call takes as long as one measured sample."""
 
     def __init__(self) -> None:
         self._now_s = 0.0
@@ -33,7 +34,7 @@ class Replay:
         return self._now_s
 
     def start(self) -> None:
-        self._now_s = 0.0  # from zero, a sample is the difference of two readings to its last bit
+        self._now_s = 0.0  # from zero, so that the difference of two readings is exactly the sample
 
     def call(self) -> None:
         self._now_s = next(self._durations_s)
@@ -50,7 +51,7 @@ REPLAY = Replay()
 def test_job(job: Job, workload: Workload, policy: TimingPolicy, benchmark: BenchmarkFixture) -> None:
     if job.case.ep_size > 1:
         pytest.skip(f"ep_size = {job.case.ep_size} needs as many processes: measure it with `moebench run`")
-    if benchmark.disabled:  # only whether it is right
+    if benchmark.disabled:  # check parity, do not time
         policy = dataclasses.replace(policy, time_cap_s=0.0)
     measured = run_job(job, workload, policy)
     if measured["status"] is not Status.ok:
@@ -61,7 +62,7 @@ def test_job(job: Job, workload: Workload, policy: TimingPolicy, benchmark: Benc
 
 
 def _end(measured: Measured, workload: Workload) -> None:
-    """Skip or fail, by the status."""
+    """Skip or fail the test, depending on the status."""
     workload.forget()
     if workload.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""`python -m tests.figures`, which `make results` calls, writes the tables of documents from the committed results."""
+"""Write the tables in documents from the committed results: `python -m tests.figures`. `make results` calls it."""
 
 from tests.figures.data import ROOT
 from tests.figures.tables import TABLES, written

@@ -1,4 +1,4 @@
-"""The committed results that documents quote, and what several figures need of them."""
+"""The committed results that documents quote, and selections that several figures need."""
 
 import json
 from functools import cache
@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "results" / "published"
 GPU, PEERS, TWO_GPUS = "h200-2026-11-23", "h200-peers-2026-11-23", "h200-ep2-2026-11-23"
 EARLIER_GPU, EARLIER_PEERS = "earlier/h200-2026-11-23-2", "earlier/h200-peers-2026-11-23"
-#: Experts, top-k, dim and inter, with the tokens that were measured.
+#: Shapes (experts, top-k, dim, inter) and the token count that was measured for each.
 SHAPES = {(128, 8, 2048, 768): 16384, (32, 4, 2880, 2880): 8192, (32, 8, 7168, 2048): 4096}
 JOB = ["case_id", "backend", "dispatcher"]
 
 
 @cache
 def results(name: str) -> pd.DataFrame:
-    """The jobs that are ok in a folder of results/published, each with whether its call waits for the GPU."""
+    """The `ok` jobs of a folder of results/published; `waits` says whether the call waits for the GPU."""
     frame = load(PUBLISHED / name)
     frame = frame[frame["status"] == "ok"]
     return frame.assign(waits=["synchronises" in flags for flags in frame["flags"]])
@@ -33,14 +33,14 @@ def document(name: str) -> Any:
 
 
 def select(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
-    """The rows with these values, each one value or a list of them."""
+    """The rows that have these values. A value may be a list of alternatives."""
     for column, value in values.items():
         frame = frame[frame[column].isin(value if isinstance(value, list) else [value])]
     return frame
 
 
 def the(frame: pd.DataFrame, **values: Any) -> pd.Series:
-    """The one row with these values."""
+    """The only row that has these values. Raises ValueError if there is not exactly one."""
     (position,) = range(len(found := select(frame, **values)))
     return found.iloc[position]
 
@@ -51,27 +51,27 @@ def of_shape(frame: pd.DataFrame, shape: tuple[int, ...]) -> pd.DataFrame:
 
 
 def peers_of(backend: str, shape: tuple[int, ...]) -> pd.DataFrame:
-    """A backend's two jobs on a shape of `moebench run peers`, of the run that had it installed."""
+    """The two jobs of a backend on a shape of `moebench run peers`, from the run in which it was installed."""
     frames = (select(of_shape(results(name), shape), num_tokens=SHAPES[shape]) for name in (PEERS, EARLIER_PEERS))
     return next(found for frame in frames if len(found := select(frame, backend=backend)))
 
 
 def samples_of(row: pd.Series) -> Any:
-    """The samples that count."""
+    """The samples of a row in ms, without the marked ones."""
     marked = row["sample_marked"]
     samples = np.asarray(row["samples_ms"], float)
     return samples if marked is None or marked is pd.NA else samples[~np.asarray(marked, bool)]
 
 
 def between_rounds() -> pd.DataFrame:
-    """Jobs that were measured in two rounds of one run: `one_ms` and `other_ms`."""
+    """The jobs that were measured in two rounds of one run, with their medians `one_ms` and `other_ms`."""
     frame = results("rounds/h200-2026-11-23")
     medians = [rounds_of(row) for row in frame.to_dict("records")]
     return _not_short(frame.assign(one_ms=[one[0] for one in medians], other_ms=[one[1] for one in medians]))
 
 
 def between_gpus() -> pd.DataFrame:
-    """Likewise jobs of two runs of `moebench run gpu`, on two H200s, whose code did not change."""
+    """The jobs of two runs of `moebench run gpu` on two H200s, without `triton`, whose code changed between them."""
     now, before = results(GPU), results(EARLIER_GPU)
     both = now[now["backend"] != "triton"].merge(before, on=JOB, suffixes=("", "_before"))
     return _not_short(both.assign(one_ms=both["time_ms_before"], other_ms=both["time_ms"]))

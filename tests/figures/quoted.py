@@ -49,7 +49,7 @@ def counts(name: str) -> dict[str, Any]:
 
 
 def by_backend(**values: Any) -> pd.DataFrame:
-    """Times of `moebench run gpu`, a row for each case and a column for each backend."""
+    """Times of `moebench run gpu` in ms, with one row for each case and one column for each backend."""
     return select(results(GPU), **values).pivot(index="case_id", columns="backend", values="time_ms")
 
 
@@ -73,7 +73,7 @@ def triton_saves() -> dict[str, str]:
 
 
 def libraries_take() -> dict[str, str]:
-    """`gmm` and `te` over `triton`, with about a thousand rows for each expert, and with fewer."""
+    """Times of `gmm` and `te` over the time of `triton`, with about a thousand rows for each expert and with fewer."""
     frame = results(GPU)
     rows = frame["num_tokens"] * frame["n_activated_experts"] / frame["n_routed_experts"]
     ratios = {}
@@ -110,7 +110,7 @@ def dispatchers() -> dict[str, int]:
 
 
 def minutes() -> dict[str, str]:
-    """A round of the sweep, in whole minutes that are begun."""
+    """The time of one round of each sweep in minutes, rounded up."""
     seconds = {name: results(name)["job_s"] / results(name)["num_rounds"] for name in (GPU, "rounds/cpu-2026-11-23")}
     cpu, gpu = seconds["rounds/cpu-2026-11-23"].sum(), seconds[GPU].mean() * counts(GPU)["jobs"]
     return {"cpu": {1: "a"}[math.ceil(cpu / 60)], "gpu": WORDS[math.ceil(gpu / 60)]}
@@ -223,7 +223,7 @@ def parity_cases() -> dict[str, int]:
 
 
 def spread(log_rounds: Sequence[Any]) -> dict[str, str]:
-    """Of the median job: the standard deviation, and the one that quartiles say."""
+    """The standard deviation in the median job, and the same estimated from the quartiles."""
     quartiles = [np.subtract(*np.percentile(some, (75, 25))) / 1.349 for some in log_rounds]
     return {
         "deviation": f"{np.median([np.std(some, ddof=1) for some in log_rounds]):.0%}",

@@ -1,7 +1,7 @@
-"""The tables in documents that are made from the committed results; `make results` writes them.
+"""The tables in documents that follow from the committed results. `make results` writes them.
 
-In a document a table stands between `<!-- table NAME, written by `make results` -->` and `<!-- end of table NAME -->`.
-A new one is a function here with a line in TABLES.
+In a document, a table is between `<!-- table NAME, written by `make results` -->` and `<!-- end of table NAME -->`.
+To add one, write a function here and add it to TABLES.
 """
 
 import re
@@ -121,14 +121,14 @@ def repeatability() -> str:
     return markdown(header, ([text, *cells(rows)] for text, rows in compared.items()))
 
 
-#: By document and name.
+#: The function that makes each table, by document and name of the table.
 TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
     ("docs/measured.md", table.__name__): table for table in (peers, steps, decode, bandwidth, precision, repeatability)
 }
 
 
 def written(text: str, name: str, table: str) -> str:
-    """The document's text with this table between its markers. Raises ValueError where it has no such markers."""
+    """Return the text with this table between its markers. Raises ValueError if they are not there once each."""
     begin, end = _BEGIN.format(name), _END.format(name)
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"table {name}: the document needs one line `{begin}` and one line `{end}`")
