@@ -133,6 +133,7 @@ CROSS_CUTTING = {
     "parity/test_fp8_parity.py",  # the judge of FP8 recipes, with quantization and reference
     "parity/test_never_accused.py",  # right backends over all checks
     "run/test_schedule.py",  # workers at once: runner, turns and supervisor
+    "verdicts/test_older_revision.py",  # `ab` with the experts of an older revision: revisions, ab, worker and gate
     "workload/test_inputs_of_ranks.py",  # inputs, case and models where a case has ranks; test_inputs.py is long
 }
 

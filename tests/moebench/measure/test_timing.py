@@ -207,7 +207,7 @@ def test_a_sample_is_its_slowest_ranks_with_that_ranks_stages(monkeypatch):
     monkeypatch.setattr(samplers, "_CpuSampler", lambda *arguments: sampler)
     policy = TimingPolicy(interval_target=0.9, time_cap_s=1e-9)
     # told in turn: the samples, the time spent, the host's time
-    found = timing.measure([], CPU, policy, peers=Two(others, 0.0, 9.0))
+    found = timing.time_stages([], CPU, policy, ranks=Two(others, 0.0, 9.0))
     assert found.samples_ms == (8.5, 6.0)
     assert found.stage_ms == (4.5, 2.75)
     assert found.skew_ms == pytest.approx((4.5 + 4.5) / 2)
@@ -225,7 +225,7 @@ def test_ranks_agree_on_when_to_stop(monkeypatch):
     sampler = SimpleNamespace(flags=(), sample=sample, host_time_ms=float)
     monkeypatch.setattr(samplers, "_CpuSampler", lambda *arguments: sampler)
     policy = TimingPolicy(interval_target=1e-12, time_cap_s=1e6)
-    peers = Two(Group([(1.0,)] * timing.MIN_SAMPLES, [], Clock()), 2e6)
-    found = timing.measure([], CPU, policy, peers=peers)
+    ranks = Two(Group([(1.0,)] * timing.MIN_SAMPLES, [], Clock()), 2e6)
+    found = timing.time_stages([], CPU, policy, ranks=ranks)
     assert len(counts) == 1
     assert len(found.samples_ms) == timing.MIN_SAMPLES
