@@ -20,7 +20,9 @@ commands = typer.Typer()
 
 @commands.command("ab")
 def ab_(
-    a: Annotated[str, typer.Argument(metavar="REV_A", help="git revision, or folder that contains the package `experts`")],
+    a: Annotated[
+        str, typer.Argument(metavar="REV_A", help="git revision, or folder that contains the package `experts`")
+    ],
     b: Annotated[str, typer.Argument(metavar="REV_B", help="git revision or folder to judge against REV_A")],
     sweep: Sweep,
     out_dir: Out = None,

@@ -47,5 +47,7 @@ def advise_(
         return
     if not advices:
         err.print(f"no data: no result has this workload; the results have {listed(advise.elsewhere(frame, asked))}")
-    err.print("no data near this workload, and moebench does not extrapolate: measure it with your own sweep (docs/sweeps.md)")
+    err.print(
+        "no data near this workload, and moebench does not extrapolate: measure it with your own sweep (docs/sweeps.md)"
+    )
     raise typer.Exit(EXIT_NO_DATA)

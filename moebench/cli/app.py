@@ -36,17 +36,23 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     pass
 
 
 @app.command("list")
 def list_(
-    sweep: Annotated[str | None, typer.Argument(help="list the jobs of this sweep; default: list sweeps and backends")] = None,
+    sweep: Annotated[
+        str | None, typer.Argument(help="list the jobs of this sweep; default: list sweeps and backends")
+    ] = None,
     backend: Backends = None,
     filters: Filters = None,
-    device: Annotated[str | None, typer.Option(help="list what can run on this device; default: a GPU if there is one")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="list what can run on this device; default: a GPU if there is one")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List sweeps and backends, or the jobs of one sweep.

@@ -45,7 +45,9 @@ def compare_(results: Results, as_json: AsJson = False, as_csv: AsCsv = False) -
 def merge_(
     results: Results,
     folder: Annotated[Path, typer.Option("--out", help="the folder to write; it must be new or empty")],
-    newest: Annotated[bool, typer.Option("--newest", help="if several results have the same job, take the latest")] = False,
+    newest: Annotated[
+        bool, typer.Option("--newest", help="if several results have the same job, take the latest")
+    ] = False,
 ) -> None:
     """Merge results folders into one, with their environments."""
     for path in merge.merge(results, folder, newest=newest):
@@ -57,7 +59,9 @@ def merge_(
 def history_(
     case_id: Annotated[str, typer.Argument(help="a case_id, as `moebench list SWEEP` prints it")],
     results: Results,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="also draw the history, as PNG or SVG")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="also draw the history, as PNG or SVG")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the times of one case over many results.

@@ -35,9 +35,7 @@ Threshold = Annotated[
     str, typer.Option(metavar="SHARE", help="the smallest slowdown that must not pass, such as 3% or 0.03")
 ]
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write the verdicts to FILE, as JUnit XML")]
-Github = Annotated[
-    bool, typer.Option("--github", help="for GitHub Actions: print annotations, write the step summary")
-]
+Github = Annotated[bool, typer.Option("--github", help="for GitHub Actions: print annotations, write the step summary")]
 
 
 def share(option: str, text: str) -> float:
@@ -142,7 +140,9 @@ commands.add_typer(stored, name="baseline")
 
 
 @stored.command()
-def update(folder: Annotated[Path, typer.Argument(help="results folder of one run; 20 rounds are better than few")]) -> None:
+def update(
+    folder: Annotated[Path, typer.Argument(help="results folder of one run; 20 rounds are better than few")],
+) -> None:
     """Add a run to the baseline of its machine and software.
 
     Jobs that the baseline already has are replaced.

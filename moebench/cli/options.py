@@ -11,7 +11,8 @@ Backends = Annotated[
     list[str] | None, typer.Option("--backend", help="use this backend instead of the sweep's backends; repeatable")
 ]
 Filters = Annotated[
-    list[str] | None, typer.Option("--filter", help="only jobs with KEY=V1,V2  KEY!=V  KEY<V  KEY<=V  KEY>V  or KEY>=V; repeatable")
+    list[str] | None,
+    typer.Option("--filter", help="only jobs with KEY=V1,V2  KEY!=V  KEY<V  KEY<=V  KEY>V  or KEY>=V; repeatable"),
 ]
 CaseIds = Annotated[list[str] | None, typer.Option("--case", help="only the case with this case_id; repeatable")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one")]

@@ -20,7 +20,8 @@ commands = typer.Typer()
 @commands.command()
 def parity(
     backends: Annotated[
-        list[str] | None, typer.Argument(metavar="[BACKEND]...", help="default: all that can run on this device, except peers")
+        list[str] | None,
+        typer.Argument(metavar="[BACKEND]...", help="default: all that can run on this device, except peers"),
     ] = None,
     checks: Annotated[
         list[str] | None, typer.Option("--check", help="run only this check; repeatable; default: all checks")

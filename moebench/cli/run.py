@@ -45,7 +45,10 @@ def run(
     case: CaseIds = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the jobs and estimates; measure nothing")] = False,
     rounds: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="measure every job N times, in fresh processes and random order; default: 1")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="measure every job N times, in fresh processes and random order; default: 1"
+        ),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="write a trace of each job by torch's profiler")] = False,
     time_budget: TimeBudget = None,
@@ -87,7 +90,9 @@ def run(
 def _refuse_beside_resume(options: Mapping[str, object]) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise UsageError(f"{given[0]} with --resume: a resumed run keeps what it was started with; leave {given[0]} out")
+        raise UsageError(
+            f"{given[0]} with --resume: a resumed run keeps what it was started with; leave {given[0]} out"
+        )
 
 
 def _measure(plan: RunPlan, as_json: bool) -> None:

@@ -36,8 +36,12 @@ def plots(folder: Folder) -> None:
 @commands.command()
 def report(
     folder: Folder,
-    out_file: Annotated[Path | None, typer.Option("--out", help="the page to write; default: report.html beside the results")] = None,
-    gate: Annotated[Path | None, typer.Option(help="a file with the output of `moebench gate --json`, to add its verdicts")] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="the page to write; default: report.html beside the results")
+    ] = None,
+    gate: Annotated[
+        Path | None, typer.Option(help="a file with the output of `moebench gate --json`, to add its verdicts")
+    ] = None,
 ) -> None:
     """Write one HTML page about a results folder.
 

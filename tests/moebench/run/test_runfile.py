@@ -253,9 +253,9 @@ def test_a_folder_that_cannot_be_written_is_refused(folder, moebench, out):
     ("arguments", "word"),
     [
         (("run",), "give a SWEEP, or --resume DIR"),
-        (("run", "tiny.toml", "--resume", "out"), "SWEEP with --resume: a resumed run keeps what it was started with"),
-        (("run", "--resume", "out", "--rounds", "2"), "--rounds with --resume: a resumed run keeps what it was started with"),
-        (("run", "--resume", "out", "--filter", "dim=16"), "--filter with --resume: a resumed run keeps what it was started with"),
+        (("run", "tiny.toml", "--resume", "out"), "SWEEP with --resume: a resumed run keeps what it was"),
+        (("run", "--resume", "out", "--rounds", "2"), "--rounds with --resume: a resumed run keeps what it was"),
+        (("run", "--resume", "out", "--filter", "dim=16"), "--filter with --resume: a resumed run keeps what it was"),
         (("run", "tiny.toml", "--force"), "--force without --resume"),
         (("run", "--resume", "nowhere"), "nowhere: run.json: No such file"),
         (("run", "--resume", "merged"), "merged: run.json: run_id: Field required"),
