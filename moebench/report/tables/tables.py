@@ -83,7 +83,7 @@ def legend(frame: pd.DataFrame) -> Text:
     """Return the legend of the tables of `frame`."""
     per = "process" if frame["gpu"].isna().all() else "GPU"
     explained = {
-        "* fastest backend of its case": fastest_rows(frame).any(),
+        "* fastest of its case": fastest_rows(frame).any(),
         "~ interval wider than the target": frame["converged"].eq(False).any(),
         "! flagged, see below": frame["flags"].map(len).any(),
     }
