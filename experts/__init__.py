@@ -1,7 +1,7 @@
-"""Every backend of a Mixture-of-Experts expert layer, as drop-in modules with one parameter layout.
+"""The backends of a Mixture-of-Experts expert layer, as drop-in modules with one parameter layout.
 
-Legend of the dimension letters that end a tensor's name: T tokens, K experts a token, E experts, L local experts,
-D dim, I inter, N permuted rows.
+The names of tensors end in dimension letters: T tokens, K experts per token, E experts, L local experts, D dim,
+I inter, N permuted rows.
 """
 
 import importlib
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from experts.modules import GroupedExperts, GroupedExpertsDeepEP
     from experts.te.layer import GroupedExpertsTE
 
-#: Imported when they are asked for, so that `experts.catalog` can be read without torch.
+#: Public name -> its module, which is imported at first use, so that `experts.catalog` can be read without torch.
 _HOMES = {
     "BackendConfig": "experts.config",
     "ConfigError": "experts.errors",

@@ -1,9 +1,9 @@
-"""Weighted activations: what happens between the two projections, times the routing weight.
+"""Weighted activations: the function between the two projections, multiplied by the routing weight.
 
-Every function takes x [N, 2I] ([N, I] for relu2) and the routing weights [N] or [N, 1] in their permuted order,
-computes in float32 (float64 for float64) and returns [N, I] in x's dtype. Gradients reach both.
+Every function takes x [N, 2I] ([N, I] for relu2) and the routing weights [N] or [N, 1] in permuted order. It computes
+in float32 (float64 for float64) and returns [N, I] in x's dtype. Gradients flow to x and to the routing weights.
 
-The formulas and column layouts are those of the models that use them; docs/concepts.md lists them.
+The formulas and column layouts come from the models that use them; docs/concepts.md lists both.
 """
 
 import functools
@@ -20,7 +20,7 @@ WeightedActivation = Callable[[Tensor, Tensor], Tensor]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums and activations of `dtype` are computed: float32, or float64 for float64."""
+    """Return the dtype in which sums and activations of `dtype` are computed: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -34,7 +34,10 @@ def _upcast(x: Tensor) -> Tensor:
 
 
 def swiglu_deepep(x: Tensor, permuted_probs: Tensor, limit: float = 0.0) -> Tensor:
-    """silu(gate)·up over the halves [gate | up]; with limit > 0 gate ≤ limit and |up| ≤ limit, before silu."""
+    """Return silu(gate)·up, where x holds the halves [gate | up].
+
+    With limit > 0, clamp gate to at most `limit` and up to ±`limit`, before silu.
+    """
     gate, up = _upcast(x).chunk(2, dim=-1)
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
@@ -42,7 +45,10 @@ def swiglu_deepep(x: Tensor, permuted_probs: Tensor, limit: float = 0.0) -> Tens
 
 
 def swigluoai_deepep(x: Tensor, permuted_probs: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
-    """gate·sigmoid(alpha·gate)·(up + 1) over the halves [gate | up], gate ≤ limit and |up| ≤ limit."""
+    """Return gate·sigmoid(alpha·gate)·(up + 1), where x holds the halves [gate | up].
+
+    Gate is first clamped to at most `limit` and up to ±`limit`.
+    """
     gate, up = _upcast(x).chunk(2, dim=-1)
     return _weighted(_clamped_sigmoid_glu(gate, up, alpha, limit, 1.0), permuted_probs, x.dtype)
 
@@ -50,20 +56,23 @@ def swigluoai_deepep(x: Tensor, permuted_probs: Tensor, alpha: float = 1.702, li
 def quick_geglu_deepep(
     x: Tensor, permuted_probs: Tensor, alpha: float = 1.702, limit: float = 7.0, linear_offset: float = 1.0
 ) -> Tensor:
-    """gate·sigmoid(alpha·gate)·(up + linear_offset) over interleaved columns, gate ≤ limit and |up| ≤ limit."""
+    """Return gate·sigmoid(alpha·gate)·(up + linear_offset), where gate is x's even columns and up its odd columns.
+
+    Gate is first clamped to at most `limit` and up to ±`limit`.
+    """
     x_acc = _upcast(x)
     gate, up = x_acc[..., ::2], x_acc[..., 1::2]
     return _weighted(_clamped_sigmoid_glu(gate, up, alpha, limit, linear_offset), permuted_probs, x.dtype)
 
 
 def geglu_deepep(x: Tensor, permuted_probs: Tensor) -> Tensor:
-    """gelu_tanh(gate)·up over the halves [gate | up]."""
+    """Return gelu_tanh(gate)·up, where x holds the halves [gate | up]."""
     gate, up = _upcast(x).chunk(2, dim=-1)
     return _weighted(F.gelu(gate, approximate="tanh") * up, permuted_probs, x.dtype)
 
 
 def relu2_deepep(x: Tensor, permuted_probs: Tensor) -> Tensor:
-    """relu(x)², ungated."""
+    """Return relu(x)². This activation has no gate."""
     return _weighted(F.relu(_upcast(x)).square(), permuted_probs, x.dtype)
 
 
@@ -74,10 +83,11 @@ def _clamped_sigmoid_glu(gate: Tensor, up: Tensor, alpha: float, limit: float, l
 
 @dataclass(frozen=True)
 class ActivationForm:
-    """An activation as kernels want it: gate·sigmoid(p(gate))·(up + offset), and relu(x)² where it is ungated.
+    """The parameters of one formula that covers every activation, for the kernels.
 
-    p(gate) = alpha·gate; where `gelu`, 2·√(2/π)·(gate + 0.044715·gate³), which makes gelu_tanh of it. A limit of 0 is
-    none; else gate ≤ limit and |up| ≤ limit first.
+    A gated activation is gate·sigmoid(p(gate))·(up + offset), and an ungated one is relu(x)². p(gate) is alpha·gate.
+    With `gelu` it is 2·√(2/π)·(gate + 0.044715·gate³), so that gate·sigmoid(p(gate)) is gelu_tanh(gate). With
+    `limit` > 0, gate is first clamped to at most `limit` and up to ±`limit`; 0 means no clamp.
     """
 
     gated: bool
@@ -89,7 +99,7 @@ class ActivationForm:
 
 
 def activation_form(config: MoEConfig) -> ActivationForm:
-    """The form of `get_expert_activation_for_deepep(config)`."""
+    """Return the formula's parameters for the activation that `get_expert_activation_for_deepep(config)` returns."""
     match config.expert_activation:
         case "swiglu":
             return ActivationForm(gated=True, limit=config.swiglu_limit)
@@ -104,7 +114,7 @@ def activation_form(config: MoEConfig) -> ActivationForm:
 
 
 def get_expert_activation_for_deepep(config: MoEConfig) -> WeightedActivation:
-    """The weighted activation of `config`, with its alpha and limits bound: (x, permuted_probs) -> [N, I]."""
+    """Return the weighted activation of `config`, with alpha and limits bound: (x, permuted_probs) -> [N, I]."""
     match config.expert_activation:
         case "swiglu":
             return functools.partial(swiglu_deepep, limit=config.swiglu_limit)

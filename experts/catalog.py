@@ -1,7 +1,7 @@
-"""Every engine, built-in backend and dispatcher, described in one place. No torch here.
+"""The descriptions of every engine, built-in backend and dispatcher.
 
-Whoever plans a run reads this where torch cannot be imported; `registry`, `engines`, `dispatchers` and `config` read it
-too. A new engine, backend or dispatcher is an entry here and a module of its own.
+Importing this module does not import torch, so that a process without torch can plan a run. To add an engine, backend
+or dispatcher, write its module and add an entry here; `registry`, `engines`, `dispatchers` and `config` read this list.
 """
 
 from dataclasses import dataclass
@@ -9,37 +9,46 @@ from typing import Literal
 
 Fp8Recipe = Literal["current", "delayed", "block", "mxfp8"]
 Save = Literal["memory", "time"]
-#: Backends that sweeps name together, as "@bf16".
+#: Names of groups of backends. A sweep names a group as "@bf16".
 Group = Literal["bf16", "cpu", "save_time", "fp8", "cached", "mxfp8", "peers"]
 Collective = Literal["all_gather", "all_to_all"]
 
 _FROM_SOURCE = (
-    "in the checkout, with nvcc: pip install 'setuptools>=77' ninja && pip install --no-build-isolation -e '.[{}]'"
+    "run in the checkout, with nvcc: pip install 'setuptools>=77' ninja && pip install --no-build-isolation -e '.[{}]'"
 )
 
-#: Importable name of a library -> how to get it. Extensions are built against the torch that is installed, so pip must
-#: not isolate their build.
+#: Importable name of a library -> how to install it. Reasons of `Unsupported` and `moebench doctor` print this text.
+#: Extensions are built against the installed torch, so pip must not isolate their build.
 LIBRARIES: dict[str, str] = {
     "transformer_engine": _FROM_SOURCE.format("te"),
     "grouped_gemm": _FROM_SOURCE.format("gmm"),
-    "deep_ep": "in the checkout: pip install -e '.[deepep]'",
+    "deep_ep": "run in the checkout: pip install -e '.[deepep]'",
     "torchao": "pip install torchao",
-    "triton": "it comes with a CUDA build of torch",
+    "triton": "install a CUDA build of torch, which brings triton",
     "transformers": "pip install 'transformers>=5.17'",
     "nemo_automodel": "pip install nemo_automodel",
-    "sonicmoe": "pip install sonic-moe (Python 3.12 or later, CUDA 12.9 or later)",
+    "sonicmoe": "pip install sonic-moe (it needs Python 3.12 and CUDA 12.9, or later)",
 }
+
+
+def missing(library: str, error: Exception | None = None) -> str:
+    """Return why a library of LIBRARIES cannot be used and how to install it, in one line.
+
+    `error` is what its import raised. Without one, the text says that the library is not installed.
+    """
+    why = "is not installed" if error is None else f"does not import ({error})"
+    return f"{library} {why}; {LIBRARIES[library]}"
 
 
 @dataclass(frozen=True)
 class Engine:
     """One way to compute the experts of a rank.
 
-    `stacked`: it computes on the stacked parameters, and `module` has its `ENGINE`; else it is a layer with weights of
-    its own. `counts_rows`: the host waits for the number of rows that this rank's experts get, and the engine computes
-    on no others; the other engines have a row for every choice of every token that reaches the rank. `one_by_one`: it
-    computes one expert after the other, sums them up in float32, and autograd adds up their gradients. `library`: a key
-    of LIBRARIES.
+    `stacked`: the engine computes on the stacked parameters, and `module` has an `ENGINE`. Otherwise it is a layer that
+    keeps its own weights. `counts_rows`: the host waits for the number of rows that this rank's experts get, and the
+    engine computes only these rows. The other engines have one row for every choice of every token that reaches the
+    rank. `one_by_one`: the engine computes one expert after another and sums the results in float32, and autograd adds
+    up the gradients. `library`: a key of LIBRARIES.
     """
 
     name: str
@@ -52,10 +61,10 @@ class Engine:
 
 @dataclass(frozen=True)
 class Backend:
-    """A named way to build an expert layer: an engine with its options, or a peer, another library's layer.
+    """A named way to build an expert layer: an engine with its options, or a peer (another library's layer).
 
-    `cached`: quantised weights are kept from call to call. `target` is where a peer is, as `module:attribute`, and
-    `library` the key of LIBRARIES that it needs.
+    `cached`: the layer keeps quantised weights from call to call. `target`: the peer as `module:attribute`. `library`:
+    the key of LIBRARIES that the peer needs.
     """
 
     name: str
@@ -70,10 +79,10 @@ class Backend:
 
 @dataclass(frozen=True)
 class Dispatcher:
-    """One way to carry tokens between ranks. `module` has its `make(group, config)` and `unsupported(device, config)`.
+    """One way to carry tokens between ranks. `module` has `make(group, config)` and `unsupported(device, config)`.
 
-    It cannot be faster than the raw `collective`. With "all_gather" every rank gets every token, with "all_to_all"
-    those that chose one of its experts.
+    The raw `collective` bounds the dispatcher's speed. With "all_gather" every rank gets every token. With "all_to_all"
+    a rank gets the tokens that chose one of its experts.
     """
 
     name: str
@@ -89,13 +98,13 @@ _TRITON = Engine("triton", "experts.compute.triton", library="triton")
 _GMM = Engine("gmm", "experts.compute.gmm", library="grouped_gemm", counts_rows=True)
 _TE = Engine("te", "experts.te.layer", library="transformer_engine", stacked=False, counts_rows=True)
 
-#: In the order in which users meet them.
+#: In the order in which lists show them.
 ENGINES = (_LOOP, _TORCH_MM, _TORCH_MM_MXFP8, _TRITON, _GMM, _TE)
-#: The engine, and the backend of its name, that others are compared with.
+#: The name of the engine and of the backend that results are compared with.
 REFERENCE = _LOOP.name
 
-#: Peers are listed here, not as entry points of our own, so that they are known wherever the package is on the path,
-#: installed or not.
+#: Peers are listed here and not declared as entry points, so that they can be named even where the package is only on
+#: the path and not installed.
 BACKENDS = (
     Backend("loop", _LOOP, ("cpu",)),
     Backend("torch_mm", _TORCH_MM, ("bf16", "cpu")),
@@ -126,7 +135,7 @@ BACKENDS = (
     Backend("peer_sonicmoe", groups=("peers",), target="experts.peers.sonicmoe:SonicMoE", library="sonicmoe"),
 )
 
-#: The first is what a sweep takes that names none.
+#: A sweep that names no dispatcher takes the first one.
 DISPATCHERS = (
     Dispatcher("allgather", "experts.dispatch.allgather", "all_gather"),
     Dispatcher("alltoall", "experts.dispatch.alltoall", "all_to_all"),

@@ -1,6 +1,6 @@
-"""Configuration of an expert layer and of the backend that computes it.
+"""The configuration of an expert layer and of the backend that computes it.
 
-Field names are NeMo AutoModel's, so that its users can swap modules.
+The field names are those of NeMo AutoModel, so that its users can swap modules.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, extra="forbid")
 
 
 def _one_line_errors(cls: _C) -> _C:
-    """Make a validated dataclass raise ConfigError: one line a mistake, with field, value, rule and remedy."""
+    """Make a validated dataclass raise ConfigError with one line per mistake: field, value, rule and remedy."""
     validated_init: Callable[..., None] = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(validated_init)
-    def __init__(self: Any, /, **fields: Any) -> None:  # pydantic's own takes positions too, kw_only or not
+    def __init__(self: Any, /, **fields: Any) -> None:  # pydantic's own takes positional arguments in spite of kw_only
         try:
             validated_init(self, **fields)
         except ValidationError as error:
@@ -71,14 +71,14 @@ _Size = Annotated[int, Field(gt=0)]
 @_one_line_errors
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class MoEConfig:
-    """Shape and meaning of the routed experts of one layer.
+    """The shape and the formula of the routed experts of one layer.
 
-    Raises ConfigError, one line a mistake, for an impossible value. `dtype` takes a name or a torch.dtype and is a
-    torch.dtype afterwards.
+    Raises ConfigError, with one line per mistake, for an invalid value. `dtype` accepts a name or a torch.dtype, and
+    the field always holds a torch.dtype.
     """
 
     n_routed_experts: _Size = _field("the number of experts, a positive integer", 128)
-    n_activated_experts: _Size = _field("the number of experts a token chooses, at most n_routed_experts", 8)
+    n_activated_experts: _Size = _field("the number of experts per token, at most n_routed_experts", 8)
     dim: _Size = _field("the hidden size of a token, a positive integer", 2048)
     moe_inter_dim: _Size = _field("the inner size of one expert, a positive integer", 768)
     expert_bias: bool = _field("whether the projections have a bias, True or False", False, default=False)
@@ -90,10 +90,10 @@ class MoEConfig:
         "the clamp of quick_geglu and swigluoai, a positive number", 7.0, default=7.0
     )
     swiglu_limit: Annotated[float, Field(ge=0)] = _field(
-        "the clamp of swiglu, a positive number, or 0 for none", 10.0, default=0.0
+        "the clamp of swiglu, a positive number, or 0 for no clamp", 10.0, default=0.0
     )
     apply_router_weight_after_down: bool = _field(
-        "whether the routing weight multiplies after the down projection, True or False", False, default=False
+        "whether the routing weight is applied after the down projection, True or False", False, default=False
     )
     dtype: torch.dtype = _field(f"one of {', '.join(DTYPES)}", "bfloat16", default="bfloat16", validate_default=True)
 
@@ -102,7 +102,7 @@ class MoEConfig:
     def _dtype_by_name(cls, value: object) -> object:
         dtype = DTYPES.get(value, value) if isinstance(value, str) else value
         if dtype not in DTYPES.values():
-            raise ValueError(f"{value!r} is no dtype of an expert layer; give one of {', '.join(DTYPES)}")
+            raise ValueError(f"{value!r} is not a dtype of an expert layer; give one of {', '.join(DTYPES)}")
         return dtype
 
     @model_validator(mode="after")
@@ -110,30 +110,31 @@ class MoEConfig:
         if self.n_activated_experts > self.n_routed_experts:
             raise ValueError(
                 f"n_activated_experts = {self.n_activated_experts} exceeds n_routed_experts = {self.n_routed_experts}; "
-                "a token cannot choose more experts than there are: lower it"
+                "a token cannot choose more experts than the layer has; lower n_activated_experts"
             )
         return self
 
     def with_dtype(self, dtype: torch.dtype) -> "MoEConfig":
-        """The same layer in another dtype."""
+        """Return the same configuration in another dtype."""
         return self if dtype is self.dtype else dataclasses.replace(self, dtype=dtype)
 
 
 @_one_line_errors
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class BackendConfig:
-    """Which engine computes the experts and which dispatcher carries tokens between ranks.
+    """The engine that computes the experts and the dispatcher that carries tokens between ranks.
 
-    None is the module's own default. "torch" is another name of the engine "loop". Raises ConfigError.
+    None means the module's default. "torch" is another name of the engine "loop". Raises ConfigError, with one line
+    per mistake, for an invalid value.
     """
 
-    experts: Engine | None = _field("the name of an engine, or None for the module's own", "loop", default=None)
+    experts: Engine | None = _field("the name of an engine, or None for the module's default", "loop", default=None)
     dispatcher: Dispatcher | None = _field(
-        "the name of a dispatcher, or None for the module's own", "allgather", default=None
+        "the name of a dispatcher, or None for the module's default", "allgather", default=None
     )
-    te_fp8: Fp8Recipe | None = _field("the name of an FP8 recipe, or None for none", "block", default=None)
+    te_fp8: Fp8Recipe | None = _field("the name of an FP8 recipe, or None for no FP8", "block", default=None)
     save: Save | None = _field(
-        "'memory' or 'time', what an engine with that choice keeps for backward, or None for memory",
+        "'memory' or 'time', which the engine uses less of for backward, or None for the default 'memory'",
         "time",
         default=None,
     )
@@ -145,10 +146,10 @@ class BackendConfig:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name by which configurations call a dtype."""
+    """Return the name that configurations use for a dtype, for example "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def is_gated_activation(name: str) -> bool:
-    """Whether the activation reads a gate and an up half, so that its projection is 2·inter wide."""
+    """Return whether the activation has a gate, so that the first projection is 2·moe_inter_dim wide."""
     return name != "relu2"

@@ -15,12 +15,15 @@ _MODULES = {dispatcher.name: dispatcher.module for dispatcher in catalog.DISPATC
 
 
 def dispatcher_names() -> tuple[str, ...]:
-    """Every dispatcher there is."""
+    """Return the names of all dispatchers."""
     return tuple(_MODULES)
 
 
 def make_dispatcher(name: str, group: ProcessGroup, config: MoEConfig) -> Dispatcher:
-    """The dispatcher of that name over a process group. Raises RegistryError, Unsupported."""
+    """Return the named dispatcher over a process group.
+
+    Raises RegistryError for an unknown name, Unsupported where the dispatcher cannot run.
+    """
     if name not in _MODULES:
         raise RegistryError(f"there is no dispatcher {name!r}; the dispatchers are {', '.join(_MODULES)}")
     made: Dispatcher = _module(name).make(group, config)
@@ -28,7 +31,10 @@ def make_dispatcher(name: str, group: ProcessGroup, config: MoEConfig) -> Dispat
 
 
 def dispatcher_unsupported(name: str, device: torch.device, config: MoEConfig) -> Unsupported | None:
-    """Why a dispatcher cannot carry the config's tokens on a device; "local", one process, always can."""
+    """Return why a dispatcher cannot carry the config's tokens on a device, or None where it can.
+
+    "local", the dispatcher of one process, always can.
+    """
     if name not in _MODULES:
         return None
     reason: Unsupported | None = _module(name).unsupported(device, config)

@@ -1,4 +1,4 @@
-"""The engines on stacked parameters by name, in the order in which users meet them."""
+"""The engines that compute on stacked parameters, by name."""
 
 import importlib
 
@@ -10,12 +10,12 @@ _MODULES = {engine.name: engine.module for engine in catalog.ENGINES if engine.s
 
 
 def engine_names() -> tuple[str, ...]:
-    """Every engine there is."""
+    """Return the names of all engines on stacked parameters, in the catalog's order."""
     return tuple(_MODULES)
 
 
 def get_engine(name: str) -> Engine:
-    """The engine of that name, imported now. Raises RegistryError with the names there are."""
+    """Import and return the named engine. Raises RegistryError, with the known names, for an unknown one."""
     if name not in _MODULES:
         raise RegistryError(f"there is no engine {name!r} here; the engines are {', '.join(_MODULES)}")
     engine: Engine = importlib.import_module(_MODULES[name]).ENGINE

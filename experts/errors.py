@@ -1,19 +1,19 @@
-"""Errors of the experts package.
+"""The errors of the experts package.
 
 ExpertsError
-├── ConfigError    a configuration that cannot be: field, value, rule, remedy in one line (also a ValueError)
+├── ConfigError    an invalid configuration: field, value, rule and remedy in one line (also a ValueError)
 ├── InputError     tensors that do not fit the layer (also a ValueError)
-├── RegistryError  a backend name that leads nowhere (also a LookupError)
-└── Unsupported    right in itself, but this engine cannot do it here; also a value that says why
+├── RegistryError  an unknown name of a backend, engine or dispatcher (also a LookupError)
+└── Unsupported    a valid request that this engine cannot run here; functions also return it as a value
 """
 
 
 class ExpertsError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """The base class of all errors that this package raises on purpose."""
 
 
 class ConfigError(ExpertsError, ValueError):
-    """A configuration that cannot be."""
+    """An invalid configuration."""
 
 
 class InputError(ExpertsError, ValueError):
@@ -21,11 +21,14 @@ class InputError(ExpertsError, ValueError):
 
 
 class RegistryError(ExpertsError, LookupError):
-    """A backend name that leads nowhere."""
+    """An unknown name of a backend, engine or dispatcher, or one that cannot be imported."""
 
 
 class Unsupported(ExpertsError):
-    """Why an engine cannot run something. Returned where support is asked for, raised where it is needed."""
+    """The reason why an engine cannot run something.
+
+    Functions named `unsupported` return it; calls that need the support raise it.
+    """
 
     @property
     def reason(self) -> str:

@@ -1,4 +1,4 @@
-"""What every expert layer has in common: the forward, its checks, expert parallelism."""
+"""The base class of the expert layers: forward, input checks and expert parallelism."""
 
 from abc import ABC, abstractmethod
 
@@ -15,7 +15,10 @@ INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class ExpertLayer(nn.Module, ABC):
-    """An expert layer: a dispatcher around `compute_local`. One process until `init_token_dispatcher`."""
+    """An expert layer: a dispatcher around `compute_local`.
+
+    The layer runs on one process until `init_token_dispatcher` is called.
+    """
 
     def __init__(self, config: MoEConfig, engine_name: str, dispatcher_name: str) -> None:
         super().__init__()
@@ -28,20 +31,22 @@ class ExpertLayer(nn.Module, ABC):
         self.moe_mesh: DeviceMesh | None = None
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """Sum over each token's chosen experts.
+        """Return, for each token, the weighted sum of the outputs of its chosen experts: [T, D] in x's dtype.
 
-        x: [T, D], float32, bfloat16, float16 or float64; projections run in its dtype, whatever the parameters'.
-        token_mask: [T] bool; a token it drops contributes nothing, whatever its row holds, and gets zero gradients.
-        weights: [T, K] any float; the routing weights. indices: [T, K] any integer; an index of −1 contributes nothing.
-        Under expert parallelism these are this rank's tokens, T of its own, and the indices those of all experts.
+        x: [T, D], float32, bfloat16, float16 or float64. Projections run in x's dtype, whatever the parameters' dtype.
+        token_mask: [T] bool. A token with False contributes nothing, even if its row holds NaN, and its gradient is
+        zero.
+        weights: [T, K] routing weights of any float dtype.
+        indices: [T, K] expert indices: int64, int32, int16, int8 or uint8. An index of −1 contributes nothing.
+        Under expert parallelism the tensors hold this rank's tokens, and T may differ between ranks. The indices count
+        the experts of all ranks.
 
-        Returns [T, D] in x's dtype. Raises InputError for tensors that do not fit, Unsupported for what the engine or
-        the dispatcher cannot do.
+        Raises InputError for tensors that do not fit, Unsupported for what the engine or the dispatcher cannot run.
         """
         self._check_inputs(x, token_mask, weights, indices)
-        # int64 first: in uint8, −1 is expert 255
+        # convert to int64 first: in uint8, −1 would be expert 255
         indices = indices.long().masked_fill(~token_mask.unsqueeze(-1), -1)
-        if x.device.type == "cpu":  # on a GPU this would wait for the device; such an index contributes nothing there
+        if x.device.type == "cpu":  # on a GPU the check would wait for the device; a wrong index adds nothing there
             self._check_indices(indices)
         sent = self.dispatcher.dispatch(x, weights, indices)
         y = self.compute_local(sent.x_RD, sent.weights_RK, sent.indices_RK)
@@ -49,42 +54,48 @@ class ExpertLayer(nn.Module, ABC):
 
     @abstractmethod
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-        """Sum [R, D] over each row's choices of this rank's experts; indices are those of all experts."""
+        """Return [R, D] in x's dtype: for each row, the sum over its choices of this rank's experts.
+
+        x: [R, D]; weights: [R, K]; indices: [R, K] int64, counted over the experts of all ranks.
+        """
 
     @abstractmethod
     def _unsupported(self, device: torch.device, config: MoEConfig) -> Unsupported | None:
-        """Why the layer cannot run on a device with activations of the config's dtype."""
+        """Return why the layer cannot run on a device with activations of the config's dtype, or None where it can."""
 
     @abstractmethod
     def stacked_grads(self) -> dict[str, Tensor]:
-        """Gradients of this rank's experts by parameter name, in the stacked layout; a missing one is absent."""
+        """Return the gradients of this rank's experts by parameter name, in the stacked layout.
+
+        A parameter without a gradient has no entry.
+        """
 
     @property
     def first_local_expert(self) -> int:
-        """Index of this rank's first expert."""
+        """The index of this rank's first expert."""
         return 0 if self.ep_mesh is None else self.ep_mesh.get_local_rank() * self.n_local_experts
 
     @property
     def n_local_experts(self) -> int:
-        """How many experts this rank holds."""
+        """The number of experts that this rank holds."""
         return self.n_routed_experts if self.ep_mesh is None else self.n_routed_experts // self.ep_mesh.size()
 
     def init_token_dispatcher(self, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None = None) -> None:
         """Spread the experts over a one-dimensional mesh: rank r keeps experts r·L … r·L + L − 1, L = E / ranks.
 
-        `moe_mesh` is the mesh that expert parallelism is a dimension of, where there is one. All ranks of the mesh call
-        this. Raises ConfigError where the experts do not divide by the ranks, and what the dispatcher raises; the layer
-        is as it was then.
+        All ranks of the mesh must call this method. `moe_mesh` is the larger mesh that has `ep_mesh` as one dimension,
+        if any. Raises ConfigError where the number of experts is not a multiple of the number of ranks, and whatever
+        the dispatcher raises. After an error the layer is unchanged.
         """
         if ep_mesh.ndim != 1:
-            raise ConfigError(f"ep_mesh has {ep_mesh.ndim} dimensions, needs 1; pass the expert-parallel dimension's")
+            raise ConfigError(f"ep_mesh has {ep_mesh.ndim} dimensions, but must have 1; pass the expert-parallel one")
         if self.n_routed_experts % ep_mesh.size():
             raise ConfigError(
-                f"n_routed_experts = {self.n_routed_experts} does not divide by the EP size {ep_mesh.size()}; every "
-                "rank holds as many experts: choose a divisor"
+                f"n_routed_experts = {self.n_routed_experts} is not a multiple of the EP size {ep_mesh.size()}; every "
+                "rank holds the same number of experts, so choose an EP size that divides it"
             )
         dispatcher: Dispatcher = Local()
-        if ep_mesh.size() > 1:  # what may fail comes first: a layer that is half spread would be wrong in silence
+        if ep_mesh.size() > 1:  # this may fail, so it comes first: a half-spread layer would be wrong silently
             dispatcher = make_dispatcher(self.dispatcher_name, ep_mesh.get_group(), self.config)
         self.ep_mesh = ep_mesh
         self.set_moe_mesh(moe_mesh)
@@ -92,52 +103,53 @@ class ExpertLayer(nn.Module, ABC):
         self.dispatcher = dispatcher
 
     def set_moe_mesh(self, mesh: DeviceMesh | None) -> None:
-        """Remember the mesh that expert parallelism is a dimension of."""
+        """Store the larger mesh that has the expert-parallel mesh as one dimension."""
         self.moe_mesh = mesh
 
     @abstractmethod
     def _shard_parameters(self, ep_mesh: DeviceMesh) -> None:
-        """Keep this rank's experts alone."""
+        """Keep only this rank's experts."""
 
     def extra_repr(self) -> str:
-        """Shape and engine."""
+        """Return the layer's shape and engine, for its repr."""
         config = self.config
         return (
-            f"{config.n_routed_experts} experts, {config.n_activated_experts} a token, dim={config.dim}, "
+            f"{config.n_routed_experts} experts, {config.n_activated_experts} per token, dim={config.dim}, "
             f"moe_inter_dim={config.moe_inter_dim}, {config.expert_activation}, engine={self.engine_name}"
         )
 
     def _check_inputs(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> None:
         config = self.config
         if x.ndim != 2 or x.shape[1] != config.dim:
-            raise InputError(f"x has shape {list(x.shape)}, needs [tokens, dim = {config.dim}]; flatten its batch")
+            raise InputError(f"x has shape {list(x.shape)}, but needs [tokens, dim = {config.dim}]; flatten its batch")
         choices = [x.shape[0], config.n_activated_experts]
         if list(weights.shape) != choices or list(indices.shape) != choices:
             raise InputError(
-                f"weights {list(weights.shape)} and indices {list(indices.shape)} need shape [tokens, "
-                f"n_activated_experts] = {choices}"
+                f"weights {list(weights.shape)} and indices {list(indices.shape)} must have shape [tokens, "
+                f"n_activated_experts] = {choices}; pass one weight and one index per choice"
             )
         if list(token_mask.shape) != [x.shape[0]] or token_mask.dtype is not torch.bool:
             raise InputError(
-                f"token_mask is {token_mask.dtype} {list(token_mask.shape)}, needs bool [tokens] = [{x.shape[0]}]"
+                f"token_mask is {token_mask.dtype} {list(token_mask.shape)}, but must be torch.bool [tokens] = "
+                f"[{x.shape[0]}]; pass one bool per token"
             )
         if indices.dtype not in INDEX_DTYPES or not weights.is_floating_point():
             raise InputError(
-                f"indices ({indices.dtype}) must be integers, of up to 64 bits with a sign or 8 without, and weights "
-                f"({weights.dtype}) floats; cast them"
+                f"indices ({indices.dtype}) must be int64, int32, int16, int8 or uint8, and weights ({weights.dtype}) "
+                "must be floats; cast them"
             )
         if x.dtype not in DTYPES.values():
-            raise InputError(f"x is {x.dtype}, needs one of {', '.join(DTYPES)}")
+            raise InputError(f"x is {x.dtype}, but must be one of {', '.join(DTYPES)}; cast it")
         self._check_devices(x, token_mask, weights, indices)
         self._check_supported(x)
 
     def _check_devices(self, *inputs: Tensor) -> None:
-        """All on one; what is on meta may be computed with in silence."""
+        """Raise InputError unless all tensors are on one device: torch may compute with a meta tensor silently."""
         devices = [tensor.device for tensor in (*inputs, next(self.parameters(), inputs[0]))]
         if devices.count(devices[0]) < len(devices):
             names = "x", "token_mask", "weights", "indices", "the parameters"
             where = ", ".join(f"{name} on {device}" for name, device in zip(names, devices, strict=True))
-            raise InputError(f"{where}: needs one device; move them, parameters on meta by init_weights")
+            raise InputError(f"{where}: all must be on one device; move them, and parameters on meta with init_weights")
 
     def _check_supported(self, x: Tensor) -> None:
         config = self.config.with_dtype(x.dtype)
@@ -152,6 +164,6 @@ class ExpertLayer(nn.Module, ABC):
     def _check_indices(self, indices: Tensor) -> None:
         if indices.numel() and not (int(indices.min()) >= -1 and int(indices.max()) < self.n_routed_experts):
             raise InputError(
-                f"indices run from {int(indices.min())} to {int(indices.max())}, need -1 (no expert) to "
-                f"{self.n_routed_experts - 1} (n_routed_experts - 1)"
+                f"indices run from {int(indices.min())} to {int(indices.max())}, but must be from -1 (no expert) to "
+                f"{self.n_routed_experts - 1} (n_routed_experts - 1); correct the routing"
             )

@@ -1,4 +1,4 @@
-"""GroupedExperts and GroupedExpertsDeepEP: expert layers that own stacked parameters, for any engine on them."""
+"""GroupedExperts and GroupedExpertsDeepEP: expert layers with stacked parameters, for every engine that uses them."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from experts.steps import make_of_steps
 
 
 def parameter_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each stacked parameter that the configuration has, by name."""
+    """Return the shape of each stacked parameter of the configuration, by name."""
     up = config.moe_inter_dim * (2 if is_gated_activation(config.expert_activation) else 1)
     shapes: dict[str, tuple[int, ...]] = {
         "gate_and_up_projs": (config.n_routed_experts, config.dim, up),
@@ -30,13 +30,15 @@ def parameter_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
 
 
 class GroupedExperts(ExpertLayer):
-    """Routed experts of one layer: by default the per-expert loop and, under expert parallelism, all-gather.
+    """The routed experts of one layer: by default the per-expert loop and, under expert parallelism, all-gather.
 
-    Parameters, in `config.dtype`: `gate_and_up_projs` [E, D, 2I] ([E, D, I] ungated), `down_projs` [E, I, D], and with
-    `expert_bias` `gate_up_proj_bias` [E, 2I] and `down_proj_bias` [E, D] (None without). They hold anything until
-    `init_weights` or `load_state_dict`. Under expert parallelism they are DTensors, sharded on dimension 0.
+    Parameters, in `config.dtype`: `gate_and_up_projs` [E, D, 2I] ([E, D, I] ungated) and `down_projs` [E, I, D]. With
+    `expert_bias` also `gate_up_proj_bias` [E, 2I] ([E, I] ungated) and `down_proj_bias` [E, D]; without it both are
+    None. The parameters are uninitialised until `init_weights` or `load_state_dict`. Under expert parallelism they are
+    DTensors, sharded on dimension 0.
 
-    Raises ConfigError for a backend that is Transformer Engine's, and for `save` where the engine has no such choice.
+    Raises ConfigError for the engine "te" or an FP8 recipe, which need GroupedExpertsTE, and for `save` where the
+    engine cannot choose what it keeps for backward.
     """
 
     default_engine = "loop"
@@ -54,8 +56,8 @@ class GroupedExperts(ExpertLayer):
         self.engine = get_engine(self.engine_name)
         if backend.save is not None and not self.engine.saves:
             raise ConfigError(
-                f"save = {backend.save!r} is of engines that choose what they keep for backward, {self.engine_name} "
-                f"does not; use one of {', '.join(_engines_that_save())}, or leave save out"
+                f"save = {backend.save!r}: the engine {self.engine_name} cannot choose what it keeps for backward; use "
+                f"one of {', '.join(_engines_that_save())}, or leave save out"
             )
         self.engine_options = {} if backend.save is None else {"save": backend.save}
         shapes = parameter_shapes(config)
@@ -65,54 +67,63 @@ class GroupedExperts(ExpertLayer):
         self.register_load_state_dict_pre_hook(_take_local_share)
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """As `ExpertLayer.forward`; parameters that are DTensors by now name the mesh themselves."""
+        """Return what `ExpertLayer.forward` returns.
+
+        If the parameters were made DTensors without `init_token_dispatcher`, use their mesh as the expert-parallel one.
+        """
         if self.ep_mesh is None and isinstance(self.down_projs, DTensor):
             self.init_token_dispatcher(self.down_projs.device_mesh)
         return super().forward(x, token_mask, weights, indices)
 
     def extra_repr(self) -> str:
-        """Shape, engine, what it saves, and the make of the steps around its products."""
+        """Return shape, engine, `save`, and whether the steps around the products are eager or fused, for the repr."""
         parts = [super().extra_repr(), *(f"{name}={value}" for name, value in self.engine_options.items())]
         if self.engine_name != "loop":
             parts.append(f"steps={make_of_steps(self.down_projs.device, self.config.dtype)}")
         return ", ".join(parts)
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-        """By the engine, on the local parameters."""
+        """Return what the engine computes from this rank's parameters; see `ExpertLayer.compute_local`."""
         parameters = self.expert_parameters()
         return self.engine.compute(
             x_RD, weights_RK, indices_RK, parameters, self.config, self.first_local_expert, **self.engine_options
         )
 
     def _unsupported(self, device: torch.device, config: MoEConfig) -> Unsupported | None:
-        """The engine's reason."""
+        """Return the engine's reason, or None."""
         return self.engine.unsupported(device, config)
 
     def expert_parameters(self) -> ExpertParameters:
-        """The local experts' parameters, stacked. Raises ConfigError where they are not this rank's experts'."""
+        """Return the stacked parameters of this rank's experts.
+
+        Raises ConfigError where the parameters hold another number of experts than the rank has.
+        """
         parameters = ExpertParameters(*(as_local(getattr(self, name)) for name in PARAMETER_NAMES))
         count = parameters.down_projs.shape[0]
         if count != self.n_local_experts:
             raise ConfigError(
-                f"parameters hold {count} experts here, needs {self.n_local_experts}, this rank's of "
-                f"{self.n_routed_experts}; shard them on dimension 0 over ep_mesh, once"
+                f"this rank's parameters hold {count} experts, but need {self.n_local_experts} of the layer's "
+                f"{self.n_routed_experts}; shard them once, on dimension 0 over ep_mesh"
             )
         return parameters
 
     def stacked_grads(self) -> dict[str, Tensor]:
-        """The parameters' own gradients, of the local experts."""
+        """Return the gradients of this rank's parameters by name; one without a gradient has no entry."""
         return {name: as_local(p.grad) for name, p in self.named_parameters() if p.grad is not None}
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
-        """Normal projections with deviation `init_std`, zero biases; meta parameters become real on `buffer_device`."""
+        """Draw the projections from a normal distribution with standard deviation `init_std`, and set biases to zero.
+
+        Parameters on meta are first allocated on `buffer_device`.
+        """
         if any(parameter.is_meta for parameter in self.parameters()):
             self.to_empty(device=buffer_device)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif isinstance(parameter, DTensor) and parameter.device.type == "cpu":
-                # on a CPU mesh DTensor warns, and draws the same numbers on every rank
+                # on a CPU mesh, DTensor's normal_ warns and draws the same numbers on every rank
                 whole = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=init_std)
                 parameter.to_local().copy_(sharded_like(whole, parameter).to_local())
             else:
@@ -121,10 +132,10 @@ class GroupedExperts(ExpertLayer):
     def _refuse_te(self, backend: BackendConfig) -> None:
         if backend.experts == "te":
             name = type(self).__name__
-            raise ConfigError(f"{name} has no engine 'te', which keeps weights of its own; use GroupedExpertsTE")
+            raise ConfigError(f"{name} cannot use the engine 'te', which keeps its own weights; use GroupedExpertsTE")
         if backend.te_fp8 is not None:
             raise ConfigError(
-                f"te_fp8 = {backend.te_fp8!r} is Transformer Engine's, {type(self).__name__} would compute without it; "
+                f"te_fp8 = {backend.te_fp8!r} needs Transformer Engine, which {type(self).__name__} does not use; "
                 "use GroupedExpertsTE, or leave te_fp8 out"
             )
 
@@ -141,7 +152,7 @@ def _engines_that_save() -> list[str]:
 
 
 def _take_local_share(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Plain tensors of all experts load into sharded parameters: each rank takes its own."""
+    """Replace plain tensors of all experts by shards like the parameters, so that each rank loads its own experts."""
     for name, parameter in module.named_parameters(recurse=False):
         value = state_dict.get(prefix + name)
         if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
@@ -151,7 +162,7 @@ def _take_local_share(module: nn.Module, state_dict: dict[str, Any], prefix: str
 
 
 class GroupedExpertsDeepEP(GroupedExperts):
-    """Routed experts by grouped GEMM: by default grouped_gemm and, under expert parallelism, DeepEP."""
+    """The routed experts of one layer: by default grouped_gemm and, under expert parallelism, DeepEP."""
 
     default_engine = "gmm"
     default_dispatcher = "deepep"

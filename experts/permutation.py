@@ -1,9 +1,9 @@
-"""Order tokens by the expert that wants them, and bring the experts' rows back to their tokens.
+"""Functions that sort rows of tokens by expert and sum the experts' rows back into tokens.
 
-Nothing here waits for the device: the permuted side always has N = T·K rows, one for every choice of every token.
-The rows of the local experts (the window `first`, `count`) come first, in groups by expert; choices of no local
-expert (other ranks' experts, masked tokens, indices of −1) come last, past `offsets[-1]`. Those rows hold anything:
-what an engine computes there, NaN included, is read by nobody.
+These functions do not wait for the device: the permuted tensors always have N = T·K rows, one per choice of a token.
+The rows of the local experts, `first` … `first + count − 1`, come first, in groups by expert. Choices without a local
+expert (experts of other ranks, masked tokens, indices of −1) come last, from row `offsets[-1]` on. These last rows may
+hold anything, even NaN, and no function reads them.
 """
 
 from typing import Any
@@ -23,10 +23,10 @@ MAX_ROWS = torch.iinfo(torch.int32).max
 
 
 def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
-    """Permutation that groups choices by expert, stable, for the local experts `first` … `first + count − 1`.
+    """Return the permutation that groups choices by expert, for the local experts `first` … `first + count − 1`.
 
-    indices_TK: [T, K] any integer dtype; −1 and experts outside of the window take no part. Raises InputError where
-    T·K exceeds what int32 offsets can count.
+    The sort is stable. indices_TK: [T, K] of any integer dtype; −1 and other experts are in no group. Raises InputError
+    where T·K is more than int32 offsets can count.
     """
     if indices_TK.numel() > MAX_ROWS:
         raise InputError(
@@ -37,9 +37,10 @@ def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
 
 
 def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
-    """Rows [N, D] of the tokens in permuted order. Its gradient sums a token's rows in float32, in a fixed order.
+    """Return the tokens' rows [N, D] in permuted order, in x's dtype.
 
-    Rows past the last group hold anything.
+    The gradient of a token is the sum of its rows' gradients, in float32 (float64 for float64) and in a fixed order.
+    Rows past the last group may hold anything.
     """
     rows: Tensor = _Permute.apply(x_TD, permutation)
     return rows
@@ -52,9 +53,11 @@ def weighted_activation(
     bias_LH: Tensor | None,
     config: MoEConfig,
 ) -> Tensor:
-    """The weighted activation [N, I] of h + bias, each row by its expert's bias and its choice's routing weight.
+    """Return the weighted activation [N, I] of h + bias, in h's dtype.
 
-    h: [N, 2I] ([N, I] ungated). Computed in float32 (float64 for float64). Gradients reach h, weights and bias.
+    Each row gets the bias of its expert and the routing weight of its choice; weights of None mean 1.
+    h: [N, 2I] ([N, I] ungated); weights: [T, K]; bias: [L, 2I] ([L, I] ungated). The activation is computed in float32
+    (float64 for float64). Gradients flow to h, weights and bias.
     """
     activated: Tensor = _WeightedActivation.apply(h_NH, weights_TK, bias_LH, permutation, config)
     return activated
@@ -63,9 +66,11 @@ def weighted_activation(
 def combine(
     y_ND: Tensor, permutation: Permutation, weights_TK: Tensor | None, bias_LD: Tensor | None, after: bool
 ) -> Tensor:
-    """Sum [T, D] of each token's y + weight·bias; weight·(y + bias) where the weights come `after` the projection.
+    """Return, for each token, the sum [T, D] over its choices of y + weight·bias, in y's dtype.
 
-    The sum is taken in float32 (float64 for float64), in the order of the choices. Gradients reach y, weights and bias.
+    With `after`, the routing weight is applied after the down projection, and the sum is over weight·(y + bias).
+    y: [N, D]; weights: [T, K]; bias: [L, D]. The sum is taken in float32 (float64 for float64), in the order of the
+    choices. Gradients flow to y, weights and bias.
     """
     if bias_LD is None and not after:
         weights_TK = None

@@ -1,11 +1,15 @@
-"""Backends by name: where each is, why it cannot run here, and those of other people.
+"""The registry of backends: it finds a backend by name and returns why it cannot run here.
 
-A backend is a callable `(config: MoEConfig) -> nn.Module` whose module has the interface of `experts.GroupedExperts`:
-its forward, and its parameters in the stacked layout. It may have an attribute `unsupported(device, config) -> str |
-Unsupported | None` that says why it cannot run there (config None: on that device at all), and an attribute `fp8`, the
-name of the FP8 recipe it computes in. Under expert parallelism it is called with `dispatcher=` and its module has
-`init_token_dispatcher`. Other people's are found by entry point (group "experts.backends") or by `module:attribute`;
-they are imported when named, never before.
+A backend is a callable `(config: MoEConfig) -> nn.Module`. The module has the interface of `experts.GroupedExperts`:
+the same forward, and parameters in the stacked layout. A backend may have two attributes:
+
+- `unsupported(device, config) -> str | Unsupported | None` returns why the backend cannot run the config on the device.
+  With config None it answers for the device and all configs.
+- `fp8` is the name of the FP8 recipe that the backend computes in.
+
+Under expert parallelism the registry calls the backend with `dispatcher=`, and its module has `init_token_dispatcher`.
+Third-party backends are found by entry point (group "experts.backends") or by `module:attribute`. The registry imports
+a third-party backend only when it is named.
 """
 
 import difflib
@@ -31,19 +35,19 @@ from experts.te.layer import CachedWeightsTE, GroupedExpertsTE
 
 ENTRY_POINT_GROUP = "experts.backends"
 
-#: Transformer Engine's backends: the FP8 recipe of each, and whether quantised weights are kept from call to call.
+#: Name of each Transformer Engine backend -> its FP8 recipe, and whether it keeps quantised weights from call to call.
 TE_BACKENDS: dict[str, tuple[Fp8Recipe | None, bool]] = {
     backend.name: (backend.fp8, backend.cached)
     for backend in catalog.BACKENDS
     if backend.engine is not None and not backend.engine.stacked
 }
 
-#: Engines that keep more for backward than they must, to spend less time there (BackendConfig.save = "time").
+#: Name of each backend with BackendConfig.save = "time" -> its engine. It keeps more, so that backward takes less time.
 SAVE_TIME_BACKENDS = {
     backend.name: backend.engine.name for backend in catalog.BACKENDS if backend.engine is not None and backend.save
 }
 
-#: Expert layers of other libraries, where each is.
+#: Name of each peer, the expert layer of another library -> its `module:attribute`.
 PEERS = {backend.name: backend.target for backend in catalog.BACKENDS if backend.target is not None}
 
 _BUILT_IN = {backend.name: backend for backend in catalog.BACKENDS}
@@ -51,7 +55,10 @@ _BUILT_IN = {backend.name: backend for backend in catalog.BACKENDS}
 
 @dataclass(frozen=True)
 class Backend:
-    """A named way to build an expert layer, and to ask whether it can run. `fp8` names the recipe it computes in."""
+    """A named backend: it builds an expert layer and returns why it cannot run something.
+
+    `fp8` is the name of the FP8 recipe that it computes in, if any.
+    """
 
     name: str
     _build: Callable[..., nn.Module]
@@ -59,13 +66,16 @@ class Backend:
     fp8: str | None = None
 
     def build(self, config: MoEConfig, dispatcher: str | None = None) -> nn.Module:
-        """An expert layer of the config; under expert parallelism with the named dispatcher."""
+        """Return an expert layer of the config; under expert parallelism with the named dispatcher."""
         return self._build(config) if dispatcher is None else self._build(config, dispatcher=dispatcher)
 
     def unsupported(
         self, device: torch.device, config: MoEConfig | None = None, dispatcher: str | None = None
     ) -> Unsupported | None:
-        """Why this backend cannot run `config` on `device`; without a config, whether it can run there at all."""
+        """Return why this backend cannot run `config` on `device` with the dispatcher, or None where it can.
+
+        Without a config, answer for the device only.
+        """
         reason = self._unsupported(device, config)
         if reason is None and dispatcher is not None and config is not None:
             reason = self._single_process() or dispatcher_unsupported(dispatcher, device, config)
@@ -75,19 +85,19 @@ class Backend:
         parameters = inspect.signature(self._build).parameters
         if "dispatcher" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
             return None
-        return "takes no argument `dispatcher`, which expert parallelism gives it: it is for one process"
+        return "takes no argument `dispatcher`, so it runs on one process only; use ep_size = 1"
 
 
 def backend_names() -> tuple[str, ...]:
-    """Built-in backends, then installed third-party ones. Imports none of them."""
+    """Return the names of the built-in backends, then of the installed third-party ones. Imports no backend."""
     installed = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
     return *_BUILT_IN, *sorted(installed - _BUILT_IN.keys())
 
 
 def get_backend(name: str) -> Backend:
-    """The backend of that name: built in, an installed entry point, or `module:attribute`.
+    """Return the named backend: a built-in one, an installed entry point, or `module:attribute`.
 
-    Raises RegistryError, with the names there are, for one that leads nowhere.
+    Raises RegistryError for an unknown name, with the known names, and for one that cannot be imported.
     """
     if name in _BUILT_IN:
         return _built_in(_BUILT_IN[name])
@@ -124,7 +134,7 @@ def _build_te(
 
 
 def check_name(name: str) -> None:
-    """Raises RegistryError for a name that leads nowhere, as far as that shows without importing what it leads to."""
+    """Raise RegistryError for an unknown name. This does not import the backend, so some wrong names pass."""
     module_name, colon, _ = name.partition(":")
     top = module_name.partition(".")[0]
     if name not in backend_names() and not (colon and top and _is_importable(top)):
@@ -134,7 +144,7 @@ def check_name(name: str) -> None:
 def _is_importable(top: str) -> bool:
     try:
         return importlib.util.find_spec(top) is not None
-    except ValueError:  # of a module that nobody imported, as __main__ may be
+    except ValueError:  # find_spec raises it for a module without a spec, which __main__ can be
         return False
 
 
@@ -142,7 +152,7 @@ def _nowhere(name: str) -> RegistryError:
     if ":" in name:
         module_name = name.partition(":")[0]
         return RegistryError(f"backend {name!r}: there is no module {module_name!r}; is it on PYTHONPATH?")
-    # "torch" is a BackendConfig's other name of the loop; in results a backend has one name
+    # BackendConfig accepts "torch" for the loop; in results a backend has one name
     near = ["loop"] if name == "torch" else difflib.get_close_matches(name, backend_names(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return RegistryError(
@@ -154,10 +164,12 @@ def _third_party(name: str, target: str) -> Backend:
     module_name, _, attribute = target.partition(":")
     try:
         build = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: no module's name
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: not a module's name
         raise RegistryError(f"backend {name!r}: cannot import {target!r}: {error}; is it on PYTHONPATH?") from error
     if not callable(build):
-        raise RegistryError(f"backend {name!r}: {target!r} is not callable; it must take a MoEConfig and give a module")
+        raise RegistryError(
+            f"backend {name!r}: {target!r} is not callable; it must take a MoEConfig and return a module"
+        )
     return Backend(name, build, getattr(build, "unsupported", _runs_anywhere), getattr(build, "fp8", None))
 
 

@@ -1,23 +1,32 @@
 """Measure, check and compare the expert layers of Mixture-of-Experts models.
 
-A run flows through the folders from left to right; each imports only what stands before it, and `cli` all of them:
+A run flows through the folders from left to right. Each folder imports only folders before it. `cli` imports all of
+them:
 
     workload ─┬─> run ──> measure + parity ──> results ──> verdicts ──> report
     machine ──┘
 
     workload   what is measured: sweep file -> cases -> seeded inputs
-    machine    where: GPUs, library versions, environments
-    run        plan -> worker processes -> journal
-    measure    in a worker: build, check, time and weigh one job
-    parity     is it right: reference, budget, checks
+    machine    where it is measured: GPUs, library versions, environments
+    run        how a sweep is run: plan -> worker processes -> journal
+    measure    what a worker does with one job: build it, check it, measure its time and memory
+    parity     whether a backend computes the right thing: reference, budget, checks
     results    rows of results: journal, frame, comparison, advice
-    verdicts   did a change make it slower, larger or wrong
+    verdicts   whether a change made a job slower, larger or wrong
     report     tables, plots, pages
 
-For scripts and notebooks, without torch: `load` results, or `open_result` with their environments beside them; `pivot`
-them into a table of cases and backends, `compare` several, `plot` one panel, read `parity_errors`; `Comparability` says
-which results may be gated against each other. What cannot be opened raises `ResultsError`. docs/notebooks.md shows
-each.
+Scripts and notebooks use these names, which do not import torch:
+
+    load             results as a pandas DataFrame
+    open_result      results together with the environments that they were measured in
+    pivot            a table of cases and backends
+    compare          several results side by side
+    plot             one panel of a plot
+    parity_errors    the parity errors of each row
+    Comparability    which results may be gated against each other
+    ResultsError     raised for a file or folder that cannot be opened as results
+
+docs/notebooks.md shows each.
 """
 
 import importlib
@@ -44,7 +53,7 @@ if TYPE_CHECKING:
     from moebench.results.frame import load, parity_errors
     from moebench.verdicts.comparability import Comparability
 
-#: Imported when they are asked for, so that `import moebench` alone stays quick.
+#: The module of each public name. `__getattr__` imports it on first use, so that `import moebench` stays quick.
 _HOMES = {
     "Comparability": "moebench.verdicts.comparability",
     "ResultsError": "moebench.errors",

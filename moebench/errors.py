@@ -1,8 +1,8 @@
 """Every error that a user may see. The message is one line: what, which value, the rule, the remedy.
 
     MoebenchError          base; the command line prints the message and ends with `exit_code`
-    ├── UsageError         2    something was asked for that cannot be
-    ├── SweepError         2    a sweep, a filter or a backend's name is wrong: one line for each mistake
+    ├── UsageError         2    the user asked for something that moebench cannot do
+    ├── SweepError         2    a sweep, a filter or a backend's name is wrong; one line for each mistake
     ├── ResultsError       2    a file or folder cannot be opened as results
     ├── RevisionError      2    a revision or folder of `experts` cannot be measured
     ├── InputsError        1    a case's inputs cannot be made
@@ -10,8 +10,8 @@
     │   └── Refused        2    a run cannot begin, because a backend or a device is not there
     └── Interrupted        130  a signal ended the run
 
-A bug of moebench raises anything else and keeps its traceback. Exceptions that only steer the flow within one module
-stay in that module.
+Any other exception is a bug of moebench and keeps its traceback. An exception that only steers the flow within one
+module is defined in that module.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNDECIDED, EXIT_INTERRUPTED = 0, 1, 2, 3,
 
 
 class MoebenchError(Exception):
-    """Base of all errors that moebench raises on purpose."""
+    """The base of all errors that moebench raises on purpose."""
 
     exit_code: ClassVar[int] = EXIT_USAGE
 
 
 class UsageError(MoebenchError):
-    """Something was asked for that cannot be."""
+    """The user asked for something that moebench cannot do."""
 
 
 class SweepError(MoebenchError):
@@ -50,24 +50,24 @@ class RevisionError(MoebenchError):
 
 
 class InputsError(MoebenchError, ValueError):
-    """A case whose inputs cannot be made."""
+    """The inputs of a case cannot be made."""
 
     exit_code = EXIT_FAILED
 
 
 class RunnerError(MoebenchError):
-    """A run that cannot go on: what happened, and where to look."""
+    """A run that cannot go on. The message says what happened and where to look."""
 
     exit_code = EXIT_FAILED
 
 
 class Refused(RunnerError):
-    """A run that cannot begin, because a backend or a device that was asked for is not there: one line each."""
+    """A run that cannot begin because a requested backend or device is not there. The message has one line for each."""
 
     exit_code = EXIT_USAGE
 
 
 class Interrupted(MoebenchError):
-    """A signal ended the run: where what was measured is."""
+    """A signal ended the run. The message says where the results that were already measured are."""
 
     exit_code = EXIT_INTERRUPTED

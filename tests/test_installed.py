@@ -154,5 +154,5 @@ def test_the_working_folders_sweeps_win(
     assert package.is_relative_to(from_wheel.folder if is_from_wheel else project)
     assert quick == tmp_path / "suites" / "quick.toml"
     (line,) = chosen.moebench("list", "mime", cwd=tmp_path, code=2).splitlines()
-    assert line.startswith('mime: no such file, and no sweep has that name; did you mean "mine"?; there are ')
+    assert line.startswith('mime: no such file, and no sweep has that name; did you mean "mine"?; the sweeps are ')
     assert all(name in line for name in (*SWEEPS, "mine"))

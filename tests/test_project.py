@@ -125,6 +125,7 @@ MOST_BYTES = 8 * 2**20
 #: Tests that are of more than one module, or apart from those of theirs.
 CROSS_CUTTING = {
     "test_imports.py",  # who imports whom, over all modules
+    "test_new_axis.py",  # a field more in a case shows in tables, pages, files, filters and gates
     "test_older_run.py",  # a results folder of an older revision, opened by all that opens one
     "measure/test_expert_parallel.py",  # groups of real processes: worker, samplers, judge and runner
     "measure/test_gpu.py",  # what only a CUDA GPU can show of timing, memory, poison and a run

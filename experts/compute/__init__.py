@@ -1,4 +1,4 @@
-"""Compute engines, one a file: each an `Engine`, a function for the local experts of one rank, and why it may not."""
+"""The compute engines, one per file. Each file has an `ENGINE`, which computes the local experts of one rank."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ExpertParameters(NamedTuple):
-    """Parameters of L experts, stacked; L is absent where the parameters are those of one expert."""
+    """The stacked parameters of L experts. The dimension L is absent in the parameters of a single expert."""
 
     gate_and_up_projs: Tensor  # [L, D, 2I], ungated [L, D, I]
     down_projs: Tensor  # [L, I, D]
@@ -24,15 +24,15 @@ class ExpertParameters(NamedTuple):
     down_proj_bias: Tensor | None  # [L, D]
 
     def to(self, dtype: torch.dtype) -> "ExpertParameters":
-        """In another dtype."""
+        """Return the parameters in another dtype."""
         return ExpertParameters(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
 
 
 PARAMETER_NAMES = ExpertParameters._fields
 
-#: (x [T, D], weights [T, K], indices [T, K], parameters, config, first local expert) -> [T, D] in x's dtype: the sum
-#: over the choices of local experts. Indices outside of the window, −1 among them, contribute nothing. An engine that
-#: `saves` takes `save=` too, of BackendConfig.
+#: (x [T, D], weights [T, K], indices [T, K], parameters, config, first local expert) -> [T, D] in x's dtype: for each
+#: token, the sum over its choices of local experts. Other indices, including −1, contribute nothing. An engine with
+#: `saves` also takes `save=`, the value of `BackendConfig.save`.
 Compute = Callable[..., Tensor]
 
 
@@ -40,9 +40,10 @@ Compute = Callable[..., Tensor]
 class Engine:
     """One way to compute the local experts.
 
-    `unsupported(device, config)` says why the engine cannot run there on activations of the config's dtype; without a
-    config it speaks of the device alone. `saves`: what is kept for backward can be chosen. `products`: the grouped
-    products of a library, over rows sorted by expert, that the engine's time is set against; None where there are none.
+    `unsupported(device, config)` returns why the engine cannot run on the device with activations of the config's
+    dtype; without a config it answers for the device only. `saves`: the caller can choose what the engine keeps for
+    backward. `products` returns a library's grouped products over rows sorted by expert, which the engine's time is
+    compared with; it is None for an engine without such products.
     """
 
     compute: Compute

@@ -1,4 +1,7 @@
-"""grouped_gemm over permuted rows: bfloat16 on CUDA. Its group sizes live on the host, so every call waits."""
+"""The engine gmm: grouped_gemm over permuted rows, in bfloat16 on CUDA.
+
+grouped_gemm takes group sizes on the host, so every call waits for the device.
+"""
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ def compute(
     first: int,
     save: Save = "memory",
 ) -> Tensor:
-    """Grouped GEMMs over rows sorted by expert, and over no others."""
+    """Return the local experts' sum [T, D]; see `Compute`. Computes only rows of local experts."""
     parameters = parameters.to(x_TD.dtype)
     permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
     rows_per_expert = permutation.tokens_per_expert_L.cpu()
@@ -33,7 +36,10 @@ def compute(
 
 
 def products(rows_per_expert: Tensor) -> Products:
-    """grouped_gemm's, of contiguous tensors, in groups of so many rows (int64 on the host, not all zero)."""
+    """Return grouped_gemm's products, for groups of `rows_per_expert` rows.
+
+    rows_per_expert: [L] int64 on the host, not all zero. Operands are made contiguous.
+    """
     from grouped_gemm.backend import gmm
 
     empty = (rows_per_expert == 0).nonzero().flatten().tolist()
@@ -44,7 +50,7 @@ def products(rows_per_expert: Tensor) -> Products:
 
     def outer(a_NP: Tensor, b_NQ: Tensor) -> Tensor:
         product_LPQ = multiply(a_NP, b_NQ, trans_a=True)
-        for expert in empty:  # grouped_gemm leaves it unwritten
+        for expert in empty:  # grouped_gemm leaves their matrices unwritten
             product_LPQ[expert].zero_()
         return product_LPQ
 
@@ -52,11 +58,11 @@ def products(rows_per_expert: Tensor) -> Products:
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """grouped_gemm takes bfloat16 on CUDA."""
+    """Return why grouped_gemm cannot run: it takes bfloat16 on CUDA."""
     try:
         import grouped_gemm  # noqa: F401
     except (ImportError, OSError) as error:
-        return Unsupported(f"grouped_gemm does not import ({error}); {catalog.LIBRARIES['grouped_gemm']}")
+        return Unsupported(catalog.missing("grouped_gemm", error))
     if device.type != "cuda":
         return Unsupported(f"grouped_gemm needs a CUDA GPU, the device is {device.type}; use torch_mm or the loop")
     if config is not None and config.dtype is not torch.bfloat16:

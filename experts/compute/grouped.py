@@ -1,4 +1,4 @@
-"""What the engines share whose products bring a backward of their own: everything around the two products."""
+"""The steps around the two products, for engines with products that autograd can differentiate."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 from experts.config import MoEConfig
 from experts.permutation import Permutation, combine, permute, weighted_activation
 
-#: Rows [N, P], grouped by expert -> [N, Q], each by its expert's matrix. Rows past the last group may hold anything.
+#: Rows [N, P], grouped by expert -> [N, Q]: each row times its expert's matrix. Rows past the last group may hold
+#: anything.
 GroupedProduct = Callable[[Tensor], Tensor]
 
 
@@ -25,7 +26,10 @@ def grouped_experts(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
 ) -> Tensor:
-    """Permute, project up, activate, project down, add up: the local experts' sum [T, D] in x's dtype."""
+    """Return the local experts' sum [T, D] in x's dtype: permute, project up, activate, project down, combine.
+
+    x: [T, D]; weights: [T, K]; up_bias: [L, 2I] ([L, I] ungated); down_bias: [L, D].
+    """
     after = config.apply_router_weight_after_down
     h_NH = up(permute(x_TD, permutation))
     a_NI = weighted_activation(h_NH, permutation, None if after else weights_TK, up_bias, config)
@@ -33,14 +37,20 @@ def grouped_experts(
 
 
 def no_rows(x_TD: Tensor, others: Iterable[Tensor | None]) -> Tensor:
-    """Zeros like x [T, D] with zero gradients for x and `others`, for libraries that cannot multiply no rows."""
+    """Return zeros like x [T, D], with zero gradients for x and `others`.
+
+    For libraries that cannot multiply zero rows.
+    """
     zeros_TD: Tensor = _NoRows.apply(x_TD, *others)
     return zeros_TD
 
 
 class _NoRows(Function):
-    """Saves, and looks at in backward, what it could do without: what is saved is what makes checkpointing run forward
-    again, and a rank that did not would miss the dispatcher's collectives there, in which the others wait for it.
+    """Zeros with zero gradients.
+
+    Forward saves tensors and backward reads them although it does not need their values. Checkpointing runs forward
+    again only when backward reads saved tensors. A rank that did not run forward again would miss the dispatcher's
+    collectives, in which the other ranks wait for it.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""torch.nn.functional.grouped_mm as the products of local experts, and what rows it takes."""
+"""The products of local experts by torch.nn.functional.grouped_mm, and its limit on the width of rows."""
 
 import functools
 
@@ -13,7 +13,10 @@ ROW_ALIGNMENT_BYTES = 16
 
 
 def products(offsets_L: Tensor) -> Products:
-    """grouped_mm of rows in groups that end at the offsets; it never reads rows past the last."""
+    """Return grouped_mm's products, for groups of rows that end at the offsets [L] (int32, cumulative).
+
+    grouped_mm does not read rows past the last offset, and leaves them uninitialised in its results.
+    """
     multiply = functools.partial(torch.nn.functional.grouped_mm, offs=offsets_L)
     return Products(
         rows=multiply,
@@ -23,7 +26,10 @@ def products(offsets_L: Tensor) -> Products:
 
 
 def unaligned(config: MoEConfig, who: str = "grouped_mm") -> Unsupported | None:
-    """`who` takes rows that are a multiple of 16 bytes; nothing is padded in silence."""
+    """Return why `who` cannot take the config's rows: their size must be a multiple of 16 bytes.
+
+    Rows are never padded silently.
+    """
     gated = is_gated_activation(config.expert_activation)
     widths = {
         "dim": config.dim,

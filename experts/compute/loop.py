@@ -1,4 +1,7 @@
-"""The oracle: one expert after the other in plain torch, sharing nothing with other engines but the activations."""
+"""The engine loop, the reference: one expert after another in plain torch.
+
+It shares only the activations with the other engines.
+"""
 
 from collections.abc import Callable
 
@@ -18,10 +21,11 @@ def expert_forward(
     config: MoEConfig,
     product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Tensor:
-    """What one expert adds to its tokens: x [N, D], routing weights [N] -> [N, D] in float32 (float64 for float64).
+    """Return one expert's contribution to its tokens, [N, D] in float32 (float64 for float64).
 
-    Projections run in x's dtype; the down projection's bias and a routing weight applied after it, in the result's.
-    `product` is how they multiply: who wants to know what coarser operands cost puts their rounding there.
+    x: [N, D]; weights: [N], the routing weights. Projections run in x's dtype. The down projection's bias, and a
+    routing weight that is applied after it, are applied in the result's dtype. `product` multiplies two matrices; a
+    caller that studies coarser operands passes a product that rounds them.
     """
     acc = accumulation_dtype(x_ND.dtype)
     weights_N1 = weights_N.to(acc).unsqueeze(-1)
@@ -37,7 +41,7 @@ def expert_forward(
 
 
 def split_experts(parameters: ExpertParameters) -> list[ExpertParameters]:
-    """The parameters of each expert. Through unbind, whose backward writes one stacked gradient for all."""
+    """Return the parameters of each expert, as views from unbind: its backward writes one stacked gradient for all."""
     columns = [[None] * parameters[0].shape[0] if p is None else p.unbind(0) for p in parameters]
     return [ExpertParameters(*expert) for expert in zip(*columns, strict=True)]
 
@@ -50,9 +54,10 @@ def compute(
     config: MoEConfig,
     first: int,
 ) -> Tensor:
-    """Sum over the local experts, each gathered from and scattered to float32 tokens (float64 for float64).
+    """Return the local experts' sum [T, D]; see `Compute`.
 
-    An expert without tokens runs on zero rows, so that its gradients are zeros and not missing.
+    Each expert's rows are gathered from, and added to, tokens in float32 (float64 for float64). An expert without
+    tokens runs on zero rows, so that its gradients are zeros and not None.
     """
     x_acc_TD = x_TD.to(accumulation_dtype(x_TD.dtype))
     out_TD = torch.zeros_like(x_acc_TD)
@@ -65,7 +70,7 @@ def compute(
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """The loop runs any dtype on any device."""
+    """Return None: the loop runs every dtype on every device."""
     return None
 
 

@@ -1,4 +1,7 @@
-"""torch.nn.functional.grouped_mm over permuted rows. No host sync for bfloat16 on SM90 and later."""
+"""The engine torch_mm: torch.nn.functional.grouped_mm over permuted rows.
+
+It does not synchronise with the host for bfloat16 on SM90 and later.
+"""
 
 import torch
 from torch import Tensor
@@ -20,14 +23,17 @@ def compute(
     first: int,
     save: Save = "memory",
 ) -> Tensor:
-    """Grouped GEMMs over rows sorted by expert. grouped_mm stops at the last offset: later rows are never read."""
+    """Return the local experts' sum [T, D]; see `Compute`. grouped_mm does not read rows past the last offset."""
     permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
     plan = Plan(permutation, config, products(permutation.offsets_L), save)
     return whole_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), plan)
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """grouped_mm takes float32, bfloat16 and float16, rows a multiple of 16 bytes."""
+    """Return why grouped_mm cannot run the config.
+
+    It takes float32, bfloat16 and float16, and rows with a size that is a multiple of 16 bytes.
+    """
     if config is None:
         return None
     if config.dtype is torch.float64:

@@ -1,4 +1,7 @@
-"""torchao's MXFP8 grouped GEMM over permuted rows: E4M3 values with one power-of-two scale for every 32. SM100 only."""
+"""The engine torch_mm_mxfp8: torchao's MXFP8 grouped GEMM over permuted rows, on SM100 and later.
+
+MXFP8 stores E4M3 values with one power-of-two scale per 32 values.
+"""
 
 import torch
 from torch import Tensor
@@ -22,7 +25,10 @@ def compute(
     config: MoEConfig,
     first: int,
 ) -> Tensor:
-    """Two MXFP8 grouped GEMMs over rows sorted by expert, and over no others; the host waits for their number."""
+    """Return the local experts' sum [T, D]; see `Compute`.
+
+    Computes only rows of local experts, so the host waits for their number.
+    """
     from torchao.prototype.moe_training.mxfp8_grouped_mm import _to_mxfp8_then_scaled_grouped_mm as mxfp8_grouped_mm
 
     parameters = parameters.to(x_TD.dtype)
@@ -33,7 +39,7 @@ def compute(
         return no_rows(x_TD, (weights_TK, *parameters))
 
     def by(matrices: Tensor) -> GroupedProduct:
-        by_columns = matrices.transpose(-2, -1).contiguous().transpose(-2, -1)  # the layout that torchao quantises
+        by_columns = matrices.transpose(-2, -1).contiguous().transpose(-2, -1)  # torchao quantises this layout
         return lambda rows: mxfp8_grouped_mm(
             rows.contiguous(), by_columns, offs=permutation.offsets_L, pad_token_groups_for_grouped_mm=True
         )
@@ -43,7 +49,10 @@ def compute(
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """SM100 and torchao; bfloat16 whose dim and moe_inter_dim are multiples of 32."""
+    """Return why MXFP8 cannot run.
+
+    It needs SM100 or later and torchao. It takes bfloat16, with dim and moe_inter_dim that are multiples of 32.
+    """
     if device.type != "cuda":
         return Unsupported(f"MXFP8 needs a CUDA GPU of SM100, the device is {device.type}; use torch_mm")
     present = torch.cuda.get_device_capability(device)
@@ -52,14 +61,15 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     try:
         import torchao.prototype.moe_training.mxfp8_grouped_mm  # noqa: F401
     except (ImportError, OSError) as error:
-        return Unsupported(f"torchao does not import ({error}); {catalog.LIBRARIES['torchao']}")
+        return Unsupported(catalog.missing("torchao", error))
     if config is None:
         return None
     if config.dtype is not torch.bfloat16:
         return Unsupported(f"torchao's MXFP8 grouped GEMM takes bfloat16, not {dtype_name(config.dtype)}; use torch_mm")
     for name in ("dim", "moe_inter_dim"):
-        if getattr(config, name) % SCALE_BLOCK:
-            return Unsupported(f"MXFP8 takes multiples of {SCALE_BLOCK}, but {name} = {getattr(config, name)}")
+        size = getattr(config, name)
+        if size % SCALE_BLOCK:
+            return Unsupported(f"MXFP8 takes multiples of {SCALE_BLOCK}, but {name} = {size}; use torch_mm")
     return None
 
 

@@ -1,7 +1,8 @@
-"""A grouped GEMM of our own in Triton, `experts.gemm`: no host sync, bfloat16 and float16.
+"""The engine triton: this package's grouped GEMM in Triton, `experts.gemm`, for bfloat16 and float16.
 
-The up projection reads rows of tokens where they are and, without gradients, writes the weighted activation alone; with
-gradients it writes what backward needs. Gradients of weights are torch's grouped_mm.
+It does not synchronise with the host. The up projection reads the tokens in place. Without gradients it writes only the
+weighted activation; with gradients it writes the projection, which backward needs. torch's grouped_mm computes the
+gradients of the weights.
 """
 
 import functools
@@ -19,7 +20,7 @@ from experts.errors import Unsupported
 from experts.permutation import Permutation, sort_by_expert
 
 NEEDED_CAPABILITY = (8, 0)
-#: SM12x has 99 KiB of shared memory a block; a tile for many rows compiles to 104 KiB there.
+#: SM12x has 99 KiB of shared memory per block, and the tile for many rows needs 104 KiB.
 TOO_SMALL_MAJOR = 12
 
 
@@ -32,14 +33,14 @@ def compute(
     first: int,
     save: Save = "memory",
 ) -> Tensor:
-    """Two grouped GEMMs over rows sorted by expert, and the sum of each token's rows."""
+    """Return the local experts' sum [T, D]; see `Compute`."""
     permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
     plan = Plan(permutation, config, products(permutation, config), save)
     return whole_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), plan)
 
 
 def products(permutation: Permutation, config: MoEConfig) -> Products:
-    """Triton's of rows, torch's of the weights' gradients."""
+    """Return Triton's products of rows, with torch's product for the gradients of the weights."""
     from experts import gemm
 
     rows = permutation, permutation.num_rows / config.n_routed_experts
@@ -55,11 +56,15 @@ def products(permutation: Permutation, config: MoEConfig) -> Products:
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """A CUDA GPU from SM80 on, but SM12x, or Triton's interpreter; 16-bit floats, rows a multiple of 16 bytes."""
+    """Return why the triton engine cannot run.
+
+    It needs a CUDA GPU of SM80 or later, except SM12x, or Triton's interpreter on a CPU. It takes bfloat16 and float16,
+    and rows with a size that is a multiple of 16 bytes.
+    """
     try:
         import triton
     except (ImportError, OSError) as error:
-        return Unsupported(f"triton does not import ({error}); {catalog.LIBRARIES['triton']}")
+        return Unsupported(catalog.missing("triton", error))
     if device.type == "cuda":
         present = torch.cuda.get_device_capability(device)
         if present < NEEDED_CAPABILITY:
@@ -80,13 +85,13 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
 
 
 def _compute_uncompiled(*arguments: Any, **options: Any) -> Tensor:
-    """`compute`, out of sight of torch's compiler, which stops at kernels of our own."""
+    """Run `compute` outside of torch's compiler, which cannot trace this package's kernels."""
     return _uncompiled()(*arguments, **options)
 
 
 @functools.cache
 def _uncompiled() -> Callable[..., Tensor]:
-    hidden: Callable[..., Tensor] = torch.compiler.disable(compute)  # at first use: it imports the compiler
+    hidden: Callable[..., Tensor] = torch.compiler.disable(compute)  # at first use, as this imports the compiler
     return hidden
 
 
@@ -94,5 +99,5 @@ ENGINE = Engine(
     _compute_uncompiled,
     unsupported,
     saves=True,
-    products=lambda permutation: grouped_mm.products(permutation.offsets_L),  # its own do more than multiply
+    products=lambda permutation: grouped_mm.products(permutation.offsets_L),  # Triton's products do more than multiply
 )

@@ -1,14 +1,17 @@
-"""The local experts as one autograd function, for engines that hand over their products: it decides what is kept.
+"""The local experts as one autograd function, for engines that supply their products. It decides what to keep.
 
-Forward keeps the tokens, the up projection's output before the activation, and the permutation; nothing of the down
-projection. Backward computes the activation anew while it computes its gradient, over the memory that it reads, and
-frees each buffer at its last use. `save` trades the rest:
+Forward keeps the tokens, the up projection's output before the activation, and the permutation. It keeps nothing of the
+down projection. Backward recomputes the activation while it computes the gradient of the activation's input. It writes
+both results over the memory that it reads, and frees each buffer at its last use. `save` decides about the gathered
+rows:
 
-- "memory": rows of tokens and of the output's gradient are gathered again where they are needed a second time.
-- "time": rows of tokens are kept from forward to backward, those of the output's gradient through backward.
+- "memory": backward gathers the rows of the tokens and of the output's gradient again where it needs them again.
+- "time": forward keeps the rows of the tokens for backward, and backward keeps the rows of the output's gradient until
+  their last use.
 
-The routing weight's gradient is Σ_i da_i·a_i with da the gradient of the weighted activation, in either place that the
-weight may have: what follows the activation is linear. So backward is one, wherever the weight is applied.
+The gradient of a routing weight is Σ_i da_i·a_i, where a is the activation before weighting and da is the gradient of
+the weighted activation. This holds before and after the down projection, because every step after the activation is
+linear. So one backward serves both places of the routing weight.
 """
 
 from collections.abc import Callable
@@ -26,25 +29,27 @@ from experts.steps import Permutation, Steps, steps_on
 
 
 class Products(NamedTuple):
-    """The products of rows in groups by expert. Rows past the last group may hold anything, given and returned.
+    """The products of rows that are grouped by expert.
 
-    They run outside of autograd. Each returns memory of its own; an expert without rows has zeros in `outer`.
+    Rows past the last group may hold anything, in operands and in results. The products run outside of autograd. Each
+    returns newly allocated memory. `outer` returns zeros for an expert without rows.
     """
 
     rows: Callable[[Tensor, Tensor], Tensor]  # a [N, P], b [L, P, Q] -> [N, Q]: each row times its expert's matrix
-    rows_back: Callable[[Tensor, Tensor], Tensor]  # a [N, Q], b [L, P, Q] -> [N, P]: times its transpose
+    rows_back: Callable[[Tensor, Tensor], Tensor]  # a [N, Q], b [L, P, Q] -> [N, P]: each row times the transpose
     outer: Callable[[Tensor, Tensor], Tensor]  # a [N, P], b [N, Q] -> [L, P, Q]: aᵀ·b of each expert's rows
-    #: x [T, P], b [L, P, Q] -> [N, Q]: `rows` of the tokens' rows, for who needs none laid out
+    #: x [T, P], b [L, P, Q] -> [N, Q]: `rows` of the tokens' rows, for products that read the tokens in place
     gathered: Callable[[Tensor, Tensor], Tensor] | None = None
     #: g [T, Q], b [L, P, Q] -> [N, P]: `rows_back` of the tokens' rows
     gathered_back: Callable[[Tensor, Tensor], Tensor] | None = None
-    #: x [T, D], b [L, D, H], weights [T, K] or None, bias [L, H] or None -> [N, I]: the weighted activation of that
+    #: x [T, D], b [L, D, H], weights [T, K] or None, bias [L, H] or None -> [N, I]: the weighted activation of
+    #: `gathered`'s result plus the bias
     activated: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the experts are computed, apart from the tensors that gradients flow to."""
+    """The arguments of `whole_experts` that gradients do not flow to."""
 
     permutation: Permutation
     config: MoEConfig
@@ -58,7 +63,11 @@ class Plan:
 
 
 def whole_experts(x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, plan: Plan) -> Tensor:
-    """The local experts' sum [T, D] in x's dtype; parameters in x's dtype. Gradients reach all tensors, once."""
+    """Return the local experts' sum [T, D] in x's dtype.
+
+    x: [T, D]; weights: [T, K]; the parameters must have x's dtype. Gradients flow to all these tensors, but not second
+    derivatives.
+    """
     tensors = (x_TD, weights_TK, *parameters)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         whole: Tensor = _WholeExperts.apply(*tensors, plan)
@@ -69,7 +78,7 @@ def whole_experts(x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters
 def _forward(
     x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, plan: Plan, keep: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The output and, to `keep`, tokens or their rows and the up projection's output."""
+    """Return the output [T, D] and, with `keep`, the tokens (or their rows) and the up projection for backward."""
     gate_and_up, down, up_bias, down_bias = parameters
     permutation = plan.permutation
     steps = steps_on(x_TD.device, x_TD.dtype)
@@ -116,7 +125,7 @@ class _WholeExperts(Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         tokens, h_NH, weights_TK, *parameters = ctx.saved_tensors
         plan: Plan = ctx.plan
-        if ctx.h_is_spent:  # by another backward of the same graph (retain_graph)
+        if ctx.h_is_spent:  # an earlier backward of the same graph (retain_graph) overwrote h
             steps = steps_on(grad_TD.device, grad_TD.dtype)
             h_NH = _project_up(tokens, plan.save == "time", parameters[0], plan, steps)
         ctx.h_is_spent = True
@@ -125,7 +134,7 @@ class _WholeExperts(Function):
 
 
 class _Wanted(NamedTuple):
-    """Which gradients are."""
+    """Whether autograd needs the gradient of each tensor."""
 
     x: bool
     weights: bool
@@ -144,7 +153,7 @@ def _backward(
     plan: Plan,
     wanted: _Wanted,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weights and the parameters. h and its memory are spent."""
+    """Return the gradients of x, weights and the parameters. Overwrites h and frees its memory."""
     gate_and_up, down, up_bias, down_bias = parameters
     permutation, products = plan.permutation, plan.products
     steps = steps_on(grad_TD.device, grad_TD.dtype)
@@ -179,15 +188,15 @@ def _backward(
     if wanted.x:
         grad_x = steps.sum_rows(products.rows_back(grad_h_NH, gate_and_up), permutation)
     del grad_h_NH
-    if not torch.compiler.is_compiling():  # what is compiled frees by itself
-        h_NH.untyped_storage().resize_(0)  # the graph holds it until backward ends
+    if not torch.compiler.is_compiling():  # compiled code frees its buffers itself
+        h_NH.untyped_storage().resize_(0)  # otherwise the graph holds it until backward ends
     if a_NI is not None and wanted.down:
         grad_down = products.outer(a_NI, steps.gather_rows(grad_TD, permutation))
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias
 
 
 def _project_up(tokens: Tensor, are_rows: bool, gate_and_up: Tensor, plan: Plan, steps: Steps) -> Tensor:
-    """The up projection [N, H] of tokens, or of their rows where those are kept."""
+    """Return the up projection [N, H] of the tokens [T, D] or, with `are_rows`, of their rows [N, D]."""
     if are_rows:
         return plan.products.rows(tokens, gate_and_up)
     if plan.products.gathered is not None:
@@ -196,5 +205,5 @@ def _project_up(tokens: Tensor, are_rows: bool, gate_and_up: Tensor, plan: Plan,
 
 
 def _rows_of(tokens: Tensor, plan: Plan, steps: Steps) -> Tensor:
-    """The tokens' rows, which are kept or gathered again."""
+    """Return the tokens' rows [N, D]: kept by forward, or gathered again."""
     return tokens if plan.save == "time" else steps.gather_rows(tokens, plan.permutation)

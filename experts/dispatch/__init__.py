@@ -1,6 +1,6 @@
-"""Token dispatchers, one a file: they carry tokens to the ranks that hold their experts, and the results back.
+"""The token dispatchers, one per file. They carry tokens to the ranks that hold their experts, and the results back.
 
-A dispatcher keeps no state between the two: what `combine` needs travels in `Dispatched`.
+A dispatcher keeps no state between `dispatch` and `combine`: `Dispatched` holds what `combine` needs.
 """
 
 import copy
@@ -13,10 +13,10 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class Dispatched:
-    """What this rank's experts compute on: R rows of tokens, each with its K choices.
+    """The input of this rank's experts: R rows of tokens, each with its K choices.
 
-    `indices_RK` are indices of all experts; −1, and experts of other ranks, contribute nothing here. `origin` is the
-    dispatcher's own: how the rows come back.
+    `indices_RK` count the experts of all ranks; −1 and experts of other ranks contribute nothing here. `origin` is
+    private to the dispatcher and says how to send the rows back.
     """
 
     x_RD: Tensor
@@ -26,29 +26,29 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
-    """The contract of a token dispatcher. Both ways are differentiable in tokens and routing weights."""
+    """The interface of a token dispatcher. Both methods are differentiable in tokens and routing weights."""
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
-        """Send tokens [T, D], routing weights [T, K] and int64 indices [T, K] (−1: none) to where their experts are."""
+        """Send tokens [T, D], routing weights [T, K] and int64 indices [T, K] (−1: no expert) to the experts' ranks."""
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Sum [T, D], on the rank a token came from, of what every rank's experts made of it."""
+        """Send the experts' results back to each token's rank, and return their sum over the ranks [T, D]."""
 
 
 class Local:
-    """One process: every expert is here."""
+    """The dispatcher of one process, which holds every expert."""
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
-        """The tokens as they are."""
+        """Return the tokens unchanged."""
         return Dispatched(x_TD, weights_TK, indices_TK)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """The sums as they are."""
+        """Return the sums unchanged."""
         return y_RD
 
 
 class OverGroup:
-    """A dispatcher over a process group, which nothing can copy: a layer's copy has it too."""
+    """A dispatcher over a process group. Groups cannot be copied, so a copy of a layer shares its group."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group

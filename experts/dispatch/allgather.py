@@ -1,6 +1,7 @@
-"""All-gather: every rank sees every token and computes its own experts; a reduce-scatter adds the parts up.
+"""The dispatcher allgather: every rank gets every token and computes its own experts, and a reduce-scatter sums.
 
-Ranks may have different numbers of tokens, none included: rows are padded to the longest rank's with choices of −1.
+Ranks may have different numbers of tokens, even zero: each rank pads its tokens to the largest number, with choices
+of −1.
 """
 
 import torch
@@ -15,10 +16,10 @@ from experts.errors import Unsupported
 
 
 class AllGather(OverGroup):
-    """Dispatcher over one process group, gloo or NCCL."""
+    """The dispatcher over one process group, gloo or NCCL."""
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
-        """Every rank's tokens, in the order of the ranks. Waits for the device once, for the largest count."""
+        """Return every rank's tokens, in the order of the ranks. Waits for the device once, for the largest count."""
         num_tokens = x_TD.shape[0]
         missing = largest(num_tokens, self._group, x_TD.device) - num_tokens
         x_RD = AllGatherRows.apply(_pad(x_TD, missing, 0.0), self._group)
@@ -27,19 +28,19 @@ class AllGather(OverGroup):
         return Dispatched(x_RD, weights_RK, indices_RK, num_tokens)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """This rank's tokens, summed over the ranks in y's dtype."""
+        """Return this rank's tokens [T, D], summed over the ranks in y's dtype."""
         num_tokens: int = dispatched.origin
         share_TD: Tensor = ReduceScatterRows.apply(y_RD, self._group)
         return share_TD[:num_tokens]
 
 
 def make(group: ProcessGroup, config: MoEConfig) -> AllGather:
-    """The dispatcher over a group."""
+    """Return the dispatcher over a group."""
     return AllGather(group)
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """It carries any dtype on any device."""
+    """Return None: allgather carries every dtype on every device."""
     return None
 
 

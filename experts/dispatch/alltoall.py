@@ -1,8 +1,8 @@
-"""All-to-all: a token goes once to every rank that holds one of its experts, and comes back from each.
+"""The dispatcher alltoall: a token goes once to every rank that holds one of its experts, and comes back from each.
 
-Sizes travel first; then rows, with split sizes both ways. Ranks are to tokens here what experts are in
-`experts.permutation`: sorting, gathering and summing are the same steps. All that needs no sizes is enqueued before the
-host waits for them.
+The ranks first exchange the numbers of rows (the sizes), then the rows. Sorting, gathering and summing are the steps of
+`experts.permutation`, with ranks in place of experts. The host enqueues all work that does not need the sizes before it
+waits for them.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from experts.steps import Permutation, steps_on
 
 @dataclass(frozen=True)
 class _Route:
-    """How rows went out: by rank, so many sent to and received from each."""
+    """The way of one dispatch: rows sorted by rank, and the numbers of rows sent to and received from each rank."""
 
     by_rank: Permutation
     send: list[int]
@@ -31,54 +31,57 @@ class _Route:
     group: dist.ProcessGroup
 
     def out(self, rows: Tensor) -> Tensor:
-        """Rows by rank, and any past them, to the ranks."""
+        """Send rows that are sorted by rank to the ranks. Rows past the last rank's are left out."""
         return all_to_all_rows(rows[: sum(self.send)], self.send, self.receive, self.group)
 
     def back(self, rows: Tensor) -> Tensor:
-        """Rows as they were received, to where they came from."""
+        """Send rows in the order in which they were received back to the ranks that sent them."""
         return all_to_all_rows(rows, self.receive, self.send, self.group)
 
 
 class AllToAll(OverGroup):
-    """Dispatcher over one process group, gloo or NCCL; `n_local_experts` experts a rank, in the order of the ranks."""
+    """The dispatcher over one process group, gloo or NCCL, with `n_local_experts` experts per rank, in rank order."""
 
     def __init__(self, group: dist.ProcessGroup, n_local_experts: int) -> None:
         super().__init__(group)
         self._n_local_experts = n_local_experts
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
-        """The tokens that chose an expert of this rank. Waits for the device once, for the sizes."""
+        """Return the tokens that chose an expert of this rank. Waits once for the device, to get the sizes."""
         x_RD, weights_RK, indices_RK, route = _Dispatch.apply(
             x_TD, weights_TK, indices_TK, self._group, self._n_local_experts
         )
         return Dispatched(x_RD, weights_RK, indices_RK, route)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Every rank's part of this rank's tokens, summed in float32 in the order of the ranks."""
+        """Return this rank's tokens [T, D], summed over the ranks in y's dtype.
+
+        The sum is taken in float32 (float64 for float64), in the order of the ranks.
+        """
         tokens_TD: Tensor = _Combine.apply(y_RD, dispatched.origin)
         return tokens_TD
 
 
 def make(group: dist.ProcessGroup, config: MoEConfig) -> AllToAll:
-    """The dispatcher over a group, for the config's experts."""
+    """Return the dispatcher over a group, for the config's experts."""
     return AllToAll(group, config.n_routed_experts // group.size())
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """It carries any dtype on any device."""
+    """Return None: alltoall carries every dtype on every device."""
     return None
 
 
 def _sort_by_rank(indices_TK: Tensor, num_ranks: int, n_local_experts: int) -> Permutation:
-    """Groups tokens by the ranks that they go to; a token's choices are ranks here, each at most once."""
+    """Return the permutation that groups tokens by the ranks that they go to. A token goes to a rank at most once."""
     ranks_R = torch.arange(num_ranks, device=indices_TK.device)
-    rank_TK = indices_TK // n_local_experts  # of −1, −1
+    rank_TK = indices_TK // n_local_experts  # −1 stays −1
     wanted_TR = (rank_TK.unsqueeze(-1) == ranks_R).any(dim=1)
     return steps_on(indices_TK.device).sort_by_expert(torch.where(wanted_TR, ranks_R, -1), 0, num_ranks)
 
 
 def _exchange_sizes(by_rank: Permutation, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
-    """Rows to send to and to receive from each rank. Waits for the device."""
+    """Return the numbers of rows to send to and to receive from each rank. Waits for the device."""
     sizes_2R = by_rank.offsets_L.new_empty(2, group.size())
     torch.diff(by_rank.offsets_L, prepend=by_rank.offsets_L.new_zeros(1), out=sizes_2R[0])
     dist.all_to_all_single(sizes_2R[1], sizes_2R[0], group=group)

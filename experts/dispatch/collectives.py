@@ -1,6 +1,6 @@
-"""Collectives with autograd over a process group: each direction's backward is the other direction.
+"""Collectives with autograd over a process group. The backward of each direction is the other direction.
 
-torch 2.13 renamed two of them and warns about the old names, which 2.11 has alone.
+torch 2.13 renamed two of them and warns about the old names. torch 2.11 has only the old names.
 """
 
 from typing import Any
@@ -16,28 +16,31 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 def all_gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Every rank's rows, in the order of the ranks; all have as many. No autograd."""
+    """Return every rank's rows, in the order of the ranks. All ranks must have the same number of rows. No autograd."""
     gathered = rows.new_empty(rows.shape[0] * group.size(), *rows.shape[1:])
     _all_gather(gathered, rows.contiguous(), group=group)
     return gathered
 
 
 def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over ranks of this rank's share of the rows. No autograd."""
+    """Return the sum over the ranks of this rank's share of the rows. No autograd."""
     share = rows.new_empty(rows.shape[0] // group.size(), *rows.shape[1:])
     _reduce_scatter(share, rows.contiguous(), group=group)
     return share
 
 
 def all_to_all_rows(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """`send[r]` consecutive rows to rank r, `receive[r]` from it, in the order of the ranks. No autograd."""
+    """Send `send[r]` consecutive rows to each rank r, and return `receive[r]` rows from it, in the order of the ranks.
+
+    No autograd.
+    """
     received = rows.new_empty(sum(receive), *rows.shape[1:])
     dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
     return received
 
 
 class AllGatherRows(Function):
-    """`all_gather_rows`, whose gradient is summed back to the rank that each row came from."""
+    """`all_gather_rows` with autograd: backward sums the gradients on the rank that each row came from."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -51,7 +54,7 @@ class AllGatherRows(Function):
 
 
 class ReduceScatterRows(Function):
-    """`reduce_scatter_rows`, whose gradient goes to every rank that added to the sum."""
+    """`reduce_scatter_rows` with autograd: backward sends the gradient to every rank that added to the sum."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -65,7 +68,10 @@ class ReduceScatterRows(Function):
 
 
 class AllGatherChoices(Function):
-    """Every rank's routing weights and indices in one message; gradients of the weights are summed back."""
+    """Every rank's routing weights and indices, gathered in one message.
+
+    Backward sums the gradients of the weights on the rank that they came from.
+    """
 
     @staticmethod
     def forward(ctx: Any, weights_TK: Tensor, indices_TK: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -82,28 +88,32 @@ class AllGatherChoices(Function):
 
 
 def pack_choices(weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-    """Routing weights and indices of each row in bytes: one message, since a small one costs its latency alone.
+    """Return the routing weights and indices of each row as bytes, so that one message carries both.
 
-    Indices travel as int32; one beyond that, which no layer has an expert of, as the nearest.
+    A small message costs only its latency, so one message costs half of two. Indices are sent as int32. A larger index
+    is clamped to the nearest int32, which is not an expert of any layer either.
     """
     indices_RK = indices_RK.clamp(-1, torch.iinfo(torch.int32).max).int()
     return torch.cat([_dense(one).view(torch.uint8) for one in (indices_RK, weights_RK)], dim=1)
 
 
 def unpack_choices(packed: Tensor, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Routing weights and int64 indices out of rows of bytes."""
+    """Return the routing weights [R, K] and int64 indices [R, K] that `pack_choices` packed."""
     index_bytes = packed.shape[1] // (torch.int32.itemsize + weights_dtype.itemsize) * torch.int32.itemsize
     indices, weights = packed.tensor_split([index_bytes], dim=1)
     return _dense(weights).view(weights_dtype), _dense(indices).view(torch.int32).long()
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """A copy, which any dtype can view: contiguous() leaves a single row or column as it is, whatever its strides."""
+    """Return a dense copy, which can be viewed in any dtype.
+
+    contiguous() would return a single row or column unchanged, whatever its strides.
+    """
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def largest(count: int, group: dist.ProcessGroup, device: torch.device) -> int:
-    """The largest count of any rank. Waits for the device."""
-    counts = torch.full((1,), count, device=device)  # made there: a copy from the host would wait for it too
+    """Return the largest count of all ranks. Waits for the device."""
+    counts = torch.full((1,), count, device=device)  # made on the device: a copy from the host would wait for it
     dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
     return int(counts)

@@ -1,7 +1,7 @@
-"""DeepEP: `deep_ep.Buffer` moves tokens over NVLink (and RDMA), each token once to every rank that wants it.
+"""The dispatcher deepep: `deep_ep.Buffer` moves tokens over NVLink and RDMA, each once to every rank it chose.
 
-The backward of dispatch is combine and the reverse, with the handle of the forward. Buffers are shared by the layers
-of a process group and grow with the largest of them.
+The backward of dispatch is combine, and the backward of combine is dispatch, with the handle of the forward. All layers
+of a process group share one buffer, which is large enough for the largest layer.
 """
 
 import atexit
@@ -21,7 +21,7 @@ from experts.errors import Unsupported
 
 ROW_ALIGNMENT_BYTES = 16
 MAX_RANKS_A_NODE = 8
-#: Of deep_ep's notify kernel, which has a thread for each.
+#: The limit of deep_ep's notify kernel, which has one thread per expert.
 MAX_EXPERTS_A_RANK = 128
 DEFAULT_NUM_SMS = 20
 
@@ -29,7 +29,10 @@ _buffers: dict[dist.ProcessGroup, Any] = {}
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """DeepEP takes bfloat16 rows that are a multiple of 16 bytes, on CUDA GPUs of SM90 and later."""
+    """Return why DeepEP cannot run: it takes bfloat16 rows that are a multiple of 16 bytes, on CUDA GPUs.
+
+    DeepEP's kernels need SM90 or later; this function does not check that.
+    """
     try:
         _deep_ep()
     except Unsupported as missing:
@@ -52,12 +55,15 @@ def _deep_ep() -> Any:
     try:
         import deep_ep
     except (ImportError, OSError) as error:
-        raise Unsupported(f"deep_ep does not import ({error}); {catalog.LIBRARIES['deep_ep']}") from error
+        raise Unsupported(catalog.missing("deep_ep", error)) from error
     return deep_ep
 
 
 def shared_buffer(group: dist.ProcessGroup, row_bytes: int) -> Any:
-    """The group's buffer, made or made larger so that rows of `row_bytes` fit. Raises Unsupported below two ranks."""
+    """Return the group's buffer, after making or enlarging it for rows of `row_bytes`.
+
+    Raises Unsupported for fewer than two ranks and for a number of ranks that deep_ep does not run on.
+    """
     deep_ep = _deep_ep()
     if group.size() < 2:
         raise Unsupported("deep_ep needs at least 2 ranks, the group has 1; leave the dispatcher out")
@@ -77,7 +83,7 @@ def shared_buffer(group: dist.ProcessGroup, row_bytes: int) -> Any:
 
 
 def destroy_buffers() -> None:
-    """Free every group's buffer; all ranks call it, before their process group is destroyed."""
+    """Free every group's buffer. All ranks must call this before they destroy their process group."""
     for group in list(_buffers):
         _destroy(group)
 
@@ -93,14 +99,18 @@ atexit.register(destroy_buffers)
 
 
 class DeepEP(OverGroup):
-    """Dispatcher over one NCCL process group of at least two ranks; `num_sms` (even) multiprocessors move rows."""
+    """The dispatcher over one NCCL process group of at least two ranks.
+
+    `num_sms`, an even number, is the number of multiprocessors that move rows. Raises Unsupported for more than 128
+    experts per rank and for what `shared_buffer` refuses.
+    """
 
     def __init__(self, group: dist.ProcessGroup, config: MoEConfig, num_sms: int = DEFAULT_NUM_SMS) -> None:
         n_local_experts = config.n_routed_experts // group.size()
         if n_local_experts > MAX_EXPERTS_A_RANK:
             raise Unsupported(
-                f"deep_ep dispatches to at most {MAX_EXPERTS_A_RANK} experts a rank, n_routed_experts = "
-                f"{config.n_routed_experts} on {group.size()} ranks are {n_local_experts}; use more ranks, or alltoall"
+                f"deep_ep dispatches to at most {MAX_EXPERTS_A_RANK} experts per rank, but n_routed_experts = "
+                f"{config.n_routed_experts} on {group.size()} ranks is {n_local_experts}; use more ranks, or alltoall"
             )
         super().__init__(group)
         self._n_routed_experts = config.n_routed_experts
@@ -108,33 +118,39 @@ class DeepEP(OverGroup):
         self._row_bytes = config.dim * torch.bfloat16.itemsize
         self._buffer_class = _deep_ep().Buffer
         self.num_sms = num_sms
-        self._buffer_class.set_num_sms(num_sms)  # which the size of the buffer depends on
+        self._buffer_class.set_num_sms(num_sms)  # before the buffer is made: its size depends on this
         shared_buffer(group, self._row_bytes)
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
-        """The tokens that chose an expert of this rank. The host waits for the counts."""
+        """Return the tokens that chose an expert of this rank. The host waits for their number.
+
+        The routing weights of the result are float32. Raises Unsupported for x that is not bfloat16.
+        """
         if x_TD.dtype is not torch.bfloat16:
             raise Unsupported(f"deep_ep dispatches bfloat16, x is {x_TD.dtype}; use alltoall")
         route = _Route(self.buffer, self._n_routed_experts)
         weights_TK, indices_TK = weights_TK.float().contiguous(), indices_TK.contiguous()
         x_RD, weights_RK, local_RK = _Dispatch.apply(x_TD.contiguous(), weights_TK, indices_TK, route)
-        # −1 becomes the last expert of the rank before, which contributes nothing here either
+        # −1 becomes the previous rank's last expert, which contributes nothing here
         return Dispatched(x_RD, weights_RK, local_RK + self._first, route)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Every rank's part of this rank's tokens, summed by DeepEP."""
+        """Return this rank's tokens [T, D], which DeepEP sums over the ranks."""
         combined: Tensor = _Combine.apply(y_RD.contiguous(), dispatched.origin)
         return combined
 
     def buffer(self) -> Any:
-        """The group's buffer of now, set to this layer's number of SMs, which is global in deep_ep."""
+        """Return the group's current buffer, after setting this layer's number of SMs, which is global in deep_ep."""
         self._buffer_class.set_num_sms(self.num_sms)
         return _buffers.get(self._group) or shared_buffer(self._group, self._row_bytes)
 
     def raw_ways(
         self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, y_RD: Tensor, dispatched: Dispatched
     ) -> tuple[Callable[[], object], Callable[[], object]]:
-        """DeepEP's own calls that move the same rows out and back, without what `dispatch` and `combine` add."""
+        """Return two functions that call DeepEP directly: the first moves the rows out, the second moves them back.
+
+        They move the same rows as `dispatch` and `combine`, without the work that these two add.
+        """
         route: _Route = dispatched.origin
         buffer = route.buffer()
         return (
@@ -144,7 +160,7 @@ class DeepEP(OverGroup):
 
 
 def make(group: dist.ProcessGroup, config: MoEConfig) -> DeepEP:
-    """The dispatcher over a group, for the config's experts."""
+    """Return the dispatcher over a group, for the config's experts."""
     return DeepEP(group, config)
 
 
@@ -164,9 +180,9 @@ def _send(buffer: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, n_r
 
 
 class _Route:
-    """One dispatch: the handle that its combine and both backward passes use, and where the buffer of then is found.
+    """One dispatch: the handle that its combine and both backward passes use, and a function that returns the buffer.
 
-    Between forward and backward a larger layer may replace the buffer, and other layers set their number of SMs.
+    Between forward and backward a larger layer may replace the buffer, and other layers may set another number of SMs.
     """
 
     def __init__(self, buffer: Callable[[], Any], n_routed_experts: int) -> None:

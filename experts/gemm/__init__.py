@@ -1,4 +1,7 @@
-"""A grouped GEMM in Triton that gathers its rows and applies the weighted activation. Importing this imports triton."""
+"""A grouped GEMM in Triton that can gather its rows and apply the weighted activation.
+
+Importing this package imports triton.
+"""
 
 from experts.gemm.products import (
     activated_product,

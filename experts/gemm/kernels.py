@@ -1,18 +1,18 @@
-"""The kernels of `experts.gemm.products`."""
+"""The Triton kernels of `experts.gemm.products`."""
 
 import triton
 import triton.language as tl
 
 from experts.steps.fused.tiles import glu
 
-#: Numbers of a tile in the list: expert, tile of columns, first row, end of the expert's group.
+#: The list has four numbers per tile: expert, tile of columns, first row, end of the expert's group.
 TILE_FIELDS = tl.constexpr(4)
 _TILES_AT_ONCE = tl.constexpr(128)
 
 
 @triton.jit
 def _find_groups(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
-    """Of every expert, in BINS: where its group starts and ends, and its blocks of rows."""
+    """Return BINS bins, one per expert, with each group's start, end and number of blocks of rows."""
     bins = tl.arange(0, BINS)
     ends = tl.load(offsets + bins, mask=bins < EXPERTS, other=0)
     starts = tl.load(offsets + bins - 1, mask=(bins > 0) & (bins < EXPERTS), other=0)
@@ -21,7 +21,10 @@ def _find_groups(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def _find_tile(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, COLUMN_TILES: tl.constexpr):
-    """This program's expert (EXPERTS or more where it has no tile), tile of columns, first row and end of its group."""
+    """Return this program's expert, tile of columns, first row and end of the expert's group.
+
+    The expert is EXPERTS or more where the program has no tile.
+    """
     tile = tl.program_id(0)
     bins, starts, ends, blocks = _find_groups(offsets, EXPERTS, BINS, ROWS)
     blocks_up_to = tl.cumsum(blocks, 0)
@@ -43,7 +46,7 @@ def list_tiles(
     ROWS: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
 ):
-    """Writes the number of tiles, then each as `_find_tile` would find it; a program lists the tiles of an expert."""
+    """Write the number of tiles, then each tile as `_find_tile` finds it. Each program lists one expert's tiles."""
     expert = tl.program_id(0)
     bins, starts, ends, blocks = _find_groups(offsets, EXPERTS, BINS, ROWS)
     if expert == 0:
@@ -64,7 +67,10 @@ def list_tiles(
 
 @triton.jit
 def _load_bias(bias, expert, columns, width: tl.constexpr):
-    """A row of the expert's bias in float32; what lies past a half of it is of columns that are not stored."""
+    """Return a row of the expert's bias in float32.
+
+    Columns past the end of a half read other values, but `_store` does not store these columns.
+    """
     return tl.load(bias + expert.to(tl.int64) * width + columns, mask=columns < width, other=0.0).to(tl.float32)[
         None, :
     ]
@@ -72,7 +78,7 @@ def _load_bias(bias, expert, columns, width: tl.constexpr):
 
 @triton.jit
 def _load_weights(b, expert, depth, column, STEP: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """A tile [STEP, COLUMNS] of the expert's matrix, or of its transpose."""
+    """Return a tile [STEP, COLUMNS] of the expert's matrix, or of its transpose."""
     if TRANSPOSED:
         return b.load([expert, column, depth]).reshape(COLUMNS, STEP).T
     return b.load([expert, depth, column]).reshape(STEP, COLUMNS)
@@ -118,8 +124,8 @@ def grouped_gemm(
 ):
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     READ: tl.constexpr = 2 * COLUMNS if INTERLEAVED else COLUMNS
-    # the next tile's first operands are on their way while this one is stored: 1.1 times as fast on an H200 in 2026-11
-    # where rows are laid out, 0.75 times where they are gathered
+    # Load the next tile's first operands while this tile is stored. On an H200 (2026-11) this was 1.1 times as fast for
+    # rows in permuted order, but 0.75 times as fast for gathered rows.
     OVERLAP: tl.constexpr = LISTED and not GATHER
     if LISTED:
         num_tiles = tl.load(tiles)
@@ -127,7 +133,7 @@ def grouped_gemm(
         expert, column_tile, first_row, end = _find_tile(offsets, EXPERTS, BINS, ROWS, tl.cdiv(WIDTH, COLUMNS))
         if expert >= EXPERTS:
             return
-        num_tiles = tl.num_programs(0)  # one each
+        num_tiles = tl.num_programs(0)  # one tile per program
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=OVERLAP):
         if LISTED:
             entry = tiles + (1 + tile) * TILE_FIELDS
@@ -172,7 +178,7 @@ def grouped_gemm(
             value = sums
         if WEIGHTS:
             value *= tl.load(weights + slot, mask=valid, other=0.0).to(tl.float32)[:, None]
-        if OVERLAP:  # half a tile at a time takes half the shared memory on its way out
+        if OVERLAP:  # storing half a tile at a time takes half the shared memory
             left, right = tl.split(tl.permute(tl.reshape(value, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
             half = column_tile * COLUMNS + tl.arange(0, COLUMNS // 2)
             _store(out, left, row, valid, half, WIDTH)

@@ -1,10 +1,11 @@
-"""Each row times its expert's matrix: rows in groups by expert, whose ends are on the device alone.
+"""Products of rows, grouped by expert, with their experts' matrices. The ends of the groups are only on the device.
 
-Nothing waits for the device, and a CUDA graph replays with another routing: with few rows the grid has as many programs
-as any routing could need, and those without a tile end at once; with many, as many as the GPU has multiprocessors,
-which go through a list of the tiles that there are. Tiles are in the order expert, columns, rows, so that an expert's
-weights come from memory once, and from L2 for its other rows. Weights are copied by the tensor memory accelerator where
-there is one, rows of tokens from wherever they are. Sums are in float32.
+No function here waits for the device, and a captured CUDA graph can replay with another routing. With few rows per
+expert, the grid has as many programs as any routing could need, and programs without a tile end at once. With many
+rows, the grid has one program per multiprocessor, and the programs go through a list of tiles. Tiles are in the order
+expert, columns, rows: an expert's weights are read from memory once, and for its other rows from L2. The tensor memory
+accelerator copies the weights on GPUs that have one. Gathered rows are read from the tokens in place. Sums are in
+float32.
 """
 
 import torch
@@ -21,27 +22,30 @@ from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
 _PLAIN = ActivationForm(gated=False)
-#: Programs where there is no GPU to ask: Triton's interpreter runs them one after the other.
+#: The number of programs in Triton's interpreter, which runs them one after another.
 _INTERPRETED_PROGRAMS = 3
 
 
 def product(a_NP: Tensor, b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float) -> Tensor:
-    """a·b [N, Q]. `rows_per_expert`: about how many, to tile by. Rows past the last group stay unwritten."""
+    """Return [N, Q]: each row of a [N, P] times its expert's matrix of b [L, P, Q], in a's dtype.
+
+    `rows_per_expert`: the approximate average, which chooses the tiling. Rows past the last group stay unwritten.
+    """
     return _multiply(a_NP, b_LPQ, permutation, rows_per_expert)
 
 
 def gathered_product(x_TP: Tensor, b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float) -> Tensor:
-    """`product` of each row's token, read where it is."""
+    """Return `product` for each row's token, read from x [T, P] in place."""
     return _multiply(x_TP, b_LPQ, permutation, rows_per_expert, gather=True)
 
 
 def product_back(a_NQ: Tensor, b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float) -> Tensor:
-    """a·bᵀ [N, P], as `product`."""
+    """Return [N, P]: each row of a [N, Q] times the transpose of its expert's matrix of b [L, P, Q]; see `product`."""
     return _multiply(a_NQ, b_LPQ, permutation, rows_per_expert, transposed=True)
 
 
 def gathered_product_back(x_TQ: Tensor, b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float) -> Tensor:
-    """`product_back` of each row's token, read where it is."""
+    """Return `product_back` for each row's token, read from x [T, Q] in place."""
     return _multiply(x_TQ, b_LPQ, permutation, rows_per_expert, gather=True, transposed=True)
 
 
@@ -54,7 +58,11 @@ def activated_product(
     bias_LH: Tensor | None,
     config: MoEConfig,
 ) -> Tensor:
-    """The weighted activation [N, I] of `gathered_product` + bias, as `Steps.activate`, and from float32 sums."""
+    """Return the weighted activation [N, I] of `gathered_product` + bias, as `Steps.activate` does.
+
+    x: [T, D]; b: [L, D, H]; weights: [T, K] or None; bias: [L, H] or None; H = 2I (ungated I). The activation is
+    computed from the float32 sums, before they are rounded.
+    """
     form = activation_form(config)
     return _multiply(
         x_TD, b_LDH, permutation, rows_per_expert, gather=True, form=form, weights_TK=weights_TK, bias_LH=bias_LH
@@ -116,7 +124,7 @@ def _multiply(
 
 
 def _tiles(permutation: Permutation, experts: int, column_tiles: int, tile: Tiling) -> tuple[Tensor | None, int]:
-    """The list of tiles, where the tiling wants one, and how many programs compute them."""
+    """Return the list of tiles, or None for a tiling without one, and the number of programs."""
     most_tiles = (permutation.num_rows // tile.rows + min(experts, permutation.num_rows)) * column_tiles
     if not tile.listed:
         return None, most_tiles

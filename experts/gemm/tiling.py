@@ -1,27 +1,28 @@
-"""How the grouped GEMM is cut into tiles."""
+"""The tilings of the grouped GEMM."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """A program's tile, and how it is computed."""
+    """The size of a tile and how a program computes it."""
 
     rows: int
-    columns: int  # of the result: a gated activation's tile multiplies by twice as many
-    depth: int  # of one step of the sum
-    stages: int  # steps whose operands are on their way at once
+    columns: int  # of the result; a gated activation's tile reads twice as many columns of weights
+    depth: int  # the number of terms that one step adds
+    stages: int  # the number of steps that load operands at the same time
     warps: int
-    #: Programs that stay, one a multiprocessor, go through a list of tiles; else there is a program a tile.
+    #: One program per multiprocessor goes through a list of tiles; otherwise there is one program per tile.
     listed: bool = False
 
 
 def tiling_for(rows_per_expert: float, pairs: bool) -> Tiling:
-    """The tiling for so many rows an expert on average; `pairs`: of gate and up.
+    """Return the tiling for an average of `rows_per_expert`. `pairs`: the result is made of pairs of gate and up.
 
-    With few rows, reading the weights is all: tiles are as low as tensor cores take them, so that rows that do not
-    exist cost no registers, and several programs share an SM, which together keep its memory busy. With many, a tile
-    is as large as registers allow, and a program has an SM to itself. The bounds are an H200's, 2026-11.
+    With few rows per expert, reading the weights takes nearly all the time. Then a tile has as few rows as tensor cores
+    allow, so that missing rows take no registers, and several programs share an SM and keep its memory busy. With many
+    rows per expert, a tile is as large as the registers allow, and each program has an SM to itself. The bounds were
+    chosen on an H200 (2026-11).
     """
     if rows_per_expert <= 24:
         return Tiling(16 if rows_per_expert <= 12 else 32, 64 if pairs else 128, depth=64, stages=4, warps=4)

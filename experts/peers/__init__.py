@@ -1,5 +1,5 @@
-"""Expert layers of other libraries behind our own contract, to be measured beside ours. Nothing imports this package.
+"""The peers: expert layers of other libraries behind the interface of this package, to compare its layers with.
 
-The registry knows their names and imports a peer when it is named. Each hands the other library its parameters in that
-library's own layout, once, when they are loaded, so that forward and backward run its code alone.
+The registry imports a peer only when it is named. A peer converts its parameters to the other library's layout once,
+when they are loaded, so that forward and backward run only the other library's code.
 """

@@ -1,4 +1,4 @@
-"""What the peers have in common: another library's module, its layout of the parameters, its form of the routing."""
+"""The base class of the peers: another library's module, its layout of the parameters and its form of the routing."""
 
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from experts import catalog
 from experts.config import MoEConfig
 from experts.errors import Unsupported
 
@@ -18,13 +19,13 @@ def as_it_is(tensor: Tensor) -> Tensor:
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """[E, in, out] from [E, out, in], or the reverse; a view."""
+    """Return [E, in, out] from [E, out, in], or the reverse, as a view."""
     return tensor.mT
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The peer's parameter that holds a stacked one, and how each layout becomes the other."""
+    """The name of the peer's parameter that holds a stacked one, and the functions between the two layouts."""
 
     name: str
     to_peer: Callable[[Tensor], Tensor] = as_it_is
@@ -32,10 +33,10 @@ class Kept:
 
 
 class PeerExperts(nn.Module):
-    """Another library's `peer` on one process. It keeps its own parameters and speaks the stacked layout to others.
+    """The module `peer` of another library, on one process.
 
-    `layout` names the peer's parameter of each stacked one. State dicts are in the stacked layout, and `stacked_grads`
-    are; what trains is the peer's own parameters.
+    `layout` maps each stacked name to the peer's parameter. An optimizer trains the peer's own parameters. State dicts
+    and `stacked_grads` have the stacked layout.
     """
 
     def __init__(self, config: MoEConfig, peer: nn.Module, layout: Mapping[str, Kept]) -> None:
@@ -48,7 +49,7 @@ class PeerExperts(nn.Module):
         self.register_load_state_dict_pre_hook(_peer_keys)
 
     def stacked_grads(self) -> dict[str, Tensor]:
-        """The peer's gradients in the stacked layout; a missing one is absent."""
+        """Return the peer's gradients in the stacked layout. A parameter without a gradient has no entry."""
         grads = {name: getattr(self.peer, kept.name).grad for name, kept in self.layout.items()}
         return {name: self.layout[name].to_stacked(grad) for name, grad in grads.items() if grad is not None}
 
@@ -62,7 +63,7 @@ def _stack_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: A
 def _peer_keys(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
-    """Entries in the peer's layout, copies where they are to be kept as they are (`assign=True`)."""
+    """Replace stacked entries by entries in the peer's layout; with `assign=True` they are contiguous copies."""
     assert isinstance(module, PeerExperts)
     keeps = local_metadata.get("assign_to_params_buffers", False)
     for name, kept in module.layout.items():
@@ -72,9 +73,9 @@ def _peer_keys(
 
 
 class Translated(Generic[R]):
-    """Token mask and indices in a peer's own form, made when they are new or were changed in place.
+    """The token mask and indices in a peer's own form, made again only for new or changed tensors.
 
-    In its own library a router hands the peer that form: making it is no part of the peer's time.
+    In its own library a router passes this form to the peer, so the time to make it does not count as the peer's.
     """
 
     def __init__(self, translate: Callable[[Tensor, Tensor], R]) -> None:
@@ -83,7 +84,7 @@ class Translated(Generic[R]):
         self._kept: R | None = None
 
     def __call__(self, token_mask: Tensor, indices: Tensor) -> R:
-        if token_mask.is_inference() or indices.is_inference():  # these do not tell whether they were changed
+        if token_mask.is_inference() or indices.is_inference():  # these have no version that shows a change
             return self._translate(token_mask, indices)
         if self._kept is None or not self._is_of(token_mask, indices):
             self._kept = self._translate(token_mask, indices)
@@ -98,8 +99,6 @@ class Translated(Generic[R]):
         return token_mask is mask and indices is seen and unchanged
 
 
-def not_installed(module: str, remedy: str) -> Unsupported | None:
-    """Why a peer cannot be had, without importing it."""
-    if importlib.util.find_spec(module) is None:
-        return Unsupported(f"{module} is not installed; {remedy}")
-    return None
+def not_installed(library: str) -> Unsupported | None:
+    """Return why a peer's library cannot be used, without importing it, or None where it is installed."""
+    return Unsupported(catalog.missing(library)) if importlib.util.find_spec(library) is None else None

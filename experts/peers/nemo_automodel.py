@@ -1,7 +1,7 @@
-"""NeMo AutoModel's GroupedExperts, computing with torch_mm: the interface and the layout that ours have too.
+"""The peer of NeMo AutoModel: its GroupedExperts with torch_mm, which has this package's interface and layout.
 
-Its other layers, on Transformer Engine and on DeepEP, ask for a dispatcher over two ranks or more. Its "gmm" is another
-name of torch_mm.
+AutoModel's other layers, on Transformer Engine and on DeepEP, need a dispatcher over at least two ranks. Its "gmm" is
+another name of its torch_mm.
 """
 
 from types import SimpleNamespace
@@ -9,41 +9,44 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from experts.catalog import LIBRARIES
+from experts import catalog
 from experts.compute import torch_mm
 from experts.config import MoEConfig
 from experts.errors import Unsupported
 from experts.modules import parameter_shapes
 from experts.peers.layer import Kept, PeerExperts, not_installed
 
-REMEDY = LIBRARIES["nemo_automodel"]
-#: Compiled as whole graphs or not at all; of the others, swiglu and geglu, dynamo leaves out what it cannot.
+#: Activations that AutoModel compiles as whole graphs. In swiglu and geglu, dynamo may leave parts uncompiled.
 WHOLE_GRAPHS = ("swigluoai", "quick_geglu", "relu2")
 
 
 class AutoModelTorchMm(PeerExperts):
-    """Its module as it is."""
+    """AutoModel's module, unchanged."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config, _make(config), {name: Kept(name) for name in parameter_shapes(config)})
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """Sum over each token's chosen experts, as `experts.GroupedExperts`."""
+        """Return what `experts.GroupedExperts.forward` returns."""
         output: Tensor = self.peer(x, token_mask, weights, indices)
         return output
 
     @staticmethod
     def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-        """It computes by torch's grouped_mm, with its limits. Weighing a CPU's memory has another."""
-        reason = not_installed("nemo_automodel", REMEDY)
+        """Return why AutoModel's layer cannot run: it has the limits of torch's grouped_mm, and one more on a CPU.
+
+        moebench cannot measure the memory of a whole compiled graph on a CPU.
+        """
+        reason = not_installed("nemo_automodel")
         if reason is not None or config is None:
             return reason
         whole_graph = config.expert_activation in WHOLE_GRAPHS or config.swiglu_limit > 0
         if device.type == "cpu" and whole_graph:
-            what = config.expert_activation + (
-                f" with swiglu_limit = {config.swiglu_limit}" * (config.swiglu_limit > 0)
+            limited = f" with swiglu_limit = {config.swiglu_limit}" * (config.swiglu_limit > 0)
+            return Unsupported(
+                f"NeMo AutoModel compiles {config.expert_activation}{limited} as a whole graph, and memory on a CPU "
+                "cannot be measured there; use a GPU"
             )
-            return Unsupported(f"its {what} is compiled as a whole graph, which a CPU's memory cannot be weighed in")
         return torch_mm.unsupported(device, config)
 
 
@@ -52,15 +55,15 @@ def _make(config: MoEConfig) -> nn.Module:
         from nemo_automodel.components.moe.config import MoEConfig as TheirConfig
         from nemo_automodel.components.moe.experts import GroupedExperts
     except ImportError as error:
-        raise Unsupported(f"nemo_automodel does not import ({error}); {REMEDY}") from error
-    # Dynamo compiles each of its activations anew for other shapes, modes and dtypes up to eight times a process and
-    # runs it uncompiled from then on: a long sweep would slow it. In training its process has one layer's.
+        raise Unsupported(catalog.missing("nemo_automodel", error)) from error
+    # Dynamo compiles each activation again for other shapes, modes and dtypes, up to eight times per process. After
+    # that it runs the activation uncompiled, so a long sweep would slow the peer. A training process has one shape.
     torch.compiler.reset()
     fields = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim", "expert_bias", "expert_activation")
     more = ("activation_alpha", "activation_limit", "swiglu_limit", "apply_router_weight_after_down", "dtype")
     theirs = TheirConfig(
         **{name: getattr(config, name) for name in (*fields, *more)},
-        # of the router and the shared experts, which are not here
+        # for the router and the shared experts, which are not used here
         n_shared_experts=0,
         n_expert_groups=1,
         n_limited_groups=1,
@@ -72,7 +75,7 @@ def _make(config: MoEConfig) -> nn.Module:
         inter_dim=config.moe_inter_dim,
         norm_topk_prob=True,
     )
-    # what it reads of its BackendConfig, whose import asks for transformers
+    # the fields of its BackendConfig that it reads; importing that class needs transformers
     backend = SimpleNamespace(experts="torch_mm", compile_router_weight=False)
     made: nn.Module = GroupedExperts(theirs, backend)
     return made

@@ -1,7 +1,8 @@
-"""SonicMoE by its entry for routing that is given: Hopper and Blackwell kernels with gather and activation fused in.
+"""The peer of SonicMoE: its function for a given routing, with gather and activation fused into the kernels.
 
-Its own MoE module routes with a softmax and top-k kernel of its own, which takes neither weights nor indices.
-It weights after the down projection, bias included: the same function as before it (see transformers_experts).
+The kernels are for Hopper and Blackwell. SonicMoE's own MoE module routes with its own softmax and top-k kernel, which
+accepts neither weights nor indices. SonicMoE applies the routing weight after the down projection and its bias. That
+is the same function as applying it before (see transformers_experts).
 """
 
 from typing import NamedTuple
@@ -9,19 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from experts.catalog import LIBRARIES
+from experts import catalog
 from experts.compute.grouped import no_rows
 from experts.config import MoEConfig, dtype_name
 from experts.errors import Unsupported
 from experts.peers.layer import Kept, PeerExperts, Translated, not_installed, transposed
 
-REMEDY = LIBRARIES["sonicmoe"]
 ACTIVATIONS = {"swiglu": "SWIGLU", "geglu": "GEGLU"}
 ROW_ALIGNMENT_BYTES = 16
 
 
 class Pairs(NamedTuple):
-    """Tokens and experts that take part, A pairs sorted by token. `places_A` in [T·K], None where all take part."""
+    """The A active pairs of a token and its expert, sorted by token.
+
+    `places_A` holds each pair's index into the flattened [T·K] choices; None means that all choices are active.
+    """
 
     tokens_A: Tensor  # int32
     experts_A: Tensor  # int32
@@ -29,14 +32,14 @@ class Pairs(NamedTuple):
 
 
 class SonicMoE(PeerExperts):
-    """Its parameters are [E, 2I, D], rows gate and up in turns, and [E, D, I]."""
+    """SonicMoE's experts. Its parameters are [E, 2I, D], with alternating rows of gate and up, and [E, D, I]."""
 
     def __init__(self, config: MoEConfig) -> None:
         try:
             from sonicmoe import moe_general_routing_inputs
             from sonicmoe.enums import ActivationType
         except (ImportError, OSError) as error:
-            raise Unsupported(f"sonicmoe does not import ({error}); {REMEDY}") from error
+            raise Unsupported(catalog.missing("sonicmoe", error)) from error
         peer, layout = _parameters(config)
         super().__init__(config, peer, layout)
         self._compute = moe_general_routing_inputs
@@ -44,9 +47,9 @@ class SonicMoE(PeerExperts):
         self._pairs = Translated(_active_pairs)
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """Sum over each token's chosen experts, as `experts.GroupedExperts`."""
+        """Return what `experts.GroupedExperts.forward` returns."""
         pairs = self._pairs(token_mask, indices)
-        if pairs.tokens_A.numel() == 0:  # its kernels take a row at least
+        if pairs.tokens_A.numel() == 0:  # its kernels need at least one row
             return no_rows(x, (weights, *self.parameters()))
         weights_A = weights.reshape(-1)
         output: Tensor = self._compute(
@@ -59,7 +62,7 @@ class SonicMoE(PeerExperts):
             self.peer.w2.permute(1, 2, 0),  # type: ignore[operator]
             self.peer.b2,
             E=self.n_routed_experts,
-            stream_id=None,  # it takes the current one
+            stream_id=None,  # SonicMoE takes the current stream
             activation_type=self._activation,
             is_inference_mode_enabled=not torch.is_grad_enabled(),
         )[0]
@@ -67,10 +70,14 @@ class SonicMoE(PeerExperts):
 
     @staticmethod
     def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-        """It takes SM90 and later, bfloat16 and float16, gated activations, rows a multiple of 16 bytes."""
+        """Return why SonicMoE cannot run.
+
+        It needs SM90 or later. It takes bfloat16 and float16, the activations swiglu without a limit and geglu, and
+        rows with a size that is a multiple of 16 bytes.
+        """
         if device.type != "cuda":
             return Unsupported(f"SonicMoE needs a CUDA GPU, the device is {device.type}")
-        reason = not_installed("sonicmoe", REMEDY)
+        reason = not_installed("sonicmoe")
         if reason is not None:
             return reason
         present = torch.cuda.get_device_capability(device)
@@ -84,7 +91,7 @@ def _unsupported_config(config: MoEConfig) -> Unsupported | None:
         return Unsupported(f"SonicMoE takes bfloat16 and float16, not {dtype_name(config.dtype)}")
     if config.expert_activation not in ACTIVATIONS or config.swiglu_limit > 0:
         limited = f" with swiglu_limit = {config.swiglu_limit}" if config.swiglu_limit > 0 else ""
-        return Unsupported(f"SonicMoE has no {config.expert_activation}{limited}; use torch_mm for it")
+        return Unsupported(f"SonicMoE does not compute {config.expert_activation}{limited}; use torch_mm")
     for name in ("dim", "moe_inter_dim"):
         size = getattr(config, name)
         if size * config.dtype.itemsize % ROW_ALIGNMENT_BYTES:
@@ -94,7 +101,7 @@ def _unsupported_config(config: MoEConfig) -> Unsupported | None:
 
 
 def _parameters(config: MoEConfig) -> tuple[nn.Module, dict[str, Kept]]:
-    """What SonicMoE is handed, and where the stacked parameters are in it."""
+    """Return a module with SonicMoE's parameters, and the layout that maps the stacked names to them."""
     experts, dim, inter = config.n_routed_experts, config.dim, config.moe_inter_dim
     shapes: dict[str, tuple[int, ...]] = {"w1": (experts, 2 * inter, dim), "w2": (experts, dim, inter)}
     layout = {
@@ -112,13 +119,13 @@ def _parameters(config: MoEConfig) -> tuple[nn.Module, dict[str, Kept]]:
 
 
 def in_turns(halves: Tensor) -> Tensor:
-    """[E, 2I, …] gate and up in turns, of gates before ups."""
+    """Return [E, 2I, …] with alternating gate and up, from all gates before all ups."""
     turns: Tensor = halves.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
     return turns
 
 
 def in_halves(turns: Tensor) -> Tensor:
-    """[E, 2I, …] gates before ups, of gate and up in turns."""
+    """Return [E, 2I, …] with all gates before all ups, from alternating gate and up."""
     halves: Tensor = turns.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
     return halves
 

@@ -1,8 +1,8 @@
-"""The experts of Hugging Face transformers by its default implementation, `grouped_mm`, with no model around them.
+"""The peer of Hugging Face transformers: its experts without a model, by its default implementation `grouped_mm`.
 
-They multiply by the routing weight after the down projection, bias included. That is the same function as weighting
-the activation and the bias, w·(a W + b) = (w·a) W + w·b: both values of `apply_router_weight_after_down` are this
-computation, and parity says whether its rounding is within budget.
+transformers applies the routing weight after the down projection and its bias. That is the same function as weighting
+the activation and the bias: w·(a W + b) = (w·a) W + w·b. So this computation serves both values of
+`apply_router_weight_after_down`, and parity checks whether its rounding is within budget.
 """
 
 from dataclasses import dataclass
@@ -12,22 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experts.catalog import LIBRARIES
+from experts import catalog
 from experts.compute import torch_mm
 from experts.config import MoEConfig
 from experts.errors import Unsupported
 from experts.peers.layer import Kept, PeerExperts, Translated, not_installed, transposed
 
-REMEDY = LIBRARIES["transformers"]
-
 
 @dataclass(frozen=True)
 class Source:
-    """A model's experts: where they are, what their configuration is called, and how they keep their parameters."""
+    """The experts of a model: its module, its class names, its configuration fields and its parameters' layout."""
 
     model: str
     name: str
-    fields: dict[str, str]  # their name of n_routed_experts, moe_inter_dim and, where they read one, the activation
+    fields: dict[str, str]  # its names of n_routed_experts, moe_inter_dim and, if it reads one, the activation
     layout: dict[str, Kept]
     activation: str | None = None
     has_bias: bool = False
@@ -55,7 +53,7 @@ _BIASED = {
     "down_proj_bias": Kept("down_proj_bias"),
 }
 
-#: The experts that compute each activation, of the model that is known for it. Qwen3's name theirs in its config.
+#: Activation -> the experts of a model that computes it. Qwen3's configuration names its activation.
 SOURCES = {
     "swiglu": Source("qwen3_moe", "Qwen3Moe", _QWEN3, _GATED, activation="silu"),
     "geglu": Source("qwen3_moe", "Qwen3Moe", _QWEN3, _GATED, activation="gelu_pytorch_tanh"),
@@ -65,7 +63,7 @@ SOURCES = {
 
 
 class TransformersExperts(PeerExperts):
-    """As a model of transformers would run them: routing weights in x's dtype, no expert's index is E."""
+    """The experts as a model of transformers runs them: routing weights in x's dtype, and index E for no expert."""
 
     def __init__(self, config: MoEConfig) -> None:
         source = SOURCES[config.expert_activation]
@@ -73,38 +71,44 @@ class TransformersExperts(PeerExperts):
         self._indices = Translated(self._with_sentinels)
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """Sum over each token's chosen experts, as `experts.GroupedExperts`."""
+        """Return what `experts.GroupedExperts.forward` returns."""
         output: Tensor = self.peer(x, self._indices(token_mask, indices), weights.to(x.dtype))
         return output
 
     def _with_sentinels(self, token_mask: Tensor, indices: Tensor) -> Tensor:
-        """An index of E is sorted behind all experts, and its rows are not computed; −1 would come first."""
+        """Return the indices, with E for choices that contribute nothing.
+
+        transformers sorts E behind all experts and does not compute its rows. It would sort −1 first.
+        """
         return indices.masked_fill((indices < 0) | ~token_mask.unsqueeze(-1), self.n_routed_experts)
 
     @staticmethod
     def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-        """It computes by torch's grouped_mm, with its limits, and its models have these activations and biases."""
-        reason = not_installed("transformers", REMEDY)
+        """Return why these experts cannot run.
+
+        They have the limits of torch's grouped_mm, and only the activations and biases of the models in SOURCES.
+        """
+        reason = not_installed("transformers")
         if reason is not None or config is None:
             return reason
         source = SOURCES.get(config.expert_activation)
         if source is None or config.swiglu_limit > 0:
             limited = f" with swiglu_limit = {config.swiglu_limit}" if source is not None else ""
-            return Unsupported(f"peer_transformers has no {config.expert_activation}{limited}; use torch_mm for it")
+            return Unsupported(f"peer_transformers does not compute {config.expert_activation}{limited}; use torch_mm")
         if source.has_bias != config.expert_bias:
-            has = "a bias, always" if source.has_bias else "no bias"
-            return Unsupported(f"{source.name}Experts, its {config.expert_activation}, have {has}; use torch_mm")
+            has = "always have a bias" if source.has_bias else "never have a bias"
+            return Unsupported(f"{source.name}Experts, which compute {config.expert_activation}, {has}; use torch_mm")
         return torch_mm.unsupported(device, config)
 
 
 def _make(source: Source, config: MoEConfig) -> nn.Module:
-    """The model's experts, their parameters on the default device in the config's dtype."""
+    """Return the model's experts, with parameters on the default device in the config's dtype."""
     folder = f"transformers.models.{source.model}"
     try:
         configuration: Any = getattr(import_module(f"{folder}.configuration_{source.model}"), f"{source.name}Config")
         experts: Any = getattr(import_module(f"{folder}.modeling_{source.model}"), f"{source.name}Experts")
     except (ImportError, AttributeError) as error:
-        raise Unsupported(f"transformers has no {source.name}Experts to import ({error}); {REMEDY}") from error
+        raise Unsupported(catalog.missing("transformers", error)) from error
     values = {
         "n_routed_experts": config.n_routed_experts,
         "moe_inter_dim": config.moe_inter_dim,
@@ -112,6 +116,6 @@ def _make(source: Source, config: MoEConfig) -> nn.Module:
     }
     fields = {theirs: values[ours] for ours, theirs in source.fields.items()}
     made: nn.Module = experts(configuration(hidden_size=config.dim, experts_implementation="grouped_mm", **fields))
-    if source.has_bias:  # GPT-OSS keeps its two constants as attributes
+    if source.has_bias:  # GPT-OSS keeps alpha and limit as attributes
         made.alpha, made.limit = config.activation_alpha, config.activation_limit  # type: ignore[assignment]
     return made.to(config.dtype)

@@ -1,12 +1,12 @@
-"""The memory-bound steps around the products of grouped engines, each of one meaning and two makes.
+"""The memory-bound steps around the products of grouped engines. Each step has two implementations.
 
-`eager` is plain torch: it says what a step means and runs any dtype on any device. `fused` is Triton: each step reads
-and writes its bytes once. On CUDA with Triton the steps are fused, but for float64; elsewhere they are eager.
-`EXPERTS_STEPS=eager` in the environment keeps them eager, `EXPERTS_STEPS=fused` asks for Triton on a CPU too, where its
-interpreter (TRITON_INTERPRET=1) runs them.
+`eager` is plain torch: it defines what a step computes, and runs every dtype on every device. `fused` is Triton: each
+step reads and writes its bytes once. On CUDA with Triton the steps are fused, except for float64. Elsewhere they are
+eager. In the environment, `EXPERTS_STEPS=eager` makes all steps eager, and `EXPERTS_STEPS=fused` also uses Triton on a
+CPU, where Triton's interpreter (TRITON_INTERPRET=1) must run them.
 
-No step waits for the device, and each gives the same bits from run to run. The permuted side has N rows; those past
-the last group hold anything, NaN included, and are not read.
+No step waits for the device, and every step returns the same bits in every run. The permuted tensors have N rows. Rows
+past the last group may hold anything, even NaN, and no step reads them.
 """
 
 import functools
@@ -27,44 +27,47 @@ Make = Literal["eager", "fused"]
 
 @dataclass(frozen=True)
 class Permutation:
-    """Where every row comes from and goes to. N = T·K; L local experts; a slot is one choice of one token, t·K + k."""
+    """The mapping between rows and choices. N = T·K rows; L local experts; choice k of token t is the slot t·K + k."""
 
     row_to_slot_N: Tensor  # int64
-    slot_to_row_S: Tensor  # int64 [T·K], the inverse
-    row_to_expert_N: Tensor  # int64, local expert, or L for the rows of none
-    offsets_L: Tensor  # int32, cumulative: where each expert's group ends
+    slot_to_row_S: Tensor  # int64 [T·K], the inverse of row_to_slot_N
+    row_to_expert_N: Tensor  # int64, the local expert, or L for a row without one
+    offsets_L: Tensor  # int32, cumulative: the end of each expert's group
     n_activated_experts: int
 
     @property
     def num_rows(self) -> int:
-        """N."""
+        """The number of rows, N."""
         return self.row_to_slot_N.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """The number of tokens, T."""
         return self.slot_to_row_S.shape[0] // self.n_activated_experts
 
     @property
     def row_to_token_N(self) -> Tensor:
-        """[N] int64."""
+        """The token of each row, [N] int64."""
         return self.row_to_slot_N // self.n_activated_experts
 
     @property
     def is_local_TK(self) -> Tensor:
-        """[T, K] bool: whether the choice has a row in one of the groups."""
+        """Whether each choice has a row in one of the groups, [T, K] bool."""
         return (self.slot_to_row_S < self.offsets_L[-1]).view(self.num_tokens, self.n_activated_experts)
 
     @property
     def tokens_per_expert_L(self) -> Tensor:
-        """[L] int64."""
+        """The number of rows of each local expert, [L] int64."""
         return torch.diff(self.offsets_L, prepend=self.offsets_L.new_zeros(1)).long()
 
     def cut(self, num_rows: int) -> "Permutation":
-        """Without the rows past the last group: `num_rows` is `offsets_L[-1]`, for callers that know it on the host."""
+        """Return the permutation without the rows past the last group.
+
+        `num_rows` must be `offsets_L[-1]`; it is for callers that know this number on the host.
+        """
         return Permutation(
             self.row_to_slot_N[:num_rows],
-            self.slot_to_row_S,  # who had a row past the end is not local, and nobody looks for the row
+            self.slot_to_row_S,  # a slot with a row past the end is not local, so no step reads that row
             self.row_to_expert_N[:num_rows],
             self.offsets_L,
             self.n_activated_experts,
@@ -72,15 +75,17 @@ class Permutation:
 
 
 class Steps(Protocol):
-    """The steps. Floats are of one dtype but for the routing weights, which have their own; sums are in float32
-    (float64 for float64). Routing weights of choices that are not local are not read.
+    """The interface of the steps.
+
+    All float tensors have one dtype, except the routing weights, which may have another. Sums are in float32 (float64
+    for float64). No step reads the routing weights of choices that are not local.
     """
 
     def sort_by_expert(self, indices_TK: Tensor, first: int, count: int) -> Permutation:
-        """Group the choices of experts `first` … `first + count − 1`, in the tokens' order; the others come last."""
+        """Group the choices of experts `first` … `first + count − 1`, in the tokens' order. Others come last."""
 
     def gather_rows(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
-        """Each row's token [N, D], times its routing weight where given."""
+        """Return each row's token [N, D], times its routing weight if weights are given."""
 
     def sum_rows(
         self,
@@ -90,9 +95,9 @@ class Steps(Protocol):
         bias_LD: Tensor | None = None,
         weigh_rows: bool = False,
     ) -> Tensor:
-        """Sum [T, D] over a token's local choices of y + weight·bias, or weight·(y + bias) where `weigh_rows`.
+        """Return, for each token, the sum [T, D] over its local choices of y + weight·bias.
 
-        A bias, or `weigh_rows`, needs the weights.
+        With `weigh_rows`, it is the sum of weight·(y + bias). A bias or `weigh_rows` needs the weights.
         """
 
     def activate(
@@ -103,7 +108,7 @@ class Steps(Protocol):
         bias_LH: Tensor | None,
         config: MoEConfig,
     ) -> Tensor:
-        """The weighted activation [N, I] of h + bias; without weights, unweighted. H = 2I, ungated I."""
+        """Return the weighted activation [N, I] of h + bias; without weights, the activation. H = 2I (ungated I)."""
 
     def activate_backward(
         self,
@@ -115,21 +120,31 @@ class Steps(Protocol):
         config: MoEConfig,
         again: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradient of h [N, H], `activate`'s result where wanted `again` [N, I], and the gradient of the weights [T, K]
-        in float32 (float64).
+        """Return the gradients of `activate` and, with `again`, its result.
 
-        With `again`, h and `grad_NI` are the callee's, which may write the first two results over them.
+        The three results are the gradient of h [N, H], `activate`'s result [N, I] or None, and the gradient of the
+        weights [T, K] in float32 (float64 for float64) or None. With `again`, the function may write the first two
+        results over h and `grad_NI`.
         """
 
     def sum_by_expert(self, rows_NC: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
-        """Sum [L, C] of each expert's rows, times their routing weights where given; zeros for an expert without."""
+        """Return the sum [L, C] of each expert's rows, times their routing weights if weights are given.
+
+        The sum is zero for an expert without rows.
+        """
 
     def dot_rows(self, x_TD: Tensor, permutation: Permutation, y_ND: Tensor | None, bias_LD: Tensor | None) -> Tensor:
-        """Product [T, K] of each token's x and y + bias of its row, in float32 (float64); zero for who has no row."""
+        """Return the dot product [T, K] of each token's x with y + bias of each of its rows.
+
+        The result is float32 (float64 for float64), and zero for a choice that is not local.
+        """
 
 
 def make_of_steps(device: torch.device, dtype: torch.dtype | None = None) -> Make:
-    """Which make runs on tensors there. Raises ConfigError for an environment that names none."""
+    """Return which implementation runs for a device and dtype.
+
+    Raises ConfigError where EXPERTS_STEPS names neither implementation.
+    """
     asked = os.environ.get(VARIABLE, "")
     if asked not in ("", "eager", "fused"):
         raise ConfigError(f"{VARIABLE} = {asked!r} in the environment; give 'eager' or 'fused', or leave it out")
@@ -139,7 +154,7 @@ def make_of_steps(device: torch.device, dtype: torch.dtype | None = None) -> Mak
 
 
 def steps_on(device: torch.device, dtype: torch.dtype | None = None) -> Steps:
-    """The steps for tensors of a dtype on a device."""
+    """Return the steps for tensors of a dtype on a device."""
     if make_of_steps(device, dtype) == "fused":
         from experts.steps import fused
 

@@ -1,4 +1,4 @@
-"""The steps in plain torch: what they mean."""
+"""The steps in plain torch, which define what each step computes."""
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def sum_by_expert(rows_NC: Tensor, permutation: Permutation, weights_TK: Tensor 
     acc_NC = rows_NC.to(accumulation_dtype(rows_NC.dtype))
     if weights_TK is not None:
         acc_NC = acc_NC * _weights_N1(weights_TK, permutation, rows_NC)
-    # unsafe: lengths that stop short of N are meant, and checking them would wait for the device
+    # unsafe=True: the lengths sum to less than N on purpose, and checking them would wait for the device
     sums_LC = torch.segment_reduce(
         acc_NC, "sum", lengths=permutation.tokens_per_expert_L, axis=0, unsafe=True, initial=0.0
     )
@@ -103,7 +103,7 @@ def dot_rows(x_TD: Tensor, permutation: Permutation, y_ND: Tensor | None, bias_L
 
 
 def _of_choices(rows_ND: Tensor, permutation: Permutation) -> Tensor:
-    """[T, K, D]: the row of each choice, zeros for a choice that is not local."""
+    """Return the row of each choice, [T, K, D], with zeros for a choice that is not local."""
     shape = permutation.num_tokens, permutation.n_activated_experts, rows_ND.shape[1]
     if rows_ND.shape[0] == 0:
         return rows_ND.new_zeros(shape)
@@ -113,7 +113,7 @@ def _of_choices(rows_ND: Tensor, permutation: Permutation) -> Tensor:
 
 
 def _weights_N1(weights_TK: Tensor, permutation: Permutation, like: Tensor) -> Tensor:
-    """Routing weights [N, 1] in permuted order; zero, and without gradient, for rows of no local expert."""
+    """Return the routing weights [N, 1] in permuted order: zero, without gradient, for rows without a local expert."""
     weights_N = weights_TK.reshape(-1).index_select(0, permutation.row_to_slot_N)
     is_local_N = permutation.row_to_expert_N < permutation.offsets_L.numel()
     return torch.where(is_local_N, weights_N, 0.0).to(accumulation_dtype(like.dtype)).unsqueeze(-1)

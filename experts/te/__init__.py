@@ -1,1 +1,1 @@
-"""Experts by Transformer Engine, which is imported when a layer is made."""
+"""The engine te: Transformer Engine computes the experts. It is imported when a layer is made."""

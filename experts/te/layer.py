@@ -1,6 +1,7 @@
-"""GroupedExpertsTE: experts by Transformer Engine's GroupedLinear, in bfloat16, float16, float32 or FP8.
+"""GroupedExpertsTE: Transformer Engine's GroupedLinear computes the experts in bfloat16, float16, float32 or FP8.
 
-It keeps TE's own parameters, one [out, in] matrix an expert, and speaks the stacked layout to everyone else.
+The layer keeps TE's own parameters, one matrix [out, in] per expert. Its properties and state dict have the stacked
+layout of the other layers.
 """
 
 import contextlib
@@ -20,13 +21,15 @@ from experts.te.layout import LINEARS
 
 
 class GroupedExpertsTE(ExpertLayer):
-    """Routed experts by Transformer Engine and, under expert parallelism, DeepEP by default.
+    """The routed experts of one layer: Transformer Engine and, under expert parallelism, DeepEP by default.
 
-    `backend.te_fp8` names an FP8 recipe for the two projections; without one an ambient `te.autocast` is honoured. TE's
-    own parameters are `gate_up_linear.weight{i}` [2I, D] and `down_linear.weight{i}` [D, I], and their biases; the
-    stacked ones are properties made of them, and what the state dict holds.
+    `backend.te_fp8` names an FP8 recipe for the two projections. Without a recipe, a `te.autocast` around the call
+    applies. TE's own parameters are `gate_up_linear.weight{i}` [2I, D] ([I, D] ungated), `down_linear.weight{i}`
+    [D, I] and their biases. The stacked parameters are properties that are made from them, and the state dict holds
+    the stacked ones.
 
-    Raises Unsupported where Transformer Engine is not installed, ConfigError for a backend that names another engine.
+    Raises Unsupported where Transformer Engine does not import. Raises ConfigError for a backend with another engine
+    and for one with `save`.
     """
 
     gate_up_linear: Any
@@ -37,7 +40,7 @@ class GroupedExpertsTE(ExpertLayer):
         if backend.experts not in (None, "te"):
             raise ConfigError(f"GroupedExpertsTE computes with te, not {backend.experts!r}; use GroupedExperts for it")
         if backend.save is not None:
-            raise ConfigError(f"save = {backend.save!r} is of torch_mm, triton and gmm, te keeps its own; leave it out")
+            raise ConfigError(f"save = {backend.save!r}: te cannot choose what it keeps for backward; leave save out")
         missing = library.not_installed()
         if missing is not None:
             raise missing
@@ -59,15 +62,19 @@ class GroupedExpertsTE(ExpertLayer):
         indices: Tensor,
         is_first_microbatch: bool | None = None,
     ) -> Tensor:
-        """As `ExpertLayer.forward`. FP8 weights are quantised in every call, unless `is_first_microbatch` is given.
+        """Return what `ExpertLayer.forward` returns.
 
-        True quantises and keeps them, False uses those kept, which is right while the weights do not change.
+        With `is_first_microbatch` None, every call quantises the FP8 weights. True quantises the weights and keeps the
+        result. False uses the kept result, which is correct only while the weights do not change.
         """
         self._is_first_microbatch = is_first_microbatch
         return super().forward(x, token_mask, weights, indices)
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-        """Two GroupedLinears over rows sorted by expert. The sizes of the groups live on the host: every call waits."""
+        """Return the sum of two GroupedLinears over rows sorted by expert; see `ExpertLayer.compute_local`.
+
+        TE takes the sizes of the groups on the host, so every call waits for the device.
+        """
         permutation = sort_by_expert(indices_RK, self.first_local_expert, self.n_local_experts)
         rows_per_expert: list[int] = permutation.tokens_per_expert_L.tolist()
         if sum(rows_per_expert) == 0:
@@ -83,42 +90,42 @@ class GroupedExpertsTE(ExpertLayer):
             return grouped_experts(x_RD, weights_RK, rows, self.config, *products, *biases)
 
     def _unsupported(self, device: torch.device, config: MoEConfig) -> Unsupported | None:
-        """TE's reason, with the FP8 recipe of this layer."""
+        """Return TE's reason for this layer's parameters and FP8 recipe, or None."""
         kept = dtype_name(self.gate_up_linear.weight0.dtype)
         if config.dtype is torch.float32 and kept != "float32":
-            return Unsupported(f"Transformer Engine computes float32 on float32 parameters, these are {kept}")
+            return Unsupported(f"Transformer Engine computes float32 with float32 parameters, these are {kept}; cast x")
         return library.unsupported(device, config, self.te_fp8)
 
     @property
     def gate_and_up_projs(self) -> Tensor:
-        """[E, D, 2I] ([E, D, I] ungated), stacked from TE's weights; a DTensor under expert parallelism."""
+        """The weights [E, D, 2I] ([E, D, I] ungated), stacked from TE's; a DTensor under expert parallelism."""
         stacked = layout.sharded(self, "gate_and_up_projs")
         assert stacked is not None
         return stacked
 
     @property
     def down_projs(self) -> Tensor:
-        """[E, I, D], stacked from TE's weights; a DTensor under expert parallelism."""
+        """The weights [E, I, D], stacked from TE's; a DTensor under expert parallelism."""
         stacked = layout.sharded(self, "down_projs")
         assert stacked is not None
         return stacked
 
     @property
     def gate_up_proj_bias(self) -> Tensor | None:
-        """[E, 2I], or None."""
+        """The bias [E, 2I] ([E, I] ungated), or None; a DTensor under expert parallelism."""
         return layout.sharded(self, "gate_up_proj_bias")
 
     @property
     def down_proj_bias(self) -> Tensor | None:
-        """[E, D], or None."""
+        """The bias [E, D], or None; a DTensor under expert parallelism."""
         return layout.sharded(self, "down_proj_bias")
 
     def stacked_grads(self) -> dict[str, Tensor]:
-        """TE's gradients, stacked; absent where an expert has none."""
+        """Return TE's gradients, stacked. A parameter has no entry if any expert has no gradient."""
         return layout.stacked_grads(self)
 
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
-        """TE's own reset: normal weights with TE's deviation, zero biases. `init_std` is not used."""
+        """Reset with TE's own method: normal weights with TE's standard deviation, zero biases. Ignores `init_std`."""
         with buffer_device:
             for name in LINEARS:
                 getattr(self, name).reset_parameters()
@@ -131,7 +138,7 @@ class GroupedExpertsTE(ExpertLayer):
             in_features,
             out_features,
             bias=self.config.expert_bias,
-            # biases are added here: the down projection's is weighted, which TE's own addition would not do
+            # `grouped_experts` adds the biases: TE would add the down projection's without its routing weight
             return_bias=self.config.expert_bias,
             params_dtype=self.config.dtype,
             device=device,
@@ -147,7 +154,7 @@ class GroupedExpertsTE(ExpertLayer):
         if fp8:
             alignment = library.alignment(FP8GlobalStateManager.get_fp8_recipe().mxfp8())
             rows, sizes = te.Fp8Padding(len(sizes), alignment)(rows.contiguous(), sizes)
-        # TE casts parameters of another dtype than the rows' under autocast alone
+        # TE casts parameters to the rows' dtype only under autocast
         other_dtype = rows.dtype is not linear.weight0.dtype
         with torch.autocast("cuda", dtype=rows.dtype, enabled=other_dtype):
             result = linear(rows.contiguous(), sizes, is_first_microbatch=self._is_first_microbatch)
@@ -183,9 +190,9 @@ class GroupedExpertsTE(ExpertLayer):
 
 
 class CachedWeightsTE(GroupedExpertsTE):
-    """FP8 weights are quantised in the first call after they were loaded, and kept, as over a step's microbatches."""
+    """A layer that quantises its FP8 weights in the first call after a load, and keeps them, as for microbatches."""
 
-    #: An optimizer's update in place goes unnoticed: `moebench parity` does not ask for it.
+    #: The layer does not notice an optimizer's update in place, so `moebench parity` does not test one.
     caches_weights = True
 
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
@@ -194,7 +201,7 @@ class CachedWeightsTE(GroupedExpertsTE):
         self.register_load_state_dict_post_hook(_forget_kept)
 
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
-        """As `GroupedExpertsTE.init_weights`; what was kept is quantised anew."""
+        """Reset as `GroupedExpertsTE.init_weights` does. The next call quantises again."""
         super().init_weights(buffer_device, init_std)
         self._kept = False
 
@@ -206,7 +213,7 @@ class CachedWeightsTE(GroupedExpertsTE):
         indices: Tensor,
         is_first_microbatch: bool | None = None,
     ) -> Tensor:
-        """As `GroupedExpertsTE.forward` with `is_first_microbatch` False from the second call on."""
+        """Return what `GroupedExpertsTE.forward` returns, with `is_first_microbatch` False from the second call on."""
         first = not self._kept if is_first_microbatch is None else is_first_microbatch
         self._kept = True
         return super().forward(x, token_mask, weights, indices, first)

@@ -1,6 +1,6 @@
-"""The stacked layout of parameters that Transformer Engine keeps one by one, a matrix [out, in] an expert.
+"""Functions between the stacked layout and Transformer Engine's parameters, one matrix [out, in] per expert.
 
-A layer here is any with Transformer Engine's two linears; the hooks are for its state dict.
+They work on every layer that has Transformer Engine's two linears. The hooks are for the layer's state dict.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from experts.layer import ExpertLayer
 from experts.state_dict import as_local, local_share
 
 LINEARS = ("gate_up_linear", "down_linear")
-#: Stacked name -> the linear that keeps it, and the name of its per-expert parameters there.
+#: Name of a stacked parameter -> the linear that keeps it, and the name of the per-expert parameters in that linear.
 KEPT_IN = {
     "gate_and_up_projs": ("gate_up_linear", "weight"),
     "down_projs": ("down_linear", "weight"),
@@ -23,13 +23,13 @@ KEPT_IN = {
 
 
 def stacked(layer: ExpertLayer, name: str) -> Tensor | None:
-    """This rank's parameter of that name, made of TE's own; None for a bias that the layer has not."""
+    """Return this rank's stacked parameter, made from TE's; None for a bias that the layer does not have."""
     parts = _parts(layer, name)
     return _stack(parts) if parts else None
 
 
 def sharded(layer: ExpertLayer, name: str) -> Tensor | None:
-    """As `stacked`; under expert parallelism a DTensor of all ranks' experts."""
+    """Return what `stacked` returns; under expert parallelism, a DTensor of all ranks' experts."""
     local = stacked(layer, name)
     if local is None or layer.ep_mesh is None:
         return local
@@ -37,7 +37,7 @@ def sharded(layer: ExpertLayer, name: str) -> Tensor | None:
 
 
 def stacked_grads(layer: ExpertLayer) -> dict[str, Tensor]:
-    """TE's gradients, stacked; absent where an expert has none."""
+    """Return TE's gradients, stacked. A parameter has no entry if any expert has no gradient."""
     grads = {}
     for name in KEPT_IN:
         parts = [part.grad for part in _parts(layer, name)]
@@ -47,7 +47,7 @@ def stacked_grads(layer: ExpertLayer) -> dict[str, Tensor]:
 
 
 def stack_keys(layer: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """State dict hook: stacked entries in place of TE's."""
+    """Replace TE's entries in a state dict by stacked ones (a state dict hook)."""
     assert isinstance(layer, ExpertLayer)
     for key in [key for key in state_dict if key.startswith(tuple(f"{prefix}{name}." for name in LINEARS))]:
         del state_dict[key]
@@ -59,9 +59,9 @@ def stack_keys(layer: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any
 def split_keys(
     layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
-    """Hook before a load: per-expert entries, views of this rank's share, for the linears to load.
+    """Replace stacked entries by per-expert views of this rank's share, which the linears load (a hook before a load).
 
-    Where they are to be kept as they are (`assign=True`) they are copies: TE reads a matrix as if it were contiguous.
+    With `assign=True` the entries are contiguous copies, because TE reads a matrix as if it were contiguous.
     """
     assert isinstance(layer, ExpertLayer)
     keeps = local_metadata.get("assign_to_params_buffers", False)
@@ -76,11 +76,11 @@ def split_keys(
             matrix = part.t() if part.ndim == 2 else part
             state_dict[f"{prefix}{linear}.{kind}{index}"] = matrix.contiguous() if keeps else matrix
     for name in LINEARS:
-        state_dict.setdefault(f"{prefix}{name}._extra_state", None)  # FP8 scales are found anew, not loaded
+        state_dict.setdefault(f"{prefix}{name}._extra_state", None)  # TE finds FP8 scales again; they are not loaded
 
 
 def name_missing_keys(_: nn.Module, incompatible: Any) -> None:
-    """Hook after a load: missing per-expert keys are told once, by their stacked name."""
+    """Replace missing per-expert keys by one stacked name (a hook after a load)."""
     for name, (linear, kind) in KEPT_IN.items():
         missing = [key for key in incompatible.missing_keys if f"{linear}.{kind}" in key]
         if missing:
@@ -97,5 +97,5 @@ def _parts(layer: ExpertLayer, name: str) -> list[Any]:
 
 
 def _stack(parts: list[Any]) -> Tensor:
-    """[L, in, out] of matrices [out, in], [L, out] of vectors."""
+    """Return [L, in, out] from L matrices [out, in], or [L, out] from L vectors [out]."""
     return torch.stack([part.t() if part.ndim == 2 else part for part in parts])

@@ -1,4 +1,4 @@
-"""What Transformer Engine is here: whether it imports, its FP8 recipes, what it cannot run."""
+"""Functions about the installed Transformer Engine: whether it imports, its FP8 recipes, what it cannot run."""
 
 import functools
 from typing import Any
@@ -11,7 +11,7 @@ from experts.errors import Unsupported
 
 
 def recipe(name: Fp8Recipe) -> Any:
-    """TE's recipe of that name."""
+    """Return a new recipe object of TE."""
     from transformer_engine.common import recipe as of_te
 
     recipes = {
@@ -24,23 +24,26 @@ def recipe(name: Fp8Recipe) -> Any:
 
 
 def alignment(is_mxfp8: bool) -> int:
-    """What FP8 takes multiples of, in features and in rows of an expert."""
+    """Return the number that features, and rows per expert, must be a multiple of in FP8."""
     return 32 if is_mxfp8 else 16
 
 
 @functools.cache
 def not_installed() -> Unsupported | None:
-    """Why Transformer Engine cannot be used on any device; None where it imports."""
+    """Return why Transformer Engine does not import, or None where it does."""
     try:
         import transformer_engine.pytorch  # noqa: F401
     except (ImportError, OSError) as error:
-        remedy = catalog.LIBRARIES["transformer_engine"]
-        return Unsupported(f"Transformer Engine does not import ({error}); {remedy}")
+        return Unsupported(catalog.missing("transformer_engine", error))
     return None
 
 
 def unsupported(device: torch.device, config: MoEConfig | None, te_fp8: Fp8Recipe | None) -> Unsupported | None:
-    """TE needs CUDA; FP8 needs SM89, MXFP8 SM100, and dim and moe_inter_dim that are multiples of 16 (32)."""
+    """Return why TE cannot run.
+
+    It needs CUDA and SM70; FP8 needs SM89 and MXFP8 needs SM100. It does not compute float64. With FP8, dim and
+    moe_inter_dim must be multiples of 16, with MXFP8 of 32.
+    """
     missing = not_installed()
     if missing is not None:
         return missing
@@ -54,7 +57,7 @@ def unsupported(device: torch.device, config: MoEConfig | None, te_fp8: Fp8Recip
     if config is None:
         return None
     if config.dtype is torch.float64:
-        return Unsupported(f"Transformer Engine has no {dtype_name(config.dtype)}; use the loop")
+        return Unsupported(f"Transformer Engine does not compute {dtype_name(config.dtype)}; use the loop")
     multiple = alignment(te_fp8 == "mxfp8")
     for name in ("dim", "moe_inter_dim"):
         size = getattr(config, name)

@@ -1,4 +1,4 @@
-"""Where it is measured: GPUs and CPUs, library versions, and what tells two environments apart.
+"""The machine that jobs are measured on: GPUs and CPUs, library versions, and how two environments differ.
 
-Nothing here imports another folder of moebench.
+No module here imports another folder of moebench.
 """

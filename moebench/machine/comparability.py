@@ -1,18 +1,21 @@
-"""What tells two environments apart, by name, and the environments beside results. No torch here."""
+"""How two environments differ: their facts by name, and the differences that make timings incomparable."""
 
 from dataclasses import dataclass
 
 from moebench.machine.environment import TIMED_LIBRARIES, Environment
 from moebench.machine.units import size
 
-#: What may be allowed to differ, besides the libraries: the keys of `facts`.
+#: Names of the facts about hardware, driver and Python that a user may allow to differ. They are keys of `facts`, which
+#: has the timed libraries besides.
 HARDWARE = ("device", "gpu", "driver", "power", "clocks", "cpu", "threads", "python")
 CHANGES = (*HARDWARE, *TIMED_LIBRARIES)
-#: With another of these, allocations differ although the code does not, and to allow them makes no sense of bytes.
+#: A change of one of these changes allocations although the code is the same. Bytes are not comparable then, even where
+#: the user allows the change.
 MEMORY_CHANGES = frozenset({"device", "gpu", "torch", "env_id"})
-#: These cost time, not memory.
+#: A change of one of these changes times but not memory.
 TIME_CHANGES = frozenset({"driver", "power", "clocks", "cpu", "threads", "python"})
-#: A GPU at its power limit lowers its clock the more a kernel draws: less than this is the code's own doing.
+#: Relative difference of two runs' clocks that a change of the code explains: a GPU at its power limit lowers its clock
+#: the more power a kernel draws.
 RUN_CLOCK_TOLERANCE = 0.1
 
 
@@ -29,7 +32,7 @@ class Difference:
 
 
 def facts(environment: Environment) -> dict[str, str]:
-    """All that `env_id` is a hash of, in words, by the name under which a change of it is allowed."""
+    """Return all that `env_id` is a hash of, as text, by the name under which a user may allow a change."""
     gpus = environment.gpus
 
     def each(*texts: str) -> str:
@@ -53,13 +56,16 @@ def _number(value: float | None, unit: str) -> str:
 
 
 def differences(baseline: Environment, candidate: Environment) -> tuple[Difference, ...]:
-    """What of two environments differs and makes their timings incomparable."""
+    """Return the facts that differ between two environments and make their timings incomparable."""
     one, two = facts(baseline), facts(candidate)
     return tuple(Difference(what, one[what], two[what]) for what in one if one[what] != two[what])
 
 
 def clock_difference(baseline_mhz: float | None, candidate_mhz: float | None) -> tuple[Difference, ...]:
-    """What two jobs' clocks differ by, if that is more than a change of the code explains: a lock, heat."""
+    """Return the difference of two jobs' clocks where it exceeds RUN_CLOCK_TOLERANCE, else an empty tuple.
+
+    A change of the code does not explain so large a difference; locked clocks or heat do.
+    """
     if not baseline_mhz or not candidate_mhz or abs(candidate_mhz / baseline_mhz - 1) <= RUN_CLOCK_TOLERANCE:
         return ()
     return (Difference("clocks", _number(baseline_mhz, "MHz"), _number(candidate_mhz, "MHz")),)

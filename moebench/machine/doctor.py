@@ -1,6 +1,6 @@
 """What this machine can measure, what is missing and how to install it, and what would spoil a measurement.
 
-Findings are values, one line each. Backends are not asked here: `moebench list` says why one is unavailable.
+Each finding is one line. This module does not ask the backends; `moebench list` says why a backend is unavailable.
 """
 
 import os
@@ -23,7 +23,7 @@ Level = Literal["ok", "missing", "problem"]
 
 _OF_PEERS = {backend.library for backend in catalog.BACKENDS if backend.target is not None}
 
-#: How to get a library that is missing.
+#: How to install each library that may be missing.
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
         **{
@@ -40,7 +40,7 @@ _GOVERNORS = Path("/sys/devices/system/cpu")
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One thing that was looked at: `remedy` says what to do where it is missing or a problem."""
+    """One thing that `doctor` looked at. Where it is missing or a problem, `remedy` says what to do."""
 
     level: Level
     name: str
@@ -52,8 +52,8 @@ class Diagnosis:
 
 
 def doctor() -> list[Diagnosis]:
-    """Every finding, hardware before software. Takes about a second and opens no CUDA context."""
-    gpus = _gpu_findings()  # before torch is asked for anything, so that this process uses no GPU yet
+    """Return every finding, hardware before software. Takes about a second and does not open a CUDA context."""
+    gpus = _gpu_findings()  # before any call into torch, so that this process is not yet a user of a GPU
     has_gpu = any(finding.level != "missing" for finding in gpus)
     return [*_cpu_findings(), *gpus, *_torch_findings(has_gpu), *_library_findings(has_gpu)]
 
@@ -64,7 +64,7 @@ def _cpu_findings() -> list[Diagnosis]:
     findings = [Diagnosis("ok", "cpu", f"{cpu_model()}, {cores} of {psutil.cpu_count()} cores usable, {memory}")]
     busy = psutil.cpu_percent(interval=0.5)
     if busy > _CPU_BUSY_PERCENT:
-        detail = f"other processes keep the cores {busy:.0f}% busy, which a CPU's times will show"
+        detail = f"other processes keep the cores {busy:.0f}% busy, which makes times on the CPU longer"
         findings.append(Diagnosis("problem", "cpu load", detail, "stop them, or wait"))
     governors = _governors() - {"performance"}
     if governors:
@@ -85,18 +85,18 @@ def _gpu_findings() -> list[Diagnosis]:
         gpus = nvml.read_all()
     except nvml.NvmlUnavailable as reason:
         if _torch_sees_gpu():
-            detail = f"torch sees one, but its clocks, power and users cannot be read ({reason})"
+            detail = f"torch sees a GPU, but its clocks, power and users cannot be read ({reason})"
             return [Diagnosis("problem", "gpu", detail, "make the driver's libnvidia-ml visible here")]
-        return [Diagnosis("missing", "gpu", f"no NVIDIA GPU to be seen ({reason}); CPU sweeps run")]
+        return [Diagnosis("missing", "gpu", f"no NVIDIA GPU was found ({reason}); CPU sweeps run")]
     if not gpus:
-        return [Diagnosis("missing", "gpu", "NVML counts no GPU; CPU sweeps run")]
+        return [Diagnosis("missing", "gpu", "NVML finds no GPU; CPU sweeps run")]
     return [finding for index, (reading, use) in enumerate(gpus) for finding in _one_gpu(f"gpu {index}", reading, use)]
 
 
 def _torch_sees_gpu() -> bool:
     try:
         import torch
-    except (ImportError, OSError):  # a finding of its own
+    except (ImportError, OSError):  # _torch_findings reports it
         return False
     return torch.cuda.is_available()
 
@@ -108,14 +108,16 @@ def _one_gpu(name: str, gpu: nvml.GpuReading, use: nvml.GpuUse) -> list[Diagnosi
     findings = [Diagnosis("ok", name, f"{gpu.name}{memory}, driver {gpu.driver_version}")]
     if use.other_pids:
         pids = ", ".join(str(pid) for pid in use.other_pids)
-        findings.append(Diagnosis("problem", f"{name} use", f"process {pids} uses it", "end it, or choose another GPU"))
+        findings.append(
+            Diagnosis("problem", f"{name} use", f"process {pids} uses it", "end that process, or choose another GPU")
+        )
     elif use.busy_percent is not None and use.busy_percent > GPU_BUSY_PERCENT:
-        detail = f"it is {use.busy_percent}% busy with work of a process that cannot be seen from here"
+        detail = f"it is {use.busy_percent}% busy with a process that is not visible from here"
         findings.append(Diagnosis("problem", f"{name} use", detail, "choose another GPU"))
     slowed = sorted(set(gpu.throttle_reasons or ()) & nvml.SLOWED_DOWN)
     if slowed:
         findings.append(
-            Diagnosis("problem", f"{name} clock", f"held down: {', '.join(slowed)}", "check cooling and power")
+            Diagnosis("problem", f"{name} clock", f"slowed down: {', '.join(slowed)}", "check cooling and power")
         )
     return findings
 
@@ -144,7 +146,7 @@ def _torch_findings(has_gpu: bool) -> list[Diagnosis]:
 def _library_findings(has_gpu: bool) -> list[Diagnosis]:
     try:
         versions = library_versions()
-    except (ImportError, OSError):  # torch: already a finding
+    except (ImportError, OSError):  # torch does not import; _torch_findings reports it
         return []
     findings = []
     for name in ("cudnn", "nccl", *DISTRIBUTIONS):
@@ -154,6 +156,6 @@ def _library_findings(has_gpu: bool) -> list[Diagnosis]:
         elif version is not None:
             findings.append(Diagnosis("ok", name, version))
         elif name in DISTRIBUTIONS:
-            why = "not installed" if has_gpu else "not installed; of use on an NVIDIA GPU alone"
+            why = "not installed" if has_gpu else "not installed; only useful on an NVIDIA GPU"
             findings.append(Diagnosis("missing", name, why, REMEDIES[name]))
     return findings

@@ -1,6 +1,7 @@
-"""The machine and the software that a measurement ran on, and what of them makes timings comparable.
+"""The machine and the software that a measurement ran on, and what must be equal for timings to be comparable.
 
-No torch at import; `collect` imports it, and on CUDA it opens a context: call it where the measuring is done.
+Importing this module does not import torch, but `collect` does. On CUDA, `collect` opens a context, so call it in the
+process that measures.
 """
 
 import hashlib
@@ -20,10 +21,10 @@ from moebench.machine import nvml
 from moebench.machine.git import run_git
 from moebench.machine.versions import TIMED, library_versions
 
-#: Set where the checkout has no .git, so that results still name their revision.
+#: The user sets this variable where the checkout has no .git, so that results still name their revision.
 REVISION_VARIABLE = "MOEBENCH_REVISION"
 
-#: Libraries whose code runs inside the timed region.
+#: Libraries that run code inside the timed region.
 TIMED_LIBRARIES = ("torch", "cuda", "cudnn", "nccl", *TIMED)
 
 _ROOT = Path(moebench.__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ _SOURCES = ("experts", "moebench", "suites")
 
 
 class Gpu(nvml.GpuReading):
-    """A GPU as torch sees it (`index` is torch's), and NVML's reading of it."""
+    """A GPU as torch sees it (`index` is torch's number), with NVML's reading of it."""
 
     index: int
     name: str
@@ -42,7 +43,10 @@ class Gpu(nvml.GpuReading):
 
 
 class Environment(BaseModel):
-    """Facts about machine and software. None: absent or not known. The host's name is left out on purpose."""
+    """Facts about the machine and its software. None means absent or not known.
+
+    The host's name is left out on purpose.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -62,10 +66,11 @@ class Environment(BaseModel):
     git_dirty: bool | None = None
 
     def comparable(self) -> dict[str, Any]:
-        """What two environments must share for their timings to be compared: what `env_id` is a hash of.
+        """Return what two environments must share for their timings to be comparable; `env_id` is a hash of it.
 
-        Hardware, its limits, driver and the libraries that run inside the timed region; the thread count on a CPU
-        alone. Not the clocks of the moment, not the revision: a comparison is often about the revision.
+        It has the hardware, its limits, the driver and the libraries that run inside the timed region. The thread count
+        is part of it only on a CPU. The momentary clocks are not part of it. The revision is not part of it either,
+        because a comparison is often about the revision.
         """
         on_cpu = self.device == "cpu"
         gpus = {
@@ -83,11 +88,11 @@ class Environment(BaseModel):
 
     @property
     def code(self) -> dict[str, Any]:
-        """Which moebench and experts ran, by the name of the field: no part of `env_id`."""
+        """Which moebench and experts ran, by the name of the field. It is not part of `env_id`."""
         return {"moebench": self.moebench, "git_revision": self.git_revision, "git_dirty": self.git_dirty}
 
     def gpu_uuids(self, count: int) -> str | None:
-        """The names of the first GPUs, as many as a job has ranks; None where there are none."""
+        """Return the UUIDs of the first `count` GPUs, one for each rank of a job; None without GPUs."""
         return ", ".join(gpu.uuid or f"index {gpu.index}" for gpu in self.gpus[:count]) or None
 
     def to_json(self) -> str:
@@ -95,11 +100,11 @@ class Environment(BaseModel):
 
     @classmethod
     def from_file(cls, path: Path) -> "Environment":
-        """The environment that `to_json` wrote. Raises ResultsError."""
+        """Read an environment that `to_json` wrote. Raises ResultsError."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
-            raise ResultsError(f"{path}: {error.strerror}; every results folder has one") from error
+            raise ResultsError(f"{path}: {error.strerror}; every results folder needs this file") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -107,7 +112,7 @@ class Environment(BaseModel):
 
 
 def collect(device: str) -> Environment:
-    """The environment of measurements on `device` ("cpu", "cuda" or "cuda:N"; "cuda" is every visible GPU).
+    """Return the environment of measurements on `device`: "cpu", "cuda" (every visible GPU) or "cuda:N".
 
     Raises ValueError for a device that this machine does not have.
     """
@@ -138,7 +143,7 @@ def _digest(comparable: dict[str, Any]) -> str:
 
 
 def gpu_numbers(device: str) -> range:
-    """Torch's numbers of the GPUs that a device names. Raises ValueError as `collect` does."""
+    """Return torch's numbers of the GPUs that a device names. Raises ValueError as `collect` does."""
     import torch
 
     kind, _, index = device.partition(":")
@@ -150,7 +155,7 @@ def gpu_numbers(device: str) -> range:
     if int(index or 0) >= count:
         raise ValueError(
             f"device = {device!r}: torch {torch.__version__} sees {count} CUDA GPUs; "
-            "choose another, or see what `moebench doctor` says"
+            "choose another device, or run `moebench doctor` to see why"
         )
     return range(int(index), int(index) + 1) if index else range(count)
 
@@ -172,7 +177,7 @@ def _gpu(index: int) -> Gpu:
 
 
 def cpu_model() -> str:
-    """The processor's name, as the kernel or else Python's platform module gives it."""
+    """Return the processor's name from the kernel, or else from Python's platform module."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(errors="replace").splitlines():
@@ -183,14 +188,15 @@ def cpu_model() -> str:
 
 
 def cpu_cores_usable() -> int:
-    """Logical cores that this process may run on."""
+    """Return the number of logical cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """The checkout's revision, and whether what runs (not docs, not results) differs from it.
+    """Return the checkout's revision, and whether the code that runs (not docs, not results) differs from it.
 
-    Without .git in `root`, or without git, MOEBENCH_REVISION gives the revision, and whether it is dirty is not known.
+    Without .git in `root`, or without git, the revision is MOEBENCH_REVISION (None if unset). The second value is then
+    None, because nobody knows whether the code was changed.
     """
     revision = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
     if revision is None:
@@ -200,7 +206,7 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What git says of the checkout; None where it cannot."""
+    """Return what git prints about the checkout; None where git fails or does not run."""
     try:
         done = run_git("-C", str(root), *arguments)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""git, as moebench calls it."""
+"""The one function through which moebench calls git."""
 
 import os
 import subprocess
@@ -7,9 +7,10 @@ TIMEOUT_S = 60.0
 
 
 def run_git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    """What git answers, in English and whatever a hook's variables say. Raises OSError where it does not run.
+    """Run git and return the finished process, with its output in English.
 
-    A git that does not answer within TIMEOUT_S raises subprocess.TimeoutExpired.
+    Variables that a git hook sets do not reach git. Raises OSError where git does not run, and
+    subprocess.TimeoutExpired where it does not finish within TIMEOUT_S.
     """
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook sets these
     variables["LC_ALL"] = "C"

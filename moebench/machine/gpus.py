@@ -1,4 +1,4 @@
-"""Where workers run: GPUs by name, or the CPU; and how the ranks of a job share them. No torch here."""
+"""Where workers run (GPUs by name, or the CPU), and how the ranks of a job share those slots."""
 
 import os
 from collections.abc import Sequence
@@ -7,22 +7,23 @@ from dataclasses import dataclass
 from moebench.errors import UsageError
 from moebench.machine import nvml
 
-#: A GPU busier than this, with no process to be seen, is someone's in another container.
+#: A GPU that is busier than this without a visible process is in use by another container.
 GPU_BUSY_PERCENT = 5
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Room for one rank: a GPU, as CUDA_VISIBLE_DEVICES names it, or else the CPU, where all ranks of a job have room.
+    """Room for one rank on a GPU, or for all ranks of a job on the CPU.
 
-    `num_threads` is what OMP_NUM_THREADS is set to, None as it is.
+    `gpu` is the name that CUDA_VISIBLE_DEVICES takes, None for the CPU. `num_threads` is the value for OMP_NUM_THREADS;
+    None means that `variables` chooses it.
     """
 
     gpu: str | None = None
     num_threads: int | None = None
 
 
-#: What one worker takes: a slot or, for several ranks on GPUs, as many.
+#: What one worker takes: one slot or, for several ranks on GPUs, one slot for each rank.
 Place = tuple[Slot, ...]
 
 ANYWHERE: Place = (Slot(),)
@@ -30,14 +31,17 @@ ANYWHERE: Place = (Slot(),)
 
 @dataclass(frozen=True)
 class VisibleGpu:
-    """A GPU that CUDA would see: its name in CUDA_VISIBLE_DEVICES, and why it should be left alone, if so."""
+    """A GPU that CUDA would see: its name in CUDA_VISIBLE_DEVICES, and who uses it (None for nobody)."""
 
     name: str
     in_use: str | None = None
 
 
 def places(slots: Sequence[Slot], ep_size: int) -> list[Place]:
-    """The slots as jobs of that EP size take them; fewer GPUs than ranks are one place, whose worker says so."""
+    """Return the places that jobs of that EP size can take, each made of some of the slots.
+
+    If there are fewer GPUs than ranks, all GPUs are one place, and its worker reports that they are too few.
+    """
     if any(slot.gpu is None for slot in slots):
         return [(slot,) for slot in slots]
     whole = len(slots) // ep_size * ep_size
@@ -45,19 +49,22 @@ def places(slots: Sequence[Slot], ep_size: int) -> list[Place]:
 
 
 def variables(place: Place, at_once: int, num_ranks: int, cores: int) -> dict[str, str]:
-    """What the environment of a worker at `place` says: its GPUs, and its share of the cores among those `at_once`."""
+    """Return the environment variables of a worker at `place`: its GPUs, and its threads.
+
+    The `at_once` workers that run side by side share the cores equally.
+    """
     found = {}
     gpus = [slot.gpu for slot in place if slot.gpu is not None]
     if gpus:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     threads = place[0].num_threads
     if threads is None and at_once * num_ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, cores // (at_once * num_ranks))  # torch's launcher would give each rank one
+        threads = max(1, cores // (at_once * num_ranks))  # torch's launcher would give each rank one thread
     return found if threads is None else found | {"OMP_NUM_THREADS": str(threads)}
 
 
 def visible_gpus() -> list[VisibleGpu]:
-    """The GPUs that CUDA sees here, by CUDA_VISIBLE_DEVICES where it is set, and who uses them.
+    """Return the GPUs that CUDA sees here, and who uses them. CUDA_VISIBLE_DEVICES limits them where it is set.
 
     Raises nvml.NvmlUnavailable.
     """
@@ -68,7 +75,7 @@ def visible_gpus() -> list[VisibleGpu]:
         return gpus
     visible = []
     for name in filter(None, map(str.strip, listed.split(","))):
-        if name.isdecimal():  # an index of NVML's, as torch takes it; CUDA stops at the first that is none
+        if name.isdecimal():  # torch reads it as NVML's index; CUDA ignores the list from the first wrong index on
             if int(name) >= len(gpus):
                 break
             visible.append(gpus[int(name)])
@@ -79,31 +86,34 @@ def visible_gpus() -> list[VisibleGpu]:
 
 
 def in_use(use: nvml.GpuUse) -> str | None:
-    """By whom a GPU is used, None by nobody that can be seen."""
+    """Say who uses a GPU; None where no user is visible."""
     if use.other_pids:
         return f"in use by process {', '.join(map(str, use.other_pids))}"
     if use.busy_percent is not None and use.busy_percent > GPU_BUSY_PERCENT:
-        return f"{use.busy_percent}% busy with work of a process that cannot be seen from here"
+        return f"{use.busy_percent}% busy with a process that is not visible from here"
     return None
 
 
 def choose(device: str | None, wanted: str | None, share: bool) -> tuple[tuple[Slot, ...], list[str]]:
-    """Slots on the GPUs that are `wanted` ("0,2"; "all" or None, all there are), and what is to be said of others.
+    """Return one slot for each GPU that is `wanted` and free, and a note on each GPU that is in use.
 
-    Numbers are torch's: places in the list of visible GPUs; `device`, "cuda:N", wants one. A GPU in use is left out
-    unless they are shared. Without NVML, without GPUs and on device "cpu" it is one slot anywhere. Raises UsageError
-    where GPUs are named that are not there, and where all are in use.
+    `wanted` is "0,2", or "all" or None for all GPUs. The numbers are torch's: places in the list of visible GPUs. The
+    device "cuda:N" wants GPU N. A GPU in use is left out unless `share` is true. Without NVML, without GPUs and on
+    device "cpu" the result is ANYWHERE. Raises UsageError where a named GPU is not there, where all wanted GPUs are in
+    use, and where `wanted` and `device` contradict each other.
     """
     kind, _, index = (device or "").partition(":")
     if wanted is not None and (index or kind == "cpu"):
-        raise UsageError(f"--gpus {wanted} beside --device {device}: leave one of the two out")
+        raise UsageError(f"--gpus {wanted} and --device {device}: both choose where to run; leave one of the two out")
     if kind == "cpu":
         return ANYWHERE, []
     try:
         gpus = visible_gpus()
     except nvml.NvmlUnavailable as reason:
         if wanted is not None:
-            raise UsageError(f"--gpus {wanted}: GPUs cannot be told apart here: {reason}; leave it out") from reason
+            raise UsageError(
+                f"--gpus {wanted}: moebench cannot list the GPUs here ({reason}); leave --gpus out"
+            ) from reason
         return ANYWHERE, []
     notes, free = [], []
     for number in _numbers(f"--device {device}" if index else f"--gpus {wanted}", index or wanted, len(gpus)):
@@ -111,7 +121,7 @@ def choose(device: str | None, wanted: str | None, share: bool) -> tuple[tuple[S
         if gpu.in_use is None or share:
             free.append(Slot(gpu.name))
         else:
-            notes.append(f"GPU {number} is {gpu.in_use}: not used; --share-gpus uses it all the same")
+            notes.append(f"GPU {number} is {gpu.in_use}, so the run leaves it out; --share-gpus uses it anyway")
     if notes and not free:
         raise UsageError("\n".join(notes))
     return tuple(free) or ANYWHERE, notes
@@ -123,6 +133,6 @@ def _numbers(option: str, wanted: str | None, count: int) -> list[int]:
     words = [word.strip() for word in wanted.split(",")]
     wrong = [word for word in words if not word.isdecimal() or int(word) >= count]
     if wrong:
-        there = f"there are 0 to {count - 1}" if count else "there is none"
-        raise UsageError(f"{option}: {', '.join(map(repr, wrong))}: no such GPU, {there}; give numbers, or all")
+        there = f"there are 0 to {count - 1}" if count else "this machine has none"
+        raise UsageError(f"{option}: {', '.join(map(repr, wrong))}: no such GPU, {there}; give numbers of GPUs, or all")
     return list(dict.fromkeys(map(int, words)))

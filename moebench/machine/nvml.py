@@ -1,7 +1,7 @@
-"""What NVIDIA's management library (NVML) says about a GPU: no privileges, no CUDA context, no torch.
+"""What NVIDIA's management library (NVML) says about a GPU. It needs no privileges, no CUDA context and no torch.
 
-NVML is asked, never relied on. A machine without it, a GPU that it does not know and a query that this GPU does not
-answer are values (`nvml_error`, or None in a field), so that a measurement goes on and says what was not known.
+A measurement goes on without NVML and records what is not known. The result is a value (`nvml_error`, or None in a
+field) where the machine has no NVML, where NVML does not know the GPU, and where the GPU does not answer a query.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-#: Bits of nvmlDeviceGetCurrentClocksEventReasons, fixed by NVML's interface: why the clocks are not the highest.
+#: Bits of nvmlDeviceGetCurrentClocksEventReasons, fixed by NVML's interface. Each is a reason for a lower clock.
 CLOCKS_EVENT_REASONS = MappingProxyType(
     {
         0x001: "gpu_idle",
@@ -28,13 +28,13 @@ CLOCKS_EVENT_REASONS = MappingProxyType(
     }
 )
 
-#: Those that slow a measurement down against the same GPU on another day. A power cap is not among them: it is how a
-#: GPU normally runs dense matrix products.
+#: Reasons that make a measurement slower than on the same GPU on another day. The power cap is left out, because a GPU
+#: normally runs dense matrix products at its power cap.
 SLOWED_DOWN = frozenset({"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"})
 
 
 class GpuReading(BaseModel):
-    """One GPU at one moment. None: this GPU or this driver does not say."""
+    """One GPU at one moment. None means that this GPU or this driver does not report the value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,7 +54,7 @@ class GpuReading(BaseModel):
 
 
 class GpuUse(BaseModel):
-    """Who else uses a GPU: processes with a CUDA context there, this one not counted, and how busy it is."""
+    """Who else uses a GPU: the other processes that have a CUDA context on it, and how busy it is."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,7 +63,7 @@ class GpuUse(BaseModel):
 
 
 class Clock(BaseModel):
-    """What a GPU's multiprocessors ran at, and whether something slowed them down (`SLOWED_DOWN`), at one moment."""
+    """The clock of a GPU's multiprocessors at one moment, and which reasons in `SLOWED_DOWN` held then."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,12 +72,12 @@ class Clock(BaseModel):
 
 
 class NvmlUnavailable(Exception):
-    """NVML cannot be asked at all here; the message says why."""
+    """NVML is not available on this machine; the message says why."""
 
 
 @contextmanager
 def nvml() -> Iterator[Any]:
-    """The pynvml module, initialised while the block runs. Raises NvmlUnavailable."""
+    """Yield the pynvml module, initialised while the block runs. Raises NvmlUnavailable."""
     try:
         import pynvml
     except ImportError as error:
@@ -93,7 +93,10 @@ def nvml() -> Iterator[Any]:
 
 
 def read(uuid: str) -> GpuReading:
-    """The GPU of that uuid ("GPU-…"), now. What NVML cannot say is None, and `nvml_error` says why where it is all."""
+    """Read the GPU with that uuid ("GPU-…") now.
+
+    A value that NVML does not report is None. Where NVML reports none at all, `nvml_error` says why.
+    """
     try:
         with nvml() as library:
             try:
@@ -107,7 +110,10 @@ def read(uuid: str) -> GpuReading:
 
 @contextmanager
 def clock_of(uuid: str) -> Iterator[Callable[[], Clock]]:
-    """A way to read that GPU's clock again and again, cheaply: two queries. What NVML cannot say is None."""
+    """Yield a function that reads the GPU's clock. Each call costs two queries of NVML.
+
+    A clock that NVML does not report is None.
+    """
     look: Callable[[], Clock] = Clock
     with ExitStack() as stack:
         with suppress(NvmlUnavailable):
@@ -126,12 +132,12 @@ def _clock(library: Any, handle: Any) -> Clock:
 
 
 def full_uuid(uuid: str) -> str:
-    """As NVML writes it: torch leaves a GPU's prefix out."""
+    """Return the uuid as NVML writes it. torch leaves the prefix "GPU-" out."""
     return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
 
 
 def read_all() -> list[tuple[GpuReading, GpuUse]]:
-    """Every GPU of the machine in NVML's order, whatever CUDA_VISIBLE_DEVICES says. Raises NvmlUnavailable."""
+    """Read every GPU of the machine in NVML's order, whatever CUDA_VISIBLE_DEVICES says. Raises NvmlUnavailable."""
     with nvml() as library:
         return [_read_index(library, index) for index in range(_ask(library, library.nvmlDeviceGetCount) or 0)]
 
@@ -139,7 +145,7 @@ def read_all() -> list[tuple[GpuReading, GpuUse]]:
 def _read_index(library: Any, index: int) -> tuple[GpuReading, GpuUse]:
     try:
         handle = library.nvmlDeviceGetHandleByIndex(index)
-    except library.NVMLError as error:  # a GPU that fell off the bus is still a finding
+    except library.NVMLError as error:  # a GPU that fell off the bus still gets a reading
         return GpuReading(nvml_error=f"NVML: {error}"), GpuUse()
     return _read(library, handle), _use(library, handle)
 
@@ -176,7 +182,7 @@ def _use(library: Any, handle: Any) -> GpuUse:
 
 
 def _ask(library: Any, query: Callable[..., Any], *arguments: Any) -> Any:
-    """The answer, or None: NVML raises for each query that a GPU, a driver or a sandbox does not support."""
+    """Return the answer, or None where NVML raises because a GPU, driver or sandbox does not support the query."""
     try:
         return query(*arguments)
     except library.NVMLError:
@@ -188,7 +194,7 @@ def _watts(milliwatts: int | None) -> float | None:
 
 
 def _reason_names(bits: int) -> tuple[str, ...]:
-    """Names of the set bits; one that this table does not know stays visible as a number."""
+    """Return the names of the set bits, and one hexadecimal number for the bits that CLOCKS_EVENT_REASONS lacks."""
     known = [name for bit, name in CLOCKS_EVENT_REASONS.items() if bits & bit]
     unknown = bits & ~sum(CLOCKS_EVENT_REASONS)
     return (*known, hex(unknown)) if unknown else tuple(known)

@@ -1,8 +1,11 @@
-"""Numbers of bytes in words."""
+"""Numbers of bytes as text."""
 
 
 def size(num_bytes: float, spec: str | None = None) -> str:
-    """With a binary suffix, 1.23 GiB: in three significant digits, or as `spec` says, a format of a number."""
+    """Return a number of bytes with a binary suffix, for example 1.23 GiB.
+
+    The number has three significant digits. `spec`, a format specification such as ".0f", overrides that.
+    """
     for power, suffix in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if num_bytes >= 2**power:
             scaled = num_bytes / 2**power

@@ -1,13 +1,13 @@
-"""Versions of the libraries that backends run on. No torch at import."""
+"""Versions of the libraries that backends run on. Importing this module does not import torch."""
 
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from types import MappingProxyType
 
-#: Libraries whose code runs inside the timed region: importable name -> the distributions that ship it, by their names
-#: in package metadata. They stand here and not in `experts.catalog`, because workers of `moebench ab` import older
-#: revisions of `experts`, and the versions of both sides are compared.
+#: Libraries that run code inside the timed region: importable name -> the distributions that ship it, by their names
+#: in package metadata. This table is not in `experts.catalog`, because workers of `moebench ab` import older revisions
+#: of `experts`, and moebench compares the versions of both sides.
 TIMED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "triton": ("triton", "pytorch-triton"),
@@ -18,7 +18,7 @@ TIMED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
-#: Those, and the others that a backend may need.
+#: The timed libraries, and the other libraries that a backend may need.
 DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         **TIMED,
@@ -31,7 +31,7 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def library_versions() -> dict[str, str | None]:
-    """Versions of torch, of what it was built with, and of every library that a backend may need; None where absent."""
+    """Return the versions of torch, CUDA, cuDNN, NCCL and every library in DISTRIBUTIONS; None where absent."""
     import torch
 
     cuda = torch.version.cuda
@@ -42,7 +42,10 @@ def library_versions() -> dict[str, str | None]:
 
 
 def module_version(module: str) -> str | None:
-    """The version of the distribution that ships `module`; "unknown" for a module that is there without metadata."""
+    """Return the version of the distribution that ships `module`.
+
+    It is "unknown" for a module without metadata, and None where the module is not installed.
+    """
     for name in DISTRIBUTIONS[module]:
         try:
             return importlib.metadata.version(name)
@@ -50,7 +53,7 @@ def module_version(module: str) -> str | None:
             continue
     try:
         return None if importlib.util.find_spec(module) is None else "unknown"
-    except ValueError:  # already imported, from no file
+    except ValueError:  # the module is imported already, but not from a file
         return "unknown"
 
 
@@ -59,6 +62,6 @@ def _cudnn() -> str | None:
 
     try:
         number = torch.backends.cudnn.version()
-    except RuntimeError as error:  # another cuDNN than torch's was loaded: a fact about the machine, not a run's end
+    except RuntimeError as error:  # a cuDNN that is not torch's was loaded: record it, and let the run go on
         return f"unusable: {str(error).splitlines()[0]}"
     return None if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"

@@ -1,4 +1,4 @@
-"""What happens in a worker process: one job is built, checked, timed and weighed.
+"""The code of a worker process: it builds the backend of a job, checks it, times it and measures its memory.
 
-`protocol` alone is free of torch: the supervisor speaks it too.
+Only the module `protocol` works without torch, because the supervisor uses it.
 """

@@ -1,4 +1,4 @@
-"""Where a forward under expert parallelism spends its time: dispatch, compute, combine."""
+"""The time of each part of a forward pass under expert parallelism: dispatch, compute, combine."""
 
 import statistics
 import time
@@ -15,9 +15,10 @@ PART_COLUMNS = ("dispatch_ms", "compute_ms", "combine_ms")
 
 
 def breakdown(module: nn.Module, forward: Callable[[], object], device: torch.device, ranks: Ranks) -> dict[str, float]:
-    """Medians of each part, of its slowest rank; empty for a module without a dispatcher to listen to.
+    """Return the median of each part on its slowest rank, in milliseconds.
 
-    Parts are marked in the stream that computes, so that one that runs beside it counts where it is waited for.
+    The dict is empty for one rank, and for a module without a dispatcher. The marks between parts are in the stream
+    that computes. If work runs in another stream, its time counts in the part that waits for it.
     """
     dispatcher: Any = getattr(module, "dispatcher", None)
     if dispatcher is None or ranks.size == 1:
@@ -38,7 +39,7 @@ def breakdown(module: nn.Module, forward: Callable[[], object], device: torch.de
 
 
 class _Listener:
-    """A dispatcher that does what another does and marks when."""
+    """A dispatcher that calls another dispatcher and marks when each of its calls starts and ends."""
 
     def __init__(self, dispatcher: Any, device: torch.device) -> None:
         self._dispatcher = dispatcher
@@ -58,7 +59,7 @@ class _Listener:
         return summed
 
     def parts_ms(self) -> list[float]:
-        """Milliseconds of dispatch, compute and combine of the last forward."""
+        """Return the milliseconds of dispatch, compute and combine of the last forward pass."""
         marks = self._marks
         if self._on_gpu:
             marks[-1].synchronize()

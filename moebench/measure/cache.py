@@ -1,4 +1,4 @@
-"""What the backends of a case share, made once: parameters, inputs, and the ceilings they are held against."""
+"""The data that all backends of a case share, made once: parameters, inputs and ceilings."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,10 @@ from moebench.workload.ranks import ALONE, Ranks
 
 @dataclass
 class Workload:
-    """Parameters and inputs of the case at hand, kept for the next backend; parameters also for the next case.
+    """The parameters and inputs of the current case, kept for the next backend.
 
-    `trace` is where the job at hand leaves a profiler's trace, None for none.
+    Parameters are also kept for the next case if it has the same weights. The current job writes its profiler trace to
+    the file `trace`; if that is None, it writes none.
     """
 
     device: torch.device
@@ -30,7 +31,7 @@ class Workload:
 
     def parameters(self, case: Case) -> dict[str, Tensor]:
         if self._parameters is None or self._parameters[0] != case.weights:
-            self._parameters = None  # the old ones go before the new ones come
+            self._parameters = None  # free the old ones before the new ones are made
             self._parameters = case.weights, make_parameters(case, self.device, self.ranks.rank)
         return self._parameters[1]
 
@@ -41,7 +42,7 @@ class Workload:
         return self._inputs[1]
 
     def ceilings(self, job: Job, fp8: bool, cold: bool) -> Ceilings:
-        """Measured once for all backends of a case; the copy once for all cases."""
+        """Return the case's ceilings. They are measured once per case, and the copy once for all cases."""
         case, key = job.case, (job.case.case_id, job.dispatcher, fp8)
         if key not in self._ceilings:
             if self._copy_gb_per_s is None:
@@ -54,5 +55,5 @@ class Workload:
         return self._ceilings[key]
 
     def forget(self) -> None:
-        """Free the tensors, to be made again when they are asked for."""
+        """Free the tensors. They are made again when a job needs them."""
         self._parameters = self._inputs = None

@@ -1,4 +1,4 @@
-"""Whether this process can still be trusted: by a layer whose result is known in closed form, and torch's settings."""
+"""Whether this process still computes right: a layer with a known result in closed form, and torch's settings."""
 
 import gc
 import math
@@ -8,18 +8,18 @@ import torch
 
 from experts import BackendConfig, GroupedExperts, MoEConfig
 
-#: What a process may keep of a GPU's memory between jobs: libraries' workspaces, tens of MiB each.
+#: A process may keep this much GPU memory between jobs. Workspaces of libraries take tens of MiB each.
 KEPT_BYTES = 2**28
 _TOKENS, _EXPERTS, _WIDTH = 4, 2, 8
-_TOLERANCE = 1e-5  # float32, sums of a few equal terms; products in TF32 that a backend switched on exceed it
+_TOLERANCE = 1e-5  # for float32 sums of a few equal terms; if a backend switched TF32 on, the products exceed it
 
 
 class Unhealthy(Exception):
-    """What is wrong with this process."""
+    """This process must not measure more jobs; the message says why."""
 
 
 def settings() -> tuple[object, ...]:
-    """What a backend may set in torch and not set back: the times and roundings of all that run after it follow."""
+    """Return the torch settings that a backend may leave changed, and that change times and rounding of later jobs."""
     libraries: Any = (torch.backends.cuda, torch.backends.mkldnn)
     return (
         torch.get_num_threads(),
@@ -30,9 +30,10 @@ def settings() -> tuple[object, ...]:
 
 
 def sing(device: torch.device) -> None:
-    """Raises Unhealthy, or what the device raises, where the loop is wrong or a failed job's memory is still held.
+    """Check that the loop is right and that a failed job's memory is free. Raises Unhealthy, or the device's error.
 
-    All inputs are 1 and all matrices means: gate and up are 1, so that y = silu(1) and dx = silu'(1) + silu(1).
+    All inputs are 1, and every matrix computes the mean of its input. Gate and up are therefore 1, so that
+    y = silu(1) and dx = silu'(1) + silu(1).
     """
     if torch.get_default_dtype() != torch.float32:
         raise Unhealthy(f"the default dtype is {torch.get_default_dtype()}: a backend has changed it")
@@ -55,7 +56,7 @@ def sing(device: torch.device) -> None:
     for name, found, right in (("output", y_TD, sigmoid), ("input gradient", x_TD.grad, slope + sigmoid)):
         error = math.inf if found is None else float((found.detach() - right).abs().max())
         if not error <= _TOLERANCE:
-            raise Unhealthy(f"the canary's {name} is off by {error:.2g}: something of this process has changed")
+            raise Unhealthy(f"the canary's {name} is off by {error:.2g}, over {_TOLERANCE:.0e}: another worker goes on")
     _check_memory(device)
 
 
@@ -65,4 +66,4 @@ def _check_memory(device: torch.device) -> None:
     gc.collect()
     held = torch.cuda.memory_allocated(device)
     if held > KEPT_BYTES:
-        raise Unhealthy(f"{held} bytes of the GPU are still held after a failed job")
+        raise Unhealthy(f"{held} bytes of the GPU are still held after a failed job, more than {KEPT_BYTES}")

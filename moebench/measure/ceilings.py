@@ -1,8 +1,9 @@
-"""What a case could reach at best on this machine, measured in the same run. Knows no backend.
+"""The best times that a case could reach on this machine, measured in the same run. This module knows no backend.
 
-Matrix products of the case's own rows, as if one expert had them all (dense) and as torch's grouped GEMMs have them
-(grouped); a copy within memory; between ranks the raw collective. No layer is faster than its products run dense, nor
-than its least bytes are copied, nor than its tokens travel: the longest of the three is the case's roofline.
+It measures the matrix products of the case's own rows in two ways: as if one expert had all rows (dense), and by
+torch's grouped GEMMs (grouped). It also measures a copy within memory and, with several ranks, the raw collective.
+No layer is faster than its dense products, than a copy of the bytes that it must move, or than the collective that
+carries its tokens. The longest of these three times is the case's roofline.
 """
 
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import ALONE, Ranks
 
-#: Precise enough for a bound, and cheap: backends of one case share it.
+#: Precise enough for a bound, and cheap: all backends of a case share one measurement.
 INTERVAL_TARGET, TIME_CAP_S = 0.01, 0.15
 COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
-#: torch._scaled_mm takes dimensions that are multiples of it.
+#: torch._scaled_mm accepts only dimensions that are multiples of this.
 FP8_ALIGNMENT = 16
 
 Call = Callable[[], object]
@@ -30,7 +31,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Milliseconds of the products and of the collective, bytes that must be moved, and how fast a copy moves them."""
+    """Milliseconds of the products and of the collective, the least bytes to move, and the speed of a copy."""
 
     dense_ms: float | None
     grouped_ms: float | None
@@ -40,13 +41,13 @@ class Ceilings:
 
     @property
     def roofline_ms(self) -> float:
-        """The longest of what cannot be avoided. A copy reads and writes: both count in its speed."""
+        """The longest of the three times. Both bytes read and bytes written count, in the copy and in `least_bytes`."""
         return max(self.dense_ms or 0.0, self.collective_ms or 0.0, self.least_bytes / self.copy_gb_per_s / 1e6)
 
 
 @dataclass(frozen=True)
 class ExpertWork:
-    """What the experts of this rank compute on: rows of every rank's tokens, in groups by local expert."""
+    """The input of this rank's experts: rows of every rank's tokens, in groups by local expert."""
 
     case: Case
     rows_ND: Tensor
@@ -57,7 +58,7 @@ class ExpertWork:
 
 
 def work_of(case: Case, inputs: Inputs, parameters: dict[str, Tensor], ranks: Ranks = ALONE) -> ExpertWork:
-    """The rows that this rank's experts get, sorted."""
+    """Return the rows that this rank's experts get, sorted by expert."""
     up_LDF, down_LID = parameters["gate_and_up_projs"], parameters["down_projs"]
     n_local_experts = up_LDF.shape[0]
     local_RK = ranks.rows(inputs.active_indices_TK) - ranks.rank * n_local_experts
@@ -69,7 +70,7 @@ def work_of(case: Case, inputs: Inputs, parameters: dict[str, Tensor], ranks: Ra
 
 
 def copy_gb_per_s(device: torch.device) -> float:
-    """Bytes read and bytes written a second, of a copy much larger than any cache."""
+    """Return GB per second, bytes read plus bytes written, of a copy that is much larger than any cache."""
     source = torch.empty(COPIED_BYTES[device.type], dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / _median_ms([lambda: target.copy_(source)], device, True, ALONE) / 1e6
@@ -78,9 +79,10 @@ def copy_gb_per_s(device: torch.device) -> float:
 def measure_ceilings(
     work: ExpertWork, inputs: Inputs, dispatcher: str, fp8: bool, copy: float, cold: bool, ranks: Ranks
 ) -> Ceilings:
-    """The ceilings of a case on this device; `copy` is `copy_gb_per_s`. Under `fp8` dense products are of E4M3.
+    """Return the ceilings of a case on this device. `copy` is the result of `copy_gb_per_s`.
 
-    All but the copy with a cache as the case has it: `cold`, or not; then the bytes are no bound and count as none.
+    With `fp8`, the dense products are in E4M3. With `cold`, products and collective are measured with a cold cache,
+    like the case. Without it, a cache may hold the bytes. They then give no bound, and `least_bytes` is 0.
     """
     device = inputs.x_TD.device
     dense = (_dense_fp8 if fp8 else _dense)(work) if work.rows_ND.shape[0] else None
@@ -97,7 +99,7 @@ def measure_ceilings(
 
 
 def _slowest_ms(products: list[Call] | None, device: torch.device, cold: bool, ranks: Ranks) -> float | None:
-    """Of the rank that has most; None where no rank has any."""
+    """Return the time of the slowest rank; None if no rank has any products."""
     return ranks.largest(_median_ms(products, device, cold, ALONE) if products else 0.0) or None
 
 
@@ -109,9 +111,10 @@ def _median_ms(calls: list[Call], device: torch.device, cold: bool, ranks: Ranks
 
 
 def _least_bytes(work: ExpertWork) -> int:
-    """Parameters of experts with rows once, tokens in and out; in mode train gradients of all of them too.
+    """Return the bytes of the parameters of experts with rows, each read once, and of tokens in and out.
 
-    Backward needs the parameters again; a cache may have kept them.
+    In mode train, also count the gradients of all parameters and tokens. The second read of the parameters in backward
+    does not count, because a cache may have kept them.
     """
     bytes_of_expert = work.up_LDF[0].nbytes + work.down_LID[0].nbytes
     touched = int((work.tokens_per_expert_L > 0).sum()) * bytes_of_expert
@@ -122,7 +125,7 @@ def _least_bytes(work: ExpertWork) -> int:
 
 
 def _dense(work: ExpertWork) -> list[Call]:
-    """The products of a pass, all rows by the first expert's matrices; in train also those of both gradients."""
+    """Return a pass's products of all rows with the first expert's matrices; in mode train also both gradients'."""
     x_ND, up_DF, down_ID = work.rows_ND, work.up_LDF[0], work.down_LID[0]
     h_NF, a_NI = _like_rows(work, up_DF.shape[1]), _like_rows(work, down_ID.shape[0])
     products: list[Call] = [lambda: x_ND @ up_DF, lambda: a_NI @ down_ID]
@@ -132,7 +135,7 @@ def _dense(work: ExpertWork) -> list[Call]:
 
 
 def _dense_fp8(work: ExpertWork) -> list[Call] | None:
-    """As `_dense`, in E4M3 with one scale a tensor; None for what torch._scaled_mm does not take."""
+    """Return the products of `_dense` in E4M3 with one scale per tensor; None if torch._scaled_mm cannot run them."""
     dim, inter, width = work.case.dim, work.down_LID.shape[1], work.up_LDF.shape[2]
     num_rows = -(-work.rows_ND.shape[0] // FP8_ALIGNMENT) * FP8_ALIGNMENT
     if work.rows_ND.device.type != "cuda" or any(size % FP8_ALIGNMENT for size in (dim, inter, width)):
@@ -150,7 +153,7 @@ def _dense_fp8(work: ExpertWork) -> list[Call] | None:
 
 
 def _grouped(work: ExpertWork) -> list[Call] | None:
-    """torch's grouped GEMMs of a pass, alone; None where torch has no kernel for it but a loop with a host sync."""
+    """Return only the grouped GEMMs of a pass; None if torch has no kernel for them, only a loop with a host sync."""
     x_ND, up_LDF, down_LID = work.rows_ND, work.up_LDF, work.down_LID
     widths = (up_LDF.shape[1], up_LDF.shape[2], down_LID.shape[1])
     if x_ND.device.type != "cuda" or x_ND.dtype is not torch.bfloat16 or any(width % 8 for width in widths):
@@ -172,7 +175,7 @@ def _like_rows(work: ExpertWork, width: int) -> Tensor:
 
 
 def _collective(case: Case, inputs: Inputs, dispatcher: str, ranks: Ranks) -> list[Call] | None:
-    """The raw collectives that carry the case's tokens out and back, in mode train twice."""
+    """Return the raw collectives that carry the case's tokens out and back; in mode train each one twice."""
     if ranks.size == 1:
         return None
     ways = 2 if case.mode == "train" else 1
@@ -189,7 +192,7 @@ def _collective(case: Case, inputs: Inputs, dispatcher: str, ranks: Ranks) -> li
 
 
 def rows_between_ranks(inputs: Inputs, n_routed_experts: int, ranks: Ranks) -> tuple[list[int], list[int]]:
-    """How many tokens this rank sends to each rank, each once, and how many it receives from each."""
+    """Return how many tokens this rank sends to each rank, each token once per rank, and receives from each."""
     rank_TK = inputs.active_indices_TK // (n_routed_experts // ranks.size)
     send = [int((rank_TK == rank).any(dim=1).sum()) for rank in range(ranks.size)]
     return send, [row[ranks.rank] for row in ranks.tell(send)]

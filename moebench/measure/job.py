@@ -1,4 +1,4 @@
-"""One job in this process: build the backend, check it, time it, weigh it. The job's record comes of it."""
+"""One job in this process: build the backend, check it, time it, measure its memory, and return the record's fields."""
 
 import dataclasses
 import time
@@ -26,16 +26,16 @@ from moebench.workload.case import Case, Job
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import Ranks
 
-#: Columns of what a job spent its time on; memory, profile and the passes that are checked are the rest of `job_s`.
+#: The columns that say where a job's time went. Memory, profile and the checked passes are the rest of `job_s`.
 PHASES = ("setup_s", "ceilings_s", "parity_s", "timing_s")
-#: A graph's replays differ little: less time does for them.
+#: Timing a graph may take this share of the time cap, because the times of its replays differ little.
 GRAPH_SHARE = 0.25
 
 
 def measure_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
-    """The measured fields of the job's record: `status` and what that status may carry.
+    """Return the measured fields of the job's record: `status`, and the fields that go with this status.
 
-    A job of a check is examined and not timed. Whatever the backend raises, but Unsupported, comes through.
+    A job of a check is examined and not timed. Every exception of the backend except Unsupported comes through.
     """
     try:
         return _measure(job, workload, policy) if job.check is None else examine(job, workload)
@@ -49,11 +49,11 @@ def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     phases = _Phases(device)
     with phases.of("setup_s"):
         workload.inputs(case), workload.parameters(case)
-    with phases.of("ceilings_s"):  # before the module takes its share of the memory
+    with phases.of("ceilings_s"):  # before the module takes its part of the memory
         bounds = workload.ceilings(job, backend.fp8 is not None, policy.cold_l2 and device.type == "cuda")
     with phases.of("setup_s"):
         subject = make_subject(backend, job, workload)
-        handed = subject.inputs.clone()  # a backend that writes into what it is handed spoils nobody else's
+        handed = subject.inputs.clone()  # a backend may write into its inputs: the next backend needs the originals
     started = time.perf_counter()
     subject.settle(handed)
     passes = [subject.run(handed)]
@@ -64,7 +64,7 @@ def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
         with phases.of("parity_s"):
             return subject.judge(passes, case=case)
 
-    if not _fit_together(passes, device, ranks):  # the gradients of the largest layers, twice, would not
+    if not _fit_together(passes, device, ranks):  # two sets of gradients of the largest layers do not fit
         verdict = judge(passes)
         passes.clear()
         if not verdict.passed:
@@ -72,21 +72,21 @@ def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     passes += [subject.run(handed) for _ in range(PASSES - 1)]
     verdict = judge(passes)
     measured["deterministic"] = are_identical(passes, ranks) if len(passes) == PASSES else None
-    judged = {"output": passes[-1]["output"].clone()} if verdict.passed else {}  # of a buffer that is written again
+    judged = {"output": passes[-1]["output"].clone()} if verdict.passed else {}  # it may be overwritten
     passes.clear()
     if verdict.passed:
         measured |= _speed_and_memory(subject.module, handed, case, policy, workload, phases)
         measured |= _against(bounds, measured)
-        # what was timed must still be right: a kernel that goes wrong when it is called often has no speed either
+        # the module must still be right after timing: a kernel that goes wrong after many calls gets no speed
         after = run_pass(subject.module, handed, "forward")
-        if not are_identical([judged, after], ranks):  # the same bits are as right as they were
+        if not are_identical([judged, after], ranks):  # the same bits need no second verdict
             of_after = judge([after], case.model_copy(update={"mode": "forward"}))
             verdict = verdict if of_after.passed else of_after
     return _with_verdict(measured | phases.spent_s, verdict)
 
 
 class _Phases:
-    """Wall-clock seconds of a job's parts, by the name of their column."""
+    """The wall-clock seconds of a job's parts, by the name of their column."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -103,7 +103,7 @@ class _Phases:
 
 
 def _against(bounds: Ceilings, measured: Measured) -> Measured:
-    """The case's ceilings, and how near it came to its roofline."""
+    """Return the fields of the case's ceilings, and the fraction of its roofline that the job reached."""
     return {
         "roofline_ms": bounds.roofline_ms,
         "roofline_fraction": bounds.roofline_ms / measured["time_ms"],
@@ -116,7 +116,7 @@ def _against(bounds: Ceilings, measured: Measured) -> Measured:
 
 
 def _fit_together(passes: list[Tensors], device: torch.device, ranks: Ranks) -> bool:
-    """Whether memory is left, on every rank, for as many passes at once and their making."""
+    """Whether every rank has enough free memory to hold PASSES passes at once and to compute them."""
     if device.type == "cpu":
         return True
     one_pass = sum(tensor.nbytes for tensor in passes[0].values())
@@ -174,7 +174,10 @@ def _speed_and_memory(
 def _graph_time_ms(
     call: "_Call", timed: timing.Timing, device: torch.device, policy: TimingPolicy, ranks: Ranks
 ) -> float | None:
-    """Milliseconds of a replay of the call, for one that a CUDA graph can hold: alone, and without waiting."""
+    """Return the milliseconds of a replay of the call in a CUDA graph.
+
+    None on a CPU, with several ranks, for a call that synchronises, and for a call that cannot be captured.
+    """
     if device.type != "cuda" or ranks.size > 1 or "synchronises" in timed.flags:
         return None
     shorter = dataclasses.replace(policy, time_cap_s=GRAPH_SHARE * policy.time_cap_s)
@@ -183,7 +186,7 @@ def _graph_time_ms(
 
 
 def _largest(weighed: memory.Memory, ranks: Ranks) -> Measured:
-    """The memory of the rank that needs most, figure by figure."""
+    """Return each memory figure of the rank where this figure is largest."""
     by_rank = ranks.tell(weighed)
     figures: dict[str, list[int | None]] = {
         "peak_memory_bytes": [rank.peak_bytes for rank in by_rank],
@@ -195,7 +198,7 @@ def _largest(weighed: memory.Memory, ranks: Ranks) -> Measured:
 
 
 class _Call:
-    """The call that is timed and weighed: forward, and in mode train the backward of its output."""
+    """The call that is timed and whose memory is measured: forward and, in mode train, the backward of its output."""
 
     def __init__(self, module: nn.Module, inputs: Inputs, mode: str) -> None:
         self._module, self._inputs, self._train = module, inputs, mode == "train"
@@ -221,7 +224,7 @@ class _Call:
         output_TD.backward(self._inputs.grad_TD)
 
     def clear(self) -> None:
-        """Drop the last call's output and gradients, so that a backward writes gradients and does not add to them."""
+        """Drop the last call's output and gradients, so that the next backward does not add to these gradients."""
         self._output_TD = None
         self._x_TD.grad = self._weights_TK.grad = None
         self._module.zero_grad(set_to_none=True)

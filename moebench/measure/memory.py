@@ -1,4 +1,7 @@
-"""A callable -> bytes. Knows no backend. Peak is counted above the settled floor: what lives before the call."""
+"""The memory of a callable, in bytes. This module knows no backend.
+
+The peak is counted above the settled floor, which is the memory in use before the call.
+"""
 
 import gc
 import weakref
@@ -14,11 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Memory:
-    """`peak_bytes` allocated above the floor; `saved_bytes` what forward leaves for backward, but for its output.
+    """The memory of one call.
 
-    `reserved_bytes` is what torch's caching allocator, its cache emptied before, takes from the GPU for the call: whole
-    segments, so that what is above the peak is lost to fragments. `outside_bytes` is what of the GPU's memory is in use
-    and not torch's: contexts, libraries, communication buffers.
+    `peak_bytes` is the peak above the floor. `saved_bytes` is what forward keeps for backward, except its output.
+    `reserved_bytes` is what torch's caching allocator takes from the GPU for the call, after its cache was emptied. It
+    takes whole segments, so the part above the peak is lost to fragments. `outside_bytes` is the GPU memory in use that
+    torch's allocator does not hold: contexts, libraries, communication buffers.
     """
 
     peak_bytes: int
@@ -30,9 +34,10 @@ class Memory:
 def measure_memory(
     forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: torch.device
 ) -> Memory:
-    """Run forward, and backward where there is one, and count what they allocate.
+    """Run forward, and backward if there is one, and count the bytes that they allocate.
 
-    On a GPU by torch's caching allocator, on a CPU by following every tensor that torch's operators make.
+    On a GPU, the counts come from torch's caching allocator. On a CPU, StorageTracker follows every tensor that torch's
+    operators make.
     """
     gc.collect()
     return (_measure_gpu if device.type == "cuda" else _measure_cpu)(forward, backward, device)
@@ -78,9 +83,10 @@ def _storage_bytes(tensor: Tensor) -> int:
 
 
 class StorageTracker(TorchDispatchMode):
-    """Counts the bytes of storages that operators make while it is entered, from their birth to their death.
+    """A mode that counts the bytes of each storage that an operator makes, until the storage is freed.
 
-    What an operator allocates and frees inside itself is not seen. Storages that were there before do not count.
+    It does not see memory that an operator allocates and frees inside itself. Storages that existed before the mode was
+    entered do not count.
     """
 
     def __init__(self) -> None:

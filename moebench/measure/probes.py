@@ -1,4 +1,4 @@
-"""What the checks of moebench.parity.checks do with a backend: run it in ways that break it, and judge every pass."""
+"""The probes of moebench.parity.checks: each runs a backend in a way that often breaks one, and judges every pass."""
 
 import dataclasses
 import math
@@ -20,15 +20,19 @@ from moebench.parity.judge import ParityVerdict, TensorError
 from moebench.workload.case import Case, Job
 from moebench.workload.inputs import Inputs, make_inputs, make_parameters, moe_config
 
-#: Calls of a backend that must be right in every one.
+#: The number of calls in the check `repeated`. Every call must be right.
 REPEATS = 12
-#: What the tensors of the largest check need at once: inputs, the backend's rows, and the reference in float64.
+#: The memory that the largest check needs at once: inputs, the backend's rows, and the reference in float64.
 LARGE_BYTES = 80 << 30
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What a probe found; whether runs agreed bit by bit, and what ran: None where it does not look."""
+    """The result of a probe.
+
+    `deterministic` says whether the passes agreed bit by bit, and `executed` names the kernel that ran. Each is None if
+    the probe does not look at it.
+    """
 
     verdict: ParityVerdict
     deterministic: bool | None = None
@@ -36,7 +40,7 @@ class Examined:
 
 
 def examine(job: Job, workload: Workload) -> Measured:
-    """The measured fields of the record of a check's job. Raises Unsupported, and whatever the backend raises."""
+    """Return the measured fields of the record of a check's job. Raises Unsupported and all errors of the backend."""
     assert job.check is not None
     probe = CHECKS[job.check].probe
     if probe == "large":
@@ -50,11 +54,11 @@ def _refuse_large(device: torch.device) -> None:
         raise Unsupported(f"needs a GPU with {size(LARGE_BYTES, '.0f')} free, the device is {device.type}")
     free = torch.cuda.mem_get_info(device)[0]
     if free < LARGE_BYTES:
-        raise Unsupported(f"needs {size(LARGE_BYTES, '.0f')} of free GPU memory, there are {size(free)}")
+        raise Unsupported(f"needs a GPU with {size(LARGE_BYTES, '.0f')} free, this GPU has {size(free)} free")
 
 
 def _passes(subject: Subject, changed: Inputs | None = None) -> Examined:
-    """Two passes on the case's inputs, or on what they were changed to."""
+    """Judge two passes on the case's inputs, or on the inputs `changed` if they are given."""
     inputs = changed or subject.inputs
     handed = inputs.clone()
     subject.settle(handed)
@@ -68,7 +72,7 @@ def _profiled(subject: Subject) -> Examined:
     return dataclasses.replace(found, executed=ran)
 
 
-# inputs of other kinds
+# special inputs
 
 
 def _on(change: Callable[[Inputs, Case], Inputs]) -> Callable[[Subject], Examined]:
@@ -76,20 +80,20 @@ def _on(change: Callable[[Inputs, Case], Inputs]) -> Callable[[Subject], Examine
 
 
 def _random(inputs: Inputs, case: Case) -> Tensor:
-    """One number in [0, 1) for every choice [T, K]."""
+    """Return a random number in [0, 1) for every choice, [T, K]."""
     generator = torch.Generator(inputs.x_TD.device).manual_seed(case.seed + 2)
     return torch.rand(inputs.weights_TK.shape, device=inputs.x_TD.device, generator=generator)
 
 
 def dropped(inputs: Inputs, case: Case) -> Inputs:
-    """A quarter of the choices are −1, and all choices of the first token that the mask keeps."""
+    """Set a quarter of the choices to −1, and also all choices of the first token that the mask keeps."""
     random_TK = _random(inputs, case)
     random_TK[int(inputs.token_mask_T.long().argmax())] = 0.0
     return dataclasses.replace(inputs, indices_TK=inputs.indices_TK.masked_fill(random_TK < 0.25, -1))
 
 
 def duplicates(inputs: Inputs, case: Case) -> Inputs:
-    """Half of the tokens choose their first expert twice, the last of them with all choices."""
+    """Let every other token choose its first expert twice, and the last unmasked token choose one expert K times."""
     indices_TK = inputs.indices_TK.clone()
     indices_TK[::2, 1] = indices_TK[::2, 0]
     last = int(inputs.token_mask_T.nonzero()[-1])
@@ -98,19 +102,19 @@ def duplicates(inputs: Inputs, case: Case) -> Inputs:
 
 
 def unnormalised(inputs: Inputs, case: Case) -> Inputs:
-    """Weights between 0.2 and 2.2 that sum to nothing in particular, and an eighth of them zero."""
+    """Set an eighth of the routing weights to zero and the others between 0.2 and 2.2; they do not sum to one."""
     random_TK = _random(inputs, case).to(inputs.weights_TK.dtype)
     weights_TK = torch.where(random_TK < 0.125, 0.0, 0.2 + 2 * random_TK)
     return dataclasses.replace(inputs, weights_TK=weights_TK)
 
 
 def amplified(inputs: Inputs, case: Case) -> Inputs:
-    """Tokens four times as large: what is clamped at three standard deviations is so at three quarters of one."""
+    """Make tokens four times as large: a limit at three standard deviations is then at three quarters of one."""
     return dataclasses.replace(inputs, x_TD=4 * inputs.x_TD)
 
 
 def input_dtypes(inputs: Inputs, case: Case) -> Inputs:
-    """Indices in int32, routing weights in bfloat16."""
+    """Convert indices to int32 and routing weights to bfloat16."""
     return dataclasses.replace(
         inputs, indices_TK=inputs.indices_TK.int(), weights_TK=inputs.weights_TK.to(torch.bfloat16)
     )
@@ -120,7 +124,7 @@ def input_dtypes(inputs: Inputs, case: Case) -> Inputs:
 
 
 def _every_other(tensor: Tensor) -> Tensor:
-    """The same values in every other column, or row of a vector, of a tensor whose rest is NaN, 0 or True."""
+    """Return a view with the same values, of every other column of a tensor that is NaN, 0 or True elsewhere."""
     rest = math.nan if tensor.is_floating_point() else int(tensor.dtype is torch.bool)
     wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), rest, dtype=tensor.dtype, device=tensor.device)
     wide[..., ::2] = tensor
@@ -136,7 +140,7 @@ def _laid_out(inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
 
 
 def _strided(subject: Subject) -> Examined:
-    """The same values in other layouts; and a gradient that is one number expanded, as of a sum."""
+    """Judge passes on the same values in other layouts, and on a gradient that is one expanded number, as of a sum."""
     inputs = subject.inputs
     subject.settle(inputs.clone())
     passes = [subject.run(_laid_out(inputs, layout)) for layout in (_every_other, _by_columns)]
@@ -145,11 +149,11 @@ def _strided(subject: Subject) -> Examined:
     return Examined(_all_of([subject.judge(passes), subject.judge([subject.run(expanded)], expanded)]))
 
 
-# calls before calls
+# several calls
 
 
 def _other_inputs(subject: Subject) -> Examined:
-    """Other tokens before, twice as many and as many, all of them judged."""
+    """Judge three calls: first on twice as many other tokens, then on as many other tokens, then on the case's."""
     case = subject.case
     verdicts = []
     subject.settle(subject.inputs.clone())
@@ -174,11 +178,14 @@ def _repeated(subject: Subject) -> Examined:
 
 
 def _state_dict(subject: Subject) -> Examined:
-    """Out into the loop's module, bit by bit; other weights in after a call, which the next call must use."""
+    """Load the module's state dict into the loop's module, which must then hold the parameters bit by bit.
+
+    After a call, load other weights into the module. The next call must use them.
+    """
     case, module = subject.case, subject.module
     loop = get_backend("loop").build(moe_config(case)).to(subject.device)
     loop.load_state_dict(module.state_dict())
-    found = _differences(loop.state_dict(), subject.parameters, "left the state dict otherwise than it was loaded")
+    found = _differences(loop.state_dict(), subject.parameters, "differs after a round trip through the state dict")
     subject.settle(handed := subject.inputs.clone())
     subject.run(handed)
     others = make_parameters(_next(case, 1), subject.device)
@@ -191,7 +198,7 @@ def _state_dict(subject: Subject) -> Examined:
 
 
 def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> list[TensorError]:
-    """An error for each name: infinite where one lacks it, or the two differ in a bit."""
+    """Return one error per name. It is infinite if one side lacks the name, or if the two tensors differ in a bit."""
     errors = []
     for name in sorted({*found, *expected}):
         pair = [{key: side[key] for key in {name} & side.keys()} for side in (found, expected)]
@@ -200,9 +207,9 @@ def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
 
 
 def _in_place(subject: Subject) -> Examined:
-    """Every parameter halved in place after a call, which is exact in any dtype."""
+    """Halve every parameter in place after a call. Halving is exact in any dtype."""
     if getattr(subject.module, "caches_weights", False):
-        raise Unsupported("keeps weights from call to call: a load renews them, an update in place does not")
+        raise Unsupported("keeps weights between calls: loading weights renews them, an update in place does not")
     handed = subject.inputs.clone()
     subject.settle(handed)
     subject.run(handed)

@@ -1,4 +1,4 @@
-"""Which kernel really ran: a call under torch's profiler."""
+"""Calls under torch's profiler: which kernel really ran, and traces for a viewer."""
 
 import re
 import statistics
@@ -11,21 +11,21 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 MAX_NAME = 80
-#: What the names of matrix products have in common, among torch's operators and among the libraries' kernels.
+#: Matches the names of matrix products, both of torch's operators and of the libraries' kernels.
 PRODUCT = re.compile(r"mm\b|gemm|matmul|linear|nvjet|cutlass|cublas", re.IGNORECASE)
 CPU_CALLS = 3
 TRACED_CALLS = 3
 
 
 def executed(call: Callable[[], object], device: torch.device) -> str | None:
-    """The matrix product that took most of a call's time and, under it, the kernel: "aten::_grouped_mm > aten::mm".
+    """Return the matrix product that took most of a call's time, and its kernel: "aten::_grouped_mm > aten::mm".
 
-    A kernel that no operator launched stands alone.
-    On a GPU times and kernels are the device's; on a CPU, where a call may be disturbed, times are the medians of a few
-    calls. A backend that fell back to another one shows it here, whatever its name. A product is known by its kernel's
-    name, else by its operator's; a call without one is named by what took most of its time.
+    This shows whether a backend fell back to another one, whatever its name is. If no operator launched the kernel,
+    only the kernel's name is returned. On a GPU, times and kernels are those of the device. On a CPU, other processes
+    may disturb a call, so times are the medians of a few calls. PRODUCT recognises a product by its kernel's name or,
+    if no kernel matches, by its operator's name. For a call without a product, return what took most of its time.
     """
-    _profiled(call, device)  # warms up, the call and the profiler both
+    _profiled(call, device)  # warms up both the call and the profiler
     calls = [_profiled(call, device) for _ in range(1 if device.type == "cuda" else CPU_CALLS)]
     by_chain = {chain: statistics.median(one.get(chain, 0.0) for one in calls) for one in calls for chain in one}
     by_kernel = [chain for chain in by_chain if PRODUCT.search(chain.rpartition(" > ")[2])]
@@ -34,7 +34,7 @@ def executed(call: Callable[[], object], device: torch.device) -> str | None:
 
 
 def trace(stages: Sequence[Callable[[], object]], clear: Callable[[], None], device: torch.device, path: Path) -> None:
-    """Leave a Chrome trace (JSON, for Perfetto or chrome://tracing) of a few calls, whose stages run in turn."""
+    """Write a Chrome trace (JSON, for Perfetto or chrome://tracing) of a few calls; each call runs all stages."""
     with _profiler(device, record_shapes=True) as profiler:
         for number in range(TRACED_CALLS):
             with record_function(f"call {number}"):
@@ -49,7 +49,7 @@ def trace(stages: Sequence[Callable[[], object]], clear: Callable[[], None], dev
 
 def _profiler(device: torch.device, record_shapes: bool = False) -> profile:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    # without acc_events torch 2.11 warns of cycles: there is one
+    # without acc_events, torch 2.11 warns about profiling cycles, although there is only one
     return profile(activities=activities, acc_events=True, record_shapes=record_shapes)
 
 
@@ -66,7 +66,7 @@ def _profiled(call: Callable[[], object], device: torch.device) -> dict[str, flo
 
 
 def _gpu_kernels(profiler: Any) -> list[tuple[str, float]]:
-    """Kernels under the operator that launched them, and by their own name those of libraries that are no operators."""
+    """Return (name, µs) of each kernel: below the operator that launched it or, if none did, by its own name."""
     events = profiler.events()
     launched = [(event, kernel) for event in events for kernel in event.kernels]
     found = [(f"{_operators(event)[0]} > {_short(kernel.name)}", kernel.duration) for event, kernel in launched]
@@ -85,7 +85,7 @@ def _cpu_operators(profiler: Any) -> list[tuple[str, float]]:
 
 
 def _operators(event: Any) -> list[str]:
-    """Names of the aten operators around an event, outermost first; the event's own name where there are none."""
+    """Return the names of the operators around an event, outermost first; the event's own name if there are none."""
     chain = []
     ancestor = event
     while ancestor is not None:

@@ -1,4 +1,4 @@
-"""What a supervisor and its worker tell each other, by two files: jobs one way, events the other. No torch here."""
+"""The two files between a supervisor and its worker: the supervisor writes jobs, and the worker writes events."""
 
 import json
 import time
@@ -11,17 +11,18 @@ from pydantic import BaseModel, ConfigDict
 from moebench.workload.case import Job
 from moebench.workload.spec import Policy
 
-#: How often a worker looks for its next job.
+#: A worker looks for its next job once per this many seconds.
 TAIL_POLL_S = 0.005
-#: How often a job runs before it is judged, and all must be right: a buffer is often clean by chance the first time.
+#: The number of checked passes of a job. All must be right: in the first one, a buffer is often clean by chance.
 PASSES = 2
 
 
 class WorkList(BaseModel):
-    """What a worker is asked to measure, and of which round. `experts_folder` is where `experts` must come from.
+    """The jobs that a worker must measure, and their round.
 
-    Without `jobs` they come later, of these `backends`, all of them checks or none. `traces` is the folder where each
-    leaves a profiler's trace.
+    If `jobs` is empty, the supervisor adds jobs later. `backends` are their backends, and `are_checks` says whether all
+    or none of them are checks. `experts` must be imported from `experts_folder`. Each job writes a profiler trace to
+    the folder `traces`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -37,7 +38,7 @@ class WorkList(BaseModel):
 
 
 def read_jobs(path: Path) -> tuple[WorkList, Iterator[Job]]:
-    """The work list in the file's first line, and its jobs: those in it or else, as they are added, those below it."""
+    """Return the work list in the file's first line, and its jobs. If it has none, wait for jobs in the lines below."""
     file = path.open(encoding="utf-8")
     work_list = WorkList.model_validate_json(file.readline())
     return work_list, iter(work_list.jobs) if work_list.jobs else _jobs_to_come(file)
@@ -55,7 +56,7 @@ def _jobs_to_come(file: TextIO) -> Iterator[Job]:
 
 
 class Events:
-    """The events file, written line by line."""
+    """The file of events; each event is one line of JSON."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")

@@ -1,8 +1,9 @@
-"""One call -> groups of samples, on the device's own clock. Knows no backend.
+"""Samplers: they time one call on the device's own clock, in groups of samples. This module knows no backend.
 
-A sample runs the stages of one call back to back. On a GPU: CUDA events around each stage, the second-level cache
-flushed before the first, and a short wait enqueued ahead so that the host has handed over all work when the clock
-starts; a call that itself waits for the device cannot be helped so, and is flagged. On a CPU: the steady clock.
+A sample runs the stages of one call back to back. On a CPU, its times come from the steady clock. On a GPU, they come
+from CUDA events around each stage. The L2 cache is flushed before the first stage. A short wait is enqueued before the
+call, so that the host has handed over all work when the clock starts. This does not work for a call that itself waits
+for the device. Such a call gets the flag `synchronises`.
 """
 
 import statistics
@@ -24,18 +25,18 @@ Stage = Callable[[], object]
 CPU = torch.device("cpu")
 
 HOST_SAMPLES = 7
-#: Of a call so long that they cost more, the host's clock takes fewer samples, though at least three.
+#: If the first three samples on the host's clock took longer than this, there are no more of them.
 HOST_SAMPLES_S = 0.05
-#: torch.cuda._sleep counts SM cycles; at the highest clock of current GPUs a millisecond has about this many.
+#: torch.cuda._sleep counts SM cycles. At the highest clock of current GPUs, a millisecond has about this many.
 CYCLES_PER_MS = 2.0e6
 MAX_WAIT_MS = 20.0
-#: Enqueueing a short call takes its ups and downs: 4 to 20 µs on an H200's host, 2026-11.
+#: The time to enqueue a short call varies: it was 4 to 20 µs on the host of an H200, 2026-11.
 MIN_WAIT_MS = 0.03
 
 
 @dataclass(frozen=True)
 class Group:
-    """Samples taken one after the other, each the milliseconds of its stages, and the GPU's clock around them."""
+    """Samples taken one after the other, each with the milliseconds of its stages, and the GPU's clock around them."""
 
     samples: list[tuple[float, ...]]
     skews_ms: list[float]
@@ -49,13 +50,13 @@ class Group:
 class Sampler(Protocol):
     @property
     def flags(self) -> tuple[str, ...]:
-        """What is peculiar about the samples."""
+        """The flags of a record that these samples cause."""
 
     def sample(self, count: int) -> Group:
-        """A group of `count` samples, of this rank."""
+        """Take a group of `count` samples on this rank."""
 
     def host_time_ms(self) -> float:
-        """Milliseconds of a call on the host's clock."""
+        """Return the milliseconds of a call on the host's clock."""
 
 
 class _CpuSampler:
@@ -80,7 +81,7 @@ class _CpuSampler:
         return tuple((b - a) / 1e6 for a, b in pairwise(marks))
 
     def host_time_ms(self) -> float:
-        """On a CPU the call is the host's."""
+        """Return the median of all samples: on a CPU they are already on the host's clock."""
         return statistics.median(self._totals_ms)
 
 
@@ -113,7 +114,7 @@ class _GpuSampler:
         return statistics.median(samples + [self._host_sample() for _ in range(0 if long else HOST_SAMPLES - 3)])
 
     def _host_sample(self) -> float:
-        """Milliseconds on the host's clock from an idle device to an idle device."""
+        """Return the milliseconds of a call on the host's clock, from an idle device to an idle device."""
         self._prepare()
         self._make_cold()
         self._ranks.align(self._device)
@@ -125,9 +126,10 @@ class _GpuSampler:
         return (time.perf_counter() - start) * 1e3
 
     def _enqueue_behind_a_wait(self) -> tuple[float, bool]:
-        """Milliseconds until the host has handed over all work, and whether it had to wait for the device on the way.
+        """Return the milliseconds until the host has handed over all work, and whether it waited for the device.
 
-        The device is kept busy for longer than the whole call takes: who is through before it is free did not wait.
+        The device is kept busy for longer than the whole call takes. If the host is done before the device is free, it
+        did not wait.
         """
         self._prepare()
         torch.cuda.synchronize(self._device)
@@ -142,7 +144,7 @@ class _GpuSampler:
         return enqueue_ms, synchronises
 
     def _enqueue(self) -> list[torch.cuda.Event]:
-        """Hand over the call, with an event before each stage and after the last."""
+        """Enqueue the call, with an event before each stage and after the last."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(self._stages) + 1)]
         events[0].record()
         for stage, event in zip(self._stages, events[1:], strict=True):
@@ -178,7 +180,7 @@ def slower(clocks: Sequence[Clock]) -> Clock:
 def make_sampler(
     stages: Sequence[Stage], device: torch.device, cold_l2: bool, prepare: Stage, ranks: Ranks
 ) -> Iterator[Sampler]:
-    """The device's sampler of these stages, already warm."""
+    """Return the device's sampler of these stages. The stages must be warm."""
     if device.type != "cuda":
         yield _CpuSampler(stages, prepare, ranks)
         return
@@ -186,15 +188,15 @@ def make_sampler(
         yield _GpuSampler(stages, device, cold_l2, prepare, ranks, clock)
 
 
-#: Calls on the stream of the capture before it: libraries make their workspaces in them.
+#: The number of calls on the capture's stream before the capture. Libraries make their workspaces in these calls.
 WARMUP_CALLS = 2
 
 
 @contextmanager
 def captured(stages: Sequence[Stage], prepare: Stage, device: torch.device) -> Iterator[Stage | None]:
-    """The replay of all stages in one graph, or None for a call that cannot be captured.
+    """Return the replay of all stages in one graph, or None if the call cannot be captured.
 
-    `prepare` runs before each call, never in the graph. Memory of the graph is freed at the end.
+    `prepare` runs before each call and never in the graph. The memory of the graph is freed at the end.
     """
     graph = torch.cuda.CUDAGraph()
     try:
@@ -208,7 +210,7 @@ def captured(stages: Sequence[Stage], prepare: Stage, device: torch.device) -> I
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: libraries keep a workspace for every stream that they see."""
+    """Return the one stream for all captures, because libraries keep a workspace for every stream that they see."""
     return torch.cuda.Stream(device)
 
 
@@ -226,6 +228,6 @@ def _capture(graph: torch.cuda.CUDAGraph, stages: Sequence[Stage], prepare: Stag
         with torch.cuda.graph(graph, stream=stream):
             for stage in stages:
                 stage()
-    except RuntimeError:  # torch has ended the capture; what the call allocated in it goes with the graph
+    except RuntimeError:  # torch has ended the capture; the graph's reset frees what the call allocated in it
         return False
     return True

@@ -1,4 +1,4 @@
-"""A backend built on one case: what it is handed, how it is run, and what it is judged by."""
+"""A backend built for one case, with the inputs that it gets, the way to run it, and the way to judge it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from moebench.workload.case import Case, Job
 from moebench.workload.inputs import Inputs, moe_config
 from moebench.workload.ranks import Ranks
 
-#: Passes before those that are checked, by FP8 recipe: delayed scaling finds its scales in the passes before.
+#: The number of passes before the checked ones, by FP8 recipe. Delayed scaling takes its scales from earlier passes.
 SETTLING_PASSES = {"delayed": 2}
 
 #: The measured fields of a record.
@@ -28,7 +28,7 @@ Measured = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A backend's module with the case's parameters, and the case's inputs: of this rank, where there are several."""
+    """A backend's module with the case's parameters, and the case's inputs. With several ranks, all are this rank's."""
 
     case: Case
     module: nn.Module
@@ -39,12 +39,12 @@ class Subject:
     ranks: Ranks
 
     def settle(self, handed: Inputs) -> None:
-        """The passes that the backend's recipe needs before it may be checked."""
+        """Run the passes that the backend's recipe needs before its passes can be checked."""
         for _ in range(SETTLING_PASSES.get(self.fp8 or "", 0)):
             run_pass(self.module, handed, "train")
 
     def run(self, handed: Inputs) -> Tensors:
-        """One pass in poisoned memory. What is handed may come back changed: hand a clone."""
+        """Run one pass in poisoned memory. The backend may write into `handed`, so pass a clone."""
         with poisoned(self.device):
             return run_pass(self.module, handed, self.case.mode)
 
@@ -55,14 +55,14 @@ class Subject:
         parameters: Mapping[str, Tensor] | None = None,
         case: Case | None = None,
     ) -> ParityVerdict:
-        """The passes against the reference; on other inputs, parameters or a case of another mode where given."""
+        """Judge passes against the reference. If they used other inputs, parameters or another case, pass these."""
         return check(
             case or self.case, inputs or self.inputs, parameters or self.parameters, passes, self.fp8, self.ranks
         )
 
 
 def backend_of(job: Job, workload: Workload) -> Backend:
-    """The job's backend. Raises Unsupported where it cannot run the case here."""
+    """Return the job's backend. Raises Unsupported if it cannot run the case here."""
     backend = get_backend(job.backend)
     reason = backend.unsupported(workload.device, moe_config(job.case), _dispatcher(job, workload))
     if reason is not None:
@@ -71,7 +71,7 @@ def backend_of(job: Job, workload: Workload) -> Backend:
 
 
 def make_subject(backend: Backend, job: Job, workload: Workload) -> Subject:
-    """The backend's module on the job's case. Raises whatever building it raises."""
+    """Build the backend's module for the job's case. Errors of the backend come through."""
     inputs, parameters = workload.inputs(job.case), workload.parameters(job.case)
     module = _build(backend, job.case, _dispatcher(job, workload), parameters, workload)
     return Subject(job.case, module, inputs, parameters, backend.fp8, workload.device, workload.ranks)
@@ -99,7 +99,7 @@ def _build(
 
 
 def verdict_fields(verdict: ParityVerdict) -> Measured:
-    """What a record says of a verdict, its status included."""
+    """Return the fields of a record that a verdict sets, including the status."""
     worst = verdict.worst
     found = {
         "parity_worst": worst.over_budget,

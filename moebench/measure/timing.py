@@ -1,7 +1,7 @@
-"""A callable -> time statistics. Knows no backend.
+"""Time statistics of a callable. This module knows no backend.
 
-Samples are taken in groups, and a GPU's clock is read around each. Groups that ran at another clock than most, or while
-the GPU was slowed down, are kept and marked, and left out of the statistics.
+Samples are taken in groups, and a GPU's clock is read around each group. Some groups run at another clock than most, or
+while the GPU is slowed down. These groups are kept and marked, but the statistics leave them out.
 """
 
 import gc
@@ -18,19 +18,21 @@ from moebench.results.stats import MIN_SAMPLES, relative_half_width, series_inte
 from moebench.workload.ranks import ALONE, Ranks
 
 BATCH = 20
-#: Sampling does not stop before so many samples for being precise: a handful may agree by chance.
+#: Sampling that is precise enough does not stop before this many samples, because a few may agree by chance.
 CONVERGED_SAMPLES = 20
-#: Where the target is further away than so many times the time cap, after a quarter of it, sampling ends there.
+#: If, after a quarter of the time cap, the target would need more than this many time caps, sampling stops.
 OUT_OF_REACH = 2.0
-#: A group of samples is of another regime where its clock is so far from that of most, relatively.
+#: A group belongs to another clock regime if its clock differs by more than this fraction from the usual clock.
 REGIME_CLOCK_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
 class TimingPolicy:
-    """When sampling stops: half the median's 95% interval at most `interval_target` of it, or `time_cap_s` spent.
+    """When sampling stops.
 
-    It stops at a quarter of the cap where the interval, which narrows with the root of time, cannot get there.
+    It stops when half the 95% interval of the median is at most `interval_target` times the median, or when
+    `time_cap_s` is spent. The interval narrows with the root of time. If it cannot reach the target, sampling stops
+    after a quarter of the cap.
     """
 
     interval_target: float
@@ -45,11 +47,11 @@ class TimingPolicy:
 
 @dataclass(frozen=True)
 class Timing:
-    """Statistics of one call; `samples_ms` holds the whole call, `stage_ms` the median of each stage.
+    """Statistics of one call. `samples_ms` has the times of whole calls, and `stage_ms` the median of each stage.
 
-    With ranks, each sample is the slowest rank's, and `skew_ms` the median of how much later it was than the fastest.
-    `marked` says of each sample whether it is of another clock regime than most; the statistics are of the others.
-    `sm_clock_mhz` is the clock of those.
+    With several ranks, each sample is the time of the slowest rank. `skew_ms` is the median difference between the
+    slowest and the fastest rank. `marked` says for each sample whether it belongs to another clock regime than most.
+    The statistics and `sm_clock_mhz` come only from samples that are not marked, or from all if all are marked.
     """
 
     samples_ms: tuple[float, ...]
@@ -72,9 +74,9 @@ def time_stages(
     prepare: Stage = lambda: None,
     ranks: Ranks = ALONE,
 ) -> Timing:
-    """Sample the stages, already warm, until the policy is met. `prepare` runs, untimed, before each sample.
+    """Sample the stages, which must be warm, until the policy stops. `prepare` runs before each sample, untimed.
 
-    Ranks start every sample together; a sample's time is that of its slowest rank.
+    Ranks start every sample together. The time of a sample is the time of its slowest rank.
     """
     with _no_garbage_collection(), make_sampler(stages, device, policy.cold_l2, prepare, ranks) as sampler:
         groups, converged = _sample(sampler, policy, ranks)
@@ -89,7 +91,7 @@ def _sample(sampler: Sampler, policy: TimingPolicy, ranks: Ranks) -> tuple[list[
         num_samples += count
         median, low, high = series_interval([ms for group in _of_one_regime(groups) for ms in group.totals_ms])
         width = relative_half_width(median, low, high)
-        spent = ranks.largest(time.perf_counter() - start)  # one clock for all, so that all go on or none
+        spent = ranks.largest(time.perf_counter() - start)  # all ranks use one clock, so that they stop together
         if width <= policy.interval_target and (num_samples >= CONVERGED_SAMPLES or spent >= policy.time_cap_s):
             return groups, True
         out_of_reach = spent * width**2 > OUT_OF_REACH * policy.time_cap_s * policy.interval_target**2
@@ -101,7 +103,7 @@ def _sample(sampler: Sampler, policy: TimingPolicy, ranks: Ranks) -> tuple[list[
 
 
 def _slowest(ranks: Sequence[Group]) -> Group:
-    """A group of all ranks': of each sample the slowest rank's, and the slowest clock."""
+    """Merge the groups of all ranks: take the slowest rank's time of each sample, and the slowest clock."""
     samples, skews_ms = [], []
     for sample in zip(*(rank.samples for rank in ranks), strict=True):
         totals_ms = [sum(stage_ms) for stage_ms in sample]
@@ -111,7 +113,7 @@ def _slowest(ranks: Sequence[Group]) -> Group:
 
 
 def _of_one_regime(groups: Sequence[Group]) -> list[Group]:
-    """The groups that ran at the clock of most samples and were not slowed down; all where none is left."""
+    """Return the groups that ran at the usual clock and were not slowed down; all groups if there are none."""
     clocks = [group.clock.sm_clock_mhz for group in groups for _ in group.samples]
     known = [clock for clock in clocks if clock is not None]
     usual = statistics.median_low(known) if known else None
@@ -150,7 +152,7 @@ def _statistics(
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Python's collector runs when it likes, for milliseconds."""
+    """Switch Python's garbage collector off: it may run at any time, and it takes milliseconds."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,14 +1,20 @@
-"""Where untrusted code runs: a process that measures a list of jobs, one after the other, under a supervisor.
+"""The worker process, in which untrusted code runs. Under a supervisor it measures a list of jobs, one after the other.
 
     python -m moebench.measure.worker --jobs FILE --events FILE [--device cpu|cuda|cuda:N]
     torchrun --nproc-per-node EP_SIZE -m moebench.measure.worker …
 
-Jobs of an EP size above 1 are measured by as many ranks, of one machine or of several (`torchrun --nnodes`).
-The jobs file is a `WorkList`, then a `Job` a line, as the supervisor hands them out. Events are appended to the events
-file, one JSON object a line: `ready` with the environment, `start` with a job's number before it is touched, `record`
-when it ended; or `refused`, alone, where the user asked for a backend or a device that is not there. A process in which
-a job failed goes on if it is healthy (moebench.measure.canary). It ends when its standard input does, so that it does
-not outlive a supervisor that was killed.
+A job with `ep_size` above 1 needs as many ranks, on one machine or on several (`torchrun --nnodes`).
+
+The jobs file has a `WorkList` in its first line. Then it has one `Job` per line, as the supervisor hands them out.
+The worker appends events to the events file, one JSON object per line:
+
+* `ready`, with the environment
+* `start`, with a job's number, before the worker begins the job
+* `record`, with a job's number and record, when the job has ended
+* `refused`, instead of all others, if the user asked for a backend or a device that does not exist
+
+After a failed job, the worker goes on if it is healthy (moebench.measure.canary). It ends when its standard input ends,
+so that it does not outlive a supervisor that was killed.
 """
 
 import argparse
@@ -44,14 +50,14 @@ from moebench.workload.case import Job
 from moebench.workload.ranks import Ranks, join, leave, someone_is_gone
 from moebench.workload.spec import Policy
 
-#: What torch's CPU allocator says when the host has no memory left; it raises a plain RuntimeError.
+#: The message of torch's CPU allocator when the host has no memory left. The error is a plain RuntimeError.
 HOST_OOM = "DefaultCPUAllocator: can't allocate memory"
-#: Flag of a job that left torch's settings otherwise than it found them.
+#: The flag of a job that left torch's settings changed.
 CHANGED_SETTINGS = "changed_settings"
 
 
 def timing_policy(policy: Policy, device: torch.device) -> TimingPolicy:
-    """The sweep's policy, with the device's defaults where it leaves them open."""
+    """Return the sweep's timing policy. The device's defaults replace values that the sweep does not set."""
     default = TimingPolicy.default(device)
     return TimingPolicy(
         interval_target=policy.interval_target or default.interval_target,
@@ -61,7 +67,7 @@ def timing_policy(policy: Policy, device: torch.device) -> TimingPolicy:
 
 
 def run_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
-    """Measure one job; whatever it raises becomes its status. The one broad except of the worker."""
+    """Measure one job. Any exception becomes the job's status: this is the only broad `except` of the worker."""
     try:
         return measure_job(job, workload, policy)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -75,18 +81,21 @@ def run_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
 
 
 def _reason(error: Exception) -> str:
-    """Type and text of an error, also where its text cannot be made."""
-    parts = traceback.format_exception_only(error)  # a SyntaxError's begin with its place, indented
+    """Return the type and text of an error, even if the error's `__str__` raises."""
+    parts = traceback.format_exception_only(error)  # a SyntaxError begins with its place in the source, indented
     return next(part for part in parts if not part.startswith(" ")).strip()
 
 
 def _briefly(error: BaseException) -> str:
-    """The first two sentences: torch's message goes on with advice."""
+    """Return the first two sentences of an error's message. In torch's messages, advice follows."""
     return ". ".join((str(error) or type(error).__name__).splitlines()[0].split(". ")[:2])
 
 
 def work(work_list: WorkList, events: Events, device: torch.device, jobs: Iterable[Job] | None = None) -> None:
-    """Measure the jobs, the list's own if there are no others, and tell of each. All ranks measure, the first tells."""
+    """Measure `jobs`, or the work list's own jobs if `jobs` is None, and emit the events of each job.
+
+    All ranks measure. The first rank emits the events, and a rank emits the record of a job that failed on it.
+    """
     jobs = work_list.jobs if jobs is None else jobs
     named = dict.fromkeys([*(job.backend for job in work_list.jobs), *work_list.backends])
     mistakes = [*_other_experts(work_list.experts_folder), *_unknown_backends(named)]
@@ -106,7 +115,7 @@ def work(work_list: WorkList, events: Events, device: torch.device, jobs: Iterab
             _tell_unsupported(work_list, jobs, events, described.env_id)
             return
         torch.cuda.set_device(device)
-    ranks = join(device, 2 * work_list.policy.timeout_s)  # who waits for a rank that hangs is ended by the supervisor
+    ranks = join(device, 2 * work_list.policy.timeout_s)  # the supervisor ends ranks that wait for one that hangs
     _measure_all(jobs, work_list, events, Workload(device, ranks), described)
     leave(ranks)
 
@@ -121,14 +130,14 @@ def _measure_all(
             events.emit("start", number=number)
         row = _row(job, workload, policy, work_list, described)
         failed = row.status in (Status.oom, Status.error)
-        while failed and someone_is_gone(processes):  # it has told why, or died: this rank only misses it
-            signal.pause()  # the launcher ends this rank too, and its log says how the first ended
+        while failed and someone_is_gone(processes):  # that rank wrote the record or died: this is only a consequence
+            signal.pause()  # the launcher ends this rank, and its log says how that rank ended
         if ranks.rank == 0 or failed:
             events.emit("record", number=number, record=json.loads(row.to_json()))
         if failed:
-            if ranks.size > 1:  # the other ranks wait in a collective for this one: only a new group goes on
+            if ranks.size > 1:  # the other ranks wait for this one in a collective: only a new group can go on
                 os._exit(1)
-            _recover(workload)  # raises where an error broke the process or its GPU: another worker goes on
+            _recover(workload)  # raises if an error broke the process or its GPU: another worker goes on
         if CHANGED_SETTINGS in row.flags:
             raise canary.Unhealthy(f"{job.backend} has changed settings of torch: another worker goes on")
 
@@ -163,14 +172,14 @@ def _tell_unsupported(work_list: WorkList, jobs: Iterable[Job], events: Events, 
         if os.environ["RANK"] != "0":
             continue
         events.emit("start", number=number)
-        detail = f"ep_size = {job.case.ep_size} needs as many GPUs, this run has {torch.cuda.device_count()}"
+        detail = f"ep_size = {job.case.ep_size} needs one GPU per rank, this run has {torch.cuda.device_count()}"
         ids: dict[str, Any] = {"run_id": work_list.run_id, "env_id": env_id, "round": work_list.round}
         row = record(job, Status.unsupported, detail=detail, device="cuda", **ids)
         events.emit("record", number=number, record=json.loads(row.to_json()))
 
 
 def _recover(workload: Workload) -> None:
-    """After a failed job: free what it left, and see whether a right result still comes out right."""
+    """Free the memory of a failed job, and check that the process still computes right. Raises if it does not."""
     workload.forget()
     if workload.device.type == "cuda":
         torch.cuda.synchronize(workload.device)
@@ -179,12 +188,12 @@ def _recover(workload: Workload) -> None:
 
 
 def _other_experts(folder: Path | None) -> list[str]:
-    """What is wrong where backends are to come from `folder` and Python found `experts` in another place."""
+    """Return a mistake if `experts` must come from `folder` and Python imported it from another place."""
     assert experts.__file__ is not None
     found = Path(experts.__file__).resolve().parent
     if folder is None or found == folder.resolve() / "experts":
         return []
-    return [f"experts was imported from {found}, and not from {folder}: is there an experts package in it?"]
+    return [f"experts was imported from {found}, and not from {folder}: check that it has an experts package"]
 
 
 def _unknown_backends(names: Iterable[str]) -> list[str]:
@@ -199,7 +208,7 @@ def _unknown_backends(names: Iterable[str]) -> list[str]:
 
 def _end_with_supervisor() -> None:
     def wait() -> None:
-        while os.read(0, 1):  # not sys.stdin: held by a thread, its lock aborts the interpreter's shutdown
+        while os.read(0, 1):  # not sys.stdin: if a thread holds its lock, the interpreter aborts at its end
             pass
         os._exit(1)
 
@@ -207,7 +216,7 @@ def _end_with_supervisor() -> None:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device; without a name a GPU if torch has one, this rank's among ranks, and the CPU otherwise."""
+    """Return the named device; without a name, this rank's GPU if torch has a GPU, else the CPU."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and torch.cuda.is_available():
         device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", "0")))
@@ -215,23 +224,23 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def main() -> None:
-    """Run as a process of its own."""
+    """Run the worker as its own process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=Path, required=True)
     parser.add_argument("--events", type=Path, required=True)
     parser.add_argument("--device")
     options = parser.parse_args()
     faulthandler.enable()
-    gc.freeze()  # what is imported by now stays: collections, one before each weighing, need not look at it
+    gc.freeze()  # imported objects stay: collections, one before each memory measurement, can skip them
     _end_with_supervisor()
     work_list, jobs = read_jobs(options.jobs)
-    if "OMP_NUM_THREADS" not in os.environ:  # checks are so small that threads would only wait for each other
+    if "OMP_NUM_THREADS" not in os.environ:  # checks are so small that threads would only wait for one another
         torch.set_num_threads(1 if work_list.are_checks else environment.cpu_cores_usable())
     try:
         work(work_list, Events(options.events), pick_device(options.device), jobs)
     except Exception:
         traceback.print_exc()
-        os._exit(1)  # with a broken GPU the interpreter may hang over its own end
+        os._exit(1)  # with a broken GPU, the interpreter may hang in its own shutdown
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Is a backend right? References, budgets, and the checks of `moebench parity`.
+"""Whether a backend is right: references, budgets, and the checks of `moebench parity`.
 
-`checks` alone is free of torch: a supervisor plans with it.
+Only the module `checks` works without torch, because the supervisor plans with it.
 """

@@ -1,6 +1,7 @@
-"""What `moebench parity` looks for: named checks, each some small cases and a probe of them. No torch here.
+"""The named checks of `moebench parity`. Each check has some small cases and a probe that runs a backend on them.
 
-Each is a fault that shipped in somebody's expert layer. moebench.measure.probes runs them, moebench.run.audit reports.
+Each check looks for a fault that shipped in somebody's expert layer. moebench.measure.probes runs the checks, and
+moebench.run.audit reports what they find.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ BASE: Fields = {"num_tokens": 48, **SHAPE, **HOSTILE}
 
 @dataclass(frozen=True)
 class Check:
-    """Cases (what differs from BASE) that `probe` is run on, in every one of `dtypes`."""
+    """The cases that `probe` runs on, in each of `dtypes`. `cases` lists only the fields that differ from BASE."""
 
     name: str
     looks_for: str
@@ -44,8 +45,8 @@ class Check:
     dispatchers: tuple[str, ...] = ("local",)
 
 
-#: Clamped activations, whose gradient jumps at the limit: a row is wide enough that one value that FP8's rounding
-#: carries over the limit is a small part of it.
+#: The gradient of a clamped activation jumps at the limit. FP8's rounding may carry one value over the limit. These
+#: rows are so wide that one such value is a small part of its row.
 _WIDE: Fields = {"moe_inter_dim": 512, "n_routed_experts": 4}
 _CLAMPED: Fields = {**_WIDE, "activation_alpha": 0.7, "activation_limit": 5.0}
 _OF_ACTIVATION: dict[str, Fields] = {"swigluoai": _CLAMPED, "quick_geglu": _CLAMPED}
@@ -59,12 +60,12 @@ CHECKS: dict[str, Check] = {
     for check in (
         Check(
             "activations",
-            "every activation with and without biases: halves or interleaved columns, alpha, limits, weighted biases",
+            "a wrong activation, with or without biases: column layout, alpha, limit, bias times routing weight",
             tuple({**form, "expert_bias": bias} for form in _FORMS for bias in (True, False)),
         ),
         Check(
             "limits",
-            "limits that many values meet, a slope far from the default: clamps and alpha that are missing",
+            "a missing clamp or alpha: many values meet the limit, and alpha is far from its default",
             tuple(
                 {"mode": "forward", "activation_alpha": 0.3, "activation_limit": 5.0, **form}
                 for form in (
@@ -77,7 +78,7 @@ CHECKS: dict[str, Check] = {
         ),
         Check(
             "weight-after-down",
-            "apply_router_weight_after_down, for a gated and an ungated activation",
+            "a wrong result with apply_router_weight_after_down, for a gated and an ungated activation",
             tuple(
                 {"expert_activation": name, "expert_bias": bias, "apply_router_weight_after_down": True}
                 for name in ("swiglu", "relu2")
@@ -86,35 +87,38 @@ CHECKS: dict[str, Check] = {
         ),
         Check(
             "routing-weights",
-            "routing weights that do not sum to one, one expert a token, weights of zero; and their gradient",
+            "a wrong output or gradient if routing weights do not sum to one or are zero, or if a token has one expert",
             ({}, {"n_activated_experts": 1}, {"apply_router_weight_after_down": True}),
             "unnormalised",
         ),
         Check(
             "masked-tokens",
-            "masked rows hold NaN, which must not leak; some masked and all",
+            "NaN that leaks from the rows of masked tokens, where some tokens are masked, and where all are",
             ({"masked_share": 0.4}, {"masked_share": 0.4, "mode": "forward"}, {"masked_share": 1.0}),
         ),
-        Check("dropped-choices", "indices of -1, of some choices and of all choices of a token", ({},), "dropped"),
+        Check("dropped-choices", "a wrong result if some or all indices of a token are -1", ({},), "dropped"),
         Check(
-            "duplicate-experts", "a token that chooses an expert twice", ({"n_activated_experts": 4},), "duplicates"
+            "duplicate-experts",
+            "a wrong result if a token chooses the same expert twice or more often",
+            ({"n_activated_experts": 4},),
+            "duplicates",
         ),
         Check(
             "empty-experts",
-            "experts without tokens: their gradients are zeros, not None and not memory that nobody wrote",
+            "gradients of experts without tokens that are None or uninitialised memory: they must be zeros",
             tuple({"routing": "empty:0.5", "expert_bias": bias} for bias in (True, False)),
         ),
-        Check("one-hot", "every token on the same experts, one and two of them", tuple(
+        Check("one-hot", "a wrong result if all tokens choose the same one or two experts", tuple(
             {"routing": "one-hot", "n_activated_experts": count} for count in (1, 2))),
         Check(
             "few-tokens",
-            "no token at all, and one",
+            "a wrong result for a call without tokens, and for a call with one token",
             tuple({"num_tokens": count, "mode": mode, "masked_share": 0.0}
                   for count in (0, 1) for mode in ("train", "forward")),
         ),
         Check(
             "equal-dimensions",
-            "weights transposed where both dimensions are equal, of either projection",
+            "a transposed weight of either projection, which no shape reveals because its two dimensions are equal",
             (
                 {"dim": 64, "moe_inter_dim": 64},
                 {"dim": 64, "moe_inter_dim": 64, "expert_activation": "relu2"},
@@ -123,40 +127,64 @@ CHECKS: dict[str, Check] = {
         ),
         Check(
             "many-experts",
-            "more than ten experts, whose names sort in another order than their numbers",
+            "experts in the wrong order: with more than ten, their names sort in another order than their numbers",
             ({"n_routed_experts": 24, "n_activated_experts": 6}, {"n_routed_experts": 24, "routing": "zipf"}),
         ),
         Check(
             "many-tokens",
-            "one wrong row in ten thousand, offsets of 16 bits",
+            "one wrong row in ten thousand, and offsets that overflow 16 bits",
             ({"num_tokens": 10_240, "dim": 32, "moe_inter_dim": 16},),
         ),
-        Check("layouts", "inputs and gradients that are not contiguous, by columns, strided, expanded", (
-            {}, {"mode": "forward"}), "strided"),
-        Check("input-dtypes", "indices in int32, routing weights in bfloat16", ({},), "input_dtypes"),
+        Check(
+            "layouts",
+            "a wrong result for inputs and gradients that are not contiguous: strided, column-major or expanded",
+            ({}, {"mode": "forward"}),
+            "strided",
+        ),
+        Check(
+            "input-dtypes",
+            "a wrong result for indices in int32 and routing weights in bfloat16",
+            ({},),
+            "input_dtypes",
+        ),
         Check(
             "other-inputs",
-            "what is kept from a call with other tokens, or more of them: stale buffers and gradients",
+            "stale buffers and gradients from an earlier call that had other tokens, or more tokens",
             ({}, {"mode": "forward"}),
             "other_inputs",
         ),
-        Check("repeated", "right at first and wrong later, or now and then: every call of many", ({},), "repeated"),
+        Check(
+            "repeated",
+            "a result that is right at first and wrong later, or wrong now and then: each of many calls must be right",
+            ({},),
+            "repeated",
+        ),
         Check(
             "state-dict",
-            "a round trip through the loop's module, and other weights loaded after a call; more than ten experts",
+            "weights that a state dict changes, and loaded weights that a call ignores; with more than ten experts",
             ({"n_routed_experts": 12}, {"n_routed_experts": 12, "expert_activation": "relu2", "expert_bias": False}),
             "state_dict",
         ),
-        Check("updated-weights", "parameters changed in place after a call, as an optimizer does", ({},), "in_place"),
+        Check(
+            "updated-weights",
+            "a call that ignores parameters changed in place after the last call, as an optimizer changes them",
+            ({},),
+            "in_place",
+        ),
         Check(
             "determinism",
-            "whether two runs agree bit by bit, which is told, not judged: many rows an expert",
+            "passes that differ in their bits, with many rows per expert; this is reported, not judged",
             ({"num_tokens": 512, "n_activated_experts": 4},),
         ),
-        Check("fallback", "another backend behind the name: what ran is told, not judged", ({},), "profiled"),
+        Check(
+            "fallback",
+            "another backend that runs under the name of this one; the kernel that ran is reported, not judged",
+            ({},),
+            "profiled",
+        ),
         Check(
             "expert-parallel",
-            "two ranks against one process: unequal loads, a rank without tokens, experts without any",
+            "two ranks that differ from one process: unequal loads, a rank without tokens, experts without tokens",
             tuple(
                 {"ep_size": 2, "rank_load": load, "routing": routing}
                 for load, routing in (("even", "zipf"), ("uneven", "uniform"), ("one-empty", "empty:0.5"))
@@ -165,7 +193,7 @@ CHECKS: dict[str, Check] = {
         ),
         Check(
             "large-offsets",
-            "more than 2^31 permuted elements, on a GPU with the memory for it",
+            "offsets that overflow with more than 2^31 permuted elements, on a GPU with enough memory",
             ({"num_tokens": 66_560, "n_routed_experts": 32, "n_activated_experts": 8, "dim": 4096},),
             "large",
             ("bfloat16",),
@@ -180,7 +208,7 @@ def suite_jobs(
     dtypes: Sequence[str] = DTYPES,
     seed: int = 0,
 ) -> list[Job]:
-    """Every case of the named checks in every dtype, with every backend: backends of a case one after the other."""
+    """Return every case of the named checks in every dtype, each with all backends one after the other."""
     return [
         Job(case=case, backend=backend, dispatcher=dispatcher, check=check.name)
         for check in (CHECKS[name] for name in checks)

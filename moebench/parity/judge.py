@@ -1,15 +1,18 @@
-"""Is a backend right? Its output and every gradient against the loop path in float64.
+"""Whether a backend is right: its output and every gradient are compared with the loop path in float64.
 
-Errors are scale-free: ‖a − ref‖ / ‖ref‖ over the whole tensor and over its worst group, a token's row or an expert.
-A row's norm is floored at the tensor's root-mean-square row norm, so that cancellation accuses nobody; an expert's is
-not. What must be zero (masked tokens, experts without tokens) must be exactly zero. Non-finite never passes.
+Errors are scale-free: ‖a − ref‖ / ‖ref‖ over the whole tensor and over its worst group. A group is the row of one token
+or one expert. The norm of a reference row is at least the root mean square of the tensor's row norms, so that
+cancellation does not accuse a right backend. The norm of an expert has no such floor. Rows of masked tokens and
+gradients of experts without tokens must be exactly zero. A value that is not finite never passes.
 
-Budgets are not constants: each is the loop's own rounding at the case's dtype against the same reference, times FACTOR,
-with a floor from the dtype's rounding unit and the reduction's length. docs/concepts.md derives them.
+Budgets are not constants. The loop runs in the case's dtype, and its error against the same reference is what rounding
+costs. The budget is FACTOR times this error, with a floor from the dtype's rounding unit and the reduction's length.
+docs/concepts.md derives the budgets.
 
-FP8 rounds so coarsely that an expert's error in a row hides among rounding where other experts outweigh it. Its output
-is therefore looked at by expert too: rounding points anywhere, so that hardly any of it lies along an expert's own
-contribution, while a wrong scale lies there whole. That budget comes out at one rounding unit of E4M3, 1/16.
+FP8 rounds so coarsely that one expert's error can hide in a row to which other experts add more. The output of an FP8
+backend is therefore also judged by expert, along the direction of the expert's own contribution. Rounding errors point
+in all directions, so hardly any of them lies along this one. The error of a wrong scale lies along it completely.
+This budget comes out at one rounding unit of E4M3, 1/16.
 """
 
 import dataclasses
@@ -28,26 +31,26 @@ from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import ALONE, Ranks
 
-#: A budget is this many times the loop's own error. Two right backends round independently and alike, so that the worst
-#: of many rows differs little between them; a fault of 2% in one expert exceeds it in every dtype.
+#: A budget is this many times the loop's own error. The rounding errors of two right backends are independent and of
+#: the same size, so their worst rows differ little. A fault of 2% in one expert exceeds the budget in every dtype.
 FACTOR = 3.0
-#: A row of the routing weights' gradient has only K numbers, too few for an average: its floor is this many units.
+#: The floor for the routing weights' gradient is this many units: its rows have only K numbers, too few for an average.
 WEIGHTS_GRAD_UNITS = 4.0
-#: Rounding unit of E4M3, which has three bits after the leading one.
+#: The rounding unit of E4M3, which has three bits after the leading one.
 FP8_UNIT = torch.finfo(torch.float8_e4m3fn).eps / 2
-#: No budget is larger, whatever the loop's error: a row of zeros, whose error is 1, never passes.
+#: No budget is larger, whatever the loop's error is. A row of zeros has error 1 and therefore never passes.
 CEILING = 0.5
 
-#: Integers as wide as a float, by its bytes.
+#: The integer dtype that is as wide as a float, by its number of bytes.
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
-#: Requests of up to so many bytes are small to torch's CUDA caching allocator.
+#: torch's CUDA caching allocator treats requests of up to this many bytes as small.
 SMALL_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class TensorError:
-    """The worst error of one tensor: how large, against which budget, where."""
+    """The worst error of one tensor: its size, its budget, and where it is."""
 
     tensor: str
     where: str
@@ -56,7 +59,10 @@ class TensorError:
 
     @property
     def over_budget(self) -> float:
-        """Error over budget: at most 1 passes; infinite where a value is not finite, or must be zero and is not."""
+        """The error over its budget; at most 1 passes.
+
+        It is infinite if a value is not finite, or if a value that must be zero is not zero.
+        """
         return self.error / self.budget
 
     def __str__(self) -> str:
@@ -79,16 +85,17 @@ class ParityVerdict:
 
     @property
     def errors(self) -> dict[str, float]:
-        """Error over budget by tensor, the worst where it was looked at in more than one way."""
+        """The error over its budget by tensor; the worst one if a tensor was compared in more than one way."""
         ascending = sorted(self.tensor_errors, key=lambda one: one.over_budget)
         worst = {one.tensor: one.over_budget for one in ascending}
         return {one.tensor: worst[one.tensor] for one in self.tensor_errors}
 
 
 def run_pass(module: nn.Module, inputs: Inputs, mode: str) -> Tensors:
-    """One pass of a backend: `output` and, in mode train, the gradients `x.grad`, `weights.grad`, `<parameter>.grad`.
+    """Run one pass of a backend and return `output`.
 
-    A gradient that the backend leaves None is absent.
+    In mode train, also return the gradients `x.grad`, `weights.grad` and `<parameter>.grad`. If the backend leaves a
+    gradient None, its name is absent.
     """
     arguments = inputs.token_mask_T, inputs.indices_TK
     if mode == "forward":
@@ -105,7 +112,10 @@ def run_pass(module: nn.Module, inputs: Inputs, mode: str) -> Tensors:
 
 
 def _stacked_grads(module: nn.Module) -> dict[str, Tensor]:
-    """Gradients of the module's own experts, stacked: as it says itself, or those of the parameters of these names."""
+    """Return the gradients of the module's local experts, stacked by expert.
+
+    They come from the module's method `stacked_grads` if it has one, else from its parameters of the usual names.
+    """
     own: Callable[[], dict[str, Tensor]] | None = getattr(module, "stacked_grads", None)
     if own is not None:
         return own()
@@ -121,11 +131,11 @@ def check(
     fp8: str | None = None,
     ranks: Ranks = ALONE,
 ) -> ParityVerdict:
-    """Compare every pass of a backend, all alike, with the reference on the same inputs and parameters.
+    """Compare every pass of a backend with the reference on the same inputs and parameters.
 
-    Inputs, parameters and passes are this rank's; the verdict is over all ranks. `fp8` names the recipe that the
-    backend computes in: its rounding is then the budget's. A gradient that is missing, or has another shape or dtype
-    than its tensor, is an infinite error.
+    All passes must come from the same call. Inputs, parameters and passes are those of this rank, and the verdict is
+    over all ranks. `fp8` names the recipe that the backend computes in; the budget then comes from this recipe's
+    rounding. A gradient that is missing, or that has another shape or dtype than its tensor, is an infinite error.
     """
     malformed = [error for tensors in passes for error in _malformed(case, inputs, parameters, tensors)]
     found = [error for rank in ranks.tell(malformed) for error in rank]
@@ -153,7 +163,7 @@ def _worst_of_ranks(found: Sequence[TensorError]) -> TensorError:
 
 
 def judge(errors: GroupErrors, floor: float) -> TensorError:
-    """The worst error of one tensor over all its passes, as a whole and by group."""
+    """Return the worst error of one tensor over all passes, over the whole tensor and over each group."""
     whole = errors.scale_G.square().sum().sqrt()
     budget_of_whole = _budget(_ratios(_norm(errors.loop_G), whole), floor)
     budget_of_group = _budget(_ratios(errors.loop_G, errors.scale_G), floor)
@@ -186,7 +196,7 @@ def _malformed(case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], ten
 
 
 def _ratios(errors: Tensor, scale: Tensor) -> Tensor:
-    """Errors over their scale: no error is 0, an error where nothing may be is infinite, and so is NaN."""
+    """Return errors over their scale. No error gives 0; NaN, or an error where the scale is 0, gives infinity."""
     return torch.where(errors == 0, 0.0, errors / scale).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
@@ -200,7 +210,7 @@ def _norm(norms: Tensor) -> Tensor:
 
 
 def are_identical(passes: Sequence[Tensors], ranks: Ranks = ALONE) -> bool:
-    """Whether all passes hold the same tensors, bit by bit, on every rank. All ranks call it alike."""
+    """Whether all passes hold the same tensors, bit by bit, on every rank. Every rank must call this function."""
     first, *others = passes
     same = all(
         first.keys() == other.keys() and all(_same_bits(first[name], other[name]) for name in first) for other in others

@@ -1,4 +1,4 @@
-"""The allocator's free memory filled with NaN, so that memory read before it was written shows."""
+"""Fill the allocator's free memory with NaN, so that a read of memory that nobody wrote shows in the results."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,10 @@ from moebench.parity.judge import SMALL_BLOCK
 
 @contextmanager
 def poisoned(device: torch.device) -> Iterator[None]:
-    """Fill memory that operators leave uninitialised with NaN, so that whoever reads it is found out.
+    """Fill memory that operators leave uninitialised with NaN, so that a backend that reads it gives NaN.
 
-    On a CPU by torch's own deterministic filling; on a GPU by leaving NaN in the caching allocator's free blocks.
+    On a CPU, torch fills this memory itself in its deterministic mode. On a GPU, this function leaves NaN in the free
+    blocks of the caching allocator.
     """
     if device.type == "cuda":
         _poison_free_blocks(device)
@@ -28,14 +29,14 @@ def poisoned(device: torch.device) -> Iterator[None]:
 
 
 def _poison_free_blocks(device: torch.device) -> None:
-    """Take every free block of the caching allocator, by its exact size, fill it and give it back."""
+    """Allocate every free block of the caching allocator by its exact size, fill it with NaN and free it."""
     free: list[int] = []
     stream = torch.cuda.current_stream(device).cuda_stream
     for segment in torch.cuda.memory_snapshot():
         sizes = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
-        if (segment["device"], segment["stream"]) != (device.index, stream):  # blocks are a stream's own
+        if (segment["device"], segment["stream"]) != (device.index, stream):  # each block belongs to one stream
             continue
-        if segment["segment_type"] == "small":  # serves requests of up to SMALL_BLOCK, and nothing else does
+        if segment["segment_type"] == "small":  # only these serve requests of up to SMALL_BLOCK
             free += [min(SMALL_BLOCK, size - start) for size in sizes for start in range(0, size, SMALL_BLOCK)]
         else:
             free += [size for size in sizes if size > SMALL_BLOCK]

@@ -1,11 +1,14 @@
-"""The rounding of FP8 recipes, emulated: products whose operands are quantised as Transformer Engine's recipes do.
+"""Matrix products that emulate FP8 rounding: they quantise their operands as Transformer Engine's recipes do.
 
-What a recipe costs in accuracy is the budget of a backend that uses it: the loop runs once more with these products.
-Formats and granularities are those of transformer_engine.common.recipe (2.20). `current` and `delayed` scale a whole
-tensor, here one expert's rows or matrix, by its largest magnitude, in E4M3 forward and E5M2 for gradients; delayed
-takes its scale from earlier passes, which on the same tensors is the current one. `block` and `mxfp8` scale pieces by
-powers of two, all in E4M3: 1 × 128 of activations and gradients along the reduction and 128 × 128 of weights, and 32
-along the reduction of everything.
+The loop runs a second time with these products. Its error is what the recipe costs in accuracy, and it sets the budget
+of a backend that uses the recipe. Formats and granularities are those of transformer_engine.common.recipe (2.20):
+
+* `current` and `delayed` scale a whole tensor by its largest magnitude. Here a tensor is the rows or the matrix of one
+  expert. The format is E4M3 in the forward pass and E5M2 for gradients. `delayed` takes its scale from earlier passes;
+  if those have the same tensors, this is the scale of `current`.
+* `block` scales blocks by powers of two, all in E4M3. A block is 1 × 128 values of an activation or gradient, along the
+  reduction, or 128 × 128 values of a weight.
+* `mxfp8` also scales by powers of two in E4M3. A block is 32 values along the reduction, in every operand.
 """
 
 from collections.abc import Callable
@@ -21,16 +24,18 @@ RECIPES = ("current", "delayed", "block", "mxfp8")
 Product = Callable[[Tensor, Tensor], Tensor]
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-#: What shares a scale: values of an activation or a gradient, and of a weight; a whole tensor where not named.
+#: The shape of a block that shares a scale: in an activation or gradient, then in a weight. In a recipe that is not in
+#: this table, a whole tensor shares a scale.
 BLOCKS = {"block": ((1, 128), (128, 128)), "mxfp8": ((1, 32), (32, 1))}
-#: The largest power of two in float32: infinite, as zeros would have it, a scale makes NaN of them.
+#: The largest power of two in float32. Zeros would get an infinite scale, and an infinite scale turns zeros into NaN.
 LARGEST_SCALE = 2.0**127
 
 
 def fp8_product(recipe: str) -> Product:
-    """(a [N, P], b [P, Q]) -> [N, Q] in a's dtype, by quantised operands, forward and in both gradients.
+    """Return a matrix product (a [N, P], b [P, Q]) -> [N, Q] in a's dtype, with the recipe's rounding.
 
-    Raises ValueError for a recipe whose rounding is not known here.
+    It quantises the operands in the forward pass and in both gradients. Raises ValueError if this module does not know
+    the recipe's rounding.
     """
     if recipe not in RECIPES:
         raise ValueError(f"FP8 recipe {recipe!r}: its rounding is not known; it must be one of {', '.join(RECIPES)}")
@@ -56,7 +61,7 @@ class _Fp8Product(Function):
         recipe = ctx.recipe
         gradient_format = E4M3 if recipe in BLOCKS else E5M2
         grad_a = _multiply(_along_rows(grad, recipe, gradient_format), _matrix(b, recipe).t(), a.dtype)
-        # the reduction of a weight's gradient runs over the rows, and so do its blocks
+        # the gradient of a weight is a sum over the rows, so its blocks also lie along the rows
         across = _along_rows(a.t(), recipe, E4M3), _along_rows(grad.t(), recipe, gradient_format).t()
         return grad_a, _multiply(*across, b.dtype), None
 
@@ -66,7 +71,7 @@ def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _along_rows(operand: Tensor, recipe: str, fmt: torch.dtype) -> Tensor:
-    """An activation or gradient as its recipe keeps it, in float32; blocks lie along the rows."""
+    """Return an activation or gradient after the recipe's rounding, in float32; blocks lie along its last dimension."""
     return _quantised(operand.float(), BLOCKS[recipe][0] if recipe in BLOCKS else None, fmt)
 
 
@@ -75,7 +80,7 @@ def _matrix(weight: Tensor, recipe: str) -> Tensor:
 
 
 def _quantised(values: Tensor, block: tuple[int, int] | None, fmt: torch.dtype) -> Tensor:
-    """Scaled by the largest magnitude of the tensor or of each block, rounded to `fmt`, and scaled back."""
+    """Scale by the largest magnitude of the tensor or of each block, round to `fmt`, and scale back."""
     if values.numel() == 0:
         return values
     largest = values.abs().max() if block is None else _block_maxima(values, block)
@@ -86,7 +91,7 @@ def _quantised(values: Tensor, block: tuple[int, int] | None, fmt: torch.dtype) 
 
 
 def _block_maxima(values: Tensor, block: tuple[int, int]) -> Tensor:
-    """The largest magnitude of each value's block, in the values' shape; edge blocks are smaller."""
+    """Return the largest magnitude of each value's block, in the shape of `values`; blocks at the edge are smaller."""
     rows, columns = values.shape
     maxima = F.max_pool2d(values.abs()[None], block, stride=block, ceil_mode=True)[0]
     spread = maxima.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)

@@ -1,8 +1,8 @@
-"""The loop path in float64 and in the case's own dtype, expert by expert, and how far passes of a backend are from it.
+"""The loop path in float64 and in the case's dtype, expert by expert, and the errors of a backend's passes against it.
 
-Only one expert's parameters and gradients are held in float64 at a time, so that the largest layers fit. Under expert
-parallelism each rank runs its own experts on the gathered tokens of all, and the sums over experts are added up: what
-comes out is the single process on all tokens.
+Only one expert's parameters and gradients are held in float64 at a time, so that the largest layers fit in memory.
+Under expert parallelism, each rank runs its own experts on the gathered tokens of all ranks, and the ranks add up their
+sums over experts. The result is that of a single process on all tokens.
 """
 
 import dataclasses
@@ -24,20 +24,22 @@ from moebench.workload.ranks import ALONE, Ranks
 
 Tensors = dict[str, Tensor]
 
-#: Of an error in no particular direction of D dimensions, 1/√D lies along a given one; hardly ever so many times that.
+#: An error in a random direction of D dimensions has about 1/√D of its size along a given direction. It hardly ever has
+#: more than this many times 1/√D.
 BY_CHANCE = 4.0
 
 
 @dataclass(frozen=True)
 class GroupErrors:
-    """Norms of one tensor's groups G: the rows of its tokens, or its experts.
+    """Norms of one tensor's groups G, which are the rows of its tokens or its experts.
 
-    `scale_G` is what errors are measured against: the norm of the reference, floored where that is fair, and exactly
-    zero where the tensor must be exactly zero. `loop_G` is the loop's own error, `passes_PG` that of each pass.
+    Errors are divided by `scale_G`, the norm of the reference. It has a floor where a floor is fair, and it is exactly
+    zero where the tensor must be exactly zero. `loop_G` has the loop's own error, and `passes_PG` the error of each
+    pass P.
 
-    The output's groups may be experts too. An expert's error is then the part of all errors that lies along what it
-    adds to its tokens: a factor in front of its contribution, however small that is beside other experts', but not
-    rounding, which lies along nothing in particular.
+    The groups of the output may also be experts. An expert's error is then the part of the output's error that lies
+    along what the expert adds to its tokens. This part shows a wrong factor on the expert's contribution, even if other
+    experts add much more. It shows hardly any rounding, because rounding has no particular direction.
     """
 
     tensor: str
@@ -55,9 +57,10 @@ def group_errors(
     product: Product = torch.matmul,
     ranks: Ranks = ALONE,
 ) -> list[GroupErrors]:
-    """Errors of every tensor of the passes: `output` and, in mode train, the gradients of x, weights and parameters.
+    """Return the errors of `output` and, in mode train, of the gradients of x, routing weights and parameters.
 
-    Inputs, parameters and passes are this rank's. `product` is how the loop multiplies whose error becomes the budget.
+    Inputs, parameters and passes are those of this rank. `product` is the matrix product of the loop that sets the
+    budget.
     """
     everyone = Inputs(*(ranks.rows(getattr(inputs, field.name)) for field in fields(inputs)))
     run = _Run(case, everyone, parameters, product)
@@ -87,9 +90,10 @@ def _own_rows(inputs: Inputs, ranks: Ranks) -> slice:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Per-token tensors, summed over experts: `exact` in float64, `loops` as the loop sums them.
+    """Per-token tensors, summed over experts: `exact` in float64, and `loops` in the dtype that the loop sums in.
 
-    A routing weight's gradient is a sum over D of terms that may cancel: `chance_TK` is its size by chance.
+    The gradient of a routing weight is a sum over D of terms that may cancel. `chance_TK` is the size that such a sum
+    has by chance.
     """
 
     exact: Tensors
@@ -97,14 +101,14 @@ class _Sums:
     chance_TK: Tensor
 
     def loop_error(self, name: str, dtype: torch.dtype) -> Tensor:
-        """[T] the norm of the loop's error in each token's row; of a gradient the largest of all runs."""
+        """Return [T], the norm of the loop's error in each token's row; for a gradient, the largest of all runs."""
         loops = self.loops[:1] if name == "output" else self.loops
         errors = [_norms(loop[name].to(dtype).double() - self.exact[name]) for loop in loops]
         return torch.stack(errors).amax(dim=0)
 
 
 class _Run:
-    """The runs over this rank's experts, on the tokens of all ranks: in float64, and the loop's."""
+    """The runs over this rank's experts on the tokens of all ranks: one in float64, the others in the loop's dtype."""
 
     def __init__(self, case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], product: Product) -> None:
         self.case, self.inputs, self.parameters, self.product = case, inputs, parameters, product
@@ -113,13 +117,17 @@ class _Run:
         self.exact = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in like.items()}
         config = moe_config(case).with_dtype(inputs.x_TD.dtype)
         self.exactly = config.with_dtype(torch.float64)
-        moved = case.mode == "train" and product is torch.matmul  # FP8 rounds more coarsely than that
+        moved = case.mode == "train" and product is torch.matmul  # FP8 rounds much more coarsely than the limits move
         self.configs = [config, *(_limits_moved(config) if moved else [])]
         self.loops = [{name: torch.zeros_like(t, dtype=acc) for name, t in like.items()} for _ in self.configs]
         self.chance_TK = torch.zeros_like(inputs.weights_TK, dtype=torch.float64)
 
     def expert(self, index: int, local: int, passes: list[Tensors]) -> Tensors:
-        """Run one expert both ways. By parameter, norms [2 + P]: of its gradient, the loop's error, each pass's."""
+        """Run one expert in float64 and as the loop does, and add its results to the sums.
+
+        In mode train, return norms [2 + P] by parameter: of the exact gradient, of the loop's error, and of the error
+        of each pass P. In mode forward, return an empty dict.
+        """
         inputs = self.inputs
         at = torch.where(inputs.active_indices_TK == index)
         train = self.case.mode == "train"
@@ -141,7 +149,7 @@ class _Run:
         return norms
 
     def _one_way(self, local: int, at: tuple[Tensor, ...], config: MoEConfig, product: Product, train: bool) -> Tensors:
-        """Output [N, D] of one expert in the config's dtype and, in training, every gradient by name."""
+        """Return the output [N, D] of one expert in the config's dtype and, if `train`, every gradient by name."""
         inputs, dtype = self.inputs, config.dtype
         x_ND = inputs.x_TD[at[0]].to(dtype).requires_grad_(train)
         weights_N = inputs.weights_TK[at].to(accumulation_dtype(dtype)).requires_grad_(train)
@@ -156,7 +164,7 @@ class _Run:
         return {"output": output_ND.detach(), **dict(zip(leaves, grads, strict=True))}
 
     def finish(self, ranks: Ranks, own: slice) -> _Sums:
-        """The sums over the experts of all ranks, of this rank's own tokens."""
+        """Return the sums over the experts of all ranks, for this rank's own tokens."""
         for sums in (self.exact, *self.loops):
             for tensor in sums.values():
                 ranks.sum(tensor)
@@ -165,7 +173,7 @@ class _Run:
         return _Sums(exact, loops, self.chance_TK[own])
 
     def factors(self, experts: range, outputs: list[Tensor]) -> GroupErrors:
-        """The output's errors by expert, once the sums are those of all ranks."""
+        """Return the output's errors by expert. `finish` must have added up the sums of all ranks before."""
         exact, loop = self.exact["output"], self.loops[0]["output"].to(self.inputs.x_TD.dtype)
         chance = BY_CHANCE / math.sqrt(min(self.case.dim, self.case.moe_inter_dim))
         norms = []
@@ -181,10 +189,10 @@ class _Run:
 
 
 def _limits_moved(config: MoEConfig) -> list[MoEConfig]:
-    """The layer with its limits a rounding lower and higher, if it has any.
+    """Return the layer with its limits one rounding lower and one rounding higher; nothing if it has no limits.
 
-    A gradient jumps where a value meets a limit: one that is nearer than what it is rounded by has two right gradients.
-    The loop's own error is the larger of what it is on either side.
+    A gradient jumps where a value meets a limit. If rounding can carry the value over the limit, there are two right
+    gradients. The loop's own error is the largest over all positions of the limits.
     """
     if not activation_form(config).limit:
         return []
@@ -204,7 +212,7 @@ def _add(sums: Tensors, run: Tensors, at: tuple[Tensor, ...]) -> None:
 
 
 def _token_errors(name: str, sums: _Sums, inputs: Inputs, inactive: Tensor, passes: list[Tensors]) -> GroupErrors:
-    """`inactive` [T, 1] or [T, K] marks what must be exactly zero."""
+    """Return the errors by token. `inactive` [T, 1] or [T, K] marks the values that must be exactly zero."""
     like = inputs.weights_TK if name == "weights.grad" else inputs.x_TD
     exact = sums.exact[name]
     scale_T = _norms(exact)

@@ -1,1 +1,1 @@
-"""Getting the jobs of a sweep measured: a plan, worker processes under a supervisor, a journal. No torch."""
+"""Runs the jobs of a sweep: makes the plan, supervises the worker processes, and writes the journal."""

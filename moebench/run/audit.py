@@ -1,4 +1,4 @@
-"""`moebench parity`: the checks of moebench.parity.checks, each backend in worker processes of its own."""
+"""`moebench parity`: runs the checks of moebench.parity.checks, each backend in its own worker processes."""
 
 import json
 import tempfile
@@ -18,9 +18,9 @@ from moebench.workload.axes import did_you_mean, listed
 from moebench.workload.case import DTYPES, Job
 from moebench.workload.spec import Policy
 
-#: Jobs are small: who has not answered by then hangs.
+#: The jobs of checks are small, so a worker that takes longer hangs.
 TIMEOUT_S = 120.0
-#: A backend that ended so many processes is examined no further.
+#: After this many crashes or timeouts of one backend, the audit stops checking it.
 MOST_DEATHS = 3
 _WORST_CASE_FIRST = (
     Status.mismatch,
@@ -43,30 +43,33 @@ class AuditCell:
 
     @property
     def status(self) -> Status | None:
-        """The worst of its cases; unsupported where none could run, None where none was tried."""
+        """The worst status of the cell's cases; None where the cell has no cases.
+
+        Cases that are oom or unsupported count only where no other case is in the cell.
+        """
         return min((row.status for row in self.records), key=_WORST_CASE_FIRST.index, default=None)
 
     @property
     def failures(self) -> list[Record]:
-        """Worst first."""
+        """The records that failed, worst first."""
         failed = [row for row in self.records if row.status not in GOOD]
         return sorted(failed, key=lambda row: (_WORST_CASE_FIRST.index(row.status), -(row.parity_worst or 0.0)))
 
     @property
     def parity_worst(self) -> float | None:
-        """The worst error over its budget."""
+        """The largest error, divided by its budget."""
         return max((row.parity_worst for row in self.records if row.parity_worst is not None), default=None)
 
     @property
     def deterministic(self) -> bool | None:
-        """Whether runs agreed bit by bit wherever they were compared."""
+        """Whether repeated runs agreed bit by bit wherever they were compared; None where none were compared."""
         told = [row.deterministic for row in self.records if row.deterministic is not None]
         return all(told) if told else None
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What the checks found, backend by backend."""
+    """What the checks found in every backend."""
 
     backends: tuple[str, ...]
     checks: tuple[str, ...]
@@ -76,31 +79,31 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed and something could run, of each backend that is `required`.
+        """Whether no case failed, and at least one case could run: in any backend, and in every `required` backend.
 
-        A case that is unsupported, or did not fit into memory, is no failure.
+        A case that is unsupported or did not fit into memory is not a failure.
         """
         missing = self.not_examined == self.backends or not set(self.required).isdisjoint(self.not_examined)
         return not missing and all(row.status in GOOD for row in self.records)
 
     @property
     def not_examined(self) -> tuple[str, ...]:
-        """Backends of which no case could run."""
+        """The backends that could not run a single case."""
         could_run = {row.backend for row in self.records if row.status not in (Status.unsupported, Status.oom)}
         return tuple(backend for backend in self.backends if backend not in could_run)
 
     def cell(self, backend: str, check: str) -> AuditCell:
-        """One backend on one check."""
+        """Return the cell of one backend and one check."""
         rows = tuple(row for row in self.records if (row.backend, row.check) == (backend, check))
         return AuditCell(backend, check, rows)
 
     @property
     def cells(self) -> list[AuditCell]:
-        """Check by check."""
+        """All cells, check by check."""
         return [self.cell(backend, check) for check in self.checks for backend in self.backends]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: every cell, and every record."""
+        """Return every cell and every record, as values for JSON."""
         return {
             "passed": self.passed,
             "not_examined": self.not_examined,
@@ -134,9 +137,10 @@ def audit(
     on_plan: Callable[[int], None] = lambda num_jobs: None,
     on_record: Callable[[Record], None] = lambda row: None,
 ) -> Audit:
-    """Run the checks (default all) in the dtypes (default all) on the backends, of which some are `required` to run.
+    """Run the checks (default all) in the dtypes (default all) on the backends.
 
-    Raises UsageError for a check or a dtype that there is not, and what moebench.run.runner.execute raises.
+    The audit passes only if each `required` backend can run. Raises UsageError for an unknown check, dtype or device,
+    and whatever moebench.run.runner.execute raises.
     """
     check_device(device)
     _check_names("check", checks, CHECKS)
@@ -155,7 +159,7 @@ def audit(
 
 
 class _Enough(Exception):
-    """A backend that goes on ending its processes."""
+    """A backend has had MOST_DEATHS crashes or timeouts."""
 
 
 def _examine(jobs: Sequence[Job], device: str | None, on_record: Callable[[Record], None]) -> tuple[list[Record], bool]:

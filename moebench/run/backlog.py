@@ -1,4 +1,4 @@
-"""The jobs that are left, handed out to workers case by case. No torch here."""
+"""The jobs that are left, which workers take case by case."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -7,19 +7,21 @@ from moebench.workload.case import Job, Weights
 
 
 class Backlog:
-    """Jobs in their order. The backends of a case go to one worker, so that they are compared on one GPU."""
+    """Jobs in their order. One worker takes all backends of a case, so that they are compared on one GPU."""
 
     def __init__(self, jobs: Iterable[Job]) -> None:
         self._units = [tuple(unit) for _, unit in itertools.groupby(jobs, key=lambda job: job.case)]
 
     def __len__(self) -> int:
-        """How many jobs are left."""
+        """Return how many jobs are left."""
         return sum(map(len, self._units))
 
     def take(self, mine: Weights | None = None, others: Sequence[Weights] = ()) -> tuple[Job, ...]:
-        """The next case's jobs for a worker that holds weights `mine`: of those if it can, else not of the `others`.
+        """Return the next case's jobs for a worker that holds the weights `mine`; empty where no job is left.
 
-        Weights are made once a worker, so that each stays with its own while there are others to choose.
+        The choice falls on the first case with the weights `mine`, else on the first case with weights that no other
+        worker holds (`others`), else on the first case. A worker makes weights once, so it should keep its weights as
+        long as it can.
         """
         if not self._units:
             return ()
@@ -34,6 +36,6 @@ class Backlog:
         return unit
 
     def put_back(self, jobs: Sequence[Job]) -> None:
-        """These come next: a worker ended before it could measure them."""
+        """Put jobs back at the front, because their worker ended before it measured them."""
         if jobs:
             self._units.insert(0, tuple(jobs))

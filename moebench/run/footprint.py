@@ -1,8 +1,9 @@
-"""The memory that a job will take, estimated from the shapes of its case. No torch here.
+"""An estimate of the memory that a job will take, from the shapes of its case.
 
-Follows moebench.measure.job: what lives while the module is built, while it is run twice and both passes are kept, and
-while they are compared with the float64 reference. Activations are those of the unfused steps, fused ones take less.
-Not in it: contexts and communication buffers, fragments, and the copies that the ceilings are measured with.
+The estimate follows the three stages of moebench.measure.job. First the module is built. Then it runs twice, and both
+passes are kept. Then the passes are compared with the float64 reference. Activations are those of the unfused steps;
+fused steps take less. The estimate leaves out contexts, communication buffers, fragmentation, and the copies that the
+ceilings are measured with.
 """
 
 from dataclasses import dataclass
@@ -12,18 +13,19 @@ from moebench.workload.backends import collective_of, described, engine_of
 from moebench.workload.case import Case, Job
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-#: float32 buffers [N, I] that an activation holds at once, forward and backward; more where it clamps and adds biases.
+#: Number of float32 buffers [N, I] that an activation holds at once: (forward, train). It holds more where it clamps or
+#: adds biases.
 _TEMPORARIES = {"plain": (4, 8), "clamped": (7, 11)}
-#: What the busiest rank has over an even share, where routing is skewed; about so, of zipf and recorded traces.
+#: Rows of the busiest rank divided by an even share, for zipf and recorded traces. This is a rough value.
 _SKEW = 2.0
-#: Bytes of a token's number in what all ranks' tokens sum up to (output and its gradient, float64 and float32), and in
-#: the comparison of a rank's own.
+#: Bytes per element [T, D]. _SUMS is for the reference's sums over experts on all ranks' tokens: the output and its
+#: gradient, each in float64 and float32. _COMPARED is for the comparison of the rank's own tokens.
 _SUMS, _COMPARED = 2 * (8 + 4), 50
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a rank, the largest, at each stage of its job: an estimate."""
+    """Estimated bytes of the job's largest rank at each stage."""
 
     building: int
     passes: int
@@ -36,11 +38,11 @@ class Footprint:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of the rank that has most: rows it computes on and bytes of what it holds."""
+    """Sizes on the job's largest rank: the rows that it computes on and the bytes that it holds."""
 
-    num_tokens: int  # its own
-    all_tokens: int  # of all ranks
-    reached: int  # tokens that the dispatcher brings it
+    num_tokens: int  # the rank's own tokens
+    all_tokens: int  # tokens of all ranks together
+    reached: int  # tokens that the dispatcher brings to the rank
     rows: float
     rows_of_expert: float
     parameter_bytes: int
@@ -49,14 +51,17 @@ class _Sizes:
 
 
 def footprint(job: Job) -> Footprint:
-    """The memory of the job's largest rank. Nothing is kept of cases before it but what it shares with them."""
+    """Estimate the memory of the job's largest rank.
+
+    Earlier cases add nothing, because a worker keeps from them only what this case shares with them.
+    """
     case, sizes = job.case, _sizes(job)
     weights, inputs = sizes.parameter_bytes, sizes.input_bytes
     token_bytes = case.dim * ITEMSIZE[case.dtype]
-    num_kept = 2 if case.mode == "train" else 1  # [T, D] of a pass: the output, and the gradient of x
+    num_kept = 2 if case.mode == "train" else 1  # tensors [T, D] of a pass: the output, and in train the gradient of x
     kept = num_kept * sizes.num_tokens * token_bytes + (weights if case.mode == "train" else 0)
-    whole = case.ep_size * weights  # the module has all experts until it is spread
-    settled = 2 * weights + 2 * inputs  # the case's own and the module's, what is handed and what is kept beside it
+    whole = case.ep_size * weights  # the module has the experts of all ranks until they are spread over the ranks
+    settled = 2 * weights + 2 * inputs  # the case's and the module's weights; the inputs and the copy of them
     return Footprint(
         building=weights + inputs + whole + (weights if case.ep_size > 1 else 0),
         passes=int(settled + (PASSES - 1) * kept + pass_bytes(job)),
@@ -65,10 +70,11 @@ def footprint(job: Job) -> Footprint:
 
 
 def pass_bytes(job: Job) -> int:
-    """What one pass allocates at its peak above parameters and inputs: what `peak_memory_bytes` is measured as.
+    """Estimate the bytes that one pass allocates at its peak, without parameters and inputs.
 
-    The peak is where the activation (its gradient, in a backward) is computed, or where gradients of parameters are
-    written. FP8 keeps its copies of the parameters from forward to backward.
+    The column `peak_memory_bytes` has the measured value. The peak is where the activation (in a backward, its
+    gradient) is computed, or where the gradients of parameters are written. FP8 keeps its copies of the parameters from
+    forward to backward.
     """
     case, sizes, itemsize = job.case, _sizes(job), ITEMSIZE[job.case.dtype]
     is_train = case.mode == "train"
@@ -79,7 +85,7 @@ def pass_bytes(job: Job) -> int:
     multiplying = (case.dim + width + inter) * itemsize + 2 * inter * acc
     quantised = sizes.parameter_bytes if is_train and _is_fp8(job) else 0
     tokens = (1 + is_train) * (sizes.num_tokens + sizes.reached) * case.dim * itemsize
-    if _is_one_by_one(job):  # adds experts up in float32
+    if _is_one_by_one(job):  # it adds the experts' outputs in float32
         tokens += sizes.reached * case.dim * (acc + itemsize)
     at_activation = sizes.rows * activating + quantised
     at_gradients = sizes.rows * multiplying + _weight_copies(job) * sizes.parameter_bytes
@@ -87,10 +93,10 @@ def pass_bytes(job: Job) -> int:
 
 
 def _weight_copies(job: Job) -> float:
-    """Gradients, and what an engine makes of the parameters beside them: as measured on an H200, 2026-11-23.
+    """Return the bytes of gradients and of an engine's copies of the parameters, divided by the parameters' bytes.
 
-    FP8 quantises them in both directions for a backward. Where experts run one by one, autograd adds up gradients of
-    all of them.
+    The values were measured on an H200, 2026-11-23. For a backward, FP8 quantises the parameters in both directions.
+    Where experts run one by one, autograd adds up the gradients of all experts.
     """
     is_fp8, is_train = _is_fp8(job), job.case.mode == "train"
     if not is_train:
@@ -99,7 +105,7 @@ def _weight_copies(job: Job) -> float:
 
 
 def _is_fp8(job: Job) -> bool:
-    """As the catalog says, or the name of somebody else's backend."""
+    """Whether a job's backend uses FP8, by the catalog, or by the name of a backend that the catalog lacks."""
     backend = described(job.backend)
     return "fp8" in job.backend if backend is None else backend.fp8 is not None
 
@@ -115,7 +121,11 @@ def _counts_rows(job: Job) -> bool:
 
 
 def _reference_bytes(case: Case, sizes: _Sizes) -> float:
-    """All ranks' inputs, the sums over experts, one expert in float64, and the comparison of the rank's own tokens."""
+    """Return the bytes of the float64 reference and its comparison with the rank's passes.
+
+    They are all ranks' inputs, the sums over experts, one expert in float64, and the comparison of the rank's own
+    tokens.
+    """
     gathered = 0 if case.ep_size == 1 else 2 * sizes.all_tokens * case.dim * ITEMSIZE[case.dtype]
     expert = (3 if case.mode == "train" else 1.5) * 8 * sizes.expert_numbers
     rows = 8 * sizes.rows_of_expert * (4 * case.dim + 2 * _width(case) + 4 * case.moe_inter_dim)
@@ -133,10 +143,10 @@ def _sizes(job: Job) -> _Sizes:
     rows_of_expert = min(all_tokens, _skew(case) * local_rows / num_local)
     rows = local_rows if _counts_rows(job) else reached * case.n_activated_experts
     if _is_one_by_one(job) and case.mode == "forward":
-        rows = rows_of_expert  # one after the other
+        rows = rows_of_expert  # experts run one after the other, and each frees its rows
     expert = case.dim * _width(case) + case.moe_inter_dim * case.dim
     biases = (_width(case) + case.dim) if case.expert_bias else 0
-    choices = 16 * case.n_activated_experts  # a weight and an index, int64, of each
+    choices = 16 * case.n_activated_experts  # bytes of a token's weights and int64 indices
     return _Sizes(
         num_tokens=max(counts),
         all_tokens=all_tokens,
@@ -150,9 +160,11 @@ def _sizes(job: Job) -> _Sizes:
 
 
 def _reached(job: Job, most: int, all_tokens: int) -> int:
-    """Tokens that the dispatcher brings to a rank: with all-gather all, padded; else those that chose an expert of it.
+    """Return the number of tokens that the dispatcher brings to a rank.
 
-    Of K choices spread evenly over ranks one at least is of this rank with 1 − (1 − 1/ranks)^K.
+    All-gather brings all ranks' tokens, padded to the largest rank's number. Other dispatchers bring the tokens that
+    chose an expert of the rank. With K choices spread evenly over the ranks, a token chooses at least one expert of the
+    rank with probability 1 − (1 − 1/ranks)^K.
     """
     case = job.case
     if collective_of(job.dispatcher) == "all_gather":
@@ -161,7 +173,10 @@ def _reached(job: Job, most: int, all_tokens: int) -> int:
 
 
 def _skew(case: Case) -> float:
-    """Rows of the busiest rank, and of its busiest expert, over an even share: all there can be for `one-hot`."""
+    """Return the rows of the busiest rank (and of its busiest expert), divided by an even share.
+
+    For `one-hot` the value is the upper limit, the number of experts.
+    """
     kind, _, argument = case.routing.partition(":")
     if kind == "empty":
         return 1 / max(1 - float(argument or 0.5), 1 / case.n_routed_experts)
@@ -169,5 +184,5 @@ def _skew(case: Case) -> float:
 
 
 def _width(case: Case) -> int:
-    """Of the up projection's output."""
+    """Return the width of the first projection's output."""
     return case.moe_inter_dim * (2 if case.is_gated else 1)

@@ -1,7 +1,8 @@
-"""What a sweep will take, told before anything runs: jobs, memory of a rank, time. Estimates, all of it. No torch here.
+"""Estimates, before anything runs, of what a sweep will take: jobs, memory per rank, time.
 
-Memory comes of the case's shape (moebench.run.footprint), time from jobs that were measured: a job is expected to take
-as long as the nearest measured one of its backend, mode and dtype. Where none is near there is no time.
+The memory is estimated from the case's shape (moebench.run.footprint). The time is estimated from measured jobs: a job
+should take as long as the nearest measured job with its backend, mode and dtype. A job without a near measured job has
+no time.
 """
 
 import math
@@ -20,9 +21,9 @@ from moebench.results.record import Status
 from moebench.run.footprint import ITEMSIZE, footprint
 from moebench.workload.case import Case, Job
 
-#: How many times as many bytes of parameters, rows and ranks the nearest job may have, or as few.
+#: The largest ratio, in either direction, between a job and a near job: of bytes of parameters, of rows and of ranks.
 NEAR = {"parameters": 8.0, "rows": 16.0, "ranks": 4.0}
-#: Another dispatcher is as far as so many times the work.
+#: A different dispatcher counts as much distance as this ratio of the work.
 _OTHER_DISPATCHER = 1.5
 
 _GROUP = ("backend", "mode", "dtype")
@@ -30,7 +31,11 @@ _GROUP = ("backend", "mode", "dtype")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one job: bytes of its largest rank; seconds without its worker's start, None where no job is near."""
+    """The estimate for one job.
+
+    `memory_bytes` is for its largest rank. `time_s` excludes its worker's start. It is None where no measured job is
+    near.
+    """
 
     memory_bytes: int
     time_s: float | None
@@ -38,7 +43,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ForecastLine:
-    """Of the jobs of an EP size and backend. `time_s` is of those that have one, `num_untimed` have none."""
+    """The estimate for all jobs of one EP size and backend.
+
+    `memory_bytes` is that of the largest job. `time_s` is the sum over the jobs that have a time. `num_untimed` is the
+    number of jobs without a time.
+    """
 
     ep_size: int
     backend: str
@@ -49,10 +58,10 @@ class ForecastLine:
 
 
 class KnownTimes:
-    """The seconds of measured jobs, found by what they are near to."""
+    """The seconds of measured jobs, which are looked up by the nearest job."""
 
     def __init__(self, frame: pd.DataFrame) -> None:
-        """`frame` has results; those that ended well count."""
+        """Take the rows of the results `frame` that have status ok and a time."""
         rows = frame[frame["status"].eq(Status.ok).astype("bool") & frame["job_s"].notna()]
         self.num_jobs = len(rows)
         self.where = machine(rows) if len(rows) else ""
@@ -63,7 +72,7 @@ class KnownTimes:
             self._groups[key] = places, some["dispatcher"].to_numpy(dtype=str), some["job_s"].to_numpy(dtype=float)
 
     def time_s(self, job: Job) -> float | None:
-        """Seconds of the nearest job; None where none is near."""
+        """Return the seconds of the nearest measured job; None where no measured job is near."""
         key = job.backend, job.case.mode, job.case.dtype
         if key not in self._groups:
             return None
@@ -77,14 +86,14 @@ class KnownTimes:
 
 
 def _place(case: Case) -> tuple[float, float, float]:
-    """Where a case stands, in powers of two: bytes of a rank's parameters, its rows, and ranks."""
+    """Return a case's coordinates for the distance: log2 of a rank's parameter bytes, of its rows, and of the ranks."""
     numbers = case.dim * case.moe_inter_dim * (3 if case.is_gated else 2) * case.n_routed_experts / case.ep_size
     rows = max(1, case.num_tokens) * case.n_activated_experts
     return math.log2(numbers * ITEMSIZE[case.dtype]), math.log2(rows), math.log2(case.ep_size)
 
 
 def measured_jobs(folders: Sequence[Path] | None = None) -> KnownTimes | None:
-    """Those in the results folders, default the published ones; None where there are none to open."""
+    """Return the measured jobs in the results folders (default: the published ones); None where none can be opened."""
     try:
         return KnownTimes(load_all(default_folders() if folders is None else folders))
     except ResultsError:
@@ -97,11 +106,11 @@ class Forecast:
 
     jobs: tuple[Job, ...]
     estimates: tuple[Estimate, ...]
-    based_on: str  # which measured jobs the times are of; empty without any
+    based_on: str  # which measured jobs the times come from; empty without any
 
     @property
     def lines(self) -> list[ForecastLine]:
-        """A line for each EP size and backend, in the order of the jobs but by EP size."""
+        """One line for each EP size and backend, by EP size and then in the order of the jobs."""
         groups: dict[tuple[int, str], list[Estimate]] = {}
         for job, estimate in zip(self.jobs, self.estimates, strict=True):
             groups.setdefault((job.case.ep_size, job.backend), []).append(estimate)
@@ -112,12 +121,12 @@ class Forecast:
 
     @property
     def memory_bytes(self) -> int:
-        """Of the rank that needs most in the whole sweep; 0 without jobs."""
+        """The memory of the rank that needs most in the whole sweep; 0 without jobs."""
         return max((estimate.memory_bytes for estimate in self.estimates), default=0)
 
     @property
     def time_s(self) -> float | None:
-        """Of all jobs, one after the other, that have one."""
+        """The time of all jobs that have one, measured one after the other; None where no job has a time."""
         return _time(self.estimates)[0]
 
     @property
@@ -131,7 +140,7 @@ class Forecast:
 
 
 def forecast(jobs: Sequence[Job], measured: KnownTimes | None) -> Forecast:
-    """Estimates of the jobs; `measured` says how long like ones took, None for no times."""
+    """Estimate the jobs. Times come from the `measured` jobs; where it is None, the estimates have no times."""
     estimates = (
         Estimate(footprint(job).peak_bytes, None if measured is None else measured.time_s(job)) for job in jobs
     )
@@ -140,6 +149,6 @@ def forecast(jobs: Sequence[Job], measured: KnownTimes | None) -> Forecast:
 
 
 def _time(estimates: Sequence[Estimate]) -> tuple[float | None, int]:
-    """Seconds of all that have a time, None where none has, and how many have none."""
+    """Return the seconds of all jobs that have a time (None where none has), and the number of jobs without a time."""
     times_s = [estimate.time_s for estimate in estimates if estimate.time_s is not None]
     return (sum(times_s) if times_s else None), len(estimates) - len(times_s)

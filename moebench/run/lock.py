@@ -1,4 +1,4 @@
-"""One process at a time writes into a results folder."""
+"""The lock that lets only one process at a time write into a results folder."""
 
 import os
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ from moebench.errors import UsageError
 from moebench.results.files import check_empty, writable
 
 LOCK_NAME = Path("logs") / "lock"
-#: The number of the process that writes. It has a file of its own, because some releases of filelock empty the lock.
+#: The file with the id of the process that writes. The lock file cannot have it: some releases of filelock empty that.
 PID_NAME = LOCK_NAME.with_suffix(".pid")
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """While the block runs, no other process writes results into the folder. Raises UsageError where one does, and
-    where this one cannot.
+    """Keep other processes from writing results into the folder while the block runs.
 
-    The lock goes with its process, however that ends.
+    Raises UsageError where another process holds the lock, and where this process cannot write into the folder. The
+    lock ends with its process, however the process ends.
     """
     lock = FileLock(folder / LOCK_NAME)
     with writable(folder):
@@ -41,7 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _writer(folder: Path) -> str:
-    """The process that writes, as far as this machine can see."""
+    """Return the id of the process that writes, or "of another machine" where no id can be read."""
     try:
         pid = (folder / PID_NAME).read_text().strip()
     except OSError:
@@ -50,5 +50,5 @@ def _writer(folder: Path) -> str:
 
 
 def check_new(folder: Path) -> None:
-    """Raises UsageError for a folder that holds anything but the lock of the process that will write into it."""
+    """Raise UsageError where the folder holds anything except the lock of the process that will write into it."""
     check_empty(folder, besides=(folder / LOCK_NAME, folder / PID_NAME, folder / LOCK_NAME.parent))

@@ -8,12 +8,14 @@ from moebench.workload.case import Job
 
 
 def shuffled(jobs: Iterable[Job], run_id: str, number: int) -> tuple[Job, ...]:
-    """The jobs of a run's round, by its number, in an order that those two alone decide.
+    """Return the jobs of one round in a random order that depends only on the run's id and the round's number.
 
-    Random are the backends of a case, the cases of those weights, which are made once, and such groups of cases.
+    Jobs of one EP size stay together, in ascending order of the EP size. Within one EP size, the cases with the same
+    weights stay together, so that a worker makes the weights once. The order is random among these groups, among the
+    cases of a group, and among the backends of a case.
     """
     draw = random.Random(f"{run_id} {number}")
-    ordered = sorted(jobs, key=lambda job: job.key)  # whatever order they come in
+    ordered = sorted(jobs, key=lambda job: job.key)  # so that the order of `jobs` does not matter
 
     def grouped(some: Iterable[Job], key: Callable[[Job], Any]) -> list[list[Job]]:
         groups: dict[Any, list[Job]] = {}

@@ -1,4 +1,4 @@
-"""What is measured in processes of its own, and what may go wrong before or while it is. No torch here."""
+"""The plan of one round of a run, which worker processes measure."""
 
 import os
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ from moebench.workload.spec import Policy
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured in fresh processes, in which order, on which slots, and where its results go.
+    """The jobs that fresh processes measure, their order, the slots that they run on, and the folder for the results.
 
-    Of several rounds each is a plan. Where `experts_folder` is given, a folder that holds a package `experts`, workers
-    import that one: this harness then drives another revision's backends. With `profile` each job leaves a trace.
+    A run with several rounds has one plan for each. `experts_folder` is a folder that holds a package `experts`. Where
+    it is given, workers import that package, so that this harness drives another revision's backends. With `profile`
+    each job leaves a trace.
     """
 
     jobs: tuple[Job, ...]
@@ -31,13 +32,13 @@ class Plan:
 
 
 def new_run_id(sweep: str) -> str:
-    """A name for a run's folder: when it began, and of which sweep."""
+    """Return a name for a run's folder: the time when the run began, and its sweep."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{sweep}"
 
 
 def importing_from(experts_folder: Path) -> dict[str, str]:
-    """Environment variables by which Python takes `experts` from that folder, and this moebench."""
+    """Return environment variables that make Python import `experts` from that folder, and this moebench."""
     harness = Path(moebench.__file__).resolve().parent.parent
     paths = [*map(str, (experts_folder.resolve(), harness, Path.cwd())), os.environ.get("PYTHONPATH", "")]
-    # `python -m` would look into the working directory first, where another `experts` may be
+    # without PYTHONSAFEPATH, `python -m` looks first into the working folder, which may have another `experts`
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -1,4 +1,4 @@
-"""What a run is asked to do, and every mistake in it that shows before anything runs. No torch here."""
+"""What the user asks a run to do. Mistakes that can be found before anything runs are found here."""
 
 import shlex
 import sys
@@ -27,9 +27,9 @@ DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run is asked to do: the jobs of each round that are left, and what its folder says of it.
+    """What a run has to do: the jobs that each round has left, and what the folder records about the run.
 
-    `earlier` are the records that the folder has already, of a run that is resumed.
+    `earlier` has the records that are already in the folder of a run that is resumed.
     """
 
     run: RunFile
@@ -42,12 +42,12 @@ class RunPlan:
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """What any round has left, each job once: in the sweep's order unless there are several rounds."""
+        """The jobs that any round has left, each once. With one round they are in the sweep's order."""
         return tuple(dict.fromkeys(job for plan in self.rounds for job in plan.jobs))
 
     @property
     def num_jobs(self) -> int:
-        """Of all rounds together."""
+        """The number of measurements that are left in all rounds together."""
         return sum(len(plan.jobs) for plan in self.rounds)
 
     @property
@@ -60,7 +60,7 @@ class RunPlan:
 
 
 def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: float | None = None) -> RunPlan:
-    """A new run, into the folder `out` (default one below RUNS). Raises SweepError, UsageError."""
+    """Plan a new run into the folder `out` (default: a new folder in RUNS). Raises SweepError and UsageError."""
     check_device(asked.device)
     sweep_file = find_sweep(sweep)
     text = read_sweep(sweep_file)
@@ -87,10 +87,11 @@ def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: 
 
 
 def plan_rest(folder: Path, *, backends: Sequence[str], time_budget_min: float | None, force: bool = False) -> RunPlan:
-    """What is left of the run in the folder. `backends` are the modules that it may import, as its own command named.
+    """Plan what is left of the run in the folder.
 
-    Raises UsageError, SweepError and ResultsError where the folder is no run's, and UsageError where sweep or jobs are
-    no longer those of then, unless by force.
+    `backends` are the names in this command's --backend options; only a module among them may be imported. Raises
+    UsageError, SweepError or ResultsError where the folder is not the folder of a run. Raises UsageError where the
+    sweep or its jobs have changed since the run began, unless `force` is true.
     """
     run = RunFile.read(folder)
     asked = run.asked
@@ -100,7 +101,7 @@ def plan_rest(folder: Path, *, backends: Sequence[str], time_budget_min: float |
     changes = run.changes(folder, jobs)
     if changes and not force:
         raise UsageError(
-            f"--resume {folder}: {'; '.join(changes)}; --force goes on with {folder / SWEEP_NAME} as it is"
+            f"--resume {folder}: {'; '.join(changes)}; --force resumes with {folder / SWEEP_NAME} as it is"
         )
     check_named(jobs, backends)
     earlier = _earlier(folder)
@@ -117,14 +118,14 @@ def _earlier(folder: Path) -> tuple[Record, ...]:
     journal = folder / JOURNAL_NAME
     if not journal.exists() and (folder / PARQUET_NAME).exists():
         raise UsageError(
-            f"--resume {folder}: {JOURNAL_NAME} is not there, which says what was measured, though {PARQUET_NAME} is; "
+            f"--resume {folder}: the folder has {PARQUET_NAME} but not {JOURNAL_NAME}, which says what was measured; "
             "put it back, or run the sweep again into another folder"
         )
     return tuple(read_journal(journal))
 
 
 def _rounds(run: RunFile, jobs: tuple[Job, ...], spec: SweepSpec, folder: Path) -> tuple[Plan, ...]:
-    """The plan of each round. One has the sweep's order, several each an order of its own."""
+    """Return the plan of each round. A single round has the sweep's order; each of several rounds has its own order."""
     whole = Plan(jobs, spec.policy, folder, run.run_id, run.asked.device, profile=run.asked.profile)
     if run.asked.rounds == 1:
         return (whole,)
@@ -145,7 +146,7 @@ def _seconds(minutes: float | None) -> float | None:
 
 
 def check_device(device: str | None) -> None:
-    """Raises UsageError for what cannot name a device; whether it is there, only torch knows."""
+    """Raise UsageError for text that does not name a device. Only torch knows whether the device exists."""
     if device is None:
         return
     kind, colon, index = device.partition(":")
@@ -154,22 +155,28 @@ def check_device(device: str | None) -> None:
 
 
 def check_named(jobs: Sequence[Job], backends: Sequence[str]) -> None:
-    """Raises UsageError for a module that a file names and the command line does not: to import it is to run it."""
+    """Raise UsageError for a module that a file names but the command line does not.
+
+    Importing a module runs its code, so the user must name it.
+    """
     names = list(dict.fromkeys(job.backend for job in jobs))
     unnamed = [name for name in names if ":" in name and name not in backends]
     if unnamed:
         options = " ".join(f"--backend {name}" for name in names)
         raise UsageError(
-            f"backend {', '.join(unnamed)}: a module is imported only where the command line names it, not for being "
-            f"in a file; if you trust it, add {options}"
+            f"backend {', '.join(unnamed)}: a module is imported only where the command line names it; "
+            f"if you trust it, add {options}"
         )
 
 
 def on_gpus(run_plan: RunPlan, wanted: str | None, share: bool) -> tuple[RunPlan, list[str]]:
-    """The plan on the GPUs that are wanted and free, and what is to be said of others. Raises UsageError."""
+    """Return the plan with slots on the GPUs that are wanted and free, and a note on each GPU that is in use.
+
+    Raises UsageError as moebench.machine.gpus.choose does.
+    """
     device = run_plan.run.asked.device
     slots, notes = choose(device, wanted, share)
     if slots[0].gpu is not None and device is not None:
-        device = "cuda"  # each worker sees its own alone
+        device = "cuda"  # each worker sees only its own GPUs
     rounds = tuple(replace(one, slots=slots, device=device) for one in run_plan.rounds)
     return replace(run_plan, rounds=rounds), notes

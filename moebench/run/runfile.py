@@ -1,4 +1,4 @@
-"""A run's folder: what it was asked for, who writes into it, and whether it can be gone on with. No torch here."""
+"""run.json, which says what a run was asked to do, and the changes since then that speak against resuming it."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ SWEEP_NAME = "sweep.toml"
 
 
 class Asked(BaseModel):
-    """What of a command line decides what is measured. A run that is resumed takes it from here."""
+    """The options of a command that decide what is measured. A run that is resumed takes them from run.json."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,7 +32,10 @@ class Asked(BaseModel):
 
 
 class RunFile(BaseModel):
-    """run.json: when, by which command, what. `resumed` has the commands that went on with it, each after its time."""
+    """run.json: when the run began, by which command, and what it measures.
+
+    `resumed` has one entry for each command that resumed the run: its time, then the command.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -54,22 +57,23 @@ class RunFile(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> "RunFile":
-        """The run of a folder. Raises UsageError for what is none."""
+        """Read the run of a folder. Raises UsageError where the folder has no run.json that this moebench can read."""
         try:
             return cls.model_validate_json((folder / RUN_NAME).read_bytes())
         except OSError as error:
             raise UsageError(
-                f"--resume {folder}: {RUN_NAME}: {error.strerror}; give a folder of `moebench run`"
+                f"--resume {folder}: {RUN_NAME}: {error.strerror}; give a folder that `moebench run` wrote"
             ) from error
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the file"
             raise UsageError(
-                f"--resume {folder}: {RUN_NAME}: {place}: {first['msg']}; it is not of a run that this moebench began"
+                f"--resume {folder}: {RUN_NAME}: {place}: {first['msg']}; "
+                "give a folder that this version of moebench wrote"
             ) from error
 
     def changes(self, folder: Path, jobs: Iterable[Job]) -> list[str]:
-        """What is no longer as it was when the run began, but for where it runs."""
+        """Return what has changed since the run began, except for the environment (see `environment_changes`)."""
         found = []
         there = Path(self.sweep_file)
         if there.is_file() and digest(there.read_bytes()) != self.sweep_sha256:
@@ -77,14 +81,15 @@ class RunFile(BaseModel):
         if digest((folder / SWEEP_NAME).read_bytes()) != self.sweep_sha256:
             found.append(f"{folder / SWEEP_NAME} has been edited")
         elif digest_jobs(jobs) != self.jobs_sha256:
-            found.append(f"this moebench makes other jobs of {folder / SWEEP_NAME} than the {self.moebench} of then")
+            found.append(f"this moebench makes other jobs of {folder / SWEEP_NAME} than moebench {self.moebench} did")
         return found
 
 
 def sweeps_of(folder: Path) -> list[str]:
-    """The sweep of the run in a folder: its file, then its name, as far as run.json has them.
+    """Return the sweep of the run in a folder: its file, then its name, as far as run.json has them.
 
-    Of older run files too, which `RunFile.read` refuses; none where a folder is no run's, as that of a merge.
+    This also reads older run files, which `RunFile.read` refuses. The list is empty for a folder without a run, for
+    example a folder of `moebench merge`.
     """
     try:
         found = json.loads((folder / RUN_NAME).read_bytes())
@@ -102,7 +107,7 @@ def digest_jobs(jobs: Iterable[Job]) -> str:
 
 
 def environment_changes(folder: Path, now: Environment) -> list[str]:
-    """What differs between the environment that a folder's results were measured in and this one."""
+    """Return what differs between the environment of a folder's results and the environment `now`."""
     file = folder / ENVIRONMENT_NAME
     if not file.exists():
         return []

@@ -1,6 +1,7 @@
-"""Plans -> workers -> journal: what runs where, until all is measured. No torch here.
+"""Plans -> workers -> journal: decides which job runs where, until every job is measured.
 
-A backend that breaks its process cannot break this one, which alone writes the journal.
+Backends run in worker processes, so a backend that breaks its process cannot break this one. Only this process writes
+the journal.
 """
 
 import signal
@@ -32,9 +33,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run measured, and how many jobs it left when its time was spent or it was interrupted.
+    """What a run measured, and how many jobs it left because its time budget ran out or a signal interrupted it.
 
-    `notes` say which GPUs were given up on the way, and why.
+    `notes` say which GPUs the run stopped using, and why.
     """
 
     records: tuple[Record, ...]
@@ -49,12 +50,14 @@ def execute(
     on_environment: Callable[[Environment], None] = lambda environment: None,
     time_budget_s: float | None = None,
 ) -> Outcome:
-    """Measure every job of the plans, one plan after the other, each record in its journal when it is told of.
+    """Measure every job of the plans, one plan after the other.
 
-    A job whose process dies or hangs gets a record that says so, and the next jobs a new process. Ctrl-C, SIGTERM and
-    SIGHUP end the run at once, the time budget (of all plans together) with the jobs that are running; what was
-    measured stays. `on_environment` is told where each worker runs, before it is given a job. Raises RunnerError where
-    no worker starts or the disk is full, Refused where a worker says that it was asked for what is not there.
+    Each record is in its plan's journal before `on_record` gets it. A job whose process dies or hangs gets a record
+    that says so, and a new process measures the next jobs. Ctrl-C, SIGTERM and SIGHUP end the run at once. When the
+    time budget (of all plans together) is spent, the run ends after the jobs that are running. What was measured stays.
+    `on_environment` gets the environment of each worker before the worker gets a job. Raises RunnerError where no
+    worker starts or the disk is full. Raises Refused where a worker reports that a requested backend or device is not
+    there.
     """
     run = Run(plans, Stop.after(time_budget_s), on_record, on_environment)
     with run.stop.at_signals():
@@ -68,7 +71,7 @@ def execute(
 
 @dataclass
 class Run:
-    """What some plans have measured so far, and whether they should end."""
+    """What the plans have measured so far, and whether the run should end."""
 
     plans: Sequence[Plan]
     stop: "Stop"
@@ -78,13 +81,16 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def keep(self, plan: Plan, row: Record) -> None:
-        """In the plan's journal, before anything else is done."""
+        """Write the record to the plan's journal, and only then pass it on."""
         Journal(plan.folder / JOURNAL_NAME).append(row)
         self.records.append(row)
         self.on_record(row)
 
     def meet(self, plan: Plan, environment: Environment) -> None:
-        """Before anything is measured there: whether it may be, and a file that says where it was."""
+        """Check the environment of a new worker with `on_environment`, and write it to the plan's folder.
+
+        This comes before the worker measures anything.
+        """
         self.on_environment(environment)
         file = _file_of(environment, plan.folder)
         if not file.exists():
@@ -99,7 +105,7 @@ class Run:
 
 @dataclass
 class Stop:
-    """Whether a run should end: its time is spent (no new job), or a signal came (at once)."""
+    """Whether a run should end: its time is spent (start no new job), or a signal came (end at once)."""
 
     deadline: float | None = None
     interrupted: bool = False
@@ -113,7 +119,10 @@ class Stop:
 
     @contextmanager
     def at_signals(self) -> Iterator[None]:
-        """While the block runs a signal is noted, and seen between two looks at the workers: no line is ever torn."""
+        """Note signals while the block runs.
+
+        The run acts on a signal only between two looks at its workers, so that no line of the journal is cut off.
+        """
 
         def note(number: int, frame: FrameType | None) -> None:
             self.interrupted = True
@@ -124,14 +133,14 @@ class Stop:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """While the block runs each of these signals raises KeyboardInterrupt, so that what was begun is cleaned up."""
+    """Turn each of SIGNALS into KeyboardInterrupt while the block runs, so that unfinished work is cleaned up."""
     with _at_signals(signal.default_int_handler):
         yield
 
 
 @contextmanager
 def _at_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
@@ -145,12 +154,16 @@ def _past(deadline: float | None) -> bool:
 
 
 def _file_of(environment: Environment, folder: Path) -> Path:
-    """Where a folder keeps it: as the run's own, or as a further one of a run that was resumed by force."""
+    """Return the folder's file for an environment.
+
+    The run's own environment has the file ENVIRONMENT_NAME. A run that was resumed by force may have further
+    environments, which have files in ENVIRONMENTS_NAME.
+    """
     first = folder / ENVIRONMENT_NAME
     was = Environment.from_file(first) if first.exists() else environment
     if was.env_id != environment.env_id:
         return folder / ENVIRONMENTS_NAME / f"{environment.env_id}.json"
-    if was.code != environment.code:  # times may be compared, but it is other code that ran
+    if was.code != environment.code:  # times may be compared, but other code ran
         code = environment.git_revision or environment.moebench
         return folder / ENVIRONMENTS_NAME / f"{environment.env_id}-{code}.json"
     return first
@@ -158,7 +171,7 @@ def _file_of(environment: Environment, folder: Path) -> Path:
 
 @dataclass
 class _Crew:
-    """The workers of one plan for the jobs of one EP size, one at each place."""
+    """The workers of one plan for the jobs of one EP size, one worker at each place."""
 
     plan: Plan
     ep_size: int
@@ -171,7 +184,7 @@ class _Crew:
         self.places = dict(enumerate(places(self.plan.slots, self.ep_size)))
 
     def work(self) -> None:
-        """Look at every place in turn until nothing is left or the run should end; then end the workers."""
+        """Look at every place in turn until no job is left or the run should end. Then end the workers."""
         try:
             while not self.run.stop.interrupted:
                 heard = [self._look_at(number) for number in list(self.places)]
@@ -184,7 +197,10 @@ class _Crew:
                 worker.end()
 
     def _look_at(self, number: int) -> bool:
-        """Keep what the worker there tells, replace it where it is over; whether there was anything to do."""
+        """Keep the new records of the worker at a place, and end the worker where it is over or has no more jobs.
+
+        Where the place has no worker, start one. Return whether there was anything to do.
+        """
         worker = self.workers.get(number)
         if worker is None:
             return self._start_at(number)
@@ -211,7 +227,11 @@ class _Crew:
         return heard
 
     def _start_at(self, number: int) -> bool:
-        """The first goes ahead: what it refuses all would refuse, and where torch sees no GPU it is the only one."""
+        """Start a worker at a place, if there is work for it. Return whether one was started.
+
+        The first worker starts before all others: what it refuses, all would refuse. Where torch sees no GPU, it is the
+        only worker.
+        """
         place = self.places.get(number)
         if place is None or self.run.stop() or not len(self.backlog) or (self.workers and not self.met):
             return False
@@ -221,7 +241,9 @@ class _Crew:
     def _meet(self, environment: Environment) -> None:
         self.run.meet(self.plan, environment)
         if environment.device == "cpu" and self.plan.slots[0].gpu is not None:
-            self.places = {number: self.places[number] for number in self.workers}  # torch sees no GPU: no place there
+            self.places = {
+                number: self.places[number] for number in self.workers
+            }  # torch sees no GPU, so only one worker runs, on the CPU
         self.met = True
 
     def _next_for(self, worker: WorkerProcess) -> tuple[Job, ...]:
@@ -236,7 +258,7 @@ class _Crew:
         worker.end()
 
     def _give_up(self, number: int, failure: RunnerError) -> None:
-        """Where a worker no longer starts the others go on without it: a GPU may be lost."""
+        """Stop using a place where no worker starts any more, for example on a lost GPU. The other places go on."""
         self._end(number)
         gpus = ", ".join(slot.gpu for slot in self.places.pop(number) if slot.gpu is not None)
-        self.run.notes.append(f"{gpus or 'a slot'}: given up: {failure}")
+        self.run.notes.append(f"{gpus or 'a slot'}: no longer used, because {failure}")

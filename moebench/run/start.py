@@ -1,4 +1,4 @@
-"""A results folder, from its plan to its tables and plots. No torch here."""
+"""Starts a planned run, which writes its sweep, run.json and results into its folder."""
 
 import shutil
 from collections.abc import Callable
@@ -18,9 +18,10 @@ from moebench.run.runner import Outcome, execute
 
 
 def start_run(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome:
-    """Run the plan into its folder. A run that is refused leaves none: the command, set right, may name it again.
+    """Run the plan and write its results into its folder. The outcome includes the folder's earlier records.
 
-    The outcome has earlier records too. Raises UsageError where another process writes into the folder.
+    A new run that is refused leaves no folder, so that the corrected command can use the same name. Raises UsageError
+    where another process writes into the folder, and what moebench.run.runner.execute raises.
     """
     folder = run_plan.folder
     with writing_to(folder), locked(folder):
@@ -32,7 +33,7 @@ def start_run(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome
             changes = environment_changes(folder, environment) if run_plan.is_resumed else []
             if changes and not run_plan.force:
                 raise Refused(
-                    f"--resume {folder}: not where it was: {'; '.join(changes)}; --force goes on all the same"
+                    f"--resume {folder}: the environment has changed: {'; '.join(changes)}; --force resumes anyway"
                 )
 
         try:
@@ -47,17 +48,17 @@ def start_run(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome
 
 
 def _check_unchanged(run_plan: RunPlan) -> None:
-    """Another run may have come and gone between the plan and the lock."""
+    """Raise UsageError where another run wrote into the folder between this run's planning and its lock."""
     folder = run_plan.folder
     if not run_plan.is_resumed:
         check_new(folder)
     elif len(read_journal(folder / JOURNAL_NAME)) != len(run_plan.earlier):
-        raise UsageError(f"{folder}: another process has gone on with it meanwhile; give the command again")
+        raise UsageError(f"{folder}: another process resumed the run in the meantime; give the command again")
 
 
 def _remove(folder: Path) -> None:
-    """A folder that was empty, or not there, before this run."""
+    """Remove a folder that was empty or absent before this run."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with suppress(OSError):  # a link to a folder stays, and where this process is
+    with suppress(OSError):  # a link to a folder stays, and so does the working folder
         folder.rmdir()

@@ -1,4 +1,4 @@
-"""One worker process, or group of ranks, under watch: what it is given, what it tells, how it ends. No torch here."""
+"""One worker process, or one group of ranks, under supervision: it gets jobs, reports records, and may die or hang."""
 
 import itertools
 import json
@@ -24,20 +24,20 @@ from moebench.results.record import Record, Status, record
 from moebench.run.plan import Plan, importing_from
 from moebench.workload.case import Job, Weights
 
-#: A worker that has not said `ready` by then does not start: importing torch and opening a GPU take seconds.
+#: A worker that has not reported `ready` by then counts as failed: importing torch and opening a GPU take seconds.
 START_TIMEOUT_S = 180.0
-#: A killed process that is still there then is stuck in its GPU's driver: nobody can end it.
+#: A killed process that is still there after this time is stuck in its GPU's driver, and nobody can end it.
 KILL_TIMEOUT_S = 30.0
 LOG_LINES, TAIL_BYTES = 12, 1 << 16
-#: Where the kernel counts the processes that it killed for lack of memory.
+#: The file in which the kernel counts the processes that it killed for lack of memory.
 KERNEL_COUNTERS = Path("/proc/vmstat")
 
 
 class WorkerProcess:
-    """A worker at a place, of as many ranks as its jobs have, which it is given as it goes on.
+    """A worker at a place, with one process for each rank of its jobs. `give` gives it jobs while it runs.
 
-    `environment` is what it said that it runs on, None before. `over` says that it is of no more use. `end` ends it,
-    and all that it started.
+    `environment` is what the worker reported that it runs on, None before it did. `over` is true once the worker can
+    take no more jobs. `end` ends the worker and all processes that it started.
     """
 
     def __init__(self, plan: Plan, place: Place, num_ranks: int, at_once: int) -> None:
@@ -46,7 +46,7 @@ class WorkerProcess:
         self.over = False
         self._given: list[Job] = []
         self._num_done = 0
-        self._running: int | None = None  # the job it is at
+        self._running: int | None = None  # number of the job that it is measuring
         self._kills_before = 0
         self._torn = b""
         name = _unused_name(plan.folder / "logs")
@@ -73,13 +73,13 @@ class WorkerProcess:
         self._job_file.write_text(head.model_dump_json() + "\n", encoding="utf-8")
 
     def _start(self, events: Path) -> subprocess.Popen[bytes]:
-        """Python, or torch.distributed's launcher of as many ranks as the jobs have, with the worker's module."""
+        """Start the worker's module in Python, or for several ranks through torch.distributed's launcher."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self._num_ranks}"]
         command = [sys.executable, *(launcher if self._num_ranks > 1 else []), "-m", "moebench.measure.worker"]
         command += ["--jobs", str(self._job_file), "--events", str(events)]
         command += ["--device", self._plan.device] if self._plan.device else []
         with self._log.open("wb") as log:
-            # a session of its own: Ctrl-C reaches the supervisor alone, and a hung group is killed as a whole
+            # in its own session, so that Ctrl-C reaches only the supervisor, and a hung group can be killed as a whole
             return subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -96,12 +96,12 @@ class WorkerProcess:
 
     @property
     def unfinished(self) -> Sequence[Job]:
-        """What it was given and has not told the end of."""
+        """The jobs that the worker was given and has not finished."""
         return self._given[self._num_done :]
 
     @property
     def weights(self) -> Weights | None:
-        """Of the last case that it was given."""
+        """The weights of the last case that the worker was given; None before it was given any."""
         return self._given[-1].case.weights if self._given else None
 
     @property
@@ -109,7 +109,7 @@ class WorkerProcess:
         return self._running is not None
 
     def give(self, jobs: Sequence[Job]) -> None:
-        """Let it measure these next."""
+        """Add jobs, which the worker measures next."""
         self._given += jobs
         self._kills_before = _kernel_kills()
         with self._job_file.open("a", encoding="utf-8") as file:
@@ -117,12 +117,14 @@ class WorkerProcess:
         self._since = time.monotonic()
 
     def watch(self, enough: Callable[[], bool]) -> Iterator[Record]:
-        """The records that it told since the last look, and those of a death or a hang, after which it is over.
+        """Yield the records that the worker reported since the last call, and a record for a job that died or hung.
 
-        So it is when `enough` is true after a record. Raises Refused where it refused its work, RunnerError where it
-        ended or hung before it measured anything.
+        The worker is over after a death or a hang, and when `enough` returns true after a record. Raises Refused where
+        the worker refused its jobs. Raises RunnerError where it ended or hung before it measured anything.
         """
-        ended = self._process.poll() is not None  # asked first, so that its last lines are still read
+        ended = (
+            self._process.poll() is not None
+        )  # checked first, so that the last lines of a process that has ended are still read
         *lines, self._torn = (self._torn + self._events.read()).split(b"\n")
         for line in lines:
             self._since = time.monotonic()
@@ -147,7 +149,9 @@ class WorkerProcess:
                 raise Refused("\n".join(event["mistakes"]))
             case "start":
                 self._running = event["number"]
-            case "record" if event["number"] == self._running:  # of several ranks that fail, the first is told
+            case "record" if (
+                event["number"] == self._running
+            ):  # where several ranks fail, only the first one's record counts
                 self._running = None
                 self._num_done += 1
                 self._kills_before = _kernel_kills()
@@ -155,20 +159,22 @@ class WorkerProcess:
         return None
 
     def _is_broken_by(self, row: Record) -> bool:
-        """Ranks wait for each other: where one failed, the rest of its group is of no use."""
+        """Whether a rank of a group failed. The other ranks would wait for it forever, so the whole group must end."""
         return self._num_ranks > 1 and row.status in (Status.oom, Status.error)
 
     def _is_late(self) -> bool:
         if self._running is None and self.environment is not None and not self.unfinished:
-            return False  # it waits to be given work
+            return False  # it waits for jobs
         limit = START_TIMEOUT_S if self._running is None else self._plan.policy.timeout_s
         return time.monotonic() - self._since > limit
 
     def _died(self) -> Iterator[Record]:
-        """A death between two jobs is nobody's: the next worker goes on."""
+        """Yield the record of the job that died. A death between two jobs yields none, and the next worker goes on."""
         if self._running is None and self._num_done:
             return
-        write_atomically(self._log.with_suffix(".disk"), bytes(1 << 16))  # a worker dies too where its disk is full
+        write_atomically(
+            self._log.with_suffix(".disk"), bytes(1 << 16)
+        )  # raises where the disk is full, which also ends workers
         self._log.with_suffix(".disk").unlink()
         code = self._process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
@@ -177,23 +183,29 @@ class WorkerProcess:
         tail = self._tail()
         killed = code == -signal.SIGKILL or "SIGKILL" in tail
         if killed and _kernel_kills() > self._kills_before:
-            yield self._end_job(Status.oom, f"its process {how}; the kernel has killed for lack of memory\n{tail}")
+            yield self._end_job(
+                Status.oom, f"its process {how}; the kernel killed a process for lack of memory\n{tail}"
+            )
             return
-        from_outside = "; someone killed it, and not the kernel for lack of memory" if code == -signal.SIGKILL else ""
+        from_outside = (
+            "; another process killed it, not the kernel for lack of memory" if code == -signal.SIGKILL else ""
+        )
         yield self._end_job(Status.crash, f"its process {how}{from_outside}\n{tail}")
 
     def _hung(self) -> Iterator[Record]:
         self._kill()
         if self._running is not None:
             limit = self._plan.policy.timeout_s
-            yield self._end_job(Status.timeout, f"no result after {limit:g} s (policy timeout_s); killed")
+            yield self._end_job(
+                Status.timeout, f"no result after {limit:g} s (policy timeout_s); the worker was killed"
+            )
         elif not self._num_done:
             raise RunnerError(f"a worker did not start within {START_TIMEOUT_S:g} s\nlog: {self._log}")
 
     def _end_job(self, status: Status, detail: str) -> Record:
-        """The record of the job that it was at."""
+        """Return the record of the job that the worker was measuring."""
         assert self._running is not None
-        assert self.environment is not None, "a job starts after the worker has said what it runs on"
+        assert self.environment is not None, "a job starts after the worker has reported its environment"
         job, self._running = self._given[self._running], None
         self._num_done += 1
         return record(
@@ -209,7 +221,10 @@ class WorkerProcess:
         )
 
     def _tail(self) -> str:
-        """The log's last lines; where Python died with a stack, its first: the most recent call leads."""
+        """Return the log's last lines. Where Python died with a stack, return the stack's first lines.
+
+        The most recent call is the first in such a stack.
+        """
         with self._log.open("rb") as log:  # a backend may have printed for hours
             log.seek(max(0, self._log.stat().st_size - TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
@@ -223,24 +238,27 @@ class WorkerProcess:
         self._events.close()
 
     def _kill(self) -> None:
-        with suppress(psutil.NoSuchProcess):  # a launcher's ranks are in sessions of their own
+        with suppress(psutil.NoSuchProcess):  # a launcher's ranks have their own sessions
             for child in psutil.Process(self._process.pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
-        with suppress(ProcessLookupError):  # the group outlives a leader that died and left children
+        with suppress(ProcessLookupError):  # the group outlives its leader where the leader left children
             os.killpg(self._process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(KILL_TIMEOUT_S)
 
 
 def _unused_name(logs: Path) -> str:
-    """Of a worker whose files are all new: what another was told, and told, is no word of this one."""
+    """Return a worker's name that has no files in the folder yet.
+
+    The files of an earlier worker hold jobs and events that must not be read again.
+    """
     names = (f"worker-{number}" for number in itertools.count())
     return next(name for name in names if not any(logs.glob(f"{name}.*")))
 
 
 def _kernel_kills() -> int:
-    """How many processes the kernel has killed for lack of memory, so far, on this machine; 0 where it does not say."""
+    """Return how many processes the kernel has killed on this machine for lack of memory; 0 where it does not count."""
     if not KERNEL_COUNTERS.exists():
         return 0
     counters = dict(line.split() for line in KERNEL_COUNTERS.read_text().splitlines())

@@ -1,7 +1,7 @@
-"""Several plans at once: the workers of all live side by side and take turns, job by job. No torch here.
+"""Several plans at once: their workers run side by side and take turns, job by job.
 
-What disturbs a machine for seconds at a time disturbs all of them alike then. Made for CPUs: on a GPU the memory of all
-would have to fit at once.
+A disturbance of the machine that lasts seconds then affects all plans alike. The mode is made for CPUs. On a GPU, the
+memory of all workers would have to fit at the same time.
 """
 
 import random
@@ -21,9 +21,10 @@ from moebench.workload.case import Job
 def execute_in_turns(
     *rounds: Sequence[Plan], on_record: Callable[[Record], None], time_budget_s: float | None = None
 ) -> Outcome:
-    """As `runner.execute`, the plans of a round side by side: each job is measured by all, in random order.
+    """Measure the plans of each round side by side: for each job, the plans take turns in random order.
 
-    Jobs come in the order of the plans, which is the same in all of a round; a plan may have none of some.
+    Jobs come in the order of the plans, which must be the same in all plans of a round. A plan may lack some of the
+    jobs. Raises what moebench.run.runner.execute raises.
     """
     plans = [plan for together in rounds for plan in together]
     run = Run(plans, Stop.after(time_budget_s), on_record, lambda environment: None)
@@ -45,14 +46,14 @@ class _Turns:
     workers: dict[int, WorkerProcess] = field(default_factory=dict)  # by the number of their plan
 
     def work(self) -> None:
-        """All jobs by all plans that have them, then the workers' end."""
+        """Measure every job in all plans that have it, then end the workers."""
         draw = random.Random(f"{self.plans[0].run_id} {self.plans[0].round}")
         jobs = dict.fromkeys(job for plan in self.plans for job in plan.jobs)
         ep_size = 0
         try:
             for job in sorted(jobs, key=lambda job: job.case.ep_size):
                 if job.case.ep_size != ep_size:
-                    self._end_all()  # they have as many ranks as their jobs
+                    self._end_all()  # a worker has as many ranks as its jobs
                     ep_size = job.case.ep_size
                 have_it = [number for number, plan in enumerate(self.plans) if job in plan.jobs]
                 for number in draw.sample(have_it, len(have_it)):
@@ -63,7 +64,7 @@ class _Turns:
             self._end_all()
 
     def _measure(self, number: int, job: Job) -> None:
-        """One turn: until the job is told of, by another worker where one dies before it has begun."""
+        """Take one turn: wait until the job has its record. If the worker dies before the job begins, start another."""
         while not self.run.stop.interrupted:
             worker = self.workers.get(number) or self._start(number, job)
             if not worker.unfinished:
@@ -81,7 +82,7 @@ class _Turns:
         return self.workers[number]
 
     def _hear(self, number: int, worker: WorkerProcess) -> None:
-        """Keep what it tells, if anything; else wait a little."""
+        """Keep the records that the worker reported. If it reported none, wait a little."""
         plan, knew = self.plans[number], worker.environment
         rows = list(worker.watch(lambda: self.run.stop.interrupted))
         if knew is None and worker.environment is not None:

@@ -1,4 +1,4 @@
-"""What is measured: sweep files are read into cases and jobs, and cases into seeded inputs.
+"""What is measured: sweep files become cases and jobs, and cases become seeded inputs.
 
-Nothing here imports another folder of moebench.
+No module here imports another folder of moebench.
 """

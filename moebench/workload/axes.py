@@ -1,4 +1,4 @@
-"""The axes of a sweep: which values each takes, what a wrong value is told, and their combinations. No torch here."""
+"""The axes of a sweep: the values that each takes, the message for a wrong value, and the axes' combinations."""
 
 import difflib
 import json
@@ -18,13 +18,16 @@ from moebench.workload.models import MODELS, SHAPE_AXES
 DISPATCHERS = ("local", *BETWEEN_RANKS)
 BACKEND_PATTERN = r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$"
 BACKEND_RULE = 'must be a name, or "module:attribute" for a backend of your own'
-UNKNOWN: Final = object()  # stands for a value that a mistake hides
+UNKNOWN: Final = object()  # stands in for a value that was wrong or missing
 
-# Values: their types are those of Case's fields
+# Values. Their types are the types of Case's fields.
 
 
 def _openable(routing: str, info: ValidationInfo) -> str:
-    """A recorded trace as a path that can be opened from here; `info.context` is the sweep file's folder."""
+    """Return a trace's routing with its path relative to the working folder where it is inside it, else absolute.
+
+    Other routings stay as they are. `info.context` is the sweep file's folder.
+    """
     kind, _, written = routing.partition(":")
     if kind != "trace" or info.context is None:
         return routing
@@ -74,37 +77,37 @@ _EXAMPLES = {
 
 
 def rule_for(name: str, value: object, error: ErrorDetails) -> str:
-    """The rule that `value` of the field `name` breaks, and the remedy."""
+    """Return the rule that `value` of the field `name` breaks, and the remedy."""
     if is_group(name, value):
         return f"there is no such group; the groups of {name} are {listed(GROUPS[name])}"
     if name in _CHOICES:
         hint = did_you_mean(value, _CHOICES[name]) or "take one of them"
         return f"must be one of {listed(_CHOICES[name])}; {hint}"
     if error["type"] == "no_trace":
-        return f"{error['msg']}; a trace's path is absolute or relative to the sweep file's folder"
+        return f"{error['msg']}; give a path that is absolute or relative to the sweep file's folder"
     rule = _RULES.get(name) or error["msg"].replace("Input should be", "must be")
     return f"{rule}; for example {name} = {example(name)}"
 
 
 def shown(value: object) -> str:
-    """The value as a mistake quotes it: JSON, in at most 80 characters."""
+    """Return the value as messages quote it: JSON of at most 80 characters."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def listed(names: Iterable[object]) -> str:
-    """The names with commas between them, or "none"."""
+    """Return the names with commas between them, or "none"."""
     return ", ".join(map(str, names)) or "none"
 
 
 def did_you_mean(word: object, valid: Iterable[str]) -> str:
-    """A question that names the valid word closest to `word`; empty where none is close."""
+    """Return a question that names the valid word closest to `word`; empty where none is close."""
     close = difflib.get_close_matches(str(word), list(valid), n=1)
     return f'did you mean "{close[0]}"?' if close else ""
 
 
 def example(name: str) -> str:
-    """A value of the field `name`, as a sweep file has it."""
+    """Return a valid value of the field `name`, as a sweep file writes it."""
     return shown(_EXAMPLES[name] if name in _EXAMPLES else _CHOICES[name][0])
 
 
@@ -112,7 +115,10 @@ def example(name: str) -> str:
 
 
 def combinations(axes: Mapping[str, Sequence[object]]) -> Iterator[dict[str, object]]:
-    """Each combination of the axes, complete: with the model's shape, Case's defaults, and the dispatcher in force."""
+    """Yield each combination of the axes with a value for every axis.
+
+    The model's shape and Case's defaults fill in what the axes lack. At ep_size 1 the dispatcher is "local".
+    """
     for values in product(*axes.values()):
         combination = {**DEFAULTS, "dispatcher": BETWEEN_RANKS[0], **dict(zip(axes, values, strict=True))}
         model = combination["model"]
@@ -128,7 +134,7 @@ def combinations(axes: Mapping[str, Sequence[object]]) -> Iterator[dict[str, obj
 
 
 def is_match(exclude: Mapping[str, Sequence[object]], combination: Mapping[str, object]) -> bool | None:
-    """Whether the combination has one of the values for every key; None where a mistake leaves that open."""
+    """Whether the combination has one of the values for every key; None where an UNKNOWN value leaves that open."""
     matches: bool | None = True
     for name, values in exclude.items():
         value = combination.get(name, UNKNOWN)

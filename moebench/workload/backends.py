@@ -1,7 +1,7 @@
-"""What `experts.catalog` says of backends and dispatchers, and the groups that sweeps name them by. No torch here.
+"""What `experts.catalog` says about backends and dispatchers, and the groups that sweeps name them by.
 
-The workers of `moebench ab` import older revisions of `experts`, which may have no catalog. Then no backend is
-described, there are no groups of backends, and the dispatchers are those of that time.
+The workers of `moebench ab` import older revisions of `experts`, which may lack the catalog. Without it no backend is
+described, no groups of backends exist, and the dispatchers are the ones that those revisions have.
 """
 
 import sys
@@ -16,11 +16,11 @@ else:
         from experts import catalog
     except ImportError:
         catalog = None
-    else:  # an editable install finds the checkout's catalog for a package of another folder that has none
+    else:  # `experts` of another folder may lack a catalog; an editable install then finds the checkout's
         if str(Path(catalog.__file__).parent) not in sys.modules["experts"].__path__:
             catalog = None
 
-#: The dispatchers of the revisions without a catalog, and the raw collective that bounds each.
+#: The dispatchers of revisions without a catalog, and the raw collective that bounds the speed of each.
 _BEFORE_THE_CATALOG: Mapping[str, "catalog.Collective"] = {
     "allgather": "all_gather",
     "alltoall": "all_to_all",
@@ -33,31 +33,31 @@ _COLLECTIVES = (
     else {dispatcher.name: dispatcher.collective for dispatcher in catalog.DISPATCHERS}
 )
 
-#: The dispatchers between ranks. The first is what a sweep takes that names none.
+#: The dispatchers between ranks. A sweep that names no dispatcher uses the first.
 DISPATCHERS = tuple(_COLLECTIVES)
-#: The backend that others are compared with; "" without a catalog.
+#: The backend that all other backends are compared with; "" without a catalog.
 REFERENCE = "" if catalog is None else catalog.REFERENCE
 
 
 def described(backend: str) -> "catalog.Backend | None":
-    """What the catalog says of a backend; None for one that is somebody else's."""
+    """Return the catalog's entry for a backend; None for a backend that the catalog lacks."""
     return _BACKENDS.get(backend)
 
 
 def engine_of(backend: str) -> "catalog.Engine | None":
-    """The engine of a backend; None for a peer and for somebody else's."""
+    """Return the engine of a backend; None for a peer and for a backend that the catalog lacks."""
     known = _BACKENDS.get(backend)
     return None if known is None else known.engine
 
 
 def collective_of(dispatcher: str) -> "catalog.Collective | None":
-    """The raw collective that bounds a dispatcher; None for "local"."""
+    """Return the raw collective that bounds a dispatcher's speed; None for "local"."""
     return _COLLECTIVES.get(dispatcher)
 
 
 # Groups
 
-#: Axis -> group, as a sweep writes it -> its members, in the catalog's order.
+#: Axis -> group as a sweep writes it -> the group's members in the catalog's order.
 GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "backend": {
         f"@{group}": tuple(backend.name for backend in _BACKENDS.values() if group in backend.groups)
@@ -68,15 +68,15 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 
 def is_group(axis: str, value: object) -> bool:
-    """Whether a value of an axis names a group, one that there is or not."""
+    """Whether a value of an axis names a group. The group may not exist."""
     return axis in GROUPS and isinstance(value, str) and value.startswith("@")
 
 
 def expanded(axis: str, values: Sequence[object]) -> list[tuple[int, object]]:
-    """The values of an axis, each with its place in the list, and in place of a group its members.
+    """Return the values of an axis with groups replaced by their members, each with its place in the list.
 
-    A member that the list has already, or names elsewhere by itself, is not there again. An unknown group stays as it
-    is, for the axis to refuse.
+    A group adds only members that the list does not name itself and that no earlier group added. An unknown group stays
+    as it is; the axis refuses it later.
     """
     found: list[tuple[int, object]] = []
     taken = [value for value in values if not is_group(axis, value)]
@@ -92,5 +92,5 @@ def expanded(axis: str, values: Sequence[object]) -> list[tuple[int, object]]:
 
 
 def names_of(axis: str, words: Iterable[str]) -> list[str]:
-    """The words of a command line, groups expanded, each once."""
+    """Return the names on a command line, each once, with groups replaced by their members."""
     return list(dict.fromkeys(str(name) for _, name in expanded(axis, list(words))))

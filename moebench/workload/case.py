@@ -1,4 +1,4 @@
-"""What is measured: a `Case` is one workload, a `Job` is one backend on it. No torch here."""
+"""What is measured: a `Case` is one workload, and a `Job` is one backend on one case."""
 
 import hashlib
 import json
@@ -17,25 +17,25 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Activation = Literal["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"]
 Mode = Literal["forward", "train"]
 RankLoad = Literal["even", "uneven", "one-empty"]
-#: What cases must share to share their weights.
+#: The values that two cases must share to have the same weights.
 Weights = tuple[object, ...]
-#: More is a slip of the pen: no machine has the memory, and columns are integers of 64 bits.
+#: A number from here on is a typing mistake: no machine has the memory. Columns hold it as a 64-bit integer.
 LARGEST = 2**31
 Positive = Annotated[int, Field(gt=0, lt=LARGEST)]
 
-# kind[:argument]; moebench.workload.inputs draws them, docs/sweeps.md says what each means
+# kind[:argument]; moebench.workload.inputs draws each kind, and docs/sweeps.md says what each means
 ROUTING_PATTERN = r"^(uniform|balanced|one-hot|zipf(:\d+(\.\d+)?)?|empty(:0?\.\d+)?|trace:.+)$"
 
 
-#: Clamped activations meet their limit at so many standard deviations of the first projection's output: often enough to
-#: be seen where the limit is missing, seldom enough that rounding across it stays below the budgets.
+#: The limit of a clamped activation, in standard deviations of the first projection's output. At this distance enough
+#: values reach the limit that a missing limit shows, and few enough that rounding across it stays within the budgets.
 LIMIT_IN_STDS = 3.0
 
 
 class CaseFields(BaseModel):
-    """The fields of a case, which a row of results has too: each is an axis of sweeps and a column of results.
+    """The fields that a case shares with a row of results. Each is an axis of sweeps and a column of results.
 
-    A field stands at its column's place. Its description is the column's meaning in docs/results.md.
+    The fields are in the order of the columns. A field's description is the column's meaning in docs/results.md.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,31 +48,36 @@ class CaseFields(BaseModel):
         Field(
             ge=0,
             lt=LARGEST,
-            description="tokens per rank; where `rank_load` is not `even`, the tokens of the ranks that have most",
+            description="tokens per rank; where `rank_load` is not `even`, tokens of the rank that has most",
         ),
     ]
-    n_routed_experts: Annotated[Positive, Field(description="experts, over all ranks")]
-    n_activated_experts: Annotated[Positive, Field(description="experts that each token chooses")]
+    n_routed_experts: Annotated[Positive, Field(description="number of experts on all ranks together")]
+    n_activated_experts: Annotated[Positive, Field(description="number of experts that each token chooses")]
     dim: Annotated[Positive, Field(description="width of a token")]
-    moe_inter_dim: Annotated[Positive, Field(description="width inside an expert")]
-    model: Annotated[str | None, Field(description="preset that the shape comes from; a shape of its own has none")] = (
-        None
-    )
+    moe_inter_dim: Annotated[Positive, Field(description="width of an expert's hidden layer")]
+    model: Annotated[
+        str | None, Field(description="preset that the shape comes from; null where the sweep writes out the shape")
+    ] = None
     dtype: Annotated[
         Dtype,
         Field(description="`float64`, `float32`, `bfloat16` or `float16`; FP8 is part of a backend's name"),
     ] = "bfloat16"
     expert_activation: Annotated[Activation, Field(description="activation between the two projections")] = "swiglu"
     expert_bias: Annotated[bool, Field(description="whether both projections have biases")] = False
-    activation_alpha: Annotated[float, Field(description="alpha of `quick_geglu` and `swigluoai`")] = 1.702
+    activation_alpha: Annotated[float, Field(description="the factor alpha in `quick_geglu` and `swigluoai`")] = 1.702
     activation_limit: Annotated[
-        float, Field(gt=0, description="where `quick_geglu` and `swigluoai` clamp what the first projection gives")
+        float,
+        Field(
+            gt=0, description="limit at which `quick_geglu` and `swigluoai` clamp the output of the first projection"
+        ),
     ] = 7.0
     swiglu_limit: Annotated[
-        float, Field(ge=0, description="where `swiglu` clamps what the first projection gives; 0 for no clamp")
+        float,
+        Field(ge=0, description="limit at which `swiglu` clamps the output of the first projection; 0 for no clamp"),
     ] = 0.0
     apply_router_weight_after_down: Annotated[
-        bool, Field(description="whether the routing weight multiplies after the down projection, not before it")
+        bool,
+        Field(description="whether the routing weight is multiplied in after the down projection; otherwise before it"),
     ] = False
     routing: Annotated[
         str,
@@ -97,11 +102,10 @@ class CaseFields(BaseModel):
 
 
 class Case(CaseFields):
-    """One workload of an expert layer, whatever backend runs it.
+    """One workload of an expert layer, independent of the backend that runs it.
 
-    `num_tokens` counts tokens per rank, at most: `rank_load` says how many of the ranks have so many. `mode` "forward"
-    runs under no_grad, "train" is forward and backward without an optimizer. `masked_share` is the share of tokens that
-    the token mask drops.
+    The fields' descriptions in `CaseFields` say what each means. A case is invalid where its fields contradict each
+    other, for example more activated than routed experts.
     """
 
     model_config = ConfigDict(strict=True)
@@ -117,11 +121,11 @@ class Case(CaseFields):
         if self.n_routed_experts % self.ep_size:
             mistakes.append(
                 f"n_routed_experts = {self.n_routed_experts} does not divide by ep_size = {self.ep_size}: "
-                "every rank holds as many experts; choose a divisor, or exclude the pair"
+                "every rank holds the same number of experts; choose a divisor, or exclude the pair"
             )
         if self.rank_load != "even" and self.ep_size == 1:
             mistakes.append(
-                f"rank_load = {self.rank_load} needs ranks, but ep_size = 1: choose a larger one, or exclude the pair"
+                f"rank_load = {self.rank_load} needs several ranks, but ep_size = 1; raise ep_size, or exclude the pair"
             )
         if mistakes:
             raise ValueError("\n".join(mistakes))
@@ -129,7 +133,10 @@ class Case(CaseFields):
 
     @property
     def case_id(self) -> str:
-        """Readable name and a hash of every field that differs from its default, so that a new field keeps old ids."""
+        """A readable name with a hash of every field that differs from its default.
+
+        A new field at its default does not change the ids of old cases.
+        """
         shape = self.model or shape_name(dict(self))
         fields = json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True)
         digest = hashlib.sha256(fields.encode()).hexdigest()[:8]
@@ -138,13 +145,13 @@ class Case(CaseFields):
 
     @property
     def weights(self) -> Weights:
-        """All that `moebench.workload.inputs.make_parameters` reads: cases with equal ones have the same weights."""
+        """What `moebench.workload.inputs.make_parameters` reads. Cases with equal values have the same weights."""
         shape = (self.n_routed_experts, self.dim, self.moe_inter_dim, self.is_gated)
         return (*shape, self.dtype, self.expert_bias, self.seed, self.ep_size, self.gain)
 
     @property
     def gain(self) -> float:
-        """The standard deviation of the first projection's output, which the weights are drawn for."""
+        """The standard deviation that the first projection's output has with the drawn weights."""
         if self.expert_activation in ("quick_geglu", "swigluoai"):
             return self.activation_limit / LIMIT_IN_STDS
         if self.expert_activation == "swiglu" and self.swiglu_limit > 0:
@@ -156,34 +163,38 @@ class Case(CaseFields):
         return self.expert_activation not in UNGATED
 
     def flops(self) -> float:
-        """Useful floating-point operations per rank, the mean over ranks.
+        """Return the useful floating-point operations of one rank, as the mean over ranks.
 
-        Forward: 6·T·K·dim·inter gated, 4·T·K·dim·inter ungated; forward and backward three times that. Masked tokens do
-        no useful work and do not count.
+        Forward has 6·T·K·dim·inter where the activation is gated and 4·T·K·dim·inter where it is ungated. Mode "train"
+        has three times as many. Masked tokens do no useful work and do not count.
         """
         rows = self.num_active_tokens * self.n_activated_experts
         forward = (6 if self.is_gated else 4) * rows * self.dim * self.moe_inter_dim
         return float(3 * forward if self.mode == "train" else forward)
 
     def tokens_of_rank(self, rank: int) -> int:
-        """Tokens that a rank has: all as many, from few to many ("uneven"), or the last none ("one-empty")."""
+        """Return the number of tokens of a rank.
+
+        All ranks have num_tokens, with two exceptions. With "uneven" the number rises in equal steps, rounded up, to
+        num_tokens on the last rank. With "one-empty" the last rank has none.
+        """
         if self.rank_load == "uneven":
             return -(-self.num_tokens * (rank + 1) // self.ep_size)
         return 0 if self.rank_load == "one-empty" and rank == self.ep_size - 1 else self.num_tokens
 
     def active_tokens_of_rank(self, rank: int) -> int:
-        """Tokens of a rank that the token mask keeps."""
+        """Return the number of a rank's tokens that the token mask keeps."""
         num_tokens = self.tokens_of_rank(rank)
         return num_tokens - round(num_tokens * self.masked_share)
 
     @property
     def num_active_tokens(self) -> float:
-        """Tokens that the token mask keeps, the mean over ranks."""
+        """The number of tokens of one rank that the token mask keeps, as the mean over ranks."""
         return sum(self.active_tokens_of_rank(rank) for rank in range(self.ep_size)) / self.ep_size
 
 
 class JobKey(NamedTuple):
-    """What names a job among others, in a sweep, a journal and a frame."""
+    """The values that identify a job in a sweep, a journal and a frame."""
 
     case_id: str
     backend: str
@@ -191,19 +202,19 @@ class JobKey(NamedTuple):
     check: str | None = None
 
 
-#: The columns that name a row of a frame. What was measured has no check.
+#: The columns that identify a row of a frame. `check` is left out, because measured jobs have no check.
 KEY = ("case_id", "backend", "dispatcher")
 
 
 def key_of(row: Mapping[Any, Any]) -> JobKey:
-    """The key of the job that a row of a frame is about."""
+    """Return the key of the job that a row of a frame is about."""
     return JobKey(*(row[name] for name in KEY))
 
 
 class Job(BaseModel):
-    """One backend on one case: what a row of results is about.
+    """One backend on one case. A row of results is about one job.
 
-    With `check`, a name in moebench.parity.checks, it is examined as that check asks; without, measured.
+    Where `check` names a check of moebench.parity.checks, the worker runs that check; otherwise it measures the job.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,8 +1,8 @@
 """Case -> seeded tensors: the same tokens, routing, parameters and output gradient for every backend.
 
-Scales are chosen so that faults show: projections keep every intermediate near 1, biases are far from zero, masked rows
-are NaN, and clamped activations meet their limit at three standard deviations (often enough to be seen where it is
-missing, seldom enough that rounding across the limit stays below the budgets).
+The values are chosen so that faults show. Projections keep every intermediate near 1. Biases are far from zero. Masked
+rows are NaN. Clamped activations reach their limit at three standard deviations (LIMIT_IN_STDS in
+moebench.workload.case says why).
 """
 
 import math
@@ -26,17 +26,17 @@ DEFAULT_EMPTY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one forward and backward pass reads. Masked rows of x are NaN."""
+    """The tensors that one forward and backward pass reads. Masked rows of x are NaN."""
 
     x_TD: Tensor  # the case's dtype
     token_mask_T: Tensor  # bool
-    weights_TK: Tensor  # float32 (float64 for float64), rows sum to 1
+    weights_TK: Tensor  # float32 (float64 where the case is float64); each row sums to 1
     indices_TK: Tensor  # int64
-    grad_TD: Tensor  # gradient of the output, contiguous, the case's dtype
+    grad_TD: Tensor  # gradient of the output; contiguous, the case's dtype
 
     @property
     def active_indices_TK(self) -> Tensor:
-        """The indices that take part: −1 where the token is masked."""
+        """The expert indices [T, K] int64, with −1 where the token is masked."""
         return self.indices_TK.masked_fill(~self.token_mask_T.unsqueeze(-1), -1)
 
     def clone(self) -> "Inputs":
@@ -44,14 +44,15 @@ class Inputs:
 
 
 def moe_config(case: Case) -> MoEConfig:
-    """The expert layer of a case."""
+    """Return the configuration of a case's expert layer."""
     return MoEConfig(**{name: getattr(case, name) for name in MoEConfig.__dataclass_fields__})
 
 
 def make_parameters(case: Case, device: torch.device, rank: int = 0) -> dict[str, Tensor]:
-    """Stacked parameters of a rank's experts by name, in the case's dtype.
+    """Return the stacked parameters of a rank's experts by name, in the case's dtype.
 
-    Projections are N(0, 1/fan-in) times a gain, biases N(0, 0.5²).
+    Projections are drawn from N(0, 1/fan-in), and the first one is multiplied by `case.gain`. Biases are drawn from
+    N(0, 0.5²).
     """
     config = moe_config(case)
     generator = torch.Generator(device).manual_seed(_seed(case, rank))
@@ -69,11 +70,14 @@ def make_parameters(case: Case, device: torch.device, rank: int = 0) -> dict[str
 
 
 def _seed(case: Case, rank: int) -> int:
-    return (case.seed + 0x9E3779B1 * rank) % 2**32  # torch's generator on a CPU reads 32 bits of a seed
+    return (case.seed + 0x9E3779B1 * rank) % 2**32  # torch's generator on a CPU reads only 32 bits of a seed
 
 
 def make_inputs(case: Case, device: torch.device, rank: int = 0) -> Inputs:
-    """A rank's tokens, mask, routing and output gradient. Raises InputsError for a trace that does not fit the case."""
+    """Return a rank's tokens, mask, routing and output gradient.
+
+    Raises InputsError for a trace that does not fit the case.
+    """
     generator = torch.Generator(device).manual_seed(_seed(case, rank) + 1)
     dtype = moe_config(case).dtype
     num_tokens = case.tokens_of_rank(rank)
@@ -94,7 +98,10 @@ def make_inputs(case: Case, device: torch.device, rank: int = 0) -> Inputs:
 
 
 def draw_routing(case: Case, generator: torch.Generator, rank: int = 0) -> Tensor:
-    """Expert indices [T, K] int64 of a rank's tokens; a token's experts differ, except in a recorded trace."""
+    """Return the expert indices [T, K] int64 of a rank's tokens.
+
+    The experts of one token differ from each other, except in a recorded trace.
+    """
     kind, _, argument = case.routing.partition(":")
     n_experts, num_tokens = case.n_routed_experts, case.tokens_of_rank(rank)
     device = generator.device
@@ -102,9 +109,9 @@ def draw_routing(case: Case, generator: torch.Generator, rank: int = 0) -> Tenso
         return _read_trace(Path(argument), case, num_tokens).to(device)
     if kind == "balanced":
         return _balanced(case, num_tokens, generator)
-    # Experts drawn without replacement in proportion to a popularity: the K largest of log popularity + Gumbel noise
-    # (Kool, van Hoof and Welling 2019, "Stochastic beams and where to find them").
-    # Which experts are popular is the same on all ranks.
+    # Experts are drawn without replacement in proportion to their popularity: take the K largest values of
+    # log popularity + Gumbel noise (Kool, van Hoof and Welling 2019, "Stochastic beams and where to find them").
+    # All ranks have the same popular experts.
     popularity = torch.Generator(device).manual_seed(case.seed)
     by_rank = torch.randperm(n_experts, device=device, generator=popularity)
     log_popularity_E = torch.zeros(n_experts, device=device)
@@ -137,13 +144,13 @@ def _read_trace(path: Path, case: Case, num_tokens: int) -> Tensor:
     columns = case.n_activated_experts
     if trace.ndim != 2 or trace.shape[0] == 0 or trace.shape[1] != columns or trace.dtype.kind not in "iu":
         raise InputsError(
-            f"trace {path} is {trace.dtype} {list(trace.shape)}, needs integers "
-            f"[tokens >= 1, n_activated_experts = {columns}]"
+            f"trace {path} is {trace.dtype} {list(trace.shape)}, but the case needs integers "
+            f"[tokens >= 1, n_activated_experts = {columns}]; record it from a model with that many"
         )
     if trace.min() < -1 or trace.max() >= case.n_routed_experts:
         raise InputsError(
-            f"trace {path} names experts {trace.min()} to {trace.max()}, the case has 0 to {case.n_routed_experts - 1} "
-            "(-1 for none); record it from a model with as many experts"
+            f"trace {path} names experts {trace.min()} to {trace.max()}, but the case has "
+            f"0 to {case.n_routed_experts - 1} (-1 for no expert); record it from a model with that many experts"
         )
-    rows = np.arange(num_tokens) % trace.shape[0]  # a trace shorter than the case starts again
+    rows = np.arange(num_tokens) % trace.shape[0]  # a trace that is shorter than the case repeats
     return torch.from_numpy(trace[rows].astype(np.int64))

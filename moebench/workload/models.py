@@ -1,7 +1,7 @@
 """Shapes of the routed experts of published models, for the `model` axis of a sweep.
 
-Each preset fixes the fields of `Case` that the model's configuration fixes; tokens, dtype, routing and mode stay free.
-Shapes are those of the models' own configuration files, read 2026-11.
+Each preset fixes the fields of `Case` that the model's configuration fixes. Tokens, dtype, routing and mode stay free.
+The shapes come from the models' own configuration files, read 2026-11.
 """
 
 import re
@@ -9,19 +9,19 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-#: The fields of a shape, in the order in which it is written.
+#: The fields of a shape, in the order of its written form.
 SHAPE_AXES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
-#: e64k6d1024i512, as it is written everywhere; 64/6/1024/512 is read too, as older commands have it.
+#: moebench writes e64k6d1024i512. It also reads 64/6/1024/512, which older commands use.
 _SHAPES = (re.compile(r"e(\d+)k(\d+)d(\d+)i(\d+)"), re.compile(r"(\d+)/(\d+)/(\d+)/(\d+)"))
 
 
 def shape_name(fields: Mapping[Any, Any]) -> str:
-    """The shape in these fields of a case as it is written everywhere: e64k6d1024i512."""
+    """Return the written form of the shape in these fields of a case, for example e64k6d1024i512."""
     return "".join(f"{letter}{fields[name]}" for letter, name in zip("ekdi", SHAPE_AXES, strict=True))
 
 
 def shape_fields(text: str) -> dict[str, int] | None:
-    """The fields of the shape that is written e64k6d1024i512 or 64/6/1024/512; None for any other text."""
+    """Return the fields of a shape written e64k6d1024i512 or 64/6/1024/512; None for any other text."""
     found = next(filter(None, (pattern.fullmatch(text) for pattern in _SHAPES)), None)
     return found and dict(zip(SHAPE_AXES, map(int, found.groups()), strict=True))
 

@@ -1,4 +1,4 @@
-"""The processes that measure one case together, rank by rank; alone, one process is its own group."""
+"""The processes that measure one case together: one process per rank, or a single process at ep_size 1."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the `size` ranks of expert parallelism. Every method is called by all ranks alike."""
+    """This process among the `size` ranks of expert parallelism. All ranks must call a method together."""
 
     rank: int = 0
     size: int = 1
@@ -29,12 +29,12 @@ class Ranks:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The process group, where there are ranks."""
+        """The process group. Only a process with a mesh has one."""
         assert self.mesh is not None
         return self.mesh.get_group()
 
     def tell(self, value: _T) -> list[_T]:
-        """Every rank's value, in the order of the ranks."""
+        """Return every rank's value, in the order of the ranks."""
         if self.mesh is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -42,11 +42,11 @@ class Ranks:
         return values
 
     def largest(self, value: float) -> float:
-        """The largest value of any rank."""
+        """Return the largest value of any rank."""
         return max(self.tell(value))
 
     def rows(self, rows: Tensor) -> Tensor:
-        """Every rank's rows, in the order of the ranks; ranks may have different numbers of them."""
+        """Return every rank's rows, in the order of the ranks. Ranks may have different numbers of rows."""
         if self.mesh is None:
             return rows
         counts = self.tell(rows.shape[0])
@@ -56,12 +56,12 @@ class Ranks:
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def sum(self, tensor: Tensor) -> None:
-        """Add up over ranks, in place."""
+        """Replace the tensor, in place, by its sum over all ranks."""
         if self.mesh is not None:
             dist.all_reduce(tensor, group=self.group)
 
     def align(self, device: torch.device) -> None:
-        """No rank goes on before all are here; on a GPU it is the device that waits, and the host does not."""
+        """Wait until all ranks are here. On a GPU the device waits, and the host goes on."""
         if self.mesh is None:
             return
         if device.type == "cuda":
@@ -71,12 +71,15 @@ class Ranks:
 
 
 ALONE = Ranks()
-#: A rank that fails looks so long whether another has ended, before it takes the failure for its own.
+#: A rank that fails waits this long for another rank to end. If none ends, the failure is its own.
 GONE_WITHIN_S = 2.0
 
 
 def join(device: torch.device, timeout_s: float) -> Ranks:
-    """The group that torch.distributed's launcher started this process in: gloo on a CPU, NCCL on GPUs."""
+    """Join the group that torch.distributed's launcher started this process in: gloo on a CPU, NCCL on GPUs.
+
+    A process without a launcher returns Ranks(), one rank without a mesh.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Ranks()
@@ -88,7 +91,7 @@ def join(device: torch.device, timeout_s: float) -> Ranks:
 
 
 def leave(ranks: Ranks) -> None:
-    """Free what the ranks share."""
+    """Free the buffers and the process group that the ranks share."""
     if ranks.mesh is not None:
         from experts.dispatch.deepep import destroy_buffers
 
@@ -97,9 +100,10 @@ def leave(ranks: Ranks) -> None:
 
 
 def someone_is_gone(processes: Sequence[tuple[str, int]]) -> bool:
-    """Whether one of the processes, each (machine, process id), has ended, or does soon. Sees those of this machine.
+    """Whether one of the processes has ended, or ends within GONE_WITHIN_S. Each is (machine, process id).
 
-    A process closes its connections, which others notice, a moment before it has ended.
+    Only processes on this machine are seen. The wait is needed because a process closes its connections, which other
+    ranks notice, a moment before it ends.
     """
     others = [pid for machine, pid in processes if machine == platform.node() and pid != os.getpid()]
     deadline = time.monotonic() + GONE_WITHIN_S

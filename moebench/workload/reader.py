@@ -1,4 +1,4 @@
-"""Reads a sweep file's tables and gathers every mistake in them. No torch here."""
+"""The reader of a sweep file's tables, which collects every mistake in them."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -25,15 +25,17 @@ from moebench.workload.backends import expanded
 from moebench.workload.case import Case
 from moebench.workload.models import SHAPE_AXES
 
-Read = dict[str, tuple[object, ...]]  # axes as they were read, UNKNOWN among them
+Read = dict[str, tuple[object, ...]]  # axes as they were read; UNKNOWN stands for a wrong value
 
-_DECISIVE = {*SHAPE_AXES, "model", "ep_size", "rank_load", "dispatcher"}  # what makes a combination impossible
+# axes with values that can make a combination impossible
+_DECISIVE = {*SHAPE_AXES, "model", "ep_size", "rank_load", "dispatcher"}
 
 
 class SweepReader:
-    """Reads one document and gathers every mistake in it.
+    """Reads one document and collects every mistake in it.
 
-    A wrong value is read on as UNKNOWN, which may be anything, so that one mistake neither hides nor causes others.
+    The reader replaces a wrong value by UNKNOWN, which may be any value. One mistake then neither hides nor causes
+    others.
     """
 
     def __init__(self, origin: str) -> None:
@@ -42,9 +44,9 @@ class SweepReader:
         self.mistakes: dict[str, None] = {}
 
     def read(self, document: dict[str, Any], head: type[BaseModel], policy: type[BaseModel]) -> dict[str, Any]:
-        """The fields of a SweepSpec, right only if `mistakes` stays empty.
+        """Return the fields of a SweepSpec. They are valid only if `mistakes` is empty.
 
-        `head` (the top-level keys of a sweep's own) and `policy` are the models that those values must satisfy.
+        `head` is the model of the sweep's top-level keys, and `policy` is the model of its policy table.
         """
         self.unknown_keys("", document, (*head.model_fields, "policy", "defaults", "grid", "exclude"))
         found = self.fields("", head, {key: document[key] for key in head.model_fields if key in document})
@@ -58,7 +60,7 @@ class SweepReader:
         self.mistakes[f"{self.origin}: {place}: {message}" if place else f"{self.origin}: {message}"] = None
 
     def unknown_keys(self, prefix: str, table: Mapping[str, object], valid: Sequence[str]) -> list[str]:
-        """Reports keys that are not valid; returns those that were meant, or else the keys themselves."""
+        """Report keys that are not valid. Return for each the valid key closest to it, or else the key itself."""
         meant = []
         for key in (key for key in table if key not in valid):
             close = difflib.get_close_matches(key, valid, n=1)
@@ -68,7 +70,7 @@ class SweepReader:
         return meant
 
     def fields(self, prefix: str, model: type[BaseModel], table: dict[str, Any]) -> dict[str, Any]:
-        """The table as it is, with the mistakes that `model` finds in it reported."""
+        """Report the mistakes that `model` finds in the table, and return the table unchanged."""
         self.unknown_keys(prefix, table, tuple(model.model_fields))
         try:
             model.model_validate(table)
@@ -89,10 +91,10 @@ class SweepReader:
         return {}
 
     def tables(self, key: str, raw: object) -> list[tuple[str, dict[str, Any]]]:
-        """Each table of an array of tables, with its place."""
+        """Return each table of an array of tables, with its place."""
         if isinstance(raw, list) and all(isinstance(table, dict) for table in raw):
             return [(f"{key}[{number}]", table) for number, table in enumerate(raw)]
-        self.wrong(f"{key} = {shown(raw)}", f"must be an array of tables; write [[{key}]] above each one's keys")
+        self.wrong(f"{key} = {shown(raw)}", f"must be an array of tables; write [[{key}]] above the keys of each table")
         return [(key, raw)] if isinstance(raw, dict) else []
 
     def axes(self, place: str, table: Mapping[str, object]) -> Read:
@@ -102,9 +104,9 @@ class SweepReader:
         return read
 
     def axis(self, place: str, name: str, raw: object) -> tuple[object, ...]:
-        """The values of one axis, a scalar or a list."""
+        """Return the values of one axis, which the file writes as a scalar or a list."""
         if raw == []:
-            self.wrong(f"{place} = []", f"an axis has at least one value; for example {name} = [{example(name)}]")
+            self.wrong(f"{place} = []", f"an axis needs at least one value; for example {name} = [{example(name)}]")
             return (UNKNOWN,)
         read: list[object] = []
         for number, value in expanded(name, raw if isinstance(raw, list) else [raw]):
@@ -115,7 +117,7 @@ class SweepReader:
                 self.wrong(at, rule_for(name, value, error.errors()[0]))
                 valid = UNKNOWN
             if valid is not UNKNOWN and valid in read:
-                self.wrong(at, "stands in the list already; remove it")
+                self.wrong(at, "is already in the list; remove it")
             else:
                 read.append(valid)
         return tuple(read)
@@ -124,7 +126,9 @@ class SweepReader:
         defaults = self.table("defaults", document.get("defaults", {}))
         default_axes = self.axes("defaults", defaults)
         if not document.get("grid"):
-            self.wrong("grid", "there is none; add [[grid]] with num_tokens, backend, and model or the shape axes")
+            self.wrong(
+                "grid", "the sweep has no grid; add [[grid]] with num_tokens, backend, and model or the shape axes"
+            )
             return []
         grids = []
         for place, table in self.tables("grid", document["grid"]):
@@ -134,15 +138,18 @@ class SweepReader:
         return grids
 
     def shape(self, place: str, axes: Read, where: Mapping[str, str]) -> Read:
-        """The axes of one grid, what it must have in place. `where` says which table each key stands in."""
+        """Return the axes of one grid, with UNKNOWN for required axes that are missing.
+
+        `where` says which table each key is in.
+        """
         twice = [name for name in FIXED_BY_MODEL if name in where and "model" in where]
         for name in twice:
-            rule = f"{where['model']}.model fixes it; remove one of the two: a grid has model or the shape axes"
+            rule = f"{where['model']}.model fixes it; remove one of the two, because a grid has model or the shape axes"
             self.wrong(f"{where[name]}.{name}", rule)
         missing = [name for name in ("num_tokens", "backend") if name not in axes]
         shapeless = [name for name in SHAPE_AXES if name not in axes] if "model" not in axes else []
         if len(shapeless) == len(SHAPE_AXES):
-            self.wrong(place, f"there is no shape; add model, or {listed(SHAPE_AXES)}, here or in [defaults]")
+            self.wrong(place, f"the grid has no shape; add model, or {listed(SHAPE_AXES)}, here or in [defaults]")
         else:
             missing += shapeless
         for name in missing:
@@ -150,17 +157,20 @@ class SweepReader:
         return axes | dict.fromkeys([*missing, *shapeless, *(["model"] if twice else [])], (UNKNOWN,))
 
     def excludes(self, document: Mapping[str, Any]) -> dict[str, Read]:
-        """The excludes by their place."""
+        """Return the excludes by their place."""
         excludes = {}
         for place, table in self.tables("exclude", document.get("exclude", [])):
             if not table:
-                self.wrong(place, "a table without keys leaves out every job; name what to leave out, or remove it")
+                self.wrong(place, "an exclude without keys leaves out every job; name what to leave out, or remove it")
             else:
                 excludes[place] = self.axes(place, table)
         return excludes
 
     def sweep(self, grids: Sequence[Read], excludes: Mapping[str, Read]) -> None:
-        """Reports what only the combinations show: impossible ones, dead excludes, and that nothing is left."""
+        """Report the mistakes that only the combinations show.
+
+        They are impossible combinations, excludes that match no job, and excludes that leave out every job.
+        """
         dead, left = dict.fromkeys(excludes), 0
         for number, axes in enumerate(grids):
             for combination in combinations(axes):
@@ -175,17 +185,17 @@ class SweepReader:
         for place in dead if grids else ():
             self.wrong(place, "matches no job of this sweep; correct it or remove it")
         if grids and not left:
-            self.wrong("exclude", "every job is left out, the sweep is empty; remove an exclude or add a grid")
+            self.wrong("exclude", "the excludes leave out every job; remove an exclude or add a grid")
 
 
 def _impossible(combination: Mapping[str, object]) -> list[str]:
-    """Why no job can be made of a combination whose values are each valid."""
+    """Return the reasons why a combination of valid values is not a job; empty where it is one."""
     ep_size, dispatcher = combination["ep_size"], combination["dispatcher"]
     messages = []
     if dispatcher == "local" and ep_size != 1:
         messages.append(
             f'dispatcher = "local" at ep_size = {ep_size}: tokens must move between ranks; take '
-            f"{listed(DISPATCHERS[1:])}; ep_size = 1 is local whatever the axis says"
+            f"{listed(DISPATCHERS[1:])}; at ep_size = 1 the dispatcher is always local"
         )
     if combination["n_routed_experts"] is UNKNOWN:
         return messages

@@ -1,4 +1,4 @@
-"""What a command line selects among the jobs of a sweep. No torch here."""
+"""The jobs of a sweep that a command line selects."""
 
 import math
 import operator
@@ -24,19 +24,22 @@ _ORDERS: dict[str, Callable[[float, float], bool]] = {
 
 
 def select(sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]) -> tuple[Job, ...]:
-    """The jobs of a sweep that a command line selects. Raises SweepError, also where none is left."""
+    """Return the jobs that a command line selects. Raises SweepError for a mistake and where no job is left."""
     return select_of(load_sweep(find_sweep(sweep)), sweep, backends, filters, case_ids)
 
 
 def select_of(
     spec: SweepSpec, sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]
 ) -> tuple[Job, ...]:
-    """Likewise of a sweep that has been read, and is called `sweep` in mistakes."""
+    """Return the selected jobs of a sweep that has been read already. Messages call it `sweep`.
+
+    Raises SweepError as `select` does.
+    """
     jobs = filter_jobs(select_backends(spec.jobs(), backends), filters)
     unknown = sorted(set(case_ids) - {job.case.case_id for job in jobs})
     if unknown:
         raise SweepError(
-            [f"case {case_id!r}: {sweep} has none of that id; see `moebench list {sweep}`" for case_id in unknown]
+            [f"case {case_id!r}: {sweep} has no case with that id; see `moebench list {sweep}`" for case_id in unknown]
         )
     chosen = tuple(job for job in jobs if not case_ids or job.case.case_id in case_ids)
     if not chosen:
@@ -45,9 +48,10 @@ def select_of(
 
 
 def filter_jobs(jobs: Sequence[Job], filters: Sequence[str]) -> list[Job]:
-    """The jobs that pass every filter: KEY=V1,V2, KEY!=V1,V2, and for numbers KEY<V, KEY<=V, KEY>V, KEY>=V.
+    """Return the jobs that pass every filter.
 
-    Keys are the axes of a sweep. Raises SweepError with the mistakes of all filters.
+    A filter is KEY=V1,V2 or KEY!=V1,V2, and for numbers KEY<V, KEY<=V, KEY>V or KEY>=V. Keys are the axes of a sweep.
+    Raises SweepError with the mistakes of all filters.
     """
     tests: list[Callable[[Job], bool]] = []
     mistakes: list[str] = []
@@ -72,7 +76,7 @@ def _test(text: str) -> Callable[[Job], bool]:
         raise SweepError([f"filter {text!r}: there is no key {key!r}; {hint + ' ' if hint else ''}{keys}"])
     if sign in _ORDERS:
         if key not in _NUMBERS:
-            raise SweepError([f"filter {text!r}: {key} has no order; use = or !=; numbers are {listed(_NUMBERS)}"])
+            raise SweepError([f"filter {text!r}: {key} is not a number; use = or !=; numbers are {listed(_NUMBERS)}"])
         bound, compare = _number(text, written), _ORDERS[sign]
         return lambda job: compare(_value(job, key), bound)
     words = names_of(key, map(str.strip, written.split(",")))
@@ -102,9 +106,9 @@ def _filter_value(text: str, key: str, word: str) -> object:
 
 
 def select_backends(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
-    """The cases of `jobs`, each once for every named backend (or member of a named group) and every dispatcher it has.
+    """Return the cases of `jobs` with the named backends, once for each backend and each dispatcher of the case.
 
-    Without names, `jobs`.
+    A name may be a group, which stands for its members. Without names the result is `jobs`. Raises SweepError.
     """
     names = names_of("backend", names)
     wrong = [name for name in names if not re.fullmatch(BACKEND_PATTERN, name)]

@@ -1,6 +1,6 @@
-"""Sweep files: TOML -> `SweepSpec` -> jobs. No torch here.
+"""Sweep files: TOML -> `SweepSpec` -> jobs.
 
-A wrong file gets every mistake in it in one `SweepError`. docs/sweeps.md is the user's reference.
+One `SweepError` lists every mistake of a wrong file. docs/sweeps.md is the user's reference.
 """
 
 import re
@@ -17,7 +17,7 @@ from moebench.workload.axes import combinations, did_you_mean, is_match, listed
 from moebench.workload.case import Case, Job
 from moebench.workload.reader import SweepReader
 
-#: The folder of sweeps: in a checkout, in the working folder, and inside the package where a wheel was installed.
+#: The name of the folder of sweeps. A checkout, the working folder and the package from a wheel may each have one.
 SUITES = "suites"
 
 Value = bool | int | float | str
@@ -25,9 +25,9 @@ Axes = dict[str, tuple[Value, ...]]
 
 
 class Policy(BaseModel):
-    """How jobs are measured. `interval_target` is the half width of the median's 95% interval over the median.
+    """How jobs are measured. Where a value is None, moebench.measure.timing chooses it by the device.
 
-    None leaves it to moebench.measure.timing, by device.
+    `interval_target` is the half width of the median's 95% interval, divided by the median.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -46,14 +46,20 @@ class _Head(BaseModel):
 
 
 class SweepSpec(_Head):
-    """A validated sweep: the union of its `grids` (cartesian products, defaults merged in) less its `excludes`."""
+    """A validated sweep: the jobs of all its `grids`, without those that one of its `excludes` matches.
+
+    A grid is the cartesian product of its axes. The defaults are already merged into each grid.
+    """
 
     policy: Policy = Policy()
     grids: tuple[Axes, ...]
     excludes: tuple[Axes, ...] = ()
 
     def jobs(self) -> list[Job]:
-        """The jobs, each once: those with the same weights together, then by case, then by backend, in file order."""
+        """Return the jobs, each once, grouped by weights, then by case, then by backend.
+
+        Groups are in the order of the file.
+        """
         found = {
             _job(combination): None
             for axes in self.grids
@@ -69,7 +75,10 @@ def _job(combination: Mapping[str, object]) -> Job:
 
 
 def _in_order(jobs: Iterable[Job]) -> list[Job]:
-    """Same weights but for their EP size together, then by that, case and backend; among equals the first is first."""
+    """Return the jobs sorted by their weights (without the EP size), then by EP size, case and backend.
+
+    Weights, cases and backends rank by their first appearance.
+    """
     ranks: dict[Hashable, int] = {}
 
     def rank(key: Hashable) -> int:
@@ -85,9 +94,9 @@ def _in_order(jobs: Iterable[Job]) -> list[Job]:
 
 
 def available_sweeps() -> dict[str, Path]:
-    """Names and files of the sweeps that a wheel holds, of those in the checkout, and of those in ./suites.
+    """Return the names and files of all sweeps: from the wheel, from the checkout, and from ./suites.
 
-    Where two have a name, the later of these wins.
+    Where two sweeps have the same name, the later place in that list wins.
     """
     folders = [Path(moebench.__file__).parent / SUITES, Path(SUITES)]
     if (root := checkout()) is not None:
@@ -97,13 +106,16 @@ def available_sweeps() -> dict[str, Path]:
 
 
 def checkout() -> Path | None:
-    """The folder of the checkout that this moebench is imported from; None where a wheel was installed."""
+    """Return the folder of the checkout that this moebench is imported from; None where it comes from a wheel."""
     root = Path(moebench.__file__).parent.parent
     return root if (root / "pyproject.toml").is_file() and (root / SUITES).is_dir() else None
 
 
 def find_sweep(name_or_path: str | Path) -> Path:
-    """The sweep file at that path or, of that name, in `available_sweeps`; SweepError lists those there are."""
+    """Return the sweep file at that path, or the file of that name in `available_sweeps`.
+
+    Raises SweepError, which lists the available sweeps.
+    """
     path = Path(name_or_path)
     if path.is_file():
         return path
@@ -111,17 +123,17 @@ def find_sweep(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if name not in sweeps:
         hint = did_you_mean(name, sweeps) or "give a path or a name"
-        raise SweepError([f"{name}: no such file, and no sweep has that name; {hint}; there are {listed(sweeps)}"])
+        raise SweepError([f"{name}: no such file, and no sweep has that name; {hint}; the sweeps are {listed(sweeps)}"])
     return sweeps[name]
 
 
 def load_sweep(path: Path) -> SweepSpec:
-    """The sweep in that file; SweepError names every mistake in it."""
+    """Return the sweep in that file. Raises SweepError, which lists every mistake in it."""
     return parse_sweep(read_sweep(path), str(path))
 
 
 def read_sweep(path: Path) -> str:
-    """The text of a sweep file, to the byte. Raises SweepError."""
+    """Return the text of a sweep file, with its line endings unchanged. Raises SweepError."""
     try:
         return path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -129,7 +141,10 @@ def read_sweep(path: Path) -> str:
 
 
 def parse_sweep(text: str, origin: str) -> SweepSpec:
-    """The sweep in `text`. `origin`, the file's path, is named in mistakes; traces are relative to its folder."""
+    """Return the sweep in `text`. Raises SweepError, which lists every mistake in it.
+
+    `origin` is the file's path. Messages name it, and traces are relative to its folder.
+    """
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

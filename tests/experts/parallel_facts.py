@@ -32,11 +32,11 @@ def refusals() -> None:
         with pytest.raises(ConfigError) as caught:
             made.init_token_dispatcher(all_ranks())
         assert str(caught.value) == (
-            f"n_routed_experts = 3 does not divide by the EP size {size}; every rank holds as many experts: choose a "
-            "divisor"
+            f"n_routed_experts = 3 is not a multiple of the EP size {size}; every rank holds the same number of "
+            "experts, so choose an EP size that divides it"
         )
         assert made.ep_mesh is None
-    with pytest.raises(ConfigError, match="ep_mesh has 2 dimensions, needs 1"):
+    with pytest.raises(ConfigError, match="ep_mesh has 2 dimensions, but must have 1; pass the expert-parallel one"):
         build(SOME).init_token_dispatcher(init_device_mesh("cpu", (1, size)))
     made = sharded(build(SOME, "torch_mm"), random_parameters(SOME.config))
     batch = random_batch(SOME.config.with_dtype(F64))
@@ -165,11 +165,11 @@ def parameters_of_others() -> None:
     replicated = build(SOME)
     for name, tensor in random_parameters(SOME.config).items():
         setattr(replicated, name, nn.Parameter(distribute_tensor(tensor, all_ranks(), [Replicate()])))
-    with pytest.raises(ConfigError, match="parameters hold 12 experts here, needs 6, this rank's of 12; shard them on"):
+    with pytest.raises(ConfigError, match="parameters hold 12 experts, but need 6 of the layer's 12; shard them once"):
         replicated(*inputs)
     spread = sharded(build(SOME), random_parameters(SOME.config))
     spread.init_token_dispatcher(DeviceMesh("cpu", [dist.get_rank()]))
-    with pytest.raises(ConfigError, match="parameters hold 6 experts here, needs 12, this rank's of 12; shard them on"):
+    with pytest.raises(ConfigError, match="parameters hold 6 experts, but need 12 of the layer's 12; shard them once"):
         spread(*inputs)
 
 

@@ -1,14 +1,18 @@
 """The catalog: what it names is there, and what it says of a backend is what that backend does."""
 
 import importlib
+import re
+import sys
 
 import pytest
+import torch
 
 from experts import catalog
 from experts.config import BackendConfig
-from experts.dispatchers import dispatcher_names
+from experts.dispatchers import dispatcher_names, dispatcher_unsupported
 from experts.engines import engine_names
 from experts.registry import PEERS, SAVE_TIME_BACKENDS, TE_BACKENDS, backend_names, get_backend
+from tests.experts.layers import moe_config
 
 DESCRIBED = [*catalog.ENGINES, *catalog.BACKENDS, *catalog.DISPATCHERS]
 
@@ -23,6 +27,32 @@ def test_every_library_says_how_to_get_it() -> None:
     needed = {one.library for one in DESCRIBED} - {None}
     assert needed == catalog.LIBRARIES.keys()
     assert all(catalog.LIBRARIES.values())
+
+
+def library_of(described: catalog.Backend | catalog.Dispatcher) -> str | None:
+    engine = getattr(described, "engine", None)
+    return described.library or (engine.library if engine else None)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [one for one in (*catalog.BACKENDS, *catalog.DISPATCHERS) if library_of(one)],
+    ids=lambda one: one.name,
+)
+@pytest.mark.usefixtures("no_libraries")
+def test_a_missing_library_is_reported_in_the_words_of_the_catalog(
+    described: catalog.Backend | catalog.Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+    cuda, library = torch.device("cuda"), str(library_of(described))
+    if isinstance(described, catalog.Dispatcher):
+        reason = dispatcher_unsupported(described.name, cuda, moe_config())
+    else:
+        reason = get_backend(described.name).unsupported(cuda)
+    assert reason is not None
+    why = reason.reason.removeprefix(f"{library} ").removesuffix(f"; {catalog.LIBRARIES[library]}")
+    assert why == "is not installed" or re.fullmatch(r"does not import \([^()]*\)", why)
 
 
 def test_every_module_has_what_its_kind_needs() -> None:

@@ -99,7 +99,7 @@ def test_more_chosen_than_there_are() -> None:
     message = refusal(config, n_activated_experts=9)
     assert "\n" not in message
     assert "n_activated_experts = 9 exceeds n_routed_experts = 8" in message
-    assert "lower it" in message
+    assert "lower n_activated_experts" in message
     assert config(n_activated_experts=8).n_activated_experts == 8
 
 

@@ -56,7 +56,7 @@ def test_more_experts_a_rank_than_the_library_has_threads_for() -> None:
     with pytest.raises(Unsupported) as caught:
         deepep.DeepEP(group(2), moe_config(n_routed_experts=384, dtype=BF16))
     assert caught.value.reason == (
-        "deep_ep dispatches to at most 128 experts a rank, n_routed_experts = 384 on 2 ranks are 192; "
+        "deep_ep dispatches to at most 128 experts per rank, but n_routed_experts = 384 on 2 ranks is 192; "
         "use more ranks, or alltoall"
     )
 

@@ -129,8 +129,8 @@ MXFP8_REFUSALS = [
     ("cpu", (10, 0), {}, "MXFP8 needs a CUDA GPU of SM100, the device is cpu; use torch_mm"),
     ("cuda", (9, 0), {}, "MXFP8 needs SM100, this is SM90; use torch_mm"),
     ("cuda", (10, 0), {"dtype": F16}, "torchao's MXFP8 grouped GEMM takes bfloat16, not float16; use torch_mm"),
-    ("cuda", (10, 0), {"dim": 48}, "MXFP8 takes multiples of 32, but dim = 48"),
-    ("cuda", (10, 0), {"moe_inter_dim": 48}, "MXFP8 takes multiples of 32, but moe_inter_dim = 48"),
+    ("cuda", (10, 0), {"dim": 48}, "MXFP8 takes multiples of 32, but dim = 48; use torch_mm"),
+    ("cuda", (10, 0), {"moe_inter_dim": 48}, "MXFP8 takes multiples of 32, but moe_inter_dim = 48; use torch_mm"),
     ("cuda", (10, 0), {}, None),
 ]
 

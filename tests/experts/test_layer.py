@@ -7,28 +7,25 @@ from experts import ConfigError, InputError
 from tests.experts.layers import layer, moe_config, on_every_engine, random_batch
 
 WRONG_INPUTS = {
-    "x-batch": ({"x": (1, 7, 16)}, "x has shape [1, 7, 16], needs [tokens, dim = 16]"),
-    "x-dim": ({"x": (7, 8)}, "x has shape [7, 8], needs [tokens, dim = 16]"),
-    "x-flat": ({"x": (16,)}, "x has shape [16], needs [tokens, dim = 16]"),
-    "x-tokens": ({"x": (6, 16)}, "need shape [tokens, n_activated_experts] = [6, 2]"),
-    "x-int": ({"x": torch.int64}, "x is torch.int64, needs one of float64, float32, bfloat16, float16"),
-    "x-float8": ({"x": torch.float8_e4m3fn}, "x is torch.float8_e4m3fn, needs one of"),
-    "mask-tokens": ({"token_mask": (6,)}, "token_mask is torch.bool [6], needs bool [tokens] = [7]"),
-    "mask-2d": ({"token_mask": (7, 1)}, "token_mask is torch.bool [7, 1], needs bool [tokens] = [7]"),
-    "mask-int": ({"token_mask": torch.int64}, "token_mask is torch.int64 [7], needs bool"),
-    "weights-tokens": ({"weights": (6, 2)}, "weights [6, 2] and indices [7, 2] need shape"),
+    "x-batch": ({"x": (1, 7, 16)}, "x has shape [1, 7, 16], but needs [tokens, dim = 16]"),
+    "x-dim": ({"x": (7, 8)}, "x has shape [7, 8], but needs [tokens, dim = 16]"),
+    "x-flat": ({"x": (16,)}, "x has shape [16], but needs [tokens, dim = 16]"),
+    "x-tokens": ({"x": (6, 16)}, "must have shape [tokens, n_activated_experts] = [6, 2]"),
+    "x-int": ({"x": torch.int64}, "x is torch.int64, but must be one of float64, float32, bfloat16, float16"),
+    "x-float8": ({"x": torch.float8_e4m3fn}, "x is torch.float8_e4m3fn, but must be one of"),
+    "mask-tokens": ({"token_mask": (6,)}, "token_mask is torch.bool [6], but must be torch.bool [tokens] = [7]"),
+    "mask-2d": ({"token_mask": (7, 1)}, "token_mask is torch.bool [7, 1], but must be torch.bool [tokens] = [7]"),
+    "mask-int": ({"token_mask": torch.int64}, "token_mask is torch.int64 [7], but must be torch.bool"),
+    "weights-tokens": ({"weights": (6, 2)}, "weights [6, 2] and indices [7, 2] must have shape"),
     "weights-choices": ({"weights": (7, 1)}, "n_activated_experts] = [7, 2]"),
-    "weights-flat": ({"weights": (14,)}, "weights [14] and indices [7, 2] need shape"),
-    "weights-int": ({"weights": torch.int64}, "weights (torch.int64) floats"),
-    "indices-choices": ({"indices": (7, 3)}, "weights [7, 2] and indices [7, 3] need shape"),
-    "indices-tokens": ({"indices": (8, 2)}, "weights [7, 2] and indices [8, 2] need shape"),
-    "indices-float": ({"indices": torch.float32}, "indices (torch.float32) must be integers"),
-    "indices-uint16": (
-        {"indices": torch.uint16},
-        "integers, of up to 64 bits with a sign or 8 without",
-    ),
-    "indices-bool": ({"indices": torch.bool}, "indices (torch.bool) must be integers"),
-    "indices-complex": ({"indices": torch.complex64}, "indices (torch.complex64) must be integers"),
+    "weights-flat": ({"weights": (14,)}, "weights [14] and indices [7, 2] must have shape"),
+    "weights-int": ({"weights": torch.int64}, "weights (torch.int64) must be floats"),
+    "indices-choices": ({"indices": (7, 3)}, "weights [7, 2] and indices [7, 3] must have shape"),
+    "indices-tokens": ({"indices": (8, 2)}, "weights [7, 2] and indices [8, 2] must have shape"),
+    "indices-float": ({"indices": torch.float32}, "indices (torch.float32) must be int64, int32, int16, int8 or uint8"),
+    "indices-uint16": ({"indices": torch.uint16}, "indices (torch.uint16) must be int64, int32, int16, int8 or uint8"),
+    "indices-bool": ({"indices": torch.bool}, "indices (torch.bool) must be int64"),
+    "indices-complex": ({"indices": torch.complex64}, "indices (torch.complex64) must be int64"),
 }
 
 
@@ -58,7 +55,9 @@ def test_index_out_of_range(engine: str, index: int, span: str) -> None:
     batch.indices[11, 1] = index
     with pytest.raises(InputError) as caught:
         made(batch.x, batch.token_mask, batch.weights, batch.indices)
-    assert str(caught.value) == (f"indices run from {span}, need -1 (no expert) to 3 (n_routed_experts - 1)")
+    assert str(caught.value) == (
+        f"indices run from {span}, but must be from -1 (no expert) to 3 (n_routed_experts - 1); correct the routing"
+    )
 
 
 @pytest.mark.parametrize("name", ["x", "token_mask", "weights", "indices", "the parameters"])
@@ -75,4 +74,6 @@ def test_tensors_on_two_devices(engine: str, name: str) -> None:
         made(batch.x, batch.token_mask, batch.weights, batch.indices)
     devices = dict.fromkeys(("x", "token_mask", "weights", "indices", "the parameters"), "cpu") | {name: "meta"}
     where = ", ".join(f"{one} on {device}" for one, device in devices.items())
-    assert str(caught.value) == f"{where}: needs one device; move them, parameters on meta by init_weights"
+    assert str(caught.value) == (
+        f"{where}: all must be on one device; move them, and parameters on meta with init_weights"
+    )

@@ -77,9 +77,9 @@ def test_an_engine_that_is_not_here_is_no_other(monkeypatch: pytest.MonkeyPatch)
         GroupedExperts(moe_config(), BackendConfig(experts="torch_mm"))
 
 
-NO_TE = "{} has no engine 'te', which keeps weights of its own; use GroupedExpertsTE"
+NO_TE = "{} cannot use the engine 'te', which keeps its own weights; use GroupedExpertsTE"
 NO_RECIPE = (
-    "te_fp8 = 'block' is Transformer Engine's, {} would compute without it; use GroupedExpertsTE, or leave te_fp8 out"
+    "te_fp8 = 'block' needs Transformer Engine, which {} does not use; use GroupedExpertsTE, or leave te_fp8 out"
 )
 
 

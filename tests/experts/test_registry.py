@@ -241,7 +241,7 @@ def test_checking_a_name_in_a_main_that_nobody_imported(monkeypatch: pytest.Monk
 
 
 def test_attribute_that_is_no_backend(third_party: str) -> None:
-    assert "is not callable; it must take a MoEConfig and give a module" in refusal(f"{third_party}:not_callable")
+    assert "is not callable; it must take a MoEConfig and return a module" in refusal(f"{third_party}:not_callable")
 
 
 def test_entry_point(third_party: str, tmp_path: Path) -> None:

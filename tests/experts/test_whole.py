@@ -156,10 +156,10 @@ def test_compiled(save: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("engine", ["loop", "torch_mm_mxfp8"])
 def test_engines_without_the_choice_refuse_it(engine: str) -> None:
-    right = f"save = 'time' is of engines that choose what they keep for backward, {engine} does not; use torch_mm"
+    right = f"save = 'time': the engine {engine} cannot choose what it keeps for backward; use one of torch_mm"
     with pytest.raises(ConfigError, match=right):
         GroupedExperts(CONFIG, BackendConfig(experts=engine, save="time"))
-    with pytest.raises(ConfigError, match="save = 'time' is of torch_mm, triton and gmm, te keeps its own"):
+    with pytest.raises(ConfigError, match="save = 'time': te cannot choose what it keeps for backward; leave save out"):
         GroupedExpertsTE(CONFIG, BackendConfig(save="time"))
 
 

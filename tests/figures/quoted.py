@@ -2,20 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from experts.gemm.tiling import tiling_for
-from moebench import Comparability, open_result
 from moebench.parity.checks import suite_jobs
 from moebench.results.frame import load
 from moebench.run.footprint import pass_bytes
-from moebench.verdicts.gate import Judged, gate
 from moebench.verdicts.noise import noises, noises_together
-from moebench.verdicts.verdict import Verdict
 from moebench.workload.case import Case, Job
 from tests.figures import data
 from tests.figures.data import GPU, JOB, PEERS, SHAPES, TWO_GPUS, results, select, the
@@ -249,25 +245,3 @@ def recorded_together() -> list[Any]:
 def rounds_together() -> dict[str, int]:
     few, many = sorted({len(rounds) for rounds in recorded_together()})
     return {"few": few, "many": many}
-
-
-def copy_of_weights() -> dict[str, Any]:
-    folder = data.ROOT / "notebooks" / "data" / "gate"
-    before, after = (open_result(Path(folder / side)) for side in ("baseline", "candidate"))
-    found = gate(before.frame, after.frame, Comparability(before.environments, after.environments))
-
-    def regressed(measure: str) -> list[Judged]:
-        return [job for job in found.jobs if (one := job.finding(measure)) and one.verdict is Verdict.REGRESSED]
-
-    (slower,) = regressed("time")
-    unchanged = [job for job in found.jobs if job.backend == "loop"]
-    assert slower.time is not None
-    assert {job.verdict for job in unchanged} == {Verdict.INCONCLUSIVE}
-    return {
-        "rounds": before.frame["num_rounds"].max(),
-        "memory": len(regressed("memory")),
-        "time": len(regressed("time")),
-        "ratio": f"{slower.time.ratio:.1f}",
-        "exit_code": found.exit_code,
-        "unchanged": len(unchanged),
-    }

@@ -1,7 +1,8 @@
-"""The sentences of documents that quote figures, and what computes those.
+"""The sentences of documents that quote figures, each with the function that computes its figures.
 
-A sentence is a format string, and its figures are `{names}`. The test renders it and looks for it in the document; line
-breaks do not matter. In README.md and docs/measured.md a number that stands in no sentence here fails the test too.
+A sentence is a format string, and its figures are `{names}`. tests/test_figures.py fills in the figures and looks for
+the sentence in the document. Line breaks do not matter. In README.md and docs/measured.md, the test also fails for a
+number that is in none of these sentences.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from tests.figures.data import GPU, TWO_GPUS
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of a document, with its figures as `{names}`, and what computes them."""
+    """A sentence of a document with its figures as `{names}`, and the function that computes them."""
 
     document: str
     text: str
@@ -26,30 +27,30 @@ class Sentence:
 
 README = (
     ("for {backends} backends of the Qwen3-30B-A3B expert layer", quoted.lines_of_the_picture),
-    ("One {gpu}, torch {torch}, {date}.", quoted.environment),
+    ("on one NVIDIA H200 (torch {torch}, {date}).", quoted.environment),
     (
-        "holds the numbers: {measured} jobs on {models} model shapes, all within their parity budgets.",
+        "{measured} jobs on {models} model shapes, all within their parity budgets.",
         lambda: quoted.counts(GPU),
     ),
-    ("holds {measured} of {jobs} jobs on two H200s", lambda: quoted.counts(TWO_GPUS)),
-    ("(a train step of `triton` takes {low} to {high} of NeMo AutoModel's time)", quoted.of_automodel),
+    ("holds {measured} of {jobs} jobs.", lambda: quoted.counts(TWO_GPUS)),
+    ("a train step of `triton` takes {low} to {high} of the time.", quoted.of_automodel),
     ("It was the fastest in all {cases} cases that it shares with another backend", quoted.fastest),
     (
-        """With up to 2048 tokens of Qwen3-30B-A3B, uniformly routed, its forward takes {low} to {high}% less time
-        than that of `torch_mm`. With 16384 tokens the forward takes {forward}% less time and the train step
+        """For up to 2048 tokens of Qwen3-30B-A3B with uniform routing, its forward takes {low} to {high}% less time
+        than the forward of `torch_mm`. For 16384 tokens, its forward takes {forward}% less time and its train step
         {train}% less.""",
         quoted.triton_saves,
     ),
     (
-        """With a thousand rows or so for each expert, `gmm` and `te` take {wide_low} to {wide_high} times as long
-        as `triton` where experts are few and wide, and {qwen_low} to {qwen_high} times with Qwen3-30B-A3B's 128
-        experts. With fewer rows they take up to {fewer_most} times as long.""",
+        """With about a thousand tokens for each expert, they take {wide_low} to {wide_high} times as long as `triton`
+        on shapes with few, wide experts, and {qwen_low} to {qwen_high} times as long on the 128 experts of
+        Qwen3-30B-A3B. With fewer tokens for each expert, they take up to {fewer_most} times as long.""",
         quoted.libraries_take,
     ),
     ("FP8 through Transformer Engine was slower than `torch_mm` in every case measured.", quoted.fp8_is_slower),
     (
-        """take `deepep` for a forward of up to {few} tokens a rank, where it was always the fastest dispatcher.
-        With {many} tokens a rank take `alltoall` or `allgather`, which both beat it.""",
+        """take `deepep` for a forward of up to {few} tokens per rank, where it was always the fastest dispatcher.
+        For {many} tokens per rank, take `alltoall` or `allgather`, which were both faster.""",
         quoted.dispatchers,
     ),
     ("about {cpu} minute on a CPU; on a GPU node the GPU suite, about {gpu}", quoted.minutes),
@@ -59,47 +60,49 @@ README = (
 MEASURED = (
     ("on NVIDIA H200 GPUs on {date}, with torch {torch}, CUDA {cuda} and Python {python}.", quoted.environment),
     (
-        """Between the two runs the time of `torch_mm` differs by up to {time_ms}, and that of the products by up
+        """The time of `torch_mm` differs by up to {time_ms} between the two runs, and the time of the products by up
         to {grouped_ms}.""",
         quoted.two_peers_runs,
     ),
     (
-        """a train step of `torch_mm` takes {torch_mm0}, {torch_mm1} and {torch_mm2} of AutoModel's time, and one
-        of `triton` {triton0}, {triton1} and {triton2}.""",
+        """a train step of `torch_mm` takes {torch_mm0}, {torch_mm1} and {torch_mm2} of AutoModel's time on the three
+        shapes. A train step of `triton` takes {triton0}, {triton1} and {triton2}.""",
         quoted.of_automodel,
     ),
     (
-        "measured the products of a case up to {times}, and the two times differ by up to {apart} where the GPU",
+        "measured the products of some cases {times}, and the two times differ by up to {apart} where the GPU",
         quoted.products_twice,
     ),
-    ("From {rows} rows an expert on, each multiprocessor keeps one program", quoted.listed_from),
+    ("From {rows} rows per expert on, each multiprocessor keeps one program", quoted.listed_from),
     (
-        """With 128 experts the host's launches bound `te`: a forward of Qwen3-30B-A3B takes {t512} ms for 512
-        tokens and {t16384} ms for 16384.""",
+        """With 128 experts, launching kernels on the host limits the speed of `te`: a forward of Qwen3-30B-A3B takes
+        {t512} ms for 512 tokens and {t16384} ms for 16384.""",
         quoted.te_forward,
     ),
-    ("forwards of few tokens with 128 experts, top 8, dim 2048, inter 768.",),
     ("its dispatch takes {low} to {high} ms longer than the raw call.", quoted.allgather_waits),
     (
-        """measured {measured} of {jobs} jobs before its time budget ended. All were `ok`, and the worst error was
-        {worst} of its budget.""",
+        """measured {measured} of {jobs} jobs before its time budget ended. All {measured} were `ok`. The worst parity
+        error was {worst} of its budget.""",
         lambda: quoted.counts(GPU),
     ),
     (
-        """A job took {job_s} s in the mean: {timing_s} s of timing, {parity_s} s of parity, {ceilings_s} s of
+        """A job took {job_s} s on average: {timing_s} s of timing, {parity_s} s of parity, {ceilings_s} s of
         ceilings""",
         quoted.seconds_of_a_job,
     ),
-    ("Sampling aims at an interval whose half is at most 0.5% of the median.",),
-    ("By that rule {jobs} jobs that do not wait did not converge", quoted.not_converged),
+    ("until half the 95% interval of its median time is at most 0.5% of the median, or until a time cap.",),
+    ("By that rule, {jobs} jobs that do not wait for the GPU did not converge.", quoted.not_converged),
     (
-        """the middle half of the samples of `gmm`'s forward of 16384 tokens of Qwen3-30B-A3B lies between {low}
+        """the middle half of the samples of the `gmm` forward of 16384 tokens of Qwen3-30B-A3B lies between {low}
         and {high} ms.""",
         quoted.speeds_of_the_host,
     ),
-    ("for jobs that take 0.1 ms or more:",),
+    ("for all jobs that take 0.1 ms or more:",),
     ("the first {jobs} jobs of a random order", quoted.two_rounds),
-    ("differed between the two H200s by up to {apart}, differences of 1 MiB or less apart.", quoted.peaks_apart),
+    (
+        "differed between the two H200s by up to {apart}. Differences of at most 1 MiB are left out of this figure.",
+        quoted.peaks_apart,
+    ),
 )
 
 OTHERS = (
@@ -121,33 +124,25 @@ OTHERS = (
     ),
     (
         "docs/concepts.md",
-        "{cases} cases for each backend, in all dtypes.",
+        "It has {cases} cases per backend over all dtypes,",
         quoted.parity_cases,
     ),
     (
         "docs/gating.md",
-        """(AMD EPYC, 2026-11-23) processes of the same code spread by {deviation} (standard deviation in the
-        median job; {quartiles} by its quartiles). The {jobs} jobs of `suites/quick.toml`, {rounds} rounds
-        recorded""",
+        """(AMD EPYC, 2026-11-23) processes of the same code differ by {deviation}. That is the standard
+        deviation in the median job; estimated from the quartiles it is {quartiles}. Nothing is assumed here:
+        {rounds} rounds of the {jobs} jobs of `suites/quick.toml`""",
         quoted.spread_apart,
     ),
     (
         "docs/gating.md",
-        "processes of a round spread by {deviation} ({quartiles} by quartiles).",
+        "the processes of one round differ by {deviation} ({quartiles} by the quartiles).",
         lambda: quoted.spread([rounds.ravel() for rounds in quoted.recorded_together()]),
     ),
     (
         "docs/gating.md",
-        "drawn from the {few} or {many} that `moebench ab HEAD HEAD quick` recorded",
+        "drawn from the {few} or {many} rounds of each job that `moebench ab HEAD HEAD quick` recorded",
         quoted.rounds_together,
-    ),
-    (
-        "docs/gating.md",
-        """one copy of the weights too many in every forward, {rounds} rounds a side, threshold 3% ([the
-        notebook](../notebooks/gate_a_change.ipynb) has the results). All {memory} jobs with the copy were
-        `REGRESSED` for their memory, and {time} of them, {ratio} times as slow, for its time too; exit code
-        {exit_code}. The {unchanged} jobs of `loop`, which did not change, were `INCONCLUSIVE`""",
-        quoted.copy_of_weights,
     ),
 )
 

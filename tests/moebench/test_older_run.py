@@ -68,7 +68,7 @@ def test_its_run_is_resumed_only_where_it_was_or_by_force(older, moebench, monke
     out, err = process.communicate(timeout=60)
     (line,) = err.strip().splitlines()
     assert (process.returncode, out) == (2, "")
-    assert "not where it was: " in line
+    assert "the environment has changed: " in line
     assert "python 3.11 -> 3; torch 2.13.0+cpu -> none" in line
     assert len(Journal(older / "journal.jsonl").read()[0]) == len(MEASURED)
 

@@ -1,7 +1,7 @@
 """The weighted activation, forward and backward, each in one pass over its rows.
 
-The routing weight and the expert's bias of a row are looked up by the row's slot and expert, so that neither is ever
-laid out by rows.
+The kernels look up a row's routing weight by its slot and a row's bias by its expert, so that neither is copied into
+permuted order.
 """
 
 import torch
@@ -15,14 +15,14 @@ from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 from experts.steps.fused.tiles import find_rows, glu, load_gate_and_up, load_tile, store_tile
 
-TILE = 1024  # elements of the result a program holds at once: of a few tried on an H200, 2026-11, the fastest
+TILE = 1024  # elements of the result per program: the fastest of the sizes tried on an H200 (2026-11)
 MAX_COLUMNS = 1024  # of one row
 
 
 def activate(
     h_NH: Tensor, permutation: Permutation, weights_TK: Tensor | None, bias_LH: Tensor | None, config: MoEConfig
 ) -> Tensor:
-    """As `Steps.activate`; rows past the last group stay unwritten."""
+    """As `Steps.activate`. Rows past the last group stay unwritten."""
     form = activation_form(config)
     inter = h_NH.shape[1] // (2 if form.gated else 1)
     a_NI = torch.empty(h_NH.shape[0], inter, dtype=h_NH.dtype, device=h_NH.device)
@@ -47,7 +47,7 @@ def activate_backward(
     config: MoEConfig,
     again: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `Steps.activate_backward`; with `again` over h and `grad_NI` in place."""
+    """As `Steps.activate_backward`. With `again`, it writes its first two results over h and `grad_NI`."""
     form = activation_form(config)
     h_NH, grad_NI = h_NH.contiguous(), grad_NI.contiguous()
     grad_h_NH = h_NH if again else torch.empty_like(h_NH)
@@ -179,7 +179,7 @@ def _activate_backward(
         by_weight += tl.sum(da * value, axis=1)
         weighted = da * weight[:, None]
         if AGAIN:
-            tl.debug_barrier()  # what is written lies over what was read: every warp has read by now
+            tl.debug_barrier()  # the stores overwrite the loads: wait until every warp has read
             store_tile(grad, value * weight[:, None], row, valid, columns, 0, INTER, INTER)
         if not GATED:
             store_tile(grad_h, weighted * 2 * x, row, valid, columns, 0, INTER, INTER)

@@ -1,4 +1,4 @@
-"""Sums over rows: an expert's (the gradient of its bias), and a token's product with each of its rows."""
+"""Sums: over each expert's rows (the gradient of its bias), and the dot product of a token with each of its rows."""
 
 import torch
 import triton
@@ -8,14 +8,14 @@ from torch import Tensor
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
-MAX_PARTS = 16  # programs that share an expert's rows: enough where one expert has all of them
+MAX_PARTS = 16  # programs that share an expert's rows: enough even if one expert has all rows
 MIN_ROWS_OF_PART = 64
 ROWS, COLUMNS = 32, 128
 STRETCH = 1024
 
 
 def sum_by_expert(rows_NC: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
-    """As `Steps.sum_by_expert`: partial sums of a fixed share of the expert's rows each, then their sum in order."""
+    """As `Steps.sum_by_expert`. A program sums a fixed share of an expert's rows; torch sums the shares in order."""
     num_rows, width = rows_NC.shape
     num_experts = permutation.offsets_L.shape[0]
     num_parts = min(MAX_PARTS, max(1, triton.cdiv(num_rows, MIN_ROWS_OF_PART)))
@@ -75,7 +75,7 @@ def _sum_parts(
     last = tl.minimum(first + share, group_end)
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     start = first
-    while start < last:  # a range of loaded bounds is beyond the interpreter
+    while start < last:  # Triton's interpreter cannot run a range with loaded bounds
         row = start + tl.arange(0, ROWS)
         inside = (row < last)[:, None] & (columns < width)[None, :]
         where = row.to(tl.int64)[:, None] * width + columns[None, :]

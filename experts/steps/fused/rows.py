@@ -1,7 +1,8 @@
-"""Rows of tokens: gathered for the experts, summed over a token's experts.
+"""Two steps on rows of tokens: gather them for the experts, and sum them over a token's experts.
 
-Both go by token: a program has one token and a stretch of its columns, and finds the token's K rows by `slot_to_row`.
-So a token is read once and its rows are written, or its rows are read and it is written once, each a coalesced stretch.
+In both, a program has one token and a stretch of its columns, and finds the token's K rows by `slot_to_row`. To gather,
+it reads the token once and writes the rows. To sum, it reads the rows and writes the token once. All accesses are
+coalesced.
 """
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
-MAX_STRETCH = 1024  # columns a program: 16 bytes of bfloat16 a thread
+MAX_STRETCH = 1024  # columns per program: 16 bytes of bfloat16 per thread
 
 
 def gather_rows(x_TD: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
-    """As `Steps.gather_rows`; rows past the last group stay unwritten."""
+    """As `Steps.gather_rows`. Rows past the last group stay unwritten."""
     num_tokens, dim = x_TD.shape
     rows_ND = torch.empty(permutation.num_rows, dim, dtype=x_TD.dtype, device=x_TD.device)
     weights_TK = None if weights_TK is None else weights_TK.contiguous()

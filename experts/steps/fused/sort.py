@@ -1,7 +1,8 @@
-"""Sort by expert: a counting sort of three passes over the choices. Stable, and so deterministic.
+"""The sort by expert: a stable, deterministic counting sort in three passes.
 
-A block counts its choices by expert; one running sum over all (expert, block) pairs says where each block's choices of
-each expert end; then a choice's row is that end less the choices of its expert from its own to the block's last.
+First, each block of choices counts its choices by expert. Second, a running sum over all (expert, block) pairs gives
+the row where each block's choices of each expert end. Third, a choice's row is that end minus the number of choices of
+the same expert from this choice to the end of its block.
 """
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
-BLOCK = 128  # a block compares each of its choices with each other: its square is the work, and has to fit registers
+BLOCK = 128  # a block compares each pair of its choices, so work and registers grow with the square
 
 
 def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
-    """As `Steps.sort_by_expert`; the experts and "none" are `count` + 1 bins."""
+    """As `Steps.sort_by_expert`. The local experts and "no local expert" are `count` + 1 bins."""
     num_slots = indices_TK.numel()
     num_blocks = triton.cdiv(num_slots, BLOCK)
 
@@ -32,7 +33,7 @@ def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
     indices_TK = indices_TK.contiguous()
     counts = empty(torch.int32, count + 1, num_blocks)
     sizes = (num_slots, num_blocks, first, count)
-    bins = triton.next_power_of_2(count + 2)  # the last for what is past the last choice
+    bins = triton.next_power_of_2(count + 2)  # the last bin is for places past the last choice
     launch(_count, (num_blocks,), indices_TK, counts, *sizes, BINS=bins, BLOCK=BLOCK)
     ends = torch.cumsum(counts.view(-1), 0, dtype=torch.int32)
     launch(
@@ -48,7 +49,7 @@ def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
 
 @triton.jit
 def _bin(indices, slots, num_slots, first, count):
-    """Each choice's local expert, `count` for none, `count` + 1 where there is no such choice."""
+    """Return each slot's local expert: `count` for no local expert, `count` + 1 for a slot past the last choice."""
     local = tl.load(indices + slots, mask=slots < num_slots, other=0).to(tl.int64) - first
     expert = tl.where((local >= 0) & (local < count), local, count)
     return tl.where(slots < num_slots, expert, count + 1).to(tl.int32)

@@ -1,4 +1,4 @@
-"""What the activation's kernels are made of: a program's rows, tiles of them in float32, the gated formula."""
+"""The parts of the activation's kernels: a program's rows, tiles of rows in float32, and the gated formula."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr):
-    """Row numbers of this program, which of them are in a group, their slots, experts and routing weights."""
+    """Return this program's row numbers, whether each is in a group, and their slots, experts and routing weights."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < tl.load(num_local)
     slot = tl.load(row_to_slot + row, mask=valid, other=0)
@@ -19,7 +19,7 @@ def find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS: tl.conste
 
 @triton.jit
 def load_tile(source, bias, row, valid, expert, columns, shift, width, stride, BIAS: tl.constexpr):
-    """A tile of the columns from `shift` on, `width` of them, with the bias of each row's expert; zeros outside."""
+    """Return a tile of the `width` columns from `shift` on, plus the bias of each row's expert; zeros outside."""
     inside = valid[:, None] & (columns < width)[None, :]
     where = shift + columns[None, :]
     tile = tl.load(source + row[:, None] * stride + where, mask=inside, other=0.0).to(tl.float32)
@@ -61,7 +61,7 @@ def load_gate_and_up(
 
 @triton.jit
 def glu(gate, up, alpha, limit, offset, GELU: tl.constexpr, LIMITED: tl.constexpr):
-    """The gated activation and its derivatives by gate and up. NaN passes the clamps, as it does in torch."""
+    """Return the gated activation and its derivatives by gate and up. NaN passes through the clamps, as in torch."""
     g, u = gate, up
     if LIMITED:
         g = tl.where(gate > limit, limit, gate)

@@ -1,1 +1,1 @@
-"""Measurements of parts of a layer, each a program of its own: `python -m moebench.measure.studies.NAME --help`."""
+"""Programs that each measure one part of a layer: `python -m moebench.measure.studies.NAME --help`."""

@@ -1,11 +1,12 @@
-"""How much of a library's bandwidth a dispatcher keeps: its two ways against the raw call that moves the same rows.
+"""How much of its library's bandwidth a dispatcher reaches, in `dispatch` and in `combine`.
 
     torchrun --nproc-per-node 2 -m moebench.measure.studies.bandwidth --model deepseek-v3 --num-tokens 4096
         --out FILE.json
 
-Both are measured in one run, forward alone, in bfloat16, uniform routing, barrier-aligned, the slowest rank's median.
-The raw call is handed sizes and sorted rows: what a dispatcher does to find them, and to carry weights and indices,
-counts as its own.
+It compares the dispatcher with the raw library call that moves the same rows. Both are measured in one run, without
+backward, in bfloat16, with uniform routing. A barrier aligns the ranks before each sample, and times are medians of
+the slowest rank. The raw call gets sizes and sorted rows. The dispatcher must find these, and it must also carry
+weights and indices. This work counts in the dispatcher's time.
 """
 
 import json
@@ -37,9 +38,9 @@ Way = Callable[[], object]
 def raw_ways(
     name: str, dispatcher: Dispatcher, inputs: Inputs, sent: Dispatched, config: MoEConfig, ranks: Ranks
 ) -> tuple[Way, Way]:
-    """The library calls that move the rows of `sent` out, and rows of its shape back, with nothing around them.
+    """Return the bare library calls that move the rows of `sent` out, and rows of its shape back.
 
-    A dispatcher whose library is not torch.distributed has `raw_ways` of its own.
+    A dispatcher that uses another library than torch.distributed has its own method `raw_ways`.
     """
     y_RD = torch.randn_like(sent.x_RD)
     own = getattr(dispatcher, "raw_ways", None)
@@ -57,7 +58,7 @@ def raw_ways(
 
 
 def measure_dispatcher(name: str, case: Case, device: torch.device, ranks: Ranks) -> list[dict[str, Any]]:
-    """A row for each way: milliseconds and GB/s of the dispatcher and of the raw call, and their ratio."""
+    """Return one row per way: milliseconds and GB/s of the dispatcher and of the raw call, and their ratio."""
     config, inputs = moe_config(case), make_inputs(case, device, ranks.rank)
     dispatcher: Dispatcher = make_dispatcher(name, ranks.group, config)
     arguments = inputs.x_TD, inputs.weights_TK, inputs.active_indices_TK
@@ -89,7 +90,7 @@ def main(
     device: str | None = None,
     out: Path | None = None,
 ) -> None:
-    """Run as one of the ranks that torch.distributed's launcher starts."""
+    """Compare each dispatcher with its library's raw call, as one of the ranks that torchrun starts."""
     if model not in MODELS:
         raise typer.BadParameter(f"--model {model}: it must be one of {', '.join(MODELS)}")
     on = pick_device(device)

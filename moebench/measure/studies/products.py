@@ -1,4 +1,4 @@
-"""The matrix products of a backend alone, by its own library, and its whole layer: calls to be timed."""
+"""Calls to time: only the matrix products of a backend, by its own library, and its whole layer."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,13 +25,14 @@ def _has_products(backend: catalog.Backend) -> bool:
     return not engine.stacked or get_engine(engine.name).products is not None
 
 
-#: Backends that can be set against a library's products. `triton`, whose own do more, is set against torch's.
+#: The backends that can be compared with the products of a library. `triton` is compared with torch's products, because
+#: its own products do more.
 BACKENDS = tuple(backend.name for backend in catalog.BACKENDS if _has_products(backend))
 
 
 @dataclass(frozen=True)
 class CountedCall:
-    """A call and what it must do at least: bytes read and written, or floating-point operations."""
+    """A call, and the least bytes that it must read and write, or its floating-point operations."""
 
     name: str
     call: Call
@@ -41,14 +42,14 @@ class CountedCall:
 
 @dataclass(frozen=True)
 class Alone:
-    """The products of a forward and of a train step, on rows that are sorted already."""
+    """The products of a forward pass and of a train step, on sorted rows."""
 
     forward: Call
     train: Call
 
 
 def alone(backend: str, inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, rows: Permutation) -> Alone:
-    """The products that a backend of BACKENDS is set against; Transformer Engine's are its two GroupedLinears."""
+    """Return the products to compare a backend of BACKENDS with; for Transformer Engine, its two GroupedLinears."""
     x_ND = inputs.x_TD.index_select(0, rows.row_to_token_N)
     engine = engine_of(backend)
     products = get_engine(engine.name).products if engine is not None and engine.stacked else None
@@ -80,7 +81,7 @@ def _of_linears(x_ND: Tensor, parameters: dict[str, Tensor], config: MoEConfig, 
     layer = layer_of("te", parameters, config)
     up: Any = layer.gate_up_linear
     down: Any = layer.down_linear
-    # with a bias of its own a linear gives a pair
+    # a linear that has its own bias returns a pair
     h_NH = _first(up(x_ND, sizes))
     a_NI = h_NH[:, : config.moe_inter_dim].contiguous()
     x_ND, a_NI = (rows.detach().requires_grad_() for rows in (x_ND, a_NI))
@@ -105,7 +106,7 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 def of_backend(
     backend: str, inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, rows: Permutation
 ) -> Iterator[CountedCall]:
-    """A backend's products alone and its layer: forward without gradients, then a train step."""
+    """Yield a backend's products and its layer: first a forward pass without gradients, then a train step."""
     own = alone(backend, inputs, parameters, config, rows)
     flops = 2 * rows.num_rows * (parameters["gate_and_up_projs"][0].numel() + parameters["down_projs"][0].numel())
     forward, train = passes(layer_of(backend, parameters, config), inputs)
@@ -116,7 +117,7 @@ def of_backend(
 
 
 def layer_of(backend: str, parameters: dict[str, Tensor], config: MoEConfig) -> nn.Module:
-    """The backend's layer with these parameters, where they are."""
+    """Return the backend's layer with these parameters, on their device."""
     with torch.device(parameters["down_projs"].device):
         layer = get_backend(backend).build(config)
     layer.load_state_dict(parameters)
@@ -124,7 +125,7 @@ def layer_of(backend: str, parameters: dict[str, Tensor], config: MoEConfig) -> 
 
 
 def passes(layer: nn.Module, inputs: Inputs) -> tuple[Call, Call]:
-    """A forward pass and a train step."""
+    """Return the calls of a forward pass and of a train step."""
     x_TD, weights_TK = (tensor.detach().requires_grad_() for tensor in (inputs.x_TD, inputs.weights_TK))
 
     def forward() -> Tensor:

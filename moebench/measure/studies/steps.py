@@ -1,11 +1,11 @@
-"""How near the memory-bound steps of an expert layer come to a plain copy, and the layer to its products alone.
+"""How near the memory-bound steps of a layer come to a plain copy, and the layer to only its matrix products.
 
     python -m moebench.measure.studies.steps --model qwen3-30b-a3b --num-tokens 16384 --out FILE.json
     python -m moebench.measure.studies.steps --shape e32k8d7168i2048 --num-tokens 4096 --backend torch_mm --backend te
 
-A step's bytes are those that it must read and write once; its speed is set against a copy that is measured in the same
-run, cold like everything. The products alone are the grouped GEMMs of the backend's own library, two forward and six in
-a train step, on rows that are sorted already. bfloat16, uniform routing.
+The bytes of a step are those that it must read or write at least once. The step's speed is compared with a copy that
+is measured in the same run. All measurements have a cold cache, bfloat16 and uniform routing. The products are the
+grouped GEMMs of the backend's own library on sorted rows: two in a forward pass, and six in a train step.
 """
 
 import json
@@ -37,7 +37,7 @@ WARM_UPS = 3
 def memory_bound(
     inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, copy_bytes: int
 ) -> Iterator[CountedCall]:
-    """A copy, then each step, with the bytes of its largest tensors."""
+    """Yield a copy, then each step with the bytes of its largest tensors."""
     x_TD, weights_TK = inputs.x_TD, inputs.weights_TK
     steps, e = steps_on(x_TD.device, x_TD.dtype), x_TD.element_size()
     permutation = steps.sort_by_expert(inputs.active_indices_TK, 0, config.n_routed_experts)
@@ -51,7 +51,7 @@ def memory_bound(
     target = torch.empty_like(source)
 
     yield CountedCall("copy", lambda: target.copy_(source), copy_bytes)
-    # the indices twice; three maps
+    # reads the indices twice and writes three maps
     sort = (inputs.active_indices_TK, 0, config.n_routed_experts)
     yield CountedCall("sort_by_expert", lambda: steps.sort_by_expert(*sort), rows * 8 * 5)
     yield CountedCall("gather_rows", lambda: steps.gather_rows(x_TD, permutation), (tokens + rows) * dim * e)
@@ -62,7 +62,7 @@ def memory_bound(
         (tokens + rows) * dim * e,
     )
     yield CountedCall(
-        "activate_backward",  # over the same memory again and again: its numbers go astray, its time does not
+        "activate_backward",  # it overwrites the same memory in every call: the values become wrong, the time does not
         lambda: steps.activate_backward(h_NH, a_NI, *looked_up, again=True),
         rows * 2 * (width + inter) * e,
     )
@@ -75,7 +75,7 @@ def memory_bound(
 
 
 def measure_step(work: CountedCall, device: torch.device, policy: TimingPolicy) -> dict[str, Any]:
-    """A row: milliseconds, and the speed of what there is to do."""
+    """Return a row: the name, the milliseconds, and GB/s or TFLOP/s."""
     for _ in range(WARM_UPS):
         work.call()
     ms = timing.time_stages([work.call], device, policy).time_ms
@@ -88,20 +88,20 @@ def measure_step(work: CountedCall, device: torch.device, policy: TimingPolicy) 
 @torch.no_grad()
 def main(
     model: Annotated[
-        str | None, typer.Option(help="a preset of moebench.workload.models; without a shape qwen3-30b-a3b")
+        str | None, typer.Option(help="a preset of moebench.workload.models; default qwen3-30b-a3b")
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help="in place of a model, a layer with SwiGLU and no bias: e64k6d1024i512")
+        str | None, typer.Option(help="instead of a model, a layer with SwiGLU and no bias: e64k6d1024i512")
     ] = None,
     num_tokens: Annotated[int, typer.Option(min=1)] = 16_384,
-    backend: Annotated[list[str], typer.Option(help=f"of {', '.join(BACKENDS)}; repeatable")] = ["torch_mm"],  # noqa: B006
+    backend: Annotated[list[str], typer.Option(help=f"one of {', '.join(BACKENDS)}; repeatable")] = ["torch_mm"],  # noqa: B006
     device: str | None = None,
-    time_cap_s: Annotated[float, typer.Option(help="seconds a measurement may take")] = 1.0,
+    time_cap_s: Annotated[float, typer.Option(help="most seconds per measurement")] = 1.0,
     out: Path | None = None,
 ) -> None:
-    """Measure the steps of one model's expert layer, its products alone, and the layer."""
+    """Measure the steps of one expert layer, only its matrix products, and the whole layer."""
     if model is not None and shape is not None:
-        raise typer.BadParameter(f"--model {model} and --shape {shape}: give one of them")
+        raise typer.BadParameter(f"--model {model} and --shape {shape}: give one of them, not both")
     case = _case(model or "qwen3-30b-a3b", num_tokens) if shape is None else _case_of_shape(shape, num_tokens)
     on = pick_device(device)
     config = moe_config(case)
@@ -134,8 +134,8 @@ def _case_of_shape(shape: str, num_tokens: int) -> Case:
     try:
         return Case.model_validate({"num_tokens": num_tokens, **(shape_fields(shape) or {})})
     except ValueError:
-        rule = "it must be four positive numbers, experts, top-k, dim and inter, with top-k no more than experts"
-        raise typer.BadParameter(f"--shape {shape}: {rule}, as e128k8d2048i768") from None
+        rule = "it must be four positive numbers: experts, top-k, dim and inter, with top-k at most experts"
+        raise typer.BadParameter(f"--shape {shape}: {rule}; for example e128k8d2048i768") from None
 
 
 def _check_backend(name: str, device: torch.device, config: MoEConfig) -> None:
@@ -148,7 +148,7 @@ def _check_backend(name: str, device: torch.device, config: MoEConfig) -> None:
 
 def _tell(rows: list[dict[str, Any]], config: MoEConfig, device: torch.device, out: Path | None) -> None:
     make = make_of_steps(device, config.dtype)
-    print(f"steps: {make}; fraction of the copy's speed, of the products' speed alone")
+    print(f"steps: {make}; last column: speed over the copy's speed (steps) or over the products' speed (layer)")
     for row in rows:
         speed = f"{row['gb_per_s']:8.0f} GB/s   " if "gb_per_s" in row else f"{row['tflops']:8.1f} TFLOP/s"
         print(f"{row['name']:<32} {row['ms']:9.4f} ms {speed} {row['fraction']:6.2f}")

@@ -26,9 +26,11 @@ def names(chosen):
 def test_all_that_are_free_are_taken_and_the_others_named(node):
     assert names(choose(None, None, share=False)) == ["GPU-a", "GPU-c"]
     _, notes = choose(None, "all", share=False)
-    busy = "93% busy with work of a process that cannot be seen from here"
+    busy = "93% busy with a process that is not visible from here"
     reasons = {1: "in use by process 17, 18", 3: busy}
-    assert notes == [f"GPU {n} is {why}: not used; --share-gpus uses it all the same" for n, why in reasons.items()]
+    assert notes == [
+        f"GPU {n} is {why}, so the run leaves it out; --share-gpus uses it anyway" for n, why in reasons.items()
+    ]
 
 
 def test_shared_gpus_are_taken_without_a_word(node):
@@ -50,8 +52,8 @@ def test_those_that_are_named_are_taken(node):
         (None, "first", "--gpus first: 'first': no such GPU"),
         (None, "", "--gpus : '': no such GPU"),
         ("cuda:9", None, "--device cuda:9: '9': no such GPU"),
-        ("cuda:0", "1", "--gpus 1 beside --device cuda:0"),
-        ("cpu", "all", "--gpus all beside --device cpu"),
+        ("cuda:0", "1", "--gpus 1 and --device cuda:0"),
+        ("cpu", "all", "--gpus all and --device cpu"),
     ],
 )
 def test_what_cannot_be_had(node, device, wanted, says):
@@ -62,7 +64,7 @@ def test_what_cannot_be_had(node, device, wanted, says):
 
 def test_without_gpus_there_is_one_slot_anywhere(fake_nvml):
     assert choose(None, None, share=False) == (ANYWHERE, [])
-    with pytest.raises(UsageError, match="there is none"):
+    with pytest.raises(UsageError, match="this machine has none"):
         choose(None, "all", share=False)
     fake_nvml.init_error = "Driver Not Loaded"
     assert choose(None, None, share=False) == choose("cuda:1", None, share=False) == (ANYWHERE, [])

@@ -204,7 +204,7 @@ def test_fp8_is_judged_by_its_recipe_on_all_ranks(run):
         ("Raises", "error", r"^rank 1: ZeroDivisionError: no tokens for this rank\nTraceback[^~]* in forward\n"),
         ("RunsOutOfMemory", "oom", r"^rank 1: this rank has no memory left$"),
         ("Dies", "crash", r"^its process exited with 1\n[^~]*rank +: 1 [^~]*SIGKILL"),
-        ("Hangs", "timeout", r"^no result after 10 s \(policy timeout_s\); killed$"),
+        ("Hangs", "timeout", r"^no result after 10 s \(policy timeout_s\); the worker was killed$"),
     ],
 )
 def test_what_breaks_one_rank_is_told_of_that_rank(run, name, status, detail):

@@ -201,4 +201,4 @@ def test_more_ranks_than_gpus_are_unsupported_and_told_once(monkeypatch, rank):
     rows = [Record.model_validate_json(json.dumps(event["record"])) for event in told[2::2]]
     assert [row.key for row in rows] == [one.key for one in jobs]
     details = {(row.status.value, row.detail, row.device) for row in rows}
-    assert details == {("unsupported", "ep_size = 2 needs as many GPUs, this run has 1", "cuda")}
+    assert details == {("unsupported", "ep_size = 2 needs one GPU per rank, this run has 1", "cuda")}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moebench.errors import ResultsError
+from moebench.errors import ResultsError, UsageError
 from moebench.results.folder import Result, open_result
 from moebench.results.frame import load
 from moebench.results.merge import merge, merged, save
@@ -59,7 +59,7 @@ def test_a_folder_that_opens_again(tmp_path):
         (str(tmp_path / "a"), 1),
         (str(tmp_path / "b"), 1),
     ]
-    with pytest.raises(ResultsError, match="not an empty folder"):
+    with pytest.raises(UsageError, match="not an empty folder"):
         merge([tmp_path / "a", tmp_path / "b"], out)
 
 

@@ -149,7 +149,7 @@ def test_a_changed_sweep_is_said_and_refused(folder, moebench):
     begun(moebench)
     (folder / "tiny.toml").write_text(SWEEP.replace("24", "32"))
     assert refused(
-        moebench("run", "--resume", "out"), "tiny.toml has changed since 20", "--force goes on with out/sweep"
+        moebench("run", "--resume", "out"), "tiny.toml has changed since 20", "--force resumes with out/sweep"
     )
     (folder / "tiny.toml").unlink()
     (folder / "out" / "sweep.toml").write_text(SWEEP.replace("24", "32"))
@@ -223,7 +223,7 @@ def test_who_was_overtaken_measures_nothing_twice(folder, moebench):
     begun(moebench)
     plan = request.plan_rest(Path("out"), backends=(), time_budget_min=None)
     assert moebench("run", "--resume", "out").code == 0
-    with pytest.raises(UsageError, match="out: another process has gone on with it meanwhile"):
+    with pytest.raises(UsageError, match="out: another process resumed the run in the meantime"):
         start.start_run(plan, print)
     assert is_whole(folder / "out")
 

@@ -36,7 +36,7 @@ BROKEN = {
     "Segfaults": (Status.crash, "its process was killed by SIGSEGV"),
     "KillsItself": (Status.crash, "its process was killed by SIGKILL"),
     "LeavesAChild": (Status.crash, "its process exited with 4"),
-    "Hangs": (Status.timeout, "no result after 10 s (policy timeout_s); killed"),
+    "Hangs": (Status.timeout, "no result after 10 s (policy timeout_s); the worker was killed"),
     "DiesAfterItsRecord": (Status.ok, None),
 }
 

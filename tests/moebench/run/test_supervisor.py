@@ -43,8 +43,8 @@ def test_the_last_words_before_a_death_are_heard(tmp_path, stand_in, monkeypatch
 @pytest.mark.parametrize(
     ("kills", "status", "detail"),
     [
-        (8, "oom", "its process was killed by SIGKILL; the kernel has killed for lack of memory"),
-        (7, "crash", "its process was killed by SIGKILL; someone killed it, and not the kernel for lack of memory"),
+        (8, "oom", "its process was killed by SIGKILL; the kernel killed a process for lack of memory"),
+        (7, "crash", "its process was killed by SIGKILL; another process killed it, not the kernel for lack of memory"),
     ],
 )
 def test_who_was_killed_by_the_kernel_ran_out_of_memory(tmp_path, stand_in, monkeypatch, kills, status, detail):

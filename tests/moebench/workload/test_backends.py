@@ -90,7 +90,7 @@ def test_a_mistake_after_a_group_has_its_place_in_the_file() -> None:
     (mistake,) = mistakes(grid('["@bf16", "a b"]'))
     assert mistake.startswith('x.toml: grid[0].backend[1] = "a b": ')
     (mistake,) = mistakes(grid('["gmm", "@bf16", "gmm"]'))
-    assert mistake == 'x.toml: grid[0].backend[2] = "gmm": stands in the list already; remove it'
+    assert mistake == 'x.toml: grid[0].backend[2] = "gmm": is already in the list; remove it'
 
 
 def test_other_axes_have_no_groups() -> None:

@@ -78,7 +78,7 @@ def test_both_disagreements_between_fields_are_said_at_once() -> None:
 
 @pytest.mark.parametrize("rank_load", ["uneven", "one-empty"])
 def test_ranks_can_only_differ_where_there_are_ranks(rank_load: str) -> None:
-    with pytest.raises(ValidationError, match=f"rank_load = {rank_load} needs ranks, but ep_size = 1"):
+    with pytest.raises(ValidationError, match=f"rank_load = {rank_load} needs several ranks, but ep_size = 1"):
         case(rank_load=rank_load)
     assert case(rank_load=rank_load, ep_size=2).rank_load == rank_load
 

@@ -184,13 +184,16 @@ def test_a_longer_trace_is_cut_and_a_shorter_one_starts_again(tmp_path):
 @pytest.mark.parametrize(
     ("recorded", "mistake"),
     [
-        (np.zeros((5, 3), int), r"int64 \[5, 3\], needs integers \[tokens >= 1, n_activated_experts = 2\]"),
-        (np.zeros(10, int), r"int64 \[10\], needs"),
-        (np.zeros((0, 2), int), r"int64 \[0, 2\], needs"),
-        (np.zeros((5, 2)), r"float64 \[5, 2\], needs integers"),
-        (np.zeros((5, 2), bool), r"bool \[5, 2\], needs integers"),
-        (np.full((5, 2), 8), r"names experts 8 to 8, the case has 0 to 7"),
-        (np.full((5, 2), -2), r"names experts -2 to -2, the case has 0 to 7"),
+        (
+            np.zeros((5, 3), int),
+            r"int64 \[5, 3\], but the case needs integers \[tokens >= 1, n_activated_experts = 2\]",
+        ),
+        (np.zeros(10, int), r"int64 \[10\], but the case needs"),
+        (np.zeros((0, 2), int), r"int64 \[0, 2\], but the case needs"),
+        (np.zeros((5, 2)), r"float64 \[5, 2\], but the case needs integers"),
+        (np.zeros((5, 2), bool), r"bool \[5, 2\], but the case needs integers"),
+        (np.full((5, 2), 8), r"names experts 8 to 8, but the case has 0 to 7"),
+        (np.full((5, 2), -2), r"names experts -2 to -2, but the case has 0 to 7"),
         (np.full((5, 2), 2**63, np.uint64), r"the case has 0 to 7"),
     ],
 )

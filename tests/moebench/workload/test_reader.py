@@ -54,8 +54,14 @@ def test_trace_is_found_beside_the_sweep_and_can_be_opened_from_here(
         (f'name = "x"\ndescription = "a\\nb"\n{GRID}', 'description = "a\\nb": must be one line of text; '),
         (f'name = "x"\ndescripton = ""\n{GRID}', 'descripton = "": there is no such key; did you mean "description"?'),
         (f'name = "x"\nfoo = 1\n{GRID}', "foo = 1: there is no such key; valid keys are name, description, policy, "),
-        ('name = "x"', "grid: there is none; add [[grid]] with num_tokens, backend, and model or the shape axes"),
-        ('name = "x"\ngrid = [1]', "grid = [1]: must be an array of tables; write [[grid]] above each one's keys"),
+        (
+            'name = "x"',
+            "grid: the sweep has no grid; add [[grid]] with num_tokens, backend, and model or the shape axes",
+        ),
+        (
+            'name = "x"\ngrid = [1]',
+            "grid = [1]: must be an array of tables; write [[grid]] above the keys of each table",
+        ),
     ],
 )
 def test_wrong_top_level(text: str, mistake: str) -> None:
@@ -84,7 +90,7 @@ def test_wrong_kind_of_table() -> None:
         'policy = [{"l2": "cold"}]: must be one table; write [policy] above its keys'
     ]
     (line,) = mistakes(f'name = "x"\n{GRID.replace("[[grid]]", "[grid]")}')
-    assert line.endswith("must be an array of tables; write [[grid]] above each one's keys")
+    assert line.endswith("must be an array of tables; write [[grid]] above the keys of each table")
 
 
 @pytest.mark.parametrize(
@@ -101,9 +107,9 @@ def test_wrong_kind_of_table() -> None:
         ("seed = true", "seed = true: must be a valid integer; "),
         ("seed = [[1]]", "seed[0] = [1]: must be a valid integer; "),
         ("seed = 2026-11-01", 'seed = "2026-11-01": must be a valid integer; '),
-        ("seed = []", "seed = []: an axis has at least one value; for example seed = [0]"),
-        ("seed = [0, 2, 0]", "seed[2] = 0: stands in the list already; remove it"),
-        ("masked_share = [0, 0.0]", "masked_share[1] = 0.0: stands in the list already; "),
+        ("seed = []", "seed = []: an axis needs at least one value; for example seed = [0]"),
+        ("seed = [0, 2, 0]", "seed[2] = 0: is already in the list; remove it"),
+        ("masked_share = [0, 0.0]", "masked_share[1] = 0.0: is already in the list; "),
         ("masked_share = 1.5", "masked_share = 1.5: must be less than or equal to 1; "),
         ("masked_share = true", "masked_share = true: must be a valid number; "),
         ("activation_limit = inf", "activation_limit = Infinity: must be a finite number; "),
@@ -148,7 +154,7 @@ def test_wrong_axis(axis: str, mistake: str) -> None:
         (GRID.replace("\ndim = 16", ""), "grid[0].dim: is missing; add dim = 2048, here or in [defaults]"),
         (
             GRID.replace(SHAPE, ""),
-            "grid[0]: there is no shape; add model, or n_routed_experts, n_activated_experts, dim,",
+            "grid[0]: the grid has no shape; add model, or n_routed_experts, n_activated_experts, dim,",
         ),
         (f"{OLMOE}dim = 4\n", "grid[0].dim: grid[0].model fixes it; remove one of the two"),
         (f"{OLMOE}dim = 4\n[[exclude]]\ndim = 4\n", "grid[0].dim: grid[0].model fixes it"),
@@ -161,7 +167,7 @@ def test_wrong_axis(axis: str, mistake: str) -> None:
         (f"{TWO_SEEDS}ep_size = 3\n", "grid[0]: n_routed_experts = 8 does not divide by ep_size = 3: "),
         (
             f'{TWO_SEEDS}ep_size = [1, 2]\nrank_load = ["even", "uneven"]\n',
-            "grid[0]: rank_load = uneven needs ranks, but ep_size = 1: choose a larger one, or exclude the pair",
+            "grid[0]: rank_load = uneven needs several ranks, but ep_size = 1; raise ep_size, or exclude the pair",
         ),
         (
             f'{TWO_SEEDS}ep_size = [1, 2]\ndispatcher = ["local", "alltoall"]\n',
@@ -172,12 +178,12 @@ def test_wrong_axis(axis: str, mistake: str) -> None:
             "exclude[0]: matches no job of this sweep; correct it or remove it",
         ),
         (f'{TWO_SEEDS}[[exclude]]\nseed = 0\n[[exclude]]\nseed = 1\ndtype = "float32"\n', "exclude[1]: matches no job"),
-        (f"{GRID}[[exclude]]\n", "exclude[0]: a table without keys leaves out every job; "),
+        (f"{GRID}[[exclude]]\n", "exclude[0]: an exclude without keys leaves out every job; "),
         (
             f"{GRID}[[exclude]]\nfoo = 1\n",
             "exclude[0].foo = 1: there is no such key; valid keys are mode, num_tokens, ",
         ),
-        (f"{TWO_SEEDS}[[exclude]]\nseed = [0, 1]\n", "exclude: every job is left out, the sweep is empty; "),
+        (f"{TWO_SEEDS}[[exclude]]\nseed = [0, 1]\n", "exclude: the excludes leave out every job; "),
     ],
 )
 def test_wrong_grid_or_exclude(body: str, mistake: str) -> None:

@@ -161,7 +161,9 @@ def test_sweep_is_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest.
     assert find_sweep("mine") == Path("suites/mine.toml")
     assert find_sweep("other.toml") == Path("other.toml")
     assert {"quick", "mine", "gpu"} <= available_sweeps().keys()
-    with pytest.raises(SweepError, match=r'quik: no such file.*did you mean "quick"\?; there are gpu, .*mine, .*quick'):
+    with pytest.raises(
+        SweepError, match=r'quik: no such file.*did you mean "quick"\?; the sweeps are gpu, .*mine, .*quick'
+    ):
         find_sweep("quik")
 
 

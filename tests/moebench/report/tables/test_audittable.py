@@ -3,8 +3,10 @@
 import math
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
+from moebench.report.tables.audittable import AuditTable, cell_words
 from moebench.results.record import Status
 from tests.moebench.audited import WRONG, audit_of, rows_of
 
@@ -12,7 +14,7 @@ from tests.moebench.audited import WRONG, audit_of, rows_of
 def printed(found):
     console = Console(width=120, highlight=False)
     with console.capture() as capture:
-        console.print(found)
+        console.print(AuditTable(found))
     return capture.get()
 
 
@@ -52,3 +54,29 @@ def test_who_could_not_run_at_all_is_told():
     assert whole.as_dict()["not_examined"] == ("te",)
     assert whole.passed
     assert not replace(whole, required=("loop", "te")).passed
+
+
+CRASH = Status.crash
+
+
+@pytest.mark.parametrize(
+    ("found", "text", "passed"),
+    [
+        ((Status.ok, (Status.ok, {"parity_worst": 0.5})), "ok 0.50", True),
+        ((Status.ok, Status.unsupported), "ok 0.25", True),
+        ((Status.unsupported, Status.unsupported), "unsupported", False),
+        ((Status.ok, Status.oom), "ok 0.25", True),
+        ((Status.ok, WRONG), "MISMATCH 3.14", False),
+        ((CRASH, WRONG), "MISMATCH 3.14", False),
+        ((CRASH, Status.ok), "CRASH", False),
+        ((Status.timeout,), "TIMEOUT", False),
+        ((Status.error, Status.ok), "ERROR", False),
+        ((), "not run", False),
+        (((Status.ok, {"deterministic": True}), Status.ok), "ok 0.25", True),
+        (((Status.ok, {"deterministic": True}), (Status.ok, {"deterministic": False})), "ok 0.25 differs", True),
+    ],
+)
+def test_a_cell_is_the_worst_of_its_cases(found, text, passed):
+    whole = audit_of(rows_of("one-hot", "loop", *found))
+    assert cell_words(whole.cell("loop", "one-hot")) == text
+    assert whole.passed is passed

@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
+from moebench.report.tables.forecasttable import ForecastTable
 from moebench.results.frame import to_frame
 from moebench.results.record import Record
 from moebench.run.forecast import KnownTimes, forecast
@@ -26,7 +27,7 @@ def of(*rows: Record) -> KnownTimes:
 def shown(found: Any) -> str:
     console = Console(width=80, record=True)
     with console.capture() as captured:
-        console.print(found)
+        console.print(ForecastTable(found))
     return captured.get()
 
 

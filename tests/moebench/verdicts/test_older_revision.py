@@ -1,0 +1,43 @@
+"""`moebench ab` drives a revision of `experts` from before there was a catalog, beside the one of now."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moebench.cli import app
+from moebench.results.frame import load
+from moebench.verdicts import ab
+
+ROOT = Path(__file__).parents[3]
+#: The last revision whose `experts` has no catalog.
+OLDER = "6503759"
+
+
+@pytest.fixture
+def older() -> str:
+    command = ["git", "cat-file", "-e", f"{OLDER}^{{commit}}"]
+    if subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode:
+        pytest.skip(f"git has no revision {OLDER} here: the clone is shallow, or there is no repository")
+    return OLDER
+
+
+@pytest.mark.timeout(300)
+def test_an_older_revision_is_measured_beside_this_one(older, capsys, monkeypatch, tmp_path):
+    """One job, one look of one round: it ends with a verdict, and both sides were right."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ab, "schedule", lambda num_jobs: (1,))
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    out = tmp_path / "out"
+    filters = ["--filter", "num_tokens=16", "--filter", "mode=forward", "--filter", "backend=torch_mm"]
+    command = ["moebench", "ab", older, "HEAD", "quick", "--device", "cpu", "--out", str(out), *filters]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):  # how fast each was in one round is not asserted
+        app.main()
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith("gate: 1 "), printed.err
+    for side in "ab":
+        rows = load(out / side)
+        assert set(rows["status"]) == {"ok"}, rows["detail"].tolist()
