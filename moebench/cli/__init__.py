@@ -1,1 +1,1 @@
-"""The command line. A module for each command, which parses, calls one function and prints. Nobody imports this."""
+"""The command line: one module per group of commands, which parses, calls one function and prints."""

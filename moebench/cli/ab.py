@@ -1,4 +1,4 @@
-"""`moebench ab`: parses, drives moebench.verdicts.ab, prints."""
+"""The command `moebench ab`. It parses, runs moebench.verdicts.ab and prints."""
 
 from typing import Annotated
 
@@ -20,8 +20,10 @@ commands = typer.Typer()
 
 @commands.command("ab")
 def ab_(
-    a: Annotated[str, typer.Argument(metavar="REV_A", help="git revision, or folder that holds an `experts`")],
-    b: Annotated[str, typer.Argument(metavar="REV_B", help="git revision or folder to judge against it")],
+    a: Annotated[
+        str, typer.Argument(metavar="REV_A", help="git revision, or folder that contains the package `experts`")
+    ],
+    b: Annotated[str, typer.Argument(metavar="REV_B", help="git revision or folder to judge against REV_A")],
     sweep: Sweep,
     out_dir: Out = None,
     backend: Backends = None,
@@ -36,7 +38,11 @@ def ab_(
     for_github: Github = False,
     as_json: AsJson = False,
 ) -> None:
-    """Is B slower, larger or wrong? Measures both in turn. Exit code 0 no, 1 yes or missing, 3 not decided."""
+    """Measure two revisions in turn and judge the second.
+
+    Is B slower than A, does it use more memory, or is it wrong? Exit code 0: no. 1: yes, or a job is missing. 2: bad
+    usage. 3: not decided.
+    """
     smallest = share("--threshold", threshold)
     check_outputs(for_github, as_json)
     asked = Asked(
@@ -54,7 +60,7 @@ def ab_(
 
 
 def _measure(plan: ab.AbPlan) -> GateResult:
-    """The verdicts of the last look; those of the looks before are told as they come."""
+    """Return the verdicts of the last look. Print a line of totals after each look."""
     with progress_bar() as progress:
         task = progress.add_task("", total=None)
 

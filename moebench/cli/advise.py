@@ -1,4 +1,4 @@
-"""`moebench advise`: parses, asks moebench.results.advise, prints."""
+"""The command `moebench advise`. It parses, calls moebench.results.advise and prints."""
 
 import json
 from pathlib import Path
@@ -23,14 +23,17 @@ def advise_(
     num_tokens: Annotated[int, typer.Option(help="tokens per rank")],
     ep_size: Annotated[int, typer.Option(help="ranks that share the experts")] = 1,
     mode: Annotated[str, typer.Option(help="forward or train")] = "forward",
-    dtype: Annotated[str, typer.Option(help="as in a sweep")] = "bfloat16",
-    routing: Annotated[str, typer.Option(help="as in a sweep")] = "uniform",
+    dtype: Annotated[str, typer.Option(help="dtype of the layer, as in a sweep")] = "bfloat16",
+    routing: Annotated[str, typer.Option(help="routing, as in a sweep")] = "uniform",
     folders: Annotated[
-        list[Path] | None, typer.Option("--results", help="a results folder; repeatable; default results/published/*")
+        list[Path] | None, typer.Option("--results", help="a results folder; repeatable; default: results/published/*")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on standard output, for machines")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")] = False,
 ) -> None:
-    """Which backend, how much faster than the next, at what memory, by measured results. Exit code 3: no data near."""
+    """Name the fastest backend for a workload, by measured results.
+
+    Print how much faster it is than the next backend, and its memory. Exit code 3: no results are near the workload.
+    """
     asked = advise.question(model, num_tokens, ep_size=ep_size, mode=mode, dtype=dtype, routing=routing)
     frame = load_all(folders or default_folders())
     advices = advise.advise(frame, asked)
@@ -43,6 +46,8 @@ def advise_(
     if any(one.candidates for one in advices):
         return
     if not advices:
-        err.print(f"no data: no result of this workload, but of {listed(advise.elsewhere(frame, asked))}")
-    err.print("no data near: nothing is extrapolated; measure it with a sweep of your own, see docs/sweeps.md")
+        err.print(f"no data: no result has this workload; the results have {listed(advise.elsewhere(frame, asked))}")
+    err.print(
+        "no data near this workload, and moebench does not extrapolate: measure it with your own sweep (docs/sweeps.md)"
+    )
     raise typer.Exit(EXIT_NO_DATA)

@@ -1,7 +1,7 @@
-"""The command line: parses, calls one function, prints. Imported by nothing.
+"""The command `moebench` and its subcommands. Each parses, calls one function and prints. No other module imports this.
 
-Exit codes: 0 all right (unsupported and out of memory are results), 1 a mismatch, timeout, crash or error, 2 bad usage,
-130 interrupted.
+Exit codes: 0 success (unsupported and out of memory are results); 1 a mismatch, timeout, crash or error; 2 bad usage;
+3 gate and ab could not decide, or advise found no data; 130 interrupted.
 """
 
 import json
@@ -36,24 +36,33 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     pass
 
 
 @app.command("list")
 def list_(
-    sweep: Annotated[str | None, typer.Argument(help="list this sweep's cases; without it sweeps and backends")] = None,
+    sweep: Annotated[
+        str | None, typer.Argument(help="list the jobs of this sweep; default: list sweeps and backends")
+    ] = None,
     backend: Backends = None,
     filters: Filters = None,
-    device: Annotated[str | None, typer.Option(help="the device that backends are asked about")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="list what can run on this device; default: a GPU if there is one")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sweeps and backends, with why one is unavailable here; or a sweep's jobs, and what they may take."""
+    """List sweeps and backends, or the jobs of one sweep.
+
+    The list says why a backend cannot run here. With SWEEP it has estimates of the jobs' memory and time.
+    """
     if sweep is not None and device is not None:
-        raise UsageError(f"--device {device} beside SWEEP: its jobs are the same on every device; leave it out")
+        raise UsageError(f"--device {device} with SWEEP: a sweep has the same jobs on every device; leave --device out")
     if sweep is None and (backend or filters):
-        raise UsageError("--backend and --filter select jobs of a sweep: give a SWEEP beside them")
+        raise UsageError("--backend and --filter select jobs of a sweep: give a SWEEP, or leave them out")
     if sweep is not None:
         run.print_plan(select(sweep, backend or [], filters or [], []), as_json)
         return
@@ -67,7 +76,10 @@ def list_(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """The machine, versions, what is missing and how to install it."""
+    """Show the machine, versions, and what is missing.
+
+    For each missing package, print the command that installs it.
+    """
     findings = examine()
     if as_json:
         out.print_json(json.dumps([vars(finding) for finding in findings]))
@@ -83,7 +95,7 @@ for module in (run, parity, show, gate, ab, compare, advise):
 
 
 def main() -> None:
-    """Run the command line; an error of moebench is its message on standard error and its exit code."""
+    """Run the command line. Print the message of a MoebenchError on standard error and exit with its code."""
     try:
         app()
     except MoebenchError as error:

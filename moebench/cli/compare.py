@@ -1,4 +1,4 @@
-"""The commands that lay results side by side: each parses, calls one function, prints. Imported by cli alone."""
+"""The commands that put results side by side. Each parses, calls one function and prints."""
 
 import sys
 from collections.abc import Mapping
@@ -19,13 +19,16 @@ from moebench.results.history import history
 
 commands = typer.Typer()
 
-Results = Annotated[list[Path], typer.Argument(help="results folders, or Parquet files of them")]
-AsCsv = Annotated[bool, typer.Option("--csv", help="CSV on standard output")]
+Results = Annotated[list[Path], typer.Argument(help="results folders, or their Parquet files")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="print CSV on standard output")]
 
 
 @commands.command("compare")
 def compare_(results: Results, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
-    """Results side by side: times, memory and errors of each, and their ratios to the first. No verdict."""
+    """Show results side by side, with ratios to the first.
+
+    The table has the times and the memory of each. --json and --csv also have the errors. There is no verdict.
+    """
     opened = _opened(results)
     frame = compare({name: result.frame for name, result in opened.items()})
     if as_json:
@@ -41,10 +44,12 @@ def compare_(results: Results, as_json: AsJson = False, as_csv: AsCsv = False) -
 @commands.command("merge")
 def merge_(
     results: Results,
-    folder: Annotated[Path, typer.Option("--out", help="the folder to make; it must be new or empty")],
-    newest: Annotated[bool, typer.Option("--newest", help="of a job in several results, take the latest")] = False,
+    folder: Annotated[Path, typer.Option("--out", help="the folder to write; it must be new or empty")],
+    newest: Annotated[
+        bool, typer.Option("--newest", help="if several results have the same job, take the latest")
+    ] = False,
 ) -> None:
-    """Results folders into one, with all their environments."""
+    """Merge results folders into one, with their environments."""
     for path in merge.merge(results, folder, newest=newest):
         out.print(f"wrote {path}", soft_wrap=True)
     out.print(f"results: {folder}", soft_wrap=True)
@@ -52,12 +57,17 @@ def merge_(
 
 @commands.command("history")
 def history_(
-    case_id: Annotated[str, typer.Argument(help="a case's id")],
+    case_id: Annotated[str, typer.Argument(help="a case_id, as `moebench list SWEEP` prints it")],
     results: Results,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw it as PNG or SVG")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="also draw the history, as PNG or SVG")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One case over many results, oldest first: the times of each backend, and what changed."""
+    """Show the times of one case over many results.
+
+    The table is in order of time, oldest first. It has each backend's times and how they changed.
+    """
     rows = history(case_id, {name: result.frame for name, result in _opened(results).items()})
     if plot is not None:
         draw_history(rows, plot)

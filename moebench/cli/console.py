@@ -1,4 +1,4 @@
-"""Where the command line prints, and how it ends: results on standard output, messages on standard error."""
+"""The consoles of the command line: results go to standard output, messages to standard error."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -8,7 +8,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=
 
 
 def progress_bar() -> Progress:
-    """On standard error, and gone at the end."""
+    """Return a progress bar on standard error that disappears at the end."""
     columns = (
         SpinnerColumn(),
         BarColumn(20),

@@ -1,4 +1,4 @@
-"""The commands that judge results: each parses, calls one function, prints. Imported by moebench.cli.app alone."""
+"""The commands that judge results. Each parses, calls one function and prints."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from moebench.verdicts.findings import job_of
 from moebench.verdicts.gate import GateResult, gate
 from moebench.workload.selection import filter_jobs
 
-#: Where GitHub Actions wants the Markdown of a step's summary.
+#: The environment variable in which GitHub Actions names the file for a step's summary.
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 
 commands = typer.Typer()
@@ -34,14 +34,12 @@ commands = typer.Typer()
 Threshold = Annotated[
     str, typer.Option(metavar="SHARE", help="the smallest slowdown that must not pass, such as 3% or 0.03")
 ]
-Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write verdicts as JUnit XML")]
-Github = Annotated[
-    bool, typer.Option("--github", help="print annotations and write the step summary of GitHub Actions")
-]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write the verdicts to FILE, as JUnit XML")]
+Github = Annotated[bool, typer.Option("--github", help="for GitHub Actions: print annotations, write the step summary")]
 
 
 def share(option: str, text: str) -> float:
-    """`3%` or `0.03` as 0.03. Raises UsageError."""
+    """Return `3%` or `0.03` as 0.03. Raises UsageError for a text that is not between 0 and 1."""
     number = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
     value = float(number[1]) / (100 if number[2] else 1) if number else -1.0
     if not 0 < value < 1:
@@ -51,21 +49,26 @@ def share(option: str, text: str) -> float:
 
 @commands.command("gate")
 def gate_(
-    baseline: Annotated[str, typer.Argument(help="results folder or Parquet file, baseline:NAME, or auto")],
-    candidate: Annotated[Path, typer.Argument(help="results folder or Parquet file to judge against it")],
+    baseline: Annotated[str, typer.Argument(help="results folder or Parquet file; baseline:NAME; or auto")],
+    candidate: Annotated[Path, typer.Argument(help="results folder or Parquet file to judge")],
     threshold: Threshold = f"{THRESHOLD:.0%}",
     filters: Annotated[
-        list[str] | None, typer.Option("--filter", help="gate these jobs alone, as in moebench run; repeatable")
+        list[str] | None, typer.Option("--filter", help="judge only these jobs, as in moebench run; repeatable")
     ] = None,
     allow_env_change: Annotated[
         list[str] | None,
-        typer.Option(metavar="WHAT", help=f"compare although this differs; repeatable: {', '.join(CHANGES)}, all"),
+        typer.Option(metavar="WHAT", help=f"compare even if this differs; repeatable: {', '.join(CHANGES)}, all"),
     ] = None,
     junit_file: Junit = None,
     for_github: Github = False,
     as_json: AsJson = False,
 ) -> None:
-    """Is the candidate slower, larger or wrong? Exit code 0 no, 1 yes or missing, 3 not decided, 2 bad usage."""
+    """Judge new results against a baseline.
+
+    Is the candidate slower than the baseline, does it use more memory, or is it wrong? Exit code 0: no. 1: yes, or a
+    job is missing. 2: bad usage. 3: not decided. With `auto`, the baseline is the stored one of the same machine and
+    software.
+    """
     smallest = share("--threshold", threshold)
     allowed = _allowed(allow_env_change or [])
     after = open_result(candidate)
@@ -76,7 +79,7 @@ def gate_(
 
 
 def _baseline(text: str, candidate: Result) -> Result:
-    """What is gated against: a path, or a stored baseline by name or by the candidate's machine."""
+    """Return the baseline: a path, a stored baseline by its name, or with `auto` that of the candidate's machine."""
     kind, colon, name = text.partition(":")
     if colon and kind == "baseline":
         return baselines.named(name).result
@@ -88,7 +91,7 @@ def _baseline(text: str, candidate: Result) -> Result:
 
 
 def _filtered(result: Result, filters: list[str]) -> Result:
-    """The jobs that pass every filter. Raises SweepError for what is no filter."""
+    """Return the result with only the jobs that pass every filter. Raises SweepError for a wrong filter."""
     jobs = [job_of(row) for row in result.frame.to_dict("records")]
     kept = set(filter_jobs(jobs, filters))
     return replace(result, frame=result.frame[[job in kept for job in jobs]])
@@ -102,13 +105,13 @@ def _allowed(named: list[str]) -> frozenset[str]:
 
 
 def check_outputs(for_github: bool, as_json: bool) -> None:
-    """Raises UsageError for outputs that exclude each other."""
+    """Raise UsageError for outputs that exclude each other."""
     if as_json and for_github:
         raise UsageError("--json and --github both write to standard output: choose one")
 
 
 def report(result: GateResult, junit_file: Path | None, for_github: bool, as_json: bool) -> None:
-    """Print a gate's verdicts, write what is asked for, and exit with the gate's code."""
+    """Print a gate's verdicts, write the files that were asked for, and exit with the gate's code."""
     check_outputs(for_github, as_json)
     if junit_file:
         _write(junit_file, junit.junit_xml(result))
@@ -132,25 +135,34 @@ def _tell_github(result: GateResult) -> None:
         file.write(github.summary(result))
 
 
-stored = typer.Typer(no_args_is_help=True, help="Results that are kept to be gated against.")
+stored = typer.Typer(no_args_is_help=True, help="Store and list the results that a gate compares with.")
 commands.add_typer(stored, name="baseline")
 
 
 @stored.command()
-def update(folder: Annotated[Path, typer.Argument(help="results folder of one run, better of 20 rounds")]) -> None:
-    """Take a run into the baseline of its machine and software; jobs that it has already are replaced."""
+def update(
+    folder: Annotated[Path, typer.Argument(help="results folder of one run; 20 rounds are better than few")],
+) -> None:
+    """Add a run to the baseline of its machine and software.
+
+    Jobs that the baseline already has are replaced.
+    """
     baseline = baselines.update(folder)
     least, _ = baseline.rounds
     out.print(f"baseline:{baseline.name}: {len(baseline.result.frame)} jobs in {baseline.path}", soft_wrap=True)
     if least < times.MIN_ROUNDS:
         err.print(
-            f"some jobs have {least} rounds: the gate will say INCONCLUSIVE; measure with `moebench run --rounds`"
+            f"some jobs have {least} rounds: the gate needs {times.MIN_ROUNDS} or more to judge times, else it says "
+            "INCONCLUSIVE; measure again with `moebench run --rounds 20`"
         )
 
 
 @stored.command("show")
 def show_baselines(as_json: AsJson = False) -> None:
-    """The baselines there are: machine, software, how many jobs and rounds, of which runs."""
+    """List the stored baselines.
+
+    Print the machine, the software, the numbers of jobs and rounds, and the runs of each.
+    """
     found = baselines.stored()
     if as_json:
         out.print_json(json.dumps([some.as_dict() for some in found]))

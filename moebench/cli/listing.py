@@ -1,4 +1,4 @@
-"""What there is: sweeps, and backends with why one cannot run here."""
+"""Lists of the sweeps, the backends and the parity checks. A backend that cannot run has the reason."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BackendLine:
-    """A backend, and why it cannot run on the device that was asked about (None: it can)."""
+    """A backend, and why it cannot run on the given device (None if it can run)."""
 
     name: str
     unavailable: str | None
@@ -27,7 +27,7 @@ class BackendLine:
 
 @dataclass(frozen=True)
 class SweepLine:
-    """A sweep of suites/."""
+    """A sweep in suites/."""
 
     name: str
     num_jobs: int
@@ -36,7 +36,7 @@ class SweepLine:
 
 @dataclass(frozen=True)
 class Listing:
-    """Sweeps and backends, for a console or as plain data."""
+    """All sweeps and backends, to print or as plain data."""
 
     sweeps: tuple[SweepLine, ...]
     backends: tuple[BackendLine, ...]
@@ -65,9 +65,9 @@ def _backend_table(lines: tuple[BackendLine, ...]) -> Table:
 
 
 def everything(device: str | None) -> Listing:
-    """All sweeps of suites/ and all backends, asked about `device` (default a GPU if there is one).
+    """Return all sweeps of suites/ and all backends, and whether each backend can run on `device`.
 
-    Raises UsageError for a device that is not there, as all that ask backends do.
+    The default device is a GPU if there is one. Raises UsageError for a device that does not exist.
     """
     sweeps = []
     for path in available_sweeps().values():
@@ -77,19 +77,19 @@ def everything(device: str | None) -> Listing:
 
 
 def backends(device: str | None) -> Table:
-    """The backends and why one cannot run."""
+    """Return a table of the backends, with the reason for each that cannot run on `device`."""
     return _backend_table(_backends(device))
 
 
 def available_backends(device: str | None) -> list[str]:
-    """The names of those that can run on `device`, without other libraries' layers: who doubts those names them."""
+    """Return the names of the backends that can run on `device`, without the layers of other libraries (peers)."""
     from experts.registry import PEERS
 
     return [line.name for line in _backends(device) if line.unavailable is None and line.name not in PEERS]
 
 
 def checks() -> Table:
-    """The checks of `moebench parity` and what each looks for."""
+    """Return a table of the checks of `moebench parity` and what each looks for."""
     table = plain()
     table.add_column("check", no_wrap=True)
     table.add_column("looks for")
@@ -99,7 +99,7 @@ def checks() -> Table:
 
 
 def _backends(device: str | None) -> tuple[BackendLine, ...]:
-    from experts.registry import backend_names  # imports torch, which opening results must not
+    from experts.registry import backend_names  # imports torch, which commands that only open results must not import
     from moebench.measure.worker import pick_device
 
     asked = pick_device(device)
@@ -115,6 +115,6 @@ def _why_not(name: str, device: "torch.device") -> str | None:
 
     try:
         reason = get_backend(name).unsupported(device)
-    except Exception as error:  # an installed package's backend is imported here: its fault is not the others'
+    except Exception as error:  # this imports a backend of another package: its error must not hide the other backends
         return f"{type(error).__name__}: {error}"
     return None if reason is None else reason.reason

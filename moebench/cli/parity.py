@@ -1,4 +1,4 @@
-"""The command that checks backends."""
+"""The command `moebench parity`, which checks backends."""
 
 import json
 from typing import Annotated
@@ -20,22 +20,24 @@ commands = typer.Typer()
 @commands.command()
 def parity(
     backends: Annotated[
-        list[str] | None, typer.Argument(metavar="[BACKEND]...", help="default: all but peers that run on this device")
+        list[str] | None,
+        typer.Argument(metavar="[BACKEND]...", help="default: all that can run on this device, except peers"),
     ] = None,
     checks: Annotated[
-        list[str] | None, typer.Option("--check", help="only this check; repeatable; default all")
+        list[str] | None, typer.Option("--check", help="run only this check; repeatable; default: all checks")
     ] = None,
     dtypes: Annotated[
-        list[str] | None, typer.Option("--dtype", help="only this dtype; repeatable; default all")
+        list[str] | None, typer.Option("--dtype", help="use only this dtype; repeatable; default: all dtypes")
     ] = None,
     device: Device = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**30, help="of weights, tokens and routing")] = 0,
-    list_checks: Annotated[bool, typer.Option("--list", help="print the checks, run none")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**30, help="seed of the weights, tokens and routing")] = 0,
+    list_checks: Annotated[bool, typer.Option("--list", help="print what each check looks for; run nothing")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look for faults that shipped elsewhere, on small shapes.
+    """Check backends for known faults, on small shapes.
 
-    Exit code 1 where one is found, or where no case of a backend that was named could run.
+    Each check looks for a fault that some MoE library has shipped. Exit code 1: a check found a fault, or no case of a
+    named BACKEND could run. Peers are layers of other libraries; name one to check it.
     """
     if list_checks:
         _print_checks(as_json)

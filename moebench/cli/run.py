@@ -1,4 +1,4 @@
-"""The command that measures a sweep, and what it prints. Imported by moebench.cli.app alone."""
+"""The command `moebench run`, which measures a sweep, and what it prints."""
 
 import json
 import shlex
@@ -32,10 +32,10 @@ def run(
     sweep: Annotated[str | None, typer.Argument(help="a sweep file, or the name of one in suites/")] = None,
     out_dir: Out = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="go on with the run in this results folder, as it was asked for")
+        Path | None, typer.Option(metavar="DIR", help="continue the run in this results folder, with its options")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="resume although the sweep file or the environment has changed")
+        bool, typer.Option("--force", help="resume even if the sweep file or the environment changed")
     ] = False,
     backend: Backends = None,
     device: Device = None,
@@ -43,15 +43,21 @@ def run(
     share_gpus: ShareGpus = False,
     filters: Filters = None,
     case: CaseIds = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be measured and may be needed")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the jobs and estimates; measure nothing")] = False,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="measure all that often, in fresh processes and random order; default 1")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="measure every job N times, in fresh processes and random order; default: 1"
+        ),
     ] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="leave a torch profiler's trace of each job")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="write a trace of each job by torch's profiler")] = False,
     time_budget: TimeBudget = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a sweep: check every job, time it, write table and plots. The last line names the results folder."""
+    """Measure a sweep: check every job and time it.
+
+    Write the results as Parquet and CSV, plots, and a report. The last line names the results folder.
+    """
     if resume is not None:
         _refuse_beside_resume(
             {"SWEEP": sweep, "--out": out_dir, "--device": device, "--filter": filters, "--case": case}
@@ -59,9 +65,9 @@ def run(
         )
         plan = request.plan_rest(resume, backends=backend or [], time_budget_min=time_budget, force=force)
     elif sweep is None:
-        raise UsageError("moebench run: give a SWEEP, or --resume DIR")
+        raise UsageError("moebench run: there is no sweep to measure; give a SWEEP, or --resume DIR")
     elif force:
-        raise UsageError("--force without --resume: there is nothing to go on with; leave it out")
+        raise UsageError("--force without --resume: there is no run to resume; leave --force out, or give --resume DIR")
     else:
         asked = Asked(
             backends=tuple(backend or ()),
@@ -84,11 +90,13 @@ def run(
 def _refuse_beside_resume(options: Mapping[str, object]) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise UsageError(f"{given[0]} beside --resume: it is as the run was begun; leave it out")
+        raise UsageError(
+            f"{given[0]} with --resume: a resumed run keeps what it was started with; leave {given[0]} out"
+        )
 
 
 def _measure(plan: RunPlan, as_json: bool) -> None:
-    """Measure, and print results and how it ended."""
+    """Measure, print the results and how the run ended, and exit."""
     with progress_bar() as progress:
         task = progress.add_task("", total=plan.num_jobs)
 
@@ -112,7 +120,7 @@ def _finish(folder: Path) -> list[Path]:
     try:
         return finish(folder)
     except KeyboardInterrupt:
-        err.print(f"interrupted: all that was measured is in the journal; {_go_on(folder)}")
+        err.print(f"interrupted: everything measured so far is in the journal; {_go_on(folder)}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
@@ -143,7 +151,7 @@ def _exit(outcome: Outcome, folder: Path) -> None:
 
 
 def print_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
-    """The jobs, and what they may take."""
+    """Print the jobs and estimates of their memory and time."""
     expected = forecast(jobs, measured_jobs())
     if as_json:
         listed = [

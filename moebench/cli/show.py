@@ -1,4 +1,4 @@
-"""The commands that open results."""
+"""The commands that show one results folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,12 +13,12 @@ from moebench.results.frame import load, to_json
 
 commands = typer.Typer()
 
-Folder = Annotated[Path, typer.Argument(help="a results folder, or a Parquet file of one")]
+Folder = Annotated[Path, typer.Argument(help="a results folder, or its Parquet file")]
 
 
 @commands.command()
 def show(folder: Folder, as_json: AsJson = False) -> None:
-    """The table of a results folder again."""
+    """Print the table of a results folder."""
     frame = load(folder)
     if as_json:
         out.print_json(to_json(frame))
@@ -36,8 +36,15 @@ def plots(folder: Folder) -> None:
 @commands.command()
 def report(
     folder: Folder,
-    out_file: Annotated[Path | None, typer.Option("--out", help="the page; default report.html beside them")] = None,
-    gate: Annotated[Path | None, typer.Option(help="a file of what `moebench gate --json` printed")] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="the page to write; default: report.html beside the results")
+    ] = None,
+    gate: Annotated[
+        Path | None, typer.Option(help="a file with the output of `moebench gate --json`, to add its verdicts")
+    ] = None,
 ) -> None:
-    """One HTML page of a results folder: verdict, plots, table with filters, commands to reproduce."""
+    """Write one HTML page about a results folder.
+
+    The page has the verdict, plots, a table with filters, and commands that measure rows again.
+    """
     out.print(f"wrote {report_folder.write_report(folder, out_file, gate)}", soft_wrap=True)

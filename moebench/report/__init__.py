@@ -1,1 +1,1 @@
-"""How results and verdicts are shown: tables, plots, pages, JUnit and GitHub. No torch."""
+"""What shows results and verdicts: tables, plots, HTML pages, JUnit files and GitHub annotations."""

@@ -1,9 +1,9 @@
-"""The tables of columns in docs/results.md, from what the columns declare.
+"""The tables of columns in docs/results.md, made from the declarations of the columns.
 
     python -m moebench.report.columntable docs/results.md
 
-A table stands between `<!-- columns FIRST to LAST -->` and `<!-- end of columns -->`, and has the columns of results
-from FIRST to LAST in their order. What stands there already is replaced.
+The command replaces the text between `<!-- columns FIRST to LAST -->` and `<!-- end of columns -->` with a table. The
+table has the columns of results from FIRST to LAST, in the order of the results.
 """
 
 import re
@@ -18,17 +18,17 @@ from moebench.results.frame import ARROW_SCHEMA, COLUMNS
 from moebench.results.record import COLUMN_OF, Record
 
 _TABLE = re.compile(r"(<!-- columns (\w+) to (\w+) -->\n).*?(<!-- end of columns -->)", re.DOTALL)
-_HEAD = "| column | type, unit | of several rounds | null | meaning |\n| --- | --- | --- | --- | --- |\n"
+_HEAD = "| column | type, unit | over several rounds | null | meaning |\n| --- | --- | --- | --- | --- |\n"
 _TYPES = {pa.string(): "string", pa.int64(): "int", pa.float64(): "float", pa.bool_(): "bool"}
 
 
 def with_tables(text: str) -> str:
-    """The document `text` with its tables of columns as the columns are now declared."""
+    """Return the document `text` with its tables of columns made again."""
     return _TABLE.sub(lambda found: found[1] + table(found[2], found[3]) + found[4], text)
 
 
 def table(first: str, last: str) -> str:
-    """The columns of results from `first` to `last`, in Markdown."""
+    """Return a table in Markdown of the columns of results from `first` to `last`."""
     lines = dict(zip(COLUMNS, map(_line, Record.model_fields), strict=True))
     return _HEAD + "".join(lines[name] for name in COLUMNS[COLUMNS.index(first) : COLUMNS.index(last) + 1])
 

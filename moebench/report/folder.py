@@ -1,4 +1,4 @@
-"""Everything that is written from a results folder: tables, plots and report."""
+"""Write tables, plots and the report of a results folder."""
 
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from moebench.verdicts.document import GateDocument
 
 
 def finish(folder: Path) -> list[Path]:
-    """Parquet, CSV, plots and report from the journal. What was measured before an interruption counts too.
+    """Write Parquet, CSV, plots and report from the journal, and return their paths and those of the traces.
 
-    Raises KeyboardInterrupt at a signal; each file is then whole or as it was.
+    This includes the rows that were measured before an interruption. Raises KeyboardInterrupt at a signal; each file is
+    then either complete or unchanged.
     """
     if not (folder / JOURNAL_NAME).exists():
         return []
@@ -29,7 +30,7 @@ def finish(folder: Path) -> list[Path]:
 
 
 def rewrite(folder: Path) -> list[Path]:
-    """CSV, plots and report of committed results again, from their Parquet file, which stays as it is."""
+    """Write CSV, plots and report of committed results again from their Parquet file, which does not change."""
     frame = load(folder)
     with writable(folder):
         plots = write_plots(all_figures(frame), folder / "plots")
@@ -42,18 +43,23 @@ def _write_report(frame: pd.DataFrame, plots: list[Path], folder: Path) -> Path:
 
 
 def draw_plots(path: Path) -> list[Path]:
-    """Draw the plots of a results folder, or of a Parquet file beside it."""
+    """Draw the plots of a results folder. `path` is the folder, or its Parquet file."""
     figures, folder = all_figures(load(path)), _folder_of(path) / "plots"
     with writable(folder):
         return write_plots(figures, folder)
 
 
 def write_report(path: Path, out: Path | None, gate: Path | None) -> Path:
-    """Write the report of a results folder or of a Parquet file, by default beside it, with the verdicts in `gate`."""
+    """Write the report of a results folder or its Parquet file, with the verdicts in the file `gate`.
+
+    The default for `out` is report.html in the folder. Raises UsageError if `out`'s folder does not exist.
+    """
     frame, verdicts = load(path), None if gate is None else GateDocument.read(gate)
     out = out or _folder_of(path) / REPORT_NAME
     if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: there is no folder {out.parent}; make it, or name a file elsewhere")
+        raise UsageError(
+            f"--out {out}: there is no folder {out.parent}; make the folder, or name a file in another one"
+        )
     svgs = {name: image(figure, "svg") for name, figure in all_figures(frame)}
     html = page(frame, svgs, _folder_of(path), verdicts)
     with writable(out):

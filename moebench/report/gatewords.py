@@ -1,4 +1,4 @@
-"""How a gate's numbers are spoken of, the same in table, annotations and summary. No torch here."""
+"""A gate's numbers as text. The terminal table, the annotations and the summary use the same texts."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -11,12 +11,12 @@ NONE = "-"
 
 
 def total(result: GateResult) -> str:
-    """`2 REGRESSED, 105 PASS`."""
+    """Return the number of jobs with each verdict, such as `2 REGRESSED, 105 PASS`."""
     return ", ".join(f"{count} {verdict}" for verdict, count in result.counts.items())
 
 
 def change(job: Judged) -> str:
-    """The change of the time with its interval, `+3.1% (+2.8 to +3.5)`; above 0 is slower."""
+    """Return the change of the time with its interval, such as `+3.1% (+2.8 to +3.5)`; above 0 is slower."""
     if job.time is None or math.isnan(job.time.ratio):
         return NONE
     low, high = (f"{some - 1:+.1%}".rstrip("%") for some in (job.time.low, job.time.high))
@@ -26,14 +26,14 @@ def change(job: Judged) -> str:
 
 
 def smallest_effect(job: Judged) -> str:
-    """The smallest slowdown that would have been seen, `2.1%`."""
+    """Return the smallest slowdown that the gate would have found, such as `2.1%`."""
     if job.time is None:
         return NONE
     return f"{job.time.smallest_effect:.1%}" if math.isfinite(job.time.smallest_effect) else "none"
 
 
 def memory_change(job: Judged) -> str:
-    """The change of the peak or, where that is the same, of what is saved for backward: `=` or `+1.2%`."""
+    """Return the change of peak memory, or of saved memory if the peak is equal: `=` or `+1.2%`."""
     changes = [
         _relative(*job.cells(column))
         for column in ("peak_memory_bytes", "saved_memory_bytes")
@@ -49,27 +49,27 @@ def _relative(before: Any, after: Any) -> str:
 
 
 def parity_change(job: Judged) -> str:
-    """The error over its budget, of both where it changed: `0.31` or `0.31 > 0.35`; a status that is not ok instead."""
+    """Return the error divided by its budget, `0.31`, or `0.31 -> 0.35` if it changed; or a status other than ok."""
     statuses = ["none" if status is None else str(status) for status in job.cells("status")]
     errors = [NONE if error is None else f"{error:.2g}" for error in job.cells("parity_worst")]
     both = [error if status == "ok" else status for status, error in zip(statuses, errors, strict=True)]
-    return both[0] if both[0] == both[1] else " > ".join(both)
+    return both[0] if both[0] == both[1] else " -> ".join(both)
 
 
 def in_verdict_order(result: GateResult) -> list[Judged]:
-    """The jobs, the worst first."""
+    """Return the jobs, the worst verdict first."""
     return sorted(result.jobs, key=lambda job: job.verdict.rank)
 
 
 def reasons(jobs: Sequence[Judged], of: Collection[Severity]) -> dict[tuple[Verdict, str], str]:
-    """Each verdict with its measure and reason, and whom it befell, the worst verdict first."""
-    befell: dict[tuple[Verdict, str], list[str]] = {}
+    """Return, for each verdict and its reason (with the measure), the jobs that have it. The worst verdict is first."""
+    jobs_of: dict[tuple[Verdict, str], list[str]] = {}
     for job in jobs:
         for finding in job.findings:
             if finding.verdict.severity in of:
                 why = finding.verdict, f"{finding.measure}: {finding.reason}"
-                befell.setdefault(why, []).append(f"{job.backend} on {job.key.case_id}")
-    worst_first = sorted(befell.items(), key=lambda item: item[0][0].rank)
+                jobs_of.setdefault(why, []).append(f"{job.backend} on {job.key.case_id}")
+    worst_first = sorted(jobs_of.items(), key=lambda item: item[0][0].rank)
     return {why: _some(names) for why, names in worst_first}
 
 

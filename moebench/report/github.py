@@ -1,7 +1,7 @@
-"""A gate's verdicts as GitHub Actions shows them: annotations, and a step summary in Markdown. No torch here.
+"""A gate's verdicts for GitHub Actions: annotations, and a step summary in Markdown.
 
-Annotations are workflow commands (`::error title=…::message`) in the escaping that GitHub's toolkit defines. GitHub
-shows ten of a level for each step; the rest is counted in one line, and the summary has them all.
+Annotations are workflow commands (`::error title=…::message`), escaped as GitHub's toolkit does it. GitHub shows ten
+annotations of each level per step. The tenth one says how many are left. The summary has all of them.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from moebench.report.gatewords import (
 from moebench.verdicts.gate import GateResult, Judged
 from moebench.verdicts.verdict import Severity
 
-MOST_ANNOTATIONS = 9  # and one that counts the rest
+MOST_ANNOTATIONS = 9  # one more says how many are left
 
 
 def annotations(result: GateResult) -> list[str]:
-    """Workflow commands, a line each: an error for each job that failed, a warning for each reason of those open."""
+    """Return workflow commands, one per line: an error per failed job, and a warning per reason of undecided jobs."""
     failed = [job for job in in_verdict_order(result) if job.verdict.severity is Severity.FAILED]
     errors = [_command("error", f"moebench: {job.verdict}", _sentence(job)) for job in failed]
     open_ = reasons(result.jobs, {Severity.UNDECIDED})
@@ -51,7 +51,7 @@ def _sentence(job: Judged) -> str:
 
 
 def summary(result: GateResult) -> str:
-    """The step summary: the total, a table of what is not PASS, and what the gate could have seen."""
+    """Return the step summary in Markdown: the total, a table of jobs that did not pass, and a table of the rest."""
     return "\n".join(_summary(result)) + "\n"
 
 
@@ -77,7 +77,7 @@ def _summary(result: GateResult) -> Iterator[str]:
 
 
 def _table(jobs: list[Judged]) -> Iterator[str]:
-    yield "| verdict | backend | case | time | smallest effect seen | memory | error / budget | why |"
+    yield "| verdict | backend | case | time | smallest slowdown found | memory | error / budget | why |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for job in jobs:
         why = "; ".join(
@@ -91,6 +91,6 @@ def _table(jobs: list[Judged]) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Text as it stands in a cell of Markdown: no cell ends early, nothing is read as HTML."""
+    """Return the text escaped for a cell of Markdown: it cannot end the cell, and none of it is HTML."""
     marked = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
     return " ".join(marked.split())

@@ -1,7 +1,7 @@
-"""A gate's verdicts as JUnit XML, a test case a job and measure. No torch here.
+"""A gate's verdicts as JUnit XML, with one test case per job and measure.
 
-The dialect is the one that GitLab, Jenkins and GitHub's reporters read: testsuites, testsuite, testcase with failure or
-skipped, properties beside them.
+GitLab, Jenkins and GitHub's reporters read this dialect: testsuites contains testsuite, which contains properties and
+testcase, which contains failure or skipped.
 """
 
 import math
@@ -14,12 +14,12 @@ from moebench.verdicts.verdict import Severity
 
 SKIPPED = frozenset({Severity.UNDECIDED, Severity.NOTED})
 
-#: Characters that XML 1.0 has no way to write; a crash's log may hold any.
+#: Characters that XML 1.0 cannot represent. The log of a crash may contain any of them.
 _UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit_xml(result: GateResult) -> bytes:
-    """The file's content: REGRESSED and MISSING are failures, what could not be decided is skipped, all with why."""
+    """Return the content of the file. Failed verdicts are failures; undecided and noted ones are skipped."""
     cases = [_test_case(job, finding) for job in result.jobs for finding in job.findings]
     severities = [finding.verdict.severity for job in result.jobs for finding in job.findings]
     counts = {

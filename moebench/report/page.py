@@ -1,7 +1,7 @@
-"""Frame -> one self-contained HTML page: what was measured where, how it ended, tables, plots. No torch here.
+"""A results frame as one self-contained HTML page: the machine, the verdict, tables and plots.
 
-The page loads nothing: styles, script and plots are in it, and its content security policy forbids the rest. All that
-comes from results is escaped by the template. Without its script the table is a plain one.
+The page loads nothing: it contains its styles, script and plots, and its content security policy forbids anything else.
+The template escapes every text that comes from results. Without the script, the table has no filters and no sorting.
 """
 
 import base64
@@ -24,13 +24,13 @@ from moebench.results.record import GOOD
 from moebench.verdicts.document import GateDocument
 
 REPORT_NAME = "report.html"
-_HEADLINE = ("torch", "cuda", "revision")  # of the environment, for the page's head
+_HEADLINE = ("torch", "cuda", "revision")  # names in the environment that the head of the page shows
 
 
 def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: GateDocument | None = None) -> str:
-    """The page of `frame`, the results in `folder`, with its plots `svgs` by their names, and a gate's verdicts.
+    """Return the HTML page of `frame`, the results in `folder`, with the plots `svgs` by name and a gate's verdicts.
 
-    Raises ResultsError where a file of `folder` that should hold an environment holds none.
+    Raises ResultsError if an environment file of `folder` is not valid.
     """
     rows = in_case_order(frame)
     rows = rows.assign(label=backend_labels(rows), fastest=fastest_rows(rows), heading=describe(rows).headings)
@@ -68,7 +68,7 @@ def _template() -> jinja2.Template:
 
 
 def environment_facts(found: Environment) -> list[tuple[str, str]]:
-    """Names and values of machine and software."""
+    """Return names and values that describe the machine and the software."""
     gpus = Counter(map(_gpu_text, found.gpus))
     revision = f"{found.git_revision[:12]}{', with changes' if found.git_dirty else ''}" if found.git_revision else None
     facts = [
@@ -96,13 +96,13 @@ def _gpu_text(gpu: Gpu) -> str:
 
 
 def _wins(rows: pd.DataFrame) -> dict[str, int]:
-    """Of each backend, in how many cases it has the lowest median."""
+    """Return in how many cases each backend has the lowest median."""
     counts = Counter(map(str, rows.loc[rows["fastest"], "label"]))
     return dict(counts.most_common())
 
 
 def _plots(svgs: Mapping[str, bytes]) -> list[list[tuple[str, str]]]:
-    """Name and data URI of every plot: those that compare backends, and those that say why."""
+    """Return the name and data URI of every plot in two groups: those that compare backends, and those that say why."""
     groups = (THROUGHPUT, SCALING, MEMORY, PARITY), (ROOFLINE, BREAKDOWN)
     return [
         [(name, _data_uri(svg)) for kind in kinds for name, svg in svgs.items() if name.startswith(f"{kind.name}-")]

@@ -1,6 +1,6 @@
-"""What stands in a report's tables: every row, the extremes with the commands that reproduce them, the time spent.
+"""The content of a report's tables: every row, the extremes with commands that reproduce them, and the time spent.
 
-No torch here. Rows are in order and have `label`, `fastest` and `heading`.
+Rows are in order and have `label`, `fastest` and `heading`.
 """
 
 import math
@@ -17,14 +17,14 @@ from moebench.results.labels import describe, in_order
 from moebench.results.record import GOOD, Status
 
 _NUM_EXTREMES = 6
-_PARTS = ("setup", "ceilings", "parity", "timing")  # of a job, with columns of their seconds
-#: Parts of a case that have a column of their own where they vary, with its title; the others share one.
+_PARTS = ("setup", "ceilings", "parity", "timing")  # of a job; each has a column of seconds
+#: Parts of a case that get their own column if they vary, and its title. All other parts share one column.
 _OWN_COLUMNS = {"experts": "model", "tokens": "tokens", "mode": "mode"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell: its text, what it is sorted by, and whether it is a number."""
+    """A cell of a table: its text, its sort key, and whether it is a number."""
 
     text: str
     key: str | float
@@ -33,7 +33,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table: what it is filtered by, and its cells."""
+    """A row of the table: the values that filters match, and its cells."""
 
     backend: str
     model: str
@@ -46,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """Titles and lines, and the values that each filter offers."""
+    """The titles and lines of a table. `choices` has the values that each filter offers."""
 
     titles: tuple[str, ...]
     lines: tuple[Line, ...]
@@ -61,7 +61,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Extreme:
-    """A row that deserves a look: what it is, why, and how to measure it again."""
+    """A row to look at: its case and backend, the reason, and a command that measures it again, if a sweep has it."""
 
     case: str
     backend: str
@@ -72,7 +72,7 @@ class Extreme:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds that jobs took, the longest of them, and the share of the whole run that each part of them was."""
+    """The seconds that some jobs took, those of the longest job, and each part's share of the time of the whole run."""
 
     who: str
     num_jobs: int
@@ -108,7 +108,7 @@ def _status(row: Row) -> Cell:
     return Cell(row["status"] + flag, row["status"])
 
 
-#: Title of each column, the column of results without which it is left out, and its cells.
+#: Title of each column, the column of results that it needs (without values it is left out), and its cells.
 _MEASURED: tuple[tuple[str, str, Callable[[Row], Cell]], ...] = (
     ("status", "status", _status),
     ("ms", "time_ms", _time),
@@ -126,14 +126,17 @@ _MEASURED: tuple[tuple[str, str, Callable[[Row], Cell]], ...] = (
 
 
 def results_table(rows: pd.DataFrame) -> Table:
-    """A line a row: the parts of its case that vary, backend, and what was measured."""
+    """Return a table with one line per row: the parts of the case that vary, the backend, and the measurements."""
     parts = describe(rows).varying
     own = [name for name in _OWN_COLUMNS if name in parts]
     settings = parts.drop(columns=own)
     measured = [(title, cell) for title, column, cell in _MEASURED if rows[column].notna().any()]
     lines = []
     for row, part, setting in zip(
-        rows.to_dict("records"), parts[own].to_dict("records"), settings.to_numpy(), strict=True
+        rows.to_dict("records"),
+        (dict(zip(own, some, strict=True)) for some in parts[own].to_numpy()),
+        settings.to_numpy(),
+        strict=True,
     ):
         texts = [*part.values(), *([", ".join(filter(None, setting))] if len(setting) else []), row["label"]]
         cells = [_text(str(text)) for text in texts] + [cell(row) for _, cell in measured]
@@ -149,7 +152,7 @@ def _text(text: str) -> Cell:
 
 
 def extremes(rows: pd.DataFrame, reproducer: Reproducer) -> dict[str, list[Extreme]]:
-    """Rows by what is remarkable of them: those that failed, the slowest, the least accurate."""
+    """Return the rows that failed, the slowest rows and the least accurate rows, by these titles."""
     failed = rows[~rows["status"].isin(GOOD)]
     slowest = rows.dropna(subset="time_ms").nlargest(_NUM_EXTREMES, "time_ms")
     best_ms = rows.groupby(["run_id", "case_id"])["time_ms"].transform("min")
@@ -175,7 +178,7 @@ def extremes(rows: pd.DataFrame, reproducer: Reproducer) -> dict[str, list[Extre
 
 
 def _slowness(row: Row) -> str:
-    beside = f", {row['times']:.3g} times the fastest backend of its case" if row["times"] > 1 else ""
+    beside = f", {row['times']:.3g} times as long as the fastest backend of its case" if row["times"] > 1 else ""
     return f"{milliseconds(row['time_ms'])} ms{beside}"
 
 
@@ -188,7 +191,7 @@ def _failure(row: Row) -> str:
 
 
 def time_spent(rows: pd.DataFrame) -> list[Spent]:
-    """Where the run's time went: in all, then by backend, the longest first. A job whose process died has no time."""
+    """Return the time of all jobs, then the time by backend, the longest first. A job without a time counts as 0 s."""
     parts = pd.DataFrame({part: rows[f"{part}_s"].fillna(0.0) for part in _PARTS})
     parts["rest"] = (rows["job_s"].fillna(0.0) - parts.sum(axis=1)).clip(lower=0)
     total_s = float(rows["job_s"].sum()) or 1.0

@@ -1,4 +1,4 @@
-"""The command that measures one row of results again. No torch here."""
+"""The command that measures one row of results again."""
 
 import shlex
 from collections.abc import Iterator
@@ -13,24 +13,24 @@ from moebench.workload.spec import find_sweep, load_sweep
 
 @dataclass(frozen=True)
 class Reproducer:
-    """The sweeps that a results folder's rows come from, as a command line names them, and the cases of each."""
+    """The sweeps that may have the rows of a results folder, named as on a command line, and the cases of each."""
 
     case_ids: dict[str, frozenset[str]]
 
     @classmethod
     def of(cls, folder: Path) -> "Reproducer":
-        """For the rows of a folder: its own sweep file first, then that of its run where this is still here."""
+        """Return the Reproducer of a folder. Its own sweep file is first, then the sweep of its run if it exists."""
         case_ids = {}
         for name in _sweeps(folder):
             try:
                 jobs = load_sweep(find_sweep(name)).jobs()
-            except SweepError:  # such as one whose recorded routing is not here
+            except SweepError:  # for example, the file of its recorded routing is missing
                 continue
             case_ids[name] = frozenset(job.case.case_id for job in jobs)
         return cls(case_ids)
 
     def command(self, row: Row) -> str | None:
-        """`moebench run …` for the row's job alone; None where no sweep has its case."""
+        """Return `moebench run …` for the job of the row, or None if no sweep has its case."""
         sweep = next((name for name, ids in self.case_ids.items() if row["case_id"] in ids), None)
         if sweep is None:
             return None
@@ -43,7 +43,7 @@ class Reproducer:
 
 
 def _sweeps(folder: Path) -> Iterator[str]:
-    """Where the sweep of a folder's run may be: beside its results, where the run found it, and in suites/."""
+    """Yield where the sweep of a folder's run may be: beside the results, where the run found it, and in suites/."""
     if (folder / SWEEP_NAME).is_file():
         yield str(folder / SWEEP_NAME)
     yield from sweeps_of(folder)

@@ -1,1 +1,1 @@
-"""Figures of results. `kinds` says what each kind shows, `figures` draws all of them."""
+"""Figures of results. `kinds` defines what each kind shows, and `figures` draws all of them."""

@@ -1,4 +1,4 @@
-"""Where the time of a forward goes under expert parallelism: bars of dispatch, compute and combine. No torch here."""
+"""Bars of dispatch, compute and combine: the parts of a forward pass's time under expert parallelism."""
 
 from collections.abc import Mapping
 from textwrap import wrap
@@ -16,34 +16,34 @@ from moebench.report.plots.look import LEADING_IN, NOTE_SIZE, legend_below, shee
 from moebench.report.tables.cells import human
 from moebench.results.labels import describe, in_order, panel_title
 
-#: No backend's colours, and of three lightnesses.
+#: No backend has these colours. Their lightness differs, so that they can be told apart without colour.
 PART_COLORS: Mapping[str, str] = MappingProxyType({"dispatch": "#2F5D8C", "compute": "#C8CDD2", "combine": "#E3874B"})
 _BAR_IN = NOTE_SIZE * LEADING_IN + 0.01
-_TITLE_IN, _TITLE_CHARACTERS = 0.24, 36  # a line of a panel's title, which begins above its bars
+_TITLE_IN, _TITLE_CHARACTERS = 0.24, 36  # one line of a panel's title, and its most characters
 _AROUND_PANEL_IN = 0.38  # ticks and space
-_TOTAL_ROOM = 1.18  # of an axis over its longest bar, for the number behind it
+_TOTAL_ROOM = 1.18  # the length of an axis over its longest bar, for the number beside the bar
 
-_LABEL = "ms in a forward, slowest rank"
+_LABEL = "ms of a forward pass, on the slowest rank"
 
 Panels = list[tuple[str, pd.DataFrame]]
 
 
 def case_in(num_lines: int) -> float:
-    """About how high a case, a panel of its own, stands in an overview."""
+    """Return the approximate height in inches of a case in an overview, where each case has its own panel."""
     return num_lines * _BAR_IN + _TITLE_IN + _AROUND_PANEL_IN
 
 
 def in_family(family: pd.DataFrame) -> "pd.Series[bool]":
-    """Which rows of a workload family its own figure chooses from: all with tokens, if these are of several counts."""
+    """Return which rows the figure of a workload family chooses from: all with tokens, if there are several counts."""
     has_tokens = family["num_tokens"] > 0
     return has_tokens & (family.loc[has_tokens, "num_tokens"].nunique() > 1)
 
 
 def family_figure(rows: pd.DataFrame) -> Figure:
-    """The bars of a workload at its largest and a middle token count, a panel for each mode, routing and load.
+    """Return the bars of a workload at two token counts, with one panel per mode, routing and load.
 
-    The middle one is, of the counts below the largest, one that compares the most backends. Parts are those of a
-    forward: a backend has those of mode train only where it was not measured in mode forward.
+    One count is the largest. The other is smaller, and one of those with the most backends. The parts are parts of a
+    forward pass. The bars of a backend are from mode train only if it was not measured in mode forward.
     """
     shown = _without_twins(rows)
     measured = shown.loc[BREAKDOWN.points(shown).dropna(subset="value").index.unique()]
@@ -62,14 +62,14 @@ _PLACE = ("mode", "routing", "rank_load", "num_tokens")
 
 
 def _without_twins(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows without those of mode train that have a measured twin in mode forward."""
+    """Return the rows without those of mode train that were also measured in mode forward."""
     twins = rows.groupby(["line", *_PLACE[1:]])
     has_forward = rows["dispatch_ms"].where(rows["mode"] == "forward").groupby(twins.ngroup()).transform("count") > 0
     return rows[(rows["mode"] == "forward") | ~has_forward]
 
 
 def page_figure(rows: pd.DataFrame) -> Figure:
-    """The bars of several cases, a panel each."""
+    """Return the bars of several cases, with one panel per case."""
     headings = describe(rows).headings
     return _figure(rows, [(headings[panel.index[0]], panel) for _, panel in rows.groupby("case", sort=False)], ())
 
@@ -93,7 +93,7 @@ def _figure(rows: pd.DataFrame, panels: Panels, on_axes: tuple[str, ...]) -> Fig
 
 
 def panel(ax: Axes, rows: pd.DataFrame) -> None:
-    """The bars of one case, on axes of somebody else's, legend included."""
+    """Draw the bars of one case and their legend on the given axes."""
     _draw(ax, BREAKDOWN.points(rows))
     ax.set_xlabel(_LABEL)
     legend_below(ax, [_entries()])
@@ -104,7 +104,7 @@ def _entries() -> list[Artist]:
 
 
 def _draw(ax: Axes, points: pd.DataFrame) -> None:
-    """A bar a line, from the top; the number behind it is its length. What has no value leaves a gap."""
+    """Draw one bar per line, from the top, with its total beside it. A missing value leaves a gap."""
     lines = in_order(points["line"])
     values = points.groupby(["line", "curve"])["value"].agg(BREAKDOWN.combine).unstack()
     values = values.reindex(index=lines, columns=list(PARTS))

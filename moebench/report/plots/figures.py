@@ -1,11 +1,12 @@
-"""Frame -> matplotlib figures, readable at 400 px width: throughput, memory and parity against tokens. No torch here.
+"""A results frame as matplotlib figures that are readable at a width of 400 px.
 
-A workload family (all of a case but its tokens, mode, routing, load of the ranks and seed, on one machine) has a figure
-of its own, with a panel for each mode, routing and load, and a line for each backend with two token counts or more
-there. Cases with a backend that is on no line are gathered in an overview of their EP size, so that nothing measured is
-invisible. The roofline has all cases of an EP size in one figure. Under expert parallelism there is also the breakdown
-of a forward and, of workloads measured at several EP sizes, throughput against these. Only figures, no pyplot:
-importing this changes nothing for who imports it.
+A workload family is all cases on one machine that differ only in tokens, mode, routing, load of the ranks and seed.
+Each family has one figure each of throughput, memory and parity. A figure has one panel per mode, routing and load, and
+one line per backend that has two or more token counts there. If a backend of a case is not on a line, the case is in an
+overview of its EP size, so that every measured case is visible. The roofline has all cases of an EP size in one figure.
+Under expert parallelism there is also the breakdown of a forward pass. Workloads that were measured at several EP sizes
+have a figure of throughput against the EP size. This module does not import pyplot, so that importing it does not
+change matplotlib's state.
 """
 
 import io
@@ -29,24 +30,24 @@ from moebench.results.labels import backend_labels, describe, in_case_order
 from moebench.workload.case import Case
 
 _KINDS = (THROUGHPUT, SCALING, MEMORY, PARITY, ROOFLINE, BREAKDOWN)
-_PREFIXES = tuple(f"{kind.name}-" for kind in _KINDS)  # of every file that is written
+_PREFIXES = tuple(f"{kind.name}-" for kind in _KINDS)  # every written file begins with one of them
 
-_PAGE_IN = 11.0  # of an overview, at most, if it has more than one case
+_PAGE_IN = 11.0  # the most height of an overview that has more than one case
 
 Named = list[tuple[str, Figure]]
 
-#: A line joins cases that differ in nothing but these and their backend.
+#: A figure holds cases that differ only in these fields and in the backend.
 _ALONG_A_LINE = ("num_tokens", "mode", "routing", "rank_load", "seed")
 _FAMILY = (*(name for name in Case.model_fields if name not in _ALONG_A_LINE), "device", "gpu")
 
 
 def throughput(frame: pd.DataFrame) -> Named:
-    """Tokens/s per GPU against tokens, TFLOP/s on the right, the 95% interval as a band. Only rows with status ok."""
+    """Return tokens/s and TFLOP/s per GPU against tokens, with the 95% interval as a band. Only rows with status ok."""
     return _metric_figures(frame, THROUGHPUT)
 
 
 def scaling(frame: pd.DataFrame) -> Named:
-    """Tokens/s per GPU against the EP size, every rank with as many tokens. Only rows with status ok."""
+    """Return tokens/s per GPU against the EP size, with equal tokens per rank. Only rows with status ok."""
     named: Named = []
     columns = [name for name in _FAMILY if name != "ep_size"]
     with matplotlib.rc_context(RC):
@@ -58,23 +59,23 @@ def scaling(frame: pd.DataFrame) -> Named:
 
 
 def memory(frame: pd.DataFrame) -> Named:
-    """Peak memory against tokens, and dashed what forward leaves saved for backward. Only rows with status ok."""
+    """Return peak memory (solid) and memory saved for backward (dashed) against tokens. Only rows with status ok."""
     return _metric_figures(frame, MEMORY)
 
 
 def parity(frame: pd.DataFrame) -> Named:
-    """The worst error over its budget against tokens, with a line at the budget; a mismatch has a cross."""
+    """Return the worst error over its budget against tokens, with a line at the budget and a cross per mismatch."""
     return _metric_figures(frame, PARITY)
 
 
 def breakdown(frame: pd.DataFrame) -> Named:
-    """Dispatch, compute and combine of a forward under expert parallelism, at the largest and a middle token count."""
+    """Return bars of dispatch, compute and combine under expert parallelism, at two token counts."""
     drawing = _Drawing(bars.in_family, bars.family_figure, bars.page_figure, bars.case_in)
     return _figures(frame[frame["ep_size"] > 1], BREAKDOWN, drawing)
 
 
 def roofline(frame: pd.DataFrame) -> Named:
-    """Achieved TFLOP/s per GPU against arithmetic intensity, below the measured ceilings where the run has them."""
+    """Return TFLOP/s per GPU against arithmetic intensity, with the ceilings if the run measured them."""
     rows = in_case_order(frame)
     rows["line"] = backend_labels(rows)
     named: Named = []
@@ -86,7 +87,7 @@ def roofline(frame: pd.DataFrame) -> Named:
 
 
 def all_figures(frame: pd.DataFrame) -> Named:
-    """Every figure of `frame`, its layout settled."""
+    """Return every figure of `frame`, with a fixed layout."""
     drawn = (throughput, scaling, memory, parity, roofline, breakdown)
     named = [pair for draw in drawn for pair in draw(frame)]
     for _, figure in named:
@@ -95,7 +96,7 @@ def all_figures(frame: pd.DataFrame) -> Named:
 
 
 def image(figure: Figure, kind: str) -> bytes:
-    """A settled figure as "png" or "svg". The same frame gives the same SVG, to the byte."""
+    """Return a settled figure as "png" or "svg". The same frame gives the same bytes of SVG."""
     content = io.BytesIO()
     with matplotlib.rc_context(RC):
         figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
@@ -103,7 +104,7 @@ def image(figure: Figure, kind: str) -> bytes:
 
 
 def write_plots(named: Named, folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Write the figures of a frame into `folder`, made if missing, and remove plots there of what it no longer has."""
+    """Write the figures of a frame into `folder`, made if missing. Remove plots that the frame no longer has."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for slug, figure in named:
@@ -115,7 +116,7 @@ def write_plots(named: Named, folder: Path, formats: Sequence[str] = ("png", "sv
 
 
 def _remove_all_but(slugs: set[str], folder: Path) -> None:
-    """Remove the plots of other names, but no file that `write_plots` cannot have written."""
+    """Remove plots with other names. Keep every file that `write_plots` cannot have written."""
     for path in folder.iterdir():
         ours = path.suffix in (".png", ".svg") and path.stem.startswith(_PREFIXES) and path.is_file()
         if ours and path.stem not in slugs:
@@ -134,12 +135,12 @@ def _metric_figures(frame: pd.DataFrame, metric: Metric) -> Named:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """How figures of one kind are made."""
+    """The functions that draw one kind of figure."""
 
-    in_family: Callable[[pd.DataFrame], "pd.Series[bool]"]  # which rows of a workload family its own figure shows
-    family: Callable[[pd.DataFrame], Figure]  # of those
-    page: Callable[[pd.DataFrame], Figure]  # of a page of an overview
-    case_in: Callable[[int], float]  # about how high a case with so many backends stands there
+    in_family: Callable[[pd.DataFrame], "pd.Series[bool]"]  # which rows of a family the family's figure shows
+    family: Callable[[pd.DataFrame], Figure]  # from these rows
+    page: Callable[[pd.DataFrame], Figure]  # one page of an overview, from its rows
+    case_in: Callable[[int], float]  # approximate height there of a case with this number of backends
 
 
 def _figures(frame: pd.DataFrame, kind: Kind, drawing: _Drawing) -> Named:
@@ -152,7 +153,7 @@ def _figures(frame: pd.DataFrame, kind: Kind, drawing: _Drawing) -> Named:
         for _, family in rows.groupby(list(_FAMILY), dropna=False, sort=False):
             in_family = drawing.in_family(family)
             rest = set(family.loc[~in_family, "case"])
-            gathered.append(family[family["case"].isin(rest)])  # whole, for what they compare
+            gathered.append(family[family["case"].isin(rest)])  # with all backends of the case, to compare them
             some = family[in_family]
             if _has_values(some, kind):
                 named.append((_slug(kind, some), drawing.family(some)))
@@ -164,7 +165,7 @@ def _figures(frame: pd.DataFrame, kind: Kind, drawing: _Drawing) -> Named:
 
 
 def _pages(rows: pd.DataFrame, case_in: Callable[[int], float]) -> list[pd.DataFrame]:
-    """The rows of as many cases as fit one page, page by page."""
+    """Return the rows of each page. A page has as many cases as fit."""
     pages: list[list[pd.DataFrame]] = []
     room = 0.0
     for _, case in rows.groupby("case", sort=False):
@@ -190,7 +191,7 @@ def _overview(kind: Kind, ep_size: int) -> str:
 
 
 def _distinct(named: Named) -> Named:
-    """Number the names that occur again, as on a second machine."""
+    """Return the figures with numbers added to names that occur again, for example on a second machine."""
     counts: Counter[str] = Counter()
     distinct = []
     for slug, figure in named:

@@ -20,7 +20,7 @@ from moebench.results.record import Status
 _BODY_IN = 3.4
 
 
-_LEAST_SPAN = 0.05  # of the axis: a history without changes is drawn flat
+_LEAST_SPAN = 0.05  # the least range of the axis, so that a history without changes looks flat
 
 
 _MOST_TICKS = 5
@@ -36,8 +36,9 @@ _HISTORY = Metric(*("history", "History", "", _points), combine="median", base=1
 
 
 def figure_of(rows: pd.DataFrame) -> Figure:
-    """The change of each backend's time since its first result, with its 95% interval; dotted where machine or software
-    changed.
+    """Return the change of each backend's time since its first result, with the 95% interval.
+
+    A dotted line marks a change of machine or software.
     """
     points = _points(rows)
     with matplotlib.rc_context(RC):
@@ -61,7 +62,7 @@ def _frame(ax: Axes, points: pd.DataFrame) -> None:
     ax.set_ylim(-most, most)
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     ax.yaxis.set_major_locator(MaxNLocator(7))
-    ax.set_ylabel("time: change since the first")
+    ax.set_ylabel("change of time since the first result")
     runs = points.drop_duplicates("place").sort_values("place")
     step = -(-len(runs) // _MOST_TICKS)
     labels = [when(str(run)).replace(" ", "\n") for run in runs["run_id"]]
@@ -70,13 +71,13 @@ def _frame(ax: Axes, points: pd.DataFrame) -> None:
     changed = runs["env_id"] != runs["env_id"].shift(fill_value=runs["env_id"].iloc[0])
     for place in runs.loc[changed, "place"]:
         ax.axvline(place - 0.5, color="#888888", linestyle=":", linewidth=1.5, zorder=1)
-    ax.set_xlabel("began (UTC)" + ("; dotted: another machine or software" if changed.any() else ""))
+    ax.set_xlabel("start (UTC)" + ("; dotted: machine or software changed" if changed.any() else ""))
 
 
 def draw_history(rows: pd.DataFrame, path: Path) -> None:
-    """Write the plot of a history as PNG or SVG, by the path's suffix. Raises ResultsError for another suffix."""
+    """Write the plot of a history as PNG or SVG, by the path's suffix. Raises ResultsError for other suffixes."""
     if path.suffix not in (".png", ".svg"):
-        raise ResultsError(f"{path}: a plot is written as .png or .svg; name it so")
+        raise ResultsError(f"{path}: a plot is written as .png or .svg; give it one of these suffixes")
     image = io.BytesIO()
     with matplotlib.rc_context(RC):
         figure_of(rows).savefig(image, format=path.suffix[1:])

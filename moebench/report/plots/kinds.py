@@ -1,4 +1,4 @@
-"""What each kind of figure shows: values from a frame, and the logarithmic axis that holds them. No torch here."""
+"""The kinds of figures: which values of a frame each shows, and the logarithmic axis of the values."""
 
 import math
 import sys
@@ -12,39 +12,39 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from moebench.machine.units import size
 from moebench.results.record import Status
 
-PARTS = ("dispatch", "compute", "combine")  # of a forward under expert parallelism, in their order
-#: What a rate can be measured against, by its name in a figure, and the column of its time.
-CEILINGS = {"grouped GEMMs alone": "grouped_ms", "roofline": "roofline_ms"}
-#: Labels that stay readable on an axis; side by side, "128 MiB" and "512 MiB" need more room than above each other.
+PARTS = ("dispatch", "compute", "combine")  # of a forward pass under expert parallelism, in order
+#: The upper bounds of a rate: the name of each in a figure, and the column of its time.
+CEILINGS = {"grouped GEMMs only": "grouped_ms", "roofline": "roofline_ms"}
+#: The most labels that stay readable on an axis. Labels such as "128 MiB" need more room side by side than stacked.
 MOST_TICKS, MOST_TICKS_ALONG_X = 6, 4
-#: Of ticks on an axis of base 10, within each power of it. The first that gives few enough is taken. The last is for
-#: axes that are too short for the others.
+#: Factors of the ticks within each power of 10. The first choice that gives few enough ticks is taken. The last choice
+#: is for axes that are too short for the other choices.
 _FACTORS = ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What one kind of figure shows."""
+    """A kind of figure, and the values that it shows."""
 
     name: str
     title: str
-    unit: str  # of the values, for the axis; {per} is GPU or process
-    points: Callable[[pd.DataFrame], pd.DataFrame]  # the rows with curve and value; null leaves a gap
-    combine: str  # values of several seeds or runs at one place
-    curves: tuple[str, ...] = ()  # to tell apart in the legend
+    unit: str  # the label of the values' axis; {per} is GPU or process
+    points: Callable[[pd.DataFrame], pd.DataFrame]  # adds curve and value to the rows; a null value leaves a gap
+    combine: str  # how values of several seeds or runs at one place become one
+    curves: tuple[str, ...] = ()  # the names of the curves in the legend
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric(Kind):
-    """A kind of figure with values along a logarithmic axis; its points also have low and high.
+    """A kind of figure with values along a logarithmic axis. Its points also have low and high.
 
-    All curves but the first are drawn as secondary.
+    All curves except the first are drawn as secondary.
     """
 
-    base: int  # of the axis
+    base: int  # of the logarithmic axis
     tick: Callable[[float], str]
-    budget: float | None = None  # the most that passes
-    window: tuple[float, float] = (sys.float_info.min, sys.float_info.max)  # beyond it a value stands at the edge
+    budget: float | None = None  # the largest value that passes
+    window: tuple[float, float] = (sys.float_info.min, sys.float_info.max)  # a value outside is drawn at the edge
 
 
 def _points_of_throughput(rows: pd.DataFrame) -> pd.DataFrame:
@@ -79,7 +79,7 @@ def _is_ok(rows: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def tokens_text(count: float) -> str:
-    """1024 as 1K, as tokens are counted; what is not a multiple of 512 stays as it is."""
+    """Return a token count as text: 1024 as 1K, 1536 as 1.5K. A count that is not a multiple of 512 stays a number."""
     for power, suffix in ((20, "M"), (10, "K")):
         if count >= 2**power and count % 2 ** (power - 1) == 0:
             return f"{count / 2**power:g}{suffix}"
@@ -119,12 +119,12 @@ BREAKDOWN = Kind("breakdown", "Breakdown", "ms", _points_of_breakdown, combine="
 
 
 def unit(rows: pd.DataFrame, metric: Kind) -> str:
-    """Of the values, in words: of a GPU, or of a process where none is named."""
+    """Return the unit of the values: per GPU, or per process if no row has a GPU."""
     return metric.unit.format(per="process" if rows["gpu"].isna().all() else "GPU")
 
 
 def limits(points: pd.DataFrame, metric: Metric, with_ceilings: bool = False) -> tuple[float, float]:
-    """Of a logarithmic axis that holds every value and the budget, with a margin; a factor of 8 or more apart."""
+    """Return the limits of a logarithmic axis for all values and the budget, with a margin. They span a factor of 8."""
     ceilings = CEILINGS if with_ceilings and metric in RATES else ()
     numbers = points[["value", "low", "high", *ceilings]].to_numpy(dtype="float64")
     least, most = metric.window
@@ -133,13 +133,13 @@ def limits(points: pd.DataFrame, metric: Metric, with_ceilings: bool = False) ->
         values += [metric.budget / 3, metric.budget * 3]
     low, high = (min(values), max(values)) if values else (1.0, 1.0)
     spare = max((high / low) ** 0.07, math.sqrt(8 * low / high))
-    edge = (high / low * 8) ** 0.1  # beyond the last number, for what stands at the edge
+    edge = (high / low * 8) ** 0.1  # extra room beyond the last number, for values at the edge
     low, high = low / spare, high * spare
     return low / edge if (numbers < least).any() else low, high * edge if (numbers > most).any() else high
 
 
 def round_ticks(low: float, high: float, base: int = 10, most: int = MOST_TICKS) -> list[float]:
-    """Round numbers from low to high, at least two and at most `most`. `high` is at least 2.5 times `low`."""
+    """Return round numbers from low to high: from two to `most` of them. `high` must be at least 2.5 times `low`."""
     ticks: list[float] = []
     for factors in _FACTORS if base == 10 else ((1.0,),):
         found = LogLocator(base, factors, numticks=most).tick_values(low, high)
@@ -150,6 +150,6 @@ def round_ticks(low: float, high: float, base: int = 10, most: int = MOST_TICKS)
 
 
 def set_ticks(axis: Axis, ticks: Sequence[float], text: Callable[[float], str]) -> None:
-    """Label these ticks of a logarithmic axis, and no others."""
+    """Label only these ticks of a logarithmic axis."""
     axis.set_ticks(ticks, [text(tick) for tick in ticks])
     axis.set_minor_locator(NullLocator())

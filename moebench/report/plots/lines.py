@@ -1,4 +1,4 @@
-"""Values as lines against tokens, and of cases that are on no line in an overview. No torch here."""
+"""Values as lines against tokens. Cases that are not on a line are in an overview."""
 
 import math
 from collections.abc import Sequence
@@ -36,20 +36,20 @@ from moebench.report.plots.look import (
 from moebench.results.labels import describe, in_order, panel_title
 from moebench.results.record import Status
 
-_PANEL_IN, _CROWDED_PANEL_IN, _CROWD = 2.45, 3.8, 6  # a panel's height, for more lines than a crowd, and a crowd
+_PANEL_IN, _CROWDED_PANEL_IN, _CROWD = 2.45, 3.8, 6  # a panel's height, also if it has more lines than a crowd
 _SEPARATOR, _MARK_SIZE = "#BBBBBB", 6.5
-_LABEL_SHARE = 0.095  # of the token axis: a label of four characters and a gap
-_MARK_IN, _CASE_GAP_IN = 0.16, 0.13  # in an overview: of each line, and between cases
+_LABEL_SHARE = 0.095  # the share of the token axis that a label of four characters and a gap take
+_MARK_IN, _CASE_GAP_IN = 0.16, 0.13  # in an overview: height of a line, and gap between cases
 
 
 def case_in(num_lines: int) -> float:
-    """About how high a case stands in an overview."""
+    """Return the approximate height in inches of a case in an overview."""
     return max(2 * NOTE_SIZE * LEADING_IN, num_lines * _MARK_IN) + _CASE_GAP_IN
 
 
 def on_lines(family: pd.DataFrame) -> "pd.Series[bool]":
-    """Which rows of a workload family stand on a line: their backend has two token counts or more in their panel."""
-    counts = family["num_tokens"].where(family["num_tokens"] > 0)  # a logarithmic axis has no place for 0
+    """Return which rows of a workload family are on a line: the backend has two or more token counts in the panel."""
+    counts = family["num_tokens"].where(family["num_tokens"] > 0)  # a logarithmic axis cannot show 0
     num_counts = counts.groupby([family[name] for name in ("mode", "routing", "rank_load", "line")]).transform(
         "nunique"
     )
@@ -57,7 +57,7 @@ def on_lines(family: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def family_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
-    """Values against tokens, a panel for each mode, routing and load of the ranks."""
+    """Return values against tokens, with one panel per mode, routing and load of the ranks."""
     points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
     drawn = points.dropna(subset="value")
     panels = sorted(set(zip(drawn["mode"], drawn["routing"], drawn["rank_load"], strict=True)))
@@ -74,7 +74,7 @@ def family_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
 
 
 def panel(ax: Axes, rows: pd.DataFrame, metric: Metric) -> None:
-    """Values against tokens of rows that one panel holds, on axes of somebody else's, legend included."""
+    """Draw the values of one panel against tokens, with their legend, on the given axes."""
     points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
     points = points[points["num_tokens"] > 0]
     draw_values(ax, points, metric)
@@ -83,12 +83,12 @@ def panel(ax: Axes, rows: pd.DataFrame, metric: Metric) -> None:
 
 
 def panel_in(rows: pd.DataFrame) -> float:
-    """How high a panel stands, in inches, that may show all lines of `rows`."""
+    """Return the height in inches of a panel that can show all lines of `rows`."""
     return _PANEL_IN if rows["line"].nunique() <= _CROWD else _CROWDED_PANEL_IN
 
 
 def draw_values(ax: Axes, points: pd.DataFrame, metric: Metric) -> None:
-    """Every line's values at their `place`, with the axis of values."""
+    """Draw the values of every line at their `place`, and the axis of values."""
     _draw(ax, points, metric, upright=True)
     ax.set_ylabel(unit(points, metric))
     if metric in RATES:
@@ -97,7 +97,7 @@ def draw_values(ax: Axes, points: pd.DataFrame, metric: Metric) -> None:
 
 
 def _draw_ceilings(ax: Axes, points: pd.DataFrame) -> None:
-    """What the same run measured of the products alone, and its physical bound: of most backends, where they differ."""
+    """Draw the ceilings that the same run measured; where the backends' ceilings differ, the median."""
     for name, look in CEILING_LOOKS.items():
         at = points.groupby("place")[name].median().dropna()
         ax.plot(at.index.to_numpy(dtype="float64"), at, label=name, **look)
@@ -111,7 +111,7 @@ def _token_axis(ax: Axes, drawn: pd.DataFrame) -> None:
 
 
 def spaced(counts: Sequence[float]) -> list[float]:
-    """Those of ascending counts whose labels stand apart on a logarithmic axis, first and last among them."""
+    """Return the ascending counts whose labels do not overlap on a logarithmic axis. The first and last are kept."""
     apart = math.log(counts[-1] / counts[0]) * _LABEL_SHARE if counts else 0.0
     kept: list[float] = []
     for count in counts:
@@ -123,11 +123,11 @@ def spaced(counts: Sequence[float]) -> list[float]:
 
 
 def page_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
-    """Values of cases that are on no line, a row each, as high as it has backends."""
+    """Return the values of cases that are not on a line, with one row per case. Its height depends on its backends."""
     points = metric.points(rows)
     labels = dict(zip(rows["case"], describe(rows).labels, strict=True))
     texts: list[str] = []
-    edges = [0.0]  # of the cases, in inches from the top
+    edges = [0.0]  # between cases, in inches from the top
     for case, some in points.groupby("case", sort=False):
         lines = in_order(some["line"])
         texts.append("\n".join(wrap(labels[case], 26)) or "all")
@@ -148,7 +148,7 @@ def page_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
 
 
 def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> None:
-    """Every line's values at their places; upright: values along y. What is off the axis stands at its edge."""
+    """Draw every line's values at their places, along y if `upright`. Values outside the axis are drawn at its edge."""
     bottom, top = limits(points, metric, with_ceilings=upright)
     value_axis = ax.yaxis if upright else ax.xaxis
     (ax.set_yscale if upright else ax.set_xscale)("log", base=metric.base)
@@ -171,11 +171,11 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> N
 
 def _draw_line(ax: Axes, rows: pd.DataFrame, metric: Metric, look: dict[str, Any], upright: bool) -> None:
     def put(places: Any, values: Any, **how: Any) -> None:
-        if len(values):  # an empty line still takes part in the layout, at the origin
+        if len(values):  # matplotlib's layout would count an empty line, at the origin
             ax.plot(*((places, values) if upright else (values, places)), **how)
 
     if not upright:
-        look = {**look, "linestyle": "none", "markersize": _MARK_SIZE}  # nothing covers another
+        look = {**look, "linestyle": "none", "markersize": _MARK_SIZE}  # so that no mark covers another
     bottom, top = (ax.get_ylim if upright else ax.get_xlim)()
     at = rows.groupby("place").agg(
         value=("value", metric.combine), low=("low", "min"), high=("high", "max"), converged=("converged", "min")
@@ -211,7 +211,7 @@ def _draw_line(ax: Axes, rows: pd.DataFrame, metric: Metric, look: dict[str, Any
 
 
 def _tflops_axis(ax: Axes, points: pd.DataFrame) -> None:
-    """TFLOP/s on the right: exact, since useful work per token is one number in a panel."""
+    """Draw an axis of TFLOP/s on the right. It is exact, because useful work per token is constant within a panel."""
     measured = points.dropna(subset="tflops")
     if measured.empty:
         return

@@ -1,4 +1,4 @@
-"""How figures look: colour and marker of each backend, sizes, and the text around the axes. No torch here."""
+"""The look of figures: colour and marker of each backend, sizes, and the text around the axes."""
 
 import hashlib
 import math
@@ -20,8 +20,9 @@ from moebench.report.plots.kinds import CEILINGS, RATES, Kind, Metric
 from moebench.results.labels import describe, in_order, machine
 from moebench.results.record import Status
 
-#: Colour (Okabe and Ito's and Tol's, told apart by the colour-blind) and marker of each known backend. Matplotlib has
-#: 15 markers with a face, which "not converged" needs: peers share two with backends that they are not drawn beside.
+#: Colour and marker of each known backend. Most colours are Okabe and Ito's or Tol's, which colour-blind readers can
+#: distinguish. "not converged" needs a marker with a face, and matplotlib has 15 of them. Peers therefore share two
+#: markers with backends that are not in the same figures.
 BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "loop": ("#5A5A5A", "o"),
@@ -45,8 +46,8 @@ BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 _OTHER_COLORS = ("#999933", "#AA4499", "#661100", "#44AA99", "#6699CC", "#B8860B")
 _OTHER_MARKERS = ("h", "d", "8", "H", "*")
-#: Dashes and marker of a dispatcher, since the colour is its backend's, and how large both are: the later ones are
-#: drawn over the earlier, which still show.
+#: Dashes, marker and scale of each dispatcher; the colour is the backend's. Later ones are drawn over earlier ones and
+#: are smaller, so that the earlier ones still show.
 _DISPATCHER_LOOKS: Mapping[str, tuple[Any, str, float]] = MappingProxyType(
     {"allgather": ("-", "o", 1.1), "alltoall": ((0, (4, 1.5)), "s", 0.85), "deepep": ((0, (1, 1)), "^", 0.75)}
 )
@@ -58,7 +59,7 @@ CROSS: Mapping[str, Any] = MappingProxyType(
     {"marker": "x", "color": BAD, "markersize": 11, "markeredgewidth": 2.6, "linestyle": "none"}
 )
 
-#: Of moebench.report.plots.kinds.CEILINGS, below every backend's line.
+#: The looks of moebench.report.plots.kinds.CEILINGS. They are drawn below every backend's line.
 CEILING_LOOKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         name: {"color": "#777777", "linewidth": 1.3, "linestyle": dashes, "zorder": 1.5}
@@ -69,10 +70,10 @@ CEILING_LOOKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 _WIDTH_IN, PANEL_IN, _MARGIN_IN = 6.4, 2.45, 0.12
 _TITLE_SIZE, _TEXT_SIZE, NOTE_SIZE = 13.5, 12.0, 11.0
 LEADING_IN = 1.35 / 72  # a line's height, per point of its font size
-_LABELS_IN = 0.6  # of an axis: tick labels and its own
-_ENTRY_IN = 0.25  # a legend's line
-_CHARACTER_IN = 0.57 / 72  # a character's mean width, likewise
-RC: Any = {  # of Any, since matplotlib's own type of it lists every key
+_LABELS_IN = 0.6  # an axis's tick labels and its label
+_ENTRY_IN = 0.25  # one line of a legend
+_CHARACTER_IN = 0.57 / 72  # a character's mean width, per point of its font size
+RC: Any = {  # Any, because matplotlib's own type lists every key
     "font.family": "DejaVu Sans",
     "font.size": _TEXT_SIZE,
     "axes.titlesize": 12.5,
@@ -97,7 +98,7 @@ RC: Any = {  # of Any, since matplotlib's own type of it lists every key
 
 
 def style(backend: str) -> tuple[str, str]:
-    """Colour and marker of a backend, the same everywhere; those of an unknown one follow from its name alone."""
+    """Return colour and marker of a backend, the same in every figure. For an unknown backend its name decides."""
     if backend in BACKEND_STYLES:
         return BACKEND_STYLES[backend]
     number = int.from_bytes(hashlib.sha256(backend.encode()).digest()[:4], "big")
@@ -105,10 +106,10 @@ def style(backend: str) -> tuple[str, str]:
 
 
 def line_look(backend: str, dispatcher: str, *, secondary: bool = False, above: float = 0.5) -> dict[str, Any]:
-    """How a line of one backend and dispatcher is drawn; secondary, for all but the first of its curves.
+    """Return how the line of a backend and dispatcher is drawn. `secondary` is for all curves except the first.
 
-    `above` is 0 for the backend drawn first and 1 for the last: the earlier ones are so broad that they show where
-    another line covers them.
+    `above` is 0 for the backend that is drawn first and 1 for the last. Earlier lines are broader, so that they show
+    where a later line covers them.
     """
     color, marker = style(backend)
     look = {"color": color, **_stroke(dispatcher, marker, above)}
@@ -134,7 +135,7 @@ def _stroke(dispatcher: str, marker: str, above: float = 0.5) -> dict[str, Any]:
 def sheet(
     rows: pd.DataFrame, kind: Kind, on_axes: tuple[str, ...], legends: list[list[Artist]], body_in: float
 ) -> tuple[Figure, SubFigure]:
-    """A figure with its title, legends and notes, and between them a subfigure `body_in` inches high for axes."""
+    """Return a figure with title, legends and notes, and its subfigure for axes, which is `body_in` inches high."""
     head, notes = _head(rows, kind, on_axes), _fold(_undrawn(rows, kind), NOTE_SIZE)
     columns = [_columns(entries) for entries in legends]
     rows_of_entries = [math.ceil(len(entries) / some) for entries, some in zip(legends, columns, strict=True)]
@@ -156,13 +157,13 @@ def sheet(
 
 
 def _columns(entries: list[Artist]) -> int:
-    """How many entries of a legend stand beside each other."""
+    """Return how many entries of a legend fit side by side."""
     longest = max(len(str(entry.get_label())) for entry in entries)
     return max(1, min(len(entries), int(_WIDTH_IN / (longest * _TEXT_SIZE * _CHARACTER_IN + 0.7))))
 
 
 def _head(rows: pd.DataFrame, kind: Kind, on_axes: tuple[str, ...]) -> list[tuple[str, float, str]]:
-    """Lines that say what was measured where, with size and weight."""
+    """Return the title lines, with size and weight. They say what was measured on which machine."""
     shared = {part: text for part, text in describe(rows).shared.items() if part not in on_axes}
     first = [shared.pop(part) for part in ("experts", "dtype", "activation", "ep_size") if part in shared]
     title = f"{kind.title}: {', '.join(first)}" if first else kind.title
@@ -190,7 +191,7 @@ def _fold(text: str, size: float) -> list[str]:
 
 
 def line_legends(points: pd.DataFrame, metric: Metric, joined: bool) -> list[list[Artist]]:
-    """The legends of lines: an entry a line or, with dispatchers, engines apart from dispatchers."""
+    """Return the legends of lines: one entry per line or, with dispatchers, backends apart from dispatchers."""
     drawn = points.dropna(subset="value")
     if drawn["dispatcher"].eq("local").all():
         looks = {line: _look_of_first(drawn[drawn["line"] == line]) for line in in_order(drawn["line"])}
@@ -202,7 +203,7 @@ def line_legends(points: pd.DataFrame, metric: Metric, joined: bool) -> list[lis
 
 
 def legend_below(ax: Axes, legends: list[list[Artist]]) -> None:
-    """All entries under the labels of axes that stand alone."""
+    """Put all entries below the labels of the axes, which are the only ones of their figure."""
     entries = [entry for entries in legends for entry in entries]
     how: dict[str, Any] = {"ncols": _columns(entries), "borderaxespad": 0, "labelspacing": 0.3}
     figure: Any = ax.get_figure(root=True)
@@ -221,7 +222,7 @@ def _entries(looks: Mapping[str, dict[str, Any]], joined: bool) -> list[Artist]:
 
 
 def _other_entries(points: pd.DataFrame, metric: Metric, joined: bool) -> list[Artist]:
-    """What is no line: curves, rows that did not converge, the budget, mismatches."""
+    """Return the other entries of a legend: curves, not converged, ceilings, the budget, mismatches."""
 
     def entry(label: str, **look: Any) -> Artist:
         return Line2D([], [], label=label, **look)
@@ -245,13 +246,13 @@ def _other_entries(points: pd.DataFrame, metric: Metric, joined: bool) -> list[A
 
 
 def shortened(name: str, most: int = 44) -> str:
-    """A name in at most so many characters, without its middle."""
+    """Return the name in at most `most` characters; a longer one loses its middle."""
     half = most // 2
     return name if len(name) <= most else f"{name[: half - 1]}…{name[-(most - half) :]}"
 
 
 def _undrawn(rows: pd.DataFrame, kind: Kind) -> str:
-    """What was tried and has no value here, so that a gap explains itself."""
+    """Return a note that explains gaps: the lines and statuses of the rows that have no value."""
     missing = rows.drop(kind.points(rows).dropna(subset="value").index.unique())
     statuses = missing["status"].where(missing["status"] != Status.ok, "not measured")
     counts = Counter(zip(missing["line"], statuses, strict=True))
@@ -260,7 +261,7 @@ def _undrawn(rows: pd.DataFrame, kind: Kind) -> str:
 
 
 def settle(figure: Figure) -> None:
-    """Fix the layout in round numbers: the last bits of the solver's vary, and with them the ids in an SVG."""
+    """Fix the layout in rounded numbers. The last bits of the solver's numbers vary and would change ids in an SVG."""
     with matplotlib.rc_context(RC):
         figure.draw_without_rendering()
     figure.set_layout_engine("none")

@@ -1,4 +1,4 @@
-"""Results in a notebook: a table of cases and backends, and one panel of a figure as matplotlib axes. No torch here."""
+"""Results in a notebook: a table of cases and backends, and one panel of a figure as matplotlib axes."""
 
 from collections.abc import Callable, Sequence
 from textwrap import wrap
@@ -30,7 +30,7 @@ _DRAW: dict[str, Callable[[Axes, pd.DataFrame], None]] = {
     "roofline": roofline.panel,
     "breakdown": bars.panel,
 }
-#: What one panel of each shows along its axis; in all else its rows agree.
+#: The fields in which the rows of one panel may differ. All other fields must have one value.
 _ALONG = {
     "throughput": ("num_tokens", "seed"),
     "memory": ("num_tokens", "seed"),
@@ -41,11 +41,11 @@ _ALONG = {
 
 
 def pivot(frame: pd.DataFrame, values: str = "time_ms", index: Sequence[str] | None = None) -> pd.DataFrame:
-    """A row a case, a column a backend (with its dispatcher, `te+deepep`), in the cells a column of results.
+    """Return a table with one row per case and one column per backend (with its dispatcher, as in `te+deepep`).
 
-    `index` are the columns that tell cases apart, by default all fields of the case, device and gpu that vary in
-    `frame`. A job that failed, or that was not measured, is null. Raises ResultsError where a cell would hold several
-    rows: select fewer, or name what tells them apart.
+    The cells are from the column `values` of the results. `index` are the columns that distinguish cases. The default
+    is all fields of the case, device and gpu that vary in `frame`. A job that failed or was not measured is null.
+    Raises ResultsError if a cell would have several rows: select fewer rows, or add a column to `index`.
     """
     _known(frame, [values, *(index or [])])
     names = list(index) if index is not None else _varying(frame) or ["num_tokens"]
@@ -55,7 +55,7 @@ def pivot(frame: pd.DataFrame, values: str = "time_ms", index: Sequence[str] | N
     if len(doubled):
         differing = [name for name in (*_CASE_FIELDS, *_PLACES, "run_id") if doubled[name].nunique(dropna=False) > 1]
         raise ResultsError(
-            f"{len(doubled)} rows share a cell of {', '.join(names)} and backend: they differ in "
+            f"{len(doubled)} rows have the same {', '.join(names)} and backend: they differ in "
             f"{listed(name for name in differing if name not in names)}; select one value, or add it to index"
         )
     rows[values] = rows[values].where(rows["status"] == Status.ok) if values != "status" else rows[values]
@@ -64,10 +64,10 @@ def pivot(frame: pd.DataFrame, values: str = "time_ms", index: Sequence[str] | N
 
 
 def plot(frame: pd.DataFrame, kind: str = "throughput", *, ax: Axes | None = None) -> Axes:
-    """One panel of a figure: throughput, memory or parity against tokens, roofline, or the breakdown under EP.
+    """Draw one panel and return its axes: throughput, memory or parity against tokens, roofline, or breakdown under EP.
 
-    Colours, markers and dashes are those of all plots. `ax` is a new figure's by default. Raises ResultsError where
-    `frame` does not fit one panel: it says in what its rows differ that a panel shares.
+    Colours, markers and dashes are the same as in all plots. The default `ax` is on a new figure. Raises ResultsError
+    if the rows of `frame` differ in fields that must have one value in a panel.
     """
     if kind not in _KINDS:
         raise ResultsError(f"kind = {kind!r}: must be one of {listed(_KINDS)}")
@@ -76,10 +76,12 @@ def plot(frame: pd.DataFrame, kind: str = "throughput", *, ax: Axes | None = Non
         for name in (*_CASE_FIELDS, *_PLACES)
         if name not in _ALONG[kind] and frame[name].nunique(dropna=False) > 1
     }
-    several.pop("model", None)  # its shape says as much
+    several.pop("model", None)  # the shape already differs
     if several:
         texts = [f"{name} ({', '.join(found[:4])}{', …' * (len(found) > 4)})" for name, found in several.items()]
-        raise ResultsError(f"{kind}: one panel shares what its rows differ in: {'; '.join(texts)}; select one value")
+        raise ResultsError(
+            f"{kind}: the rows of one panel must agree, but they differ in: {'; '.join(texts)}; select one value"
+        )
     rows = in_case_order(frame)
     rows["line"] = backend_labels(rows)
     if not _KINDS[kind].points(rows)["value"].notna().any():
@@ -95,8 +97,8 @@ def plot(frame: pd.DataFrame, kind: str = "throughput", *, ax: Axes | None = Non
 
 
 def _new_figure() -> Figure:
-    """Made outside of a context of settings: the first figure of a notebook chooses them for good."""
-    import matplotlib.pyplot as plt  # chooses a backend, which importing this must not
+    """Return a new figure. Call this outside of `rc_context`: a notebook's first figure would keep those settings."""
+    import matplotlib.pyplot as plt  # selects matplotlib's backend, which an import of this module must not do
 
     return plt.figure(figsize=_SIZE_IN, layout="constrained")
 
@@ -108,7 +110,7 @@ def _title(rows: pd.DataFrame, kind: Kind) -> str:
 
 
 def _varying(frame: pd.DataFrame) -> list[str]:
-    """What tells the cases apart; a model's name stands for all that it fixes."""
+    """Return the columns that vary between cases. If all rows have a model, it replaces the fields that it fixes."""
     fixed = FIXED_BY_MODEL if frame["model"].notna().all() else ()
     names = [name for name in (*_CASE_FIELDS, *_PLACES) if name not in fixed]
     return [name for name in names if frame[name].nunique(dropna=False) > 1]
@@ -117,4 +119,4 @@ def _varying(frame: pd.DataFrame) -> list[str]:
 def _known(frame: pd.DataFrame, names: Sequence[str]) -> None:
     wrong = [name for name in names if name not in frame]
     if wrong:
-        raise ResultsError(f"no column {wrong[0]!r}: there are {listed(frame.columns)}")
+        raise ResultsError(f"no column {wrong[0]!r}: the columns are {listed(frame.columns)}")

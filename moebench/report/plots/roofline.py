@@ -1,4 +1,4 @@
-"""Achieved TFLOP/s against arithmetic intensity, under the ceilings that the run measured. No torch here."""
+"""Achieved TFLOP/s against arithmetic intensity, below the ceilings that the run measured."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -20,19 +20,19 @@ _ROOF: Any = {"marker": "_", "markersize": 15, "markeredgewidth": 2.0, "linestyl
 _SLOPE: Any = {"linestyle": (0, (4, 2)), "linewidth": 1.5}
 _CEILINGS: Mapping[str, Any] = MappingProxyType(
     {
-        "roof_tflops": {"label": "ceiling of the case", "color": "#222222", "zorder": 1, **_ROOF},
-        "copy_tflops": {"label": "copy of memory", "color": "#888888", "zorder": 1, **_SLOPE},
+        "roof_tflops": {"label": "measured ceiling of the case", "color": "#222222", "zorder": 1, **_ROOF},
+        "copy_tflops": {"label": "limit by memory copy speed", "color": "#888888", "zorder": 1, **_SLOPE},
     }
 )
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def least_bytes(rows: pd.DataFrame) -> "pd.Series[float]":
-    """Bytes per rank that every implementation has to move, were its caches perfect, in the case's dtype.
+    """Return the bytes per rank, in the case's dtype, that every implementation must move even with perfect caches.
 
-    Forward: the parameters of the experts that have tokens once, tokens in and out; train: all gradients too. That is
-    what moebench.measure.ceilings counts; how many experts have tokens, a row does not say: here as many as uniform
-    routing gives on average.
+    Forward reads the parameters of the experts that have tokens once, reads the input and writes the output. Train also
+    moves all gradients. moebench.measure.ceilings counts the same bytes. A row does not say how many experts have
+    tokens, so this function assumes the average number under uniform routing.
     """
     num_tokens = rows["num_tokens"].astype("float64")
     experts = rows["n_routed_experts"] / rows["ep_size"]
@@ -47,10 +47,11 @@ def least_bytes(rows: pd.DataFrame) -> "pd.Series[float]":
 
 
 def with_intensity(rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows` with `intensity`, useful FLOP per byte of `least_bytes`, and the most that the run measured as possible.
+    """Return `rows` with `intensity`, the useful FLOP per byte of `least_bytes`, and the measured bounds in TFLOP/s.
 
-    `roof_tflops` is a row's own ceiling, `copy_tflops` what a copy's speed allows at its intensity; null where not
-    measured. The latter is null also where bytes are no bound: where caches may be warm, and above every ceiling.
+    `roof_tflops` is a row's own ceiling. `copy_tflops` is what the speed of a memory copy allows at its intensity. Both
+    are null if not measured. `copy_tflops` is also null if bytes are not the bound: if caches may be warm, or if it is
+    above every ceiling.
     """
     intensity = rows["tflops"] * rows["time_ms"] * 1e9 / least_bytes(rows)
     roof, copied = rows["tflops"] / rows["roofline_fraction"], intensity * rows["copy_gb_per_s"] / 1e3
@@ -59,7 +60,7 @@ def with_intensity(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def page_figure(rows: pd.DataFrame) -> Figure:
-    """A panel for each mode and dtype; a mark for each row, a line at the ceilings."""
+    """Return a figure with one panel per mode and dtype, one mark per row, and the ceilings."""
     points = with_intensity(ROOFLINE.points(rows))
     drawn = points.dropna(subset="value")
     panels = sorted(set(zip(drawn["mode"], drawn["dtype"], strict=True)))
@@ -78,7 +79,7 @@ def page_figure(rows: pd.DataFrame) -> Figure:
 
 
 def panel(ax: Axes, rows: pd.DataFrame) -> None:
-    """The rows of one mode and dtype, on axes of somebody else's, legend included."""
+    """Draw the rows of one mode and dtype, with their legend, on the given axes."""
     points = with_intensity(ROOFLINE.points(rows))
     drawn = points.dropna(subset="value")
     _draw(ax, drawn)
@@ -92,7 +93,7 @@ def _intensity_axis(ax: Axes, drawn: pd.DataFrame) -> None:
     ax.set_xscale("log")
     ax.set_xlim(low, high)
     set_ticks(ax.xaxis, round_ticks(low, high, most=MOST_TICKS_ALONG_X), "{:g}".format)
-    ax.set_xlabel("FLOP per byte that has to move")
+    ax.set_xlabel("FLOP per byte that must be moved")
 
 
 def _ceiling_entries(drawn: pd.DataFrame) -> list[Artist]:
@@ -103,7 +104,7 @@ def _ceiling_entries(drawn: pd.DataFrame) -> list[Artist]:
 
 
 def _draw(ax: Axes, points: pd.DataFrame) -> None:
-    """The rows of one mode and dtype: a mark each, and above them what was measured as most that is possible."""
+    """Draw one mark per row of one mode and dtype, and above the marks the measured ceilings."""
     bottom, top = limits(pd.concat([points, points.assign(value=points["roof_tflops"])]), ROOFLINE)
     ax.set_yscale("log")
     ax.set_ylim(bottom, top)

@@ -1,6 +1,6 @@
-"""Throughput against the EP size, every rank with as many tokens: what expert parallelism costs a rank. No torch here.
+"""Throughput per rank against the EP size, with equal tokens per rank.
 
-A flat line is perfect: twice the ranks do twice the work in the same time.
+It shows what expert parallelism costs. A flat line is perfect: twice the ranks do twice the work in the same time.
 """
 
 import pandas as pd
@@ -15,9 +15,9 @@ _PANEL = ("mode", "routing", "rank_load", "num_tokens")
 
 
 def on_lines(family: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a workload at all its EP sizes that stand on a line: their backend has two EP sizes in their panel.
+    """Return the rows of a workload that are on a line: their backend has two or more EP sizes in their panel.
 
-    One process needs no dispatcher: its rows begin the line of each that its backend has.
+    EP size 1 needs no dispatcher. Its rows are the first point of the line of each dispatcher that its backend has.
     """
     alone, spread = family[family["ep_size"] == 1], family[family["ep_size"] > 1]
     begun = alone.drop(columns="dispatcher").merge(spread[["backend", "dispatcher"]].drop_duplicates(), on="backend")
@@ -28,7 +28,7 @@ def on_lines(family: pd.DataFrame) -> pd.DataFrame:
 
 
 def family_figure(rows: pd.DataFrame) -> Figure:
-    """Values against the EP size, a panel for each mode, routing, load of the ranks and number of tokens."""
+    """Return values against the EP size, with one panel per mode, routing, load of the ranks and number of tokens."""
     points = SCALING.points(rows).assign(place=lambda points: points["ep_size"].astype("float64"))
     drawn = points.dropna(subset="value")
     panels = sorted(set(zip(*(drawn[name] for name in _PANEL), strict=True)))

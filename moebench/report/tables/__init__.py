@@ -1,1 +1,1 @@
-"""Tables for a terminal, each a rich renderable."""
+"""Tables for a terminal. Each is a rich renderable."""

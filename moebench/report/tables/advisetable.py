@@ -1,4 +1,4 @@
-"""Advice as it is printed and as JSON. No torch here."""
+"""Advice as a table for a terminal and as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,13 +17,13 @@ from moebench.workload.case import Case
 
 
 def workload(model: str, asked: Case) -> str:
-    """The asked workload in words."""
+    """Return the workload of the question in words."""
     words = (f"{asked.num_tokens} tokens per rank", f"EP {asked.ep_size}", asked.dtype, asked.mode)
     return ", ".join([model, *words, f"{asked.routing} routing"])
 
 
 def advise_json(asked: Case, advices: Sequence[Advice]) -> dict[str, Any]:
-    """Advice for machines: candidates of each machine, the fastest first."""
+    """Return the advice as JSON data: the candidates on each machine, the fastest first."""
     return {
         "question": asked.model_dump(),
         "advice": [
@@ -51,7 +51,7 @@ def _is_single(value: object) -> bool:
 
 @dataclass(frozen=True)
 class AdviceTable:
-    """What one machine's results say, in a sentence and a table. A rich renderable."""
+    """The advice from the results of one machine, as a sentence and a table. A rich renderable."""
 
     advice: Advice
 
@@ -61,21 +61,24 @@ class AdviceTable:
             yield Text(sentence(self.advice))
             yield _table(self.advice.candidates)
             if any(one.is_interpolated for one in self.advice.candidates):
-                yield Text("two token counts: interpolated between what was measured at these", style=DIM)
+                yield Text(
+                    "two token counts in a row: its numbers are interpolated between the results at these counts",
+                    style=DIM,
+                )
         for label, reason in self.advice.left_out.items():
-            yield Text(f"left out: {label}, {reason}", style=DIM)
+            yield Text(f"left out: {label}: {reason}", style=DIM)
 
 
 def sentence(advice: Advice) -> str:
-    """The advice in words."""
+    """Return the advice in one sentence."""
     first, *others = advice.candidates
     if not others:
-        return f"{first.label} is the only one with results here: {_cost(first)}."
+        return f"{first.label} is the only backend with results near this workload: {_cost(first)}."
     second, ratio = others[0], others[0].time_ms / first.time_ms
     if advice.is_close:
-        return f"{first.label} ({_cost(first)}) or {second.label} ({_cost(second)}): too close to call."
+        return f"{first.label} ({_cost(first)}) or {second.label} ({_cost(second)}): their times are too close to call."
     faster = f"{ratio:.2f} times as fast as" if ratio >= 2 else f"{ratio - 1:.0%} faster than"
-    return f"Take {first.label}: {faster} {second.label}, the next; {_cost(first)}."
+    return f"Take {first.label}: it is {faster} {second.label}, the second fastest. It takes {_cost(first)}."
 
 
 def _cost(one: Candidate) -> str:

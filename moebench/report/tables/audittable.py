@@ -1,4 +1,4 @@
-"""What `moebench parity` prints: a table of checks and backends, and below it what did not pass."""
+"""The output of `moebench parity`: a table of checks and backends, and below it what did not pass."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from moebench.workload.axes import listed
 
 @dataclass(frozen=True)
 class AuditTable:
-    """The checks of an audit by backend, then the faults, the kernels that ran and what could not run. For rich."""
+    """The results by check and backend, the faults, the kernels that ran, and what could not run. A rich renderable."""
 
     audit: Audit
 
@@ -28,16 +28,16 @@ class AuditTable:
         for check in audit.checks:
             table.add_row(check, *(_cell_text(audit.cell(backend, check)) for backend in audit.backends))
         yield table
-        yield Text("ok: the worst error over its budget; differs: not the same bits in every run", style=DIM)
+        yield Text("number: the worst error divided by its budget; differs: two runs gave different bits", style=DIM)
         yield from _details(audit)
 
 
 def _details(audit: Audit) -> Iterator[Text]:
     for cell in audit.cells:
         if cell.failures:
-            first, number = cell.failures[0], f"{len(cell.failures)} of {len(cell.records)} cases"
+            first, number = cell.failures[0], f"{len(cell.failures)} of {len(cell.records)} cases failed, the first is"
             where = " ".join(_place(first))
-            yield Text(f"{cell.backend}: {cell.check}: {number}: {where}: {_reason(first)}", style="bold red")
+            yield Text(f"{cell.backend}: {cell.check}: {number} {where}: {_reason(first)}", style="bold red")
     for row in audit.records:
         if row.executed:
             yield Text(f"{row.backend}: executed in {row.dtype}: {row.executed}", style=DIM)
@@ -47,13 +47,13 @@ def _details(audit: Audit) -> Iterator[Text]:
             reasons.setdefault((row.backend, _reason(row)), set()).add(str(row.check))
     for (backend, reason), checks in reasons.items():
         which = listed(sorted(checks)) if len(checks) <= 3 else f"{len(checks)} of {len(audit.checks)} checks"
-        yield Text(f"{backend}: cannot: {which}: {reason}", style=DIM)
+        yield Text(f"{backend}: cannot run {which}: {reason}", style=DIM)
     for backend in () if audit.interrupted else audit.not_examined:
         yield Text(f"{backend}: not examined: none of its cases could run", style="bold")
 
 
 def cell_words(cell: AuditCell) -> str:
-    """How a backend fared on a check: `ok 0.31`, `MISMATCH 4.2` or its status."""
+    """Return a backend's result of a check: `ok 0.31`, `MISMATCH 4.2` or another status."""
     match cell.status:
         case None:
             return "not run"

@@ -1,4 +1,4 @@
-"""The two looks that tables have in a terminal."""
+"""The two styles of tables in a terminal."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from rich.table import Table
 
 
 def ruled(padding: Any = (0, 1, 0, 0)) -> Table:
-    """For results: a line below the head."""
+    """Return a table for results, with a line below the head."""
     return Table(box=SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False)
 
 
 def plain() -> Table:
-    """For lists: no lines, and a bold head."""
+    """Return a table for lists, without lines and with a bold head."""
     return Table(box=None, pad_edge=False, header_style="bold")

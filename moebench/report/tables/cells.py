@@ -1,4 +1,4 @@
-"""What stands in a table's cells: numbers in a fixed number of characters, statuses, styles. No torch here."""
+"""The texts and styles of a table's cells: numbers of a limited width, and statuses."""
 
 import math
 from collections.abc import Hashable, Mapping
@@ -8,14 +8,14 @@ import pandas as pd
 
 from moebench.results.record import GOOD, Status
 
-Row = Mapping[Hashable, Any]  # of a frame, with `label` and `fastest`
+Row = Mapping[Hashable, Any]  # a row of a frame with the columns `label` and `fastest`
 
 FASTEST, DIM = "bold green", "dim"
 STATUS_STYLES = {Status.unsupported: DIM, Status.oom: "yellow"}
 
 
 def human(value: float) -> str:
-    """Three significant digits with a decimal suffix, 105K, 1.23M; two below 1."""
+    """Return three significant digits with a decimal suffix, such as 105K or 1.23M; below 1, two digits."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     for power, suffix in ((9, "G"), (6, "M"), (3, "K"), (0, "")):
@@ -26,18 +26,18 @@ def human(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """As `human`; a dash for what was not measured."""
+    """Return the value like `human`, or a dash if it was not measured."""
     return "-" if math.isnan(value) else human(value)
 
 
 def milliseconds(time_ms: float) -> str:
-    """A time in at most six characters; an end of an interval may be infinite."""
+    """Return a time in at most six characters. The time may be infinite, as an end of an interval can be."""
     decimals = 4 if time_ms < 0.1 else 3 - math.floor(math.log10(min(max(time_ms, 1), 1000)))
     return f"{time_ms:.{decimals}f}"
 
 
 def part_milliseconds(time_ms: float) -> str:
-    """A part of a time in at most five characters; a dash for what was not measured."""
+    """Return a part of a time in at most five characters, or a dash if it was not measured."""
     if math.isnan(time_ms):
         return "-"
     if 0 < time_ms < 0.0005:
@@ -47,7 +47,7 @@ def part_milliseconds(time_ms: float) -> str:
 
 
 def half_interval(row: Row) -> str:
-    """Half the interval of the median over the median, in at most four characters; a dash where there is none."""
+    """Return half the median's interval as a share of the median, in at most four characters; a dash without one."""
     share = (row["time_ms_high"] - row["time_ms_low"]) / 2 / row["time_ms"]
     if math.isnan(share):
         return "-"
@@ -55,23 +55,23 @@ def half_interval(row: Row) -> str:
 
 
 def marks(row: Row) -> str:
-    """Before a time: `*` the fastest of its case, `~` not converged."""
+    """Return the marks before a time: `*` for the fastest of its case, `~` for a time that did not converge."""
     return f"{'*' * bool(row['fastest'])}{'~' * (row['converged'] is False)}"
 
 
 def mismatch(row: Row) -> tuple[str, str]:
-    """How wrong a row is, and in which tensor."""
+    """Return how wrong a row is, and the tensor with the worst error (empty if it is not known)."""
     times = f"{row['parity_worst']:.3g}" + "x" * math.isfinite(row["parity_worst"])
     return f"MISMATCH {times}", "" if pd.isna(row["parity_worst_tensor"]) else str(row["parity_worst_tensor"])
 
 
 def status_text(status: Status) -> str:
-    """A status other than ok; in capitals where it is a failure."""
+    """Return the text of a status; capitals mark a failure."""
     return status.value if status in GOOD else status.value.upper()
 
 
 def style_of(row: Row) -> str:
-    """How a row's cell is printed where there is colour."""
+    """Return the colour and weight of a row's cell."""
     status = Status(row["status"])
     if status is Status.ok:
         return FASTEST if row["fastest"] else ""

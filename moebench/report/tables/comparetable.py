@@ -1,4 +1,4 @@
-"""Comparisons and histories as tables for a terminal. No torch here."""
+"""Comparisons and histories as tables for a terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,17 @@ from moebench.results.history import when
 from moebench.results.labels import backend_labels, describe
 from moebench.verdicts.findings import is_null
 
+_LEGEND = """\
+ms: median time; B/A: B's time divided by A's, below 1 is faster
+mem B/A: B's peak memory divided by A's, below 1 is smaller
+A ratio may be noise. `moebench gate` tests for noise and gives a verdict."""
+
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    """A line a job: the first result's time, and of each other one its time and memory over the first's."""
+    """A table with one line per job: each result's time, and its ratios to the first result in time and memory."""
 
-    frame: pd.DataFrame  # of moebench.results.compare.compare
+    frame: pd.DataFrame  # as moebench.results.compare.compare returns it
     names: Sequence[str]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -31,9 +36,7 @@ class ComparisonTable:
         for number, name in enumerate(self.names):
             yield Text(f"{_letter(number)}: {name}")
         yield self._table(described.labels)
-        yield Text(
-            "ms: median time; /A: over A's, below 1 is faster, or smaller; no test of noise: `moebench gate`", "dim"
-        )
+        yield Text(_LEGEND, "dim")
 
     def _table(self, labels: "pd.Series[str]") -> Table:
         table = ruled()
@@ -58,7 +61,7 @@ class ComparisonTable:
 
 
 def _letter(number: int) -> str:
-    """A, B, … Z, A1, B1, …"""
+    """Return the letter of a result: A, B, … Z, A1, B1, …"""
     turn, place = divmod(number, 26)
     return chr(ord("A") + place) + (str(turn) if turn else "")
 
@@ -68,7 +71,7 @@ def _ratio(value: Any) -> str:
 
 
 def environment_lines(results: Mapping[str, Result]) -> list[str]:
-    """What differs between the environments of the first result and of each other one; nothing where none does."""
+    """Return the differences between the environment of the first result and that of each later result."""
     (first, one), *others = results.items()
     found: dict[str, None] = {}
     for name, two in others:
@@ -76,14 +79,14 @@ def environment_lines(results: Mapping[str, Result]) -> list[str]:
             for after in two.environments.values():
                 found |= dict.fromkeys(f"{name} against {first}: {some}" for some in differences(before, after))
         if not (one.environments and two.environments) and set(one.frame["env_id"]) != set(two.frame["env_id"]):
-            found[f"{name} against {first}: other environments, and no environment.json says what differs"] = None
+            found[f"{name} against {first}: the environments differ, and no environment.json says how"] = None
     return list(found)
 
 
 def history_table(rows: pd.DataFrame) -> Table:
-    """A line for each backend and result of moebench.results.history.history."""
+    """Return a table with one line per row of moebench.results.history.history: a backend in a result."""
     table = ruled()
-    for name in ("began (UTC)", "result", "backend"):
+    for name in ("start (UTC)", "result", "backend"):
         table.add_column(name, overflow="fold")
     for name in ("ms", "change", "since first"):
         table.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""What a dry run prints: a table of EP sizes and backends, with the memory and the time that they may take."""
+"""The table of estimates that a dry run prints: memory and time of each EP size and backend."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from moebench.run.forecast import Forecast
 
 @dataclass(frozen=True)
 class ForecastTable:
-    """The lines of a forecast, and below them its sums in words. Nothing where there are no jobs. For rich."""
+    """The lines of a forecast, and below them the totals in words; empty without jobs. A rich renderable."""
 
     forecast: Forecast
 
@@ -19,7 +19,7 @@ class ForecastTable:
         if not self.forecast.jobs:
             return
         table = plain()
-        for name in ("EP", "backend", "jobs", "memory of a rank", "time"):
+        for name in ("EP", "backend", "jobs", "memory per rank", "time"):
             table.add_column(name, justify="left" if name == "backend" else "right", overflow="fold")
         for line in self.forecast.lines:
             cells = str(line.ep_size), line.backend, str(line.num_jobs), size(line.memory_bytes)
@@ -29,17 +29,20 @@ class ForecastTable:
 
 
 def sentences(forecast: Forecast) -> list[str]:
-    """The whole sweep's memory and time."""
-    memory = f"Estimates, nothing was measured. Memory: at most {size(forecast.memory_bytes)} a rank, without contexts"
+    """Return sentences about the memory and time of the whole sweep."""
+    largest = size(forecast.memory_bytes)
+    memory = f"Estimates, nothing was measured. Memory: at most {largest} per rank, without CUDA contexts"
     if forecast.time_s is None:
-        return [f"{memory}.", "Time: unknown, no measured job is near any of these."]
-    without = f"; {forecast.num_untimed} jobs have none near and are not in it" if forecast.num_untimed else ""
-    time = f"Time: {minutes(forecast.time_s)}, of the nearest of {forecast.based_on}{without}"
-    return [f"{memory}.", f"{time}; processes start on top of it."]
+        return [f"{memory}.", "Time: unknown, because no measured job is near any of these jobs."]
+    without = (
+        f"; {forecast.num_untimed} jobs have no measured job near and are not included" if forecast.num_untimed else ""
+    )
+    time = f"Time: {minutes(forecast.time_s)}, estimated from the nearest of {forecast.based_on}{without}"
+    return [f"{memory}.", f"{time}. The start of processes takes more time."]
 
 
 def minutes(time_s: float | None, num_untimed: int = 0) -> str:
-    """A time as `84 s` or `12.5 min`, `?` where it is unknown, and how many jobs have none."""
+    """Return a time as `84 s` or `12.5 min`, or `?` if it is unknown, and how many jobs it does not include."""
     if time_s is None:
         return "?"
     text = f"{time_s:.0f} s" if time_s < 100 else f"{time_s / 60:.1f} min"

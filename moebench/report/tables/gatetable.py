@@ -1,4 +1,4 @@
-"""A gate's verdicts as a table for a terminal, the worst first, and below it why. No torch here."""
+"""A gate's verdicts as a table for a terminal, the worst first, and the reasons below it."""
 
 from dataclasses import dataclass
 
@@ -24,16 +24,18 @@ _STYLES = {
     Severity.UNDECIDED: "yellow",
     Severity.BETTER: "green",
 }
-_WIDE = 100  # columns, from which on no number is folded
+_WIDE = 100  # columns of the terminal; from this width on, no number is folded
 _LEGEND = """\
-time: candidate over baseline, above 0 slower; an end of the interval is wrong
-at most 1 time in 100; sees: the smallest slowdown that would have been found
-95 times in 100; err: parity error / budget"""
+time: change from baseline to candidate, above 0 is slower; each end of the
+  interval is wrong at most 1 time in 100
+sees: the smallest slowdown that would have been found 95 times in 100
+memory: change of peak memory, or of saved memory if the peak is equal
+err: parity error divided by its budget, at most 1 passes"""
 
 
 @dataclass(frozen=True)
 class GateTable:
-    """A line a job, the reasons for what is not PASS, what the gate can do, and the total. A rich renderable."""
+    """A table with one line per job, the reasons for each verdict but PASS, and the total. A rich renderable."""
 
     result: GateResult
 

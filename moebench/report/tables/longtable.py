@@ -1,7 +1,7 @@
-"""The long table: a case is a heading, and each of its backends a line. For more backends than fit side by side.
+"""The long table, for more backends than fit side by side: one heading per case, and below it one line per backend.
 
-Under expert parallelism a line also says where the time of a forward goes: dispatch, compute, combine, and the skew
-between ranks.
+Under expert parallelism a line also has the parts of a forward pass (dispatch, compute, combine) and the skew between
+ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,11 +43,11 @@ _PARTS: tuple[Column, ...] = (
     ("skew", 6, lambda row: part_milliseconds(row["skew_ms"])),
 )
 _MARKS_WIDTH = 2
-_LEAST_LABEL = 16  # a backend's label is folded to this before the parts go to a line of their own
+_LEAST_LABEL = 16  # if a backend's label would get less, the parts get a line of their own
 
 
 def long_table(rows: pd.DataFrame, described: Description, width: int, *, ascii_only: bool) -> Iterator[Text]:
-    """Lines of text. `rows` are in order and have `label` and `fastest`."""
+    """Yield the lines of the table. `rows` are in order and have `label` and `fastest`."""
     lines_of_columns = _lines_of_columns(width, has_parts=bool((rows["ep_size"] > 1).any()))
     numbers = max(sum(size for _, size, _ in columns) for columns in lines_of_columns)
     longest = max(map(len, rows["label"]))
@@ -80,7 +80,7 @@ def _title(title: str, ascii_only: bool) -> str:
 
 
 def _line(row: Row, label_width: int, lines_of_columns: list[tuple[Column, ...]]) -> Text:
-    """A backend's cells beside its label; where that is folded, or the cells need two lines, as many as it takes."""
+    """Return the label and cells of a backend. A folded label, or cells in two lines, make it more than one line."""
     status = Status(row["status"])
     if status is Status.ok:
         cells = ["".join(cell(row).rjust(size) for _, size, cell in columns) for columns in lines_of_columns]
@@ -93,7 +93,7 @@ def _line(row: Row, label_width: int, lines_of_columns: list[tuple[Column, ...]]
 
 
 def _folded(label: str, width: int) -> list[str]:
-    """In lines of at most `width`, broken before the dispatcher if anywhere."""
+    """Return the label in lines of at most `width` characters. The dispatcher begins a new line."""
     if len(label) <= width:
         return [label]
     backend, plus, dispatcher = label.rpartition("+")

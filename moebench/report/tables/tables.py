@@ -1,8 +1,8 @@
-"""Frame -> tables to read in a terminal: a row a case, backends side by side. No torch here.
+"""A results frame as tables for a terminal, with one row per case and the backends side by side.
 
-Nothing depends on colour, and 80 columns are enough: what all cases share stands in the title, and backends that do not
-fit beside each other have a line each under their case. Each EP size has a table of its own. Details of what did not
-run follow, a line for each reason.
+The tables can be read without colour and in 80 columns. The title has what all cases share. Backends that do not fit
+side by side have one line each below their case. Each EP size has its own table. Below the tables, one line per reason
+says what did not run.
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,7 +34,7 @@ from moebench.results.record import GOOD, Status
 _SPEED_WIDTH = 20  # marks 2, time 6, interval 6, parity 5, flag 1
 _WORK_WIDTH = 16  # tokens/s 8, TFLOP/s 8
 _COLUMN_GAP = 1
-_CASE_WIDTH = 14  # the least that a case is squeezed to
+_CASE_WIDTH = 14  # the narrowest column of cases
 _TITLED_PARTS = ("experts", "tokens", "dtype", "mode", "routing", "activation")
 
 
@@ -71,16 +71,16 @@ class Summary:
 
 
 def summary(frame: pd.DataFrame) -> Summary:
-    """Tables of every case in `frame`, one for each EP size, for `rich.print` or a Console.
+    """Return tables of every case in `frame`, one table per EP size, for `rich.print` or a Console.
 
-    A backend has the median time with half its 95% interval, the parity error over its budget, tokens/s and TFLOP/s; or
-    the status, where that is not ok. The lowest median of a case has an asterisk.
+    A backend has the median time with half its 95% interval, the parity error divided by its budget, tokens/s and
+    TFLOP/s. A status other than ok replaces them. The lowest median of a case has an asterisk.
     """
     return Summary(frame)
 
 
 def legend(frame: pd.DataFrame) -> Text:
-    """How to read the tables of `frame`."""
+    """Return the legend of the tables of `frame`."""
     per = "process" if frame["gpu"].isna().all() else "GPU"
     explained = {
         "* fastest of its case": fastest_rows(frame).any(),
@@ -88,12 +88,14 @@ def legend(frame: pd.DataFrame) -> Text:
         "! flagged, see below": frame["flags"].map(len).any(),
     }
     ranks = (
-        "EP: tokens are per rank, ms of the slowest rank; disp, comp, comb: median ms of",
-        "dispatch, compute and combine in a forward; skew: of slowest - fastest rank",
+        "EP: tokens are per rank; ms: the time of the slowest rank",
+        "disp, comp, comb: median ms of dispatch, compute and combine in a forward pass",
+        "skew: median ms by which the slowest rank took longer than the fastest",
     )
     lines = (
-        "ms: median time, and half its 95% interval; err: parity error / budget, <= 1",
-        f"passes; tok/s, TFLOP/s (TF/s): useful work per {per}",
+        "ms: median time; next to it, half of its 95% interval",
+        "err: parity error divided by its budget, at most 1 passes",
+        f"tok/s, TFLOP/s (TF/s): useful work per {per}",
         *(ranks if frame["ep_size"].gt(1).any() else ()),
         ";  ".join(mark for mark, present in explained.items() if present),
     )
@@ -101,7 +103,7 @@ def legend(frame: pd.DataFrame) -> Text:
 
 
 def fastest_rows(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Which rows have the lowest median time of their case, where two or more backends have one. Only `ok` competes."""
+    """Return which rows have the lowest median time of their case. A case needs two rows with status ok."""
     times = frame["time_ms"].where(frame["status"] == Status.ok)
     groups = times.groupby([frame["run_id"], frame["case_id"]])
     return (times == groups.transform("min")) & (groups.transform("count") > 1)
@@ -109,15 +111,15 @@ def fastest_rows(frame: pd.DataFrame) -> "pd.Series[bool]":
 
 @dataclass(frozen=True)
 class _Layout:
-    """How backends stand side by side in a terminal."""
+    """How a terminal table puts backends side by side."""
 
     case_width: int
-    break_: str  # between the speed and the work in a cell: a line break where the width is short
+    break_: str  # between speed and work in a cell; a line break if the terminal is narrow
     half: str  # the sign before half an interval
 
 
 def _layout(options: ConsoleOptions, num_backends: int, described: Description) -> _Layout | None:
-    """None where the backends do not fit side by side."""
+    """Return the layout, or None if the backends do not fit side by side."""
     longest_word = max(map(len, " ".join([*described.varying, *described.labels]).split()), default=0)
     half = "" if options.ascii_only else "±"
     width, least = options.max_width, max(_CASE_WIDTH, longest_word + 1)
@@ -149,8 +151,8 @@ def _table(rows: pd.DataFrame, described: Description, backends: list[str], layo
 
 
 def _case_column(described: Description, width: int) -> tuple[str, "pd.Series[str]"]:
-    """Header and label of what tells cases apart: in straight columns where `width` allows, else to be wrapped."""
-    # the parts that come last, "25% masked" or "EP 8", name themselves
+    """Return header and labels of the parts that vary between cases: aligned if they fit in `width`."""
+    # the last parts, such as "25% masked" or "EP 8", need no title
     titles = [str(name) if name in _TITLED_PARTS else "" for name in described.varying]
     wide = [
         max(len(title), int(texts.str.len().max()))
@@ -183,7 +185,7 @@ def _cell(row: Row, layout: _Layout) -> Text:
 
 
 def details(rows: pd.DataFrame) -> Iterator[Text]:
-    """A line for each distinct reason with all whom it befell, failures first, and one for each flag.
+    """Yield one line per reason with the backends that have it, failures first, then one line per flag.
 
     `rows` have `label`.
     """

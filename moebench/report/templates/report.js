@@ -1,5 +1,5 @@
 "use strict";
-// Filters and sorts the table of results. Without it the table is whole and in the order of its cases.
+// This script filters and sorts the table of results. Without it, the table has all rows in the order of their cases.
 const body = document.querySelector("#rows tbody");
 const rows = Array.from(body.rows);
 const titles = Array.from(document.querySelectorAll("#rows thead th"));

@@ -25,7 +25,7 @@ def test_a_device_that_cannot_be(sweep, moebench, command, device):
 
 
 def test_options_that_would_change_nothing(sweep, moebench):
-    is_refused(moebench("list", sweep, "--device", "cuda"), "--device cuda beside SWEEP")
+    is_refused(moebench("list", sweep, "--device", "cuda"), "--device cuda with SWEEP")
     is_refused(moebench("list", "--filter", "num_tokens=8"), "give a SWEEP")
     is_refused(moebench("list", "--backend", "loop"), "give a SWEEP")
 

@@ -37,7 +37,10 @@ def test_what_was_measured_at_the_count_is_taken_as_it_is() -> None:
     assert (best.peak_memory_bytes, best.measured_at, best.is_interpolated) == (7, (256,), False)
     assert advice.times_the_next == pytest.approx(2.5)
     assert not advice.is_close
-    assert sentence(advice) == "Take gmm: 2.50 times as fast as te, the next; 2.000 ms, peak memory 7 B."
+    assert (
+        sentence(advice)
+        == "Take gmm: it is 2.50 times as fast as te, the second fastest. It takes 2.000 ms, peak memory 7 B."
+    )
 
 
 def test_between_neighbours_times_follow_a_line_in_logarithms() -> None:
@@ -66,7 +69,7 @@ def test_who_is_wrong_or_cannot_is_left_out_with_the_reason() -> None:
     advice = ask(rows, 512)
     assert by_label(advice).keys() == {"gmm"}
     assert advice.left_out == {"te": "oom: out of memory"}
-    assert sentence(advice).startswith("gmm is the only one")
+    assert sentence(advice).startswith("gmm is the only backend")
 
 
 def test_the_newest_run_counts() -> None:

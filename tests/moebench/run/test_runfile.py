@@ -56,7 +56,7 @@ def test_a_signal_while_results_are_written_is_one_line_too(folder, moebench, mo
     with monkeypatch.context() as patch:
         patch.setattr(run, "finish", interrupted)
         found = moebench("run", "--resume", "out")
-    line = "interrupted: all that was measured is in the journal; go on with `moebench run --resume out`"
+    line = "interrupted: everything measured so far is in the journal; go on with `moebench run --resume out`"
     assert (found.code, found.out, found.err) == (130, "", line)
     assert moebench("run", "--resume", "out").code == 0
     assert len(load(folder / "out" / "results.parquet")) == 6
@@ -253,9 +253,9 @@ def test_a_folder_that_cannot_be_written_is_refused(folder, moebench, out):
     ("arguments", "word"),
     [
         (("run",), "give a SWEEP, or --resume DIR"),
-        (("run", "tiny.toml", "--resume", "out"), "SWEEP beside --resume: it is as the run was begun"),
-        (("run", "--resume", "out", "--rounds", "2"), "--rounds beside --resume: it is as the run was begun"),
-        (("run", "--resume", "out", "--filter", "dim=16"), "--filter beside --resume: it is as the run was begun"),
+        (("run", "tiny.toml", "--resume", "out"), "SWEEP with --resume: a resumed run keeps what it was"),
+        (("run", "--resume", "out", "--rounds", "2"), "--rounds with --resume: a resumed run keeps what it was"),
+        (("run", "--resume", "out", "--filter", "dim=16"), "--filter with --resume: a resumed run keeps what it was"),
         (("run", "tiny.toml", "--force"), "--force without --resume"),
         (("run", "--resume", "nowhere"), "nowhere: run.json: No such file"),
         (("run", "--resume", "merged"), "merged: run.json: run_id: Field required"),

@@ -54,7 +54,7 @@ def test_bars_are_dispatch_compute_and_combine_end_to_end_at_a_middle_and_the_la
     assert [text.get_text() for text in shown["1K tokens per rank"].texts] == ["61.8", "58.5", "55.2", "52.0"]
     assert legend(figure) == list(PARTS)
     assert texts(figure)[0] == "Breakdown: e8k2d256i512, bfloat16, swiglu, EP 2"
-    assert shown["16K tokens per rank"].get_xlabel() == "ms in a forward, slowest rank"
+    assert shown["16K tokens per rank"].get_xlabel() == "ms of a forward pass, on the slowest rank"
 
 
 def test_the_middle_count_is_one_that_most_backends_have() -> None:

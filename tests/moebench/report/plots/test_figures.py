@@ -40,11 +40,11 @@ def test_what_bounds_a_rate_is_drawn_beside_it() -> None:
     figure = only(throughput(to_frame(rows)))
     (ax,) = figure.axes
     active = np.array([case(count).num_active_tokens for count in COUNTS])
-    np.testing.assert_allclose(line(ax, "grouped GEMMs alone").get_ydata(), active / 1.0 * 1e3)
+    np.testing.assert_allclose(line(ax, "grouped GEMMs only").get_ydata(), active / 1.0 * 1e3)
     np.testing.assert_allclose(line(ax, "roofline").get_ydata(), active / 0.5 * 1e3)
     assert ax.get_ylim()[1] > active[-1] / 0.5 * 1e3
-    assert {"grouped GEMMs alone", "roofline"} <= set(legend(figure))
-    assert not {"grouped GEMMs alone", "roofline"} & set(legend(only(throughput(to_frame(family("loop"))))))
+    assert {"grouped GEMMs only", "roofline"} <= set(legend(figure))
+    assert not {"grouped GEMMs only", "roofline"} & set(legend(only(throughput(to_frame(family("loop"))))))
 
 
 def test_tflops_are_read_off_the_right_axis_exactly() -> None:

@@ -55,7 +55,7 @@ def test_dispatchers_have_columns_and_failures_no_value() -> None:
 
 def test_no_cell_holds_two_rows() -> None:
     frame = to_frame(family("te") + family("te", mode="train"))
-    with pytest.raises(ResultsError, match="6 rows share a cell of num_tokens and backend: they differ in mode;"):
+    with pytest.raises(ResultsError, match="6 rows have the same num_tokens and backend: they differ in mode;"):
         moebench.pivot(frame, index=["num_tokens"])
     twice = pd.concat([frame, frame.assign(run_id="other")])
     with pytest.raises(ResultsError, match="they differ in run_id"):

@@ -53,29 +53,29 @@ def test_marks_are_the_rates_and_ceilings_the_rate_over_its_fraction() -> None:
     marks = line(shown["forward"], "te")
     assert list(marks.get_ydata()) == pytest.approx(sorted(row.tflops for row in rows))
     assert marks.get_linestyle() == "None"
-    ceilings = line(shown["forward"], "ceiling of the case")
+    ceilings = line(shown["forward"], "measured ceiling of the case")
     assert list(ceilings.get_xdata()) == list(marks.get_xdata())
     assert list(ceilings.get_ydata()) == pytest.approx([4 * rate for rate in marks.get_ydata()])
     bottom, top = shown["forward"].get_ylim()
     assert bottom < min(marks.get_ydata())
     assert top > max(ceilings.get_ydata())
-    assert "ceiling of the case" in legend(figure)
+    assert "measured ceiling of the case" in legend(figure)
 
 
 def test_memory_bounds_by_bytes() -> None:
     row = ok(case(64), time_ms=1e-3, roofline_fraction=0.1, copy_gb_per_s=2000.0, l2="cold")
     figure = only(roofline(to_frame([row])))
-    memory = line(figure.axes[0], "copy of memory")
+    memory = line(figure.axes[0], "limit by memory copy speed")
     seconds = least_bytes(to_frame([row])).iloc[0] / 2000e9
     assert list(memory.get_ydata()) == pytest.approx([case(64).flops() / seconds / 1e12])
     warm = only(roofline(to_frame([row.model_copy(update={"l2": "warm"})])))
-    assert "copy of memory" not in [drawn.get_label() for drawn in warm.axes[0].lines]
+    assert "limit by memory copy speed" not in [drawn.get_label() for drawn in warm.axes[0].lines]
 
 
 def test_without_ceilings_the_figure_says_so() -> None:
     figure = only(roofline(to_frame(family("loop"))))
     assert "no ceilings measured" in legend(figure)
-    assert not {"ceiling of the case", "copy of memory"} & set(legend(figure))
+    assert not {"measured ceiling of the case", "limit by memory copy speed"} & set(legend(figure))
 
 
 def test_what_has_no_speed_has_no_mark() -> None:

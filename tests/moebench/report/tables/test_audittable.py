@@ -32,9 +32,12 @@ def test_the_table_says_where_a_backend_is_wrong_and_why_it_cannot():
         )
     )
     assert "one-hot  ok 0.25      MISMATCH inf" in text
-    assert "bad:One: one-hot: 2 of 3 cases: float32 swiglu bias train: x.grad (token 3): error inf" in text
-    assert "bad:One: layouts: 1 of 1 cases: float64 swiglu bias train: ValueError: no" in text
-    assert "loop: cannot: layouts: why" in text
+    assert (
+        "bad:One: one-hot: 2 of 3 cases failed, the first is float32 swiglu bias train: x.grad (token 3): error inf"
+        in text
+    )
+    assert "bad:One: layouts: 1 of 1 cases failed, the first is float64 swiglu bias train: ValueError: no" in text
+    assert "loop: cannot run layouts: why" in text
     assert "loop: executed in float64: aten::mm" in text
 
 

@@ -34,9 +34,9 @@ def shown(found: Any) -> str:
 def test_it_says_that_it_is_an_estimate_of_what_and_what_is_missing() -> None:
     text = " ".join(shown(forecast([asked(), asked("loop")], of(took(90.0)))).split())
     assert "Estimates, nothing was measured." in text
-    assert "Time: 90 s, of the nearest of 1 measured jobs (NVIDIA H200, 2026-11-23); 1 jobs have none near" in text
+    assert "Time: 90 s, estimated from the nearest of 1 measured jobs (NVIDIA H200, 2026-11-23); 1 jobs have no" in text
     text = " ".join(shown(forecast([asked()], None)).split())
-    assert "Time: unknown, no measured job is near any of these." in text
+    assert "Time: unknown, because no measured job is near any of these jobs." in text
 
 
 def test_of_a_run_with_nothing_left_there_is_nothing_to_say() -> None:
