@@ -116,7 +116,7 @@ def test_who_keeps_weights_by_design_is_not_asked_to_see_an_update(monkeypatch):
     monkeypatch.setattr(GroupedExperts, "caches_weights", True, raising=False)
     found = measure_job(job("updated-weights"), Workload(CPU), None)
     assert found["status"] is Status.unsupported
-    assert "a load renews them" in found["detail"]
+    assert "loading weights renews them" in found["detail"]
 
 
 def test_a_state_dict_that_lacks_or_changes_a_tensor_is_infinitely_wrong():
