@@ -108,7 +108,7 @@ def test_every_import_is_declared(package):
     for file in (ROOT / package).rglob("*.py"):
         for name in set(imported_names(file)) - known:
             distribution = canonicalize_name(DISTRIBUTION_OF.get(name, name))
-            assert distribution in declared, f"{file.relative_to(ROOT)} imports {name}, which no extra declares"
+            assert distribution in declared, f"{file.relative_to(ROOT)} imports {name}; declare it in pyproject.toml"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
