@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread a test process, no GPU test where there is no GPU, and GPUs that are not there."""
+"""Settings of all tests: one thread per test process, GPU tests skipped without a GPU, and a fake of NVML."""
 
 import os
 import signal
@@ -8,22 +8,23 @@ from typing import Any
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores; set before torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores; torch reads this when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# A shell's background jobs and nohup ignore these signals, and child processes inherit that. Restore the defaults.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(number) is signal.SIG_IGN:  # as in a shell's background and under nohup; processes inherit it
+    if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--certify", action="store_true", help="tests marked certify at their full size")
+    parser.addoption("--certify", action="store_true", help="run tests marked certify at their full size")
 
 
 @pytest.fixture(scope="session")
 def certify(request: pytest.FixtureRequest) -> bool:
-    """Whether a test marked `certify` runs at its full size (`make certify`) or a share of it (`make test`)."""
+    """Whether a test marked `certify` runs at its full size (`make certify`) or at a part of it (`make test`)."""
     return bool(request.config.getoption("certify"))
 
 
@@ -39,10 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class FakeNvml:
-    """pynvml with GPUs that a test describes: refuses queries before nvmlInit, GPUs that it has not, and what it must.
+    """A fake of pynvml. A test describes its GPUs.
 
-    `gpus` maps an uuid to its facts, in NVML's order; `unsupported` names queries that raise; `init_error` makes
-    nvmlInit raise; `open` counts nvmlInit less nvmlShutdown.
+    It raises NVMLError for a query before nvmlInit, for a GPU that it does not have, and for the queries named in
+    `unsupported`. `gpus` maps each uuid to the GPU's facts, in NVML's order. `init_error` makes nvmlInit raise. `open`
+    is the number of calls of nvmlInit minus the number of calls of nvmlShutdown.
     """
 
     class NVMLError(Exception):
@@ -155,7 +157,7 @@ class FakeNvml:
 
 @pytest.fixture
 def fake_nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
-    """Stands in for pynvml until the test ends; has no GPU yet."""
+    """Replace pynvml until the test ends. The fake has no GPU at first."""
     library = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", library)
     return library

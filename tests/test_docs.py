@@ -1,4 +1,4 @@
-"""What README and docs show works as they show it."""
+"""The examples in README and docs work as they are shown."""
 
 import re
 import shlex
@@ -31,7 +31,7 @@ def blocks(path: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def my_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The module that docs/add-a-backend.md tells to write."""
+    """Write the example module of docs/add-a-backend.md, and return the name of its backend."""
     (source,) = blocks(ROOT / "docs" / "add-a-backend.md", "python")
     name = re.match(r"# (\w+)\.py\n", source).group(1)
     (tmp_path / f"{name}.py").write_text(source)
@@ -43,7 +43,7 @@ def my_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("routing", ["uniform", "empty:0.5"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_backend_of_the_docs_is_right(my_backend: str, dtype: str, routing: str) -> None:
+def test_the_backend_in_the_docs_is_right(my_backend: str, dtype: str, routing: str) -> None:
     case = Case(
         num_tokens=40,
         n_routed_experts=6,
@@ -62,7 +62,7 @@ def test_the_backend_of_the_docs_is_right(my_backend: str, dtype: str, routing: 
     assert verdict.passed, verdict.worst
 
 
-def test_the_backend_of_the_docs_says_what_it_cannot(my_backend: str) -> None:
+def test_the_backend_in_the_docs_refuses_a_bias(my_backend: str) -> None:
     shape = {"num_tokens": 1, "n_routed_experts": 2, "n_activated_experts": 1, "dim": 8, "moe_inter_dim": 8}
     reason = get_backend(my_backend).unsupported(CPU, moe_config(Case(**shape, expert_bias=True)))
     assert reason is not None
@@ -70,12 +70,12 @@ def test_the_backend_of_the_docs_says_what_it_cannot(my_backend: str) -> None:
     assert get_backend(my_backend).unsupported(CPU, moe_config(Case(**shape))) is None
 
 
-def test_the_readmes_sweep_is_one() -> None:
+def test_the_sweep_in_the_readme_has_16_jobs() -> None:
     (sweep,) = blocks(ROOT / "README.md", "toml")
     assert len(parse_sweep(sweep, "README.md").jobs()) == 16
 
 
-def test_the_readmes_python_runs() -> None:
+def test_the_python_code_in_the_readme_runs() -> None:
     (source,) = blocks(ROOT / "README.md", "python")
     scope: dict = {}
     exec(compile(source, "README.md", "exec"), scope)
@@ -103,9 +103,9 @@ WORKFLOWS = sorted((ROOT / "docs" / "ci").glob("*.yml"))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_workflows_are_what_github_reads(path: Path) -> None:
+def test_workflows_have_only_keys_that_github_reads(path: Path) -> None:
     workflow = yaml.safe_load(path.read_text())
-    assert workflow.keys() == {"name", True, "jobs"}, "YAML 1.1 reads `on` as a truth value; GitHub does not"
+    assert workflow.keys() == {"name", True, "jobs"}, "the keys must be name, on and jobs (YAML 1.1 reads `on` as True)"
     for job in workflow["jobs"].values():
         assert job.keys() <= {"runs-on", "timeout-minutes", "steps"}
         for step in job["steps"]:
@@ -114,7 +114,7 @@ def test_workflows_are_what_github_reads(path: Path) -> None:
 
 
 def commands(path: Path) -> list[str]:
-    """Every `moebench …` in a workflow's steps or in the indented blocks of a document, one line each."""
+    """Return every `moebench …` command in a workflow's steps or in the indented blocks of a document."""
     text = path.read_text()
     if path.suffix == ".yml":
         steps = [step for job in yaml.safe_load(text)["jobs"].values() for step in job["steps"]]
@@ -123,8 +123,8 @@ def commands(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", [*WORKFLOWS, ROOT / "docs" / "gating.md"], ids=lambda path: path.name)
-def test_commands_that_are_shown_exist(path: Path) -> None:
-    """By their help: the command, and every option that it is given."""
+def test_commands_in_the_docs_exist_with_their_options(path: Path) -> None:
+    """The help text of each command names every option that the document gives to it."""
     found = commands(path)
     assert found
     for line in found:
@@ -136,7 +136,7 @@ def test_commands_that_are_shown_exist(path: Path) -> None:
             assert re.search(rf"{option}\b", shown.output), f"{line}: {option}"
 
 
-def test_the_rounds_that_gating_tells_are_enough_and_no_more() -> None:
+def test_the_rounds_in_gating_md_are_the_fewest_that_suffice() -> None:
     text = (ROOT / "docs" / "gating.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
     assert len(rows) == 5
@@ -146,7 +146,7 @@ def test_the_rounds_that_gating_tells_are_enough_and_no_more() -> None:
         assert null_tail([(baseline, candidate)])[0] <= level < null_tail([(baseline - 1, candidate)])[0]
 
 
-def test_the_looks_that_gating_tells_are_those_of_ab() -> None:
+def test_the_looks_in_gating_md_are_those_of_ab() -> None:
     rows = re.findall(r"^\| (\d+) \| (\d+), (\d+), (\d+) \|$", (ROOT / "docs" / "gating.md").read_text(), re.MULTILINE)
     assert len(rows) == 4
     for jobs, *looks in (map(int, row) for row in rows):
@@ -154,7 +154,7 @@ def test_the_looks_that_gating_tells_are_those_of_ab() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_pictures_lead_somewhere(document: Path) -> None:
+def test_targets_of_links_and_pictures_exist(document: Path) -> None:
     text = document.read_text()
     targets = [*re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text), *re.findall(r'src="([^"]+)"', text)]
     assert not [target for target in targets if not (document.parent / target).exists()]

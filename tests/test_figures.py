@@ -1,4 +1,4 @@
-"""Figures in README and docs are what the committed results say; see tests/figures."""
+"""The numbers in README and docs match the committed results. See tests/figures."""
 
 import re
 import subprocess
@@ -10,9 +10,9 @@ from tests.figures.sentences import SENTENCES, Sentence
 from tests.figures.tables import TABLES, without_tables, written
 
 ROOT = Path(__file__).parents[1]
-#: Every number in these is in a generated table or in a sentence that is tested.
+#: Documents in which every number must be in a generated table or in a tested sentence.
 COVERED = ("README.md", "docs/measured.md")
-#: Numbers that no result can change: names, versions that are needed, exit codes.
+#: Numbers that no result can change: names, required versions, exit codes.
 NAMES = re.compile(
     r"\b(H200s?|FP8|L2|float32|float64|bfloat16|2026-11-23|Qwen3(-30B-A3B)?|DeepSeek-V3|Kimi-K2|Apache-2\.0)\b"
     r"|Python 3\.11 or later"
@@ -26,7 +26,7 @@ def flat(text: str) -> str:
 
 
 def uncovered(document: str, text: str) -> list[str]:
-    """The words with a digit that are in no tested sentence, generated table, code, link or name."""
+    """Return the words with a digit that are in no tested sentence, generated table, code, link or name."""
     text = re.sub(r"^```.*?^```|^ {4}.*?$", " ", without_tables(text), flags=re.DOTALL | re.MULTILINE)
     text = flat(text)
     for sentence in SENTENCES:
@@ -37,24 +37,24 @@ def uncovered(document: str, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("sentence", SENTENCES, ids=lambda one: f"{one.document}: {one.text[:50]}")
-def test_a_sentence_quotes_what_was_measured(sentence: Sentence) -> None:
+def test_a_sentence_quotes_the_committed_results(sentence: Sentence) -> None:
     text = flat((ROOT / sentence.document).read_text())
     assert sentence.rendered() in text, f"{sentence.document} must say: {sentence.rendered()}"
 
 
 @pytest.mark.parametrize(("document", "name"), TABLES)
-def test_a_table_is_what_was_measured(document: str, name: str) -> None:
+def test_a_table_matches_the_committed_results(document: str, name: str) -> None:
     text = (ROOT / document).read_text()
-    assert written(text, name, TABLES[document, name]()) == text, "run `make results`"
+    assert written(text, name, TABLES[document, name]()) == text, "the table is stale; run `make results`"
 
 
 @pytest.mark.parametrize("document", COVERED)
-def test_every_figure_is_tested(document: str) -> None:
+def test_every_number_is_in_a_table_or_a_tested_sentence(document: str) -> None:
     found = uncovered(document, (ROOT / document).read_text())
     assert not found, f"{document}: {found} are in no sentence of tests/figures/sentences.py"
 
 
-def test_a_figure_that_nobody_computes_is_found() -> None:
+def test_a_number_outside_of_tables_and_sentences_is_found() -> None:
     assert uncovered("README.md", "On an H200 a forward takes 3.7 ms (`triton`, 16384).") == ["3.7", "16384)."]
 
 
@@ -63,8 +63,8 @@ def test_a_table_needs_its_markers() -> None:
         written("no table here", "peers", "| a |\n")
 
 
-def test_pictures_that_documents_show_are_committed() -> None:
-    """`make results` draws more beside them, which git ignores."""
+def test_the_committed_pictures_are_those_that_documents_show() -> None:
+    """`make results` draws more pictures. Git ignores the rest."""
     shown = set()
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r'(?:src="|\]\()([^")#:]+\.(?:svg|png))', path.read_text()):

@@ -1,6 +1,6 @@
-"""Sweeps are found wherever moebench comes from: a wheel, an editable install, PYTHONPATH, the working folder.
+"""moebench finds its sweeps in a wheel, an editable install, a checkout on PYTHONPATH and the working folder.
 
-Each environment is fresh. It sees the libraries of this one, but not the packages that this one installed editably.
+Each test uses a fresh environment. It sees the libraries of the current environment, except editable installs.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = {path.stem for path in (ROOT / "suites").glob("*.toml")}
-#: What a build reads.
+#: The files and folders that a build reads.
 PROJECT = ("LICENSE", "MANIFEST.in", "README.md", "experts", "moebench", "pyproject.toml", "setup.py", "suites")
 WHERE = """
 import moebench
@@ -29,19 +29,19 @@ print(find_sweep("quick"))
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip, to install the wheel"),
-    pytest.mark.timeout(400),  # half a minute of fresh processes, on a machine that may be busy
+    pytest.mark.timeout(400),  # the fresh processes take half a minute on an idle machine
 ]
 
 
 @dataclass(frozen=True)
 class Installed:
-    """An environment with moebench, and variables that it is reached with."""
+    """An environment with moebench, and the environment variables of its programs."""
 
     folder: Path
     variables: dict[str, str]
 
     def call(self, program: str, *arguments: object, cwd: Path, code: int = 0) -> str:
-        """What the environment's program prints in `cwd`; standard error where it is to fail."""
+        """Run a program of the environment in `cwd`. Return its standard output; with a `code`, its standard error."""
         outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         variables = {**outside, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **self.variables}
         command = [str(self.folder / "bin" / program), *map(str, arguments)]
@@ -53,25 +53,26 @@ class Installed:
         return self.call("moebench", *arguments, cwd=cwd, code=code)
 
     def places(self, cwd: Path) -> tuple[Path, Path]:
-        """The package, and the sweep called quick."""
+        """Return the paths of the package moebench and of the sweep `quick`."""
         package, sweep = self.call("python", "-c", WHERE, cwd=cwd).splitlines()
         return Path(package).parent, cwd / sweep
 
 
 def environment(folder: Path, *wheels: Path, **variables: str) -> Installed:
-    """A fresh environment in `folder`, with these wheels installed and the libraries of this one within reach."""
+    """Make a fresh environment in `folder` with these wheels and access to the libraries of the current environment."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=300)
-    if wheels:  # before the libraries are there: pip must not see a moebench among them
+    if wheels:  # before the libraries are added, as pip must not see a moebench among them
         pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder)
         subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", *wheels], check=True, timeout=300)
     (packages,) = folder.glob("lib/python*/site-packages")
     libraries = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (packages / "libraries.pth").write_text("".join(f"{path}\n" for path in libraries))  # their own .pth are not read
+    # Python does not read the .pth files in these folders
+    (packages / "libraries.pth").write_text("".join(f"{path}\n" for path in libraries))
     return Installed(folder, variables)
 
 
 def built(what: str, project: Path, into: Path) -> Path:
-    """An sdist, a wheel or an editable wheel of the project, by the hook that pip and others call."""
+    """Build an sdist, a wheel or an editable wheel of the project with the hook that pip calls. Return its path."""
     code = f"import sys; from setuptools import build_meta; build_meta.build_{what}(sys.argv[1])"
     into.mkdir()
     done = subprocess.run([sys.executable, "-c", code, into], cwd=project, capture_output=True, text=True, timeout=300)
@@ -82,7 +83,7 @@ def built(what: str, project: Path, into: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build reads, so that no build is left in the checkout."""
+    """Copy the files that a build reads, so that the checkout stays free of build files."""
     folder = tmp_path_factory.mktemp("project")
     for name in PROJECT:
         if (ROOT / name).is_dir():
@@ -94,7 +95,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel that is built from the source distribution."""
+    """Build the wheel from the source distribution."""
     folder = tmp_path_factory.mktemp("dist")
     with tarfile.open(built("sdist", project, folder / "sdist")) as sdist:
         sdist.extractall(folder, filter="data")
@@ -107,7 +108,7 @@ def from_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Install
     return environment(tmp_path_factory.mktemp("from-wheel") / "venv", wheel)
 
 
-def test_a_wheel_holds_sweeps_and_templates_and_nothing_of_the_tests(wheel: Path) -> None:
+def test_a_wheel_holds_sweeps_and_templates_and_no_tests(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {Path(name).stem for name in names if name.startswith("moebench/suites/")} == SWEEPS
     templates = {path.name for path in (ROOT / "moebench" / "report" / "templates").iterdir()}
@@ -115,7 +116,7 @@ def test_a_wheel_holds_sweeps_and_templates_and_nothing_of_the_tests(wheel: Path
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"experts", "moebench"}
 
 
-def test_a_wheel_lists_runs_shows_and_reports(from_wheel: Installed, tmp_path: Path) -> None:
+def test_list_run_show_and_report_work_from_a_wheel(from_wheel: Installed, tmp_path: Path) -> None:
     package, quick = from_wheel.places(tmp_path)
     assert package.is_relative_to(from_wheel.folder)
     assert quick == package / "suites" / "quick.toml"
@@ -134,7 +135,7 @@ def test_a_wheel_lists_runs_shows_and_reports(from_wheel: Installed, tmp_path: P
 def test_an_editable_install_finds_the_sweeps_of_its_checkout(project: Path, tmp_path: Path) -> None:
     editable = environment(tmp_path / "venv", built("editable", project, tmp_path / "wheel"))
     assert editable.places(tmp_path) == (project / "moebench", project / "suites" / "quick.toml")
-    assert not (project / "moebench" / "suites").exists(), "a copy would go stale"
+    assert not (project / "moebench" / "suites").exists(), "a copied sweep would go stale"
 
 
 def test_a_checkout_on_the_path_finds_its_sweeps(project: Path, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_a_checkout_on_the_path_finds_its_sweeps(project: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("is_from_wheel", [True, False], ids=["wheel", "checkout"])
-def test_the_working_folders_sweeps_win(
+def test_sweeps_in_the_working_folder_come_first(
     from_wheel: Installed, project: Path, tmp_path: Path, is_from_wheel: bool
 ) -> None:
     chosen = from_wheel if is_from_wheel else Installed(from_wheel.folder, {"PYTHONPATH": str(project)})

@@ -1,4 +1,4 @@
-"""The notebooks run in a fresh kernel where torch cannot be imported, and what is committed is what they then show."""
+"""The notebooks run in a fresh kernel without torch, and print the output that is committed."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-#: Python runs this in every process that finds it on its path.
+#: As sitecustomize.py, Python runs this in every process that finds it on its path.
 WITHOUT_TORCH = """
 import sys
 
@@ -42,17 +42,17 @@ def execute():
     return module.execute
 
 
-def test_both_notebooks_are_there() -> None:
+def test_both_notebooks_exist() -> None:
     assert [path.stem for path in NOTEBOOKS] == ["compare_backends", "gate_a_change"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_are_committed_small_and_of_no_machine(path: Path) -> None:
+def test_committed_outputs_are_complete_and_small_and_name_no_machine(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == list(
         range(1, 1 + sum(cell.cell_type == "code" for cell in notebook.cells))
-    ), "run from top to bottom"
+    ), "the cells were not run once from top to bottom; run `python notebooks/execute.py`"
     assert not [output for output in outputs(notebook) if output.output_type == "error"]
     assert not [output for output in outputs(notebook) if output.get("name") == "stderr"]
     assert pictures(notebook) >= 1
@@ -62,10 +62,10 @@ def test_outputs_are_committed_small_and_of_no_machine(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_fresh_kernel_without_torch_shows_what_is_committed(path: Path, execute, tmp_path: Path) -> None:
+def test_a_fresh_kernel_without_torch_prints_the_committed_output(path: Path, execute, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCH)
     committed = nbformat.read(path, as_version=4)
     again = execute(nbformat.read(path, as_version=4), first_on_path=tmp_path)
     assert not [output for output in outputs(again) if output.output_type == "error"]
-    assert printed(again) == printed(committed), "stale: run `python notebooks/execute.py` and look at what changed"
+    assert printed(again) == printed(committed), "stale; run `python notebooks/execute.py` and check the diff"
     assert pictures(again) == pictures(committed)

@@ -1,4 +1,4 @@
-"""pyproject.toml, constraints.txt and the Makefile agree with one another and with the code."""
+"""pyproject.toml, constraints.txt and the Makefile agree with each other and with the code."""
 
 import ast
 import importlib
@@ -20,14 +20,14 @@ PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OURS = ("experts", "moebench")
 
-#: Imported name -> distribution, where they differ.
+#: Imported name -> name of the distribution, where the two differ.
 DISTRIBUTION_OF = {
     "deep_ep": "tokenspeed-deepep",
-    "pydantic_core": "pydantic",  # which fixes its version
+    "pydantic_core": "pydantic",  # pydantic requires one exact version
     "pynvml": "nvidia-ml-py",
-    "triton": "torch",  # a dependency of its CUDA builds
+    "triton": "torch",  # the CUDA builds of torch depend on triton
 }
-#: Imported inside functions alone, for backends that no extra installs.
+#: Packages of backends that no extra installs. They are imported only inside functions.
 UNDECLARED = {"torchao", "nemo_automodel", "sonicmoe"}
 
 
@@ -49,21 +49,21 @@ def pinned_version(pin):
     return Version(specifier.version)
 
 
-def test_every_pin_is_one_public_version_and_there_once():
+def test_every_package_is_pinned_once_to_one_public_version():
     names = [canonicalize_name(pin.name) for pin in pins()]
     assert sorted(set(names)) == sorted(names)
     for pin in pins():
-        assert pinned_version(pin).local is None, f"{pin}: no other build of this version would satisfy it"
+        assert pinned_version(pin).local is None, f"{pin} refuses other builds; leave the local part out"
 
 
-def test_every_pin_is_admitted():
+def test_every_pin_satisfies_the_requirements():
     versions = {canonicalize_name(pin.name): pinned_version(pin) for pin in pins()}
     for requirement in ALL:
         version = versions.get(canonicalize_name(requirement.name))
-        assert version is None or requirement.specifier.contains(version), f"{requirement} refuses {version}"
+        assert version is None or requirement.specifier.contains(version), f"{requirement} refuses the pin {version}"
 
 
-def test_everything_that_make_installs_is_pinned():
+def test_every_package_that_make_installs_is_pinned():
     named = {
         canonicalize_name(requirement.name) for requirement in requirements(PROJECT["dependencies"], EXTRAS["dev"])
     }
@@ -75,19 +75,19 @@ def test_every_requirement_has_a_lower_bound(requirement):
     assert any(specifier.operator in (">=", "==", "~=") for specifier in requirement.specifier)
 
 
-def test_gpu_is_all_the_extras_for_a_gpu():
+def test_the_gpu_extra_names_every_extra_except_dev():
     (every,) = requirements(EXTRAS["gpu"])
     assert every.name == "moebench"
     assert every.extras == set(EXTRAS) - {"gpu", "dev"}
 
 
-def test_tools_check_for_the_oldest_python_that_is_admitted():
+def test_mypy_and_ruff_target_the_oldest_supported_python():
     oldest = PYPROJECT["tool"]["mypy"]["python_version"]
     assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(f">={oldest}")
     assert PYPROJECT["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
 
 
-def test_the_command_exists():
+def test_the_moebench_command_exists():
     module, _, function = PROJECT["scripts"]["moebench"].partition(":")
     assert callable(getattr(importlib.import_module(module), function))
 
@@ -107,48 +107,49 @@ def test_every_import_is_declared(package):
     known = {*OURS, *sys.stdlib_module_names, *UNDECLARED}
     for file in (ROOT / package).rglob("*.py"):
         for name in set(imported_names(file)) - known:
-            assert canonicalize_name(DISTRIBUTION_OF.get(name, name)) in declared, f"{file.relative_to(ROOT)}: {name}"
+            distribution = canonicalize_name(DISTRIBUTION_OF.get(name, name))
+            assert distribution in declared, f"{file.relative_to(ROOT)} imports {name}; declare it in pyproject.toml"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("arguments", [[], ["help"]])
-def test_make_alone_lists_every_target(arguments):
+def test_make_and_make_help_list_every_target(arguments):
     done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  make ")]
     assert listed == ["bench", "test", "certify", "lint", "results", "clean", "help"]
 
 
-#: Lines of the longest file, by top-level folder.
+#: The most lines that a file may have, by top-level folder.
 MOST_LINES = {"experts": 300, "moebench": 300, "tests": 400}
-#: Of all tracked files together.
+#: The most bytes that all tracked files may have together.
 MOST_BYTES = 8 * 2**20
-#: Tests that are of more than one module, or apart from those of theirs.
+#: Test files that cover more than one module, or that are separate from the test file of their module.
 CROSS_CUTTING = {
-    "test_imports.py",  # who imports whom, over all modules
-    "test_new_axis.py",  # a field more in a case shows in tables, pages, files, filters and gates
-    "test_older_run.py",  # a results folder of an older revision, opened by all that opens one
+    "test_imports.py",  # which module imports which, for all modules
+    "test_new_axis.py",  # a new field of a case appears in tables, pages, files, filters and gates
+    "test_older_run.py",  # every reader of a results folder opens one of an older revision
     "measure/test_expert_parallel.py",  # groups of real processes: worker, samplers, judge and runner
-    "measure/test_gpu.py",  # what only a CUDA GPU can show of timing, memory, poison and a run
-    "parity/test_faults.py",  # planted faults are found: probes, checks and judge
+    "measure/test_gpu.py",  # facts of timing, memory, poison and a run that only a CUDA GPU can show
+    "parity/test_faults.py",  # probes, checks and judge find the planted faults
     "parity/test_fp8_parity.py",  # the judge of FP8 recipes, with quantization and reference
-    "parity/test_never_accused.py",  # right backends over all checks
-    "run/test_schedule.py",  # workers at once: runner, turns and supervisor
+    "parity/test_never_accused.py",  # no check accuses a right backend
+    "run/test_schedule.py",  # several workers at once: runner, turns and supervisor
     "verdicts/test_older_revision.py",  # `ab` with the experts of an older revision: revisions, ab, worker and gate
-    "workload/test_inputs_of_ranks.py",  # inputs, case and models where a case has ranks; test_inputs.py is long
+    "workload/test_inputs_of_ranks.py",  # inputs, case and models of a case with ranks; test_inputs.py is long
 }
 
 
 @pytest.mark.parametrize("folder", MOST_LINES)
-def test_a_file_is_read_in_one_sitting(folder):
+def test_no_file_is_too_long(folder):
     lines = {path: path.read_text().count("\n") for path in (ROOT / folder).rglob("*.py")}
     assert len(lines) > 20
     most = MOST_LINES[folder]
     too_long = [f"{path.relative_to(ROOT)}: {count} lines" for path, count in lines.items() if count > most]
-    assert not too_long, f"at most {most} lines: split by what is there"
+    assert not too_long, f"{too_long} exceed {most} lines; split them by topic"
 
 
-def test_tests_lie_where_what_they_test_does():
-    """tests/moebench/<folder>/test_<module>.py is of moebench/<folder>/<module>.py."""
+def test_every_test_file_is_named_after_its_module():
+    """tests/moebench/<folder>/test_<module>.py tests moebench/<folder>/<module>.py."""
     tests, package = ROOT / "tests" / "moebench", ROOT / "moebench"
     files = {path.relative_to(tests) for path in tests.rglob("test_*.py")}
     strangers = {
@@ -158,9 +159,9 @@ def test_tests_lie_where_what_they_test_does():
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs a checkout and git")
-def test_what_is_tracked_is_small():
+def test_tracked_files_are_small_together():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     sizes = {name: (ROOT / name).lstat().st_size for name in listed.split("\0") if name and (ROOT / name).exists()}
     largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:5]
     total = sum(sizes.values())
-    assert total <= MOST_BYTES, f"{total / 2**20:.1f} MiB; the largest are {', '.join(largest)}"
+    assert total <= MOST_BYTES, f"tracked files have {total / 2**20:.1f} MiB; the largest are {', '.join(largest)}"

@@ -1,4 +1,4 @@
-"""`pytest suites/` as its users run it: saved, compared, wrong and missing backends told apart."""
+"""`pytest suites/` as users run it: it saves and compares runs, fails wrong backends and skips missing ones."""
 
 import json
 import os
@@ -29,7 +29,10 @@ BACKENDS = [f"--backend={name}" for name in ("loop", "torch_mm", "gmm", "faulty:
 
 
 def suites(folder: Path, *arguments: str) -> tuple[int, str]:
-    """Exit code and output of pytest over the sweep in `folder`, on one core of the CPU, outside any other pytest."""
+    """Run pytest on suites/ in `folder` with one CPU thread, and return its exit code and output.
+
+    Variables of the outer pytest are removed.
+    """
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     path = os.pathsep.join(filter(None, [str(ROOT / "tests" / "backends"), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-W", "error", "-m", "pytest", str(ROOT / "suites"), "-p", "no:cacheprovider"]
@@ -63,7 +66,7 @@ def test_a_wrong_backend_fails_and_one_that_cannot_run_is_skipped(autosaved: tup
     assert "warning" not in output.lower()
 
 
-def test_what_is_saved_is_what_was_measured(autosaved: tuple[Path, int, str]) -> None:
+def test_saved_rows_hold_the_measurements(autosaved: tuple[Path, int, str]) -> None:
     saved = json.loads(saved_file(autosaved[0]).read_text())
     assert saved["machine_info"]["moebench"]["device"] == "cpu"
     rows = {row["extra_info"]["backend"]: row for row in saved["benchmarks"]}
@@ -73,7 +76,7 @@ def test_what_is_saved_is_what_was_measured(autosaved: tuple[Path, int, str]) ->
         assert stats["rounds"] == len(stats["data"]) >= 6
         assert stats["min"] == min(stats["data"])
         assert stats["q3"] - stats["q1"] == stats["iqr"] > 0
-        assert extra["tokens_per_s"] == pytest.approx(24 / stats["median"])  # so times are in seconds
+        assert extra["tokens_per_s"] == pytest.approx(24 / stats["median"])  # the saved times are in seconds
         assert extra["tflops"] == pytest.approx(3 * 6 * 24 * 2 * 32 * 32 / stats["median"] / 1e12)
         assert extra["backward_ms"] < stats["max"] * 1e3
         assert 0 < extra["parity_worst"] <= 1
@@ -84,18 +87,18 @@ def test_what_is_saved_is_what_was_measured(autosaved: tuple[Path, int, str]) ->
         assert row["group"] == extra["case_id"]
 
 
-def test_compare_finds_the_saved_run_and_what_became_slower(autosaved: tuple[Path, int, str]) -> None:
+def test_compare_finds_the_saved_run_and_reports_what_became_slower(autosaved: tuple[Path, int, str]) -> None:
     folder = autosaved[0]
     file = saved_file(folder)
     saved = json.loads(file.read_text())
-    for row in saved["benchmarks"]:  # as if the loop had been fast once, and torch_mm slow
+    for row in saved["benchmarks"]:  # pretend that the loop was fast in the saved run, and torch_mm slow
         row["stats"]["median"] *= 1e-3 if row["extra_info"]["backend"] == "loop" else 1e3
     file.write_text(json.dumps(saved))
     arguments = ["--backend", "loop", "--backend", "torch_mm", "--benchmark-compare"]
     code, output = suites(folder, "--sweep", "small.toml", *arguments, "--benchmark-compare-fail", "median:50%")
     assert code == 1
     assert "machine_info is different" not in output
-    for backend in ("loop", "torch_mm"):  # a row each for now and then
+    for backend in ("loop", "torch_mm"):  # one row for the new run and one for the saved run
         assert f"-{backend}] (NOW)" in output
         assert f"-{backend}] (0001_" in output
     regressed = output.partition("Performance has regressed:\n")[2].splitlines()
@@ -103,7 +106,7 @@ def test_compare_finds_the_saved_run_and_what_became_slower(autosaved: tuple[Pat
     assert "-torch_mm]" not in regressed[0] + regressed[1]
 
 
-def test_disabled_it_only_checks_and_a_mistake_is_one_line(autosaved: tuple[Path, int, str]) -> None:
+def test_benchmark_disable_only_checks_and_a_wrong_sweep_name_is_one_line(autosaved: tuple[Path, int, str]) -> None:
     code, output = suites(autosaved[0], "--sweep", "small.toml", "--benchmark-disable", "--backend", "loop")
     assert code == 0, output
     assert "1 passed" in output

@@ -1,4 +1,4 @@
-"""Backends that break the process they run in, one way each, and two that only say no."""
+"""Backends that fail or break their process, each in one way, and two that only refuse."""
 
 import ctypes
 import os
@@ -62,7 +62,7 @@ class RaisesMemoryError(_BreaksInForward):
 
 
 class OutOfMemory(_BreaksInForward):
-    """Asks torch's allocator for a pebibyte, more than an address space holds."""
+    """Asks torch's allocator for a pebibyte. An address space is smaller."""
 
     def break_down(self) -> None:
         torch.empty(2**50, dtype=torch.uint8)
@@ -74,7 +74,7 @@ class OutOfGpuMemory(_BreaksInForward):
 
 
 class BreaksTheGpu(_BreaksInForward):
-    """An assertion on the device: from then on its process can do nothing on that GPU."""
+    """Fails an assertion on the device. After this, the process cannot use that GPU."""
 
     def break_down(self) -> None:
         torch.zeros(3, device="cuda")[torch.full((3,), 99, device="cuda")]
@@ -102,7 +102,7 @@ class Exits(_BreaksInForward):
 
 
 class LeavesAChild(_BreaksInForward):
-    """Dies, and a process that it started lives on in its process group, its standard output the worker's log."""
+    """Exits, but a child process lives on in the process group. The child's standard output is the worker's log."""
 
     def break_down(self) -> None:
         child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
@@ -111,7 +111,7 @@ class LeavesAChild(_BreaksInForward):
 
 
 class DiesAfterItsRecord(_BreaksInForward):
-    """Right, but its process dies between this job and the next, as of an asynchronous fault."""
+    """Right, but its process dies between this job and the next, as after an asynchronous fault."""
 
     def break_down(self) -> None:
         events = sys.modules["__main__"].Events
@@ -126,7 +126,7 @@ class DiesAfterItsRecord(_BreaksInForward):
 
 
 class NotAModule:
-    """No nn.Module at all."""
+    """Not an nn.Module."""
 
     def __init__(self, config: MoEConfig) -> None:
         pass
@@ -141,7 +141,7 @@ class OtherParameters(nn.Module):
 
 
 class FillsTheHost(_BreaksInForward):
-    """Takes memory until the limit that its process has, and gives it back with what it raises."""
+    """Allocates memory up to the limit of its process. The memory is free again after the error."""
 
     def break_down(self) -> None:
         taken = []
@@ -150,7 +150,7 @@ class FillsTheHost(_BreaksInForward):
 
 
 class ChangesItsProcess(_BreaksInForward):
-    """Fails, and leaves every later silu of its process a little wrong."""
+    """Raises, and makes every later silu in its process slightly wrong."""
 
     def break_down(self) -> None:
         silu = torch.nn.functional.silu
@@ -159,7 +159,7 @@ class ChangesItsProcess(_BreaksInForward):
 
 
 class RoundsForAll(GroupedExperts):
-    """Leaves torch so that every later float32 product may be rounded more coarsely."""
+    """Sets torch so that every later float32 product of the process may be rounded more coarsely."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
@@ -167,7 +167,7 @@ class RoundsForAll(GroupedExperts):
 
 
 class ReadsOutOfBounds(_BreaksInForward):
-    """An illegal memory access on the GPU, by a kernel that Triton compiles."""
+    """Makes an illegal memory access on the GPU, in a Triton kernel."""
 
     def break_down(self) -> None:
         from illegal import read_out_of_bounds
@@ -176,7 +176,7 @@ class ReadsOutOfBounds(_BreaksInForward):
 
 
 class HangsTheGpu(_BreaksInForward):
-    """A kernel that takes hours: the host waits in the driver, where no signal but SIGKILL reaches it."""
+    """Starts kernels that take hours. The host waits in the driver, where only SIGKILL ends it."""
 
     def break_down(self) -> None:
         for _ in range(1000):
@@ -185,7 +185,7 @@ class HangsTheGpu(_BreaksInForward):
 
 
 class FillsTheGpu(_BreaksInForward):
-    """Takes the GPU's memory for real, piece by piece, and holds on to it: a later job finds none."""
+    """Allocates all memory of the GPU piece by piece and keeps it. A later job in this process finds none."""
 
     taken: ClassVar[list[Tensor]] = []
 

@@ -1,4 +1,4 @@
-"""Coarser than the loop in ways that are common in kernels, and no fault: their rounding is the dtype's own."""
+"""Backends that round more coarsely than the loop, as many kernels do. This is not a fault: they round to the dtype."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from experts.compute.loop import expert_forward, split_experts
 
 
 class SumInDtype(GroupedExperts):
-    """A token's experts are added up in the tokens' dtype, and so are their gradients; the loop does so in float32."""
+    """A token's expert outputs, and their gradients, are summed in the tokens' dtype. The loop sums in float32."""
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         out_RD = torch.zeros_like(x_RD)
@@ -21,12 +21,12 @@ class SumInDtype(GroupedExperts):
         return out_RD
 
     def expert(self, x_ND: Tensor, weights_N: Tensor, expert: ExpertParameters) -> Tensor:
-        """What one expert adds to its rows."""
+        """Return what one expert adds to its rows [N, D]."""
         return expert_forward(x_ND, weights_N, expert, self.config)
 
 
 class ActivationInDtype(SumInDtype):
-    """And swiglu is computed in the tokens' dtype, the routing weight rounded to it, each step rounded."""
+    """Like SumInDtype. Each step of swiglu, with the routing weight, is also rounded to the tokens' dtype."""
 
     def expert(self, x_ND: Tensor, weights_N: Tensor, expert: ExpertParameters) -> Tensor:
         config = self.config

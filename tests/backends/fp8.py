@@ -1,7 +1,8 @@
-"""FP8 on a CPU: expert layers whose products quantise their operands, right ones, and ones with one fault each.
+"""FP8 on a CPU: expert layers that quantise the operands of their products. Some are right, others have one fault each.
 
-Named as a user would name them, `fp8:Current`, with this folder on PYTHONPATH. A fault becomes a backend of a recipe by
-`faulty`. Which expert is at fault, or which two, is `pick`'s choice among the local ones that have tokens.
+With this folder on PYTHONPATH, a test names a backend as a user would, for example `fp8:Current`. `faulty` makes a
+backend from a fault and a recipe. `pick` chooses the faulty expert, or the two faulty experts, among the local experts
+that have tokens.
 """
 
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from moebench.parity.quantization import fp8_product
 
 
 class Fp8Experts(GroupedExperts):
-    """One local expert after the other, its products in FP8, summed in float32."""
+    """Computes the local experts one after the other. Products are in FP8, sums in float32."""
 
     fp8: ClassVar[str]
     pick: ClassVar[str] = "busiest"
@@ -27,7 +28,7 @@ class Fp8Experts(GroupedExperts):
         self.picked: list[int] = []
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-        """As `ExpertLayer.compute_local`; `picked` are the experts by `pick`."""
+        """See `ExpertLayer.compute_local`. Sets `picked` to the local experts with tokens, in the order of `pick`."""
         experts = range(self.n_local_experts)
         chosen = [torch.where(indices_RK == self.first_local_expert + local) for local in experts]
         in_order = sorted((len(rows_N), local) for local, (rows_N, _) in enumerate(chosen) if len(rows_N))
@@ -39,7 +40,7 @@ class Fp8Experts(GroupedExperts):
         return out_RD.to(x_RD.dtype)
 
     def expert(self, local: int, x_ND: Tensor, weights_N1: Tensor) -> Tensor:
-        """What one expert adds to its rows, in float32."""
+        """Return what one expert adds to its rows [N, D], in float32."""
         gate_up, down, gate_up_bias, down_bias = self.parameters_of(local)
         h_NI = self.multiply(x_ND, gate_up, local, "up")
         h_NI = h_NI if gate_up_bias is None else h_NI + gate_up_bias
@@ -52,37 +53,37 @@ class Fp8Experts(GroupedExperts):
         return y_ND * weights_N1 if after_down else y_ND
 
     def parameters_of(self, local: int) -> ExpertParameters:
-        """One expert's."""
+        """Return the parameters of one expert."""
         return ExpertParameters(*(None if p is None else p[local] for p in self.expert_parameters()))  # type: ignore[arg-type]
 
     def multiply(self, a: Tensor, b: Tensor, local: int, projection: str) -> Tensor:
-        """a @ b, the product of an expert's projection "up" or "down"."""
+        """Return a @ b, the product of an expert's projection, which is "up" or "down"."""
         return fp8_product(self.fp8)(a, b)
 
     def weighted(self, down_bias: Tensor, weights_N1: Tensor) -> Tensor:
-        """The down projection's bias as each row has it."""
+        """Return the down projection's bias times the routing weight of each row."""
         return down_bias * weights_N1
 
 
 class Current(Fp8Experts):
-    """Right, by current scaling."""
+    """A right backend with current scaling."""
 
     fp8 = "current"
 
 
 class Block(Fp8Experts):
-    """Right, by block scaling."""
+    """A right backend with block scaling."""
 
     fp8 = "block"
 
 
 class Delayed(Fp8Experts):
-    """Right, with scales of larger tensors seen before: it rounds by the recipe, but to other values than the loop."""
+    """A right backend with scales as from larger tensors before. It rounds by the recipe, but to other values."""
 
     fp8 = "delayed"
 
     def multiply(self, a: Tensor, b: Tensor, local: int, projection: str) -> Tensor:
-        """By scales that keep some of the format's range free."""
+        """Multiply with scales that leave a part of the format's range free."""
         product: Tensor = _WithHeadroom.apply(a, b)
         return product
 
@@ -110,81 +111,81 @@ def _rounded(values: Tensor, fmt: torch.dtype) -> Tensor:
 
 
 class WrongScale(Fp8Experts):
-    """One expert's product is wrong by a factor, as when another's scale scales it back; its gradients are right."""
+    """One expert's product is wrong by a factor, as with the scale of another expert. Its gradients are right."""
 
     factor: ClassVar[float]
     projection: ClassVar[str] = "down"
 
     def multiply(self, a: Tensor, b: Tensor, local: int, projection: str) -> Tensor:
-        """Times the factor where it is the one."""
+        """Multiply, and scale the product of the faulty expert and projection."""
         right = super().multiply(a, b, local, projection)
         return self.scaled(right) if (local, projection) == (self.picked[0], self.projection) else right
 
     def scaled(self, right: Tensor) -> Tensor:
-        """In the forward pass alone."""
+        """Scale the product in the forward pass only."""
         return right + (right * (self.factor - 1)).detach()
 
 
 class WrongScaleBackward(WrongScale):
-    """The gradient of one expert's product is too large; the forward pass is right."""
+    """The gradient of one expert's product is wrong by a factor. The forward pass is right."""
 
     def scaled(self, right: Tensor) -> Tensor:
-        """In the backward pass alone."""
+        """Scale the gradient in the backward pass only."""
         if right.requires_grad:
             right.register_hook(lambda grad: grad * self.factor)
         return right
 
 
 class TransposedWeight(Fp8Experts):
-    """One expert's down projection is transposed: it fits where dim == moe_inter_dim."""
+    """One expert's down projection is transposed. This fits where dim == moe_inter_dim."""
 
     def multiply(self, a: Tensor, b: Tensor, local: int, projection: str) -> Tensor:
-        """With b as it lies in another layout."""
+        """Multiply, with b transposed for the down projection of the faulty expert."""
         wrong = (local, projection) == (self.picked[0], "down")
         return super().multiply(a, b.t() if wrong else b, local, projection)
 
 
 class UnweightedDownBias(Fp8Experts):
-    """The down projection's bias is added without the routing weight, as Transformer Engine's own addition would."""
+    """The down projection's bias is added without the routing weight, as Transformer Engine itself would add it."""
 
     def weighted(self, down_bias: Tensor, weights_N1: Tensor) -> Tensor:
-        """The bias as it is."""
+        """Return the bias without the routing weight."""
         return down_bias.expand(len(weights_N1), -1)
 
 
 class DroppedToken(Fp8Experts):
-    """One token is forgotten."""
+    """One token is dropped."""
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-        """Without the first token that has an expert."""
+        """Compute without the first token that has an expert."""
         first = (indices_RK >= 0).any(dim=1).nonzero()[0]
         dropped_R1 = torch.arange(len(x_RD)).unsqueeze(-1) == first
         return super().compute_local(x_RD, weights_RK, indices_RK.masked_fill(dropped_R1, -1))
 
 
 class SwappedExperts(Fp8Experts):
-    """Two experts in each other's place."""
+    """Two experts are in each other's place."""
 
     def parameters_of(self, local: int) -> ExpertParameters:
-        """The other's."""
+        """Return the parameters of one expert, those of the other for each of the two swapped experts."""
         one, other = self.picked[:2]
         return super().parameters_of({one: other, other: one}.get(local, local))
 
 
 class SilentExpert(Fp8Experts):
-    """One expert adds zeros; its gradients are zeros too, and not missing."""
+    """One expert adds zeros. Its gradients are zeros and not missing."""
 
     def expert(self, local: int, x_ND: Tensor, weights_N1: Tensor) -> Tensor:
-        """Nothing, where it is the one."""
+        """Return zeros for the faulty expert."""
         right = super().expert(local, x_ND, weights_N1)
         return right * 0 if local == self.picked[0] else right
 
 
 class DetachedRoutingWeight(Fp8Experts):
-    """The routing weights' gradient is lost, and comes out as zeros; the forward pass is right."""
+    """The gradient of the routing weights is lost: it is zeros. The forward pass is right."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """As it should be."""
+        """Compute the right output, with detached routing weights."""
         return super().forward(x, token_mask, weights.detach() + 0 * weights, indices)
 
 
@@ -204,7 +205,7 @@ FORWARD_IS_RIGHT = {name for name in FAULTS if name.startswith(("gradient", "det
 
 
 def faulty(fault: type[Fp8Experts], recipe: str, **fields: Any) -> type[Fp8Experts]:
-    """A fault's backend of a recipe, its class attributes set to `fields`."""
+    """Return the backend of a fault with a recipe. `fields` are further class attributes."""
     return type(fault.__name__, (fault,), {"fp8": recipe, **fields})
 
 

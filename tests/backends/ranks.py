@@ -1,6 +1,6 @@
-"""Backends under expert parallelism of which one rank is at fault, the last; the others do as they should.
+"""Backends under expert parallelism whose last rank is faulty. The other ranks are right.
 
-Named as a user would name them, `ranks:WrongRow`, with this folder on PYTHONPATH.
+With this folder on PYTHONPATH, a test names a backend as a user would, for example `ranks:WrongRow`.
 """
 
 import os
@@ -28,11 +28,11 @@ class _LastRankFails(GroupedExperts):
         return self.ep_mesh.get_local_rank() == self.ep_mesh.size() - 1
 
     def break_down(self) -> None:
-        """Nothing that shows."""
+        """Fail on the last rank. The default does nothing."""
 
 
 class WrongRow(_LastRankFails):
-    """The row of the last rank's third active token comes out negative."""
+    """The last rank negates the output row of its third active token."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         output = super().forward(x, token_mask, weights, indices)
@@ -43,7 +43,7 @@ class WrongRow(_LastRankFails):
 
 
 class OwnTokensOnly(_LastRankFails):
-    """The last rank's experts learn from its own tokens alone. For all-gather, whose rows are in the ranks' order."""
+    """The last rank's experts get gradients only from its own tokens. For all-gather, with rows in the ranks' order."""
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         right_RD = super().compute_local(x_RD, weights_RK, indices_RK)
@@ -59,7 +59,7 @@ class OwnTokensOnly(_LastRankFails):
 
 
 class ForeignWeightsDetached(_LastRankFails):
-    """The last rank's experts give back no gradient for other ranks' routing weights. For all-gather, as the above."""
+    """The last rank's experts return no gradient for the other ranks' routing weights. For all-gather."""
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         if self.is_last:

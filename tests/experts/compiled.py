@@ -1,4 +1,4 @@
-"""Kernels compiled as for an H200, which needs no GPU."""
+"""Compile kernels for an H200. This needs no GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from tests.experts.layers import BF16, F16, F32
 
 POINTERS = {BF16: "*bf16", F16: "*fp16", F32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 OPTIONS = ("num_stages", "num_warps")
-#: Bytes of shared memory that a program may have on SM90.
+#: Bytes of shared memory that one program may use on SM90.
 SHARED_MEMORY_BYTES = 227 * 1024
 
 
 def compile_launches(monkeypatch: pytest.MonkeyPatch, folder: Path, *modules: Any) -> dict[str, str]:
-    """By kernel, the PTX of the modules' latest launch; none runs."""
+    """Make the modules compile their kernels instead of launching them.
+
+    Return a dict that gets the PTX of each kernel's latest launch under the kernel's name.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,4 +1,4 @@
-"""Fixtures: the libraries of others absent, or fakes in their place."""
+"""Fixtures that block the vendor libraries or replace them by fakes."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""deep_ep.Buffer (1.2.1, within one node) over gloo: the same arguments and results, and what it asserts of them."""
+"""A fake of deep_ep.Buffer (1.2.1, within one node) over gloo, with its arguments, results and assertions."""
 
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ RANKS = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
 
 
 class Config:
-    """How much memory a transfer needs; the real one knows more."""
+    """The memory that a transfer needs. The real class holds more."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
@@ -24,7 +24,7 @@ class Config:
 
 
 class Handle(NamedTuple):
-    """What a dispatch found out, for the combine and for both backward passes."""
+    """What a dispatch computed, for the combine and for both backward passes."""
 
     is_token_in_rank: Tensor
     receive: list[int]
@@ -32,7 +32,7 @@ class Handle(NamedTuple):
 
 
 class Buffer:
-    """Moves rows of bfloat16 between the ranks of a group, each token once to every rank that wants it."""
+    """Sends bfloat16 rows between the ranks of a group. Each token goes once to every rank that needs it."""
 
     num_sms = 20
     made = 0
@@ -74,7 +74,7 @@ class Buffer:
         return Config(128)
 
     def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, None, Tensor, Tensor, None]:
-        """Tokens a rank, (RDMA ranks), tokens an expert, whether a token goes to a rank [T, ranks], (an event)."""
+        """Return tokens per rank, None (RDMA), tokens per expert, is_token_in_rank [T, ranks], and None (event)."""
         assert self.runtime is not None
         assert topk_idx.dtype is torch.int64
         assert topk_idx.ndim == 2
@@ -97,9 +97,9 @@ class Buffer:
         topk_idx: Tensor | None = None,
         topk_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, list[int] | None, Handle | None, None]:
-        """Received rows, local expert indices (−1: none of them), weights, tokens a local expert, handle, (an event).
+        """Return received rows, local expert indices (−1: not local), weights, tokens per local expert, handle, None.
 
-        With a handle, rows go the way they went then, and nothing else does.
+        With a handle, only the rows are sent, by the same way as in the dispatch that returned the handle.
         """
         self._check(x)
         if handle is not None:
@@ -127,7 +127,7 @@ class Buffer:
     def combine(
         self, x: Tensor, handle: Handle, topk_weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Each token's rows summed in float32 over the ranks it went to, its weights likewise, (an event)."""
+        """Return each token's rows and weights, summed in float32 over the ranks that it went to, and None (event)."""
         self._check(x)
         assert x.shape[0] == sum(handle.receive)
         assert handle.num_sms == Buffer.num_sms, "the handle has as many channels as there were SMs"
@@ -165,7 +165,7 @@ class Buffer:
 
 
 def modules() -> dict[str, ModuleType]:
-    """What `import` finds, by name."""
+    """Return the fake modules by the name that `import` uses."""
     module: Any = ModuleType("deep_ep")
     module.Buffer, module.Config = Buffer, Config
     return {"deep_ep": module}

@@ -1,4 +1,7 @@
-"""grouped_gemm (0.3.0, on SM90) in plain torch: what it asserts, and what it leaves unwritten, which is NaN here."""
+"""A fake of grouped_gemm (0.3.0, on SM90) in plain torch.
+
+It has the library's assertions. Memory that the library leaves unwritten is NaN here.
+"""
 
 from types import ModuleType
 
@@ -7,9 +10,10 @@ from torch import Tensor
 
 
 def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_a: bool = False, trans_b: bool = False) -> Tensor:
-    """Rows [N, P] in groups of `batch_sizes` [L] times matrices [L, P, Q] ([L, Q, P] with `trans_b`) -> [N, Q].
+    """Return [N, Q]: rows [N, P] in groups of `batch_sizes` [L], times matrices [L, P, Q] ([L, Q, P] with `trans_b`).
 
-    With `trans_a`, rows [N, P] transposed times rows [N, Q], group by group -> [L, P, Q]. No autograd: `backend`'s.
+    With `trans_a`, return [L, P, Q]: per group, the transposed rows [N, P] times the rows [N, Q]. Like
+    `grouped_gemm.backend.gmm`, it computes no gradients.
     """
     assert not (trans_a and trans_b)
     assert not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)), "no gradient comes back"
@@ -19,7 +23,7 @@ def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_a: bool = False, trans_
 
 
 def _groups(batch_sizes: Tensor) -> list[slice]:
-    assert batch_sizes.device.type == "cpu", "the sizes live on the host"
+    assert batch_sizes.device.type == "cpu", "batch_sizes must be on the host"
     assert batch_sizes.dtype is torch.int64
     assert batch_sizes.ndim == 1
     assert batch_sizes.any(), "Input batch_sizes should not be all zeros!"
@@ -32,7 +36,7 @@ def _multiply_groups(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool) -
     assert a.is_contiguous()
     assert b.is_contiguous()
     assert a.dtype is b.dtype
-    assert batch_sizes.shape == b.shape[:1], "one size an expert"
+    assert batch_sizes.shape == b.shape[:1], "batch_sizes needs one size per expert"
     c = torch.full((a.shape[0], b.shape[1] if trans_b else b.shape[2]), torch.nan, dtype=a.dtype)
     for rows, matrix in zip(_groups(batch_sizes), b, strict=True):
         c[rows] = a[rows] @ (matrix.t() if trans_b else matrix)
@@ -51,7 +55,7 @@ def _outer_of_groups(a: Tensor, b: Tensor, batch_sizes: Tensor) -> Tensor:
 
 
 def modules() -> dict[str, ModuleType]:
-    """What `import` finds, by name."""
+    """Return the fake modules by the name that `import` uses."""
     package, backend = ModuleType("grouped_gemm"), ModuleType("grouped_gemm.backend")
     package.backend, backend.gmm = backend, gmm  # type: ignore[attr-defined]
     return {"grouped_gemm": package, "grouped_gemm.backend": backend}

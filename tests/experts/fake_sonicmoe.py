@@ -1,4 +1,7 @@
-"""SonicMoE's entry for given routing in plain torch: gate and up in turns, pairs sorted by token."""
+"""A fake of SonicMoE's function for given routing, in plain torch.
+
+Gate and up columns alternate, and (token, expert) pairs are sorted by token.
+"""
 
 import enum
 from types import ModuleType
@@ -47,7 +50,7 @@ def moe_general_routing_inputs(
 
 
 def modules() -> dict[str, ModuleType]:
-    """What to put into sys.modules."""
+    """Return the fake modules by the name that `import` uses."""
     package, enums = ModuleType("sonicmoe"), ModuleType("sonicmoe.enums")
     package.moe_general_routing_inputs = moe_general_routing_inputs  # type: ignore[attr-defined]
     enums.ActivationType = ActivationType  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""Transformer Engine (2.20) in plain torch: what experts/te uses of it, what it asserts, and how it keeps weights.
+"""A fake of Transformer Engine (2.20) in plain torch: the parts that experts/te uses, with TE's assertions.
 
-Under FP8 nothing is rounded; but groups must be aligned, and weights are copies that are kept as TE keeps its quantised
-ones, so that who uses old ones is seen.
+FP8 rounds nothing here, but groups must be aligned. The fake keeps copies of the weights as long as TE keeps its
+quantised weights, so that a test sees when a layer uses old weights.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 @dataclass(frozen=True)
 class Recipe:
-    """A quantisation recipe; the real ones are asked for their kind in the same way."""
+    """A quantisation recipe. `mxfp8()` returns the kind, as in the real classes."""
 
     name: str
 
@@ -30,7 +30,7 @@ class Recipe:
 
 
 class FP8GlobalStateManager:
-    """The innermost autocast: its recipe, or None where FP8 is off."""
+    """Holds the recipe of each open autocast, the innermost last. None stands for FP8 off."""
 
     recipes: tuple[Recipe | None, ...] = ()
 
@@ -47,7 +47,7 @@ class FP8GlobalStateManager:
 
 @contextlib.contextmanager
 def autocast(enabled: bool = True, recipe: Recipe | None = None) -> Iterator[None]:
-    """FP8 by a recipe inside."""
+    """Turn FP8 with a recipe on, or FP8 off, inside of the block."""
     before = FP8GlobalStateManager.recipes
     FP8GlobalStateManager.recipes = (*before, (recipe or Recipe("DelayedScaling")) if enabled else None)
     try:
@@ -61,7 +61,7 @@ def _aligned(sizes: list[int], alignment: int) -> list[int]:
 
 
 class Fp8Padding(nn.Module):
-    """(rows, sizes) -> rows with zeros at each group's end, and the sizes that the groups have then."""
+    """(rows, sizes) -> rows with zeros at the end of each group, and the padded sizes."""
 
     def __init__(self, num_gemms: int, align_size: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Fp8Padding(nn.Module):
 
 
 class Fp8Unpadding(nn.Module):
-    """(padded rows, sizes before the padding) -> rows without it."""
+    """(padded rows, sizes before the padding) -> rows without the padding."""
 
     def __init__(self, num_gemms: int, align_size: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Fp8Unpadding(nn.Module):
 
 @dataclass(frozen=True)
 class Call:
-    """One forward of a GroupedLinear, for tests to look at."""
+    """One forward of a GroupedLinear, recorded for tests."""
 
     m_splits: list[int]
     recipe: str | None
@@ -127,14 +127,14 @@ class GroupedLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, defer_init: bool = False) -> None:
-        """Normal weights, zero biases, as new Parameters; those on the meta device become real."""
+        """Set new Parameters: normal weights, zero biases. Parameters on the meta device move to the CPU."""
         for name, parameter in [] if defer_init else list(self.named_parameters()):
             real = torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter
             nn.init.zeros_(real) if name.startswith("bias") else nn.init.normal_(real, std=0.023)
             setattr(self, name, nn.Parameter(real))
 
     def forward(self, inp: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Any:
-        """[N, out], and the list of biases with `return_bias`, which then are not added."""
+        """Return [N, out]. With `return_bias`, the biases are not added but returned as a list beside it."""
         weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
         biases = [getattr(self, f"bias{index}") for index in range(self.num_gemms)]
         recipe = FP8GlobalStateManager.get_fp8_recipe() if FP8GlobalStateManager.is_fp8_enabled() else None
@@ -168,7 +168,9 @@ class GroupedLinear(nn.Module):
         assert len(m_splits) == self.num_gemms
         assert sum(m_splits) == inp.shape[0] > 0
         assert inp.shape[1:] == (self.in_features,)
-        assert all(tensor.is_contiguous() for tensor in (inp, *weights)), "TE reads memory, whatever the strides"
+        assert all(tensor.is_contiguous() for tensor in (inp, *weights)), (
+            "tensors must be contiguous: TE ignores strides"
+        )
         assert {weight.dtype for weight in weights} == {inp.dtype}, "dtypes must match outside of torch.autocast"
         if recipe is not None:
             assert not any(size % recipe.alignment for size in m_splits)
@@ -193,7 +195,7 @@ class _MultiplyGroups(Function):
 
 
 def modules() -> dict[str, ModuleType]:
-    """What `import` finds, by name."""
+    """Return the fake modules by the name that `import` uses."""
     names = ("", ".pytorch", ".pytorch.quantization", ".common", ".common.recipe")
     made = {f"transformer_engine{name}": ModuleType(f"transformer_engine{name}") for name in names}
     for name, module in made.items():

@@ -1,7 +1,7 @@
-"""The libraries of others in the tests of experts: absent, or fakes in their place on a machine without a GPU.
+"""Block the vendor libraries in the tests of experts, or replace them by fakes on a machine without a GPU.
 
-A fake is a real implementation of what the package uses, which asserts what the library asserts. That the library needs
-a GPU, and grouped_gemm bfloat16, is set aside; every other check of the package stays.
+A fake implements the functions that the package uses, and has the library's assertions. The package's checks that a
+library needs a GPU, and that grouped_gemm needs bfloat16, are bypassed. Its other checks stay.
 """
 
 import sys
@@ -31,7 +31,7 @@ BF16 = torch.bfloat16
 
 
 def remove(patch: pytest.MonkeyPatch) -> None:
-    """No library imports."""
+    """Make the import of every vendor library fail."""
     for name in {*LIBRARIES, *sys.modules}:
         if name.partition(".")[0] in LIBRARIES:
             patch.setitem(sys.modules, name, None)
@@ -39,7 +39,7 @@ def remove(patch: pytest.MonkeyPatch) -> None:
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
-    """Fakes of Transformer Engine, grouped_gemm and deep_ep, on an SM90 that is not there."""
+    """Install fakes of Transformer Engine, grouped_gemm and deep_ep, and report an SM90 as the GPU."""
     remove(patch)
     for fake in (fake_transformer_engine, fake_grouped_gemm, fake_deep_ep):
         for name, module in fake.modules().items():

@@ -1,4 +1,4 @@
-"""Layers to test: their configuration, inputs and parameters from a seed, a run of them, and how near is near."""
+"""Layers to test: their configuration, seeded inputs and parameters, how to run them, and tolerances."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from tests.experts import oracle
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
-#: Largest error of a row, relative to its norm: ten roundings, whose errors are 2^-53, 2^-24, 2^-8 and 2^-11.
+#: Largest error of a row, relative to its norm: about ten roundings. One rounding is 2^-53, 2^-24, 2^-8 or 2^-11.
 TOLERANCE = {F64: 1e-14, F32: 2e-6, BF16: 4e-2, F16: 5e-3}
 
 Named = dict[str, Tensor]
@@ -28,7 +28,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True)
 class Setup:
-    """Where a test runs: engine, device, and dtype of activations and parameters."""
+    """The engine, the device, and the dtype of activations and parameters of a test."""
 
     engine: str
     device: str
@@ -42,7 +42,7 @@ class Setup:
 
 
 def takes(engine: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether the engine has anything to compute there; Triton on a CPU in its interpreter, without bfloat16."""
+    """Whether the engine supports the device and dtype. On a CPU, Triton needs its interpreter and float16."""
     if engine == "triton":
         return dtype in (F16, BF16) if device == "cuda" else INTERPRETED and dtype is F16
     return engine == "loop" or dtype is not F64
@@ -82,7 +82,7 @@ def layer(engine: str, config: MoEConfig, parameters: Named | None = None, devic
 
 
 def random_parameters(config: MoEConfig, seed: int = 1) -> Named:
-    """Of a size that gate and up come out with deviation about 1, and biases that show."""
+    """Return parameters that give gate and up a standard deviation of about 1, and biases that change the result."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: p.shape for name, p in GroupedExperts(config).named_parameters()}
     return {
@@ -95,7 +95,7 @@ def random_parameters(config: MoEConfig, seed: int = 1) -> Named:
 
 @dataclass(frozen=True)
 class Batch:
-    """What goes into a layer, and the gradient that comes back to its output."""
+    """The inputs of a layer, and the gradient of its output."""
 
     x: Tensor
     token_mask: Tensor
@@ -111,7 +111,10 @@ class Batch:
 
 
 def random_batch(config: MoEConfig, num_tokens: int = 7, seed: int = 2, indices: Any = None) -> Batch:
-    """No token masked, its experts distinct unless `indices` says otherwise, routing weights at least float32."""
+    """Return a batch without masked tokens. Routing weights are at least float32.
+
+    A token's experts are distinct, unless `indices` gives them.
+    """
     generator = torch.Generator().manual_seed(seed)
     experts, k = config.n_routed_experts, config.n_activated_experts
     chosen = torch.rand(num_tokens, experts, generator=generator).argsort(dim=1)[:, :k]
@@ -128,14 +131,14 @@ def random_batch(config: MoEConfig, num_tokens: int = 7, seed: int = 2, indices:
 
 
 def some_masked(batch: Batch) -> Batch:
-    """The first token, the last and one more."""
+    """Mask the first token, the fourth and the last."""
     mask = torch.ones_like(batch.token_mask)
     mask[[0, 3, -1]] = False
     return batch.with_(token_mask=mask)
 
 
 def run(made: ExpertLayer, batch: Batch) -> Named:
-    """`output`, and by name the gradients of x, weights and the parameters, as they come: dtypes and devices kept."""
+    """Return `output` and the gradients of x, weights and the parameters by name, in their own dtypes and devices."""
     made.zero_grad()
     device = made.down_projs.device
     batch = batch.map(lambda tensor: tensor.detach() if tensor.device == device else tensor.detach().to(device))
@@ -149,13 +152,13 @@ def run(made: ExpertLayer, batch: Batch) -> Named:
 
 
 def run_stacked(made: ExpertLayer, batch: Batch) -> Named:
-    """As `run`, with the gradients of this rank's experts in the stacked layout, whatever the layer keeps."""
+    """Do as `run`, but return the gradients of this rank's experts in the stacked layout for every module."""
     found = run(made, batch)
     return {name: found[name] for name in ("output", "x", "weights")} | made.stacked_grads()
 
 
 def expected(config: MoEConfig, parameters: Named, batch: Batch) -> Named:
-    """The oracle's answer for parameters as they are in x's dtype."""
+    """Return the oracle's output and gradients for parameters rounded to x's dtype."""
     return oracle.output_and_gradients(
         config.expert_activation,
         batch.x,
@@ -171,10 +174,11 @@ def expected(config: MoEConfig, parameters: Named, batch: Batch) -> Named:
 
 
 def assert_near(found: Named, right: Named, dtype: torch.dtype) -> None:
-    """Each token's row or expert's part of each tensor, relative to its own size; exact zeros where it is zero.
+    """Check every row (of a token or expert) of every tensor, relative to the norm of the row.
 
-    A token's row is measured against the tensor's root-mean-square row where that is larger: terms may cancel in it.
-    `dtype` is what was computed in; a tensor that is kept in less may be off by more.
+    A row that must be zero must be exactly zero. Terms may cancel in a token's row. If the tensor's root-mean-square
+    row is larger than the row, the error is relative to the root-mean-square row. `dtype` is the dtype of the
+    computation. A tensor with a coarser dtype has that dtype's tolerance.
     """
     assert found.keys() == right.keys()
     for name, reference in right.items():
@@ -192,18 +196,21 @@ def assert_near(found: Named, right: Named, dtype: torch.dtype) -> None:
         errors = (rows - reference_rows).norm(dim=1)[sizes > 0] / sizes[sizes > 0]
         worst = float(errors.max()) if errors.numel() else 0.0
         tolerance = max(TOLERANCE[dtype], TOLERANCE[found[name].dtype])
-        assert worst <= tolerance, f"{name} is off by {worst:.1e} of its size, more than {tolerance}"
+        assert worst <= tolerance, f"{name} has a relative error of {worst:.1e}, more than {tolerance}"
 
 
 def assert_same(found: Named, other: Named) -> None:
-    """Bit for bit."""
+    """Check that both have the same tensors, bit for bit."""
     assert found.keys() == other.keys()
     for name, tensor in other.items():
         assert torch.equal(found[name], tensor), name
 
 
 def check(setup: Setup, config: MoEConfig, batch: Batch, parameters: Named | None = None) -> Named:
-    """Run and compare with the oracle; every gradient has its tensor's dtype. Gives back what was found."""
+    """Run a layer, compare it with the oracle, and return its output and gradients.
+
+    Every gradient must have the dtype of its tensor.
+    """
     parameters = random_parameters(config) if parameters is None else parameters
     made = setup.layer(config, parameters)
     found = run(made, batch)

@@ -1,7 +1,7 @@
-"""What an expert layer must give, in float64, one token and one choice at a time.
+"""The oracle: what an expert layer must return, computed in float64, one token and one choice at a time.
 
-Written from the formulas of docs/concepts.md alone, in the plainest way, and sharing nothing with the package
-`experts`. Gradients are autograd's, through these loops.
+The code follows the formulas of docs/concepts.md in the plainest way, and shares nothing with the package `experts`.
+Autograd computes the gradients through these loops.
 """
 
 import math
@@ -15,7 +15,7 @@ PARAMETERS = ("gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj
 def activation(
     name: str, h: Tensor, *, alpha: float = 1.702, limit: float = 7.0, swiglu_limit: float = 0.0, offset: float = 1.0
 ) -> Tensor:
-    """One row: h [2I] ([I] for relu2) -> [I], without the routing weight."""
+    """Return the activation [I] of one row h [2I] ([I] for relu2), without the routing weight."""
     if name == "relu2":
         return torch.stack([value * value if value > 0 else value * 0 for value in h])
     inter = len(h) // 2
@@ -50,7 +50,7 @@ def layer(
     parameters: dict[str, Tensor],
     **limits: float,
 ) -> Tensor:
-    """The layer's output [T, D]; all floats in float64. What a masked token or an index of −1 holds is never read."""
+    """Return the layer's output [T, D]; all floats are float64. Masked tokens and choices of index −1 are not read."""
     up, down = parameters["gate_and_up_projs"], parameters["down_projs"]
     out = []
     for t in range(x.shape[0]):
@@ -80,7 +80,7 @@ def output_and_gradients(
     grad: Tensor,
     **limits: float,
 ) -> dict[str, Tensor]:
-    """`output`, and `x`, `weights` and every parameter's name with its gradient, all float64 on the CPU."""
+    """Return `output` and the gradients of `x`, `weights` and every parameter by name, all float64 on the CPU."""
     leaves = {
         key: value.detach().to("cpu", torch.float64).requires_grad_()
         for key, value in {"x": x, "weights": weights, **parameters}.items()

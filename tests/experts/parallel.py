@@ -1,6 +1,6 @@
-"""What is run under expert parallelism: tokens that all ranks know and share out, and how a layer comes by its weights.
+"""The cases of expert parallelism. Every rank knows the tokens of all ranks and takes its own share.
 
-Whatever the dispatcher and the number of ranks, the tokens of all ranks together must come out as from one process.
+With any dispatcher and number of ranks, the results of all ranks together must equal those of one process.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import torch
 from experts import MoEConfig
 from tests.experts.layers import BF16, F32, F64, Batch, moe_config, random_batch
 
-SIZES = (1, 2, 4)  # that have the same scenarios
+SIZES = (1, 2, 4)  # numbers of ranks with the same scenarios
 LAUNCHED = (*SIZES, 8)
 
 
@@ -21,7 +21,7 @@ def _shares(*counts: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
     return {len(count): count for count in counts}
 
 
-#: Tokens of each rank, by the number of ranks. No two ranks have as many, but in EVEN.
+#: Tokens of each rank, by the number of ranks. UNEVEN gives every rank a different number.
 UNEVEN = _shares((13,), (9, 4), (6, 1, 4, 2))
 EVEN = _shares((12,), (6, 6), (3, 3, 3, 3))
 FIRST_WITHOUT = _shares((13,), (0, 13), (0, 5, 0, 8))
@@ -33,11 +33,11 @@ Change = Callable[[Batch], Batch]
 
 @dataclass(frozen=True)
 class Scenario:
-    """A layer of 12 experts, which each of SIZES divides, the tokens of all ranks, and who has how many."""
+    """A layer of 12 experts, which each of SIZES divides, the tokens of all ranks, and each rank's number of tokens."""
 
     counts: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=lambda: UNEVEN)
     change: Change = lambda batch: batch
-    lay_out: Change = lambda batch: batch  # of a rank's share: the same values, with other strides
+    lay_out: Change = lambda batch: batch  # gives a rank's share other strides, with the same values
     fields: tuple[tuple[str, Any], ...] = ()
 
     def config(self, dtype: torch.dtype) -> MoEConfig:
@@ -48,13 +48,13 @@ class Scenario:
         return self.change(random_batch(self.config(dtype), num_tokens=sum(self.counts[1])))
 
     def share(self, dtype: torch.dtype, rank: int, size: int) -> Batch:
-        """What one rank of so many has."""
+        """Return the tokens of one rank out of `size` ranks."""
         first, count = sum(self.counts[size][:rank]), self.counts[size][rank]
         return self.lay_out(self.batch(dtype).map(lambda tensor: tensor[first : first + count]))
 
 
 def _masked(batch: Batch) -> Batch:
-    """Rows that hold NaN; of four ranks the second has no other."""
+    """Mask some rows and fill them with NaN. With four ranks, the second rank has only masked rows."""
     mask = torch.ones_like(batch.token_mask)
     mask[[0, 3, 6, 12]] = False
     nan = {name: getattr(batch, name).masked_fill(~mask[:, None], torch.nan) for name in ("x", "weights", "grad")}
@@ -76,7 +76,7 @@ def _to_the_experts(*experts: int) -> Change:
 
 
 def _some_of_none(batch: Batch) -> Batch:
-    """−1 first, last, and in all choices of a token; its weight is never read."""
+    """Set −1 as the first choice, the last choice or all choices of some tokens. The weights of −1 are NaN."""
     indices = batch.indices.clone()
     indices[::3, 0] = -1
     indices[[1, 6, 9], 1] = -1
@@ -91,7 +91,7 @@ def _twice(batch: Batch) -> Batch:
 
 
 def _strided(batch: Batch) -> Batch:
-    """Every other column of tensors that lie transposed, and dense but transposed indices: two ways to be strided."""
+    """Make every tensor strided: transposed with gaps, and the indices transposed without gaps."""
 
     def stride(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype is torch.int64:
@@ -104,7 +104,7 @@ def _strided(batch: Batch) -> Batch:
 
 
 def _summed(batch: Batch) -> Batch:
-    """The gradient that `output.sum()` has."""
+    """Replace the gradient by the expanded one of `output.sum()`."""
     return batch.with_(grad=torch.ones((), dtype=batch.grad.dtype).expand(batch.grad.shape))
 
 
@@ -116,18 +116,18 @@ def _activation(name: str) -> Scenario:
 ROUTINGS = {
     "even": Scenario(EVEN),
     "uneven": Scenario(UNEVEN),
-    "first-rank-without": Scenario(FIRST_WITHOUT),
-    "last-rank-without": Scenario(LAST_WITHOUT),
-    "all-without": Scenario(ALL_WITHOUT),
+    "first-rank-without-tokens": Scenario(FIRST_WITHOUT),
+    "last-rank-without-tokens": Scenario(LAST_WITHOUT),
+    "all-ranks-without-tokens": Scenario(ALL_WITHOUT),
     "all-to-the-first-rank": Scenario(change=_to_the_experts(0, 2, 1)),
     "all-to-the-last-rank": Scenario(change=_to_the_experts(11, 9, 10)),
     "all-to-one-expert": Scenario(LAST_WITHOUT, _to_the_experts(10)),
     "masked": Scenario(change=_masked),
     "all-masked": Scenario(change=_all_masked),
-    "indices-of-none": Scenario(change=_some_of_none),
-    "an-expert-twice": Scenario(change=_twice),
+    "some-indices-minus-one": Scenario(change=_some_of_none),
+    "one-expert-twice": Scenario(change=_twice),
     "strided": Scenario(lay_out=_strided),
-    "summed": Scenario(change=_summed),
+    "gradient-of-a-sum": Scenario(change=_summed),
 }
 ACTIVATIONS = {name: _activation(name) for name in ("swiglu", "swigluoai", "quick_geglu", "geglu", "relu2")}
 OTHERS = {
@@ -137,28 +137,28 @@ OTHERS = {
 
 
 def _of_eight(*counts: int, change: Change = lambda batch: batch, n_routed_experts: int = 16) -> Scenario:
-    """Of eight ranks; with 8 experts each has one."""
+    """Return a scenario of eight ranks. With 8 experts, each rank has one."""
     fields = (("n_routed_experts", n_routed_experts),)
     return Scenario({1: (sum(counts),), 8: counts}, change, fields=fields)
 
 
-#: What fewer ranks cannot show: most of them without tokens, or all but one without rows.
+#: Scenarios that need eight ranks: most ranks have no tokens, or only one rank has rows.
 OF_EIGHT = {
     "eight-uneven": _of_eight(3, 1, 0, 5, 2, 7, 4, 6),
-    "eight-an-expert-a-rank": _of_eight(3, 1, 0, 5, 2, 7, 4, 6, n_routed_experts=8),
+    "eight-one-expert-per-rank": _of_eight(3, 1, 0, 5, 2, 7, 4, 6, n_routed_experts=8),
     "eight-fewer-tokens-than-ranks": _of_eight(0, 1, 0, 0, 1, 0, 1, 0, n_routed_experts=8),
     "eight-one-rank-with-tokens": _of_eight(0, 0, 0, 0, 0, 0, 13, 0),
     "eight-all-to-the-last-rank": _of_eight(0, 2, 1, 0, 4, 0, 3, 0, change=_to_the_experts(15, 14)),
-    "eight-all-to-a-rank-without": _of_eight(1, 2, 0, 4, 0, 3, 5, 6, change=_to_the_experts(5, 4)),
+    "eight-all-to-a-rank-without-tokens": _of_eight(1, 2, 0, 4, 0, 3, 5, 6, change=_to_the_experts(5, 4)),
     "eight-masked": _of_eight(1, 2, 0, 3, 1, 2, 3, 1, change=_masked),
-    "eight-all-without": _of_eight(0, 0, 0, 0, 0, 0, 0, 0),
+    "eight-all-ranks-without-tokens": _of_eight(0, 0, 0, 0, 0, 0, 0, 0),
 }
 SCENARIOS = ROUTINGS | ACTIVATIONS | OTHERS | OF_EIGHT
 
 
 @dataclass(frozen=True)
 class Case:
-    """A scenario, who computes it, and how its layer came by its weights: a name in parallel_layers.MAKERS."""
+    """A scenario, its engine and dispatcher, and how the layer gets its weights (a name in parallel_layers.MAKERS)."""
 
     scenario: str
     engine: str
@@ -182,7 +182,7 @@ class Case:
         return SCENARIOS[self.scenario].share(self.dtype, rank, size)
 
     def ep_size(self, world_size: int) -> int:
-        """How many of the ranks share the experts: all, half, or each has them all."""
+        """Return how many ranks share the experts: all ranks, half of them, or 1 if each rank has all experts."""
         return {"halves": world_size // 2, "one": 1}.get(self.made.rpartition("-")[2], world_size)
 
 
@@ -194,7 +194,7 @@ SAVED = ("saved-by-loop", "saved-by-te", "saved-by-one", "saved-for-one", "saved
 
 
 def cases(world_size: int) -> list[Case]:
-    """In the order in which they run."""
+    """Return the cases of a number of ranks, in the order in which they run."""
     if world_size == 1:
         return [
             Case(name, engine, "allgather") for name in ("uneven", "masked") for engine in ("loop", "torch_mm", "te")
@@ -212,15 +212,15 @@ def cases(world_size: int) -> list[Case]:
         for name in ROUTINGS | ACTIVATIONS | OTHERS
         for way in two
         for engine in ("loop", "torch_mm")
-        # four ranks tell nothing new of activations
+        # with four ranks, one engine and dispatcher is enough for the activations
         if not (world_size == 4 and name in ACTIVATIONS and (engine, way) != ("loop", "alltoall"))
     ]
-    exact = [Case(name, "loop", way, F64) for name in ("uneven", "masked", "an-expert-twice") for way in two]
+    exact = [Case(name, "loop", way, F64) for name in ("uneven", "masked", "one-expert-twice") for way in two]
     coarse = [Case(name, e, way, BF16) for name in ("uneven", "masked") for way in two for e in ("loop", "torch_mm")]
-    # the same dispatchers; what is new is a rank whose library is not asked, as it has no rows
+    # the dispatchers are tested above; new here is a rank without rows, which does not call the library
     fakes = [
         Case(name, engine, way)
-        for name in ("uneven", "all-without", "all-to-one-expert", "masked")
+        for name in ("uneven", "all-ranks-without-tokens", "all-to-one-expert", "masked")
         for way in two
         for engine in ("gmm", "te")
     ]
@@ -229,13 +229,13 @@ def cases(world_size: int) -> list[Case]:
         Case("uneven", engine, way, made=made)
         for made in LOADED + SAVED
         for engine, way in (("loop", "alltoall"), ("torch_mm", "allgather"), ("te", "alltoall"))
-        if not (engine == "te" and made in ("named-by-dtensors", "dtensors"))  # its parameters are no DTensors
+        if not (engine == "te" and made in ("named-by-dtensors", "dtensors"))  # its parameters are not DTensors
         and not (made == "saved-for-halves" and world_size < 4)
     ]
     return grid + exact + coarse + fakes + (deep_ep if world_size == 2 else []) + loaded
 
 
-#: What ranks look at themselves: functions of parallel_facts.py and parallel_training.py.
+#: Facts that the ranks check themselves, by number of ranks: functions of parallel_facts.py and parallel_training.py.
 FACTS = {
     1: ("refusals", "fresh_weights"),
     2: (

@@ -1,4 +1,4 @@
-"""What the ranks of a group look at themselves. Every rank calls every fact; one that does not hold raises on all."""
+"""Facts that the ranks of a group check themselves. Every rank calls every function."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,7 +25,7 @@ DEEPEP = Case("uneven", "loop", "deepep", torch.bfloat16)
 
 
 def refusals() -> None:
-    """Told on every rank alike, before anything is sent."""
+    """Every rank refuses a wrong configuration with the same message, before it sends anything."""
     size = dist.get_world_size()
     if size > 1:
         made = GroupedExperts(moe_config(n_routed_experts=3))
@@ -45,7 +45,7 @@ def refusals() -> None:
 
 
 def without_deep_ep() -> None:
-    """The layer is as it was, and not half spread."""
+    """Without deep_ep, the layer refuses to be sharded and stays as it was."""
     made = GroupedExperts(DEEPEP.config, BackendConfig(dispatcher="deepep"))
     made.load_state_dict(random_parameters(made.config))
     with pytest.MonkeyPatch.context() as patch:
@@ -61,7 +61,10 @@ def without_deep_ep() -> None:
 
 
 def fresh_weights() -> None:
-    """What one process with the same seed has: no two experts alike. TE resets its own, with its own deviation."""
+    """init_weights gives the same weights as in one process with the same seed.
+
+    TE resets its own weights, with a standard deviation of 0.023.
+    """
     whole = build(SOME)
     torch.manual_seed(4)
     whole.init_weights(CPU)
@@ -77,7 +80,7 @@ def fresh_weights() -> None:
 
 
 def state_dict_tools() -> None:
-    """torch's get_model_state_dict and set_model_state_dict speak the stacked layout too."""
+    """get_model_state_dict and set_model_state_dict of torch use the stacked layout."""
     parameters = random_parameters(SOME.config)
     for engine in ("loop", "te"):
         model = nn.ModuleDict({"experts": sharded(build(SOME, engine), parameters)})
@@ -89,7 +92,7 @@ def state_dict_tools() -> None:
 
 
 def frozen_parameters() -> None:
-    """Stay so when they are spread."""
+    """Frozen parameters stay frozen when they are sharded."""
     for engine in ("loop", "te"):
         made = build(SOME, engine).requires_grad_(False)
         made.init_token_dispatcher(all_ranks())
@@ -97,7 +100,7 @@ def frozen_parameters() -> None:
 
 
 def two_meshes() -> None:
-    """The mesh that expert parallelism is a dimension of is remembered, whoever names it."""
+    """The layer keeps the larger mesh, of which the expert-parallel mesh is a dimension. set_moe_mesh changes it."""
     whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     for engine in ("loop", "te"):
         made = build(SOME, engine)
@@ -113,7 +116,7 @@ def deepep_layer(dim: int = DEEPEP.config.dim) -> GroupedExperts:
 
 
 def buffers() -> None:
-    """One for all layers of a group, as large as the largest needs, made anew after they were destroyed."""
+    """All layers of a group share one buffer, which fits the largest layer. After destroy_buffers, it is made again."""
     destroy_buffers()
     Buffer.made = Buffer.destroyed = 0
     small, _ = deepep_layer(), deepep_layer()
@@ -133,7 +136,7 @@ def buffers() -> None:
 
 
 def replaced_buffer() -> None:
-    """A forward's backward runs, though a larger layer replaced the buffer in between."""
+    """A backward runs although a larger layer replaced the buffer after the forward."""
     destroy_buffers()
     small = deepep_layer()
     batch = DEEPEP.share(dist.get_rank(), dist.get_world_size())
@@ -146,7 +149,7 @@ def replaced_buffer() -> None:
 
 
 def num_sms() -> None:
-    """Each layer has its own number, in its backward too, whatever another set in between: a handle fits one alone."""
+    """Each layer uses its own number of SMs in forward and backward, even if another layer set its own in between."""
     few, many = deepep_layer(), deepep_layer()
     few.dispatcher.num_sms = 8
     batch = DEEPEP.share(dist.get_rank(), dist.get_world_size())
@@ -159,7 +162,7 @@ def num_sms() -> None:
 
 
 def parameters_of_others() -> None:
-    """Experts that are not this rank's are refused, rather than taken for them."""
+    """A layer refuses parameters that hold other experts than those of this rank."""
     batch = random_batch(SOME.config)
     inputs = batch.x, batch.token_mask, batch.weights, batch.indices
     replicated = build(SOME)

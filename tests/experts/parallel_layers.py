@@ -1,4 +1,4 @@
-"""How a layer under expert parallelism comes by its weights; every way must end in the same layer. Ranks run this."""
+"""The ways in which a layer under expert parallelism gets its weights. Every way must give the same layer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.experts.parallel import Case
 
 
 def build(case: Case, engine: str | None = None) -> ExpertLayer:
-    """The module whose engine it is; GroupedExpertsDeepEP has gmm by itself."""
+    """Build the module of an engine. GroupedExpertsDeepEP uses gmm by default."""
     engine = engine or case.engine
     if engine == "te":
         return GroupedExpertsTE(case.config, BackendConfig(dispatcher=case.dispatcher))
@@ -31,7 +31,7 @@ def all_ranks() -> DeviceMesh:
 
 
 def mesh_of(case: Case) -> DeviceMesh | None:
-    """The expert-parallel mesh, or None where every rank has all experts."""
+    """Return the expert-parallel mesh, or None if every rank has all experts."""
     size, world_size = case.ep_size(dist.get_world_size()), dist.get_world_size()
     if size == world_size:
         return all_ranks()
@@ -39,14 +39,14 @@ def mesh_of(case: Case) -> DeviceMesh | None:
 
 
 def sharded(made: ExpertLayer, parameters: Named) -> ExpertLayer:
-    """Loaded whole, then spread over all ranks."""
+    """Load all experts, then shard them over all ranks."""
     made.load_state_dict(parameters)
     made.init_token_dispatcher(all_ranks())
     return made
 
 
 def gathered(made: ExpertLayer) -> Named:
-    """The state dict of all ranks."""
+    """Return the state dict with the experts of all ranks."""
     return {name: tensor.full_tensor() for name, tensor in made.state_dict().items()}
 
 
@@ -54,11 +54,11 @@ def distribute(parameters: Named) -> Named:
     return {name: distribute_tensor(tensor, all_ranks(), [Shard(0)]) for name, tensor in parameters.items()}
 
 
-# Ways: (case, parameters of all experts, folder) -> layer.
+# Each function below is one way: (case, parameters of all experts, folder) -> layer.
 
 
 def with_dtensors(case: Case, parameters: Named, folder: Path) -> ExpertLayer:
-    """Parameters that somebody else sharded; the first forward finds the mesh."""
+    """Set parameters that are already DTensors. The first forward takes the mesh from them."""
     made = build(case)
     for name, tensor in distribute(parameters).items():
         setattr(made, name, nn.Parameter(tensor))
@@ -74,7 +74,7 @@ def with_dtensors_taken_as_they_are(case: Case, parameters: Named, folder: Path)
 
 
 def sharded_on_meta(case: Case, parameters: Named, folder: Path) -> ExpertLayer:
-    """Made and spread without memory, then made real, then loaded."""
+    """Make and shard the layer on the meta device, allocate its memory, then load the parameters."""
     with torch.device("meta"):
         made = build(case)
     made.init_token_dispatcher(mesh_of(case))
@@ -84,7 +84,7 @@ def sharded_on_meta(case: Case, parameters: Named, folder: Path) -> ExpertLayer:
 
 
 def assigned_to_meta(case: Case, parameters: Named, folder: Path) -> ExpertLayer:
-    """Made and spread without memory, which only the checkpoint brings."""
+    """Make and shard the layer on the meta device. The loaded tensors become its parameters."""
     with torch.device("meta"):
         made = build(case)
     made.init_token_dispatcher(mesh_of(case))
@@ -102,7 +102,7 @@ def other_weights(case: Case) -> ExpertLayer:
 
 
 def loaded(case: Case, parameters: Named, assign: bool = False) -> ExpertLayer:
-    """Loaded after it was spread, inside a model."""
+    """Shard the layer, then load the parameters through a model that contains it."""
     made = other_weights(case)
     before = dict(made.named_parameters())
     model = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": made})})
@@ -113,7 +113,7 @@ def loaded(case: Case, parameters: Named, assign: bool = False) -> ExpertLayer:
 
 
 def loaded_from_saved(source: Callable[[Case, Named], ExpertLayer]) -> Callable[[Case, Named, Path], ExpertLayer]:
-    """Through torch.distributed.checkpoint, from another layer."""
+    """Return a way that loads what another layer saved with torch.distributed.checkpoint."""
 
     def make(case: Case, parameters: Named, folder: Path) -> ExpertLayer:
         checkpoint = folder / f"{case.name}.checkpoint"

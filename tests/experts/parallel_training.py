@@ -1,4 +1,4 @@
-"""What training puts around a layer, as the ranks of a group see it: checkpointing, FSDP, copies."""
+"""Facts of a layer in training that the ranks of a group check: checkpointing, FSDP, copies."""
 
 import copy
 from collections.abc import Callable
@@ -28,7 +28,10 @@ CPU = torch.device("cpu")
 
 
 def checkpointed() -> None:
-    """Forward runs again on all ranks alike: on one without rows too, whose library is not asked."""
+    """With checkpointing, forward runs again on every rank and gives the same bits.
+
+    This includes a rank without rows, which does not call the library.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     for engine in ("loop", "torch_mm", "gmm", "te"):
         for dispatcher in ("allgather", "alltoall"):
@@ -43,7 +46,7 @@ def checkpointed() -> None:
 
 
 def copied() -> None:
-    """A layer's copy is over the same group, and apart."""
+    """A copy of a layer uses the same group and has its own parameters."""
     for engine, dispatcher in (("loop", "allgather"), ("te", "alltoall"), ("loop", "deepep")):
         case = Case("uneven", engine, dispatcher, BF16)
         made, batch = sharded(build(case), random_parameters(case.config)), case.share(dist.get_rank(), 2)
@@ -57,7 +60,7 @@ def copied() -> None:
 
 
 def fully_sharded() -> None:
-    """FSDP, without expert parallelism, of experts that do not divide by the ranks."""
+    """FSDP works without expert parallelism, for a number of experts that the number of ranks does not divide."""
     config = moe_config(n_routed_experts=3, expert_bias=True)
     made = GroupedExperts(config, BackendConfig(experts="torch_mm"))
     made.load_state_dict(random_parameters(config))
@@ -65,7 +68,7 @@ def fully_sharded() -> None:
 
 
 def fully_sharded_experts() -> None:
-    """FSDP over data-parallel ranks that each hold a share of the experts."""
+    """FSDP works over data-parallel ranks that each hold a share of the experts."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     config = moe_config(n_routed_experts=8, expert_bias=True)
     made = GroupedExperts(config, BackendConfig(experts="torch_mm", dispatcher="alltoall"))
@@ -75,7 +78,7 @@ def fully_sharded_experts() -> None:
 
 
 def assert_trains_fully_sharded(made: GroupedExperts) -> None:
-    """Output and gradients of all ranks' tokens; fresh weights, and weights loaded whole, as in one process."""
+    """Check output and gradients, fresh weights and loaded weights against one process."""
     rank, size = dist.get_rank(), dist.get_world_size()
     parameters, whole = random_parameters(made.config), random_batch(made.config, 3 * size)
     share = whole.map(lambda tensor: tensor[3 * rank : 3 * rank + 3])

@@ -1,9 +1,9 @@
-"""One rank of a group under torch.distributed's launcher: runs every case, and writes what came of each to a file.
+"""One rank of a group under torch.distributed's launcher. It runs every case and writes each outcome to a file.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/experts/ranks.py FOLDER
 
-A case that raises on one rank leaves the others waiting for it in a collective: then the run ends, and the cases after
-it have no file.
+If a case raises on one rank, the other ranks may wait for it in a collective. Then the run ends, and the later cases
+have no file.
 """
 
 import os
@@ -31,11 +31,15 @@ from tests.experts.parallel_facts import FACTS
 from tests.experts.parallel_layers import MAKERS
 from tests.experts.parallel_training import TRAINING
 
-PATIENCE = timedelta(seconds=60)  # eight ranks on two cores start far apart
+PATIENCE = timedelta(seconds=60)  # eight ranks on two cores start at very different times
 
 
 def run_case(case: Case, folder: Path) -> Named:
-    """This rank's output and gradients: after other tokens, and bit for bit the same again. Memory is poisoned then."""
+    """Run a case and return this rank's output and gradients.
+
+    Other tokens go through the layer before. A second run must give the same bits. The run of the other tokens and the
+    second run have poisoned memory.
+    """
     parameters = random_parameters(case.config)
     made = MAKERS[case.made](case, parameters, folder)
     size = case.ep_size(dist.get_world_size())
@@ -53,7 +57,7 @@ def run_case(case: Case, folder: Path) -> Named:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that torch.empty leaves as it was is NaN."""
+    """Make torch.empty fill its memory with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(8).isnan().all()
     yield
@@ -67,7 +71,7 @@ def assert_dtypes(found: Named, batch: Batch, case: Case) -> None:
 
 
 def assert_holds(made: ExpertLayer, parameters: Named, rank: int, size: int) -> None:
-    """Its share of the experts, in order, as DTensors over the mesh where there is one; its gradients likewise."""
+    """Check that the layer holds its share of the experts in order, with gradients: DTensors if there is a mesh."""
     count = made.n_routed_experts // size
     assert (made.n_local_experts, made.first_local_expert) == (count, rank * count)
     state = made.state_dict()
@@ -94,7 +98,7 @@ def local(tensor: torch.Tensor, made: ExpertLayer) -> torch.Tensor:
 
 
 class Run:
-    """Cases one after the other. Each ends on every rank, well or not, or the run does: the ranks are out of step."""
+    """Runs cases one after the other. If a case does not end on every rank, the ranks are out of step: the run ends."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -102,11 +106,11 @@ class Run:
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
     def attempt(self, name: str, function: Callable[[], Named | None]) -> None:
-        """Write what the function gives, or why it gave nothing."""
+        """Run the function, and write its result or its traceback to this rank's file."""
         found, error = {}, ""
         try:
             found = function() or {}
-        except Exception:  # whatever it is, it is the case's outcome
+        except Exception:  # any exception is the outcome of the case
             error = traceback.format_exc()
         torch.save({"found": found, "error": error}, self.folder / f"{name}.rank{self.rank}.pt")
         self.store.set(f"{name}/{self.rank}", "done")

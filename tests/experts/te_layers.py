@@ -1,4 +1,4 @@
-"""Layers of GroupedExpertsTE over the library that stands in for Transformer Engine, and what they are checked with."""
+"""Layers of GroupedExpertsTE with the fake of Transformer Engine, and functions that check them."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tests.experts.layers import Batch, Named, assert_near, expected, moe_config
 
 
 def config(**fields: Any) -> Any:
-    """Sizes that FP8 takes, and more experts than there are digits."""
+    """Return a config with sizes that FP8 supports and more than ten experts, whose numbers have two digits."""
     return moe_config(**{"n_routed_experts": 12, "moe_inter_dim": 16, "expert_bias": True, **fields})
 
 
@@ -26,6 +26,6 @@ def check(made: GroupedExpertsTE, batch: Batch, parameters: Named | None = None)
 
 
 def calls(made: GroupedExpertsTE) -> list[fake_transformer_engine.Call]:
-    """Of both projections, which must agree."""
+    """Return the calls of the two projections, which must be equal."""
     assert made.gate_up_linear.calls == made.down_linear.calls
     return made.gate_up_linear.calls

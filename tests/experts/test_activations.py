@@ -1,4 +1,4 @@
-"""Weighted activations: numbers worked out by hand, the oracle, layouts, limits and dtypes."""
+"""Weighted activations against numbers computed by hand and the oracle; their layouts, limits and dtypes."""
 
 import inspect
 import math
@@ -42,7 +42,7 @@ def by_oracle(name: str, x_ND: Tensor, probs_N: Tensor, **limits: float) -> Tens
 
 
 def assert_rounded_once(found: Tensor, right: Tensor) -> None:
-    """Half an ulp of the dtype, and a few roundings in float32 (float64 for float64)."""
+    """Allow half an ulp of the dtype, and a few roundings in float32 (float64 for float64)."""
     once = torch.finfo(found.dtype).eps / 2 * right.abs()
     inside = 10 * torch.finfo(accumulation_dtype(found.dtype)).eps * (1 + right.abs())
     assert bool(((found.double() - right).abs() <= once + inside).all())
@@ -75,14 +75,16 @@ GELU_1 = 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * 1.044715))
     ],
     ids=["swiglu", "swiglu-limit", "gate-unclamped-below", "geglu", "swigluoai", "quick_geglu", "arguments", "relu2"],
 )
-def test_by_hand(call: Callable[[Tensor, Tensor], Tensor], x: list[float], result: list[float]) -> None:
+def test_activations_match_numbers_computed_by_hand(
+    call: Callable[[Tensor, Tensor], Tensor], x: list[float], result: list[float]
+) -> None:
     found = call(torch.tensor([x], dtype=F64), torch.tensor([0.5], dtype=F64))
     torch.testing.assert_close(found, torch.tensor([result], dtype=F64) * 0.5, rtol=1e-14, atol=1e-16)
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_computed_in_float32_and_rounded_once(name: str, dtype: torch.dtype) -> None:
+def test_activations_are_computed_in_float32_and_rounded_once(name: str, dtype: torch.dtype) -> None:
     x_ND, probs_N = (tensor.to(dtype) for tensor in rows(name))
     found = limited(name)(x_ND, probs_N)
     assert found.dtype is dtype
@@ -92,7 +94,7 @@ def test_computed_in_float32_and_rounded_once(name: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_both_in_their_dtypes(name: str, dtype: torch.dtype) -> None:
+def test_gradients_of_rows_and_weights_have_their_dtypes(name: str, dtype: torch.dtype) -> None:
     x_ND, probs_N = rows(name)
     x_ND = x_ND.to(dtype).requires_grad_()
     probs_N = probs_N.to(accumulation_dtype(dtype)).requires_grad_()
@@ -105,14 +107,14 @@ def test_gradients_reach_both_in_their_dtypes(name: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_routing_weights_of_one_or_two_dimensions(name: str) -> None:
+def test_routing_weights_may_have_one_or_two_dimensions(name: str) -> None:
     x_ND, probs_N = rows(name)
     assert torch.equal(activation(name)(x_ND, probs_N), activation(name)(x_ND, probs_N.unsqueeze(-1)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_routing_weights_are_not_rounded_to_the_input_dtype(name: str) -> None:
-    """Else 1.004 would be 1 in bfloat16; the product, rounded once, tells."""
+    """In bfloat16, 1.0039 would be 1. The product, which is rounded once, shows the difference."""
     x_ND, _ = rows(name)
     probs_N = torch.full((40,), 1.0039, dtype=F32)
     found = activation(name)(x_ND.to(BF16), probs_N)
@@ -120,21 +122,21 @@ def test_float32_routing_weights_are_not_rounded_to_the_input_dtype(name: str) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_rows(name: str) -> None:
+def test_no_rows_give_no_rows(name: str) -> None:
     x_ND, probs_N = rows(name, 0)
     assert activation(name)(x_ND, probs_N).shape == (0, INTER)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_non_contiguous_rows(name: str) -> None:
+def test_rows_may_be_non_contiguous(name: str) -> None:
     x_ND, probs_N = rows(name)
     found = activation(name)(x_ND.t().contiguous().t(), probs_N.repeat_interleave(2)[::2])
     torch.testing.assert_close(found, activation(name)(x_ND, probs_N), rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_fields_of_the_config_are_bound(name: str) -> None:
-    """Each field that an activation has changes it, and no other does."""
+def test_an_activation_uses_only_its_own_fields_of_the_config(name: str) -> None:
+    """A field changes the result of the activations that use it, and of no others."""
     fields = {"activation_alpha": 1.3, "activation_limit": 0.83, "swiglu_limit": 0.71}
     used = {
         "swiglu": {"swiglu_limit"},
@@ -158,7 +160,7 @@ def test_fields_of_the_config_are_bound(name: str) -> None:
         torch.testing.assert_close(found, right, rtol=1e-13, atol=1e-15)
 
 
-def test_swiglu_limit_of_zero_is_none() -> None:
+def test_a_swiglu_limit_of_zero_does_not_clamp() -> None:
     x_ND = torch.full((1, 2), 1000.0)
     assert activation("swiglu")(x_ND, torch.ones(1)).item() == 1e6
     assert activation("swiglu", swiglu_limit=10.0)(x_ND, torch.ones(1)).item() == pytest.approx(100, rel=1e-4)
@@ -174,8 +176,8 @@ def test_clamped_values_get_no_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("name", GATED)
-def test_nothing_overflows_inside(name: str, dtype: torch.dtype) -> None:
-    """Large negative gates: sigmoid and tanh saturate, and nothing becomes NaN, backwards neither."""
+def test_large_negative_gates_give_finite_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    """sigmoid and tanh saturate. Nothing becomes NaN, in forward or backward."""
     x_ND = torch.full((1, 2 * INTER), -3e4, dtype=dtype, requires_grad=True)
     found = activation(name)(x_ND, torch.ones(1))
     found.sum().backward()
@@ -183,7 +185,7 @@ def test_nothing_overflows_inside(name: str, dtype: torch.dtype) -> None:
     assert torch.isfinite(x_ND.grad).all()
 
 
-def test_signatures_are_nemo_automodels() -> None:
+def test_signatures_are_those_of_nemo_automodel() -> None:
     assert str(inspect.signature(quick_geglu_deepep)).startswith("(x: torch.Tensor, permuted_probs: torch.Tensor, ")
     defaults = {
         name: p.default
@@ -195,5 +197,5 @@ def test_signatures_are_nemo_automodels() -> None:
     assert list(inspect.signature(get_expert_activation_for_deepep).parameters) == ["config"]
 
 
-def test_accumulation_dtype() -> None:
+def test_the_accumulation_dtype_is_at_least_float32() -> None:
     assert [accumulation_dtype(dtype) for dtype in (F64, F32, BF16, F16)] == [F64, F32, F32, F32]

@@ -1,4 +1,4 @@
-"""The catalog: what it names is there, and what it says of a backend is what that backend does."""
+"""The catalog: everything that it names exists, and every backend does what the catalog says."""
 
 import importlib
 import re
@@ -18,12 +18,12 @@ DESCRIBED = [*catalog.ENGINES, *catalog.BACKENDS, *catalog.DISPATCHERS]
 
 
 @pytest.mark.parametrize("described", [catalog.ENGINES, catalog.BACKENDS, catalog.DISPATCHERS])
-def test_every_name_is_there_once(described: tuple[catalog.Engine, ...]) -> None:
+def test_every_name_occurs_once(described: tuple[catalog.Engine, ...]) -> None:
     names = [one.name for one in described]
     assert len(set(names)) == len(names)
 
 
-def test_every_library_says_how_to_get_it() -> None:
+def test_every_library_has_an_install_command() -> None:
     needed = {one.library for one in DESCRIBED} - {None}
     assert needed == catalog.LIBRARIES.keys()
     assert all(catalog.LIBRARIES.values())
@@ -55,7 +55,7 @@ def test_a_missing_library_is_reported_in_the_words_of_the_catalog(
     assert why == "is not installed" or re.fullmatch(r"does not import \([^()]*\)", why)
 
 
-def test_every_module_has_what_its_kind_needs() -> None:
+def test_every_module_has_the_functions_of_its_kind() -> None:
     for engine in catalog.ENGINES:
         assert hasattr(importlib.import_module(engine.module), "ENGINE") == engine.stacked
     for dispatcher in catalog.DISPATCHERS:
@@ -64,7 +64,7 @@ def test_every_module_has_what_its_kind_needs() -> None:
         assert callable(module.unsupported)
 
 
-def test_a_configuration_takes_every_engine_and_dispatcher() -> None:
+def test_a_backend_config_accepts_every_engine_and_dispatcher() -> None:
     for engine in catalog.ENGINES:
         assert BackendConfig(experts=engine.name).experts == engine.name
     for dispatcher in catalog.DISPATCHERS:

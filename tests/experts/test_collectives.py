@@ -1,4 +1,4 @@
-"""Messages between ranks, as far as one process can tell."""
+"""Packing of messages between ranks, as far as one process can test it."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.experts.layers import BF16, F16, F32, F64
 @pytest.mark.parametrize("num_choices", [1, 2, 3])
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 5])
 def test_choices_arrive_as_they_were_sent(num_rows: int, num_choices: int, dtype: torch.dtype) -> None:
-    """An odd number of choices, of no row or one, lies at no multiple of the other's size."""
+    """With an odd number of choices, or with at most one row, a part may not be aligned to its element size."""
     weights_RK = torch.rand(num_rows, num_choices).to(dtype)
     indices_RK = torch.randint(-1, 9, (num_rows, num_choices))
     for weights, indices in ((weights_RK, indices_RK), (as_columns(weights_RK), as_columns(indices_RK))):
@@ -23,12 +23,12 @@ def test_choices_arrive_as_they_were_sent(num_rows: int, num_choices: int, dtype
 
 
 def as_columns(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, with a last stride that is not 1, though a single row or column is contiguous."""
+    """Return the same values with a last stride that is not 1, although a single row or column is contiguous."""
     return torch.empty_strided(tensor.shape, (1, 7), dtype=tensor.dtype).copy_(tensor)
 
 
-def test_an_index_beyond_int32_is_no_other_experts() -> None:
-    """On a GPU nobody looks at indices; such a one contributes nothing, wherever it is sent."""
+def test_an_index_beyond_int32_does_not_become_another_experts() -> None:
+    """On a GPU nothing checks the indices. Such an index contributes nothing, on whichever rank it arrives."""
     indices_RK = torch.tensor([[1 << 40, 3], [-(1 << 40), (1 << 32) + 2]])
     _, found = unpack_choices(pack_choices(torch.rand(2, 2), indices_RK), F32)
     assert found.tolist() == [[2**31 - 1, 3], [-1, 2**31 - 1]]

@@ -1,5 +1,6 @@
-"""The kernels as compiled for an H200, which needs no GPU: that they compile in bfloat16, which the interpreter cannot
-show, and read and write 16 bytes at a time.
+"""The kernels of the steps, compiled for an H200. This needs no GPU.
+
+They compile in bfloat16, which the interpreter cannot show, and they read and write 16 bytes at a time.
 """
 
 import re
@@ -23,7 +24,7 @@ ROWS = TOKENS * K
 
 @pytest.fixture
 def ptx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
-    """By kernel, what the launches from now on compile to; none runs."""
+    """Return a dict that gets the PTX of each kernel that is launched from now on. No kernel runs."""
     from experts.steps import fused  # noqa: F401
 
     modules = [sys.modules[f"experts.steps.fused.{name}"] for name in ("sort", "rows", "activation", "reduce")]

@@ -1,4 +1,4 @@
-"""MoEConfig and BackendConfig: what is refused, in one line that helps, and what is taken."""
+"""MoEConfig and BackendConfig: which values they accept, and the one-line errors for the others."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ def refusal(build: Any, **fields: Any) -> str:
     return str(caught.value)
 
 
-def test_defaults_are_nemo_automodels() -> None:
+def test_defaults_are_those_of_nemo_automodel() -> None:
     assert dataclasses.asdict(config()) == {
         **SIZES,
         "expert_bias": False,
@@ -61,7 +61,7 @@ NOT_A_BOOL = (1, 0, "yes", None)
     ],
     ids=repr,
 )
-def test_impossible_value_is_one_line_with_field_value_rule_and_remedy(field: str, value: object) -> None:
+def test_the_error_for_a_wrong_value_is_one_line_with_field_value_rule_and_remedy(field: str, value: object) -> None:
     message = refusal(config, **{field: value})
     assert "\n" not in message
     assert message.startswith(f"MoEConfig.{field}")
@@ -80,7 +80,7 @@ def test_impossible_value_is_one_line_with_field_value_rule_and_remedy(field: st
     ],
     ids=repr,
 )
-def test_impossible_backend_is_one_line_that_lists_the_names(field: str, value: object) -> None:
+def test_the_error_for_a_wrong_backend_is_one_line_that_lists_the_names(field: str, value: object) -> None:
     message = refusal(BackendConfig, **{field: value})
     assert "\n" not in message
     assert message.startswith(f"BackendConfig.{field} = {value!r}: ")
@@ -89,13 +89,13 @@ def test_impossible_backend_is_one_line_that_lists_the_names(field: str, value: 
     assert "; give " in message
 
 
-def test_names_of_activations_and_dtypes_are_listed() -> None:
+def test_errors_list_the_names_of_activations_and_dtypes() -> None:
     message = refusal(config, expert_activation="relu")
     assert all(name in message for name in ("'swiglu'", "'swigluoai'", "'quick_geglu'", "'geglu'", "'relu2'"))
     assert "float64, float32, bfloat16, float16" in refusal(config, dtype="fp8")
 
 
-def test_more_chosen_than_there_are() -> None:
+def test_more_activated_than_routed_experts_are_refused() -> None:
     message = refusal(config, n_activated_experts=9)
     assert "\n" not in message
     assert "n_activated_experts = 9 exceeds n_routed_experts = 8" in message
@@ -103,7 +103,7 @@ def test_more_chosen_than_there_are() -> None:
     assert config(n_activated_experts=8).n_activated_experts == 8
 
 
-def test_every_mistake_is_a_line() -> None:
+def test_every_mistake_has_its_own_line() -> None:
     lines = refusal(config, dim=0, expert_bias="no", dtype="fp8").splitlines()
     assert [line.split(maxsplit=1)[0].rstrip(":") for line in lines] == [
         "MoEConfig.dim",
@@ -112,26 +112,26 @@ def test_every_mistake_is_a_line() -> None:
     ]
 
 
-def test_missing_field_is_named() -> None:
+def test_the_error_for_a_missing_field_names_it() -> None:
     message = refusal(MoEConfig, **{name: size for name, size in SIZES.items() if name != "dim"})
     assert message == "MoEConfig.dim is missing: give the hidden size of a token, a positive integer, e.g. 2048"
 
 
 @pytest.mark.parametrize("build", [config, BackendConfig])
-def test_unknown_field_lists_the_fields(build: Any) -> None:
+def test_the_error_for_an_unknown_field_lists_the_fields(build: Any) -> None:
     message = refusal(build, expert=8)
     assert "\n" not in message
     assert "there is no field 'expert'" in message
     assert all(field.name in message for field in dataclasses.fields(build()))
 
 
-def test_config_error_is_a_value_error_and_ours() -> None:
+def test_config_error_is_a_value_error_and_an_experts_error() -> None:
     assert issubclass(ConfigError, ValueError)
     assert issubclass(ConfigError, ExpertsError)
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_dtype_by_name_or_itself(name: str) -> None:
+def test_a_dtype_may_be_given_by_name(name: str) -> None:
     dtype = getattr(torch, name)
     assert config(dtype=name).dtype is dtype
     assert config(dtype=name) == config(dtype=dtype)
@@ -143,11 +143,11 @@ def test_torch_is_another_name_of_the_loop() -> None:
 
 
 @pytest.mark.parametrize("name", ["loop", "torch_mm", "torch_mm_mxfp8", "triton", "gmm", "te", None])
-def test_every_engine_has_its_name(name: Any) -> None:
+def test_a_backend_config_keeps_the_name_of_every_engine(name: Any) -> None:
     assert BackendConfig(experts=name).experts == name
 
 
-def test_integers_are_floats_too() -> None:
+def test_integers_are_accepted_as_floats() -> None:
     assert config(activation_limit=7, swiglu_limit=10) == config(activation_limit=7.0, swiglu_limit=10.0)
 
 
@@ -158,7 +158,7 @@ def test_configs_cannot_be_changed(made: Any) -> None:
             setattr(made, field.name, getattr(made, field.name))
 
 
-def test_fields_have_names_only() -> None:
+def test_fields_must_be_given_by_name() -> None:
     with pytest.raises(TypeError, match="positional"):
         MoEConfig(8, 2, 16, 32)
     with pytest.raises(TypeError, match="positional"):
@@ -173,13 +173,13 @@ def test_replace_validates_again() -> None:
         dataclasses.replace(config(), dim=0)
 
 
-def test_with_dtype_changes_the_dtype_alone() -> None:
+def test_with_dtype_changes_only_the_dtype() -> None:
     one = config(dtype="float32", expert_bias=True, swiglu_limit=1.0)
     assert one.with_dtype(torch.bfloat16) == dataclasses.replace(one, dtype="bfloat16")
     assert one.with_dtype(torch.float32) == one
 
 
-def test_configs_are_values() -> None:
+def test_configs_hash_compare_pickle_and_copy_as_values() -> None:
     assert hash(config()) == hash(config())
     assert config() != config(dim=32)
     assert pickle.loads(pickle.dumps(config())) == config()

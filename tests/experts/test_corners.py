@@ -1,4 +1,4 @@
-"""Corners in which expert layers were ever wrong, on every engine, against the oracle. See test_tensors.py too."""
+"""Corner cases in which expert layers were wrong before: every engine against the oracle. See also test_tensors.py."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_output_and_every_gradient(setup: Setup, activation: str, bias: bool) ->
         expert_activation=activation,
         expert_bias=bias,
         activation_alpha=1.3,
-        activation_limit=0.93,  # no h of this batch is so near that rounding moves it across, where the gradient jumps
+        activation_limit=0.93,  # no h of this batch is near enough for rounding to move it across the limit
         swiglu_limit=0.71 if bias else 0.0,
     )
     check(setup, config, random_batch(config))
@@ -103,7 +103,7 @@ def test_all_tokens_twice_to_one_expert(setup: Setup) -> None:
 
 
 @on_every_setup
-def test_index_of_none_contributes_nothing(setup: Setup) -> None:
+def test_an_index_of_minus_one_contributes_nothing(setup: Setup) -> None:
     config = setup.config(n_activated_experts=3, expert_bias=True)
     batch = random_batch(config, indices=[[-1, 0, 3], [2, -1, 1], [-1, -1, -1], [3, 1, -1], [0, 1, 2]])
     weights = batch.weights.masked_fill(batch.indices < 0, torch.nan)
@@ -116,8 +116,8 @@ def test_index_of_none_contributes_nothing(setup: Setup) -> None:
 @on_every_setup
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_what_a_masked_row_holds_reaches_nothing(setup: Setup, bias: bool, poison: float) -> None:
-    """Not the other tokens, as `x.sum() * 0` would let it, and not an expert that nobody else chose."""
+def test_values_of_masked_rows_change_nothing(setup: Setup, bias: bool, poison: float) -> None:
+    """They change no other token, as `x.sum() * 0` would, and no expert that only masked tokens chose."""
     config = setup.config(expert_bias=bias)
     batch = some_masked(random_batch(config, indices=[[3, 0], [0, 1], [1, 0], [3, 1], [1, 0], [0, 3]]))
     parameters = random_parameters(config)
@@ -140,7 +140,7 @@ def test_what_a_masked_row_holds_reaches_nothing(setup: Setup, bias: bool, poiso
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
 @on_cpu_and_gpu
 def test_masked_tokens_with_indices_of_any_integer_dtype(setup: Setup, dtype: torch.dtype) -> None:
-    """Of 256 experts the last is 255, which is −1 in uint8."""
+    """With 256 experts, the last is 255. In uint8, −1 is also 255."""
     unsigned = dtype is torch.uint8
     config = setup.config(n_routed_experts=256 if unsigned else 120, dim=8, expert_bias=True)
     last = config.n_routed_experts - 1
@@ -149,7 +149,7 @@ def test_masked_tokens_with_indices_of_any_integer_dtype(setup: Setup, dtype: to
 
 
 @on_cpu_and_gpu
-def test_masked_token_may_have_any_index(setup: Setup) -> None:
+def test_a_masked_token_may_have_any_index(setup: Setup) -> None:
     config = setup.config()
     batch = some_masked(random_batch(config))
     parameters = random_parameters(config)
@@ -160,8 +160,8 @@ def test_masked_token_may_have_any_index(setup: Setup) -> None:
 
 @on_every_setup
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-def test_inner_size_equal_to_dim(setup: Setup, activation: str) -> None:
-    """Where transposed weights would fit just as well; relu2 has only square ones."""
+def test_moe_inter_dim_may_equal_dim(setup: Setup, activation: str) -> None:
+    """Then transposed weights also fit. relu2 has only square weights."""
     config = setup.config(moe_inter_dim=16, expert_activation=activation, expert_bias=True)
     check(setup, config, random_batch(config))
 
@@ -179,11 +179,13 @@ def test_router_weight_after_down(setup: Setup, bias: bool) -> None:
     check(setup, config, some_masked(random_batch(config)))
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", [False, True], ids=["before-down", "after-down"])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @on_cpu_and_gpu
-def test_where_the_router_weight_is_applied(setup: Setup, dtype: torch.dtype, after: bool) -> None:
-    """Exact arithmetic cannot tell, rounding can: a weight just above 1 is lost on an activation of 1 alone."""
+def test_the_router_weight_is_applied_before_or_after_the_down_projection(
+    setup: Setup, dtype: torch.dtype, after: bool
+) -> None:
+    """Only rounding shows the difference: a weight just above 1 is lost when it multiplies an activation of 1."""
     config = setup.config(
         dtype=dtype, expert_activation="relu2", n_activated_experts=1, apply_router_weight_after_down=after
     )
@@ -199,7 +201,7 @@ def test_where_the_router_weight_is_applied(setup: Setup, dtype: torch.dtype, af
 
 @on_every_setup
 def test_a_token_is_summed_in_float32(setup: Setup) -> None:
-    """256 and seven ones: bfloat16 would stay at 256, whatever the order, and float16 has no trouble."""
+    """Sum 256 and seven ones. A sum in bfloat16 would stay at 256, in any order. float16 has no such problem."""
     config = setup.config(n_routed_experts=8, n_activated_experts=8, expert_bias=True)
     parameters = {name: torch.zeros_like(p) for name, p in random_parameters(config).items()}
     parameters["down_proj_bias"] += 1

@@ -1,4 +1,4 @@
-"""What DeepEP cannot do, told before a rank waits for another. That it carries tokens is in test_expert_parallel.py."""
+"""DeepEP refuses what it does not support before a rank waits for another. test_expert_parallel.py sends tokens."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def group(size: int) -> SimpleNamespace:
-    """A process group, as far as a refusal looks at it."""
+    """Return an object with the size and rank of a process group."""
     return SimpleNamespace(size=lambda: size, rank=lambda: 0)
 
 
@@ -33,7 +33,7 @@ def group(size: int) -> SimpleNamespace:
     ],
     ids=str,
 )
-def test_what_it_cannot_do(
+def test_unsupported_gives_the_reason(
     device: torch.device, fields: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = deepep.unsupported
@@ -45,14 +45,14 @@ def test_what_it_cannot_do(
 
 
 @pytest.mark.usefixtures("no_libraries")
-def test_without_the_library_it_says_what_to_install() -> None:
+def test_without_the_library_the_reason_says_what_to_install() -> None:
     given = deepep.unsupported(CUDA, moe_config(dtype=BF16))
     assert given.reason.startswith("deep_ep does not import")
     assert given.reason.endswith(catalog.LIBRARIES["deep_ep"])
 
 
 @pytest.mark.usefixtures("fake_libraries")
-def test_more_experts_a_rank_than_the_library_has_threads_for() -> None:
+def test_more_than_128_experts_per_rank_are_refused() -> None:
     with pytest.raises(Unsupported) as caught:
         deepep.DeepEP(group(2), moe_config(n_routed_experts=384, dtype=BF16))
     assert caught.value.reason == (
@@ -69,7 +69,7 @@ def test_more_experts_a_rank_than_the_library_has_threads_for() -> None:
         (3, "deep_ep does not run on 3 ranks; use alltoall"),
     ],
 )
-def test_numbers_of_ranks_that_it_does_not_run_on(size: int, reason: str) -> None:
+def test_unsupported_numbers_of_ranks_are_refused(size: int, reason: str) -> None:
     with pytest.raises(Unsupported) as caught:
         deepep.DeepEP(group(size), moe_config(n_routed_experts=12, dtype=BF16))
     assert str(caught.value) == reason

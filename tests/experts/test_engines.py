@@ -1,4 +1,4 @@
-"""The engines themselves: windows of local experts, what they refuse, unwritten memory, run-to-run determinism."""
+"""The engines: windows of local experts, refusals, unwritten memory, and determinism from run to run."""
 
 import sys
 from collections.abc import Iterator
@@ -33,11 +33,11 @@ from tests.experts.oracle import PARAMETERS
 CPU = torch.device("cpu")
 
 
-def test_names() -> None:
+def test_names_of_the_engines() -> None:
     assert engine_names() == ("loop", "torch_mm", "torch_mm_mxfp8", "triton", "gmm")
 
 
-def test_unknown_engine_lists_the_engines() -> None:
+def test_the_error_for_an_unknown_engine_lists_the_engines() -> None:
     with pytest.raises(RegistryError) as caught:
         get_engine("cutlass")
     assert str(caught.value) == f"there is no engine 'cutlass' here; the engines are {', '.join(engine_names())}"
@@ -46,8 +46,10 @@ def test_unknown_engine_lists_the_engines() -> None:
 @on_every_setup
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("window", [(0, 2), (2, 3), (3, 1), (5, 1), (1, 4)], ids=lambda w: f"{w[0]}+{w[1]}")
-def test_window_of_local_experts(setup: Setup, window: tuple[int, int], bias: bool) -> None:
-    """The parameters are the window's alone; choices of experts outside of it are as good as −1."""
+def test_a_window_of_local_experts_gives_the_part_of_the_oracle(
+    setup: Setup, window: tuple[int, int], bias: bool
+) -> None:
+    """The engine gets only the window's parameters. Choices of experts outside of the window count as −1."""
     first, count = window
     config = setup.config(n_routed_experts=6, n_activated_experts=3, expert_bias=bias)
     batch = random_batch(config, indices=[[5, 0, 3], [1, -1, 2], [4, 3, 5], [0, 0, 1], [3, 3, 2], [2, 5, 4]])
@@ -70,7 +72,7 @@ def test_window_of_local_experts(setup: Setup, window: tuple[int, int], bias: bo
 
 
 def refusal_of_forward(config: MoEConfig, dtype: torch.dtype) -> str:
-    """torch_mm's, on activations of the dtype: of a layer it may make, but never runs as something else."""
+    """Return the refusal of torch_mm's forward for activations of the dtype. The layer itself can be made."""
     batch = random_batch(config)
     with pytest.raises(Unsupported) as caught:
         layer("torch_mm", config)(batch.x.to(dtype), batch.token_mask, batch.weights, batch.indices)
@@ -118,7 +120,7 @@ def test_torch_mm_refuses_rows_that_are_not_whole_16_bytes(fields: dict, fact: s
     ids=str,
 )
 @on_every_engine
-def test_smallest_sizes_that_are_supported_run(engine: str, fields: dict) -> None:
+def test_the_smallest_supported_sizes_run(engine: str, fields: dict) -> None:
     config = moe_config(**fields, expert_bias=True)
     assert get_engine(engine).unsupported(CPU, config) is None
     batch, parameters = random_batch(config), random_parameters(config)
@@ -136,10 +138,10 @@ MXFP8_REFUSALS = [
 
 
 @pytest.mark.parametrize(("device", "capability", "fields", "reason"), MXFP8_REFUSALS)
-def test_what_torch_mm_mxfp8_refuses(
+def test_torch_mm_mxfp8_gives_the_reason_of_a_refusal(
     device: str, capability: tuple[int, int], fields: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Below SM100 it never computes in something else; there, torchao is asked for last."""
+    """Below SM100 it refuses and never computes in another format. On SM100, it checks for torchao last."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     torchao = "torchao.prototype.moe_training.mxfp8_grouped_mm"
     for name in ("torchao", "torchao.prototype", "torchao.prototype.moe_training", torchao):
@@ -154,7 +156,7 @@ def test_what_torch_mm_mxfp8_refuses(
         assert given.reason.endswith("pip install torchao")
 
 
-def test_torch_mm_mxfp8_is_made_anywhere_and_refused_by_its_forward() -> None:
+def test_torch_mm_mxfp8_can_be_made_anywhere_and_its_forward_refuses() -> None:
     made = layer("torch_mm_mxfp8", moe_config())
     batch = random_batch(made.config)
     with pytest.raises(Unsupported, match=r"^torch_mm_mxfp8: MXFP8 needs a CUDA GPU of SM100, the device is cpu"):
@@ -170,7 +172,7 @@ def test_the_loop_refuses_nothing(dtype: torch.dtype) -> None:
 
 
 @on_every_engine
-def test_without_a_config_the_question_is_about_the_device(engine: str) -> None:
+def test_without_a_config_unsupported_checks_only_the_device(engine: str) -> None:
     assert get_engine(engine).unsupported(CPU, None) is None
 
 
@@ -184,7 +186,7 @@ def test_without_a_config_the_question_is_about_the_device(engine: str) -> None:
     ids=["float64", "dim", "moe_inter_dim"],
 )
 def test_activations_that_torch_mm_cannot_take_are_refused(activations: torch.dtype, fields: dict, rule: str) -> None:
-    """The parameters alone were fine."""
+    """The parameters are supported. Only the activations are not."""
     assert rule in refusal_of_forward(moe_config(dtype=F32, **fields), activations)
 
 
@@ -200,15 +202,15 @@ def test_torch_mm_refuses_more_rows_than_int32_offsets_count() -> None:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Memory that torch.empty leaves as it was is NaN."""
+    """Make torch.empty fill its memory with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-def test_poison_works() -> None:
-    """grouped_mm leaves the rows past its last group as they are: what the next test is about."""
+def test_poisoned_memory_shows_rows_that_grouped_mm_leaves_unwritten() -> None:
+    """grouped_mm does not write the rows past its last group. The next test needs this."""
     assert torch.empty(8).isnan().all()
     offsets = torch.tensor([2, 3], dtype=torch.int32)
     rows = torch.nn.functional.grouped_mm(torch.ones(5, 4), torch.ones(2, 4, 4), offs=offsets)
@@ -216,15 +218,18 @@ def test_poison_works() -> None:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", [False, True], ids=["before-down", "after-down"])
 @pytest.mark.parametrize("activation", ["swiglu", "quick_geglu", "relu2"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @on_every_engine
-def test_unwritten_memory_reaches_nothing(
+def test_unwritten_memory_changes_nothing(
     engine: str, dtype: torch.dtype, bias: bool, activation: str, after: bool
 ) -> None:
-    """Rows past the last group, and dW of experts without tokens; twice, as the first time memory may be clean."""
+    """This covers rows past the last group and dW of experts without tokens.
+
+    The layer runs twice, as its memory may be clean the first time.
+    """
     config = moe_config(
         dtype=dtype, expert_bias=bias, expert_activation=activation, apply_router_weight_after_down=after
     )
@@ -240,7 +245,7 @@ def test_unwritten_memory_reaches_nothing(
 
 @on_cpu_and_gpu
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_run_to_run_determinism(setup: Setup, bias: bool) -> None:
+def test_every_run_gives_the_same_bits(setup: Setup, bias: bool) -> None:
     config = setup.config(n_routed_experts=8, n_activated_experts=4, dim=32, moe_inter_dim=24, expert_bias=bias)
     batch = random_batch(config, num_tokens=300)
     made = setup.layer(config)
@@ -250,7 +255,7 @@ def test_run_to_run_determinism(setup: Setup, bias: bool) -> None:
 
 
 @on_every_engine
-def test_determinism_with_one_expert_twice(engine: str) -> None:
+def test_every_run_gives_the_same_bits_with_one_expert_twice(engine: str) -> None:
     config = moe_config(n_activated_experts=3, expert_bias=True)
     indices = torch.randint(0, 4, (200, 3), generator=torch.Generator().manual_seed(9))
     batch = random_batch(config, indices=indices)

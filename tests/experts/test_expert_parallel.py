@@ -1,7 +1,7 @@
-"""Expert parallelism over gloo: whatever the ranks, dispatcher and engine, all tokens come out as from one process.
+"""Expert parallelism over gloo gives the same results as one process, for all ranks, dispatchers and engines.
 
-Each number of ranks is launched once. The ranks (ranks.py) run every case and write what each gave; here it is put
-together and compared, case by case.
+Each number of ranks is launched once. The ranks (ranks.py) run every case and write their results. The tests here
+concatenate the results of the ranks and compare them, case by case.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from tests.experts.parallel import Case
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 200
-pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)  # the first test of so many ranks waits for all of theirs
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)  # the first test with a number of ranks waits for all cases
 OF_TOKENS = ("output", "x", "weights")
 
 Launched = Callable[[int], Path]
@@ -42,7 +42,7 @@ FACTS = [_param(size, name) for size, names in parallel.FACTS.items() for name i
 
 @pytest.fixture(scope="session")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    """Gives the folder that so many ranks wrote. They run when first asked for, for all test processes once."""
+    """Return a function that launches a number of ranks once for all test processes, and returns their folder."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
@@ -60,7 +60,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 
 def launch(num_ranks: int, folder: Path) -> None:
-    """The launcher and its ranks, all ended after TIMEOUT_S, or when this process is interrupted."""
+    """Run the launcher and its ranks. End all of them after TIMEOUT_S seconds or when this process is interrupted."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::FutureWarning"}
     ended = f"still running after {TIMEOUT_S} s"
@@ -78,7 +78,7 @@ def launch(num_ranks: int, folder: Path) -> None:
                 ended = f"exit status {process.wait(TIMEOUT_S)}"
         finally:
             if process.poll() is None:
-                ranks = psutil.Process(process.pid).children(recursive=True)  # each in a session of its own
+                ranks = psutil.Process(process.pid).children(recursive=True)  # each rank has its own session
                 for each in (process, *ranks):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         each.kill()
@@ -87,14 +87,14 @@ def launch(num_ranks: int, folder: Path) -> None:
 
 
 def outcomes(folder: Path, name: str, num_ranks: int) -> list[Named]:
-    """What each rank found, in their order."""
+    """Return the results of each rank, in the order of the ranks. Fail if a rank has no result."""
     found = []
     for rank in range(num_ranks):
         file = folder / f"{name}.rank{rank}.pt"
         if not file.exists():
             log = (folder / "log.txt").read_text()
             pytest.fail(
-                f"rank {rank} never came to it: {json.loads((folder / 'ended.json').read_text())}\n{log[-4000:]}"
+                f"rank {rank} did not run {name}: {json.loads((folder / 'ended.json').read_text())}\n{log[-4000:]}"
             )
         outcome = torch.load(file)
         assert not outcome["error"], f"rank {rank}: {outcome['error']}"
@@ -103,7 +103,7 @@ def outcomes(folder: Path, name: str, num_ranks: int) -> list[Named]:
 
 
 def together(ranks: list[Named]) -> Named:
-    """Tokens in the order of the ranks, and so their experts."""
+    """Concatenate the tokens and experts of the ranks in the order of the ranks."""
     return {name: torch.cat([found[name] for found in ranks]) for name in ranks[0]}
 
 
@@ -115,7 +115,10 @@ def right(scenario: str, dtype: torch.dtype) -> Named:
 
 @functools.cache
 def alone(scenario: str, dtype: torch.dtype) -> Named:
-    """One process's loop, in one thread as the ranks: products of several may differ in their last bits."""
+    """Return the results of the loop in one process, with one thread like the ranks.
+
+    Products computed by several threads may differ in their last bits.
+    """
     case = Case(scenario, "loop", "allgather", dtype)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -126,19 +129,19 @@ def alone(scenario: str, dtype: torch.dtype) -> Named:
 
 
 @pytest.mark.parametrize("num_ranks", parallel.LAUNCHED)
-def test_the_ranks_end_well(num_ranks: int, launched: Launched) -> None:
-    """And without a word: no warning of torch's about its renamed collectives, and none about anything else."""
+def test_the_ranks_end_without_an_error_or_a_warning(num_ranks: int, launched: Launched) -> None:
+    """The log has no warning, for example none of torch about its renamed collectives."""
     folder = launched(num_ranks)
     assert json.loads((folder / "ended.json").read_text()) == "exit status 0"
     assert "Warning" not in (folder / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("num_ranks", "case"), CASES)
-def test_all_ranks_together_are_as_one_process(num_ranks: int, case: Case, launched: Launched) -> None:
-    """Output and every gradient against the oracle on all tokens. The loop gives the same bits as in one process.
+def test_all_ranks_together_give_the_results_of_one_process(num_ranks: int, case: Case, launched: Launched) -> None:
+    """Output and every gradient match the oracle on all tokens. The loop gives the same bits as in one process.
 
-    They are the same because an expert's rows come in the same order, and a token's two parts add up to the same sum in
-    either order; in bfloat16 each rank rounds its part, so that outputs and gradients of tokens are near alone.
+    The bits are the same because an expert's rows come in the same order, and a token's two parts have the same sum in
+    either order. In bfloat16 each rank rounds its part, so the outputs and gradients of tokens are only near.
     """
     ranks = outcomes(launched(num_ranks), case.name, num_ranks)
     size = case.ep_size(num_ranks)
@@ -153,20 +156,20 @@ def test_all_ranks_together_are_as_one_process(num_ranks: int, case: Case, launc
 
 @pytest.mark.parametrize("scenario", ["uneven", "masked"])
 @pytest.mark.parametrize("num_ranks", [2])
-def test_deepep_adds_up_as_alltoall_does(num_ranks: int, scenario: str, launched: Launched) -> None:
-    """Both sum a token's parts in float32, in the order of the ranks."""
+def test_deepep_gives_the_bits_of_alltoall(num_ranks: int, scenario: str, launched: Launched) -> None:
+    """Both dispatchers sum a token's parts in float32, in the order of the ranks."""
     cases = [Case(scenario, "loop", dispatcher, BF16) for dispatcher in ("deepep", "alltoall")]
     deepep, alltoall = (together(outcomes(launched(num_ranks), case.name, num_ranks)) for case in cases)
     assert_same(deepep, alltoall)
 
 
 @pytest.mark.parametrize(("num_ranks", "name"), FACTS)
-def test_what_ranks_look_at_themselves(num_ranks: int, name: str, launched: Launched) -> None:
+def test_a_fact_that_the_ranks_check_holds(num_ranks: int, name: str, launched: Launched) -> None:
     outcomes(launched(num_ranks), name, num_ranks)
 
 
-def test_the_cases_are_what_they_say() -> None:
-    """Of tokens that are masked, uneven or absent there are some, on every number of ranks."""
+def test_the_cases_have_masked_and_uneven_tokens() -> None:
+    """Every number of ranks has scenarios with masked tokens and with uneven numbers of tokens."""
     for name, scenario in parallel.SCENARIOS.items():
         assert {sum(counts) for counts in scenario.counts.values()} == {sum(scenario.counts[1])}, name
     for size in parallel.SIZES:

@@ -1,7 +1,8 @@
 """The steps in Triton against the steps in plain torch: on a GPU, and on a CPU in Triton's interpreter.
 
-The interpreter has to be asked for before triton is imported, so those tests run in a process of their own, which
-`test_in_tritons_interpreter` starts. It truncates bfloat16 where a GPU rounds: bfloat16 is for the GPU.
+The interpreter must be turned on before triton is imported. The tests in it run in their own process, which
+`test_in_tritons_interpreter` starts. The interpreter truncates to bfloat16 while a GPU rounds, so only the tests on a
+GPU use bfloat16.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
     "tests",
     [
         ["tests/experts/test_fused_steps.py", "-k", "cpu"],
-        # whole layers, their memory NaN before
+        # whole layers, in memory that is filled with NaN
         [
             *("tests/experts/test_corners.py", "tests/experts/test_engines.py"),
             *("-k", "torch_mm and float32 and (every_gradient or zero_tokens or one_expert or unwritten and swiglu)"),
@@ -59,7 +60,7 @@ def test_in_tritons_interpreter(tests: list[str]) -> None:
 
 
 class Given:
-    """Tensors of one size on a device, and what is past the last group or of nobody NaN."""
+    """Tensors of one size on a device. Rows past the last group and weights of choices that are not local are NaN."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         small = device == "cpu"
@@ -94,7 +95,7 @@ def fused() -> Steps:
 
 
 def assert_agree(name: str, given: Given, *arguments: Any, rows: bool, **options: Any) -> None:
-    """A fused step in the dtype is within one rounding of the eager step in float64; and again, the same bits."""
+    """Check a fused step against the eager step in float64, within one rounding. A second run gives the same bits."""
     results = [_results(getattr(fused(), name)(*_copies(arguments), **options)) for _ in range(2)]
     right = _results(getattr(eager, name)(*_copies(arguments, F64), **options))
     for found, again, exact in zip(*results, right, strict=True):
@@ -115,7 +116,7 @@ def _results(result: Any) -> tuple[Tensor | None, ...]:
 
 
 def _copies(arguments: tuple[Any, ...], dtype: torch.dtype | None = None) -> list[Any]:
-    """Floats in another dtype; copies, for steps that write over what they are given."""
+    """Copy the arguments, floats in another dtype if it is given. Some steps overwrite their arguments."""
     return [a.to(dtype or a.dtype, copy=True) if isinstance(a, Tensor) else a for a in arguments]
 
 
@@ -124,8 +125,8 @@ ROUTINGS = [(7, 2, 6, 0, 6), (300, 4, 6, 2, 3), (0, 2, 4, 0, 4), (5, 3, 9, 8, 1)
 
 @on_every_device
 @pytest.mark.parametrize("routing", ROUTINGS, ids=str)
-def test_sort_by_expert(device: str, dtype: torch.dtype, routing: tuple[int, ...]) -> None:
-    """Bit for bit, dtypes included; several blocks, experts of others, a single expert, no token."""
+def test_sort_by_expert_gives_the_bits_of_eager(device: str, dtype: torch.dtype, routing: tuple[int, ...]) -> None:
+    """The dtypes are also the same. Covers several blocks, experts of other ranks, a single expert and no token."""
     num_tokens, k, num_experts, first, count = routing
     indices_TK = torch.randint(-1, num_experts, (num_tokens, k), generator=torch.Generator().manual_seed(3)).to(device)
     assert_same_permutation(indices_TK, first, count)
@@ -135,7 +136,7 @@ def test_sort_by_expert(device: str, dtype: torch.dtype, routing: tuple[int, ...
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 8, 128, 512])
-def test_sort_of_many(count: int) -> None:
+def test_sort_by_expert_of_many_tokens_gives_the_bits_of_eager(count: int) -> None:
     indices_TK = torch.randint(-1, 520, (16_384, 8), generator=torch.Generator().manual_seed(3)).cuda()
     assert_same_permutation(indices_TK, 4, count)
 
@@ -154,16 +155,16 @@ def assert_same_permutation(indices_TK: Tensor, first: int, count: int) -> None:
 
 @on_every_setup
 @weights_or_not
-def test_gather_rows(device: str, dtype: torch.dtype, weighted: bool) -> None:
+def test_gather_rows_agrees_with_eager(device: str, dtype: torch.dtype, weighted: bool) -> None:
     given = Given(device, dtype)
     weights_TK = given.weights_TK if weighted else None
     assert_agree("gather_rows", given, given.x_TD, given.permutation, weights_TK, rows=True)
 
 
 @on_every_setup
-@pytest.mark.parametrize("weigh_rows", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("weigh_rows", [False, True], ids=["before-down", "after-down"])
 @bias_or_not
-def test_sum_rows(device: str, dtype: torch.dtype, bias: bool, weigh_rows: bool) -> None:
+def test_sum_rows_agrees_with_eager(device: str, dtype: torch.dtype, bias: bool, weigh_rows: bool) -> None:
     given = Given(device, dtype)
     bias_LD = given.bias_LD if bias else None
     assert_agree(*("sum_rows", given, given.y_ND, given.permutation, given.weights_TK, bias_LD, weigh_rows), rows=False)
@@ -171,7 +172,7 @@ def test_sum_rows(device: str, dtype: torch.dtype, bias: bool, weigh_rows: bool)
 
 @on_every_setup
 @weights_or_not
-def test_sum_by_expert(device: str, dtype: torch.dtype, weighted: bool) -> None:
+def test_sum_by_expert_agrees_with_eager(device: str, dtype: torch.dtype, weighted: bool) -> None:
     given = Given(device, dtype)
     weights_TK = given.weights_TK if weighted else None
     assert_agree("sum_by_expert", given, given.y_ND, given.permutation, weights_TK, rows=False)
@@ -179,7 +180,7 @@ def test_sum_by_expert(device: str, dtype: torch.dtype, weighted: bool) -> None:
 
 @on_every_setup
 @pytest.mark.parametrize("what", ["rows", "bias", "both"])
-def test_dot_rows(device: str, dtype: torch.dtype, what: str) -> None:
+def test_dot_rows_agrees_with_eager(device: str, dtype: torch.dtype, what: str) -> None:
     given = Given(device, dtype)
     y_ND = None if what == "bias" else given.y_ND
     bias_LD = None if what == "rows" else given.bias_LD
@@ -194,7 +195,7 @@ LIMITED = {"activation_alpha": 1.3, "activation_limit": 0.7, "swiglu_limit": 0.7
 @pytest.mark.parametrize("activation", ["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"])
 @weights_or_not
 @bias_or_not
-def test_activate(
+def test_activate_and_its_backward_agree_with_eager(
     device: str, dtype: torch.dtype, bias: bool, weighted: bool, activation: str, fields: dict[str, float]
 ) -> None:
     given = Given(device, dtype)
@@ -203,7 +204,7 @@ def test_activate(
     h_NH, grad_NI = given.of_rows(width), given.of_rows(given.inter)
     bias_LH = given.random(given.count, width) if bias else None
     weights_TK = given.weights_TK if weighted else None
-    if fields:  # nothing so near to the limit that rounding in another order moves it across
+    if fields:  # no value is near enough to the limit for rounding in another order to move it across
         h_NH = torch.where((h_NH.abs() - 0.7).abs() < 0.05, torch.ones_like(h_NH), h_NH)
         bias_LH = None if bias_LH is None else torch.zeros_like(bias_LH)
     looked_up = (given.permutation, weights_TK, bias_LH, config)
@@ -214,7 +215,7 @@ def test_activate(
 
 @on_every_device
 def test_nan_stays_in_its_row(device: str, dtype: torch.dtype) -> None:
-    """A clamp or a rectifier that swallowed it would hide what went wrong before."""
+    """A clamp or a rectifier that removed the NaN would hide an earlier error."""
     given = Given(device, dtype)
     for activation in ("swigluoai", "quick_geglu", "relu2"):
         config = moe_config(moe_inter_dim=given.inter, expert_activation=activation)
@@ -225,8 +226,8 @@ def test_nan_stays_in_its_row(device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_more_elements_than_int32_counts() -> None:
-    """2^31 and more on the permuted side: the last rows are where 32-bit offsets would have wrapped."""
+def test_more_elements_than_int32_can_count_are_right() -> None:
+    """The permuted side has more than 2^31 elements. 32-bit offsets would have overflowed in the last rows."""
     num_tokens, k, dim = 2**16 + 8, 8, 4096
     indices_TK = torch.arange(num_tokens * k, device="cuda").view(num_tokens, k) % 16
     permutation = fused().sort_by_expert(indices_TK, 0, 16)

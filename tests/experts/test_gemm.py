@@ -1,6 +1,7 @@
-"""The grouped GEMM in Triton: its products in Triton's interpreter and on a GPU, and as compiled for an H200.
+"""The grouped GEMM in Triton: its products in Triton's interpreter and on a GPU, and its code for an H200.
 
-As in test_fused_steps.py, the interpreter needs a process of its own; it truncates bfloat16, which is for the GPU.
+As in test_fused_steps.py, the interpreter needs its own process. It truncates to bfloat16, so only the tests on a GPU
+use bfloat16.
 """
 
 import os
@@ -69,7 +70,7 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
 )
 def test_in_tritons_interpreter(tests: list[str]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "EXPERTS_STEPS": "fused", "PYTHONPATH": str(ROOT)}
-    # a tile reads past its group, where memory holds anything, infinities too; numpy has something to say to those
+    # a tile reads past its group, where memory may hold infinities; numpy warns about them
     quiet = ["-W", "ignore:invalid value encountered:RuntimeWarning", "-W", "ignore:overflow:RuntimeWarning"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "0", *quiet, *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -78,7 +79,7 @@ def test_in_tritons_interpreter(tests: list[str]) -> None:
 
 
 class Given:
-    """Rows of experts 1 … 3 of 5, experts 2 without any; what is past the last group, or of nobody, is NaN."""
+    """Rows of experts 1 to 3 of 5; expert 2 has none. Tokens and weights without a local expert are NaN."""
 
     def __init__(self, device: str, dtype: torch.dtype, **fields: Any) -> None:
         small = device == "cpu"
@@ -104,13 +105,13 @@ class Given:
         return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
     def right_h(self) -> Tensor:
-        """The up projection of the local rows in float64."""
+        """Return the up projection of the local rows in float64."""
         x_ND = eager.gather_rows(self.x_TD.double(), self.permutation)
         groups = torch.tensor_split(x_ND, self.permutation.offsets_L.tolist())
         return torch.cat([rows @ b for rows, b in zip(groups, self.b_LDH.double(), strict=False)])
 
     def assert_near(self, found: Tensor, exact: Tensor) -> None:
-        """Sums in float32 and one rounding."""
+        """Allow sums in float32 and one rounding."""
         size = exact.square().mean().sqrt()
         eps = torch.finfo(self.dtype).eps
         allowed = eps * exact.abs() + (4e-6 if self.dtype is F32 else eps / 64) * size
@@ -119,7 +120,7 @@ class Given:
         assert worst <= 1, f"{worst:.2f} times what rounding explains"
 
 
-@pytest.fixture(params=[False, True], ids=["a-program-a-tile", "listed"])
+@pytest.fixture(params=[False, True], ids=["one-program-per-tile", "listed"])
 def listed(request: pytest.FixtureRequest) -> bool:
     chosen: bool = request.param
     return chosen
@@ -127,7 +128,7 @@ def listed(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(params=[(16, 16, 16), (32, 64, 32)], ids=["16x16", "32x64"])
 def tiles(request: pytest.FixtureRequest, listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that divide a group, its columns and the sum's length, and such as do not."""
+    """Set tile sizes. Some divide a group, its columns and the length of the sum; others do not."""
     from experts.gemm import tiling
 
     of_these = tiling.Tiling(*request.param, stages=2, warps=4, listed=listed)
@@ -136,8 +137,10 @@ def tiles(request: pytest.FixtureRequest, listed: bool, monkeypatch: pytest.Monk
 
 @on_every_setup
 @pytest.mark.usefixtures("tiles")
-def test_products(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tile that writes past its group's end would race with the next group's; past the last group it shows."""
+def test_products_are_right_and_write_only_their_rows(
+    device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile that writes past its group races with the next group. Past the last group, such a write is visible."""
     from experts import gemm
 
     given = Given(device, dtype)
@@ -166,7 +169,7 @@ def poisoned(*shape: Any, **options: Any) -> Tensor:
 @on_every_setup
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("looked_up", ["weights", "bias", "both"])
-def test_activated_product(
+def test_an_activated_product_is_the_activation_of_the_product(
     device: str, dtype: torch.dtype, looked_up: str, activation: str, listed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from experts import gemm
@@ -186,11 +189,16 @@ def test_activated_product(
 
 
 @on_every_layer
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", [False, True], ids=["before-down", "after-down"])
 @pytest.mark.parametrize("activation", ["swiglu", "quick_geglu", "relu2"])
 @bias_or_not
-def test_layer_without_gradients(device: str, dtype: torch.dtype, bias: bool, activation: str, after: bool) -> None:
-    """Where the activation is the up projection's; masked tokens, −1, an expert twice, an expert without tokens."""
+def test_a_layer_without_gradients_is_right(
+    device: str, dtype: torch.dtype, bias: bool, activation: str, after: bool
+) -> None:
+    """Without gradients, the kernel of the up projection also activates.
+
+    Covers masked tokens, −1, one expert twice and an expert without tokens.
+    """
     fields = {"expert_bias": bias, "expert_activation": activation, "apply_router_weight_after_down": after}
     config = moe_config(dtype=dtype, **fields)
     batch = random_batch(config, indices=[[3, 0], [0, 0], [2, 3], [-1, -1], [-1, 2], [3, 2]])
@@ -201,9 +209,9 @@ def test_layer_without_gradients(device: str, dtype: torch.dtype, bias: bool, ac
 
 
 @in_interpreter
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
-def test_compiled_on_a_cpu() -> None:
-    """torch's compiler stops at these kernels, and fails where it tries them."""
+@pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself
+def test_a_compiled_layer_gives_the_same_result_on_a_cpu() -> None:
+    """torch's compiler must stop at these kernels. It fails if it tries to compile them."""
     config = moe_config(dtype=F16)
     made, compiled = layer("triton", config), layer("triton", config)
     compiled.compile(backend="aot_eager")
@@ -224,8 +232,8 @@ def output_of(engine: str, config: MoEConfig, batch: Batch, device: str) -> Tens
 @pytest.mark.parametrize("num_tokens", [1, 40, 100, 3000])
 @pytest.mark.parametrize("activation", ["swiglu", "quick_geglu"])
 @bias_or_not
-def test_every_tiling_on_a_gpu(bias: bool, activation: str, num_tokens: int) -> None:
-    """Without gradients and with, against float64 on the CPU; each count is of another tiling."""
+def test_every_tiling_is_right_on_a_gpu(bias: bool, activation: str, num_tokens: int) -> None:
+    """Compare with float64 on the CPU, without and with gradients. Each number of tokens uses another tiling."""
     sizes = {"n_routed_experts": 8, "n_activated_experts": 3, "dim": 264, "moe_inter_dim": 136}
     config = moe_config(dtype=BF16, expert_bias=bias, expert_activation=activation, **sizes)
     batch = random_batch(config, num_tokens)
@@ -248,8 +256,13 @@ def test_tilings_grow_with_the_rows() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
 @pytest.mark.parametrize("rows_per_expert", [4, 20, 50, 1000])
-def test_products_compile_for_sm90(rows_per_expert: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On tensor cores, Hopper's own from 64 rows; weights come by tensor memory accelerator, tokens by 16 bytes."""
+def test_products_compile_for_sm90_with_wide_copies(
+    rows_per_expert: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They use tensor cores, and those of Hopper in tiles of at least 64 rows.
+
+    Weights come through the tensor memory accelerator, tokens by copies of 16 bytes.
+    """
     from experts import gemm
     from experts.gemm import products, tiling
 
@@ -268,7 +281,7 @@ def test_products_compile_for_sm90(rows_per_expert: int, monkeypatch: pytest.Mon
         assert "cp.async.bulk.tensor.3d" in code
         assert ("cp.async.cg.shared.global" in code) == gathers
         assert not re.search(r"cp\.async\.ca|st\.global(\.\w+)*\.[bu]16\b", code), "it moves less than 16 bytes"
-        # a product that waits for the one before it: operands of the next step are not fetched meanwhile
+        # a product must not wait for the one before it, so that the next operands are fetched meanwhile
         waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", code)
         assert waits == [] or max(map(int, waits)) > 0
 
@@ -296,9 +309,11 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="where it runs on a CPU")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter supports the CPU")
 @pytest.mark.parametrize(("device", "fields", "fact"), REFUSALS, ids=[fact for *_, fact in REFUSALS])
-def test_refusals(device: str, fields: dict[str, Any], fact: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_gives_the_reason(
+    device: str, fields: dict[str, Any], fact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     reason = get_engine("triton").unsupported(torch.device(device), moe_config(**fields))
     assert reason is not None
@@ -313,7 +328,7 @@ def test_refusals(device: str, fields: dict[str, Any], fact: str, monkeypatch: p
         ((12, 0), "the triton engine's tiles do not fit the shared memory of SM120; use torch_mm"),
     ],
 )
-def test_refuses_other_gpus(capability: tuple[int, int], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_gpus_are_refused(capability: tuple[int, int], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     reason = get_engine("triton").unsupported(torch.device("cuda"), None)
     assert reason is not None

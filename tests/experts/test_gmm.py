@@ -1,4 +1,7 @@
-"""The engine gmm over a grouped_gemm that asserts what the real one does and leaves unwritten what it does, as NaN."""
+"""The engine gmm with a fake of grouped_gemm.
+
+The fake has the assertions of the real one. What the real one leaves unwritten is NaN in the fake.
+"""
 
 import sys
 
@@ -40,7 +43,7 @@ def check(batch: Batch, dtype: torch.dtype = F32, **fields: object) -> Named:
 
 
 @pytest.mark.usefixtures("no_libraries")
-def test_without_the_library_the_layer_is_made_and_its_forward_says_what_to_install() -> None:
+def test_without_the_library_a_layer_can_be_made_and_its_forward_says_what_to_install() -> None:
     made = GroupedExpertsDeepEP(moe_config(dtype=BF16))
     assert (made.engine_name, made.dispatcher_name) == ("gmm", "deepep")
     made.load_state_dict(random_parameters(made.config))
@@ -60,18 +63,18 @@ def test_without_the_library_the_layer_is_made_and_its_forward_says_what_to_inst
     ],
     ids=str,
 )
-def test_what_it_cannot_do(device: torch.device, dtype: torch.dtype, reason: str | None) -> None:
+def test_unsupported_gives_the_reason(device: torch.device, dtype: torch.dtype, reason: str | None) -> None:
     given = gmm.unsupported(device, moe_config(dtype=dtype))
     assert (given and given.reason) == reason
 
 
 @fake_libraries
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", [False, True], ids=["before-down", "after-down"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("activation", ["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_output_and_every_gradient(dtype: torch.dtype, activation: str, bias: bool, after: bool) -> None:
-    """Expert 1 has no token, one token no expert, and one expert is chosen twice."""
+    """Expert 1 has no token, one token has no expert, and one token chose an expert twice."""
     indices = [[3, 0], [0, 0], [2, 3], [-1, -1], [-1, 2], [3, 2]]
     check(
         random_batch(moe_config(dtype=dtype), indices=indices),
@@ -93,8 +96,8 @@ def test_experts_without_tokens_get_zeros(busy: int) -> None:
 
 @fake_libraries
 @pytest.mark.parametrize("why", ["no tokens", "masked", "index"])
-def test_without_a_row_the_library_is_not_asked(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It asserts that there are rows. Every gradient is zeros and not missing, the output's NaN notwithstanding."""
+def test_without_rows_the_library_is_not_called(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library asserts that there are rows. Every gradient is zeros, also if masked rows hold NaN."""
     batch = random_batch(moe_config(), num_tokens=0 if why == "no tokens" else 5)
     if why == "masked":
         nan = torch.full_like(batch.x, torch.nan)
@@ -105,8 +108,8 @@ def test_without_a_row_the_library_is_not_asked(why: str, monkeypatch: pytest.Mo
 
 
 @fake_libraries
-def test_it_multiplies_the_rows_of_its_experts_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is past the last group is work for nothing, and memory that nobody writes."""
+def test_only_the_rows_of_local_experts_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows past the last group would be wasted work, and the library does not write their memory."""
     multiplied = []
 
     def seen(a: torch.Tensor, b: torch.Tensor, batch_sizes: torch.Tensor, *transposed: bool) -> torch.Tensor:
@@ -119,7 +122,7 @@ def test_it_multiplies_the_rows_of_its_experts_and_no_others(monkeypatch: pytest
 
 
 @fake_libraries
-def test_what_a_masked_row_holds_reaches_nothing() -> None:
+def test_values_of_masked_rows_change_nothing() -> None:
     batch = random_batch(moe_config())
     batch.token_mask[[0, 3, 6]] = False
     for tensor in (batch.x, batch.weights, batch.grad):
@@ -129,7 +132,7 @@ def test_what_a_masked_row_holds_reaches_nothing() -> None:
 
 @fake_libraries
 @pytest.mark.parametrize("window", [(0, 2), (2, 3), (5, 1)], ids=lambda window: f"{window[0]}+{window[1]}")
-def test_window_of_local_experts(window: tuple[int, int]) -> None:
+def test_a_window_of_local_experts_gives_the_part_of_the_oracle(window: tuple[int, int]) -> None:
     first, count = window
     config = moe_config(n_routed_experts=6, n_activated_experts=3, expert_bias=True)
     batch = random_batch(config, indices=[[5, 0, 3], [1, -1, 2], [4, 3, 5], [0, 0, 1], [3, 3, 2], [2, 5, 4]])
@@ -147,8 +150,8 @@ def test_window_of_local_experts(window: tuple[int, int]) -> None:
 
 
 @fake_libraries
-def test_strides_are_made_plain_for_it() -> None:
-    """Parameters that are transposed views, non-contiguous tokens, and the expanded gradient of a sum."""
+def test_tensors_of_any_strides_are_made_contiguous_for_the_library() -> None:
+    """Parameters are transposed views, tokens are not contiguous, and the gradient is the expanded one of a sum."""
     config = moe_config(expert_bias=True)
     parameters = random_parameters(config)
     made = layer("gmm", config)
@@ -164,7 +167,7 @@ def test_strides_are_made_plain_for_it() -> None:
 
 @fake_libraries
 def test_gradients_accumulate() -> None:
-    """Zeros for experts without tokens are written into the new gradient, not into what was there."""
+    """Zeros for experts without tokens are written into the new gradient, not into the gradient before."""
     config = moe_config(expert_bias=True)
     made = layer("gmm", config)
     full, part = random_batch(config), random_batch(config, seed=5, indices=[[1, 2], [2, 1], [1, -1]])
@@ -179,7 +182,7 @@ def test_gradients_accumulate() -> None:
 
 
 @fake_libraries
-def test_parameters_of_another_dtype() -> None:
+def test_parameters_may_have_another_dtype_than_x() -> None:
     config = moe_config(expert_bias=True)
     batch = random_batch(config, indices=[[0, 1], [1, 3]])
     batch = batch.with_(x=batch.x.to(BF16), grad=batch.grad.to(BF16))

@@ -1,6 +1,6 @@
-"""What only a GPU shows: no host sync, CUDA graphs, memory that held something before, agreement with the CPU.
+"""Facts that only a GPU can show: no host sync, CUDA graphs, used memory, agreement with the CPU.
 
-The corners of test_corners.py and test_tensors.py and the engines' tests run on the GPU too.
+The corner cases of test_corners.py and test_tensors.py and the tests of the engines also run on the GPU.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def needs_sm90() -> None:
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """Whatever waits for the device raises."""
+    """Make every operation that waits for the device raise."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -60,7 +60,7 @@ def on_gpu(batch: Batch) -> Batch:
 
 
 def corner_batch(made: GroupedExperts, num_tokens: int = 64) -> Batch:
-    """Masked tokens, indices of −1, one expert twice, an expert without tokens."""
+    """Return a batch with masked tokens, indices of −1, one expert twice and an expert without tokens."""
     batch = random_batch(made.config, num_tokens)
     batch.indices[batch.indices == 1] = 2
     batch.indices[::5, 0] = -1
@@ -69,7 +69,7 @@ def corner_batch(made: GroupedExperts, num_tokens: int = 64) -> Batch:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", [False, True], ids=["before-down", "after-down"])
 @pytest.mark.parametrize("activation", ["swiglu", "quick_geglu", "relu2"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("parameters", [BF16, F32], ids=["bfloat16", "float32-parameters"])
@@ -93,8 +93,8 @@ def test_never_waits_for_the_device(
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
-def test_the_sync_that_the_loop_needs_is_seen() -> None:
-    """Else the test above would pass whatever the engines did."""
+def test_the_sync_that_the_loop_needs_is_detected() -> None:
+    """If it were not detected, the test above could not fail."""
     made = layer("loop", moe_config(dtype=BF16), device="cuda")
     batch = corner_batch(made)
     with no_host_sync(), pytest.raises(RuntimeError, match="synchroniz"):
@@ -104,8 +104,8 @@ def test_the_sync_that_the_loop_needs_is_seen() -> None:
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("num_tokens", [32, 256])
 @without_sync
-def test_in_a_cuda_graph(engine: str, num_tokens: int, bias: bool) -> None:
-    """Captured once, replayed with other tokens, other routing and another mask."""
+def test_a_replayed_cuda_graph_gives_the_bits_of_a_normal_forward(engine: str, num_tokens: int, bias: bool) -> None:
+    """The graph is captured once and replayed with other tokens, another routing and another mask."""
     needs_sm90()
     config = moe_config(dtype=BF16, expert_bias=bias)
     made = layer(engine, config, device="cuda")
@@ -133,11 +133,11 @@ def test_in_a_cuda_graph(engine: str, num_tokens: int, bias: bool) -> None:
         assert torch.equal(output, right)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @without_sync
-def test_compiled(engine: str, bias: bool) -> None:
-    """A train step under torch.compile, for any number of tokens, is the same as without."""
+def test_a_compiled_layer_gives_the_same_result(engine: str, bias: bool) -> None:
+    """A train step under torch.compile is near the one without it, for several numbers of tokens."""
     needs_sm90()
     config = moe_config(dtype=BF16, expert_bias=bias)
     made, compiled = (layer(engine, config, device="cuda") for _ in range(2))
@@ -148,7 +148,7 @@ def test_compiled(engine: str, bias: bool) -> None:
 
 
 def poison_free_memory() -> None:
-    """What the allocator hands out next held NaN: large blocks first, then small ones, which fill the gaps between."""
+    """Fill the free memory of the allocator with NaN: large blocks first, then small blocks in the gaps."""
     torch.cuda.empty_cache()
     counts = {1 << 18: 16, 1 << 15: 64, 1 << 12: 256, 1 << 9: 1024, 1 << 7: 4096}
     blocks = [torch.full((size,), torch.nan, device="cuda") for size, count in counts.items() for _ in range(count)]
@@ -156,7 +156,7 @@ def poison_free_memory() -> None:
 
 
 @pytest.mark.parametrize("size", [100, 1000, 10_000, 100_000])
-def test_poison_works(size: int) -> None:
+def test_poisoned_free_memory_is_used_again(size: int) -> None:
     poison_free_memory()
     blocks = [torch.empty(size, device="cuda") for _ in range(20)]
     assert sum(bool(block.isnan().all()) for block in blocks) > 10
@@ -165,7 +165,7 @@ def test_poison_works(size: int) -> None:
 @on_every_engine_and_dtype
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("activation", ["swiglu", "quick_geglu", "relu2"])
-def test_unwritten_memory_reaches_nothing(engine: str, dtype: torch.dtype, bias: bool, activation: str) -> None:
+def test_unwritten_memory_changes_nothing(engine: str, dtype: torch.dtype, bias: bool, activation: str) -> None:
     config = moe_config(dtype=dtype, expert_bias=bias, expert_activation=activation)
     made = layer(engine, config, device="cuda")
     batch = corner_batch(made)
@@ -183,7 +183,7 @@ def in_float64(batch: Batch) -> Batch:
 @on_every_engine_and_dtype
 @pytest.mark.parametrize("activation", ["swiglu", "quick_geglu", "relu2"])
 def test_agrees_with_the_cpu_in_float64(engine: str, dtype: torch.dtype, activation: str) -> None:
-    """Of a size at which the kernels tile: many experts, several hundred tokens, some experts without any."""
+    """The sizes need several tiles: many experts, several hundred tokens, and some experts without tokens."""
     config = moe_config(
         n_routed_experts=64,
         n_activated_experts=6,
@@ -202,7 +202,7 @@ def test_agrees_with_the_cpu_in_float64(engine: str, dtype: torch.dtype, activat
 
 @on_every_dtype
 @without_sync
-def test_is_deterministic(engine: str, dtype: torch.dtype) -> None:
+def test_every_run_gives_the_same_bits(engine: str, dtype: torch.dtype) -> None:
     if not takes(engine, "cuda", dtype):
         pytest.skip(f"{engine} does not take {dtype}")
     config = moe_config(
@@ -225,8 +225,8 @@ def test_parameters_on_the_meta_device_become_real_on_the_gpu(engine: str) -> No
 
 
 @on_every_engine
-def test_index_out_of_range_contributes_nothing(engine: str) -> None:
-    """Looking would wait for the device; but it must not read past the parameters either."""
+def test_an_index_out_of_range_contributes_nothing(engine: str) -> None:
+    """A check of the indices would wait for the device. Such an index must not read past the parameters."""
     config = moe_config(dtype=BF16)
     made = layer(engine, config, device="cuda")
     batch = random_batch(config)

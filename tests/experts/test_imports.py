@@ -1,4 +1,7 @@
-"""Who imports whom: experts stands alone, vendor packages stay inside functions, engines know no other engine."""
+"""Which module imports which.
+
+experts imports nothing of the harness. Vendor packages are imported inside functions. No engine imports another.
+"""
 
 import ast
 import subprocess
@@ -14,7 +17,7 @@ from experts.engines import engine_names
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "experts").rglob("*.py"))
-#: Kernels, which need Triton to be defined: whoever wants them imports them inside a function.
+#: Packages of kernels. They import Triton, so other modules import them inside functions.
 KERNELS = ("experts.steps.fused", "experts.gemm")
 VENDOR = (
     "deep_ep",
@@ -88,7 +91,7 @@ except AttributeError as error:
 
 
 def test_the_catalog_needs_nothing_but_python() -> None:
-    """Without torch the catalog and the errors are there; a layer says what it lacks."""
+    """Without torch, the catalog and the errors can be imported. A layer names the package that it lacks."""
     done = subprocess.run([sys.executable, "-c", CATALOG], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     no_layer, no_name = done.stdout.splitlines()
@@ -97,12 +100,12 @@ def test_the_catalog_needs_nothing_but_python() -> None:
 
 
 def imported(nodes: list[ast.stmt], inside_functions: bool) -> Iterator[str]:
-    """Full names of what is imported; a module taken from its package too."""
+    """Yield the full names of everything that is imported, also of a module that is imported from its package."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import"
+            assert node.level == 0, "relative imports are not used here"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
@@ -129,7 +132,7 @@ def test_vendor_packages_are_imported_inside_functions(file: Path) -> None:
 
 
 def is_engine_or_dispatcher(file: Path) -> bool:
-    """It has an ENGINE, or a class that dispatches and combines; other files beside them are what two of them share."""
+    """Whether the file has an ENGINE or a class with dispatch and combine. Other files there hold shared code."""
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENGINE":
             return True
@@ -151,14 +154,15 @@ def module_name(file: Path) -> str:
     return f"experts.{file.parent.name}.{file.stem}"
 
 
-def test_there_are_engines_and_dispatchers_to_look_at() -> None:
+def test_the_files_of_engines_and_dispatchers_are_found() -> None:
     engines = {f"experts.compute.{name}" for name in engine_names()}
     assert {*map(module_name, BACKENDS)} == engines | {f"experts.dispatch.{name}" for name in dispatcher_names()}
 
 
-def test_runs_alone_with_the_vendor_packages_blocked() -> None:
-    """In a fresh process: `import experts` imports no engine and asks for no vendor package, nor does a run for the
-    harness or its dependencies.
+def test_experts_runs_with_the_vendor_packages_blocked() -> None:
+    """In a fresh process, `import experts` imports no engine and no vendor package.
+
+    A run of the layers imports neither the harness nor its dependencies.
     """
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -176,7 +180,7 @@ def test_engines_and_dispatchers_import_no_other(file: Path) -> None:
     assert not [name for name in names for other in (*others, *above) if f"{name}.".startswith(f"{other}.")]
 
 
-def test_public_surface() -> None:
+def test_the_public_names_are_documented() -> None:
     assert experts.__all__ == [
         "BackendConfig",
         "ConfigError",
@@ -197,7 +201,7 @@ def test_public_surface() -> None:
     assert all(getattr(experts, name).__module__.startswith("experts.") for name in experts.__all__)
 
 
-def test_errors_are_one_tree() -> None:
+def test_every_error_is_an_experts_error() -> None:
     for error in (experts.ConfigError, experts.InputError, experts.RegistryError, experts.Unsupported):
         assert issubclass(error, experts.ExpertsError)
     assert issubclass(experts.InputError, ValueError)

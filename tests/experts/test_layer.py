@@ -1,4 +1,4 @@
-"""What every expert layer refuses before it computes: inputs that do not fit, each in one line."""
+"""Every expert layer refuses wrong inputs before it computes, with a message of one line."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ WRONG_INPUTS = {
 
 @pytest.mark.parametrize("wrong", WRONG_INPUTS)
 @on_every_engine
-def test_input_that_does_not_fit_is_one_line(engine: str, wrong: str) -> None:
+def test_the_error_for_a_wrong_input_is_one_line(engine: str, wrong: str) -> None:
     changes, message = WRONG_INPUTS[wrong]
     made = layer(engine, moe_config())
     batch = random_batch(made.config)
@@ -49,7 +49,7 @@ def test_input_that_does_not_fit_is_one_line(engine: str, wrong: str) -> None:
 
 @pytest.mark.parametrize(("index", "span"), [(4, "0 to 4"), (-2, "-2 to 3"), (1 << 40, "0 to 1099511627776")])
 @on_every_engine
-def test_index_out_of_range(engine: str, index: int, span: str) -> None:
+def test_an_index_out_of_range_is_refused(engine: str, index: int, span: str) -> None:
     made = layer(engine, moe_config())
     batch = random_batch(made.config, num_tokens=20)
     batch.indices[11, 1] = index
@@ -62,8 +62,8 @@ def test_index_out_of_range(engine: str, index: int, span: str) -> None:
 
 @pytest.mark.parametrize("name", ["x", "token_mask", "weights", "indices", "the parameters"])
 @on_every_engine
-def test_tensors_on_two_devices(engine: str, name: str) -> None:
-    """Parameters that nobody made real, too: the loop would give zeros."""
+def test_tensors_on_two_devices_are_refused(engine: str, name: str) -> None:
+    """Parameters on the meta device are refused as well. With them, the loop would return zeros."""
     made = layer(engine, moe_config())
     batch = random_batch(made.config)
     if name == "the parameters":

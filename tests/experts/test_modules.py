@@ -32,7 +32,7 @@ PLAIN = ["gate_and_up_projs", "down_projs"]
 
 @pytest.mark.parametrize(("activation", "up"), [("swiglu", 12), ("quick_geglu", 12), ("relu2", 6)])
 @on_every_engine
-def test_stacked_parameters(engine: str, activation: str, up: int) -> None:
+def test_parameters_have_the_stacked_shapes(engine: str, activation: str, up: int) -> None:
     config = MoEConfig(
         n_routed_experts=3,
         n_activated_experts=2,
@@ -56,7 +56,7 @@ def test_stacked_parameters(engine: str, activation: str, up: int) -> None:
 
 
 @on_every_engine
-def test_without_bias_they_are_none(engine: str) -> None:
+def test_without_bias_the_bias_parameters_are_none(engine: str) -> None:
     made = layer(engine, moe_config())
     assert made.gate_up_proj_bias is None
     assert made.down_proj_bias is None
@@ -71,7 +71,7 @@ def test_the_loop_is_the_default() -> None:
     assert "engine=torch_mm" in repr(GroupedExperts(config, BackendConfig(experts="torch_mm")))
 
 
-def test_an_engine_that_is_not_here_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_engine_is_not_replaced_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts.engines, "_MODULES", {"loop": "experts.compute.loop"})
     with pytest.raises(RegistryError, match="there is no engine 'torch_mm' here; the engines are loop"):
         GroupedExperts(moe_config(), BackendConfig(experts="torch_mm"))
@@ -89,13 +89,13 @@ NO_RECIPE = (
     [({"experts": "te"}, NO_TE), ({"te_fp8": "block"}, NO_RECIPE), ({"experts": "loop", "te_fp8": "block"}, NO_RECIPE)],
     ids=["te", "recipe", "loop-recipe"],
 )
-def test_what_is_transformer_engines_is_refused_and_not_ignored(layer: Any, fields: Any, message: str) -> None:
+def test_options_of_transformer_engine_are_refused_and_not_ignored(layer: Any, fields: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         layer(moe_config(), BackendConfig(**fields))
     assert str(caught.value) == message.format(layer.__name__)
 
 
-def test_the_defaults_of_each_module() -> None:
+def test_each_module_has_its_default_engine_and_dispatcher() -> None:
     made = [GroupedExperts(moe_config()), GroupedExpertsDeepEP(moe_config())]
     assert [(m.engine_name, m.dispatcher_name) for m in made] == [("loop", "allgather"), ("gmm", "deepep")]
     backend = BackendConfig(experts="torch_mm", dispatcher="alltoall")
@@ -105,7 +105,9 @@ def test_the_defaults_of_each_module() -> None:
 
 @pytest.mark.parametrize(("arguments", "std"), [((), 0.02), ((0.5,), 0.5)], ids=["default", "given"])
 @on_every_engine
-def test_init_weights(engine: str, arguments: tuple[float, ...], std: float) -> None:
+def test_init_weights_gives_normal_weights_and_zero_biases(
+    engine: str, arguments: tuple[float, ...], std: float
+) -> None:
     made = layer(engine, moe_config(dim=64, moe_inter_dim=64, expert_bias=True))
     before = dict(made.named_parameters())
     torch.manual_seed(0)
@@ -144,7 +146,7 @@ def test_parameters_on_the_meta_device_become_real(engine: str) -> None:
 
 
 @on_every_engine
-def test_deepcopy_is_equal_and_apart(engine: str) -> None:
+def test_a_deepcopy_is_equal_and_has_its_own_parameters(engine: str) -> None:
     made = layer(engine, moe_config(expert_bias=True))
     batch = random_batch(made.config)
     other = copy.deepcopy(made)
@@ -156,7 +158,7 @@ def test_deepcopy_is_equal_and_apart(engine: str) -> None:
 
 
 @on_every_engine
-def test_module_moved_to_another_dtype(engine: str) -> None:
+def test_a_module_can_be_moved_to_another_dtype(engine: str) -> None:
     made = layer(engine, moe_config(expert_bias=True)).to(BF16)
     batch = random_batch(moe_config(dtype=BF16))
     assert {tensor.dtype for name, tensor in run(made, batch).items() if name != "weights"} == {BF16}

@@ -1,6 +1,6 @@
-"""Peers: their layouts, their form of the routing, and what they compute where their library is installed.
+"""Peers: their layouts, their form of the routing, and their results if their library is installed.
 
-SonicMoE needs a GPU: a fake computes by its documented layouts here. `moebench run peers` is its own test on one.
+SonicMoE needs a GPU. Here a fake with its documented layouts replaces it. `moebench run peers` tests it on a GPU.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ from tests.experts.layers import (
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-#: Some experts have no token, a token has no expert, one has one expert.
+#: Some experts have no token, one token has no expert, and one token has only one expert.
 INDICES = [[3, 0], [1, 0], [-1, -1], [-1, 3], [0, 1]]
 
 
 def masked(batch: Batch) -> Batch:
-    """A token that the mask drops holds NaN."""
+    """Mask one token and fill it with NaN."""
     batch.token_mask[1] = False
     batch.x[1] = math.nan
     return batch
 
 
 def run_stacked(made: PeerExperts, batch: Batch) -> Named:
-    """`output` and the gradients by name, in the stacked layout."""
+    """Run the peer, and return `output` and the gradients by name in the stacked layout."""
     made.zero_grad()
     x, weights = batch.x.detach().requires_grad_(), batch.weights.detach().requires_grad_()
     output = made(x, batch.token_mask, weights, batch.indices)
@@ -65,11 +65,11 @@ def check(made: PeerExperts, config: MoEConfig, batch: Batch) -> None:
     assert_near({"output": output}, {"output": reference["output"]}, config.dtype)
 
 
-# what they have in common
+# code that all peers share
 
 
 class Transposed(nn.Module):
-    """Keeps [E, out, in]."""
+    """A peer that keeps its weights as [E, out, in]."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_state_dict_is_stacked_and_the_peer_keeps_its_own_layout(assign: bool) -
         made.load_state_dict({"gate_and_up_projs": parameters["gate_and_up_projs"]})
 
 
-def test_gradients_are_stacked_and_a_missing_one_is_absent() -> None:
+def test_gradients_are_stacked_and_a_missing_gradient_is_left_out() -> None:
     made = wrapped(moe_config())
     assert made.stacked_grads() == {}
     made.peer.down.grad = torch.randn_like(made.peer.down)
@@ -107,7 +107,7 @@ def test_gradients_are_stacked_and_a_missing_one_is_absent() -> None:
     assert torch.equal(made.stacked_grads()[name], made.peer.down.grad.transpose(1, 2))
 
 
-def test_routing_is_translated_once_for_tensors_that_stay_as_they_are() -> None:
+def test_routing_is_translated_once_for_unchanged_tensors() -> None:
     asked = []
 
     def translate(mask: torch.Tensor, indices: torch.Tensor) -> int:
@@ -133,7 +133,7 @@ def test_routing_is_translated_once_for_tensors_that_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.usefixtures("no_libraries")
-def test_a_library_that_is_not_there_is_named_with_how_to_install_it(name: str) -> None:
+def test_the_reason_for_a_missing_library_says_how_to_install_it(name: str) -> None:
     reason = get_backend(name).unsupported(CUDA)
     assert reason is not None
     library = {"peer_transformers": "transformers", "peer_automodel_torch_mm": "nemo_automodel"}.get(name, "sonicmoe")
@@ -143,7 +143,7 @@ def test_a_library_that_is_not_there_is_named_with_how_to_install_it(name: str) 
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_a_peer_is_for_one_process(name: str) -> None:
+def test_a_peer_refuses_a_dispatcher(name: str) -> None:
     backend = dataclasses.replace(get_backend(name), _unsupported=lambda *_: None)
     reason = backend.unsupported(CPU, moe_config(), "allgather")
     assert reason is not None
@@ -167,10 +167,10 @@ def transformers() -> None:
 
 
 @pytest.mark.usefixtures("transformers")
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", [False, True], ids=["before-down", "after-down"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(("activation", "bias"), TRANSFORMERS)
-def test_transformers(activation: str, bias: bool, dtype: torch.dtype, after: bool) -> None:
+def test_transformers_matches_the_oracle(activation: str, bias: bool, dtype: torch.dtype, after: bool) -> None:
     fields: dict[str, Any] = {"expert_activation": activation, "expert_bias": bias, "dtype": dtype}
     config = moe_config(apply_router_weight_after_down=after, **fields)
     backend = get_backend("peer_transformers")
@@ -179,7 +179,7 @@ def test_transformers(activation: str, bias: bool, dtype: torch.dtype, after: bo
 
 
 @pytest.mark.usefixtures("transformers")
-def test_transformers_constants_of_gpt_oss_are_those_of_the_config() -> None:
+def test_transformers_takes_the_constants_of_gpt_oss_from_the_config() -> None:
     fields: dict[str, Any] = {"activation_alpha": 0.5, "activation_limit": 0.75}
     config = moe_config(expert_activation="quick_geglu", expert_bias=True, **fields)
     check(get_backend("peer_transformers").build(config), config, random_batch(config))
@@ -197,16 +197,16 @@ def test_transformers_constants_of_gpt_oss_are_those_of_the_config() -> None:
         ({"swiglu_limit": 2.0}, "does not compute swiglu with swiglu_limit = 2.0"),
     ],
 )
-def test_transformers_says_what_it_cannot(fields: dict[str, Any], said: str) -> None:
+def test_transformers_gives_the_reason_of_a_refusal(fields: dict[str, Any], said: str) -> None:
     assert said in (refusal("peer_transformers", **fields) or "")
 
 
 # NeMo AutoModel
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_automodel(bias: bool) -> None:
+def test_automodel_matches_the_oracle_or_gives_the_reason(bias: bool) -> None:
     pytest.importorskip("nemo_automodel", reason="nemo_automodel is not installed")
     config = moe_config(expert_bias=bias)
     backend = get_backend("peer_automodel_torch_mm")
@@ -229,7 +229,7 @@ def sonicmoe(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("sonicmoe")
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("activation", ["swiglu", "geglu"])
-def test_sonicmoe(activation: str, bias: bool) -> None:
+def test_sonicmoe_matches_the_oracle(activation: str, bias: bool) -> None:
     config = moe_config(expert_activation=activation, expert_bias=bias)
     check(SonicMoE(config), config, masked(random_batch(config, indices=INDICES)))
     check(SonicMoE(config), config, random_batch(config))
@@ -237,14 +237,14 @@ def test_sonicmoe(activation: str, bias: bool) -> None:
     check(SonicMoE(config), config, random_batch(config, indices=[]))
 
 
-def test_gate_and_up_in_turns() -> None:
+def test_gate_and_up_columns_alternate_and_back() -> None:
     halves = torch.tensor([[1.0, 2.0, 3.0, 10.0, 20.0, 30.0]])
     assert in_turns(halves).tolist() == [[1.0, 10.0, 2.0, 20.0, 3.0, 30.0]]
     assert torch.equal(in_halves(in_turns(halves)), halves)
 
 
 @pytest.mark.usefixtures("sonicmoe")
-def test_sonicmoe_says_what_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sonicmoe_gives_the_reason_of_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experts.peers.sonicmoe.not_installed", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert refusal("peer_sonicmoe", CUDA, dtype=BF16) is None

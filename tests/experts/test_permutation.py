@@ -1,4 +1,4 @@
-"""Permutation by expert, against lists sorted by hand: order, windows, offsets, and what is past the last group."""
+"""Permutation by expert, against lists sorted in plain Python: order, windows, offsets, rows past the last group."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def routed(routing: str, dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 def groups(routing: str, first: int, count: int) -> list[list[tuple[int, int]]]:
-    """Per local expert, its (token, choice) pairs in the order of the tokens."""
+    """Return the (token, choice) pairs of each local expert, in the order of the tokens."""
     return [
         [(t, k) for t, row in enumerate(ROUTINGS[routing]) for k, expert in enumerate(row) if expert == index]
         for index in range(first, first + count)
@@ -58,7 +58,7 @@ def test_rows_are_grouped_by_expert_in_the_tokens_order(
 
 @on_every_routing
 @on_every_window
-def test_rows_of_nobody_here_come_last(routing: str, window: tuple[int, int]) -> None:
+def test_rows_without_a_local_expert_come_last(routing: str, window: tuple[int, int]) -> None:
     found = sort_by_expert(routed(routing), *window)
     num_local = sum(map(len, groups(routing, *window)))
     experts = found.row_to_expert_N.tolist()
@@ -80,15 +80,15 @@ def test_every_slot_has_one_row(routing: str, window: tuple[int, int]) -> None:
     assert torch.equal(found.is_local_TK, (indices >= window[0]) & (indices < sum(window)))
 
 
-def test_dtypes_that_kernels_want() -> None:
+def test_the_permutation_has_the_dtypes_that_kernels_need() -> None:
     found = sort_by_expert(routed("mixed"), 0, EXPERTS)
     assert found.offsets_L.dtype is torch.int32
     assert found.tokens_per_expert_L.dtype is torch.int64
     assert found.row_to_slot_N.dtype is found.slot_to_row_S.dtype is found.row_to_expert_N.dtype is torch.int64
 
 
-def test_order_is_stable_for_many_tokens() -> None:
-    """More than the handful that any sort leaves in order."""
+def test_the_order_is_stable_for_many_tokens() -> None:
+    """An unstable sort may keep the order of a few tokens, but not of thousands."""
     indices = torch.randint(0, 3, (4000, 2), generator=torch.Generator().manual_seed(5))
     found = sort_by_expert(indices, 0, 3)
     start = 0
@@ -97,7 +97,7 @@ def test_order_is_stable_for_many_tokens() -> None:
         start = end
 
 
-def test_non_contiguous_indices() -> None:
+def test_indices_may_be_non_contiguous() -> None:
     indices = routed("mixed")
     found = sort_by_expert(indices.t().contiguous().t(), 0, EXPERTS)
     assert torch.equal(found.row_to_slot_N, sort_by_expert(indices, 0, EXPERTS).row_to_slot_N)
@@ -111,7 +111,7 @@ def test_more_rows_than_int32_offsets_can_count_are_refused(num_tokens: int) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_as_many_rows_as_int32_offsets_can_count_are_taken() -> None:
+def test_as_many_rows_as_int32_offsets_can_count_are_accepted() -> None:
     assert MAX_ROWS == 2**31 - 1
     found = sort_by_expert(torch.empty(MAX_ROWS, 1, dtype=torch.int8, device="meta"), 0, EXPERTS)
     assert found.row_to_slot_N.shape == (MAX_ROWS,)
@@ -124,8 +124,8 @@ def tokens(routing: str, dim: int = 5, dtype: torch.dtype = F64) -> Tensor:
 
 @on_every_routing
 @on_every_window
-def test_permute_and_combine(routing: str, window: tuple[int, int]) -> None:
-    """Rows are the tokens' rows; what comes back is each token times its local choices. Gradients likewise."""
+def test_combine_after_permute_gives_each_token_times_its_local_choices(routing: str, window: tuple[int, int]) -> None:
+    """`permute` copies the tokens' rows. The gradient of a token is also multiplied by its number of local choices."""
     x_TD = tokens(routing).requires_grad_()
     found = sort_by_expert(routed(routing), *window)
     rows_ND = permute(x_TD, found)
@@ -142,7 +142,7 @@ def test_permute_and_combine(routing: str, window: tuple[int, int]) -> None:
 
 @on_every_routing
 @on_every_window
-def test_gradient_of_permute_reads_no_row_past_the_last_group(routing: str, window: tuple[int, int]) -> None:
+def test_the_gradient_of_permute_reads_no_row_past_the_last_group(routing: str, window: tuple[int, int]) -> None:
     x_TD = tokens(routing).requires_grad_()
     found = sort_by_expert(routed(routing), *window)
     num_local = sum(map(len, groups(routing, *window)))
@@ -155,12 +155,12 @@ def test_gradient_of_permute_reads_no_row_past_the_last_group(routing: str, wind
     torch.testing.assert_close(x_TD.grad, right_TD, rtol=1e-14, atol=1e-15)
 
 
-RELU2 = moe_config(expert_activation="relu2")  # relu(x)²: 1 where x is
+RELU2 = moe_config(expert_activation="relu2")  # relu(x)² is 1 for x = 1
 
 
 @on_every_routing
 @on_every_window
-def test_routing_weights_follow_and_nobody_has_any(routing: str, window: tuple[int, int]) -> None:
+def test_each_row_gets_its_routing_weight_and_other_weights_are_not_read(routing: str, window: tuple[int, int]) -> None:
     indices = routed(routing)
     weights_TK = torch.rand(indices.shape, generator=torch.Generator().manual_seed(7), dtype=F64)
     found = sort_by_expert(indices, *window)
@@ -181,8 +181,8 @@ def test_routing_weights_follow_and_nobody_has_any(routing: str, window: tuple[i
 
 @on_every_routing
 @on_every_window
-def test_bias_of_each_rows_expert_before_the_activation(routing: str, window: tuple[int, int]) -> None:
-    """What is past the last group, NaN in its gradient included, reaches no bias."""
+def test_the_bias_of_each_rows_expert_is_added_before_the_activation(routing: str, window: tuple[int, int]) -> None:
+    """Rows past the last group change no bias gradient, even with NaN in their own gradient."""
     found = sort_by_expert(routed(routing), *window)
     num_rows, num_local = found.num_rows, sum(map(len, groups(routing, *window)))
     generator = torch.Generator().manual_seed(8)
@@ -204,9 +204,11 @@ def test_bias_of_each_rows_expert_before_the_activation(routing: str, window: tu
 @on_every_routing
 @on_every_window
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_combine(routing: str, window: tuple[int, int], bias: bool, after: bool) -> None:
-    """y + weight·bias, or weight·(y + bias): output and every gradient, whatever is past the last group."""
+@pytest.mark.parametrize("after", [False, True], ids=["before-down", "after-down"])
+def test_combine_gives_the_weighted_sum_and_its_gradients(
+    routing: str, window: tuple[int, int], bias: bool, after: bool
+) -> None:
+    """The sum is of y + weight·bias, or of weight·(y + bias). Rows past the last group may hold anything."""
     indices = routed(routing)
     found = sort_by_expert(indices, *window)
     num_rows, num_local = found.num_rows, sum(map(len, groups(routing, *window)))
@@ -241,8 +243,8 @@ def test_combine(routing: str, window: tuple[int, int], bias: bool, after: bool)
 
 @on_every_routing
 @on_every_window
-def test_cut_to_the_local_rows(routing: str, window: tuple[int, int]) -> None:
-    """What a caller does that knows on the host how many rows are local: nothing changes but what is past them."""
+def test_a_permutation_cut_to_the_local_rows_gives_the_same_results(routing: str, window: tuple[int, int]) -> None:
+    """A caller that knows the number of local rows on the host may cut the rest. Only the rows past them change."""
     whole = sort_by_expert(routed(routing), *window)
     num_local = sum(map(len, groups(routing, *window)))
     found = whole.cut(num_local)
@@ -263,7 +265,7 @@ def test_cut_to_the_local_rows(routing: str, window: tuple[int, int]) -> None:
         assert torch.equal(one, other)
 
 
-def test_bias_without_rows_gets_zeros() -> None:
+def test_a_bias_without_rows_gets_a_zero_gradient() -> None:
     found = sort_by_expert(routed("nobody"), 0, 3)
     weights_TK, y_ND = torch.ones(2, 2), torch.ones(4, 5, requires_grad=True)
     for used in (
@@ -277,7 +279,7 @@ def test_bias_without_rows_gets_zeros() -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_dtypes_are_kept_and_sums_are_in_float32(dtype: torch.dtype) -> None:
-    """256 + 7 is 264 in bfloat16, rounded once, and 256 where each 1 is added on its own; 256 + 256 ones is 512."""
+    """In bfloat16, 256 + 7 rounded once is 264, and 256 if each 1 is added separately. 512 ones must give 512."""
     indices = torch.zeros(1, 8, dtype=torch.int64)
     found = sort_by_expert(indices, 0, 1)
     rows_ND = torch.ones(8, 2, dtype=dtype)
@@ -300,8 +302,11 @@ def test_dtypes_are_kept_and_sums_are_in_float32(dtype: torch.dtype) -> None:
     assert bias_LD.grad.dtype is dtype
 
 
-def test_weighted_bias_is_not_rounded_before_it_is_added() -> None:
-    """1 + 1.4/256 less 0.6/256 is nearer to 1 than to 1 + 2/256, bfloat16's next; rounded first, it would be that."""
+def test_the_weighted_bias_is_not_rounded_before_it_is_added() -> None:
+    """In bfloat16, 1 + 2/256 follows 1. The sum 1 + 1.4/256 − 0.6/256 rounds to 1.
+
+    If the weighted bias 1 + 1.4/256 were rounded first, the sum would round to 1 + 2/256.
+    """
     found = sort_by_expert(torch.zeros(1, 1, dtype=torch.int64), 0, 1)
     y_ND = torch.full((1, 1), -0.6 / 256, dtype=BF16)
     weights_TK = torch.tensor([[1 + 1.4 / 256]])

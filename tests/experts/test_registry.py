@@ -1,4 +1,4 @@
-"""Backends by name: the built-in ones, those of other people, and names that lead nowhere."""
+"""Backends by name: built-in backends, backends of other packages, and unknown names."""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ BUILT_IN = (
     "peer_sonicmoe",
 )
 
-#: What somebody else's package might hold. `unsupported` is asked before anything is built.
+#: A module of another package. The harness calls `unsupported` before it builds a backend.
 THIRD_PARTY = '''
 import torch
 from experts import GroupedExperts, Unsupported
@@ -60,7 +60,7 @@ not_callable = 3
 
 @pytest.fixture
 def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module on sys.path that nobody imported, by its name."""
+    """Write a module to a folder on sys.path, and return its name. It is not imported."""
     name = "someones_experts"
     (tmp_path / f"{name}.py").write_text(THIRD_PARTY)
     monkeypatch.syspath_prepend(tmp_path)
@@ -69,7 +69,7 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def install(folder: Path, *entry_points: str) -> None:
-    """A distribution in `folder` that declares these."""
+    """Write a distribution to `folder` that declares these entry points."""
     info = folder / "someones-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: someones\nVersion: 1.0\n")
@@ -93,15 +93,15 @@ def assert_it_works(backend: Backend) -> None:
     assert_near(run(made, batch), expected(config, parameters, batch), config.dtype)
 
 
-def test_names() -> None:
+def test_the_built_in_names_come_first_and_occur_once() -> None:
     assert backend_names()[: len(BUILT_IN)] == BUILT_IN
     assert len(set(backend_names())) == len(backend_names())
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.usefixtures("no_libraries")
-def test_what_is_built_in_is_found_without_its_library(name: str) -> None:
-    """And says on a CPU that it cannot, rather than raise."""
+def test_a_built_in_backend_is_found_without_its_library(name: str) -> None:
+    """On a CPU without the library, `unsupported` returns a reason and does not raise."""
     check_name(name)
     backend = get_backend(name)
     recipe = {"torch_mm_mxfp8": "mxfp8", "te_mxfp8": "mxfp8"}.get(name)
@@ -113,7 +113,7 @@ def test_what_is_built_in_is_found_without_its_library(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["loop", "torch_mm"])
-def test_built_in(name: str) -> None:
+def test_a_built_in_backend_builds_its_engine(name: str) -> None:
     backend = get_backend(name)
     assert backend.name == name
     made = backend.build(moe_config())
@@ -122,7 +122,7 @@ def test_built_in(name: str) -> None:
     assert_it_works(backend)
 
 
-def test_built_in_says_why_it_cannot() -> None:
+def test_a_built_in_backend_gives_the_reason_of_a_refusal() -> None:
     config = moe_config(dtype=F64)
     assert get_backend("loop").unsupported(CPU, config) is None
     assert get_backend("torch_mm").unsupported(CPU) is None
@@ -142,19 +142,19 @@ NEAR = [
 
 
 @pytest.mark.parametrize(("name", "near"), NEAR)
-def test_unknown_name_lists_the_names_and_the_nearest(name: str, near: str) -> None:
+def test_the_error_for_an_unknown_name_lists_the_names_and_the_nearest(name: str, near: str) -> None:
     message = refusal(name)
     assert message.startswith(f"there is no backend {name!r}; did you mean {near!r}? the backends are loop, torch_mm")
     assert message.endswith("or give module:attribute")
 
 
 @pytest.mark.parametrize("name", ["", "cutlass", "LOOP"])
-def test_unknown_name_that_is_near_nothing(name: str) -> None:
+def test_the_error_for_a_name_far_from_every_other_suggests_none(name: str) -> None:
     assert refusal(name).startswith(f"there is no backend {name!r}; the backends are loop, torch_mm")
 
 
 @pytest.mark.parametrize("attribute", ["Mine", "plain"])
-def test_module_and_attribute(third_party: str, attribute: str) -> None:
+def test_a_backend_can_be_named_by_module_and_attribute(third_party: str, attribute: str) -> None:
     name = f"{third_party}:{attribute}"
     backend_names()
     assert third_party not in sys.modules
@@ -165,7 +165,7 @@ def test_module_and_attribute(third_party: str, attribute: str) -> None:
     assert_it_works(backend)
 
 
-def test_its_own_word_on_what_it_cannot_do(third_party: str) -> None:
+def test_a_third_party_reason_is_returned_as_unsupported(third_party: str) -> None:
     backend = get_backend(f"{third_party}:Mine")
     assert backend.unsupported(CPU) is None
     assert backend.unsupported(CPU, moe_config()) is None
@@ -177,13 +177,13 @@ def test_its_own_word_on_what_it_cannot_do(third_party: str) -> None:
     assert text.reason == "runs on the CPU alone, not on cuda"
 
 
-def test_without_a_word_it_runs_anywhere(third_party: str) -> None:
+def test_a_backend_without_unsupported_runs_anywhere(third_party: str) -> None:
     backend = get_backend(f"{third_party}:plain")
     assert backend.unsupported(CPU) is None
     assert backend.unsupported(torch.device("cuda"), moe_config(dtype=F64)) is None
 
 
-def test_a_callable_that_takes_no_dispatcher_is_for_one_process() -> None:
+def test_a_callable_without_the_argument_dispatcher_is_for_one_process() -> None:
     config = moe_config()
     spread = {
         "any": lambda config, **named: GroupedExperts(config),
@@ -210,7 +210,9 @@ def test_a_callable_that_takes_no_dispatcher_is_for_one_process() -> None:
         ("{}:Mine:Mine", "cannot import"),
     ],
 )
-def test_module_or_attribute_that_is_not_there(third_party: str, target: str, reason: str) -> None:
+def test_the_error_for_a_missing_module_or_attribute_gives_the_reason(
+    third_party: str, target: str, reason: str
+) -> None:
     name = target.format(third_party)
     message = refusal(name)
     assert message.startswith(f"backend {name!r}: cannot import {name!r}: ")
@@ -226,25 +228,25 @@ def test_checking_a_name_imports_nothing(third_party: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["", "lop", "no_such_module:Mine", "no_such_module.inner:Mine", ":Mine", ":", ".a:b"])
-def test_checking_a_name_that_leads_nowhere(name: str) -> None:
+def test_checking_an_unknown_name_is_a_one_line_error(name: str) -> None:
     with pytest.raises(RegistryError) as caught:
         check_name(name)
     assert repr(name) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_checking_a_name_in_a_main_that_nobody_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when a console script runs."""
+def test_checking_a_name_in_a_main_without_a_spec_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A console script runs with such a __main__."""
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     with pytest.raises(RegistryError, match="backend '__main__:Mine': there is no module '__main__'"):
         check_name("__main__:Mine")
 
 
-def test_attribute_that_is_no_backend(third_party: str) -> None:
+def test_an_attribute_that_is_not_callable_is_refused(third_party: str) -> None:
     assert "is not callable; it must take a MoEConfig and return a module" in refusal(f"{third_party}:not_callable")
 
 
-def test_entry_point(third_party: str, tmp_path: Path) -> None:
+def test_entry_points_are_listed_and_built_by_name(third_party: str, tmp_path: Path) -> None:
     before = backend_names()
     install(tmp_path, f"zeta = {third_party}:Mine", f"alpha={third_party}:plain", "broken = no_such_module:Mine")
     assert {*backend_names()} == {*before, "zeta", "alpha", "broken"}
@@ -252,7 +254,7 @@ def test_entry_point(third_party: str, tmp_path: Path) -> None:
     assert backend_names().index("alpha") < backend_names().index("broken") < backend_names().index("zeta")
     assert get_backend("loop").name == "loop"
     assert "zeta" in refusal("zet")
-    assert third_party not in sys.modules, "imported before it was named"
+    assert third_party not in sys.modules, "the module was imported before its backend was named"
 
     backend = get_backend("zeta")
     assert backend.name == "zeta"
@@ -261,13 +263,13 @@ def test_entry_point(third_party: str, tmp_path: Path) -> None:
     assert_it_works(get_backend("alpha"))
 
 
-def test_entry_point_that_is_broken_says_so_when_it_is_named(third_party: str, tmp_path: Path) -> None:
+def test_a_broken_entry_point_raises_only_when_it_is_named(third_party: str, tmp_path: Path) -> None:
     install(tmp_path, "broken = no_such_module:Mine")
     message = refusal("broken")
     assert message.startswith("backend 'broken': cannot import 'no_such_module:Mine': ")
 
 
-def test_entry_point_cannot_take_a_built_in_name(third_party: str, tmp_path: Path) -> None:
+def test_an_entry_point_cannot_take_a_built_in_name(third_party: str, tmp_path: Path) -> None:
     install(tmp_path, f"loop = {third_party}:Mine")
     assert backend_names().count("loop") == 1
     assert type(get_backend("loop").build(moe_config())) is GroupedExperts
@@ -275,7 +277,7 @@ def test_entry_point_cannot_take_a_built_in_name(third_party: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "KeyError", "AssertionError"])
-def test_what_goes_wrong_inside_somebody_elses_module_is_not_hidden(
+def test_an_error_inside_a_third_party_module_is_not_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
     (tmp_path / "raises_at_import.py").write_text(f"raise {error}('theirs')\n")
@@ -285,7 +287,7 @@ def test_what_goes_wrong_inside_somebody_elses_module_is_not_hidden(
     assert type(caught.value).__name__ == error
 
 
-def test_save_time_is_the_engine_that_saves_more() -> None:
+def test_save_time_is_the_engine_with_the_option_save() -> None:
     for name, options in (("torch_mm", {}), ("torch_mm_save_time", {"save": "time"})):
         layer = get_backend(name).build(moe_config())
         assert isinstance(layer, GroupedExperts)

@@ -1,4 +1,4 @@
-"""State dicts of GroupedExperts: the stacked layout with torch's own semantics, from any engine into any other."""
+"""State dicts of GroupedExperts: the stacked layout with torch's semantics. Any engine loads those of any other."""
 
 from collections import OrderedDict
 from typing import Any
@@ -49,7 +49,7 @@ def test_state_dict_takes_prefix_and_destination(engine: str) -> None:
 
 
 @on_every_engine
-def test_inside_another_module(engine: str) -> None:
+def test_a_layer_inside_a_model_loads_the_models_state_dict(engine: str) -> None:
     model = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": layer(engine, moe_config(expert_bias=True))})})
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert list(state) == [f"mlp.experts.{name}" for name in WITH_BIAS]
@@ -95,7 +95,7 @@ def test_loading_keeps_the_dtype(engine: str) -> None:
 
 
 @on_every_engine
-def test_assigning_takes_the_tensors_themselves(engine: str) -> None:
+def test_assigning_uses_the_given_tensors_as_parameters(engine: str) -> None:
     with torch.device("meta"):
         made = GroupedExperts(moe_config(expert_bias=True), BackendConfig(experts=engine))
     state = random_parameters(made.config, seed=14)
@@ -107,7 +107,7 @@ def test_assigning_takes_the_tensors_themselves(engine: str) -> None:
 
 @pytest.mark.parametrize("missing", WITH_BIAS)
 @on_every_engine
-def test_missing_key(engine: str, missing: str) -> None:
+def test_a_missing_key_is_an_error_or_reported(engine: str, missing: str) -> None:
     made = layer(engine, moe_config(expert_bias=True))
     state = made.state_dict()
     del state[missing]
@@ -118,8 +118,8 @@ def test_missing_key(engine: str, missing: str) -> None:
 
 
 @on_every_engine
-def test_unexpected_key(engine: str) -> None:
-    """A bias for a layer that has none is not dropped in silence."""
+def test_an_unexpected_key_is_an_error_or_reported(engine: str) -> None:
+    """A bias for a layer without biases is not dropped silently."""
     made = layer(engine, moe_config())
     state = {**made.state_dict(), "down_proj_bias": torch.ones(4, 16)}
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"down_proj_bias"'):
@@ -130,7 +130,7 @@ def test_unexpected_key(engine: str) -> None:
 
 
 @on_every_engine
-def test_other_shape(engine: str) -> None:
+def test_another_shape_is_refused(engine: str) -> None:
     made = layer(engine, moe_config())
     state = {**made.state_dict(), "down_projs": torch.ones(4, 16, 8)}
     with pytest.raises(RuntimeError, match="size mismatch for down_projs"):

@@ -1,4 +1,4 @@
-"""Which make of the steps runs where, and that the environment decides it alone where it says so."""
+"""Which make of the steps (eager or fused) runs on which device, and how the environment overrides the choice."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
         ("fused", True, META, F32, "eager"),
     ],
 )
-def test_which_make(
+def test_the_make_follows_environment_triton_device_and_dtype(
     monkeypatch: pytest.MonkeyPatch,
     asked: str,
     has_triton: bool,
@@ -39,7 +39,7 @@ def test_which_make(
     dtype: torch.dtype | None,
     make: str,
 ) -> None:
-    """Where Triton was asked for and is missing, its import says so: nothing falls back in silence."""
+    """If fused steps are requested and Triton is missing, the choice stays fused. Its import then raises."""
     monkeypatch.setenv("EXPERTS_STEPS", asked)
     monkeypatch.setattr(steps, "_has_triton", lambda: has_triton)
     assert make_of_steps(device, dtype) == make
@@ -54,20 +54,20 @@ def test_both_makes_have_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(callable(getattr(found, name)) for name in vars(steps.Steps) if not name.startswith("_"))
 
 
-def test_an_environment_that_names_no_make_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unknown_make_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERTS_STEPS", "triton")
     with pytest.raises(ConfigError, match=r"^EXPERTS_STEPS = 'triton' in the environment; give 'eager' or 'fused'"):
         make_of_steps(CPU, F32)
 
 
-def test_repr_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_repr_of_a_layer_names_the_make(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "engine=torch_mm, steps=eager" in repr(layer("torch_mm", moe_config()))
     assert "steps" not in repr(layer("loop", moe_config()))
     monkeypatch.setenv("EXPERTS_STEPS", "fused")
     assert "engine=torch_mm, steps=fused" in repr(layer("torch_mm", moe_config()))
 
 
-def test_eager_steps_import_no_triton() -> None:
+def test_eager_steps_do_not_import_triton() -> None:
     code = (
         "import sys, torch, experts.permutation as p; before = 'triton' in sys.modules; "
         "p.permute(torch.ones(2, 4), p.sort_by_expert(torch.zeros(2, 1, dtype=torch.int64), 0, 1)); "
@@ -78,8 +78,8 @@ def test_eager_steps_import_no_triton() -> None:
     assert (before, fused) == (after, "False")
 
 
-def test_eager_gradient_of_routing_weights_is_not_rounded_to_their_dtype() -> None:
-    """A bias may add to it before it is."""
+def test_the_eager_gradient_of_routing_weights_is_not_rounded_to_their_dtype() -> None:
+    """The gradient of a bias may be added to it before it is rounded."""
     config = moe_config(expert_activation="relu2")
     permutation = eager.sort_by_expert(torch.tensor([[1, 0], [2, -1], [1, 3]]), 0, 4)
     h_NI, grad_NI = (torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))

@@ -1,4 +1,4 @@
-"""GroupedExpertsTE over a Transformer Engine that asserts what the real one does: everything but its kernels."""
+"""GroupedExpertsTE with a fake of Transformer Engine that has the assertions of the real one, but not its kernels."""
 
 import copy
 from collections.abc import Callable
@@ -29,28 +29,28 @@ RECIPES = {"current": "Float8CurrentScaling", "delayed": "DelayedScaling", "bloc
 pytestmark = pytest.mark.usefixtures("fake_libraries")
 
 
-# what it computes
+# results
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", [False, True], ids=["before-down", "after-down"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("activation", ["swiglu", "swigluoai", "quick_geglu", "geglu", "relu2"])
 def test_output_and_every_gradient(activation: str, bias: bool, after: bool) -> None:
-    """Some experts have no token, one token no expert, and one expert is chosen twice."""
+    """Some experts have no token, one token has no expert, and one token chose an expert twice."""
     made = layer(expert_activation=activation, expert_bias=bias, apply_router_weight_after_down=after)
     check(made, random_batch(made.config, indices=[[11, 0], [0, 0], [2, 10], [-1, -1], [-1, 2], [3, 2]]))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-def test_dtypes(dtype: torch.dtype) -> None:
+def test_results_have_the_dtype_of_the_config(dtype: torch.dtype) -> None:
     made = layer(dtype=dtype)
     found = check(made, random_batch(made.config, num_tokens=30))
     assert {tensor.dtype for name, tensor in found.items() if name != "weights"} == {dtype}
 
 
 @pytest.mark.parametrize("why", ["no tokens", "masked", "index"])
-def test_without_a_row_the_library_is_not_asked(why: str) -> None:
-    """Every gradient is zeros and not missing, a NaN in a masked row notwithstanding."""
+def test_without_rows_the_library_is_not_called(why: str) -> None:
+    """Every gradient is zeros and not missing, also if masked rows hold NaN."""
     made = layer()
     batch = random_batch(made.config, num_tokens=0 if why == "no tokens" else 5)
     if why == "masked":
@@ -62,7 +62,7 @@ def test_without_a_row_the_library_is_not_asked(why: str) -> None:
     assert calls(made) == []
 
 
-def test_what_a_masked_row_holds_reaches_nothing() -> None:
+def test_values_of_masked_rows_change_nothing() -> None:
     made = layer()
     batch = random_batch(made.config)
     batch.token_mask[[0, 3, 6]] = False
@@ -71,14 +71,14 @@ def test_what_a_masked_row_holds_reaches_nothing() -> None:
     check(made, batch)
 
 
-def test_strides_are_made_plain_for_it() -> None:
+def test_tensors_of_any_strides_are_made_contiguous_for_the_library() -> None:
     made = layer()
     batch = random_batch(made.config)
     wide = torch.stack([batch.x, batch.x], dim=-1)[..., 0]
     check(made, batch.with_(x=wide, grad=torch.ones(()).expand(batch.grad.shape)))
 
 
-def test_the_sizes_are_those_of_the_experts_in_order() -> None:
+def test_group_sizes_are_in_the_order_of_the_experts() -> None:
     made = layer(n_activated_experts=1)
     check(made, random_batch(made.config, indices=[10, 2, 10, 0, -1, 10, 2, 11]))
     assert [call.m_splits for call in calls(made)] == [[1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3, 1]]
@@ -96,7 +96,7 @@ def test_a_recipe_pads_every_group(recipe: str) -> None:
     assert not fake_transformer_engine.FP8GlobalStateManager.is_fp8_enabled()
 
 
-def test_groups_that_need_no_padding_are_left() -> None:
+def test_groups_that_need_no_padding_stay_as_they_are() -> None:
     made = layer(te_fp8="current", n_activated_experts=1)
     check(made, random_batch(made.config, indices=[3] * 16 + [4] * 32))
     assert calls(made)[0].m_splits == [0, 0, 0, 16, 32, *[0] * 7]
@@ -109,7 +109,7 @@ def test_mxfp8_pads_to_32() -> None:
     assert calls(made)[0].m_splits == [0, 32, 32, *[0] * 9]
 
 
-def test_the_autocast_around_it_is_honoured() -> None:
+def test_the_recipe_of_a_surrounding_autocast_is_used() -> None:
     made = layer()
     batch = random_batch(made.config)
     with fake_transformer_engine.autocast(recipe=fake_transformer_engine.Recipe("Float8BlockScaling")):
@@ -121,15 +121,15 @@ def test_the_autocast_around_it_is_honoured() -> None:
     assert [any(size % 16 for size in call.m_splits) for call in calls(made)] == [False, True, True]
 
 
-def test_its_own_recipe_goes_before_the_autocast_around_it() -> None:
+def test_the_layers_own_recipe_overrides_a_surrounding_autocast() -> None:
     made = layer(te_fp8="current")
     with fake_transformer_engine.autocast(recipe=fake_transformer_engine.Recipe("DelayedScaling")):
         check(made, random_batch(made.config))
     assert calls(made)[0].recipe == "Float8CurrentScaling"
 
 
-def test_quantised_weights_are_kept_while_the_caller_says_so() -> None:
-    """False uses the old ones, whatever the weights are by now: that is how the flag is seen to arrive."""
+def test_quantised_weights_are_kept_while_is_first_microbatch_is_false() -> None:
+    """With False, the library uses the old quantised weights even after a load. This shows that it gets the flag."""
     made = layer(te_fp8="current", expert_bias=False)
     batch = random_batch(made.config)
 
@@ -149,8 +149,7 @@ def test_quantised_weights_are_kept_while_the_caller_says_so() -> None:
 
 
 @pytest.mark.parametrize("name", ["te_fp8_current_cached", "te_fp8_block_cached"])
-def test_cached_weights(name: str) -> None:
-    """They are quantised once, and again after a load."""
+def test_cached_weights_are_quantised_once_and_again_after_a_load(name: str) -> None:
     made = get_backend(name).build(config())
     made.load_state_dict(random_parameters(made.config))
     batch = random_batch(made.config)
@@ -164,7 +163,7 @@ def test_cached_weights(name: str) -> None:
     assert {call.recipe for call in calls(made)} == {RECIPES[get_backend(name).fp8]}
 
 
-def test_cached_weights_are_quantised_anew_after_a_reset() -> None:
+def test_cached_weights_are_quantised_again_after_a_reset() -> None:
     made = get_backend("te_fp8_current_cached").build(config())
     batch = random_batch(made.config)
     for _ in range(2):
@@ -172,7 +171,7 @@ def test_cached_weights_are_quantised_anew_after_a_reset() -> None:
         check(made, batch, {name: tensor.clone() for name, tensor in made.state_dict().items()})
 
 
-def test_cached_weights_are_quantised_anew_when_a_model_around_them_is_loaded() -> None:
+def test_cached_weights_are_quantised_again_after_a_load_of_the_model() -> None:
     made = get_backend("te_fp8_current_cached").build(config())
     model = nn.ModuleDict({"mlp": made})
     batch = random_batch(made.config)
@@ -182,7 +181,7 @@ def test_cached_weights_are_quantised_anew_when_a_model_around_them_is_loaded() 
         check(made, batch, parameters)
 
 
-def test_copies_are_apart() -> None:
+def test_a_copy_has_its_own_parameters() -> None:
     made = layer()
     other = copy.deepcopy(made)
     batch = random_batch(made.config)
@@ -197,7 +196,7 @@ def test_copies_are_apart() -> None:
 
 @pytest.mark.parametrize("build", [lambda made: made, copy.deepcopy], ids=["made", "meta"])
 def test_init_weights_is_tes_own_reset(build: Callable[[nn.Module], nn.Module]) -> None:
-    """Normal weights of deviation 0.023, whatever `init_std` says, and zero biases."""
+    """TE sets normal weights with a standard deviation of 0.023 and zero biases. It ignores `init_std`."""
     torch.manual_seed(0)
     with torch.device("cpu" if build is not copy.deepcopy else "meta"):
         made = GroupedExpertsTE(config(dim=64, moe_inter_dim=64))
@@ -213,7 +212,7 @@ def test_init_weights_is_tes_own_reset(build: Callable[[nn.Module], nn.Module]) 
     check(made, random_batch(made.config))
 
 
-def test_engine_and_dispatcher() -> None:
+def test_the_engine_is_te_and_the_default_dispatcher_is_deepep() -> None:
     made = GroupedExpertsTE(config())
     assert (made.engine_name, made.dispatcher_name) == ("te", "deepep")
     assert GroupedExpertsTE(config(), BackendConfig(experts="te", dispatcher="alltoall")).dispatcher_name == "alltoall"
@@ -223,7 +222,7 @@ def test_engine_and_dispatcher() -> None:
             GroupedExpertsTE(config(), BackendConfig(experts=name))
 
 
-def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     fakes.remove(monkeypatch)
     with pytest.raises(Unsupported, match=r"^transformer_engine does not import .*; run in the checkout.*'\.\[te\]'"):
         GroupedExpertsTE(config())
@@ -244,10 +243,10 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("fields", "recipe", "capability", "reason"), REFUSALS)
-def test_what_it_cannot_do(
+def test_unsupported_and_forward_give_the_same_reason(
     fields: dict, recipe: Any, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told before and, by the forward of a layer that may be made on any machine, after."""
+    """`unsupported` gives the reason before a layer is made. A layer can be made anywhere; its forward then refuses."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     given = library.unsupported(CUDA, config(**fields), recipe)
     assert (given and given.reason) == reason

@@ -1,4 +1,4 @@
-"""The state dict of GroupedExpertsTE is the stacked layout, with torch's own semantics."""
+"""The state dict of GroupedExpertsTE has the stacked layout and torch's semantics."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("fake_libraries")
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-def test_state_dict_is_the_stacked_layout_and_no_other(activation: str, bias: bool) -> None:
+def test_state_dict_has_only_the_stacked_layout(activation: str, bias: bool) -> None:
     parameters = random_parameters(config(expert_activation=activation, expert_bias=bias))
     made = layer(parameters, expert_activation=activation, expert_bias=bias)
     state = made.state_dict()
@@ -30,7 +30,7 @@ def test_state_dict_is_the_stacked_layout_and_no_other(activation: str, bias: bo
     assert not any(tensor.requires_grad for tensor in state.values())
 
 
-def test_its_own_parameters_are_one_matrix_an_expert_transposed() -> None:
+def test_tes_own_parameters_are_one_transposed_matrix_per_expert() -> None:
     parameters = random_parameters(config())
     made = layer(parameters)
     own = {name: p.detach() for name, p in made.named_parameters()}
@@ -43,7 +43,7 @@ def test_its_own_parameters_are_one_matrix_an_expert_transposed() -> None:
     assert all(p.is_contiguous() and p.is_leaf and p.requires_grad for p in made.parameters())
 
 
-def test_stacked_properties() -> None:
+def test_properties_give_the_stacked_parameters() -> None:
     parameters = random_parameters(config())
     made = layer(parameters)
     assert_same({name: getattr(made, name) for name in PARAMETERS}, parameters)
@@ -54,7 +54,7 @@ def test_stacked_properties() -> None:
     assert without.n_routed_experts == 12
 
 
-def test_gradients_that_are_not_there_are_absent() -> None:
+def test_missing_gradients_are_left_out() -> None:
     made = layer()
     assert made.stacked_grads() == {}
     run_stacked(made, random_batch(made.config))
@@ -68,13 +68,13 @@ def test_state_dict_takes_prefix_and_destination() -> None:
     assert list(given) == ["other", *(f"mlp.experts.{name}" for name in PARAMETERS)]
 
 
-def test_what_a_destination_holds_already_stays() -> None:
+def test_entries_already_in_a_destination_stay() -> None:
     destination: Any = {"gate_up_proj": torch.ones(1), "head.gate_up_linear.weight0": torch.ones(1)}
     assert list(layer().state_dict(destination=destination)) == [*list(destination)[:2], *PARAMETERS]
 
 
-def test_inside_a_model_with_others() -> None:
-    """Its hooks touch its own keys alone, though another layer's begin with the same letters."""
+def test_layers_inside_a_model_load_only_their_own_keys() -> None:
+    """The hooks of a layer change only its own keys, even if the name of another layer begins with the same letters."""
     model = nn.ModuleDict({"a": layer(), "ab": layer(), "c": GroupedExperts(config()), "d": nn.Linear(2, 2)})
     state = {
         name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(index))
@@ -86,7 +86,7 @@ def test_inside_a_model_with_others() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_checkpoints_go_both_ways(bias: bool) -> None:
+def test_checkpoints_load_from_the_loop_into_te_and_back(bias: bool) -> None:
     parameters = random_parameters(config(expert_bias=bias), seed=9)
     loop = GroupedExperts(config(expert_bias=bias))
     loop.load_state_dict(layer(parameters, expert_bias=bias).state_dict())
@@ -130,7 +130,7 @@ def test_missing_keys_have_their_stacked_names(missing: str) -> None:
     assert_same(made.state_dict(), {**state, missing: before[missing]})
 
 
-def test_missing_keys_inside_a_model() -> None:
+def test_missing_keys_inside_a_model_have_their_stacked_names() -> None:
     model = nn.ModuleDict({"first": layer(), "second": layer(), "norm": nn.LayerNorm(4)})
     result = model.load_state_dict({}, strict=False)
     assert sorted(result.missing_keys) == sorted(
@@ -138,8 +138,8 @@ def test_missing_keys_inside_a_model() -> None:
     )
 
 
-def test_unexpected_keys() -> None:
-    """A bias for a layer that has none is not dropped in silence, nor is a parameter of TE's own layout."""
+def test_unexpected_keys_are_errors_or_reported() -> None:
+    """A bias for a layer without biases is not dropped silently, and neither is a parameter in TE's own layout."""
     made = layer(expert_bias=False)
     own = "gate_up_linear.weight12"
     state = {**made.state_dict(), "down_proj_bias": torch.ones(12, 16), own: torch.ones(32, 16), "other": torch.ones(1)}

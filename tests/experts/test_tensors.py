@@ -1,4 +1,4 @@
-"""Tensors of any strides and dtypes, with and without gradients: corners as those of test_corners.py, of no routing."""
+"""Corner cases of tensors: strides, dtypes, and tensors without gradients. test_corners.py has those of the routing."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from tests.experts.layers import (
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, with every stride strange."""
+    """Return the same values in a tensor whose dimensions are reversed in memory and have gaps."""
     spread = torch.zeros([3 * size for size in reversed(tensor.shape)], dtype=tensor.dtype, device=tensor.device)
     view = spread.permute(*reversed(range(tensor.ndim)))[(slice(1, None, 3),) * tensor.ndim]
     view.copy_(tensor)
@@ -33,7 +33,7 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
 
 @on_every_setup
 @pytest.mark.parametrize("which", ["x", "token_mask", "weights", "indices", "grad", "all"])
-def test_non_contiguous_inputs(setup: Setup, which: str) -> None:
+def test_inputs_may_be_non_contiguous(setup: Setup, which: str) -> None:
     config = setup.config(expert_bias=True)
     batch = some_masked(random_batch(config)).map(lambda tensor: tensor.to(setup.device))
     names = ("x", "token_mask", "weights", "indices", "grad") if which == "all" else (which,)
@@ -42,8 +42,8 @@ def test_non_contiguous_inputs(setup: Setup, which: str) -> None:
 
 @on_every_setup
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_expanded_output_gradient(setup: Setup, bias: bool) -> None:
-    """What `out.sum().backward()` gives back."""
+def test_the_gradient_of_the_output_may_be_expanded(setup: Setup, bias: bool) -> None:
+    """`out.sum().backward()` gives such a gradient."""
     config = setup.config(expert_bias=bias)
     batch = random_batch(config)
     ones = torch.ones((), dtype=config.dtype, device=setup.device).expand(batch.grad.shape)
@@ -71,10 +71,10 @@ def test_parameters_may_be_transposed_views(setup: Setup) -> None:
 )
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @on_cpu_and_gpu
-def test_parameters_of_another_dtype(
+def test_parameters_may_have_another_dtype_than_x(
     setup: Setup, parameters: torch.dtype, activations: torch.dtype, bias: bool
 ) -> None:
-    """The output and x's gradient have x's dtype, every parameter's gradient the parameter's."""
+    """The output and x's gradient have x's dtype. Every parameter's gradient has the parameter's dtype."""
     if not takes(setup.engine, setup.device, activations):
         pytest.skip(f"{setup.engine} does not take {activations}")
     config = setup.config(dtype=parameters, expert_bias=bias)
@@ -86,7 +86,7 @@ def test_parameters_of_another_dtype(
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 @on_cpu_and_gpu
-def test_routing_weights_of_any_float_dtype(setup: Setup, dtype: torch.dtype) -> None:
+def test_routing_weights_may_have_any_float_dtype(setup: Setup, dtype: torch.dtype) -> None:
     config = setup.config(expert_bias=True)
     batch = random_batch(config)
     found = check(setup, config, batch.with_(weights=batch.weights.to(dtype)))
@@ -106,7 +106,7 @@ def test_gradients_accumulate(setup: Setup) -> None:
 
 @on_cpu_and_gpu
 @pytest.mark.parametrize("frozen", ["parameters", "x", "weights", "x and weights"])
-def test_what_needs_no_gradient_gets_none(setup: Setup, frozen: str) -> None:
+def test_tensors_that_need_no_gradient_get_none(setup: Setup, frozen: str) -> None:
     config = setup.config(expert_bias=True)
     batch = random_batch(config).map(lambda tensor: tensor.to(setup.device))
     made = setup.layer(config).requires_grad_(frozen != "parameters")
@@ -132,7 +132,7 @@ def test_inference_gives_the_same_output(setup: Setup) -> None:
         output = made(*inputs)
     with torch.inference_mode():
         assert torch.equal(made(*inputs), output)
-    if setup.engine == "triton":  # activates what was not yet rounded, which with gradients is kept in x's dtype
+    if setup.engine == "triton":  # without gradients it activates values that are not yet rounded to x's dtype
         assert_near({"output": output}, {"output": trained}, setup.dtype)
     else:
         assert torch.equal(output, trained)

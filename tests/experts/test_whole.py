@@ -1,4 +1,4 @@
-"""The local experts as one autograd function: what it keeps, what it spends, and that nobody can tell."""
+"""The local experts as one autograd function: what it saves, what it frees, and that its results do not change."""
 
 from collections.abc import Callable
 
@@ -36,9 +36,9 @@ def layer(save: str | None, engine: str = "torch_mm", **fields: object) -> Group
 
 
 @pytest.mark.usefixtures("fake_libraries")
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", [False, True], ids=["before-down", "after-down"])
 @pytest.mark.parametrize("engine", ["torch_mm", "gmm"])
-def test_what_is_saved_changes_no_bit(engine: str, after: bool) -> None:
+def test_the_option_save_changes_no_bit(engine: str, after: bool) -> None:
     batch = random_batch(CONFIG, indices=[[3, 0], [0, 0], [2, 3], [-1, -1], [-1, 2]])
     by_save = {
         save: run(layer(save, engine, apply_router_weight_after_down=after), batch) for save in (None, "memory", "time")
@@ -49,8 +49,11 @@ def test_what_is_saved_changes_no_bit(engine: str, after: bool) -> None:
 
 
 @pytest.mark.parametrize(("save", "kept_rows"), [("memory", 0), ("time", 1)])
-def test_saved_bytes(save: str, kept_rows: int) -> None:
-    """The up projection's output, and the tokens' rows where time is worth more; the maps are 24 bytes a row."""
+def test_saved_bytes_are_the_up_projection_and_with_time_the_rows(save: str, kept_rows: int) -> None:
+    """Saved are the up projection's output and, with save = "time", the tokens' rows.
+
+    The maps of the permutation have 24 bytes per row.
+    """
     config = moe_config(dim=64, moe_inter_dim=48)
     made, batch = layer(save, dim=64, moe_inter_dim=48, expert_bias=False), random_batch(config, num_tokens=100)
     x, weights = batch.x.requires_grad_(), batch.weights.requires_grad_()
@@ -63,8 +66,8 @@ def test_saved_bytes(save: str, kept_rows: int) -> None:
 
 
 @on_every_save
-def test_two_backwards_of_one_graph(save: str) -> None:
-    """The first spends what forward kept; the second makes it again."""
+def test_two_backwards_of_one_graph_give_the_same_bits(save: str) -> None:
+    """The first backward frees what forward saved. The second backward computes it again."""
     made, batch = layer(save), random_batch(CONFIG)
     x, weights = batch.x.requires_grad_(), batch.weights.requires_grad_()
     output = made(x, batch.token_mask, weights, batch.indices)
@@ -78,8 +81,8 @@ def test_two_backwards_of_one_graph(save: str) -> None:
 @pytest.mark.parametrize(
     "alone", ["x", "weights", "gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias"]
 )
-def test_a_gradient_wanted_alone(save: str, alone: str) -> None:
-    """Everything else frozen: its bits are those that it has beside the others."""
+def test_a_single_gradient_has_the_same_bits(save: str, alone: str) -> None:
+    """All other tensors are frozen. The gradient has the same bits as when all gradients are computed."""
     made, batch = layer(save), random_batch(CONFIG)
     right = run(made, batch)
     leaves = {"x": batch.x, "weights": batch.weights, **dict(made.named_parameters())}
@@ -104,21 +107,21 @@ def test_without_gradients_the_output_is_the_same(save: str) -> None:
 
 
 def through_hooks(made: GroupedExperts, *arguments: Tensor) -> Tensor:
-    """As offloading does: what is saved is copied away and back."""
+    """Run the layer as offloading does: every saved tensor is copied away and back."""
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
         output: Tensor = made(*arguments)
     return output
 
 
 def through_checkpoint(made: GroupedExperts, *arguments: Tensor) -> Tensor:
-    """Nothing is saved; forward runs again in backward."""
+    """Run the layer under checkpointing: nothing is saved, and forward runs again in backward."""
     output: Tensor = checkpoint(made, *arguments, use_reentrant=False)
     return output
 
 
 @on_every_save
 @pytest.mark.parametrize("way", [through_hooks, through_checkpoint])
-def test_ways_that_torch_has_to_save_less(save: str, way: Callable[..., Tensor]) -> None:
+def test_torchs_ways_to_save_less_change_no_bit(save: str, way: Callable[..., Tensor]) -> None:
     made, batch = layer(save), random_batch(CONFIG)
     right = run(made, batch)
     made.zero_grad()
@@ -132,7 +135,7 @@ def test_ways_that_torch_has_to_save_less(save: str, way: Callable[..., Tensor])
 def relu2_backward(
     h: Tensor, grad: Tensor, permutation: Permutation, weights: Tensor, bias: None, config: MoEConfig, again: bool
 ) -> tuple[Tensor, ...]:
-    """`Steps.activate_backward` in formulas, as the kernels have it: torch's compiler stops at autograd.grad."""
+    """Compute relu2's `Steps.activate_backward` by formulas, as kernels do. torch's compiler stops at autograd.grad."""
     value, weight = h.float().relu(), weights.reshape(-1)[permutation.row_to_slot_N].unsqueeze(1)
     weight = torch.where(permutation.row_to_expert_N.unsqueeze(1) < len(permutation.offsets_L), weight, 0.0)
     by_weight = (grad * value.square()).sum(1)[permutation.slot_to_row_S].view(weights.shape)
@@ -140,12 +143,12 @@ def relu2_backward(
     return (grad * weight * 2 * value).to(h.dtype), (value.square() * weight).to(h.dtype), grad_weights
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself
 @on_every_save
-def test_compiled(save: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one graph, forward and backward, for any number of tokens."""
+def test_a_compiled_layer_gives_the_same_bits(save: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward compile as one graph, for several numbers of tokens."""
     monkeypatch.setattr(eager, "activate_backward", relu2_backward)
-    monkeypatch.setattr(GroupedExperts, "_check_indices", lambda *_: None)  # which only a CPU's forward has
+    monkeypatch.setattr(GroupedExperts, "_check_indices", lambda *_: None)  # only the forward on a CPU has this check
     fields = {"dtype": BF16, "expert_activation": "relu2", "expert_bias": False}
     made, compiled = layer(save, **fields), layer(save, **fields)
     compiled.compile(backend="aot_eager", fullgraph=True)
@@ -155,7 +158,7 @@ def test_compiled(save: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("engine", ["loop", "torch_mm_mxfp8"])
-def test_engines_without_the_choice_refuse_it(engine: str) -> None:
+def test_engines_without_the_option_save_refuse_it(engine: str) -> None:
     right = f"save = 'time': the engine {engine} cannot choose what it keeps for backward; use one of torch_mm"
     with pytest.raises(ConfigError, match=right):
         GroupedExperts(CONFIG, BackendConfig(experts=engine, save="time"))
@@ -165,8 +168,11 @@ def test_engines_without_the_choice_refuse_it(engine: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("save", ["memory", "time"])
-def test_peak_of_a_train_step(save: str) -> None:
-    """Buffers die at their last use: the worst moments of backward, by what must be alive in each, and a few maps."""
+def test_the_peak_memory_of_a_train_step_is_bounded(save: str) -> None:
+    """Buffers are freed after their last use.
+
+    The bound is the largest sum of the buffers that must be alive at one moment of backward, and a few maps.
+    """
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("grouped_mm has no kernel of its own before SM90")
     num_tokens, k, experts, dim, inter = 8192, 8, 16, 1024, 512
