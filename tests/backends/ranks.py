@@ -1,4 +1,4 @@
-"""Backends under expert parallelism whose last rank is faulty. The other ranks are right.
+"""Backends under expert parallelism with one faulty rank, the last. The other ranks are right.
 
 With this folder on PYTHONPATH, a test names a backend as a user would, for example `ranks:WrongRow`.
 """

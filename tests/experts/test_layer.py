@@ -63,7 +63,7 @@ def test_an_index_out_of_range_is_refused(engine: str, index: int, span: str) ->
 @pytest.mark.parametrize("name", ["x", "token_mask", "weights", "indices", "the parameters"])
 @on_every_engine
 def test_tensors_on_two_devices_are_refused(engine: str, name: str) -> None:
-    """Parameters on the meta device are refused as well. With them, the loop would return zeros."""
+    """Parameters on the meta device are also refused. With them, the loop would return zeros."""
     made = layer(engine, moe_config())
     batch = random_batch(made.config)
     if name == "the parameters":

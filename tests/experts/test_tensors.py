@@ -23,7 +23,7 @@ from tests.experts.layers import (
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the same values in a tensor whose dimensions are reversed in memory and have gaps."""
+    """Return the same values in a tensor that has its dimensions reversed in memory, with gaps."""
     spread = torch.zeros([3 * size for size in reversed(tensor.shape)], dtype=tensor.dtype, device=tensor.device)
     view = spread.permute(*reversed(range(tensor.ndim)))[(slice(1, None, 3),) * tensor.ndim]
     view.copy_(tensor)
