@@ -8,7 +8,7 @@ from tests.experts.layers import Batch, Named, assert_near, expected, moe_config
 
 
 def config(**fields: Any) -> Any:
-    """Return a config with sizes that FP8 supports and with more than ten experts, so that some numbers have two digits."""
+    """Return a config with sizes that FP8 supports and more than ten experts: some numbers have two digits."""
     return moe_config(**{"n_routed_experts": 12, "moe_inter_dim": 16, "expert_bias": True, **fields})
 
 
