@@ -221,15 +221,19 @@ class WorkerProcess:
         )
 
     def _tail(self) -> str:
-        """Return the log's last lines. Where Python died with a stack, return the stack's first lines.
+        """Return the log's last lines. Where Python died with a stack, return the first lines of the thread that died.
 
-        The most recent call is the first in such a stack.
+        The most recent call is the first in such a stack. Python prints other threads before the one that died.
         """
         with self._log.open("rb") as log:  # a backend may have printed for hours
             log.seek(max(0, self._log.stat().st_size - TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
         deaths = [number for number, line in enumerate(lines) if line.startswith("Fatal Python error")]
-        return "\n".join(lines[deaths[-1] :][:LOG_LINES] if deaths else lines[-LOG_LINES:])
+        if not deaths:
+            return "\n".join(lines[-LOG_LINES:])
+        death, *stacks = lines[deaths[-1] :]
+        dying = [number for number, line in enumerate(stacks) if line.startswith("Current thread")]
+        return "\n".join([death, *stacks[dying[0] if dying else 0 :]][:LOG_LINES])
 
     def end(self) -> None:
         self._kill()

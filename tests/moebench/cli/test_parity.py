@@ -45,5 +45,5 @@ def test_the_list_names_every_check(tmp_path):
 
 def test_the_checks_of_parity_can_be_listed(moebench):
     listed = json.loads(moebench("parity", "--list", "--json").out)
-    assert listed["one-hot"].startswith("every token on the same experts")
+    assert listed["one-hot"] == CHECKS["one-hot"].looks_for
     assert all(name in moebench("parity", "--list").out for name in listed)

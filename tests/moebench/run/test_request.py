@@ -49,7 +49,7 @@ def test_a_plan_is_spread_over_the_gpus_that_are_free(fake_nvml, monkeypatch):
     spread, notes = on_gpus(plan_(rounds=2), None, share=False)
     assert {one.slots for one in spread.rounds} == {(Slot("GPU-a"), Slot("GPU-c"))}
     assert [one.device for one in spread.rounds] == [None, None]
-    assert [note.partition(":")[0] for note in notes] == ["GPU 1 is in use by process 7"]
+    assert [note.partition(",")[0] for note in notes] == ["GPU 1 is in use by process 7"]
     one, notes = on_gpus(plan_(device="cuda:2"), None, share=False)
     assert (one.rounds[0].slots, one.rounds[0].device, notes) == ((Slot("GPU-c"),), "cuda", [])
     with pytest.raises(UsageError, match="GPU 1 is in use by process 7"):

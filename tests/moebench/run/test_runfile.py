@@ -199,7 +199,7 @@ def test_which_revision_ran_is_kept_though_times_of_both_may_be_compared(folder,
     [
         ("sweep.toml", None, ("out/sweep.toml: cannot be read: ", "No such file")),
         ("sweep.toml", lambda text: text.replace(b"tiny", b"t\xefny"), ("out/sweep.toml: cannot be read: ", "UTF-8")),
-        ("journal.jsonl", None, ("out: journal.jsonl is not there", "results.parquet is; put it back")),
+        ("journal.jsonl", None, ("out: the folder has results.parquet but not journal.jsonl", "put it back")),
         ("journal.jsonl", lambda text: text.replace(b'"schema":1', b'"schema":2'), ("journal.jsonl:1: schema 2",)),
         ("journal.jsonl", lambda text: text.replace(b'"oom"', b'"fine"'), ("journal.jsonl: status: Input should",)),
         ("environment.json", lambda text: text[:40], ("out/environment.json: the file: Invalid JSON",)),

@@ -1,6 +1,7 @@
 """How a worker's process ends decides what its job is: lost, too slow, out of memory or refused."""
 
 import os
+import re
 
 import pytest
 
@@ -102,7 +103,22 @@ def test_a_hang_over_a_job_is_a_timeout_and_ends_the_whole_group(tmp_path, stand
     assert [row.status.value for row in rows] == ["unsupported", "timeout", "unsupported"]
     log = (tmp_path / "run" / "logs" / "worker-0.log").read_text()
     assert has_ended(pid_of(tmp_path / "run"))
-    assert has_ended(int(log.split("child ")[1]))
+    assert has_ended(int(re.findall(r"^child (\d+)$", log, re.MULTILINE)[0]))
+
+
+def test_the_stack_of_the_thread_that_died_is_shown_though_others_stand_before_it(tmp_path, stand_in):
+    stand_in(
+        "ready()\nstart(0)\n"
+        "other = ['Thread 0x1 (most recent call first):', *['  File \"other.py\"'] * 20, '']\n"
+        "own = ['Current thread 0x2 (most recent call first):', '  File \"kernel.py\" in break_down']\n"
+        "print('Fatal Python error: Segmentation fault', '', *other, *own, sep='\\n', flush=True)\n"
+        "signal.signal(signal.SIGSEGV, signal.SIG_DFL)\n"
+        "os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    (row, *_) = execute(plan_of(tmp_path / "run", THREE[:1])).records
+    assert row.status.value == "crash"
+    assert "Segmentation fault\nCurrent thread 0x2" in row.detail
+    assert "break_down" in row.detail
 
 
 def test_a_worker_that_dies_at_once_ends_the_run_and_says_how(tmp_path, stand_in):

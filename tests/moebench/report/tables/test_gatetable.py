@@ -28,7 +28,7 @@ def test_the_table_has_the_worst_first_and_says_why(result):
     assert "0.25" in slow
     text = "\n".join(lines)
     assert f"REGRESSED time: slower: loop on {JOBS['slow'].case.case_id}" in text
-    assert "measure with --rounds" in text
+    assert "measure more with --rounds" in text
     assert lines[-1] == "gate: 2 REGRESSED, 1 MISSING, 1 INCONCLUSIVE, 1 NEW, 1 PASS"
 
 
