@@ -7,6 +7,9 @@ import torch
 
 from moebench.parity.judge import SMALL_BLOCK
 
+#: Every allocation outside of a private pool is served from this one.
+_COMMON_POOL = (0, 0)
+
 
 @contextmanager
 def poisoned(device: torch.device) -> Iterator[None]:
@@ -34,7 +37,10 @@ def _poison_free_blocks(device: torch.device) -> None:
     stream = torch.cuda.current_stream(device).cuda_stream
     for segment in torch.cuda.memory_snapshot():
         sizes = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
-        if (segment["device"], segment["stream"]) != (device.index, stream):  # each block belongs to one stream
+        # a block serves one stream, and a private pool, such as a CUDA graph's, serves nobody else
+        if (segment["device"], segment["stream"]) != (device.index, stream):
+            continue
+        if tuple(segment.get("segment_pool_id", _COMMON_POOL)) != _COMMON_POOL:
             continue
         if segment["segment_type"] == "small":  # only these serve requests of up to SMALL_BLOCK
             free += [min(SMALL_BLOCK, size - start) for size in sizes for start in range(0, size, SMALL_BLOCK)]
