@@ -1,4 +1,4 @@
-"""What is measured: sweep files become cases and jobs, and cases become seeded inputs.
+"""Define what is measured: turn sweep files into cases and jobs, and cases into seeded inputs.
 
 No module here imports another folder of moebench.
 """

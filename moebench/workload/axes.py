@@ -1,4 +1,4 @@
-"""The axes of a sweep: the values that each takes, the message for a wrong value, and the axes' combinations."""
+"""Define the axes of a sweep: the valid values of each axis, the messages for wrong values, and the combinations."""
 
 import difflib
 import json
@@ -20,13 +20,13 @@ BACKEND_PATTERN = r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$"
 BACKEND_RULE = 'must be a name, or "module:attribute" for a backend of your own'
 UNKNOWN: Final = object()  # stands in for a value that was wrong or missing
 
-# Values. Their types are the types of Case's fields.
+# The values of the axes. Their types are the types of Case's fields.
 
 
 def _openable(routing: str, info: ValidationInfo) -> str:
-    """Return a trace's routing with its path relative to the working folder where it is inside it, else absolute.
+    """Return the routing trace:PATH with PATH relative to the working folder, or absolute for a file outside of it.
 
-    Other routings stay as they are. `info.context` is the sweep file's folder.
+    Other kinds of routing stay as they are. `info.context` is the sweep file's folder.
     """
     kind, _, written = routing.partition(":")
     if kind != "trace" or info.context is None:
@@ -101,7 +101,7 @@ def listed(names: Iterable[object]) -> str:
 
 
 def did_you_mean(word: object, valid: Iterable[str]) -> str:
-    """Return a question that names the valid word closest to `word`; empty where none is close."""
+    """Return a question that names the valid word closest to `word`; an empty string if no word is close."""
     close = difflib.get_close_matches(str(word), list(valid), n=1)
     return f'did you mean "{close[0]}"?' if close else ""
 
@@ -115,9 +115,10 @@ def example(name: str) -> str:
 
 
 def combinations(axes: Mapping[str, Sequence[object]]) -> Iterator[dict[str, object]]:
-    """Yield each combination of the axes with a value for every axis.
+    """Yield each combination of the axes as a dict with a value for every axis.
 
-    The model's shape and Case's defaults fill in what the axes lack. At ep_size 1 the dispatcher is "local".
+    An axis that `axes` lacks takes its value from the model's shape or from Case's defaults. At ep_size 1 the
+    dispatcher is "local".
     """
     for values in product(*axes.values()):
         combination = {**DEFAULTS, "dispatcher": BETWEEN_RANKS[0], **dict(zip(axes, values, strict=True))}
@@ -134,7 +135,10 @@ def combinations(axes: Mapping[str, Sequence[object]]) -> Iterator[dict[str, obj
 
 
 def is_match(exclude: Mapping[str, Sequence[object]], combination: Mapping[str, object]) -> bool | None:
-    """Whether the combination has one of the values for every key; None where an UNKNOWN value leaves that open."""
+    """Whether the combination has, for every key of `exclude`, one of that key's values.
+
+    The result is None if the answer depends on an UNKNOWN value.
+    """
     matches: bool | None = True
     for name, values in exclude.items():
         value = combination.get(name, UNKNOWN)

@@ -1,7 +1,7 @@
-"""What `experts.catalog` says about backends and dispatchers, and the groups that sweeps name them by.
+"""Look up backends and dispatchers in `experts.catalog`, and the groups by which sweeps name them.
 
-The workers of `moebench ab` import older revisions of `experts`, which may lack the catalog. Without it no backend is
-described, no groups of backends exist, and the dispatchers are the ones that those revisions have.
+The workers of `moebench ab` import older revisions of `experts`, which may lack the catalog. Without the catalog, no
+backend is described, no groups of backends exist, and the dispatchers are those of the revisions without a catalog.
 """
 
 import sys
@@ -16,7 +16,7 @@ else:
         from experts import catalog
     except ImportError:
         catalog = None
-    else:  # `experts` of another folder may lack a catalog; an editable install then finds the checkout's
+    else:  # `experts` of another folder may lack a catalog; Python then finds the one of an editable install
         if str(Path(catalog.__file__).parent) not in sys.modules["experts"].__path__:
             catalog = None
 
@@ -33,7 +33,7 @@ _COLLECTIVES = (
     else {dispatcher.name: dispatcher.collective for dispatcher in catalog.DISPATCHERS}
 )
 
-#: The dispatchers between ranks. A sweep that names no dispatcher uses the first.
+#: The dispatchers between ranks. A sweep that names no dispatcher uses the first dispatcher.
 DISPATCHERS = tuple(_COLLECTIVES)
 #: The backend that all other backends are compared with; "" without a catalog.
 REFERENCE = "" if catalog is None else catalog.REFERENCE
@@ -45,7 +45,7 @@ def described(backend: str) -> "catalog.Backend | None":
 
 
 def engine_of(backend: str) -> "catalog.Engine | None":
-    """Return the engine of a backend; None for a peer and for a backend that the catalog lacks."""
+    """Return the engine of a backend; None for another library's layer (a peer) and for a name not in the catalog."""
     known = _BACKENDS.get(backend)
     return None if known is None else known.engine
 

@@ -1,4 +1,4 @@
-"""What is measured: a `Case` is one workload, and a `Job` is one backend on one case."""
+"""Define what is measured: a `Case` is one workload, and a `Job` is one backend on one case."""
 
 import hashlib
 import json
@@ -19,16 +19,18 @@ Mode = Literal["forward", "train"]
 RankLoad = Literal["even", "uneven", "one-empty"]
 #: The values that two cases must share to have the same weights.
 Weights = tuple[object, ...]
-#: A number from here on is a typing mistake: no machine has the memory. Columns hold it as a 64-bit integer.
+#: A number of this size or above is a typing mistake, because no machine has enough memory for it. Columns of results
+#: hold numbers as 64-bit integers.
 LARGEST = 2**31
 Positive = Annotated[int, Field(gt=0, lt=LARGEST)]
 
-# kind[:argument]; moebench.workload.inputs draws each kind, and docs/sweeps.md says what each means
+# kind[:argument]; moebench.workload.inputs draws each kind, and docs/sweeps.md says what each kind means
 ROUTING_PATTERN = r"^(uniform|balanced|one-hot|zipf(:\d+(\.\d+)?)?|empty(:0?\.\d+)?|trace:.+)$"
 
 
-#: The limit of a clamped activation, in standard deviations of the first projection's output. At this distance enough
-#: values reach the limit that a missing limit shows, and few enough that rounding across it stays within the budgets.
+#: The limit of a clamped activation, in standard deviations of the first projection's output. At this distance, enough
+#: values reach the limit to expose a missing limit. They are also few enough that the values which rounding carries
+#: across the limit stay within the budgets.
 LIMIT_IN_STDS = 3.0
 
 
@@ -48,7 +50,7 @@ class CaseFields(BaseModel):
         Field(
             ge=0,
             lt=LARGEST,
-            description="tokens per rank; where `rank_load` is not `even`, tokens of the rank that has most",
+            description="tokens per rank; where `rank_load` is not `even`, the largest number of tokens of any rank",
         ),
     ]
     n_routed_experts: Annotated[Positive, Field(description="number of experts on all ranks together")]
@@ -104,8 +106,8 @@ class CaseFields(BaseModel):
 class Case(CaseFields):
     """One workload of an expert layer, independent of the backend that runs it.
 
-    The fields' descriptions in `CaseFields` say what each means. A case is invalid where its fields contradict each
-    other, for example more activated than routed experts.
+    The fields' descriptions in `CaseFields` say what each field means. A case is invalid where its fields contradict
+    each other, for example more activated than routed experts.
     """
 
     model_config = ConfigDict(strict=True)
@@ -145,7 +147,10 @@ class Case(CaseFields):
 
     @property
     def weights(self) -> Weights:
-        """What `moebench.workload.inputs.make_parameters` reads. Cases with equal values have the same weights."""
+        """The values that `moebench.workload.inputs.make_parameters` reads.
+
+        Two cases with equal values have the same weights.
+        """
         shape = (self.n_routed_experts, self.dim, self.moe_inter_dim, self.is_gated)
         return (*shape, self.dtype, self.expert_bias, self.seed, self.ep_size, self.gain)
 
@@ -165,8 +170,9 @@ class Case(CaseFields):
     def flops(self) -> float:
         """Return the useful floating-point operations of one rank, as the mean over ranks.
 
-        Forward has 6·T·K·dim·inter where the activation is gated and 4·T·K·dim·inter where it is ungated. Mode "train"
-        has three times as many. Masked tokens do no useful work and do not count.
+        Forward has 6·T·K·dim·inter operations if the activation is gated, and 4·T·K·dim·inter if it is not gated. Mode
+        "train" has three times as many. T is the number of tokens that the token mask keeps. Masked tokens do no useful
+        work and do not count.
         """
         rows = self.num_active_tokens * self.n_activated_experts
         forward = (6 if self.is_gated else 4) * rows * self.dim * self.moe_inter_dim
@@ -175,8 +181,8 @@ class Case(CaseFields):
     def tokens_of_rank(self, rank: int) -> int:
         """Return the number of tokens of a rank.
 
-        All ranks have num_tokens, with two exceptions. With "uneven" the number rises in equal steps, rounded up, to
-        num_tokens on the last rank. With "one-empty" the last rank has none.
+        All ranks have num_tokens, with two exceptions. With `rank_load` "uneven", the number rises in equal steps,
+        rounded up, to num_tokens on the last rank. With `rank_load` "one-empty", the last rank has no tokens.
         """
         if self.rank_load == "uneven":
             return -(-self.num_tokens * (rank + 1) // self.ep_size)

@@ -1,7 +1,7 @@
-"""Case -> seeded tensors: the same tokens, routing, parameters and output gradient for every backend.
+"""Make the seeded tensors of a case: tokens, routing, parameters and output gradient, the same for every backend.
 
-The values are chosen so that faults show. Projections keep every intermediate near 1. Biases are far from zero. Masked
-rows are NaN. Clamped activations reach their limit at three standard deviations (LIMIT_IN_STDS in
+The values are chosen so that faults show. Projections keep every intermediate value near 1. Biases are far from zero.
+Masked rows are NaN. Clamped activations reach their limit at three standard deviations (LIMIT_IN_STDS in
 moebench.workload.case says why).
 """
 
@@ -51,8 +51,8 @@ def moe_config(case: Case) -> MoEConfig:
 def make_parameters(case: Case, device: torch.device, rank: int = 0) -> dict[str, Tensor]:
     """Return the stacked parameters of a rank's experts by name, in the case's dtype.
 
-    Projections are drawn from N(0, 1/fan-in), and the first one is multiplied by `case.gain`. Biases are drawn from
-    N(0, 0.5²).
+    Projections are drawn from N(0, 1/fan-in), and the first projection is multiplied by `case.gain`. Biases are drawn
+    from N(0, 0.5²).
     """
     config = moe_config(case)
     generator = torch.Generator(device).manual_seed(_seed(case, rank))

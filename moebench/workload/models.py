@@ -1,4 +1,4 @@
-"""Shapes of the routed experts of published models, for the `model` axis of a sweep.
+"""Define the shapes of the routed experts of published models, for the `model` axis of a sweep.
 
 Each preset fixes the fields of `Case` that the model's configuration fixes. Tokens, dtype, routing and mode stay free.
 The shapes come from the models' own configuration files, read 2026-11.

@@ -1,4 +1,4 @@
-"""The processes that measure one case together: one process per rank, or a single process at ep_size 1."""
+"""Connect the processes that measure one case together: one process per rank, or a single process at ep_size 1."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the `size` ranks of expert parallelism. All ranks must call a method together."""
+    """This process as one of the `size` ranks of expert parallelism. All ranks must call each method together."""
 
     rank: int = 0
     size: int = 1
@@ -61,7 +61,7 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
 
     def align(self, device: torch.device) -> None:
-        """Wait until all ranks are here. On a GPU the device waits, and the host goes on."""
+        """Wait until all ranks have made this call. On a GPU the device waits, and the host goes on."""
         if self.mesh is None:
             return
         if device.type == "cuda":
@@ -71,14 +71,14 @@ class Ranks:
 
 
 ALONE = Ranks()
-#: A rank that fails waits this long for another rank to end. If none ends, the failure is its own.
+#: A rank that fails waits this long for another rank to end. If no other rank ends, the failure is its own.
 GONE_WITHIN_S = 2.0
 
 
 def join(device: torch.device, timeout_s: float) -> Ranks:
     """Join the group that torch.distributed's launcher started this process in: gloo on a CPU, NCCL on GPUs.
 
-    A process without a launcher returns Ranks(), one rank without a mesh.
+    In a process without a launcher, return Ranks(), which is one rank without a mesh.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -100,10 +100,10 @@ def leave(ranks: Ranks) -> None:
 
 
 def someone_is_gone(processes: Sequence[tuple[str, int]]) -> bool:
-    """Whether one of the processes has ended, or ends within GONE_WITHIN_S. Each is (machine, process id).
+    """Whether one of the processes has ended, or ends within GONE_WITHIN_S.
 
-    Only processes on this machine are seen. The wait is needed because a process closes its connections, which other
-    ranks notice, a moment before it ends.
+    `processes` has (machine, process id) for each process. Only processes on this machine are seen. The wait is needed
+    because a process closes its connections, which other ranks notice, a moment before it ends.
     """
     others = [pid for machine, pid in processes if machine == platform.node() and pid != os.getpid()]
     deadline = time.monotonic() + GONE_WITHIN_S

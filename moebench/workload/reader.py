@@ -1,4 +1,4 @@
-"""The reader of a sweep file's tables, which collects every mistake in them."""
+"""Read the tables of a sweep file, and collect every mistake in the tables."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ class SweepReader:
     """Reads one document and collects every mistake in it.
 
     The reader replaces a wrong value by UNKNOWN, which may be any value. One mistake then neither hides nor causes
-    others.
+    other mistakes.
     """
 
     def __init__(self, origin: str) -> None:
@@ -169,7 +169,7 @@ class SweepReader:
     def sweep(self, grids: Sequence[Read], excludes: Mapping[str, Read]) -> None:
         """Report the mistakes that only the combinations show.
 
-        They are impossible combinations, excludes that match no job, and excludes that leave out every job.
+        These mistakes are impossible combinations, excludes that match no job, and excludes that leave out every job.
         """
         dead, left = dict.fromkeys(excludes), 0
         for number, axes in enumerate(grids):
@@ -189,7 +189,7 @@ class SweepReader:
 
 
 def _impossible(combination: Mapping[str, object]) -> list[str]:
-    """Return the reasons why a combination of valid values is not a job; empty where it is one."""
+    """Return the reasons why a combination of valid values is not a job; an empty list if it is a job."""
     ep_size, dispatcher = combination["ep_size"], combination["dispatcher"]
     messages = []
     if dispatcher == "local" and ep_size != 1:

@@ -1,4 +1,4 @@
-"""The jobs of a sweep that a command line selects."""
+"""Select the jobs of a sweep by the options of a command line."""
 
 import math
 import operator
@@ -24,14 +24,14 @@ _ORDERS: dict[str, Callable[[float, float], bool]] = {
 
 
 def select(sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]) -> tuple[Job, ...]:
-    """Return the jobs that a command line selects. Raises SweepError for a mistake and where no job is left."""
+    """Return the jobs that a command line selects. Raises SweepError for wrong options, and if no job is left."""
     return select_of(load_sweep(find_sweep(sweep)), sweep, backends, filters, case_ids)
 
 
 def select_of(
     spec: SweepSpec, sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]
 ) -> tuple[Job, ...]:
-    """Return the selected jobs of a sweep that has been read already. Messages call it `sweep`.
+    """Return the selected jobs of `spec`, a sweep that has been read already. Messages name it by `sweep`.
 
     Raises SweepError as `select` does.
     """
@@ -108,7 +108,8 @@ def _filter_value(text: str, key: str, word: str) -> object:
 def select_backends(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
     """Return the cases of `jobs` with the named backends, once for each backend and each dispatcher of the case.
 
-    A name may be a group, which stands for its members. Without names the result is `jobs`. Raises SweepError.
+    A name may be a group, which stands for its members. Without names the result is `jobs`. Raises SweepError if a
+    name is not valid or a group does not exist.
     """
     names = names_of("backend", names)
     wrong = [name for name in names if not re.fullmatch(BACKEND_PATTERN, name)]

@@ -1,4 +1,4 @@
-"""Sweep files: TOML -> `SweepSpec` -> jobs.
+"""Read a sweep file (TOML) into a `SweepSpec`, and make the jobs of a sweep.
 
 One `SweepError` lists every mistake of a wrong file. docs/sweeps.md is the user's reference.
 """
@@ -17,7 +17,8 @@ from moebench.workload.axes import combinations, did_you_mean, is_match, listed
 from moebench.workload.case import Case, Job
 from moebench.workload.reader import SweepReader
 
-#: The name of the folder of sweeps. A checkout, the working folder and the package from a wheel may each have one.
+#: The name of the folder of sweeps. A checkout, the working folder and the package from a wheel may each have
+#: such a folder.
 SUITES = "suites"
 
 Value = bool | int | float | str
@@ -25,9 +26,11 @@ Axes = dict[str, tuple[Value, ...]]
 
 
 class Policy(BaseModel):
-    """How jobs are measured. Where a value is None, moebench.measure.timing chooses it by the device.
+    """How jobs are measured. If a value is None, moebench.measure.timing chooses it by the device.
 
-    `interval_target` is the half width of the median's 95% interval, divided by the median.
+    `interval_target` is half the width of the median's 95% confidence interval, divided by the median. Sampling stops
+    when it reaches this precision, or when it has taken `time_cap_s` seconds. A job without a result after `timeout_s`
+    seconds ends with the status timeout.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -96,7 +99,7 @@ def _in_order(jobs: Iterable[Job]) -> list[Job]:
 def available_sweeps() -> dict[str, Path]:
     """Return the names and files of all sweeps: from the wheel, from the checkout, and from ./suites.
 
-    Where two sweeps have the same name, the later place in that list wins.
+    Where two sweeps have the same name, the sweep from the place that is later in this list wins.
     """
     folders = [Path(moebench.__file__).parent / SUITES, Path(SUITES)]
     if (root := checkout()) is not None:
@@ -114,7 +117,7 @@ def checkout() -> Path | None:
 def find_sweep(name_or_path: str | Path) -> Path:
     """Return the sweep file at that path, or the file of that name in `available_sweeps`.
 
-    Raises SweepError, which lists the available sweeps.
+    Raises SweepError, which lists the available sweeps, if there is no such path and no such name.
     """
     path = Path(name_or_path)
     if path.is_file():
@@ -128,12 +131,15 @@ def find_sweep(name_or_path: str | Path) -> Path:
 
 
 def load_sweep(path: Path) -> SweepSpec:
-    """Return the sweep in that file. Raises SweepError, which lists every mistake in it."""
+    """Return the sweep in the file. Raises SweepError, which lists every mistake in the file."""
     return parse_sweep(read_sweep(path), str(path))
 
 
 def read_sweep(path: Path) -> str:
-    """Return the text of a sweep file, with its line endings unchanged. Raises SweepError."""
+    """Return the text of a sweep file, with its line endings unchanged.
+
+    Raises SweepError if the file cannot be read or is not UTF-8.
+    """
     try:
         return path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -141,7 +147,7 @@ def read_sweep(path: Path) -> str:
 
 
 def parse_sweep(text: str, origin: str) -> SweepSpec:
-    """Return the sweep in `text`. Raises SweepError, which lists every mistake in it.
+    """Return the sweep in `text`. Raises SweepError, which lists every mistake in the text.
 
     `origin` is the file's path. Messages name it, and traces are relative to its folder.
     """
