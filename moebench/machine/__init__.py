@@ -1,4 +1,4 @@
-"""The machine that jobs are measured on: GPUs and CPUs, library versions, and how two environments differ.
+"""Describe the machine that measures jobs: GPUs and CPUs, library versions, and how two environments differ.
 
 No module here imports another folder of moebench.
 """

@@ -1,27 +1,27 @@
-"""How two environments differ: their facts by name, and the differences that make timings incomparable."""
+"""Compare two environments: name their facts, and find the differences that make timings incomparable."""
 
 from dataclasses import dataclass
 
 from moebench.machine.environment import TIMED_LIBRARIES, Environment
 from moebench.machine.units import size
 
-#: Names of the facts about hardware, driver and Python that a user may allow to differ. They are keys of `facts`, which
-#: has the timed libraries besides.
+#: Names of the facts about hardware, driver and Python that a user may allow to differ. The names are keys of the
+#: result of `facts`, which also has the timed libraries.
 HARDWARE = ("device", "gpu", "driver", "power", "clocks", "cpu", "threads", "python")
 CHANGES = (*HARDWARE, *TIMED_LIBRARIES)
-#: A change of one of these changes allocations although the code is the same. Bytes are not comparable then, even where
-#: the user allows the change.
+#: A change of one of these facts changes allocations although the code is the same. Numbers of bytes are then not
+#: comparable, even if the user allows the change.
 MEMORY_CHANGES = frozenset({"device", "gpu", "torch", "env_id"})
-#: A change of one of these changes times but not memory.
+#: A change of one of these facts changes times but not memory.
 TIME_CHANGES = frozenset({"driver", "power", "clocks", "cpu", "threads", "python"})
-#: Relative difference of two runs' clocks that a change of the code explains: a GPU at its power limit lowers its clock
-#: the more power a kernel draws.
+#: The largest relative difference of two runs' clocks that a change of the code can explain. At its power limit, a GPU
+#: runs at a lower clock if a kernel draws more power.
 RUN_CLOCK_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One fact that differs between the environments of two sides."""
+    """One fact that differs between two environments, the baseline's and the candidate's."""
 
     what: str  # one of CHANGES
     baseline: str
@@ -32,7 +32,7 @@ class Difference:
 
 
 def facts(environment: Environment) -> dict[str, str]:
-    """Return all that `env_id` is a hash of, as text, by the name under which a user may allow a change."""
+    """Return the facts that `env_id` is a hash of, as text, by the name under which a user may allow a change."""
     gpus = environment.gpus
 
     def each(*texts: str) -> str:

@@ -1,6 +1,7 @@
-"""What this machine can measure, what is missing and how to install it, and what would spoil a measurement.
+"""Report what this machine can measure, which parts are missing, and what would spoil a measurement.
 
-Each finding is one line. This module does not ask the backends; `moebench list` says why a backend is unavailable.
+Each finding is one line. The line of a missing library says how to install the library. This module does not ask the
+backends; `moebench list` says why a backend is unavailable.
 """
 
 import os
@@ -40,7 +41,7 @@ _GOVERNORS = Path("/sys/devices/system/cpu")
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One thing that `doctor` looked at. Where it is missing or a problem, `remedy` says what to do."""
+    """One finding of `doctor`. `remedy` says what to do about it; it is None if the user need not do anything."""
 
     level: Level
     name: str

@@ -1,4 +1,4 @@
-"""The machine and the software that a measurement ran on, and what must be equal for timings to be comparable.
+"""Describe the machine and the software of a measurement, and what must be equal for timings to be comparable.
 
 Importing this module does not import torch, but `collect` does. On CUDA, `collect` opens a context, so call it in the
 process that measures.
@@ -66,11 +66,11 @@ class Environment(BaseModel):
     git_dirty: bool | None = None
 
     def comparable(self) -> dict[str, Any]:
-        """Return what two environments must share for their timings to be comparable; `env_id` is a hash of it.
+        """Return the facts that two environments must share for their timings to be comparable.
 
-        It has the hardware, its limits, the driver and the libraries that run inside the timed region. The thread count
-        is part of it only on a CPU. The momentary clocks are not part of it. The revision is not part of it either,
-        because a comparison is often about the revision.
+        `env_id` is a hash of these facts. They are the hardware, the limits of the GPUs, the driver, the Python version
+        and the libraries that run inside the timed region. The thread count is one of the facts only on a CPU. The
+        momentary clocks are left out. The revision is also left out, because a comparison is often about the revision.
         """
         on_cpu = self.device == "cpu"
         gpus = {
@@ -88,7 +88,7 @@ class Environment(BaseModel):
 
     @property
     def code(self) -> dict[str, Any]:
-        """Which moebench and experts ran, by the name of the field. It is not part of `env_id`."""
+        """The version and revision of the code that ran, by the name of the field. `env_id` does not depend on them."""
         return {"moebench": self.moebench, "git_revision": self.git_revision, "git_dirty": self.git_dirty}
 
     def gpu_uuids(self, count: int) -> str | None:
@@ -100,7 +100,7 @@ class Environment(BaseModel):
 
     @classmethod
     def from_file(cls, path: Path) -> "Environment":
-        """Read an environment that `to_json` wrote. Raises ResultsError."""
+        """Read an environment that `to_json` wrote. Raises ResultsError if the file is missing or is not valid."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
@@ -143,7 +143,7 @@ def _digest(comparable: dict[str, Any]) -> str:
 
 
 def gpu_numbers(device: str) -> range:
-    """Return torch's numbers of the GPUs that a device names. Raises ValueError as `collect` does."""
+    """Return torch's numbers of the GPUs that a device names. Raises ValueError if this machine has no such device."""
     import torch
 
     kind, _, index = device.partition(":")
@@ -193,7 +193,7 @@ def cpu_cores_usable() -> int:
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """Return the checkout's revision, and whether the code that runs (not docs, not results) differs from it.
+    """Return the checkout's revision, and whether the code (not docs, not results) differs from that revision.
 
     Without .git in `root`, or without git, the revision is MOEBENCH_REVISION (None if unset). The second value is then
     None, because nobody knows whether the code was changed.

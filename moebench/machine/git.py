@@ -1,4 +1,4 @@
-"""The one function through which moebench calls git."""
+"""Run git. All of moebench calls git through this module."""
 
 import os
 import subprocess

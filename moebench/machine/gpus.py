@@ -1,4 +1,4 @@
-"""Where workers run (GPUs by name, or the CPU), and how the ranks of a job share those slots."""
+"""Choose where workers run (on GPUs by name, or on the CPU), and give the ranks of a job their slots."""
 
 import os
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moebench.errors import UsageError
 from moebench.machine import nvml
 
-#: A GPU that is busier than this without a visible process is in use by another container.
+#: A GPU that is busier than this, although no process is visible, is in use by another container.
 GPU_BUSY_PERCENT = 5
 
 
@@ -15,15 +15,15 @@ GPU_BUSY_PERCENT = 5
 class Slot:
     """Room for one rank on a GPU, or for all ranks of a job on the CPU.
 
-    `gpu` is the name that CUDA_VISIBLE_DEVICES takes, None for the CPU. `num_threads` is the value for OMP_NUM_THREADS;
-    None means that `variables` chooses it.
+    `gpu` is the GPU's name in CUDA_VISIBLE_DEVICES; None for the CPU. `num_threads` is the value for OMP_NUM_THREADS;
+    None means that `variables` chooses the number.
     """
 
     gpu: str | None = None
     num_threads: int | None = None
 
 
-#: What one worker takes: one slot or, for several ranks on GPUs, one slot for each rank.
+#: The slots that one worker takes: one slot or, for several ranks on GPUs, one slot for each rank.
 Place = tuple[Slot, ...]
 
 ANYWHERE: Place = (Slot(),)
@@ -31,7 +31,7 @@ ANYWHERE: Place = (Slot(),)
 
 @dataclass(frozen=True)
 class VisibleGpu:
-    """A GPU that CUDA would see: its name in CUDA_VISIBLE_DEVICES, and who uses it (None for nobody)."""
+    """A GPU that CUDA would see: its name in CUDA_VISIBLE_DEVICES, and who uses it (None if nobody does)."""
 
     name: str
     in_use: str | None = None
@@ -64,9 +64,10 @@ def variables(place: Place, at_once: int, num_ranks: int, cores: int) -> dict[st
 
 
 def visible_gpus() -> list[VisibleGpu]:
-    """Return the GPUs that CUDA sees here, and who uses them. CUDA_VISIBLE_DEVICES limits them where it is set.
+    """Return the GPUs that CUDA sees here, and who uses them.
 
-    Raises nvml.NvmlUnavailable.
+    If the variable CUDA_VISIBLE_DEVICES is set, only its GPUs are returned. Raises nvml.NvmlUnavailable as `nvml.nvml`
+    does.
     """
     found = nvml.read_all()
     gpus = [VisibleGpu(reading.uuid or str(index), in_use(use)) for index, (reading, use) in enumerate(found)]
@@ -86,7 +87,7 @@ def visible_gpus() -> list[VisibleGpu]:
 
 
 def in_use(use: nvml.GpuUse) -> str | None:
-    """Say who uses a GPU; None where no user is visible."""
+    """Return a text that says who uses a GPU; None if no user is visible."""
     if use.other_pids:
         return f"in use by process {', '.join(map(str, use.other_pids))}"
     if use.busy_percent is not None and use.busy_percent > GPU_BUSY_PERCENT:
@@ -95,7 +96,7 @@ def in_use(use: nvml.GpuUse) -> str | None:
 
 
 def choose(device: str | None, wanted: str | None, share: bool) -> tuple[tuple[Slot, ...], list[str]]:
-    """Return one slot for each GPU that is `wanted` and free, and a note on each GPU that is in use.
+    """Return one slot for each GPU that is `wanted` and free, and a note on each wanted GPU that is in use.
 
     `wanted` is "0,2", or "all" or None for all GPUs. The numbers are torch's: places in the list of visible GPUs. The
     device "cuda:N" wants GPU N. A GPU in use is left out unless `share` is true. Without NVML, without GPUs and on

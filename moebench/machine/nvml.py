@@ -1,7 +1,7 @@
-"""What NVIDIA's management library (NVML) says about a GPU. It needs no privileges, no CUDA context and no torch.
+"""Read GPUs through NVIDIA's management library (NVML), which needs no privileges, no CUDA context and no torch.
 
-A measurement goes on without NVML and records what is not known. The result is a value (`nvml_error`, or None in a
-field) where the machine has no NVML, where NVML does not know the GPU, and where the GPU does not answer a query.
+A measurement goes on without NVML and records which values are not known. If the machine has no NVML, or if NVML does
+not know the GPU, `nvml_error` says so. If the GPU does not answer a query, the query's field is None.
 """
 
 import os
@@ -54,7 +54,10 @@ class GpuReading(BaseModel):
 
 
 class GpuUse(BaseModel):
-    """Who else uses a GPU: the other processes that have a CUDA context on it, and how busy it is."""
+    """Who else uses a GPU: the other processes that have a CUDA context on it, and how busy the GPU is.
+
+    None means that NVML does not report the value.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,7 +66,7 @@ class GpuUse(BaseModel):
 
 
 class Clock(BaseModel):
-    """The clock of a GPU's multiprocessors at one moment, and which reasons in `SLOWED_DOWN` held then."""
+    """The clock of a GPU's multiprocessors at one moment, and the reasons in `SLOWED_DOWN` that held at that moment."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -77,7 +80,10 @@ class NvmlUnavailable(Exception):
 
 @contextmanager
 def nvml() -> Iterator[Any]:
-    """Yield the pynvml module, initialised while the block runs. Raises NvmlUnavailable."""
+    """Yield the pynvml module, initialised while the block runs.
+
+    Raises NvmlUnavailable if pynvml is not installed or NVML does not start.
+    """
     try:
         import pynvml
     except ImportError as error:
@@ -95,7 +101,7 @@ def nvml() -> Iterator[Any]:
 def read(uuid: str) -> GpuReading:
     """Read the GPU with that uuid ("GPU-…") now.
 
-    A value that NVML does not report is None. Where NVML reports none at all, `nvml_error` says why.
+    A value that NVML does not report is None. If NVML reports no value at all, `nvml_error` says why.
     """
     try:
         with nvml() as library:
@@ -137,7 +143,10 @@ def full_uuid(uuid: str) -> str:
 
 
 def read_all() -> list[tuple[GpuReading, GpuUse]]:
-    """Read every GPU of the machine in NVML's order, whatever CUDA_VISIBLE_DEVICES says. Raises NvmlUnavailable."""
+    """Read every GPU of the machine in NVML's order, whatever CUDA_VISIBLE_DEVICES says.
+
+    Raises NvmlUnavailable as `nvml` does.
+    """
     with nvml() as library:
         return [_read_index(library, index) for index in range(_ask(library, library.nvmlDeviceGetCount) or 0)]
 

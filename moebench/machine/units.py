@@ -1,10 +1,10 @@
-"""Numbers of bytes as text."""
+"""Write numbers of bytes as text."""
 
 
 def size(num_bytes: float, spec: str | None = None) -> str:
     """Return a number of bytes with a binary suffix, for example 1.23 GiB.
 
-    The number has three significant digits. `spec`, a format specification such as ".0f", overrides that.
+    The number has three significant digits, unless `spec` gives another format, for example ".0f".
     """
     for power, suffix in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if num_bytes >= 2**power:

@@ -1,4 +1,4 @@
-"""Versions of the libraries that backends run on. Importing this module does not import torch."""
+"""Read the versions of the libraries that backends run on. Importing this module does not import torch."""
 
 import importlib.metadata
 import importlib.util
@@ -31,7 +31,7 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def library_versions() -> dict[str, str | None]:
-    """Return the versions of torch, CUDA, cuDNN, NCCL and every library in DISTRIBUTIONS; None where absent."""
+    """Return the versions of torch, CUDA, cuDNN, NCCL and every library in DISTRIBUTIONS; None if absent."""
     import torch
 
     cuda = torch.version.cuda
@@ -44,7 +44,7 @@ def library_versions() -> dict[str, str | None]:
 def module_version(module: str) -> str | None:
     """Return the version of the distribution that ships `module`.
 
-    It is "unknown" for a module without metadata, and None where the module is not installed.
+    The result is "unknown" for a module without metadata, and None for a module that is not installed.
     """
     for name in DISTRIBUTIONS[module]:
         try:

@@ -1,4 +1,4 @@
-"""The code of a worker process: it builds the backend of a job, checks it, times it and measures its memory.
+"""Measure jobs in a worker process: build a job's backend, check it, time it and measure its memory.
 
 Only the module `protocol` works without torch, because the supervisor uses it.
 """

@@ -1,4 +1,4 @@
-"""The time of each part of a forward pass under expert parallelism: dispatch, compute, combine."""
+"""Measure the time of each part of a forward pass under expert parallelism: dispatch, compute, combine."""
 
 import statistics
 import time
@@ -15,7 +15,7 @@ PART_COLUMNS = ("dispatch_ms", "compute_ms", "combine_ms")
 
 
 def breakdown(module: nn.Module, forward: Callable[[], object], device: torch.device, ranks: Ranks) -> dict[str, float]:
-    """Return the median of each part on its slowest rank, in milliseconds.
+    """Return the median time of each part, in milliseconds, on the rank where this part is slowest.
 
     The dict is empty for one rank, and for a module without a dispatcher. The marks between parts are in the stream
     that computes. If work runs in another stream, its time counts in the part that waits for it.

@@ -1,4 +1,4 @@
-"""The data that all backends of a case share, made once: parameters, inputs and ceilings."""
+"""Make the data that all backends of a case share, each once: parameters, inputs and ceilings."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ class Workload:
     """The parameters and inputs of the current case, kept for the next backend.
 
     Parameters are also kept for the next case if it has the same weights. The current job writes its profiler trace to
-    the file `trace`; if that is None, it writes none.
+    the file `trace`; if `trace` is None, the job writes no trace.
     """
 
     device: torch.device
@@ -42,7 +42,10 @@ class Workload:
         return self._inputs[1]
 
     def ceilings(self, job: Job, fp8: bool, cold: bool) -> Ceilings:
-        """Return the case's ceilings. They are measured once per case, and the copy once for all cases."""
+        """Return the case's ceilings for the job's dispatcher, with dense matrix products in FP8 if `fp8` is true.
+
+        Each such set of ceilings is measured once per case. The speed of a copy is measured once for all cases.
+        """
         case, key = job.case, (job.case.case_id, job.dispatcher, fp8)
         if key not in self._ceilings:
             if self._copy_gb_per_s is None:

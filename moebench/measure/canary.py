@@ -1,4 +1,4 @@
-"""Whether this process still computes right: a layer with a known result in closed form, and torch's settings."""
+"""Check whether this process still computes right, by a layer with a known result and by torch's settings."""
 
 import gc
 import math
@@ -11,7 +11,7 @@ from experts import BackendConfig, GroupedExperts, MoEConfig
 #: A process may keep this much GPU memory between jobs. Workspaces of libraries take tens of MiB each.
 KEPT_BYTES = 2**28
 _TOKENS, _EXPERTS, _WIDTH = 4, 2, 8
-_TOLERANCE = 1e-5  # for float32 sums of a few equal terms; if a backend switched TF32 on, the products exceed it
+_TOLERANCE = 1e-5  # for float32 sums of a few equal terms; if a backend switched TF32 on, the error exceeds it
 
 
 class Unhealthy(Exception):
@@ -30,7 +30,9 @@ def settings() -> tuple[object, ...]:
 
 
 def sing(device: torch.device) -> None:
-    """Check that the loop is right and that a failed job's memory is free. Raises Unhealthy, or the device's error.
+    """Check that the backend `loop` gives the right result, and that the memory of a failed job is free.
+
+    Raises Unhealthy if one of the two checks fails. If the device is broken, raises the device's own error.
 
     All inputs are 1, and every matrix computes the mean of its input. Gate and up are therefore 1, so that
     y = silu(1) and dx = silu'(1) + silu(1).

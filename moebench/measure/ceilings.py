@@ -1,8 +1,8 @@
-"""The best times that a case could reach on this machine, measured in the same run. This module knows no backend.
+"""Measure the best times that a case could reach on this machine, in the same run. This module knows no backend.
 
 It measures the matrix products of the case's own rows in two ways: as if one expert had all rows (dense), and by
-torch's grouped GEMMs (grouped). It also measures a copy within memory and, with several ranks, the raw collective.
-No layer is faster than its dense products, than a copy of the bytes that it must move, or than the collective that
+torch's grouped GEMMs (grouped). It also measures a copy within memory and, with several ranks, the raw collective. No
+layer is faster than its dense matrix products, than a copy of the bytes that it must move, or than the collective that
 carries its tokens. The longest of these three times is the case's roofline.
 """
 
@@ -31,7 +31,11 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Milliseconds of the products and of the collective, the least bytes to move, and the speed of a copy."""
+    """Milliseconds of the matrix products and of the collective, the least bytes to move, and the speed of a copy.
+
+    `dense_ms` is None if no rank has rows, or if the products are in FP8 and torch cannot run them. `grouped_ms` is
+    None if no rank has rows or torch has no kernel for the grouped GEMMs. `collective_ms` is None for a single rank.
+    """
 
     dense_ms: float | None
     grouped_ms: float | None
@@ -41,13 +45,16 @@ class Ceilings:
 
     @property
     def roofline_ms(self) -> float:
-        """The longest of the three times. Both bytes read and bytes written count, in the copy and in `least_bytes`."""
+        """The longest of three times: of the dense products, of the collective, and of a copy of `least_bytes`.
+
+        Both bytes read and bytes written count, in the copy and in `least_bytes`.
+        """
         return max(self.dense_ms or 0.0, self.collective_ms or 0.0, self.least_bytes / self.copy_gb_per_s / 1e6)
 
 
 @dataclass(frozen=True)
 class ExpertWork:
-    """The input of this rank's experts: rows of every rank's tokens, in groups by local expert."""
+    """The input of this rank's experts: rows from the tokens of all ranks, grouped by local expert."""
 
     case: Case
     rows_ND: Tensor
@@ -81,8 +88,9 @@ def measure_ceilings(
 ) -> Ceilings:
     """Return the ceilings of a case on this device. `copy` is the result of `copy_gb_per_s`.
 
-    With `fp8`, the dense products are in E4M3. With `cold`, products and collective are measured with a cold cache,
-    like the case. Without it, a cache may hold the bytes. They then give no bound, and `least_bytes` is 0.
+    If `fp8` is true, the dense products are in E4M3. If `cold` is true, products and collective are measured with a
+    cold cache, like the case. If `cold` is false, a cache may hold the bytes. The bytes then give no bound, and
+    `least_bytes` is 0.
     """
     device = inputs.x_TD.device
     dense = (_dense_fp8 if fp8 else _dense)(work) if work.rows_ND.shape[0] else None
@@ -111,7 +119,7 @@ def _median_ms(calls: list[Call], device: torch.device, cold: bool, ranks: Ranks
 
 
 def _least_bytes(work: ExpertWork) -> int:
-    """Return the bytes of the parameters of experts with rows, each read once, and of tokens in and out.
+    """Return the least bytes to move: the parameters of experts with rows, each read once, and tokens in and out.
 
     In mode train, also count the gradients of all parameters and tokens. The second read of the parameters in backward
     does not count, because a cache may have kept them.
@@ -125,7 +133,7 @@ def _least_bytes(work: ExpertWork) -> int:
 
 
 def _dense(work: ExpertWork) -> list[Call]:
-    """Return a pass's products of all rows with the first expert's matrices; in mode train also both gradients'."""
+    """Return the products of all rows with the first expert's matrices; in mode train also those of both gradients."""
     x_ND, up_DF, down_ID = work.rows_ND, work.up_LDF[0], work.down_LID[0]
     h_NF, a_NI = _like_rows(work, up_DF.shape[1]), _like_rows(work, down_ID.shape[0])
     products: list[Call] = [lambda: x_ND @ up_DF, lambda: a_NI @ down_ID]
@@ -153,7 +161,7 @@ def _dense_fp8(work: ExpertWork) -> list[Call] | None:
 
 
 def _grouped(work: ExpertWork) -> list[Call] | None:
-    """Return only the grouped GEMMs of a pass; None if torch has no kernel for them, only a loop with a host sync."""
+    """Return the grouped GEMMs of a pass; None if torch has no kernel for them and would loop with a host sync."""
     x_ND, up_LDF, down_LID = work.rows_ND, work.up_LDF, work.down_LID
     widths = (up_LDF.shape[1], up_LDF.shape[2], down_LID.shape[1])
     if x_ND.device.type != "cuda" or x_ND.dtype is not torch.bfloat16 or any(width % 8 for width in widths):
@@ -192,7 +200,10 @@ def _collective(case: Case, inputs: Inputs, dispatcher: str, ranks: Ranks) -> li
 
 
 def rows_between_ranks(inputs: Inputs, n_routed_experts: int, ranks: Ranks) -> tuple[list[int], list[int]]:
-    """Return how many tokens this rank sends to each rank, each token once per rank, and receives from each."""
+    """Return the number of tokens that this rank sends to each rank, and the number that it receives from each rank.
+
+    A token counts once per rank, also if it chose several experts of that rank.
+    """
     rank_TK = inputs.active_indices_TK // (n_routed_experts // ranks.size)
     send = [int((rank_TK == rank).any(dim=1).sum()) for rank in range(ranks.size)]
     return send, [row[ranks.rank] for row in ranks.tell(send)]

@@ -1,4 +1,4 @@
-"""One job in this process: build the backend, check it, time it, measure its memory, and return the record's fields."""
+"""Measure one job in this process: build, check and time a backend, measure its memory, return the record's fields."""
 
 import dataclasses
 import time
@@ -26,16 +26,19 @@ from moebench.workload.case import Case, Job
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import Ranks
 
-#: The columns that say where a job's time went. Memory, profile and the checked passes are the rest of `job_s`.
+#: The columns that say where a job's time went. The rest of `job_s` is the measurement of memory, the profile and the
+#: checked passes.
 PHASES = ("setup_s", "ceilings_s", "parity_s", "timing_s")
-#: Timing a graph may take this share of the time cap, because the times of its replays differ little.
+#: The timing of a CUDA graph may take this share of the time cap (the most seconds of sampling), because the times of
+#: the graph's replays differ little.
 GRAPH_SHARE = 0.25
 
 
 def measure_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     """Return the measured fields of the job's record: `status`, and the fields that go with this status.
 
-    A job of a check is examined and not timed. Every exception of the backend except Unsupported comes through.
+    A job of a check runs the check's probe and is not timed. Unsupported becomes a status; other exceptions of the
+    backend are not caught.
     """
     try:
         return _measure(job, workload, policy) if job.check is None else examine(job, workload)
@@ -176,7 +179,8 @@ def _graph_time_ms(
 ) -> float | None:
     """Return the milliseconds of a replay of the call in a CUDA graph.
 
-    None on a CPU, with several ranks, for a call that synchronises, and for a call that cannot be captured.
+    The result is None on a CPU, with several ranks, for a call that synchronises, and for a call that cannot be
+    captured.
     """
     if device.type != "cuda" or ranks.size > 1 or "synchronises" in timed.flags:
         return None

@@ -1,6 +1,6 @@
-"""The memory of a callable, in bytes. This module knows no backend.
+"""Measure the memory of a callable, in bytes. This module knows no backend.
 
-The peak is counted above the settled floor, which is the memory in use before the call.
+The peak is counted above a floor, which is the memory in use before the call.
 """
 
 import gc
@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_leaves
 class Memory:
     """The memory of one call.
 
-    `peak_bytes` is the peak above the floor. `saved_bytes` is what forward keeps for backward, except its output.
-    `reserved_bytes` is what torch's caching allocator takes from the GPU for the call, after its cache was emptied. It
-    takes whole segments, so the part above the peak is lost to fragments. `outside_bytes` is the GPU memory in use that
-    torch's allocator does not hold: contexts, libraries, communication buffers.
+    `peak_bytes` is the peak above the floor. `saved_bytes` is the memory that forward keeps for backward, without the
+    output; it is None if the call has no backward. `reserved_bytes` is the memory that torch's caching allocator takes
+    from the GPU for the call, after the allocator's cache was emptied. The allocator takes whole segments, so the part
+    above the peak is lost to fragmentation. `outside_bytes` is the GPU memory in use that torch's allocator does not
+    hold: contexts, libraries, communication buffers. On a CPU, `reserved_bytes` and `outside_bytes` are None.
     """
 
     peak_bytes: int

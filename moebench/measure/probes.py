@@ -1,4 +1,7 @@
-"""The probes of moebench.parity.checks: each runs a backend in a way that often breaks one, and judges every pass."""
+"""Run a backend in ways that often expose a bug, and compare every pass with the reference.
+
+Each of these ways is a probe. Each check in moebench.parity.checks names the probe that it runs on its cases.
+"""
 
 import dataclasses
 import math
@@ -30,8 +33,8 @@ LARGE_BYTES = 80 << 30
 class Examined:
     """The result of a probe.
 
-    `deterministic` says whether the passes agreed bit by bit, and `executed` names the kernel that ran. Each is None if
-    the probe does not look at it.
+    `deterministic` says whether the passes agreed bit by bit; it is None if the probe does not compare their bits.
+    `executed` names the kernel that ran; it is None if the probe does not profile the backend.
     """
 
     verdict: ParityVerdict
@@ -40,7 +43,10 @@ class Examined:
 
 
 def examine(job: Job, workload: Workload) -> Measured:
-    """Return the measured fields of the record of a check's job. Raises Unsupported and all errors of the backend."""
+    """Run the probe of a check's job, and return the measured fields of the job's record.
+
+    Raises Unsupported if the backend cannot run the case here, and all errors of the backend.
+    """
     assert job.check is not None
     probe = CHECKS[job.check].probe
     if probe == "large":
@@ -58,7 +64,7 @@ def _refuse_large(device: torch.device) -> None:
 
 
 def _passes(subject: Subject, changed: Inputs | None = None) -> Examined:
-    """Judge two passes on the case's inputs, or on the inputs `changed` if they are given."""
+    """Compare two passes with the reference, on the case's inputs or, if they are given, on the inputs `changed`."""
     inputs = changed or subject.inputs
     handed = inputs.clone()
     subject.settle(handed)
@@ -102,14 +108,14 @@ def duplicates(inputs: Inputs, case: Case) -> Inputs:
 
 
 def unnormalised(inputs: Inputs, case: Case) -> Inputs:
-    """Set an eighth of the routing weights to zero and the others between 0.2 and 2.2; they do not sum to one."""
+    """Set an eighth of the routing weights to 0 and the rest between 0.2 and 2.2; a token's weights do not sum to 1."""
     random_TK = _random(inputs, case).to(inputs.weights_TK.dtype)
     weights_TK = torch.where(random_TK < 0.125, 0.0, 0.2 + 2 * random_TK)
     return dataclasses.replace(inputs, weights_TK=weights_TK)
 
 
 def amplified(inputs: Inputs, case: Case) -> Inputs:
-    """Make tokens four times as large: a limit at three standard deviations is then at three quarters of one."""
+    """Multiply tokens by four: a limit at 3 standard deviations is then at 0.75 standard deviations."""
     return dataclasses.replace(inputs, x_TD=4 * inputs.x_TD)
 
 
@@ -124,7 +130,10 @@ def input_dtypes(inputs: Inputs, case: Case) -> Inputs:
 
 
 def _every_other(tensor: Tensor) -> Tensor:
-    """Return a view with the same values, of every other column of a tensor that is NaN, 0 or True elsewhere."""
+    """Return the same values as a view of every other column of a wider tensor.
+
+    The columns between are NaN in a tensor of floats, True in a mask, and 0 in a tensor of indices.
+    """
     rest = math.nan if tensor.is_floating_point() else int(tensor.dtype is torch.bool)
     wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), rest, dtype=tensor.dtype, device=tensor.device)
     wide[..., ::2] = tensor
@@ -140,7 +149,10 @@ def _laid_out(inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
 
 
 def _strided(subject: Subject) -> Examined:
-    """Judge passes on the same values in other layouts, and on a gradient that is one expanded number, as of a sum."""
+    """Run passes on the same values in other layouts, and compare the passes with the reference.
+
+    One more pass has an output gradient that is a single number, expanded to [T, D], as the backward of a sum gives it.
+    """
     inputs = subject.inputs
     subject.settle(inputs.clone())
     passes = [subject.run(_laid_out(inputs, layout)) for layout in (_every_other, _by_columns)]
@@ -153,7 +165,11 @@ def _strided(subject: Subject) -> Examined:
 
 
 def _other_inputs(subject: Subject) -> Examined:
-    """Judge three calls: first on twice as many other tokens, then on as many other tokens, then on the case's."""
+    """Compare three calls with the reference.
+
+    The first call gets other tokens, twice as many as the case has. The second call gets other tokens, as many as the
+    case has. The third call gets the case's tokens.
+    """
     case = subject.case
     verdicts = []
     subject.settle(subject.inputs.clone())
@@ -180,7 +196,7 @@ def _repeated(subject: Subject) -> Examined:
 def _state_dict(subject: Subject) -> Examined:
     """Load the module's state dict into the loop's module, which must then hold the parameters bit by bit.
 
-    After a call, load other weights into the module. The next call must use them.
+    After a call, load other weights into the module. The next call must use these other weights.
     """
     case, module = subject.case, subject.module
     loop = get_backend("loop").build(moe_config(case)).to(subject.device)
@@ -207,7 +223,10 @@ def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
 
 
 def _in_place(subject: Subject) -> Examined:
-    """Halve every parameter in place after a call. Halving is exact in any dtype."""
+    """Halve every parameter in place after a call; the next passes must use the halved parameters.
+
+    Halving is exact in any dtype.
+    """
     if getattr(subject.module, "caches_weights", False):
         raise Unsupported("keeps weights between calls: loading weights renews them, an update in place does not")
     handed = subject.inputs.clone()

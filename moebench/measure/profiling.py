@@ -1,4 +1,4 @@
-"""Calls under torch's profiler: which kernel really ran, and traces for a viewer."""
+"""Run calls under torch's profiler, to find which kernel really ran and to write traces for a viewer."""
 
 import re
 import statistics
@@ -20,10 +20,11 @@ TRACED_CALLS = 3
 def executed(call: Callable[[], object], device: torch.device) -> str | None:
     """Return the matrix product that took most of a call's time, and its kernel: "aten::_grouped_mm > aten::mm".
 
-    This shows whether a backend fell back to another one, whatever its name is. If no operator launched the kernel,
-    only the kernel's name is returned. On a GPU, times and kernels are those of the device. On a CPU, other processes
-    may disturb a call, so times are the medians of a few calls. PRODUCT recognises a product by its kernel's name or,
-    if no kernel matches, by its operator's name. For a call without a product, return what took most of its time.
+    The result shows whether a backend fell back to another backend, whatever its name is. If no operator launched the
+    kernel, only the kernel's name is returned. On a GPU, times and kernels are those of the device. On a CPU, other
+    processes may disturb a call, so times are the medians of a few calls. PRODUCT recognises a product by its kernel's
+    name or, if no kernel matches, by its operator's name. For a call without a product, the result is the kernel or
+    operator that took most of the time.
     """
     _profiled(call, device)  # warms up both the call and the profiler
     calls = [_profiled(call, device) for _ in range(1 if device.type == "cuda" else CPU_CALLS)]

@@ -1,4 +1,4 @@
-"""The two files between a supervisor and its worker: the supervisor writes jobs, and the worker writes events."""
+"""Read and write the two files between a supervisor and its worker: the file of jobs, and the file of events."""
 
 import json
 import time
@@ -13,16 +13,17 @@ from moebench.workload.spec import Policy
 
 #: A worker looks for its next job once per this many seconds.
 TAIL_POLL_S = 0.005
-#: The number of checked passes of a job. All must be right: in the first one, a buffer is often clean by chance.
+#: The number of checked passes (forward and, in mode train, backward) of a job. All passes must be right. The first
+#: pass is not enough, because in it a buffer is often clean by chance.
 PASSES = 2
 
 
 class WorkList(BaseModel):
     """The jobs that a worker must measure, and their round.
 
-    If `jobs` is empty, the supervisor adds jobs later. `backends` are their backends, and `are_checks` says whether all
-    or none of them are checks. `experts` must be imported from `experts_folder`. Each job writes a profiler trace to
-    the folder `traces`.
+    If `jobs` is empty, the supervisor adds jobs later. `backends` are the backends of all jobs. `are_checks` is true if
+    all jobs are checks, and false if no job is a check. If `experts_folder` is not None, the package `experts` must be
+    imported from that folder. If `traces` is not None, each job writes a profiler trace to that folder.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,7 +39,10 @@ class WorkList(BaseModel):
 
 
 def read_jobs(path: Path) -> tuple[WorkList, Iterator[Job]]:
-    """Return the work list in the file's first line, and its jobs. If it has none, wait for jobs in the lines below."""
+    """Return the work list in the file's first line, and an iterator over the jobs.
+
+    If the work list has no jobs, the iterator waits for jobs in the lines below.
+    """
     file = path.open(encoding="utf-8")
     work_list = WorkList.model_validate_json(file.readline())
     return work_list, iter(work_list.jobs) if work_list.jobs else _jobs_to_come(file)

@@ -1,4 +1,4 @@
-"""Samplers: they time one call on the device's own clock, in groups of samples. This module knows no backend.
+"""Time one call on the device's own clock, in groups of samples. This module knows no backend.
 
 A sample runs the stages of one call back to back. On a CPU, its times come from the steady clock. On a GPU, they come
 from CUDA events around each stage. The L2 cache is flushed before the first stage. A short wait is enqueued before the
@@ -25,7 +25,7 @@ Stage = Callable[[], object]
 CPU = torch.device("cpu")
 
 HOST_SAMPLES = 7
-#: If the first three samples on the host's clock took longer than this, there are no more of them.
+#: If the first three samples on the host's clock took longer than this, no more are taken.
 HOST_SAMPLES_S = 0.05
 #: torch.cuda._sleep counts SM cycles. At the highest clock of current GPUs, a millisecond has about this many.
 CYCLES_PER_MS = 2.0e6
@@ -36,7 +36,11 @@ MIN_WAIT_MS = 0.03
 
 @dataclass(frozen=True)
 class Group:
-    """Samples taken one after the other, each with the milliseconds of its stages, and the GPU's clock around them."""
+    """Samples taken one after the other, each with the milliseconds of its stages, and the GPU's clock around them.
+
+    `skews_ms` has, for each sample, the difference between the slowest and the fastest rank. A sampler leaves the list
+    empty. The list is filled when the groups of all ranks are merged.
+    """
 
     samples: list[tuple[float, ...]]
     skews_ms: list[float]
@@ -180,7 +184,7 @@ def slower(clocks: Sequence[Clock]) -> Clock:
 def make_sampler(
     stages: Sequence[Stage], device: torch.device, cold_l2: bool, prepare: Stage, ranks: Ranks
 ) -> Iterator[Sampler]:
-    """Return the device's sampler of these stages. The stages must be warm."""
+    """Yield the device's sampler of these stages. The stages must be warm."""
     if device.type != "cuda":
         yield _CpuSampler(stages, prepare, ranks)
         return
@@ -194,7 +198,7 @@ WARMUP_CALLS = 2
 
 @contextmanager
 def captured(stages: Sequence[Stage], prepare: Stage, device: torch.device) -> Iterator[Stage | None]:
-    """Return the replay of all stages in one graph, or None if the call cannot be captured.
+    """Yield the replay of all stages in one CUDA graph, or None if the call cannot be captured.
 
     `prepare` runs before each call and never in the graph. The memory of the graph is freed at the end.
     """

@@ -1,4 +1,4 @@
-"""A backend built for one case, with the inputs that it gets, the way to run it, and the way to judge it."""
+"""Build a backend for one case, run the backend's passes, and compare the passes with the reference."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from moebench.workload.case import Case, Job
 from moebench.workload.inputs import Inputs, moe_config
 from moebench.workload.ranks import Ranks
 
-#: The number of passes before the checked ones, by FP8 recipe. Delayed scaling takes its scales from earlier passes.
+#: The number of passes (forward and backward) before the checked passes, by FP8 recipe. Delayed scaling takes its
+#: scales from earlier passes.
 SETTLING_PASSES = {"delayed": 2}
 
 #: The measured fields of a record.
@@ -28,7 +29,11 @@ Measured = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A backend's module with the case's parameters, and the case's inputs. With several ranks, all are this rank's."""
+    """A backend's module with the case's parameters, and the case's inputs.
+
+    With several ranks, the module, the parameters and the inputs are those of this rank. `fp8` is the backend's FP8
+    recipe; None for a backend without FP8.
+    """
 
     case: Case
     module: nn.Module
@@ -55,7 +60,10 @@ class Subject:
         parameters: Mapping[str, Tensor] | None = None,
         case: Case | None = None,
     ) -> ParityVerdict:
-        """Judge passes against the reference. If they used other inputs, parameters or another case, pass these."""
+        """Compare passes with the reference, and return the verdict.
+
+        If the passes did not use the subject's own inputs, parameters or case, the arguments say what they used.
+        """
         return check(
             case or self.case, inputs or self.inputs, parameters or self.parameters, passes, self.fp8, self.ranks
         )
@@ -71,7 +79,7 @@ def backend_of(job: Job, workload: Workload) -> Backend:
 
 
 def make_subject(backend: Backend, job: Job, workload: Workload) -> Subject:
-    """Build the backend's module for the job's case. Errors of the backend come through."""
+    """Build the backend's module for the job's case. Errors of the backend are not caught."""
     inputs, parameters = workload.inputs(job.case), workload.parameters(job.case)
     module = _build(backend, job.case, _dispatcher(job, workload), parameters, workload)
     return Subject(job.case, module, inputs, parameters, backend.fp8, workload.device, workload.ranks)

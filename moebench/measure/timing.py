@@ -1,4 +1,4 @@
-"""Time statistics of a callable. This module knows no backend.
+"""Time a callable, and compute statistics of its times. This module knows no backend.
 
 Samples are taken in groups, and a GPU's clock is read around each group. Some groups run at another clock than most, or
 while the GPU is slowed down. These groups are kept and marked, but the statistics leave them out.
@@ -20,7 +20,7 @@ from moebench.workload.ranks import ALONE, Ranks
 BATCH = 20
 #: Sampling that is precise enough does not stop before this many samples, because a few may agree by chance.
 CONVERGED_SAMPLES = 20
-#: If, after a quarter of the time cap, the target would need more than this many time caps, sampling stops.
+#: If, after a quarter of the time cap, the target precision would take more than this many time caps, sampling stops.
 OUT_OF_REACH = 2.0
 #: A group belongs to another clock regime if its clock differs by more than this fraction from the usual clock.
 REGIME_CLOCK_TOLERANCE = 0.02
@@ -30,9 +30,9 @@ REGIME_CLOCK_TOLERANCE = 0.02
 class TimingPolicy:
     """When sampling stops.
 
-    It stops when half the 95% interval of the median is at most `interval_target` times the median, or when
-    `time_cap_s` is spent. The interval narrows with the root of time. If it cannot reach the target, sampling stops
-    after a quarter of the cap.
+    Sampling stops when half the width of the median's 95% confidence interval is at most `interval_target` times the
+    median, or when `time_cap_s` seconds are spent. The interval narrows with the square root of time. If this is too
+    slow to reach the target, sampling stops after a quarter of `time_cap_s`.
     """
 
     interval_target: float
@@ -50,8 +50,9 @@ class Timing:
     """Statistics of one call. `samples_ms` has the times of whole calls, and `stage_ms` the median of each stage.
 
     With several ranks, each sample is the time of the slowest rank. `skew_ms` is the median difference between the
-    slowest and the fastest rank. `marked` says for each sample whether it belongs to another clock regime than most.
-    The statistics and `sm_clock_mhz` come only from samples that are not marked, or from all if all are marked.
+    slowest and the fastest rank; it is None for a single rank. `marked` says for each sample whether it belongs to
+    another clock regime than most. The statistics and `sm_clock_mhz` come only from samples that are not marked, or
+    from all if all are marked.
     """
 
     samples_ms: tuple[float, ...]

@@ -11,7 +11,7 @@ The worker appends events to the events file, one JSON object per line:
 * `ready`, with the environment
 * `start`, with a job's number, before the worker begins the job
 * `record`, with a job's number and record, when the job has ended
-* `refused`, instead of all others, if the user asked for a backend or a device that does not exist
+* `refused`, instead of all other events, if the user asked for a backend or a device that does not exist
 
 After a failed job, the worker goes on if it is healthy (moebench.measure.canary). It ends when its standard input ends,
 so that it does not outlive a supervisor that was killed.
@@ -179,7 +179,7 @@ def _tell_unsupported(work_list: WorkList, jobs: Iterable[Job], events: Events, 
 
 
 def _recover(workload: Workload) -> None:
-    """Free the memory of a failed job, and check that the process still computes right. Raises if it does not."""
+    """Free the memory of a failed job, and check that the process still computes right. Raises Unhealthy if not."""
     workload.forget()
     if workload.device.type == "cuda":
         torch.cuda.synchronize(workload.device)

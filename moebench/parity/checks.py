@@ -1,4 +1,4 @@
-"""The named checks of `moebench parity`. Each check has some small cases and a probe that runs a backend on them.
+"""Define the checks of `moebench parity`. Each check has some small cases and a probe that runs a backend on them.
 
 Each check looks for a fault that shipped in somebody's expert layer. moebench.measure.probes runs the checks, and
 moebench.run.audit reports what they find.

@@ -1,18 +1,19 @@
-"""Whether a backend is right: its output and every gradient are compared with the loop path in float64.
+"""Decide whether a backend is right: compare its output and every gradient with the loop path in float64.
 
 Errors are scale-free: ‖a − ref‖ / ‖ref‖ over the whole tensor and over its worst group. A group is the row of one token
-or one expert. The norm of a reference row is at least the root mean square of the tensor's row norms, so that
-cancellation does not accuse a right backend. The norm of an expert has no such floor. Rows of masked tokens and
-gradients of experts without tokens must be exactly zero. A value that is not finite never passes.
+or one expert. The norm of a reference row is at least the root mean square of the tensor's row norms, so that a row
+that is small by cancellation does not fail a right backend. The norm of an expert's gradient has no such floor. Rows of
+masked tokens and gradients of experts without tokens must be exactly zero. A value that is not finite never passes.
 
 Budgets are not constants. The loop runs in the case's dtype, and its error against the same reference is what rounding
 costs. The budget is FACTOR times this error, with a floor from the dtype's rounding unit and the reduction's length.
 docs/concepts.md derives the budgets.
 
 FP8 rounds so coarsely that one expert's error can hide in a row to which other experts add more. The output of an FP8
-backend is therefore also judged by expert, along the direction of the expert's own contribution. Rounding errors point
-in all directions, so hardly any of them lies along this one. The error of a wrong scale lies along it completely.
-This budget comes out at one rounding unit of E4M3, 1/16.
+backend is therefore also compared by expert. Only the part of the error that lies along the direction of the expert's
+own contribution counts in this comparison. Rounding errors point in all directions, so only a small part of a rounding
+error lies along this direction. The error of a wrong scale lies along this direction completely. The budget of the
+comparison by expert comes out at one rounding unit of E4M3, 1/16.
 """
 
 import dataclasses
@@ -34,11 +35,12 @@ from moebench.workload.ranks import ALONE, Ranks
 #: A budget is this many times the loop's own error. The rounding errors of two right backends are independent and of
 #: the same size, so their worst rows differ little. A fault of 2% in one expert exceeds the budget in every dtype.
 FACTOR = 3.0
-#: The floor for the routing weights' gradient is this many units: its rows have only K numbers, too few for an average.
+#: The budget's floor for the routing weights' gradient is this many times the floor of other tensors, because a row of
+#: this gradient has only K numbers, too few for an average.
 WEIGHTS_GRAD_UNITS = 4.0
 #: The rounding unit of E4M3, which has three bits after the leading one.
 FP8_UNIT = torch.finfo(torch.float8_e4m3fn).eps / 2
-#: No budget is larger, whatever the loop's error is. A row of zeros has error 1 and therefore never passes.
+#: No budget is larger than this, whatever the loop's error is. A row of zeros has error 1 and therefore never passes.
 CEILING = 0.5
 
 #: The integer dtype that is as wide as a float, by its number of bytes.
@@ -59,9 +61,9 @@ class TensorError:
 
     @property
     def over_budget(self) -> float:
-        """The error over its budget; at most 1 passes.
+        """The error divided by its budget. The tensor passes if the value is at most 1.
 
-        It is infinite if a value is not finite, or if a value that must be zero is not zero.
+        The value is infinite if a value is not finite, or if a value that must be zero is not zero.
         """
         return self.error / self.budget
 
@@ -85,17 +87,17 @@ class ParityVerdict:
 
     @property
     def errors(self) -> dict[str, float]:
-        """The error over its budget by tensor; the worst one if a tensor was compared in more than one way."""
+        """Each tensor's error, divided by its budget; the largest if a tensor was compared in more than one way."""
         ascending = sorted(self.tensor_errors, key=lambda one: one.over_budget)
         worst = {one.tensor: one.over_budget for one in ascending}
         return {one.tensor: worst[one.tensor] for one in self.tensor_errors}
 
 
 def run_pass(module: nn.Module, inputs: Inputs, mode: str) -> Tensors:
-    """Run one pass of a backend and return `output`.
+    """Run one pass of a backend (forward and, in mode train, backward), and return its tensors by name.
 
-    In mode train, also return the gradients `x.grad`, `weights.grad` and `<parameter>.grad`. If the backend leaves a
-    gradient None, its name is absent.
+    The tensor `output` is always there. In mode train, the dict also has the gradients `x.grad`, `weights.grad` and
+    `<parameter>.grad`. If the backend leaves a gradient None, its name is absent.
     """
     arguments = inputs.token_mask_T, inputs.indices_TK
     if mode == "forward":
@@ -133,9 +135,9 @@ def check(
 ) -> ParityVerdict:
     """Compare every pass of a backend with the reference on the same inputs and parameters.
 
-    All passes must come from the same call. Inputs, parameters and passes are those of this rank, and the verdict is
-    over all ranks. `fp8` names the recipe that the backend computes in; the budget then comes from this recipe's
-    rounding. A gradient that is missing, or that has another shape or dtype than its tensor, is an infinite error.
+    Inputs, parameters and passes are those of this rank, and the verdict is over all ranks. `fp8` names the recipe that
+    the backend computes in; the budget then comes from this recipe's rounding. A gradient that is missing, or that has
+    another shape or dtype than its tensor, is an infinite error.
     """
     malformed = [error for tensors in passes for error in _malformed(case, inputs, parameters, tensors)]
     found = [error for rank in ranks.tell(malformed) for error in rank]

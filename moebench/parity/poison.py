@@ -7,7 +7,7 @@ import torch
 
 from moebench.parity.judge import SMALL_BLOCK
 
-#: Every allocation outside of a private pool is served from this one.
+#: Every allocation outside of a private pool is served from this pool.
 _COMMON_POOL = (0, 0)
 
 
@@ -37,7 +37,7 @@ def _poison_free_blocks(device: torch.device) -> None:
     stream = torch.cuda.current_stream(device).cuda_stream
     for segment in torch.cuda.memory_snapshot():
         sizes = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
-        # a block serves one stream, and a private pool, such as a CUDA graph's, serves nobody else
+        # a block serves one stream, and a private pool, for example of a CUDA graph, serves nobody else
         if (segment["device"], segment["stream"]) != (device.index, stream):
             continue
         if tuple(segment.get("segment_pool_id", _COMMON_POOL)) != _COMMON_POOL:

@@ -1,11 +1,12 @@
-"""Matrix products that emulate FP8 rounding: they quantise their operands as Transformer Engine's recipes do.
+"""Compute matrix products with FP8 rounding: quantise the operands as Transformer Engine's recipes do.
 
-The loop runs a second time with these products. Its error is what the recipe costs in accuracy, and it sets the budget
-of a backend that uses the recipe. Formats and granularities are those of transformer_engine.common.recipe (2.20):
+For an FP8 backend, the loop runs with these matrix products. The error of this run is what the recipe costs in
+accuracy, and this error sets the budget of the backend. Formats and granularities are those of
+transformer_engine.common.recipe (2.20):
 
 * `current` and `delayed` scale a whole tensor by its largest magnitude. Here a tensor is the rows or the matrix of one
-  expert. The format is E4M3 in the forward pass and E5M2 for gradients. `delayed` takes its scale from earlier passes;
-  if those have the same tensors, this is the scale of `current`.
+  expert. The format is E4M3 in the forward pass and E5M2 for gradients. `delayed` takes its scale from earlier passes
+  (forward and backward). If the earlier passes have the same tensors, this scale equals the scale of `current`.
 * `block` scales blocks by powers of two, all in E4M3. A block is 1 × 128 values of an activation or gradient, along the
   reduction, or 128 × 128 values of a weight.
 * `mxfp8` also scales by powers of two in E4M3. A block is 32 values along the reduction, in every operand.
@@ -34,8 +35,8 @@ LARGEST_SCALE = 2.0**127
 def fp8_product(recipe: str) -> Product:
     """Return a matrix product (a [N, P], b [P, Q]) -> [N, Q] in a's dtype, with the recipe's rounding.
 
-    It quantises the operands in the forward pass and in both gradients. Raises ValueError if this module does not know
-    the recipe's rounding.
+    The product quantises the operands in the forward pass and in both gradients. Raises ValueError if this module does
+    not know the recipe's rounding.
     """
     if recipe not in RECIPES:
         raise ValueError(f"FP8 recipe {recipe!r}: its rounding is not known; it must be one of {', '.join(RECIPES)}")
@@ -91,7 +92,10 @@ def _quantised(values: Tensor, block: tuple[int, int] | None, fmt: torch.dtype) 
 
 
 def _block_maxima(values: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return the largest magnitude of each value's block, in the shape of `values`; blocks at the edge are smaller."""
+    """Return a tensor in the shape of `values` that has, for each value, the largest magnitude in the value's block.
+
+    Where the shape is not a multiple of `block`, the blocks at the edge are smaller.
+    """
     rows, columns = values.shape
     maxima = F.max_pool2d(values.abs()[None], block, stride=block, ceil_mode=True)[0]
     spread = maxima.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)

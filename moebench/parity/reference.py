@@ -1,8 +1,9 @@
-"""The loop path in float64 and in the case's dtype, expert by expert, and the errors of a backend's passes against it.
+"""Run the loop path in float64 and in the case's dtype, and compute the errors of a backend's passes.
 
-Only one expert's parameters and gradients are held in float64 at a time, so that the largest layers fit in memory.
-Under expert parallelism, each rank runs its own experts on the gathered tokens of all ranks, and the ranks add up their
-sums over experts. The result is that of a single process on all tokens.
+Errors are differences from the float64 run. The loop path runs expert by expert. Only one expert's parameters and
+gradients are held in float64 at a time, so that the largest layers fit in memory. Under expert parallelism, each rank
+runs its own experts on the gathered tokens of all ranks, and the ranks add up their sums over experts. The result
+equals the result of a single process on all tokens.
 """
 
 import dataclasses
@@ -24,18 +25,18 @@ from moebench.workload.ranks import ALONE, Ranks
 
 Tensors = dict[str, Tensor]
 
-#: An error in a random direction of D dimensions has about 1/√D of its size along a given direction. It hardly ever has
-#: more than this many times 1/√D.
+#: An error in a random direction of D dimensions has about 1/√D of its size along a given direction. The error hardly
+#: ever has more than this many times 1/√D.
 BY_CHANCE = 4.0
 
 
 @dataclass(frozen=True)
 class GroupErrors:
-    """Norms of one tensor's groups G, which are the rows of its tokens or its experts.
+    """The norms of one tensor's groups G. A group is the row of one token, or one expert.
 
-    Errors are divided by `scale_G`, the norm of the reference. It has a floor where a floor is fair, and it is exactly
-    zero where the tensor must be exactly zero. `loop_G` has the loop's own error, and `passes_PG` the error of each
-    pass P.
+    `scale_G` is the norm of the reference, by which errors are divided. It is exactly zero where the tensor must be
+    exactly zero. Elsewhere it has a floor, except for gradients of parameters. `loop_G` is the norm of the loop's own
+    error, and `passes_PG` is the norm of the error of each pass P.
 
     The groups of the output may also be experts. An expert's error is then the part of the output's error that lies
     along what the expert adds to its tokens. This part shows a wrong factor on the expert's contribution, even if other
@@ -60,7 +61,7 @@ def group_errors(
     """Return the errors of `output` and, in mode train, of the gradients of x, routing weights and parameters.
 
     Inputs, parameters and passes are those of this rank. `product` is the matrix product of the loop that sets the
-    budget.
+    budget. If `product` rounds to FP8, the result also has the errors of `output` by expert.
     """
     everyone = Inputs(*(ranks.rows(getattr(inputs, field.name)) for field in fields(inputs)))
     run = _Run(case, everyone, parameters, product)
@@ -101,7 +102,7 @@ class _Sums:
     chance_TK: Tensor
 
     def loop_error(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return [T], the norm of the loop's error in each token's row; for a gradient, the largest of all runs."""
+        """Return [T], the norm of the loop's error in each token's row; for a gradient, the largest of all its runs."""
         loops = self.loops[:1] if name == "output" else self.loops
         errors = [_norms(loop[name].to(dtype).double() - self.exact[name]) for loop in loops]
         return torch.stack(errors).amax(dim=0)
@@ -189,7 +190,7 @@ class _Run:
 
 
 def _limits_moved(config: MoEConfig) -> list[MoEConfig]:
-    """Return the layer with its limits one rounding lower and one rounding higher; nothing if it has no limits.
+    """Return the layer with its limits one rounding lower and one rounding higher; an empty list without limits.
 
     A gradient jumps where a value meets a limit. If rounding can carry the value over the limit, there are two right
     gradients. The loop's own error is the largest over all positions of the limits.

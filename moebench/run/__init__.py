@@ -1,1 +1,1 @@
-"""Runs the jobs of a sweep: makes the plan, supervises the worker processes, and writes the journal."""
+"""Run the jobs of a sweep: make the plan, supervise the worker processes, and write the journal."""

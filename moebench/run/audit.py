@@ -1,4 +1,4 @@
-"""`moebench parity`: runs the checks of moebench.parity.checks, each backend in its own worker processes."""
+"""Run the checks of `moebench parity`, each backend in its own worker processes."""
 
 import json
 import tempfile
@@ -18,7 +18,7 @@ from moebench.workload.axes import did_you_mean, listed
 from moebench.workload.case import DTYPES, Job
 from moebench.workload.spec import Policy
 
-#: The jobs of checks are small, so a worker that takes longer hangs.
+#: A worker that takes longer than this for one job hangs, because the jobs of checks are small.
 TIMEOUT_S = 120.0
 #: After this many crashes or timeouts of one backend, the audit stops checking it.
 MOST_DEATHS = 3
@@ -35,7 +35,7 @@ _WORST_CASE_FIRST = (
 
 @dataclass(frozen=True)
 class AuditCell:
-    """One backend on one check: the records of its cases."""
+    """The records of one backend's cases in one check."""
 
     backend: str
     check: str
@@ -43,9 +43,9 @@ class AuditCell:
 
     @property
     def status(self) -> Status | None:
-        """The worst status of the cell's cases; None where the cell has no cases.
+        """The worst status of the cell's cases; None if the cell has no cases.
 
-        Cases that are oom or unsupported count only where no other case is in the cell.
+        Cases with the status oom or unsupported count only if the cell has no other cases.
         """
         return min((row.status for row in self.records), key=_WORST_CASE_FIRST.index, default=None)
 
@@ -62,7 +62,7 @@ class AuditCell:
 
     @property
     def deterministic(self) -> bool | None:
-        """Whether repeated runs agreed bit by bit wherever they were compared; None where none were compared."""
+        """Whether repeated runs agreed bit by bit wherever they were compared; None if no runs were compared."""
         told = [row.deterministic for row in self.records if row.deterministic is not None]
         return all(told) if told else None
 
@@ -79,7 +79,7 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Whether no case failed, and at least one case could run: in any backend, and in every `required` backend.
+        """Whether no case failed, at least one case could run, and every `required` backend could run a case.
 
         A case that is unsupported or did not fit into memory is not a failure.
         """
@@ -88,7 +88,7 @@ class Audit:
 
     @property
     def not_examined(self) -> tuple[str, ...]:
-        """The backends that could not run a single case."""
+        """The backends that could not run any case."""
         could_run = {row.backend for row in self.records if row.status not in (Status.unsupported, Status.oom)}
         return tuple(backend for backend in self.backends if backend not in could_run)
 
@@ -140,7 +140,7 @@ def audit(
     """Run the checks (default all) in the dtypes (default all) on the backends.
 
     The audit passes only if each `required` backend can run. Raises UsageError for an unknown check, dtype or device,
-    and whatever moebench.run.runner.execute raises.
+    and the errors of moebench.run.runner.execute.
     """
     check_device(device)
     _check_names("check", checks, CHECKS)

@@ -1,4 +1,4 @@
-"""The jobs that are left, which workers take case by case."""
+"""Hold the jobs that are left, and give them to workers case by case."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from moebench.workload.case import Job, Weights
 
 
 class Backlog:
-    """Jobs in their order. One worker takes all backends of a case, so that they are compared on one GPU."""
+    """Jobs in their order. One worker takes all backends of a case, so that the backends are compared on one GPU."""
 
     def __init__(self, jobs: Iterable[Job]) -> None:
         self._units = [tuple(unit) for _, unit in itertools.groupby(jobs, key=lambda job: job.case)]
@@ -17,10 +17,10 @@ class Backlog:
         return sum(map(len, self._units))
 
     def take(self, mine: Weights | None = None, others: Sequence[Weights] = ()) -> tuple[Job, ...]:
-        """Return the next case's jobs for a worker that holds the weights `mine`; empty where no job is left.
+        """Return the next case's jobs for a worker that holds the weights `mine`; empty if no job is left.
 
-        The choice falls on the first case with the weights `mine`, else on the first case with weights that no other
-        worker holds (`others`), else on the first case. A worker makes weights once, so it should keep its weights as
+        The result is the first case with the weights `mine`, else the first case with weights that no other worker
+        holds (`others`), else the first case. A worker makes weights once, so it should keep its weights as
         long as it can.
         """
         if not self._units:

@@ -1,9 +1,9 @@
-"""An estimate of the memory that a job will take, from the shapes of its case.
+"""Estimate the memory that a job will take, from the shapes of its case.
 
-The estimate follows the three stages of moebench.measure.job. First the module is built. Then it runs twice, and both
-passes are kept. Then the passes are compared with the float64 reference. Activations are those of the unfused steps;
-fused steps take less. The estimate leaves out contexts, communication buffers, fragmentation, and the copies that the
-ceilings are measured with.
+The estimate follows the three stages of moebench.measure.job. First the module is built. Then the module makes two
+passes (forward and, in mode train, backward), and the tensors of the two passes are kept. Then the passes are compared
+with the float64 reference. The estimate assumes that steps are not fused; fused steps need less memory. The estimate
+leaves out contexts, communication buffers, fragmentation, and the memory that moebench.measure.ceilings needs.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ from moebench.workload.backends import collective_of, described, engine_of
 from moebench.workload.case import Case, Job
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-#: Number of float32 buffers [N, I] that an activation holds at once: (forward, train). It holds more where it clamps or
-#: adds biases.
+#: Number of float32 buffers [N, I] that an activation holds at once: (forward, train). An activation that clamps or
+#: adds biases holds more buffers.
 _TEMPORARIES = {"plain": (4, 8), "clamped": (7, 11)}
-#: Rows of the busiest rank divided by an even share, for zipf and recorded traces. This is a rough value.
+#: The rows of the busiest rank, divided by an even share of the rows, for `zipf` routing and recorded traces. This is a
+#: rough value.
 _SKEW = 2.0
 #: Bytes per element [T, D]. _SUMS is for the reference's sums over experts on all ranks' tokens: the output and its
 #: gradient, each in float64 and float32. _COMPARED is for the comparison of the rank's own tokens.
@@ -53,7 +54,7 @@ class _Sizes:
 def footprint(job: Job) -> Footprint:
     """Estimate the memory of the job's largest rank.
 
-    Earlier cases add nothing, because a worker keeps from them only what this case shares with them.
+    Earlier cases add nothing, because a worker keeps from earlier cases only the tensors that this case also uses.
     """
     case, sizes = job.case, _sizes(job)
     weights, inputs = sizes.parameter_bytes, sizes.input_bytes
@@ -72,9 +73,9 @@ def footprint(job: Job) -> Footprint:
 def pass_bytes(job: Job) -> int:
     """Estimate the bytes that one pass allocates at its peak, without parameters and inputs.
 
-    The column `peak_memory_bytes` has the measured value. The peak is where the activation (in a backward, its
-    gradient) is computed, or where the gradients of parameters are written. FP8 keeps its copies of the parameters from
-    forward to backward.
+    The column `peak_memory_bytes` has the measured value. A pass reaches its peak while it computes the activation (in
+    a backward, the activation's gradient), or while it writes the gradients of parameters. FP8 keeps its copies of the
+    parameters from forward to backward.
     """
     case, sizes, itemsize = job.case, _sizes(job), ITEMSIZE[job.case.dtype]
     is_train = case.mode == "train"
@@ -123,8 +124,8 @@ def _counts_rows(job: Job) -> bool:
 def _reference_bytes(case: Case, sizes: _Sizes) -> float:
     """Return the bytes of the float64 reference and its comparison with the rank's passes.
 
-    They are all ranks' inputs, the sums over experts, one expert in float64, and the comparison of the rank's own
-    tokens.
+    The bytes are those of all ranks' inputs, of the sums over experts, of one expert in float64, and of the comparison
+    of the rank's own tokens.
     """
     gathered = 0 if case.ep_size == 1 else 2 * sizes.all_tokens * case.dim * ITEMSIZE[case.dtype]
     expert = (3 if case.mode == "train" else 1.5) * 8 * sizes.expert_numbers
@@ -162,9 +163,9 @@ def _sizes(job: Job) -> _Sizes:
 def _reached(job: Job, most: int, all_tokens: int) -> int:
     """Return the number of tokens that the dispatcher brings to a rank.
 
-    All-gather brings all ranks' tokens, padded to the largest rank's number. Other dispatchers bring the tokens that
-    chose an expert of the rank. With K choices spread evenly over the ranks, a token chooses at least one expert of the
-    rank with probability 1 − (1 − 1/ranks)^K.
+    All-gather brings all ranks' tokens, padded to `most`, the largest number of tokens of any rank. Other dispatchers
+    bring the tokens that chose an expert of the rank. With K choices spread evenly over the ranks, a token chooses at
+    least one expert of the rank with probability 1 − (1 − 1/ranks)^K.
     """
     case = job.case
     if collective_of(job.dispatcher) == "all_gather":

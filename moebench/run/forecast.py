@@ -1,8 +1,8 @@
-"""Estimates, before anything runs, of what a sweep will take: jobs, memory per rank, time.
+"""Estimate, before anything runs, what a sweep will take: jobs, memory per rank, and time.
 
 The memory is estimated from the case's shape (moebench.run.footprint). The time is estimated from measured jobs: a job
-should take as long as the nearest measured job with its backend, mode and dtype. A job without a near measured job has
-no time.
+should take as long as the nearest measured job with the same backend, mode and dtype. A job without a near measured job
+has no time.
 """
 
 import math
@@ -21,9 +21,9 @@ from moebench.results.record import Status
 from moebench.run.footprint import ITEMSIZE, footprint
 from moebench.workload.case import Case, Job
 
-#: The largest ratio, in either direction, between a job and a near job: of bytes of parameters, of rows and of ranks.
+#: A measured job is near a job if the two differ by at most these factors: in bytes of parameters, in rows, in ranks.
 NEAR = {"parameters": 8.0, "rows": 16.0, "ranks": 4.0}
-#: A different dispatcher counts as much distance as this ratio of the work.
+#: A different dispatcher adds as much distance as a difference by this factor in the rows.
 _OTHER_DISPATCHER = 1.5
 
 _GROUP = ("backend", "mode", "dtype")
@@ -33,8 +33,8 @@ _GROUP = ("backend", "mode", "dtype")
 class Estimate:
     """The estimate for one job.
 
-    `memory_bytes` is for its largest rank. `time_s` excludes its worker's start. It is None where no measured job is
-    near.
+    `memory_bytes` is the memory of the job's largest rank. `time_s` excludes the start of the job's worker. `time_s` is
+    None if no measured job is near.
     """
 
     memory_bytes: int
@@ -45,8 +45,8 @@ class Estimate:
 class ForecastLine:
     """The estimate for all jobs of one EP size and backend.
 
-    `memory_bytes` is that of the largest job. `time_s` is the sum over the jobs that have a time. `num_untimed` is the
-    number of jobs without a time.
+    `memory_bytes` is the memory of the largest job. `time_s` is the sum over the jobs that have a time; it is None if
+    no job has a time. `num_untimed` is the number of jobs without a time.
     """
 
     ep_size: int
@@ -58,7 +58,7 @@ class ForecastLine:
 
 
 class KnownTimes:
-    """The seconds of measured jobs, which are looked up by the nearest job."""
+    """The seconds that measured jobs took. The method `time_s` looks up the nearest measured job."""
 
     def __init__(self, frame: pd.DataFrame) -> None:
         """Take the rows of the results `frame` that have status ok and a time."""
@@ -121,7 +121,7 @@ class Forecast:
 
     @property
     def memory_bytes(self) -> int:
-        """The memory of the rank that needs most in the whole sweep; 0 without jobs."""
+        """The largest memory that any rank needs in the whole sweep; 0 without jobs."""
         return max((estimate.memory_bytes for estimate in self.estimates), default=0)
 
     @property

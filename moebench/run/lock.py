@@ -1,4 +1,4 @@
-"""The lock that lets only one process at a time write into a results folder."""
+"""Lock a results folder, so that only one process at a time writes into it."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from moebench.errors import UsageError
 from moebench.results.files import check_empty, writable
 
 LOCK_NAME = Path("logs") / "lock"
-#: The file with the id of the process that writes. The lock file cannot have it: some releases of filelock empty that.
+#: The file with the id of the process that writes. The lock file cannot hold the id, because some releases of filelock
+#: empty the lock file.
 PID_NAME = LOCK_NAME.with_suffix(".pid")
 
 

@@ -1,4 +1,4 @@
-"""The order in which a round's jobs are measured."""
+"""Put the jobs of a round into the order in which they are measured."""
 
 import random
 from collections.abc import Callable, Iterable

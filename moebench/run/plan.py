@@ -1,4 +1,4 @@
-"""The plan of one round of a run, which worker processes measure."""
+"""Define the plan of one round of a run: which jobs worker processes measure, where, and into which folder."""
 
 import os
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from moebench.workload.spec import Policy
 class Plan:
     """The jobs that fresh processes measure, their order, the slots that they run on, and the folder for the results.
 
-    A run with several rounds has one plan for each. `experts_folder` is a folder that holds a package `experts`. Where
-    it is given, workers import that package, so that this harness drives another revision's backends. With `profile`
-    each job leaves a trace.
+    A run with several rounds has one plan for each round. `experts_folder` is a folder that holds a package `experts`.
+    If `experts_folder` is not None, workers import that package, so that this harness drives another revision's
+    backends. If `profile` is true, each job writes a profiler trace.
     """
 
     jobs: tuple[Job, ...]
@@ -37,7 +37,7 @@ def new_run_id(sweep: str) -> str:
 
 
 def importing_from(experts_folder: Path) -> dict[str, str]:
-    """Return environment variables that make Python import `experts` from that folder, and this moebench."""
+    """Return environment variables that make Python import `experts` from that folder, and moebench from its place."""
     harness = Path(moebench.__file__).resolve().parent.parent
     paths = [*map(str, (experts_folder.resolve(), harness, Path.cwd())), os.environ.get("PYTHONPATH", "")]
     # without PYTHONSAFEPATH, `python -m` looks first into the working folder, which may have another `experts`

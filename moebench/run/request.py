@@ -1,4 +1,4 @@
-"""What the user asks a run to do. Mistakes that can be found before anything runs are found here."""
+"""Plan the run that the user asks for, and report the mistakes that can be found before anything runs."""
 
 import shlex
 import sys
@@ -60,7 +60,11 @@ class RunPlan:
 
 
 def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: float | None = None) -> RunPlan:
-    """Plan a new run into the folder `out` (default: a new folder in RUNS). Raises SweepError and UsageError."""
+    """Plan a new run into the folder `out` (default: a new folder in RUNS).
+
+    Raises SweepError for a wrong sweep or selection of jobs. Raises UsageError for a wrong device, for a module that
+    the command line does not name, and for a folder that is not empty.
+    """
     check_device(asked.device)
     sweep_file = find_sweep(sweep)
     text = read_sweep(sweep_file)
@@ -125,7 +129,7 @@ def _earlier(folder: Path) -> tuple[Record, ...]:
 
 
 def _rounds(run: RunFile, jobs: tuple[Job, ...], spec: SweepSpec, folder: Path) -> tuple[Plan, ...]:
-    """Return the plan of each round. A single round has the sweep's order; each of several rounds has its own order."""
+    """Return the plan of each round. A single round has the sweep's order; several rounds each have their own order."""
     whole = Plan(jobs, spec.policy, folder, run.run_id, run.asked.device, profile=run.asked.profile)
     if run.asked.rounds == 1:
         return (whole,)

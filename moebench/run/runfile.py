@@ -1,4 +1,4 @@
-"""run.json, which says what a run was asked to do, and the changes since then that speak against resuming it."""
+"""Read and write run.json, which says what a run measures, and find changes that speak against resuming the run."""
 
 import hashlib
 import json
@@ -86,10 +86,10 @@ class RunFile(BaseModel):
 
 
 def sweeps_of(folder: Path) -> list[str]:
-    """Return the sweep of the run in a folder: its file, then its name, as far as run.json has them.
+    """Return the sweep of the run in a folder: the sweep's file, then its name, as far as run.json has them.
 
-    This also reads older run files, which `RunFile.read` refuses. The list is empty for a folder without a run, for
-    example a folder of `moebench merge`.
+    This function also reads older run files, which `RunFile.read` refuses. The list is empty for a folder without a
+    run, for example a folder of `moebench merge`.
     """
     try:
         found = json.loads((folder / RUN_NAME).read_bytes())

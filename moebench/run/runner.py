@@ -1,7 +1,7 @@
-"""Plans -> workers -> journal: decides which job runs where, until every job is measured.
+"""Run the jobs of plans in worker processes, and append each record to the journal.
 
-Backends run in worker processes, so a backend that breaks its process cannot break this one. Only this process writes
-the journal.
+This module decides which job runs where, until every job is measured. Backends run in worker processes, so a backend
+that breaks its process cannot break this one. Only this process writes the journal.
 """
 
 import signal
@@ -54,10 +54,10 @@ def execute(
 
     Each record is in its plan's journal before `on_record` gets it. A job whose process dies or hangs gets a record
     that says so, and a new process measures the next jobs. Ctrl-C, SIGTERM and SIGHUP end the run at once. When the
-    time budget (of all plans together) is spent, the run ends after the jobs that are running. What was measured stays.
-    `on_environment` gets the environment of each worker before the worker gets a job. Raises RunnerError where no
-    worker starts or the disk is full. Raises Refused where a worker reports that a requested backend or device is not
-    there.
+    time budget (of all plans together) is spent, the run ends after the jobs that are running. The records of measured
+    jobs stay in the journal. `on_environment` gets the environment of each worker before the worker gets a job. Raises
+    RunnerError where no worker starts or the disk is full. Raises Refused where a worker reports that a requested
+    backend or device is not there.
     """
     run = Run(plans, Stop.after(time_budget_s), on_record, on_environment)
     with run.stop.at_signals():
@@ -89,7 +89,7 @@ class Run:
     def meet(self, plan: Plan, environment: Environment) -> None:
         """Check the environment of a new worker with `on_environment`, and write it to the plan's folder.
 
-        This comes before the worker measures anything.
+        The check comes before the worker measures anything.
         """
         self.on_environment(environment)
         file = _file_of(environment, plan.folder)
@@ -229,8 +229,8 @@ class _Crew:
     def _start_at(self, number: int) -> bool:
         """Start a worker at a place, if there is work for it. Return whether one was started.
 
-        The first worker starts before all others: what it refuses, all would refuse. Where torch sees no GPU, it is the
-        only worker.
+        The first worker starts before all others: what it refuses, all would refuse. If torch sees no GPU, the first
+        worker is the only worker.
         """
         place = self.places.get(number)
         if place is None or self.run.stop() or not len(self.backlog) or (self.workers and not self.met):

@@ -1,4 +1,4 @@
-"""Starts a planned run, which writes its sweep, run.json and results into its folder."""
+"""Start a planned run, and write its sweep, run.json and results into its folder."""
 
 import shutil
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def start_run(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome
     """Run the plan and write its results into its folder. The outcome includes the folder's earlier records.
 
     A new run that is refused leaves no folder, so that the corrected command can use the same name. Raises UsageError
-    where another process writes into the folder, and what moebench.run.runner.execute raises.
+    if another process writes into the folder, and the errors of moebench.run.runner.execute.
     """
     folder = run_plan.folder
     with writing_to(folder), locked(folder):

@@ -1,4 +1,4 @@
-"""One worker process, or one group of ranks, under supervision: it gets jobs, reports records, and may die or hang."""
+"""Supervise one worker process, or one group of ranks: give it jobs, read its records, notice if it dies or hangs."""
 
 import itertools
 import json
@@ -24,7 +24,8 @@ from moebench.results.record import Record, Status, record
 from moebench.run.plan import Plan, importing_from
 from moebench.workload.case import Job, Weights
 
-#: A worker that has not reported `ready` by then counts as failed: importing torch and opening a GPU take seconds.
+#: A worker that has not reported `ready` within this time counts as failed: importing torch and opening a GPU take
+#: seconds.
 START_TIMEOUT_S = 180.0
 #: A killed process that is still there after this time is stuck in its GPU's driver, and nobody can end it.
 KILL_TIMEOUT_S = 30.0
@@ -34,10 +35,10 @@ KERNEL_COUNTERS = Path("/proc/vmstat")
 
 
 class WorkerProcess:
-    """A worker at a place, with one process for each rank of its jobs. `give` gives it jobs while it runs.
+    """A worker at a place, with one process for each rank of its jobs. `give` adds jobs while the worker runs.
 
-    `environment` is what the worker reported that it runs on, None before it did. `over` is true once the worker can
-    take no more jobs. `end` ends the worker and all processes that it started.
+    `environment` is the environment that the worker reported; it is None until the worker has reported it. `over` is
+    true once the worker can take no more jobs. `end` ends the worker and all processes that it started.
     """
 
     def __init__(self, plan: Plan, place: Place, num_ranks: int, at_once: int) -> None:
@@ -46,7 +47,7 @@ class WorkerProcess:
         self.over = False
         self._given: list[Job] = []
         self._num_done = 0
-        self._running: int | None = None  # number of the job that it is measuring
+        self._running: int | None = None  # number of the job that the worker is measuring
         self._kills_before = 0
         self._torn = b""
         name = _unused_name(plan.folder / "logs")
@@ -120,7 +121,7 @@ class WorkerProcess:
         """Yield the records that the worker reported since the last call, and a record for a job that died or hung.
 
         The worker is over after a death or a hang, and when `enough` returns true after a record. Raises Refused where
-        the worker refused its jobs. Raises RunnerError where it ended or hung before it measured anything.
+        the worker refused its jobs. Raises RunnerError where the worker ended or hung before it measured anything.
         """
         ended = (
             self._process.poll() is not None
@@ -169,7 +170,7 @@ class WorkerProcess:
         return time.monotonic() - self._since > limit
 
     def _died(self) -> Iterator[Record]:
-        """Yield the record of the job that died. A death between two jobs yields none, and the next worker goes on."""
+        """Yield the record of the job that died. A death between two jobs yields no record."""
         if self._running is None and self._num_done:
             return
         write_atomically(

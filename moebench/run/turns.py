@@ -1,7 +1,7 @@
-"""Several plans at once: their workers run side by side and take turns, job by job.
+"""Measure several plans at once: the plans' workers run side by side and take turns, job by job.
 
-A disturbance of the machine that lasts seconds then affects all plans alike. The mode is made for CPUs. On a GPU, the
-memory of all workers would have to fit at the same time.
+A disturbance of the machine that lasts seconds then affects all plans alike. This way of measuring is for CPUs. On a
+GPU, the memory of all workers would have to fit at the same time.
 """
 
 import random
@@ -23,8 +23,8 @@ def execute_in_turns(
 ) -> Outcome:
     """Measure the plans of each round side by side: for each job, the plans take turns in random order.
 
-    Jobs come in the order of the plans, which must be the same in all plans of a round. A plan may lack some of the
-    jobs. Raises what moebench.run.runner.execute raises.
+    The jobs run in the order that the plans have. The order must be the same in all plans of a round, but a plan may
+    lack some of the jobs. Raises the errors of moebench.run.runner.execute.
     """
     plans = [plan for together in rounds for plan in together]
     run = Run(plans, Stop.after(time_budget_s), on_record, lambda environment: None)

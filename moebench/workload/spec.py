@@ -17,8 +17,8 @@ from moebench.workload.axes import combinations, did_you_mean, is_match, listed
 from moebench.workload.case import Case, Job
 from moebench.workload.reader import SweepReader
 
-#: The name of the folder of sweeps. A checkout, the working folder and the package from a wheel may each have
-#: such a folder.
+#: The name of the folder of sweeps. A checkout, the working folder and the package from a wheel may each have such a
+#: folder.
 SUITES = "suites"
 
 Value = bool | int | float | str

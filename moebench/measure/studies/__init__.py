@@ -1,1 +1,1 @@
-"""Programs that each measure one part of a layer: `python -m moebench.measure.studies.NAME --help`."""
+"""Measure one part of a layer with each of these programs: `python -m moebench.measure.studies.NAME --help`."""

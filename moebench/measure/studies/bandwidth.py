@@ -1,12 +1,12 @@
-"""How much of its library's bandwidth a dispatcher reaches, in `dispatch` and in `combine`.
+"""Measure how much of its library's bandwidth a dispatcher reaches, in `dispatch` and in `combine`.
 
     torchrun --nproc-per-node 2 -m moebench.measure.studies.bandwidth --model deepseek-v3 --num-tokens 4096
         --out FILE.json
 
-It compares the dispatcher with the raw library call that moves the same rows. Both are measured in one run, without
-backward, in bfloat16, with uniform routing. A barrier aligns the ranks before each sample, and times are medians of
-the slowest rank. The raw call gets sizes and sorted rows. The dispatcher must find these, and it must also carry
-weights and indices. This work counts in the dispatcher's time.
+The program compares the dispatcher with the raw library call that moves the same rows. Both are measured in one run,
+without backward, in bfloat16, with uniform routing. A barrier aligns the ranks before each sample, and times are
+medians of the slowest rank. The raw call gets the sizes and the sorted rows. The dispatcher must compute the sizes and
+sort the rows, and it must also carry weights and indices. This additional work counts in the dispatcher's time.
 """
 
 import json
@@ -38,7 +38,7 @@ Way = Callable[[], object]
 def raw_ways(
     name: str, dispatcher: Dispatcher, inputs: Inputs, sent: Dispatched, config: MoEConfig, ranks: Ranks
 ) -> tuple[Way, Way]:
-    """Return the bare library calls that move the rows of `sent` out, and rows of its shape back.
+    """Return the bare library calls that move the rows of `sent` out, and rows of the same shape back.
 
     A dispatcher that uses another library than torch.distributed has its own method `raw_ways`.
     """
@@ -58,7 +58,10 @@ def raw_ways(
 
 
 def measure_dispatcher(name: str, case: Case, device: torch.device, ranks: Ranks) -> list[dict[str, Any]]:
-    """Return one row per way: milliseconds and GB/s of the dispatcher and of the raw call, and their ratio."""
+    """Return one row for `dispatch` and one row for `combine`.
+
+    A row has milliseconds and GB/s of the dispatcher and of the raw call, and the ratio of the two times.
+    """
     config, inputs = moe_config(case), make_inputs(case, device, ranks.rank)
     dispatcher: Dispatcher = make_dispatcher(name, ranks.group, config)
     arguments = inputs.x_TD, inputs.weights_TK, inputs.active_indices_TK

@@ -1,4 +1,4 @@
-"""Calls to time: only the matrix products of a backend, by its own library, and its whole layer."""
+"""Make calls to time: only the matrix products of a backend, by its own library, and the backend's whole layer."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ BACKENDS = tuple(backend.name for backend in catalog.BACKENDS if _has_products(b
 
 @dataclass(frozen=True)
 class CountedCall:
-    """A call, and the least bytes that it must read and write, or its floating-point operations."""
+    """A call, with the least bytes that it must read and write or with its floating-point operations."""
 
     name: str
     call: Call
@@ -42,7 +42,7 @@ class CountedCall:
 
 @dataclass(frozen=True)
 class Alone:
-    """The products of a forward pass and of a train step, on sorted rows."""
+    """The calls of only the matrix products of a forward pass and of a train step, on rows sorted by expert."""
 
     forward: Call
     train: Call

@@ -1,10 +1,10 @@
-"""How near the memory-bound steps of a layer come to a plain copy, and the layer to only its matrix products.
+"""Compare a layer's memory-bound steps with a plain copy, and the whole layer with only its matrix products.
 
     python -m moebench.measure.studies.steps --model qwen3-30b-a3b --num-tokens 16384 --out FILE.json
     python -m moebench.measure.studies.steps --shape e32k8d7168i2048 --num-tokens 4096 --backend torch_mm --backend te
 
-The bytes of a step are those that it must read or write at least once. The step's speed is compared with a copy that
-is measured in the same run. All measurements have a cold cache, bfloat16 and uniform routing. The products are the
+The bytes of a step are those that it must read or write at least once. The step's speed is compared with a copy that is
+measured in the same run. All measurements have a cold cache, bfloat16 and uniform routing. The matrix products are the
 grouped GEMMs of the backend's own library on sorted rows: two in a forward pass, and six in a train step.
 """
 
