@@ -1,4 +1,4 @@
-"""The worker process, in which untrusted code runs. Under a supervisor it measures a list of jobs, one after the other.
+"""Run a worker process, in which untrusted code runs: it measures the jobs that its supervisor gives it, one by one.
 
     python -m moebench.measure.worker --jobs FILE --events FILE [--device cpu|cuda|cuda:N]
     torchrun --nproc-per-node EP_SIZE -m moebench.measure.worker …

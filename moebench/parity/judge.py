@@ -135,9 +135,10 @@ def check(
 ) -> ParityVerdict:
     """Compare every pass of a backend with the reference on the same inputs and parameters.
 
-    Inputs, parameters and passes are those of this rank, and the verdict is over all ranks. `fp8` names the recipe that
-    the backend computes in; the budget then comes from this recipe's rounding. A gradient that is missing, or that has
-    another shape or dtype than its tensor, is an infinite error.
+    All passes must have used these inputs and parameters. Inputs, parameters and passes are those of this rank, and the
+    verdict is over all ranks. `fp8` names the recipe that the backend computes in; the budget then comes from this
+    recipe's rounding. A gradient that is missing, or that has another shape or dtype than its tensor, is an infinite
+    error.
     """
     malformed = [error for tensors in passes for error in _malformed(case, inputs, parameters, tensors)]
     found = [error for rank in ranks.tell(malformed) for error in rank]
