@@ -1,7 +1,7 @@
 """Measure, check and compare the expert layers of Mixture-of-Experts models.
 
-A run flows through the folders from left to right. Each folder imports only folders before it. `cli` imports all of
-them:
+The data of a run flow through the folders from left to right. Each folder imports only folders to its left. The folder
+`cli` has the command line and imports all folders:
 
     workload ─┬─> run ──> measure + parity ──> results ──> verdicts ──> report
     machine ──┘
@@ -26,7 +26,7 @@ Scripts and notebooks use these names, which do not import torch:
     Comparability    which results may be gated against each other
     ResultsError     raised for a file or folder that cannot be opened as results
 
-docs/notebooks.md shows each.
+docs/notebooks.md has an example of each name.
 """
 
 import importlib

@@ -1,17 +1,17 @@
-"""Every error that a user may see. The message is one line: what, which value, the rule, the remedy.
+"""Define every error that a user may see. A message is one line: what is wrong, which value, the rule, the remedy.
 
     MoebenchError          base; the command line prints the message and ends with `exit_code`
     ├── UsageError         2    the user asked for something that moebench cannot do
     ├── SweepError         2    a sweep, a filter or a backend's name is wrong; one line for each mistake
     ├── ResultsError       2    a file or folder cannot be opened as results
     ├── RevisionError      2    a revision or folder of `experts` cannot be measured
-    ├── InputsError        1    a case's inputs cannot be made
+    ├── InputsError        1    the inputs of a case cannot be made
     ├── RunnerError        1    a run cannot go on
     │   └── Refused        2    a run cannot begin, because a backend or a device is not there
     └── Interrupted        130  a signal ended the run
 
-Any other exception is a bug of moebench and keeps its traceback. An exception that only steers the flow within one
-module is defined in that module.
+Any other exception is a bug of moebench and keeps its traceback. A module may define an exception for its own use, if
+the exception never leaves the module.
 """
 
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""The command line: one module per group of commands, which parses, calls one function and prints."""
+"""Define the command line. Each module has a group of commands; a command parses, calls one function and prints."""

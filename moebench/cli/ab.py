@@ -1,4 +1,4 @@
-"""The command `moebench ab`. It parses, runs moebench.verdicts.ab and prints."""
+"""Define the command `moebench ab`, which parses, runs moebench.verdicts.ab and prints."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""The command `moebench advise`. It parses, calls moebench.results.advise and prints."""
+"""Define the command `moebench advise`, which parses, calls moebench.results.advise and prints."""
 
 import json
 from pathlib import Path

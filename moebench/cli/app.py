@@ -1,7 +1,12 @@
-"""The command `moebench` and its subcommands. Each parses, calls one function and prints. No other module imports this.
+"""Define the command `moebench`, which collects the subcommands of the other modules. No module imports this module.
 
-Exit codes: 0 success (unsupported and out of memory are results); 1 a mismatch, timeout, crash or error; 2 bad usage;
-3 gate and ab could not decide, or advise found no data; 130 interrupted.
+The exit codes are:
+
+    0    success; the statuses unsupported and oom also count as success
+    1    a job ended as a mismatch, timeout, crash or error; gate or ab found a regression or a missing job
+    2    bad usage
+    3    gate or ab could not decide, or advise found no data
+    130  interrupted
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The commands that put results side by side. Each parses, calls one function and prints."""
+"""Define the commands that put results side by side: `compare`, `merge` and `history`."""
 
 import sys
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The consoles of the command line: results go to standard output, messages to standard error."""
+"""Define the consoles of the command line. Results go to standard output, and messages go to standard error."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn

@@ -1,4 +1,4 @@
-"""The commands that judge results. Each parses, calls one function and prints."""
+"""Define the commands that compare results with a baseline: `gate` and `baseline`."""
 
 import json
 import os
@@ -39,7 +39,10 @@ Github = Annotated[bool, typer.Option("--github", help="for GitHub Actions: prin
 
 
 def share(option: str, text: str) -> float:
-    """Return `3%` or `0.03` as 0.03. Raises UsageError for a text that is not between 0 and 1."""
+    """Return the share that a text stands for: 0.03 for `3%` and for `0.03`.
+
+    Raises UsageError if the text is not a number between 0 and 1. `option` is for the message.
+    """
     number = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
     value = float(number[1]) / (100 if number[2] else 1) if number else -1.0
     if not 0 < value < 1:
@@ -79,7 +82,11 @@ def gate_(
 
 
 def _baseline(text: str, candidate: Result) -> Result:
-    """Return the baseline: a path, a stored baseline by its name, or with `auto` that of the candidate's machine."""
+    """Return the results of the baseline that the user named.
+
+    `text` is a path, `baseline:NAME` for a stored baseline, or `auto` for the stored baseline of the candidate's
+    machine.
+    """
     kind, colon, name = text.partition(":")
     if colon and kind == "baseline":
         return baselines.named(name).result
@@ -105,7 +112,7 @@ def _allowed(named: list[str]) -> frozenset[str]:
 
 
 def check_outputs(for_github: bool, as_json: bool) -> None:
-    """Raise UsageError for outputs that exclude each other."""
+    """Raise UsageError if --json and --github are both given."""
     if as_json and for_github:
         raise UsageError("--json and --github both write to standard output: choose one")
 

@@ -1,4 +1,4 @@
-"""Lists of the sweeps, the backends and the parity checks. A backend that cannot run has the reason."""
+"""List the sweeps, the backends and the parity checks. For a backend that cannot run, the list has the reason."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BackendLine:
-    """A backend, and why it cannot run on the given device (None if it can run)."""
+    """A backend. `unavailable` says why it cannot run on the given device; it is None if the backend can run."""
 
     name: str
     unavailable: str | None
@@ -36,7 +36,7 @@ class SweepLine:
 
 @dataclass(frozen=True)
 class Listing:
-    """All sweeps and backends, to print or as plain data."""
+    """All sweeps and backends. `as_dict` returns them as plain data, and rich can print them."""
 
     sweeps: tuple[SweepLine, ...]
     backends: tuple[BackendLine, ...]
@@ -67,7 +67,8 @@ def _backend_table(lines: tuple[BackendLine, ...]) -> Table:
 def everything(device: str | None) -> Listing:
     """Return all sweeps of suites/ and all backends, and whether each backend can run on `device`.
 
-    The default device is a GPU if there is one. Raises UsageError for a device that does not exist.
+    If `device` is None, the device is a GPU if there is one, else the CPU. Raises UsageError if the device does not
+    exist.
     """
     sweeps = []
     for path in available_sweeps().values():
@@ -89,7 +90,7 @@ def available_backends(device: str | None) -> list[str]:
 
 
 def checks() -> Table:
-    """Return a table of the checks of `moebench parity` and what each looks for."""
+    """Return a table of the checks of `moebench parity`, with the fault that each check looks for."""
     table = plain()
     table.add_column("check", no_wrap=True)
     table.add_column("looks for")
@@ -115,6 +116,6 @@ def _why_not(name: str, device: "torch.device") -> str | None:
 
     try:
         reason = get_backend(name).unsupported(device)
-    except Exception as error:  # this imports a backend of another package: its error must not hide the other backends
+    except Exception as error:  # this may import another package: an error there must not hide the other backends
         return f"{type(error).__name__}: {error}"
     return None if reason is None else reason.reason

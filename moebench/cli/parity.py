@@ -1,4 +1,4 @@
-"""The command `moebench parity`, which checks backends."""
+"""Define the command `moebench parity`, which checks backends for known faults."""
 
 import json
 from typing import Annotated

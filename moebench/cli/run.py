@@ -1,4 +1,4 @@
-"""The command `moebench run`, which measures a sweep, and what it prints."""
+"""Define the command `moebench run`, which measures a sweep and prints the results."""
 
 import json
 import shlex

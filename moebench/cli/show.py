@@ -1,4 +1,4 @@
-"""The commands that show one results folder."""
+"""Define the commands that show one results folder: `show`, `plots` and `report`."""
 
 from pathlib import Path
 from typing import Annotated

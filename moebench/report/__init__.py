@@ -1,1 +1,1 @@
-"""What shows results and verdicts: tables, plots, HTML pages, JUnit files and GitHub annotations."""
+"""Show results and verdicts as tables, plots, HTML pages, JUnit files and GitHub annotations."""

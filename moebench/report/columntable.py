@@ -1,9 +1,9 @@
-"""The tables of columns in docs/results.md, made from the declarations of the columns.
+"""Write the tables of docs/results.md that explain the columns of results, from the declarations of the columns.
 
     python -m moebench.report.columntable docs/results.md
 
 The command replaces the text between `<!-- columns FIRST to LAST -->` and `<!-- end of columns -->` with a table. The
-table has the columns of results from FIRST to LAST, in the order of the results.
+table has one row for each column of results from FIRST to LAST, in the order in which results have them.
 """
 
 import re
@@ -23,12 +23,12 @@ _TYPES = {pa.string(): "string", pa.int64(): "int", pa.float64(): "float", pa.bo
 
 
 def with_tables(text: str) -> str:
-    """Return the document `text` with its tables of columns made again."""
+    """Return the document `text` with its tables of columns written again from the declarations."""
     return _TABLE.sub(lambda found: found[1] + table(found[2], found[3]) + found[4], text)
 
 
 def table(first: str, last: str) -> str:
-    """Return a table in Markdown of the columns of results from `first` to `last`."""
+    """Return a Markdown table with one row for each column of results from `first` to `last`."""
     lines = dict(zip(COLUMNS, map(_line, Record.model_fields), strict=True))
     return _HEAD + "".join(lines[name] for name in COLUMNS[COLUMNS.index(first) : COLUMNS.index(last) + 1])
 

@@ -15,10 +15,11 @@ from moebench.verdicts.document import GateDocument
 
 
 def finish(folder: Path) -> list[Path]:
-    """Write Parquet, CSV, plots and report from the journal, and return their paths and those of the traces.
+    """Write Parquet, CSV, plots and report from the journal in `folder`. Return the paths of all files and traces.
 
-    This includes the rows that were measured before an interruption. Raises KeyboardInterrupt at a signal; each file is
-    then either complete or unchanged.
+    The list is empty if the folder has no journal. If the run was interrupted, the files have the rows that were
+    measured before the interruption. Raises KeyboardInterrupt at a signal; each file is then either complete or
+    unchanged.
     """
     if not (folder / JOURNAL_NAME).exists():
         return []
@@ -30,7 +31,7 @@ def finish(folder: Path) -> list[Path]:
 
 
 def rewrite(folder: Path) -> list[Path]:
-    """Write CSV, plots and report of committed results again from their Parquet file, which does not change."""
+    """Write CSV, plots and report of the results in `folder` again. The Parquet file of the results does not change."""
     frame = load(folder)
     with writable(folder):
         plots = write_plots(all_figures(frame), folder / "plots")
@@ -50,9 +51,11 @@ def draw_plots(path: Path) -> list[Path]:
 
 
 def write_report(path: Path, out: Path | None, gate: Path | None) -> Path:
-    """Write the report of a results folder or its Parquet file, with the verdicts in the file `gate`.
+    """Write the report of the results in `path`, which is a folder or a Parquet file. Return the path of the report.
 
-    The default for `out` is report.html in the folder. Raises UsageError if `out`'s folder does not exist.
+    `out` is the file to write; None stands for report.html beside the results. `gate` is a file with the output of
+    `moebench gate --json`, to show its verdicts in the report; None if there are no verdicts. Raises UsageError if the
+    folder of `out` does not exist.
     """
     frame, verdicts = load(path), None if gate is None else GateDocument.read(gate)
     out = out or _folder_of(path) / REPORT_NAME

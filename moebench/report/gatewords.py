@@ -1,4 +1,4 @@
-"""A gate's numbers as text. The terminal table, the annotations and the summary use the same texts."""
+"""Write the numbers of a gate as text. The terminal table, the annotations and the summary use the same texts."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -16,7 +16,7 @@ def total(result: GateResult) -> str:
 
 
 def change(job: Judged) -> str:
-    """Return the change of the time with its interval, such as `+3.1% (+2.8 to +3.5)`; above 0 is slower."""
+    """Return the change of the time with its interval, such as `+3.1% (+2.8 to +3.5)`. A change above 0 is slower."""
     if job.time is None or math.isnan(job.time.ratio):
         return NONE
     low, high = (f"{some - 1:+.1%}".rstrip("%") for some in (job.time.low, job.time.high))
@@ -33,7 +33,7 @@ def smallest_effect(job: Judged) -> str:
 
 
 def memory_change(job: Judged) -> str:
-    """Return the change of peak memory, or of saved memory if the peak is equal: `=` or `+1.2%`."""
+    """Return the change of peak memory, or the change of saved memory if the peak is equal: `=` or `+1.20%`."""
     changes = [
         _relative(*job.cells(column))
         for column in ("peak_memory_bytes", "saved_memory_bytes")
@@ -49,7 +49,10 @@ def _relative(before: Any, after: Any) -> str:
 
 
 def parity_change(job: Judged) -> str:
-    """Return the error divided by its budget, `0.31`, or `0.31 -> 0.35` if it changed; or a status other than ok."""
+    """Return the parity error divided by its budget: `0.31`, or `0.31 -> 0.35` if it changed.
+
+    For a side with another status than ok, the status replaces the error: `0.31 -> mismatch`.
+    """
     statuses = ["none" if status is None else str(status) for status in job.cells("status")]
     errors = [NONE if error is None else f"{error:.2g}" for error in job.cells("parity_worst")]
     both = [error if status == "ok" else status for status, error in zip(statuses, errors, strict=True)]
@@ -62,7 +65,10 @@ def in_verdict_order(result: GateResult) -> list[Judged]:
 
 
 def reasons(jobs: Sequence[Judged], of: Collection[Severity]) -> dict[tuple[Verdict, str], str]:
-    """Return, for each verdict and its reason (with the measure), the jobs that have it. The worst verdict is first."""
+    """Return the names of the jobs that have the same verdict for the same reason, by verdict and reason.
+
+    Only findings with a severity in `of` count. The worst verdict is first.
+    """
     jobs_of: dict[tuple[Verdict, str], list[str]] = {}
     for job in jobs:
         for finding in job.findings:

@@ -1,7 +1,8 @@
-"""A gate's verdicts for GitHub Actions: annotations, and a step summary in Markdown.
+"""Write the verdicts of a gate for GitHub Actions, as annotations and as a step summary in Markdown.
 
-Annotations are workflow commands (`::error title=…::message`), escaped as GitHub's toolkit does it. GitHub shows ten
-annotations of each level per step. The tenth one says how many are left. The summary has all of them.
+An annotation is a workflow command (`::error title=…::message`). Its text is escaped as GitHub's toolkit escapes it.
+For each level (error, warning), GitHub shows at most ten annotations per step. If there are more, the tenth annotation
+says how many are not shown. The summary has all verdicts.
 """
 
 from collections.abc import Iterator
@@ -18,11 +19,11 @@ from moebench.report.gatewords import (
 from moebench.verdicts.gate import GateResult, Judged
 from moebench.verdicts.verdict import Severity
 
-MOST_ANNOTATIONS = 9  # one more says how many are left
+MOST_ANNOTATIONS = 9  # of each level; the tenth annotation says how many more there are
 
 
 def annotations(result: GateResult) -> list[str]:
-    """Return workflow commands, one per line: an error per failed job, and a warning per reason of undecided jobs."""
+    """Return workflow commands: one error per failed job, and one warning per reason why jobs are undecided."""
     failed = [job for job in in_verdict_order(result) if job.verdict.severity is Severity.FAILED]
     errors = [_command("error", f"moebench: {job.verdict}", _sentence(job)) for job in failed]
     open_ = reasons(result.jobs, {Severity.UNDECIDED})
@@ -51,7 +52,7 @@ def _sentence(job: Judged) -> str:
 
 
 def summary(result: GateResult) -> str:
-    """Return the step summary in Markdown: the total, a table of jobs that did not pass, and a table of the rest."""
+    """Return the step summary in Markdown: the total, a table of jobs that did not pass, and a table of passed jobs."""
     return "\n".join(_summary(result)) + "\n"
 
 
@@ -91,6 +92,6 @@ def _table(jobs: list[Judged]) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Return the text escaped for a cell of Markdown: it cannot end the cell, and none of it is HTML."""
+    """Return the text escaped for a cell of a Markdown table, so that it cannot end the cell and contains no HTML."""
     marked = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
     return " ".join(marked.split())

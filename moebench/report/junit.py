@@ -1,7 +1,15 @@
-"""A gate's verdicts as JUnit XML, with one test case per job and measure.
+"""Write the verdicts of a gate as a JUnit XML file, with one test case for each job and measure.
 
-GitLab, Jenkins and GitHub's reporters read this dialect: testsuites contains testsuite, which contains properties and
-testcase, which contains failure or skipped.
+JUnit XML has several variants. This module writes a variant that GitLab, Jenkins and the JUnit reporters of GitHub can
+read. The elements of the file are nested like this:
+
+    testsuites
+        testsuite
+            properties      the settings of the gate
+            testcase        the verdict on one measure of one job
+                properties  the numbers of a verdict on time
+                failure     if the verdict is a failure
+                skipped     if the gate could not decide, or if only the candidate has the job
 """
 
 import math
@@ -19,7 +27,7 @@ _UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 
 def junit_xml(result: GateResult) -> bytes:
-    """Return the content of the file. Failed verdicts are failures; undecided and noted ones are skipped."""
+    """Return the content of the file. Failed verdicts are failures. Undecided and noted verdicts are skipped."""
     cases = [_test_case(job, finding) for job in result.jobs for finding in job.findings]
     severities = [finding.verdict.severity for job in result.jobs for finding in job.findings]
     counts = {

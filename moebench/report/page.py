@@ -1,6 +1,6 @@
-"""A results frame as one self-contained HTML page: the machine, the verdict, tables and plots.
+"""Show a frame of results as one self-contained HTML page with the machine, the verdict, tables and plots.
 
-The page loads nothing: it contains its styles, script and plots, and its content security policy forbids anything else.
+The page contains its styles, script and plots. It loads nothing, and its content security policy forbids loading.
 The template escapes every text that comes from results. Without the script, the table has no filters and no sorting.
 """
 
@@ -24,13 +24,14 @@ from moebench.results.record import GOOD
 from moebench.verdicts.document import GateDocument
 
 REPORT_NAME = "report.html"
-_HEADLINE = ("torch", "cuda", "revision")  # names in the environment that the head of the page shows
+_HEADLINE = ("torch", "cuda", "revision")  # the facts of the environment that the head of the page shows
 
 
 def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: GateDocument | None = None) -> str:
-    """Return the HTML page of `frame`, the results in `folder`, with the plots `svgs` by name and a gate's verdicts.
+    """Return the HTML page of `frame`, which has the results in `folder`.
 
-    Raises ResultsError if an environment file of `folder` is not valid.
+    `svgs` has the plots by name. `gate` has the verdicts of a gate to show, or is None. Raises ResultsError if a file
+    of an environment in `folder` is not valid.
     """
     rows = in_case_order(frame)
     rows = rows.assign(label=backend_labels(rows), fastest=fastest_rows(rows), heading=describe(rows).headings)
@@ -96,13 +97,16 @@ def _gpu_text(gpu: Gpu) -> str:
 
 
 def _wins(rows: pd.DataFrame) -> dict[str, int]:
-    """Return in how many cases each backend has the lowest median."""
+    """Return the number of cases in which each backend has the lowest median time, the largest number first."""
     counts = Counter(map(str, rows.loc[rows["fastest"], "label"]))
     return dict(counts.most_common())
 
 
 def _plots(svgs: Mapping[str, bytes]) -> list[list[tuple[str, str]]]:
-    """Return the name and data URI of every plot in two groups: those that compare backends, and those that say why."""
+    """Return the name and data URI of every plot in two groups.
+
+    The plots of the first group compare backends. The plots of the second group show why backends differ.
+    """
     groups = (THROUGHPUT, SCALING, MEMORY, PARITY), (ROOFLINE, BREAKDOWN)
     return [
         [(name, _data_uri(svg)) for kind in kinds for name, svg in svgs.items() if name.startswith(f"{kind.name}-")]

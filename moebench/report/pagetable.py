@@ -1,6 +1,7 @@
-"""The content of a report's tables: every row, the extremes with commands that reproduce them, and the time spent.
+"""Make the tables of a report: all rows, the extreme rows with commands that measure them again, and the time spent.
 
-Rows are in order and have `label`, `fastest` and `heading`.
+The frames `rows` in this module are sorted by `labels.in_case_order`. They also have the columns `label` (the backend
+with its dispatcher), `fastest` (whether the row has the lowest time of its case) and `heading` (the case in words).
 """
 
 import math
@@ -17,8 +18,9 @@ from moebench.results.labels import describe, in_order
 from moebench.results.record import GOOD, Status
 
 _NUM_EXTREMES = 6
-_PARTS = ("setup", "ceilings", "parity", "timing")  # of a job; each has a column of seconds
-#: Parts of a case that get their own column if they vary, and its title. All other parts share one column.
+_PARTS = ("setup", "ceilings", "parity", "timing")  # the parts of a job; results have the seconds of each part
+#: Parts of a case that have their own column if they vary, with the title of the column. All other parts share one
+#: column.
 _OWN_COLUMNS = {"experts": "model", "tokens": "tokens", "mode": "mode"}
 
 
@@ -46,7 +48,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """The titles and lines of a table. `choices` has the values that each filter offers."""
+    """The titles and lines of a table. `choices` has the values that the page offers for each filter."""
 
     titles: tuple[str, ...]
     lines: tuple[Line, ...]
@@ -61,7 +63,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Extreme:
-    """A row to look at: its case and backend, the reason, and a command that measures it again, if a sweep has it."""
+    """A row to look at.
+
+    `figure` says what is extreme, and `detail` says why the job failed; it is empty for a job that did not fail.
+    `command` measures the row again; it is None if no sweep has the case.
+    """
 
     case: str
     backend: str
@@ -72,7 +78,10 @@ class Extreme:
 
 @dataclass(frozen=True)
 class Spent:
-    """The seconds that some jobs took, those of the longest job, and each part's share of the time of the whole run."""
+    """The seconds that some jobs took together, and the seconds of the longest job.
+
+    `shares` has the share of each part of these jobs in the time of the whole run.
+    """
 
     who: str
     num_jobs: int
@@ -108,7 +117,8 @@ def _status(row: Row) -> Cell:
     return Cell(row["status"] + flag, row["status"])
 
 
-#: Title of each column, the column of results that it needs (without values it is left out), and its cells.
+#: For each column: its title, the column of results that it needs, and the function that makes a cell. A column is left
+#: out if no row has the value that it needs.
 _MEASURED: tuple[tuple[str, str, Callable[[Row], Cell]], ...] = (
     ("status", "status", _status),
     ("ms", "time_ms", _time),
@@ -152,7 +162,7 @@ def _text(text: str) -> Cell:
 
 
 def extremes(rows: pd.DataFrame, reproducer: Reproducer) -> dict[str, list[Extreme]]:
-    """Return the rows that failed, the slowest rows and the least accurate rows, by these titles."""
+    """Return three lists by their titles: the rows that failed, the slowest rows and the least accurate rows."""
     failed = rows[~rows["status"].isin(GOOD)]
     slowest = rows.dropna(subset="time_ms").nlargest(_NUM_EXTREMES, "time_ms")
     best_ms = rows.groupby(["run_id", "case_id"])["time_ms"].transform("min")
@@ -191,7 +201,10 @@ def _failure(row: Row) -> str:
 
 
 def time_spent(rows: pd.DataFrame) -> list[Spent]:
-    """Return the time of all jobs, then the time by backend, the longest first. A job without a time counts as 0 s."""
+    """Return the time of all jobs, and then the time of each backend, the longest first.
+
+    A job without `job_s` counts as 0 s.
+    """
     parts = pd.DataFrame({part: rows[f"{part}_s"].fillna(0.0) for part in _PARTS})
     parts["rest"] = (rows["job_s"].fillna(0.0) - parts.sum(axis=1)).clip(lower=0)
     total_s = float(rows["job_s"].sum()) or 1.0

@@ -1,4 +1,4 @@
-"""The command that measures one row of results again."""
+"""Find the command that measures one row of results again."""
 
 import shlex
 from collections.abc import Iterator
@@ -13,18 +13,21 @@ from moebench.workload.spec import find_sweep, load_sweep
 
 @dataclass(frozen=True)
 class Reproducer:
-    """The sweeps that may have the rows of a results folder, named as on a command line, and the cases of each."""
+    """The sweeps that may contain the rows of a results folder.
+
+    `case_ids` has the cases of each sweep by the name of the sweep, as a user writes it on a command line.
+    """
 
     case_ids: dict[str, frozenset[str]]
 
     @classmethod
     def of(cls, folder: Path) -> "Reproducer":
-        """Return the Reproducer of a folder. Its own sweep file is first, then the sweep of its run if it exists."""
+        """Return the Reproducer of a folder. The sweep file in the folder is first. The sweeps of its runs follow."""
         case_ids = {}
         for name in _sweeps(folder):
             try:
                 jobs = load_sweep(find_sweep(name)).jobs()
-            except SweepError:  # for example, the file of its recorded routing is missing
+            except SweepError:  # for example, the file with the sweep's recorded routing is missing
                 continue
             case_ids[name] = frozenset(job.case.case_id for job in jobs)
         return cls(case_ids)
@@ -43,7 +46,7 @@ class Reproducer:
 
 
 def _sweeps(folder: Path) -> Iterator[str]:
-    """Yield where the sweep of a folder's run may be: beside the results, where the run found it, and in suites/."""
+    """Yield the places where the sweep may be: beside the results, where the run found it, and in suites/."""
     if (folder / SWEEP_NAME).is_file():
         yield str(folder / SWEEP_NAME)
     yield from sweeps_of(folder)

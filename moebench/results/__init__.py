@@ -1,1 +1,1 @@
-"""Rows of results: the journal, the data frame, the results folder, and what reads them without a verdict."""
+"""Store and open rows of results, and show, compare and search the rows without giving a verdict."""

@@ -1,8 +1,9 @@
-"""Which backend to use for a workload, from measured results only.
+"""Choose a backend for a workload, from measured results only.
 
 If a backend was measured at the token count that the user asks for, `advise` takes that measurement. If the count lies
-between two measured counts, and the larger is at most MOST_APART times the smaller, `advise` interpolates on a straight
-line through their logarithms. It never extrapolates.
+between two measured counts, and the larger count is at most `MOST_APART` times the smaller one, `advise` interpolates:
+the logarithm of the time lies on a straight line over the logarithm of the token count, and so do the other values.
+`advise` never extrapolates.
 """
 
 import math
@@ -20,19 +21,25 @@ from moebench.workload.axes import did_you_mean, listed
 from moebench.workload.case import Case
 from moebench.workload.models import MODELS, SHAPE_AXES, shape_fields
 
-#: The largest ratio of two token counts to interpolate between. Further apart, the time may not follow a line.
+#: The largest ratio of two token counts to interpolate between. Between counts that are further apart, the time may not
+#: follow a straight line.
 MOST_APART = 8
-#: A smaller advantage counts as none.
+#: If one backend is faster than another by a smaller share than this, the two count as equally fast.
 CLOSE = THRESHOLD
 
-#: Fields of a case that a matching row need not share: the shape's name, and the fields that `advise` combines rows of.
+#: Fields of a case in which a matching row may differ from the question. `model` is only a name of the shape, and
+#: `advise` combines rows with several token counts and seeds.
 _FREE = ("model", "num_tokens", "seed")
 _VALUES = ("time_ms", "time_ms_low", "time_ms_high", "peak_memory_bytes", "tokens_per_s")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A backend and dispatcher at the token count that was asked for. Times in ms; memory is NaN if not measured."""
+    """A backend with its dispatcher, and its values at the token count that the user asked for.
+
+    Times are in ms. `time_ms_low` and `time_ms_high` are the ends of the 95% confidence interval of `time_ms`.
+    `peak_memory_bytes` is NaN if no memory was measured.
+    """
 
     label: str
     backend: str
@@ -42,7 +49,7 @@ class Candidate:
     time_ms_high: float
     peak_memory_bytes: float
     tokens_per_s: float
-    measured_at: tuple[int, ...]  # the count that was asked for, or the two around it
+    measured_at: tuple[int, ...]  # the token count of the question, or the two measured counts around it
     run_ids: tuple[str, ...]
 
     @property
@@ -52,7 +59,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Advice:
-    """The advice from one machine's results: candidates, the fastest first, and why other backends are left out."""
+    """The advice from one machine's results.
+
+    `candidates` are the backends to choose from, the fastest first. `left_out` has the other backends, each with the
+    reason why it is not a candidate.
+    """
 
     machine: str
     candidates: tuple[Candidate, ...]
@@ -60,15 +71,15 @@ class Advice:
 
     @property
     def times_the_next(self) -> float | None:
-        """The time of the second candidate divided by the time of the first; None without a second."""
+        """The time of the second candidate divided by the time of the first; None if there are fewer than two."""
         return self.candidates[1].time_ms / self.candidates[0].time_ms if len(self.candidates) > 1 else None
 
     @property
     def is_close(self) -> bool:
         """Whether either of the first two candidates may be the faster one.
 
-        That is so if their intervals overlap or if their times differ by less than CLOSE. The second rule is needed
-        because an interval comes from one process, and the next process may differ by more.
+        It is true if their 95% confidence intervals overlap, or if their times differ by less than `CLOSE`. The second
+        rule is needed because an interval comes from one process, and the time of the next process may lie outside it.
         """
         if self.times_the_next is None:
             return False
@@ -76,9 +87,10 @@ class Advice:
 
 
 def question(model: str, num_tokens: int, **more: object) -> Case:
-    """Return the workload that the user asks about. `model` is a preset, or a shape as tables name it: e64k6d1024i512.
+    """Return the workload that the user asks about, as a case.
 
-    Raises UsageError for a model or a value that a case cannot have.
+    `model` is the name of a model in `MODELS`, or a shape as tables name it: `e64k6d1024i512`. `more` are other fields
+    of the case. Raises UsageError for a model or a value that a case cannot have.
     """
     shape = shape_fields(model)
     if shape is None and model not in MODELS:
@@ -95,7 +107,7 @@ def question(model: str, num_tokens: int, **more: object) -> Case:
 
 
 def matching(frame: pd.DataFrame, asked: Case) -> pd.DataFrame:
-    """Return the rows of the workload at any token count."""
+    """Return the rows of `frame` that measured the workload `asked`, at any token count."""
     wanted = asked.model_dump(exclude=set(_FREE))
     return frame[frame[list(wanted)].eq(pd.Series(wanted)).all(axis=1)]
 
@@ -119,7 +131,10 @@ def advise(frame: pd.DataFrame, asked: Case) -> list[Advice]:
 
 
 def elsewhere(frame: pd.DataFrame, asked: Case) -> list[str]:
-    """Return what the results have instead of the workload: other settings of its shape, or else other shapes."""
+    """Return descriptions of what the results have instead of the workload.
+
+    The descriptions are the other settings of its shape. If the results do not have the shape, they are other shapes.
+    """
     shape = frame[list(SHAPE_AXES)].eq(pd.Series({name: getattr(asked, name) for name in SHAPE_AXES})).all(axis=1)
     if not shape.any():
         return list(dict.fromkeys(shape_names(frame)))
@@ -128,12 +143,12 @@ def elsewhere(frame: pd.DataFrame, asked: Case) -> list[str]:
 
 
 def _newest(line: pd.DataFrame) -> pd.DataFrame:
-    """Keep the last run's row of each token count and seed. Run ids begin with the time, so they sort by it."""
+    """Keep one row for each token count and seed: the row of the latest run. Run ids begin with the time of the run."""
     return line.sort_values("run_id").drop_duplicates(["num_tokens", "seed"], keep="last")
 
 
 def _judge(line: pd.DataFrame, num_tokens: int) -> Candidate | str:
-    """Return the candidate of one backend and dispatcher at a token count, or the reason why there is none."""
+    """Return the candidate made of one backend's rows, or the reason why the backend is left out."""
     failed = line[(line["num_tokens"] == num_tokens) & (line["status"] != Status.ok)]
     if len(failed):
         return f"{failed['status'].iloc[0]}: {failed['detail'].iloc[0].partition(chr(10))[0]}"
@@ -152,7 +167,10 @@ def _judge(line: pd.DataFrame, num_tokens: int) -> Candidate | str:
 
 
 def _around(counts: Sequence[int], num_tokens: int) -> list[int]:
-    """Return the measured counts to use: `num_tokens` itself, or the two around it if they are near enough, or none."""
+    """Return the measured counts to use: `num_tokens` itself, or else the two counts around it.
+
+    The list is empty if `num_tokens` lies outside the measured counts, or if the two counts are too far apart.
+    """
     if num_tokens in counts:
         return [num_tokens]
     below = max((count for count in counts if 0 < count < num_tokens), default=None)

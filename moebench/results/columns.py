@@ -1,4 +1,4 @@
-"""The declaration of a column of results besides its type: its meaning, its unit, and how its rounds combine."""
+"""Declare columns of results: what a column means, its unit, and how the values of several rounds make one value."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +11,13 @@ from pydantic import BaseModel
 
 
 class Rounds(StrEnum):
-    """How the values of several rounds make one value of the row. Rounds without a value do not count."""
+    """The rule by which the values of several rounds make one value of the row. Rounds without a value do not count."""
 
     SAME = "same in all"
     OF_WORST = "of the worst round"
-    COMPUTED = "computed"  # from other columns, by moebench.results.rounds
+    COMPUTED = "computed"  # moebench.results.rounds computes the value from other columns
     SUM = "sum"
-    WORST = "largest"  # for an object, key by key
+    WORST = "largest"  # if the values are dictionaries, the largest value of each key
     MEDIAN = "median"
     LOWER_MEDIAN = "lower median"  # always one of the values, so that an integer stays an integer
     ALL = "true if all are"
@@ -27,10 +27,15 @@ class Rounds(StrEnum):
 
 @dataclass(frozen=True)
 class Column:
-    """The declaration of a column. It stands in the annotation of a field of `Record`.
+    """The declaration of a column of results.
 
-    `means` and `null` appear in docs/results.md; `null` says when a cell is null. Only a row with status ok may have a
-    value in a column with `is_speed`.
+    Each column is a field of the class `Record`, and the field's type is `Annotated[type, Column(…)]`.
+
+    `rounds`: how the values of several rounds make one value.
+    `means`: what the column means, as docs/results.md explains it.
+    `unit`: the unit of the values; empty if they have none.
+    `null`: when a cell of the column is null, as docs/results.md explains it.
+    `is_speed`: whether only a row with status `ok` may have a value.
     """
 
     rounds: Rounds
@@ -41,7 +46,10 @@ class Column:
 
 
 def columns_of(model: type[BaseModel]) -> dict[str, Column]:
-    """Return the declaration of each field. A field without one belongs to a case; its description is the meaning."""
+    """Return the declaration of each field of `model`.
+
+    A field without a `Column` is a field of the case. Its declaration is made of the field's description.
+    """
     found = {}
     for name, field in model.model_fields.items():
         of_case = Column(Rounds.SAME, field.description or "", null="not set")
@@ -61,7 +69,7 @@ def _every(values: Sequence[Any]) -> Any:
     return " | ".join(dict.fromkeys(values))
 
 
-#: How to combine the values of one or more rounds into one value.
+#: For each rule, the function that makes one value of the values of one or more rounds.
 COMBINE: Mapping[Rounds, Callable[[Sequence[Any]], Any]] = {
     Rounds.SUM: sum,
     Rounds.WORST: _worst,

@@ -1,4 +1,4 @@
-"""Several results side by side, one row per job."""
+"""Put several results side by side in one frame, with one row per job."""
 
 from collections.abc import Mapping
 
@@ -17,17 +17,21 @@ _CASE_COLUMNS = tuple(name for name in Case.model_fields if name not in KEY)
 
 
 def compare(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return one frame with a row for every job that any of the named results has, in the order of cases.
+    """Return one frame that has the values of all results side by side, with one row per job.
 
-    Columns:
+    `frames` has the rows of each result by the result's name. A job has a row if at least one result has the job. Rows
+    are sorted by case (`labels.CASE_ORDER`), then by backend and dispatcher.
+
+    The columns are:
 
     - `case_id`, `backend`, `dispatcher` and the fields of the case
-    - `MEASURE:NAME` for each of MEASURES and each result, in the units of docs/results.md; null if the result has no
-      such job or did not measure it
-    - `MEASURE_ratio:NAME` for each of RATIOS and each result except the first: its value divided by the first result's.
-      A ratio below 1 means less time, fewer tokens/s, less memory or a smaller error.
+    - `MEASURE:NAME` for each of `MEASURES` and the name of each result: the value of this result, in the unit that
+      docs/results.md names. It is null if the result does not have the job, or did not measure the value.
+    - `MEASURE_ratio:NAME` for each of `RATIOS` and the name of each result except the first: the value of this result,
+      divided by the value of the first result. A ratio below 1 means less time, fewer tokens/s, less memory or a
+      smaller error.
 
-    A ratio of times does not show whether the difference is noise. `moebench gate` tests that.
+    A ratio of times does not show whether the difference is noise. `moebench gate` tests whether it is.
 
     Raises ResultsError for fewer than two results.
     """
@@ -49,7 +53,10 @@ def compare(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def names_of(paths: list[str]) -> list[str]:
-    """Return a short name for each result: as many of the last parts of its path as make the names differ."""
+    """Return a short name for each path: its last parts, as many as are needed to give each path another name.
+
+    Raises ResultsError if two paths are equal.
+    """
     parts = [path.rstrip("/").split("/") for path in paths]
     for many in range(1, max(map(len, parts)) + 1):
         names = ["/".join(some[-many:]) for some in parts]

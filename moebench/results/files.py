@@ -1,4 +1,4 @@
-"""Write files whole or not at all. A full disk or a place that cannot be written becomes a message of one line."""
+"""Write each file whole or not at all, and turn a full disk or an unwritable place into a message of one line."""
 
 import errno
 import os
@@ -9,12 +9,13 @@ from pathlib import Path
 
 from moebench.errors import RunnerError, UsageError
 
-#: Errors of a file that cannot grow: the disk or a quota is full, a limit is reached, or the disk fails.
+#: Error numbers that stop any writing: the disk or a quota is full, the file reached a size limit, the file system is
+#: read-only, or the disk fails.
 CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file `path` by `content` in one step. A crash leaves the old file or the new one, never a part."""
+    """Replace the content of the file `path` in one step. A crash leaves either the old file or the new one."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with scratch.open("wb") as file:
@@ -37,7 +38,7 @@ def writable(place: Path) -> Iterator[None]:
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Turn an error of CANNOT_WRITE into a RunnerError that says how to continue the run."""
+    """Turn an OSError with a number in `CANNOT_WRITE` into a RunnerError that says how to continue the run."""
     try:
         yield
     except OSError as error:
@@ -50,6 +51,6 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def check_empty(folder: Path, besides: Collection[Path] = ()) -> None:
-    """Raise UsageError for a file, and for a folder that holds anything except the paths `besides`."""
+    """Raise UsageError if `folder` is a file, or a folder with anything in it except the paths in `besides`."""
     if folder.exists() and (not folder.is_dir() or set(folder.rglob("*")) - set(besides)):
         raise UsageError(f"--out {folder}: it exists and is not an empty folder; name a new or empty folder")

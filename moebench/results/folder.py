@@ -1,4 +1,4 @@
-"""Open a results folder: its rows, and the environments in which they were measured."""
+"""Open a results folder: read its rows, and the environments in which the rows were measured."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,27 +13,30 @@ from moebench.results.frame import load
 ENVIRONMENT_NAME = "environment.json"
 
 
-#: The folder with one file per environment, in results from several environments.
+#: The folder with one file per environment. Only results from several environments have it.
 ENVIRONMENTS_NAME = "environments"
 
 
 def environments_beside(path: Path) -> dict[str, Environment]:
-    """Return the environments beside the results in `path`, a folder or a Parquet file, by their env_id.
+    """Return the environments in the files beside the results, by `env_id`. `path` is a folder or a Parquet file.
 
-    Raises ResultsError for a file that does not hold an environment.
+    Raises ResultsError if one of these files does not hold an environment.
     """
     folder = path if path.is_dir() else path.parent
     files = [folder / ENVIRONMENT_NAME, *sorted((folder / ENVIRONMENTS_NAME).glob("*.json"))]
     found = [Environment.from_file(file) for file in files if file.is_file()]
     by_id: dict[str, Environment] = {}
-    for environment in found:  # files of one env_id differ only in the revision: keep the first, the run's
+    for environment in found:  # environments with equal env_id differ only in the revision: keep the run's, the first
         by_id.setdefault(environment.env_id, environment)
     return by_id
 
 
 @dataclass(frozen=True)
 class Result:
-    """Results, and the environments in which they were measured, by env_id; empty if there are no files of them."""
+    """The rows of results in `frame`, and the environments in which the rows were measured, by `env_id`.
+
+    `environments` is empty if no files of environments lie beside the results.
+    """
 
     frame: pd.DataFrame
     environments: Mapping[str, Environment]
@@ -42,7 +45,7 @@ class Result:
 def open_result(path: Path) -> Result:
     """Return the results in a folder or a Parquet file, with the environments beside them.
 
-    Raises ResultsError for anything that is not results, and for results without rows.
+    Raises ResultsError if `path` does not hold results, or if the results have no rows.
     """
     frame = load(path)
     if frame.empty:

@@ -1,8 +1,9 @@
-"""Journal -> tidy DataFrame -> Parquet and CSV. The frame has one row per job and one column per field of `Record`.
+"""Make a pandas DataFrame of a journal, write the frame as Parquet and CSV, and read it again.
 
-Each column has a fixed dtype, so that an empty run, a run of failures and a full run concatenate. Null is NaN in a
-float column and `<NA>` elsewhere. Infinity is a value. A cell of `parity_errors` is a JSON object in a string, because
-its keys differ from row to row; the function `parity_errors` reads it. docs/results.md explains every column.
+The frame has one row per job and one column per field of `Record`. Each column has a fixed dtype, so that the frames of
+an empty run, a run of failures and a full run can be concatenated. Null is NaN in a float column and `<NA>` elsewhere.
+Infinity is a value. A cell of the column `parity_errors` is a JSON object in a string, because the object's keys differ
+from row to row. The function `parity_errors` reads such a cell. docs/results.md explains every column.
 """
 
 import json
@@ -51,7 +52,7 @@ _PANDAS_TYPES: Mapping[Any, Any] = {
 
 
 def _bare(annotation: Any) -> Any:
-    """Return the type that is left when `| None`, `Annotated` and `Literal` are removed from an annotation."""
+    """Return the type of the values that an annotation allows, without `Annotated` and without None."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _bare(arguments[0])
@@ -68,16 +69,17 @@ ARROW_SCHEMA = pa.schema(
     [(field.alias or name, _ARROW_TYPES[_bare(field.annotation)]) for name, field in Record.model_fields.items()]
 )
 COLUMNS: tuple[str, ...] = tuple(ARROW_SCHEMA.names)
-#: Columns that a Parquet file may lack, with the value that fills their cells then.
+#: Columns that a Parquet file may lack, with the value that `load` then puts into each of their cells.
 _OPTIONAL = {
     name: field.default for name, field in Record.model_fields.items() if not (field.is_required() or field.alias)
 }
 
 
 def to_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """Return a frame with one row per job, in the order in which the jobs first appear. Each row merges a job's rounds.
+    """Return a frame with one row per job, in the order in which the jobs first appear.
 
-    If a job has several records of one round, the last record counts.
+    Each row is made of the records of all rounds of its job. If a job has several records of one round, the last record
+    counts.
     """
     latest = {(*row.key, row.round): row for row in records}
     jobs: dict[Hashable, list[Record]] = {}
@@ -91,7 +93,7 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def jsonable(number: float) -> float | str:
-    """Return the number itself, or the string "inf", "-inf" or "nan", because JSON has no such numbers."""
+    """Return a finite number unchanged, and any other as "inf", "-inf" or "nan", which JSON cannot write as numbers."""
     return number if math.isfinite(number) else str(number)
 
 
@@ -103,16 +105,19 @@ def to_json(frame: pd.DataFrame) -> str:
 
 
 def parity_errors(cell: str | None) -> dict[str, float]:
-    """Return each tensor's error divided by its budget, from a cell of the column `parity_errors`; empty for null."""
+    """Return the error of each tensor divided by the tensor's budget, from a cell of the column `parity_errors`.
+
+    The dictionary is empty if the cell is null.
+    """
     if cell is None or pd.isna(cell):
         return {}
     return {tensor: float(error) for tensor, error in json.loads(cell).items()}
 
 
 def load(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Return the results in a Parquet file or a folder. In a folder the journal comes first, then results.parquet.
+    """Return the results in a Parquet file or in a folder. If a folder has a journal, its results.parquet is not read.
 
-    Raises `ResultsError` for anything else.
+    Raises ResultsError if `path` does not exist, holds no results, or holds results that this moebench cannot read.
     """
     path = Path(path)
     if path.is_file():
@@ -132,7 +137,7 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
 def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Write results.parquet, and results.csv without samples, into the existing `folder`. Return the two paths.
 
-    A crash leaves each file old or new, never in part.
+    A crash leaves each file as it was, or complete and new.
     """
     table = pa.Table.from_pandas(frame, schema=ARROW_SCHEMA, preserve_index=False).replace_schema_metadata(None)
     parquet = pa.BufferOutputStream()

@@ -1,4 +1,4 @@
-"""One case in many results, in the order in which they were measured."""
+"""Collect the times of one case from many results, in the order in which the results were measured."""
 
 import re
 from collections.abc import Mapping
@@ -14,14 +14,15 @@ _TIME = re.compile(r"(20\d\d)([01]\d)([0-3]\d)-([0-2]\d)([0-5]\d)")
 
 
 def history(case_id: str, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return one row for each result and backend that has the case, the oldest first.
+    """Return one row for each result and backend (with its dispatcher) that has the case, the oldest result first.
 
-    The frame has the columns of results and these:
+    The frame has the columns of results (docs/results.md) and these five:
 
     - `result`: the name of the result
-    - `line`: the backend with its dispatcher
+    - `line`: the backend with its dispatcher, for example `te+deepep`
     - `place`: the number of the result in the order of time, from 0
-    - `change`: the time divided by the previous time of the same line, minus 1; rows without a time are skipped
+    - `change`: the time divided by the previous time of the same line, minus 1; a row without a time is not a
+      previous time
     - `since_first`: the time divided by the first time of the same line, minus 1
 
     Raises ResultsError if no result has the case.

@@ -1,4 +1,4 @@
-"""The journal of a run: a file to which moebench appends the record of each finished job."""
+"""Read and write the journal of a run, the file to which moebench appends the record of each finished job."""
 
 import json
 import reprlib
@@ -15,8 +15,8 @@ from moebench.results.record import SCHEMA, Record
 class Journal:
     """The records of a run, one JSON object per line. `append` writes a line when a job is finished.
 
-    A process that is killed while it writes leaves at most one torn line, at the end. `read` skips torn lines and
-    counts them.
+    If a process is killed while it writes, the last line may be torn, which means that its end is missing. `read` skips
+    torn lines and counts them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,7 +26,7 @@ class Journal:
         line = row.to_json() + "\n"
         with self.path.open("ab+") as file:
             if file.tell() and not _ends_a_line(file):
-                line = "\n" + line  # keep the torn line of a killed writer apart
+                line = "\n" + line  # the file ends with a torn line: do not append to that line
             file.write(line.encode())
 
     def __iter__(self) -> Iterator[Record]:
@@ -35,8 +35,8 @@ class Journal:
     def read(self) -> tuple[list[Record], int]:
         """Return the records, the oldest first, and the number of torn lines that were skipped.
 
-        Raises ResultsError for a line that is not a JSON object or has another schema, and ValidationError for a line
-        whose fields are not those of a record.
+        Both are empty and 0 if the file does not exist. Raises ResultsError if a line is valid JSON but not an object,
+        or has another schema. Raises ValidationError if the fields of a line are not the fields of a record.
         """
         rows: list[Record] = []
         torn = 0
@@ -73,9 +73,9 @@ JOURNAL_NAME = "journal.jsonl"
 
 
 def read_journal(path: Path) -> list[Record]:
-    """Return the records of a journal, the oldest first; none if there is no file.
+    """Return the records of a journal, the oldest first. The list is empty if the file does not exist.
 
-    Raises `ResultsError` for a file that is not a journal of this moebench.
+    Raises ResultsError if the file is not a journal of this moebench.
     """
     try:
         return list(Journal(path))

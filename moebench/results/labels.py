@@ -1,4 +1,4 @@
-"""The names of cases, backends and machines, the same in tables, plots and pages."""
+"""Name cases, backends and machines in words. Tables, plots and pages all use the names from this module."""
 
 import re
 from collections.abc import Hashable, Iterable, Mapping
@@ -14,22 +14,22 @@ from moebench.workload.models import SHAPE_AXES, shape_name
 
 @dataclass(frozen=True)
 class Description:
-    """The parts of a case's description that all rows of a frame share, and the parts that differ."""
+    """The descriptions of the cases of a frame, in parts such as `tokens`, `dtype` and `mode`."""
 
     shared: dict[str, str]  #: parts that are the same in every row, except settings at their defaults
     varying: pd.DataFrame  #: strings: one column per part that differs, one row per row of the frame
 
     @property
     def labels(self) -> "pd.Series[str]":
-        """The varying parts of each row, joined by spaces."""
+        """For each row, the texts of its varying parts, joined by spaces."""
         texts = [" ".join(filter(None, row)) for row in self.varying.to_numpy()]
         return pd.Series(texts, index=self.varying.index, dtype="str")
 
     @property
     def headings(self) -> "pd.Series[str]":
-        """The varying parts of each row in words, such as `4096 tokens, train`.
+        """For each row, its varying parts in words, such as `4096 tokens, train`.
 
-        A row whose varying parts are all at their defaults reads `defaults`.
+        If all varying parts of a row are at their defaults, the text is `defaults`. If nothing varies, it is empty.
         """
         texts = [
             ", ".join(_in_words(str(part), text) for part, text in zip(self.varying, row, strict=True) if text)
@@ -44,29 +44,30 @@ class Description:
 
 
 def describe(frame: pd.DataFrame) -> Description:
-    """Split the descriptions of the rows' cases into the parts that all rows share and the parts that differ."""
+    """Describe the case of each row, and separate the parts that all rows share from the parts that differ."""
     parts = pd.DataFrame([_parts(row) for row in frame.to_dict("records")], index=frame.index, dtype="str")
     values = {str(name): parts[name].unique() for name in parts}
     shared = {name: _in_words(name, found[0]) for name, found in values.items() if len(found) == 1 and found[0]}
     for place in ("machine", "run"):
-        shared.pop(place, None)  # the function `machine` below names the place and the date
+        shared.pop(place, None)  # the function `machine` below writes the machine and the date
     return Description(shared, parts[[name for name, found in values.items() if len(found) > 1]])
 
 
 def _in_words(part: str, text: str) -> str:
-    """Return the text of a part, with the part's name where the text needs it."""
+    """Return the text of a part. The name of the part follows the text of `tokens` and `routing`: `4096 tokens`."""
     return f"{text} {part}" if part in ("tokens", "routing") else text
 
 
 def rank_load_text(rank_load: str) -> str:
-    """Return in words how tokens are spread over ranks; empty if all ranks have the same number."""
+    """Return in words how tokens are spread over ranks. The text is empty if all ranks have equally many."""
     return _RANK_LOADS.get(rank_load, rank_load)
 
 
 def panel_title(rows: pd.DataFrame, first: str, routing: str, rank_load: str) -> str:
     """Return the title of one panel in a figure of `rows`.
 
-    It has `first`, then the panel's routing if `rows` have several routings, then its rank load if they have several.
+    The title begins with `first`. The panel's routing follows if `rows` have several routings, and the panel's rank
+    load follows if `rows` have several rank loads.
     """
     texts = {"routing": routing, "rank_load": rank_load_text(rank_load)}
     return ", ".join([first, *(text for name, text in texts.items() if text and rows[name].nunique() > 1)])
@@ -76,7 +77,7 @@ _RANK_LOADS = {"even": "", "uneven": "uneven ranks", "one-empty": "one empty ran
 
 
 def shape_names(frame: pd.DataFrame) -> list[str]:
-    """Return the model of each row, or a name made of its shape if it has no model: e64k6d1024i512."""
+    """Return the name of the model of each row. Without a model, the name is made of the shape: `e64k6d1024i512`."""
     return [_shape_name(row) for row in frame.to_dict("records")]
 
 
@@ -85,7 +86,7 @@ def _shape_name(row: Mapping[Hashable, Any]) -> str:
 
 
 def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
-    """Return the parts of a case's description by name; the text is empty for a setting at its default."""
+    """Return the parts of a case's description by name. A setting at its default has an empty text."""
     return {
         "experts": _shape_name(row),
         "tokens": str(row["num_tokens"]),
@@ -105,9 +106,9 @@ _NAMED = (
     *(*SHAPE_AXES, "model", "num_tokens", "dtype", "mode", "routing", "expert_activation", "expert_bias"),
     "rank_load",
 )
-#: All other fields. A description has them only if they are not at their defaults.
+#: The fields of a case that `_NAMED` does not list. A description has such a field only if it is not at its default.
 _SETTINGS = tuple(name for name in Case.model_fields if name not in _NAMED)
-#: The text of a setting. A setting that is not here reads as its name and its value.
+#: How to write a setting. A setting that has no entry here is written as its name and its value.
 _TEXTS = {
     "activation_alpha": "alpha {:g}",
     "activation_limit": "limit {:g}",
@@ -119,7 +120,7 @@ _TEXTS = {
 
 
 def _setting(name: str, value: Any) -> str:
-    """Return a field of a case in words; empty at its default."""
+    """Return a field of a case in words. The text is empty if the field is at its default."""
     default = Case.model_fields[name].default
     if value == default or (pd.isna(value) and default is None):
         return ""
@@ -146,7 +147,7 @@ CASE_ORDER = (*_FIRST, *(name for name in Case.model_fields if name not in (*_FI
 def in_case_order(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the rows sorted for reading: similar cases together, forward before train, few tokens before many.
 
-    A row that names no machine, for example the row of a crash, gets the machine of its run.
+    If a row has no device or GPU, for example after a crash, it gets the device and the GPU of another row of its run.
     """
     runs = frame.groupby("run_id")
     machines = {name: frame[name].fillna(runs[name].transform("first")) for name in ("device", "gpu")}
@@ -160,12 +161,12 @@ def backend_labels(frame: pd.DataFrame) -> "pd.Series[str]":
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Return the distinct backend labels in the order of every table and plot: the reference first, then by name."""
+    """Return the distinct backend labels in the order of all tables and plots: the reference first, then by name."""
     return sorted(set(labels), key=lambda label: (label.partition("+")[0] != REFERENCE, label))
 
 
 def machine(frame: pd.DataFrame) -> str:
-    """Return where and when rows were measured: GPU or CPU, cold or warm L2, and the dates that run ids begin with."""
+    """Return where and when rows were measured: GPU or CPU, cold or warm L2 cache, and the dates of their runs."""
     places = dict.fromkeys(map(_machine_name, frame["gpu"], frame["device"]))
     caches = [f"L2 {state}" for state in frame["l2"].dropna().unique()]
     dates = sorted({"-".join(found.groups()) for run in frame["run_id"] if (found := _DATE.match(run))})

@@ -1,4 +1,4 @@
-"""The columns of measured values. Declare a new column here, and measure it in moebench.measure.job.
+"""Declare the columns of measured values. To add a column, declare it here, and measure it in moebench.measure.job.
 
 Column names end in their unit. A value that was not measured is None, not 0.
 """
@@ -30,20 +30,22 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.COMPUTED,
-            "lower end of the 95% interval of `time_ms`; the interval is wider if a sample depends on the one before",
+            "lower end of the 95% confidence interval of `time_ms`; it is wider if samples depend on each other",
             "ms",
             is_speed=True,
         ),
     ] = None
     time_ms_high: Annotated[
-        float | None, Column(Rounds.COMPUTED, "upper end of that interval", "ms", is_speed=True)
+        float | None,
+        Column(Rounds.COMPUTED, "upper end of the 95% confidence interval of `time_ms`", "ms", is_speed=True),
     ] = None
     converged: Annotated[
         bool | None,
         Column(
             Rounds.ALL,
-            "whether half the width of the interval is at most the target share of `time_ms`; if it is not, the time "
-            "cap came first or the target was out of reach",
+            "whether half the width of the 95% confidence interval is at most the target share of `time_ms`; if "
+            "`false`, the job had used up its sampling time (the time cap), or stopped early because the target was "
+            "out of reach",
         ),
     ] = None
     host_time_ms: Annotated[
@@ -59,7 +61,7 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.MEDIAN,
-            "median time of replays of the same call from a CUDA graph; host time does not count",
+            "median time of the call when a CUDA graph replays it; host time does not count",
             "ms",
             null="on a CPU; at an EP size above 1; if the call synchronises or cannot be captured; unless ok",
             is_speed=True,
@@ -69,7 +71,7 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.MEDIAN,
-            "median time of backward, a part of `time_ms`",
+            "median time of the backward pass, which is a part of `time_ms`",
             "ms",
             null="in mode `forward`; unless ok",
             is_speed=True,
@@ -79,26 +81,31 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.MEDIAN,
-            "part of a forward: the dispatcher sends tokens to the ranks of their experts",
+            "part of a forward pass: the dispatcher sends tokens to the ranks of their experts",
             "ms",
             _NO_PARTS,
             is_speed=True,
         ),
     ] = None
     compute_ms: Annotated[
-        float | None, Column(Rounds.MEDIAN, "part of a forward: the experts compute", "ms", _NO_PARTS, is_speed=True)
+        float | None,
+        Column(Rounds.MEDIAN, "part of a forward pass: the experts compute", "ms", _NO_PARTS, is_speed=True),
     ] = None
     combine_ms: Annotated[
         float | None,
         Column(
-            Rounds.MEDIAN, "part of a forward: the dispatcher sends the outputs back", "ms", _NO_PARTS, is_speed=True
+            Rounds.MEDIAN,
+            "part of a forward pass: the dispatcher sends the outputs back",
+            "ms",
+            _NO_PARTS,
+            is_speed=True,
         ),
     ] = None
     skew_ms: Annotated[
         float | None,
         Column(
             Rounds.MEDIAN,
-            "difference between the slowest and the fastest rank's time, the median over samples",
+            "time of the slowest rank minus time of the fastest rank, as the median over samples",
             "ms",
             null="at EP size 1; unless ok",
             is_speed=True,
@@ -167,9 +174,9 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.MEDIAN,
-            "the largest of `dense_ms`, `collective_ms` and the time to copy the bytes that a pass must move: the "
-            "parameters of experts that have tokens, the tokens in and out, and in mode `train` all gradients (on a "
-            "CPU and with a warm cache the copy does not count)",
+            "the largest of three times: `dense_ms`, `collective_ms`, and the time to copy the bytes that every "
+            "backend must move (the parameters of experts that have tokens, the tokens in and out, and in mode "
+            "`train` all gradients); on a CPU and with a warm cache the time to copy does not count",
             "ms",
         ),
     ] = None
@@ -178,7 +185,7 @@ class Measured(BaseModel):
         Column(
             Rounds.MEDIAN,
             "time of the case's matrix products (two in mode `forward`, six in mode `train`) as if one expert had all "
-            "rows; FP8 products for FP8 backends",
+            "rows; FP8 matrix products for FP8 backends",
             "ms",
             null="if no expert has a row; in FP8 if `torch._scaled_mm` does not take the shape; unless ok",
         ),
@@ -187,7 +194,7 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.MEDIAN,
-            "time of the same products with torch's grouped GEMM, on rows that are already sorted by expert",
+            "time of the same matrix products with torch's grouped GEMM; the rows are already sorted by expert",
             "ms",
             null="except in bfloat16 on CUDA; unless ok",
         ),
@@ -211,8 +218,8 @@ class Measured(BaseModel):
         int | None,
         Column(
             Rounds.WORST,
-            "the most memory that the call had allocated above the settled floor; weights and inputs are part of the "
-            "floor, weight gradients are above it",
+            "the largest amount of memory that the call had allocated, without the memory that was in use before the "
+            "call; weights and inputs were in use before, weight gradients were not",
             "bytes",
         ),
     ] = None
@@ -220,7 +227,7 @@ class Measured(BaseModel):
         int | None,
         Column(
             Rounds.WORST,
-            "memory that forward leaves allocated for backward; the output does not count",
+            "memory that the forward pass leaves allocated for the backward pass; the output does not count",
             "bytes",
             null="in mode `forward`; unless ok",
         ),
@@ -250,8 +257,8 @@ class Measured(BaseModel):
         float | None,
         Column(
             Rounds.WORST,
-            "the largest error divided by its budget; at most 1 passes; `inf` if a value is not finite, or if a value "
-            "must be zero and is not",
+            "the largest error divided by its budget; at most 1 is a pass; `inf` if a value is not finite, "
+            "or if a value must be zero and is not",
             null="not compared",
         ),
     ] = None
@@ -259,7 +266,7 @@ class Measured(BaseModel):
         str | None,
         Column(
             Rounds.OF_WORST,
-            "the tensor with that error: `output`, or the gradient of an input or a parameter",
+            "the tensor that has the error `parity_worst`: `output`, or the gradient of an input or a parameter",
             null="not compared",
         ),
     ] = None
@@ -276,8 +283,9 @@ class Measured(BaseModel):
         bool | None,
         Column(
             Rounds.ALL,
-            "whether both checked passes gave the same bits on every rank; on a CPU, moebench switches torch's "
-            "deterministic algorithms on; `false` is a property of the backend and not a fault",
-            null="not compared; if memory holds only one pass",
+            "whether the two runs that moebench compared with the reference gave the same bits on every rank; on a "
+            "CPU, moebench switches torch's deterministic algorithms on; `false` is a property of the backend and "
+            "not a fault",
+            null="not compared; if memory holds the results of only one run",
         ),
     ] = None

@@ -17,11 +17,10 @@ _KEY = list(KEY)
 
 
 def merged(results: Sequence[Result], names: Sequence[str], *, newest: bool) -> Result:
-    """Return the rows of all results and all their environments.
+    """Return one result that has the rows and the environments of all results. `names` are for the error message.
 
-    With `newest`, a job that several results have gets the row of the run that began last. Run ids begin with the time.
-    If the ids are equal, the result that stands last in `results` counts. Without `newest`, such a job raises
-    ResultsError.
+    If several results have the same job, `newest` decides. If it is true, the job keeps the row of the run that began
+    last; if the run ids are equal, the row of the last of `results`. If it is false, this raises ResultsError.
     """
     frames = [result.frame.assign(result=name) for result, name in zip(results, names, strict=True)]
     rows = pd.concat(frames, ignore_index=True)
@@ -59,9 +58,10 @@ def _write_environment(environment: Environment, path: Path) -> Path:
 
 
 def merge(paths: Sequence[Path], out: Path, *, newest: bool = False) -> list[Path]:
-    """Merge results into the folder `out`, which is new or empty. Its run.json lists the sources. Return the paths.
+    """Merge results into the folder `out`, which is new or empty. Return the paths of the written files.
 
-    Raises UsageError if `out` holds anything. Raises ResultsError for results that cannot be opened or merged.
+    The file run.json in `out` lists the merged results. Raises UsageError if `out` is a file or a folder that is not
+    empty. Raises ResultsError if results cannot be opened, or if two results have the same job and `newest` is false.
     """
     check_empty(out)
     results = [open_result(path) for path in paths]

@@ -1,4 +1,4 @@
-"""Find the results that come with the project, and open them together."""
+"""Find the results that come with the project, and open several results as one frame."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ from moebench.workload.spec import checkout
 def default_folders() -> list[Path]:
     """Return the folders with results in results/published of the current folder, or else of the checkout.
 
-    Raises ResultsError if there are none.
+    Raises ResultsError if neither has a folder with results.
     """
     for root in (Path(), checkout()):
         folders = [] if root is None else sorted((root / "results" / "published").glob("*/"))

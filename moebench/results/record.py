@@ -1,4 +1,4 @@
-"""One row of results: how a job can end, and what each column declares.
+"""Define a row of results: how a job can end, and the columns of a row with the declaration of each.
 
 History of SCHEMA
 1  2026-11  first version.
@@ -18,32 +18,32 @@ _NOT_SO_FAR = "if the job ended before this step"
 
 
 class Status(StrEnum):
-    """How a job ended. Only a row with status `ok` has a speed: the speed of a wrong result means nothing."""
+    """How a job ended. Only a row with status `ok` has times, because the time of a wrong result means nothing."""
 
     ok = "ok"
     mismatch = "mismatch"  # the backend ran, and its output or a gradient is wrong
     unsupported = "unsupported"  # the backend cannot run this case here; `detail` says why
-    oom = "oom"
+    oom = "oom"  # the job ran out of memory
     timeout = "timeout"
-    crash = "crash"  # its process died
+    crash = "crash"  # the process that ran the job died
     error = "error"  # the job raised an exception
 
 
-#: Statuses that are results about a backend and not failures of it. They leave the exit code at 0.
+#: Statuses that do not count as a failure of the backend. If all rows have one of them, the exit code is 0.
 GOOD = frozenset({Status.ok, Status.unsupported, Status.oom})
 
 IMPOSSIBLY_FAST = "impossibly_fast"
-#: A time below this share of the case's roofline time is not a speed: the measurement went wrong.
+#: If a time is below this share of the case's roofline time, the measurement went wrong.
 IMPOSSIBLE = 0.8
 
 
 def flags_of_speed(time_ms: float, roofline_ms: float | None) -> tuple[str, ...]:
-    """Return the flag IMPOSSIBLY_FAST if the time is below IMPOSSIBLE times the roofline time, else no flag."""
+    """Return the flag `IMPOSSIBLY_FAST` if the time is below `IMPOSSIBLE` times the roofline time, else no flag."""
     return (IMPOSSIBLY_FAST,) if roofline_ms is not None and time_ms < IMPOSSIBLE * roofline_ms else ()
 
 
 class _Named(BaseModel):
-    """The columns that name a row. They stand before the columns of the case."""
+    """The columns that name a row. They come before the columns of the case."""
 
     case_id: Annotated[
         str,
@@ -86,8 +86,8 @@ class _Outcome(BaseModel):
         str | None,
         Column(
             Rounds.EVERY,
-            "the matrix product that took most time in a profiled forward, as `operator > kernel`, or only the kernel "
-            "if no operator launched it; in mode `train` that forward also saves tensors for backward",
+            "the matrix product that took most time in a profiled forward pass, as `operator > kernel`, or only the "
+            "kernel if no operator launched it; in mode `train` the forward pass also saves tensors for backward",
             null="not profiled",
         ),
     ] = None
@@ -124,8 +124,8 @@ class _Outcome(BaseModel):
 class Record(Measured, _Outcome, CaseFields, _Named):
     """One row of results: a job, how it ended, and its measured values. A value that was not measured is None, not 0.
 
-    The columns come in the order of the base classes, the last base class first, and then the fields below. `make
-    results` writes the declarations into the tables of docs/results.md.
+    The columns are in this order: the fields of the base classes, the last base class first, and then the fields below.
+    `python -m moebench.report.columntable docs/results.md` writes the declarations into the tables of that document.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", use_enum_values=False)
@@ -190,7 +190,7 @@ SPEED_FIELDS = tuple(name for name, column in COLUMN_OF.items() if column.is_spe
 
 
 def record(job: Job, status: Status, *, run_id: str, env_id: str, **measured: Any) -> Record:
-    """Return the row of `job`: the job's own fields and the `measured` columns."""
+    """Return the row of `job`: the fields of the job, how it ended, and the `measured` columns."""
     return Record(
         **job.key._asdict(),
         **job.case.model_dump(),

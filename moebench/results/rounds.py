@@ -1,4 +1,4 @@
-"""Make one row of a job's rounds. A round measures all jobs once, in fresh processes."""
+"""Make one row of the rows that several rounds have of one job. A round measures all jobs once, in fresh processes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from moebench.results.columns import COMBINE
 from moebench.results.record import COLUMN_OF, IMPOSSIBLY_FAST, Record, Status, flags_of_speed
 from moebench.results.stats import center_of_rounds
 
-#: If the rounds of a job ended differently, its row has the status that comes first here.
+#: If the rounds of a job ended with different statuses, the job's row has the status that comes first here.
 WORST_ROUND_FIRST = (
     *(Status.mismatch, Status.crash, Status.error, Status.timeout, Status.oom, Status.unsupported),
     Status.ok,
@@ -15,11 +15,12 @@ WORST_ROUND_FIRST = (
 
 
 def merged_rounds(rows: Sequence[Record]) -> Record:
-    """Return the one row of a job, made of its rounds.
+    """Return one row for a job, made of the job's row in each round.
 
-    The time is the median of the rounds' medians, and the interval comes from their spread (`stats.center_of_rounds`).
-    Speeds are computed from the time. Every other column declares how its rounds combine. If any round failed, the row
-    has the worst status of all rounds.
+    The time is the median of the rounds' medians, and the 95% confidence interval comes from how much the medians vary
+    (`stats.center_of_rounds`). `tokens_per_s`, `tflops` and `roofline_fraction` are computed from the time. The
+    declaration of every other column says how its rounds combine. If any round failed, the result is the row of the
+    worst round. Its `detail` then names the rounds that ended like this, and its `job_s` is the sum over all rounds.
     """
     if len(rows) == 1:
         return rows[0]
@@ -35,7 +36,7 @@ def merged_rounds(rows: Sequence[Record]) -> Record:
 
 
 def _combined(name: str, rows: Sequence[Record]) -> Any:
-    """Combine the rounds' values of one column as the column declares; None if no round has a value."""
+    """Return one value of a column, made of the rounds' values as the column declares; None if no round has a value."""
     values = [value for row in rows if (value := getattr(row, name)) is not None]
     return COMBINE[COLUMN_OF[name].rounds](values) if values else None
 
@@ -50,7 +51,7 @@ def _speed(rows: Sequence[Record]) -> dict[str, Any]:
         work["roofline_fraction"] = bound_ms
     others = (flag for flag in _combined("flags", rows) if flag != IMPOSSIBLY_FAST)
     found: dict[str, Any] = {"time_ms": time_ms, "time_ms_low": low, "time_ms_high": high}
-    found["flags"] = (*others, *flags_of_speed(time_ms, bound_ms))  # one round's ceilings may be wrong
+    found["flags"] = (*others, *flags_of_speed(time_ms, bound_ms))  # one round's ceilings may be wrong: use all
     return {**found, **{name: amount / time_ms for name, amount in work.items()}}
 
 

@@ -1,4 +1,7 @@
-"""Statistics of samples: medians, their intervals, and how much samples depend on each other."""
+"""Compute medians of samples, 95% confidence intervals of the medians, and how much samples depend on each other.
+
+In this module an interval is always a 95% confidence interval.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +17,8 @@ MIN_SAMPLES = 6
 def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
     """Return the median of independent samples, and the ends of its exact 95% interval.
 
-    The interval comes from order statistics (binomial). With fewer than MIN_SAMPLES samples its ends are infinite.
+    The ends are two of the ordered samples, and the binomial distribution gives their ranks. With fewer than
+    `MIN_SAMPLES` samples the ends are infinite.
     """
     median = float(np.median(samples))
     if len(samples) < MIN_SAMPLES:
@@ -32,9 +36,10 @@ def _rank(count: int) -> int:
 def center_of_rounds(medians: Sequence[float]) -> tuple[float, float, float]:
     """Return the median of several rounds' medians, and the ends of its 95% interval. Each round is one process.
 
-    All samples of one process share its memory addresses and its clocks, so the process is the unit that repeats. With
-    MIN_SAMPLES rounds or more, `median_interval` gives the exact interval. With fewer rounds it is Student's interval
-    of the logarithms, which assumes that they are normally distributed, and which is wide for two rounds.
+    All samples of one process share the process's memory addresses and clocks, so samples of one process do not show
+    how processes differ. This function therefore uses one number per process. With `MIN_SAMPLES` rounds or more, it
+    returns the exact interval (`median_interval`). With fewer rounds it returns Student's interval of the logarithms.
+    Student's interval assumes that the logarithms are normally distributed, and it is wide for two rounds.
     """
     if len(medians) >= MIN_SAMPLES:
         return median_interval(medians)
@@ -45,11 +50,12 @@ def center_of_rounds(medians: Sequence[float]) -> tuple[float, float, float]:
 
 
 def series_interval(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Return the median of samples in the order they were taken, and the ends of its 95% interval.
+    """Return the median of a time series, and the ends of its 95% interval. `samples` are in the order of measurement.
 
-    The interval for independent samples reaches some number of ranks to each side of the middle. Here that number is
-    multiplied by `dependence(samples)`. If this reaches beyond the outermost samples, each end is extrapolated: the
-    distance from the median to the outermost sample grows in proportion to the ranks.
+    Among the ordered samples, the interval for independent samples reaches some number of ranks to each side of the
+    middle. This function multiplies that number by `dependence(samples)`. If the product reaches beyond the smallest
+    and the largest sample, each end is extrapolated: its distance from the median is the distance of the outermost
+    sample, multiplied by how many times further the product reaches.
     """
     count = len(samples)
     if count < MIN_SAMPLES:
@@ -66,8 +72,8 @@ def dependence(samples: Sequence[float]) -> float:
     """Return the factor by which an interval for independent samples is too narrow for these samples; at least 1.
 
     Samples depend on each other because a machine that is slow stays slow for a while. For a first-order autoregressive
-    series the factor is √((1 + r) / (1 − r)). r is the correlation between the side of the median that a sample lies on
-    and the side of the next sample.
+    series with the correlation r between neighbours, the factor is √((1 + r) / (1 − r)). This function computes r from
+    signs: each sample counts as +1 above the median and as −1 below it.
     """
     sides = np.sign(np.asarray(samples) - np.median(samples))
     if len(sides) < MIN_SAMPLES or not sides.any():
@@ -82,5 +88,5 @@ def relative_half_width(median: float, low: float, high: float) -> float:
     return (high - low) / 2 / median
 
 
-#: The smallest slowdown that a gate must not pass, as a share.
+#: The default threshold of a gate, as a share: the smallest slowdown that must not pass.
 THRESHOLD = 0.03

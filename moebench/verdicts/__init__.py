@@ -1,1 +1,1 @@
-"""Did a change make it slower, larger or wrong? Exact tests, gates, baselines, and comparisons of revisions."""
+"""Decide whether a change of the code made a backend slower, larger in memory, or wrong."""

@@ -1,10 +1,10 @@
 """Measure two revisions of `experts` side by side until every job is decided.
 
-A round is four fresh processes, two of A and two of B. Only times of the same round are compared. On a CPU the four
-live at the same time and take turns, job by job in random order, so that a disturbance of the machine hits both sides.
-On a GPU they run one after the other in random order, because they would have to share its memory. The two A of each
-round, compared with each other, show how often this machine raises a false alarm. moebench.verdicts.looks decides when
-to stop.
+A and B are the two revisions. A round has four fresh processes, two of A and two of B. Only times of the same round are
+compared. On a CPU the four processes live at the same time and take turns, job by job in random order, so that a
+disturbance of the machine hits both revisions. On a GPU the processes run one after the other in random order, because
+processes that live at the same time would share the GPU's memory. Each round also compares its two processes of A with
+each other: this shows how often the machine raises a false alarm. moebench.verdicts.looks decides when to stop.
 """
 
 import json
@@ -43,10 +43,13 @@ AB_NAME = "ab.json"
 
 @dataclass(frozen=True)
 class AbPlan:
-    """The jobs of a run, for two revisions. The run's folder gets the results of A in `a` and the results of B in `b`.
+    """The plan to measure the jobs of a run with two revisions.
 
-    `only_a`, `only_b`: jobs with a backend that the other revision does not have. `looks`: the number of rounds at each
-    look.
+    `run`: the jobs and the folder. The results of A go into its subfolder `a`, and the results of B into `b`.
+    `a`, `b`: the copies of the two revisions.
+    `only_a`, `only_b`: the jobs with a backend that only this revision has.
+    `looks`: the total number of rounds at each look.
+    `threshold`: the smallest slowdown that must not pass, as a share.
     """
 
     run: RunPlan
@@ -63,7 +66,7 @@ class AbPlan:
 
     @property
     def in_turns(self) -> bool:
-        """Whether the processes of a round live at the same time and take turns."""
+        """Whether the processes of a round live at the same time and take turns: true if the run uses no GPU."""
         return all(slot.gpu is None for slot in self.run.rounds[0].slots)
 
     @property
@@ -71,10 +74,11 @@ class AbPlan:
         return self.run.folder / "a", self.run.folder / "b"
 
     def round(self, jobs: Collection[Job], number: int) -> list[Plan]:
-        """Return the processes of round `number`, in random order.
+        """Return the plans of the four processes of round `number`, in random order.
 
-        Each process writes a round of its own, for which `looks.block_of` returns `number`. The processes use no more
-        GPUs than the largest EP size needs, so that all of them measure on the same GPUs.
+        Each process writes its records under a round number of its own. `looks.block_of` turns that number back into
+        `number`. The processes use only as many GPUs as the largest EP size needs, so that all processes measure on the
+        same GPUs.
         """
         both, (folder_a, folder_b) = set(jobs), self.folders
         alone_a, alone_b = (self.only_a, self.only_b) if number == 0 else ((), ())  # nothing to compare: measure once
@@ -97,7 +101,10 @@ class AbPlan:
 
 @dataclass(frozen=True)
 class Look:
-    """The verdicts after `num_rounds` rounds, and the number of measurements that the time budget left out."""
+    """The verdicts after `num_rounds` rounds.
+
+    `num_left` is the number of measurements that the time budget left out.
+    """
 
     num_rounds: int
     result: GateResult
@@ -106,10 +113,12 @@ class Look:
 
 @contextmanager
 def prepared(run: RunPlan, revision_a: str, revision_b: str, threshold: float) -> Iterator[AbPlan]:
-    """Make the run's folder, and keep copies of both revisions in it until the block ends.
+    """Make the run's folder, and keep copies of both revisions in the folder until the block ends.
 
-    If nothing was measured, a new folder is removed and an existing one emptied, so that the corrected command can name
-    it again. Raises RevisionError for a revision that cannot be measured, and UsageError for backends that do not fit.
+    If nothing was measured, the end of the block removes the folder if it is new, and empties it if it existed before.
+    The user can then name the same folder in a corrected command. Raises RevisionError if a revision cannot be
+    measured. Raises UsageError if neither revision has a backend of the run, or if they have no backend of the run in
+    common.
     """
     existed, copies = run.folder.exists(), run.folder / "experts"
     with locked(run.folder):
@@ -138,9 +147,10 @@ def _plan(run: RunPlan, a: Revision, b: Revision, threshold: float) -> AbPlan:
 
 
 def compare_revisions(plan: AbPlan, on_record: Callable[[Record], None]) -> Iterator[Look]:
-    """Measure, and judge at every look, until every job is decided or the time budget is spent. Yield each look.
+    """Measure both revisions until every job is decided or the time budget is spent. Yield the verdicts of each look.
 
-    Raises Interrupted on Ctrl-C. The folders of both sides keep all measurements, whatever ends this.
+    `on_record` is called with each new record. Raises Interrupted if the user presses Ctrl-C. However the measuring
+    ends, the folders `plan.folders` keep all finished measurements.
     """
     _note(plan)
     budget_s, started = plan.run.time_budget_s, time.monotonic()
@@ -179,9 +189,10 @@ def _note(plan: AbPlan) -> None:
 
 
 def _verdict_on_time(judged: Judged | None) -> Verdict:
-    """Return the verdict that more rounds could change: the one on time. They do not change memory and parity.
+    """Return the verdict on time of a job, or the job's verdict if it has none on time.
 
-    `judged` is None if the two sides have not both measured the job yet.
+    Only the verdict on time can change with more rounds. Memory and parity stay the same. `judged` is None if not both
+    revisions have measured the job yet; the verdict is then INCONCLUSIVE.
     """
     if judged is None:
         return Verdict.INCONCLUSIVE
@@ -206,7 +217,7 @@ def _judge(plan: AbPlan) -> GateResult:
 
 
 def _a_against_itself(rows: Sequence[Row], threshold: float) -> SelfComparison:
-    """Compare the first process of A in each round with the second."""
+    """Compare the first process of A in each round with the second process of A, job by job."""
     family = {}
     for number, row in enumerate(filter(is_ok, rows)):
         rounds = rounds_of(row)

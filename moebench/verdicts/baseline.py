@@ -1,7 +1,8 @@
-"""Baselines: stored results to gate candidates against, one folder for each machine with its software.
+"""Store and find baselines: results that a gate compares new results with.
 
-A baseline's name has the GPU's (or CPU's) name and a fingerprint of everything that must be equal before times may be
-compared (`Environment.comparable`). From these a candidate finds its baseline.
+Each machine with its software has one baseline, in one folder. The name of a baseline has the name of the GPU (or of
+the CPU) and a fingerprint. The fingerprint covers everything that must be equal before times may be compared
+(`Environment.comparable`). A gate finds the baseline of a candidate by the fingerprint.
 """
 
 import re
@@ -22,7 +23,7 @@ BASELINES = Path("results") / "published" / "baselines"
 
 @dataclass(frozen=True)
 class Baseline:
-    """A stored baseline."""
+    """A stored baseline: its folder, and the results in the folder."""
 
     path: Path
     result: Result
@@ -43,7 +44,7 @@ class Baseline:
         return min(counts, default=0), max(counts, default=0)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what the baseline holds and where it was measured, for a table or JSON."""
+        """Return facts for a table or JSON: jobs, rounds and runs of the baseline, its machine and its software."""
         frame, (least, most) = self.result.frame, self.rounds
         return {
             "name": self.name,
@@ -64,7 +65,7 @@ def name_of(environment: Environment) -> str:
 
 
 def stored(root: Path = BASELINES) -> list[Baseline]:
-    """Return all stored baselines, sorted by name. Raises ResultsError for a folder that is not a baseline."""
+    """Return all stored baselines, sorted by name. Raises ResultsError if a folder in `root` is not a baseline."""
     folders = sorted(path for path in root.glob("*") if path.is_dir())
     return [_opened(folder) for folder in folders]
 
@@ -80,10 +81,10 @@ def _opened(folder: Path) -> Baseline:
 
 
 def update(path: Path, root: Path = BASELINES) -> Baseline:
-    """Store the results in `path` in the baseline of their machine and software. Return that baseline.
+    """Add the results in `path` to the baseline of their machine and software, and return the baseline.
 
-    The new rows replace stored rows of the same jobs. Raises ResultsError for results of several environments, and for
-    results without an environment's file.
+    New rows replace stored rows of the same jobs, unless the run of the stored rows began later. Raises ResultsError if
+    the results come from several environments, or if no file beside the results describes their environment.
     """
     new = open_result(path)
     ids = sorted(set(new.frame["env_id"]))
@@ -107,7 +108,7 @@ def _saved(results: Sequence[Result], folder: Path) -> Baseline:
 
 
 def matching(candidate: Result, root: Path = BASELINES) -> Baseline:
-    """Return the baseline of the candidate's machine and software. Raises ResultsError if there is none."""
+    """Return the baseline of the candidate's machine and software. Raises ResultsError if none is stored."""
     ids = sorted(set(candidate.frame["env_id"]))
     there = stored(root)
     found = [baseline for baseline in there if baseline.environment.env_id in ids]
@@ -121,7 +122,7 @@ def matching(candidate: Result, root: Path = BASELINES) -> Baseline:
 
 
 def named(name: str, root: Path = BASELINES) -> Baseline:
-    """Return the baseline with that name. Raises ResultsError if there is none."""
+    """Return the baseline with that name. Raises ResultsError if no baseline has the name."""
     there = {baseline.name: baseline for baseline in stored(root)}
     if name not in there:
         raise ResultsError(f"baseline:{name}: no such baseline in {root}; there are {', '.join(there) or 'none'}")

@@ -1,4 +1,4 @@
-"""Whether rows of two results may be compared."""
+"""Decide whether rows of two results may be compared, from the environments in which they were measured."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,14 +9,22 @@ from moebench.machine.environment import Environment
 
 @dataclass(frozen=True)
 class Comparability:
-    """Whether rows of two results may be compared, from the environments of both."""
+    """The rule that decides whether rows of two results may be compared.
+
+    `baseline` and `candidate` have the environments of the two results by `env_id`. `allowed` has the facts that may
+    differ, by their names in `CHANGES`.
+    """
 
     baseline: Mapping[str, Environment]
     candidate: Mapping[str, Environment]
-    allowed: Collection[str] = ()  # names from CHANGES
+    allowed: Collection[str] = ()
 
     def between(self, baseline_id: str, candidate_id: str) -> tuple[Difference, ...]:
-        """Return what differs between two environments, or one difference named `env_id` if their files do not tell."""
+        """Return what differs between two environments.
+
+        If the ids differ, but the files of the environments are missing or do not say what differs, this returns one
+        difference named `env_id`.
+        """
         if baseline_id == candidate_id:
             return ()
         one, two = self.baseline.get(baseline_id), self.candidate.get(candidate_id)

@@ -1,7 +1,8 @@
-"""A gate's verdicts as one JSON document: `moebench gate --json` writes it, `moebench report --gate` reads it.
+"""Write and read the verdicts of a gate as one JSON document.
 
-docs/gating.md explains the keys. A number that is infinite or not known is null: JSON has no infinity, and a reader
-must not mistake a limit for a measured number.
+`moebench gate --json` writes the document, and `moebench report --gate` reads it. docs/gating.md explains the keys. A
+number that is infinite or not known is null, because JSON has no infinity, and because a reader must not mistake a
+limit for a measured number.
 """
 
 from collections import Counter
@@ -20,7 +21,7 @@ CellValue = str | int | float | None
 
 
 class _Part(BaseModel):
-    """The base of all parts. It ignores unknown keys, so that a later moebench may add keys."""
+    """The base class of all parts of the document. It ignores unknown keys, so that a later moebench may add keys."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True, ser_json_inf_nan="null")
 
@@ -34,7 +35,7 @@ class GateFinding(_Part):
 
 
 class GateTime(_Part):
-    """The ratio candidate / baseline with its interval, p-values, the smallest visible slowdown and the rounds."""
+    """The verdict on time in numbers. The fields are those of `moebench.verdicts.times.TimeVerdict`."""
 
     ratio: float | None
     low: float | None
@@ -56,14 +57,14 @@ class GateTime(_Part):
 
 
 class BothSides(_Part):
-    """A column's value on both sides."""
+    """The value of one column in the baseline and in the candidate."""
 
     baseline: CellValue
     candidate: CellValue
 
 
 class GateJob(_Part):
-    """The verdict on one job, and the measured values of both sides."""
+    """The verdict on one job, and the values that the baseline and the candidate measured."""
 
     case_id: str
     backend: str
@@ -81,7 +82,7 @@ class GateJob(_Part):
     def of(cls, job: Judged) -> Self:
         time = None if job.time is None else GateTime.model_validate(job.time)
         if time is not None and not time.low:
-            time = time.model_copy(update={"low": None})  # 0 is minus infinity as a logarithm: not known
+            time = time.model_copy(update={"low": None})  # a ratio of 0 stands for a lower end that is not known
         columns = ("status", "time_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
         return cls(
             case_id=job.key.case_id,
@@ -104,7 +105,7 @@ class GateJob(_Part):
 
 
 class GateSelfComparison(_Part):
-    """Two sides between which nothing changed, judged by the gate's rules."""
+    """The false alarms of the gate's rules when they compare two sides between which nothing changed."""
 
     name: str
     num_compared: int
@@ -119,7 +120,7 @@ class GateSelfComparison(_Part):
 
 
 class GateDifference(_Part):
-    """A fact that differs between the environments of the two sides."""
+    """A fact that differs between the environments of the baseline and the candidate."""
 
     what: str
     baseline: str
@@ -153,7 +154,7 @@ class GateDocument(_Part):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Return the document in a file. Raises ResultsError for a file that does not hold one."""
+        """Return the document in a file. Raises ResultsError if the file cannot be read or holds something else."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
@@ -169,7 +170,7 @@ class GateDocument(_Part):
 
     @property
     def remarkable(self) -> list[GateJob]:
-        """The jobs to look at, the worst first."""
+        """The jobs that failed or are undecided, the worst verdict first."""
         open_ = [job for job in self.jobs if job.verdict.severity in (Severity.FAILED, Severity.UNDECIDED)]
         return sorted(open_, key=lambda job: job.verdict.rank)
 

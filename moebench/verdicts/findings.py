@@ -1,8 +1,9 @@
-"""Two rows of one job -> the findings on parity and memory, and whether the two rows may be compared.
+"""Compare the two rows that a baseline and a candidate have of one job, and return the findings.
 
-On a CPU memory is judged to the byte. On a GPU torch's caching allocator counts the full size of every cached block
-that it hands out, and it may hand out other blocks in the next process. Only a larger difference counts as a change.
-Parity is judged by the status: a job with an error above its budget has the status mismatch.
+On a CPU, every byte of difference in memory counts. On a GPU, torch's caching allocator counts the full size of every
+cached block that it hands out, and it may hand out blocks of other sizes in the next process. On a GPU, only a
+difference that is larger than this variation (`_GPU_SLACK`) counts as a change. The finding on parity follows from the
+status of the rows: a job with an error above its budget has the status `mismatch`.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -21,10 +22,11 @@ from moebench.workload.case import Case, Job
 Row = Mapping[Hashable, Any]  # a row of a frame of results
 
 _MEMORY_COLUMNS = {"peak": "peak_memory_bytes", "saved for backward": "saved_memory_bytes"}
-#: On one H200 (2026-11-23, 58 jobs) two processes of the same code differed in peak memory by up to 0.33%, or 0.2 MiB
-#: if that is more, and in memory saved for backward by up to 0.6% or 1 MiB.
+#: On one H200 (2026-11-23, 58 jobs) two processes of the same code differed in peak memory by up to 0.33% or 0.2 MiB,
+#: whichever is more, and in memory saved for backward by up to 0.6% or 1 MiB, whichever is more. A difference up to the
+#: larger of `_GPU_SLACK` (as a share) and `_GPU_SLACK_BYTES` does not count.
 _GPU_SLACK, _GPU_SLACK_BYTES = 0.01, 2 << 20
-#: Flags of a time that is not evidence about the code.
+#: Flags of a time that says nothing about the code, with the reason.
 _SPOILED = {"slowed_down": "slowed down by heat or a power brake", IMPOSSIBLY_FAST: "impossibly fast"}
 
 
@@ -32,16 +34,17 @@ _SPOILED = {"slowed_down": "slowed down by heat or a power brake", IMPOSSIBLY_FA
 class Finding:
     """The verdict on one measure of a job."""
 
-    measure: str  # "time", "memory" or "parity"; "job" if only one side has the job
+    measure: str  # "time", "memory" or "parity"; "job" if only one of the results has the job
     verdict: Verdict
     reason: str
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two rows of a job that both results have.
+    """The two rows of a job that is in both results.
 
-    `differences` lists the facts that differ between the environments; `forbidding` has the ones that are not allowed.
+    `differences` has the facts that differ between the environments of the two rows. `forbidding` has those of
+    `differences` that forbid a comparison.
     """
 
     baseline: Row
@@ -55,7 +58,7 @@ class Pair:
 
     @property
     def why_incomparable(self) -> str:
-        """Why the times of the two rows must not be compared; empty if they may be."""
+        """Why the times of the two rows must not be compared; empty if the times may be compared."""
         one, two = (row["l2"] for row in (self.baseline, self.candidate))
         other_l2 = [] if is_null(one) or is_null(two) or one == two else [f"L2 {one} -> {two}"]
         spoiled = [
@@ -82,10 +85,10 @@ def is_null(cell: Any) -> bool:
 
 
 def rounds_of(row: Row) -> dict[int, float]:
-    """Return the median of each round of a row in ms, by the round's number.
+    """Return the median time of each round of a row in ms, by the round's number; empty for a row without samples.
 
-    If the row does not tell the samples' rounds, all samples belong to round 0. Marked samples ran at another clock
-    than most. They count only in a round in which all samples are marked.
+    If the row has no `sample_rounds`, all samples belong to round 0. A sample that is marked in `sample_marked` ran at
+    an unusual GPU clock. Marked samples count only in a round in which all samples are marked.
     """
     samples, rounds, marked = row["samples_ms"], row["sample_rounds"], row["sample_marked"]
     if is_null(samples) or not len(samples):
@@ -107,9 +110,9 @@ def of_candidate_alone(row: Row) -> tuple[Finding, ...]:
 
 
 def of_pair(pair: Pair, time: TimeVerdict | None) -> tuple[Finding, ...]:
-    """Return the findings on time, memory and parity, or only parity if one side is not ok.
+    """Return the findings on time, memory and parity of one job, or only on parity if one of its rows is not ok.
 
-    `time` is None if the times must not be compared.
+    `time` is None if the times of the two rows must not be compared.
     """
     if not pair.both_ok:
         return (_parity(pair),)

@@ -1,7 +1,7 @@
-"""Two results -> a verdict on every job: time, memory, parity.
+"""Compare two results, and give a verdict on the time, the memory and the parity of every job.
 
-moebench.verdicts.times judges the times of all jobs together. moebench.verdicts.findings judges each job's memory and
-parity. docs/gating.md is the user's reference.
+moebench.verdicts.times gives the verdicts on the times of all jobs together. moebench.verdicts.findings gives the
+verdicts on the memory and the parity of each job. docs/gating.md is the user's reference.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +24,14 @@ from moebench.workload.case import KEY, JobKey, key_of
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdict on a job and its evidence. A side's row is None if that side does not have the job."""
+    """The verdict on a job, and its evidence.
+
+    `time` is None if the times were not compared. `baseline` and `candidate` are the rows of the job; a row is None if
+    that result does not have the job.
+    """
 
     key: JobKey
-    case: str  # the parts that distinguish the case from the other cases, in words
+    case: str  # in words, the settings that distinguish the case from the other cases
     backend: str  # with its dispatcher, as in every table and plot
     findings: tuple[Finding, ...]
     time: TimeVerdict | None
@@ -43,7 +47,7 @@ class Judged:
         return next((finding for finding in self.findings if finding.measure == measure), None)
 
     def cells(self, column: str) -> tuple[Any, Any]:
-        """Return a column's value in the baseline and in the candidate; None if it was not measured."""
+        """Return the value of a column in the baseline and in the candidate. A value that was not measured is None."""
         values = [None if row is None else row[column] for row in (self.baseline, self.candidate)]
         one, two = (None if is_null(value) else value for value in values)
         return one, two
@@ -51,12 +55,12 @@ class Judged:
 
 @dataclass(frozen=True)
 class SelfComparison:
-    """Two sides between which nothing changed, judged by the gate's rules: every alarm is a false one."""
+    """The gate's rules applied to two sides between which nothing changed, so that every alarm is false."""
 
     name: str
-    num_compared: int  # jobs
-    num_alarms: int  # of these jobs, the ones with the verdict REGRESSED or IMPROVED
-    num_below: int  # jobs with either p-value below 5%; at most 10% if rounds are exchangeable
+    num_compared: int  # the number of jobs that were compared
+    num_alarms: int  # the number of compared jobs with the verdict REGRESSED or IMPROVED
+    num_below: int  # the number of compared jobs with a p-value below 5%; by chance, at most 10% of the jobs
 
     def __str__(self) -> str:
         if not self.num_compared:
@@ -70,14 +74,14 @@ class SelfComparison:
 
 @dataclass(frozen=True)
 class GateResult:
-    """All verdicts of a gate, with the settings and self-comparisons that a reader needs to judge them."""
+    """All verdicts of a gate, with the settings and self-comparisons that show how far to trust the verdicts."""
 
     jobs: tuple[Judged, ...]
     threshold: float
     false_alarms: float
     self_comparisons: tuple[SelfComparison, ...] = ()
     differences: tuple[Difference, ...] = ()  # between the environments, including the allowed ones
-    title: str = ""  # what all cases share, and where and when moebench measured both sides
+    title: str = ""  # the settings that all cases share, and where and when the two results were measured
 
     @property
     def counts(self) -> dict[Verdict, int]:
@@ -105,11 +109,12 @@ def gate(
     self_comparisons: Sequence[SelfComparison] | None = None,
     block_of: Callable[[int], int] | None = None,
 ) -> GateResult:
-    """Judge every job of two results. `moebench.results.frame.load` opens such frames.
+    """Return the verdict on every job of two results. `moebench.results.frame.load` opens the frames.
 
-    `block_of` is given if rounds of both sides were measured together: it returns the block of a round's number.
-    `self_comparisons` default to the earlier rounds of each result against its later rounds. Raises ResultsError if the
-    results have no job in common.
+    `threshold` is the smallest slowdown that must not pass, as a share. `false_alarms` and `wrong_passes` are explained
+    in moebench.verdicts.times. By default, `self_comparisons` compare the earlier rounds of each result with its later
+    rounds. Pass `block_of` if rounds of both results were measured together in blocks: it gets the number of a round
+    and returns the round's block. Raises ResultsError if the results have no job in common.
     """
     before, after = _by_key(baseline), _by_key(candidate)
     pairs = _pairs(before, after, comparability)
@@ -153,7 +158,7 @@ def _pairs(
 
 
 def _family(pairs: Mapping[JobKey, Pair], block_of: Callable[[int], int] | None) -> dict[JobKey, Sides]:
-    """Return the rounds of the jobs with times that may be compared."""
+    """Return the round medians of both sides, for each job with times that may be compared."""
     return {
         key: sides(rounds_of(pair.baseline), rounds_of(pair.candidate), block_of)
         for key, pair in pairs.items()
@@ -164,7 +169,7 @@ def _family(pairs: Mapping[JobKey, Pair], block_of: Callable[[int], int] | None)
 def sides(
     baseline: Mapping[int, float], candidate: Mapping[int, float], block_of: Callable[[int], int] | None = None
 ) -> Sides:
-    """Return the sides of one case from its rounds by number, with their blocks if `block_of` is given."""
+    """Return the sides of one job. `baseline` and `candidate` have the median of each round by the round's number."""
     blocks = None
     if block_of is not None:
         blocks = tuple(map(block_of, baseline)), tuple(map(block_of, candidate))
@@ -179,7 +184,7 @@ def _pair(baseline: Row, candidate: Row, comparability: Comparability) -> Pair:
 
 
 def _names(*frames: pd.DataFrame) -> dict[JobKey, tuple[str, str]]:
-    """Return case and backend of each job in words; the case's id if all jobs are of one case."""
+    """Return the case and the backend of each job in words. If all have the same case, its name is its `case_id`."""
     rows = pd.concat(frames, ignore_index=True)
     cases = describe(rows.assign(run_id="", device="", gpu="")).labels
     texts = zip(cases.where(cases != "", rows["case_id"]), backend_labels(rows), strict=True)
@@ -193,7 +198,7 @@ def _title(baseline: pd.DataFrame, candidate: pd.DataFrame) -> str:
 
 
 def halves(name: str, frame: pd.DataFrame, threshold: float, false_alarms: float) -> SelfComparison:
-    """Compare the earlier rounds of a result with its later rounds. A machine that drifts raises false alarms here."""
+    """Compare the earlier rounds of a result with its later rounds. If the machine drifts, this raises false alarms."""
     rounds = [tuple(rounds_of(row).values()) for row in frame.to_dict("records")]
     enough = [some for some in rounds if len(some) >= 2 * times.MIN_ROUNDS]
     family = {number: Sides(some[: len(some) // 2], some[len(some) // 2 :]) for number, some in enumerate(enough)}
@@ -201,7 +206,7 @@ def halves(name: str, frame: pd.DataFrame, threshold: float, false_alarms: float
 
 
 def self_comparison(name: str, family: Mapping[Any, Sides], threshold: float, false_alarms: float) -> SelfComparison:
-    """Judge two sides between which nothing changed by the gate's rules, and count the false alarms."""
+    """Apply the gate's rules to two sides between which nothing changed, and count the false alarms."""
     found = times.judge_times(family, threshold, false_alarms).values()
     alarms = [some for some in found if some.verdict in (Verdict.REGRESSED, Verdict.IMPROVED)]
     below = [some for some in found if min(some.p_slower, some.p_faster) < 0.05]

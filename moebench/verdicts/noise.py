@@ -1,4 +1,4 @@
-"""How the recorded times of one job vary: between rounds, within one process, or within the rounds of `ab`."""
+"""Draw random rounds of one job, from how its recorded times vary between rounds, in one process, or in an `ab`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -33,15 +33,18 @@ class JobNoise(Protocol):
     def sides(self, random: np.random.Generator, rounds: tuple[int, int], session: float) -> Sides:
         """Return `rounds` random rounds of each side.
 
-        All rounds of a side share one random shift with the standard deviation `session`, as if of another day.
+        All rounds of a side share one random shift, as if each side was measured on another day. `session` is the
+        standard deviation of the shift, as a share.
         """
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise of sides that are measured apart.
+    """The noise of one job if its two sides are measured apart.
 
-    It comes from recorded rounds, or from the samples of one process and an assumed spread `between` processes.
+    `log_rounds` and `log_samples` are the logarithms of the recorded rounds and samples, minus their median. If at
+    least `MIN_RECORDED` rounds were recorded, the noise comes from the rounds. Otherwise it comes from the samples of
+    one process and from `between`, the assumed standard deviation between processes.
     """
 
     backend: str
@@ -58,16 +61,16 @@ class Noise:
         return Sides(tuple(one.tolist()), tuple(two.tolist()))
 
     def draw(self, random: np.random.Generator, num_rounds: int) -> _FloatArray:
-        """Return logarithms of the medians of random rounds, around 0."""
+        """Return the logarithms of the medians of `num_rounds` random rounds. The logarithms vary around 0."""
         if self.is_recorded:
             picked = random.choice(self.log_rounds, num_rounds)
             return np.asarray(picked + random.normal(0, _bandwidth(self.log_rounds), num_rounds))
         return np.asarray(self._medians(random, num_rounds) + random.normal(0, self.between, num_rounds))
 
     def _medians(self, random: np.random.Generator, num_rounds: int) -> _FloatArray:
-        """Return medians of samples drawn in circular blocks. Each round has as many samples as were recorded.
+        """Return the logarithms of medians of samples that are drawn in circular blocks.
 
-        The length of a block is the square root of their number.
+        Each round has as many samples as were recorded. The length of a block is the square root of that number.
         """
         size = len(self.log_samples)
         block = max(1, round(math.sqrt(size)))
@@ -78,7 +81,10 @@ class Noise:
 
 @dataclass(frozen=True)
 class NoiseTogether:
-    """The noise of sides that `moebench ab` measured together. `log_rounds` has one row per recorded round."""
+    """The noise of one job if `moebench ab` measures its two sides together.
+
+    `log_rounds` has one row per recorded round and one column per process.
+    """
 
     backend: str
     log_rounds: _FloatArray
@@ -88,7 +94,7 @@ class NoiseTogether:
         return True
 
     def sides(self, random: np.random.Generator, rounds: tuple[int, int], session: float = 0.0) -> Sides:
-        """Draw recorded rounds, and assign their processes to the sides at random. `session` does not apply here."""
+        """Draw recorded rounds, and assign the processes of each round to the two sides at random. Ignore `session`."""
         num_rounds = rounds[0] // RUNS_A_SIDE
         drawn = random.permuted(self.log_rounds[random.integers(len(self.log_rounds), size=num_rounds)], axis=1)
         drawn = np.exp(drawn + random.normal(0, self._bandwidth, drawn.shape))
@@ -104,15 +110,15 @@ class NoiseTogether:
 def _bandwidth(values: _FloatArray) -> float:
     """Return the bandwidth by Silverman's rule.
 
-    The spread is the standard deviation or the scaled distance of the quartiles, whichever is smaller: outliers make
-    only the first one larger.
+    The spread is the standard deviation or the scaled distance between the quartiles, whichever is smaller. Outliers
+    make only the standard deviation larger.
     """
     low, high = np.percentile(values, (25, 75))
     return float(0.9 * min(np.std(values, ddof=1), (high - low) / 1.349) * len(values) ** -0.2)
 
 
 def noises(frame: pd.DataFrame, between: float) -> list[Noise]:
-    """Return the noise of every job that has a time. `between` is assumed for jobs with too few recorded rounds."""
+    """Return the noise of every job that has a time. `between` applies to jobs with too few recorded rounds."""
     rows = [row for row in frame.to_dict("records") if is_ok(row)]
     return [
         Noise(row["backend"], _centred([*rounds_of(row).values()]), _centred(row["samples_ms"]), between)
@@ -127,7 +133,7 @@ def _centred(times_ms: Sequence[float]) -> _FloatArray:
 
 
 def noises_together(a: pd.DataFrame, b: pd.DataFrame) -> list[NoiseTogether]:
-    """Return the noise of every job with a time on both sides of an `ab`. Both sides must be the same code."""
+    """Return the noise of every job that has a time in both results of an `ab`. Both must be of the same code."""
     others = {key_of(row): row for row in b.to_dict("records") if is_ok(row)}
     found = []
     for row in filter(is_ok, a.to_dict("records")):

@@ -1,16 +1,17 @@
-"""Two groups of numbers -> the shift between them, with exact, distribution-free limits.
+"""Estimate the shift between two groups of numbers, with exact limits that hold for any distribution.
 
-The test is the rank-sum test of Wilcoxon, Mann and Whitney, with the limits that invert it (Hollander, Wolfe and
-Chicken, Nonparametric Statistical Methods, 3rd ed., chapter 4). For numbers in blocks it is van Elteren's test (1960)
-with equal weights, which compares only numbers of the same block.
+The test is the rank-sum test of Wilcoxon, Mann and Whitney. The limits are the shifts that the test does not reject
+(Hollander, Wolfe and Chicken, Nonparametric Statistical Methods, 3rd ed., chapter 4). If the numbers are in blocks, the
+test is van Elteren's (1960) with equal weights, which compares only numbers of the same block.
 
 If both groups of a block are drawn from one distribution of any shape, all orders of their members are equally likely.
 This gives the distribution of U, the number of pairs in which the member of the second group is greater.
 
-The test assumes nothing about the noise. Two modes or a disturbed round may hide a change, but they do not cause a
-false alarm. A disturbance that all members of a block share does neither. The price is many rounds: for groups of n
-and m members that do not overlap, the smallest possible p-value is 1 / C(n + m, n). For several blocks it is the
-product over the blocks.
+The test assumes nothing about the shape of the noise. Times with two modes, or a disturbed round, may hide a change,
+but they do not raise the rate of false alarms. A disturbance that all members of a block share has no effect. The price
+is many rounds. The smallest possible p-value of groups of n and m members is 1 / C(n + m, n), and it occurs if the
+groups do not overlap. For several blocks, the smallest possible p-value is the product of the smallest p-values of the
+blocks.
 """
 
 import math
@@ -27,7 +28,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Shifts:
-    """All differences second − first within the blocks, ascending, and P(U <= u) for u = 0 … their number."""
+    """The differences between two groups, within blocks.
+
+    `values`: all differences second − first within the blocks, ascending.
+    `null_tail`: P(U <= u) if the groups have the same distribution, for u from 0 to the number of differences.
+    """
 
     values: Floats
     null_tail: Floats
@@ -54,22 +59,31 @@ class Shifts:
         return float(self.null_tail[np.count_nonzero(self.values >= 0)])
 
     def lower_limit(self, level: float) -> float:
-        """Return the lower limit of the shift, wrong with probability `level` at most; −inf for too few numbers."""
+        """Return the lower limit of the shift; −inf if the groups are too small.
+
+        The true shift is below the limit with a probability of at most `level`.
+        """
         rank = self._rank(level)
         return float(self.values[rank - 1]) if rank else -math.inf
 
     def upper_limit(self, level: float) -> float:
-        """Return the upper limit of the shift, wrong with probability `level` at most; inf for too few numbers."""
+        """Return the upper limit of the shift; inf if the groups are too small.
+
+        The true shift is above the limit with a probability of at most `level`.
+        """
         rank = self._rank(level)
         return float(self.values[-rank]) if rank else math.inf
 
     def _rank(self, level: float) -> int:
-        """Return the rank, from either end, of the ordered difference that is the limit of that level; 0 if none is."""
+        """Return which difference, counted from either end, is the limit at `level`; 0 if the groups are too small."""
         return int(np.searchsorted(self.null_tail, level, side="right"))
 
 
 def null_tail(sizes: Iterable[tuple[int, ...]]) -> Floats:
-    """Return P(U <= u) for u = 0 … Σ n·m. `sizes` has n and m of each block, with both groups from one distribution."""
+    """Return P(U <= u) for u = 0 … Σ n·m, if both groups have the same distribution.
+
+    `sizes` has n and m, the numbers of members of the two groups, for each block.
+    """
     return _null_tail(tuple(sorted(tuple(sorted(size)) for size in sizes)))
 
 
@@ -86,9 +100,9 @@ def _null_tail(sizes: tuple[tuple[int, int], ...]) -> Floats:
 
 @cache
 def _orders(num_first: int, num_second: int) -> NDArray[np.object_]:
-    """Return the number of orders of two groups without ties that have U = u, for u = 0 … n·m.
+    """Return how many orders of two groups of n and m members without ties have U = u, for u = 0 … n·m.
 
-    These are the coefficients of the Gaussian binomial, the product of (1 − q^(m+i)) / (1 − q^i) over i = 1 … n.
+    The numbers are the coefficients of the Gaussian binomial, the product of (1 − q^(m+i)) / (1 − q^i) over i = 1 … n.
     """
     size = num_first * num_second + 1
     orders = np.zeros(size, dtype=object)
@@ -108,6 +122,9 @@ def group_size_needed(level: float) -> int:
 
 
 def blocks_needed(level: float, group_size: int) -> int:
-    """Return the smallest number of blocks, of two groups of that size, for which a p-value of `level` is possible."""
+    """Return the smallest number of blocks for which a p-value of `level` is possible.
+
+    Each block has two groups of `group_size` members.
+    """
     orders = math.comb(2 * group_size, group_size)
     return next(blocks for blocks in count(1) if orders**-blocks <= level)

@@ -20,7 +20,7 @@ PACKAGE = "experts"
 
 @dataclass(frozen=True)
 class Revision:
-    """A copy of `experts` to measure, in `folder`."""
+    """A copy of the package `experts` to measure. `folder` contains the copy."""
 
     asked: str  # the revision or the folder that the user named
     commit: str | None  # None for a copy of a folder
@@ -31,10 +31,11 @@ class Revision:
 
 
 def copy_experts(asked: str, into: Path) -> Revision:
-    """Copy `experts` into the new folder `into`. `asked` is a folder that holds an `experts`, or else a git revision.
+    """Copy the package `experts` into the new folder `into`.
 
-    The revision is one of the repository around the current folder. The working tree is not changed, and later changes
-    of it do not reach the copy. Raises RevisionError if `asked` is neither.
+    `asked` is a folder that contains a package `experts`, or else a git revision of the repository that contains the
+    current folder. The working tree does not change, and later changes of the working tree do not change the copy.
+    Raises RevisionError if `asked` is neither such a folder nor such a revision.
     """
     source = Path(asked)
     into.mkdir(parents=True)
@@ -43,7 +44,7 @@ def copy_experts(asked: str, into: Path) -> Revision:
         return Revision(asked, None, into)
     _git(
         asked, "rev-list", "--max-count=1", "--end-of-options", asked, "--"
-    )  # has the clearest error message, but takes ranges
+    )  # gives the clearest error message, but also accepts ranges of revisions
     commit = _git(asked, "rev-parse", "--verify", "--end-of-options", f"{asked}^{{commit}}").decode().strip()
     top = _git(asked, "rev-parse", "--show-toplevel").decode().rstrip("\n")
     archive = _git(asked, "-C", top, "archive", "--format=tar", commit, PACKAGE)
@@ -65,7 +66,8 @@ def _git(asked: str, *arguments: str) -> bytes:
     return done.stdout
 
 
-#: A program that imports what a worker imports. It prints what is wrong with each backend's name; null if nothing is.
+#: A program that imports the modules of a worker. It prints a JSON object with an error message for each backend's
+#: name, or null for a backend that exists.
 _PROBE = """
 import json, sys
 import moebench.measure.worker
@@ -83,9 +85,9 @@ print(json.dumps({name: wrong(name) for name in sys.argv[1:]}))
 
 
 def unknown_backends(revision: Revision, names: Iterable[str]) -> dict[str, str]:
-    """Return the backends that this revision does not have, with its error message for each.
+    """Return the backends among `names` that this revision does not have, with the revision's error message for each.
 
-    Raises RevisionError if this moebench cannot drive the revision's `experts`.
+    Raises RevisionError if this moebench cannot import and use the revision's `experts`.
     """
     command = [sys.executable, "-c", _PROBE, *dict.fromkeys(names)]
     variables = os.environ | importing_from(revision.folder)

@@ -3,17 +3,18 @@
     python -m moebench.verdicts.simulate RESULTS [--num-gates N] [--num-jobs N] [--threshold SHARE]
         [--between SHARE] [--ab]
 
-prints a table of docs/gating.md. A simulated gate draws jobs from a result, with replacement. For both sides of each
-job it draws random rounds (moebench.verdicts.noise):
+The command prints a table of docs/gating.md. A simulated gate draws jobs from a result, with replacement. For both
+sides of each job, the simulation draws random rounds (moebench.verdicts.noise) in one of three ways:
 
-* If the job has at least MIN_RECORDED recorded rounds, it draws from these with replacement, and moves each by a small
-  part of their spread (a smoothed bootstrap), so that two draws of one round are not equal to the last bit.
-* If the job has fewer, it draws the job's samples in blocks, so that neighbours stay together, and takes their median.
-  It multiplies the median by a log-normal factor between processes of the share `between`. This factor is assumed and
-  not recorded.
-* With `--ab`, RESULTS is a folder of `moebench ab` for the same revision twice. It draws whole rounds, so that a
-  disturbance that the processes of a round shared stays shared. It simulates each look of `ab` on its own, with the
-  look's share of the false alarms.
+* If the job has at least `MIN_RECORDED` recorded rounds, the simulation draws from the recorded rounds with
+  replacement. It moves each drawn round by a small part of the rounds' spread (a smoothed bootstrap), so that two draws
+  of one round are not equal to the last bit.
+* If the job has fewer recorded rounds, the simulation draws the job's samples in blocks, so that neighbours stay
+  together, and takes the median of the drawn samples. It multiplies the median by a log-normal random factor, which
+  stands for the difference between processes. The spread of the factor, `between`, is assumed and not recorded.
+* With `--ab`, RESULTS is a folder of `moebench ab` for the same revision twice. The simulation draws whole rounds, so
+  that a disturbance that hit all processes of a round still hits all of them. It simulates each look of `ab` on its
+  own, with the look's share of the false alarms.
 """
 
 import argparse
@@ -36,16 +37,18 @@ from moebench.verdicts.verdict import Verdict
 ASSUMED_BETWEEN = (0.003, 0.01)
 NUM_JOBS = 200
 ROUNDS = ((10, 10), (20, 20), (20, 5))
-#: Slowdowns from 0.5% up. Each is a tenth larger than the one before.
+#: Slowdowns from 0.5% up, as shares. Each slowdown is a tenth larger than the slowdown before it.
 EFFECTS = tuple(0.005 * 1.1**step for step in range(70))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The setting of a simulation: the rounds of both sides, and the jobs per gate.
+    """The setting of a simulation.
 
-    `session` is the standard deviation, as a share, of a random shift that all rounds of one job and side have in
-    common, as between two days on one machine. No test within a result can see such a shift.
+    `rounds`: the numbers of rounds of the baseline and of the candidate. `num_jobs`: the number of jobs per gate.
+    `session`: the standard deviation, as a share, of a random shift that all rounds of one job and side have in common.
+    It stands for the difference between two days on one machine, which no test within one result can see.
+    `threshold`, `false_alarms`: the settings of the gate.
     """
 
     rounds: tuple[int, int] = ROUNDS[0]
@@ -57,7 +60,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Rate:
-    """A count, and the total that it is a part of."""
+    """The number of cases in which something happened, and the number of all cases."""
 
     count: int
     total: int
@@ -77,7 +80,7 @@ def _drawn(recorded: Sequence[JobNoise], setting: Setting, random: np.random.Gen
 
 
 def false_alarms(recorded: Sequence[JobNoise], setting: Setting, num_gates: int, seed: int = 0) -> Rate:
-    """Simulate gates in which nothing changed, and count the gates that call any job REGRESSED."""
+    """Simulate gates in which nothing changed, and count the gates that give any job the verdict REGRESSED."""
     random = np.random.default_rng(seed)
     alarms = 0
     for _ in range(num_gates):
@@ -89,7 +92,7 @@ def false_alarms(recorded: Sequence[JobNoise], setting: Setting, num_gates: int,
 
 @dataclass(frozen=True)
 class Planted:
-    """The verdicts on a job without a slowdown and with a slowdown by `effect`. No other job of its gate changed."""
+    """The verdicts on a job without a slowdown and with a slowdown by `effect`. No other job of the gate changed."""
 
     backend: str
     effect: float
@@ -104,10 +107,10 @@ class Planted:
 def plant(
     recorded: Sequence[JobNoise], setting: Setting, effects: Sequence[float], num_gates: int, seed: int = 0
 ) -> list[Planted]:
-    """Slow one job of each gate down by each of the `effects`, and judge it.
+    """Slow one job of each gate down by each of the `effects`, and return the verdicts on the slowed job.
 
-    It is enough to judge that job, at the level of Bonferroni's correction: if nothing else in the family changed,
-    Holm's correction gives the slowed job the same level.
+    The other jobs of the gate are not simulated. The slowed job is tested at the level of Bonferroni's correction,
+    because Holm's correction gives the job the same level if nothing else in the family changed.
     """
     random = np.random.default_rng(seed)
     level = setting.false_alarms / setting.num_jobs
@@ -136,10 +139,10 @@ def seen(found: Sequence[Planted], threshold: float = THRESHOLD) -> list[Planted
 
 
 def smallest_found(recorded: Sequence[JobNoise], setting: Setting, num_gates: int, seed: int = 0) -> float:
-    """Return the smallest of EFFECTS that is found in 95% of gates, in a job drawn at random; inf if none is.
+    """Return the smallest slowdown in `EFFECTS` that at least 95% of gates find in a random job; inf if there is none.
 
-    The threshold of the setting does not count here: an effect below it, which a gate would pass, is found if it is
-    shown.
+    The threshold of the setting does not count here. A slowdown below the threshold, which a real gate would pass,
+    counts as found if the tests show it.
     """
     found = plant(recorded, replace(setting, threshold=0.0), EFFECTS, num_gates, seed)
     enough = [
@@ -157,7 +160,7 @@ HEADER = (
 
 
 def table(recorded: Sequence[JobNoise], settings: Sequence[Setting], between: str, num_gates: int) -> Iterator[str]:
-    """Yield the figures as Markdown, one row for each setting. `between` is the text on how much processes differ."""
+    """Yield the rows of the table in Markdown, one row per setting. `between` is the text of the second column."""
     for setting in settings:
         found = plant(recorded, setting, [setting.threshold], 4 * num_gates)
         visible = seen(found, setting.threshold)
@@ -172,7 +175,8 @@ def table(recorded: Sequence[JobNoise], settings: Sequence[Setting], between: st
 def of_results(frame: pd.DataFrame, between: Sequence[float], num_gates: int, setting: Setting) -> Iterator[str]:
     """Yield the table of a gate on stored results.
 
-    If the noise between processes is not recorded for all jobs, the table has rows for each assumption in `between`.
+    If the noise between processes was not recorded for all jobs, the table has rows for each assumed spread in
+    `between`.
     """
     settings = [replace(setting, rounds=rounds) for rounds in ROUNDS]
     for assumed in between:
@@ -191,7 +195,7 @@ def of_ab(a: pd.DataFrame, b: pd.DataFrame, num_gates: int, setting: Setting) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table. `arguments` replace those of the command line."""
+    """Print the table. `arguments` replace the arguments of the command line if they are given."""
     parser = argparse.ArgumentParser(description="Simulate gates from recorded samples.")
     parser.add_argument("results", type=Path, help="results folder or Parquet file")
     parser.add_argument("--num-gates", type=int, default=500, help="number of simulated gates")

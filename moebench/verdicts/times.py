@@ -1,27 +1,28 @@
-"""Rounds of two sides -> verdicts on time, for a whole family of cases at once.
+"""Give verdicts on time for a whole family of cases at once, from the rounds of a baseline and of a candidate.
 
-The unit that repeats is a round, which is a fresh process. A side of a case is a list of medians, one per round. A
-ratio is candidate / baseline, so above 1 means slower. It is estimated by the median over all pairs of rounds (Hodges
-and Lehmann).
+A round is a fresh process. A side (the baseline or the candidate) has a list of medians for each case, one median per
+round. A ratio is candidate / baseline, so a ratio above 1 means slower. The estimate of the ratio is the median of the
+ratios of all pairs of rounds (Hodges and Lehmann).
 
-    REGRESSED     shown to be slower, and a slowdown by the threshold or more is not excluded
-    IMPROVED      shown to be faster, and a speedup by the threshold or more is not excluded
-    PASS          a slowdown by the threshold is excluded, and the comparison would have seen one;
+    REGRESSED     a slowdown is shown, and a slowdown by the threshold or more is not excluded
+    IMPROVED      a speedup is shown, and a speedup by the threshold or more is not excluded
+    PASS          a slowdown by the threshold is excluded, and the comparison would have seen such a slowdown;
                   or a change is shown, and a change by the threshold is excluded
-    INCONCLUSIVE  none of these: the noise is too large for the threshold, or there are too few rounds
+    INCONCLUSIVE  none of the above: the noise is too large for the threshold, or there are too few rounds
 
-*Shown*: by exact rank-sum tests (moebench.verdicts.ranksum) with Holm's correction over the family. If nothing changed,
-a family gets any REGRESSED with a probability of at most `FALSE_ALARMS`, and any IMPROVED with the same probability.
-This holds for noise of any shape, if the rounds of both sides are exchangeable; for rounds that were measured together
-in blocks, if they are exchangeable within a block.
+A change is *shown* if an exact rank-sum test (moebench.verdicts.ranksum) shows it, with Holm's correction over the
+family. If nothing changed, the probability of one or more REGRESSED in the family is at most `FALSE_ALARMS`, and so is
+the probability of one or more IMPROVED. These limits hold for noise of any shape, if the rounds of both sides are
+exchangeable. If the rounds were measured together in blocks, it is enough that the rounds of one block are
+exchangeable.
 
-*Excluded*: by the end of the case's own interval. A case that is slower by the threshold passes with a probability of
-at most `WRONG_PASSES`.
+A change is *excluded* if it lies outside the case's interval (`low` to `high` of `TimeVerdict`). A case that is slower
+by the threshold passes with a probability of at most `WRONG_PASSES`.
 
-*Would have seen*: `smallest_effect` is at most the threshold.
+The comparison *would have seen* a slowdown by the threshold if `smallest_effect` is at most the threshold.
 
-The threshold is therefore the smallest slowdown that must not pass. The estimate need not lie above it: if a case is
-slower by exactly the threshold, half of the estimates lie below it.
+The threshold is therefore the smallest slowdown that must not pass. REGRESSED does not need an estimate above the
+threshold, because half of the estimates lie below it if a case is slower by exactly the threshold.
 """
 
 import math
@@ -38,10 +39,11 @@ from moebench.verdicts.verdict import Verdict
 
 Key = TypeVar("Key", bound=Hashable)
 
-#: Half of the 1% that a gate may have. The tests are exact; the other half allows for rounds not quite exchangeable.
+#: A gate may raise false alarms with a probability of 1%. The exact tests get half of it. The other half allows for
+#: rounds that are not quite exchangeable.
 FALSE_ALARMS = 0.005
 WRONG_PASSES = 0.01
-#: The probability with which a slowdown by `smallest_effect` is found, at least.
+#: The least probability with which a slowdown by `smallest_effect` is found.
 POWER = 0.95
 #: The fewest rounds on a side. One process does not show how much processes differ.
 MIN_ROUNDS = 2
@@ -49,10 +51,10 @@ MIN_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Sides:
-    """The median time of each round of one case, in ms.
+    """The median times of the rounds of one case, in ms.
 
-    `blocks` is given if rounds of both sides were measured together, block by block. It has the block of each baseline
-    round and of each candidate round. Only rounds of the same block are then compared.
+    `blocks` is None unless rounds of both sides were measured together, block by block. Then it has the block of each
+    baseline round and the block of each candidate round, and only rounds of the same block are compared.
     """
 
     baseline_ms: tuple[float, ...]
@@ -75,13 +77,15 @@ class Sides:
 
 @dataclass(frozen=True)
 class TimeVerdict:
-    """The verdict on the time of one case. Ratios are candidate / baseline, so above 1 means slower.
+    """The verdict on the time of one case. Ratios are candidate / baseline, so a ratio above 1 means slower.
 
-    `low` and `high`: the ends of the interval. Each end is wrong with a probability of at most `wrong_passes`, 1% by
-    default. With too few rounds `low` is 0 and `high` is infinite.
+    `ratio`: the estimated ratio; NaN if a side has no rounds.
+    `low`, `high`: the ends of the ratio's interval. Each end is wrong with a probability of at most `wrong_passes` (1%
+    by default). With too few rounds, `low` is 0 and `high` is infinite.
     `p_slower`, `p_faster`: the p-values of this case, before Holm's correction.
     `smallest_effect`: the smallest slowdown, as a share (0.03 is 3%), that this comparison would have shown with a
-    probability of 95% or more, given the noise in its rounds; inf if it could not have shown any.
+    probability of 95% or more, given the noise in its rounds; inf if it could not have shown any slowdown.
+    `rounds`: the numbers of rounds of the baseline and of the candidate.
     """
 
     verdict: Verdict
@@ -102,7 +106,10 @@ def round_medians(samples_ms: ArrayLike, sample_rounds: ArrayLike) -> dict[int, 
 
 
 def holm(p_values: Sequence[float], level: float) -> list[bool]:
-    """Return which hypotheses Holm's procedure rejects. It rejects a true one with a probability of at most `level`."""
+    """Return for each hypothesis whether Holm's procedure rejects it.
+
+    The probability that the procedure rejects one or more true hypotheses is at most `level`.
+    """
     rejected = [False] * len(p_values)
     for position, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         if p_values[number] > level / (len(p_values) - position):
@@ -117,11 +124,13 @@ def judge_times(
     false_alarms: float = FALSE_ALARMS,
     wrong_passes: float = WRONG_PASSES,
 ) -> dict[Key, TimeVerdict]:
-    """Return the verdict on each case of a family. `false_alarms` bounds the false alarms of the whole family together.
+    """Return the verdict on each case of a family.
 
-    A caller that judges several times, with more rounds each time, must divide `false_alarms` and `wrong_passes` among
-    these looks and judge the whole family at each (moebench.verdicts.looks). A case with fewer than MIN_ROUNDS rounds
-    on a side is not tested and does not count in the family.
+    `threshold` is a share. `false_alarms` is the largest probability of one or more false alarms in the whole family.
+    `wrong_passes` is the largest probability that a case which is slower by the threshold passes. A caller that looks
+    several times, with more rounds each time, must divide both probabilities among the looks, and must pass the whole
+    family at each look (moebench.verdicts.looks). A case with fewer than `MIN_ROUNDS` rounds on a side is not tested
+    and does not count in the family.
     """
     tested = {key: _Comparison(sides) for key, sides in family.items() if min(sides.rounds) >= MIN_ROUNDS}
     slower = dict(zip(tested, holm([test.p_slower for test in tested.values()], false_alarms), strict=True))
@@ -136,7 +145,7 @@ def judge_times(
 
 
 class _Comparison:
-    """The shift between the two sides of one case, on the logarithmic scale."""
+    """The comparison of the two sides of one case, on the logarithmic scale."""
 
     def __init__(self, sides: Sides) -> None:
         self._sides = sides
@@ -164,9 +173,11 @@ class _Comparison:
     def _smallest_shift(self, level: float) -> float:
         """Return the smallest slowdown, as a difference of logarithms, that is shown even if chance is against it.
 
-        A slowdown is shown if the estimate exceeds its distance from the lower limit of the family's level. 99 of 100
-        estimates lie above the true shift minus their distance from the lower limit of 1%. The sum of both distances
-        is enough for the promised 95 of 100, even if the noise seems smaller than it is by chance.
+        The sum has two distances. A slowdown is shown if the estimate is larger than the distance between the estimate
+        and the lower limit at the family's `level`. By chance, an estimate may lie below the true shift. In 99 of 100
+        comparisons, it lies below by less than the distance between the estimate and the lower limit at 1%. A shift by
+        the sum of both distances is shown in the promised 95 of 100 comparisons, even if the rounds happen to show less
+        noise than there is.
         """
         return sum(self._shifts.center - self._shifts.lower_limit(some) for some in (level, WRONG_PASSES))
 

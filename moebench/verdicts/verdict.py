@@ -1,10 +1,10 @@
-"""The verdicts of a gate, and the severity of each, which decides how it is shown and counted."""
+"""Define the verdicts of a gate. The severity of a verdict decides how it is shown and counted."""
 
 from enum import Enum, StrEnum
 
 
 class Severity(Enum):
-    """How serious a verdict is, the worst first."""
+    """How serious a verdict is. The worst severity is first."""
 
     FAILED = "failed"  # the gate ends with exit code 1; a failure in JUnit, an error on GitHub
     UNDECIDED = "undecided"  # exit code 3; skipped in JUnit, a warning on GitHub
@@ -14,7 +14,7 @@ class Severity(Enum):
 
 
 class Verdict(StrEnum):
-    """The verdict of a gate on a job or on one of its measures, the worst first."""
+    """The verdict of a gate on a job or on one of the job's measures. The worst verdict is first."""
 
     severity: Severity
 

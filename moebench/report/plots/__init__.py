@@ -1,1 +1,1 @@
-"""Figures of results. `kinds` defines what each kind shows, and `figures` draws all of them."""
+"""Draw figures of results. The module `kinds` defines what each kind of figure shows, and `figures` draws all kinds."""

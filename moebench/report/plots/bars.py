@@ -1,4 +1,4 @@
-"""Bars of dispatch, compute and combine: the parts of a forward pass's time under expert parallelism."""
+"""Draw how long dispatch, compute and combine take in a forward pass under expert parallelism, as bars."""
 
 from collections.abc import Mapping
 from textwrap import wrap
@@ -34,7 +34,10 @@ def case_in(num_lines: int) -> float:
 
 
 def in_family(family: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows the figure of a workload family chooses from: all with tokens, if there are several counts."""
+    """Return which rows of a workload family its figure may show.
+
+    The figure may show all rows with tokens if they have several token counts, and otherwise no rows.
+    """
     has_tokens = family["num_tokens"] > 0
     return has_tokens & (family.loc[has_tokens, "num_tokens"].nunique() > 1)
 
@@ -42,8 +45,9 @@ def in_family(family: pd.DataFrame) -> "pd.Series[bool]":
 def family_figure(rows: pd.DataFrame) -> Figure:
     """Return the bars of a workload at two token counts, with one panel per mode, routing and load.
 
-    One count is the largest. The other is smaller, and one of those with the most backends. The parts are parts of a
-    forward pass. The bars of a backend are from mode train only if it was not measured in mode forward.
+    One token count is the largest. The other token count is one of the smaller counts that have the most backends. All
+    bars show a forward pass. If a backend was measured in mode forward, its bars come from mode forward, else from mode
+    train.
     """
     shown = _without_twins(rows)
     measured = shown.loc[BREAKDOWN.points(shown).dropna(subset="value").index.unique()]
@@ -62,7 +66,7 @@ _PLACE = ("mode", "routing", "rank_load", "num_tokens")
 
 
 def _without_twins(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows without those of mode train that were also measured in mode forward."""
+    """Return the rows, without each row of mode train that was also measured in mode forward."""
     twins = rows.groupby(["line", *_PLACE[1:]])
     has_forward = rows["dispatch_ms"].where(rows["mode"] == "forward").groupby(twins.ngroup()).transform("count") > 0
     return rows[(rows["mode"] == "forward") | ~has_forward]
@@ -104,7 +108,7 @@ def _entries() -> list[Artist]:
 
 
 def _draw(ax: Axes, points: pd.DataFrame) -> None:
-    """Draw one bar per line, from the top, with its total beside it. A missing value leaves a gap."""
+    """Draw one bar per line, from the top, with the total of the bar beside it. A missing value leaves a gap."""
     lines = in_order(points["line"])
     values = points.groupby(["line", "curve"])["value"].agg(BREAKDOWN.combine).unstack()
     values = values.reindex(index=lines, columns=list(PARTS))

@@ -1,12 +1,13 @@
-"""A results frame as matplotlib figures that are readable at a width of 400 px.
+"""Draw a frame of results as matplotlib figures that are readable at a width of 400 px.
 
 A workload family is all cases on one machine that differ only in tokens, mode, routing, load of the ranks and seed.
-Each family has one figure each of throughput, memory and parity. A figure has one panel per mode, routing and load, and
-one line per backend that has two or more token counts there. If a backend of a case is not on a line, the case is in an
-overview of its EP size, so that every measured case is visible. The roofline has all cases of an EP size in one figure.
-Under expert parallelism there is also the breakdown of a forward pass. Workloads that were measured at several EP sizes
-have a figure of throughput against the EP size. This module does not import pyplot, so that importing it does not
-change matplotlib's state.
+Each family has one figure of throughput, one of memory and one of parity. Each of these figures has one panel per mode,
+routing and load, and a panel has one line per backend with two or more token counts in the panel. If a backend of a
+case is not on a line, an overview of the EP size shows the case, so that every measured case is visible. One roofline
+figure shows all cases of an EP size. At EP sizes above 1, more figures show the parts of a forward pass. Workloads that
+were measured at several EP sizes have a figure of throughput against the EP size.
+
+This module does not import pyplot, so that an import of this module does not change matplotlib's state.
 """
 
 import io
@@ -32,7 +33,7 @@ from moebench.workload.case import Case
 _KINDS = (THROUGHPUT, SCALING, MEMORY, PARITY, ROOFLINE, BREAKDOWN)
 _PREFIXES = tuple(f"{kind.name}-" for kind in _KINDS)  # every written file begins with one of them
 
-_PAGE_IN = 11.0  # the most height of an overview that has more than one case
+_PAGE_IN = 11.0  # the largest height in inches of an overview with more than one case
 
 Named = list[tuple[str, Figure]]
 
@@ -42,12 +43,18 @@ _FAMILY = (*(name for name in Case.model_fields if name not in _ALONG_A_LINE), "
 
 
 def throughput(frame: pd.DataFrame) -> Named:
-    """Return tokens/s and TFLOP/s per GPU against tokens, with the 95% interval as a band. Only rows with status ok."""
+    """Return figures of tokens/s and TFLOP/s per GPU against tokens, with the 95% confidence interval as a band.
+
+    The figures show only rows with status ok.
+    """
     return _metric_figures(frame, THROUGHPUT)
 
 
 def scaling(frame: pd.DataFrame) -> Named:
-    """Return tokens/s per GPU against the EP size, with equal tokens per rank. Only rows with status ok."""
+    """Return figures of tokens/s per GPU against the EP size. All points of a line have equal tokens per rank.
+
+    The figures show only rows with status ok.
+    """
     named: Named = []
     columns = [name for name in _FAMILY if name != "ep_size"]
     with matplotlib.rc_context(RC):
@@ -59,23 +66,29 @@ def scaling(frame: pd.DataFrame) -> Named:
 
 
 def memory(frame: pd.DataFrame) -> Named:
-    """Return peak memory (solid) and memory saved for backward (dashed) against tokens. Only rows with status ok."""
+    """Return figures of peak memory (solid) and memory saved for backward (dashed) against tokens.
+
+    The figures show only rows with status ok.
+    """
     return _metric_figures(frame, MEMORY)
 
 
 def parity(frame: pd.DataFrame) -> Named:
-    """Return the worst error over its budget against tokens, with a line at the budget and a cross per mismatch."""
+    """Return figures of the worst error divided by its budget, against tokens.
+
+    A line marks the budget, and a cross marks each mismatch.
+    """
     return _metric_figures(frame, PARITY)
 
 
 def breakdown(frame: pd.DataFrame) -> Named:
-    """Return bars of dispatch, compute and combine under expert parallelism, at two token counts."""
+    """Return figures with bars of dispatch, compute and combine under expert parallelism, at two token counts."""
     drawing = _Drawing(bars.in_family, bars.family_figure, bars.page_figure, bars.case_in)
     return _figures(frame[frame["ep_size"] > 1], BREAKDOWN, drawing)
 
 
 def roofline(frame: pd.DataFrame) -> Named:
-    """Return TFLOP/s per GPU against arithmetic intensity, with the ceilings if the run measured them."""
+    """Return figures of TFLOP/s per GPU against arithmetic intensity, with ceilings if the run measured ceilings."""
     rows = in_case_order(frame)
     rows["line"] = backend_labels(rows)
     named: Named = []
@@ -87,7 +100,7 @@ def roofline(frame: pd.DataFrame) -> Named:
 
 
 def all_figures(frame: pd.DataFrame) -> Named:
-    """Return every figure of `frame`, with a fixed layout."""
+    """Return all figures of `frame` with their names. The layout of each figure is fixed."""
     drawn = (throughput, scaling, memory, parity, roofline, breakdown)
     named = [pair for draw in drawn for pair in draw(frame)]
     for _, figure in named:
@@ -96,7 +109,7 @@ def all_figures(frame: pd.DataFrame) -> Named:
 
 
 def image(figure: Figure, kind: str) -> bytes:
-    """Return a settled figure as "png" or "svg". The same frame gives the same bytes of SVG."""
+    """Return a figure with a fixed layout as "png" or "svg". The same frame gives the same bytes of SVG."""
     content = io.BytesIO()
     with matplotlib.rc_context(RC):
         figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
@@ -104,7 +117,10 @@ def image(figure: Figure, kind: str) -> bytes:
 
 
 def write_plots(named: Named, folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Write the figures of a frame into `folder`, made if missing. Remove plots that the frame no longer has."""
+    """Write the figures of a frame into `folder`, and return the paths. Remove plots that the frame no longer has.
+
+    A missing folder is created.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for slug, figure in named:
@@ -116,7 +132,7 @@ def write_plots(named: Named, folder: Path, formats: Sequence[str] = ("png", "sv
 
 
 def _remove_all_but(slugs: set[str], folder: Path) -> None:
-    """Remove plots with other names. Keep every file that `write_plots` cannot have written."""
+    """Remove plots with other names than `slugs`. Keep every file that `write_plots` cannot have written."""
     for path in folder.iterdir():
         ours = path.suffix in (".png", ".svg") and path.stem.startswith(_PREFIXES) and path.is_file()
         if ours and path.stem not in slugs:
@@ -137,10 +153,10 @@ def _metric_figures(frame: pd.DataFrame, metric: Metric) -> Named:
 class _Drawing:
     """The functions that draw one kind of figure."""
 
-    in_family: Callable[[pd.DataFrame], "pd.Series[bool]"]  # which rows of a family the family's figure shows
-    family: Callable[[pd.DataFrame], Figure]  # from these rows
-    page: Callable[[pd.DataFrame], Figure]  # one page of an overview, from its rows
-    case_in: Callable[[int], float]  # approximate height there of a case with this number of backends
+    in_family: Callable[[pd.DataFrame], "pd.Series[bool]"]  # which rows of a workload family its figure shows
+    family: Callable[[pd.DataFrame], Figure]  # the figure of a family, from the rows that `in_family` chose
+    page: Callable[[pd.DataFrame], Figure]  # one page of an overview, from the rows of the page
+    case_in: Callable[[int], float]  # approximate height in inches of a case on a page, from its number of backends
 
 
 def _figures(frame: pd.DataFrame, kind: Kind, drawing: _Drawing) -> Named:
@@ -153,7 +169,7 @@ def _figures(frame: pd.DataFrame, kind: Kind, drawing: _Drawing) -> Named:
         for _, family in rows.groupby(list(_FAMILY), dropna=False, sort=False):
             in_family = drawing.in_family(family)
             rest = set(family.loc[~in_family, "case"])
-            gathered.append(family[family["case"].isin(rest)])  # with all backends of the case, to compare them
+            gathered.append(family[family["case"].isin(rest)])  # with all backends of the case, to compare the backends
             some = family[in_family]
             if _has_values(some, kind):
                 named.append((_slug(kind, some), drawing.family(some)))
@@ -191,7 +207,7 @@ def _overview(kind: Kind, ep_size: int) -> str:
 
 
 def _distinct(named: Named) -> Named:
-    """Return the figures with numbers added to names that occur again, for example on a second machine."""
+    """Return the figures with distinct names. A name that occurs again, as on a second machine, gets a number."""
     counts: Counter[str] = Counter()
     distinct = []
     for slug, figure in named:

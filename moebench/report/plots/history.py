@@ -1,4 +1,4 @@
-"""The plot of a history: the change of each backend's time since its first result."""
+"""Plot a history: how the time of each backend on one case changed since the backend's first result."""
 
 import io
 from pathlib import Path
@@ -36,7 +36,7 @@ _HISTORY = Metric(*("history", "History", "", _points), combine="median", base=1
 
 
 def figure_of(rows: pd.DataFrame) -> Figure:
-    """Return the change of each backend's time since its first result, with the 95% interval.
+    """Return a figure of the change of each backend's time since its first result, with the 95% confidence interval.
 
     A dotted line marks a change of machine or software.
     """
@@ -75,7 +75,10 @@ def _frame(ax: Axes, points: pd.DataFrame) -> None:
 
 
 def draw_history(rows: pd.DataFrame, path: Path) -> None:
-    """Write the plot of a history as PNG or SVG, by the path's suffix. Raises ResultsError for other suffixes."""
+    """Write the plot of a history as PNG or SVG. The suffix of `path` decides.
+
+    Raises ResultsError if the suffix is neither of these two.
+    """
     if path.suffix not in (".png", ".svg"):
         raise ResultsError(f"{path}: a plot is written as .png or .svg; give it one of these suffixes")
     image = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The kinds of figures: which values of a frame each shows, and the logarithmic axis of the values."""
+"""Define the kinds of figures: which values of a frame each kind shows, and the logarithmic axis of the values."""
 
 import math
 import sys
@@ -12,13 +12,13 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from moebench.machine.units import size
 from moebench.results.record import Status
 
-PARTS = ("dispatch", "compute", "combine")  # of a forward pass under expert parallelism, in order
-#: The upper bounds of a rate: the name of each in a figure, and the column of its time.
+PARTS = ("dispatch", "compute", "combine")  # the parts of a forward pass under expert parallelism, in order
+#: The upper bounds of a rate: the name of each bound in a figure, and the column with its time.
 CEILINGS = {"grouped GEMMs only": "grouped_ms", "roofline": "roofline_ms"}
-#: The most labels that stay readable on an axis. Labels such as "128 MiB" need more room side by side than stacked.
+#: The most labels that stay readable on an axis. Long labels such as "128 MiB" need more room on a horizontal axis.
 MOST_TICKS, MOST_TICKS_ALONG_X = 6, 4
-#: Factors of the ticks within each power of 10. The first choice that gives few enough ticks is taken. The last choice
-#: is for axes that are too short for the other choices.
+#: Factors of the ticks within each power of 10. The first of these choices that gives few enough ticks is taken. The
+#: last choice is for axes that are too short for the other choices.
 _FACTORS = ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
 
 
@@ -29,19 +29,20 @@ class Kind:
     name: str
     title: str
     unit: str  # the label of the values' axis; {per} is GPU or process
-    points: Callable[[pd.DataFrame], pd.DataFrame]  # adds curve and value to the rows; a null value leaves a gap
+    points: Callable[[pd.DataFrame], pd.DataFrame]  # adds the columns curve and value; a null value leaves a gap
     combine: str  # how values of several seeds or runs at one place become one
     curves: tuple[str, ...] = ()  # the names of the curves in the legend
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric(Kind):
-    """A kind of figure with values along a logarithmic axis. Its points also have low and high.
+    """A kind of figure with values along a logarithmic axis.
 
-    All curves except the first are drawn as secondary.
+    Its points also have the columns low and high, the ends of the 95% confidence interval. The lines of all curves
+    except the first look less prominent.
     """
 
-    base: int  # of the logarithmic axis
+    base: int  # the base of the logarithmic axis
     tick: Callable[[float], str]
     budget: float | None = None  # the largest value that passes
     window: tuple[float, float] = (sys.float_info.min, sys.float_info.max)  # a value outside is drawn at the edge
@@ -124,7 +125,10 @@ def unit(rows: pd.DataFrame, metric: Kind) -> str:
 
 
 def limits(points: pd.DataFrame, metric: Metric, with_ceilings: bool = False) -> tuple[float, float]:
-    """Return the limits of a logarithmic axis for all values and the budget, with a margin. They span a factor of 8."""
+    """Return the limits of a logarithmic axis for all values and the budget, with a margin.
+
+    The limits are at least a factor of 8 apart.
+    """
     ceilings = CEILINGS if with_ceilings and metric in RATES else ()
     numbers = points[["value", "low", "high", *ceilings]].to_numpy(dtype="float64")
     least, most = metric.window
@@ -133,13 +137,13 @@ def limits(points: pd.DataFrame, metric: Metric, with_ceilings: bool = False) ->
         values += [metric.budget / 3, metric.budget * 3]
     low, high = (min(values), max(values)) if values else (1.0, 1.0)
     spare = max((high / low) ** 0.07, math.sqrt(8 * low / high))
-    edge = (high / low * 8) ** 0.1  # extra room beyond the last number, for values at the edge
+    edge = (high / low * 8) ** 0.1  # more room beyond the last number, for values that are drawn at the edge
     low, high = low / spare, high * spare
     return low / edge if (numbers < least).any() else low, high * edge if (numbers > most).any() else high
 
 
 def round_ticks(low: float, high: float, base: int = 10, most: int = MOST_TICKS) -> list[float]:
-    """Return round numbers from low to high: from two to `most` of them. `high` must be at least 2.5 times `low`."""
+    """Return between two and `most` round numbers from `low` to `high`. `high` must be at least 2.5 times `low`."""
     ticks: list[float] = []
     for factors in _FACTORS if base == 10 else ((1.0,),):
         found = LogLocator(base, factors, numticks=most).tick_values(low, high)
@@ -150,6 +154,6 @@ def round_ticks(low: float, high: float, base: int = 10, most: int = MOST_TICKS)
 
 
 def set_ticks(axis: Axis, ticks: Sequence[float], text: Callable[[float], str]) -> None:
-    """Label only these ticks of a logarithmic axis."""
+    """Put labels only at the given ticks of a logarithmic axis."""
     axis.set_ticks(ticks, [text(tick) for tick in ticks])
     axis.set_minor_locator(NullLocator())

@@ -1,4 +1,4 @@
-"""Values as lines against tokens. Cases that are not on a line are in an overview."""
+"""Draw values as lines against tokens, and draw the cases that are not on a line in an overview."""
 
 import math
 from collections.abc import Sequence
@@ -43,12 +43,15 @@ _MARK_IN, _CASE_GAP_IN = 0.16, 0.13  # in an overview: height of a line, and gap
 
 
 def case_in(num_lines: int) -> float:
-    """Return the approximate height in inches of a case in an overview."""
+    """Return the approximate height in inches of a case with `num_lines` backends in an overview."""
     return max(2 * NOTE_SIZE * LEADING_IN, num_lines * _MARK_IN) + _CASE_GAP_IN
 
 
 def on_lines(family: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows of a workload family are on a line: the backend has two or more token counts in the panel."""
+    """Return which rows of a workload family are on a line.
+
+    A row is on a line if its backend has two or more token counts in the row's panel.
+    """
     counts = family["num_tokens"].where(family["num_tokens"] > 0)  # a logarithmic axis cannot show 0
     num_counts = counts.groupby([family[name] for name in ("mode", "routing", "rank_load", "line")]).transform(
         "nunique"
@@ -57,7 +60,7 @@ def on_lines(family: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def family_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
-    """Return values against tokens, with one panel per mode, routing and load of the ranks."""
+    """Return a figure of values against tokens, with one panel per mode, routing and load of the ranks."""
     points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
     drawn = points.dropna(subset="value")
     panels = sorted(set(zip(drawn["mode"], drawn["routing"], drawn["rank_load"], strict=True)))
@@ -74,7 +77,7 @@ def family_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
 
 
 def panel(ax: Axes, rows: pd.DataFrame, metric: Metric) -> None:
-    """Draw the values of one panel against tokens, with their legend, on the given axes."""
+    """Draw the values of one panel against tokens on the given axes, with the legend of the values."""
     points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
     points = points[points["num_tokens"] > 0]
     draw_values(ax, points, metric)
@@ -88,7 +91,7 @@ def panel_in(rows: pd.DataFrame) -> float:
 
 
 def draw_values(ax: Axes, points: pd.DataFrame, metric: Metric) -> None:
-    """Draw the values of every line at their `place`, and the axis of values."""
+    """Draw the values of every line at the positions in the column `place`, and the axis of values."""
     _draw(ax, points, metric, upright=True)
     ax.set_ylabel(unit(points, metric))
     if metric in RATES:
@@ -97,7 +100,7 @@ def draw_values(ax: Axes, points: pd.DataFrame, metric: Metric) -> None:
 
 
 def _draw_ceilings(ax: Axes, points: pd.DataFrame) -> None:
-    """Draw the ceilings that the same run measured; where the backends' ceilings differ, the median."""
+    """Draw the ceilings that the same run measured. If the backends' ceilings at a place differ, draw the median."""
     for name, look in CEILING_LOOKS.items():
         at = points.groupby("place")[name].median().dropna()
         ax.plot(at.index.to_numpy(dtype="float64"), at, label=name, **look)
@@ -111,7 +114,7 @@ def _token_axis(ax: Axes, drawn: pd.DataFrame) -> None:
 
 
 def spaced(counts: Sequence[float]) -> list[float]:
-    """Return the ascending counts whose labels do not overlap on a logarithmic axis. The first and last are kept."""
+    """Return the counts that can have a label on a logarithmic axis without overlap, always with the first and last."""
     apart = math.log(counts[-1] / counts[0]) * _LABEL_SHARE if counts else 0.0
     kept: list[float] = []
     for count in counts:
@@ -123,7 +126,10 @@ def spaced(counts: Sequence[float]) -> list[float]:
 
 
 def page_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
-    """Return the values of cases that are not on a line, with one row per case. Its height depends on its backends."""
+    """Return a figure of the cases that are not on a line, with one row of the figure per case.
+
+    The height of a row depends on the number of backends of its case.
+    """
     points = metric.points(rows)
     labels = dict(zip(rows["case"], describe(rows).labels, strict=True))
     texts: list[str] = []
@@ -148,7 +154,10 @@ def page_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
 
 
 def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> None:
-    """Draw every line's values at their places, along y if `upright`. Values outside the axis are drawn at its edge."""
+    """Draw the values of every line at their places. The axis of values is y if `upright` is true, else x.
+
+    Values outside the axis are drawn at its edge.
+    """
     bottom, top = limits(points, metric, with_ceilings=upright)
     value_axis = ax.yaxis if upright else ax.xaxis
     (ax.set_yscale if upright else ax.set_xscale)("log", base=metric.base)
@@ -211,7 +220,7 @@ def _draw_line(ax: Axes, rows: pd.DataFrame, metric: Metric, look: dict[str, Any
 
 
 def _tflops_axis(ax: Axes, points: pd.DataFrame) -> None:
-    """Draw an axis of TFLOP/s on the right. It is exact, because useful work per token is constant within a panel."""
+    """Draw a second axis, in TFLOP/s, on the right. It is exact: all tokens of a panel have the same useful work."""
     measured = points.dropna(subset="tflops")
     if measured.empty:
         return

@@ -1,4 +1,4 @@
-"""The look of figures: colour and marker of each backend, sizes, and the text around the axes."""
+"""Define the look of figures: colour and marker of each backend, sizes, and the text around the axes."""
 
 import hashlib
 import math
@@ -21,8 +21,9 @@ from moebench.results.labels import describe, in_order, machine
 from moebench.results.record import Status
 
 #: Colour and marker of each known backend. Most colours are Okabe and Ito's or Tol's, which colour-blind readers can
-#: distinguish. "not converged" needs a marker with a face, and matplotlib has 15 of them. Peers therefore share two
-#: markers with backends that are not in the same figures.
+#: distinguish. A time that did not converge has an empty marker, so every marker must be one that can be filled.
+#: Matplotlib has 15 such markers. Two layers of other libraries (peers) therefore share their markers with backends
+#: that are not in the same figures.
 BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "loop": ("#5A5A5A", "o"),
@@ -46,8 +47,8 @@ BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 _OTHER_COLORS = ("#999933", "#AA4499", "#661100", "#44AA99", "#6699CC", "#B8860B")
 _OTHER_MARKERS = ("h", "d", "8", "H", "*")
-#: Dashes, marker and scale of each dispatcher; the colour is the backend's. Later ones are drawn over earlier ones and
-#: are smaller, so that the earlier ones still show.
+#: Dashes, marker and scale of each dispatcher. The colour is the colour of the backend. Later dispatchers are drawn
+#: over earlier dispatchers and are smaller, so that the earlier dispatchers still show.
 _DISPATCHER_LOOKS: Mapping[str, tuple[Any, str, float]] = MappingProxyType(
     {"allgather": ("-", "o", 1.1), "alltoall": ((0, (4, 1.5)), "s", 0.85), "deepep": ((0, (1, 1)), "^", 0.75)}
 )
@@ -59,7 +60,7 @@ CROSS: Mapping[str, Any] = MappingProxyType(
     {"marker": "x", "color": BAD, "markersize": 11, "markeredgewidth": 2.6, "linestyle": "none"}
 )
 
-#: The looks of moebench.report.plots.kinds.CEILINGS. They are drawn below every backend's line.
+#: The look of each of moebench.report.plots.kinds.CEILINGS. Ceilings are drawn below the lines of the backends.
 CEILING_LOOKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         name: {"color": "#777777", "linewidth": 1.3, "linestyle": dashes, "zorder": 1.5}
@@ -98,7 +99,10 @@ RC: Any = {  # Any, because matplotlib's own type lists every key
 
 
 def style(backend: str) -> tuple[str, str]:
-    """Return colour and marker of a backend, the same in every figure. For an unknown backend its name decides."""
+    """Return colour and marker of a backend, the same in every figure.
+
+    A backend that has no colour here gets one that depends only on its name.
+    """
     if backend in BACKEND_STYLES:
         return BACKEND_STYLES[backend]
     number = int.from_bytes(hashlib.sha256(backend.encode()).digest()[:4], "big")
@@ -106,10 +110,10 @@ def style(backend: str) -> tuple[str, str]:
 
 
 def line_look(backend: str, dispatcher: str, *, secondary: bool = False, above: float = 0.5) -> dict[str, Any]:
-    """Return how the line of a backend and dispatcher is drawn. `secondary` is for all curves except the first.
+    """Return how to draw the line of a backend and dispatcher.
 
-    `above` is 0 for the backend that is drawn first and 1 for the last. Earlier lines are broader, so that they show
-    where a later line covers them.
+    `secondary` is true for all curves except the first. `above` is 0 for the backend that is drawn first and 1 for the
+    backend that is drawn last. Earlier lines are broader, so that they show where a later line covers them.
     """
     color, marker = style(backend)
     look = {"color": color, **_stroke(dispatcher, marker, above)}
@@ -135,7 +139,7 @@ def _stroke(dispatcher: str, marker: str, above: float = 0.5) -> dict[str, Any]:
 def sheet(
     rows: pd.DataFrame, kind: Kind, on_axes: tuple[str, ...], legends: list[list[Artist]], body_in: float
 ) -> tuple[Figure, SubFigure]:
-    """Return a figure with title, legends and notes, and its subfigure for axes, which is `body_in` inches high."""
+    """Return a figure with title, legends and notes, and the part of the figure for axes, `body_in` inches high."""
     head, notes = _head(rows, kind, on_axes), _fold(_undrawn(rows, kind), NOTE_SIZE)
     columns = [_columns(entries) for entries in legends]
     rows_of_entries = [math.ceil(len(entries) / some) for entries, some in zip(legends, columns, strict=True)]
@@ -163,7 +167,7 @@ def _columns(entries: list[Artist]) -> int:
 
 
 def _head(rows: pd.DataFrame, kind: Kind, on_axes: tuple[str, ...]) -> list[tuple[str, float, str]]:
-    """Return the title lines, with size and weight. They say what was measured on which machine."""
+    """Return the lines of the title, with size and weight. The title says what was measured on which machine."""
     shared = {part: text for part, text in describe(rows).shared.items() if part not in on_axes}
     first = [shared.pop(part) for part in ("experts", "dtype", "activation", "ep_size") if part in shared]
     title = f"{kind.title}: {', '.join(first)}" if first else kind.title
@@ -191,7 +195,11 @@ def _fold(text: str, size: float) -> list[str]:
 
 
 def line_legends(points: pd.DataFrame, metric: Metric, joined: bool) -> list[list[Artist]]:
-    """Return the legends of lines: one entry per line or, with dispatchers, backends apart from dispatchers."""
+    """Return the legends of lines.
+
+    Without dispatchers, one legend has an entry per line. With dispatchers, one legend has the backends, and another
+    legend has the dispatchers.
+    """
     drawn = points.dropna(subset="value")
     if drawn["dispatcher"].eq("local").all():
         looks = {line: _look_of_first(drawn[drawn["line"] == line]) for line in in_order(drawn["line"])}
@@ -203,7 +211,7 @@ def line_legends(points: pd.DataFrame, metric: Metric, joined: bool) -> list[lis
 
 
 def legend_below(ax: Axes, legends: list[list[Artist]]) -> None:
-    """Put all entries below the labels of the axes, which are the only ones of their figure."""
+    """Put a legend with all entries below the axes and their labels. The figure must have no other axes."""
     entries = [entry for entries in legends for entry in entries]
     how: dict[str, Any] = {"ncols": _columns(entries), "borderaxespad": 0, "labelspacing": 0.3}
     figure: Any = ax.get_figure(root=True)
@@ -222,7 +230,7 @@ def _entries(looks: Mapping[str, dict[str, Any]], joined: bool) -> list[Artist]:
 
 
 def _other_entries(points: pd.DataFrame, metric: Metric, joined: bool) -> list[Artist]:
-    """Return the other entries of a legend: curves, not converged, ceilings, the budget, mismatches."""
+    """Return the entries of a legend that are not backends: curves, not converged, ceilings, the budget, mismatches."""
 
     def entry(label: str, **look: Any) -> Artist:
         return Line2D([], [], label=label, **look)
@@ -246,7 +254,7 @@ def _other_entries(points: pd.DataFrame, metric: Metric, joined: bool) -> list[A
 
 
 def shortened(name: str, most: int = 44) -> str:
-    """Return the name in at most `most` characters; a longer one loses its middle."""
+    """Return the name in at most `most` characters. A longer name loses its middle."""
     half = most // 2
     return name if len(name) <= most else f"{name[: half - 1]}…{name[-(most - half) :]}"
 
@@ -261,7 +269,10 @@ def _undrawn(rows: pd.DataFrame, kind: Kind) -> str:
 
 
 def settle(figure: Figure) -> None:
-    """Fix the layout in rounded numbers. The last bits of the solver's numbers vary and would change ids in an SVG."""
+    """Fix the layout of a figure, with rounded numbers.
+
+    The last bits of the numbers from matplotlib's layout solver vary from run to run, and would change ids in an SVG.
+    """
     with matplotlib.rc_context(RC):
         figure.draw_without_rendering()
     figure.set_layout_engine("none")

@@ -1,4 +1,4 @@
-"""Results in a notebook: a table of cases and backends, and one panel of a figure as matplotlib axes."""
+"""Show results in a notebook, as a table of cases and backends or as one panel of a figure."""
 
 from collections.abc import Callable, Sequence
 from textwrap import wrap
@@ -43,9 +43,10 @@ _ALONG = {
 def pivot(frame: pd.DataFrame, values: str = "time_ms", index: Sequence[str] | None = None) -> pd.DataFrame:
     """Return a table with one row per case and one column per backend (with its dispatcher, as in `te+deepep`).
 
-    The cells are from the column `values` of the results. `index` are the columns that distinguish cases. The default
-    is all fields of the case, device and gpu that vary in `frame`. A job that failed or was not measured is null.
-    Raises ResultsError if a cell would have several rows: select fewer rows, or add a column to `index`.
+    The cells have the values of the column `values` of the results. `index` are the columns that distinguish cases. By
+    default, `index` is all of device, gpu and the fields of the case that vary in `frame`. The cell of a job that
+    failed or was not measured is null. Raises ResultsError if several rows belong to one cell. The remedy is to select
+    fewer rows, or to add a column to `index`.
     """
     _known(frame, [values, *(index or [])])
     names = list(index) if index is not None else _varying(frame) or ["num_tokens"]
@@ -64,10 +65,13 @@ def pivot(frame: pd.DataFrame, values: str = "time_ms", index: Sequence[str] | N
 
 
 def plot(frame: pd.DataFrame, kind: str = "throughput", *, ax: Axes | None = None) -> Axes:
-    """Draw one panel and return its axes: throughput, memory or parity against tokens, roofline, or breakdown under EP.
+    """Draw one panel, and return its matplotlib axes.
 
-    Colours, markers and dashes are the same as in all plots. The default `ax` is on a new figure. Raises ResultsError
-    if the rows of `frame` differ in fields that must have one value in a panel.
+    A panel shows throughput, memory or parity against tokens, the roofline, or the parts of a forward pass under expert
+    parallelism.
+
+    Colours, markers and dashes are the same as in all plots. If `ax` is None, the panel is on a new figure. Raises
+    ResultsError if the rows of `frame` differ in fields that must have one value in a panel.
     """
     if kind not in _KINDS:
         raise ResultsError(f"kind = {kind!r}: must be one of {listed(_KINDS)}")
@@ -97,7 +101,10 @@ def plot(frame: pd.DataFrame, kind: str = "throughput", *, ax: Axes | None = Non
 
 
 def _new_figure() -> Figure:
-    """Return a new figure. Call this outside of `rc_context`: a notebook's first figure would keep those settings."""
+    """Return a new figure. Call this outside of `rc_context`.
+
+    The first figure of a notebook would keep the settings of an `rc_context`.
+    """
     import matplotlib.pyplot as plt  # selects matplotlib's backend, which an import of this module must not do
 
     return plt.figure(figsize=_SIZE_IN, layout="constrained")
@@ -110,7 +117,10 @@ def _title(rows: pd.DataFrame, kind: Kind) -> str:
 
 
 def _varying(frame: pd.DataFrame) -> list[str]:
-    """Return the columns that vary between cases. If all rows have a model, it replaces the fields that it fixes."""
+    """Return the columns that vary between cases.
+
+    If all rows have a model, the column `model` replaces the columns of the shape that the model determines.
+    """
     fixed = FIXED_BY_MODEL if frame["model"].notna().all() else ()
     names = [name for name in (*_CASE_FIELDS, *_PLACES) if name not in fixed]
     return [name for name in names if frame[name].nunique(dropna=False) > 1]

@@ -1,4 +1,4 @@
-"""Achieved TFLOP/s against arithmetic intensity, below the ceilings that the run measured."""
+"""Draw achieved TFLOP/s against arithmetic intensity, with the ceilings that the run measured."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -28,11 +28,11 @@ _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def least_bytes(rows: pd.DataFrame) -> "pd.Series[float]":
-    """Return the bytes per rank, in the case's dtype, that every implementation must move even with perfect caches.
+    """Return the bytes per rank that every implementation must move even with perfect caches, in the case's dtype.
 
-    Forward reads the parameters of the experts that have tokens once, reads the input and writes the output. Train also
-    moves all gradients. moebench.measure.ceilings counts the same bytes. A row does not say how many experts have
-    tokens, so this function assumes the average number under uniform routing.
+    In mode forward, an implementation must read once the parameters of the experts that have tokens, read the input and
+    write the output. In mode train, it must also move all gradients. moebench.measure.ceilings counts the same bytes. A
+    row does not say how many experts have tokens, so this function assumes the average number under uniform routing.
     """
     num_tokens = rows["num_tokens"].astype("float64")
     experts = rows["n_routed_experts"] / rows["ep_size"]
@@ -49,9 +49,9 @@ def least_bytes(rows: pd.DataFrame) -> "pd.Series[float]":
 def with_intensity(rows: pd.DataFrame) -> pd.DataFrame:
     """Return `rows` with `intensity`, the useful FLOP per byte of `least_bytes`, and the measured bounds in TFLOP/s.
 
-    `roof_tflops` is a row's own ceiling. `copy_tflops` is what the speed of a memory copy allows at its intensity. Both
-    are null if not measured. `copy_tflops` is also null if bytes are not the bound: if caches may be warm, or if it is
-    above every ceiling.
+    `roof_tflops` is the ceiling that was measured for the row's case. `copy_tflops` is the rate that the speed of a
+    memory copy allows at the row's intensity. A value is null if its bound was not measured. `copy_tflops` is also null
+    if caches may be warm, or if it is above every ceiling, because the bytes to move are then not the bound.
     """
     intensity = rows["tflops"] * rows["time_ms"] * 1e9 / least_bytes(rows)
     roof, copied = rows["tflops"] / rows["roofline_fraction"], intensity * rows["copy_gb_per_s"] / 1e3
@@ -79,7 +79,7 @@ def page_figure(rows: pd.DataFrame) -> Figure:
 
 
 def panel(ax: Axes, rows: pd.DataFrame) -> None:
-    """Draw the rows of one mode and dtype, with their legend, on the given axes."""
+    """Draw the rows of one mode and dtype on the given axes, with the legend of the rows."""
     points = with_intensity(ROOFLINE.points(rows))
     drawn = points.dropna(subset="value")
     _draw(ax, drawn)

@@ -1,6 +1,7 @@
-"""Throughput per rank against the EP size, with equal tokens per rank.
+"""Draw throughput per rank against the EP size, with equal tokens per rank.
 
-It shows what expert parallelism costs. A flat line is perfect: twice the ranks do twice the work in the same time.
+The figure shows how much throughput expert parallelism costs. A flat line is perfect, because twice as many ranks then
+do twice the work in the same time.
 """
 
 import pandas as pd
@@ -15,9 +16,10 @@ _PANEL = ("mode", "routing", "rank_load", "num_tokens")
 
 
 def on_lines(family: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of a workload that are on a line: their backend has two or more EP sizes in their panel.
+    """Return the rows of a workload that are on a line.
 
-    EP size 1 needs no dispatcher. Its rows are the first point of the line of each dispatcher that its backend has.
+    A row is on a line if its backend has two or more EP sizes in the row's panel. EP size 1 needs no dispatcher, so a
+    row at EP size 1 is the first point of several lines: one line for each dispatcher of its backend.
     """
     alone, spread = family[family["ep_size"] == 1], family[family["ep_size"] > 1]
     begun = alone.drop(columns="dispatcher").merge(spread[["backend", "dispatcher"]].drop_duplicates(), on="backend")
@@ -28,7 +30,10 @@ def on_lines(family: pd.DataFrame) -> pd.DataFrame:
 
 
 def family_figure(rows: pd.DataFrame) -> Figure:
-    """Return values against the EP size, with one panel per mode, routing, load of the ranks and number of tokens."""
+    """Return a figure of values against the EP size.
+
+    The figure has one panel per mode, routing, load of the ranks and number of tokens.
+    """
     points = SCALING.points(rows).assign(place=lambda points: points["ep_size"].astype("float64"))
     drawn = points.dropna(subset="value")
     panels = sorted(set(zip(*(drawn[name] for name in _PANEL), strict=True)))

@@ -1,1 +1,1 @@
-"""Tables for a terminal. Each is a rich renderable."""
+"""Show results and verdicts as tables in a terminal. Each table is an object that rich can print."""

@@ -1,4 +1,4 @@
-"""Advice as a table for a terminal and as JSON."""
+"""Show advice as a table in a terminal, and write it as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from moebench.workload.case import Case
 
 
 def workload(model: str, asked: Case) -> str:
-    """Return the workload of the question in words."""
+    """Return in words the workload that the user asks about."""
     words = (f"{asked.num_tokens} tokens per rank", f"EP {asked.ep_size}", asked.dtype, asked.mode)
     return ", ".join([model, *words, f"{asked.routing} routing"])
 

@@ -1,4 +1,4 @@
-"""The output of `moebench parity`: a table of checks and backends, and below it what did not pass."""
+"""Show the results of `moebench parity`: a table of checks and backends, and below it the checks that did not pass."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,11 @@ from moebench.workload.axes import listed
 
 @dataclass(frozen=True)
 class AuditTable:
-    """The results by check and backend, the faults, the kernels that ran, and what could not run. A rich renderable."""
+    """The output of `moebench parity`, as an object that rich can print.
+
+    It has a table of results by check and backend. Below the table it lists the faults, the kernels that ran, and the
+    checks that could not run.
+    """
 
     audit: Audit
 
@@ -53,7 +57,7 @@ def _details(audit: Audit) -> Iterator[Text]:
 
 
 def cell_words(cell: AuditCell) -> str:
-    """Return a backend's result of a check: `ok 0.31`, `MISMATCH 4.2` or another status."""
+    """Return the result of a check of a backend as text: `ok 0.31`, `MISMATCH 4.2` or another status."""
     match cell.status:
         case None:
             return "not run"

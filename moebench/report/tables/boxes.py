@@ -1,4 +1,4 @@
-"""The two styles of tables in a terminal."""
+"""Make empty tables in the two styles that moebench uses in a terminal."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The texts and styles of a table's cells: numbers of a limited width, and statuses."""
+"""Write and style the cells of tables: numbers with a limited width, and statuses."""
 
 import math
 from collections.abc import Hashable, Mapping
@@ -15,7 +15,7 @@ STATUS_STYLES = {Status.unsupported: DIM, Status.oom: "yellow"}
 
 
 def human(value: float) -> str:
-    """Return three significant digits with a decimal suffix, such as 105K or 1.23M; below 1, two digits."""
+    """Return the value with three significant digits and a decimal suffix: 105K, 1.23M. Below 1, it has two digits."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     for power, suffix in ((9, "G"), (6, "M"), (3, "K"), (0, "")):
@@ -31,13 +31,13 @@ def rate(value: float) -> str:
 
 
 def milliseconds(time_ms: float) -> str:
-    """Return a time in at most six characters. The time may be infinite, as an end of an interval can be."""
+    """Return a time in at most six characters. The time may be infinite, because an end of an interval can be."""
     decimals = 4 if time_ms < 0.1 else 3 - math.floor(math.log10(min(max(time_ms, 1), 1000)))
     return f"{time_ms:.{decimals}f}"
 
 
 def part_milliseconds(time_ms: float) -> str:
-    """Return a part of a time in at most five characters, or a dash if it was not measured."""
+    """Return the time of a part in at most five characters, or a dash if the part was not measured."""
     if math.isnan(time_ms):
         return "-"
     if 0 < time_ms < 0.0005:
@@ -47,7 +47,10 @@ def part_milliseconds(time_ms: float) -> str:
 
 
 def half_interval(row: Row) -> str:
-    """Return half the median's interval as a share of the median, in at most four characters; a dash without one."""
+    """Return half the width of the time's 95% confidence interval, as a share of the time, in at most four characters.
+
+    The text is a dash if the row has no time.
+    """
     share = (row["time_ms_high"] - row["time_ms_low"]) / 2 / row["time_ms"]
     if math.isnan(share):
         return "-"
@@ -55,18 +58,18 @@ def half_interval(row: Row) -> str:
 
 
 def marks(row: Row) -> str:
-    """Return the marks before a time: `*` for the fastest of its case, `~` for a time that did not converge."""
+    """Return the marks before a time: `*` for the fastest time of its case, `~` for a time that did not converge."""
     return f"{'*' * bool(row['fastest'])}{'~' * (row['converged'] is False)}"
 
 
 def mismatch(row: Row) -> tuple[str, str]:
-    """Return how wrong a row is, and the tensor with the worst error (empty if it is not known)."""
+    """Return how large the error of a row is, and the tensor with the worst error (empty if not known)."""
     times = f"{row['parity_worst']:.3g}" + "x" * math.isfinite(row["parity_worst"])
     return f"MISMATCH {times}", "" if pd.isna(row["parity_worst_tensor"]) else str(row["parity_worst_tensor"])
 
 
 def status_text(status: Status) -> str:
-    """Return the text of a status; capitals mark a failure."""
+    """Return the text of a status. Capitals mark a failure."""
     return status.value if status in GOOD else status.value.upper()
 
 

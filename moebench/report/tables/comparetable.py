@@ -1,4 +1,4 @@
-"""Comparisons and histories as tables for a terminal."""
+"""Show comparisons and histories as tables in a terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,11 @@ A ratio may be noise. `moebench gate` tests for noise and gives a verdict."""
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    """A table with one line per job: each result's time, and its ratios to the first result in time and memory."""
+    """A table with one line per job.
+
+    A line has the time in each result. For each result except the first, it also has the ratios of time and of memory
+    to the first result.
+    """
 
     frame: pd.DataFrame  # as moebench.results.compare.compare returns it
     names: Sequence[str]
@@ -71,7 +75,7 @@ def _ratio(value: Any) -> str:
 
 
 def environment_lines(results: Mapping[str, Result]) -> list[str]:
-    """Return the differences between the environment of the first result and that of each later result."""
+    """Return one line for each difference between the environments of the first result and of a later result."""
     (first, one), *others = results.items()
     found: dict[str, None] = {}
     for name, two in others:
@@ -84,7 +88,7 @@ def environment_lines(results: Mapping[str, Result]) -> list[str]:
 
 
 def history_table(rows: pd.DataFrame) -> Table:
-    """Return a table with one line per row of moebench.results.history.history: a backend in a result."""
+    """Return a table of a history. `rows` are as `moebench.results.history.history` returns them, one line per row."""
     table = ruled()
     for name in ("start (UTC)", "result", "backend"):
         table.add_column(name, overflow="fold")

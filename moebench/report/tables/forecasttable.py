@@ -1,4 +1,4 @@
-"""The table of estimates that a dry run prints: memory and time of each EP size and backend."""
+"""Show the estimates that a dry run prints: the memory and the time of each EP size and backend."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from moebench.run.forecast import Forecast
 
 @dataclass(frozen=True)
 class ForecastTable:
-    """The lines of a forecast, and below them the totals in words; empty without jobs. A rich renderable."""
+    """A table of a forecast with the totals in words below it, as an object that rich can print; empty without jobs."""
 
     forecast: Forecast
 
@@ -42,7 +42,10 @@ def sentences(forecast: Forecast) -> list[str]:
 
 
 def minutes(time_s: float | None, num_untimed: int = 0) -> str:
-    """Return a time as `84 s` or `12.5 min`, or `?` if it is unknown, and how many jobs it does not include."""
+    """Return a time as text: `84 s` or `12.5 min`, or `?` if it is None.
+
+    `num_untimed` is the number of jobs that the time does not include; the text then ends in ` + 3 jobs?`.
+    """
     if time_s is None:
         return "?"
     text = f"{time_s:.0f} s" if time_s < 100 else f"{time_s / 60:.1f} min"

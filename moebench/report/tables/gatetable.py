@@ -1,4 +1,4 @@
-"""A gate's verdicts as a table for a terminal, the worst first, and the reasons below it."""
+"""Show the verdicts of a gate as a table in a terminal, the worst verdict first, with the reasons below the table."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ _STYLES = {
     Severity.UNDECIDED: "yellow",
     Severity.BETTER: "green",
 }
-_WIDE = 100  # columns of the terminal; from this width on, no number is folded
+_WIDE = 100  # if the terminal has this many columns or more, no number is folded
 _LEGEND = """\
 time: change from baseline to candidate, above 0 is slower; each end of the
   interval is wrong at most 1 time in 100
@@ -35,7 +35,10 @@ err: parity error divided by its budget, at most 1 passes"""
 
 @dataclass(frozen=True)
 class GateTable:
-    """A table with one line per job, the reasons for each verdict but PASS, and the total. A rich renderable."""
+    """The verdicts of a gate, as an object that rich can print.
+
+    It has a table with one line per job, the reasons for each verdict except PASS, and the total.
+    """
 
     result: GateResult
 

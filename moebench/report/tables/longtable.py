@@ -1,7 +1,8 @@
-"""The long table, for more backends than fit side by side: one heading per case, and below it one line per backend.
+"""Show results as a long table, for more backends than fit side by side in a terminal.
 
-Under expert parallelism a line also has the parts of a forward pass (dispatch, compute, combine) and the skew between
-ranks.
+The table has one heading per case, and below the heading one line per backend. Under expert parallelism a line also has
+the parts of a forward pass (dispatch, compute, combine) and the skew, which is the difference in time between the
+slowest and the fastest rank.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,11 +44,11 @@ _PARTS: tuple[Column, ...] = (
     ("skew", 6, lambda row: part_milliseconds(row["skew_ms"])),
 )
 _MARKS_WIDTH = 2
-_LEAST_LABEL = 16  # if a backend's label would get less, the parts get a line of their own
+_LEAST_LABEL = 16  # characters; if a backend's label would get fewer, the parts get a line of their own
 
 
 def long_table(rows: pd.DataFrame, described: Description, width: int, *, ascii_only: bool) -> Iterator[Text]:
-    """Yield the lines of the table. `rows` are in order and have `label` and `fastest`."""
+    """Yield the lines of the table. `rows` are sorted and have the columns `label` and `fastest`."""
     lines_of_columns = _lines_of_columns(width, has_parts=bool((rows["ep_size"] > 1).any()))
     numbers = max(sum(size for _, size, _ in columns) for columns in lines_of_columns)
     longest = max(map(len, rows["label"]))
@@ -80,7 +81,7 @@ def _title(title: str, ascii_only: bool) -> str:
 
 
 def _line(row: Row, label_width: int, lines_of_columns: list[tuple[Column, ...]]) -> Text:
-    """Return the label and cells of a backend. A folded label, or cells in two lines, make it more than one line."""
+    """Return the label and cells of a backend. A folded label, or two lines of cells, give several lines."""
     status = Status(row["status"])
     if status is Status.ok:
         cells = ["".join(cell(row).rjust(size) for _, size, cell in columns) for columns in lines_of_columns]

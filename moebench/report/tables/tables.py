@@ -1,8 +1,8 @@
-"""A results frame as tables for a terminal, with one row per case and the backends side by side.
+"""Show a frame of results as tables in a terminal, with one row per case and the backends side by side.
 
-The tables can be read without colour and in 80 columns. The title has what all cases share. Backends that do not fit
-side by side have one line each below their case. Each EP size has its own table. Below the tables, one line per reason
-says what did not run.
+The tables can be read without colour and in 80 columns. Each EP size has its own table. The title of a table has the
+settings that all its cases share. If the backends do not fit side by side, each backend has a line below its case.
+Below the tables, one line per reason says which jobs did not run.
 """
 
 from collections.abc import Iterable, Iterator
@@ -40,7 +40,7 @@ _TITLED_PARTS = ("experts", "tokens", "dtype", "mode", "routing", "activation")
 
 @dataclass(frozen=True)
 class Summary:
-    """The tables of a run, and the details below them. A rich renderable."""
+    """The tables of a run with the details below the tables, as an object that rich can print."""
 
     frame: pd.DataFrame
 
@@ -73,8 +73,9 @@ class Summary:
 def summary(frame: pd.DataFrame) -> Summary:
     """Return tables of every case in `frame`, one table per EP size, for `rich.print` or a Console.
 
-    A backend has the median time with half its 95% interval, the parity error divided by its budget, tokens/s and
-    TFLOP/s. A status other than ok replaces them. The lowest median of a case has an asterisk.
+    For each backend, a table has the median time with half the width of its 95% confidence interval, the parity error
+    divided by its budget, tokens/s and TFLOP/s. A status other than ok replaces these numbers. The lowest median time
+    of a case has an asterisk.
     """
     return Summary(frame)
 
@@ -103,7 +104,7 @@ def legend(frame: pd.DataFrame) -> Text:
 
 
 def fastest_rows(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows have the lowest median time of their case. A case needs two rows with status ok."""
+    """Return which rows have the lowest median time of their case. A case with fewer than two times has no such row."""
     times = frame["time_ms"].where(frame["status"] == Status.ok)
     groups = times.groupby([frame["run_id"], frame["case_id"]])
     return (times == groups.transform("min")) & (groups.transform("count") > 1)
@@ -114,8 +115,8 @@ class _Layout:
     """How a terminal table puts backends side by side."""
 
     case_width: int
-    break_: str  # between speed and work in a cell; a line break if the terminal is narrow
-    half: str  # the sign before half an interval
+    break_: str  # the text between the times and the rates of a cell; a line break if the terminal is narrow
+    half: str  # the sign before half the width of an interval
 
 
 def _layout(options: ConsoleOptions, num_backends: int, described: Description) -> _Layout | None:
@@ -151,7 +152,7 @@ def _table(rows: pd.DataFrame, described: Description, backends: list[str], layo
 
 
 def _case_column(described: Description, width: int) -> tuple[str, "pd.Series[str]"]:
-    """Return header and labels of the parts that vary between cases: aligned if they fit in `width`."""
+    """Return header and labels of the parts that vary between cases. The parts are aligned if they fit in `width`."""
     # the last parts, such as "25% masked" or "EP 8", need no title
     titles = [str(name) if name in _TITLED_PARTS else "" for name in described.varying]
     wide = [
@@ -187,7 +188,7 @@ def _cell(row: Row, layout: _Layout) -> Text:
 def details(rows: pd.DataFrame) -> Iterator[Text]:
     """Yield one line per reason with the backends that have it, failures first, then one line per flag.
 
-    `rows` have `label`.
+    `rows` have the column `label`.
     """
     failed = rows[rows["status"] != Status.ok]
     reasons = failed["detail"].str.strip().str.split("\n").str[0]
