@@ -1,4 +1,4 @@
-"""The backends of a Mixture-of-Experts expert layer, as drop-in modules with one parameter layout.
+"""Provide the backends of a Mixture-of-Experts (MoE) expert layer as drop-in modules with the same parameter layout.
 
 The names of tensors end in dimension letters: T tokens, K experts per token, E experts, L local experts, D dim,
 I inter, N permuted rows.
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from experts.modules import GroupedExperts, GroupedExpertsDeepEP
     from experts.te.layer import GroupedExpertsTE
 
-#: Public name -> its module, which is imported at first use, so that `experts.catalog` can be read without torch.
+#: Public name -> the module that defines it. The module is imported at the name's first use, so that a process can
+#: import `experts.catalog` without torch.
 _HOMES = {
     "BackendConfig": "experts.config",
     "ConfigError": "experts.errors",

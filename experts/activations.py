@@ -1,9 +1,11 @@
-"""Weighted activations: the function between the two projections, multiplied by the routing weight.
+"""Compute the weighted activations: the function between the two projections, multiplied by the routing weight.
 
-Every function takes x [N, 2I] ([N, I] for relu2) and the routing weights [N] or [N, 1] in permuted order. It computes
-in float32 (float64 for float64) and returns [N, I] in x's dtype. Gradients flow to x and to the routing weights.
+Every activation takes x [N, 2I] ([N, I] for `relu2`) and the routing weights [N] or [N, 1] in permuted order. It
+computes in float32 (float64 for float64) and returns [N, I] in x's dtype. Gradients flow to x and to the routing
+weights.
 
-The formulas and column layouts come from the models that use them; docs/concepts.md lists both.
+Each formula and its column layout come from a model that uses the activation. docs/concepts.md lists the activations
+with their models.
 """
 
 import functools
@@ -83,11 +85,12 @@ def _clamped_sigmoid_glu(gate: Tensor, up: Tensor, alpha: float, limit: float, l
 
 @dataclass(frozen=True)
 class ActivationForm:
-    """The parameters of one formula that covers every activation, for the kernels.
+    """The parameters of the formula that the kernels use for every activation.
 
-    A gated activation is gate·sigmoid(p(gate))·(up + offset), and an ungated one is relu(x)². p(gate) is alpha·gate.
-    With `gelu` it is 2·√(2/π)·(gate + 0.044715·gate³), so that gate·sigmoid(p(gate)) is gelu_tanh(gate). With
-    `limit` > 0, gate is first clamped to at most `limit` and up to ±`limit`; 0 means no clamp.
+    A gated activation is gate·sigmoid(p(gate))·(up + offset). An activation without a gate is relu(x)². Without `gelu`,
+    p(gate) is alpha·gate. With `gelu`, p(gate) is 2·√(2/π)·(gate + 0.044715·gate³), so that gate·sigmoid(p(gate)) is
+    gelu_tanh(gate). With `limit` > 0, gate is first clamped to at most `limit` and up to ±`limit`. A `limit` of 0 means
+    no clamp. `interleaved` is true if x's columns alternate between gate and up.
     """
 
     gated: bool
@@ -114,7 +117,7 @@ def activation_form(config: MoEConfig) -> ActivationForm:
 
 
 def get_expert_activation_for_deepep(config: MoEConfig) -> WeightedActivation:
-    """Return the weighted activation of `config`, with alpha and limits bound: (x, permuted_probs) -> [N, I]."""
+    """Return the config's weighted activation, a function (x, permuted_probs) -> [N, I] with alpha and limits bound."""
     match config.expert_activation:
         case "swiglu":
             return functools.partial(swiglu_deepep, limit=config.swiglu_limit)

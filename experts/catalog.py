@@ -1,7 +1,8 @@
-"""The descriptions of every engine, built-in backend and dispatcher.
+"""List every engine, built-in backend and dispatcher.
 
 Importing this module does not import torch, so that a process without torch can plan a run. To add an engine, backend
-or dispatcher, write its module and add an entry here; `registry`, `engines`, `dispatchers` and `config` read this list.
+or dispatcher, write its module and add an entry to `ENGINES`, `BACKENDS` or `DISPATCHERS`. The modules `registry`,
+`engines`, `dispatchers` and `config` read these lists.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ _FROM_SOURCE = (
     "run in the checkout, with nvcc: pip install 'setuptools>=77' ninja && pip install --no-build-isolation -e '.[{}]'"
 )
 
-#: Importable name of a library -> how to install it. Reasons of `Unsupported` and `moebench doctor` print this text.
-#: Extensions are built against the installed torch, so pip must not isolate their build.
+#: Importable name of a library -> how to install the library. `moebench doctor` prints this text, and reasons of
+#: `Unsupported` contain it. CUDA extensions are built against the installed torch, so pip must not isolate their build.
 LIBRARIES: dict[str, str] = {
     "transformer_engine": _FROM_SOURCE.format("te"),
     "grouped_gemm": _FROM_SOURCE.format("gmm"),
@@ -32,9 +33,10 @@ LIBRARIES: dict[str, str] = {
 
 
 def missing(library: str, error: Exception | None = None) -> str:
-    """Return why a library of LIBRARIES cannot be used and how to install it, in one line.
+    """Return, in one line, why a library of `LIBRARIES` cannot be used and how to install the library.
 
-    `error` is what its import raised. Without one, the text says that the library is not installed.
+    `error` is the exception that the library's import raised. If `error` is None, the text says that the library is not
+    installed.
     """
     why = "is not installed" if error is None else f"does not import ({error})"
     return f"{library} {why}; {LIBRARIES[library]}"
@@ -44,11 +46,16 @@ def missing(library: str, error: Exception | None = None) -> str:
 class Engine:
     """One way to compute the experts of a rank.
 
-    `stacked`: the engine computes on the stacked parameters, and `module` has an `ENGINE`. Otherwise it is a layer that
-    keeps its own weights. `counts_rows`: the host waits for the number of rows that this rank's experts get, and the
-    engine computes only these rows. The other engines have one row for every choice of every token that reaches the
-    rank. `one_by_one`: the engine computes one expert after another and sums the results in float32, and autograd adds
-    up the gradients. `library`: a key of LIBRARIES.
+    `library` is the key of `LIBRARIES` that the engine needs, or None if it needs none of these libraries.
+
+    `stacked` is true if the engine computes on the stacked parameters; then `module` has an `ENGINE`. It is false if
+    the engine is a layer that keeps its own weights.
+
+    `counts_rows` is true if the host waits for the number of rows that this rank's experts get, and the engine computes
+    only these rows. It is false if the engine allocates one row for every choice of every token that reaches the rank.
+
+    `one_by_one` is true if the engine computes one expert after another and sums the results in float32, and autograd
+    adds up the gradients.
     """
 
     name: str
@@ -63,8 +70,9 @@ class Engine:
 class Backend:
     """A named way to build an expert layer: an engine with its options, or a peer (another library's layer).
 
-    `cached`: the layer keeps quantised weights from call to call. `target`: the peer as `module:attribute`. `library`:
-    the key of LIBRARIES that the peer needs.
+    `engine` is None for a peer. `cached` is true if the layer keeps quantised weights from call to call. `target` is
+    the peer as `module:attribute`, and `library` is the key of `LIBRARIES` that the peer needs. Both are None if the
+    backend is not a peer.
     """
 
     name: str
@@ -81,8 +89,9 @@ class Backend:
 class Dispatcher:
     """One way to carry tokens between ranks. `module` has `make(group, config)` and `unsupported(device, config)`.
 
-    The raw `collective` bounds the dispatcher's speed. With "all_gather" every rank gets every token. With "all_to_all"
-    a rank gets the tokens that chose one of its experts.
+    `collective` is the collective that moves as many tokens as the dispatcher, so its speed bounds the dispatcher's
+    speed. With "all_gather", every rank gets every token. With "all_to_all", a rank gets only the tokens that chose one
+    of the rank's experts.
     """
 
     name: str
@@ -98,13 +107,13 @@ _TRITON = Engine("triton", "experts.compute.triton", library="triton")
 _GMM = Engine("gmm", "experts.compute.gmm", library="grouped_gemm", counts_rows=True)
 _TE = Engine("te", "experts.te.layer", library="transformer_engine", stacked=False, counts_rows=True)
 
-#: In the order in which lists show them.
+#: The engines, in the order in which lists show them.
 ENGINES = (_LOOP, _TORCH_MM, _TORCH_MM_MXFP8, _TRITON, _GMM, _TE)
 #: The name of the engine and of the backend that results are compared with.
 REFERENCE = _LOOP.name
 
-#: Peers are listed here and not declared as entry points, so that they can be named even where the package is only on
-#: the path and not installed.
+#: The built-in backends. Peers are listed here and are not entry points, so that a user can name a peer even where this
+#: package is only on the path and not installed.
 BACKENDS = (
     Backend("loop", _LOOP, ("cpu",)),
     Backend("torch_mm", _TORCH_MM, ("bf16", "cpu")),
@@ -135,7 +144,7 @@ BACKENDS = (
     Backend("peer_sonicmoe", groups=("peers",), target="experts.peers.sonicmoe:SonicMoE", library="sonicmoe"),
 )
 
-#: A sweep that names no dispatcher takes the first one.
+#: The dispatchers. A sweep that names no dispatcher takes the first dispatcher.
 DISPATCHERS = (
     Dispatcher("allgather", "experts.dispatch.allgather", "all_gather"),
     Dispatcher("alltoall", "experts.dispatch.alltoall", "all_to_all"),

@@ -1,6 +1,6 @@
-"""The configuration of an expert layer and of the backend that computes it.
+"""Define the configurations of an expert layer (`MoEConfig`) and of the backend that computes it (`BackendConfig`).
 
-The field names are those of NeMo AutoModel, so that its users can swap modules.
+The fields have the names that NeMo AutoModel uses, so that AutoModel's users can swap modules.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def _one_line_errors(cls: _C) -> _C:
     validated_init: Callable[..., None] = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(validated_init)
-    def __init__(self: Any, /, **fields: Any) -> None:  # pydantic's own takes positional arguments in spite of kw_only
+    def __init__(self: Any, /, **fields: Any) -> None:  # pydantic's takes positional arguments despite kw_only
         try:
             validated_init(self, **fields)
         except ValidationError as error:
@@ -71,10 +71,10 @@ _Size = Annotated[int, Field(gt=0)]
 @_one_line_errors
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class MoEConfig:
-    """The shape and the formula of the routed experts of one layer.
+    """The sizes, the activation and the dtype of the routed experts of one layer.
 
-    Raises ConfigError, with one line per mistake, for an invalid value. `dtype` accepts a name or a torch.dtype, and
-    the field always holds a torch.dtype.
+    Raises ConfigError, with one line per mistake, for an invalid value. `dtype` accepts a name or a torch.dtype. The
+    field always holds a torch.dtype.
     """
 
     n_routed_experts: _Size = _field("the number of experts, a positive integer", 128)
@@ -124,8 +124,8 @@ class MoEConfig:
 class BackendConfig:
     """The engine that computes the experts and the dispatcher that carries tokens between ranks.
 
-    None means the module's default. "torch" is another name of the engine "loop". Raises ConfigError, with one line
-    per mistake, for an invalid value.
+    In `experts` and `dispatcher`, None means the default of the layer's class. "torch" is another name of the engine
+    "loop". Raises ConfigError, with one line per mistake, for an invalid value.
     """
 
     experts: Engine | None = _field("the name of an engine, or None for the module's default", "loop", default=None)
@@ -134,7 +134,7 @@ class BackendConfig:
     )
     te_fp8: Fp8Recipe | None = _field("the name of an FP8 recipe, or None for no FP8", "block", default=None)
     save: Save | None = _field(
-        "'memory' or 'time', which the engine uses less of for backward, or None for the default 'memory'",
+        "'memory' (backward needs less memory), 'time' (backward takes less time), or None for the default 'memory'",
         "time",
         default=None,
     )
@@ -151,5 +151,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_gated_activation(name: str) -> bool:
-    """Return whether the activation has a gate, so that the first projection is 2·moe_inter_dim wide."""
+    """Return whether the activation has a gate. With a gate, the first projection is 2·moe_inter_dim wide."""
     return name != "relu2"

@@ -1,4 +1,4 @@
-"""The token dispatchers by name."""
+"""Find and make token dispatchers by name."""
 
 import importlib
 from typing import Any
@@ -22,7 +22,7 @@ def dispatcher_names() -> tuple[str, ...]:
 def make_dispatcher(name: str, group: ProcessGroup, config: MoEConfig) -> Dispatcher:
     """Return the named dispatcher over a process group.
 
-    Raises RegistryError for an unknown name, Unsupported where the dispatcher cannot run.
+    Raises RegistryError for an unknown name, and Unsupported if the dispatcher cannot run over the group.
     """
     if name not in _MODULES:
         raise RegistryError(f"there is no dispatcher {name!r}; the dispatchers are {', '.join(_MODULES)}")
@@ -33,7 +33,7 @@ def make_dispatcher(name: str, group: ProcessGroup, config: MoEConfig) -> Dispat
 def dispatcher_unsupported(name: str, device: torch.device, config: MoEConfig) -> Unsupported | None:
     """Return why a dispatcher cannot carry the config's tokens on a device, or None where it can.
 
-    "local", the dispatcher of one process, always can.
+    The dispatcher of one process, "local", can carry every config's tokens.
     """
     if name not in _MODULES:
         return None

@@ -1,4 +1,4 @@
-"""The engines that compute on stacked parameters, by name."""
+"""Find the engines that compute on stacked parameters by name."""
 
 import importlib
 
@@ -15,7 +15,7 @@ def engine_names() -> tuple[str, ...]:
 
 
 def get_engine(name: str) -> Engine:
-    """Import and return the named engine. Raises RegistryError, with the known names, for an unknown one."""
+    """Import and return the named engine. Raises RegistryError, which lists the known names, for an unknown name."""
     if name not in _MODULES:
         raise RegistryError(f"there is no engine {name!r} here; the engines are {', '.join(_MODULES)}")
     engine: Engine = importlib.import_module(_MODULES[name]).ENGINE

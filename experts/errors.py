@@ -1,4 +1,4 @@
-"""The errors of the experts package.
+"""Define the errors of the experts package.
 
 ExpertsError
 ├── ConfigError    an invalid configuration: field, value, rule and remedy in one line (also a ValueError)
@@ -21,13 +21,13 @@ class InputError(ExpertsError, ValueError):
 
 
 class RegistryError(ExpertsError, LookupError):
-    """An unknown name of a backend, engine or dispatcher, or one that cannot be imported."""
+    """A name of a backend, engine or dispatcher that is unknown or cannot be imported."""
 
 
 class Unsupported(ExpertsError):
     """The reason why an engine cannot run something.
 
-    Functions named `unsupported` return it; calls that need the support raise it.
+    Functions named `unsupported` return this error as a value. Functions that need the engine to run raise it.
     """
 
     @property

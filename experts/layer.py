@@ -1,4 +1,4 @@
-"""The base class of the expert layers: forward, input checks and expert parallelism."""
+"""Define the base class of the expert layers, with forward, the checks of the inputs, and expert parallelism."""
 
 from abc import ABC, abstractmethod
 
@@ -15,7 +15,7 @@ INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class ExpertLayer(nn.Module, ABC):
-    """An expert layer: a dispatcher around `compute_local`.
+    """An expert layer: a dispatcher sends tokens to the ranks, and `compute_local` computes the experts of one rank.
 
     The layer runs on one process until `init_token_dispatcher` is called.
     """
@@ -34,19 +34,20 @@ class ExpertLayer(nn.Module, ABC):
         """Return, for each token, the weighted sum of the outputs of its chosen experts: [T, D] in x's dtype.
 
         x: [T, D], float32, bfloat16, float16 or float64. Projections run in x's dtype, whatever the parameters' dtype.
-        token_mask: [T] bool. A token with False contributes nothing, even if its row holds NaN, and its gradient is
-        zero.
+        token_mask: [T] bool. If it is False for a token, the token's output and gradient are zero, even if the token's
+        row of x holds NaN.
         weights: [T, K] routing weights of any float dtype.
         indices: [T, K] expert indices: int64, int32, int16, int8 or uint8. An index of −1 contributes nothing.
         Under expert parallelism the tensors hold this rank's tokens, and T may differ between ranks. The indices count
         the experts of all ranks.
 
-        Raises InputError for tensors that do not fit, Unsupported for what the engine or the dispatcher cannot run.
+        Raises InputError for tensors that do not fit the layer. Raises Unsupported if the engine or the dispatcher
+        cannot run x's dtype on x's device.
         """
         self._check_inputs(x, token_mask, weights, indices)
         # convert to int64 first: in uint8, −1 would be expert 255
         indices = indices.long().masked_fill(~token_mask.unsqueeze(-1), -1)
-        if x.device.type == "cpu":  # on a GPU the check would wait for the device; a wrong index adds nothing there
+        if x.device.type == "cpu":  # on a GPU the check would wait for the device; there a wrong index adds nothing
             self._check_indices(indices)
         sent = self.dispatcher.dispatch(x, weights, indices)
         y = self.compute_local(sent.x_RD, sent.weights_RK, sent.indices_RK)
@@ -84,8 +85,9 @@ class ExpertLayer(nn.Module, ABC):
         """Spread the experts over a one-dimensional mesh: rank r keeps experts r·L … r·L + L − 1, L = E / ranks.
 
         All ranks of the mesh must call this method. `moe_mesh` is the larger mesh that has `ep_mesh` as one dimension,
-        if any. Raises ConfigError where the number of experts is not a multiple of the number of ranks, and whatever
-        the dispatcher raises. After an error the layer is unchanged.
+        or None. Raises ConfigError if `ep_mesh` does not have one dimension, or if the number of experts is not a
+        multiple of the number of ranks. Raises Unsupported if the dispatcher cannot run over the mesh. After an error
+        the layer is unchanged.
         """
         if ep_mesh.ndim != 1:
             raise ConfigError(f"ep_mesh has {ep_mesh.ndim} dimensions, but must have 1; pass the expert-parallel one")
@@ -95,7 +97,7 @@ class ExpertLayer(nn.Module, ABC):
                 "rank holds the same number of experts, so choose an EP size that divides it"
             )
         dispatcher: Dispatcher = Local()
-        if ep_mesh.size() > 1:  # this may fail, so it comes first: a half-spread layer would be wrong silently
+        if ep_mesh.size() > 1:  # first, as it may fail: a half-spread layer would be silently wrong
             dispatcher = make_dispatcher(self.dispatcher_name, ep_mesh.get_group(), self.config)
         self.ep_mesh = ep_mesh
         self.set_moe_mesh(moe_mesh)
@@ -103,7 +105,7 @@ class ExpertLayer(nn.Module, ABC):
         self.dispatcher = dispatcher
 
     def set_moe_mesh(self, mesh: DeviceMesh | None) -> None:
-        """Store the larger mesh that has the expert-parallel mesh as one dimension."""
+        """Store the larger mesh that has the expert-parallel mesh as one dimension, or None."""
         self.moe_mesh = mesh
 
     @abstractmethod
@@ -111,7 +113,7 @@ class ExpertLayer(nn.Module, ABC):
         """Keep only this rank's experts."""
 
     def extra_repr(self) -> str:
-        """Return the layer's shape and engine, for its repr."""
+        """Return the text about the layer's sizes and engine that `repr` shows."""
         config = self.config
         return (
             f"{config.n_routed_experts} experts, {config.n_activated_experts} per token, dim={config.dim}, "

@@ -1,4 +1,4 @@
-"""GroupedExperts and GroupedExpertsDeepEP: expert layers with stacked parameters, for every engine that uses them."""
+"""Define `GroupedExperts` and `GroupedExpertsDeepEP`, the layers for all engines that compute on stacked parameters."""
 
 from typing import Any
 
@@ -30,15 +30,15 @@ def parameter_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
 
 
 class GroupedExperts(ExpertLayer):
-    """The routed experts of one layer: by default the per-expert loop and, under expert parallelism, all-gather.
+    """The routed experts of one layer. The default engine is `loop`, and the default dispatcher is `allgather`.
 
-    Parameters, in `config.dtype`: `gate_and_up_projs` [E, D, 2I] ([E, D, I] ungated) and `down_projs` [E, I, D]. With
-    `expert_bias` also `gate_up_proj_bias` [E, 2I] ([E, I] ungated) and `down_proj_bias` [E, D]; without it both are
-    None. The parameters are uninitialised until `init_weights` or `load_state_dict`. Under expert parallelism they are
-    DTensors, sharded on dimension 0.
+    The parameters have `config.dtype`. They are `gate_and_up_projs` [E, D, 2I] ([E, D, I] ungated) and `down_projs`
+    [E, I, D]. With `expert_bias`, the layer also has the parameters `gate_up_proj_bias` [E, 2I] ([E, I] ungated) and
+    `down_proj_bias` [E, D]. Without `expert_bias`, the two biases are None. The parameters are uninitialised until
+    `init_weights` or `load_state_dict`. Under expert parallelism the parameters are DTensors, sharded on dimension 0.
 
-    Raises ConfigError for the engine "te" or an FP8 recipe, which need GroupedExpertsTE, and for `save` where the
-    engine cannot choose what it keeps for backward.
+    Raises ConfigError for the engine "te" and for an FP8 recipe, because these need `GroupedExpertsTE`. Raises
+    ConfigError for `save` if the engine cannot choose what it keeps for backward.
     """
 
     default_engine = "loop"
@@ -69,14 +69,15 @@ class GroupedExperts(ExpertLayer):
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Return what `ExpertLayer.forward` returns.
 
-        If the parameters were made DTensors without `init_token_dispatcher`, use their mesh as the expert-parallel one.
+        If other code than `init_token_dispatcher` made the parameters DTensors, use the DTensors' mesh as the
+        expert-parallel mesh.
         """
         if self.ep_mesh is None and isinstance(self.down_projs, DTensor):
             self.init_token_dispatcher(self.down_projs.device_mesh)
         return super().forward(x, token_mask, weights, indices)
 
     def extra_repr(self) -> str:
-        """Return shape, engine, `save`, and whether the steps around the products are eager or fused, for the repr."""
+        """Return the text that `repr` shows: sizes, engine, `save`, and whether `experts.steps` are eager or fused."""
         parts = [super().extra_repr(), *(f"{name}={value}" for name, value in self.engine_options.items())]
         if self.engine_name != "loop":
             parts.append(f"steps={make_of_steps(self.down_projs.device, self.config.dtype)}")
@@ -96,7 +97,7 @@ class GroupedExperts(ExpertLayer):
     def expert_parameters(self) -> ExpertParameters:
         """Return the stacked parameters of this rank's experts.
 
-        Raises ConfigError where the parameters hold another number of experts than the rank has.
+        Raises ConfigError if the parameters do not hold `n_local_experts` experts.
         """
         parameters = ExpertParameters(*(as_local(getattr(self, name)) for name in PARAMETER_NAMES))
         count = parameters.down_projs.shape[0]
@@ -108,14 +109,14 @@ class GroupedExperts(ExpertLayer):
         return parameters
 
     def stacked_grads(self) -> dict[str, Tensor]:
-        """Return the gradients of this rank's parameters by name; one without a gradient has no entry."""
+        """Return the gradients of this rank's parameters by name. A parameter without a gradient has no entry."""
         return {name: as_local(p.grad) for name, p in self.named_parameters() if p.grad is not None}
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
         """Draw the projections from a normal distribution with standard deviation `init_std`, and set biases to zero.
 
-        Parameters on meta are first allocated on `buffer_device`.
+        If parameters are on the meta device, they are first allocated on `buffer_device`.
         """
         if any(parameter.is_meta for parameter in self.parameters()):
             self.to_empty(device=buffer_device)
@@ -152,7 +153,7 @@ def _engines_that_save() -> list[str]:
 
 
 def _take_local_share(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Replace plain tensors of all experts by shards like the parameters, so that each rank loads its own experts."""
+    """Shard plain tensors of all experts like the parameters, so that each rank loads its own experts (a load hook)."""
     for name, parameter in module.named_parameters(recurse=False):
         value = state_dict.get(prefix + name)
         if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
@@ -162,7 +163,7 @@ def _take_local_share(module: nn.Module, state_dict: dict[str, Any], prefix: str
 
 
 class GroupedExpertsDeepEP(GroupedExperts):
-    """The routed experts of one layer: by default grouped_gemm and, under expert parallelism, DeepEP."""
+    """The routed experts of one layer. The default engine is `gmm`, and the default dispatcher is `deepep`."""
 
     default_engine = "gmm"
     default_dispatcher = "deepep"

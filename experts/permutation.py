@@ -1,9 +1,10 @@
-"""Functions that sort rows of tokens by expert and sum the experts' rows back into tokens.
+"""Sort rows of tokens by expert, and sum the experts' rows back into tokens, with autograd.
 
-These functions do not wait for the device: the permuted tensors always have N = T·K rows, one per choice of a token.
+The functions do not wait for the device, because the permuted tensors always have N = T·K rows, one per choice of a
+token.
 The rows of the local experts, `first` … `first + count − 1`, come first, in groups by expert. Choices without a local
 expert (experts of other ranks, masked tokens, indices of −1) come last, from row `offsets[-1]` on. These last rows may
-hold anything, even NaN, and no function reads them.
+hold anything, even NaN, and no function reads these rows.
 """
 
 from typing import Any
@@ -25,8 +26,8 @@ MAX_ROWS = torch.iinfo(torch.int32).max
 def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
     """Return the permutation that groups choices by expert, for the local experts `first` … `first + count − 1`.
 
-    The sort is stable. indices_TK: [T, K] of any integer dtype; −1 and other experts are in no group. Raises InputError
-    where T·K is more than int32 offsets can count.
+    The sort is stable. indices_TK: [T, K] of any integer dtype. Choices of −1 and of other experts are not in a group.
+    Raises InputError if T·K is larger than int32 offsets can count.
     """
     if indices_TK.numel() > MAX_ROWS:
         raise InputError(
@@ -55,7 +56,8 @@ def weighted_activation(
 ) -> Tensor:
     """Return the weighted activation [N, I] of h + bias, in h's dtype.
 
-    Each row gets the bias of its expert and the routing weight of its choice; weights of None mean 1.
+    Each row gets the bias of its expert and the routing weight of its choice. If `weights_TK` is None, every routing
+    weight is 1.
     h: [N, 2I] ([N, I] ungated); weights: [T, K]; bias: [L, 2I] ([L, I] ungated). The activation is computed in float32
     (float64 for float64). Gradients flow to h, weights and bias.
     """
@@ -66,9 +68,10 @@ def weighted_activation(
 def combine(
     y_ND: Tensor, permutation: Permutation, weights_TK: Tensor | None, bias_LD: Tensor | None, after: bool
 ) -> Tensor:
-    """Return, for each token, the sum [T, D] over its choices of y + weight·bias, in y's dtype.
+    """Return the sum [T, D] over each token's choices, in y's dtype.
 
-    With `after`, the routing weight is applied after the down projection, and the sum is over weight·(y + bias).
+    Each term of the sum is y + weight·bias. With `after`, the routing weight is applied after the down projection, and
+    each term is weight·(y + bias).
     y: [N, D]; weights: [T, K]; bias: [L, D]. The sum is taken in float32 (float64 for float64), in the order of the
     choices. Gradients flow to y, weights and bias.
     """

@@ -1,13 +1,14 @@
-"""The registry of backends: it finds a backend by name and returns why it cannot run here.
+"""Find a backend by name, build its layer, and return why it cannot run here.
 
 A backend is a callable `(config: MoEConfig) -> nn.Module`. The module has the interface of `experts.GroupedExperts`:
 the same forward, and parameters in the stacked layout. A backend may have two attributes:
 
 - `unsupported(device, config) -> str | Unsupported | None` returns why the backend cannot run the config on the device.
-  With config None it answers for the device and all configs.
+  With config None, it returns why the backend cannot run any config on the device.
 - `fp8` is the name of the FP8 recipe that the backend computes in.
 
-Under expert parallelism the registry calls the backend with `dispatcher=`, and its module has `init_token_dispatcher`.
+Under expert parallelism the registry calls the backend with `dispatcher=`, and the module that the backend returns must
+have `init_token_dispatcher`.
 Third-party backends are found by entry point (group "experts.backends") or by `module:attribute`. The registry imports
 a third-party backend only when it is named.
 """
@@ -42,7 +43,8 @@ TE_BACKENDS: dict[str, tuple[Fp8Recipe | None, bool]] = {
     if backend.engine is not None and not backend.engine.stacked
 }
 
-#: Name of each backend with BackendConfig.save = "time" -> its engine. It keeps more, so that backward takes less time.
+#: Name of each backend with BackendConfig.save = "time" -> its engine. The engine keeps more tensors for backward, so
+#: that backward takes less time.
 SAVE_TIME_BACKENDS = {
     backend.name: backend.engine.name for backend in catalog.BACKENDS if backend.engine is not None and backend.save
 }
@@ -55,9 +57,9 @@ _BUILT_IN = {backend.name: backend for backend in catalog.BACKENDS}
 
 @dataclass(frozen=True)
 class Backend:
-    """A named backend: it builds an expert layer and returns why it cannot run something.
+    """A named backend, which builds an expert layer and returns why it cannot run a config.
 
-    `fp8` is the name of the FP8 recipe that it computes in, if any.
+    `fp8` is the name of the FP8 recipe that the backend computes in, or None if it does not compute in FP8.
     """
 
     name: str
@@ -66,7 +68,7 @@ class Backend:
     fp8: str | None = None
 
     def build(self, config: MoEConfig, dispatcher: str | None = None) -> nn.Module:
-        """Return an expert layer of the config; under expert parallelism with the named dispatcher."""
+        """Return an expert layer of the config. `dispatcher` is the dispatcher's name, or None for one process."""
         return self._build(config) if dispatcher is None else self._build(config, dispatcher=dispatcher)
 
     def unsupported(
@@ -74,7 +76,7 @@ class Backend:
     ) -> Unsupported | None:
         """Return why this backend cannot run `config` on `device` with the dispatcher, or None where it can.
 
-        Without a config, answer for the device only.
+        If `config` is None, return why the backend cannot run any config on the device.
         """
         reason = self._unsupported(device, config)
         if reason is None and dispatcher is not None and config is not None:
@@ -89,15 +91,16 @@ class Backend:
 
 
 def backend_names() -> tuple[str, ...]:
-    """Return the names of the built-in backends, then of the installed third-party ones. Imports no backend."""
+    """Return the names of the built-in backends, then of the installed third-party backends. Imports no backend."""
     installed = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
     return *_BUILT_IN, *sorted(installed - _BUILT_IN.keys())
 
 
 def get_backend(name: str) -> Backend:
-    """Return the named backend: a built-in one, an installed entry point, or `module:attribute`.
+    """Return the named backend. A name is a built-in backend, an installed entry point, or `module:attribute`.
 
-    Raises RegistryError for an unknown name, with the known names, and for one that cannot be imported.
+    Raises RegistryError, which lists the known names, for an unknown name. Raises RegistryError for a backend that
+    cannot be imported.
     """
     if name in _BUILT_IN:
         return _built_in(_BUILT_IN[name])
@@ -134,7 +137,7 @@ def _build_te(
 
 
 def check_name(name: str) -> None:
-    """Raise RegistryError for an unknown name. This does not import the backend, so some wrong names pass."""
+    """Raise RegistryError for an unknown name. The check does not import the backend, so some wrong names pass."""
     module_name, colon, _ = name.partition(":")
     top = module_name.partition(".")[0]
     if name not in backend_names() and not (colon and top and _is_importable(top)):
@@ -144,7 +147,7 @@ def check_name(name: str) -> None:
 def _is_importable(top: str) -> bool:
     try:
         return importlib.util.find_spec(top) is not None
-    except ValueError:  # find_spec raises it for a module without a spec, which __main__ can be
+    except ValueError:  # find_spec raises ValueError for a module without a spec, for example __main__
         return False
 
 
@@ -152,7 +155,7 @@ def _nowhere(name: str) -> RegistryError:
     if ":" in name:
         module_name = name.partition(":")[0]
         return RegistryError(f"backend {name!r}: there is no module {module_name!r}; is it on PYTHONPATH?")
-    # BackendConfig accepts "torch" for the loop; in results a backend has one name
+    # BackendConfig accepts "torch" for the loop, but in results each backend has one name
     near = ["loop"] if name == "torch" else difflib.get_close_matches(name, backend_names(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return RegistryError(
@@ -164,7 +167,7 @@ def _third_party(name: str, target: str) -> Backend:
     module_name, _, attribute = target.partition(":")
     try:
         build = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: not a module's name
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError, ValueError: not a module's name
         raise RegistryError(f"backend {name!r}: cannot import {target!r}: {error}; is it on PYTHONPATH?") from error
     if not callable(build):
         raise RegistryError(

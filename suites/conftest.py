@@ -1,4 +1,4 @@
-"""Options of `pytest suites/`, and the jobs that they choose. docs/pytest-benchmark.md explains them."""
+"""Add the options of `pytest suites/`, and choose the jobs. docs/pytest-benchmark.md explains the options."""
 
 import os
 from typing import Any
@@ -65,13 +65,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Add what must be equal before times may be compared; --benchmark-compare warns if it differs."""
+    """Add the facts that must be equal before times may be compared; --benchmark-compare warns if one differs."""
     machine_info["moebench"] = config.stash[ENVIRONMENT].comparable()
 
 
 @pytest.fixture
 def policy(request: pytest.FixtureRequest) -> TimingPolicy:
-    """Return how long each job is sampled."""
+    """Return the policy, which says how long each job is sampled."""
     return request.config.stash[POLICY]
 
 

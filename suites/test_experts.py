@@ -1,7 +1,7 @@
-"""One test per job. It measures as `moebench run` does, and gives each sample to pytest-benchmark.
+"""Run one test per job. The test measures as `moebench run` does, and gives each sample to pytest-benchmark.
 
-The test fails if the backend is wrong. It is skipped, with the reason, if the backend cannot run the case here or runs
-out of memory.
+The test fails if the backend's result is wrong. It is skipped, with the reason, if the backend cannot run the case here
+or runs out of memory.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from moebench.measure.worker import run_job
 from moebench.results.record import GOOD, Status
 from moebench.workload.case import Job
 
-#: Columns that pytest-benchmark saves with the times. docs/results.md explains each.
+#: The columns that pytest-benchmark saves with the times. docs/results.md explains each column.
 EXTRA_INFO = (
     *("gpu", "executed", "flags", "l2", "converged", "tokens_per_s", "tflops", "host_time_ms", "backward_ms"),
     *("warmup_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst", "parity_worst_tensor"),

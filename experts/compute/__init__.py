@@ -1,4 +1,7 @@
-"""The compute engines, one per file. Each file has an `ENGINE`, which computes the local experts of one rank."""
+"""Define what a compute engine is. An engine computes the local experts of one rank, and each engine is one file.
+
+The file of an engine holds its `Engine` as `ENGINE`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ExpertParameters(NamedTuple):
-    """The stacked parameters of L experts. The dimension L is absent in the parameters of a single expert."""
+    """The stacked parameters of L experts. The parameters of a single expert do not have the dimension L."""
 
     gate_and_up_projs: Tensor  # [L, D, 2I], ungated [L, D, I]
     down_projs: Tensor  # [L, I, D]
@@ -31,8 +34,8 @@ class ExpertParameters(NamedTuple):
 PARAMETER_NAMES = ExpertParameters._fields
 
 #: (x [T, D], weights [T, K], indices [T, K], parameters, config, first local expert) -> [T, D] in x's dtype: for each
-#: token, the sum over its choices of local experts. Other indices, including −1, contribute nothing. An engine with
-#: `saves` also takes `save=`, the value of `BackendConfig.save`.
+#: token, the weighted sum of the outputs of the local experts that the token chose. Choices of other ranks' experts and
+#: of −1 contribute nothing. An engine with `saves` also takes `save=`, the value of `BackendConfig.save`.
 Compute = Callable[..., Tensor]
 
 
@@ -40,10 +43,16 @@ Compute = Callable[..., Tensor]
 class Engine:
     """One way to compute the local experts.
 
-    `unsupported(device, config)` returns why the engine cannot run on the device with activations of the config's
-    dtype; without a config it answers for the device only. `saves`: the caller can choose what the engine keeps for
-    backward. `products` returns a library's grouped products over rows sorted by expert, which the engine's time is
-    compared with; it is None for an engine without such products.
+    `compute` is the function that computes the local experts; see `Compute`.
+
+    `unsupported(device, config)` returns why the engine cannot run the config on the device, or None where it can. If
+    `config` is None, it returns why the engine cannot run any config on the device.
+
+    `saves` is true if the caller can choose what the engine keeps for backward.
+
+    `products` takes rows sorted by expert (a `Permutation`) and returns a library's grouped matrix products over these
+    rows. moebench compares the engine's time with the time of these products. `products` is None if moebench has
+    nothing to compare the engine's time with.
     """
 
     compute: Compute

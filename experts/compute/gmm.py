@@ -1,6 +1,6 @@
-"""The engine gmm: grouped_gemm over permuted rows, in bfloat16 on CUDA.
+"""Compute the local experts with the library grouped_gemm over rows sorted by expert, in bfloat16 on CUDA.
 
-grouped_gemm takes group sizes on the host, so every call waits for the device.
+This is the engine `gmm`. grouped_gemm takes the sizes of the groups on the host, so every call waits for the device.
 """
 
 import torch
@@ -24,7 +24,7 @@ def compute(
     first: int,
     save: Save = "memory",
 ) -> Tensor:
-    """Return the local experts' sum [T, D]; see `Compute`. Computes only rows of local experts."""
+    """Return the local experts' sum [T, D]; see `Compute`. Computes only the rows of local experts."""
     parameters = parameters.to(x_TD.dtype)
     permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
     rows_per_expert = permutation.tokens_per_expert_L.cpu()
@@ -36,9 +36,9 @@ def compute(
 
 
 def products(rows_per_expert: Tensor) -> Products:
-    """Return grouped_gemm's products, for groups of `rows_per_expert` rows.
+    """Return grouped_gemm's matrix products, for groups of `rows_per_expert` rows.
 
-    rows_per_expert: [L] int64 on the host, not all zero. Operands are made contiguous.
+    rows_per_expert: [L] int64 on the host, not all zero. The matrix products make their operands contiguous.
     """
     from grouped_gemm.backend import gmm
 
@@ -50,7 +50,7 @@ def products(rows_per_expert: Tensor) -> Products:
 
     def outer(a_NP: Tensor, b_NQ: Tensor) -> Tensor:
         product_LPQ = multiply(a_NP, b_NQ, trans_a=True)
-        for expert in empty:  # grouped_gemm leaves their matrices unwritten
+        for expert in empty:  # grouped_gemm does not write the matrix of an expert without rows
             product_LPQ[expert].zero_()
         return product_LPQ
 
@@ -58,7 +58,7 @@ def products(rows_per_expert: Tensor) -> Products:
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """Return why grouped_gemm cannot run: it takes bfloat16 on CUDA."""
+    """Return why grouped_gemm cannot run the config, or None where it can. It takes bfloat16 on CUDA."""
     try:
         import grouped_gemm  # noqa: F401
     except (ImportError, OSError) as error:

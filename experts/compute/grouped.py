@@ -1,4 +1,4 @@
-"""The steps around the two products, for engines with products that autograd can differentiate."""
+"""Compute the local experts around an engine's two matrix products, if autograd can differentiate these products."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from experts.config import MoEConfig
 from experts.permutation import Permutation, combine, permute, weighted_activation
 
-#: Rows [N, P], grouped by expert -> [N, Q]: each row times its expert's matrix. Rows past the last group may hold
-#: anything.
+#: Rows [N, P], grouped by expert -> [N, Q]: each row times its expert's matrix. In operand and result, rows past the
+#: last group may hold anything.
 GroupedProduct = Callable[[Tensor], Tensor]
 
 
@@ -39,7 +39,7 @@ def grouped_experts(
 def no_rows(x_TD: Tensor, others: Iterable[Tensor | None]) -> Tensor:
     """Return zeros like x [T, D], with zero gradients for x and `others`.
 
-    For libraries that cannot multiply zero rows.
+    Engines call this function if the rank has no rows and their library cannot multiply zero rows.
     """
     zeros_TD: Tensor = _NoRows.apply(x_TD, *others)
     return zeros_TD
@@ -48,9 +48,9 @@ def no_rows(x_TD: Tensor, others: Iterable[Tensor | None]) -> Tensor:
 class _NoRows(Function):
     """Zeros with zero gradients.
 
-    Forward saves tensors and backward reads them although it does not need their values. Checkpointing runs forward
-    again only when backward reads saved tensors. A rank that did not run forward again would miss the dispatcher's
-    collectives, in which the other ranks wait for it.
+    Forward saves tensors, and backward reads the saved tensors although it does not need their values: checkpointing
+    runs forward again only when backward reads saved tensors. A rank that did not run forward again would not take part
+    in the dispatcher's collectives, and the other ranks would wait for this rank.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The products of local experts by torch.nn.functional.grouped_mm, and its limit on the width of rows."""
+"""Multiply rows by their experts' matrices with `torch.nn.functional.grouped_mm`, and check the width of the rows."""
 
 import functools
 
@@ -13,9 +13,9 @@ ROW_ALIGNMENT_BYTES = 16
 
 
 def products(offsets_L: Tensor) -> Products:
-    """Return grouped_mm's products, for groups of rows that end at the offsets [L] (int32, cumulative).
+    """Return grouped_mm's matrix products, for groups of rows that end at the offsets [L] (int32, cumulative).
 
-    grouped_mm does not read rows past the last offset, and leaves them uninitialised in its results.
+    grouped_mm does not read rows past the last offset, and it leaves these rows uninitialised in its results.
     """
     multiply = functools.partial(torch.nn.functional.grouped_mm, offs=offsets_L)
     return Products(
@@ -26,9 +26,9 @@ def products(offsets_L: Tensor) -> Products:
 
 
 def unaligned(config: MoEConfig, who: str = "grouped_mm") -> Unsupported | None:
-    """Return why `who` cannot take the config's rows: their size must be a multiple of 16 bytes.
+    """Return why the kernels called `who` cannot take the config's rows, or None where they can.
 
-    Rows are never padded silently.
+    The size of a row must be a multiple of 16 bytes. This package does not pad rows.
     """
     gated = is_gated_activation(config.expert_activation)
     widths = {

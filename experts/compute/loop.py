@@ -1,6 +1,6 @@
-"""The engine loop, the reference: one expert after another in plain torch.
+"""Compute the local experts one after another in plain torch. This is the engine `loop`, the reference.
 
-It shares only the activations with the other engines.
+The loop shares only the activations with the other engines.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,10 @@ def expert_forward(
 ) -> Tensor:
     """Return one expert's contribution to its tokens, [N, D] in float32 (float64 for float64).
 
-    x: [N, D]; weights: [N], the routing weights. Projections run in x's dtype. The down projection's bias, and a
-    routing weight that is applied after it, are applied in the result's dtype. `product` multiplies two matrices; a
-    caller that studies coarser operands passes a product that rounds them.
+    x: [N, D]; weights: [N], the routing weights. Projections run in x's dtype. The down projection's bias is added in
+    the result's dtype. A routing weight that is applied after the down projection is applied in the result's dtype.
+    `product` multiplies two matrices. A caller that studies operands of lower precision passes a function that rounds
+    the two matrices and multiplies them.
     """
     acc = accumulation_dtype(x_ND.dtype)
     weights_N1 = weights_N.to(acc).unsqueeze(-1)
@@ -41,7 +42,10 @@ def expert_forward(
 
 
 def split_experts(parameters: ExpertParameters) -> list[ExpertParameters]:
-    """Return the parameters of each expert, as views from unbind: its backward writes one stacked gradient for all."""
+    """Return the parameters of each expert as views of the stacked parameters.
+
+    `unbind` makes the views, because the backward of `unbind` writes one stacked gradient for all experts.
+    """
     columns = [[None] * parameters[0].shape[0] if p is None else p.unbind(0) for p in parameters]
     return [ExpertParameters(*expert) for expert in zip(*columns, strict=True)]
 
@@ -56,8 +60,8 @@ def compute(
 ) -> Tensor:
     """Return the local experts' sum [T, D]; see `Compute`.
 
-    Each expert's rows are gathered from, and added to, tokens in float32 (float64 for float64). An expert without
-    tokens runs on zero rows, so that its gradients are zeros and not None.
+    Each expert's rows are gathered from a float32 copy of the tokens, and added to a float32 result (float64 for
+    float64). An expert without tokens runs on zero rows, so that its gradients are zeros and not None.
     """
     x_acc_TD = x_TD.to(accumulation_dtype(x_TD.dtype))
     out_TD = torch.zeros_like(x_acc_TD)

@@ -1,6 +1,6 @@
-"""The engine torch_mm: torch.nn.functional.grouped_mm over permuted rows.
+"""Compute the local experts with `torch.nn.functional.grouped_mm` over rows sorted by expert.
 
-It does not synchronise with the host for bfloat16 on SM90 and later.
+This is the engine `torch_mm`. For bfloat16 on SM90 and later, the host does not wait for the device.
 """
 
 import torch
@@ -30,9 +30,9 @@ def compute(
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """Return why grouped_mm cannot run the config.
+    """Return why grouped_mm cannot run the config, or None where it can.
 
-    It takes float32, bfloat16 and float16, and rows with a size that is a multiple of 16 bytes.
+    grouped_mm takes float32, bfloat16 and float16. The size of a row must be a multiple of 16 bytes.
     """
     if config is None:
         return None

@@ -1,6 +1,6 @@
-"""The engine torch_mm_mxfp8: torchao's MXFP8 grouped GEMM over permuted rows, on SM100 and later.
+"""Compute the local experts with torchao's MXFP8 grouped GEMM over rows sorted by expert, on SM100 and later.
 
-MXFP8 stores E4M3 values with one power-of-two scale per 32 values.
+This is the engine `torch_mm_mxfp8`. MXFP8 stores E4M3 values with one power-of-two scale per 32 values.
 """
 
 import torch
@@ -27,7 +27,7 @@ def compute(
 ) -> Tensor:
     """Return the local experts' sum [T, D]; see `Compute`.
 
-    Computes only rows of local experts, so the host waits for their number.
+    Computes only the rows of local experts, so the host waits for the number of these rows.
     """
     from torchao.prototype.moe_training.mxfp8_grouped_mm import _to_mxfp8_then_scaled_grouped_mm as mxfp8_grouped_mm
 
@@ -49,9 +49,9 @@ def compute(
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """Return why MXFP8 cannot run.
+    """Return why MXFP8 cannot run the config, or None where it can.
 
-    It needs SM100 or later and torchao. It takes bfloat16, with dim and moe_inter_dim that are multiples of 32.
+    MXFP8 needs torchao and SM100 or later. It takes bfloat16. `dim` and `moe_inter_dim` must be multiples of 32.
     """
     if device.type != "cuda":
         return Unsupported(f"MXFP8 needs a CUDA GPU of SM100, the device is {device.type}; use torch_mm")

@@ -1,8 +1,8 @@
-"""The engine triton: this package's grouped GEMM in Triton, `experts.gemm`, for bfloat16 and float16.
+"""Compute the local experts with this package's grouped GEMM in Triton, `experts.gemm`, in bfloat16 or float16.
 
-It does not synchronise with the host. The up projection reads the tokens in place. Without gradients it writes only the
-weighted activation; with gradients it writes the projection, which backward needs. torch's grouped_mm computes the
-gradients of the weights.
+This is the engine `triton`. The host does not wait for the device. The up projection reads the tokens in place. Without
+gradients, the up projection's kernel writes only the weighted activation. With gradients, it writes its output before
+the activation, which backward needs. torch's grouped_mm computes the gradients of the weights.
 """
 
 import functools
@@ -40,7 +40,7 @@ def compute(
 
 
 def products(permutation: Permutation, config: MoEConfig) -> Products:
-    """Return Triton's products of rows, with torch's product for the gradients of the weights."""
+    """Return the matrix products: Triton's for the rows, and torch's grouped_mm for the gradients of the weights."""
     from experts import gemm
 
     rows = permutation, permutation.num_rows / config.n_routed_experts
@@ -56,10 +56,10 @@ def products(permutation: Permutation, config: MoEConfig) -> Products:
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """Return why the triton engine cannot run.
+    """Return why the triton engine cannot run the config, or None where it can.
 
-    It needs a CUDA GPU of SM80 or later, except SM12x, or Triton's interpreter on a CPU. It takes bfloat16 and float16,
-    and rows with a size that is a multiple of 16 bytes.
+    The engine needs a CUDA GPU of SM80 or later, except SM12x, or Triton's interpreter on a CPU. It takes bfloat16 and
+    float16. The size of a row must be a multiple of 16 bytes.
     """
     try:
         import triton
@@ -85,13 +85,13 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
 
 
 def _compute_uncompiled(*arguments: Any, **options: Any) -> Tensor:
-    """Run `compute` outside of torch's compiler, which cannot trace this package's kernels."""
+    """Run `compute` without torch's compiler, because the compiler cannot trace this package's kernels."""
     return _uncompiled()(*arguments, **options)
 
 
 @functools.cache
 def _uncompiled() -> Callable[..., Tensor]:
-    hidden: Callable[..., Tensor] = torch.compiler.disable(compute)  # at first use, as this imports the compiler
+    hidden: Callable[..., Tensor] = torch.compiler.disable(compute)  # at first use: it imports the compiler
     return hidden
 
 
@@ -99,5 +99,5 @@ ENGINE = Engine(
     _compute_uncompiled,
     unsupported,
     saves=True,
-    products=lambda permutation: grouped_mm.products(permutation.offsets_L),  # Triton's products do more than multiply
+    products=lambda permutation: grouped_mm.products(permutation.offsets_L),  # Triton's do more than multiply
 )

@@ -1,17 +1,18 @@
-"""The local experts as one autograd function, for engines that supply their products. It decides what to keep.
+"""Compute the local experts as one autograd function, which decides what to keep for backward.
 
-Forward keeps the tokens, the up projection's output before the activation, and the permutation. It keeps nothing of the
-down projection. Backward recomputes the activation while it computes the gradient of the activation's input. It writes
-both results over the memory that it reads, and frees each buffer at its last use. `save` decides about the gathered
-rows:
+The function is for engines that supply their matrix products as `Products`. Forward keeps the tokens, the up
+projection's output before the activation, and the permutation. It keeps neither the down projection's input nor its
+output. Backward recomputes the activation while it computes the gradient of the activation's input. It writes the
+recomputed activation and the gradient over the memory that it reads, and frees each buffer at the buffer's last use.
+`save` decides about the gathered rows:
 
-- "memory": backward gathers the rows of the tokens and of the output's gradient again where it needs them again.
-- "time": forward keeps the rows of the tokens for backward, and backward keeps the rows of the output's gradient until
-  their last use.
+- "memory": backward gathers the tokens' rows and the rows of the output's gradient again each time it needs them.
+- "time": forward keeps the tokens' rows for backward, and backward keeps the rows of the output's gradient until it has
+  used them for the last time.
 
 The gradient of a routing weight is Σ_i da_i·a_i, where a is the activation before weighting and da is the gradient of
-the weighted activation. This holds before and after the down projection, because every step after the activation is
-linear. So one backward serves both places of the routing weight.
+the weighted activation. The formula also holds if the weight is applied after the down projection, because every step
+after the activation is linear. So the same backward serves both places of the routing weight.
 """
 
 from collections.abc import Callable
@@ -29,18 +30,19 @@ from experts.steps import Permutation, Steps, steps_on
 
 
 class Products(NamedTuple):
-    """The products of rows that are grouped by expert.
+    """The matrix products of rows that are grouped by expert.
 
     Rows past the last group may hold anything, in operands and in results. The products run outside of autograd. Each
-    returns newly allocated memory. `outer` returns zeros for an expert without rows.
+    product returns newly allocated memory. `outer` returns zeros for an expert without rows. `gathered`,
+    `gathered_back` and `activated` are None if the engine does not have the product.
     """
 
     rows: Callable[[Tensor, Tensor], Tensor]  # a [N, P], b [L, P, Q] -> [N, Q]: each row times its expert's matrix
     rows_back: Callable[[Tensor, Tensor], Tensor]  # a [N, Q], b [L, P, Q] -> [N, P]: each row times the transpose
     outer: Callable[[Tensor, Tensor], Tensor]  # a [N, P], b [N, Q] -> [L, P, Q]: aᵀ·b of each expert's rows
-    #: x [T, P], b [L, P, Q] -> [N, Q]: `rows` of the tokens' rows, for products that read the tokens in place
+    #: x [T, P], b [L, P, Q] -> [N, Q]: what `rows` returns for the tokens' rows; it reads x in place
     gathered: Callable[[Tensor, Tensor], Tensor] | None = None
-    #: g [T, Q], b [L, P, Q] -> [N, P]: `rows_back` of the tokens' rows
+    #: g [T, Q], b [L, P, Q] -> [N, P]: what `rows_back` returns for the tokens' rows; it reads g in place
     gathered_back: Callable[[Tensor, Tensor], Tensor] | None = None
     #: x [T, D], b [L, D, H], weights [T, K] or None, bias [L, H] or None -> [N, I]: the weighted activation of
     #: `gathered`'s result plus the bias
@@ -49,7 +51,7 @@ class Products(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The arguments of `whole_experts` that gradients do not flow to."""
+    """The arguments of `whole_experts` that do not get gradients."""
 
     permutation: Permutation
     config: MoEConfig
@@ -65,8 +67,8 @@ class Plan:
 def whole_experts(x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, plan: Plan) -> Tensor:
     """Return the local experts' sum [T, D] in x's dtype.
 
-    x: [T, D]; weights: [T, K]; the parameters must have x's dtype. Gradients flow to all these tensors, but not second
-    derivatives.
+    x: [T, D]; weights: [T, K]. The parameters must have x's dtype. Gradients flow to x, weights and parameters. The
+    gradients cannot be differentiated again.
     """
     tensors = (x_TD, weights_TK, *parameters)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -78,7 +80,7 @@ def whole_experts(x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters
 def _forward(
     x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, plan: Plan, keep: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Return the output [T, D] and, with `keep`, the tokens (or their rows) and the up projection for backward."""
+    """Return the output [T, D] and, with `keep`, what backward needs: tokens or their rows, and the up projection."""
     gate_and_up, down, up_bias, down_bias = parameters
     permutation = plan.permutation
     steps = steps_on(x_TD.device, x_TD.dtype)
@@ -153,7 +155,7 @@ def _backward(
     plan: Plan,
     wanted: _Wanted,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weights and the parameters. Overwrites h and frees its memory."""
+    """Return the gradients of x, weights and the parameters. Overwrites h and frees h's memory."""
     gate_and_up, down, up_bias, down_bias = parameters
     permutation, products = plan.permutation, plan.products
     steps = steps_on(grad_TD.device, grad_TD.dtype)
@@ -189,14 +191,14 @@ def _backward(
         grad_x = steps.sum_rows(products.rows_back(grad_h_NH, gate_and_up), permutation)
     del grad_h_NH
     if not torch.compiler.is_compiling():  # compiled code frees its buffers itself
-        h_NH.untyped_storage().resize_(0)  # otherwise the graph holds it until backward ends
+        h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
     if a_NI is not None and wanted.down:
         grad_down = products.outer(a_NI, steps.gather_rows(grad_TD, permutation))
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias
 
 
 def _project_up(tokens: Tensor, are_rows: bool, gate_and_up: Tensor, plan: Plan, steps: Steps) -> Tensor:
-    """Return the up projection [N, H] of the tokens [T, D] or, with `are_rows`, of their rows [N, D]."""
+    """Return the up projection [N, H] of the tokens [T, D] or, with `are_rows`, of the tokens' rows [N, D]."""
     if are_rows:
         return plan.products.rows(tokens, gate_and_up)
     if plan.products.gathered is not None:
@@ -205,5 +207,5 @@ def _project_up(tokens: Tensor, are_rows: bool, gate_and_up: Tensor, plan: Plan,
 
 
 def _rows_of(tokens: Tensor, plan: Plan, steps: Steps) -> Tensor:
-    """Return the tokens' rows [N, D]: kept by forward, or gathered again."""
+    """Return the tokens' rows [N, D], which forward kept or which this function gathers again."""
     return tokens if plan.save == "time" else steps.gather_rows(tokens, plan.permutation)

@@ -1,6 +1,7 @@
-"""The token dispatchers, one per file. They carry tokens to the ranks that hold their experts, and the results back.
+"""Define what a token dispatcher is. Each dispatcher is one file.
 
-A dispatcher keeps no state between `dispatch` and `combine`: `Dispatched` holds what `combine` needs.
+A dispatcher carries tokens to the ranks that hold the tokens' experts, and carries the results back. It keeps no state
+between `dispatch` and `combine`. `Dispatched` holds everything that `combine` needs.
 """
 
 import copy
@@ -15,8 +16,9 @@ from torch.distributed import ProcessGroup
 class Dispatched:
     """The input of this rank's experts: R rows of tokens, each with its K choices.
 
-    `indices_RK` count the experts of all ranks; −1 and experts of other ranks contribute nothing here. `origin` is
-    private to the dispatcher and says how to send the rows back.
+    `indices_RK` holds expert indices that count the experts of all ranks. Choices of −1 and of other ranks' experts
+    contribute nothing on this rank. `origin` is private to the dispatcher, which needs it to send the rows back. It is
+    None for `Local`.
     """
 
     x_RD: Tensor
@@ -26,13 +28,13 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
-    """The interface of a token dispatcher. Both methods are differentiable in tokens and routing weights."""
+    """The interface of a token dispatcher. Gradients flow through both methods to tokens and routing weights."""
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
         """Send tokens [T, D], routing weights [T, K] and int64 indices [T, K] (−1: no expert) to the experts' ranks."""
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Send the experts' results back to each token's rank, and return their sum over the ranks [T, D]."""
+        """Send the experts' results back to each token's rank, and return each token's sum [T, D] over the ranks."""
 
 
 class Local:
@@ -48,7 +50,7 @@ class Local:
 
 
 class OverGroup:
-    """A dispatcher over a process group. Groups cannot be copied, so a copy of a layer shares its group."""
+    """A dispatcher over a process group. Groups cannot be copied, so a layer and its copy share one group."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group

@@ -1,7 +1,7 @@
-"""The dispatcher allgather: every rank gets every token and computes its own experts, and a reduce-scatter sums.
+"""Send every token to every rank with an all-gather, and sum the results with a reduce-scatter.
 
-Ranks may have different numbers of tokens, even zero: each rank pads its tokens to the largest number, with choices
-of −1.
+This is the dispatcher `allgather`. Each rank computes only its own experts. Ranks may have different numbers of tokens,
+even zero. Each rank pads its tokens to the largest number of tokens of any rank. The padding rows have choices of −1.
 """
 
 import torch
@@ -19,7 +19,10 @@ class AllGather(OverGroup):
     """The dispatcher over one process group, gloo or NCCL."""
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
-        """Return every rank's tokens, in the order of the ranks. Waits for the device once, for the largest count."""
+        """Return every rank's tokens, in the order of the ranks.
+
+        Waits for the device once, to get the largest number of tokens of any rank.
+        """
         num_tokens = x_TD.shape[0]
         missing = largest(num_tokens, self._group, x_TD.device) - num_tokens
         x_RD = AllGatherRows.apply(_pad(x_TD, missing, 0.0), self._group)

@@ -1,8 +1,8 @@
-"""The dispatcher alltoall: a token goes once to every rank that holds one of its experts, and comes back from each.
+"""Send each token once to every rank that holds one of the token's experts, and sum the results that come back.
 
-The ranks first exchange the numbers of rows (the sizes), then the rows. Sorting, gathering and summing are the steps of
-`experts.permutation`, with ranks in place of experts. The host enqueues all work that does not need the sizes before it
-waits for them.
+This is the dispatcher `alltoall`. The ranks first exchange the numbers of rows (the sizes), then the rows. The
+functions of `experts.steps` sort, gather and sum the rows, with ranks in place of experts. Before the host waits for
+the sizes, it enqueues all work that does not need the sizes.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,11 @@ from experts.steps import Permutation, steps_on
 
 @dataclass(frozen=True)
 class _Route:
-    """The way of one dispatch: rows sorted by rank, and the numbers of rows sent to and received from each rank."""
+    """The numbers that one dispatch uses to send rows, and that combine and backward use to send rows back.
+
+    `by_rank` sorts the rows by rank. `send` and `receive` hold the number of rows that this rank sends to, and receives
+    from, each rank.
+    """
 
     by_rank: Permutation
     send: list[int]
@@ -31,16 +35,25 @@ class _Route:
     group: dist.ProcessGroup
 
     def out(self, rows: Tensor) -> Tensor:
-        """Send rows that are sorted by rank to the ranks. Rows past the last rank's are left out."""
+        """Send rows that are sorted by rank to the ranks, and return the rows that this rank receives.
+
+        Rows past the last rank's group are not sent.
+        """
         return all_to_all_rows(rows[: sum(self.send)], self.send, self.receive, self.group)
 
     def back(self, rows: Tensor) -> Tensor:
-        """Send rows in the order in which they were received back to the ranks that sent them."""
+        """Send rows back to the ranks that sent them, and return the rows that come back to this rank, sorted by rank.
+
+        The rows must be in the order in which this rank received them.
+        """
         return all_to_all_rows(rows, self.receive, self.send, self.group)
 
 
 class AllToAll(OverGroup):
-    """The dispatcher over one process group, gloo or NCCL, with `n_local_experts` experts per rank, in rank order."""
+    """The dispatcher over one process group, gloo or NCCL.
+
+    Each rank holds `n_local_experts` experts, in the order of the ranks.
+    """
 
     def __init__(self, group: dist.ProcessGroup, n_local_experts: int) -> None:
         super().__init__(group)
@@ -73,7 +86,7 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
 
 
 def _sort_by_rank(indices_TK: Tensor, num_ranks: int, n_local_experts: int) -> Permutation:
-    """Return the permutation that groups tokens by the ranks that they go to. A token goes to a rank at most once."""
+    """Return the permutation that groups tokens by destination rank. A token goes to a rank at most once."""
     ranks_R = torch.arange(num_ranks, device=indices_TK.device)
     rank_TK = indices_TK // n_local_experts  # −1 stays −1
     wanted_TR = (rank_TK.unsqueeze(-1) == ranks_R).any(dim=1)
@@ -81,7 +94,7 @@ def _sort_by_rank(indices_TK: Tensor, num_ranks: int, n_local_experts: int) -> P
 
 
 def _exchange_sizes(by_rank: Permutation, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
-    """Return the numbers of rows to send to and to receive from each rank. Waits for the device."""
+    """Return the number of rows to send to each rank, and to receive from each rank. Waits for the device."""
     sizes_2R = by_rank.offsets_L.new_empty(2, group.size())
     torch.diff(by_rank.offsets_L, prepend=by_rank.offsets_L.new_zeros(1), out=sizes_2R[0])
     dist.all_to_all_single(sizes_2R[1], sizes_2R[0], group=group)

@@ -1,6 +1,7 @@
-"""Collectives with autograd over a process group. The backward of each direction is the other direction.
+"""Run collectives over a process group, with and without autograd.
 
-torch 2.13 renamed two of them and warns about the old names. torch 2.11 has only the old names.
+The backward of all-gather is reduce-scatter, and the backward of reduce-scatter is all-gather. torch 2.13 renamed the
+functions of these two collectives and warns about the old names. torch 2.11 has only the old names.
 """
 
 from typing import Any
@@ -30,9 +31,9 @@ def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def all_to_all_rows(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send `send[r]` consecutive rows to each rank r, and return `receive[r]` rows from it, in the order of the ranks.
+    """Send `send[r]` consecutive rows to each rank r, and receive `receive[r]` rows from each rank r.
 
-    No autograd.
+    Returns the received rows, in the order of the ranks. No autograd.
     """
     received = rows.new_empty(sum(receive), *rows.shape[1:])
     dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
@@ -68,9 +69,9 @@ class ReduceScatterRows(Function):
 
 
 class AllGatherChoices(Function):
-    """Every rank's routing weights and indices, gathered in one message.
+    """Every rank's routing weights and indices, gathered in one message, with autograd for the routing weights.
 
-    Backward sums the gradients of the weights on the rank that they came from.
+    Backward sums the gradients of a routing weight on the rank that the weight came from.
     """
 
     @staticmethod
@@ -90,8 +91,8 @@ class AllGatherChoices(Function):
 def pack_choices(weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
     """Return the routing weights and indices of each row as bytes, so that one message carries both.
 
-    A small message costs only its latency, so one message costs half of two. Indices are sent as int32. A larger index
-    is clamped to the nearest int32, which is not an expert of any layer either.
+    A small message costs only its latency, so one message costs half as much as two messages. Indices are sent as
+    int32. An index that does not fit is clamped to the largest int32, which also is not an expert of any layer.
     """
     indices_RK = indices_RK.clamp(-1, torch.iinfo(torch.int32).max).int()
     return torch.cat([_dense(one).view(torch.uint8) for one in (indices_RK, weights_RK)], dim=1)
@@ -107,13 +108,13 @@ def unpack_choices(packed: Tensor, weights_dtype: torch.dtype) -> tuple[Tensor, 
 def _dense(tensor: Tensor) -> Tensor:
     """Return a dense copy, which can be viewed in any dtype.
 
-    contiguous() would return a single row or column unchanged, whatever its strides.
+    `contiguous()` would return a tensor with a single row or column unchanged, whatever the tensor's strides are.
     """
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def largest(count: int, group: dist.ProcessGroup, device: torch.device) -> int:
     """Return the largest count of all ranks. Waits for the device."""
-    counts = torch.full((1,), count, device=device)  # made on the device: a copy from the host would wait for it
+    counts = torch.full((1,), count, device=device)  # on the device: a copy from the host would wait
     dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
     return int(counts)

@@ -1,7 +1,8 @@
-"""The dispatcher deepep: `deep_ep.Buffer` moves tokens over NVLink and RDMA, each once to every rank it chose.
+"""Send each token once to every rank that holds one of the token's experts, with DeepEP, over NVLink and RDMA.
 
-The backward of dispatch is combine, and the backward of combine is dispatch, with the handle of the forward. All layers
-of a process group share one buffer, which is large enough for the largest layer.
+This is the dispatcher `deepep`. It calls `deep_ep.Buffer`. The backward of dispatch is DeepEP's combine, and the
+backward of combine is DeepEP's dispatch. The two backward passes use the handle that the forward dispatch returned. All
+layers of a process group share one buffer, which is large enough for the largest layer.
 """
 
 import atexit
@@ -29,9 +30,10 @@ _buffers: dict[dist.ProcessGroup, Any] = {}
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-    """Return why DeepEP cannot run: it takes bfloat16 rows that are a multiple of 16 bytes, on CUDA GPUs.
+    """Return why DeepEP cannot carry the config's tokens on the device, or None where it can.
 
-    DeepEP's kernels need SM90 or later; this function does not check that.
+    DeepEP takes bfloat16 rows on CUDA GPUs. The size of a row must be a multiple of 16 bytes. DeepEP's kernels also
+    need SM90 or later, which this function does not check.
     """
     try:
         _deep_ep()
@@ -60,9 +62,9 @@ def _deep_ep() -> Any:
 
 
 def shared_buffer(group: dist.ProcessGroup, row_bytes: int) -> Any:
-    """Return the group's buffer, after making or enlarging it for rows of `row_bytes`.
+    """Return the group's buffer. Makes the buffer, or a larger buffer, if rows of `row_bytes` need it.
 
-    Raises Unsupported for fewer than two ranks and for a number of ranks that deep_ep does not run on.
+    Raises Unsupported for fewer than two ranks, and for a number of ranks that `deep_ep` does not run on.
     """
     deep_ep = _deep_ep()
     if group.size() < 2:
@@ -83,7 +85,7 @@ def shared_buffer(group: dist.ProcessGroup, row_bytes: int) -> Any:
 
 
 def destroy_buffers() -> None:
-    """Free every group's buffer. All ranks must call this before they destroy their process group."""
+    """Free every group's buffer. All ranks must call this function before they destroy their process group."""
     for group in list(_buffers):
         _destroy(group)
 
@@ -101,8 +103,8 @@ atexit.register(destroy_buffers)
 class DeepEP(OverGroup):
     """The dispatcher over one NCCL process group of at least two ranks.
 
-    `num_sms`, an even number, is the number of multiprocessors that move rows. Raises Unsupported for more than 128
-    experts per rank and for what `shared_buffer` refuses.
+    `num_sms`, an even number, is the number of multiprocessors (SMs) that move rows. Raises Unsupported for more than
+    128 experts per rank, and for a number of ranks for which `shared_buffer` raises it.
     """
 
     def __init__(self, group: dist.ProcessGroup, config: MoEConfig, num_sms: int = DEFAULT_NUM_SMS) -> None:
@@ -118,11 +120,11 @@ class DeepEP(OverGroup):
         self._row_bytes = config.dim * torch.bfloat16.itemsize
         self._buffer_class = _deep_ep().Buffer
         self.num_sms = num_sms
-        self._buffer_class.set_num_sms(num_sms)  # before the buffer is made: its size depends on this
+        self._buffer_class.set_num_sms(num_sms)  # before the buffer is made: its size depends on `num_sms`
         shared_buffer(group, self._row_bytes)
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
-        """Return the tokens that chose an expert of this rank. The host waits for their number.
+        """Return the tokens that chose an expert of this rank. The host waits for the number of these tokens.
 
         The routing weights of the result are float32. Raises Unsupported for x that is not bfloat16.
         """
@@ -140,16 +142,20 @@ class DeepEP(OverGroup):
         return combined
 
     def buffer(self) -> Any:
-        """Return the group's current buffer, after setting this layer's number of SMs, which is global in deep_ep."""
+        """Return the group's current buffer, after setting the number of SMs.
+
+        Each layer has a number of SMs, but in `deep_ep` the number is global.
+        """
         self._buffer_class.set_num_sms(self.num_sms)
         return _buffers.get(self._group) or shared_buffer(self._group, self._row_bytes)
 
     def raw_ways(
         self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, y_RD: Tensor, dispatched: Dispatched
     ) -> tuple[Callable[[], object], Callable[[], object]]:
-        """Return two functions that call DeepEP directly: the first moves the rows out, the second moves them back.
+        """Return two functions that call DeepEP directly. The first moves the rows out, the second moves the rows back.
 
-        They move the same rows as `dispatch` and `combine`, without the work that these two add.
+        The functions move the same rows as `dispatch` and `combine`, but leave out the work that `dispatch` and
+        `combine` do besides the calls of DeepEP.
         """
         route: _Route = dispatched.origin
         buffer = route.buffer()
@@ -180,9 +186,11 @@ def _send(buffer: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, n_r
 
 
 class _Route:
-    """One dispatch: the handle that its combine and both backward passes use, and a function that returns the buffer.
+    """The handle of one dispatch, and the function that returns the group's buffer.
 
-    Between forward and backward a larger layer may replace the buffer, and other layers may set another number of SMs.
+    The combine after the dispatch, and the backward passes of dispatch and combine, use the handle. They ask for the
+    buffer again, because between forward and backward a larger layer may replace the buffer, and another layer may set
+    another number of SMs. `handle` is None until the dispatch has run.
     """
 
     def __init__(self, buffer: Callable[[], Any], n_routed_experts: int) -> None:

@@ -1,4 +1,4 @@
-"""A grouped GEMM in Triton that can gather its rows and apply the weighted activation.
+"""Multiply rows by their experts' matrices in Triton. The GEMM can gather its rows and apply the weighted activation.
 
 Importing this package imports triton.
 """

@@ -1,18 +1,18 @@
-"""The Triton kernels of `experts.gemm.products`."""
+"""Define the Triton kernels that `experts.gemm.products` launches."""
 
 import triton
 import triton.language as tl
 
 from experts.steps.fused.tiles import glu
 
-#: The list has four numbers per tile: expert, tile of columns, first row, end of the expert's group.
+#: The list of tiles has four numbers per tile: expert, tile of columns, first row, end of the expert's group.
 TILE_FIELDS = tl.constexpr(4)
 _TILES_AT_ONCE = tl.constexpr(128)
 
 
 @triton.jit
 def _find_groups(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
-    """Return BINS bins, one per expert, with each group's start, end and number of blocks of rows."""
+    """Return BINS bins, one per expert, and the start, end and number of blocks of rows of each bin's group."""
     bins = tl.arange(0, BINS)
     ends = tl.load(offsets + bins, mask=bins < EXPERTS, other=0)
     starts = tl.load(offsets + bins - 1, mask=(bins > 0) & (bins < EXPERTS), other=0)
@@ -21,9 +21,9 @@ def _find_groups(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def _find_tile(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, COLUMN_TILES: tl.constexpr):
-    """Return this program's expert, tile of columns, first row and end of the expert's group.
+    """Return this program's expert, tile of columns and first row, and the end of the expert's group.
 
-    The expert is EXPERTS or more where the program has no tile.
+    If the program has no tile, the returned expert is EXPERTS or more.
     """
     tile = tl.program_id(0)
     bins, starts, ends, blocks = _find_groups(offsets, EXPERTS, BINS, ROWS)
@@ -46,7 +46,10 @@ def list_tiles(
     ROWS: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
 ):
-    """Write the number of tiles, then each tile as `_find_tile` finds it. Each program lists one expert's tiles."""
+    """Write the number of tiles, then the numbers that `_find_tile` finds for each tile.
+
+    Each program lists one expert's tiles.
+    """
     expert = tl.program_id(0)
     bins, starts, ends, blocks = _find_groups(offsets, EXPERTS, BINS, ROWS)
     if expert == 0:
@@ -69,7 +72,8 @@ def list_tiles(
 def _load_bias(bias, expert, columns, width: tl.constexpr):
     """Return a row of the expert's bias in float32.
 
-    Columns past the end of a half read other values, but `_store` does not store these columns.
+    With gate and up in halves, columns past the end of a half read values of the other half. `_store` does not store
+    these columns.
     """
     return tl.load(bias + expert.to(tl.int64) * width + columns, mask=columns < width, other=0.0).to(tl.float32)[
         None, :
@@ -124,8 +128,8 @@ def grouped_gemm(
 ):
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     READ: tl.constexpr = 2 * COLUMNS if INTERLEAVED else COLUMNS
-    # Load the next tile's first operands while this tile is stored. On an H200 (2026-11) this was 1.1 times as fast for
-    # rows in permuted order, but 0.75 times as fast for gathered rows.
+    # Load the next tile's first operands while this tile is stored. On an H200 (2026-11) the overlap made the kernel
+    # 1.1 times as fast for rows in permuted order, but 0.75 times as fast for gathered rows.
     OVERLAP: tl.constexpr = LISTED and not GATHER
     if LISTED:
         num_tiles = tl.load(tiles)

@@ -1,11 +1,11 @@
-"""Products of rows, grouped by expert, with their experts' matrices. The ends of the groups are only on the device.
+"""Multiply rows that are grouped by expert by their experts' matrices. The ends of the groups are only on the device.
 
-No function here waits for the device, and a captured CUDA graph can replay with another routing. With few rows per
-expert, the grid has as many programs as any routing could need, and programs without a tile end at once. With many
-rows, the grid has one program per multiprocessor, and the programs go through a list of tiles. Tiles are in the order
-expert, columns, rows: an expert's weights are read from memory once, and for its other rows from L2. The tensor memory
-accelerator copies the weights on GPUs that have one. Gathered rows are read from the tokens in place. Sums are in
-float32.
+No function of this module waits for the device, and a captured CUDA graph can replay with another routing. With few
+rows per expert, the grid has as many programs as any routing could need, and programs without a tile end at once. With
+many rows per expert, the grid has one program per multiprocessor, and the programs go through a list of tiles. The
+tiles are in the order expert, columns, rows. So the first tile of an expert's columns reads their weights from memory,
+and the tiles of the expert's other rows read the weights from the L2 cache. On GPUs with a tensor memory accelerator,
+the accelerator copies the weights. Gathered rows are read from the tokens in place. Sums are in float32.
 """
 
 import torch
@@ -29,13 +29,13 @@ _INTERPRETED_PROGRAMS = 3
 def product(a_NP: Tensor, b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float) -> Tensor:
     """Return [N, Q]: each row of a [N, P] times its expert's matrix of b [L, P, Q], in a's dtype.
 
-    `rows_per_expert`: the approximate average, which chooses the tiling. Rows past the last group stay unwritten.
+    `rows_per_expert` is the approximate average, which chooses the tiling. Rows past the last group stay unwritten.
     """
     return _multiply(a_NP, b_LPQ, permutation, rows_per_expert)
 
 
 def gathered_product(x_TP: Tensor, b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float) -> Tensor:
-    """Return `product` for each row's token, read from x [T, P] in place."""
+    """Return what `product` returns for each row's token. The tokens are read from x [T, P] in place."""
     return _multiply(x_TP, b_LPQ, permutation, rows_per_expert, gather=True)
 
 
@@ -45,7 +45,7 @@ def product_back(a_NQ: Tensor, b_LPQ: Tensor, permutation: Permutation, rows_per
 
 
 def gathered_product_back(x_TQ: Tensor, b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float) -> Tensor:
-    """Return `product_back` for each row's token, read from x [T, Q] in place."""
+    """Return what `product_back` returns for each row's token. The tokens are read from x [T, Q] in place."""
     return _multiply(x_TQ, b_LPQ, permutation, rows_per_expert, gather=True, transposed=True)
 
 
@@ -58,10 +58,10 @@ def activated_product(
     bias_LH: Tensor | None,
     config: MoEConfig,
 ) -> Tensor:
-    """Return the weighted activation [N, I] of `gathered_product` + bias, as `Steps.activate` does.
+    """Return the weighted activation [N, I] of `gathered_product`'s result plus the bias; see `Steps.activate`.
 
     x: [T, D]; b: [L, D, H]; weights: [T, K] or None; bias: [L, H] or None; H = 2I (ungated I). The activation is
-    computed from the float32 sums, before they are rounded.
+    computed from the float32 sums of the matrix product, which are not rounded first.
     """
     form = activation_form(config)
     return _multiply(
@@ -124,7 +124,7 @@ def _multiply(
 
 
 def _tiles(permutation: Permutation, experts: int, column_tiles: int, tile: Tiling) -> tuple[Tensor | None, int]:
-    """Return the list of tiles, or None for a tiling without one, and the number of programs."""
+    """Return the list of tiles, or None if the tiling does not need a list, and the number of programs."""
     most_tiles = (permutation.num_rows // tile.rows + min(experts, permutation.num_rows)) * column_tiles
     if not tile.listed:
         return None, most_tiles

@@ -1,4 +1,4 @@
-"""The tilings of the grouped GEMM."""
+"""Choose the tiling of the grouped GEMM."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,21 @@ class Tiling:
     """The size of a tile and how a program computes it."""
 
     rows: int
-    columns: int  # of the result; a gated activation's tile reads twice as many columns of weights
+    columns: int  # columns of the result; a gated activation's tile reads twice as many columns of weights
     depth: int  # the number of terms that one step adds
     stages: int  # the number of steps that load operands at the same time
     warps: int
-    #: One program per multiprocessor goes through a list of tiles; otherwise there is one program per tile.
+    #: True if there is one program per multiprocessor, which goes through a list of tiles; else one program per tile.
     listed: bool = False
 
 
 def tiling_for(rows_per_expert: float, pairs: bool) -> Tiling:
-    """Return the tiling for an average of `rows_per_expert`. `pairs`: the result is made of pairs of gate and up.
+    """Return the tiling for an average of `rows_per_expert`.
+
+    `pairs` is true if each element of the result is computed from a pair of gate and up.
 
     With few rows per expert, reading the weights takes nearly all the time. Then a tile has as few rows as tensor cores
-    allow, so that missing rows take no registers, and several programs share an SM and keep its memory busy. With many
+    allow, so that missing rows take no registers. Several programs share an SM and keep the memory busy. With many
     rows per expert, a tile is as large as the registers allow, and each program has an SM to itself. The bounds were
     chosen on an H200 (2026-11).
     """

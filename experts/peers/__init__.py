@@ -1,5 +1,5 @@
-"""The peers: expert layers of other libraries behind the interface of this package, to compare its layers with.
+"""Give the expert layers of other libraries (peers) this package's interface, to compare its layers with the peers.
 
-The registry imports a peer only when it is named. A peer converts its parameters to the other library's layout once,
-when they are loaded, so that forward and backward run only the other library's code.
+The registry imports a peer only when a caller names it. A peer converts the parameters to the other library's layout
+once, when a state dict is loaded. So forward and backward run only the other library's code.
 """

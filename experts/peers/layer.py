@@ -1,4 +1,4 @@
-"""The base class of the peers: another library's module, its layout of the parameters and its form of the routing."""
+"""Define the base class of the peers. A peer is an expert layer of another library with this package's interface."""
 
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -25,7 +25,11 @@ def transposed(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kept:
-    """The name of the peer's parameter that holds a stacked one, and the functions between the two layouts."""
+    """Where a peer keeps one of the stacked parameters.
+
+    `name` is the name of the parameter in the other library's module. `to_peer` converts a tensor from the stacked
+    layout to the other library's layout, and `to_stacked` converts a tensor back.
+    """
 
     name: str
     to_peer: Callable[[Tensor], Tensor] = as_it_is
@@ -35,8 +39,8 @@ class Kept:
 class PeerExperts(nn.Module):
     """The module `peer` of another library, on one process.
 
-    `layout` maps each stacked name to the peer's parameter. An optimizer trains the peer's own parameters. State dicts
-    and `stacked_grads` have the stacked layout.
+    `layout` maps the name of each stacked parameter to its place in `peer`. An optimizer trains the parameters of
+    `peer`, which have the other library's layout. State dicts and `stacked_grads` have the stacked layout.
     """
 
     def __init__(self, config: MoEConfig, peer: nn.Module, layout: Mapping[str, Kept]) -> None:
@@ -63,7 +67,10 @@ def _stack_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: A
 def _peer_keys(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
-    """Replace stacked entries by entries in the peer's layout; with `assign=True` they are contiguous copies."""
+    """Replace stacked entries by entries in the other library's layout (a load hook).
+
+    With `assign=True` the new entries are contiguous copies.
+    """
     assert isinstance(module, PeerExperts)
     keeps = local_metadata.get("assign_to_params_buffers", False)
     for name, kept in module.layout.items():
@@ -73,9 +80,11 @@ def _peer_keys(
 
 
 class Translated(Generic[R]):
-    """The token mask and indices in a peer's own form, made again only for new or changed tensors.
+    """A cache of the routing in the format that the other library's layer takes.
 
-    In its own library a router passes this form to the peer, so the time to make it does not count as the peer's.
+    A call converts the token mask and the indices with the function `translate`. A later call with the same tensors
+    returns the same result, unless a tensor was changed in place. In the other library, a router makes the routing in
+    this format. So the time of the conversion must not count as the time of the layer.
     """
 
     def __init__(self, translate: Callable[[Tensor, Tensor], R]) -> None:
@@ -84,7 +93,7 @@ class Translated(Generic[R]):
         self._kept: R | None = None
 
     def __call__(self, token_mask: Tensor, indices: Tensor) -> R:
-        if token_mask.is_inference() or indices.is_inference():  # these have no version that shows a change
+        if token_mask.is_inference() or indices.is_inference():  # inference tensors have no version that shows a change
             return self._translate(token_mask, indices)
         if self._kept is None or not self._is_of(token_mask, indices):
             self._kept = self._translate(token_mask, indices)
@@ -100,5 +109,5 @@ class Translated(Generic[R]):
 
 
 def not_installed(library: str) -> Unsupported | None:
-    """Return why a peer's library cannot be used, without importing it, or None where it is installed."""
+    """Return that a peer's library is not installed, or None where it is. Does not import the library."""
     return Unsupported(catalog.missing(library)) if importlib.util.find_spec(library) is None else None

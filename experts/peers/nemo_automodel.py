@@ -1,7 +1,8 @@
-"""The peer of NeMo AutoModel: its GroupedExperts with torch_mm, which has this package's interface and layout.
+"""Make a peer (another library's layer) of NeMo AutoModel's `GroupedExperts` with AutoModel's engine "torch_mm".
 
-AutoModel's other layers, on Transformer Engine and on DeepEP, need a dispatcher over at least two ranks. Its "gmm" is
-another name of its torch_mm.
+AutoModel's `GroupedExperts` has this package's interface and layout. AutoModel's layers on Transformer Engine and on
+DeepEP need a dispatcher over at least two ranks, so they are not peers. In AutoModel, "gmm" is another name of
+"torch_mm".
 """
 
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ WHOLE_GRAPHS = ("swigluoai", "quick_geglu", "relu2")
 
 
 class AutoModelTorchMm(PeerExperts):
-    """AutoModel's module, unchanged."""
+    """AutoModel's `GroupedExperts`, unchanged."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config, _make(config), {name: Kept(name) for name in parameter_shapes(config)})
@@ -33,9 +34,10 @@ class AutoModelTorchMm(PeerExperts):
 
     @staticmethod
     def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-        """Return why AutoModel's layer cannot run: it has the limits of torch's grouped_mm, and one more on a CPU.
+        """Return why AutoModel's layer cannot run the config, or None where it can.
 
-        moebench cannot measure the memory of a whole compiled graph on a CPU.
+        The layer has the limits of torch's grouped_mm. On a CPU, it also must not compile the activation as a whole
+        graph, because moebench cannot measure the memory of a whole compiled graph there.
         """
         reason = not_installed("nemo_automodel")
         if reason is not None or config is None:
@@ -57,7 +59,8 @@ def _make(config: MoEConfig) -> nn.Module:
     except ImportError as error:
         raise Unsupported(catalog.missing("nemo_automodel", error)) from error
     # Dynamo compiles each activation again for other shapes, modes and dtypes, up to eight times per process. After
-    # that it runs the activation uncompiled, so a long sweep would slow the peer. A training process has one shape.
+    # that, dynamo runs the activation uncompiled, so the peer would become slow in a long sweep. In training this does
+    # not happen, because all calls have one shape.
     torch.compiler.reset()
     fields = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim", "expert_bias", "expert_activation")
     more = ("activation_alpha", "activation_limit", "swiglu_limit", "apply_router_weight_after_down", "dtype")
@@ -75,7 +78,7 @@ def _make(config: MoEConfig) -> nn.Module:
         inter_dim=config.moe_inter_dim,
         norm_topk_prob=True,
     )
-    # the fields of its BackendConfig that it reads; importing that class needs transformers
+    # the fields of AutoModel's BackendConfig that GroupedExperts reads; importing BackendConfig needs transformers
     backend = SimpleNamespace(experts="torch_mm", compile_router_weight=False)
     made: nn.Module = GroupedExperts(theirs, backend)
     return made

@@ -1,8 +1,9 @@
-"""The peer of SonicMoE: its function for a given routing, with gather and activation fused into the kernels.
+"""Make a peer (another library's layer) of SonicMoE's function for a given routing.
 
-The kernels are for Hopper and Blackwell. SonicMoE's own MoE module routes with its own softmax and top-k kernel, which
-accepts neither weights nor indices. SonicMoE applies the routing weight after the down projection and its bias. That
-is the same function as applying it before (see transformers_experts).
+SonicMoE's kernels gather the rows and apply the activation. They are for Hopper and Blackwell. SonicMoE's MoE module
+cannot be the peer, because it routes with its own softmax and top-k kernel, which accepts neither weights nor indices.
+SonicMoE applies the routing weight after the down projection and its bias. Applying the weight before the down
+projection is the same function (see transformers_experts).
 """
 
 from typing import NamedTuple
@@ -23,7 +24,7 @@ ROW_ALIGNMENT_BYTES = 16
 class Pairs(NamedTuple):
     """The A active pairs of a token and its expert, sorted by token.
 
-    `places_A` holds each pair's index into the flattened [T·K] choices; None means that all choices are active.
+    `places_A` holds each pair's index into the flattened [T·K] choices, or is None if all choices are active.
     """
 
     tokens_A: Tensor  # int32
@@ -49,7 +50,7 @@ class SonicMoE(PeerExperts):
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Return what `experts.GroupedExperts.forward` returns."""
         pairs = self._pairs(token_mask, indices)
-        if pairs.tokens_A.numel() == 0:  # its kernels need at least one row
+        if pairs.tokens_A.numel() == 0:  # SonicMoE's kernels need at least one row
             return no_rows(x, (weights, *self.parameters()))
         weights_A = weights.reshape(-1)
         output: Tensor = self._compute(
@@ -70,10 +71,10 @@ class SonicMoE(PeerExperts):
 
     @staticmethod
     def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-        """Return why SonicMoE cannot run.
+        """Return why SonicMoE cannot run the config, or None where it can.
 
-        It needs SM90 or later. It takes bfloat16 and float16, the activations swiglu without a limit and geglu, and
-        rows with a size that is a multiple of 16 bytes.
+        SonicMoE needs SM90 or later. It takes bfloat16 and float16, and the activations `geglu` and `swiglu` without a
+        limit. The size of a row must be a multiple of 16 bytes.
         """
         if device.type != "cuda":
             return Unsupported(f"SonicMoE needs a CUDA GPU, the device is {device.type}")
@@ -101,7 +102,7 @@ def _unsupported_config(config: MoEConfig) -> Unsupported | None:
 
 
 def _parameters(config: MoEConfig) -> tuple[nn.Module, dict[str, Kept]]:
-    """Return a module with SonicMoE's parameters, and the layout that maps the stacked names to them."""
+    """Return a module with SonicMoE's parameters, and the layout that maps the stacked names to these parameters."""
     experts, dim, inter = config.n_routed_experts, config.dim, config.moe_inter_dim
     shapes: dict[str, tuple[int, ...]] = {"w1": (experts, 2 * inter, dim), "w2": (experts, dim, inter)}
     layout = {
@@ -119,13 +120,13 @@ def _parameters(config: MoEConfig) -> tuple[nn.Module, dict[str, Kept]]:
 
 
 def in_turns(halves: Tensor) -> Tensor:
-    """Return [E, 2I, …] with alternating gate and up, from all gates before all ups."""
+    """Return [E, 2I, …] with gate and up in turns, from a tensor with all gates before all ups."""
     turns: Tensor = halves.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
     return turns
 
 
 def in_halves(turns: Tensor) -> Tensor:
-    """Return [E, 2I, …] with all gates before all ups, from alternating gate and up."""
+    """Return [E, 2I, …] with all gates before all ups, from a tensor with gate and up in turns."""
     halves: Tensor = turns.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
     return halves
 

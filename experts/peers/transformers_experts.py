@@ -1,8 +1,9 @@
-"""The peer of Hugging Face transformers: its experts without a model, by its default implementation `grouped_mm`.
+"""Make a peer (another library's layer) of the experts of Hugging Face transformers, without the rest of a model.
 
-transformers applies the routing weight after the down projection and its bias. That is the same function as weighting
-the activation and the bias: w·(a W + b) = (w·a) W + w·b. So this computation serves both values of
-`apply_router_weight_after_down`, and parity checks whether its rounding is within budget.
+The experts run with transformers' default implementation, `grouped_mm`. transformers applies the routing weight after
+the down projection and its bias. Weighting the activation and the bias is the same function:
+w·(a W + b) = (w·a) W + w·b. So the peer serves both values of `apply_router_weight_after_down`. `moebench parity`
+checks whether the peer's rounding is within budget.
 """
 
 from dataclasses import dataclass
@@ -21,11 +22,16 @@ from experts.peers.layer import Kept, PeerExperts, Translated, not_installed, tr
 
 @dataclass(frozen=True)
 class Source:
-    """The experts of a model: its module, its class names, its configuration fields and its parameters' layout."""
+    """The experts of a model in transformers.
+
+    `model` is the name of the model's package, and `name` is how the names of the model's classes begin. `activation`
+    is the activation's name in the model's configuration, or None if the configuration does not name an activation.
+    `has_bias` is true if the projections always have a bias, and false if they never have one.
+    """
 
     model: str
     name: str
-    fields: dict[str, str]  # its names of n_routed_experts, moe_inter_dim and, if it reads one, the activation
+    fields: dict[str, str]  # n_routed_experts, moe_inter_dim and perhaps activation -> the configuration's field
     layout: dict[str, Kept]
     activation: str | None = None
     has_bias: bool = False
@@ -53,7 +59,7 @@ _BIASED = {
     "down_proj_bias": Kept("down_proj_bias"),
 }
 
-#: Activation -> the experts of a model that computes it. Qwen3's configuration names its activation.
+#: Activation -> the experts of a model that computes the activation. Qwen3's configuration names its activation.
 SOURCES = {
     "swiglu": Source("qwen3_moe", "Qwen3Moe", _QWEN3, _GATED, activation="silu"),
     "geglu": Source("qwen3_moe", "Qwen3Moe", _QWEN3, _GATED, activation="gelu_pytorch_tanh"),
@@ -63,7 +69,7 @@ SOURCES = {
 
 
 class TransformersExperts(PeerExperts):
-    """The experts as a model of transformers runs them: routing weights in x's dtype, and index E for no expert."""
+    """The experts as a model of transformers runs them, with routing weights in x's dtype and index E for no expert."""
 
     def __init__(self, config: MoEConfig) -> None:
         source = SOURCES[config.expert_activation]
@@ -78,15 +84,16 @@ class TransformersExperts(PeerExperts):
     def _with_sentinels(self, token_mask: Tensor, indices: Tensor) -> Tensor:
         """Return the indices, with E for choices that contribute nothing.
 
-        transformers sorts E behind all experts and does not compute its rows. It would sort −1 first.
+        transformers sorts the rows of index E behind the rows of all experts and does not compute them. It would sort
+        the rows of −1 first.
         """
         return indices.masked_fill((indices < 0) | ~token_mask.unsqueeze(-1), self.n_routed_experts)
 
     @staticmethod
     def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-        """Return why these experts cannot run.
+        """Return why these experts cannot run the config, or None where they can.
 
-        They have the limits of torch's grouped_mm, and only the activations and biases of the models in SOURCES.
+        They have the limits of torch's grouped_mm, and only the activations and biases of the models in `SOURCES`.
         """
         reason = not_installed("transformers")
         if reason is not None or config is None:

@@ -1,12 +1,13 @@
-"""The memory-bound steps around the products of grouped engines. Each step has two implementations.
+"""Run the memory-bound steps around the matrix products of engines that group rows by expert.
 
-`eager` is plain torch: it defines what a step computes, and runs every dtype on every device. `fused` is Triton: each
-step reads and writes its bytes once. On CUDA with Triton the steps are fused, except for float64. Elsewhere they are
-eager. In the environment, `EXPERTS_STEPS=eager` makes all steps eager, and `EXPERTS_STEPS=fused` also uses Triton on a
-CPU, where Triton's interpreter (TRITON_INTERPRET=1) must run them.
+The steps are the sort, the gathers, the sums and the activation. Each step has two implementations. `eager` is plain
+torch: it defines what a step computes, and it runs every dtype on every device. `fused` is Triton: each step reads and
+writes its bytes once. On CUDA with Triton, the fused steps run, except for float64. In all other cases the eager steps
+run. In the environment, `EXPERTS_STEPS=eager` makes all steps eager. `EXPERTS_STEPS=fused` makes the steps fused on a
+CPU, which needs Triton's interpreter (TRITON_INTERPRET=1).
 
 No step waits for the device, and every step returns the same bits in every run. The permuted tensors have N rows. Rows
-past the last group may hold anything, even NaN, and no step reads them.
+past the last group may hold anything, even NaN, and no step reads these rows.
 """
 
 import functools
@@ -27,11 +28,11 @@ Make = Literal["eager", "fused"]
 
 @dataclass(frozen=True)
 class Permutation:
-    """The mapping between rows and choices. N = T·K rows; L local experts; choice k of token t is the slot t·K + k."""
+    """The mapping between rows and choices. N = T·K rows, and choice k of token t has the slot number t·K + k."""
 
     row_to_slot_N: Tensor  # int64
     slot_to_row_S: Tensor  # int64 [T·K], the inverse of row_to_slot_N
-    row_to_expert_N: Tensor  # int64, the local expert, or L for a row without one
+    row_to_expert_N: Tensor  # int64, the local expert, or L for a row without a local expert
     offsets_L: Tensor  # int32, cumulative: the end of each expert's group
     n_activated_experts: int
 
@@ -63,7 +64,7 @@ class Permutation:
     def cut(self, num_rows: int) -> "Permutation":
         """Return the permutation without the rows past the last group.
 
-        `num_rows` must be `offsets_L[-1]`; it is for callers that know this number on the host.
+        `num_rows` must be `offsets_L[-1]`. The method is for callers that know this number on the host.
         """
         return Permutation(
             self.row_to_slot_N[:num_rows],
@@ -77,15 +78,15 @@ class Permutation:
 class Steps(Protocol):
     """The interface of the steps.
 
-    All float tensors have one dtype, except the routing weights, which may have another. Sums are in float32 (float64
-    for float64). No step reads the routing weights of choices that are not local.
+    All float tensors have the same dtype, except the routing weights, which may have another dtype. Sums are in float32
+    (float64 for float64). No step reads the routing weights of choices that are not local.
     """
 
     def sort_by_expert(self, indices_TK: Tensor, first: int, count: int) -> Permutation:
-        """Group the choices of experts `first` … `first + count − 1`, in the tokens' order. Others come last."""
+        """Group the choices of experts `first` … `first + count − 1`, in the tokens' order. Other choices come last."""
 
     def gather_rows(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
-        """Return each row's token [N, D], times its routing weight if weights are given."""
+        """Return each row's token [N, D], times the row's routing weight if weights are given."""
 
     def sum_rows(
         self,
@@ -95,9 +96,10 @@ class Steps(Protocol):
         bias_LD: Tensor | None = None,
         weigh_rows: bool = False,
     ) -> Tensor:
-        """Return, for each token, the sum [T, D] over its local choices of y + weight·bias.
+        """Return the sum [T, D] over each token's local choices.
 
-        With `weigh_rows`, it is the sum of weight·(y + bias). A bias or `weigh_rows` needs the weights.
+        Each term of the sum is y + weight·bias. With `weigh_rows`, each term is weight·(y + bias). A bias or
+        `weigh_rows` needs the weights.
         """
 
     def activate(
@@ -108,7 +110,7 @@ class Steps(Protocol):
         bias_LH: Tensor | None,
         config: MoEConfig,
     ) -> Tensor:
-        """Return the weighted activation [N, I] of h + bias; without weights, the activation. H = 2I (ungated I)."""
+        """Return the activation [N, I] of h + bias, times the routing weights if given. H = 2I (ungated I)."""
 
     def activate_backward(
         self,
@@ -122,19 +124,21 @@ class Steps(Protocol):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the gradients of `activate` and, with `again`, its result.
 
-        The three results are the gradient of h [N, H], `activate`'s result [N, I] or None, and the gradient of the
-        weights [T, K] in float32 (float64 for float64) or None. With `again`, the function may write the first two
-        results over h and `grad_NI`.
+        The three results are the gradient of h [N, H], `activate`'s result [N, I] (None without `again`), and the
+        gradient of the weights [T, K] in float32 or, for float64, in float64 (None without weights). With `again`, the
+        function may write the first two results over h and `grad_NI`.
         """
 
     def sum_by_expert(self, rows_NC: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
-        """Return the sum [L, C] of each expert's rows, times their routing weights if weights are given.
+        """Return the sum [L, C] of each expert's rows, each times its routing weight if weights are given.
 
         The sum is zero for an expert without rows.
         """
 
     def dot_rows(self, x_TD: Tensor, permutation: Permutation, y_ND: Tensor | None, bias_LD: Tensor | None) -> Tensor:
-        """Return the dot product [T, K] of each token's x with y + bias of each of its rows.
+        """Return, for each choice [T, K], the dot product of the token's x with y + bias of the choice's row.
+
+        Without y or without a bias, the missing term is zero.
 
         The result is float32 (float64 for float64), and zero for a choice that is not local.
         """
@@ -143,7 +147,7 @@ class Steps(Protocol):
 def make_of_steps(device: torch.device, dtype: torch.dtype | None = None) -> Make:
     """Return which implementation runs for a device and dtype.
 
-    Raises ConfigError where EXPERTS_STEPS names neither implementation.
+    Raises ConfigError if EXPERTS_STEPS has a value other than "eager" and "fused".
     """
     asked = os.environ.get(VARIABLE, "")
     if asked not in ("", "eager", "fused"):

@@ -1,4 +1,4 @@
-"""The steps in plain torch, which define what each step computes."""
+"""Run the steps in plain torch. These functions define what each step computes."""
 
 import torch
 from torch import Tensor
@@ -113,7 +113,10 @@ def _of_choices(rows_ND: Tensor, permutation: Permutation) -> Tensor:
 
 
 def _weights_N1(weights_TK: Tensor, permutation: Permutation, like: Tensor) -> Tensor:
-    """Return the routing weights [N, 1] in permuted order: zero, without gradient, for rows without a local expert."""
+    """Return the routing weights [N, 1] in permuted order.
+
+    A row without a local expert has the weight zero, without gradient.
+    """
     weights_N = weights_TK.reshape(-1).index_select(0, permutation.row_to_slot_N)
     is_local_N = permutation.row_to_expert_N < permutation.offsets_L.numel()
     return torch.where(is_local_N, weights_N, 0.0).to(accumulation_dtype(like.dtype)).unsqueeze(-1)

@@ -1,1 +1,1 @@
-"""The engine te: Transformer Engine computes the experts. It is imported when a layer is made."""
+"""Compute the experts with Transformer Engine (the engine `te`), which is imported when a layer is made."""

@@ -1,7 +1,7 @@
-"""GroupedExpertsTE: Transformer Engine's GroupedLinear computes the experts in bfloat16, float16, float32 or FP8.
+"""Define `GroupedExpertsTE`, the layer that Transformer Engine (TE) computes in bfloat16, float16, float32 or FP8.
 
-The layer keeps TE's own parameters, one matrix [out, in] per expert. Its properties and state dict have the stacked
-layout of the other layers.
+TE's `GroupedLinear` computes the projections. The layer keeps TE's parameters, one matrix [out, in] per expert. The
+layer's properties and state dict have the stacked layout, which all layers share.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from experts.te.layout import LINEARS
 
 
 class GroupedExpertsTE(ExpertLayer):
-    """The routed experts of one layer: Transformer Engine and, under expert parallelism, DeepEP by default.
+    """The routed experts of one layer, computed by Transformer Engine. The default dispatcher is `deepep`.
 
     `backend.te_fp8` names an FP8 recipe for the two projections. Without a recipe, a `te.autocast` around the call
-    applies. TE's own parameters are `gate_up_linear.weight{i}` [2I, D] ([I, D] ungated), `down_linear.weight{i}`
-    [D, I] and their biases. The stacked parameters are properties that are made from them, and the state dict holds
-    the stacked ones.
+    applies. TE's parameters are `gate_up_linear.weight{i}` [2I, D] ([I, D] ungated), `down_linear.weight{i}` [D, I] and
+    the biases of the two linears. The stacked parameters are properties, which are made from TE's parameters. The state
+    dict holds the stacked parameters.
 
-    Raises Unsupported where Transformer Engine does not import. Raises ConfigError for a backend with another engine
-    and for one with `save`.
+    Raises Unsupported if Transformer Engine does not import. Raises ConfigError if `backend` names another engine, or
+    sets `save`.
     """
 
     gate_up_linear: Any
@@ -64,14 +64,15 @@ class GroupedExpertsTE(ExpertLayer):
     ) -> Tensor:
         """Return what `ExpertLayer.forward` returns.
 
-        With `is_first_microbatch` None, every call quantises the FP8 weights. True quantises the weights and keeps the
-        result. False uses the kept result, which is correct only while the weights do not change.
+        If `is_first_microbatch` is None, the call quantises the FP8 weights and does not keep the quantised weights. If
+        it is True, the call quantises the weights and keeps the quantised weights. If it is False, the call uses the
+        quantised weights that were kept, which is correct only while the weights do not change.
         """
         self._is_first_microbatch = is_first_microbatch
         return super().forward(x, token_mask, weights, indices)
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-        """Return the sum of two GroupedLinears over rows sorted by expert; see `ExpertLayer.compute_local`.
+        """Return what two GroupedLinears compute from rows sorted by expert; see `ExpertLayer.compute_local`.
 
         TE takes the sizes of the groups on the host, so every call waits for the device.
         """
@@ -90,7 +91,7 @@ class GroupedExpertsTE(ExpertLayer):
             return grouped_experts(x_RD, weights_RK, rows, self.config, *products, *biases)
 
     def _unsupported(self, device: torch.device, config: MoEConfig) -> Unsupported | None:
-        """Return TE's reason for this layer's parameters and FP8 recipe, or None."""
+        """Return why TE cannot run with this layer's parameters and FP8 recipe, or None where it can."""
         kept = dtype_name(self.gate_up_linear.weight0.dtype)
         if config.dtype is torch.float32 and kept != "float32":
             return Unsupported(f"Transformer Engine computes float32 with float32 parameters, these are {kept}; cast x")
@@ -98,26 +99,26 @@ class GroupedExpertsTE(ExpertLayer):
 
     @property
     def gate_and_up_projs(self) -> Tensor:
-        """The weights [E, D, 2I] ([E, D, I] ungated), stacked from TE's; a DTensor under expert parallelism."""
+        """The weights [E, D, 2I] ([E, D, I] ungated), stacked from TE's weights; a DTensor under expert parallelism."""
         stacked = layout.sharded(self, "gate_and_up_projs")
         assert stacked is not None
         return stacked
 
     @property
     def down_projs(self) -> Tensor:
-        """The weights [E, I, D], stacked from TE's; a DTensor under expert parallelism."""
+        """The weights [E, I, D], stacked from TE's weights; a DTensor under expert parallelism."""
         stacked = layout.sharded(self, "down_projs")
         assert stacked is not None
         return stacked
 
     @property
     def gate_up_proj_bias(self) -> Tensor | None:
-        """The bias [E, 2I] ([E, I] ungated), or None; a DTensor under expert parallelism."""
+        """The bias [E, 2I] ([E, I] ungated), or None without `expert_bias`; a DTensor under expert parallelism."""
         return layout.sharded(self, "gate_up_proj_bias")
 
     @property
     def down_proj_bias(self) -> Tensor | None:
-        """The bias [E, D], or None; a DTensor under expert parallelism."""
+        """The bias [E, D], or None without `expert_bias`; a DTensor under expert parallelism."""
         return layout.sharded(self, "down_proj_bias")
 
     def stacked_grads(self) -> dict[str, Tensor]:
@@ -125,7 +126,11 @@ class GroupedExpertsTE(ExpertLayer):
         return layout.stacked_grads(self)
 
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
-        """Reset with TE's own method: normal weights with TE's standard deviation, zero biases. Ignores `init_std`."""
+        """Reset the parameters with TE's method, which ignores `init_std`.
+
+        TE draws the weights from a normal distribution with a standard deviation of its choice, and sets biases to
+        zero.
+        """
         with buffer_device:
             for name in LINEARS:
                 getattr(self, name).reset_parameters()
@@ -138,7 +143,7 @@ class GroupedExpertsTE(ExpertLayer):
             in_features,
             out_features,
             bias=self.config.expert_bias,
-            # `grouped_experts` adds the biases: TE would add the down projection's without its routing weight
+            # `grouped_experts` adds the biases: TE would add the down projection's bias without the routing weight
             return_bias=self.config.expert_bias,
             params_dtype=self.config.dtype,
             device=device,
@@ -190,9 +195,13 @@ class GroupedExpertsTE(ExpertLayer):
 
 
 class CachedWeightsTE(GroupedExpertsTE):
-    """A layer that quantises its FP8 weights in the first call after a load, and keeps them, as for microbatches."""
+    """A layer that quantises its FP8 weights in the first call after a load, and keeps the quantised weights.
 
-    #: The layer does not notice an optimizer's update in place, so `moebench parity` does not test one.
+    Training code that splits a batch into microbatches does the same between two steps of the optimizer.
+    """
+
+    #: True: the layer does not notice that an optimizer updates its parameters in place. So `moebench parity` does not
+    #: run the check that updates parameters in place.
     caches_weights = True
 
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
@@ -201,7 +210,7 @@ class CachedWeightsTE(GroupedExpertsTE):
         self.register_load_state_dict_post_hook(_forget_kept)
 
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
-        """Reset as `GroupedExpertsTE.init_weights` does. The next call quantises again."""
+        """Reset as `GroupedExpertsTE.init_weights` does. The next call quantises the weights again."""
         super().init_weights(buffer_device, init_std)
         self._kept = False
 

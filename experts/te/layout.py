@@ -1,6 +1,7 @@
-"""Functions between the stacked layout and Transformer Engine's parameters, one matrix [out, in] per expert.
+"""Convert between the stacked layout and Transformer Engine's (TE's) parameters, one matrix [out, in] per expert.
 
-They work on every layer that has Transformer Engine's two linears. The hooks are for the layer's state dict.
+The functions work on every layer with the two linears of TE that `LINEARS` names. The hooks are for the layer's state
+dict.
 """
 
 from typing import Any
@@ -23,13 +24,13 @@ KEPT_IN = {
 
 
 def stacked(layer: ExpertLayer, name: str) -> Tensor | None:
-    """Return this rank's stacked parameter, made from TE's; None for a bias that the layer does not have."""
+    """Return this rank's stacked parameter, made from TE's parameters, or None for a bias without `expert_bias`."""
     parts = _parts(layer, name)
     return _stack(parts) if parts else None
 
 
 def sharded(layer: ExpertLayer, name: str) -> Tensor | None:
-    """Return what `stacked` returns; under expert parallelism, a DTensor of all ranks' experts."""
+    """Return what `stacked` returns. Under expert parallelism, return it as a DTensor of all ranks' experts."""
     local = stacked(layer, name)
     if local is None or layer.ep_mesh is None:
         return local
@@ -47,7 +48,7 @@ def stacked_grads(layer: ExpertLayer) -> dict[str, Tensor]:
 
 
 def stack_keys(layer: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Replace TE's entries in a state dict by stacked ones (a state dict hook)."""
+    """Replace TE's entries in a state dict by stacked entries (a state dict hook)."""
     assert isinstance(layer, ExpertLayer)
     for key in [key for key in state_dict if key.startswith(tuple(f"{prefix}{name}." for name in LINEARS))]:
         del state_dict[key]
@@ -59,9 +60,9 @@ def stack_keys(layer: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any
 def split_keys(
     layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
-    """Replace stacked entries by per-expert views of this rank's share, which the linears load (a hook before a load).
+    """Replace each stacked entry by one view per expert of this rank, for the linears to load (a hook before a load).
 
-    With `assign=True` the entries are contiguous copies, because TE reads a matrix as if it were contiguous.
+    With `assign=True` the new entries are contiguous copies, because TE reads a matrix as if it were contiguous.
     """
     assert isinstance(layer, ExpertLayer)
     keeps = local_metadata.get("assign_to_params_buffers", False)
@@ -76,11 +77,11 @@ def split_keys(
             matrix = part.t() if part.ndim == 2 else part
             state_dict[f"{prefix}{linear}.{kind}{index}"] = matrix.contiguous() if keeps else matrix
     for name in LINEARS:
-        state_dict.setdefault(f"{prefix}{name}._extra_state", None)  # TE finds FP8 scales again; they are not loaded
+        state_dict.setdefault(f"{prefix}{name}._extra_state", None)  # FP8 scales are not loaded; TE finds them again
 
 
 def name_missing_keys(_: nn.Module, incompatible: Any) -> None:
-    """Replace missing per-expert keys by one stacked name (a hook after a load)."""
+    """In the list of missing keys, replace the keys of the experts by one stacked name (a hook after a load)."""
     for name, (linear, kind) in KEPT_IN.items():
         missing = [key for key in incompatible.missing_keys if f"{linear}.{kind}" in key]
         if missing:

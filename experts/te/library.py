@@ -1,4 +1,4 @@
-"""Functions about the installed Transformer Engine: whether it imports, its FP8 recipes, what it cannot run."""
+"""Look at the installed Transformer Engine (TE): whether it imports, its FP8 recipes, and what it cannot run."""
 
 import functools
 from typing import Any
@@ -24,7 +24,7 @@ def recipe(name: Fp8Recipe) -> Any:
 
 
 def alignment(is_mxfp8: bool) -> int:
-    """Return the number that features, and rows per expert, must be a multiple of in FP8."""
+    """Return the alignment in FP8. The numbers of features and of rows per expert must be multiples of it."""
     return 32 if is_mxfp8 else 16
 
 
@@ -39,10 +39,10 @@ def not_installed() -> Unsupported | None:
 
 
 def unsupported(device: torch.device, config: MoEConfig | None, te_fp8: Fp8Recipe | None) -> Unsupported | None:
-    """Return why TE cannot run.
+    """Return why TE cannot run the config with the FP8 recipe, or None where it can.
 
-    It needs CUDA and SM70; FP8 needs SM89 and MXFP8 needs SM100. It does not compute float64. With FP8, dim and
-    moe_inter_dim must be multiples of 16, with MXFP8 of 32.
+    TE needs CUDA and SM70 or later. FP8 needs SM89 or later, and MXFP8 needs SM100 or later. TE does not compute
+    float64. `dim` and `moe_inter_dim` must be multiples of 16 with FP8, and of 32 with MXFP8.
     """
     missing = not_installed()
     if missing is not None:

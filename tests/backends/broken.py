@@ -1,4 +1,4 @@
-"""Backends that fail or break their process, each in one way, and two that only refuse."""
+"""Provide backends that fail or break their process, each in one way, and two backends that only refuse to run."""
 
 import ctypes
 import os
@@ -62,7 +62,7 @@ class RaisesMemoryError(_BreaksInForward):
 
 
 class OutOfMemory(_BreaksInForward):
-    """Asks torch's allocator for a pebibyte. An address space is smaller."""
+    """Asks torch's allocator for a pebibyte, which is more than an address space has."""
 
     def break_down(self) -> None:
         torch.empty(2**50, dtype=torch.uint8)
@@ -74,7 +74,7 @@ class OutOfGpuMemory(_BreaksInForward):
 
 
 class BreaksTheGpu(_BreaksInForward):
-    """Fails an assertion on the device. After this, the process cannot use that GPU."""
+    """Fails an assertion on the device. After the failure, the process cannot use that GPU."""
 
     def break_down(self) -> None:
         torch.zeros(3, device="cuda")[torch.full((3,), 99, device="cuda")]
@@ -102,7 +102,7 @@ class Exits(_BreaksInForward):
 
 
 class LeavesAChild(_BreaksInForward):
-    """Exits, but a child process lives on in the process group. The child's standard output is the worker's log."""
+    """Exits and leaves a child process in the process group. The child's standard output is the worker's log."""
 
     def break_down(self) -> None:
         child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
@@ -111,7 +111,7 @@ class LeavesAChild(_BreaksInForward):
 
 
 class DiesAfterItsRecord(_BreaksInForward):
-    """Right, but its process dies between this job and the next, as after an asynchronous fault."""
+    """Computes the right result, but its process dies between this job and the next, as after an asynchronous fault."""
 
     def break_down(self) -> None:
         events = sys.modules["__main__"].Events
@@ -141,7 +141,7 @@ class OtherParameters(nn.Module):
 
 
 class FillsTheHost(_BreaksInForward):
-    """Allocates memory up to the limit of its process. The memory is free again after the error."""
+    """Allocates memory up to the limit of its process. After the error, the memory is free again."""
 
     def break_down(self) -> None:
         taken = []
@@ -159,7 +159,7 @@ class ChangesItsProcess(_BreaksInForward):
 
 
 class RoundsForAll(GroupedExperts):
-    """Sets torch so that every later float32 product of the process may be rounded more coarsely."""
+    """Sets torch so that every later float32 matrix product of the process may be rounded more coarsely."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
@@ -176,7 +176,7 @@ class ReadsOutOfBounds(_BreaksInForward):
 
 
 class HangsTheGpu(_BreaksInForward):
-    """Starts kernels that take hours. The host waits in the driver, where only SIGKILL ends it."""
+    """Starts kernels that take hours. The host waits in the driver, and only SIGKILL ends the wait."""
 
     def break_down(self) -> None:
         for _ in range(1000):
@@ -185,7 +185,7 @@ class HangsTheGpu(_BreaksInForward):
 
 
 class FillsTheGpu(_BreaksInForward):
-    """Allocates all memory of the GPU piece by piece and keeps it. A later job in this process finds none."""
+    """Allocates all memory of the GPU piece by piece, and keeps it. For a later job in this process, none is left."""
 
     taken: ClassVar[list[Tensor]] = []
 

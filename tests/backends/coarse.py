@@ -1,4 +1,7 @@
-"""Backends that round more coarsely than the loop, as many kernels do. This is not a fault: they round to the dtype."""
+"""Provide backends that round more coarsely than the loop, as many kernels do.
+
+The coarser rounding is not a fault, because the backends round to the tokens' dtype.
+"""
 
 import torch
 from torch import Tensor

@@ -1,9 +1,9 @@
-"""Backends that are right except for one fault each. `moebench` must call each of them a mismatch.
+"""Provide backends that are right except for one fault each. `moebench` must report a mismatch for each backend.
 
 With this folder on PYTHONPATH, a test names a backend as a user would, for example `faulty:SwappedExperts`. `FAULTS`
 lists the tensors in which a measured job must find each fault. The faults in faulty_rows and faulty_weights are for
-`moebench parity`, and only `moebench parity` finds some of them. Apart from its fault, each backend is right, also
-without tokens. A fault can be planted before any layer that is a GroupedExperts.
+`moebench parity`, and a measured job does not find some of these faults. Apart from its fault, each backend is right,
+also without tokens. A fault can be planted before any layer that is a `GroupedExperts`.
 """
 
 from typing import Any
@@ -17,12 +17,12 @@ from experts.compute import ExpertParameters
 
 
 def busiest(indices_TK: Tensor, count: int) -> list[int]:
-    """The experts with the most tokens. A fault in one of them changes the result."""
+    """Return the `count` experts with the most tokens. A fault in one of these experts changes the result."""
     return (indices_TK.flatten() + 1).bincount(minlength=count + 2)[1:].topk(count).indices.tolist()
 
 
 class SwappedExperts(GroupedExperts):
-    """Two experts are in each other's place, as after loading them in lexicographic order."""
+    """Two experts are exchanged, as after loading the experts in lexicographic order."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         one, other = busiest(indices, 2)
@@ -31,14 +31,14 @@ class SwappedExperts(GroupedExperts):
 
 
 class MissingRoutingWeight(GroupedExperts):
-    """Every chosen expert has weight 1. The routing weights still get a gradient, of zeros."""
+    """Every chosen expert has weight 1. The routing weights still get a gradient, which is zero."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return super().forward(x, token_mask, weights * 0 + 1, indices)
 
 
 class DetachedRoutingWeight(GroupedExperts):
-    """The gradient of the routing weights is lost, as behind a plain all_gather. The forward pass is right."""
+    """The gradient of the routing weights is lost, as in an all_gather without autograd. The forward pass is right."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return super().forward(x, token_mask, weights.detach(), indices)
@@ -64,7 +64,7 @@ class DroppedToken(GroupedExperts):
 
 
 class UnwrittenRow(GroupedExperts):
-    """The last row of the output is never written. It holds what was in the memory before."""
+    """The last row of the output is never written. The row holds what was in the memory before."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         right = super().forward(x, token_mask, weights, indices)
@@ -72,7 +72,7 @@ class UnwrittenRow(GroupedExperts):
 
 
 class LeakingMask(GroupedExperts):
-    """Masked rows are added through a sum times zero. This is harmless until one of their values is not finite."""
+    """The sum of all rows, also masked rows, is added times zero. A value that is not finite spreads to all tokens."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return super().forward(x, token_mask, weights, indices) + x.sum() * 0
@@ -94,7 +94,7 @@ class ZeroGradOfOneExpert(GroupedExperts):
 
 
 class UnwrittenGradOfEmptyExperts(GroupedExperts):
-    """The weight gradient of an expert without tokens is never written: a kernel visits only groups with rows."""
+    """The weight gradient of an expert without tokens is never written. A kernel visits only groups with rows."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         rows_E = (indices[token_mask].flatten() + 1).bincount(minlength=self.n_routed_experts + 1)[1:]
@@ -131,7 +131,7 @@ class ScaledExpert(GroupedExperts):
 
 
 class WrongWhenWarm(GroupedExperts):
-    """The first passes, which are checked, are right. The later ones, which are timed, are wrong."""
+    """The first five calls, which are checked, are right. The later calls, which are timed, are wrong."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -143,7 +143,7 @@ class WrongWhenWarm(GroupedExperts):
 
 
 class ZeroedInputs(GroupedExperts):
-    """The layer overwrites its inputs with zeros. For zero tokens and zero weights, its output of zeros is right."""
+    """The layer overwrites its inputs with zeros. Its output is right for the overwritten inputs."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         with torch.no_grad():
@@ -153,7 +153,7 @@ class ZeroedInputs(GroupedExperts):
 
 
 OUTPUT = {"output"}
-#: Fault -> the tensors that must be found wrong when it is trained.
+#: Fault -> the tensors that a job with mode `train` must find wrong.
 FAULTS = {
     "SwappedExperts": OUTPUT | {"x.grad", "weights.grad", "down_projs.grad", "gate_and_up_projs.grad"},
     "MissingRoutingWeight": OUTPUT | {"x.grad", "weights.grad", "down_proj_bias.grad"},

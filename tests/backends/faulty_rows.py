@@ -1,4 +1,4 @@
-"""Faults in the order of the rows, in the factors of the rows, and in the gradients of the rows. See faulty."""
+"""Provide backends with a fault in the order, in the factors or in the gradients of the rows; see faulty."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,12 @@ from experts import GroupedExperts
 
 
 def first_active(indices_TK: Tensor, mask_T: Tensor) -> Tensor:
-    """[T] bool: the first active token."""
+    """Return [T] bool, which is True only for the first active token."""
     return mask_T & (mask_T.cumsum(0) == 1)
 
 
 def with_grad(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The same tensor, with a gradient that `change` changes."""
+    """Return the same tensor. In backward, `change` replaces the tensor's gradient."""
     if not tensor.requires_grad:
         return tensor
     same = tensor.view_as(tensor)
@@ -32,7 +32,7 @@ class WrongExpertOfOneInTenThousand(GroupedExperts):
 
 
 class OffsetsOf16Bits(GroupedExperts):
-    """Offsets of elements wrap at 2^16. Rows past that offset are read from the beginning of x."""
+    """Offsets of elements wrap at 2^16. Rows past this offset are read from the beginning of x."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         limit = 2**16 // x.shape[1]
@@ -66,14 +66,14 @@ class DuplicateCountsOnce(GroupedExperts):
 
 
 class RenormalisedWeights(GroupedExperts):
-    """Routing weights are scaled to sum to one. The weights of a softmax over the chosen experts already do."""
+    """Routing weights are scaled to sum to one. The weights of a softmax over the chosen experts already sum to one."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return super().forward(x, token_mask, weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-6), indices)
 
 
 class WeightGradByDivision(GroupedExperts):
-    """A routing weight's gradient comes from the weighted row, divided by the weight. It is lost for zero."""
+    """A routing weight's gradient comes from the weighted row, divided by the weight. For a zero weight it is lost."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         kept = with_grad(weights, lambda grad: torch.where(weights == 0, 0.0, grad))
@@ -89,7 +89,7 @@ class WeightTwiceAfterDown(GroupedExperts):
 
 
 class PartialTileLeftOut(GroupedExperts):
-    """Rows of the busiest expert past its last full tile of 16 are not computed."""
+    """The busiest expert does not compute its rows past its last full tile of 16 rows."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         active = indices.masked_fill(~token_mask.unsqueeze(-1), -1).flatten()
@@ -101,7 +101,7 @@ class PartialTileLeftOut(GroupedExperts):
 
 
 class TwoRowsExchanged(GroupedExperts):
-    """The output rows of two neighbouring tokens are in each other's place."""
+    """The output rows of two neighbouring tokens are exchanged."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         right = super().forward(x, token_mask, weights, indices)
@@ -114,7 +114,7 @@ class TwoRowsExchanged(GroupedExperts):
 
 
 class MaskedTokensLearn(GroupedExperts):
-    """The output of masked tokens is masked, but their gradient of x is not."""
+    """The output of masked tokens is zero, but the gradient of masked tokens is not zero."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         masked_T1 = ~token_mask.unsqueeze(-1)
@@ -123,7 +123,7 @@ class MaskedTokensLearn(GroupedExperts):
 
 
 class UnwrittenGradOfMaskedTokens(GroupedExperts):
-    """The rows of x's gradient for masked tokens are never written. They hold what was in the memory before."""
+    """The rows of x's gradient for masked tokens are never written. The rows hold what was in the memory before."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         written_T1 = token_mask.unsqueeze(-1)
@@ -132,7 +132,7 @@ class UnwrittenGradOfMaskedTokens(GroupedExperts):
 
 
 class StaleInputGrad(GroupedExperts):
-    """The buffer of x's gradient is written in the first backward pass, and reused while its size fits."""
+    """The gradient of x is computed in the first backward pass, and returned again while the shape is the same."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return super().forward(with_grad(x, self._kept), token_mask, weights, indices)
@@ -163,7 +163,7 @@ class WrongNowAndThen(GroupedExperts):
 
 
 class RowsAssumedContiguous(GroupedExperts):
-    """x is read as if its rows lay one after the other in memory."""
+    """x is read as if its rows were contiguous in memory."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         read = torch.as_strided(x.detach(), x.shape, (x.shape[1], 1))
@@ -171,7 +171,7 @@ class RowsAssumedContiguous(GroupedExperts):
 
 
 class GradAssumedContiguous(GroupedExperts):
-    """The output's gradient is read as if its rows lay one after the other, if its memory is long enough."""
+    """The output's gradient is read as if its rows were contiguous, if the gradient's memory is long enough."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         return with_grad(super().forward(x, token_mask, weights, indices), self._read)
@@ -183,7 +183,7 @@ class GradAssumedContiguous(GroupedExperts):
 
 
 class FailsWithoutTokens(GroupedExperts):
-    """The layer looks at the first active token, and it raises an error if there is none."""
+    """The layer looks at the first active token, and raises an error if no token is active."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         int(token_mask.nonzero()[0])

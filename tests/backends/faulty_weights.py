@@ -1,4 +1,4 @@
-"""Faults in activations, in the experts' parameters, in their gradients and in the state dict. See faulty."""
+"""Provide backends with a fault in activations, parameters, their gradients or the state dict; see faulty."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ LOWER = {torch.float64: torch.float32, torch.float32: torch.bfloat16}
 
 
 def _as_named(count: int) -> list[int]:
-    """Experts in the order of their names: 0, 1, 10, 11, 2, …"""
+    """Return the numbers of the experts in the order of their names: 0, 1, 10, 11, 2, …"""
     return sorted(range(count), key=str)
 
 
@@ -21,14 +21,14 @@ def _as_named(count: int) -> list[int]:
 
 
 class _OtherConfig(GroupedExperts):
-    """The layer computes with another configuration than the one that it was given."""
+    """The layer computes with another configuration than the caller gave it."""
 
     def __init__(self, config: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(config, *arguments, **named)
         self.config = dataclasses.replace(config, **self.other(config))
 
     def other(self, config: Any) -> dict[str, Any]:
-        """The fields that differ."""
+        """Return the fields that differ, with their values."""
         raise NotImplementedError
 
 
@@ -78,7 +78,7 @@ class HalvesForInterleaved(GroupedExperts):
 
 
 class GateAndUpExchanged(GroupedExperts):
-    """The gate and up columns of the first projection are in each other's place."""
+    """The gate and up columns of the first projection are exchanged."""
 
     def expert_parameters(self) -> ExpertParameters:
         right = super().expert_parameters()
@@ -93,7 +93,7 @@ class GateAndUpExchanged(GroupedExperts):
 
 
 def _exchanged(columns: Tensor, shift: int) -> Tensor:
-    """Neighbouring blocks of `shift` columns in each other's place."""
+    """Return the columns with neighbouring blocks of `shift` columns exchanged."""
     return columns.unflatten(-1, (-1, 2, shift)).flip(-2).flatten(-3)
 
 
@@ -110,7 +110,7 @@ class LowPrecisionWeights(GroupedExperts):
 
 
 class TransposedWhereSquare(GroupedExperts):
-    """Projections are transposed where both of their dimensions are equal. Elsewhere they are right."""
+    """A projection is transposed if its two dimensions are equal. Other projections are right."""
 
     def expert_parameters(self) -> ExpertParameters:
         right = super().expert_parameters()
@@ -123,7 +123,7 @@ class TransposedWhereSquare(GroupedExperts):
 
 
 class ExpertsInOrderOfNames(GroupedExperts):
-    """Experts are loaded in the order of their names. From the eleventh expert on, this is another order."""
+    """Experts are loaded in the order of their names. With more than ten experts, this order is not the right one."""
 
     def expert_parameters(self) -> ExpertParameters:
         right = super().expert_parameters()
@@ -182,7 +182,7 @@ class LoadsOnce(GroupedExperts):
 
 
 class _OtherGrads(GroupedExperts):
-    """The layer reports changed gradients."""
+    """The layer reports the gradients that `change` returns."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         active = indices[token_mask].flatten().long()
@@ -193,7 +193,7 @@ class _OtherGrads(GroupedExperts):
         return self.change(super().stacked_grads())
 
     def change(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The gradients that the layer reports."""
+        """Return the gradients that the layer reports."""
         raise NotImplementedError
 
 
@@ -212,7 +212,7 @@ class NoBiasGradOfEmptyExperts(_OtherGrads):
 
 
 class AddedUpGrad(_OtherGrads):
-    """The busiest expert's weight gradient is added to the result of the last pass, which is still in its buffer."""
+    """The busiest expert's weight gradient is added to the gradient of the last pass, which is still in the buffer."""
 
     def change(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         right, expert = grads["down_projs"], int(self._rows_E.argmax())
@@ -224,7 +224,7 @@ class AddedUpGrad(_OtherGrads):
 
 
 class GradInAnotherDtype(_OtherGrads):
-    """Gradients do not have the dtype of their parameters: float32 for 16 bits, and a shorter one for the others."""
+    """A gradient does not have its parameter's dtype: float32 for 16 bits, and a shorter dtype for longer dtypes."""
 
     def change(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         return {n: g.to(LOWER.get(g.dtype, torch.float32)) for n, g in grads.items()}
@@ -241,7 +241,7 @@ class ScaledGradOfOneExpert(_OtherGrads):
 
 
 class HalfOfABiasGrad(_OtherGrads):
-    """The down projection's bias gradient is halved, as if it summed only every second row of a tile."""
+    """The down projection's bias gradient is halved, as if a kernel summed only every second row of a tile."""
 
     def change(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         return {n: g * 0.5 if n == "down_proj_bias" else g for n, g in grads.items()}

@@ -1,8 +1,7 @@
-"""FP8 on a CPU: expert layers that quantise the operands of their products. Some are right, others have one fault each.
+"""Provide FP8 backends for a CPU, which quantise the operands of their matrix products.
 
-With this folder on PYTHONPATH, a test names a backend as a user would, for example `fp8:Current`. `faulty` makes a
-backend from a fault and a recipe. `pick` chooses the faulty expert, or the two faulty experts, among the local experts
-that have tokens.
+Some backends are right, and the others have one fault each. With this folder on PYTHONPATH, a test names a backend as a
+user would, for example `fp8:Current`. `faulty` makes a backend from a fault and a recipe.
 """
 
 from typing import Any, ClassVar
@@ -18,7 +17,11 @@ from moebench.parity.quantization import fp8_product
 
 
 class Fp8Experts(GroupedExperts):
-    """Computes the local experts one after the other. Products are in FP8, sums in float32."""
+    """Computes the local experts one after the other, with matrix products in FP8 and sums in float32.
+
+    `pick` orders the local experts that have tokens: "busiest" puts the expert with the most tokens first, any other
+    value the expert with the fewest tokens. A fault is in the first expert, or in the first two experts.
+    """
 
     fp8: ClassVar[str]
     pick: ClassVar[str] = "busiest"
@@ -40,7 +43,7 @@ class Fp8Experts(GroupedExperts):
         return out_RD.to(x_RD.dtype)
 
     def expert(self, local: int, x_ND: Tensor, weights_N1: Tensor) -> Tensor:
-        """Return what one expert adds to its rows [N, D], in float32."""
+        """Return one expert's output for its rows, [N, D] in float32, with the routing weights applied."""
         gate_up, down, gate_up_bias, down_bias = self.parameters_of(local)
         h_NI = self.multiply(x_ND, gate_up, local, "up")
         h_NI = h_NI if gate_up_bias is None else h_NI + gate_up_bias
@@ -57,7 +60,7 @@ class Fp8Experts(GroupedExperts):
         return ExpertParameters(*(None if p is None else p[local] for p in self.expert_parameters()))  # type: ignore[arg-type]
 
     def multiply(self, a: Tensor, b: Tensor, local: int, projection: str) -> Tensor:
-        """Return a @ b, the product of an expert's projection, which is "up" or "down"."""
+        """Return a @ b in FP8. `projection`, which is "up" or "down", is the projection of the expert `local`."""
         return fp8_product(self.fp8)(a, b)
 
     def weighted(self, down_bias: Tensor, weights_N1: Tensor) -> Tensor:
@@ -78,12 +81,12 @@ class Block(Fp8Experts):
 
 
 class Delayed(Fp8Experts):
-    """A right backend with scales as from larger tensors before. It rounds by the recipe, but to other values."""
+    """A right backend with scales that fit larger tensors of earlier calls, as the recipe allows."""
 
     fp8 = "delayed"
 
     def multiply(self, a: Tensor, b: Tensor, local: int, projection: str) -> Tensor:
-        """Multiply with scales that leave a part of the format's range free."""
+        """Multiply with scales that leave a part of the FP8 format's range unused."""
         product: Tensor = _WithHeadroom.apply(a, b)
         return product
 
@@ -111,7 +114,7 @@ def _rounded(values: Tensor, fmt: torch.dtype) -> Tensor:
 
 
 class WrongScale(Fp8Experts):
-    """One expert's product is wrong by a factor, as with the scale of another expert. Its gradients are right."""
+    """One expert's matrix product is wrong by a factor, as with another expert's scale. The gradients are right."""
 
     factor: ClassVar[float]
     projection: ClassVar[str] = "down"
@@ -127,7 +130,7 @@ class WrongScale(Fp8Experts):
 
 
 class WrongScaleBackward(WrongScale):
-    """The gradient of one expert's product is wrong by a factor. The forward pass is right."""
+    """The gradient of one expert's matrix product is wrong by a factor. The forward pass is right."""
 
     def scaled(self, right: Tensor) -> Tensor:
         """Scale the gradient in the backward pass only."""
@@ -137,7 +140,7 @@ class WrongScaleBackward(WrongScale):
 
 
 class TransposedWeight(Fp8Experts):
-    """One expert's down projection is transposed. This fits where dim == moe_inter_dim."""
+    """One expert's down projection is transposed. The shapes fit only if `dim` equals `moe_inter_dim`."""
 
     def multiply(self, a: Tensor, b: Tensor, local: int, projection: str) -> Tensor:
         """Multiply, with b transposed for the down projection of the faulty expert."""
@@ -146,7 +149,7 @@ class TransposedWeight(Fp8Experts):
 
 
 class UnweightedDownBias(Fp8Experts):
-    """The down projection's bias is added without the routing weight, as Transformer Engine itself would add it."""
+    """The down projection's bias is added without the routing weight, as Transformer Engine adds biases."""
 
     def weighted(self, down_bias: Tensor, weights_N1: Tensor) -> Tensor:
         """Return the bias without the routing weight."""
@@ -164,16 +167,16 @@ class DroppedToken(Fp8Experts):
 
 
 class SwappedExperts(Fp8Experts):
-    """Two experts are in each other's place."""
+    """Two experts are exchanged."""
 
     def parameters_of(self, local: int) -> ExpertParameters:
-        """Return the parameters of one expert, those of the other for each of the two swapped experts."""
+        """Return the parameters of one expert. For each of the two swapped experts, return the other's parameters."""
         one, other = self.picked[:2]
         return super().parameters_of({one: other, other: one}.get(local, local))
 
 
 class SilentExpert(Fp8Experts):
-    """One expert adds zeros. Its gradients are zeros and not missing."""
+    """One expert adds zeros. The expert's gradients are zeros and are not missing."""
 
     def expert(self, local: int, x_ND: Tensor, weights_N1: Tensor) -> Tensor:
         """Return zeros for the faulty expert."""
@@ -182,7 +185,7 @@ class SilentExpert(Fp8Experts):
 
 
 class DetachedRoutingWeight(Fp8Experts):
-    """The gradient of the routing weights is lost: it is zeros. The forward pass is right."""
+    """The gradient of the routing weights is zero. The forward pass is right."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Compute the right output, with detached routing weights."""
@@ -205,7 +208,7 @@ FORWARD_IS_RIGHT = {name for name in FAULTS if name.startswith(("gradient", "det
 
 
 def faulty(fault: type[Fp8Experts], recipe: str, **fields: Any) -> type[Fp8Experts]:
-    """Return the backend of a fault with a recipe. `fields` are further class attributes."""
+    """Return a backend with a fault, for a recipe. `fields` are further attributes of the backend's class."""
     return type(fault.__name__, (fault,), {"fp8": recipe, **fields})
 
 

@@ -1,4 +1,4 @@
-"""Backends under expert parallelism with one faulty rank, the last. The other ranks are right.
+"""Provide backends for expert parallelism with a fault on the last rank. The other ranks are right.
 
 With this folder on PYTHONPATH, a test names a backend as a user would, for example `ranks:WrongRow`.
 """
@@ -43,7 +43,10 @@ class WrongRow(_LastRankFails):
 
 
 class OwnTokensOnly(_LastRankFails):
-    """The last rank's experts get gradients only from its own tokens. For all-gather, with rows in the ranks' order."""
+    """The last rank's experts get gradients only from the last rank's tokens.
+
+    Works only with the dispatcher `allgather`, which has the rows in the order of the ranks.
+    """
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         right_RD = super().compute_local(x_RD, weights_RK, indices_RK)
@@ -59,7 +62,10 @@ class OwnTokensOnly(_LastRankFails):
 
 
 class ForeignWeightsDetached(_LastRankFails):
-    """The last rank's experts return no gradient for the other ranks' routing weights. For all-gather."""
+    """The last rank's experts return no gradient for the other rank's routing weights.
+
+    Works only with the dispatcher `allgather` and two ranks.
+    """
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         if self.is_last:

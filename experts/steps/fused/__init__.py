@@ -1,4 +1,4 @@
-"""The steps in Triton. Importing this package imports triton; `experts.steps` imports it where the steps run."""
+"""Run the steps in Triton. Importing this package imports triton, so `experts.steps` imports it at its first use."""
 
 from experts.steps.fused.activation import activate, activate_backward
 from experts.steps.fused.reduce import dot_rows, sum_by_expert

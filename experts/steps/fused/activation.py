@@ -1,7 +1,7 @@
-"""The weighted activation, forward and backward, each in one pass over its rows.
+"""Compute the weighted activation and its gradients. Each of the two kernels reads its rows once.
 
-The kernels look up a row's routing weight by its slot and a row's bias by its expert, so that neither is copied into
-permuted order.
+The kernels look up a row's routing weight by the row's slot and a row's bias by the row's expert. So neither weights
+nor biases are copied into permuted order.
 """
 
 import torch
@@ -15,8 +15,8 @@ from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 from experts.steps.fused.tiles import find_rows, glu, load_gate_and_up, load_tile, store_tile
 
-TILE = 1024  # elements of the result per program: the fastest of the sizes tried on an H200 (2026-11)
-MAX_COLUMNS = 1024  # of one row
+TILE = 1024  # elements of the result per program: of the sizes tried on an H200, the fastest (2026-11)
+MAX_COLUMNS = 1024  # columns of one row per program
 
 
 def activate(
@@ -47,7 +47,7 @@ def activate_backward(
     config: MoEConfig,
     again: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `Steps.activate_backward`. With `again`, it writes its first two results over h and `grad_NI`."""
+    """As `Steps.activate_backward`. With `again`, it writes the first two results over h and `grad_NI`."""
     form = activation_form(config)
     h_NH, grad_NI = h_NH.contiguous(), grad_NI.contiguous()
     grad_h_NH = h_NH if again else torch.empty_like(h_NH)

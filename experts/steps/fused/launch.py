@@ -1,4 +1,4 @@
-"""A function that launches a kernel on the device of its tensors, and does nothing for an empty grid."""
+"""Launch a kernel on the device of its tensors."""
 
 import contextlib
 from typing import Any
@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run `grid` programs of a kernel. Tensors among its arguments must be contiguous and on one device."""
+    """Run `grid` programs of a kernel, or do nothing if the grid is empty.
+
+    The tensors among `arguments` must be contiguous and on one device.
+    """
     if 0 in grid:
         return
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))

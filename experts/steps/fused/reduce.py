@@ -1,4 +1,4 @@
-"""Sums: over each expert's rows (the gradient of its bias), and the dot product of a token with each of its rows."""
+"""Sum each expert's rows (the gradient of the expert's bias), and multiply each token with each of its rows."""
 
 import torch
 import triton
@@ -15,7 +15,7 @@ STRETCH = 1024
 
 
 def sum_by_expert(rows_NC: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
-    """As `Steps.sum_by_expert`. A program sums a fixed share of an expert's rows; torch sums the shares in order."""
+    """As `Steps.sum_by_expert`. A program sums a fixed share of an expert's rows. torch adds the shares in order."""
     num_rows, width = rows_NC.shape
     num_experts = permutation.offsets_L.shape[0]
     num_parts = min(MAX_PARTS, max(1, triton.cdiv(num_rows, MIN_ROWS_OF_PART)))

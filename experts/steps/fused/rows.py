@@ -1,8 +1,8 @@
-"""Two steps on rows of tokens: gather them for the experts, and sum them over a token's experts.
+"""Gather the tokens' rows for the experts, and sum each token's rows.
 
-In both, a program has one token and a stretch of its columns, and finds the token's K rows by `slot_to_row`. To gather,
-it reads the token once and writes the rows. To sum, it reads the rows and writes the token once. All accesses are
-coalesced.
+In both kernels, a program has one token and a stretch of the token's columns, and finds the token's K rows by
+`slot_to_row`. To gather, the program reads the token once and writes the rows. To sum, it reads the rows and writes the
+token once. All accesses are coalesced.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The sort by expert: a stable, deterministic counting sort in three passes.
+"""Sort choices by expert with a stable, deterministic counting sort in three passes.
 
 First, each block of choices counts its choices by expert. Second, a running sum over all (expert, block) pairs gives
 the row where each block's choices of each expert end. Third, a choice's row is that end minus the number of choices of
@@ -13,7 +13,7 @@ from torch import Tensor
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
-BLOCK = 128  # a block compares each pair of its choices, so work and registers grow with the square
+BLOCK = 128  # a block compares each pair of its choices, so work and registers grow with BLOCK²
 
 
 def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
@@ -49,7 +49,7 @@ def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
 
 @triton.jit
 def _bin(indices, slots, num_slots, first, count):
-    """Return each slot's local expert: `count` for no local expert, `count` + 1 for a slot past the last choice."""
+    """Return each slot's local expert, or `count` for no local expert, or `count` + 1 past the last choice."""
     local = tl.load(indices + slots, mask=slots < num_slots, other=0).to(tl.int64) - first
     expert = tl.where((local >= 0) & (local < count), local, count)
     return tl.where(slots < num_slots, expert, count + 1).to(tl.int32)

@@ -1,4 +1,4 @@
-"""The parts of the activation's kernels: a program's rows, tiles of rows in float32, and the gated formula."""
+"""Share the parts of the activation's kernels: find a program's rows, load and store tiles, and compute the gate."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr):
-    """Return this program's row numbers, whether each is in a group, and their slots, experts and routing weights."""
+    """Return this program's rows: their numbers, whether each row is in a group, slots, experts and routing weights."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < tl.load(num_local)
     slot = tl.load(row_to_slot + row, mask=valid, other=0)
@@ -19,7 +19,10 @@ def find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS: tl.conste
 
 @triton.jit
 def load_tile(source, bias, row, valid, expert, columns, shift, width, stride, BIAS: tl.constexpr):
-    """Return a tile of the `width` columns from `shift` on, plus the bias of each row's expert; zeros outside."""
+    """Return a float32 tile of the `width` columns from `shift` on, plus the bias of each row's expert.
+
+    Elements outside of the rows or columns are zero.
+    """
     inside = valid[:, None] & (columns < width)[None, :]
     where = shift + columns[None, :]
     tile = tl.load(source + row[:, None] * stride + where, mask=inside, other=0.0).to(tl.float32)
