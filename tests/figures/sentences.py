@@ -33,26 +33,24 @@ README = (
         lambda: quoted.counts(GPU),
     ),
     ("holds {measured} of {jobs} jobs.", lambda: quoted.counts(TWO_GPUS)),
-    ("a train step of `triton` takes {low} to {high} of the time.", quoted.of_automodel),
-    ("It was the fastest in all {cases} cases that it shares with another backend", quoted.fastest),
+    ("A train step of `triton` takes {low} to {high} of the time that NeMo AutoModel's layer takes.", quoted.of_automodel),
+    ("It was the fastest in all {cases} cases in which another backend was measured beside it.", quoted.fastest),
     (
-        """For up to 2048 tokens of Qwen3-30B-A3B with uniform routing, its forward takes {low} to {high}% less time
-        than the forward of `torch_mm`. For 16384 tokens, its forward takes {forward}% less time and its train step
-        {train}% less.""",
+        """For up to 2048 tokens of Qwen3-30B-A3B with uniform routing, the forward of `triton` takes {low} to {high}%
+        less time than the forward of `torch_mm`. For 16384 tokens, the forward of `triton` takes {forward}% less time
+        and its train step {train}% less.""",
         quoted.triton_saves,
     ),
     (
-        """With about a thousand tokens for each expert, they take {wide_low} to {wide_high} times as long as `triton`
-        on shapes with few, wide experts, and {qwen_low} to {qwen_high} times as long on the 128 experts of
-        Qwen3-30B-A3B. With fewer tokens for each expert, they take up to {fewer_most} times as long.""",
+        """With about a thousand tokens for each expert, `gmm` and `te` take {wide_low} to {wide_high} times as long as
+        `triton` on shapes with few, wide experts, and {qwen_low} to {qwen_high} times as long on the 128 experts of
+        Qwen3-30B-A3B. With fewer tokens for each expert, `gmm` and `te` take up to {fewer_most} times as long as
+        `triton`.""",
         quoted.libraries_take,
     ),
     ("FP8 through Transformer Engine was slower than `torch_mm` in every case measured.", quoted.fp8_is_slower),
-    (
-        """take `deepep` for a forward of up to {few} tokens per rank, where it was always the fastest dispatcher.
-        For {many} tokens per rank, take `alltoall` or `allgather`, which were both faster.""",
-        quoted.dispatchers,
-    ),
+    ("use `deepep` for a forward of up to {few} tokens per rank. |", quoted.dispatchers),
+    ("use `alltoall` or `allgather` for a forward of {many} tokens per rank. |", quoted.dispatchers),
     ("about {cpu} minute on a CPU; on a GPU node the GPU suite, about {gpu}", quoted.minutes),
     ("`suites/quick.toml` takes about {cpu} minute on two cores.", quoted.minutes),
 )
@@ -113,7 +111,7 @@ OTHERS = (
     ),
     (
         "docs/sweeps.md",
-        """The estimate for one pass was {low} to {high} times the measured peak, and {median} times in the median,
+        """The estimate for one call was {low} to {high} times the measured peak, and {median} times in the median,
         over {jobs} jobs on H200s (2026-11-23)""",
         quoted.estimates,
     ),
