@@ -58,8 +58,8 @@ README = (
 MEASURED = (
     ("on NVIDIA H200 GPUs on {date}, with torch {torch}, CUDA {cuda} and Python {python}.", quoted.environment),
     (
-        """The time of `torch_mm` differs by up to {time_ms} between the two runs, and the time of the products by up
-        to {grouped_ms}.""",
+        """The time of `torch_mm` differs by up to {time_ms} between the two runs, and the time of the matrix products
+        by up to {grouped_ms}.""",
         quoted.two_peers_runs,
     ),
     (
@@ -68,7 +68,7 @@ MEASURED = (
         quoted.of_automodel,
     ),
     (
-        "measured the products of some cases {times}, and the two times differ by up to {apart} where the GPU",
+        "measured the matrix products of some cases {times}, and the two times differ by up to {apart} where the GPU",
         quoted.products_twice,
     ),
     ("From {rows} rows per expert on, each multiprocessor keeps one program", quoted.listed_from),
@@ -88,7 +88,7 @@ MEASURED = (
         ceilings""",
         quoted.seconds_of_a_job,
     ),
-    ("until half the 95% interval of its median time is at most 0.5% of the median, or until a time cap.",),
+    ("until half the width of the 95% confidence interval of its median time is at most 0.5% of the median,",),
     ("By that rule, {jobs} jobs that do not wait for the GPU did not converge.", quoted.not_converged),
     (
         """the middle half of the samples of the `gmm` forward of 16384 tokens of Qwen3-30B-A3B lies between {low}
@@ -128,8 +128,8 @@ OTHERS = (
     (
         "docs/gating.md",
         """(AMD EPYC, 2026-11-23) processes of the same code differ by {deviation}. That is the standard
-        deviation in the median job; estimated from the quartiles it is {quartiles}. Nothing is assumed here:
-        {rounds} rounds of the {jobs} jobs of `suites/quick.toml`""",
+        deviation in the median job; estimated from the quartiles it is {quartiles}. The simulation
+        assumes nothing about processes: {rounds} rounds of the {jobs} jobs of `suites/quick.toml`""",
         quoted.spread_apart,
     ),
     (
