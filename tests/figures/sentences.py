@@ -33,8 +33,11 @@ README = (
         lambda: quoted.counts(GPU),
     ),
     ("holds {measured} of {jobs} jobs.", lambda: quoted.counts(TWO_GPUS)),
-    ("A train step of `triton` takes {low} to {high} of the time that NeMo AutoModel's layer takes.", quoted.of_automodel),
-    ("It was the fastest in all {cases} cases in which another backend was measured beside it.", quoted.fastest),
+    (
+        "A train step of `triton` takes {low} to {high} of the time that NeMo AutoModel's layer takes.",
+        quoted.of_automodel,
+    ),
+    ("`triton` was the fastest in all {cases} cases in which another backend was measured beside it.", quoted.fastest),
     (
         """For up to 2048 tokens of Qwen3-30B-A3B with uniform routing, the forward of `triton` takes {low} to {high}%
         less time than the forward of `torch_mm`. For 16384 tokens, the forward of `triton` takes {forward}% less time
@@ -64,7 +67,7 @@ MEASURED = (
     ),
     (
         """a train step of `torch_mm` takes {torch_mm0}, {torch_mm1} and {torch_mm2} of AutoModel's time on the three
-        shapes. A train step of `triton` takes {triton0}, {triton1} and {triton2}.""",
+        shapes. A train step of `triton` takes {triton0}, {triton1} and {triton2} of AutoModel's time.""",
         quoted.of_automodel,
     ),
     (
