@@ -33,26 +33,27 @@ README = (
         lambda: quoted.counts(GPU),
     ),
     ("holds {measured} of {jobs} jobs.", lambda: quoted.counts(TWO_GPUS)),
-    ("a train step of `triton` takes {low} to {high} of the time.", quoted.of_automodel),
-    ("It was the fastest in all {cases} cases that it shares with another backend", quoted.fastest),
     (
-        """For up to 2048 tokens of Qwen3-30B-A3B with uniform routing, its forward takes {low} to {high}% less time
-        than the forward of `torch_mm`. For 16384 tokens, its forward takes {forward}% less time and its train step
-        {train}% less.""",
+        "A train step of `triton` takes {low} to {high} of the time that NeMo AutoModel's layer takes.",
+        quoted.of_automodel,
+    ),
+    ("`triton` was the fastest in all {cases} cases in which another backend was measured beside it.", quoted.fastest),
+    (
+        """For up to 2048 tokens of Qwen3-30B-A3B with uniform routing, the forward of `triton` takes {low} to {high}%
+        less time than the forward of `torch_mm`. For 16384 tokens, the forward of `triton` takes {forward}% less time
+        and its train step {train}% less.""",
         quoted.triton_saves,
     ),
     (
-        """With about a thousand tokens for each expert, they take {wide_low} to {wide_high} times as long as `triton`
-        on shapes with few, wide experts, and {qwen_low} to {qwen_high} times as long on the 128 experts of
-        Qwen3-30B-A3B. With fewer tokens for each expert, they take up to {fewer_most} times as long.""",
+        """With about a thousand tokens for each expert, `gmm` and `te` take {wide_low} to {wide_high} times as long as
+        `triton` on shapes with few, wide experts, and {qwen_low} to {qwen_high} times as long on the 128 experts of
+        Qwen3-30B-A3B. With fewer tokens for each expert, `gmm` and `te` take up to {fewer_most} times as long as
+        `triton`.""",
         quoted.libraries_take,
     ),
     ("FP8 through Transformer Engine was slower than `torch_mm` in every case measured.", quoted.fp8_is_slower),
-    (
-        """take `deepep` for a forward of up to {few} tokens per rank, where it was always the fastest dispatcher.
-        For {many} tokens per rank, take `alltoall` or `allgather`, which were both faster.""",
-        quoted.dispatchers,
-    ),
+    ("use `deepep` for a forward of up to {few} tokens per rank. |", quoted.dispatchers),
+    ("use `alltoall` or `allgather` for a forward of {many} tokens per rank. |", quoted.dispatchers),
     ("about {cpu} minute on a CPU; on a GPU node the GPU suite, about {gpu}", quoted.minutes),
     ("`suites/quick.toml` takes about {cpu} minute on two cores.", quoted.minutes),
 )
@@ -60,17 +61,17 @@ README = (
 MEASURED = (
     ("on NVIDIA H200 GPUs on {date}, with torch {torch}, CUDA {cuda} and Python {python}.", quoted.environment),
     (
-        """The time of `torch_mm` differs by up to {time_ms} between the two runs, and the time of the products by up
-        to {grouped_ms}.""",
+        """The time of `torch_mm` differs by up to {time_ms} between the two runs, and the time of the matrix products
+        by up to {grouped_ms}.""",
         quoted.two_peers_runs,
     ),
     (
         """a train step of `torch_mm` takes {torch_mm0}, {torch_mm1} and {torch_mm2} of AutoModel's time on the three
-        shapes. A train step of `triton` takes {triton0}, {triton1} and {triton2}.""",
+        shapes. A train step of `triton` takes {triton0}, {triton1} and {triton2} of AutoModel's time.""",
         quoted.of_automodel,
     ),
     (
-        "measured the products of some cases {times}, and the two times differ by up to {apart} where the GPU",
+        "measured the matrix products of some cases {times}, and the two times differ by up to {apart} where the GPU",
         quoted.products_twice,
     ),
     ("From {rows} rows per expert on, each multiprocessor keeps one program", quoted.listed_from),
@@ -90,7 +91,7 @@ MEASURED = (
         ceilings""",
         quoted.seconds_of_a_job,
     ),
-    ("until half the 95% interval of its median time is at most 0.5% of the median, or until a time cap.",),
+    ("until half the width of the 95% confidence interval of its median time is at most 0.5% of the median,",),
     ("By that rule, {jobs} jobs that do not wait for the GPU did not converge.", quoted.not_converged),
     (
         """the middle half of the samples of the `gmm` forward of 16384 tokens of Qwen3-30B-A3B lies between {low}
@@ -113,7 +114,7 @@ OTHERS = (
     ),
     (
         "docs/sweeps.md",
-        """The estimate for one pass was {low} to {high} times the measured peak, and {median} times in the median,
+        """The estimate for one call was {low} to {high} times the measured peak, and {median} times in the median,
         over {jobs} jobs on H200s (2026-11-23)""",
         quoted.estimates,
     ),
@@ -130,8 +131,8 @@ OTHERS = (
     (
         "docs/gating.md",
         """(AMD EPYC, 2026-11-23) processes of the same code differ by {deviation}. That is the standard
-        deviation in the median job; estimated from the quartiles it is {quartiles}. Nothing is assumed here:
-        {rounds} rounds of the {jobs} jobs of `suites/quick.toml`""",
+        deviation in the median job; estimated from the quartiles it is {quartiles}. The simulation
+        assumes nothing about processes: {rounds} rounds of the {jobs} jobs of `suites/quick.toml`""",
         quoted.spread_apart,
     ),
     (
