@@ -5,6 +5,7 @@ I inter, N permuted rows.
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 __all__ = [
@@ -51,10 +52,15 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+if not TYPE_CHECKING:  # a type checker then reports a name that does not exist
+
+    def __getattr__(name: str) -> object:
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        module = f"{__name__}.{name}"
+        if not name.startswith("_") and importlib.util.find_spec(module) is not None:
+            return importlib.import_module(module)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -43,7 +43,7 @@ def missing(library: str, error: Exception | None = None) -> str:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineEntry:
     """One way to compute the experts of a rank.
 
     `library` is the key of `LIBRARIES` that the engine needs, or None if it needs none of these libraries.
@@ -67,7 +67,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Backend:
+class BackendEntry:
     """A named way to build an expert layer: an engine with its options, or a peer (another library's layer).
 
     `engine` is None for a peer. `cached` is true if the layer keeps quantised weights from call to call. `target` is
@@ -76,7 +76,7 @@ class Backend:
     """
 
     name: str
-    engine: Engine | None = None
+    engine: EngineEntry | None = None
     groups: tuple[Group, ...] = ()
     fp8: Fp8Recipe | None = None
     save: Save | None = None
@@ -86,7 +86,7 @@ class Backend:
 
 
 @dataclass(frozen=True)
-class Dispatcher:
+class DispatcherEntry:
     """One way to carry tokens between ranks. `module` has `make(group, config)` and `unsupported(device, config)`.
 
     `collective` is the collective that moves as many tokens as the dispatcher, so its speed bounds the dispatcher's
@@ -100,12 +100,12 @@ class Dispatcher:
     library: str | None = None
 
 
-_LOOP = Engine("loop", "experts.compute.loop", counts_rows=True, one_by_one=True)
-_TORCH_MM = Engine("torch_mm", "experts.compute.torch_mm")
-_TORCH_MM_MXFP8 = Engine("torch_mm_mxfp8", "experts.compute.torch_mm_mxfp8", library="torchao", counts_rows=True)
-_TRITON = Engine("triton", "experts.compute.triton", library="triton")
-_GMM = Engine("gmm", "experts.compute.gmm", library="grouped_gemm", counts_rows=True)
-_TE = Engine("te", "experts.te.layer", library="transformer_engine", stacked=False, counts_rows=True)
+_LOOP = EngineEntry("loop", "experts.compute.loop", counts_rows=True, one_by_one=True)
+_TORCH_MM = EngineEntry("torch_mm", "experts.compute.torch_mm")
+_TORCH_MM_MXFP8 = EngineEntry("torch_mm_mxfp8", "experts.compute.torch_mm_mxfp8", library="torchao", counts_rows=True)
+_TRITON = EngineEntry("triton", "experts.compute.triton", library="triton")
+_GMM = EngineEntry("gmm", "experts.compute.gmm", library="grouped_gemm", counts_rows=True)
+_TE = EngineEntry("te", "experts.te.layer", library="transformer_engine", stacked=False, counts_rows=True)
 
 #: The engines, in the order in which lists show them.
 ENGINES = (_LOOP, _TORCH_MM, _TORCH_MM_MXFP8, _TRITON, _GMM, _TE)
@@ -115,38 +115,38 @@ REFERENCE = _LOOP.name
 #: The built-in backends. Peers are listed here and are not entry points, so that a user can name a peer even where this
 #: package is only on the path and not installed.
 BACKENDS = (
-    Backend("loop", _LOOP, ("cpu",)),
-    Backend("torch_mm", _TORCH_MM, ("bf16", "cpu")),
-    Backend("torch_mm_mxfp8", _TORCH_MM_MXFP8, ("mxfp8",), fp8="mxfp8"),
-    Backend("triton", _TRITON, ("bf16",)),
-    Backend("gmm", _GMM, ("bf16",)),
-    Backend("torch_mm_save_time", _TORCH_MM, ("save_time",), save="time"),
-    Backend("gmm_save_time", _GMM, ("save_time",), save="time"),
-    Backend("te", _TE, ("bf16",)),
-    Backend("te_fp8_current", _TE, ("fp8",), fp8="current"),
-    Backend("te_fp8_delayed", _TE, ("fp8",), fp8="delayed"),
-    Backend("te_fp8_block", _TE, ("fp8",), fp8="block"),
-    Backend("te_fp8_current_cached", _TE, ("cached",), fp8="current", cached=True),
-    Backend("te_fp8_block_cached", _TE, ("cached",), fp8="block", cached=True),
-    Backend("te_mxfp8", _TE, ("mxfp8",), fp8="mxfp8"),
-    Backend(
+    BackendEntry("loop", _LOOP, ("cpu",)),
+    BackendEntry("torch_mm", _TORCH_MM, ("bf16", "cpu")),
+    BackendEntry("torch_mm_mxfp8", _TORCH_MM_MXFP8, ("mxfp8",), fp8="mxfp8"),
+    BackendEntry("triton", _TRITON, ("bf16",)),
+    BackendEntry("gmm", _GMM, ("bf16",)),
+    BackendEntry("torch_mm_save_time", _TORCH_MM, ("save_time",), save="time"),
+    BackendEntry("gmm_save_time", _GMM, ("save_time",), save="time"),
+    BackendEntry("te", _TE, ("bf16",)),
+    BackendEntry("te_fp8_current", _TE, ("fp8",), fp8="current"),
+    BackendEntry("te_fp8_delayed", _TE, ("fp8",), fp8="delayed"),
+    BackendEntry("te_fp8_block", _TE, ("fp8",), fp8="block"),
+    BackendEntry("te_fp8_current_cached", _TE, ("cached",), fp8="current", cached=True),
+    BackendEntry("te_fp8_block_cached", _TE, ("cached",), fp8="block", cached=True),
+    BackendEntry("te_mxfp8", _TE, ("mxfp8",), fp8="mxfp8"),
+    BackendEntry(
         "peer_transformers",
         groups=("peers",),
         target="experts.peers.transformers_experts:TransformersExperts",
         library="transformers",
     ),
-    Backend(
+    BackendEntry(
         "peer_automodel_torch_mm",
         groups=("peers",),
         target="experts.peers.nemo_automodel:AutoModelTorchMm",
         library="nemo_automodel",
     ),
-    Backend("peer_sonicmoe", groups=("peers",), target="experts.peers.sonicmoe:SonicMoE", library="sonicmoe"),
+    BackendEntry("peer_sonicmoe", groups=("peers",), target="experts.peers.sonicmoe:SonicMoE", library="sonicmoe"),
 )
 
 #: The dispatchers. A sweep that names no dispatcher takes the first dispatcher.
 DISPATCHERS = (
-    Dispatcher("allgather", "experts.dispatch.allgather", "all_gather"),
-    Dispatcher("alltoall", "experts.dispatch.alltoall", "all_to_all"),
-    Dispatcher("deepep", "experts.dispatch.deepep", "all_to_all", library="deep_ep"),
+    DispatcherEntry("allgather", "experts.dispatch.allgather", "all_gather"),
+    DispatcherEntry("alltoall", "experts.dispatch.alltoall", "all_to_all"),
+    DispatcherEntry("deepep", "experts.dispatch.deepep", "all_to_all", library="deep_ep"),
 )

@@ -112,7 +112,7 @@ def get_backend(name: str) -> Backend:
     raise _nowhere(name)
 
 
-def _built_in(described: catalog.Backend) -> Backend:
+def _built_in(described: catalog.BackendEntry) -> Backend:
     name, engine, fp8 = described.name, described.engine, described.fp8
     if engine is None:
         return _third_party(name, str(described.target))

@@ -1,7 +1,7 @@
 """Measure, check and compare the expert layers of Mixture-of-Experts models.
 
-The data of a run flow through the folders from left to right. Each folder imports only folders to its left. The folder
-`cli` has the command line and imports all folders:
+The data of a run flow through the folders from left to right. docs/architecture.md says which folder may import which.
+The folder `cli` has the command line and imports all folders:
 
     workload ─┬─> run ──> measure + parity ──> results ──> verdicts ──> report
     machine ──┘
@@ -66,10 +66,12 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # a type checker then reports a name that does not exist
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

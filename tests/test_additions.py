@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests" / "additions"
 #: The most files of the two packages that an addition may touch.
 MOST_FILES = {"engine": 3, "dispatcher": 4, "column": 2, "command": 2, "axis": 3, "verdict": 2}
-#: Additions whose test takes a second; the others are tested by `make certify` only.
-QUICK = ("command", "verdict")
+#: `make test` tests this addition only, which takes seconds; `make certify` tests all.
+QUICK = ("verdict",)
 #: Tests of the project that an addition must not break, besides its own.
 ALWAYS = ("tests/moebench/test_imports.py", "tests/experts/test_imports.py")
 

@@ -94,7 +94,7 @@ def doctor(as_json: AsJson = False) -> None:
     out.print(listing.backends(None), soft_wrap=True)
 
 
-# The order in which `moebench --help` lists the commands.
+# `moebench --help` lists these commands in this order, after `list` and `doctor`.
 for module in (run, parity, show, gate, ab, compare, advise):
     app.add_typer(module.commands)
 

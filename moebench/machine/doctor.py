@@ -60,7 +60,7 @@ def doctor() -> list[Diagnosis]:
 
 
 def _cpu_findings() -> list[Diagnosis]:
-    memory = size(psutil.virtual_memory().total, ".0f")
+    memory = size(psutil.virtual_memory().total)
     cores = cpu_cores_usable()
     findings = [Diagnosis("ok", "cpu", f"{cpu_model()}, {cores} of {psutil.cpu_count()} cores usable, {memory}")]
     busy = psutil.cpu_percent(interval=0.5)
@@ -105,7 +105,7 @@ def _torch_sees_gpu() -> bool:
 def _one_gpu(name: str, gpu: nvml.GpuReading, use: nvml.GpuUse) -> list[Diagnosis]:
     if gpu.nvml_error:
         return [Diagnosis("problem", name, gpu.nvml_error, "see what nvidia-smi says")]
-    memory = "" if gpu.memory_bytes is None else f", {size(gpu.memory_bytes, '.0f')}"
+    memory = "" if gpu.memory_bytes is None else f", {size(gpu.memory_bytes)}"
     findings = [Diagnosis("ok", name, f"{gpu.name}{memory}, driver {gpu.driver_version}")]
     if use.other_pids:
         pids = ", ".join(str(pid) for pid in use.other_pids)

@@ -28,6 +28,8 @@ REVISION_VARIABLE = "MOEBENCH_REVISION"
 TIMED_LIBRARIES = ("torch", "cuda", "cudnn", "nccl", *TIMED)
 
 _ROOT = Path(moebench.__file__).resolve().parent.parent
+#: A checkout on a network file system may take long to answer.
+GIT_TIMEOUT_S = 30.0
 _SOURCES = ("experts", "moebench", "suites")
 
 
@@ -208,7 +210,7 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
 def _git(root: Path, *arguments: str) -> str | None:
     """Return what git prints about the checkout; None where git fails or does not run."""
     try:
-        done = run_git("-C", str(root), *arguments)
+        done = run_git("-C", str(root), *arguments, timeout_s=GIT_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode().strip() if done.returncode == 0 else None

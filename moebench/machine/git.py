@@ -3,16 +3,14 @@
 import os
 import subprocess
 
-TIMEOUT_S = 60.0
 
-
-def run_git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+def run_git(*arguments: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[bytes]:
     """Run git and return the finished process, with its output in English.
 
     Variables that a git hook sets do not reach git. Raises OSError where git does not run, and
-    subprocess.TimeoutExpired where it does not finish within TIMEOUT_S.
+    subprocess.TimeoutExpired where it does not finish within `timeout_s`, by default without a limit.
     """
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook sets these
     variables["LC_ALL"] = "C"
     command = ["git", "--no-optional-locks", *arguments]
-    return subprocess.run(command, capture_output=True, check=False, env=variables, timeout=TIMEOUT_S)
+    return subprocess.run(command, capture_output=True, check=False, env=variables, timeout=timeout_s)

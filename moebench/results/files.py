@@ -52,5 +52,5 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 def check_empty(folder: Path, besides: Collection[Path] = ()) -> None:
     """Raise UsageError if `folder` is a file, or a folder with anything in it except the paths in `besides`."""
-    if folder.exists() and (not folder.is_dir() or set(folder.rglob("*")) - set(besides)):
+    if folder.exists() and (not folder.is_dir() or any(path not in besides for path in folder.rglob("*"))):
         raise UsageError(f"--out {folder}: it exists and is not an empty folder; name a new or empty folder")

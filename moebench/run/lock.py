@@ -34,8 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
                 "wait until it has ended, or name another folder"
             ) from None
     try:
-        with writable(folder):
-            (folder / PID_NAME).write_text(f"{os.getpid()}\n")
+        (folder / PID_NAME).write_text(f"{os.getpid()}\n")  # the caller reports a full disk, with how to go on
         yield
     finally:
         lock.release()

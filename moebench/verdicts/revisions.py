@@ -56,7 +56,7 @@ def copy_experts(asked: str, into: Path) -> Revision:
 def _git(asked: str, *arguments: str) -> bytes:
     try:
         done = run_git(*arguments)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         raise RevisionError(f"{asked}: not a folder that holds an {PACKAGE}, and git does not run: {error}") from None
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]

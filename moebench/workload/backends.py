@@ -39,12 +39,12 @@ DISPATCHERS = tuple(_COLLECTIVES)
 REFERENCE = "" if catalog is None else catalog.REFERENCE
 
 
-def described(backend: str) -> "catalog.Backend | None":
+def described(backend: str) -> "catalog.BackendEntry | None":
     """Return the catalog's entry for a backend; None for a backend that the catalog lacks."""
     return _BACKENDS.get(backend)
 
 
-def engine_of(backend: str) -> "catalog.Engine | None":
+def engine_of(backend: str) -> "catalog.EngineEntry | None":
     """Return the engine of a backend; None for another library's layer (a peer) and for a name not in the catalog."""
     known = _BACKENDS.get(backend)
     return None if known is None else known.engine

@@ -18,7 +18,7 @@ DESCRIBED = [*catalog.ENGINES, *catalog.BACKENDS, *catalog.DISPATCHERS]
 
 
 @pytest.mark.parametrize("described", [catalog.ENGINES, catalog.BACKENDS, catalog.DISPATCHERS])
-def test_every_name_occurs_once(described: tuple[catalog.Engine, ...]) -> None:
+def test_every_name_occurs_once(described: tuple[catalog.EngineEntry, ...]) -> None:
     names = [one.name for one in described]
     assert len(set(names)) == len(names)
 
@@ -29,7 +29,7 @@ def test_every_library_has_an_install_command() -> None:
     assert all(catalog.LIBRARIES.values())
 
 
-def library_of(described: catalog.Backend | catalog.Dispatcher) -> str | None:
+def library_of(described: catalog.BackendEntry | catalog.DispatcherEntry) -> str | None:
     engine = getattr(described, "engine", None)
     return described.library or (engine.library if engine else None)
 
@@ -41,12 +41,12 @@ def library_of(described: catalog.Backend | catalog.Dispatcher) -> str | None:
 )
 @pytest.mark.usefixtures("no_libraries")
 def test_a_missing_library_is_reported_in_the_words_of_the_catalog(
-    described: catalog.Backend | catalog.Dispatcher, monkeypatch: pytest.MonkeyPatch
+    described: catalog.BackendEntry | catalog.DispatcherEntry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
     cuda, library = torch.device("cuda"), str(library_of(described))
-    if isinstance(described, catalog.Dispatcher):
+    if isinstance(described, catalog.DispatcherEntry):
         reason = dispatcher_unsupported(described.name, cuda, moe_config())
     else:
         reason = get_backend(described.name).unsupported(cuda)
@@ -90,5 +90,5 @@ def test_the_registry_has_the_backends_of_the_catalog_in_its_order() -> None:
 
 
 @pytest.mark.parametrize("backend", catalog.BACKENDS, ids=lambda backend: backend.name)
-def test_a_backend_computes_in_the_recipe_that_the_catalog_says(backend: catalog.Backend) -> None:
+def test_a_backend_computes_in_the_recipe_that_the_catalog_says(backend: catalog.BackendEntry) -> None:
     assert get_backend(backend.name).fp8 == backend.fp8

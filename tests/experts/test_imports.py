@@ -180,6 +180,13 @@ def test_engines_and_dispatchers_import_no_other(file: Path) -> None:
     assert not [name for name in names for other in (*others, *above) if f"{name}.".startswith(f"{other}.")]
 
 
+def test_modules_are_attributes_of_the_package_and_wrong_names_are_refused() -> None:
+    code = "import experts\nassert experts.config.MoEConfig is experts.MoEConfig\nassert experts.te\n"
+    code += "try:\n    experts.no_such\nexcept AttributeError as error:\n    print(error)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "module 'experts' has no attribute 'no_such'\n"), done.stderr
+
+
 def test_the_public_names_are_documented() -> None:
     assert experts.__all__ == [
         "BackendConfig",

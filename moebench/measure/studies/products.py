@@ -18,7 +18,7 @@ from moebench.workload.inputs import Inputs
 Call = Callable[[], object]
 
 
-def _has_products(backend: catalog.Backend) -> bool:
+def _has_products(backend: catalog.BackendEntry) -> bool:
     engine = backend.engine
     if engine is None or backend.fp8 is not None:
         return False

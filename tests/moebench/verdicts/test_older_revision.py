@@ -10,6 +10,7 @@ import pytest
 from moebench.cli import app
 from moebench.results.frame import load
 from moebench.verdicts import ab
+from moebench.verdicts.revisions import copy_experts, unknown_backends
 
 ROOT = Path(__file__).parents[3]
 #: The last revision whose `experts` has no catalog.
@@ -24,9 +25,19 @@ def older() -> str:
     return OLDER
 
 
+def test_the_worker_runs_with_the_experts_of_an_older_revision(older, tmp_path, monkeypatch):
+    """`ab` asks a process that imports the worker which backends the revision lacks."""
+    monkeypatch.chdir(ROOT)
+    revision = copy_experts(older, tmp_path / "experts")
+    assert list(unknown_backends(revision, ["loop", "triton", "no_such"])) == ["no_such"]
+
+
+@pytest.mark.certify
 @pytest.mark.timeout(300)
-def test_an_older_revision_is_measured_beside_this_one(older, capsys, monkeypatch, tmp_path):
-    """One job, one look of one round: it ends with a verdict, and both sides were right."""
+def test_an_older_revision_is_measured_beside_this_one(older, certify, capsys, monkeypatch, tmp_path):
+    """`ab` with one job and one round ends with a verdict, and the results of both revisions are right."""
+    if not certify:
+        pytest.skip("four processes take most of a minute: make certify runs it")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(ab, "schedule", lambda num_jobs: (1,))
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")

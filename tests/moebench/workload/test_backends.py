@@ -130,10 +130,10 @@ def run(code: str, *path: Path) -> list[str]:
 NEW_ENTRIES = """
 from experts import catalog
 
-carrier = catalog.Dispatcher("carrier", "no.such.module", "all_gather")
+carrier = catalog.DispatcherEntry("carrier", "no.such.module", "all_gather")
 catalog.DISPATCHERS = (*catalog.DISPATCHERS, carrier)
-engine = catalog.Engine("novel", "no.such.module", counts_rows=True)
-catalog.BACKENDS = (*catalog.BACKENDS, catalog.Backend("novel", engine, ("bf16", "fp8"), fp8="block"))
+engine = catalog.EngineEntry("novel", "no.such.module", counts_rows=True)
+catalog.BACKENDS = (*catalog.BACKENDS, catalog.BackendEntry("novel", engine, ("bf16", "fp8"), fp8="block"))
 
 from moebench.parity.checks import CHECKS
 from moebench.run.footprint import pass_bytes
