@@ -1,4 +1,4 @@
-"""Audits of records that a test names."""
+"""Build the audits that a test names."""
 
 from moebench.parity.checks import suite_jobs
 from moebench.results.record import Status, record
@@ -8,7 +8,7 @@ WRONG = (Status.mismatch, {"parity_worst": 3.14159})
 
 
 def rows_of(check, backend, *found):
-    """Records of a check's first cases, one for each status, or status and fields."""
+    """Return records of a check's first cases: one per status, or per pair of status and fields."""
     jobs = suite_jobs([backend], [check])
     rows = []
     for job, one in zip(jobs, found, strict=False):

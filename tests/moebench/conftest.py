@@ -1,4 +1,4 @@
-"""The command line in this process, and results folders to give it."""
+"""Fixtures that run the command line in this process, and results folders to give it."""
 
 import sys
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from tests.moebench.gated import job_of, ok, steady
 
 @pytest.fixture
 def moebench(capsys, monkeypatch, tmp_path):
-    """The command line in this process, in an empty folder."""
+    """Run the command line in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
@@ -28,7 +28,10 @@ def moebench(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Folders: `same` and `again` alike, `slow` slower, `one` of one round, `other` of another case, `empty`."""
+    """Write six results folders.
+
+    `same` and `again` are alike. `slow` is slower. `one` has one round. `other` has another case. `empty` has nothing.
+    """
     job = job_of(64)
     rows = {
         "same": ok(job, steady()),

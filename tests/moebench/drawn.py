@@ -1,4 +1,4 @@
-"""Records to draw, and what a figure then shows."""
+"""Build records to draw, and read what a figure then shows."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Plans of one case for several backends, and the processes that executing them leaves."""
+"""Build plans of one case for several backends, and follow the processes that executing them leaves."""
 
 import os
 import time
@@ -13,7 +13,7 @@ CASE = Case(num_tokens=8, n_routed_experts=4, n_activated_experts=2, dim=16, moe
 
 
 def python_path(*folders):
-    """PYTHONPATH with these folders first."""
+    """Return PYTHONPATH with these folders first."""
     return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
 
 
@@ -27,7 +27,7 @@ def plan_of(folder, jobs, **fields):
 
 
 def has_ended(pid):
-    """Whether the process is gone, or is soon; an orphan that nobody reaps counts as gone."""
+    """Whether the process ends soon; an orphan that no process reaps counts as ended."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:

@@ -1,6 +1,7 @@
-"""Every planted fault before right experts, in every dtype and FP8 recipe, under every check of `moebench parity`.
+"""Plant every fault in right experts, in every dtype and FP8 recipe, and run every check of `moebench parity` on it.
 
-`python -m tests.moebench.faultbench` examines them all, in a quarter of an hour on a core, and writes docs/faults.md.
+`python -m tests.moebench.faultbench` examines every fault. It takes a quarter of an hour on one core and writes
+docs/faults.md.
 """
 
 import inspect
@@ -27,17 +28,17 @@ from tests.backends import coarse, faulty, faulty_rows, faulty_weights, fp8
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "faults.md"
 CPU = torch.device("cpu")
-#: A check is named by so many times its budget: on another machine it finds the fault too.
+#: The document names a check if its error is this many times its budget, so that it finds the fault on other machines.
 CLEARLY = 1.5
-#: So many checks are named, of those that find a fault.
+#: The document names at most this many of the checks that find a fault.
 MOST = 5
-#: The rest need a GPU, or processes of their own, or tell what ran.
+#: The checks left out need a GPU, or processes of their own, or report which operator ran.
 IN_PROCESS = tuple(name for name in CHECKS if name not in ("expert-parallel", "large-offsets", "fallback"))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Right experts that a fault stands before: the loop in a dtype, or FP8 products on bfloat16."""
+    """Right experts in which a fault is planted: the loop in a dtype, or FP8 products on bfloat16."""
 
     name: str
     dtype: str
@@ -56,7 +57,7 @@ COARSE = (coarse.SumInDtype, coarse.ActivationInDtype)
 
 
 class TorchMM(GroupedExperts):
-    """Right, by grouped_mm."""
+    """Right experts that use grouped_mm."""
 
     def __init__(self, config):
         super().__init__(config, BackendConfig(experts="torch_mm"))
@@ -76,7 +77,7 @@ FAULTS: dict[str, type[GroupedExperts]] = {
     if issubclass(kind, GroupedExperts)
 }
 _WIDE = ("float64", "float32")
-#: Where a fault is one: rounding to bfloat16 is no fault of who computes in it, and 2% is less than FP8 rounds by.
+#: The dtypes in which a fault is wrong: bfloat16 experts may round to bfloat16, and FP8 rounds by more than 2%.
 ONLY_IN = {
     "LowPrecisionWeights": _WIDE,
     "RoundedWeights": _WIDE,
@@ -86,18 +87,18 @@ ONLY_IN = {
 
 
 def variants_of(fault: str) -> list[Variant]:
-    """Where the fault is one."""
+    """Return the variants in which the fault is wrong."""
     return [one for name, one in VARIANTS.items() if name in ONLY_IN.get(fault, VARIANTS)]
 
 
 def planted(kind: type[GroupedExperts], variant: Variant, **fields: float) -> type[GroupedExperts]:
-    """The fault before the variant's experts; its class attributes set to `fields`."""
+    """Plant the fault in the variant's experts, and set its class attributes to `fields`."""
     kinds = (kind,) if issubclass(kind, variant.experts) else (kind, variant.experts)
     return type(kind.__name__, kinds, fields)
 
 
 def over_budget(build: type[nn.Module], job: Job, workload: Workload) -> float:
-    """Of one job: its worst error over its budget; infinite where the backend raised."""
+    """Return one job's worst error over its budget; infinity if the backend raised."""
     backend = Backend(job.backend, build, lambda device, config: None, getattr(build, "fp8", None))
     with mock.patch.object(subject_module, "get_backend", return_value=backend):
         try:
@@ -111,7 +112,7 @@ def over_budget(build: type[nn.Module], job: Job, workload: Workload) -> float:
 def examine(
     build: type[nn.Module], dtype: str, checks: Sequence[str] = IN_PROCESS, seed: int = 0
 ) -> Iterator[tuple[str, float]]:
-    """Check by check: error over budget of its first case that is clearly a mismatch, else of its worst."""
+    """Yield each check with an error over budget: its first case that clearly fails, else its worst case."""
     workload = Workload(CPU)
     for check in checks:
         worst = 0.0
@@ -127,14 +128,14 @@ def examine(
 
 @dataclass(frozen=True)
 class Row:
-    """A fault and, by variant and check, the error over budget of the checks that clearly find it in every variant."""
+    """A fault, with the error over budget by variant and check. A check is kept where it clearly finds the fault."""
 
     fault: str
     found: dict[str, dict[str, float]]
 
     @property
     def named(self) -> list[str]:
-        """The checks, in their own order."""
+        """The checks that clearly find the fault in every variant, in the order of CHECKS."""
         return [check for check in CHECKS if all(check in each for each in self.found.values())]
 
     def __str__(self) -> str:
@@ -149,7 +150,10 @@ def _times(error: float) -> str:
 
 
 def row_of(fault: str) -> Row:
-    """Under every check in one dtype, and under the MOST that find it most clearly there in all others."""
+    """Examine the fault under every check in one dtype.
+
+    In every other variant, examine it under the MOST checks that found it most clearly in the first.
+    """
     variants = variants_of(fault)
     first = VARIANTS["bfloat16"] if VARIANTS["bfloat16"] in variants else variants[0]
     clear = _clear(fault, first, IN_PROCESS)
@@ -164,20 +168,20 @@ def _clear(fault: str, variant: Variant, checks: Sequence[str]) -> dict[str, flo
 
 
 def read() -> dict[str, list[str]]:
-    """The document's faults, and the checks that it names for each."""
+    """Return the document's faults and the checks that it names for each."""
     rows = re.findall(r"^\| (\w+) \| [^|]* \| ([^|]*) \|(?: [\de.–∞]+ \|){7}$", DOCUMENT.read_text(), re.MULTILINE)
     return {fault: checks.split(", ") if checks else [] for fault, checks in rows}
 
 
-#: One expert's contribution, or its weights' gradients, times 1 + so much.
+#: A fault multiplies one expert's contribution, or its weights' gradients, by 1 + one of these.
 SCALES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
-#: Under these; where the experts are few the fault is large.
+#: The checks for these faults. Cases with few experts are left out, because the fault is large there.
 SCALED_UNDER = ("one-hot", "few-tokens", "many-experts", "determinism")
 
 
 def least_scale(kind: type[GroupedExperts], variant: Variant) -> float:
-    """The least of SCALES that is found."""
+    """Return the least of SCALES that a check finds."""
     for scale in SCALES:
         build = planted(kind, variant, factor=1 + scale)
         if any(worst > 1 for _, worst in examine(build, variant.dtype, SCALED_UNDER)):
@@ -186,7 +190,7 @@ def least_scale(kind: type[GroupedExperts], variant: Variant) -> float:
 
 
 def scales() -> str:
-    """The table of the least scales."""
+    """Return the table of the least scales."""
     kinds = (faulty.ScaledExpert, faulty_weights.ScaledGradOfOneExpert)
     lines = [
         f"| {variant.name} | " + " | ".join(f"{least_scale(kind, variant):.0%}" for kind in kinds) + " |"
@@ -196,12 +200,12 @@ def scales() -> str:
 
 
 def part(name: str) -> str:
-    """A part of the document that is written by hand, or by this module."""
+    """Return the comment that marks where a part of the document begins or ends."""
     return f"<!-- {name} -->"
 
 
 def write(rows: str, least: str) -> None:
-    """Put the tables where the document has them."""
+    """Put the tables into their places in the document."""
     text = DOCUMENT.read_text()
     for name, table in (("faults", rows), ("scales", least)):
         begin, end = part(f"{name}, made by tests/moebench/faultbench.py"), part(f"end of {name}")
@@ -212,7 +216,7 @@ def write(rows: str, least: str) -> None:
 
 
 def main() -> None:
-    """Examine everything, or the faults that are named, and write the document."""
+    """Examine all faults, or the faults named on the command line, and write the document."""
     torch.set_num_threads(1)
     rows = []
     for fault in FAULTS:

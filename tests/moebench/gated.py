@@ -1,4 +1,4 @@
-"""Results to gate: jobs with the rounds that a test names."""
+"""Build results to gate: jobs with the rounds that a test names."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -21,7 +21,7 @@ SHAPE: dict[str, Any] = {"n_routed_experts": 8, "n_activated_experts": 2, "dim":
 
 
 def steady(num_rounds: int = 10, time_ms: float = 1.0, spread: float = 0.005, seed: int = 0) -> list[float]:
-    """Medians of rounds, evenly spread over `spread` of the time, in random order."""
+    """Return medians of rounds, evenly spread over `spread` of the time, in random order."""
     order = np.random.default_rng(seed).permutation(np.linspace(-spread / 2, spread / 2, num_rounds))
     return [time_ms * (1 + float(step)) for step in order]
 
@@ -31,7 +31,7 @@ def job_of(num_tokens: int = 64, backend: str = "loop", dispatcher: str = "local
 
 
 def ok(job: Job, rounds: Sequence[float], **measured: Any) -> Record:
-    """A row with three samples in each round, around its median."""
+    """Return a row with three samples in each round, around its median."""
     fields = {
         "device": "cuda",
         "gpu": "NVIDIA H200",
@@ -65,7 +65,7 @@ def gated(baseline: Sequence[Record], candidate: Sequence[Record], **options: An
     return gate(to_frame(baseline), to_frame(candidate), comparability, **options)
 
 
-#: By what becomes of them in `one_of_each`.
+#: Jobs by what happens to them in `one_of_each`.
 JOBS = {
     name: job_of(tokens) for name, tokens in {"same": 1, "slow": 2, "gone": 3, "one": 4, "crash": 5, "new": 6}.items()
 }
@@ -74,7 +74,10 @@ NASTY = "died \x1b[31m100%\x00 <b>|`x`, a:b\x07\nand more"
 
 @cache
 def one_of_each() -> GateResult:
-    """PASS, REGRESSED by time, MISSING, INCONCLUSIVE, REGRESSED by a crash with a nasty reason, NEW."""
+    """Gate one job per outcome.
+
+    They are PASS, REGRESSED by time, MISSING, INCONCLUSIVE, REGRESSED by a crash with a nasty reason, and NEW.
+    """
     slow = steady(time_ms=1.0512)
     before = [ok(JOBS[name], steady()) for name in ("same", "slow", "gone", "crash")]
     after = [ok(JOBS["same"], steady()), ok(JOBS["slow"], slow, peak_memory_bytes=125_000_000), ok(JOBS["new"], slow)]
@@ -87,6 +90,6 @@ def one_of_each() -> GateResult:
 def changed(
     of: Environment = H200, gpu: dict[str, Any] | None = None, versions: dict[str, Any] | None = None, **fields: Any
 ) -> Environment:
-    """The environment with other facts, a GPU's and libraries' among them."""
+    """Return the environment with some facts changed, also those of its GPUs and libraries."""
     gpus = tuple(some.model_copy(update=gpu or {}) for some in of.gpus)
     return of.model_copy(update={"gpus": gpus, "versions": {**of.versions, **(versions or {})}, **fields})

@@ -1,4 +1,4 @@
-"""A sweep of four jobs in the working directory, and plans of it."""
+"""Write a sweep of four jobs into the working directory, and plan it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Runs that end early and are resumed: what they run, and what they have left."""
+"""Run jobs, end the run early and resume it; see which jobs ran and which are left."""
 
 import subprocess
 import time
@@ -25,7 +25,7 @@ num_tokens = [8, 16, 24]
 dtype = "float32"
 backend = ["loop", "torch_mm"]
 """
-#: Measures until its second job, where it waits for a file to be there.
+#: A worker that measures until its second job, then waits until a file exists.
 WAITS = """ready()
 done(0)
 start(1)
@@ -33,7 +33,7 @@ while not os.path.exists("go"): time.sleep(0.01)
 say(told(1))
 for number in itertools.count(2): done(number)
 """
-#: Interrupts its supervisor when that has kept its first record.
+#: A worker that interrupts its supervisor once the supervisor has kept its first record.
 TOLD_AND_INTERRUPTS = """ready()
 done(0)
 while not os.path.exists("out/journal.jsonl"): time.sleep(0.01)
@@ -49,7 +49,7 @@ def rows(folder):
 
 
 def until_records(process, folder, count=1):
-    """Wait until the run has told of so many jobs; it must not end by itself."""
+    """Wait until the run has recorded this many jobs; it must not end by itself."""
     deadline = time.monotonic() + 90
     while not (folder / "journal.jsonl").exists() or (folder / "journal.jsonl").read_bytes().count(b"\n") < count:
         assert time.monotonic() < deadline
@@ -72,14 +72,14 @@ def are_gone(processes):
 
 
 def is_whole(folder, backends=("loop", "torch_mm"), tokens=(8, 16, 24), rounds=1):
-    """Every job of every round is there, and once."""
+    """Whether every job of every round has exactly one record."""
     wanted = [(t, name, n) for t in tokens for name in backends for n in range(rounds)]
     assert sorted((row.num_tokens, row.backend, row.round) for row in rows(folder)) == sorted(wanted)
     return True
 
 
 def begun(moebench):
-    """A run in `out` of which nothing is measured yet."""
+    """Start a run in `out` that ends before it measures anything."""
     assert moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", "--time-budget", 0).code == 0
 
 

@@ -1,4 +1,7 @@
-"""A worker without torch that does what a test says, in place of the real one: real processes, started in no time."""
+"""A worker without torch that does what a test says.
+
+It replaces the real worker. It is a real process that starts in no time.
+"""
 
 import os
 import subprocess
@@ -67,10 +70,10 @@ print("the pid is", os.getpid(), flush=True)
 {script}
 """
 
-#: Does all that it is given.
+#: A script that does every job it is given.
 ALL = "ready()\nfor number in itertools.count(): done(number)\n"
 
-#: The command line, with the program in its first argument in place of Python for its workers.
+#: The command line. Its first argument is the program that it starts for its workers in place of Python.
 _COMMAND_LINE = """
 import sys
 from types import SimpleNamespace
@@ -82,14 +85,14 @@ app.main()
 
 
 def write(path: Path, script: str) -> Path:
-    """The stand-in as a program that runs `script`."""
+    """Write the stand-in as a program that runs `script`."""
     path.write_text(_SCRIPT.format(python=sys.executable, script=script))
     path.chmod(0o755)
     return path
 
 
 def started(program: Path, *arguments: object, cwd: Path, **options: object) -> subprocess.Popen[str]:
-    """`moebench …` in a process of its own, that program for its workers."""
+    """Start `moebench …` in a process of its own, with that program for its workers."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-c", _COMMAND_LINE, str(program), *map(str, arguments)]
     pipe = subprocess.PIPE

@@ -13,10 +13,10 @@ from moebench.cli import app
 from moebench.errors import MoebenchError, SweepError
 
 PACKAGE = Path(errors.__file__).parent
-#: Exceptions that no user meets, and where they are.
+#: Exceptions that no user meets, and the files that define them.
 INSIDE = {
-    "NvmlUnavailable": "machine/nvml.py",  # what NVML does not tell is not recorded
-    "Unhealthy": "measure/canary.py",  # ends a worker's process; the next one goes on
+    "NvmlUnavailable": "machine/nvml.py",  # a fact that NVML does not give is left out of the record
+    "Unhealthy": "measure/canary.py",  # ends a worker's process, and the next worker continues
 }
 BUILT_IN = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)}
 CLASSES = [MoebenchError, *MoebenchError.__subclasses__()]
@@ -24,7 +24,7 @@ CLASSES += [leaf for one in CLASSES[1:] for leaf in one.__subclasses__()]
 
 
 def exceptions(sources: dict[str, str]) -> list[tuple[str, str]]:
-    """Name and file of every exception that these sources define, whichever exception it derives from."""
+    """Return the name and file of every exception that these sources define, whatever its base."""
     defined = [
         (node.name, file, {ast.unparse(base).rpartition(".")[2] for base in node.bases})
         for file, source in sources.items()
@@ -38,7 +38,7 @@ def exceptions(sources: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def strangers(sources: dict[str, str]) -> list[str]:
-    """Exceptions that a user may meet and that are not of moebench.errors."""
+    """Return the exceptions that a user may meet and that moebench.errors does not define."""
     return [
         f"{file}: {name}"
         for name, file in exceptions(sources)
@@ -62,7 +62,7 @@ def test_another_exception_is_seen(bases: str) -> None:
 
 
 def test_the_tree_in_the_docstring_is_that_of_the_classes() -> None:
-    """With the exit codes, as many levels deep as there are bases."""
+    """The tree shows the exit codes, and it is as many levels deep as there are bases."""
     rows = re.findall(r"^    ([│├└─ ]*)(\w+) +(\d+)?", str(errors.__doc__), re.MULTILINE)
     parents: list[str] = []
     drawn = {}
@@ -71,7 +71,7 @@ def test_the_tree_in_the_docstring_is_that_of_the_classes() -> None:
         drawn[name] = (parents[-1] if parents else "Exception", int(code) if code else None)
         parents.append(name)
     there = {one.__name__: (one.__bases__[0].__name__, one.exit_code) for one in CLASSES}
-    there["MoebenchError"] = ("Exception", None)  # the base is never raised
+    there["MoebenchError"] = ("Exception", None)  # moebench never raises the base
     assert drawn == there
 
 
@@ -79,7 +79,7 @@ def test_the_tree_in_the_docstring_is_that_of_the_classes() -> None:
 def test_the_command_line_prints_one_line_and_ends_with_its_code(
     kind: type[MoebenchError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As it is: not wrapped, though it is long, and with the brackets that would colour a word."""
+    """The line is printed unchanged: it is not wrapped, though it is long, and brackets do not colour a word."""
     message = f"out [1]/[red]: {'x' * 300} is not there; name another folder"
 
     def fail() -> None:

@@ -1,4 +1,4 @@
-"""Who may import whom; and results are opened, and runs are planned, where torch and the vendor packages are not."""
+"""Modules import only what their folder may. Results open and runs are planned without torch and vendor packages."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ from moebench.workload.case import Case, Job
 
 ROOT = Path(__file__).parents[2]
 
-#: Stands before every other finder: what is blocked is not there, whoever asks.
+#: A finder that stands before all other finders: whoever imports a blocked module is told that it does not exist.
 BLOCKED = """
 import sys
 
@@ -30,7 +30,7 @@ sys.meta_path.insert(0, Blocked())
 
 PACKAGE = ROOT / "moebench"
 LOWEST = frozenset({"workload", "machine"})
-#: What each folder may import besides itself and moebench.errors: folders, and single modules of others.
+#: What each folder may import besides itself and moebench.errors: folders, and single modules of other folders.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "workload": frozenset(),
     "machine": frozenset(),
@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "report": LOWEST | {"results", "run", "verdicts"},
     "cli": LOWEST | {"results", "parity", "measure", "run", "verdicts", "report"},
 }
-#: Where torch, and `experts`, which imports it, may be imported at module level; and inside functions besides.
+#: Where a module may import torch, or `experts`, which imports torch: at module level, and only inside functions.
 TORCH_AT_IMPORT = ("parity", "measure", "workload.inputs", "workload.ranks")
 NEVER_TORCH_AT_IMPORT = ("parity.checks", "measure.protocol")
 TORCH_IN_FUNCTIONS = ("machine.doctor", "machine.environment", "machine.versions", "cli.listing")
@@ -60,7 +60,7 @@ def is_within(module: str, places: Iterable[str]) -> bool:
 
 
 def imports(source: str) -> Iterator[tuple[str, bool]]:
-    """The modules that a source imports, and whether it does at module level. What only type checkers read is none."""
+    """Yield each module that a source imports, and whether at module level. Skip imports for type checkers."""
     tree = ast.parse(source)
     for node in tree.body:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
@@ -82,7 +82,7 @@ def imports(source: str) -> Iterator[tuple[str, bool]]:
 
 
 def broken_rules(module: str, source: str) -> list[str]:
-    """What a module of moebench, named without that prefix, imports and may not."""
+    """Return each import that breaks the rules, for a module named without the prefix `moebench.`."""
     folder = module.partition(".")[0]
     allowed = MAY_IMPORT[folder] | {folder, "errors", "__version__"}
     found = []
@@ -98,7 +98,7 @@ def broken_rules(module: str, source: str) -> list[str]:
 
 
 def test_folders_are_those_of_the_design() -> None:
-    """A new folder needs a rule; no folder outgrows what a reader takes in."""
+    """A new folder needs a rule, and no folder may have more modules than a reader takes in."""
     folders = {path.parent for path in MODULES.values()}
     assert {folder.relative_to(PACKAGE).parts[0] for folder in folders} == MAY_IMPORT.keys()
     for folder in folders:
@@ -139,7 +139,7 @@ def test_an_import_that_is_turned_round_is_seen(module: str, line: str) -> None:
 
 
 def test_no_public_name_hides_a_folder() -> None:
-    """`import moebench.results` must not replace a function `moebench.results`, nor the other way round."""
+    """`import moebench.results` must not replace a function `moebench.results`, and the reverse must not happen."""
     folders_and_modules = {path.stem for path in PACKAGE.iterdir()}
     assert not folders_and_modules & {name for name in moebench.__all__ if name != "__version__"}
 
@@ -164,7 +164,7 @@ def python(code, *arguments, cwd):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A results folder of one record."""
+    """Write a results folder of one record."""
     case = Case(num_tokens=8, n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=8)
     measured = {"time_ms": 1.5, "parity_worst": 0.25, "samples_ms": (1.5,), "sample_rounds": (0,)}
     row = record(Job(case=case, backend="gmm"), Status.ok, run_id="20261101-000000-a", env_id="e", **measured)

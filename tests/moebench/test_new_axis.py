@@ -1,4 +1,4 @@
-"""A field that is added to a case shows everywhere, without another file being touched."""
+"""A field that is added to a case shows everywhere, and no other file changes."""
 
 import os
 import shutil
@@ -81,7 +81,7 @@ def test_a_new_field_of_a_case_is_an_axis_and_a_column_everywhere(tmp_path: Path
 
 
 def _digest() -> str:
-    """The end of the id that the case has without the new field."""
+    """Return the end of the id that the case has without the new field."""
     from moebench.workload.case import Case
 
     return Case(num_tokens=8, n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=8).case_id[-8:]

@@ -1,7 +1,7 @@
-"""A results folder that moebench wrote while its modules lay in one folder opens, and its run is completed.
+"""moebench opens and completes a run that it wrote while all its modules lay in one folder.
 
-tests/data/older-run is of revision 6503759: `moebench run tiny.toml --rounds 2 --out out --device cpu`, interrupted
-after five of eight jobs, without its logs and plots.
+Revision 6503759 wrote tests/data/older-run: `moebench run tiny.toml --rounds 2 --out out --device cpu`. The run was
+interrupted after five of its eight jobs. Its logs and plots are left out.
 """
 
 import json
@@ -17,14 +17,14 @@ from tests.moebench import stand_in
 
 ROOT = Path(__file__).parents[2]
 OLDER = ROOT / "tests" / "data" / "older-run"
-#: Tokens, backend and round: what was measured then, and what was left.
+#: Tokens, backend and round of the jobs that were measured then, and of the jobs that were left.
 MEASURED = [(8, "torch_mm", 0), (8, "loop", 0), (16, "torch_mm", 0), (16, "loop", 0), (16, "loop", 1)]
 LEFT = [(8, "loop", 1), (8, "torch_mm", 1), (16, "torch_mm", 1)]
 
 
 @pytest.fixture
 def older(tmp_path):
-    """A copy, in the working folder of the fixture `moebench`."""
+    """Copy the folder into the working folder of the fixture `moebench`."""
     shutil.copytree(OLDER, tmp_path / "out")
     return tmp_path / "out"
 

@@ -1,4 +1,4 @@
-"""The command line as a user types it: in a process of its own, over a tiny sweep, with the tests' backends at hand."""
+"""Run the command line as a user types it: in its own process, on a tiny sweep, with the tests' backends importable."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ backend = ["loop", "torch_mm"]
 
 
 def started(*arguments, cwd):
-    """The command line in a process of its own, with the backends of tests/backends at hand."""
+    """Run the command line in its own process, with the backends of tests/backends importable."""
     path = python_path(ROOT, ROOT / "tests" / "backends")
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     command = [sys.executable, "-m", "moebench", *map(str, arguments)]
@@ -45,7 +45,7 @@ def finished(*arguments, cwd):
 
 
 def is_refused(found, *words):
-    """One line that says what is wrong, exit code 2, and nothing done."""
+    """The command prints one line that says what is wrong, exits with code 2, and does nothing."""
     assert found.code == 2, found
     assert found.out == ""
     (line,) = found.err.strip().splitlines()

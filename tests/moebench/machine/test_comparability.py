@@ -1,4 +1,4 @@
-"""What two environments differ in has a name, and exactly what env_id hashes counts."""
+"""Each difference between two environments has a name, and exactly the facts that env_id hashes count."""
 
 import pytest
 

@@ -17,7 +17,10 @@ PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
 @pytest.fixture(autouse=True)
 def quiet_machine(monkeypatch, tmp_path):
-    """Idle cores at a fixed clock, and a CPU build of torch: what a test changes is the only thing to report."""
+    """A machine without faults: idle cores at a fixed clock, and a CPU build of torch.
+
+    The doctor reports only what a test changes.
+    """
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 0.0)
     monkeypatch.setattr(module, "_GOVERNORS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -28,7 +31,7 @@ def quiet_machine(monkeypatch, tmp_path):
 
 @pytest.fixture
 def h200(fake_nvml, monkeypatch):
-    """An idle H200 that torch sees."""
+    """Add an idle H200 that torch sees."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     return fake_nvml.add_gpu(UUID)

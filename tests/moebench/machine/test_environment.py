@@ -19,7 +19,7 @@ FIRST, SECOND = "11111111-aaaa-0000-0000-000000000000", "22222222-bbbb-0000-0000
 
 @pytest.fixture
 def h200s(fake_nvml, monkeypatch):
-    """Two H200s that torch numbers against NVML's order, as CUDA_VISIBLE_DEVICES=1,0 makes it."""
+    """Add two H200s that torch numbers in the reverse of NVML's order, as CUDA_VISIBLE_DEVICES=1,0 makes it."""
     fake_nvml.add_gpu(f"GPU-{SECOND}", temperature_c=22)
     fake_nvml.add_gpu(f"GPU-{FIRST}", temperature_c=11)
     gpus = [
@@ -193,7 +193,7 @@ def test_a_file_that_is_no_environment_is_one_line_with_its_path(tmp_path, conte
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A git checkout with one commit of experts/a.py and docs/a.md."""
+    """Make a git checkout with one commit of experts/a.py and docs/a.md."""
     monkeypatch.delenv("MOEBENCH_REVISION", raising=False)
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
@@ -218,7 +218,7 @@ def test_revision_is_the_commit_and_dirty_is_what_would_run(checkout):
 
 
 def test_without_a_checkout_the_variable_speaks(checkout, monkeypatch):
-    installed = checkout / "experts"  # inside somebody's repository, and not a checkout itself
+    installed = checkout / "experts"  # this folder is inside a repository but is not itself a checkout
     assert git_state(installed) == (None, None)
     monkeypatch.setenv("MOEBENCH_REVISION", "0123abc")
     assert git_state(installed) == ("0123abc", None)

@@ -1,4 +1,4 @@
-"""Which GPUs a run takes, and how its workers share them and the cores."""
+"""Which GPUs a run takes, and how its workers share the GPUs and the cores."""
 
 import pytest
 
@@ -10,7 +10,7 @@ FOUR = ["GPU-a", "GPU-b", "GPU-c", "GPU-d"]
 
 @pytest.fixture
 def node(fake_nvml, monkeypatch):
-    """Four GPUs, of which the second is another process's and the fourth busy with what cannot be seen."""
+    """Add four GPUs: another process uses the second, and a process that is not visible keeps the fourth busy."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     use = {"GPU-b": {"pids": [17, 18]}, "GPU-d": {"busy_percent": 93}}
     for uuid in FOUR:

@@ -1,4 +1,4 @@
-"""Sizes are rounded, never cut."""
+"""Sizes are rounded, not truncated."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The parts of a forward, by a clock that a test moves: dispatch, compute and combine, of the slowest rank each."""
+"""The parts of a forward on a clock that a test moves: dispatch, compute and combine, each from its slowest rank."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Seconds, which pass when a test says so."""
+    """A clock in seconds; time passes only when a test moves it."""
 
     def __init__(self):
         self.now_s = 100.0
@@ -30,7 +30,7 @@ def clock(monkeypatch):
 
 
 class Dispatcher:
-    """Takes its time both ways, and keeps what it is handed."""
+    """A dispatcher that takes a given time to dispatch and to combine, and keeps its arguments."""
 
     def __init__(self, clock, dispatch_ms, combine_ms):
         self.clock, self.dispatch_ms, self.combine_ms = clock, iter(dispatch_ms), iter(combine_ms)
@@ -47,7 +47,10 @@ class Dispatcher:
 
 
 class Layer:
-    """A layer of no tensors: its forward takes a little before dispatch and after combine, and time to compute."""
+    """A layer without tensors.
+
+    Its forward takes a little before dispatch and after combine, and a given time to compute.
+    """
 
     around_ms = 0.125
 
@@ -67,7 +70,7 @@ class Layer:
 
 
 class Others:
-    """A rank of two; the other tells `others`, and takes `late_ms` to come to every start."""
+    """One rank of two; the other rank tells `others` and comes `late_ms` late to every start."""
 
     size = 2
 

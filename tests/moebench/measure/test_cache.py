@@ -1,4 +1,4 @@
-"""Parameters are kept while the weights stay the same."""
+"""The cache keeps parameters while the weights stay the same."""
 
 import torch
 

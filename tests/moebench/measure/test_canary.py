@@ -1,4 +1,4 @@
-"""A healthy process sings; one whose arithmetic a backend has changed does not."""
+"""The canary passes in a healthy process, and fails once a backend has changed the process's arithmetic."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Ceilings on a CPU: which rows and bytes they are of, and how a case is held against them."""
+"""Ceilings on a CPU: which rows and bytes they count, and how a case is compared with them."""
 
 from types import SimpleNamespace
 

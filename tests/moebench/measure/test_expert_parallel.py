@@ -1,4 +1,4 @@
-"""The harness over ranks: real groups of two over gloo, right backends and ones of which one rank is at fault."""
+"""Run the harness over ranks: real groups of two over gloo, with right backends and with backends wrong on one rank."""
 
 import os
 import re
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.timeout(300)  # groups start slowly where processes share few cores
 
 TIMEOUT_S = 10.0
-#: Tokens of the two ranks together, without the masked quarter.
+#: The tokens of both ranks, without the quarter that is masked.
 ACTIVE_TOKENS = {"even": 18 + 18, "uneven": 9 + 18, "one-empty": 18 + 0}
 
 
@@ -56,7 +56,7 @@ WRONG = [
     job("fp8:Block", "alltoall", **FP8),
     job("fp8:CurrentWithWrongScale", "alltoall", **FP8),
 ]
-#: Each ends its group. A right one runs before those that end it without a word, while the group can be looked at.
+#: Each broken backend ends its group. A right job runs before those that end it silently, so a test can see the group.
 BROKEN = [
     job("ranks:Raises", mode="train"),
     job("ranks:RunsOutOfMemory"),
@@ -70,12 +70,12 @@ JOBS = [*RIGHT, *WRONG, *BROKEN]
 
 
 def python_path(*folders):
-    """PYTHONPATH with these folders first."""
+    """Return PYTHONPATH with these folders first."""
     return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
 
 
 def workers_of(folder):
-    """The processes that were told of the folder's job files: launchers and their ranks."""
+    """Return the processes that have the folder's job files as arguments: launchers and their ranks."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -85,7 +85,7 @@ def workers_of(folder):
 
 
 def are_gone(processes):
-    """Whether all have ended, or do soon; a zombie is gone that nobody reaps."""
+    """Whether all processes end soon; a zombie that no process reaps counts as ended."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         _, alive = psutil.wait_procs(processes, timeout=0.05)
@@ -104,7 +104,7 @@ def is_zombie(process):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """All jobs in one run, and the processes that were there as each record came."""
+    """Run all jobs in one run, and keep the processes that existed as each record came."""
     folder = tmp_path_factory.mktemp("run")
     policy = Policy(time_cap_s=0.01, interval_target=0.9, timeout_s=TIMEOUT_S)
     looks = []
@@ -118,7 +118,10 @@ def run(tmp_path_factory):
 
 @pytest.mark.certify
 def test_more_ranks_judge_and_measure_as_two_do(tmp_path, certify):
-    """Of four, in full of eight: ranks with little, with nothing, with fewer tokens than there are ranks."""
+    """Run four ranks, or eight under `make certify`.
+
+    Some ranks have few tokens or none, and one case has fewer tokens than ranks.
+    """
     ranks = {"ep_size": 8 if certify else 4, "mode": "train"}
     jobs = [
         job("loop", "allgather", rank_load="one-empty", num_tokens=1, masked_share=0.0, **ranks),
@@ -225,7 +228,7 @@ def test_a_group_is_used_as_long_as_all_its_ranks_live(run):
 
 def test_no_process_of_any_group_is_left(run):
     looks = dict(zip([one.key for one in JOBS], run.looks, strict=True))
-    for one in (RIGHT[0], BROKEN[4]):  # not before Dies, which may be dead by then
+    for one in (RIGHT[0], BROKEN[4]):  # not the job before Dies, which may end the group too early
         assert len(looks[one.key]) == 3, "a launcher and two ranks"
     assert are_gone([process for look in run.looks for process in look])
     assert workers_of(run.folder) == []

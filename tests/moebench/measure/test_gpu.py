@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: events, the second-level cache, the caching allocator, and a run on it."""
+"""What only a CUDA GPU can show: events, the second-level cache, the caching allocator, and a run on the GPU."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ def measured(stages, gpu, *, cold_l2=True, prepare=lambda: None, target=0.005, c
 
 
 def wait(milliseconds):
-    """Keeps the GPU busy for so many milliseconds at 2 GHz, and longer at a lower clock."""
+    """Return a stage that keeps the GPU busy for this many milliseconds at 2 GHz, and longer at a lower clock."""
     return lambda: torch.cuda._sleep(int(milliseconds * 2e6))
 
 
@@ -43,18 +43,18 @@ def wait(milliseconds):
 
 def test_a_graph_replays_what_was_captured_and_leaves_no_memory(gpu):
     a = torch.randn(256, 256, device=gpu)
-    right = a @ a  # every stream has a workspace, made in its first product
+    right = a @ a  # each stream gets a workspace when it makes its first product
     results = []
     stages = [lambda: results.append(a @ a)]
     with captured(stages, results.clear, gpu):
-        pass  # the library's workspace stays, once
+        pass  # the library's workspace is allocated once and stays
     before = torch.cuda.memory_allocated()
     with captured(stages, results.clear, gpu) as replay:
         results[0].zero_()
         replay()
         torch.cuda.synchronize()
         assert torch.allclose(results[0], right)
-        del replay  # which holds the graph
+        del replay  # the replay holds the graph
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
 
@@ -94,7 +94,7 @@ def test_a_copy_that_fits_the_cache_is_slower_where_the_cache_is_cold(gpu):
 
 
 def test_the_time_is_the_devices_and_neither_flush_nor_prepare_is_in_it(gpu):
-    """Half a millisecond of work after five of preparation; a GPU's clock lies between 0.5 and 2.5 GHz."""
+    """The work takes half a millisecond, the preparation five; a GPU's clock lies between 0.5 and 2.5 GHz."""
     found = measured([wait(0.5)], gpu, prepare=wait(5.0))
     assert 0.4 <= found.time_ms < 2.1
     assert found.host_time_ms >= found.time_ms
@@ -109,7 +109,7 @@ def test_stages_are_timed_one_by_one(gpu):
 
 
 def test_many_small_kernels_do_not_wait_for_the_host(gpu):
-    """Their launches take longer than they do; the device must not be seen idle between them."""
+    """The launches take longer than the kernels, but the measured time must not include idle gaps between kernels."""
     small = torch.zeros(256, device=gpu)
 
     def launches():
@@ -154,7 +154,7 @@ def test_known_allocations_are_exact(gpu):
 
 
 def test_what_forward_saves_and_what_backward_adds_are_exact(gpu):
-    """exp keeps its result; at the peak of its backward there are also the output's gradient and that of x."""
+    """exp keeps its result. At the peak of backward, the gradients of the output and of x exist besides it."""
     x = torch.zeros(MIB, device=gpu, requires_grad=True)
     grad = torch.ones(MIB, device=gpu)
     found = memory.measure_memory(lambda: x.exp() * 2, lambda output: output.backward(grad), gpu)
@@ -164,8 +164,8 @@ def test_what_forward_saves_and_what_backward_adds_are_exact(gpu):
 
 
 def test_what_is_reserved_is_whole_segments(gpu):
-    """The allocator rounds a request of more than 10 MiB up to 2 MiB, and keeps it when the tensor is gone."""
-    size = 1024 * MIB + MIB // 2  # more than other tests' segments have room for
+    """The allocator rounds a request above 10 MiB up to 2 MiB, and keeps the memory when the tensor is gone."""
+    size = 1024 * MIB + MIB // 2  # more than the segments of other tests have room for
     found = memory.measure_memory(lambda: torch.empty(size, dtype=torch.uint8, device=gpu), None, gpu)
     assert (found.peak_bytes, found.reserved_bytes) == (size, 1026 * MIB)
 
@@ -229,7 +229,7 @@ def case(**fields):
 
 
 def test_breakdowns_inside_a_sweep_disturb_nothing(tmp_path, monkeypatch):
-    """An illegal access, a hang in the driver and a GPU that is really full, right backends before and after each."""
+    """Run an illegal access, a hang in the driver and a really full GPU, with right backends before and after each."""
     paths = [str(ROOT / "tests" / "backends"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     sweep = load_sweep(ROOT / "tests" / "backends" / "breakdowns.toml")
@@ -252,7 +252,7 @@ def test_breakdowns_inside_a_sweep_disturb_nothing(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Right backends, wrong ones, and those that take the GPU's memory or its context, in one run."""
+    """Run right backends, wrong backends, and backends that take the GPU's memory or its context, in one run."""
     unkind = ["broken:OutOfGpuMemory", "broken:BreaksTheGpu", "faulty:UnweightedDownBias", "faulty:LeakingMask"]
     jobs = [
         Job(case=case(dtype=dtype, masked_share=0.1), backend=name)

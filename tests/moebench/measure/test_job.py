@@ -1,4 +1,7 @@
-"""Planted faults through the real runner and worker: each a mismatch without speed, the right backends beside it ok."""
+"""Run planted faults through the real runner and worker.
+
+Each fault is a mismatch without speed, and the right backends beside it are ok.
+"""
 
 import math
 import os
@@ -38,13 +41,13 @@ CASES = [case(dtype, mode) for dtype in ("float32", "bfloat16") for mode in ("tr
 
 
 def python_path(*folders):
-    """PYTHONPATH with these folders first."""
+    """Return PYTHONPATH with these folders first."""
     return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], Record]:
-    """One run of every fault beside the right backends, by backend, dtype and mode."""
+    """Run every fault beside the right backends once; return rows by backend, dtype and mode."""
     backends = [RIGHT[0], *(f"faulty:{name}" for name in FAULTS), RIGHT[1]]
     jobs = tuple(Job(case=one, backend=name) for one in CASES for name in backends)
     policy = Policy(time_cap_s=0.01, interval_target=0.9, timeout_s=60.0)
@@ -77,7 +80,7 @@ def test_a_right_backend_beside_faulty_ones_is_ok(rows, backend, dtype, mode):
 
 
 def row_flops(mode: str) -> int:
-    """Of 36 active tokens, from the convention of shared/backends.md."""
+    """Return the operations of 36 active tokens, by the convention of shared/backends.md."""
     return (3 if mode == "train" else 1) * 6 * 36 * 2 * 32 * 32
 
 
@@ -130,7 +133,7 @@ def test_only_rows_that_nobody_wrote_are_infinitely_wrong(rows):
 
 
 class Recorder(GroupedExperts):
-    """Right, and keeps what it is handed."""
+    """Right experts that keep their input."""
 
     calls: ClassVar[list[tuple[torch.Tensor, bool]]] = []
 
@@ -160,7 +163,7 @@ def test_forward_runs_without_gradients_and_train_with(recorder, mode):
 
 
 class Worn(GroupedExperts):
-    """Right for as many calls as parity looks at, and wrong later. Its output is always the same memory."""
+    """Right in as many calls as parity looks at, and wrong later. Its output always lies in the same memory."""
 
     num_calls = 0
 

@@ -1,4 +1,4 @@
-"""Known allocations, to the byte."""
+"""measure_memory finds known allocations to the byte."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ KIB = 1024
 
 
 def kib(count):
-    """A tensor of that many KiB, made while it is called."""
+    """Return a tensor of that many KiB, allocated in this call."""
     return torch.zeros(count * KIB // 4)
 
 
@@ -89,7 +89,7 @@ def test_forward_alone(again):
 
 
 def test_what_forward_saves_for_backward():
-    """exp keeps its result, of 8 KiB; multiplication by a number keeps nothing; the output is the caller's."""
+    """exp keeps its result of 8 KiB. Multiplication by a number keeps nothing. The output belongs to the caller."""
     x = torch.zeros(2 * KIB, requires_grad=True)
     measured = measure_memory(lambda: x.exp() * 2, lambda output: output.backward(torch.ones(2 * KIB)), CPU)
     assert measured.saved_bytes == 8 * KIB
@@ -102,7 +102,7 @@ def test_nothing_is_saved_where_nothing_is_kept():
 
 
 def test_backward_counts_into_the_peak():
-    """Output 8, gradient of it 8, then the gradient of x 8 more, which stays: 24 KiB, of which forward had 8."""
+    """The peak is 24 KiB: output 8, its gradient 8, and the gradient of x 8, which stays. Forward had 8."""
     x = torch.zeros(2 * KIB, requires_grad=True)
     measured = measure_memory(lambda: x * 2, lambda output: output.backward(torch.ones(2 * KIB)), CPU)
     assert (measured.peak_bytes, measured.saved_bytes) == (24 * KIB, 0)

@@ -1,4 +1,4 @@
-"""What the probes hand to a backend. tests/moebench/parity/test_faults.py shows that they find what they are for."""
+"""What the probes pass to a backend. tests/moebench/parity/test_faults.py shows that they find their faults."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_layouts_keep_the_values_and_nothing_is_contiguous(layout):
 
 
 def test_a_weight_of_zero_has_a_gradient_that_is_measured():
-    """By chance it is as large as any; the reference must not divide by it."""
+    """The gradient is as large as any other by chance; the reference must not divide by the weight."""
     case = CASE.model_copy(update={"dtype": "float64"})
     subject = subject_of(Job(case=case, backend="loop"))
     inputs = probes.unnormalised(subject.inputs, case)
@@ -98,7 +98,7 @@ def test_a_cpu_is_too_small_for_large_offsets_and_says_so_before_anything_is_mad
 
 
 def test_runs_that_differ_in_a_bit_are_told_of_and_not_judged(monkeypatch):
-    """Negative zero is another bit pattern of a right value."""
+    """Negative zero is equal to the right value but has another bit pattern."""
 
     class Flips(GroupedExperts):
         def forward(self, x, token_mask, weights, indices):

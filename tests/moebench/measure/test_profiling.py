@@ -1,4 +1,4 @@
-"""The operator that really ran is named, whatever the backend is called."""
+"""The profiler names the operator that really ran, whatever the backend is called."""
 
 import json
 from types import SimpleNamespace
@@ -66,7 +66,7 @@ def test_a_trace_has_the_operators_of_each_call(tmp_path):
 
 
 def test_a_kernel_that_no_operator_launched_is_named_too():
-    """Those of Triton and of libraries with bindings of their own: profilers keep them apart from operators."""
+    """Triton and libraries with their own bindings launch such kernels; profilers list them apart from operators."""
 
     def event(name, duration, on_gpu=True, kernels=(), annotation=False):
         return SimpleNamespace(
@@ -89,7 +89,7 @@ def test_a_kernel_that_no_operator_launched_is_named_too():
 
 
 def disturbed(calls, when):
-    """A matrix product, beside which something else takes long in the call of that number."""
+    """Return a call that makes a matrix product; in the call numbered `when`, another long operation runs before it."""
     a = torch.rand(256, 256)
 
     def call():
@@ -103,7 +103,7 @@ def disturbed(calls, when):
 
 @pytest.mark.parametrize("when", [1, 2, 3])
 def test_what_happens_in_one_call_alone_is_not_what_ran(when):
-    """The first call compiles, and any may be disturbed."""
+    """The first call compiles, and other work may disturb any call."""
     calls = []
     assert executed(disturbed(calls, when), CPU) == "aten::matmul > aten::mm"
     assert len(calls) >= 3

@@ -1,4 +1,4 @@
-"""The sampler on a clock of the test's own: what is timed, what is not, and when it stops."""
+"""Run the sampler on a test's own clock: what it times, what it leaves out, and when it stops."""
 
 import gc
 import itertools
@@ -22,7 +22,7 @@ MS = 1_000_000
 
 
 class Watch:
-    """Stands still but for what a test's stages take."""
+    """A clock that only a test's stages move."""
 
     def __init__(self) -> None:
         self.now_ns = 0
@@ -44,7 +44,7 @@ def clock(monkeypatch):
 
 
 def stage(clock, *durations_ms, calls=None, name="stage"):
-    """A stage that takes these durations, again and again, and notes its calls."""
+    """Return a stage that takes these durations in turn, repeatedly, and notes its calls."""
     durations = itertools.cycle(durations_ms)
 
     def run():
@@ -91,7 +91,7 @@ def noise(share, count=5000):
 
 
 def test_the_time_cap_ends_what_does_not_converge(clock):
-    """A target that would be reached soon after the cap. Every sample taken is kept."""
+    """The run would reach the target soon after the cap. It keeps every sample that it took."""
     calls = []
     found = time_stages([stage(clock, *noise(0.1), calls=calls)], CPU, policy(target=0.02, cap_s=1.0))
     assert not found.converged
@@ -149,7 +149,7 @@ def test_on_the_real_clock_every_sample_takes_time():
 
 
 class ScriptedSampler:
-    """Samples of a GPU whose clock a test decides: groups of (clock, slowed down, milliseconds)."""
+    """Samples of a GPU with a clock that a test sets: groups of (clock, slowed down, milliseconds)."""
 
     flags = ("synchronises",)
 
@@ -165,7 +165,7 @@ class ScriptedSampler:
 
 
 def of_groups(*groups):
-    """What so many groups of MIN_SAMPLES or more come to."""
+    """Return the statistics of these groups; the first has MIN_SAMPLES samples, each later one BATCH."""
     sampler = ScriptedSampler(*groups)
     counts = (MIN_SAMPLES, *[BATCH] * (len(groups) - 1))
     return timing._statistics([sampler.sample(count) for count in counts], True, 5.0, sampler.flags, ALONE)
@@ -206,7 +206,7 @@ def test_a_sample_is_its_slowest_ranks_with_that_ranks_stages(monkeypatch):
     sampler = SimpleNamespace(flags=(), sample=lambda count: mine, host_time_ms=lambda: 7.0)
     monkeypatch.setattr(samplers, "_CpuSampler", lambda *arguments: sampler)
     policy = TimingPolicy(interval_target=0.9, time_cap_s=1e-9)
-    # told in turn: the samples, the time spent, the host's time
+    # the other rank tells, in turn: its samples, the time it spent, its host time
     found = timing.time_stages([], CPU, policy, ranks=Two(others, 0.0, 9.0))
     assert found.samples_ms == (8.5, 6.0)
     assert found.stage_ms == (4.5, 2.75)
@@ -215,7 +215,7 @@ def test_a_sample_is_its_slowest_ranks_with_that_ranks_stages(monkeypatch):
 
 
 def test_ranks_agree_on_when_to_stop(monkeypatch):
-    """By one clock, the furthest: else one rank samples on alone, and waits for the others for ever."""
+    """All ranks use the clock that is furthest. Otherwise one rank samples on and waits for the others for ever."""
     counts = []
 
     def sample(count):

@@ -1,4 +1,4 @@
-"""The worker's side: whatever a backend raises becomes a status, and every job is told of, in order."""
+"""The worker turns whatever a backend raises into a status, and reports every job in order."""
 
 import json
 from pathlib import Path
@@ -81,7 +81,7 @@ class HasNoText(Exception):
         (
             OSError("no file k\udcffernel"),
             r"OSError: no file k\udcffernel",
-        ),  # bytes that are no text
+        ),  # these bytes are not valid text
         (HasNoText(), "tests.moebench.measure.test_worker.HasNoText: <exception str() failed>"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_gpu_out_of_memory_is_oom(monkeypatch):
 
 
 class Told(list):
-    """Events as they would be written."""
+    """Collect events as the worker would write them."""
 
     def emit(self, kind, **fields):
         self.append(json.loads(json.dumps({"kind": kind, **fields})))
@@ -156,7 +156,7 @@ def test_what_is_not_there_is_refused_before_anything_runs():
 
 @pytest.mark.usefixtures("_third_party")
 def test_what_a_name_leads_to_is_imported_by_its_job_alone(tmp_path, monkeypatch):
-    """Importing is running: it must not end the whole run."""
+    """Importing a backend counts as running it: an error there must not end the whole run."""
     (tmp_path / "explosive.py").write_text("raise SystemError('at import')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     _, *told = events_of((job("explosive:Experts"), job("loop")))

@@ -1,8 +1,8 @@
-"""Peers of a process that stands for one of two ranks."""
+"""Stand-ins for the peers of a process that acts as one of two ranks."""
 
 
 class Two:
-    """Peers of this process and another, which tells what a test says."""
+    """This process and one other rank, which tells what a test says."""
 
     size, rank = 2, 0
 

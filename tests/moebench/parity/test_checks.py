@@ -1,4 +1,4 @@
-"""The checks as data: every one has cases, every job its own key, and the categories that must be there are."""
+"""The checks as data: each has cases, each job has its own key, and the required categories exist."""
 
 from moebench.measure.probes import PROBES
 from moebench.parity.checks import CHECKS, suite_jobs
@@ -51,7 +51,7 @@ def test_sizes_at_which_faults_begin_are_there():
     assert {case.num_tokens for case in cases_of("few-tokens")} == {0, 1}
     (large,) = (job.case for job in suite_jobs(["loop"], ["large-offsets"]))
     assert large.num_tokens * large.n_activated_experts * large.dim > 2**31
-    assert large.num_tokens * large.dim < 2**31 / 4  # the reference keeps these in float64
+    assert large.num_tokens * large.dim < 2**31 / 4  # the reference keeps these tensors in float64
 
 
 def test_expert_parallelism_has_every_load_and_dispatcher():

@@ -1,6 +1,6 @@
-"""The fault bench: every planted fault is found in every dtype and FP8 recipe, by the checks that docs/faults.md names.
+"""The checks that docs/faults.md names find every planted fault, in every dtype and FP8 recipe.
 
-`make test` plants each before one kind of experts, under one of those checks; `make certify` before all, under all.
+`make test` plants each fault in one kind of experts, under one of its checks. `make certify` uses all kinds and checks.
 """
 
 import os
@@ -43,7 +43,7 @@ def test_a_fault_is_found_by_the_checks_that_the_document_names(certify, fault):
 
 
 def test_a_fault_that_is_one_nowhere_would_show():
-    """The bench itself: right experts are found by no check, under whatever name."""
+    """This tests the bench itself: no check finds a fault in right experts, whatever their name."""
     build = planted(VARIANTS["float32"].experts, VARIANTS["float32"])
     assert all(worst <= 1 for _, worst in examine(build, "float32", ["one-hot", "layouts", "few-tokens"]))
 
@@ -51,7 +51,7 @@ def test_a_fault_that_is_one_nowhere_would_show():
 @pytest.mark.certify
 @pytest.mark.parametrize("fault", ["WrongRow", "OwnTokensOnly", "ForeignWeightsDetached"])
 def test_a_fault_of_one_rank_is_found_between_ranks(certify, fault, monkeypatch):
-    """In groups of real processes, of which tests/moebench/measure/test_expert_parallel.py has a share."""
+    """The ranks are real processes. tests/moebench/measure/test_expert_parallel.py runs some of these faults."""
     if not certify:
         pytest.skip("groups of processes take long: `make certify`")
     folders = (ROOT / "tests" / "backends", ROOT, os.environ.get("PYTHONPATH", ""))

@@ -1,4 +1,4 @@
-"""FP8's budgets: what rounds as its recipe does passes with margin, and no fault hides behind that rounding."""
+"""FP8 budgets: a backend that rounds as its recipe does passes with margin, and no fault hides behind that rounding."""
 
 import math
 
@@ -19,7 +19,7 @@ from tests.backends import fp8
 from tests.backends.fp8 import FAULTS, FORWARD_IS_RIGHT, faulty
 
 CPU = torch.device("cpu")
-#: Error over budget of what is right: the budget is three times the loop's own error, which is the same rounding.
+#: The most error over budget of right experts: the budget is three times the loop's error, which is the same rounding.
 MARGIN = 0.6
 
 
@@ -29,7 +29,7 @@ def case(**fields):
 
 
 def passes(one, build):
-    """One pass of a backend on a case, and what it is checked against."""
+    """Run one pass of a backend on a case; return it with the inputs and parameters to check it against."""
     inputs, parameters = make_inputs(one, CPU), make_parameters(one, CPU)
     module = build(moe_config(one))
     module.load_state_dict(parameters)
@@ -41,7 +41,8 @@ def verdict(one, build):
     return check(one, inputs, parameters, tensors, build.fp8)
 
 
-# A clamp's gradient jumps at its limit, and rounding carries some values over it: one is a large part of a narrow row.
+# A clamp's gradient jumps at its limit, and rounding carries some values over it.
+# One such value is a large part of a narrow row.
 WIDE = {"moe_inter_dim": 512, "expert_bias": True}
 FORMS = {
     "swiglu": {},
@@ -83,14 +84,14 @@ def test_what_rounds_alike_but_to_other_values_passes_too(form):
 
 @pytest.mark.parametrize("build", [fp8.Current, fp8.Block])
 def test_without_the_recipes_name_fp8_is_a_mismatch(build):
-    """In bfloat16's budget there is no room for it: whoever computes in FP8 must say so."""
+    """bfloat16's budget has no room for FP8 rounding, so a backend that computes in FP8 must declare it."""
     one = case()
     tensors, inputs, parameters = passes(one, build)
     assert check(one, inputs, parameters, tensors).worst.over_budget > 3
 
 
 def test_block_scaling_has_to_be_as_good_as_block_scaling():
-    """Gradients in E5M2 are twice as wrong as those in E4M3, but that is within a budget of three times."""
+    """Gradients in E5M2 are twice as wrong as gradients in E4M3, but that is within a budget of three times."""
     one = case(dim=256, moe_inter_dim=256, num_tokens=96)
     tensors, inputs, parameters = passes(one, fp8.Current)
     as_block, as_current = (check(one, inputs, parameters, tensors, recipe).errors for recipe in ("block", "current"))
@@ -100,7 +101,7 @@ def test_block_scaling_has_to_be_as_good_as_block_scaling():
 
 # faults
 
-#: The expert at fault has many tokens or one, most of a token or little; dim == moe_inter_dim, so that transposes fit.
+#: The wrong expert has many tokens or one, and most of a token or little. dim == moe_inter_dim, so that transposes fit.
 FAULTY_FORMS = {
     "48 tokens": {},
     "3 tokens": {"num_tokens": 3},
@@ -129,7 +130,10 @@ def test_a_fault_is_a_mismatch(fault, recipe):
 @pytest.mark.parametrize("factor", [0.8, 1.2])
 @pytest.mark.parametrize("projection", ["up", "down"])
 def test_a_scale_wrong_by_a_fifth_is_found_in_the_expert_with_most_tokens(projection, factor, recipe):
-    """The least that always is: a tenth is within a rounding unit, 1/16, and what rounding adds to it by chance."""
+    """A fifth is the least error that is always found.
+
+    A tenth is within a rounding unit, 1/16, plus what rounding adds to it by chance.
+    """
     build = faulty(fp8.WrongScale, recipe, factor=factor, projection=projection)
     for form in FAULTY_FORMS.values():
         for seed in range(3):
@@ -148,18 +152,18 @@ def test_the_expert_whose_scale_is_wrong_is_named():
     assert worst.budget == pytest.approx(FP8_UNIT, rel=0.01)
 
 
-# factors: what of the output's errors lies along an expert's contribution
+# factors: the part of the output's errors that lies along an expert's contribution
 
 
 def factors(one, inputs: Inputs, parameters, output):
-    """By expert: error over scale."""
+    """Return error over scale by expert."""
     errors = group_errors(one, inputs, parameters, [{"output": output}], fp8_product("block"))
     (by_expert,) = (found for found in errors if found.group == "expert")
     return by_expert.passes_PG[0] / by_expert.scale_G
 
 
 def exact_output(one, inputs, parameters, factor_of=lambda expert: 1.0):
-    """The formula for swiglu, one choice at a time, each expert times a factor."""
+    """Compute the swiglu formula one choice at a time, with each expert's contribution times a factor."""
     output = torch.zeros(inputs.x_TD.shape, dtype=torch.float64)
     for t, k in (inputs.active_indices_TK >= 0).nonzero().tolist():
         expert, weight = int(inputs.indices_TK[t, k]), inputs.weights_TK[t, k].double()
@@ -193,7 +197,7 @@ def test_noise_as_large_as_fp8s_is_hardly_along_any_expert():
 
 
 def test_an_expert_that_hardly_counts_is_measured_against_its_tokens():
-    """Else what rounding of others happens to leave along it would be all of it."""
+    """Otherwise the rounding of other experts that happens to lie along this one would be its whole error."""
     one, inputs, parameters = drawn()
     weights = inputs.weights_TK.clone()
     weights[inputs.indices_TK == 5] = 1e-6
@@ -212,7 +216,7 @@ def test_an_expert_without_tokens_has_no_factor_and_one_that_is_no_number_has_an
 
 
 def test_other_dtypes_are_not_looked_at_by_expert():
-    """Their own rounding is so small that rows tell."""
+    """The rounding of other dtypes is so small that the rows show a fault."""
     one, inputs, parameters = drawn()
     errors = group_errors(one, inputs, parameters, [{"output": exact_output(one, inputs, parameters)}])
     assert [found.group for found in errors] == ["token"]

@@ -1,4 +1,7 @@
-"""Right backends pass, in every dtype and over seeds; nothing that is wrong does: not zeros, not NaN, not one row."""
+"""Right backends pass, in every dtype and with every seed.
+
+Nothing wrong passes: not zeros, not NaN, not one wrong row.
+"""
 
 import math
 
@@ -29,7 +32,7 @@ def layer(one, build=None):
 
 
 def passes(one, build=None):
-    """Two passes of a backend on a case, and what they are checked against."""
+    """Run two passes of a backend on a case; return them with the inputs and parameters to check them against."""
     module, inputs, parameters = layer(one, build)
     return [run_pass(module, inputs, one.mode) for _ in range(2)], inputs, parameters
 
@@ -128,7 +131,7 @@ def test_an_output_of_another_dtype_fails():
 
 
 def test_every_pass_counts():
-    """A buffer is often clean the first time: the first pass is right, or the second alone is."""
+    """A buffer is often clean the first time. So the first pass may be right and the second wrong, or the reverse."""
     one = case(dtype="float32")
     for wrong in (0, 1):
         tensors, inputs, parameters = passes(one)
@@ -178,7 +181,7 @@ def test_passes_are_identical_where_every_bit_is(other, same):
 
 
 def norms(num_groups=10_000, *, scale=1.0, loop=1e-7, error=1e-7):
-    """Every group like any other; a test makes one different. Two passes."""
+    """Return errors of two passes in which all groups are alike; a test then changes one group."""
     ones = torch.ones(num_groups, dtype=torch.float64)
     return GroupErrors("output", "token", scale * ones, loop * ones, (error * ones).repeat(2, 1))
 
@@ -199,7 +202,7 @@ def test_one_wrong_row_of_ten_thousand_fails_though_the_whole_tensor_would_pass(
 
 
 def test_many_rows_slightly_wrong_fail_as_a_whole_though_each_row_would_pass():
-    """The worst row of the loop sets the rows' budget, but an error in all rows is none of rounding's."""
+    """The loop's worst row sets the budget of rows, but rounding does not cause such an error in all rows."""
     errors = norms()
     errors.loop_G[7] = 1e-6
     errors.passes_PG[0] = 1e-6
@@ -208,7 +211,7 @@ def test_many_rows_slightly_wrong_fail_as_a_whole_though_each_row_would_pass():
 
 
 def test_a_budget_is_never_below_the_floor():
-    """A right backend may round where the loop happens not to."""
+    """A right backend may round where the loop happens to be exact."""
     assert judge(norms(loop=0.0), FLOOR).budget == FLOOR
     assert judge(norms(loop=0.0), FLOOR).over_budget <= 1
     assert judge(norms(loop=0.0, error=2e-7), FLOOR).over_budget == pytest.approx(2)
@@ -246,7 +249,7 @@ def test_no_groups_and_nothing_but_zeros_pass():
 
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_passes_are_independent(mode):
-    """Gradients of one pass are not added to those of the last, and none stays on the module or the inputs."""
+    """A pass does not add its gradients to the last pass's, and leaves none on the module or the inputs."""
     one = case(dtype="float64", mode=mode)
     module, inputs, _ = layer(one)
     first, second = (run_pass(module, inputs, mode) for _ in range(2))

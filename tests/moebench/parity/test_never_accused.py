@@ -1,11 +1,11 @@
-"""Right experts, in every dtype and FP8 recipe, pass every check of `moebench parity`, whatever the seed."""
+"""Right experts pass every check of `moebench parity`, in every dtype and FP8 recipe, with any seed."""
 
 import pytest
 import torch
 
 from tests.moebench.faultbench import IN_PROCESS, RIGHT, TorchMM, examine
 
-#: Each seed draws inputs for so large a share of the checks, another share each time.
+#: Each seed runs one of this many shares of the checks, and the next seed runs another share.
 SHARES = 10
 
 
@@ -22,7 +22,7 @@ def test_right_experts_are_never_accused(certify, variant):
 
 @pytest.mark.parametrize(("dtype", "seed"), [("bfloat16", 8062), ("float16", 9121)])
 def test_a_gradient_may_fall_on_either_side_of_a_limit(dtype, seed):
-    """With these seeds a value is so near its limit that rounding carries it over, in torch_mm and not in the loop."""
+    """These seeds put a value so near its limit that rounding carries it over in torch_mm but not in the loop."""
     torch.set_num_threads(1)
     for check, worst in examine(TorchMM, dtype, ["activations"], seed):
         assert worst <= 1, check

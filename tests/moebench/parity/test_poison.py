@@ -1,4 +1,4 @@
-"""Memory that nobody wrote holds NaN while a backend is checked."""
+"""Memory that no code wrote holds NaN while a backend is checked."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What FP8 recipes round to: exactly, by block and by tensor, forward and in gradients; and how much that costs.
+"""The exact values that FP8 recipes round to, by block and by tensor, forward and in gradients; and the error it adds.
 
 A product with the identity gives back its other operand as the recipe quantised it: the identity itself is exact.
 """
@@ -14,37 +14,40 @@ BY_TENSOR = ("current", "delayed")
 
 
 def finite(fmt):
-    """Every number of the format, as [1, N] in float32."""
+    """Return every number of the format, as [1, N] in float32."""
     values = torch.arange(256, dtype=torch.uint8).view(fmt).float()
     return values[values.isfinite()].unsqueeze(0)
 
 
 def rows_kept(values, recipe):
-    """An activation as the recipe keeps it."""
+    """Return an activation as the recipe keeps it."""
     return fp8_product(recipe)(values, torch.eye(values.shape[1]))
 
 
 def matrix_kept(values, recipe):
-    """A weight as the recipe keeps it."""
+    """Return a weight as the recipe keeps it."""
     return fp8_product(recipe)(torch.eye(values.shape[0]), values)
 
 
 def grad_kept(grad, recipe):
-    """A gradient [N, Q] as the recipe keeps it: that of `a` in a @ identity."""
+    """Return a gradient [N, Q] as the recipe keeps it: the gradient of `a` in a @ identity."""
     a = torch.ones_like(grad).requires_grad_()
     fp8_product(recipe)(a, torch.eye(grad.shape[1])).backward(grad)
     return a.grad
 
 
 def grad_kept_for_weights(grad, recipe):
-    """A gradient as the recipe keeps it for the weights' gradient: that of `b` in identity @ b."""
+    """Return a gradient as the recipe keeps it for the weights' gradient: the gradient of `b` in identity @ b."""
     b = torch.ones_like(grad).requires_grad_()
     fp8_product(recipe)(torch.eye(grad.shape[0]), b).backward(grad)
     return b.grad
 
 
 def rows_kept_for_weights(values, recipe):
-    """An activation as the recipe keeps it for the weights' gradient, which is its transpose times the gradient."""
+    """Return an activation as the recipe keeps it for the weights' gradient.
+
+    That gradient is the activation's transpose times the output's gradient.
+    """
     b = torch.ones(values.shape[1], values.shape[0], requires_grad=True)
     fp8_product(recipe)(values, b).backward(torch.eye(values.shape[0]))
     return b.grad.t()
@@ -62,7 +65,7 @@ BACKWARD = (grad_kept, grad_kept_for_weights)
 @pytest.mark.parametrize("kept", FORWARD)
 def test_what_e4m3_can_hold_passes_unchanged_at_any_power_of_two(kept, recipe, exponent):
     values = finite(E4M3)
-    if recipe in BY_BLOCK:  # so that every block has the largest
+    if recipe in BY_BLOCK:  # so that every block contains the format's largest number
         values = values[values.abs() >= 1].unsqueeze(0)
         values = torch.stack([values[0], torch.full_like(values[0], 448.0)], dim=1).reshape(1, -1)
     values = values * 2.0**exponent
@@ -75,7 +78,7 @@ def test_what_e4m3_can_hold_passes_unchanged_at_any_power_of_two(kept, recipe, e
 def test_gradients_scaled_by_tensor_are_e5m2(kept, recipe, exponent):
     values = finite(E5M2) * 2.0**exponent
     assert torch.equal(kept(values, recipe), values)
-    # 18 is a number of E4M3, and in E5M2 as far from 16 as from 20
+    # E4M3 has the number 18; in E5M2, 18 is as far from 16 as from 20
     between = torch.tensor([[448.0, 18.0, -22.0]]) * 2.0**exponent
     assert torch.equal(kept(between, recipe), torch.tensor([[448.0, 16.0, -24.0]]) * 2.0**exponent)
 
@@ -95,7 +98,7 @@ def test_numbers_between_go_to_the_nearest_and_halves_to_the_even(kept, recipe):
 
 
 def test_the_scale_of_a_tensor_takes_its_largest_to_the_formats_that_of_a_block_is_a_power_of_two():
-    """1 and 3: by tensor 1 becomes 149⅓, whose neighbours are 144 and 160; by block 128."""
+    """For 1 and 3, a scale by tensor maps 1 to 149⅓, between 144 and 160. A scale by block maps it to 128."""
     values = torch.tensor([[1.0, 3.0]])
     for recipe in BY_TENSOR:
         torch.testing.assert_close(rows_kept(values, recipe), torch.tensor([[144 / (448 / 3), 3.0]]), rtol=1e-6, atol=0)
@@ -103,10 +106,10 @@ def test_the_scale_of_a_tensor_takes_its_largest_to_the_formats_that_of_a_block_
         assert torch.equal(rows_kept(values, recipe), values)
 
 
-# what shares a scale
+# which values share a scale
 
 LARGE = 2.0**40
-#: Ratios to LARGE far below E4M3's least, 2^-9 / 448: a scale for both leaves nothing of these.
+#: Their ratios to LARGE are far below E4M3's least, 2^-9 / 448: one scale for both rounds these values to zero.
 SMALL = torch.tensor([3.0, -5.0, 7.5, 11.0]).repeat(160).reshape(1, -1)
 
 
@@ -130,7 +133,7 @@ def test_a_large_value_disturbs_its_own_1_by_128_and_nothing_else(kept):
 
 @pytest.mark.parametrize("kept", [rows_kept_for_weights, grad_kept_for_weights])
 def test_for_the_gradient_of_weights_blocks_run_over_the_rows(kept):
-    """The reduction of that product is over tokens."""
+    """The product for the weights' gradient sums over tokens."""
     values = SMALL[:, :300].t().repeat(1, 3)
     found = kept(with_one_large(values, 130, 1), "block")
     expected = values.clone()
@@ -160,7 +163,7 @@ def test_mxfp8_has_blocks_of_32_along_the_reduction():
 @pytest.mark.parametrize("recipe", BY_BLOCK)
 @pytest.mark.parametrize("kept", FORWARD + BACKWARD)
 def test_a_block_at_the_edge_is_a_smaller_one(kept, recipe):
-    """As if it were filled up with zeros."""
+    """The result is as if zeros filled the block up."""
     values = torch.randn(130, 200, generator=torch.Generator().manual_seed(0))
     values[128:] *= 1e-9
     values[:, 192:] *= 1e-9
@@ -169,13 +172,13 @@ def test_a_block_at_the_edge_is_a_smaller_one(kept, recipe):
     assert torch.equal(kept(values, recipe), kept(padded, recipe)[:130, :200])
 
 
-# nothing, or next to nothing
+# zeros and tiny values
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kept", FORWARD + BACKWARD)
 def test_zeros_stay_zeros(kept, recipe):
-    """A whole tensor of them, and a block among others, as a clamped activation's gradient has of few tokens."""
+    """The values fill a tensor, or one block of it, as in the gradient of a clamped activation of few tokens."""
     assert torch.equal(kept(torch.zeros(3, 300), recipe), torch.zeros(3, 300))
     one = with_one_large(torch.zeros(300, 300), 1, 130)
     assert torch.equal(kept(one, recipe), one)
@@ -198,11 +201,11 @@ def test_no_rows_give_no_rows_and_gradients_of_zeros(recipe):
     assert torch.equal(b.grad, torch.zeros(130, 40))
 
 
-# how much it costs
+# how large the rounding error is
 
 
 def relative_errors(recipe, dtype=torch.float32):
-    """Of the product of Gaussian operands and of both gradients, against float64."""
+    """Return the errors, against float64, of a product of Gaussian operands and of both gradients."""
     generator = torch.Generator().manual_seed(1)
     a, b, grad = (torch.randn(size, generator=generator).to(dtype) for size in ((256, 384), (384, 320), (256, 320)))
     exact = a.double() @ b.double(), grad.double() @ b.double().t(), a.double().t() @ grad.double()
@@ -220,7 +223,7 @@ def relative_errors(recipe, dtype=torch.float32):
     [("current", 0.0375, 0.059), ("delayed", 0.0375, 0.059), ("block", 0.0375, 0.0375), ("mxfp8", 0.0375, 0.0375)],
 )
 def test_the_error_is_that_of_two_operands_rounded_to_three_bits_or_two(recipe, forward, gradient, dtype):
-    """A Gaussian rounded to E4M3 is off by 2.65% of its size, to E5M2 by twice that; two of them add in squares."""
+    """A Gaussian rounded to E4M3 errs by 2.65% of its size, to E5M2 by twice that. Two errors add in squares."""
     assert relative_errors(recipe, dtype) == pytest.approx([forward, gradient, gradient], rel=0.03)
 
 

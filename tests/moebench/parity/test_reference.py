@@ -1,4 +1,4 @@
-"""The reference against the formulas of shared/backends.md, written out here one token at a time."""
+"""Compare the reference with the formulas of shared/backends.md, written out here one token at a time."""
 
 import math
 
@@ -19,7 +19,7 @@ def case(**fields):
 
 
 def naive_activation(case, h):
-    """From h, one expert's first projection of one token, to what its second projection takes."""
+    """Turn h, one expert's first projection of one token, into the input of its second projection."""
     inter = case.moe_inter_dim
     if case.expert_activation == "relu2":
         return torch.stack([v * v if v > 0 else 0 * v for v in h])
@@ -45,7 +45,7 @@ def naive_glu(case, gate, up):
 
 
 def naive_pass(case: Case, inputs: Inputs, parameters):
-    """Output and every gradient, in float64, by autograd over the formulas."""
+    """Return the output and every gradient, in float64, by autograd over the formulas."""
     leaves = {"x": inputs.x_TD, "weights": inputs.weights_TK, **parameters}
     leaves = {name: leaf.detach().double().clone().requires_grad_() for name, leaf in leaves.items()}
     gate_up_bias, down_bias = leaves.get("gate_up_proj_bias"), leaves.get("down_proj_bias")
@@ -99,7 +99,7 @@ def test_reference_is_the_formulas(fields):
 
 
 def test_clamps_bite_in_the_cases_that_have_them():
-    """So that a backend without its limit is found out: one projection in a hundred or more is clamped."""
+    """The cases clamp between 0.1% and 1% of the projections, so that they find a backend without the limit."""
     for fields in ({"swiglu_limit": 2.0}, {"expert_activation": "swigluoai"}, {"expert_activation": "quick_geglu"}):
         one = case(num_tokens=200, dim=64, moe_inter_dim=64, expert_bias=False, masked_share=0.0, **fields)
         projected = make_inputs(one, CPU).x_TD @ make_parameters(one, CPU)["gate_and_up_projs"][0]
@@ -138,7 +138,7 @@ def test_errors_are_those_of_the_rows_and_experts_that_are_wrong(mode):
 
 
 def test_a_row_is_measured_against_no_less_than_the_usual_row():
-    """Else a row whose terms cancel accuses a right backend. An expert without tokens must be zero instead."""
+    """Otherwise a row with terms that cancel accuses a right backend. An expert without tokens must be zero instead."""
     one = case(mode="train", masked_share=0.0, routing="one-hot")
     inputs, parameters = make_inputs(one, CPU), make_parameters(one, CPU)
     found = errors_of(one, tensors := naive_pass(one, inputs, parameters), inputs, parameters)
@@ -167,7 +167,7 @@ def test_a_choice_of_no_expert_must_have_no_gradient_even_beside_choices_that_ha
     drawn, parameters = make_inputs(one, CPU), make_parameters(one, CPU)
     indices = drawn.indices_TK.clone()
     indices[4, 1] = -1
-    indices[5, :] = indices[5, 0]  # one expert three times
+    indices[5, :] = indices[5, 0]  # the token chooses one expert three times
     inputs = Inputs(drawn.x_TD, drawn.token_mask_T, drawn.weights_TK, indices, drawn.grad_TD)
     tensors = naive_pass(one, inputs, parameters)
     for errors in errors_of(one, tensors, inputs, parameters).values():

@@ -1,4 +1,4 @@
-"""Groups of backends in sweeps, and what a new entry in the catalog of `experts` reaches by itself."""
+"""Groups of backends in sweeps, and the places that a new entry in the catalog of `experts` reaches by itself."""
 
 import os
 import subprocess
@@ -119,7 +119,7 @@ def test_the_documents_list_every_group_with_its_members() -> None:
 
 
 def run(code: str, *path: Path) -> list[str]:
-    """What a process prints, with these folders before the checkout on its path."""
+    """Run a process with these folders before the checkout on its path; return the lines it prints."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
@@ -153,7 +153,7 @@ print(took("novel", "alltoall") == took("te_fp8_block", "alltoall") != took("tor
 
 
 def test_a_new_entry_of_the_catalog_is_in_suites_checks_and_estimates() -> None:
-    """Without another file that names it."""
+    """No other file has to name the entry."""
     dispatchers, *facts = run(NEW_ENTRIES)
     assert dispatchers == "allgather alltoall deepep carrier"
     assert facts == ["True"] * 3
@@ -169,7 +169,7 @@ print(backends.described("gmm"), backends.engine_of("gmm"))
 
 
 def test_an_older_experts_without_a_catalog_can_be_driven(tmp_path: Path) -> None:
-    """As in a worker of `moebench ab`: what that revision does not say has a default."""
+    """A worker of `moebench ab` may drive such a revision; facts that it does not state have defaults."""
     (tmp_path / "experts").mkdir()
     (tmp_path / "experts" / "__init__.py").touch()
     assert run(WITHOUT_A_CATALOG, tmp_path) == [

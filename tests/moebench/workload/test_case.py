@@ -1,4 +1,4 @@
-"""Case and Job: what is refused, what an id depends on, what counts as useful work."""
+"""Case and Job: which values they refuse, what an id depends on, and which work counts as useful."""
 
 from typing import Any
 
@@ -93,7 +93,7 @@ def test_case_cannot_be_changed() -> None:
 
 
 def test_case_id_does_not_depend_on_fields_left_at_their_default() -> None:
-    """A field added later, with a default, must leave old ids alone: the digest is over what differs from defaults."""
+    """A later field with a default must not change old ids: the digest covers only values that differ from defaults."""
     assert case().case_id == case(dtype="bfloat16", routing="uniform", seed=0).case_id
     assert case().case_id == "e4k2d16i32-t8-bfloat16-forward-uniform-ep1-6eaafc5e"
 

@@ -1,4 +1,4 @@
-"""Inputs are the case's alone: seeded, of the routing it names, and masked where it says."""
+"""Inputs depend only on the case: on its seed, on the routing it names, and on the masking it states."""
 
 import pickle
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_inputs_have_the_cases_dtypes_and_shapes():
 
 
 def test_nothing_that_is_compared_can_hide_in_zeros():
-    """Biases and output gradients are far from zero, and what flows between the projections is of their size."""
+    """Biases and output gradients are far from zero, and values between the projections are of similar size."""
     one = case(expert_bias=True)
     for name in ("gate_up_proj_bias", "down_proj_bias"):
         assert 0.3 < make_parameters(one, CPU)[name].std() < 0.7
@@ -169,7 +169,7 @@ def trace(path: Path, indices, **fields):
 
 
 def test_a_trace_is_taken_as_it_is(tmp_path):
-    recorded = [[0, 7], [3, 3], [-1, 2], [1, 0], [6, -1]]  # one expert twice, none at all
+    recorded = [[0, 7], [3, 3], [-1, 2], [1, 0], [6, -1]]  # one chooses an expert twice; -1 chooses none
     for dtype in (np.int64, np.int32, np.int16, np.int8):
         assert trace(tmp_path / "a.npy", np.array(recorded, dtype)).tolist() == recorded
     assert trace(tmp_path / "a.npy", np.array(recorded, np.int64)).dtype is torch.int64
@@ -229,7 +229,7 @@ def test_a_trace_that_is_not_there_or_no_array_is_refused(tmp_path):
             make_inputs(case(routing=f"trace:{tmp_path / name}"), CPU)
 
 
-#: Every field of a case at other values, those that weights depend on among them.
+#: Every field of a case at another value, including the fields that weights depend on.
 OTHERS = (
     *({"n_routed_experts": 8}, {"n_activated_experts": 2}, {"dim": 16}, {"moe_inter_dim": 8}, {"num_tokens": 3}),
     *({"mode": "train"}, {"dtype": "float64"}, {"model": "olmoe"}, {"expert_bias": True}, {"seed": 1}, {"ep_size": 2}),

@@ -1,4 +1,4 @@
-"""What each rank of a case is given: its tokens, and its share of the experts."""
+"""What each rank of a case receives: its tokens, and its share of the experts."""
 
 import pytest
 import torch

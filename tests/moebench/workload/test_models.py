@@ -1,4 +1,4 @@
-"""A shape is written in one way, and read in that and the one of before."""
+"""A shape is written in one notation, and read in that notation and the earlier one."""
 
 import pytest
 

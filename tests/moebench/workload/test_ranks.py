@@ -1,4 +1,7 @@
-"""What ranks tell each other: in one launch of two, each fact written down by both; and alone, where it is nothing."""
+"""What ranks tell each other.
+
+In a launch of two ranks both write down each fact. With one rank these calls change nothing.
+"""
 
 import json
 import os
@@ -72,7 +75,7 @@ leave(ranks)
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """The facts of both ranks."""
+    """Launch two ranks and return the facts of both."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "rank.py").write_text(RANK)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -90,7 +93,7 @@ def ranks(tmp_path_factory):
 
 
 def both(ranks, name):
-    """A fact that both ranks must have found alike."""
+    """Return a fact that both ranks must have found alike."""
     one, other = (facts[name] for facts in ranks.facts)
     assert one == other
     return one

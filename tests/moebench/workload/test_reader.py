@@ -1,4 +1,4 @@
-"""Reading a sweep file: traces are found, and a wrong file gets every mistake in it and no false one."""
+"""Reading a sweep file: it finds traces, and it reports every mistake in a wrong file and no false ones."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_trace_is_found_beside_the_sweep_and_can_be_opened_from_here(
     assert Path(job.case.routing.removeprefix("trace:")).is_file()
 
 
-# Each of these has one mistake, and gets that one alone
+# Each of these texts has one mistake, and the reader reports only that mistake
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_wrong_kind_of_table() -> None:
     ],
 )
 def test_wrong_axis(axis: str, mistake: str) -> None:
-    """In a grid, in the defaults and in an exclude: there with its place, once, and nothing else."""
+    """In a grid, the defaults or an exclude, the reader reports the mistake once, with its place, and nothing else."""
     grid = GRID.replace(SHAPE, "") if axis.startswith("model") else GRID
     for place, text in {
         "grid[1]": f"{OLMOE}{grid}{axis}\n",
@@ -215,5 +215,5 @@ def test_every_mistake_is_in_one_answer() -> None:
         "exclude[2].mod = 1: there is no such key",
         "grid[1]: n_activated_experts = 8 exceeds n_routed_experts = 6",
         "grid[1]: n_routed_experts = 6 does not divide by ep_size = 4",
-        # exclude[0] may mean grid[1]'s backend, exclude[1] the misspelled dtype: not yet known to be dead
+        # exclude[0] may mean grid[1]'s backend, exclude[1] the misspelled dtype: neither is yet known to match nothing
     ]

@@ -1,4 +1,4 @@
-"""Selecting jobs: filters keep what they say, backends replace the axis, and a wrong word is told so."""
+"""Selecting jobs: filters keep the jobs they describe, backends replace the axis, and a wrong word is reported."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Sweeps: what jobs a file means, which files there are, and what those of this repository hold."""
+"""Sweeps: which jobs a file means, which files exist, and what the files of this repository contain."""
 
 import pickle
 import subprocess
@@ -31,7 +31,7 @@ def jobs(body: str) -> list[Job]:
     return sweep(body).jobs()
 
 
-# What a right file means
+# What a correct file means
 
 
 def test_grid_is_the_product_of_its_axes_and_the_sweep_their_union() -> None:
@@ -44,7 +44,7 @@ def test_grid_is_the_product_of_its_axes_and_the_sweep_their_union() -> None:
         *((4, mode, dtype, "loop") for mode in ("forward", "train") for dtype in ("float32", "float64")),
         *((tokens, "forward", "float32", backend) for tokens in (4, 16) for backend in ("loop", "torch_mm")),
     }
-    assert len(found) == len(what) == 7  # the one in both grids is there once
+    assert len(found) == len(what) == 7  # the job in both grids appears once
 
 
 def test_defaults_hold_unless_a_grid_sets_the_axis() -> None:
@@ -225,7 +225,7 @@ def test_a_suite_of_ranks_has_every_engine_with_every_dispatcher_and_unkind_rank
 
 
 def test_two_gpus_have_the_load_of_a_rank_of_eight() -> None:
-    """As many experts, of the same shape, for as many rows: of DeepSeek-V3, Kimi-K2 and gpt-oss-20b."""
+    """A GPU has as many experts, of the same shape, for as many rows, of DeepSeek-V3, Kimi-K2 and gpt-oss-20b."""
     of_two, of_eight = (
         {
             (job.case.n_routed_experts // size, job.case.n_activated_experts, job.case.dim, job.case.moe_inter_dim)
@@ -289,7 +289,7 @@ assert not [name for name in ("torch", "numpy") if sys.modules.get(name)], "impo
 
 @pytest.mark.parametrize("blocked", [(), ("torch", "transformer_engine", "grouped_gemm", "deep_ep")])
 def test_sweeps_and_records_are_read_without_torch(blocked: tuple[str, ...]) -> None:
-    """In a fresh process: not imported where it is there, not missed where it is not."""
+    """In a fresh process, torch is not imported where it is installed, and not missed where it is absent."""
     code = READS.format(blocked=blocked)
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

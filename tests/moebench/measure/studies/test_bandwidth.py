@@ -1,4 +1,4 @@
-"""moebench.measure.studies.bandwidth in two real ranks, and what its raw calls move."""
+"""Run moebench.measure.studies.bandwidth in two real ranks, and check how many bytes its raw calls move."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""moebench.measure.studies.products: that a backend's products alone are those of its layer, with its operations."""
+"""A backend's products in moebench.measure.studies.products are the products of its layer, with the same operations."""
 
 from collections.abc import Iterator
 
@@ -48,7 +48,7 @@ def test_calls_do_the_operations_that_they_are_timed_by(backend: str) -> None:
     assert [work.num_flops for work in works] == expected
     assert [work.name.partition(": ")[0] for work in works] == [backend] * 4
     if backend.startswith("torch_mm"):
-        return  # on a CPU grouped_mm is one operation, which torch's counter does not know
+        return  # on a CPU grouped_mm is one operation, and torch's counter does not know it
     for work in works:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             work.call()
@@ -57,7 +57,7 @@ def test_calls_do_the_operations_that_they_are_timed_by(backend: str) -> None:
 
 @on_every_backend
 def test_a_train_step_leaves_the_gradients_of_one_step(backend: str) -> None:
-    """A step that added to the last one's gradients would be timed with the addition."""
+    """If a step added to the last step's gradients, its time would include the addition."""
     config, inputs, parameters = moe_config(CASE), make_inputs(CASE, CPU), make_parameters(CASE, CPU)
     layer = layer_of(backend, parameters, config)
     _, train = passes(layer, inputs)

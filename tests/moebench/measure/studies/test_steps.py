@@ -1,4 +1,4 @@
-"""moebench.measure.studies.steps: that it measures every step, with the bytes and operations of the shape."""
+"""moebench.measure.studies.steps measures every step, with the bytes and operations of the shape."""
 
 import subprocess
 import sys
