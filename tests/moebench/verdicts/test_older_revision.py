@@ -1,4 +1,4 @@
-"""`moebench ab` drives a revision of `experts` from before there was a catalog, beside the one of now."""
+"""`moebench ab` compares a revision of `experts` that has no catalog yet with the current revision."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def older() -> str:
 
 @pytest.mark.timeout(300)
 def test_an_older_revision_is_measured_beside_this_one(older, capsys, monkeypatch, tmp_path):
-    """One job, one look of one round: it ends with a verdict, and both sides were right."""
+    """One job at one look of one round ends with a verdict, and both sides compute correct results."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(ab, "schedule", lambda num_jobs: (1,))
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
@@ -34,7 +34,7 @@ def test_an_older_revision_is_measured_beside_this_one(older, capsys, monkeypatc
     filters = ["--filter", "num_tokens=16", "--filter", "mode=forward", "--filter", "backend=torch_mm"]
     command = ["moebench", "ab", older, "HEAD", "quick", "--device", "cpu", "--out", str(out), *filters]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit):  # how fast each was in one round is not asserted
+    with pytest.raises(SystemExit):  # the exit code depends on the speeds in one round
         app.main()
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1].startswith("gate: 1 "), printed.err
