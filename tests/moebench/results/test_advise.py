@@ -1,4 +1,4 @@
-"""Advice follows from what was measured, and says so where nothing was."""
+"""Advice comes from measured results, and says so where the results have no data."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from moebench.results.published import default_folders
 from moebench.results.record import Record, Status
 from tests.moebench.drawn import bad, case, family, ok
 
-SHAPE = "e8k2d256i512"  # of tests.moebench.drawn
+SHAPE = "e8k2d256i512"  # a model that tests.moebench.drawn defines
 
 
 def ask(rows: list[Record], num_tokens: int, **more: object) -> Advice:
@@ -148,7 +148,7 @@ def test_what_cannot_be_asked(asked: dict, message: str) -> None:
     assert message in str(refusal.value)
 
 
-# The command, on the results that are committed
+# The command reads the committed results
 
 
 def run(*arguments: str):

@@ -1,4 +1,4 @@
-"""What columns declare decides who may carry them, how rounds combine, and what the CSV leaves out."""
+"""A column declares which rows may have it, how the values of rounds combine, and whether the CSV leaves it out."""
 
 import types
 from typing import Annotated
@@ -25,7 +25,7 @@ def test_every_column_says_what_it_means() -> None:
 
 
 def test_what_may_be_missing_has_a_default() -> None:
-    """Then a file that was written before the column opens."""
+    """A file that was written before the column existed can be opened because of the default."""
     optional = {name for name, field in Record.model_fields.items() if isinstance(field.annotation, types.UnionType)}
     assert [name for name in optional if Record.model_fields[name].is_required()] == []
 

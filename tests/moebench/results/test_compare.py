@@ -1,4 +1,4 @@
-"""Results side by side: a row a job that any has, ratios to the first, null where there is nothing."""
+"""The comparison has one row per job of any result, with ratios to the first result. Missing values are null."""
 
 import math
 

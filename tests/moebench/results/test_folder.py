@@ -1,4 +1,4 @@
-"""A results folder opens with the environments that its rows were measured in."""
+"""An opened results folder has its rows and the environments in which they were measured."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A journal becomes a frame and files and comes back the same, whatever it holds."""
+"""Records stay the same when they go from a journal to a frame, to files, and back."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A case over results in the order of their runs, and what changed."""
+"""The history of a case has its times in the order of the runs, and the change from each time to the next."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The journal survives a writer that is killed."""
+"""The journal stays readable when its writer is killed."""
 
 import json
 import math

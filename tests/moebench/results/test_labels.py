@@ -1,4 +1,4 @@
-"""Cases, backends and machines are named so that no two are confused."""
+"""Cases, backends and machines get names that tell them apart."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Folders into one: nothing is lost, nothing is taken twice unless asked."""
+"""Merging folders loses no row. A job that two folders have is refused, unless the caller asks for the newest."""
 
 import json
 

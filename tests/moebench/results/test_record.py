@@ -1,4 +1,4 @@
-"""Records tie a status to its contents."""
+"""The status of a record decides which fields it must have and which it may not have."""
 
 import json
 import math

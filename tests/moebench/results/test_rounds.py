@@ -1,4 +1,4 @@
-"""Several rounds of a job make one honest row."""
+"""The rounds of a job make one row. Its interval covers the differences between the rounds."""
 
 import numpy as np
 import pytest
@@ -45,14 +45,14 @@ def test_two_rounds_far_apart_are_of_a_time_above_zero():
 
 
 def test_many_rounds_have_the_exact_interval_of_their_medians():
-    """Of six, smallest and largest: the median is beyond all of them once in 32 times."""
+    """The interval of six rounds ends at the smallest and the largest. The true median is outside once in 32 times."""
     times = [2.0, 2.5, 2.1, 2.2, 2.6, 2.05]
     one = merged_rounds([row(number, time_ms=time_ms) for number, time_ms in enumerate(times)])
     assert (one.time_ms, one.time_ms_low, one.time_ms_high) == (pytest.approx(2.15), 2.0, 2.6)
 
 
 def test_samples_of_one_round_narrow_nothing():
-    """A thousand alike samples a round, and rounds that differ: it is the rounds that count."""
+    """Each round has 1000 equal samples, and the rounds differ. The interval depends on the number of rounds."""
     rows = [
         row(n, time_ms=time_ms, samples_ms=(time_ms,) * 1000, sample_rounds=(n,) * 1000)
         for n, time_ms in ((0, 2.0), (1, 2.2))

@@ -1,4 +1,4 @@
-"""The interval of the median is the exact one of order statistics: its ranks, its coverage, its absence."""
+"""The interval of the median is exact: order statistics give its ranks and its coverage. Few samples have none."""
 
 import math
 
@@ -10,11 +10,14 @@ from moebench.results.stats import MIN_SAMPLES, dependence, median_interval, rel
 
 
 def ranks(count):
-    """The largest k with P(X < k) <= 2.5% for X ~ Binomial(count, 1/2): the interval is the k-th to the k-th last."""
+    """Return the largest k with P(X < k) <= 2.5% for X ~ Binomial(count, 1/2).
+
+    The interval begins at the k-th smallest sample and ends at the k-th largest.
+    """
     return max(k for k in range(1, count) if binom.cdf(k - 1, count, 0.5) <= 0.025)
 
 
-#: count -> k, as tables of the sign test have them.
+#: count -> k, from tables of the sign test.
 KNOWN = {6: 1, 7: 1, 8: 1, 9: 2, 10: 2, 12: 3, 15: 4, 20: 6, 25: 8, 30: 10, 50: 18, 100: 40}
 
 
@@ -44,7 +47,7 @@ def test_equal_samples_have_an_interval_of_no_width():
 
 @pytest.mark.parametrize("count", [6, 11, 40])
 def test_the_interval_covers_the_median_as_often_as_it_says(count):
-    """Of a skewed distribution, like that of times: no normal approximation would do."""
+    """The samples are skewed, as times are, so a normal approximation would not be enough."""
     generator = np.random.default_rng(7)
     trials = 600
     hits = 0
@@ -73,7 +76,7 @@ def test_independent_samples_have_nearly_the_exact_interval():
 
 
 def test_the_interval_of_a_series_that_drifts_holds_its_median_as_often_as_it_says():
-    """First-order autoregressive samples about a median of 10: exact intervals for independent ones miss it often."""
+    """Intervals for independent samples often miss the median, 10, of these first-order autoregressive samples."""
     rng = np.random.default_rng(2)
 
     def series() -> list[float]:
@@ -90,7 +93,7 @@ def test_the_interval_of_a_series_that_drifts_holds_its_median_as_often_as_it_sa
 
 
 def test_the_interval_of_two_regimes_lies_between_them():
-    """Half of a distance that many samples share is no distance that any has: 3.7 or 5.2, never 1.5."""
+    """The samples lie near 3.7 or 5.2. The interval widens by ranks, so it stays in their range."""
     rng = np.random.default_rng(5)
     series = np.concatenate([rng.normal(5.2, 0.1, 60), rng.normal(3.7, 0.1, 46)])
     median, low, high = series_interval(series.tolist())
@@ -99,13 +102,13 @@ def test_the_interval_of_two_regimes_lies_between_them():
 
 
 def test_independent_samples_have_their_exact_interval_as_a_series():
-    in_turn = [float(number // 2 + 15 * (number % 2)) for number in range(30)]  # each on the other side
+    in_turn = [float(number // 2 + 15 * (number % 2)) for number in range(30)]  # alternately below and above
     assert dependence(in_turn) == 1
     assert series_interval(in_turn) == median_interval(in_turn)
 
 
 def test_where_samples_do_not_reach_the_interval_goes_past_them():
-    """A drift: what comes next is not among them."""
+    """The samples drift steadily, so the next sample would lie outside their range."""
     drift = [1 + number / 1000 for number in range(26)]
     median, low, high = series_interval(drift)
     assert low < min(drift) < median < max(drift) < high

@@ -1,6 +1,6 @@
-"""Two revisions side by side: what is measured in which order, when it ends, what is kept, and what is found.
+"""`moebench ab` measures two revisions in the right order, ends in time, keeps its results and finds regressions.
 
-Most tests have a stand-in for the processes, whose times and failures they name; the last drives real ones.
+Most tests replace the processes with a stand-in and set its times and failures. The last test starts real processes.
 """
 
 import itertools
@@ -41,18 +41,18 @@ dim = 64
 moe_inter_dim = 64
 dtype = "float32"
 """
-FIRST, SECOND, LAST = 5, 10, 20  # the looks of four jobs
+FIRST, SECOND, LAST = 5, 10, 20  # the number of rounds at each look, for four jobs
 
 
 class Processes:
-    """Stands in for `execute`: writes the row that `row_of(side, job, time_ms)` gives; ends as a test says.
+    """Replace `execute`: write the row that `row_of(side, job, time_ms)` returns, and end as `stops` says.
 
-    `in_turns` stands in for `execute_in_turns`.
+    `in_turns` replaces `execute_in_turns`.
     """
 
     def __init__(self):
         self.plans, self.budgets_s = [], []
-        self.stops = {}  # call of execute -> the Outcome to end with, or an exception, instead of its last process
+        self.stops = {}  # number of the call -> the Outcome or exception that replaces its last process
         self.row_of = lambda side, job, time_ms: ok(job, [time_ms])
         self._noise = np.random.default_rng(3)
 
@@ -75,7 +75,7 @@ class Processes:
         return stop or Outcome((), 0)
 
     def rounds(self, side, backend):
-        """The rounds in which the side's process had a job of that backend."""
+        """Return the rounds in which a process of that side had a job of that backend."""
         here = [plan for plan in self.plans if plan.folder.name == side]
         return sorted({plan.round for plan in here if any(job.backend == backend for job in plan.jobs)})
 
@@ -91,7 +91,7 @@ def processes(monkeypatch):
 
 @pytest.fixture
 def moebench(capsys, monkeypatch, tmp_path):
-    """`moebench ab a-folder b-folder small.toml --out out` in this process."""
+    """Return a function that runs `moebench ab a-folder b-folder small.toml --out out` in this process."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.toml").write_text(SWEEP)
     for side in ("a-folder", "b-folder"):
@@ -136,7 +136,7 @@ def test_a_round_is_two_processes_a_side_in_random_order_each_with_its_own_exper
 
 
 def test_all_is_measured_on_one_gpu_one_after_the_other_and_those_in_use_are_named(moebench, processes, monkeypatch):
-    monkeypatch.delattr(ab, "execute_in_turns")  # the memory of one GPU is not for four
+    monkeypatch.delattr(ab, "execute_in_turns")  # one GPU has not enough memory for four processes
     free = tuple(Slot(f"GPU-{letter}") for letter in "xyz")
     monkeypatch.setattr(request, "choose", lambda device, wanted, share: (free, ["GPU 0 is in use"]))
     found = moebench()
@@ -146,7 +146,7 @@ def test_all_is_measured_on_one_gpu_one_after_the_other_and_those_in_use_are_nam
 
 def test_what_is_slower_is_found_and_only_suspects_go_on(moebench, processes):
     def row_of(side, job, time_ms):
-        noise = time_ms**30 if job.backend == "loop" else time_ms  # 3% a round: too much for a verdict on 3%
+        noise = time_ms**30 if job.backend == "loop" else time_ms  # 3% per round hides a slowdown of 3%
         slower = 1.2 if side == "b" and (job.backend, job.case.num_tokens) == ("torch_mm", 64) else 1.0
         return ok(job, [noise * slower])
 
@@ -266,9 +266,9 @@ def test_mistakes_are_found_before_anything_is_measured(moebench, processes, tmp
     assert not (tmp_path / "out").exists()
 
 
-# real processes
+# Real processes
 
-#: Engine -> what is appended to its file: the engine as it was, but for one copy too many, or too large a buffer.
+#: Engine -> the code appended to its file. It makes the engine copy too much or allocate too large a buffer.
 PLANTED = {
     "torch_mm": """
 
@@ -293,7 +293,7 @@ ENGINE = Engine(_with_a_buffer_too_large, unsupported)
 
 @pytest.mark.timeout(400)
 def test_a_copy_too_many_and_a_buffer_too_large_are_found(moebench, monkeypatch, tmp_path):
-    """One look of four rounds, as few as can show that one of two jobs is slower; two jobs of real processes."""
+    """Real processes measure two jobs at one look of four rounds, the fewest that can show that one job is slower."""
     for engine, planted in PLANTED.items():
         with (tmp_path / "b-folder" / "experts" / "compute" / f"{engine}.py").open("a") as source:
             source.write(planted)

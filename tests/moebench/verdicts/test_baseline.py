@@ -1,4 +1,4 @@
-"""A stored baseline is found by the machine and software of the candidate, and grows job by job."""
+"""The machine and software of a candidate decide which stored baseline is found. An update replaces single jobs."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Results are compared where their environments are alike or a difference is allowed."""
+"""Results are compared if their environments are the same or the caller allows the differences."""
 
 from moebench.machine.comparability import Difference
 from moebench.verdicts.comparability import Comparability
@@ -62,7 +62,7 @@ def test_without_the_environments_the_fingerprint_is_what_differs():
 
 
 def test_clocks_far_apart_are_a_difference_of_their_own():
-    """As of a GPU whose clock somebody locked; what a kernel's own power costs is none."""
+    """A locked GPU clock is a difference. A clock that is a little lower because a kernel needs more power is not."""
 
     def found(clock, *allowed):
         rows = [ok(JOB, steady(), sm_clock_mhz=1980)], [ok(JOB, steady(time_ms=1.3), sm_clock_mhz=clock)]

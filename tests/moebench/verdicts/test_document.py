@@ -1,4 +1,4 @@
-"""One document with every number, and no infinity."""
+"""The JSON document of a gate has every number, and null in place of infinity."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Memory to the byte, parity by status, and what may not be compared."""
+"""Findings compare memory to the byte and parity by status, and name the rows that may not be compared."""
 
 import pytest
 

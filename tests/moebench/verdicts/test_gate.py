@@ -1,4 +1,4 @@
-"""Two results give a verdict on time, memory and parity of every job, and one exit code."""
+"""A gate judges the time, memory and parity of every job of two results, and gives one exit code."""
 
 import math
 
@@ -85,7 +85,7 @@ def test_no_job_in_common_is_one_line():
 
 
 def test_the_family_is_what_is_compared():
-    """Nine rounds a side are enough for 200 jobs, five for none of them, although they are for one alone."""
+    """Nine rounds per side are enough for 200 jobs. Five are enough for a single job, but not for 200."""
     jobs = [job_of(number) for number in range(1, 201)]
 
     def of(num_rounds, factor):

@@ -1,4 +1,4 @@
-"""Rounds until decided: who goes on, when it ends, and that stopping so raises no false alarms beyond those allowed."""
+"""Jobs are measured until they are decided. Stopping early raises no more false alarms than the gate allows."""
 
 import math
 
@@ -18,7 +18,7 @@ def test_the_first_look_is_the_first_that_can_show_anything(family_size):
     looks = schedule(family_size)
     assert [rounds / looks[0] for rounds in looks] == [1, 2, 4]
 
-    def shown(rounds):  # as clearly as can be: every process of the candidate slower than all of the baseline
+    def shown(rounds):  # every process of the candidate is slower than all of the baseline
         blocks = (tuple(run // 2 for run in range(2 * rounds)),) * 2
         apart = Sides((1.0,) * 2 * rounds, (9.0,) * 2 * rounds, blocks)
         alike = {number: Sides((1.0,) * 2 * rounds, (1.0,) * 2 * rounds, blocks) for number in range(family_size - 1)}
@@ -30,7 +30,7 @@ def test_the_first_look_is_the_first_that_can_show_anything(family_size):
 
 
 class Script:
-    """Verdicts that are given look by look, and what was asked to be measured."""
+    """Return the given verdicts, one set per look, and note in `measured` the jobs and rounds that were requested."""
 
     def __init__(self, *verdicts, time_for=9):
         self._verdicts, self._time_for, self.measured = list(verdicts), time_for, []
@@ -68,15 +68,15 @@ def test_a_decided_member_stays_decided_whatever_is_said_of_it_later():
     assert [names for names, *_ in script.measured] == ["xyz", "y", "y"]
 
 
-# simulated comparisons, by the very rule and the very tests
+# Simulated comparisons use the same rule and the same statistical tests as `moebench ab`
 
 FAMILY = 200
 
 
 class Machine:
-    """Times of a family on two sides: each process of its own luck, now and then disturbed, drifting as it goes on.
+    """Simulate the times of a family on two sides, with random noise per process, rare disturbances and a slow drift.
 
-    `slowdown` holds the factor of the candidate, member by member; `noise` is the spread of rounds.
+    `slowdown` has the candidate's factor for each member. `noise` is the spread of the rounds.
     """
 
     def __init__(self, generator, slowdown, noise):
@@ -121,7 +121,7 @@ def test_the_shares_of_the_looks_add_up():
 @pytest.mark.certify
 @pytest.mark.parametrize("noise", [0.003, 0.02])
 def test_nothing_changed_and_no_alarm_is_raised(noise, certify):
-    """At most 1% of whole comparisons, of 200 jobs each, may call anything regressed or improved."""
+    """At most 1% of the comparisons, with 200 jobs each, may call any job regressed or improved."""
     generator = np.random.default_rng(5)
     trials = 500 if certify else 15
     alarmed = 0
@@ -133,7 +133,7 @@ def test_nothing_changed_and_no_alarm_is_raised(noise, certify):
 
 @pytest.mark.certify
 def test_a_slowdown_by_the_threshold_is_found_and_does_not_pass(certify):
-    """Of 200 jobs, 20 are slower by 3%; rounds spread by 0.3%, as on an H200."""
+    """20 of the 200 jobs are slower by 3%. The rounds spread by 0.3%, as on an H200."""
     generator = np.random.default_rng(6)
     slowdown = np.where(np.arange(FAMILY) % 10 == 0, 1 + THRESHOLD, 1.0)
     found = []
@@ -146,7 +146,7 @@ def test_a_slowdown_by_the_threshold_is_found_and_does_not_pass(certify):
 
 @pytest.mark.certify
 def test_a_slowdown_by_the_threshold_passes_as_seldom_as_promised_where_noise_decides(certify):
-    """All slower by 3%, rounds spread by so much that some jobs are decided at each look."""
+    """All jobs are slower by 3%. The rounds spread so much that each look decides only some of the jobs."""
     generator = np.random.default_rng(7)
     found = []
     for _ in range(40 if certify else 4):

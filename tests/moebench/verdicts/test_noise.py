@@ -1,4 +1,4 @@
-"""What is drawn from recorded times: it varies as they did, and by nothing else."""
+"""Times that are drawn from recorded times vary as the recorded times did, and not more."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def noise(log_rounds=(0.0,), log_samples=(0.0,), between=0.0):
     return Noise("loop", np.asarray(log_rounds, float), np.asarray(log_samples, float), between)
 
 
-# what is drawn
+# Times that are drawn
 
 
 def test_one_process_varies_as_its_samples_and_as_assumed():
@@ -26,7 +26,7 @@ def test_one_process_varies_as_its_samples_and_as_assumed():
 
 
 def test_neighbours_stay_neighbours():
-    """A process that drifts has medians that vary more than those of the same samples in any order."""
+    """The medians of a process that drifts vary more than the medians of the same samples in random order."""
     drift = np.linspace(-0.1, 0.1, 100)
     spreads = [np.std(noise(log_samples=some).draw(RANDOM, 2000)) for some in (drift, RANDOM.permutation(drift))]
     assert spreads[0] > 1.5 * spreads[1]
@@ -57,7 +57,7 @@ def test_sides_have_the_rounds_that_are_asked_for_and_the_shift_of_their_session
     assert sides.baseline_ms[0] != sides.candidate_ms[0]
 
 
-# measured side by side
+# Rounds that were measured side by side
 
 
 def test_rounds_of_ab_are_those_that_all_its_processes_finished():

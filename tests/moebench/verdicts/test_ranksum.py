@@ -1,4 +1,4 @@
-"""The rank-sum test is exact, its limits invert it, and ties, outliers and modes never make an alarm."""
+"""The rank-sum test is exact, and its limits invert it. Ties, outliers and modes raise no extra alarms."""
 
 import itertools
 import math
@@ -11,13 +11,13 @@ from moebench.verdicts.ranksum import Shifts, blocks_needed, group_size_needed, 
 
 
 def test_the_tail_of_two_and_two_by_hand():
-    """Six orders: AABB 4, ABAB 3, ABBA 2, BAAB 2, BABA 1, BBAA 0."""
+    """The six orders have these values of U: AABB 4, ABAB 3, ABBA 2, BAAB 2, BABA 1, BBAA 0."""
     assert null_tail([(2, 2)]).tolist() == pytest.approx([1 / 6, 2 / 6, 4 / 6, 5 / 6, 1])
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 5), (3, 4), (5, 2)])
 def test_the_tail_counts_every_order(first, second):
-    """Against the enumeration of which places the second group takes."""
+    """The test enumerates the places that the second group can take."""
     counts = [0] * (first * second + 1)
     for places in itertools.combinations(range(first + second), second):
         counts[sum(place - number for number, place in enumerate(places))] += 1
@@ -67,11 +67,11 @@ def test_limits_of_groups_too_small_are_infinite():
     assert shifts.upper_limit(0.16) == math.inf
 
 
-# blocks
+# Blocks
 
 
 def test_the_tail_of_blocks_counts_every_order_within_each():
-    """Against the enumeration of the orders of three blocks, of two and two, one and two, one and one."""
+    """The test enumerates the orders within three blocks, with group sizes (2, 2), (1, 2) and (1, 1)."""
     sizes = [(2, 2), (1, 2), (1, 1)]
     counts = [0] * (4 + 2 + 1 + 1)
     orders = [list(itertools.combinations(range(first + second), second)) for first, second in sizes]
@@ -102,7 +102,7 @@ def test_a_block_that_lacks_a_group_says_nothing():
 
 
 def test_the_noise_may_have_any_shape():
-    """Two modes, heavy tails and unequal groups: what a t-test of so few would call a difference."""
+    """The noise has two modes, heavy tails and unequal groups. A t-test of so few values would find a difference."""
     random = np.random.default_rng(3)
     trials, level, alarms = 4000, 0.01, 0
     for _ in range(trials):

@@ -1,4 +1,4 @@
-"""A revision's `experts` comes out of git or a folder, the working tree untouched; a wrong one is named, with why."""
+"""`experts` is copied from git or a folder without touching the working tree. An error names the wrong revision."""
 
 import subprocess
 from pathlib import Path
@@ -19,7 +19,10 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """Two commits of an `experts`, a third without, and a working tree that is none of them; the process is in it."""
+    """Return a repository, and make it the current folder.
+
+    It has two commits with `experts` and a third without. Its working tree differs from all three.
+    """
     folder = tmp_path / "repository"
     (folder / "experts").mkdir(parents=True)
     git(folder, "init", "-q", "-b", "trunk")

@@ -1,4 +1,7 @@
-"""False alarms and power of the gate, by simulation on recorded samples; `make certify` simulates 1000 gates each."""
+"""Simulations on recorded samples check the gate's false alarms and power.
+
+`make certify` simulates more gates: 1000 per setting for the false alarms of a whole gate.
+"""
 
 import re
 import shlex
@@ -30,7 +33,7 @@ ROOT = Path(__file__).parents[3]
 H200 = load(ROOT / "results" / "published" / "earlier" / "h200-2026-11-23")
 
 
-# what the gate does
+# The gate on simulated rounds
 
 
 @pytest.mark.certify
@@ -43,7 +46,7 @@ def test_false_alarms_of_a_whole_gate_are_1_percent_or_less(certify, between, ro
 
 @pytest.mark.certify
 def test_without_the_correction_the_simulation_sees_the_alarms(certify):
-    """Each job at 1% of its own: of 200 jobs, most gates alarm."""
+    """If each of 200 jobs may raise a false alarm with a probability of 1%, most gates raise one."""
     setting = Setting((10, 10), false_alarms=2.0, threshold=0.0)
     assert false_alarms(noises(H200, 0.003), setting, num_gates=200 if certify else 10).share > 0.5
 
@@ -57,7 +60,7 @@ def test_what_the_gate_says_it_can_see_it_finds(certify):
 
 @pytest.mark.certify
 def test_3_percent_is_found_in_what_keeps_the_gpu_busy(certify):
-    """In whatever job of torch_mm it is planted."""
+    """The slowdown is planted in jobs of torch_mm, one at a time."""
     quiet = noises(H200[H200["backend"] == "torch_mm"], 0.003)
     found = plant(quiet, Setting((10, 10)), [THRESHOLD], num_gates=4000 if certify else 400)
     assert detection_rate(found).share >= POWER, detection_rate(found)
@@ -73,7 +76,7 @@ def test_the_smallest_effect_found_grows_with_the_noise():
 
 
 def test_a_session_that_shifts_alarms_although_nothing_changed():
-    """The limit of a stored baseline: what differs between two days is no noise that rounds could show."""
+    """A stored baseline has this limit: rounds of one day cannot show how much two days differ."""
     quiet = [noise(between=0.001)]
     assert false_alarms(quiet, Setting((10, 10), 50, session=0.003), 10).share == 0
     assert false_alarms(quiet, Setting((10, 10), 50, session=0.03), 10).share == 1
@@ -100,7 +103,7 @@ def percent(cell):
 @pytest.mark.certify
 @pytest.mark.parametrize(("arguments", "figures"), SIMULATED, ids=[arguments for arguments, _ in SIMULATED])
 def test_the_figures_of_the_docs(certify, capsys, monkeypatch, arguments, figures):
-    """They keep what is promised and, at full size, are what the simulation prints."""
+    """The figures keep the promised rates. With `certify`, the test compares them with what the simulation prints."""
     header, _, *rows = figures.splitlines()
     assert [cell.strip() for cell in header.strip("|").split("|")] == list(HEADER)
     assert len(rows) >= 3

@@ -1,4 +1,4 @@
-"""Verdicts on time: what is shown, what is excluded, what could not have been seen."""
+"""Verdicts on time say which slowdowns are shown, which are excluded, and which are too small to be seen."""
 
 import math
 from itertools import pairwise
@@ -10,7 +10,7 @@ from moebench.results.stats import THRESHOLD
 from moebench.verdicts.times import FALSE_ALARMS, POWER, Sides, holm, judge_times, round_medians
 from moebench.verdicts.verdict import Verdict
 
-#: 10 rounds, half a percent around 1 ms.
+#: The times of 10 rounds, all within 0.25% of 1 ms.
 STEADY = tuple(1 + 0.001 * step for step in (-2.5, -2, -1.5, -1, -0.5, 0.5, 1, 1.5, 2, 2.5))
 
 
@@ -27,7 +27,7 @@ def noisy(random, scale, size=10):
 
 
 def test_holm_by_hand():
-    """At 5%: 0.01 <= 0.05/4, 0.015 <= 0.05/3, 0.03 > 0.05/2, and nothing after that."""
+    """At 5%, 0.01 <= 0.05/4 and 0.015 <= 0.05/3 are shown. 0.03 > 0.05/2 is not, so the next is not shown either."""
     assert holm([0.03, 0.01, 0.04, 0.015], 0.05) == [False, True, False, True]
     assert holm([0.0126] * 4, 0.05) == [False] * 4
     assert holm([0.0125] * 4, 0.05) == [True] * 4
@@ -61,7 +61,7 @@ def test_noise_is_never_green():
 
 
 def test_what_is_not_excluded_does_not_pass():
-    """Noise that is skewed upwards: a slowdown of 3% would have been shown, and is still not excluded."""
+    """The noise is skewed upwards. The test would have shown a slowdown of 3%, but does not exclude one."""
     baseline = (1.0063, 1.0009, 1.006, 1.0012, 1.0037, 1.0053, 1.0027, 1.0011)
     found = judge(baseline, (1.0028, 0.9961, 0.9919, 1.0409, 1.0217, 1.0057, 1.0317, 0.9998))
     assert found.smallest_effect < THRESHOLD < found.high - 1
@@ -120,7 +120,7 @@ def test_a_disturbed_round_costs_no_verdict():
 
 
 def test_false_alarms_over_a_family_are_as_rare_as_promised():
-    """Two modes, so that the rounds are as far from normal as processes are; a level that shows in few gates."""
+    """The rounds have two modes, because times of processes are not normal. The level is high, so 200 gates show it."""
     random = np.random.default_rng(5)
     gates, level, alarms = 200, 0.2, 0
     for _ in range(gates):
@@ -132,7 +132,7 @@ def test_false_alarms_over_a_family_are_as_rare_as_promised():
 
 
 def test_the_smallest_effect_is_found_as_often_as_it_says():
-    """As large as the gate says that it could have seen, it is found 95 times of 100 and more; half as large, not."""
+    """A slowdown by `smallest_effect` is found at least 95 times in 100. Half of it is found in fewer than half."""
     random = np.random.default_rng(11)
     found, half = [], []
     for _ in range(300):
@@ -157,11 +157,11 @@ def test_the_threshold_passes_seldom_and_less_noise_is_more_pass():
     assert shares[-1] == 60
 
 
-# rounds measured together
+# Rounds that were measured together
 
 
 def together(random, disturbance, slowdown=1.0, rounds=8):
-    """Two processes a side in each round; what disturbs a round disturbs all four alike."""
+    """Return sides with two processes per side in each round. A disturbance slows all four processes equally."""
     common = random.normal(0, disturbance, rounds)
     blocks = (tuple(number for number in range(rounds) for _ in range(2)),) * 2
     one, two = (np.exp(np.repeat(common, 2) + random.normal(0, 0.002, 2 * rounds)) for _ in "ab")
