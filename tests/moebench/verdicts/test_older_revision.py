@@ -34,15 +34,10 @@ def test_the_worker_runs_with_the_experts_of_an_older_revision(older, tmp_path, 
 
 @pytest.mark.certify
 @pytest.mark.timeout(300)
-<<<<<<< HEAD
 def test_an_older_revision_is_measured_beside_this_one(older, certify, capsys, monkeypatch, tmp_path):
     """`ab` with one job and one round ends with a verdict, and the results of both revisions are right."""
     if not certify:
         pytest.skip("four processes take most of a minute: make certify runs it")
-=======
-def test_an_older_revision_is_measured_beside_this_one(older, capsys, monkeypatch, tmp_path):
-    """One job at one look of one round ends with a verdict, and both sides compute correct results."""
->>>>>>> tests-r2
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(ab, "schedule", lambda num_jobs: (1,))
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
