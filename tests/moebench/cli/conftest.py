@@ -22,7 +22,7 @@ def case_ids(sweep):
 
 @pytest.fixture(scope="session")
 def good_run(sweep, tmp_path_factory):
-    """Results only, unsupported and out of memory among them, as JSON."""
+    """A run with `--json` and no failures. Its results include unsupported and out of memory."""
     cwd = tmp_path_factory.mktemp("good")
     backends = ["loop", "torch_mm", "broken:SaysUnsupported", "broken:OutOfMemory"]
     chosen = [argument for name in backends for argument in ("--backend", name)]

@@ -1,4 +1,4 @@
-"""What all commands share: devices, wrong flags, help; and `list` and `doctor` as a user types them."""
+"""What all commands share (devices, wrong flags, help), and `list` and `doctor` as a user types them."""
 
 import json
 import re
@@ -11,7 +11,8 @@ from moebench.workload.spec import load_sweep
 from tests.moebench.typed import is_refused
 
 ROOT = Path(__file__).parents[3]
-#: To say whether Transformer Engine can run, it is imported; beside JAX it warns that it was built without.
+#: The commands import Transformer Engine to find out whether it can run.
+#: If JAX is installed, Transformer Engine warns that it was built without JAX.
 VENDORS_MAY_WARN = pytest.mark.filterwarnings("ignore:Detected a Jax installation:RuntimeWarning")
 
 

@@ -1,4 +1,4 @@
-"""Runs as a user types them: what they print where, what they leave, and their exit codes."""
+"""Runs as a user types them: what they print and where, which files they leave, and their exit codes."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def test_profile_leaves_a_trace_of_each_job_that_ran(good_run):
 
 @pytest.fixture(scope="module")
 def bad_run(sweep, case_ids, tmp_path_factory):
-    """A backend that is wrong, into a folder whose name is hard to print."""
+    """A run of a wrong backend, into a folder with a name that is hard to print."""
     cwd = tmp_path_factory.mktemp("bad")
     arguments = ["--backend", "loop", "--backend", "faulty:DroppedToken", "--case", case_ids[1], "--out", "out [1] :x:"]
     return SimpleNamespace(**vars(finished("run", sweep, *arguments, "--device", "cpu", cwd=cwd)), cwd=cwd)
@@ -107,7 +107,7 @@ def test_rounds_measure_every_job_again_in_fresh_processes(sweep, tmp_path):
 
 
 def hanging_run(sweep, cwd):
-    """A run that has measured its first job and hangs over the second, with the process of its worker."""
+    """Return a run that has measured its first job and hangs in the second, and the process of its worker."""
     process = started(
         *("run", sweep, "--out", "out", "--backend", "loop", "--backend", "broken:Hangs", "--device", "cpu"), cwd=cwd
     )
@@ -123,7 +123,7 @@ def hanging_run(sweep, cwd):
 
 
 def has_ended(worker):
-    """Whether the process is gone, or is soon; an orphan that nobody reaps counts as gone."""
+    """Whether the process ends within 30 s. An orphan that nobody reaps counts as ended."""
     deadline = time.monotonic() + 30
     while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         psutil.wait_procs([worker], timeout=0.05)

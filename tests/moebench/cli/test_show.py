@@ -1,4 +1,4 @@
-"""`moebench show`, `plots` and `report` open a folder again."""
+"""`moebench show`, `plots` and `report` read an existing results folder."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_the_plots_can_be_drawn_again(good_run, moebench):
 
 
 def test_what_cannot_be_written_is_said_in_one_line(good_run, moebench):
-    """Plots where there is a file, a page where there is no file."""
+    """`plots` finds a file in place of its folder. `report` finds a folder in place of its file."""
     Path("results.parquet").write_bytes(next(good_run.cwd.glob("results/runs/*/results.parquet")).read_bytes())
     Path("plots").touch()
     Path("page.html").mkdir()

@@ -1,4 +1,4 @@
-"""docs/results.md has every column, as the columns declare themselves."""
+"""docs/results.md has every column, with the text that the code declares for it."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tables, plots and the page are made from a folder's journal."""
+"""moebench makes tables, plots and the page from a folder's journal."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Annotations that stay one line each, and a step summary that nothing breaks."""
+"""Annotations stay on one line each, and no content breaks the step summary."""
 
 import re
 

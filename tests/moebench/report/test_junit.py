@@ -1,4 +1,4 @@
-"""JUnit XML that parses whatever the reasons hold, and fails what the gate fails."""
+"""The JUnit XML parses whatever the reasons contain, and fails what the gate fails."""
 
 from xml.etree import ElementTree as xml
 

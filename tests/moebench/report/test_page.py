@@ -1,4 +1,4 @@
-"""The page stands alone, escapes what it shows, and says of every row what the frame says."""
+"""The page needs no other file, escapes what it shows, and agrees with the frame about every row."""
 
 import json
 import re
@@ -166,7 +166,7 @@ def test_each_command_measures_just_the_job_it_stands_at(folder: Path) -> None:
 
 
 def _jobs(command: str) -> Any:
-    """The jobs that a command runs."""
+    """Return the jobs that a command runs."""
     program, run, sweep, *options = shlex.split(command)
     assert (program, run) == ("moebench", "run")
     given = dict(zip(options[::2], options[1::2], strict=True))
@@ -191,7 +191,7 @@ def test_the_command_writes_the_page_beside_the_results(tmp_path: Path) -> None:
 
 @pytest.fixture
 def gate_file(tmp_path: Path) -> Path:
-    """What a gate printed of a job that got slower, one that did not, and one that is gone."""
+    """The JSON file of a gate with one job that got slower, one that did not, and one that is missing."""
     slow, same, gone = (
         ok(case(count), "te", sample_rounds=tuple(range(12)), samples_ms=tuple(1 + at / 1e4 for at in range(12)))
         for count in (8, 16, 32)

@@ -1,4 +1,4 @@
-"""Runs whose workers are stand-ins."""
+"""Fixtures for runs with stand-ins in place of workers."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder with a sweep and a stand-in for workers, and where this process is."""
+    """A new folder with a sweep and two stand-ins for workers. It is the working directory of this process."""
     (tmp_path / "tiny.toml").write_text(SWEEP)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", python_path(ROOT))
@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def moebench(capsys, monkeypatch, folder):
-    """The command line in this process, with a stand-in for its workers."""
+    """A function that runs the command line in this process, with a stand-in for its workers."""
 
     def call(*arguments, worker="works"):
         monkeypatch.setattr(supervisor, "sys", SimpleNamespace(executable=str(folder / worker)))
@@ -43,7 +43,7 @@ def moebench(capsys, monkeypatch, folder):
 
 @pytest.fixture(name="stand_in")
 def stand_in_for_workers(tmp_path, monkeypatch):
-    """A function of what the worker does: makes execute start that instead."""
+    """A function that takes a worker's script and makes `execute` start it in place of the worker."""
     monkeypatch.setenv("PYTHONPATH", python_path(ROOT))
 
     def write(script):

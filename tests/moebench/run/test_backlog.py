@@ -1,4 +1,7 @@
-"""How jobs are handed out: a case to one worker, each worker its own weights while there are others."""
+"""How the backlog hands out jobs: a whole case goes to one worker.
+
+Two workers get different weights while enough weights are left.
+"""
 
 from moebench.run.backlog import Backlog
 from moebench.workload.case import Case, Job

@@ -1,4 +1,4 @@
-"""Estimated memory against what was measured: of one pass on a GPU, of a whole job by torch's tensors on a CPU."""
+"""Estimated memory agrees with measured memory: for a pass on a GPU, and for the tensors of a whole job on a CPU."""
 
 from typing import Any
 
@@ -14,7 +14,8 @@ from moebench.workload.models import MODELS
 
 GIB = 2**30
 
-#: `peak_memory_bytes` in GiB as measured on one H200 and on two on 2026-11-23, before their steps were fused.
+#: The measured `peak_memory_bytes` in GiB: MEASURED on one H200, OF_TWO on two, on 2026-11-23.
+#: The steps were not yet fused then.
 OF_TWO = [
     ("train", "torch_mm", "allgather", 2.07),
     ("train", "torch_mm", "deepep", 2.06),
@@ -94,7 +95,10 @@ def test_ranks_share_parameters_but_build_the_whole_layer() -> None:
 
 
 def test_memory_grows_with_what_reaches_a_rank() -> None:
-    """All-gather brings all tokens, a dispatcher those that chose the rank; only some engines skip rows of others."""
+    """All-gather brings all tokens to a rank. Another dispatcher brings only the tokens that chose the rank.
+
+    Only some engines skip the rows that belong to other ranks.
+    """
     fields = {"model": "deepseek-v3", "num_tokens": 4096, "ep_size": 8}
     gathered, sent = (pass_bytes(job("torch_mm", way, **fields)) for way in ("allgather", "alltoall"))
     assert gathered / sent == pytest.approx(1 / (1 - (7 / 8) ** 8), rel=0.05)

@@ -1,4 +1,4 @@
-"""Time and memory of a sweep before it runs: of the nearest measured job, or of none."""
+"""The forecast of a sweep: a job's time is that of the nearest measured job, or is unknown without a near one."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def test_a_job_takes_as_long_as_the_nearest_one() -> None:
 
 
 def test_ranks_are_near_if_they_hold_as_much() -> None:
-    """Eight ranks of eight times the experts are as two of twice as many, not as one of the same layer."""
+    """Eight ranks with 64 experts hold 8 each, as two ranks with 16 do. One rank with all 64 is less similar."""
     measured = of(took(1.0, n_routed_experts=64), took(2.0, "te", "deepep", n_routed_experts=16, ep_size=2))
     assert measured.time_s(asked(dispatcher="deepep", n_routed_experts=64, ep_size=8)) == 2.0
 
@@ -100,7 +100,7 @@ def test_measured_jobs_are_those_of_results_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "gpu-ep2", "gpu-ep4", "gpu-ep8", "gpu-ep-scaling", "gpu-ep2-as-ep8"])
 def test_the_suites_of_gpus_fit_an_h200_and_end_within_ten_minutes(name: str) -> None:
-    """Of 141 GB; most of their jobs have been measured alike."""
+    """An H200 has 141 GB. A similar job has been measured for most jobs of these suites."""
     found = forecast(load_sweep(available_sweeps()[name]).jobs(), measured_jobs(PUBLISHED))
     assert found.memory_bytes < 140 * 10**9
     assert found.time_s is not None

@@ -47,7 +47,7 @@ def test_two_runs_into_one_folder(folder, moebench):
 
 
 def test_two_new_runs_into_one_folder(folder):
-    """Both found it empty; the second to begin is refused, at once or when the first has ended."""
+    """Both runs found the folder empty. The second to begin is refused, at once or after the first has ended."""
     plan = request.plan("tiny.toml", Asked(device="cpu"), out=Path("out"), time_budget_min=0.0)
     with locked(Path("out")), pytest.raises(UsageError, match=f"out: process {os.getpid()} is writing into it"):
         start.start_run(plan, print)

@@ -1,4 +1,4 @@
-"""A round's order is random, and can be told again."""
+"""The order of a round is random, and the run and the round reproduce it."""
 
 import itertools
 
@@ -9,7 +9,7 @@ SHAPE = {"n_routed_experts": 4, "n_activated_experts": 2, "moe_inter_dim": 8}
 
 
 def jobs():
-    """Two EP sizes, three widths, four token counts, five backends."""
+    """Return jobs with two EP sizes, three widths, four token counts and five backends."""
     return [
         Job(case=Case(num_tokens=tokens, dim=dim, ep_size=ep_size, **SHAPE), backend=backend)
         for dim, tokens, ep_size, backend in itertools.product((16, 32, 48), (1, 2, 3, 4), (1, 2), "abcde")
@@ -30,7 +30,7 @@ def test_a_round_has_every_job_once_in_an_order_that_run_and_round_decide():
 
 
 def test_what_is_shared_stays_together():
-    """Groups of ranks are started, weights and inputs made, no more often than there are."""
+    """The order starts each group of ranks once, and makes each set of weights and inputs once."""
     order = shuffled(jobs(), "a-run", 0)
     assert [job.case.ep_size for job in order] == [1] * 60 + [2] * 60
     assert changes([(job.case.ep_size, job.case.dim) for job in order]) == 5

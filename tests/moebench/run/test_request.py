@@ -1,4 +1,4 @@
-"""What a run is asked to do: its jobs, its GPUs, what is left of it, and what is refused before anything runs."""
+"""The request for a run: its jobs, its GPUs, the jobs that are left, and what is refused before anything runs."""
 
 from pathlib import Path
 

@@ -1,6 +1,7 @@
-"""A run that ends early is gone on with: nothing lost, nothing twice, as it was asked for, by one process at a time.
+"""A run that ends early is resumed as it was asked for, and nothing is lost or measured twice.
 
-Signals, kills and limits are real, of real command lines; most have a stand-in for their workers.
+Only one process at a time resumes it. Signals, kills and limits are real, and so are the command lines.
+Most command lines have a stand-in for their workers.
 """
 
 import json
@@ -63,7 +64,7 @@ def test_a_signal_while_results_are_written_is_one_line_too(folder, moebench, mo
 
 
 def test_a_signal_that_is_ignored_stays_so(folder):
-    """nohup."""
+    """`nohup` makes a run ignore SIGHUP."""
     ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
     process = stand_in.started(folder / "waits", "run", "tiny.toml", "--out", "out", cwd=folder, **ignore)
     until_records(process, folder / "out")
@@ -92,7 +93,7 @@ def test_a_run_killed_between_rounds_of_real_workers_is_completed_exactly(folder
     before = rows(folder / "out")
     assert 1 <= len(before) < 4
     with (folder / "out" / "journal.jsonl").open("a") as file:
-        file.write(before[0].to_json()[:200])  # as of a kill while it writes
+        file.write(before[0].to_json()[:200])  # as if it was killed while it wrote
     process = command("--resume", "out")
     _, err = process.communicate(timeout=100)
     assert (process.returncode, err.strip()) == (0, "")
@@ -106,7 +107,7 @@ def test_a_run_killed_between_rounds_of_real_workers_is_completed_exactly(folder
 
 @pytest.mark.parametrize("who", ["supervisor", "worker"])
 def test_a_full_disk_is_one_line_and_no_jobs_fault(folder, moebench, who):
-    """A real limit on the size of files: of the journal or, where only workers' files grow so large, of the events."""
+    """A real limit on the size of files stops the supervisor at the journal, or the worker at its events file."""
     lifted = "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n" * (who == "supervisor")
     grows = ALL if who == "supervisor" else ALL.replace("ready()", "ready(versions={'torch': '1' * 1500})")
     stand_in.write(folder / "fills", lifted + grows)
@@ -121,7 +122,7 @@ def test_a_full_disk_is_one_line_and_no_jobs_fault(folder, moebench, who):
     assert 0 < len(kept) < 6
     assert torn <= 1
     assert {row.status.value for row in kept} == {"unsupported"}, "nobody crashed"
-    assert moebench("run", "--resume", "out", "--force").code == 0  # "torch" is another there
+    assert moebench("run", "--resume", "out", "--force").code == 0  # the "worker" case reported another torch
     kept, _ = Journal(folder / "out" / "journal.jsonl").read()
     assert len({(row.key, row.round) for row in kept}) == len(kept) == 6
 
@@ -219,7 +220,7 @@ def test_a_folder_with_a_file_lost_or_broken_is_refused_in_one_line(folder, moeb
 
 
 def test_who_was_overtaken_measures_nothing_twice(folder, moebench):
-    """Another process goes on with the run, and ends, between this one's look at the journal and its lock."""
+    """After this process reads the journal and before it locks the folder, another process resumes and ends the run."""
     begun(moebench)
     plan = request.plan_rest(Path("out"), backends=(), time_budget_min=None)
     assert moebench("run", "--resume", "out").code == 0
@@ -269,7 +270,7 @@ def test_what_cannot_be_resumed(folder, moebench, arguments, word):
 
 
 def test_a_module_that_only_a_file_names_is_not_imported(folder, moebench):
-    """Neither a sweep nor a results folder of someone else's runs code by being opened."""
+    """moebench can open someone else's sweep or results folder without running their code."""
     (folder / "theirs.toml").write_text(SWEEP.replace('"torch_mm"', '"evil:Experts"'))
     found = moebench("run", "theirs.toml", "--out", "out")
     assert refused(found, "evil:Experts: a module is imported only where", "add --backend loop --backend evil:Experts")

@@ -1,6 +1,6 @@
-"""The supervisor: every job gets one record, in order, however its process ends; the others are measured all the same.
+"""The supervisor writes one record per job, in order, however the job's process ends, and measures the other jobs.
 
-The first half runs real workers over backends that break them; the second half a stand-in for a worker.
+The first half runs real workers over backends that break them. The second half runs a stand-in for a worker.
 """
 
 import json
@@ -46,7 +46,10 @@ pytestmark = pytest.mark.timeout(400)  # six workers, one of which hangs for ten
 
 @pytest.fixture(scope="module")
 def broken_run(tmp_path_factory):
-    """Right backends before, between and after those that break their process, under a supervisor that looks rarely."""
+    """A run with right backends before, between and after backends that break their process.
+
+    The supervisor looks only every 0.3 s.
+    """
     folder = tmp_path_factory.mktemp("run")
     names = list(BROKEN)
     order = ["loop", *(f"broken:{name}" for name in names[:5]), "torch_mm", *(f"broken:{name}" for name in names[5:])]
@@ -88,7 +91,7 @@ def test_the_journal_has_every_record_once_and_in_order(broken_run):
 
 
 def test_a_worker_is_used_as_long_as_it_lives(broken_run):
-    """One to begin with, and one after each of the five that ended it."""
+    """The run starts one worker, and another after each of the five backends that ended a worker."""
     assert len(list((broken_run.folder / "logs").glob("worker-*.log"))) == 6
     environments = {row.env_id for row in broken_run.outcome.records}
     written = json.loads((broken_run.folder / "environment.json").read_text())
@@ -110,14 +113,17 @@ def test_what_a_dead_worker_leaves_behind_is_ended_too(broken_run):
 
 
 def limit_memory(environment):
-    """A gibibyte more than what the worker that has just started has mapped."""
+    """Limit the worker that has just started to 1 GiB more address space than it has mapped."""
     (worker,) = psutil.Process().children()
     most = worker.memory_info().vms + 2**30
     resource.prlimit(worker.pid, resource.RLIMIT_AS, (most, most))
 
 
 def test_a_worker_goes_on_after_a_failure_if_it_is_healthy(tmp_path, monkeypatch):
-    """Out of memory by a real limit leaves it so; a change to what all backends call does not."""
+    """A worker that runs out of memory at a real limit stays healthy.
+
+    A worker in which a backend changes what all backends call does not stay healthy.
+    """
     monkeypatch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     jobs = jobs_of("broken:FillsTheHost", "loop", "broken:ChangesItsProcess", "torch_mm")
@@ -143,7 +149,7 @@ def test_a_backend_changes_torch_for_itself_alone(tmp_path, monkeypatch):
 
 
 def other_experts(folder):
-    """This checkout's experts, with a loop that is twice as large as it should be."""
+    """Copy this checkout's experts into `folder`, with a loop that returns twice the right output; return `folder`."""
     shutil.copytree(ROOT / "experts", folder / "experts")
     with (folder / "experts" / "compute" / "loop.py").open("a") as file:
         file.write("\nENGINE = Engine(lambda *given: 2 * compute(*given), ENGINE.unsupported)\n")
@@ -151,7 +157,7 @@ def other_experts(folder):
 
 
 def test_the_experts_of_another_folder_are_driven(tmp_path, monkeypatch):
-    """Though the working directory has others, which Python would take."""
+    """The working directory has other experts, which Python would import first."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(ROOT)
     other = other_experts(tmp_path / "other")
@@ -185,7 +191,7 @@ def test_a_record_is_in_the_journal_when_it_is_told_of(tmp_path, stand_in):
 
 
 def test_a_run_ends_with_its_last_record_though_the_worker_does_not(tmp_path, stand_in):
-    """A library's thread may keep a process from its end."""
+    """A thread of a library may keep a process from ending."""
     stand_in(ALL)
     assert execute(plan_of(tmp_path / "run", THREE, timeout_s=1e6)).num_left == 0
     assert has_ended(pid_of(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Where jobs run: several slots at once, each with its own worker, GPUs as ranks need them; one journal."""
+"""Where jobs run: several slots at once, each with its own worker, as many GPUs as the ranks need, and one journal."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SHAPE = {"n_routed_experts": 8, "n_activated_experts": 2, "moe_inter_dim": 8, "d
 TWO_CORES = (Slot(num_threads=1), Slot(num_threads=1))
 GPUS = tuple(Slot(f"GPU-{name}") for name in "abcd")
 
-#: Says where it is; of two that could work at once, none ends before the other has begun.
+#: A worker that puts its GPUs and its number of threads into the detail of every row.
 SAYS_WHERE = """
 ready(device=os.environ.get("SEEN_BY_TORCH", "cuda:0"))
 where = os.environ.get("CUDA_VISIBLE_DEVICES", "") + " " + os.environ.get("OMP_NUM_THREADS", "")
@@ -40,7 +40,7 @@ def plan_of(folder, jobs, slots, **fields):
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
-    """A function of what the worker does: makes execute start that instead."""
+    """A function that takes a worker's script and makes `execute` start it in place of the worker."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
@@ -52,7 +52,7 @@ def worker(tmp_path, monkeypatch):
 
 
 def given_to(folder):
-    """The jobs of each worker, in the order in which workers began."""
+    """Return the jobs of each worker, in the order in which the workers began."""
     files = sorted((folder / "run" / "logs").glob("*.jobs.jsonl"))
     return [[Job.model_validate_json(line) for line in file.read_text().splitlines()[1:]] for file in files]
 
@@ -72,7 +72,7 @@ def test_two_slots_measure_at_once_with_real_workers(tmp_path, monkeypatch):
 
 
 def test_each_gpu_has_a_worker_that_sees_it_alone(tmp_path, worker):
-    """Until both have begun, nobody ends a job: the case is shown in which they work at once."""
+    """No worker ends a job until both have begun, so that both work at once."""
     worker(
         SAYS_WHERE.replace("ready(", "open(f'begun-{number_of_worker}', 'w')\nready(").replace(
             "for number",
@@ -146,7 +146,7 @@ def test_without_any_gpu_left_the_run_ends(tmp_path, worker):
 
 @pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGKILL)", "hang()"])
 def test_what_one_worker_breaks_disturbs_no_other(tmp_path, worker, monkeypatch, how):
-    """The second case of the first worker ends it; its other backend goes on elsewhere or with the next."""
+    """The case with two tokens ends its worker. Another worker or the next one measures the case's other backend."""
     monkeypatch.chdir(tmp_path)
     worker(
         "ready(device='cuda:0')\n"

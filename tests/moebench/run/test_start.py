@@ -1,4 +1,4 @@
-"""From a plan to a folder: what is written, what a refused run leaves."""
+"""A run makes a folder from a plan: what it writes, and what a refused run leaves."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def row():
 
 
 def executing(monkeypatch, error=None, rows=()):
-    """Replaces the supervisor by one that writes these rows and raises this error."""
+    """Replace `execute` with a function that writes these rows and then raises this error, if there is one."""
 
     def execute(planned, *, on_record, on_environment, time_budget_s):
         (planned.folder / "logs").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""How a worker's process ends decides what its job is: lost, too slow, out of memory or refused."""
+"""The end of a worker's process decides the status of its job: lost, too slow, out of memory or refused."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def test_a_torn_last_word_is_not_a_record(tmp_path, stand_in, torn):
 
 
 def test_the_last_words_before_a_death_are_heard(tmp_path, stand_in, monkeypatch):
-    """A record and the next start may come while the supervisor does not look: the job that was begun is to blame."""
+    """A record and the next start may come while the supervisor does not look. The job that had started is to blame."""
     monkeypatch.setattr(runner, "POLL_S", 1.0)
     stand_in("ready()\nif number_of_worker == 0:\n    done(0); done(1); start(2); os._exit(1)\n")
     rows = execute(plan_of(tmp_path / "run", THREE)).records
@@ -156,7 +156,7 @@ def test_a_mistake_of_the_users_is_refused_with_all_its_lines(tmp_path, stand_in
 
 
 def test_a_worker_is_out_of_reach_of_the_terminals_signals(tmp_path, stand_in):
-    """Ctrl-C goes to the foreground's process group: to the supervisor alone."""
+    """Ctrl-C goes to the foreground's process group, which has only the supervisor."""
     stand_in("print('its group is', os.getpgrp(), flush=True)\n" + ALL)
     execute(plan_of(tmp_path / "run", jobs_of("a")))
     log = (tmp_path / "run" / "logs" / "worker-0.log").read_text()
@@ -164,7 +164,7 @@ def test_a_worker_is_out_of_reach_of_the_terminals_signals(tmp_path, stand_in):
 
 
 def test_a_worker_never_hears_what_another_was_told(tmp_path, stand_in):
-    """Of one whose log was deleted to save space."""
+    """The log of the first worker was deleted to save space. Its other files keep its number taken."""
     stand_in(ALL)
     execute(plan_of(tmp_path / "run", THREE[:2]))
     (tmp_path / "run" / "logs" / "worker-0.log").unlink()

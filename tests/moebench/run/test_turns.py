@@ -1,4 +1,4 @@
-"""Workers side by side: who measures what when, how a round ends, what is kept of whom."""
+"""Workers side by side: which worker measures which job when, how a round ends, and what each side keeps."""
 
 import json
 import os
@@ -24,7 +24,7 @@ RANKS = Job(case=CASE.model_copy(update={"ep_size": 2}), backend="x", dispatcher
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A function of what the workers do."""
+    """A function that takes the workers' script and makes the supervisor start it in place of the workers."""
 
     def start(script):
         monkeypatch.setattr(supervisor, "sys", SimpleNamespace(executable=str(write(tmp_path / "stand-in", script))))
@@ -34,7 +34,10 @@ def stand_in(tmp_path, monkeypatch):
 
 @pytest.fixture
 def sides(tmp_path):
-    """Plans of both sides of a round, all with the same jobs but for what a test gives one of them."""
+    """A function that makes the plans of both sides of a round.
+
+    Both sides have the same jobs, except if a test gives one side its own jobs.
+    """
 
     def plans(jobs=JOBS, number=0, **of_side):
         policy = Policy(timeout_s=60.0)
@@ -79,7 +82,7 @@ def test_each_job_is_measured_by_both_before_the_next(tmp_path, stand_in, sides)
 
 
 def test_who_is_first_is_drawn_anew_for_each_job(tmp_path, stand_in, sides):
-    """Told by the order of the lines that the workers add to one file."""
+    """The workers add lines to one file, and the order of the lines shows who was first."""
     order = tmp_path / "order"
     stand_in(
         "ready()\nfor number in itertools.count():\n"

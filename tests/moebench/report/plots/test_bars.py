@@ -1,4 +1,4 @@
-"""The bars are the columns dispatch_ms, compute_ms and combine_ms, at counts that compare the most backends."""
+"""The bars show the columns dispatch_ms, compute_ms and combine_ms, at the counts that compare the most backends."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def rows(counts: tuple[int, ...] = COUNTS, **fields: Any) -> list[Record]:
 
 
 def bars(ax: Axes) -> dict[str, list[tuple[float, float]]]:
-    """Start and length of each line's parts, by line, from the top."""
+    """Return the start and length of each line's parts, by line, from the top."""
     labels = [text.get_text() for text in ax.get_yticklabels()]
     found: dict[str, list[tuple[float, float]]] = {label: [] for label in labels}
     assert [container.get_label() for container in ax.containers] == list(PARTS)

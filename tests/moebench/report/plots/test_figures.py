@@ -1,4 +1,4 @@
-"""What is drawn is what was measured: values, gaps, mismatches, and a place for every row."""
+"""Figures show what was measured: values, gaps, mismatches, and a place for every row."""
 
 import math
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_throughput_draws_the_rates_of_the_frame_with_their_interval() -> None:
 
 
 def test_what_bounds_a_rate_is_drawn_beside_it() -> None:
-    """The products alone and the roofline, of most backends: an FP8 backend has a roofline of its own."""
+    """The bounds are the grouped GEMMs and the roofline of most backends. An FP8 backend has its own roofline."""
     bounds = {"loop": 0.5, "torch_mm": 0.5, "te_fp8_block": 0.25}
     rows = [
         ok(case(count), backend, time_ms=count / 100, grouped_ms=1.0, roofline_ms=bound)

@@ -1,4 +1,4 @@
-"""The plot of a case over results in the order of their runs."""
+"""The plot of one case over several results, in the order of their runs."""
 
 import pytest
 

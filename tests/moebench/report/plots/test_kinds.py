@@ -1,4 +1,4 @@
-"""The axis holds every value, in few round numbers; what is off it stands at its edge."""
+"""The axis has few ticks, at round numbers, and shows every value. A value off the axis stands at its edge."""
 
 import math
 

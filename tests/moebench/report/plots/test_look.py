@@ -23,7 +23,7 @@ def test_known_backends_look_different_and_unknown_ones_the_same_every_time() ->
     assert len(set(ours)) == len(ours)
     assert style("loop") == ("#5A5A5A", "o")
     assert style("torch_mm") == ("#0072B2", "s")
-    # literal, so that a change of the rule shows: published pictures keep their colours
+    # Literals, so that a changed rule fails here. Published pictures keep their colours.
     assert style("acme:Experts") == ("#661100", "8")
     assert style("acme:Experts")[0] not in {color for color, _ in BACKEND_STYLES.values()}
 
@@ -117,7 +117,7 @@ def test_the_figure_says_what_was_measured_where() -> None:
 
 
 def boxes(figure: Figure) -> Iterator[Any]:
-    """Where text and legends stand, tick labels included."""
+    """Yield each visible text of the figure and its box. Legends and tick labels are included."""
     from matplotlib.text import Text
 
     figure.draw_without_rendering()

@@ -1,4 +1,4 @@
-"""Tables hold the cells of the frame and never two rows in one; panels show what is asked or say what is in the way."""
+"""Tables hold the cells of the frame and never two rows in one cell; panels show what is asked or say why not."""
 
 import subprocess
 import sys

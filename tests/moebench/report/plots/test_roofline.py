@@ -1,4 +1,4 @@
-"""Marks stand where work and time put them, below the ceilings that were measured."""
+"""Marks stand where work and time put them, below the measured ceilings."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from moebench.results.frame import to_frame
 from moebench.results.record import Status
 from tests.moebench.drawn import bad, case, family, legend, line, ok, only, panels
 
-E, K, D, INTER = 8, 2, 256, 512  # of tests.moebench.drawn.SHAPE
+E, K, D, INTER = 8, 2, 256, 512  # the shape in tests.moebench.drawn.SHAPE
 
 
 EXPERT = 3 * D * INTER

@@ -1,4 +1,4 @@
-"""Throughput against the EP size, from several EP sizes of one workload."""
+"""The plot of throughput against the EP size, for one workload at several EP sizes."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from tests.moebench.drawn import case, line, ok, only, panels
 
 
 def at_sizes(backend: str, dispatcher: str, *sizes: int, num_tokens: int = 128, **fields: object) -> list[Record]:
-    """Each EP size with a time of its own."""
+    """Return one row per EP size, each with its own time."""
     return [
         ok(case(num_tokens, ep_size=size, **fields), backend, size + 1.0, "local" if size == 1 else dispatcher)
         for size in sizes
@@ -29,7 +29,7 @@ def test_rates_stand_at_their_ep_size_and_one_process_begins_every_dispatchers_l
 
 
 def test_only_as_many_tokens_a_rank_are_compared() -> None:
-    """Neither other token counts nor other loads of the ranks continue a line."""
+    """A line has only rows with the same token count and the same load of the ranks."""
     rows = [
         *at_sizes("te", "deepep", 1, 2),
         *at_sizes("te", "deepep", 4, num_tokens=256),

@@ -1,4 +1,4 @@
-"""Numbers keep to their columns, and no measured time is shown as none."""
+"""Numbers fit their columns, and a measured time is never shown as missing."""
 
 import math
 

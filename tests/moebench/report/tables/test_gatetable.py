@@ -1,4 +1,4 @@
-"""The worst first, why, and what could have been seen."""
+"""The table of a gate has the worst job first, says why, and shows the smallest effect that would be seen."""
 
 import pytest
 from rich.console import Console

@@ -1,4 +1,7 @@
-"""More backends than fit side by side: a line each, with every number under its title, at 80 columns and less."""
+"""If the backends do not fit side by side, each has its own line, with every number under its title.
+
+This holds at 80 columns and less.
+"""
 
 import io
 from itertools import pairwise
@@ -35,7 +38,7 @@ def lines(rows: list[Record], width: int = 80) -> list[str]:
 
 
 def under(titles: str, line: str) -> dict[str, str]:
-    """What of `line` stands under each of the titles, which end where their columns end."""
+    """Return the text of `line` under each title. Each column ends where its title ends."""
     ends = [titles.index(title) + len(title) for title in titles.split()]
     starts = [ends[0] - 6, *(end for end, _ in pairwise(ends))]
     cells = [line[start:end].strip() for start, end in zip(starts, ends, strict=True)]

@@ -1,4 +1,4 @@
-"""The table marks the right backend, keeps the wrong ones without a speed, and reads without colour at 80 columns."""
+"""The table marks the right backend, shows wrong ones without a speed, and is readable without colour at 80 columns."""
 
 import io
 import math
