@@ -51,6 +51,7 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
     ],
     ids=["steps", "layers"],
 )
+@pytest.mark.timeout(600)
 def test_in_tritons_interpreter(tests: list[str]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "EXPERTS_STEPS": "fused", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "0", *tests]
