@@ -103,7 +103,10 @@ def test_every_reason_is_said_once_in_the_verdict() -> None:
     assert verdict.count("needs SM100") == 1
     assert "te: unsupported x2: needs SM100" in verdict
     assert "loop: flagged x1: synchronises" in verdict
-    assert "not able to run" in verdict
+    assert "The other jobs could not run; the reasons are below." in verdict
+    verdict = text_of(section(page_of(failures), "verdict"))
+    assert "No job could run; the reasons are below." in verdict
+    assert "The ok jobs" not in verdict
 
 
 def test_the_parts_that_vary_are_columns_and_filters() -> None:
