@@ -1,4 +1,4 @@
-"""Define the command `moebench parity`, which checks backends for known faults."""
+"""Define the command `moebench parity`, which searches for cases on which a backend is wrong."""
 
 import json
 from typing import Annotated
@@ -8,11 +8,12 @@ import typer
 from moebench.cli import listing
 from moebench.cli.console import out, progress_bar
 from moebench.cli.options import AsJson, Device
-from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from moebench.parity.checks import CHECKS
+from moebench.parity.space import Trial
 from moebench.report.tables.audittable import AuditTable
 from moebench.results.record import Record
-from moebench.run.audit import audit
+from moebench.run.audit import Audit, Level, Request, audit, audit_case
 
 commands = typer.Typer()
 
@@ -23,41 +24,38 @@ def parity(
         list[str] | None,
         typer.Argument(metavar="[BACKEND]...", help="default: all that can run on this device, except peers"),
     ] = None,
+    level: Annotated[
+        Level, typer.Option(help="quick: the covering cases; standard: then a search, in all two minutes a backend")
+    ] = "standard",
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="seconds of the search for each backend; default: what is left")
+    ] = None,
     checks: Annotated[
-        list[str] | None, typer.Option("--check", help="run only this check; repeatable; default: all checks")
+        list[str] | None, typer.Option("--check", help="try only this part of the space; repeatable")
     ] = None,
     dtypes: Annotated[
         list[str] | None, typer.Option("--dtype", help="use only this dtype; repeatable; default: all dtypes")
     ] = None,
+    case: Annotated[
+        str | None, typer.Option(help="try only this case, as a counterexample prints it: 'NAME=VALUE …'")
+    ] = None,
+    dispatcher: Annotated[str | None, typer.Option(help="dispatcher of a --case with ep_size above 1")] = None,
     device: Device = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**30, help="seed of the weights, tokens and routing")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**20, help="seed of the cases and their values")] = 0,
     list_checks: Annotated[bool, typer.Option("--list", help="print what each check looks for; run nothing")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check backends for known faults, on small shapes.
+    """Search for a case on which a backend is wrong, and print the smallest one.
 
-    Each check looks for a fault that some MoE library has shipped. Exit code 1: a check found a fault, or no case of a
-    named BACKEND could run. Peers are layers of other libraries; name one to check it.
+    First come the covering cases, which have all pairs of shapes, dtypes, layouts and call patterns. Then a search goes
+    on at random. Exit code 1: a case failed, or no case of a named BACKEND could run. Peers are layers of other
+    libraries; name one to check it.
     """
     if list_checks:
         _print_checks(as_json)
         return
-    with progress_bar() as progress:
-        task = progress.add_task("", total=None)
-
-        def show(row: Record) -> None:
-            progress.update(task, advance=1, description=f"{row.backend} {row.check} {row.status.value}")
-
-        found = audit(
-            backends or listing.available_backends(device),
-            checks=checks or [],
-            dtypes=dtypes or [],
-            device=device,
-            seed=seed,
-            required=backends or [],
-            on_plan=lambda num_jobs: progress.update(task, total=num_jobs),
-            on_record=show,
-        )
+    request = Request(level, seconds, tuple(checks or ()), tuple(dtypes or ()), device, seed)
+    found = _one_case(backends or [], case, dispatcher, device) if case else _all_cases(backends or [], request)
     if as_json:
         out.print_json(json.dumps(found.as_dict()))
     else:
@@ -66,6 +64,27 @@ def parity(
         raise typer.Exit(EXIT_INTERRUPTED)
     if not found.passed:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _one_case(backends: list[str], case: str, dispatcher: str | None, device: str | None) -> Audit:
+    if len(backends) != 1:
+        raise UsageError(f"--case needs one BACKEND, and {len(backends)} are named")
+    return audit_case(backends[0], Trial.parse(case), dispatcher, device)
+
+
+def _all_cases(backends: list[str], request: Request) -> Audit:
+    request.check()
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+
+        def plan(backend: str, num_jobs: int) -> None:
+            progress.update(task, total=num_jobs, completed=0, description=backend)
+
+        def show(row: Record) -> None:
+            progress.update(task, advance=1, description=f"{row.backend} {row.status.value}")
+
+        named = backends or listing.available_backends(request.device)
+        return audit(named, request, required=backends, on_plan=plan, on_record=show)
 
 
 def _print_checks(as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """Make the data that all backends of a case share, each once: parameters, inputs and ceilings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +19,14 @@ class Workload:
     """The parameters and inputs of the current case, kept for the next backend.
 
     Parameters are also kept for the next case if it has the same weights. The current job writes its profiler trace to
-    the file `trace`; if `trace` is None, the job writes no trace.
+    the file `trace`; if `trace` is None, the job writes no trace. A job that tries trials tells each one to `tell` before
+    it plays it.
     """
 
     device: torch.device
     ranks: Ranks = ALONE
     trace: Path | None = None
+    tell: Callable[[str], None] = lambda trial: None
     _parameters: tuple[Weights, dict[str, Tensor]] | None = field(default=None, repr=False)
     _inputs: tuple[str, Inputs] | None = field(default=None, repr=False)
     _ceilings: dict[tuple[str, str, bool], Ceilings] = field(default_factory=dict, repr=False)

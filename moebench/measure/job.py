@@ -13,13 +13,13 @@ from moebench.measure import memory, timing
 from moebench.measure.breakdown import breakdown
 from moebench.measure.cache import Workload
 from moebench.measure.ceilings import Ceilings
-from moebench.measure.probes import examine
 from moebench.measure.profiling import executed, trace
 from moebench.measure.protocol import PASSES
 from moebench.measure.samplers import Stage, captured
 from moebench.measure.subject import Measured, backend_of, make_subject, verdict_fields
 from moebench.measure.timing import TimingPolicy
-from moebench.parity.judge import ParityVerdict, are_identical, run_pass
+from moebench.measure.trials import examine
+from moebench.parity.judge import ParityVerdict, Unfit, are_identical, run_pass
 from moebench.parity.reference import Tensors
 from moebench.results.record import Status, flags_of_speed
 from moebench.workload.case import Case, Job
@@ -37,13 +37,15 @@ GRAPH_SHARE = 0.25
 def measure_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     """Return the measured fields of the job's record: `status`, and the fields that go with this status.
 
-    A job of a check runs the check's probe and is not timed. Unsupported becomes a status; other exceptions of the
-    backend are not caught.
+    A job of `moebench parity` is not timed. Unsupported, and a case on which no backend can be judged, become a status;
+    other exceptions of the backend are not caught.
     """
     try:
         return _measure(job, workload, policy) if job.check is None else examine(job, workload)
     except Unsupported as reason:
         return {"status": Status.unsupported, "detail": reason.reason}
+    except Unfit as fault:
+        return {"status": Status.unsupported, "detail": str(fault)}
 
 
 def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:

@@ -10,6 +10,7 @@ The worker appends events to the events file, one JSON object per line:
 
 * `ready`, with the environment
 * `start`, with a job's number, before the worker begins the job
+* `trial`, with the trial that a job of `moebench parity` begins
 * `record`, with a job's number and record, when the job has ended
 * `refused`, instead of all other events, if the user asked for a backend or a device that does not exist
 
@@ -19,6 +20,7 @@ so that it does not outlive a supervisor that was killed.
 
 import argparse
 import faulthandler
+import functools
 import gc
 import json
 import os
@@ -128,6 +130,7 @@ def _measure_all(
     for number, job in enumerate(jobs):
         if ranks.rank == 0:
             events.emit("start", number=number)
+            workload.tell = functools.partial(_tell_trial, events)
         row = _row(job, workload, policy, work_list, described)
         failed = row.status in (Status.oom, Status.error)
         while failed and someone_is_gone(processes):  # that rank wrote the record or died: this is only a consequence
@@ -140,6 +143,10 @@ def _measure_all(
             _recover(workload)  # raises if an error broke the process or its GPU: another worker goes on
         if CHANGED_SETTINGS in row.flags:
             raise canary.Unhealthy(f"{job.backend} has changed settings of torch: another worker goes on")
+
+
+def _tell_trial(events: Events, trial: str) -> None:
+    events.emit("trial", trial=trial)
 
 
 def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList, described: Environment) -> Record:

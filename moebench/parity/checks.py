@@ -1,225 +1,137 @@
-"""Define the checks of `moebench parity`. Each check has some small cases and a probe that runs a backend on them.
+"""Define the checks of `moebench parity`: parts of the space of trials, and what a worker is asked to try in them.
 
-Each check looks for a fault that shipped in somebody's expert layer. moebench.measure.probes runs the checks, and
-moebench.run.audit reports what they find.
+Without `--check`, the whole space is tried.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from moebench.parity.covering import Axes, covering
+from moebench.parity.programs import PROGRAMS, Program
+from moebench.parity.space import AXES, RANK_AXES, Trial
 from moebench.workload.backends import DISPATCHERS
-from moebench.workload.case import ACTIVATIONS, DTYPES, Case, Job
+from moebench.workload.case import DTYPES, Job
 
-Probe = Literal[
-    "passes",
-    "profiled",
-    "dropped",
-    "duplicates",
-    "unnormalised",
-    "amplified",
-    "input_dtypes",
-    "strided",
-    "other_inputs",
-    "repeated",
-    "state_dict",
-    "in_place",
-    "large",
-]
-Fields = dict[str, Any]
+SEARCH = "search"
 
-SHAPE: Fields = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 128, "moe_inter_dim": 64}
-HOSTILE: Fields = {"mode": "train", "expert_bias": True, "masked_share": 0.125}
-BASE: Fields = {"num_tokens": 48, **SHAPE, **HOSTILE}
+
+def _programs(*words: str) -> tuple[Program, ...]:
+    """Return the programs that have a step which begins with one of the words."""
+    return tuple(one for one in PROGRAMS if any(step.startswith(words) for step in one))
+
+
+def _values(axis: str, *left_out: object) -> tuple[Any, ...]:
+    return tuple(value for value in AXES[axis] if value not in left_out)
 
 
 @dataclass(frozen=True)
 class Check:
-    """The cases that `probe` runs on, in each of `dtypes`. `cases` lists only the fields that differ from BASE."""
+    """A part of the space: on the named axes, only these values are tried."""
 
     name: str
     looks_for: str
-    cases: tuple[Fields, ...] = ({},)
-    probe: Probe = "passes"
-    dtypes: tuple[str, ...] = DTYPES
-    dispatchers: tuple[str, ...] = ("local",)
+    axes: Mapping[str, Sequence[Any]]
 
-
-#: The gradient of a clamped activation jumps at the limit. FP8's rounding may carry one value over the limit. These
-#: rows are so wide that one such value is a small part of its row.
-_WIDE: Fields = {"moe_inter_dim": 512, "n_routed_experts": 4}
-_CLAMPED: Fields = {**_WIDE, "activation_alpha": 0.7, "activation_limit": 5.0}
-_OF_ACTIVATION: dict[str, Fields] = {"swigluoai": _CLAMPED, "quick_geglu": _CLAMPED}
-_FORMS: tuple[Fields, ...] = (
-    *({"expert_activation": name, **_OF_ACTIVATION.get(name, {})} for name in ACTIVATIONS),
-    {"swiglu_limit": 5.0, **_WIDE},
-)
 
 CHECKS: dict[str, Check] = {
     check.name: check
     for check in (
-        Check(
-            "activations",
-            "a wrong activation, with or without biases: column layout, alpha, limit, bias times routing weight",
-            tuple({**form, "expert_bias": bias} for form in _FORMS for bias in (True, False)),
-        ),
-        Check(
-            "limits",
-            "a missing clamp or alpha: many values meet the limit, and alpha is far from its default",
-            tuple(
-                {"mode": "forward", "activation_alpha": 0.3, "activation_limit": 5.0, **form}
-                for form in (
-                    {"expert_activation": "swigluoai"},
-                    {"expert_activation": "quick_geglu"},
-                    {"swiglu_limit": 5.0},
-                )
-            ),
-            "amplified",
-        ),
-        Check(
-            "weight-after-down",
-            "a wrong result with apply_router_weight_after_down, for a gated and an ungated activation",
-            tuple(
-                {"expert_activation": name, "expert_bias": bias, "apply_router_weight_after_down": True}
-                for name in ("swiglu", "relu2")
-                for bias in (True, False)
-            ),
-        ),
-        Check(
-            "routing-weights",
-            "a wrong output or gradient if routing weights do not sum to one or are zero, or if a token has one expert",
-            ({}, {"n_activated_experts": 1}, {"apply_router_weight_after_down": True}),
-            "unnormalised",
-        ),
-        Check(
-            "masked-tokens",
-            "NaN that leaks from the rows of masked tokens, where some tokens are masked, and where all are",
-            ({"masked_share": 0.4}, {"masked_share": 0.4, "mode": "forward"}, {"masked_share": 1.0}),
-        ),
-        Check("dropped-choices", "a wrong result if some or all indices of a token are -1", ({},), "dropped"),
-        Check(
-            "duplicate-experts",
-            "a wrong result if a token chooses the same expert twice or more often",
-            ({"n_activated_experts": 4},),
-            "duplicates",
-        ),
-        Check(
-            "empty-experts",
-            "gradients of experts without tokens that are None or uninitialised memory: they must be zeros",
-            tuple({"routing": "empty:0.5", "expert_bias": bias} for bias in (True, False)),
-        ),
-        Check("one-hot", "a wrong result if all tokens choose the same one or two experts", tuple(
-            {"routing": "one-hot", "n_activated_experts": count} for count in (1, 2))),
-        Check(
-            "few-tokens",
-            "a wrong result for a call without tokens, and for a call with one token",
-            tuple({"num_tokens": count, "mode": mode, "masked_share": 0.0}
-                  for count in (0, 1) for mode in ("train", "forward")),
-        ),
-        Check(
-            "equal-dimensions",
-            "a transposed weight of either projection, which no shape reveals because its two dimensions are equal",
-            (
-                {"dim": 64, "moe_inter_dim": 64},
-                {"dim": 64, "moe_inter_dim": 64, "expert_activation": "relu2"},
-                {"dim": 128, "moe_inter_dim": 64, "expert_activation": "geglu"},
-            ),
-        ),
-        Check(
-            "many-experts",
-            "experts in the wrong order: with more than ten, their names sort in another order than their numbers",
-            ({"n_routed_experts": 24, "n_activated_experts": 6}, {"n_routed_experts": 24, "routing": "zipf"}),
-        ),
-        Check(
-            "many-tokens",
-            "one wrong row in ten thousand, and offsets that overflow 16 bits",
-            ({"num_tokens": 10_240, "dim": 32, "moe_inter_dim": 16},),
-        ),
-        Check(
-            "layouts",
-            "a wrong result for inputs and gradients that are not contiguous: strided, column-major or expanded",
-            ({}, {"mode": "forward"}),
-            "strided",
-        ),
-        Check(
-            "input-dtypes",
-            "a wrong result for indices in int32 and routing weights in bfloat16",
-            ({},),
-            "input_dtypes",
-        ),
-        Check(
-            "other-inputs",
-            "stale buffers and gradients from an earlier call that had other tokens, or more tokens",
-            ({}, {"mode": "forward"}),
-            "other_inputs",
-        ),
-        Check(
-            "repeated",
-            "a result that is right at first and wrong later, or wrong now and then: each of many calls must be right",
-            ({},),
-            "repeated",
-        ),
-        Check(
-            "state-dict",
-            "weights that a state dict changes, and loaded weights that a call ignores; with more than ten experts",
-            ({"n_routed_experts": 12}, {"n_routed_experts": 12, "expert_activation": "relu2", "expert_bias": False}),
-            "state_dict",
-        ),
-        Check(
-            "updated-weights",
-            "a call that ignores parameters changed in place after the last call, as an optimizer changes them",
-            ({},),
-            "in_place",
-        ),
-        Check(
-            "determinism",
-            "passes that differ in their bits, with many rows per expert; this is reported, not judged",
-            ({"num_tokens": 512, "n_activated_experts": 4},),
-        ),
-        Check(
-            "fallback",
-            "another backend that runs under the name of this one; the kernel that ran is reported, not judged",
-            ({},),
-            "profiled",
-        ),
-        Check(
-            "expert-parallel",
-            "two ranks that differ from one process: unequal loads, a rank without tokens, experts without tokens",
-            tuple(
-                {"ep_size": 2, "rank_load": load, "routing": routing}
-                for load, routing in (("even", "zipf"), ("uneven", "uniform"), ("one-empty", "empty:0.5"))
-            ),
-            dispatchers=DISPATCHERS,
-        ),
-        Check(
-            "large-offsets",
-            "offsets that overflow with more than 2^31 permuted elements, on a GPU with enough memory",
-            ({"num_tokens": 66_560, "n_routed_experts": 32, "n_activated_experts": 8, "dim": 4096},),
-            "large",
-            ("bfloat16",),
-        ),
+        Check("activations", "a wrong activation or limit, also with large arguments", {
+            "n_routed_experts": (2,), "routing": ("uniform",), "dim": (8, 64), "moe_inter_dim": (8, 64),
+            "num_tokens": (3, 33), "n_activated_experts": (1, 2)}),
+        Check("routing-weights", "a wrong result for weights that are zero, negative, or do not sum to one", {
+            "weights": _values("weights", "positive")}),
+        Check("unused-weights", "NaN that leaks from weights of masked tokens and of indices that are -1", {
+            "unused_weights": ("nan",), "mask": ("some", "first-masked"), "choices": ("some-dropped", "token-dropped")}),
+        Check("masked-tokens", "NaN that leaks from the rows of masked tokens", {"mask": _values("mask", "all-kept")}),
+        Check("dropped-choices", "a wrong result if some or all indices of a token are -1", {
+            "choices": _values("choices", "distinct", "duplicates")}),
+        Check("duplicate-experts", "a wrong result if a token chooses the same expert twice", {
+            "choices": ("duplicates",), "n_activated_experts": _values("n_activated_experts", 1)}),
+        Check("routings", "a wrong result if all tokens choose the same experts, or if experts have no tokens", {
+            "routing": _values("routing", "uniform")}),
+        Check("few-tokens", "a wrong result for a call without tokens, and for one to four tokens", {
+            "num_tokens": (0, 1, 2, 3, 4)}),
+        Check("many-tokens", "offsets that overflow 16 bits", {
+            "num_tokens": AXES["num_tokens"][-1:], "steps": (("call", "backward"), ("call:no_grad",))}),
+        Check("many-experts", "experts in the wrong order, and limits on their number", {
+            "n_routed_experts": (11, 65, 257, 1024)}),
+        Check("dimensions", "a transposed weight, and sizes that are no powers of two", {
+            "steps": (("call", "backward"),), "n_routed_experts": (2,), "num_tokens": (3,)}),
+        Check("dtypes", "a wrong result or gradient if inputs, weights, indices and parameters differ in dtype", {
+            "param_dtype": _values("param_dtype", "same"), "weights_dtype": _values("weights_dtype", "float32"),
+            "index_dtype": _values("index_dtype", "int64")}),
+        Check("layouts", "a wrong result for tensors that are not contiguous", {
+            "x_layout": _values("x_layout", "contiguous"), "grad_layout": _values("grad_layout", "contiguous"),
+            "weights_layout": _values("weights_layout", "contiguous"),
+            "parameter_layout": _values("parameter_layout", "contiguous")}),
+        Check("wanted-gradients", "a missing or unwanted gradient if only some tensors require one", {
+            "wanted": _values("wanted", "all")}),
+        Check("modes", "a wrong result under no_grad, inference_mode, eval and autocast", {
+            "steps": _programs("call:no_grad", "call:inference", "call:eval", "call:autocast")}),
+        Check("several-calls", "state that one call leaves to another, and outputs that a later call overwrites", {
+            "steps": _programs("tokens", "backward:twice", "second", "copy")}),
+        Check("changed-weights", "a call that ignores parameters that were updated, loaded, copied or replaced", {
+            "steps": _programs("update", "load", "to", "copy", "init")}),
+        Check("state-dict", "a state dict that does not hold the parameters, or does not load", {
+            "steps": _programs("load", "save")}),
+        Check("saved-tensors", "a wrong backward if hooks move saved tensors, or if activations are checkpointed", {
+            "steps": _programs("call:hooks", "call:checkpoint", "call:reentrant", "backward:twice")}),
+        Check("repeated", "a result that is wrong now and then, or after many calls", {"steps": (("repeat",),)}),
     )
 }  # fmt: skip
 
 
-def suite_jobs(
-    backends: Sequence[str],
-    checks: Sequence[str] = tuple(CHECKS),
-    dtypes: Sequence[str] = DTYPES,
-    seed: int = 0,
+def axes_of(check: str | None, dtypes: Sequence[str], on_ranks: bool = False) -> Axes:
+    """Return the axes of a check (None: of the whole space) in some dtypes, for one process or for ranks."""
+    axes = dict(RANK_AXES if on_ranks else AXES) | {"dtype": tuple(dtypes)}
+    return axes | (dict(CHECKS[check].axes) if check is not None else {})
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search at random in the axes of a check, for some seconds."""
+
+    seconds: float
+    seed: int
+    check: str | None
+    dtypes: tuple[str, ...]
+    on_ranks: bool = False
+
+    @property
+    def text(self) -> str:
+        """What a job's `check` says."""
+        words = (SEARCH, f"{self.seconds:g}", str(self.seed), self.check or "-", ",".join(self.dtypes))
+        return " ".join((*words, "ranks" if self.on_ranks else "alone"))
+
+    @classmethod
+    def parse(cls, text: str) -> "Search":
+        """Return the search of a job's `check`."""
+        _, seconds, seed, check, dtypes, where = text.split()
+        named = None if check == "-" else check
+        return cls(float(seconds), int(seed), named, tuple(dtypes.split(",")), where == "ranks")
+
+    @property
+    def axes(self) -> Axes:
+        return axes_of(self.check, self.dtypes, self.on_ranks)
+
+
+def covering_jobs(
+    backend: str, check: str | None = None, dtypes: Sequence[str] = DTYPES, seed: int = 0, on_ranks: bool = False
 ) -> list[Job]:
-    """Return every case of the named checks in every dtype, each with all backends one after the other."""
-    return [
-        Job(case=case, backend=backend, dispatcher=dispatcher, check=check.name)
-        for check in (CHECKS[name] for name in checks)
-        for case in _cases(check, dtypes, seed)
-        for dispatcher in check.dispatchers
-        for backend in backends
-    ]
+    """Return a job for every covering case; on ranks, with every dispatcher."""
+    cases = covering(axes_of(check, dtypes, on_ranks), seed)
+    dispatchers = DISPATCHERS if on_ranks else ("local",)
+    return [case_job(backend, trial, dispatcher) for dispatcher in dispatchers for trial in cases]
 
 
-def _cases(check: Check, dtypes: Sequence[str], seed: int) -> Iterator[Case]:
-    for dtype in dtypes:
-        if dtype in check.dtypes:
-            for fields in check.cases:
-                yield Case.model_validate({**BASE, "dtype": dtype, "seed": seed, **fields})
+def case_job(backend: str, trial: Trial, dispatcher: str = "local") -> Job:
+    """Return the job that tries one trial."""
+    return Job(case=trial.case, backend=backend, dispatcher=dispatcher, check=trial.text)
+
+
+def search_job(backend: str, search: Search, dispatcher: str = "local") -> Job:
+    """Return the job of a search."""
+    trial = Trial(ep_size=2, n_routed_experts=2) if search.on_ranks else Trial()
+    return Job(case=trial.case, backend=backend, dispatcher=dispatcher, check=search.text)

@@ -1,13 +1,14 @@
-"""Decide whether a backend is right: compare its output and every gradient with the loop path in float64.
+"""Decide whether a backend is right: compare its output and every gradient with the oracle in float64.
 
 Errors are scale-free: ‖a − ref‖ / ‖ref‖ over the whole tensor and over its worst group. A group is the row of one token
 or one expert. The norm of a reference row is at least the root mean square of the tensor's row norms, so that a row
 that is small by cancellation does not fail a right backend. The norm of an expert's gradient has no such floor. Rows of
 masked tokens and gradients of experts without tokens must be exactly zero. A value that is not finite never passes.
 
-Budgets are not constants. The loop runs in the case's dtype, and its error against the same reference is what rounding
-costs. The budget is FACTOR times this error, with a floor from the dtype's rounding unit and the reduction's length.
-docs/concepts.md derives the budgets.
+Budgets are not constants. The oracle runs again with the rounding of the case's dtype, and its errors against the
+float64 run are what rounding costs. The budget is FACTOR times the largest of these errors, with a floor from the
+dtype's rounding unit and the reduction's length. docs/concepts.md derives the budgets. Nothing in a budget comes from
+the code under test.
 
 FP8 rounds so coarsely that one expert's error can hide in a row to which other experts add more. The output of an FP8
 backend is therefore also compared by expert. Only the part of the error that lies along the direction of the expert's
@@ -18,29 +19,29 @@ comparison by expert comes out at one rounding unit of E4M3, 1/16.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from experts.activations import accumulation_dtype
-from experts.compute import PARAMETER_NAMES
+from moebench.parity.oracle import PARAMETER_NAMES, wide
 from moebench.parity.quantization import fp8_product
 from moebench.parity.reference import GroupErrors, Tensors, group_errors
+from moebench.parity.rounding import REFERENCE_ROUNDS
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import ALONE, Ranks
 
-#: A budget is this many times the loop's own error. The rounding errors of two right backends are independent and of
-#: the same size, so their worst rows differ little. A fault of 2% in one expert exceeds the budget in every dtype.
+#: A budget is this many times the largest error of the oracle's runs that round. The rounding errors of two right
+#: backends are independent and of the same size, so their worst rows differ little.
 FACTOR = 3.0
 #: The budget's floor for the routing weights' gradient is this many times the floor of other tensors, because a row of
 #: this gradient has only K numbers, too few for an average.
 WEIGHTS_GRAD_UNITS = 4.0
 #: The rounding unit of E4M3, which has three bits after the leading one.
 FP8_UNIT = torch.finfo(torch.float8_e4m3fn).eps / 2
-#: No budget is larger than this, whatever the loop's error is. A row of zeros has error 1 and therefore never passes.
+#: No budget is larger than this. A row of zeros has error 1 and therefore never passes.
 CEILING = 0.5
 
 #: The integer dtype that is as wide as a float, by its number of bytes.
@@ -108,12 +109,12 @@ def run_pass(module: nn.Module, inputs: Inputs, mode: str) -> Tensors:
     module.zero_grad(set_to_none=True)
     output = module(x_TD, arguments[0], weights_TK, arguments[1])
     output.backward(inputs.grad_TD)
-    grads = {"x": x_TD.grad, "weights": weights_TK.grad, **_stacked_grads(module)}
+    grads = {"x": x_TD.grad, "weights": weights_TK.grad, **stacked_grads(module)}
     module.zero_grad(set_to_none=True)
     return {"output": output.detach(), **{f"{name}.grad": grad for name, grad in grads.items() if grad is not None}}
 
 
-def _stacked_grads(module: nn.Module) -> dict[str, Tensor]:
+def stacked_grads(module: nn.Module) -> dict[str, Tensor]:
     """Return the gradients of the module's local experts, stacked by expert.
 
     They come from the module's method `stacked_grads` if it has one, else from its parameters of the usual names.
@@ -125,6 +126,10 @@ def _stacked_grads(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in parameters.items() if p is not None and p.grad is not None}
 
 
+class Unfit(Exception):
+    """A case on which no backend can be judged, because rounding alone changes the right result beyond a budget."""
+
+
 def check(
     case: Case,
     inputs: Inputs,
@@ -132,32 +137,60 @@ def check(
     passes: list[Tensors],
     fp8: str | None = None,
     ranks: Ranks = ALONE,
+    wanted: Collection[str] | None = None,
+    rounds_to: torch.dtype | None = None,
+    partly: bool = False,
 ) -> ParityVerdict:
     """Compare every pass of a backend with the reference on the same inputs and parameters.
 
     All passes must have used these inputs and parameters. Inputs, parameters and passes are those of this rank, and the
     verdict is over all ranks. `fp8` names the recipe that the backend computes in; the budget then comes from this
-    recipe's rounding. A gradient that is missing, or that has another shape or dtype than its tensor, is an infinite
-    error.
+    recipe's rounding. `wanted` names the tensors whose gradients a pass in mode train must have ("x", "weights" and
+    parameters); None means all. `rounds_to` is the dtype whose rounding sets the budget; None means x's dtype. A gradient
+    that is missing, that nobody wanted, or that has another shape or dtype than its tensor, is an infinite error.
+
+    Raises Unfit if the case is at fault: its values overflow in its dtype, or vanish in its rounding. If `partly` is
+    true, only an overflow is a fault of the case, and a tensor that vanishes in the rounding must only be finite.
     """
-    malformed = [error for tensors in passes for error in _malformed(case, inputs, parameters, tensors)]
+    malformed = [error for tensors in passes for error in _malformed(case, inputs, parameters, tensors, wanted)]
     found = [error for rank in ranks.tell(malformed) for error in rank]
     if not found:
         product = torch.matmul if fp8 is None else fp8_product(fp8)
-        errors = group_errors(case, inputs, parameters, passes, product, ranks)
-        floor = _floor(case, inputs, fp8)
-        floors = {"weights.grad": WEIGHTS_GRAD_UNITS * floor}
-        mine = [judge(one, floors.get(one.tensor, floor)) for one in errors]
+        dtype = rounds_to or inputs.x_TD.dtype
+        errors = group_errors(case, inputs, parameters, passes, product, ranks, dtype)
+        roundings = [_largest(_ratios(one.rounding_G, one.scale_G)) for one in errors]
+        roundings = [max(same) for same in zip(*ranks.tell(roundings), strict=True)]
+        for one, rounding in zip(errors, roundings, strict=True):
+            if math.isinf(rounding) or (rounding * FACTOR > CEILING and not partly):
+                raise Unfit(_unfit(case, one.tensor, rounding))
+        errors = [
+            one if rounding * FACTOR <= CEILING else _finite(one)
+            for one, rounding in zip(errors, roundings, strict=True)
+        ]
+        mine = [judge(one, _floor(case, inputs, fp8, one.tensor, (dtype, passes[0][one.tensor].dtype))) for one in errors]
         found = [_worst_of_ranks(same) for same in zip(*ranks.tell(mine), strict=True)]
     return ParityVerdict(tuple(found))
 
 
-def _floor(case: Case, inputs: Inputs, fp8: str | None) -> float:
-    dtype = inputs.x_TD.dtype
-    unit, acc_unit = (torch.finfo(one).eps / 2 for one in (dtype, accumulation_dtype(dtype)))
+def _unfit(case: Case, tensor: str, rounding: float) -> str:
+    """Return why a tensor of the case cannot be judged."""
+    how = "overflows" if math.isinf(rounding) else f"changes by {rounding:.2g} of its size when it is rounded"
+    return f"{case.dtype} cannot hold this case: {tensor} {how}; choose a wider dtype or smaller values"
+
+
+def _finite(errors: GroupErrors) -> GroupErrors:
+    """Return the errors of a tensor that must only be finite: no error where it is."""
+    return dataclasses.replace(errors, passes_PG=torch.where(errors.passes_PG.isfinite(), 0.0, errors.passes_PG))
+
+
+def _floor(case: Case, inputs: Inputs, fp8: str | None, tensor: str, dtypes: Sequence[torch.dtype]) -> float:
+    """Return the least budget of a tensor, for the dtype of the computation and the tensor's own dtype."""
+    unit = max(torch.finfo(dtype).eps / 2 for dtype in dtypes)
+    acc_unit = torch.finfo(wide(dtypes[0])).eps / 2
     most_rows = int((inputs.active_indices_TK.flatten() + 1).bincount(minlength=2)[1:].max())
     longest = max(case.dim, 2 * case.moe_inter_dim, most_rows)
-    return (unit if fp8 is None else FP8_UNIT) + acc_unit * math.sqrt(longest)
+    floor = (unit if fp8 is None else FP8_UNIT) + acc_unit * math.sqrt(longest)
+    return floor * (WEIGHTS_GRAD_UNITS if tensor == "weights.grad" else 1) * (REFERENCE_ROUNDS if dtypes[0] is torch.float64 else 1)
 
 
 def _worst_of_ranks(found: Sequence[TensorError]) -> TensorError:
@@ -168,8 +201,8 @@ def _worst_of_ranks(found: Sequence[TensorError]) -> TensorError:
 def judge(errors: GroupErrors, floor: float) -> TensorError:
     """Return the worst error of one tensor over all passes, over the whole tensor and over each group."""
     whole = errors.scale_G.square().sum().sqrt()
-    budget_of_whole = _budget(_ratios(_norm(errors.loop_G), whole), floor)
-    budget_of_group = _budget(_ratios(errors.loop_G, errors.scale_G), floor)
+    budget_of_whole = _budget(_ratios(_norm(errors.rounding_G), whole), floor)
+    budget_of_group = _budget(_ratios(errors.rounding_G, errors.scale_G), floor)
     found = []
     for errors_G in errors.passes_PG:
         by_group_G = _ratios(errors_G, errors.scale_G)
@@ -180,15 +213,23 @@ def judge(errors: GroupErrors, floor: float) -> TensorError:
     return max(found, key=lambda one: one.over_budget)
 
 
-def _budget(loop_ratios: Tensor, floor: float) -> float:
-    return min(CEILING, max(floor, FACTOR * _largest(loop_ratios)))
+def _budget(rounding_ratios: Tensor, floor: float) -> float:
+    return min(CEILING, max(floor, FACTOR * _largest(rounding_ratios)))
 
 
-def _malformed(case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], tensors: Tensors) -> Iterator[TensorError]:
+def _malformed(
+    case: Case,
+    inputs: Inputs,
+    parameters: Mapping[str, Tensor],
+    tensors: Tensors,
+    wanted: Collection[str] | None,
+) -> Iterator[TensorError]:
     expected = {"output": inputs.x_TD}
     if case.mode == "train":
-        expected |= {"x.grad": inputs.x_TD, "weights.grad": inputs.weights_TK}
-        expected |= {f"{name}.grad": parameter for name, parameter in parameters.items()}
+        of = {"x": inputs.x_TD, "weights": inputs.weights_TK, **parameters}
+        expected |= {f"{name}.grad": like for name, like in of.items() if wanted is None or name in wanted}
+    for name in tensors.keys() - expected.keys():
+        yield TensorError(name, "is a gradient that nobody wanted", math.inf, 1.0)
     for name, like in expected.items():
         found = tensors.get(name)
         if found is None:

@@ -1,6 +1,6 @@
 """Compute matrix products with FP8 rounding: quantise the operands as Transformer Engine's recipes do.
 
-For an FP8 backend, the loop runs with these matrix products. The error of this run is what the recipe costs in
+For an FP8 backend, the oracle runs with these matrix products. The error of this run is what the recipe costs in
 accuracy, and this error sets the budget of the backend. Formats and granularities are those of
 transformer_engine.common.recipe (2.20):
 
@@ -12,7 +12,6 @@ transformer_engine.common.recipe (2.20):
 * `mxfp8` also scales by powers of two in E4M3. A block is 32 values along the reduction, in every operand.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +20,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moebench.parity.oracle import Product
+
 RECIPES = ("current", "delayed", "block", "mxfp8")
-Product = Callable[[Tensor, Tensor], Tensor]
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 #: The shape of a block that shares a scale: in an activation or gradient, then in a weight. In a recipe that is not in
@@ -35,13 +35,16 @@ LARGEST_SCALE = 2.0**127
 def fp8_product(recipe: str) -> Product:
     """Return a matrix product (a [N, P], b [P, Q]) -> [N, Q] in a's dtype, with the recipe's rounding.
 
-    The product quantises the operands in the forward pass and in both gradients. Raises ValueError if this module does
-    not know the recipe's rounding.
+    The product quantises the operands in the forward pass and in both gradients. It also takes stacks of G matrices, a
+    [G, N, P] and b [G, P, Q], and quantises each matrix by itself. Raises ValueError if this module does not know the
+    recipe's rounding.
     """
     if recipe not in RECIPES:
         raise ValueError(f"FP8 recipe {recipe!r}: its rounding is not known; it must be one of {', '.join(RECIPES)}")
 
     def product(a: Tensor, b: Tensor) -> Tensor:
+        if a.dim() == 3:
+            return torch.stack([product(*pair) for pair in zip(a, b, strict=True)])
         result: Tensor = _Fp8Product.apply(a, b, recipe)
         return result
 

@@ -48,6 +48,7 @@ class WorkerProcess:
         self._given: list[Job] = []
         self._num_done = 0
         self._running: int | None = None  # number of the job that the worker is measuring
+        self._trial: str | None = None  # the trial that the job is playing
         self._kills_before = 0
         self._torn = b""
         name = _unused_name(plan.folder / "logs")
@@ -149,7 +150,9 @@ class WorkerProcess:
             case "refused":
                 raise Refused("\n".join(event["mistakes"]))
             case "start":
-                self._running = event["number"]
+                self._running, self._trial = event["number"], None
+            case "trial":
+                self._trial = event["trial"]
             case "record" if (
                 event["number"] == self._running
             ):  # where several ranks fail, only the first one's record counts
@@ -209,6 +212,8 @@ class WorkerProcess:
         assert self.environment is not None, "a job starts after the worker has reported its environment"
         job, self._running = self._given[self._running], None
         self._num_done += 1
+        if self._trial is not None:
+            detail = f"{detail}\nmoebench parity {job.backend} --case '{self._trial}'"
         return record(
             job,
             status,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from experts import MoEConfig
-from experts.activations import accumulation_dtype
 from experts.modules import parameter_shapes
 from moebench.errors import InputsError
 from moebench.workload.case import Case
@@ -87,7 +86,7 @@ def make_inputs(case: Case, device: torch.device, rank: int = 0) -> Inputs:
 
     x_TD, grad_TD = normal(num_tokens, case.dim), normal(num_tokens, case.dim)
     choices = (num_tokens, case.n_activated_experts)
-    weights_TK = torch.randn(choices, dtype=accumulation_dtype(dtype), device=device, generator=generator).softmax(
+    weights_TK = torch.randn(choices, dtype=torch.promote_types(dtype, torch.float32), device=device, generator=generator).softmax(
         dim=-1
     )
     indices_TK = draw_routing(case, generator, rank)

@@ -1,0 +1,228 @@
+"""Try a backend as a job of `moebench parity` asks: play one trial, or search for a trial that fails.
+
+A trial that fails is shrunk here, because the process that met the fault can meet it again.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from experts import Unsupported
+from experts.config import DTYPES as TORCH_DTYPES
+from experts.registry import Backend, get_backend
+from moebench.measure.cache import Workload
+from moebench.measure.subject import Measured
+from moebench.parity.checks import SEARCH, Search
+from moebench.parity.judge import TensorError, Unfit
+from moebench.parity.listing import listing
+from moebench.parity.play import Play
+from moebench.parity.player import Stage
+from moebench.parity.search import SHRINK_S, drawn, smallest
+from moebench.parity.space import Trial
+from moebench.results.record import Status
+from moebench.workload.case import DTYPES, Job
+from moebench.workload.inputs import moe_config
+from moebench.workload.ranks import Ranks
+
+#: Sizes of rows that every engine takes are multiples of this many elements.
+ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A trial that failed, as it was played, and why: the worst error of any rank, or the error that it raised."""
+
+    trial: Trial
+    play: Play
+    worst: TensorError | None = None
+    error: Exception | None = None
+
+    @property
+    def reason(self) -> str:
+        """One line that says what is wrong."""
+        if self.worst is not None:
+            return str(self.worst)
+        return f"{type(self.error).__name__}: {self.error}".splitlines()[0]
+
+
+@dataclass
+class Tried:
+    """What the trials of a job showed so far."""
+
+    num_ok: int = 0
+    num_unfit: int = 0
+    unsupported: dict[str, int] = field(default_factory=dict)
+    worst: float = 0.0
+    worst_tensor: str = "output"
+    deterministic: bool | None = None
+
+
+class Trier:
+    """A backend that is tried on this process's device, with the job's dispatcher where there are several ranks."""
+
+    def __init__(self, job: Job, workload: Workload) -> None:
+        self.backend, self.workload, self.ranks = get_backend(job.backend), workload, workload.ranks
+        self.dispatcher = None if self.ranks.mesh is None else job.dispatcher
+        self.tried = Tried()
+        self._alone: DeviceMesh | None = None
+
+    def first_failure(self, trials: Iterable[Trial]) -> Failure | None:
+        """Play the trials until one fails; return None if none does."""
+        for trial in trials:
+            failure = self.play(trial)
+            if failure is not None:
+                return failure
+        return None
+
+    def play(self, trial: Trial) -> Failure | None:
+        """Play a trial, or the nearest one that the backend supports. Return the failure, or None."""
+        play = None
+        try:
+            trial = self.supported(trial)
+            self.workload.tell(trial.text)
+            play = Play(trial, self._stage(trial))
+            verdict = play.run()
+        except Unfit:
+            self.tried.num_unfit += 1
+            return None
+        except Unsupported as reason:
+            self.tried.unsupported[reason.reason] = self.tried.unsupported.get(reason.reason, 0) + 1
+            return None
+        except Exception as error:
+            if self.ranks.size > 1:  # the other ranks wait for this one: only a new group can go on
+                raise
+            if play is None:
+                raise
+            return Failure(trial, play, error=error)
+        worsts = self.ranks.tell(verdict.worst)
+        worst = max(worsts, key=lambda one: one.over_budget)
+        if worst.over_budget > 1:
+            return Failure(trial, play, worst)
+        self._keep(play, worst.over_budget, worst.tensor)
+        return None
+
+    def _keep(self, play: Play, worst: float, tensor: str) -> None:
+        tried = self.tried
+        tried.num_ok += 1
+        if worst >= tried.worst:
+            tried.worst, tried.worst_tensor = worst, tensor
+        if play.deterministic is not None:
+            tried.deterministic = play.deterministic and tried.deterministic is not False
+
+    def supported(self, trial: Trial) -> Trial:
+        """Return the trial with dimensions and dtypes that the backend takes. Raises Unsupported if it takes none."""
+        reason: Unsupported | None = None
+        for candidate in _candidates(trial):
+            config = moe_config(candidate.case)
+            problem = self.backend.unsupported(self.workload.device, config, self.dispatcher)
+            if problem is None and candidate.params != candidate.dtype:
+                own = config.with_dtype(TORCH_DTYPES[candidate.params])
+                if self.backend.unsupported(self.workload.device, own, self.dispatcher) is not None:
+                    return replace(candidate, param_dtype="same")
+            if problem is None:
+                return candidate
+            reason = reason or problem
+        assert reason is not None
+        raise reason
+
+    def _stage(self, trial: Trial) -> Stage:
+        ranks = self.ranks
+        if ranks.mesh is not None and trial.group == "alone":
+            ranks = Ranks(0, 1, self._mesh_alone())
+        device = self.workload.device
+        return Stage(lambda one: self._build(one, ranks), device, self.backend.fp8, ranks, self.ranks.rank)
+
+    def _mesh_alone(self) -> DeviceMesh:
+        """Return a mesh in which each rank is a group of its own."""
+        if self._alone is None:
+            shape = (self.ranks.size, 1)
+            self._alone = init_device_mesh(self.workload.device.type, shape, mesh_dim_names=("dp", "ep"))["ep"]
+        return self._alone
+
+    def _build(self, trial: Trial, ranks: Ranks) -> nn.Module:
+        config = moe_config(trial.case).with_dtype(TORCH_DTYPES[trial.params])
+        with self.workload.device:
+            layer = self.backend.build(config, self.dispatcher)
+        layer.to(self.workload.device)
+        if ranks.mesh is not None:
+            spread: Callable[[DeviceMesh], None] = layer.init_token_dispatcher  # type: ignore[assignment]
+            spread(ranks.mesh)
+        return layer
+
+
+def _candidates(trial: Trial) -> Iterable[Trial]:
+    """Yield the trial, then the nearest ones in dimensions and dtypes."""
+    up = {name: -(-getattr(trial, name) // ALIGNED) * ALIGNED for name in ("dim", "moe_inter_dim")}
+    for dtype in (trial.dtype, *(name for name in ("bfloat16", *DTYPES) if name != trial.dtype)):
+        scale = min(trial.x_scale, 4.0) if dtype == "float16" else trial.x_scale  # float16 overflows
+        own = replace(trial, dtype=dtype, x_scale=scale)
+        yield own
+        yield replace(own, **up)
+
+
+def examine(job: Job, workload: Workload) -> Measured:
+    """Do what a job of `moebench parity` asks, and return the measured fields of its record.
+
+    Raises Unsupported if the backend can run none of its trials here.
+    """
+    assert job.check is not None
+    trier = Trier(job, workload)
+    if job.check.startswith(SEARCH):
+        search = Search.parse(job.check)
+        failure = trier.first_failure(_for_seconds(search, workload.ranks))
+    else:
+        failure = trier.first_failure([Trial.parse(job.check)])
+    if failure is not None:
+        return _failed(job, trier, failure)
+    tried = trier.tried
+    if not tried.num_ok:
+        unfit = "no backend can be judged on it: its values overflow in its dtype"
+        raise Unsupported(next(iter(tried.unsupported), unfit))
+    refused = sum(tried.unsupported.values())
+    return {
+        "status": Status.ok,
+        "parity_worst": tried.worst,
+        "parity_worst_tensor": tried.worst_tensor,
+        "deterministic": tried.deterministic,
+        "detail": f"{tried.num_ok} cases; {tried.num_unfit} overflow, {refused} are unsupported",
+    }
+
+
+def _for_seconds(search: Search, ranks: Ranks) -> Iterable[Trial]:
+    started = time.monotonic()
+    for trial in drawn(search.axes, search.seed):
+        if ranks.largest(time.monotonic() - started) >= search.seconds:
+            return
+        yield trial
+
+
+def _failed(job: Job, trier: Trier, failure: Failure) -> Measured:
+    """Return the fields for a failure, with the smallest trial that fails, its command and its lines of Python."""
+    started = time.monotonic()
+    failures = {failure.trial: failure}
+
+    def fails(trial: Trial) -> bool:
+        found = trier.play(trial)
+        if found is not None:
+            failures[found.trial] = failures[trial] = found
+        return found is not None
+
+    shrunk = smallest(failure.trial, fails, lambda: trier.ranks.largest(time.monotonic() - started) > SHRINK_S)
+    smaller = failures[shrunk]
+    on = "" if trier.dispatcher is None else f" --dispatcher {trier.dispatcher}"
+    lines = [smaller.reason, f"moebench parity {job.backend}{on} --case '{smaller.trial.text}'"]
+    if trier.dispatcher is None:
+        lines += listing(job.backend, smaller.play)
+    detail = "\n".join(lines)
+    if smaller.worst is None:
+        return {"status": Status.error, "detail": detail}
+    return {
+        "status": Status.mismatch,
+        "detail": detail,
+        "parity_worst": smaller.worst.over_budget,
+        "parity_worst_tensor": smaller.worst.tensor,
+    }

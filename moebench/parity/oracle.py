@@ -1,0 +1,121 @@
+"""The oracle: what an expert layer must return, written down from the formulas in docs/concepts.md.
+
+The code imports nothing from `experts`, so that a fault in `experts` cannot change what is right. It works in any float
+dtype. In float64 it is the reference. In the dtype of a case it shows what rounding costs.
+
+G is a number of experts that are computed together, M the number of rows of each, H the width of the first projection.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebench.workload.case import Case
+
+#: The names of the parameters, in the order in which documents list them.
+PARAMETER_NAMES = ("gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias")
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The choices of a case that change the formula. A limit of 0 means that nothing is clamped."""
+
+    activation: str
+    alpha: float
+    limit: float
+    weight_after_down: bool
+
+    @classmethod
+    def of(cls, case: Case) -> "Formula":
+        """Return the formula of a case's layer."""
+        limits = {"swiglu": case.swiglu_limit, "swigluoai": case.activation_limit, "quick_geglu": case.activation_limit}
+        limit = limits.get(case.expert_activation, 0.0)
+        return cls(case.expert_activation, case.activation_alpha, limit, case.apply_router_weight_after_down)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of activations and sums: float32, or float64 for float64."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def activation(formula: Formula, h: Tensor) -> Tensor:
+    """Return the activation of h [..., H] without the routing weight, in h's dtype: [..., I]."""
+    if formula.activation == "relu2":
+        return torch.where(h > 0, h * h, 0 * h)
+    if formula.activation == "quick_geglu":
+        gate, up = h[..., 0::2], h[..., 1::2]
+    else:
+        inter = h.shape[-1] // 2
+        gate, up = h[..., :inter], h[..., inter:]
+    if formula.limit > 0:
+        gate, up = gate.clamp(max=formula.limit), up.clamp(min=-formula.limit, max=formula.limit)
+    if formula.activation == "swiglu":
+        return gate * torch.sigmoid(gate) * up
+    if formula.activation == "geglu":
+        inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)
+        return 0.5 * gate * (1 + torch.tanh(inner)) * up
+    assert formula.activation in ("swigluoai", "quick_geglu"), formula.activation
+    return gate * torch.sigmoid(formula.alpha * gate) * (up + 1)
+
+
+@dataclass(frozen=True)
+class Values:
+    """What G experts compute for their rows, in the order of the formulas. Each tensor has G and M first."""
+
+    h: Tensor  # [G, M, H], the first projection, in x's dtype
+    a: Tensor  # [G, M, I], the activation without the routing weight, in the wide dtype of x
+    y: Tensor  # [G, M, D], what the experts add to their rows, in the wide dtype of x
+
+
+def experts_values(
+    formula: Formula,
+    x_GMD: Tensor,
+    weights_GM: Tensor,
+    experts: Mapping[str, Tensor],
+    product: Product = torch.matmul,
+) -> Values:
+    """Return what G experts compute for their rows x [G, M, D] with the routing weights [G, M].
+
+    `experts` has each parameter of these experts by name, stacked on G, in x's dtype. Matrix products run in x's dtype,
+    activations and sums in the wide dtype of x. `product` multiplies two stacks of matrices.
+    """
+    dtype = x_GMD.dtype
+    inner = wide(dtype)
+    weights_GM1 = weights_GM.to(inner).unsqueeze(-1)
+    h_GMH = product(x_GMD, experts["gate_and_up_projs"])
+    if "gate_up_proj_bias" in experts:
+        h_GMH = h_GMH + experts["gate_up_proj_bias"].unsqueeze(1)
+    a_GMI = activation(formula, h_GMH.to(inner))
+    weighted_GMI = a_GMI if formula.weight_after_down else a_GMI * weights_GM1
+    y_GMD = product(weighted_GMI.to(dtype), experts["down_projs"]).to(inner)
+    if "down_proj_bias" in experts:
+        bias_G1D = experts["down_proj_bias"].to(inner).unsqueeze(1)
+        y_GMD = y_GMD + (bias_G1D if formula.weight_after_down else bias_G1D * weights_GM1)
+    return Values(h_GMH, a_GMI, y_GMD * weights_GM1 if formula.weight_after_down else y_GMD)
+
+
+def gradients(
+    formula: Formula,
+    x_GMD: Tensor,
+    weights_GM: Tensor,
+    experts: Mapping[str, Tensor],
+    grad_GMD: Tensor,
+    product: Product = torch.matmul,
+) -> tuple[Values, dict[str, Tensor]]:
+    """Return the values of `experts_values`, and the gradients of `x`, `weights`, `h` and each parameter by name.
+
+    Autograd differentiates the formulas, from the output's gradient [G, M, D].
+    """
+    leaves = {"x": x_GMD, "weights": weights_GM, **experts}
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    inner = {name: leaves[name] for name in experts}
+    values = experts_values(formula, leaves["x"], leaves["weights"], inner, product)
+    of = {**leaves, "h": values.h}
+    grads = torch.autograd.grad(values.y, list(of.values()), grad_GMD.to(values.y.dtype))
+    detached = Values(values.h.detach(), values.a.detach(), values.y.detach())
+    return detached, dict(zip(of, grads, strict=True))

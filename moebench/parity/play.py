@@ -1,0 +1,372 @@
+"""Play a trial: take its steps with a layer, and compare all that the layer computes with the oracle."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moebench.parity import draw, judge
+from moebench.parity.judge import ParityVerdict, TensorError
+from moebench.parity.player import Call, Compared, Pass, Player, Stage, local, same_bits
+from moebench.parity.poison import poisoned
+from moebench.parity.reference import Tensors
+from moebench.parity.script import Script
+from moebench.parity.space import Trial
+from moebench.workload.inputs import Inputs
+
+#: With this many calls, a fault in one of 50 calls is met with a probability of 0.99.
+REPEATS = 230
+#: The inputs of ranks are this many numbers apart, and the second gradient of `backward:twice` this many.
+INPUTS_OF_RANK, OTHER_GRAD = 100, 50
+#: An expert's parameters of at least this many elements are not drawn twice by chance.
+NOT_BY_CHANCE = 8
+
+
+class Play:
+    """A trial that is being played. Its methods `_call`, `_backward` and so on take the steps of `STEPS`."""
+
+    def __init__(self, trial: Trial, stage: Stage) -> None:
+        self.trial, self.stage = trial, stage
+        self.num_inputs = self.num_parameters = 0
+        self.tokens = _tokens_of_rank(trial, stage.rank)
+        self.num_calls = 0
+        self.deterministic: bool | None = None
+        self.errors: list[TensorError] = []
+        self.script = Script(trial, stage.device.type)
+        self.failed: Compared | None = None
+        self.changed: Call | None = None
+        self.players: list[Player] = []
+        self.loaded: list[tuple[Tensors, Tensors]] = []
+        self.player: Player
+        self.other: Player | None = None
+
+    def run(self) -> ParityVerdict:
+        """Take all steps, and return the verdict. Raises the errors of the layer, and Unfit as `judge.check` does."""
+        self.player = self._new_player()
+        for step in self.trial.steps:
+            name, _, how = step.partition(":")
+            getattr(self, f"_{name}")(how)
+        for player in self.players:
+            self._compare(player)
+            for call, error in player.look_back(self.stage.device):
+                self.errors.append(error)
+                if self.changed is None and error.over_budget > 1:
+                    self.changed = call
+        for given, values in self.loaded:
+            for name, tensor in given.items():
+                self.errors.append(same_bits(name, "in the state dict that was loaded", local(tensor), local(values[name])))
+        return ParityVerdict(tuple(self.errors) or (TensorError("output", "not compared", 0.0, 1.0),))
+
+    def _compare(self, player: Player) -> None:
+        for compared in player.compare(self.trial, self.stage):
+            self._judge(compared)
+
+    def _judge(self, compared: Compared) -> None:
+        self.errors += compared.errors
+        if self.failed is None and any(one.over_budget > 1 for one in compared.errors):
+            self.failed = compared
+            self.script.is_closed = True
+
+    # calls
+
+    def _call(self, how: str) -> Call:
+        lines = self._lines(self.num_inputs, self.tokens)
+        return self._call_on(draw.run_lines(lines, self.stage.device), lines, how)
+
+    def _lines(self, number: int, tokens: int) -> list[str]:
+        """Return the lines that draw this rank's inputs number `number`."""
+        return draw.input_lines(self.trial, number + INPUTS_OF_RANK * self.stage.rank, tokens)
+
+    def _call_on(self, handed: Inputs, lines: list[str], how: str, is_new: bool = True) -> Call:
+        player, wanted = self.player, self.player.wanted
+        number, self.num_calls = self.num_calls, self.num_calls + 1
+        if is_new:
+            self.script.call(number, player.number, lines, how, wanted)
+        with_graph = how not in ("no_grad", "inference")
+        if with_graph:
+            handed.x_TD.requires_grad_(wanted.x)
+            handed.weights_TK.requires_grad_(wanted.weights)
+        if player.layer.training == (how == "eval"):
+            player.layer.train(how != "eval")
+        arguments = handed.x_TD, handed.token_mask_T, handed.weights_TK, handed.indices_TK
+        with self._memory(), _context(how, self.stage.device):
+            if how in ("checkpoint", "reentrant"):  # the reentrant kind needs an input that requires a gradient
+                reentrant = how == "reentrant" and (wanted.x or wanted.weights)
+                output = checkpoint(player.layer, *arguments, use_reentrant=reentrant)
+            else:
+                output = player.layer(*arguments)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"the layer returned {type(output).__name__}, not a Tensor")
+        in_graph = with_graph and bool(wanted.names)
+        call = Call(number, handed, lines, output, output.detach().clone(), in_graph, how == "autocast")
+        player.calls.append(call)
+        if not in_graph:
+            player.finish(call, self.stage.device)
+        return call
+
+    def _memory(self) -> AbstractContextManager[None]:
+        return poisoned(self.stage.device) if self.trial.memory == "poisoned" else nullcontext()
+
+    def _backward(self, how: str) -> None:
+        player = self.player
+        if not player.wanted.names:
+            return
+        waiting = player.waiting or [self._call("")]
+        call = waiting[-1 if how == "newest" else 0]
+        call.is_done = True
+        grad = call.handed.grad_TD
+        if how == "twice":
+            self._backward_of(call, grad, retain_graph=True)
+            lines = self._lines(self.num_inputs + OTHER_GRAD, call.handed.x_TD.shape[0])
+            grad = draw.run_lines(lines, self.stage.device).grad_TD
+            self.script.other_grad(lines, call.number)
+        self._backward_of(call, grad)
+
+    def _backward_of(self, call: Call, grad: Tensor, retain_graph: bool = False, told: bool = True) -> None:
+        number = self.script.backward(call.number, retain_graph) if told else None
+        expected = grad.detach().clone()
+        with self._memory():
+            call.output.backward(grad.to(call.output.dtype) if call.autocast else grad, retain_graph=retain_graph)
+        tensors = {"output": call.values}
+        for name, leaf in (("x", call.handed.x_TD), ("weights", call.handed.weights_TK)):
+            if leaf.grad is not None:
+                tensors[f"{name}.grad"] = leaf.grad
+                leaf.grad = None
+        self.player.trains.append(Pass(call.inputs(self.stage.device, expected), tensors, call.number, number))
+
+    def _repeat(self, how: str) -> None:
+        """Make many passes on the same inputs, and compare those whose bits differ from the first two."""
+        self._zero_grad()
+        player = self.player
+        kind = "" if player.wanted.names else "no_grad"
+        first = self._call(kind)
+        one = Pass(first.inputs(self.stage.device, first.handed.grad_TD), {}, first.number)
+        different: list[Tensors] = []
+        for _ in range(REPEATS):
+            call = self._call_on(first.handed, first.lines, kind, is_new=False)
+            player.calls.pop()
+            tensors = {"output": call.copy}
+            if call.in_graph:
+                self._backward_of(call, call.handed.grad_TD, told=False)
+                tensors = player.trains.pop().tensors | player.grads()
+                player.layer.zero_grad(set_to_none=True)
+            if not any(judge.are_identical([tensors, other]) for other in different[:2]):
+                different.append(tensors)
+        player.forwards = player.forwards[:1]
+        self.deterministic = len(different) == 1
+        self.script.repeat(first.number, player.number, REPEATS, bool(player.wanted.names))
+        mode = "train" if player.wanted.names else "forward"
+        self._judge(player.check(self.trial, self.stage, [one], different, mode))
+
+    # inputs
+
+    def _tokens(self, how: str) -> None:
+        self.num_inputs += 1
+        if how == "in-place":
+            self._rewrite()
+        elif how != "other":
+            self.tokens = 2 * self.tokens + 3 if how == "more" else self.tokens // 3
+
+    def _rewrite(self) -> None:
+        """Write other values into the tensors of the last call that is done, and call the layer with them."""
+        done = [call for call in self.player.calls if call.is_done]
+        layouts = (self.trial.x_layout, self.trial.weights_layout, self.trial.indices_layout)
+        if not done or "expanded" in layouts:  # an expanded tensor cannot be written to
+            return
+        old = done[-1].handed
+        lines = self._lines(self.num_inputs, old.x_TD.shape[0])
+        new = draw.run_lines(lines, self.stage.device)
+        with torch.no_grad():
+            for name in ("x_TD", "weights_TK", "indices_TK", "token_mask_T"):
+                getattr(old, name).copy_(getattr(new, name))
+        for call in self.player.calls:
+            call.rewritten = call.rewritten or call.handed.x_TD is old.x_TD
+        self.script.rewrite(done[-1].number, self.num_calls, lines)
+        self._call_on(dataclasses.replace(old, grad_TD=new.grad_TD), lines, "no_grad", is_new=False)
+        self.script.call(self.num_calls - 1, self.player.number, [], "no_grad", self.player.wanted)
+
+    # parameters
+
+    def _zero_grad(self, how: str = "") -> None:
+        self._compare(self.player)
+        self.player.layer.zero_grad(set_to_none=True)
+        if self.script.num_backwards:
+            self.script.add(f"layer{self.player.number}.zero_grad()")
+
+    def _update(self, how: str) -> None:
+        if getattr(self.player.layer, "caches_weights", False):
+            return  # loading weights renews what it keeps, an update in place does not
+        self._zero_grad()
+        self.script.update(self.player.number, how)
+        with torch.no_grad():
+            for name, parameter in list(self.player.layer.named_parameters()):
+                if how == "replace":
+                    module, _, own = name.rpartition(".")
+                    new = nn.Parameter(-0.5 * parameter, requires_grad=parameter.requires_grad)
+                    setattr(self.player.layer.get_submodule(module), own, new)
+                else:
+                    (parameter.data if how == "data" else parameter).mul_(-0.5)
+        self.player.parameters = {name: -0.5 * tensor for name, tensor in self.player.parameters.items()}
+
+    def _to(self, how: str) -> None:
+        """Move the parameters to another dtype."""
+        self._zero_grad()
+        other = self._other_dtype()
+        self.script.add(f"layer{self.player.number}.to({other})")
+        self.player.layer.to(other)
+        self.player.parameters = {name: tensor.to(other) for name, tensor in self.player.parameters.items()}
+
+    def _other_dtype(self) -> torch.dtype:
+        return torch.float32 if self.trial.params == "bfloat16" else torch.bfloat16
+
+    def _load(self, how: str) -> None:
+        self._zero_grad()
+        self.num_parameters += 1
+        new = self._draw_parameters()
+        state = new
+        if how == "dtype":
+            state = {name: tensor.to(self._other_dtype()) for name, tensor in new.items()}
+            new = {name: tensor.to(new[name].dtype) for name, tensor in state.items()}
+        layer = self.player.layer
+        self.script.load(self.player.number, self.num_parameters, how, self._other_dtype())
+        given = self.stage.state(state)
+        if how == "prefix":
+            parent = nn.ModuleDict({"experts": layer})
+            parent.load_state_dict({f"experts.{name}": tensor for name, tensor in given.items()})
+        else:
+            layer.load_state_dict(given, assign=how == "assign")
+        if how != "assign":  # what is assigned, a later update changes
+            self.loaded.append((given, state))
+        self.player.parameters = new
+
+    def _strict(self, how: str) -> None:
+        """Load state dicts with a missing and with an unknown name: the layer must refuse both."""
+        self._zero_grad()
+        right = self.stage.state(self.player.parameters)
+        name = next(iter(right))
+        wrong = {key: value for key, value in right.items() if key != name}, {**right, "unknown": right[name]}
+        for state, what in zip(wrong, (name, "unknown"), strict=True):
+            try:
+                self.player.layer.load_state_dict(state)
+            except RuntimeError:
+                error = 0.0
+            else:
+                error = math.inf
+            self.errors.append(TensorError(what, "in a strict load of a wrong state dict", error, 1.0))
+        self.player.layer.load_state_dict(right)
+
+    def _save(self, how: str) -> None:
+        self.script.save(self.player.number)
+        found, expected = self._state(in_parent=True), self.player.parameters
+        for name in sorted({*found, *expected}):
+            self.errors.append(same_bits(name, "in the state dict", found.get(name), expected.get(name)))
+
+    def _state(self, in_parent: bool = False) -> Tensors:
+        """Return a copy of the layer's state dict; with `in_parent`, as a parent module saves it."""
+        layer = self.player.layer
+        saved = nn.ModuleDict({"experts": layer}).state_dict() if in_parent else layer.state_dict()
+        return {name.removeprefix("experts."): local(tensor).detach().clone() for name, tensor in saved.items()}
+
+    def _init(self, how: str) -> None:
+        """Let the layer draw its own parameters. A layer without `init_weights` keeps what it has."""
+        init: Callable[[torch.device], None] | None = getattr(self.player.layer, "init_weights", None)
+        if init is None:
+            return
+        self._zero_grad()
+        self.script.add(f"layer{self.player.number}.init_weights(torch.device({self.script.device!r}))")
+        init(self.stage.device)
+        found = self._state()
+        for name, tensor in self.player.parameters.items():
+            if tensor.shape != found[name].shape:
+                raise ValueError(f"init_weights gave {name} the shape {list(found[name].shape)}")
+            error = 0.0 if self._is_drawn(name, found[name]) else math.inf
+            self.errors.append(TensorError(name, "after init_weights", error, 1.0))
+        self.player.parameters = {name: found[name] for name in self.player.parameters}
+
+    def _is_drawn(self, name: str, stacked: Tensor) -> bool:
+        """Whether biases are zeros, and no two experts of any rank have the same projection."""
+        if "bias" in name:
+            return not stacked.any()
+        experts = [one.cpu().flatten().view(torch.uint8).numpy().tobytes() for one in stacked]
+        everywhere = [one for rank in self.stage.ranks.tell(experts) for one in rank]
+        return bool(stacked.isfinite().all()) and (
+            stacked[0].numel() < NOT_BY_CHANCE or len(set(everywhere)) == len(everywhere)
+        )
+
+    def _draw_parameters(self) -> Tensors:
+        """Return this rank's share of new parameters."""
+        shapes = draw.shapes(self.trial)
+        return self.stage.share(draw.parameters(self.trial, shapes, self.num_parameters, self.stage.device))
+
+    # layers
+
+    def _new_player(self) -> Player:
+        trial, number = self.trial, len(self.players)
+        wanted = draw.wanted(trial, tuple(draw.shapes(trial)), is_last_rank=self.stage.rank == trial.ep_size - 1)
+        self.script.build(number, self.num_parameters, wanted)
+        layer = self.stage.build(trial)
+        parameters = self._draw_parameters()
+        layer.load_state_dict(self.stage.state(parameters))
+        named = dict(layer.named_parameters())
+        if parameters.keys() <= named.keys() and self.stage.ranks.mesh is None:
+            for name in parameters:
+                named[name].data = draw.laid_out(trial, named[name])
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in wanted.parameters or (name not in parameters and bool(wanted.parameters)))
+        player = Player(number, layer, parameters, wanted)
+        self.players.append(player)
+        return player
+
+    def _copy(self, how: str) -> None:
+        self._zero_grad()
+        own = self.player
+        twin = Player(len(self.players), copy.deepcopy(own.layer), own.parameters, own.wanted)
+        self.script.add(f"layer{twin.number} = copy.deepcopy(layer{own.number})")
+        self.players.append(twin)
+        self._go_to(twin)
+
+    def _second(self, how: str) -> None:
+        self.num_parameters += 1
+        self._go_to(self._new_player())
+
+    def _go_to(self, player: Player) -> None:
+        self.other, self.player = self.player, player
+
+    def _switch(self, how: str) -> None:
+        if self.other is not None:
+            self.player, self.other = self.other, self.player
+
+
+def _tokens_of_rank(trial: Trial, rank: int) -> int:
+    empty = {"last-empty": trial.ep_size - 1, "first-empty": 0}.get(trial.rank_load)
+    if trial.rank_load == "uneven":
+        return trial.num_tokens * (rank + 1) // trial.ep_size
+    return 0 if rank == empty else trial.num_tokens
+
+
+def _context(how: str, device: torch.device) -> AbstractContextManager[object]:
+    match how:
+        case "no_grad":
+            return torch.no_grad()
+        case "inference":
+            return torch.inference_mode()
+        case "hooks":
+            return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+        case "autocast":
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        case _:
+            return nullcontext()
+
+
+def _pack(saved: Tensor) -> tuple[torch.device, Tensor]:
+    return saved.device, saved.detach().to("cpu", copy=True)
+
+
+def _unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+    device, values = packed
+    return values.to(device, copy=True)

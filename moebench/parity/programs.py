@@ -1,0 +1,88 @@
+"""Name the steps that may be taken with a layer, and the programs: the sequences of steps that every backend must pass.
+
+A step works on the layer in hand and on the inputs in hand. moebench.parity.play takes the steps.
+"""
+
+#: Step -> what it does.
+STEPS: dict[str, str] = {
+    "call": "call the layer, and keep the graph for a later backward",
+    "call:eval": "the same in eval mode",
+    "call:hooks": "the same; hooks move the saved tensors elsewhere and back",
+    "call:checkpoint": "the same under activation checkpointing",
+    "call:reentrant": "the same under reentrant activation checkpointing",
+    "call:autocast": "the same inside of torch.autocast in bfloat16",
+    "call:no_grad": "call the layer under torch.no_grad",
+    "call:inference": "call the layer under torch.inference_mode",
+    "backward": "run the backward pass of the oldest call that has none; without such a call, call first",
+    "backward:newest": "the same for the newest call",
+    "backward:twice": "run it with retain_graph, and then again with another gradient of the output",
+    "zero_grad": "set the gradients of the parameters to None",
+    "tokens:other": "take other inputs of the same shapes",
+    "tokens:in-place": "write other inputs into the tensors of the last call, and call with them under no_grad",
+    "tokens:more": "take inputs with more than twice as many tokens",
+    "tokens:fewer": "take inputs with fewer than half as many tokens",
+    "update": "change every parameter in place under no_grad, as an optimizer does",
+    "update:data": "the same through the parameter's `data`, which autograd does not notice",
+    "update:replace": "replace every parameter by a new one",
+    "to": "move the parameters to another dtype",
+    "load": "load another state dict",
+    "load:prefix": "the same through a parent module, whose state dict has a prefix",
+    "load:assign": "the same with assign=True",
+    "load:dtype": "the same from a state dict in another dtype",
+    "init": "draw new parameters with `init_weights`",
+    "save": "compare the state dict, as a parent module saves it, with the parameters that were loaded",
+    "strict": "load a state dict that lacks a name, and one with an unknown name: both must be refused",
+    "copy": "go on with a deep copy; `switch` goes back to the original",
+    "second": "go on with a second layer that has other parameters; `switch` goes back",
+    "switch": "go on with the other layer",
+    "repeat": "make 230 calls with backward on the same inputs, and compare all of them",
+}
+
+Program = tuple[str, ...]
+#: The programs of the covering cases, simplest first.
+PROGRAMS: tuple[Program, ...] = (
+    ("call", "backward"),
+    ("call:no_grad",),
+    ("call:inference", "call", "backward"),
+    ("call:eval", "backward", "call:no_grad"),
+    ("call", "tokens:other", "call", "backward", "backward"),
+    ("call", "tokens:more", "call", "backward:newest", "backward"),
+    ("call", "backward:twice"),
+    ("call", "backward", "tokens:fewer", "call", "backward"),
+    ("call", "backward", "zero_grad", "tokens:other", "call", "backward"),
+    ("call:no_grad", "tokens:in-place", "call:no_grad", "call", "backward"),
+    ("call", "backward", "update", "call:no_grad", "call", "backward"),
+    ("call:no_grad", "update", "call:no_grad"),
+    ("call", "backward", "update:data", "call", "backward"),
+    ("call:no_grad", "update:replace", "call", "backward"),
+    ("call", "backward", "to", "call", "backward"),
+    ("call", "backward", "copy", "update", "call", "backward", "switch", "call:no_grad"),
+    ("call", "second", "call", "backward", "switch", "call:no_grad"),
+    ("call:no_grad", "load", "call:no_grad", "call", "backward"),
+    ("load:prefix", "save", "call", "backward"),
+    ("call", "backward", "load:assign", "call:no_grad", "call", "backward"),
+    ("load:dtype", "save", "call:no_grad"),
+    ("load", "update", "strict", "call:no_grad"),
+    ("init", "call", "backward"),
+    ("call:hooks", "backward"),
+    ("call:checkpoint", "backward"),
+    ("call:reentrant", "backward"),
+    ("call:autocast", "backward"),
+    ("repeat",),
+)
+#: The programs of the covering cases on several ranks.
+RANK_PROGRAMS: tuple[Program, ...] = (
+    ("call", "backward"),
+    ("call:no_grad",),
+    ("call", "tokens:other", "call", "backward", "backward"),
+    ("call", "tokens:more", "call", "backward:newest", "backward"),
+    ("call", "backward:twice"),
+    ("call:no_grad", "tokens:in-place", "call", "backward"),
+    ("call", "backward", "update", "tokens:fewer", "call", "backward"),
+    ("call:no_grad", "load", "call:no_grad", "call", "backward"),
+    ("call", "second", "call", "backward", "switch", "call:no_grad"),
+    ("call:checkpoint", "backward"),
+    ("call:hooks", "backward"),
+    ("call:autocast", "backward"),
+    ("init", "call", "backward"),
+)

@@ -1,0 +1,85 @@
+"""Define the runs of the oracle that show what rounding costs in a dtype. None of them runs code of a backend.
+
+* The plain run computes in the dtype itself.
+* The perturbed runs change every operand by a random amount, up to the dtype's rounding unit, and compute in a wider
+  dtype. Such a change has the same effect as another right order of a sum, or as another place where a value is rounded.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebench.parity.oracle import Formula, Product, wide
+
+#: The reference rounds too, in float64. A right float64 backend may differ from it by this many times what the runs show.
+REFERENCE_ROUNDS = 4.0
+#: The perturbed runs move limits down and up by this many rounding units. Rounding may carry a value that is so near to
+#: a limit over it, and the gradient jumps there.
+LIMIT_UNITS = 2.0
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the oracle reads for the rows of some experts; see `moebench.parity.oracle.experts_values`."""
+
+    x_GMD: Tensor
+    weights_GM: Tensor
+    experts: Mapping[str, Tensor]
+    grad_GMD: Tensor
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """One run: its formula, its dtype and its matrix product.
+
+    `unit` is how far the run changes its operands, relative to each; 0 for a run that changes nothing. An error of the
+    run counts as `share` of its size.
+    """
+
+    formula: Formula
+    dtype: torch.dtype
+    product: Product = torch.matmul
+    unit: float = 0.0
+    share: float = 1.0
+
+    def operands(self, exact: Operands, generator: torch.Generator) -> Operands:
+        """Return the operands as this run reads them. Routing weights keep the wide dtype."""
+
+        def change(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+            values = tensor.to(dtype)
+            if not self.unit:
+                return values
+            noise = torch.rand(values.shape, dtype=dtype, device=values.device, generator=generator)
+            return values * (1 + self.unit * (2 * noise - 1))
+
+        experts = {name: change(stacked, self.dtype) for name, stacked in exact.experts.items()}
+        weights_GM = change(exact.weights_GM, wide(self.dtype))
+        return Operands(change(exact.x_GMD, self.dtype), weights_GM, experts, change(exact.grad_GMD, self.dtype))
+
+
+def roundings(formula: Formula, dtype: torch.dtype, product: Product, num_perturbed: int) -> list[Rounding]:
+    """Return the runs for a dtype: the plain run, then the perturbed runs.
+
+    FP8 has the plain run alone, because FP8 rounds much more coarsely than its operands' dtype. In float64 the plain
+    run is the reference itself and is left out. Its perturbed runs change operands by the rounding unit of float32, so
+    that the change exceeds the reference's own rounding, and their errors are scaled down to float64.
+    """
+    if product is not torch.matmul:
+        return [Rounding(formula, dtype, product)]
+    single, double = torch.float32, torch.float64
+    unit = torch.finfo(single if dtype is double else dtype).eps / 2
+    share = REFERENCE_ROUNDS * torch.finfo(double).eps / torch.finfo(single).eps if dtype is double else 1.0
+    moved = (1 - LIMIT_UNITS * unit, 1 + LIMIT_UNITS * unit)
+    perturbed = [
+        Rounding(
+            dataclasses.replace(formula, limit=formula.limit * moved[number % 2]),
+            single if dtype.itemsize == 2 else double,
+            unit=unit,
+            share=share,
+        )
+        for number in range(num_perturbed)
+    ]
+    return perturbed if dtype is double else [Rounding(formula, dtype), *perturbed]
