@@ -19,8 +19,8 @@ class Workload:
     """The parameters and inputs of the current case, kept for the next backend.
 
     Parameters are also kept for the next case if it has the same weights. The current job writes its profiler trace to
-    the file `trace`; if `trace` is None, the job writes no trace. A job that tries trials tells each one to `tell` before
-    it plays it.
+    the file `trace`; if `trace` is None, the job writes no trace. A job of
+    `moebench parity` tells `tell` each trial before it plays it.
     """
 
     device: torch.device

@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from experts import Unsupported
 from experts.config import DTYPES as TORCH_DTYPES
-from experts.registry import Backend, get_backend
+from experts.registry import get_backend
 from moebench.measure.cache import Workload
 from moebench.measure.subject import Measured
 from moebench.parity.checks import SEARCH, Search

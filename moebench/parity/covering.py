@@ -11,8 +11,9 @@ from typing import Any
 from moebench.parity.rules import fitting
 from moebench.parity.space import AXES, Row, Trial, of_row
 
-#: With one of these values a layer computes nothing, or nothing that is compared, so that the other values of a case are
-#: hardly tried. Cases with such a value have it once with every value of every other axis, and do not count as pairs.
+#: With one of these values a layer computes nothing, or nothing that is compared, so that the other values of a case
+#: are hardly tried. Cases with such a value have it once with every value of every other axis. They do not count for
+#: other pairs.
 NOTHING_TO_COMPUTE: Mapping[str, object] = {
     "num_tokens": 0,
     "mask": "none-kept",

@@ -61,10 +61,10 @@ _PARAMETER_LAYOUTS = {
 def input_lines(trial: Trial, number: int = 0, tokens: int | None = None) -> list[str]:
     """Return the lines that draw x, w, i, mask and dy: a trial's inputs number `number`, with `tokens` tokens."""
     num_tokens = trial.num_tokens if tokens is None else tokens
-    shape = f"{num_tokens}, {trial.n_activated_experts}"
+    rows, shape = f"{num_tokens}, {trial.dim}", f"{num_tokens}, {trial.n_activated_experts}"
     return [
         f"torch.manual_seed({trial.seed + SEEDS_APART * number})",
-        f"x, w, dy = torch.randn({num_tokens}, {trial.dim}), torch.rand({shape}), torch.randn({num_tokens}, {trial.dim})",
+        f"x, w, dy = torch.randn({rows}), torch.rand({shape}), torch.randn({rows})",
         f"i, mask = {_routing(trial, num_tokens)}, torch.ones({num_tokens}, dtype=torch.bool)",
         *_changes(trial, num_tokens),
     ]
@@ -132,7 +132,7 @@ def _changes(trial: Trial, num_tokens: int) -> Iterator[str]:
 
 
 def run_lines(lines: list[str], device: torch.device) -> Inputs:
-    """Run the lines of `input_lines` on a device, and return what they draw. Torch's generators are left as they were."""
+    """Run the lines of `input_lines` on a device, and return what they draw. Torch's generators stay as they were."""
     names: dict[str, Any] = {"torch": torch}
     with _generators_kept(device), device:
         exec("\n".join(lines), names)

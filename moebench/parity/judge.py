@@ -146,8 +146,9 @@ def check(
     All passes must have used these inputs and parameters. Inputs, parameters and passes are those of this rank, and the
     verdict is over all ranks. `fp8` names the recipe that the backend computes in; the budget then comes from this
     recipe's rounding. `wanted` names the tensors whose gradients a pass in mode train must have ("x", "weights" and
-    parameters); None means all. `rounds_to` is the dtype whose rounding sets the budget; None means x's dtype. A gradient
-    that is missing, that nobody wanted, or that has another shape or dtype than its tensor, is an infinite error.
+    parameters); None means all. `rounds_to` is the dtype whose rounding sets the budget; None means x's dtype. A
+    gradient that is missing, that nobody wanted, or that has another shape or dtype than its tensor, is an infinite
+    error.
 
     Raises Unfit if the case is at fault: its values overflow in its dtype, or vanish in its rounding. If `partly` is
     true, only an overflow is a fault of the case, and a tensor that vanishes in the rounding must only be finite.
@@ -167,7 +168,9 @@ def check(
             one if rounding * FACTOR <= CEILING else _finite(one)
             for one, rounding in zip(errors, roundings, strict=True)
         ]
-        mine = [judge(one, _floor(case, inputs, fp8, one.tensor, (dtype, passes[0][one.tensor].dtype))) for one in errors]
+        mine = [
+            judge(one, _floor(case, inputs, fp8, one.tensor, (dtype, passes[0][one.tensor].dtype))) for one in errors
+        ]
         found = [_worst_of_ranks(same) for same in zip(*ranks.tell(mine), strict=True)]
     return ParityVerdict(tuple(found))
 
@@ -190,7 +193,11 @@ def _floor(case: Case, inputs: Inputs, fp8: str | None, tensor: str, dtypes: Seq
     most_rows = int((inputs.active_indices_TK.flatten() + 1).bincount(minlength=2)[1:].max())
     longest = max(case.dim, 2 * case.moe_inter_dim, most_rows)
     floor = (unit if fp8 is None else FP8_UNIT) + acc_unit * math.sqrt(longest)
-    return floor * (WEIGHTS_GRAD_UNITS if tensor == "weights.grad" else 1) * (REFERENCE_ROUNDS if dtypes[0] is torch.float64 else 1)
+    return (
+        floor
+        * (WEIGHTS_GRAD_UNITS if tensor == "weights.grad" else 1)
+        * (REFERENCE_ROUNDS if dtypes[0] is torch.float64 else 1)
+    )
 
 
 def _worst_of_ranks(found: Sequence[TensorError]) -> TensorError:

@@ -2,16 +2,15 @@
 
 import copy
 import dataclasses
-import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moebench.parity import draw, judge
 from moebench.parity.judge import ParityVerdict, TensorError
+from moebench.parity.parametersteps import ParameterSteps
 from moebench.parity.player import Call, Compared, Pass, Player, Stage, local, same_bits
 from moebench.parity.poison import poisoned
 from moebench.parity.reference import Tensors
@@ -23,11 +22,9 @@ from moebench.workload.inputs import Inputs
 REPEATS = 230
 #: The inputs of ranks are this many numbers apart, and the second gradient of `backward:twice` this many.
 INPUTS_OF_RANK, OTHER_GRAD = 100, 50
-#: An expert's parameters of at least this many elements are not drawn twice by chance.
-NOT_BY_CHANCE = 8
 
 
-class Play:
+class Play(ParameterSteps):
     """A trial that is being played. Its methods `_call`, `_backward` and so on take the steps of `STEPS`."""
 
     def __init__(self, trial: Trial, stage: Stage) -> None:
@@ -59,7 +56,9 @@ class Play:
                     self.changed = call
         for given, values in self.loaded:
             for name, tensor in given.items():
-                self.errors.append(same_bits(name, "in the state dict that was loaded", local(tensor), local(values[name])))
+                self.errors.append(
+                    same_bits(name, "in the state dict that was loaded", local(tensor), local(values[name]))
+                )
         return ParityVerdict(tuple(self.errors) or (TensorError("output", "not compared", 0.0, 1.0),))
 
     def _compare(self, player: Player) -> None:
@@ -190,7 +189,7 @@ class Play:
         self._call_on(dataclasses.replace(old, grad_TD=new.grad_TD), lines, "no_grad", is_new=False)
         self.script.call(self.num_calls - 1, self.player.number, [], "no_grad", self.player.wanted)
 
-    # parameters
+    # layers and gradients
 
     def _zero_grad(self, how: str = "") -> None:
         self._compare(self.player)
@@ -198,112 +197,10 @@ class Play:
         if self.script.num_backwards:
             self.script.add(f"layer{self.player.number}.zero_grad()")
 
-    def _update(self, how: str) -> None:
-        if getattr(self.player.layer, "caches_weights", False):
-            return  # loading weights renews what it keeps, an update in place does not
-        self._zero_grad()
-        self.script.update(self.player.number, how)
-        with torch.no_grad():
-            for name, parameter in list(self.player.layer.named_parameters()):
-                if how == "replace":
-                    module, _, own = name.rpartition(".")
-                    new = nn.Parameter(-0.5 * parameter, requires_grad=parameter.requires_grad)
-                    setattr(self.player.layer.get_submodule(module), own, new)
-                else:
-                    (parameter.data if how == "data" else parameter).mul_(-0.5)
-        self.player.parameters = {name: -0.5 * tensor for name, tensor in self.player.parameters.items()}
-
-    def _to(self, how: str) -> None:
-        """Move the parameters to another dtype."""
-        self._zero_grad()
-        other = self._other_dtype()
-        self.script.add(f"layer{self.player.number}.to({other})")
-        self.player.layer.to(other)
-        self.player.parameters = {name: tensor.to(other) for name, tensor in self.player.parameters.items()}
-
-    def _other_dtype(self) -> torch.dtype:
-        return torch.float32 if self.trial.params == "bfloat16" else torch.bfloat16
-
-    def _load(self, how: str) -> None:
-        self._zero_grad()
-        self.num_parameters += 1
-        new = self._draw_parameters()
-        state = new
-        if how == "dtype":
-            state = {name: tensor.to(self._other_dtype()) for name, tensor in new.items()}
-            new = {name: tensor.to(new[name].dtype) for name, tensor in state.items()}
-        layer = self.player.layer
-        self.script.load(self.player.number, self.num_parameters, how, self._other_dtype())
-        given = self.stage.state(state)
-        if how == "prefix":
-            parent = nn.ModuleDict({"experts": layer})
-            parent.load_state_dict({f"experts.{name}": tensor for name, tensor in given.items()})
-        else:
-            layer.load_state_dict(given, assign=how == "assign")
-        if how != "assign":  # what is assigned, a later update changes
-            self.loaded.append((given, state))
-        self.player.parameters = new
-
-    def _strict(self, how: str) -> None:
-        """Load state dicts with a missing and with an unknown name: the layer must refuse both."""
-        self._zero_grad()
-        right = self.stage.state(self.player.parameters)
-        name = next(iter(right))
-        wrong = {key: value for key, value in right.items() if key != name}, {**right, "unknown": right[name]}
-        for state, what in zip(wrong, (name, "unknown"), strict=True):
-            try:
-                self.player.layer.load_state_dict(state)
-            except RuntimeError:
-                error = 0.0
-            else:
-                error = math.inf
-            self.errors.append(TensorError(what, "in a strict load of a wrong state dict", error, 1.0))
-        self.player.layer.load_state_dict(right)
-
-    def _save(self, how: str) -> None:
-        self.script.save(self.player.number)
-        found, expected = self._state(in_parent=True), self.player.parameters
-        for name in sorted({*found, *expected}):
-            self.errors.append(same_bits(name, "in the state dict", found.get(name), expected.get(name)))
-
-    def _state(self, in_parent: bool = False) -> Tensors:
-        """Return a copy of the layer's state dict; with `in_parent`, as a parent module saves it."""
-        layer = self.player.layer
-        saved = nn.ModuleDict({"experts": layer}).state_dict() if in_parent else layer.state_dict()
-        return {name.removeprefix("experts."): local(tensor).detach().clone() for name, tensor in saved.items()}
-
-    def _init(self, how: str) -> None:
-        """Let the layer draw its own parameters. A layer without `init_weights` keeps what it has."""
-        init: Callable[[torch.device], None] | None = getattr(self.player.layer, "init_weights", None)
-        if init is None:
-            return
-        self._zero_grad()
-        self.script.add(f"layer{self.player.number}.init_weights(torch.device({self.script.device!r}))")
-        init(self.stage.device)
-        found = self._state()
-        for name, tensor in self.player.parameters.items():
-            if tensor.shape != found[name].shape:
-                raise ValueError(f"init_weights gave {name} the shape {list(found[name].shape)}")
-            error = 0.0 if self._is_drawn(name, found[name]) else math.inf
-            self.errors.append(TensorError(name, "after init_weights", error, 1.0))
-        self.player.parameters = {name: found[name] for name in self.player.parameters}
-
-    def _is_drawn(self, name: str, stacked: Tensor) -> bool:
-        """Whether biases are zeros, and no two experts of any rank have the same projection."""
-        if "bias" in name:
-            return not stacked.any()
-        experts = [one.cpu().flatten().view(torch.uint8).numpy().tobytes() for one in stacked]
-        everywhere = [one for rank in self.stage.ranks.tell(experts) for one in rank]
-        return bool(stacked.isfinite().all()) and (
-            stacked[0].numel() < NOT_BY_CHANCE or len(set(everywhere)) == len(everywhere)
-        )
-
     def _draw_parameters(self) -> Tensors:
         """Return this rank's share of new parameters."""
         shapes = draw.shapes(self.trial)
         return self.stage.share(draw.parameters(self.trial, shapes, self.num_parameters, self.stage.device))
-
-    # layers
 
     def _new_player(self) -> Player:
         trial, number = self.trial, len(self.players)

@@ -6,6 +6,7 @@ memory. Under expert parallelism, each rank runs its own experts on the gathered
 up their sums over experts. The result equals the result of a single process on all tokens.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -67,7 +68,7 @@ def group_errors(
     budget. If `product` rounds to FP8, the result also has the errors of `output` by expert. `rounds_to` is the dtype
     whose rounding the oracle shows; None means x's dtype.
     """
-    everyone = Inputs(*(ranks.rows(getattr(inputs, field.name)) for field in fields(inputs)))
+    everyone = _gathered(inputs, ranks)
     run = _Run(case, everyone, parameters, product, ranks, rounds_to or inputs.x_TD.dtype)
     by_expert = run.experts(passes)
     run.add_ranks()
@@ -88,7 +89,7 @@ def group_errors(
 
 def exact_pass(case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], ranks: Ranks = ALONE) -> Tensors:
     """Return `output` and every gradient of a pass in mode train in float64, for this rank's tokens and experts."""
-    everyone = Inputs(*(ranks.rows(getattr(inputs, field.name)) for field in fields(inputs)))
+    everyone = _gathered(inputs, ranks)
     run = _Run(case.model_copy(update={"mode": "train"}), everyone, parameters, torch.matmul, ranks, torch.float32)
     grads = {name: torch.zeros_like(stacked, dtype=torch.float64) for name, stacked in parameters.items()}
     for batch in run.batches:
@@ -99,6 +100,12 @@ def exact_pass(case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], ran
     own = _own_rows(inputs, ranks)
     by_token = {name: tensor[own] for name, tensor in run.exact.items()}
     return by_token | {f"{name}.grad": grad for name, grad in grads.items()}
+
+
+def _gathered(inputs: Inputs, ranks: Ranks) -> Inputs:
+    """Return the inputs of all ranks, with indices in int64, because gloo does not carry every integer dtype."""
+    wide_indices = dataclasses.replace(inputs, indices_TK=inputs.indices_TK.long())
+    return Inputs(*(ranks.rows(getattr(wide_indices, field.name)) for field in fields(inputs)))
 
 
 def _own_rows(inputs: Inputs, ranks: Ranks) -> slice:

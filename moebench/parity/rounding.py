@@ -2,7 +2,7 @@
 
 * The plain run computes in the dtype itself.
 * The perturbed runs change every operand by a random amount, up to the dtype's rounding unit, and compute in a wider
-  dtype. Such a change has the same effect as another right order of a sum, or as another place where a value is rounded.
+  dtype. Such a change has the same effect as another right order of a sum, or as another right place of rounding.
 """
 
 import dataclasses
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moebench.parity.oracle import Formula, Product, wide
 
-#: The reference rounds too, in float64. A right float64 backend may differ from it by this many times what the runs show.
+#: The reference rounds too, in float64. A right float64 backend may differ from it by this many times what the runs
+#: show.
 REFERENCE_ROUNDS = 4.0
 #: The perturbed runs move limits down and up by this many rounding units. Rounding may carry a value that is so near to
 #: a limit over it, and the gradient jumps there.

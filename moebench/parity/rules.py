@@ -43,7 +43,9 @@ _Rule = tuple[tuple[str, ...], Callable[[Trial], bool], str]
 _RULES: tuple[_Rule, ...] = (
     (
         ("num_tokens", "n_routed_experts", "n_activated_experts", *_MATRICES),
-        lambda one: min(one.n_routed_experts, one.n_activated_experts, one.dim, one.moe_inter_dim) > 0 <= one.num_tokens,
+        lambda one: (
+            min(one.n_routed_experts, one.n_activated_experts, one.dim, one.moe_inter_dim) > 0 <= one.num_tokens
+        ),
         "sizes must be positive, and num_tokens may be 0",
     ),
     (
@@ -58,7 +60,9 @@ _RULES: tuple[_Rule, ...] = (
     ),
     (
         ("expert_activation", "limit"),
-        lambda one: (one.limit > 0) if one.expert_activation in CLAMPED else not one.limit or one.expert_activation == "swiglu",
+        lambda one: (
+            (one.limit > 0) if one.expert_activation in CLAMPED else not one.limit or one.expert_activation == "swiglu"
+        ),
         "swigluoai and quick_geglu need a limit above 0, and geglu and relu2 have none",
     ),
     (

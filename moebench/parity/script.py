@@ -54,7 +54,11 @@ class Script:
 
     def _state(self, layer: int, parameters: int) -> list[str]:
         shapes = f"shapes = {{n: tuple(p.shape) for n, p in layer{layer}.state_dict().items()}}"
-        return [shapes, f"torch.manual_seed({draw.parameter_seed(self.trial, parameters)})", f"state = {draw.NEW_PARAMETERS}"]
+        return [
+            shapes,
+            f"torch.manual_seed({draw.parameter_seed(self.trial, parameters)})",
+            f"state = {draw.NEW_PARAMETERS}",
+        ]
 
     def call(self, number: int, layer: int, lines: Sequence[str], how: str, wanted: draw.Wanted) -> None:
         """Draw inputs with `lines`, and call a layer with them."""
@@ -71,7 +75,8 @@ class Script:
                 self.add(f"{x}, {w}, dy{number} = x.requires_grad_({wanted.x}), w.requires_grad_({wanted.weights}), dy")
         called = f"layer{layer}({x}, mask, {w}, i)"
         if how in ("checkpoint", "reentrant"):
-            called = f"torch.utils.checkpoint.checkpoint(layer{layer}, {x}, mask, {w}, i, use_reentrant={how == 'reentrant'})"
+            options = f"use_reentrant={how == 'reentrant'}"
+            called = f"torch.utils.checkpoint.checkpoint(layer{layer}, {x}, mask, {w}, i, {options})"
         if how in _CONTEXTS:
             self.add(f"with {_CONTEXTS[how].format(device=self.device)}: y{number} = {called}")
         else:

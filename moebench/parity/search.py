@@ -73,9 +73,7 @@ def _others(name: str, row: Row, values: Sequence[Any]) -> list[st.SearchStrateg
     return []
 
 
-def smallest(
-    failing: Trial, fails: Callable[[Trial], bool], is_late: Callable[[], bool], axes: Axes = AXES
-) -> Trial:
+def smallest(failing: Trial, fails: Callable[[Trial], bool], is_late: Callable[[], bool], axes: Axes = AXES) -> Trial:
     """Return the simplest trial found that fails, between the simplest trial of all and `failing`.
 
     A trial between them has, on every axis, the value of `failing` or a simpler one. Hypothesis draws such trials until
@@ -133,6 +131,4 @@ def _simpler(values: Sequence[Any], own: Any) -> list[Any]:
 
 def _subprograms(program: Program) -> list[Program]:
     """Return the programs that leave some steps out, the shortest first."""
-    return [
-        tuple(kept) for length in range(1, len(program)) for kept in dict.fromkeys(combinations(program, length))
-    ]
+    return [tuple(kept) for length in range(1, len(program)) for kept in dict.fromkeys(combinations(program, length))]

@@ -132,7 +132,7 @@ def _value(text: str, name: str, value: str, default: object) -> Any:
     try:
         if isinstance(default, bool):
             return {"True": True, "False": False}[value]
-        return type(default)(value)
+        return float(value) if isinstance(default, float) else int(value)
     except (ValueError, KeyError):
         raise UsageError(f"--case {text!r}: {name} = {value} is not a {type(default).__name__}") from None
 
@@ -220,4 +220,3 @@ def of_row(row: Row) -> Trial:
     if fields.get("n_activated_experts") == "all":
         fields["n_activated_experts"] = fields.get("n_routed_experts", 1)
     return Trial(**fields)
-

@@ -164,9 +164,7 @@ def audit(
     return Audit(tuple(found), interrupted, tuple(required))
 
 
-def audit_case(
-    backend: str, trial: Trial, dispatcher: str | None = None, device: str | None = None
-) -> Audit:
+def audit_case(backend: str, trial: Trial, dispatcher: str | None = None, device: str | None = None) -> Audit:
     """Try one case on a backend. Raises UsageError for a case whose values do not fit together."""
     check_device(device)
     for problem in misfits(trial):
@@ -204,9 +202,7 @@ class _Auditor:
         request, started = self.request, time.monotonic()
         dtypes = request.dtypes or DTYPES
         checks: Sequence[str | None] = request.checks or (None,)
-        jobs = [
-            job for check in checks for job in covering_jobs(self.backend, check, dtypes, request.seed, on_ranks)
-        ]
+        jobs = [job for check in checks for job in covering_jobs(self.backend, check, dtypes, request.seed, on_ranks)]
         jobs = list({job.key: job for job in jobs}.values())
         self.num_planned += len(jobs)
         self.on_plan(self.backend, len(jobs))

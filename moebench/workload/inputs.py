@@ -86,9 +86,9 @@ def make_inputs(case: Case, device: torch.device, rank: int = 0) -> Inputs:
 
     x_TD, grad_TD = normal(num_tokens, case.dim), normal(num_tokens, case.dim)
     choices = (num_tokens, case.n_activated_experts)
-    weights_TK = torch.randn(choices, dtype=torch.promote_types(dtype, torch.float32), device=device, generator=generator).softmax(
-        dim=-1
-    )
+    weights_TK = torch.randn(
+        choices, dtype=torch.promote_types(dtype, torch.float32), device=device, generator=generator
+    ).softmax(dim=-1)
     indices_TK = draw_routing(case, generator, rank)
     order_T = torch.randperm(num_tokens, device=device, generator=generator)
     token_mask_T = order_T < case.active_tokens_of_rank(rank)

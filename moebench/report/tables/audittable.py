@@ -53,7 +53,12 @@ def search_words(one: Audited) -> str:
     """Return how many cases the searches tried."""
     if not one.searches:
         return "–"
-    return "; ".join(dict.fromkeys((row.detail or "").partition("\n")[0] for row in one.searches if row.status is Status.ok)) or "failed"
+    return (
+        "; ".join(
+            dict.fromkeys((row.detail or "").partition("\n")[0] for row in one.searches if row.status is Status.ok)
+        )
+        or "failed"
+    )
 
 
 def _details(one: Audited) -> Iterator[Text]:
