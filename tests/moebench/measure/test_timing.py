@@ -39,7 +39,7 @@ def clock(monkeypatch):
     clock = Watch()
     faked = SimpleNamespace(perf_counter=clock.perf_counter, perf_counter_ns=clock.perf_counter_ns)
     for module in (timing, samplers):
-        monkeypatch.setattr(module, "time", faked)
+        monkeypatch.setattr(module, "clock", faked)
     return clock
 
 
