@@ -86,6 +86,17 @@ def test_prepare_runs_before_each_sample_and_is_not_timed(clock):
     assert found.stage_ms == (1.0, 2.0)
 
 
+def test_keep_runs_after_each_sample_and_neither_its_time_nor_the_cap_includes_it(clock, monkeypatch):
+    monkeypatch.setattr(timing, "OUT_OF_REACH", math.inf)
+    calls = []
+    stages = [stage(clock, 1.0, 2.0, calls=calls, name="forward")]
+    keep = stage(clock, 500.0, calls=calls, name="keep")
+    found = time_stages(stages, CPU, policy(target=1e-9, cap_s=0.06), keep=keep)
+    assert calls == ["forward", "keep"] * len(found.samples_ms)
+    assert set(found.samples_ms) == {1.0, 2.0}
+    assert len(found.samples_ms) == 40, "60 ms of samples"
+
+
 def noise(share, count=5000):
     return np.random.default_rng(3).normal(10.0, 10.0 * share, size=count).tolist()
 
