@@ -71,9 +71,9 @@ def test_a_trick_gets_no_speed_and_its_detail_says_why(run, name):
 
 def test_zero_gradients_late_in_a_run_are_found_in_a_gradient(run):
     row = run.rows["ZeroGradsAfterManyCalls", 0]
-    assert row.parity_worst_tensor.endswith(".grad")
-    assert row.parity_errors["output"] <= 1
-    assert "error 1," in row.detail
+    wrong = {tensor for tensor, error in row.parity_errors.items() if error > 1}
+    assert wrong == row.parity_errors.keys() - {"output"}
+    assert wrong >= {"x.grad", "weights.grad", "gate_and_up_projs.grad", "down_projs.grad"}
 
 
 @pytest.mark.parametrize("name", CLOCK_CHEATS)
