@@ -10,7 +10,7 @@ from moebench.cli.console import out, progress_bar
 from moebench.cli.options import AsJson, Device
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from moebench.parity.checks import CHECKS
-from moebench.parity.space import Trial
+from moebench.parity.space.trial import Trial
 from moebench.report.tables.audittable import AuditTable
 from moebench.results.record import Record
 from moebench.run.audit import Audit, Level, Request, audit, audit_case

@@ -1,24 +1,31 @@
 """Measure the time of each part of a forward pass under expert parallelism: dispatch, compute, combine."""
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from moebench.measure import clock
 from moebench.workload.ranks import Ranks
 
 SAMPLES = 10
 PART_COLUMNS = ("dispatch_ms", "compute_ms", "combine_ms")
 
 
-def breakdown(module: nn.Module, forward: Callable[[], object], device: torch.device, ranks: Ranks) -> dict[str, float]:
+def breakdown(
+    module: nn.Module,
+    forward: Callable[[], object],
+    device: torch.device,
+    ranks: Ranks,
+    prepare: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Return the median time of each part, in milliseconds, on the rank where this part is slowest.
 
-    The dict is empty for one rank, and for a module without a dispatcher. The marks between parts are in the stream
-    that computes. If work runs in another stream, its time counts in the part that waits for it.
+    `prepare` runs before each forward, untimed. The dict is empty for one rank, and for a module without a dispatcher.
+    The marks between parts are in the stream that computes. If work runs in another stream, its time counts in the part
+    that waits for it.
     """
     dispatcher: Any = getattr(module, "dispatcher", None)
     if dispatcher is None or ranks.size == 1:
@@ -28,6 +35,7 @@ def breakdown(module: nn.Module, forward: Callable[[], object], device: torch.de
     try:
         samples = []
         for _ in range(SAMPLES):
+            prepare()
             ranks.align(device)
             forward()
             samples.append(listener.parts_ms())
@@ -62,13 +70,9 @@ class _Listener:
         """Return the milliseconds of dispatch, compute and combine of the last forward pass."""
         marks = self._marks
         if self._on_gpu:
-            marks[-1].synchronize()
-            return [marks[i].elapsed_time(marks[i + 1]) for i in range(len(PART_COLUMNS))]
+            clock.wait_for(marks[-1])
+            return [clock.ms_between(marks[i], marks[i + 1]) for i in range(len(PART_COLUMNS))]
         return [(marks[i + 1] - marks[i]) * 1e3 for i in range(len(PART_COLUMNS))]
 
     def _mark(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return clock.mark() if self._on_gpu else clock.perf_counter()

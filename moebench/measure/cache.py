@@ -44,12 +44,16 @@ class Workload:
             self._inputs = case.case_id, make_inputs(case, self.device, self.ranks.rank)
         return self._inputs[1]
 
-    def ceilings(self, job: Job, fp8: bool, cold: bool) -> Ceilings:
+    def ceilings(self, job: Job, fp8: bool, cold: bool, *, anew: bool = False) -> Ceilings:
         """Return the case's ceilings for the job's dispatcher, with dense matrix products in FP8 if `fp8` is true.
 
-        Each such set of ceilings is measured once per case. The speed of a copy is measured once for all cases.
+        Each such set of ceilings is measured once per case. The speed of a copy is measured once for all cases. If
+        `anew` is true, both are measured again.
         """
         case, key = job.case, (job.case.case_id, job.dispatcher, fp8)
+        if anew:
+            self._copy_gb_per_s = None
+            self._ceilings.pop(key, None)
         if key not in self._ceilings:
             if self._copy_gb_per_s is None:
                 self._copy_gb_per_s = ceilings.copy_gb_per_s(self.device)

@@ -5,6 +5,8 @@ import math
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from experts import BackendConfig, GroupedExperts, MoEConfig
 
@@ -26,6 +28,7 @@ def settings() -> tuple[object, ...]:
         torch.get_default_dtype(),
         *(library.matmul.fp32_precision.replace("none", "ieee") for library in libraries),
         torch.are_deterministic_algorithms_enabled(),
+        tuple(type(mode) for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())),
     )
 
 

@@ -44,12 +44,21 @@ class Ceilings:
     least_bytes: int
 
     @property
-    def roofline_ms(self) -> float:
-        """The longest of three times: of the dense products, of the collective, and of a copy of `least_bytes`.
+    def limits_ms(self) -> dict[str, float]:
+        """Three times that no layer beats, by what takes the time; 0 for a time that is not known.
 
         Both bytes read and bytes written count, in the copy and in `least_bytes`.
         """
-        return max(self.dense_ms or 0.0, self.collective_ms or 0.0, self.least_bytes / self.copy_gb_per_s / 1e6)
+        return {
+            "its matrix products": self.dense_ms or 0.0,
+            "its collectives": self.collective_ms or 0.0,
+            f"a copy of its {self.least_bytes:,} bytes": self.least_bytes / self.copy_gb_per_s / 1e6,
+        }
+
+    @property
+    def roofline_ms(self) -> float:
+        """The longest time of `limits_ms`."""
+        return max(self.limits_ms.values())
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,9 @@ class ExpertWork:
     tokens_per_expert_L: Tensor
     up_LDF: Tensor  # F: width of the first projection's output
     down_LID: Tensor
+    bytes_of_expert: int  # of all parameters of one expert
     num_tokens: int
+    num_active: int  # the tokens that have an expert
 
 
 def work_of(case: Case, inputs: Inputs, parameters: dict[str, Tensor], ranks: Ranks = ALONE) -> ExpertWork:
@@ -73,7 +84,9 @@ def work_of(case: Case, inputs: Inputs, parameters: dict[str, Tensor], ranks: Ra
     counts = expert_N.bincount(minlength=n_local_experts + 1)[:n_local_experts]
     slots_N = expert_N.argsort(stable=True)[: int(counts.sum())]
     rows_ND = ranks.rows(inputs.x_TD).index_select(0, slots_N // case.n_activated_experts)
-    return ExpertWork(case, rows_ND, counts, up_LDF, down_LID, inputs.x_TD.shape[0])
+    bytes_of_expert = sum(stacked[0].nbytes for stacked in parameters.values())
+    num_active = int((inputs.active_indices_TK >= 0).any(dim=1).sum())
+    return ExpertWork(case, rows_ND, counts, up_LDF, down_LID, bytes_of_expert, inputs.x_TD.shape[0], num_active)
 
 
 def copy_gb_per_s(device: torch.device) -> float:
@@ -102,7 +115,7 @@ def measure_ceilings(
         grouped_ms=grouped_ms,
         collective_ms=None if collective is None else _median_ms(collective, device, cold, ranks),
         copy_gb_per_s=copy,
-        least_bytes=int(ranks.largest(_least_bytes(work))) if cold else 0,
+        least_bytes=int(ranks.largest(_least_bytes(work, fp8))) if cold else 0,
     )
 
 
@@ -118,18 +131,21 @@ def _median_ms(calls: list[Call], device: torch.device, cold: bool, ranks: Ranks
     return timing.time_stages(calls, device, TimingPolicy(INTERVAL_TARGET, TIME_CAP_S, cold), ranks=ranks).time_ms
 
 
-def _least_bytes(work: ExpertWork) -> int:
-    """Return the least bytes to move: the parameters of experts with rows, each read once, and tokens in and out.
+def _least_bytes(work: ExpertWork, fp8: bool) -> int:
+    """Return the least bytes that this rank must move.
 
-    In mode train, also count the gradients of all parameters and tokens. The second read of the parameters in backward
-    does not count, because a cache may have kept them.
+    Forward reads each parameter of the experts with rows once, and the rows of x of tokens that have an expert. It
+    writes every row of the output, also the zeros. Backward reads the gradient of the output of tokens that have an
+    expert, and writes the gradients of all tokens and of all parameters. Backward's second read of parameters and of x
+    does not count, because a cache may have kept them. A backend in FP8 may keep its parameters in one byte per number.
     """
-    bytes_of_expert = work.up_LDF[0].nbytes + work.down_LID[0].nbytes
-    touched = int((work.tokens_per_expert_L > 0).sum()) * bytes_of_expert
-    tokens = 2 * work.num_tokens * work.case.dim * work.rows_ND.itemsize
+    row_bytes = work.case.dim * work.rows_ND.itemsize
+    touched = int((work.tokens_per_expert_L > 0).sum()) * work.bytes_of_expert
+    forward = (touched // work.rows_ND.itemsize if fp8 else touched) + (work.num_active + work.num_tokens) * row_bytes
     if work.case.mode == "forward":
-        return touched + tokens
-    return touched + work.up_LDF.nbytes + work.down_LID.nbytes + 2 * tokens
+        return forward
+    gradients = len(work.tokens_per_expert_L) * work.bytes_of_expert + work.num_tokens * row_bytes
+    return forward + work.num_active * row_bytes + gradients
 
 
 def _dense(work: ExpertWork) -> list[Call]:

@@ -1,194 +1,270 @@
 """Measure one job in this process: build, check and time a backend, measure its memory, return the record's fields."""
 
 import dataclasses
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from experts import Unsupported
-from moebench.measure import memory, timing
+from moebench.measure import clock, memory, timing
 from moebench.measure.breakdown import breakdown
 from moebench.measure.cache import Workload
+from moebench.measure.call import DRAWN, Call, NoSpeed, Samples
 from moebench.measure.ceilings import Ceilings
 from moebench.measure.profiling import executed, trace
 from moebench.measure.protocol import PASSES
-from moebench.measure.samplers import Stage, captured
-from moebench.measure.subject import Measured, backend_of, make_subject, verdict_fields
-from moebench.measure.timing import TimingPolicy
+from moebench.measure.samplers import captured
+from moebench.measure.subject import Measured, Subject, backend_of, make_subject, verdict_fields
+from moebench.measure.timing import Timing, TimingPolicy
 from moebench.measure.trials import examine
 from moebench.parity.judge import ParityVerdict, Unfit, are_identical, run_pass
 from moebench.parity.reference import Tensors
-from moebench.results.record import Status, flags_of_speed
-from moebench.workload.case import Case, Job
+from moebench.results.record import IMPOSSIBLE, Status
+from moebench.workload.case import Job
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import Ranks
 
 #: The columns that say where a job's time went. The rest of `job_s` is the measurement of memory, the profile and the
 #: checked passes.
 PHASES = ("setup_s", "ceilings_s", "parity_s", "timing_s")
+#: The columns that a job without a speed keeps.
+WITHOUT_SPEED = ("warmup_ms", "deterministic", "parity_worst", "parity_worst_tensor", "parity_errors", *PHASES)
 #: The timing of a CUDA graph may take this share of the time cap (the most seconds of sampling), because the times of
 #: the graph's replays differ little.
 GRAPH_SHARE = 0.25
+#: A time that is impossibly short is measured again this many times, each time after its ceilings.
+REPEATS = 2
 
 
 def measure_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     """Return the measured fields of the job's record: `status`, and the fields that go with this status.
 
     A job of `moebench parity` is not timed. Unsupported, and a case on which no backend can be judged, become a status;
-    other exceptions of the backend are not caught.
+    other exceptions of the backend are not caught. A backend that has replaced a clock has the status `mismatch`.
     """
     try:
-        return _measure(job, workload, policy) if job.check is None else examine(job, workload)
-    except Unsupported as reason:
-        return {"status": Status.unsupported, "detail": reason.reason}
-    except Unfit as fault:
-        return {"status": Status.unsupported, "detail": str(fault)}
+        measured = _Job(job, workload, policy).measure() if job.check is None else examine(job, workload)
+    except (Unsupported, Unfit) as reason:
+        return {"status": Status.unsupported, "detail": str(reason)}
+    replaced = dict.fromkeys(name for names in workload.ranks.tell(clock.replaced()) for name in names)
+    if replaced and measured["status"] is Status.ok:
+        return _without_speed(measured, f"the backend replaced {', '.join(replaced)}: no time of it is believed")
+    return measured
 
 
-def _measure(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
-    case, device, ranks = job.case, workload.device, workload.ranks
-    backend = backend_of(job, workload)
-    phases = _Phases(device)
-    with phases.of("setup_s"):
-        workload.inputs(case), workload.parameters(case)
-    with phases.of("ceilings_s"):  # before the module takes its part of the memory
-        bounds = workload.ceilings(job, backend.fp8 is not None, policy.cold_l2 and device.type == "cuda")
-    with phases.of("setup_s"):
-        subject = make_subject(backend, job, workload)
-        handed = subject.inputs.clone()  # a backend may write into its inputs: the next backend needs the originals
-    started = time.perf_counter()
-    subject.settle(handed)
-    passes = [subject.run(handed)]
-    _synchronize(device)
-    measured: Measured = {"warmup_ms": (time.perf_counter() - started) * 1e3}
-
-    def judge(passes: list[Tensors], case: Case = case) -> ParityVerdict:
-        with phases.of("parity_s"):
-            return subject.judge(passes, case=case)
-
-    if not _fit_together(passes, device, ranks):  # two sets of gradients of the largest layers do not fit
-        verdict = judge(passes)
-        passes.clear()
-        if not verdict.passed:
-            return _with_verdict(measured | phases.spent_s, verdict)
-    passes += [subject.run(handed) for _ in range(PASSES - 1)]
-    verdict = judge(passes)
-    measured["deterministic"] = are_identical(passes, ranks) if len(passes) == PASSES else None
-    judged = {"output": passes[-1]["output"].clone()} if verdict.passed else {}  # it may be overwritten
-    passes.clear()
-    if verdict.passed:
-        measured |= _speed_and_memory(subject.module, handed, case, policy, workload, phases)
-        measured |= _against(bounds, measured)
-        # the module must still be right after timing: a kernel that goes wrong after many calls gets no speed
-        after = run_pass(subject.module, handed, "forward")
-        if not are_identical([judged, after], ranks):  # the same bits need no second verdict
-            of_after = judge([after], case.model_copy(update={"mode": "forward"}))
-            verdict = verdict if of_after.passed else of_after
-    return _with_verdict(measured | phases.spent_s, verdict)
+def _without_speed(measured: Measured, detail: str) -> Measured:
+    kept = {name: measured[name] for name in WITHOUT_SPEED if name in measured}
+    return kept | {"status": Status.mismatch, "detail": detail}
 
 
 class _Phases:
-    """The wall-clock seconds of a job's parts, by the name of their column."""
+    """The wall-clock seconds of a job's parts, by the name of their column. A part inside another counts once."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._inside_s = 0.0
         self.spent_s: Measured = {}
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, before_s, self._inside_s = clock.perf_counter(), self._inside_s, 0.0
         try:
             yield
         finally:
             _synchronize(self._device)
-            self.spent_s[name] = self.spent_s.get(name, 0.0) + time.perf_counter() - started
+            whole_s = clock.perf_counter() - started
+            self.spent_s[name] = self.spent_s.get(name, 0.0) + whole_s - self._inside_s
+            self._inside_s = before_s + whole_s
 
 
-def _against(bounds: Ceilings, measured: Measured) -> Measured:
-    """Return the fields of the case's ceilings, and the fraction of its roofline that the job reached."""
-    return {
-        "roofline_ms": bounds.roofline_ms,
-        "roofline_fraction": bounds.roofline_ms / measured["time_ms"],
-        "dense_ms": bounds.dense_ms,
-        "grouped_ms": bounds.grouped_ms,
-        "collective_ms": bounds.collective_ms,
-        "copy_gb_per_s": bounds.copy_gb_per_s,
-        "flags": measured["flags"] + flags_of_speed(measured["time_ms"], bounds.roofline_ms),
-    }
+@dataclass(frozen=True)
+class _Timed:
+    """The times of a call, and the ceilings that they were compared with."""
+
+    timing: Timing
+    graph_time_ms: float | None
+    bounds: Ceilings
 
 
-def _fit_together(passes: list[Tensors], device: torch.device, ranks: Ranks) -> bool:
-    """Whether every rank has enough free memory to hold PASSES passes at once and to compute them."""
+class _Job:
+    """A job that is measured."""
+
+    def __init__(self, job: Job, workload: Workload, policy: TimingPolicy) -> None:
+        self.job, self.case, self.workload, self.policy = job, job.case, workload, policy
+        self.device, self.ranks = workload.device, workload.ranks
+        self.phases = _Phases(workload.device)
+
+    def measure(self) -> Measured:
+        """Return the fields of the record. Raises Unsupported, and all errors of the backend."""
+        backend = backend_of(self.job, self.workload)
+        is_fp8 = backend.fp8 is not None
+        with self.phases.of("setup_s"):
+            self.workload.inputs(self.case), self.workload.parameters(self.case)
+        bounds = self._ceilings(is_fp8)  # before the module takes its part of the memory
+        with self.phases.of("setup_s"):
+            subject = make_subject(backend, self.job, self.workload)
+            handed = subject.inputs.clone()  # a backend may write into its inputs: the next one needs the originals
+        started = clock.perf_counter()
+        subject.settle(handed)
+        passes = [subject.run(handed)]
+        _synchronize(self.device)
+        measured: Measured = {"warmup_ms": (clock.perf_counter() - started) * 1e3}
+        pass_bytes = sum(tensor.nbytes for tensor in passes[0].values())
+        if not _fit(PASSES * pass_bytes, self.device, self.ranks):  # two sets of gradients of the largest layers
+            verdict = self._judge(subject, passes)
+            passes.clear()
+            if not verdict.passed:
+                return measured | self.phases.spent_s | verdict_fields(verdict)
+        passes += [subject.run(handed) for _ in range(PASSES - 1)]
+        verdict = self._judge(subject, passes)
+        measured["deterministic"] = are_identical(passes, self.ranks) if len(passes) == PASSES else None
+        if not verdict.passed:
+            return measured | self.phases.spent_s | verdict_fields(verdict)
+        judged = {"output": passes[-1]["output"].clone()}  # it may be overwritten
+        passes.clear()
+        try:
+            measured |= self._speed_and_memory(subject, handed, bounds, pass_bytes)
+            self._check_after(subject, judged)
+        except NoSpeed as reason:
+            found = verdict_fields(reason.verdict or verdict)
+            return _without_speed(measured | self.phases.spent_s | found, str(reason))
+        return measured | self.phases.spent_s | verdict_fields(verdict)
+
+    def _ceilings(self, is_fp8: bool, *, anew: bool = False) -> Ceilings:
+        cold = self.policy.cold_l2 and self.device.type == "cuda"
+        with self.phases.of("ceilings_s"):
+            return self.workload.ceilings(self.job, is_fp8, cold, anew=anew)
+
+    def _judge(
+        self, subject: Subject, passes: list[Tensors], inputs: Inputs | None = None, mode: str | None = None
+    ) -> ParityVerdict:
+        with self.phases.of("parity_s"):
+            case = self.case.model_copy(update={"mode": mode or self.case.mode})
+            return subject.judge(passes, inputs, case=case)
+
+    def _check_after(self, subject: Subject, judged: Tensors) -> None:
+        """Check the output once more, because a kernel may go wrong after many calls. Raises NoSpeed if it is wrong."""
+        after = run_pass(subject.module, subject.inputs.clone(), "forward")
+        if are_identical([judged, after], self.ranks):  # the same bits need no second verdict
+            return
+        verdict = self._judge(subject, [after], mode="forward")
+        if not verdict.passed:
+            raise NoSpeed(f"{verdict.worst}, in a call after timing", verdict)
+
+    def _speed_and_memory(self, subject: Subject, handed: Inputs, bounds: Ceilings, pass_bytes: int) -> Measured:
+        """Return the fields of a right backend. Raises NoSpeed if its times must not be believed."""
+        case, device, ranks = self.case, self.device, self.ranks
+        call = Call(subject.module, handed, case.mode)
+        ran = executed(call.forward, device)
+        call.clear()
+        weighed = memory.measure_memory(call.forward, call.backward if case.mode == "train" else None, device)
+        call.clear()
+        fits = _fit(DRAWN * pass_bytes + weighed.peak_bytes, device, ranks)
+        samples = Samples(call, subject.inputs, lambda *given: self._judge(subject, *given), ranks, fits)
+        timed = self._time(call, samples, bounds, subject.fp8 is not None)
+        parts = breakdown(subject.module, call.forward, device, ranks, samples.prepare)
+        call.clear()
+        if self.workload.trace is not None:
+            trace(call.stages, call.clear, device, self.workload.trace)
+        return {
+            "executed": ran,
+            **_largest(weighed, ranks),
+            **parts,
+            "l2": ("cold" if self.policy.cold_l2 else "warm") if device.type == "cuda" else None,
+            **self._speed(timed),
+        }
+
+    def _time(self, call: Call, samples: Samples, bounds: Ceilings, is_fp8: bool) -> _Timed:
+        """Time the call. If the time is impossibly short, measure the ceilings and the time again.
+
+        Raises NoSpeed if a sample is wrong, or if the time stays impossibly short.
+        """
+        reason = ""
+        for repeat in range(REPEATS + 1):
+            if repeat:
+                bounds = self._ceilings(is_fp8, anew=True)
+            with self.phases.of("timing_s"):
+                stages, prepare, keep = call.stages, samples.prepare, samples.keep
+                timed = timing.time_stages(stages, self.device, self.policy, prepare, self.ranks, keep)
+                samples.check()
+                call.clear()
+            reason = self.ranks.tell(self._impossible(timed, bounds))[0]
+            if not reason:
+                with self.phases.of("timing_s"):
+                    graph_time_ms = self._graph_time_ms(call, samples, timed)
+                return _Timed(timed, graph_time_ms, bounds)
+        raise NoSpeed(reason)
+
+    def _impossible(self, timed: Timing, bounds: Ceilings) -> str:
+        """Return why no layer can be this fast here, or an empty text.
+
+        With a warm L2 cache, a call may find its bytes there. On a CPU, torch computes products in 16 bits so slowly
+        that a layer which computes in float32 is faster.
+        """
+        is_limit = self.policy.cold_l2 if self.device.type == "cuda" else self.case.dtype in ("float32", "float64")
+        what, limit_ms = max(bounds.limits_ms.items(), key=lambda limit: limit[1])
+        if not is_limit or timed.time_ms >= IMPOSSIBLE * limit_ms:
+            return ""
+        return (
+            f"impossibly fast: {timed.time_ms:.4g} ms, but {what} alone took {limit_ms:.4g} ms; "
+            f"{REPEATS + 1} times in turn the time was less than {IMPOSSIBLE} of such a limit"
+        )
+
+    def _graph_time_ms(self, call: Call, samples: Samples, timed: Timing) -> float | None:
+        """Return the milliseconds of a replay of the call in a CUDA graph.
+
+        The result is None on a CPU, with several ranks, for a call that synchronises, for a call that cannot be
+        captured, and for a graph with wrong results.
+        """
+        if self.device.type != "cuda" or self.ranks.size > 1 or "synchronises" in timed.flags:
+            return None
+        shorter = dataclasses.replace(self.policy, time_cap_s=GRAPH_SHARE * self.policy.time_cap_s)
+        with captured(call.stages, call.clear, self.device) as replay:
+            if replay is None:
+                return None
+            found = timing.time_stages([replay], self.device, shorter, samples.renew, keep=samples.keep)
+            try:
+                samples.check()
+            except NoSpeed:
+                return None
+            return found.time_ms
+
+    def _speed(self, timed: _Timed) -> Measured:
+        """Return the fields of the times, and of the ceilings that they are compared with."""
+        found, bounds = timed.timing, timed.bounds
+        return {
+            "flags": found.flags,
+            "time_ms": found.time_ms,
+            "time_ms_low": found.time_ms_low,
+            "time_ms_high": found.time_ms_high,
+            "converged": found.converged,
+            "host_time_ms": found.host_time_ms,
+            "graph_time_ms": timed.graph_time_ms,
+            "backward_ms": found.stage_ms[1] if self.case.mode == "train" else None,
+            "skew_ms": found.skew_ms,
+            "num_samples": len(found.samples_ms),
+            "samples_ms": found.samples_ms,
+            "sample_marked": found.marked,
+            "sm_clock_mhz": found.sm_clock_mhz,
+            "tokens_per_s": self.case.num_active_tokens / found.time_ms * 1e3,
+            "tflops": self.case.flops() / found.time_ms / 1e9,
+            "roofline_ms": bounds.roofline_ms,
+            "roofline_fraction": bounds.roofline_ms / found.time_ms,
+            "dense_ms": bounds.dense_ms,
+            "grouped_ms": bounds.grouped_ms,
+            "collective_ms": bounds.collective_ms,
+            "copy_gb_per_s": bounds.copy_gb_per_s,
+        }
+
+
+def _fit(num_bytes: int, device: torch.device, ranks: Ranks) -> bool:
+    """Whether every rank has this much free memory. On a CPU, it is taken for granted."""
     if device.type == "cpu":
         return True
-    one_pass = sum(tensor.nbytes for tensor in passes[0].values())
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return all(ranks.tell(PASSES * one_pass < free))
-
-
-def _with_verdict(measured: Measured, verdict: ParityVerdict) -> Measured:
-    found = verdict_fields(verdict)
-    if verdict.passed:
-        return measured | found
-    return {name: measured[name] for name in ("warmup_ms", "deterministic", *PHASES) if name in measured} | found
-
-
-def _speed_and_memory(
-    module: nn.Module, inputs: Inputs, case: Case, policy: TimingPolicy, workload: Workload, phases: _Phases
-) -> Measured:
-    device, ranks = workload.device, workload.ranks
-    call = _Call(module, inputs, case.mode)
-    ran = executed(call.forward, device)
-    call.clear()
-    weighed = memory.measure_memory(call.forward, call.backward if case.mode == "train" else None, device)
-    call.clear()
-    with phases.of("timing_s"):
-        timed = timing.time_stages(call.stages, device, policy, call.clear, ranks)
-        call.clear()
-        graph_time_ms = _graph_time_ms(call, timed, device, policy, ranks)
-    parts = breakdown(module, call.forward, device, ranks)
-    call.clear()
-    if workload.trace is not None:
-        trace(call.stages, call.clear, device, workload.trace)
-    return {
-        "executed": ran,
-        **_largest(weighed, ranks),
-        **parts,
-        "l2": ("cold" if policy.cold_l2 else "warm") if device.type == "cuda" else None,
-        "flags": timed.flags,
-        "time_ms": timed.time_ms,
-        "time_ms_low": timed.time_ms_low,
-        "time_ms_high": timed.time_ms_high,
-        "converged": timed.converged,
-        "host_time_ms": timed.host_time_ms,
-        "graph_time_ms": graph_time_ms,
-        "backward_ms": timed.stage_ms[1] if case.mode == "train" else None,
-        "skew_ms": timed.skew_ms,
-        "num_samples": len(timed.samples_ms),
-        "samples_ms": timed.samples_ms,
-        "sample_marked": timed.marked,
-        "sm_clock_mhz": timed.sm_clock_mhz,
-        "tokens_per_s": case.num_active_tokens / timed.time_ms * 1e3,
-        "tflops": case.flops() / timed.time_ms / 1e9,
-    }
-
-
-def _graph_time_ms(
-    call: "_Call", timed: timing.Timing, device: torch.device, policy: TimingPolicy, ranks: Ranks
-) -> float | None:
-    """Return the milliseconds of a replay of the call in a CUDA graph.
-
-    The result is None on a CPU, with several ranks, for a call that synchronises, and for a call that cannot be
-    captured.
-    """
-    if device.type != "cuda" or ranks.size > 1 or "synchronises" in timed.flags:
-        return None
-    shorter = dataclasses.replace(policy, time_cap_s=GRAPH_SHARE * policy.time_cap_s)
-    with captured(call.stages, call.clear, device) as replay:
-        return None if replay is None else timing.time_stages([replay], device, shorter).time_ms
+    return all(ranks.tell(num_bytes < free))
 
 
 def _largest(weighed: memory.Memory, ranks: Ranks) -> Measured:
@@ -203,39 +279,6 @@ def _largest(weighed: memory.Memory, ranks: Ranks) -> Measured:
     return {name: max((figure for figure in row if figure is not None), default=None) for name, row in figures.items()}
 
 
-class _Call:
-    """The call that is timed and whose memory is measured: forward and, in mode train, the backward of its output."""
-
-    def __init__(self, module: nn.Module, inputs: Inputs, mode: str) -> None:
-        self._module, self._inputs, self._train = module, inputs, mode == "train"
-        self._x_TD = inputs.x_TD.detach().requires_grad_(self._train)
-        self._weights_TK = inputs.weights_TK.detach().requires_grad_(self._train)
-        self._output_TD: Tensor | None = None
-
-    @property
-    def stages(self) -> list[Stage]:
-        return [self.forward, self.backward] if self._train else [self.forward]
-
-    def forward(self) -> Tensor:
-        inputs = self._inputs
-        with torch.set_grad_enabled(self._train):
-            output: Tensor = self._module(self._x_TD, inputs.token_mask_T, self._weights_TK, inputs.indices_TK)
-        self._output_TD = output
-        return output
-
-    def backward(self, output_TD: Tensor | None = None) -> None:
-        output_TD = self._output_TD if output_TD is None else output_TD
-        assert output_TD is not None
-        self._output_TD = None
-        output_TD.backward(self._inputs.grad_TD)
-
-    def clear(self) -> None:
-        """Drop the last call's output and gradients, so that the next backward does not add to these gradients."""
-        self._output_TD = None
-        self._x_TD.grad = self._weights_TK.grad = None
-        self._module.zero_grad(set_to_none=True)
-
-
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        clock.synchronize(device)

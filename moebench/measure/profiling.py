@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, record_function
+
+from moebench.measure import clock
 
 MAX_NAME = 80
 #: Matches the names of matrix products, both of torch's operators and of the libraries' kernels.
@@ -42,16 +44,16 @@ def trace(stages: Sequence[Callable[[], object]], clear: Callable[[], None], dev
                 for stage in stages:
                     stage()
                 if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                    clock.synchronize(device)
             clear()
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
 
 
-def _profiler(device: torch.device, record_shapes: bool = False) -> profile:
+def _profiler(device: torch.device, record_shapes: bool = False) -> torch.profiler.profile:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     # without acc_events, torch 2.11 warns about profiling cycles, although there is only one
-    return profile(activities=activities, acc_events=True, record_shapes=record_shapes)
+    return clock.profile(activities=activities, acc_events=True, record_shapes=record_shapes)
 
 
 def _profiled(call: Callable[[], object], device: torch.device) -> dict[str, float]:
@@ -59,7 +61,7 @@ def _profiled(call: Callable[[], object], device: torch.device) -> dict[str, flo
     with _profiler(device) as profiler:
         call()
         if on_gpu:
-            torch.cuda.synchronize(device)
+            clock.synchronize(device)
     by_chain: dict[str, float] = {}
     for chain, duration in _gpu_kernels(profiler) if on_gpu else _cpu_operators(profiler):
         by_chain[chain] = by_chain.get(chain, 0.0) + duration

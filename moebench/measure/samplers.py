@@ -4,12 +4,16 @@ A sample runs the stages of one call back to back. On a CPU, its times come from
 from CUDA events around each stage. The L2 cache is flushed before the first stage. A short wait is enqueued before the
 call, so that the host has handed over all work when the clock starts. This does not work for a call that itself waits
 for the device. Such a call gets the flag `synchronises`.
+
+Two functions of the caller run outside of the sample: `prepare` before each sample, and `keep` after each sample, as
+soon as the clock was read. On a GPU, work that `keep` enqueues on the current stream follows the event that ends the
+sample. What it copies there shows work that the call left to another stream and did not wait for.
 """
 
+import ctypes
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -19,6 +23,7 @@ import torch
 
 from moebench.machine import nvml
 from moebench.machine.nvml import Clock
+from moebench.measure import clock
 from moebench.workload.ranks import Ranks
 
 Stage = Callable[[], object]
@@ -30,6 +35,8 @@ HOST_SAMPLES_S = 0.05
 #: torch.cuda._sleep counts SM cycles. At the highest clock of current GPUs, a millisecond has about this many.
 CYCLES_PER_MS = 2.0e6
 MAX_WAIT_MS = 20.0
+#: CU_LIMIT_PERSISTING_L2_CACHE_SIZE of the CUDA driver's API.
+_LIMIT_PERSISTING_L2 = 6
 #: The time to enqueue a short call varies: it was 4 to 20 µs on the host of an H200, 2026-11.
 MIN_WAIT_MS = 0.03
 
@@ -66,8 +73,8 @@ class Sampler(Protocol):
 class _CpuSampler:
     flags: tuple[str, ...] = ()
 
-    def __init__(self, stages: Sequence[Stage], prepare: Stage, ranks: Ranks) -> None:
-        self._stages, self._prepare, self._ranks = stages, prepare, ranks
+    def __init__(self, stages: Sequence[Stage], prepare: Stage, keep: Stage, ranks: Ranks) -> None:
+        self._stages, self._prepare, self._keep, self._ranks = stages, prepare, keep, ranks
         self._totals_ms: list[float] = []
 
     def sample(self, count: int) -> Group:
@@ -78,10 +85,11 @@ class _CpuSampler:
     def _one(self) -> tuple[float, ...]:
         self._prepare()
         self._ranks.align(CPU)
-        marks = [time.perf_counter_ns()]
+        marks = [clock.perf_counter_ns()]
         for stage in self._stages:
             stage()
-            marks.append(time.perf_counter_ns())
+            marks.append(clock.perf_counter_ns())
+        self._keep()
         return tuple((b - a) / 1e6 for a, b in pairwise(marks))
 
     def host_time_ms(self) -> float:
@@ -96,10 +104,12 @@ class _GpuSampler:
         device: torch.device,
         cold_l2: bool,
         prepare: Stage,
+        keep: Stage,
         ranks: Ranks,
-        clock: Callable[[], Clock],
+        read_clock: Callable[[], Clock],
     ) -> None:
-        self._stages, self._device, self._prepare, self._ranks, self._clock = stages, device, prepare, ranks, clock
+        self._stages, self._device, self._prepare, self._keep, self._ranks = stages, device, prepare, keep, ranks
+        self._read_clock, self._persisting = read_clock, PersistingL2()
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device) if cold_l2 else None
         self._host_time_ms = self._median_on_host()
@@ -110,11 +120,14 @@ class _GpuSampler:
 
     def _make_cold(self) -> None:
         if self._flush is not None:
+            if self._persisting.set_aside_bytes():
+                clock.synchronize(self._device)  # an earlier call that still runs could write into this part again
+                self._persisting.reset()
             self._flush.zero_()
 
     def _median_on_host(self) -> float:
-        started, samples = time.perf_counter(), [self._host_sample() for _ in range(3)]
-        long = self._ranks.largest(time.perf_counter() - started) > HOST_SAMPLES_S
+        started, samples = clock.perf_counter(), [self._host_sample() for _ in range(3)]
+        long = self._ranks.largest(clock.perf_counter() - started) > HOST_SAMPLES_S
         return statistics.median(samples + [self._host_sample() for _ in range(0 if long else HOST_SAMPLES - 3)])
 
     def _host_sample(self) -> float:
@@ -122,12 +135,14 @@ class _GpuSampler:
         self._prepare()
         self._make_cold()
         self._ranks.align(self._device)
-        torch.cuda.synchronize(self._device)
-        start = time.perf_counter()
+        clock.synchronize(self._device)
+        start = clock.perf_counter()
         for stage in self._stages:
             stage()
-        torch.cuda.synchronize(self._device)
-        return (time.perf_counter() - start) * 1e3
+        clock.synchronize(self._device)
+        spent_ms = (clock.perf_counter() - start) * 1e3
+        self._keep()
+        return spent_ms
 
     def _enqueue_behind_a_wait(self) -> tuple[float, bool]:
         """Return the milliseconds until the host has handed over all work, and whether it waited for the device.
@@ -136,24 +151,22 @@ class _GpuSampler:
         did not wait.
         """
         self._prepare()
-        torch.cuda.synchronize(self._device)
-        free = torch.cuda.Event()
+        clock.synchronize(self._device)
         torch.cuda._sleep(int((2 * self._host_time_ms + 1.0) * CYCLES_PER_MS))
-        free.record()
-        start = time.perf_counter()
+        free = clock.mark()
+        start = clock.perf_counter()
         self._enqueue()
-        enqueue_ms = (time.perf_counter() - start) * 1e3
-        synchronises = free.query()
-        torch.cuda.synchronize(self._device)
+        enqueue_ms = (clock.perf_counter() - start) * 1e3
+        synchronises = clock.is_past(free)
+        clock.synchronize(self._device)
         return enqueue_ms, synchronises
 
     def _enqueue(self) -> list[torch.cuda.Event]:
         """Enqueue the call, with an event before each stage and after the last."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(self._stages) + 1)]
-        events[0].record()
-        for stage, event in zip(self._stages, events[1:], strict=True):
+        events = [clock.mark()]
+        for stage in self._stages:
             stage()
-            event.record()
+            events.append(clock.mark())
         return events
 
     def sample(self, count: int) -> Group:
@@ -165,13 +178,41 @@ class _GpuSampler:
                 torch.cuda._sleep(self._wait_cycles)
             self._ranks.align(self._device)
             rows.append(self._enqueue())
-        while_busy = self._clock()
-        torch.cuda.synchronize(self._device)
-        samples = [tuple(a.elapsed_time(b) for a, b in pairwise(row)) for row in rows]
-        return Group(samples, [], slower([while_busy, self._clock()]))
+            self._keep()
+        while_busy = self._read_clock()
+        clock.synchronize(self._device)
+        samples = [tuple(clock.ms_between(a, b) for a, b in pairwise(row)) for row in rows]
+        return Group(samples, [], slower([while_busy, self._read_clock()]))
 
     def host_time_ms(self) -> float:
         return self._host_time_ms
+
+
+class PersistingL2:
+    """The part of the L2 cache that a process may set aside for data that it marks as persisting.
+
+    Writing a buffer does not evict such data. The calls go to the driver's library, for the context of this thread. If
+    the driver has no such calls, nothing can be set aside, and 0 bytes are.
+    """
+
+    def __init__(self) -> None:
+        self._driver: ctypes.CDLL | None = None
+        with suppress(OSError):
+            driver = ctypes.CDLL("libcuda.so.1")
+            if hasattr(driver, "cuCtxResetPersistingL2Cache"):  # since CUDA 11
+                self._driver = driver
+
+    def set_aside_bytes(self) -> int:
+        """Return the bytes of L2 that are set aside now; 0 if the driver does not tell."""
+        found = ctypes.c_size_t()
+        if self._driver is None or self._driver.cuCtxGetLimit(ctypes.byref(found), _LIMIT_PERSISTING_L2):
+            return 0
+        return found.value
+
+    def reset(self) -> None:
+        """Make persisting data ordinary data, which the next flush evicts."""
+        if self._driver is not None:
+            self._driver.cuCtxResetPersistingL2Cache()
 
 
 def slower(clocks: Sequence[Clock]) -> Clock:
@@ -182,14 +223,14 @@ def slower(clocks: Sequence[Clock]) -> Clock:
 
 @contextmanager
 def make_sampler(
-    stages: Sequence[Stage], device: torch.device, cold_l2: bool, prepare: Stage, ranks: Ranks
+    stages: Sequence[Stage], device: torch.device, cold_l2: bool, prepare: Stage, keep: Stage, ranks: Ranks
 ) -> Iterator[Sampler]:
     """Yield the device's sampler of these stages. The stages must be warm."""
     if device.type != "cuda":
-        yield _CpuSampler(stages, prepare, ranks)
+        yield _CpuSampler(stages, prepare, keep, ranks)
         return
-    with nvml.clock_of(nvml.full_uuid(str(torch.cuda.get_device_properties(device).uuid))) as clock:
-        yield _GpuSampler(stages, device, cold_l2, prepare, ranks, clock)
+    with nvml.clock_of(nvml.full_uuid(str(torch.cuda.get_device_properties(device).uuid))) as read_clock:
+        yield _GpuSampler(stages, device, cold_l2, prepare, keep, ranks, read_clock)
 
 
 #: The number of calls on the capture's stream before the capture. Libraries make their workspaces in these calls.

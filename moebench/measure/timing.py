@@ -6,13 +6,13 @@ while the GPU is slowed down. These groups are kept and marked, but the statisti
 
 import gc
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from moebench.measure import clock
 from moebench.measure.samplers import Group, Sampler, Stage, make_sampler, slower
 from moebench.results.stats import MIN_SAMPLES, relative_half_width, series_interval
 from moebench.workload.ranks import ALONE, Ranks
@@ -74,25 +74,42 @@ def time_stages(
     policy: TimingPolicy,
     prepare: Stage = lambda: None,
     ranks: Ranks = ALONE,
+    keep: Stage = lambda: None,
 ) -> Timing:
-    """Sample the stages, which must be warm, until the policy stops. `prepare` runs before each sample, untimed.
+    """Sample the stages, which must be warm, until the policy stops.
 
-    Ranks start every sample together. The time of a sample is the time of its slowest rank.
+    `prepare` runs before each sample and `keep` after it, both untimed. The time cap includes the seconds of `prepare`,
+    but not those of `keep`. Ranks start every sample together. The time of a sample is the time of its slowest rank.
     """
-    with _no_garbage_collection(), make_sampler(stages, device, policy.cold_l2, prepare, ranks) as sampler:
-        groups, converged = _sample(sampler, policy, ranks)
+    aside = _Aside(keep)
+    with _no_garbage_collection(), make_sampler(stages, device, policy.cold_l2, prepare, aside, ranks) as sampler:
+        groups, converged = _sample(sampler, policy, ranks, aside)
         return _statistics(groups, converged, ranks.largest(sampler.host_time_ms()), sampler.flags, ranks)
 
 
-def _sample(sampler: Sampler, policy: TimingPolicy, ranks: Ranks) -> tuple[list[Group], bool]:
+class _Aside:
+    """A stage whose seconds are added up, so that the time cap can leave them out."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self.spent_s = 0.0
+
+    def __call__(self) -> None:
+        started = clock.perf_counter()
+        self._stage()
+        self.spent_s += clock.perf_counter() - started
+
+
+def _sample(sampler: Sampler, policy: TimingPolicy, ranks: Ranks, aside: _Aside) -> tuple[list[Group], bool]:
     groups: list[Group] = []
-    start, count, num_samples = time.perf_counter(), MIN_SAMPLES, 0
+    start, count, num_samples = clock.perf_counter() - aside.spent_s, MIN_SAMPLES, 0
     while True:
         groups.append(_slowest(ranks.tell(sampler.sample(count))))
         num_samples += count
         median, low, high = series_interval([ms for group in _of_one_regime(groups) for ms in group.totals_ms])
         width = relative_half_width(median, low, high)
-        spent = ranks.largest(time.perf_counter() - start)  # all ranks use one clock, so that they stop together
+        # all ranks use one clock, so that they stop together
+        spent = ranks.largest(clock.perf_counter() - start - aside.spent_s)
         if width <= policy.interval_target and (num_samples >= CONVERGED_SAMPLES or spent >= policy.time_cap_s):
             return groups, True
         out_of_reach = spent * width**2 > OUT_OF_REACH * policy.time_cap_s * policy.interval_target**2

@@ -17,11 +17,11 @@ from moebench.measure.cache import Workload
 from moebench.measure.subject import Measured
 from moebench.parity.checks import SEARCH, Search
 from moebench.parity.judge import TensorError, Unfit
-from moebench.parity.listing import listing
-from moebench.parity.play import Play
-from moebench.parity.player import Stage
-from moebench.parity.search import SHRINK_S, drawn, smallest
-from moebench.parity.space import Trial
+from moebench.parity.play.listing import listing
+from moebench.parity.play.play import Play
+from moebench.parity.play.player import Stage
+from moebench.parity.space.search import SHRINK_S, drawn, smallest
+from moebench.parity.space.trial import Trial
 from moebench.results.record import Status
 from moebench.workload.case import DTYPES, Job
 from moebench.workload.inputs import moe_config

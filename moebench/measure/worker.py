@@ -14,8 +14,9 @@ The worker appends events to the events file, one JSON object per line:
 * `record`, with a job's number and record, when the job has ended
 * `refused`, instead of all other events, if the user asked for a backend or a device that does not exist
 
-After a failed job, the worker goes on if it is healthy (moebench.measure.canary). It ends when its standard input ends,
-so that it does not outlive a supervisor that was killed.
+After a failed job, the worker goes on if it is healthy (moebench.measure.canary). It ends after a backend that changed
+settings of torch or replaced a clock (moebench.measure.clock). It ends when its standard input ends, so that it does
+not outlive a supervisor that was killed.
 """
 
 import argparse
@@ -28,7 +29,6 @@ import platform
 import re
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,7 +41,7 @@ from experts.errors import RegistryError
 from experts.registry import check_name
 from moebench.machine import environment
 from moebench.machine.environment import Environment
-from moebench.measure import canary
+from moebench.measure import canary, clock
 from moebench.measure.cache import Workload
 from moebench.measure.job import measure_job
 from moebench.measure.protocol import Events, WorkList, read_jobs
@@ -143,6 +143,8 @@ def _measure_all(
             _recover(workload)  # raises if an error broke the process or its GPU: another worker goes on
         if CHANGED_SETTINGS in row.flags:
             raise canary.Unhealthy(f"{job.backend} has changed settings of torch: another worker goes on")
+        if (replaced := clock.replaced()) and not work_list.are_checks:  # a check's worker has no other backend
+            raise canary.Unhealthy(f"{job.backend} has replaced {', '.join(replaced)}: another worker goes on")
 
 
 def _tell_trial(events: Events, trial: str) -> None:
@@ -150,13 +152,13 @@ def _tell_trial(events: Events, trial: str) -> None:
 
 
 def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList, described: Environment) -> Record:
-    started, settings = time.perf_counter(), canary.settings()
+    started, settings = clock.perf_counter(), canary.settings()
     workload.trace = _trace_file(job, work_list, workload.ranks)
     measured = run_job(job, workload, policy)
     device, rank = workload.device, workload.ranks.rank
     if workload.ranks.size > 1 and measured["status"] in (Status.oom, Status.error):
         measured["detail"] = f"rank {rank}: {measured['detail']}"
-    measured |= {"device": device.type, "job_s": time.perf_counter() - started, "round": work_list.round}
+    measured |= {"device": device.type, "job_s": clock.perf_counter() - started, "round": work_list.round}
     measured["gpu"] = described.gpus[0].name if described.gpus else None
     measured["gpu_uuid"] = described.gpu_uuids(workload.ranks.size)
     if canary.settings() != settings and not work_list.are_checks:  # a check's worker has no other backend
@@ -189,7 +191,7 @@ def _recover(workload: Workload) -> None:
     """Free the memory of a failed job, and check that the process still computes right. Raises Unhealthy if not."""
     workload.forget()
     if workload.device.type == "cuda":
-        torch.cuda.synchronize(workload.device)
+        clock.synchronize(workload.device)
         torch.cuda.empty_cache()
     canary.sing(workload.device)
 

@@ -1,4 +1,5 @@
-"""Decide whether a backend is right: define references, budgets, and the checks of `moebench parity`.
+"""Decide whether a backend is right: the oracle, its rounding, the judge, and the search for a case that fails.
 
-Only the module `checks` works without torch, because the supervisor plans with it.
+`space` says what is tried, `play` tries it, and `checks` names parts of the space. Only `space` and `checks` work without
+torch, because the supervisor plans with them.
 """

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moebench.parity.covering import Axes, covering
-from moebench.parity.programs import PROGRAMS, Program
-from moebench.parity.space import AXES, RANK_AXES, Trial
+from moebench.parity.space.covering import Axes, covering
+from moebench.parity.space.programs import PROGRAMS, Program
+from moebench.parity.space.trial import AXES, RANK_AXES, Trial
 from moebench.workload.backends import DISPATCHERS
 from moebench.workload.case import DTYPES, Job
 

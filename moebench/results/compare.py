@@ -31,7 +31,8 @@ def compare(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
       divided by the value of the first result. A ratio below 1 means less time, fewer tokens/s, less memory or a
       smaller error.
 
-    A ratio of times does not show whether the difference is noise. `moebench gate` tests whether it is.
+    The ratios of a job are null if the rows of the two results have different schemas, because moebench measured them
+    differently. A ratio of times does not show whether the difference is noise. `moebench gate` tests whether it is.
 
     Raises ResultsError for fewer than two results.
     """
@@ -48,7 +49,9 @@ def compare(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for measure in RATIOS:
         for name in others:
             over, under = (together[f"{measure}:{which}"].astype("Float64") for which in (name, first))
-            together[f"{measure}_ratio:{name}"] = (over / under.where(under != 0)).astype("float64")
+            alike = sides[name]["schema"].reindex(together.index) == sides[first]["schema"].reindex(together.index)
+            ratio = (over / under.where(under != 0)).astype("float64")
+            together[f"{measure}_ratio:{name}"] = ratio.where(alike.fillna(False).astype(bool))
     return together.reset_index()
 
 

@@ -22,7 +22,7 @@ from moebench.errors import ResultsError
 from moebench.results.columns import Rounds
 from moebench.results.files import write_atomically
 from moebench.results.journal import JOURNAL_NAME, read_journal
-from moebench.results.record import COLUMN_OF, SCHEMA, Record, Status
+from moebench.results.record import COLUMN_OF, READABLE, Record, Status
 from moebench.results.rounds import merged_rounds
 
 PARQUET_NAME = "results.parquet"
@@ -173,20 +173,20 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
         raise ResultsError(
-            f"{path}: no column {', '.join(missing[:3])}{' …' * (len(missing) > 3)}, which results of schema {SCHEMA} "
+            f"{path}: no column {', '.join(missing[:3])}{' …' * (len(missing) > 3)}, which results "
             f"must have; give the {PARQUET_NAME} that `moebench run` wrote"
         )
     try:
         frame = _to_pandas(table.select(COLUMNS).cast(ARROW_SCHEMA))
     except (pa.ArrowException, ValueError) as error:
         raise ResultsError(
-            f"{path}: a column has another type than in schema {SCHEMA} ({str(error).splitlines()[0]}); "
+            f"{path}: a column has another type than this moebench reads ({str(error).splitlines()[0]}); "
             f"give the {PARQUET_NAME} that `moebench run` wrote"
         ) from error
-    others = sorted({int(schema) for schema in frame["schema"].dropna()} - {SCHEMA})
+    others = sorted({int(schema) for schema in frame["schema"].dropna()} - set(READABLE))
     if others or frame["schema"].isna().any():
         raise ResultsError(
-            f"{path}: schema {', '.join(map(str, others)) or 'null'}, this moebench reads {SCHEMA}; "
-            "open it with the moebench that wrote it"
+            f"{path}: schema {', '.join(map(str, others)) or 'null'}, this moebench reads "
+            f"{' and '.join(map(str, READABLE))}; open it with the moebench that wrote it"
         )
     return frame

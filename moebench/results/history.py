@@ -25,6 +25,8 @@ def history(case_id: str, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
       previous time
     - `since_first`: the time divided by the first time of the same line, minus 1
 
+    Only times of the same schema are divided by each other, because moebench measures differently in each schema.
+
     Raises ResultsError if no result has the case.
     """
     known = sorted({case for frame in frames.values() for case in frame["case_id"]})
@@ -36,7 +38,7 @@ def history(case_id: str, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     rows["line"] = backend_labels(rows)
     order = list(dict.fromkeys(rows["result"]))
     rows["place"] = rows["result"].map(order.index)
-    times = rows["time_ms"].where(rows["status"] == Status.ok).groupby(rows["line"])
+    times = rows["time_ms"].where(rows["status"] == Status.ok).groupby([rows["line"], rows["schema"]])
     rows["change"] = rows["time_ms"] / times.transform(lambda some: some.ffill().shift()) - 1
     rows["since_first"] = rows["time_ms"] / times.transform("first") - 1
     return rows.sort_values(["place", "line"], kind="stable", ignore_index=True)

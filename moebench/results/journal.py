@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from moebench.errors import ResultsError
-from moebench.results.record import SCHEMA, Record
+from moebench.results.record import READABLE, Record
+
+_READABLE = " and ".join(map(str, READABLE))
 
 
 class Journal:
@@ -55,9 +57,9 @@ class Journal:
                     f"{self.path}:{number}: {reprlib.repr(fields)} is wrong; a line holds one record, a JSON object; "
                     "give a journal that `moebench run` wrote"
                 )
-            if fields.get("schema") != SCHEMA:
+            if fields.get("schema") not in READABLE:
                 raise ResultsError(
-                    f"{self.path}:{number}: schema {fields.get('schema')!r}, this moebench reads {SCHEMA}; "
+                    f"{self.path}:{number}: schema {fields.get('schema')!r}, this moebench reads {_READABLE}; "
                     "open it with the moebench that wrote it"
                 )
             rows.append(Record.model_validate_json(line))

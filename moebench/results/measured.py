@@ -63,7 +63,8 @@ class Measured(BaseModel):
             Rounds.MEDIAN,
             "median time of the call when a CUDA graph replays it; host time does not count",
             "ms",
-            null="on a CPU; at an EP size above 1; if the call synchronises or cannot be captured; unless ok",
+            null="on a CPU; at an EP size above 1; if the call synchronises or cannot be captured, or if a replay that "
+            "was judged gave a wrong result; unless ok",
             is_speed=True,
         ),
     ] = None
@@ -175,8 +176,10 @@ class Measured(BaseModel):
         Column(
             Rounds.MEDIAN,
             "the largest of three times: `dense_ms`, `collective_ms`, and the time to copy the bytes that every "
-            "backend must move (the parameters of experts that have tokens, the tokens in and out, and in mode "
-            "`train` all gradients); on a CPU and with a warm cache the time to copy does not count",
+            "backend must move: the parameters of experts that have tokens (for FP8 backends in one byte per number), "
+            "the rows of x of tokens that have an expert, all rows of the output, and in mode `train` also the "
+            "gradients of these rows and of all parameters; on a CPU and with a warm cache the time to copy does not "
+            "count",
             "ms",
         ),
     ] = None

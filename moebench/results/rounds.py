@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moebench.results.columns import COMBINE
-from moebench.results.record import COLUMN_OF, IMPOSSIBLY_FAST, Record, Status, flags_of_speed
+from moebench.results.record import COLUMN_OF, Record, Status
 from moebench.results.stats import center_of_rounds
 
 #: If the rounds of a job ended with different statuses, the job's row has the status that comes first here.
@@ -21,12 +21,14 @@ def merged_rounds(rows: Sequence[Record]) -> Record:
     (`stats.center_of_rounds`). `tokens_per_s`, `tflops` and `roofline_fraction` are computed from the time. The
     declaration of every other column says how its rounds combine. If any round failed, the result is the row of the
     worst round. Its `detail` then names the rounds that ended like this, and its `job_s` is the sum over all rounds.
+    The row has the lowest schema of its rounds.
     """
     if len(rows) == 1:
         return rows[0]
     rows = sorted(rows, key=lambda row: row.round or 0)
     row = min(rows, key=lambda row: (WORST_ROUND_FIRST.index(row.status), -(row.parity_worst or 0.0)))
-    together: dict[str, Any] = {"round": None, "num_rounds": len(rows)}
+    schema = min(row.schema_version for row in rows)  # they differ if a later moebench resumed the run
+    together: dict[str, Any] = {"round": None, "num_rounds": len(rows), "schema": schema}
     if row.status is Status.ok:
         together |= {name: _combined(name, rows) for name, column in COLUMN_OF.items() if column.rounds in COMBINE}
         together |= _speed(rows)
@@ -49,9 +51,7 @@ def _speed(rows: Sequence[Record]) -> dict[str, Any]:
     work = {name: value * first.time_ms for name in ("tokens_per_s", "tflops") if (value := getattr(first, name))}
     if (bound_ms := _combined("roofline_ms", rows)) is not None:
         work["roofline_fraction"] = bound_ms
-    others = (flag for flag in _combined("flags", rows) if flag != IMPOSSIBLY_FAST)
-    found: dict[str, Any] = {"time_ms": time_ms, "time_ms_low": low, "time_ms_high": high}
-    found["flags"] = (*others, *flags_of_speed(time_ms, bound_ms))  # one round's ceilings may be wrong: use all
+    found = {"time_ms": time_ms, "time_ms_low": low, "time_ms_high": high}
     return {**found, **{name: amount / time_ms for name, amount in work.items()}}
 
 

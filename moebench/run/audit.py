@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from moebench.errors import UsageError
 from moebench.parity.checks import CHECKS, SEARCH, Search, case_job, covering_jobs, search_job
-from moebench.parity.rules import misfits
-from moebench.parity.space import Trial
+from moebench.parity.space.rules import misfits
+from moebench.parity.space.trial import Trial
 from moebench.results.record import GOOD, Record, Status
 from moebench.run.plan import Plan, new_run_id
 from moebench.run.request import check_device

@@ -12,7 +12,7 @@ from moebench.errors import UsageError
 from moebench.machine.gpus import choose
 from moebench.results.frame import PARQUET_NAME
 from moebench.results.journal import JOURNAL_NAME, read_journal
-from moebench.results.record import Record
+from moebench.results.record import SCHEMA, Record
 from moebench.run.lock import check_new
 from moebench.run.order import shuffled
 from moebench.run.plan import Plan, new_run_id
@@ -95,20 +95,22 @@ def plan_rest(folder: Path, *, backends: Sequence[str], time_budget_min: float |
 
     `backends` are the names in this command's --backend options; only a module among them may be imported. Raises
     UsageError, SweepError or ResultsError where the folder is not the folder of a run. Raises UsageError where the
-    sweep or its jobs have changed since the run began, unless `force` is true.
+    sweep or its jobs have changed since the run began, or where its rows have another schema, unless `force` is true.
     """
     run = RunFile.read(folder)
     asked = run.asked
     text = read_sweep(folder / SWEEP_NAME)
     spec = parse_sweep(text, run.sweep_file)
     jobs = select_of(spec, run.sweep, asked.backends, asked.filters, asked.case_ids)
+    earlier = _earlier(folder)
+    others = sorted({row.schema_version for row in earlier} - {SCHEMA})
     changes = run.changes(folder, jobs)
+    changes += [f"its rows have schema {', '.join(map(str, others))}, this moebench measures {SCHEMA}"] * bool(others)
     if changes and not force:
         raise UsageError(
             f"--resume {folder}: {'; '.join(changes)}; --force resumes with {folder / SWEEP_NAME} as it is"
         )
     check_named(jobs, backends)
-    earlier = _earlier(folder)
     done = {(row.key, row.round) for row in earlier}
     plans = (
         replace(whole, jobs=tuple(job for job in whole.jobs if (job.key, whole.round) not in done))

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from moebench.machine.comparability import MEMORY_CHANGES, TIME_CHANGES, Difference
-from moebench.results.record import GOOD, IMPOSSIBLY_FAST, Status
+from moebench.results.record import GOOD, Status
 from moebench.verdicts.times import TimeVerdict, round_medians
 from moebench.verdicts.verdict import Verdict
 from moebench.workload.case import Case, Job
@@ -26,8 +26,8 @@ _MEMORY_COLUMNS = {"peak": "peak_memory_bytes", "saved for backward": "saved_mem
 #: whichever is more, and in memory saved for backward by up to 0.6% or 1 MiB, whichever is more. A difference up to the
 #: larger of `_GPU_SLACK` (as a share) and `_GPU_SLACK_BYTES` does not count.
 _GPU_SLACK, _GPU_SLACK_BYTES = 0.01, 2 << 20
-#: Flags of a time that says nothing about the code, with the reason.
-_SPOILED = {"slowed_down": "slowed down by heat or a power brake", IMPOSSIBLY_FAST: "impossibly fast"}
+#: Flags of a time that says nothing about the code, with the reason. Only results of schema 1 have `impossibly_fast`.
+_SPOILED = {"slowed_down": "slowed down by heat or a power brake", "impossibly_fast": "impossibly fast"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ class Pair:
         return is_ok(self.baseline) and is_ok(self.candidate)
 
     @property
+    def other_schema(self) -> str:
+        """Why rows of two schemas must not be compared; empty if the rows have the same schema."""
+        one, two = self.baseline["schema"], self.candidate["schema"]
+        return "" if one == two else f"schema {one} -> {two}: moebench measures differently since; measure both again"
+
+    @property
     def why_incomparable(self) -> str:
         """Why the times of the two rows must not be compared; empty if the times may be compared."""
         one, two = (row["l2"] for row in (self.baseline, self.candidate))
@@ -67,7 +73,7 @@ class Pair:
             for flag, why in _SPOILED.items()
             if flag in row["flags"]
         ]
-        return ", ".join([*map(str, self.forbidding), *other_l2, *spoiled])
+        return ", ".join(filter(None, [*map(str, self.forbidding), *other_l2, *spoiled, self.other_schema]))
 
 
 def job_of(row: Row) -> Job:
@@ -159,8 +165,8 @@ def _memory(pair: Pair) -> Sequence[Finding]:
         return []
     others = (some for some in pair.differences if some.what not in TIME_CHANGES)
     forbidding = [some for some in others if some in pair.forbidding or some.what in MEMORY_CHANGES]
-    if forbidding:
-        return [Finding("memory", Verdict.INCOMPARABLE, _texts(forbidding))]
+    if forbidding or pair.other_schema:
+        return [Finding("memory", Verdict.INCOMPARABLE, _texts(forbidding) or pair.other_schema)]
     on_gpu = not is_null(one["gpu"])
     changed = {name: sizes for name, sizes in bytes_of.items() if _differ(*sizes, on_gpu)}
     reason = ", ".join(f"{name} {before:,} -> {after:,} bytes" for name, (before, after) in changed.items())

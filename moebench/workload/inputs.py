@@ -96,6 +96,17 @@ def make_inputs(case: Case, device: torch.device, rank: int = 0) -> Inputs:
     return Inputs(x_TD, token_mask_T, weights_TK, indices_TK, grad_TD)
 
 
+def redraw(inputs: Inputs, generator: torch.Generator) -> None:
+    """Draw new x, routing weights and output gradient from the distributions of `make_inputs`, in place.
+
+    The mask and the indices stay. Masked rows of x are NaN.
+    """
+    for values in (inputs.x_TD, inputs.grad_TD, inputs.weights_TK):
+        values.normal_(generator=generator)
+    inputs.weights_TK.copy_(inputs.weights_TK.softmax(dim=-1))
+    inputs.x_TD.masked_fill_(~inputs.token_mask_T.unsqueeze(-1), math.nan)
+
+
 def draw_routing(case: Case, generator: torch.Generator, rank: int = 0) -> Tensor:
     """Return the expert indices [T, K] int64 of a rank's tokens.
 

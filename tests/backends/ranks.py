@@ -42,6 +42,20 @@ class WrongRow(_LastRankFails):
         return torch.where(wrong_T1, -output, output)
 
 
+class WrongRowInLaterCalls(WrongRow):
+    """The last rank's output is wrong only from its seventh call on, when it is timed."""
+
+    num_calls = 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.num_calls > 6 and super().is_last
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        self.num_calls += 1
+        return super().forward(x, token_mask, weights, indices)
+
+
 class OwnTokensOnly(_LastRankFails):
     """The last rank's experts get gradients only from the last rank's tokens.
 

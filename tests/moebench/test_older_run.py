@@ -61,7 +61,32 @@ def test_every_command_that_reads_results_reads_it(older, moebench):
     assert gated.out.splitlines()[-1] == "gate: 4 INCONCLUSIVE"
 
 
+def test_it_is_not_compared_with_results_of_now(older, moebench, tmp_path):
+    """The rows of now are a copy that has their schema."""
+    shutil.copytree(older, "now")
+    journal = tmp_path / "now" / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"schema":1', b'"schema":2'))
+    why = "schema 1 -> 2: moebench measures differently since"
+    gated = moebench("gate", "out", "now")
+    assert (gated.code, gated.err) == (3, "")
+    assert gated.out.splitlines()[-1] == "gate: 4 INCOMPARABLE"
+    said = " ".join(gated.out.split())
+    for measure in ("time", "memory"):
+        assert f"INCOMPARABLE {measure}: {why}; measure both again: " in said
+    compared = moebench("compare", "out", "now")
+    assert compared.code == 0
+    assert f"now against out: INCOMPARABLE: {why}, so rows of different schemas have no ratio" in compared.out
+
+
+def test_its_run_is_not_resumed_where_times_are_measured_differently(older, moebench):
+    found = moebench("run", "--resume", "out")
+    assert (found.code, found.out) == (2, "")
+    assert "its rows have schema 1, this moebench measures 2; --force resumes" in found.err
+
+
 def test_its_run_is_resumed_only_where_it_was_or_by_force(older, moebench, monkeypatch, tmp_path):
+    journal = older / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"schema":1', b'"schema":2'))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     stand_in.write(tmp_path / "elsewhere", stand_in.ALL)
     process = stand_in.started(tmp_path / "elsewhere", "run", "--resume", "out", cwd=tmp_path)
@@ -77,7 +102,7 @@ def test_what_was_left_of_its_run_is_measured_and_nothing_else(older, moebench, 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = (older / "journal.jsonl").read_bytes()
-    planned = moebench("run", "--resume", "out", "--dry-run")
+    planned = moebench("run", "--resume", "out", "--dry-run", "--force")
     assert "3 jobs" in planned.out.splitlines()
     found = moebench("run", "--resume", "out", "--force")
     assert (found.code, found.err.strip()) == (0, "")
@@ -88,6 +113,7 @@ def test_what_was_left_of_its_run_is_measured_and_nothing_else(older, moebench, 
     assert sorted(jobs_of(rows[len(MEASURED) :])) == LEFT
     assert {row.status.value for row in rows} == {"ok"}
     frame = public.load(older)
+    assert set(frame["schema"]) == {1}
     assert frame["num_rounds"].tolist() == [2] * 4
     assert all(set(rounds) == {0, 1} for rounds in frame["sample_rounds"])
     resumed = json.loads((older / "run.json").read_text())["resumed"]

@@ -30,18 +30,20 @@ _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 def least_bytes(rows: pd.DataFrame) -> "pd.Series[float]":
     """Return the bytes per rank that every implementation must move even with perfect caches, in the case's dtype.
 
-    In mode forward, an implementation must read once the parameters of the experts that have tokens, read the input and
-    write the output. In mode train, it must also move all gradients. moebench.measure.ceilings counts the same bytes. A
-    row does not say how many experts have tokens, so this function assumes the average number under uniform routing.
+    In mode forward, an implementation must read once the parameters of the experts that have tokens, read the rows of
+    tokens that the mask keeps, and write all rows of the output. In mode train, it must also move all gradients.
+    moebench.measure.ceilings counts these bytes, and those of biases. A row does not say how many experts have tokens,
+    so this function assumes the average number under uniform routing.
     """
     num_tokens = rows["num_tokens"].astype("float64")
+    kept = num_tokens * (1 - rows["masked_share"])
     experts = rows["n_routed_experts"] / rows["ep_size"]
-    idle_share = (1 - rows["n_activated_experts"] / rows["n_routed_experts"]) ** (num_tokens * rows["ep_size"])
+    idle_share = (1 - rows["n_activated_experts"] / rows["n_routed_experts"]) ** (kept * rows["ep_size"])
     with_tokens = experts * (1 - idle_share)
     matrices = rows["expert_activation"].isin(UNGATED).map({True: 2, False: 3})
     train = rows["mode"].eq("train").astype("int64")
     parameters = (with_tokens + train * experts) * matrices * rows["dim"] * rows["moe_inter_dim"]
-    numbers = parameters + (1 + train) * 2 * num_tokens * rows["dim"]
+    numbers = parameters + (1 + train) * (kept + num_tokens) * rows["dim"]
     num_bytes: pd.Series[float] = numbers * rows["dtype"].map(_DTYPE_BYTES).astype("float64")
     return num_bytes
 

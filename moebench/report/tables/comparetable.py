@@ -75,10 +75,19 @@ def _ratio(value: Any) -> str:
 
 
 def environment_lines(results: Mapping[str, Result]) -> list[str]:
-    """Return one line for each difference between the environments of the first result and of a later result."""
+    """Return one line for each difference between the environments of the first result and of a later result.
+
+    If the results have different schemas, a line says that they have no ratios.
+    """
     (first, one), *others = results.items()
     found: dict[str, None] = {}
     for name, two in others:
+        schemas = [", ".join(map(str, sorted(set(result.frame["schema"])))) for result in (one, two)]
+        if schemas[0] != schemas[1]:
+            found[
+                f"{name} against {first}: INCOMPARABLE: schema {' -> '.join(schemas)}: moebench measures differently "
+                "since, so rows of different schemas have no ratio"
+            ] = None
         for before in one.environments.values():
             for after in two.environments.values():
                 found |= dict.fromkeys(f"{name} against {first}: {some}" for some in differences(before, after))

@@ -25,7 +25,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     moved = Clock()
-    monkeypatch.setattr(module, "time", moved)
+    monkeypatch.setattr(module, "clock", moved)
     return moved
 
 

@@ -33,14 +33,31 @@ def test_rows_are_those_of_active_choices_in_groups_by_expert():
     assert torch.equal(made.rows_ND[: int(tokens.sum())], inputs.x_TD[tokens])
 
 
-def test_least_bytes_are_parameters_of_experts_with_rows_and_tokens_in_and_out():
-    made, _ = work(routing="empty:0.5")
-    expert = (16 * 48 + 24 * 16) * 4
-    tokens = 2 * 40 * 16 * 4
+@pytest.mark.parametrize("bias", [False, True])
+def test_least_bytes_are_parameters_of_experts_with_rows_and_rows_that_must_be_read_or_written(bias):
+    """10 of 40 tokens are masked. Nobody needs their rows, but the zeros of their results must be written."""
+    fields = {"routing": "empty:0.5", "masked_share": 0.25, "expert_bias": bias}
+    made, _ = work(**fields)
+    expert = (16 * 48 + 24 * 16 + bias * (48 + 16)) * 4
+    token = 16 * 4
     assert int((made.tokens_per_expert_L > 0).sum()) == 4
-    assert ceilings._least_bytes(made) == 4 * expert + tokens
-    trained, _ = work(mode="train", routing="empty:0.5")
-    assert ceilings._least_bytes(trained) == (4 + 8) * expert + 2 * tokens
+    assert ceilings._least_bytes(made, fp8=False) == 4 * expert + (30 + 40) * token
+    trained, _ = work(mode="train", **fields)
+    assert ceilings._least_bytes(trained, fp8=False) == (4 + 8) * expert + 2 * (30 + 40) * token
+
+
+def test_a_token_without_an_expert_need_not_be_read():
+    case = Case(num_tokens=40, **SHAPE)
+    inputs = make_inputs(case, CPU)
+    inputs.indices_TK[:4] = -1
+    made = work_of(case, inputs, make_parameters(case, CPU))
+    assert (made.num_tokens, made.num_active) == (40, 36)
+
+
+def test_an_fp8_backend_may_keep_its_parameters_in_one_byte_a_number():
+    made, _ = work(routing="empty:0.5", mode="train", dtype="bfloat16")
+    read = 4 * (16 * 48 + 24 * 16) * 2
+    assert ceilings._least_bytes(made, fp8=False) - ceilings._least_bytes(made, fp8=True) == read // 2
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
@@ -80,7 +97,7 @@ def test_without_rows_there_is_no_product():
     made, inputs = work(masked_share=1.0)
     found = ceilings.measure_ceilings(made, inputs, "local", fp8=False, copy=10.0, cold=True, ranks=ALONE)
     assert found.dense_ms is None
-    assert found.roofline_ms == pytest.approx(2 * 40 * 16 * 4 / 10e9 * 1e3)
+    assert found.roofline_ms == pytest.approx(40 * 16 * 4 / 10e9 * 1e3), "the zeros of the output"
 
 
 @pytest.mark.parametrize(

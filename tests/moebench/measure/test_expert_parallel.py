@@ -53,6 +53,7 @@ FP8 = {"dtype": "bfloat16", "dim": 128, "moe_inter_dim": 128, "rank_load": "unev
 WRONG = [
     job("ranks:WrongRow", mode="forward"),
     job("ranks:OwnTokensOnly", mode="train"),
+    job("ranks:WrongRowInLaterCalls", mode="forward"),
     job("fp8:Block", "alltoall", **FP8),
     job("fp8:CurrentWithWrongScale", "alltoall", **FP8),
 ]
@@ -184,6 +185,12 @@ def test_a_wrong_row_of_one_rank_is_a_mismatch_that_names_rank_and_token(run):
     row = row_of(run, "ranks:WrongRow", status="mismatch", parity_worst_tensor="output")
     token = int(make_inputs(case(mode="forward"), CPU, rank=1).token_mask_T.nonzero()[2])
     assert row.detail.startswith(f"output (rank 1, token {token}): error ")
+    assert all(getattr(row, field) is None for field in SPEED_FIELDS)
+
+
+def test_a_rank_that_is_wrong_only_when_it_is_timed_is_found_by_all_ranks(run):
+    row = row_of(run, "ranks:WrongRowInLaterCalls", status="mismatch", parity_worst_tensor="output")
+    assert re.fullmatch(r"output \(rank 1, (token \d+|whole tensor)\): .*, in a call that was timed", row.detail)
     assert all(getattr(row, field) is None for field in SPEED_FIELDS)
 
 

@@ -1,12 +1,13 @@
 """What only a CUDA GPU can show: events, the second-level cache, the caching allocator, and a run on the GPU."""
 
+import ctypes
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from moebench.measure import memory, timing
+from moebench.measure import memory, samplers, timing
 from moebench.measure.samplers import captured
 from moebench.measure.timing import TimingPolicy
 from moebench.parity import judge
@@ -139,6 +140,41 @@ def test_a_call_that_waits_for_the_device_is_flagged(gpu):
     assert measured([waits], gpu).flags == ("synchronises",)
 
 
+def test_a_copy_after_the_sample_lacks_what_another_stream_still_writes(gpu):
+    """The copies are made behind the event that ends the sample, in the stream of the call."""
+    target, other, copies = torch.zeros(256, device=gpu), torch.cuda.Stream(gpu), []
+
+    def late():
+        other.wait_stream(torch.cuda.current_stream(gpu))
+        with torch.cuda.stream(other):
+            torch.cuda._sleep(20_000_000)
+            target.fill_(1)
+
+    def prepare():
+        torch.cuda.synchronize(gpu)
+        target.zero_()
+
+    timing.time_stages([late], gpu, TimingPolicy(1e9, 0.0), prepare, keep=lambda: copies.append(target.clone()))
+    torch.cuda.synchronize(gpu)
+    assert all(float(copy.sum()) == 0 for copy in copies)
+
+
+def test_what_is_set_aside_in_l2_is_read_and_reset(gpu):
+    persisting = samplers.PersistingL2()
+    torch.zeros(1, device=gpu)  # makes the context of this thread
+    assert persisting._driver is not None
+    before = persisting.set_aside_bytes()
+    limit = samplers._LIMIT_PERSISTING_L2
+    try:
+        assert persisting._driver.cuCtxSetLimit(limit, ctypes.c_size_t(MIB)) == 0
+        assert persisting.set_aside_bytes() >= MIB
+        assert persisting._driver.cuCtxResetPersistingL2Cache() == 0
+        found = measured([wait(0.2)], gpu, cap_s=0.05)
+        assert found.time_ms > 0.1
+    finally:
+        persisting._driver.cuCtxSetLimit(limit, ctypes.c_size_t(before))
+
+
 # memory
 
 
@@ -248,6 +284,20 @@ def test_breakdowns_inside_a_sweep_disturb_nothing(tmp_path, monkeypatch):
     assert {row.gpu_uuid for row in outcome.records} == {outcome.records[0].gpu_uuid} != {None}
     logs = "\n".join(path.read_text() for path in (tmp_path / "logs").glob("worker-*.log"))
     assert "bytes of the GPU are still held after a failed job" in logs
+
+
+def test_tricks_have_no_speed_on_a_gpu_either(tmp_path, monkeypatch):
+    paths = [str(ROOT / "tests" / "backends"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    names = ["CachesByAddress", "ZeroGradsAfterManyCalls", "LazyOutput", "ComputesInAStream", "PatchesEvents"]
+    modes = ["forward", "train", "forward", "forward", "train"]
+    jobs = [Job(case=case(mode=mode), backend=f"cheats:{name}") for name, mode in zip(names, modes, strict=True)]
+    jobs += [Job(case=case(), backend="torch_mm")]
+    outcome = execute(Plan(tuple(jobs), Policy(time_cap_s=0.1, timeout_s=60.0), tmp_path, "run", device="cuda"))
+    assert [(row.backend, row.status.value) for row in outcome.records] == [
+        *((f"cheats:{name}", "mismatch") for name in names),
+        ("torch_mm", "ok"),
+    ], [row.detail for row in outcome.records]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,9 @@ Each fault is a mismatch without speed, and the right backends beside it are ok.
 
 import math
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -13,8 +15,10 @@ import torch
 
 from experts import GroupedExperts
 from experts.registry import Backend
+from moebench.measure import ceilings
 from moebench.measure import job as job_module
 from moebench.measure.cache import Workload
+from moebench.measure.ceilings import Ceilings
 from moebench.measure.job import measure_job
 from moebench.measure.memory import Memory
 from moebench.measure.timing import TimingPolicy
@@ -135,10 +139,10 @@ def test_only_rows_that_nobody_wrote_are_infinitely_wrong(rows):
 class Recorder(GroupedExperts):
     """Right experts that keep their input."""
 
-    calls: ClassVar[list[tuple[torch.Tensor, bool]]] = []
+    calls: ClassVar[list[tuple[torch.Tensor, torch.Tensor, bool]]] = []
 
     def forward(self, x, token_mask, weights, indices):
-        self.calls.append((x, torch.is_grad_enabled()))
+        self.calls.append((x, x.detach().clone(), torch.is_grad_enabled()))
         return super().forward(x, token_mask, weights, indices)
 
 
@@ -158,7 +162,7 @@ def test_forward_runs_without_gradients_and_train_with(recorder, mode):
     measured = measure_job(Job(case=case("float32", mode), backend="recorder"), Workload(CPU), POLICY)
     assert measured["status"] is Status.ok
     # the last call checks the output once more after timing, without gradients
-    assert {enabled for _, enabled in recorder.calls[:-1]} == {mode == "train"}
+    assert {enabled for *_, enabled in recorder.calls[:-1]} == {mode == "train"}
     assert len(recorder.calls) > measured["num_samples"]
 
 
@@ -187,9 +191,82 @@ def test_backends_of_a_case_get_the_same_inputs_and_none_gets_anothers_tensors(r
     workload = Workload(CPU)
     for _ in range(2):
         measure_job(Job(case=case("float32"), backend="recorder"), workload, POLICY)
-    first, last = recorder.calls[0][0], recorder.calls[-1][0]
-    torch.testing.assert_close(first.detach(), last, equal_nan=True, rtol=0, atol=0)
+    (first, read_first, _), (last, read_last, _) = recorder.calls[0], recorder.calls[-1]
+    torch.testing.assert_close(read_first, read_last, equal_nan=True, rtol=0, atol=0)
     assert first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr()
+
+
+def test_each_timed_call_reads_values_that_no_call_has_read(recorder):
+    measured = measure_job(Job(case=case("float32"), backend="recorder"), Workload(CPU), POLICY)
+    read = [tuple(values.nan_to_num().flatten().tolist()) for _, values, _ in recorder.calls]
+    assert len(set(read)) == 1 + measured["num_samples"]
+
+
+def bounds_of(*dense_ms):
+    """Return a stand-in for the measuring of ceilings that finds these times of the products, one after the other."""
+    found = list(dense_ms)
+
+    def measure_ceilings(*given):
+        return Ceilings(found.pop(0), None, None, copy_gb_per_s=10.0, least_bytes=0)
+
+    return found, measure_ceilings
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_a_time_that_stays_impossibly_short_is_a_mismatch(monkeypatch, mode):
+    left, stand_in = bounds_of(1e9, 1e9, 2e9)
+    monkeypatch.setattr(ceilings, "measure_ceilings", stand_in)
+    measured = measure_job(Job(case=case("float32", mode), backend="loop"), Workload(CPU), POLICY)
+    assert measured["status"] is Status.mismatch
+    assert re.fullmatch(
+        r"impossibly fast: [\d.]+ ms, but its matrix products alone took 2e\+09 ms; "
+        r"3 times in turn the time was less than 0\.8 of such a limit",
+        measured["detail"],
+    )
+    assert left == [], "each repetition measures the ceilings anew"
+    assert {name for name in SPEED_FIELDS if measured.get(name) is not None} == set()
+    assert measured["parity_worst"] <= 1
+
+
+def test_one_disturbed_ceiling_accuses_nobody(monkeypatch):
+    left, stand_in = bounds_of(1e9, 1e-9)
+    monkeypatch.setattr(ceilings, "measure_ceilings", stand_in)
+    measured = measure_job(Job(case=case("float32"), backend="loop"), Workload(CPU), POLICY)
+    assert (measured["status"], measured["roofline_ms"], left) == (Status.ok, 1e-9, [])
+
+
+def test_slow_products_in_16_bits_on_a_cpu_are_no_limit(monkeypatch):
+    _, stand_in = bounds_of(1e9)
+    monkeypatch.setattr(ceilings, "measure_ceilings", stand_in)
+    measured = measure_job(Job(case=case("bfloat16"), backend="loop"), Workload(CPU), POLICY)
+    assert measured["status"] is Status.ok
+
+
+@pytest.mark.parametrize(
+    ("device", "cold", "dtype", "is_limit"),
+    [
+        ("cuda", True, "bfloat16", True),
+        ("cuda", False, "bfloat16", False),
+        ("cpu", True, "float32", True),
+        ("cpu", False, "float64", True),
+        ("cpu", True, "float16", False),
+    ],
+)
+def test_what_is_a_limit(device, cold, dtype, is_limit):
+    policy = TimingPolicy(interval_target=0.9, time_cap_s=0.01, cold_l2=cold)
+    one = job_module._Job(Job(case=case(dtype), backend="loop"), Workload(torch.device(device)), policy)
+    bounds = Ceilings(None, None, None, copy_gb_per_s=1.0, least_bytes=1_000_000)
+    assert bool(one._impossible(SimpleNamespace(time_ms=0.79), bounds)) == is_limit
+    assert one._impossible(SimpleNamespace(time_ms=0.81), bounds) == ""
+
+
+def test_a_part_inside_another_counts_once(monkeypatch):
+    now = iter([0.0, 10.0, 13.0, 20.0])
+    monkeypatch.setattr(job_module.clock, "perf_counter", lambda: next(now))
+    phases = job_module._Phases(CPU)
+    with phases.of("timing_s"), phases.of("parity_s"):
+        pass
+    assert phases.spent_s == {"parity_s": 3.0, "timing_s": 17.0}
 
 
 def test_parameters_are_kept_across_cases_that_share_them_and_made_anew_for_others():

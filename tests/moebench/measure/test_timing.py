@@ -39,7 +39,7 @@ def clock(monkeypatch):
     clock = Watch()
     faked = SimpleNamespace(perf_counter=clock.perf_counter, perf_counter_ns=clock.perf_counter_ns)
     for module in (timing, samplers):
-        monkeypatch.setattr(module, "time", faked)
+        monkeypatch.setattr(module, "clock", faked)
     return clock
 
 
@@ -84,6 +84,17 @@ def test_prepare_runs_before_each_sample_and_is_not_timed(clock):
     assert calls == ["prepare", "forward", "backward"] * len(found.samples_ms)
     assert set(found.samples_ms) == {3.0}
     assert found.stage_ms == (1.0, 2.0)
+
+
+def test_keep_runs_after_each_sample_and_neither_its_time_nor_the_cap_includes_it(clock, monkeypatch):
+    monkeypatch.setattr(timing, "OUT_OF_REACH", math.inf)
+    calls = []
+    stages = [stage(clock, 1.0, 2.0, calls=calls, name="forward")]
+    keep = stage(clock, 500.0, calls=calls, name="keep")
+    found = time_stages(stages, CPU, policy(target=1e-9, cap_s=0.06), keep=keep)
+    assert calls == ["forward", "keep"] * len(found.samples_ms)
+    assert set(found.samples_ms) == {1.0, 2.0}
+    assert 40 <= len(found.samples_ms) <= 42, "60 ms of samples"
 
 
 def noise(share, count=5000):
@@ -229,3 +240,43 @@ def test_ranks_agree_on_when_to_stop(monkeypatch):
     found = timing.time_stages([], CPU, policy, ranks=ranks)
     assert len(counts) == 1
     assert len(found.samples_ms) == timing.MIN_SAMPLES
+
+
+class Driver:
+    """A CUDA driver that says how many bytes of L2 are set aside, and counts what it is asked to do."""
+
+    def __init__(self, num_bytes, status=0):
+        self.num_bytes, self.status, self.num_resets = num_bytes, status, 0
+
+    def cuCtxGetLimit(self, found, limit):
+        assert limit == 6, "CU_LIMIT_PERSISTING_L2_CACHE_SIZE"
+        found._obj.value = self.num_bytes
+        return self.status
+
+    def cuCtxResetPersistingL2Cache(self):
+        self.num_resets += 1
+        return 0
+
+
+def test_what_the_driver_sets_aside_is_read_and_reset(monkeypatch):
+    driver = Driver(4096)
+    monkeypatch.setattr(samplers.ctypes, "CDLL", lambda name: driver)
+    persisting = samplers.PersistingL2()
+    assert persisting.set_aside_bytes() == 4096
+    persisting.reset()
+    assert driver.num_resets == 1
+    driver.status = 201  # CUDA_ERROR_INVALID_CONTEXT
+    assert persisting.set_aside_bytes() == 0
+
+
+@pytest.mark.parametrize("library", [None, SimpleNamespace()])
+def test_without_a_driver_that_knows_it_nothing_is_set_aside(monkeypatch, library):
+    def load(name):
+        if library is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return library
+
+    monkeypatch.setattr(samplers.ctypes, "CDLL", load)
+    persisting = samplers.PersistingL2()
+    assert persisting.set_aside_bytes() == 0
+    persisting.reset()

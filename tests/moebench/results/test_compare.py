@@ -56,6 +56,15 @@ def test_what_one_does_not_have_is_null(compared):
     assert new["time_ms:after"] == 7.0
 
 
+def test_rows_of_different_schemas_have_no_ratio():
+    before = frame(ok(LARGE, [2.0], schema=1), ok(SMALL, [2.0]))
+    found = compare({"before": before, "after": frame(ok(LARGE, [3.0]), ok(SMALL, [3.0]))})
+    large = row(found, LARGE)
+    assert (large["time_ms:before"], large["time_ms:after"]) == (2.0, 3.0)
+    assert all(math.isnan(large[f"{measure}_ratio:after"]) for measure in ("time_ms", "peak_memory_bytes"))
+    assert row(found, SMALL)["time_ms_ratio:after"] == 1.5
+
+
 def test_rows_are_in_case_order(compared):
     assert [(some["num_tokens"], some["backend"]) for some in compared.to_dict("records")] == [
         (8, "loop"),

@@ -279,7 +279,7 @@ def _arrow() -> Any:
         (pa.table({"a": [1]}), "no column case_id, backend, dispatcher …"),
         (_arrow().drop_columns(["status"]), "no column status, which"),
         (_arrow().set_column(4, "num_tokens", pa.array(["x"] * 4)), "another type"),
-        (_arrow().set_column(len(COLUMNS) - 1, "schema", pa.array([99] * 4)), "schema 99, this moebench reads 1"),
+        (_arrow().set_column(len(COLUMNS) - 1, "schema", pa.array([99] * 4)), "schema 99, this moebench reads 1 and 2"),
     ],
 )
 def test_what_is_no_results_is_refused_in_one_line(tmp_path: Path, content: Any, says: str) -> None:
@@ -300,7 +300,7 @@ def test_what_is_no_results_is_refused_in_one_line(tmp_path: Path, content: Any,
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (ok().to_json().replace('"schema":1', '"schema":7'), "schema 7"),
+        (ok().to_json().replace('"schema":2', '"schema":7'), "schema 7"),
         (ok().to_json().replace('"num_tokens":8', '"num_tokens":"x"'), "num_tokens"),
     ],
 )

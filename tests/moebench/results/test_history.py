@@ -45,6 +45,17 @@ def test_changes_are_since_the_last_time_there_was_one(rows):
     assert other["since_first"].tolist() == [0.0, 1.0, 1.0]
 
 
+def test_times_of_two_schemas_are_not_divided_by_each_other():
+    days = {"first": 1, "second": 1, "third": 2, "fourth": 2}
+    results = {
+        name: frame(ok(CASE, [time], run_id=f"202611{time:02.0f}-101500-a", schema=schema))
+        for (name, schema), time in zip(days.items(), (1.0, 2.0, 3.0, 6.0), strict=True)
+    }
+    rows = history(CASE.case.case_id, results)
+    assert rows["change"].tolist() == pytest.approx([float("nan"), 1.0, float("nan"), 1.0], nan_ok=True)
+    assert rows["since_first"].tolist() == [0.0, 1.0, 0.0, 1.0]
+
+
 def test_a_case_that_no_result_has_is_one_line():
     with pytest.raises(ResultsError, match="none of 1 results has this case"):
         history("nothing", {"a": result(1, 1.0)})

@@ -9,7 +9,7 @@ import pytest
 
 from moebench.errors import ResultsError
 from moebench.results.journal import Journal
-from moebench.results.record import SCHEMA, Record, Status, record
+from moebench.results.record import READABLE, SCHEMA, Record, Status, record
 from moebench.workload.case import Case, Job
 
 CASE = Case(
@@ -111,8 +111,14 @@ def test_another_schema_is_refused_with_its_place(journal: Journal, schema: int 
     fields = {**json.loads(ok().to_json()), "schema": schema, "a_field_of_the_future": 1}
     with journal.path.open("a") as file:
         file.write(json.dumps(fields) + "\n")
-    with pytest.raises(ResultsError, match=rf"journal\.jsonl:2: schema {schema}, this moebench reads {SCHEMA}"):
+    with pytest.raises(ResultsError, match=rf"journal\.jsonl:2: schema {schema}, this moebench reads 1 and 2"):
         journal.read()
+
+
+@pytest.mark.parametrize("schema", READABLE)
+def test_rows_of_every_schema_so_far_are_read_and_keep_it(journal: Journal, schema: int) -> None:
+    journal.path.write_text(json.dumps({**json.loads(ok().to_json()), "schema": schema}) + "\n")
+    assert [row.schema_version for row in journal] == [schema]
 
 
 @pytest.mark.parametrize("line", ["[]", "3", "null", '"schema"', '[{"schema": 1}]'])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from moebench.results.record import IMPOSSIBLY_FAST, SPEED_FIELDS, Record, Status, record
+from moebench.results.record import SPEED_FIELDS, Record, Status, record
 from moebench.results.rounds import merged_rounds
 from moebench.workload.case import Case, Job
 
@@ -79,15 +79,11 @@ def test_the_share_of_the_roofline_is_of_the_time_that_is_given():
     assert (one.time_ms, one.roofline_ms, one.roofline_fraction) == (2.0, 0.5, 0.25)
 
 
-@pytest.mark.parametrize(
-    ("bounds", "flags"), [([1.0, 9.0, 1.0], ("synchronises",)), ([9.0, 9.0, 1.0], ("synchronises", IMPOSSIBLY_FAST))]
-)
-def test_one_disturbed_ceiling_makes_no_time_impossible(bounds, flags):
-    def flagged(bound):
-        return ("synchronises", IMPOSSIBLY_FAST) if bound > 2 else ("synchronises",)
-
-    rounds = [row(n, time_ms=2.0, roofline_ms=bound, flags=flagged(bound)) for n, bound in enumerate(bounds)]
-    assert merged_rounds(rounds).flags == flags
+@pytest.mark.parametrize("schemas", [(1, 2), (2, 1)])
+def test_a_row_of_rounds_of_two_schemas_has_the_lower_one(schemas):
+    """A later moebench resumed the run by force."""
+    assert merged_rounds([row(n, schema=schema) for n, schema in enumerate(schemas)]).schema_version == 1
+    assert merged_rounds([row(n, schema=2) for n in range(2)]).schema_version == 2
 
 
 def test_the_clock_is_that_of_most_rounds():

@@ -99,10 +99,22 @@ def test_why_times_are_not_compared():
     assert pair(ok(JOB, steady(), l2=None), ok(JOB, steady(), l2=None)).why_incomparable == ""
     hot = ok(JOB, steady(), flags=("synchronises", "slowed_down"))
     assert pair(same, hot).why_incomparable == "candidate slowed down by heat or a power brake; measure it again"
-    assert pair(ok(JOB, steady(), flags=("impossibly_fast",)), same).why_incomparable.startswith("baseline impossibly")
+    old = ok(JOB, steady(), flags=("impossibly_fast",), schema=1)
+    assert pair(old, old).why_incomparable.startswith("baseline impossibly fast; measure it again, candidate")
     assert pair(same, ok(JOB, steady(), flags=("clock_changed",))).why_incomparable == ""
     finding = found(same, ok(JOB, steady(), l2="warm"), "time")
     assert (finding.verdict, finding.reason) == (Verdict.INCOMPARABLE, "L2 cold -> warm")
+
+
+def test_times_and_memory_of_two_schemas_are_not_compared_and_parity_is():
+    one, two = ok(JOB, steady(), schema=1), ok(JOB, steady(), peak_memory_bytes=1)
+    why = "schema 1 -> 2: moebench measures differently since; measure both again"
+    for measure in ("time", "memory"):
+        assert (found(one, two, measure).verdict, found(one, two, measure).reason) == (Verdict.INCOMPARABLE, why)
+    assert found(one, two, "parity").verdict is Verdict.PASS
+    old = ok(JOB, steady(), schema=1)
+    assert pair(old, old).why_incomparable == ""
+    assert found(old, old, "memory").verdict is Verdict.PASS
 
 
 def test_the_job_of_a_row():

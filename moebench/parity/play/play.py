@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moebench.parity import draw, judge
+from moebench.parity import judge
 from moebench.parity.judge import ParityVerdict, TensorError
-from moebench.parity.parametersteps import ParameterSteps
-from moebench.parity.player import Call, Compared, Pass, Player, Stage, local, same_bits
+from moebench.parity.play import draw
+from moebench.parity.play.parameters import ParameterSteps
+from moebench.parity.play.player import Call, Compared, Pass, Player, Stage, local, same_bits
+from moebench.parity.play.script import Script
 from moebench.parity.poison import poisoned
 from moebench.parity.reference import Tensors
-from moebench.parity.script import Script
-from moebench.parity.space import Trial
+from moebench.parity.space.trial import Trial
 from moebench.workload.inputs import Inputs
 
 #: With this many calls, a fault in one of 50 calls is met with a probability of 0.99.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moebench.parity.judge import TensorError
-from moebench.parity.play import Play
-from moebench.parity.player import Compared
+from moebench.parity.play.play import Play
+from moebench.parity.play.player import Compared
 from moebench.parity.reference import exact_pass
 
 

@@ -1,13 +1,13 @@
 """Write the steps of a trial as lines of Python that run without moebench.
 
-`moebench.parity.play` tells a `Script` each step before it takes it, so that the lines do what it does.
+`moebench.parity.play.play` tells a `Script` each step before it takes it, so that the lines do what it does.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moebench.parity import draw
-from moebench.parity.space import Trial
+from moebench.parity.play import draw
+from moebench.parity.space.trial import Trial
 
 #: Statements are joined into lines of at most this many characters.
 WIDTH = 140

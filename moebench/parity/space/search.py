@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, Phase, Verbosity, find, given, seed, setting
 from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException
 
-from moebench.parity.covering import Axes
-from moebench.parity.programs import STEPS, Program
-from moebench.parity.rules import fitting
-from moebench.parity.space import AXES, Row, Trial, of_row
+from moebench.parity.space.covering import Axes
+from moebench.parity.space.programs import STEPS, Program
+from moebench.parity.space.rules import fitting
+from moebench.parity.space.trial import AXES, Row, Trial, of_row
 
 #: Trials are drawn in batches of this many. Each batch has a seed of its own.
 BATCH = 50

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from moebench.parity.space import MANY_TOKENS, Row, Trial, of_row
+from moebench.parity.space.trial import MANY_TOKENS, Row, Trial, of_row
 
 CLAMPED = ("swigluoai", "quick_geglu")
 #: What a case may hold at most, so that the oracle finishes it soon.

@@ -1,6 +1,6 @@
 """Draw the tensors of a trial. They come from lines of Python that run without moebench.
 
-`moebench.parity.listing` prints the same lines, so that a counterexample has the same values outside of moebench.
+`moebench.parity.play.listing` prints the same lines, so that a counterexample has the same values outside of moebench.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebench.parity.space import Trial
+from moebench.parity.space.trial import Trial
 from moebench.workload.inputs import Inputs
 
 #: Each set of inputs has a seed of its own, this many apart. So has each set of parameters.

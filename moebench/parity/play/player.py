@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from moebench.parity import draw, judge
+from moebench.parity import judge
 from moebench.parity.judge import TensorError
+from moebench.parity.play import draw
 from moebench.parity.reference import Tensors
-from moebench.parity.space import Trial
+from moebench.parity.space.trial import Trial
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import ALONE, Ranks

@@ -1,7 +1,7 @@
 """Define what `moebench parity` tries: a `Trial` is one point of a space of shapes, inputs and steps.
 
-The supervisor plans with this module, so it does not import torch. moebench.parity.draw makes the tensors of a trial,
-and moebench.parity.play takes its steps.
+The supervisor plans with this module, so it does not import torch. moebench.parity.play draws the tensors of a trial and
+takes its steps.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moebench.errors import UsageError
-from moebench.parity.programs import PROGRAMS, RANK_PROGRAMS, STEPS
+from moebench.parity.space.programs import PROGRAMS, RANK_PROGRAMS, STEPS
 from moebench.workload.axes import did_you_mean, listed
 from moebench.workload.case import ACTIVATIONS, Case
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from moebench.parity.rules import fitting
-from moebench.parity.space import AXES, Row, Trial, of_row
+from moebench.parity.space.rules import fitting
+from moebench.parity.space.trial import AXES, Row, Trial, of_row
 
 #: With one of these values a layer computes nothing, or nothing that is compared, so that the other values of a case
 #: are hardly tried. Cases with such a value have it once with every value of every other axis. They do not count for

@@ -1,4 +1,4 @@
-"""Take the steps that change, load or save the parameters of a layer. `moebench.parity.play` takes the other steps."""
+"""Take the steps that change, load or save the parameters of a layer. `Play` takes the other steps."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from moebench.parity.judge import TensorError
-from moebench.parity.player import Player, Stage, local, same_bits
+from moebench.parity.play.player import Player, Stage, local, same_bits
+from moebench.parity.play.script import Script
 from moebench.parity.reference import Tensors
-from moebench.parity.script import Script
-from moebench.parity.space import Trial
+from moebench.parity.space.trial import Trial
 
 #: An expert's parameters of at least this many elements are not drawn twice by chance.
 NOT_BY_CHANCE = 8

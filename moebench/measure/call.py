@@ -1,0 +1,186 @@
+"""The call of a backend that is timed: what it reads and returns, and which of its samples parity judges.
+
+The values that a call reads change from sample to sample, so that a backend cannot return what it computed before.
+Samples drawn at random are judged, so that a backend cannot be right when it is checked and wrong when it is timed.
+"""
+
+import random
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from moebench.measure.samplers import Stage
+from moebench.parity.judge import ParityVerdict, stacked_grads
+from moebench.parity.reference import Tensors
+from moebench.workload.inputs import Inputs, redraw
+from moebench.workload.ranks import Ranks
+
+#: The number of samples that are kept and judged. A backend is faster by wrong results only if at least half of its
+#: samples are wrong, because times are medians. Each job then finds it with a probability of 3/4 or more.
+DRAWN = 2
+#: If memory cannot hold copies of samples, one sample among the first `EARLY` is judged in its place.
+EARLY = 20
+
+Judge = Callable[[list[Tensors], Inputs], ParityVerdict]
+
+
+class NoSpeed(Exception):
+    """The times of a job must not be believed. The message says why.
+
+    `verdict` has the errors of the call that was judged wrong; None if no call was.
+    """
+
+    def __init__(self, reason: str, verdict: ParityVerdict | None = None) -> None:
+        super().__init__(reason)
+        self.verdict = verdict
+
+
+class Call:
+    """The call that is timed and whose memory is measured: forward and, in mode train, the backward of its output."""
+
+    def __init__(self, module: nn.Module, inputs: Inputs, mode: str) -> None:
+        self.inputs = inputs
+        self._module, self._train = module, mode == "train"
+        self._parameters = tuple(module.parameters())
+        self._x_TD = inputs.x_TD.detach().requires_grad_(self._train)
+        self._weights_TK = inputs.weights_TK.detach().requires_grad_(self._train)
+        self._output_TD: Tensor | None = None
+
+    @property
+    def stages(self) -> list[Stage]:
+        return [self.forward, self.backward] if self._train else [self.forward]
+
+    def forward(self) -> Tensor:
+        inputs = self.inputs
+        with torch.set_grad_enabled(self._train):
+            output: Tensor = self._module(self._x_TD, inputs.token_mask_T, self._weights_TK, inputs.indices_TK)
+        self._output_TD = output
+        return output
+
+    def backward(self, output_TD: Tensor | None = None) -> None:
+        output_TD = self._output_TD if output_TD is None else output_TD
+        assert output_TD is not None
+        output_TD.backward(self.inputs.grad_TD)
+
+    def clear(self) -> None:
+        """Drop the last call's output and gradients, so that the next backward does not add to these gradients."""
+        self._output_TD = None
+        self._x_TD.grad = self._weights_TK.grad = None
+        self._module.zero_grad(set_to_none=True)
+
+    def result(self) -> Tensors:
+        """Return the tensors of the last call by name, as `moebench.parity.judge.run_pass` names them."""
+        assert self._output_TD is not None
+        output = {"output": self._output_TD.detach()}
+        if not self._train:
+            return output
+        grads = {"x": self._x_TD.grad, "weights": self._weights_TK.grad, **stacked_grads(self._module)}
+        return output | {f"{name}.grad": grad for name, grad in grads.items() if grad is not None}
+
+    def complaint(self) -> str | None:
+        """Return why the last call may not have computed its tensors yet, or None if nothing speaks for it.
+
+        A subclass of torch.Tensor, or a mode that torch calls around its operators, can put off work until somebody
+        reads the tensor, which is after the clock was read.
+        """
+        if type(self._output_TD) is not Tensor:
+            return _of_subclass("output", self._output_TD)
+        for grad in (self._x_TD.grad, self._weights_TK.grad, *(parameter.grad for parameter in self._parameters)):
+            if grad is not None and type(grad) not in (Tensor, DTensor):
+                return _of_subclass("a gradient", grad)
+        functions = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+        for mode in (*functions, *_get_current_dispatch_mode_stack()):
+            return f"{type(mode).__name__} is active after the call: a mode may compute later; leave it in the call"
+        return None
+
+
+def _of_subclass(name: str, tensor: object) -> str:
+    return f"{name} is a {type(tensor).__name__}: a subclass may compute later; return a torch.Tensor"
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A copy of a sample's tensors, and the seed of the values that the sample read."""
+
+    seed: int
+    tensors: Tensors
+
+
+class Samples:
+    """Gives each sample of a call new values to read, and has samples that are drawn at random judged.
+
+    New values are drawn in place. This takes no memory, the values round as the case's own values do, and no backend
+    can have seen them before. Indices, token mask and parameters stay. A sample is drawn after its call has ended, so
+    that the backend cannot know. The seed comes from the operating system. All ranks share it, so that they draw the
+    same samples.
+
+    `original` are the case's inputs, which the backend has never had. If `fits` is false, memory does not hold copies
+    of DRAWN samples. Then one sample is judged where it is, and nothing is copied.
+    """
+
+    def __init__(self, call: Call, original: Inputs, judge: Judge, ranks: Ranks, fits: bool) -> None:
+        self._call, self._original, self._judge, self._ranks, self._fits = call, original, judge, ranks, fits
+        self._random = random.Random(ranks.tell(secrets.randbits(64))[0])
+        self._generator = torch.Generator(original.x_TD.device)
+        self._seed = self._count = 0
+        self._early = self._random.randrange(EARLY)
+        self._kept: list[_Kept] = []
+        self._verdicts: list[ParityVerdict] = []
+        self._complaint: str | None = None
+
+    def prepare(self) -> None:
+        """Drop the last call's tensors, and draw the values of the next call."""
+        self._call.clear()
+        self.renew()
+
+    def renew(self) -> None:
+        """Draw the values of the next call."""
+        self._seed = (self._random.getrandbits(31) + self._ranks.rank) % 2**31
+        redraw(self._call.inputs, self._generator.manual_seed(self._seed))
+
+    def keep(self) -> None:
+        """Copy the tensors of the call that has just ended, if it is drawn (Vitter 1985, algorithm R).
+
+        On a GPU the copies are enqueued on the current stream behind the call. The copy of a tensor that another stream
+        or another thread still writes is wrong. The smallest tensors come first, so that late work has little time.
+        """
+        self._count += 1
+        if self._fits:
+            place = len(self._kept) if len(self._kept) < DRAWN else self._random.randrange(self._count)
+            if place < DRAWN:
+                ascending = sorted(self._call.result().items(), key=lambda item: item[1].nbytes)
+                kept = _Kept(self._seed, {name: tensor.clone() for name, tensor in ascending})
+                self._kept[place : place + 1] = [kept]
+        elif self._count == self._early + 1:
+            self._judge_one(_Kept(self._seed, self._call.result()))
+        self._complaint = self._complaint or self._call.complaint()
+
+    def _judge_one(self, kept: _Kept) -> None:
+        read = self._original.clone()
+        redraw(read, self._generator.manual_seed(kept.seed))
+        self._verdicts.append(self._judge([kept.tensors], read))
+
+    def check(self) -> None:
+        """Judge the samples that were kept, and forget them. Raises NoSpeed if one is wrong; all ranks raise together.
+
+        Call this after sampling, before the last sample's tensors are dropped.
+        """
+        complaints = [complaint for complaint in self._ranks.tell(self._complaint) if complaint is not None]
+        if complaints:  # a mode that is still active could also change what the judge computes
+            raise NoSpeed(complaints[0])
+        if not self._fits and not self._verdicts:  # fewer than EARLY samples
+            self._kept = [_Kept(self._seed, self._call.result())]
+        while self._kept:
+            self._judge_one(self._kept.pop())
+        self._count = 0
+        for verdict in self._verdicts:
+            if not verdict.passed:
+                raise NoSpeed(f"{verdict.worst}, in a call that was timed", verdict)
+        self._verdicts = []

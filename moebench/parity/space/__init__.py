@@ -1,0 +1,1 @@
+"""The space of trials that `moebench parity` searches. Nothing here imports torch: the supervisor plans with it."""
