@@ -1,7 +1,7 @@
 """Define what `moebench parity` tries: a `Trial` is one point of a space of shapes, inputs and steps.
 
-The supervisor plans with this module, so it does not import torch. moebench.parity.play draws the tensors of a trial and
-takes its steps.
+The supervisor plans with this module, so it does not import torch. moebench.parity.play draws the tensors of a trial
+and takes its steps.
 """
 
 import dataclasses
