@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from experts.autocast import without_autocast
 from experts.compute import ExpertParameters
 from experts.config import MoEConfig, Save
 from experts.steps import Permutation, Steps, steps_on
@@ -124,6 +125,7 @@ class _WholeExperts(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         tokens, h_NH, weights_TK, *parameters = ctx.saved_tensors
         plan: Plan = ctx.plan
