@@ -3,7 +3,8 @@
 The function is for engines that supply their matrix products as `Products`. Forward keeps the tokens, the up
 projection's output before the activation, and the permutation. It keeps neither the down projection's input nor its
 output. Backward recomputes the activation while it computes the gradient of the activation's input. It writes the
-recomputed activation and the gradient over the memory that it reads, and frees each buffer at the buffer's last use.
+recomputed activation and the gradient over the memory that it reads, and frees each buffer at the buffer's last use. If
+`torch.autograd.graph.saved_tensors_hooks` or checkpointing made the saved tensors, backward copies what it overwrites.
 `save` decides about the gathered rows:
 
 - "memory": backward gathers the tokens' rows and the rows of the output's gradient again each time it needs them.
@@ -15,6 +16,7 @@ the weighted activation. The formula also holds if the weight is applied after t
 after the activation is linear. So the same backward serves both places of the routing weight.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -120,7 +122,8 @@ class _WholeExperts(Function):
         assert kept is not None
         ctx.save_for_backward(*kept, weights_TK, *parameters)
         ctx.plan = plan
-        ctx.h_is_spent = False
+        if not torch.compiler.is_compiling():
+            ctx.storage_of_h = weakref.ref(kept[1].untyped_storage())
         return out_TD
 
     @staticmethod
@@ -129,10 +132,13 @@ class _WholeExperts(Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         tokens, h_NH, weights_TK, *parameters = ctx.saved_tensors
         plan: Plan = ctx.plan
-        if ctx.h_is_spent:  # an earlier backward of the same graph (retain_graph) overwrote h
-            steps = steps_on(grad_TD.device, grad_TD.dtype)
-            h_NH = _project_up(tokens, plan.save == "time", parameters[0], plan, steps)
-        ctx.h_is_spent = True
+        if not torch.compiler.is_compiling():
+            storage = h_NH.untyped_storage()
+            if ctx.storage_of_h() is not storage:  # a hook made the saved tensors, and may need their values again
+                h_NH, tokens = h_NH.clone(memory_format=torch.contiguous_format), _with_plain_strides(tokens)
+            elif storage.nbytes() == 0:  # an earlier backward of the same graph (retain_graph) freed h
+                steps = steps_on(grad_TD.device, grad_TD.dtype)
+                h_NH = _project_up(tokens, plan.save == "time", parameters[0], plan, steps)
         wanted = _Wanted(*ctx.needs_input_grad[:6])
         return *_backward(grad_TD, tokens, h_NH, weights_TK, ExpertParameters(*parameters), plan, wanted), None
 
@@ -206,6 +212,11 @@ def _project_up(tokens: Tensor, are_rows: bool, gate_and_up: Tensor, plan: Plan,
     if plan.products.gathered is not None:
         return plan.products.gathered(tokens, gate_and_up)
     return plan.products.rows(steps.gather_rows(tokens, plan.permutation), gate_and_up)
+
+
+def _with_plain_strides(tensor: Tensor) -> Tensor:
+    """Return the values with the strides of a new tensor. `contiguous` leaves those of an empty tensor."""
+    return tensor.contiguous() if tensor.numel() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _rows_of(tokens: Tensor, plan: Plan, steps: Steps) -> Tensor:
