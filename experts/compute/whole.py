@@ -122,8 +122,7 @@ class _WholeExperts(Function):
         assert kept is not None
         ctx.save_for_backward(*kept, weights_TK, *parameters)
         ctx.plan = plan
-        if not torch.compiler.is_compiling():
-            ctx.storage_of_h = weakref.ref(kept[1].untyped_storage())
+        ctx.storage_of_h = None if torch.compiler.is_compiling() else weakref.ref(kept[1].untyped_storage())
         return out_TD
 
     @staticmethod
@@ -132,13 +131,12 @@ class _WholeExperts(Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         tokens, h_NH, weights_TK, *parameters = ctx.saved_tensors
         plan: Plan = ctx.plan
-        if not torch.compiler.is_compiling():
-            storage = h_NH.untyped_storage()
-            if ctx.storage_of_h() is not storage:  # a hook made the saved tensors, and may need their values again
-                h_NH, tokens = h_NH.clone(memory_format=torch.contiguous_format), _with_plain_strides(tokens)
-            elif storage.nbytes() == 0:  # an earlier backward of the same graph (retain_graph) freed h
-                steps = steps_on(grad_TD.device, grad_TD.dtype)
-                h_NH = _project_up(tokens, plan.save == "time", parameters[0], plan, steps)
+        made = None if torch.compiler.is_compiling() or ctx.storage_of_h is None else ctx.storage_of_h()
+        if made is None or made is not h_NH.untyped_storage():  # a hook made h and may need its values again
+            h_NH, tokens = h_NH.clone(memory_format=torch.contiguous_format), _with_plain_strides(tokens)
+        elif made.nbytes() == 0:  # an earlier backward of the same graph (retain_graph) freed h
+            steps = steps_on(grad_TD.device, grad_TD.dtype)
+            h_NH = _project_up(tokens, plan.save == "time", parameters[0], plan, steps)
         wanted = _Wanted(*ctx.needs_input_grad[:6])
         return *_backward(grad_TD, tokens, h_NH, weights_TK, ExpertParameters(*parameters), plan, wanted), None
 
