@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from experts.autocast import autocast_off
 from experts.config import DTYPES, MoEConfig
 from experts.dispatch import Dispatcher, Local
 from experts.dispatchers import dispatcher_unsupported, make_dispatcher
@@ -34,6 +35,7 @@ class ExpertLayer(nn.Module, ABC):
         """Return, for each token, the weighted sum of the outputs of its chosen experts: [T, D] in x's dtype.
 
         x: [T, D], float32, bfloat16, float16 or float64. Projections run in x's dtype, whatever the parameters' dtype.
+        The layer ignores a surrounding `torch.autocast`, in forward and in backward.
         token_mask: [T] bool. If it is False for a token, the token's output and gradient are zero, even if the token's
         row of x holds NaN.
         weights: [T, K] routing weights of any float dtype.
@@ -49,9 +51,10 @@ class ExpertLayer(nn.Module, ABC):
         indices = indices.long().masked_fill(~token_mask.unsqueeze(-1), -1)
         if x.device.type == "cpu":  # on a GPU the check would wait for the device; there a wrong index adds nothing
             self._check_indices(indices)
-        sent = self.dispatcher.dispatch(x, weights, indices)
-        y = self.compute_local(sent.x_RD, sent.weights_RK, sent.indices_RK)
-        return self.dispatcher.combine(y, sent)
+        with autocast_off(x):
+            sent = self.dispatcher.dispatch(x, weights, indices)
+            y = self.compute_local(sent.x_RD, sent.weights_RK, sent.indices_RK)
+            return self.dispatcher.combine(y, sent)
 
     @abstractmethod
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from experts.autocast import without_autocast
 from experts.config import MoEConfig
 from experts.errors import InputError
 from experts.steps import Permutation, steps_on
@@ -89,6 +90,7 @@ class _Permute(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
         return steps_on(grad_ND.device, grad_ND.dtype).sum_rows(grad_ND, ctx.permutation), None
 
@@ -109,6 +111,7 @@ class _WeightedActivation(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_NI: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         h_NH, weights_TK, bias_LH = ctx.saved_tensors
         steps = steps_on(h_NH.device, h_NH.dtype)
@@ -138,6 +141,7 @@ class _Combine(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         y_ND, weights_TK, bias_LD = ctx.saved_tensors
         permutation: Permutation = ctx.permutation

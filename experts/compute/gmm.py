@@ -12,7 +12,7 @@ from experts.compute.grouped import no_rows
 from experts.compute.whole import Plan, Products, whole_experts
 from experts.config import MoEConfig, Save, dtype_name
 from experts.errors import Unsupported
-from experts.permutation import sort_by_expert
+from experts.permutation import Permutation, sort_by_expert
 
 
 def compute(
@@ -70,6 +70,8 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return None
 
 
-ENGINE = Engine(
-    compute, unsupported, saves=True, products=lambda permutation: products(permutation.tokens_per_expert_L.cpu())
-)
+def _products(permutation: Permutation) -> Products:
+    return products(permutation.tokens_per_expert_L.cpu())
+
+
+ENGINE = Engine(compute, unsupported, saves=True, products=_products)

@@ -19,10 +19,17 @@ def products(offsets_L: Tensor) -> Products:
     """
     multiply = functools.partial(torch.nn.functional.grouped_mm, offs=offsets_L)
     return Products(
-        rows=multiply,
-        rows_back=lambda a_NQ, b_LPQ: multiply(a_NQ, b_LPQ.transpose(-2, -1)),
+        rows=lambda a_NP, b_LPQ: multiply(a_NP, _aligned(b_LPQ)),
+        rows_back=lambda a_NQ, b_LPQ: multiply(a_NQ, _aligned(b_LPQ).transpose(-2, -1)),
         outer=lambda a_NP, b_NQ: multiply(a_NP.t(), b_NQ),
     )
+
+
+def _aligned(b_LPQ: Tensor) -> Tensor:
+    """Return the matrices in memory that starts at a multiple of 16 bytes, as the kernels need it."""
+    if torch.compiler.is_compiling() or b_LPQ.data_ptr() % ROW_ALIGNMENT_BYTES == 0:  # the compiler sees no memory
+        return b_LPQ
+    return b_LPQ.clone()
 
 
 def unaligned(config: MoEConfig, who: str = "grouped_mm") -> Unsupported | None:

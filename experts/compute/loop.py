@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from experts.activations import accumulation_dtype, get_expert_activation_for_deepep
+from experts.autocast import product, unbind
 from experts.compute import Engine, ExpertParameters
 from experts.config import MoEConfig
 from experts.errors import Unsupported
@@ -19,7 +20,7 @@ def expert_forward(
     weights_N: Tensor,
     expert: ExpertParameters,
     config: MoEConfig,
-    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+    product: Callable[[Tensor, Tensor], Tensor] = product,
 ) -> Tensor:
     """Return one expert's contribution to its tokens, [N, D] in float32 (float64 for float64).
 
@@ -44,9 +45,9 @@ def expert_forward(
 def split_experts(parameters: ExpertParameters) -> list[ExpertParameters]:
     """Return the parameters of each expert as views of the stacked parameters.
 
-    `unbind` makes the views, because the backward of `unbind` writes one stacked gradient for all experts.
+    `unbind` makes the views, because its backward writes one stacked gradient for all experts.
     """
-    columns = [[None] * parameters[0].shape[0] if p is None else p.unbind(0) for p in parameters]
+    columns = [[None] * parameters[0].shape[0] if p is None else unbind(p) for p in parameters]
     return [ExpertParameters(*expert) for expert in zip(*columns, strict=True)]
 
 

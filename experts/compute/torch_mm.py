@@ -8,10 +8,10 @@ from torch import Tensor
 
 from experts.compute import Engine, ExpertParameters
 from experts.compute.grouped_mm import products, unaligned
-from experts.compute.whole import Plan, whole_experts
+from experts.compute.whole import Plan, Products, whole_experts
 from experts.config import MoEConfig, Save
 from experts.errors import Unsupported
-from experts.permutation import sort_by_expert
+from experts.permutation import Permutation, sort_by_expert
 
 
 def compute(
@@ -41,4 +41,8 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return unaligned(config)
 
 
-ENGINE = Engine(compute, unsupported, saves=True, products=lambda permutation: products(permutation.offsets_L))
+def _products(permutation: Permutation) -> Products:
+    return products(permutation.offsets_L)
+
+
+ENGINE = Engine(compute, unsupported, saves=True, products=_products)

@@ -95,9 +95,8 @@ def _uncompiled() -> Callable[..., Tensor]:
     return hidden
 
 
-ENGINE = Engine(
-    _compute_uncompiled,
-    unsupported,
-    saves=True,
-    products=lambda permutation: grouped_mm.products(permutation.offsets_L),  # Triton's do more than multiply
-)
+def _products(permutation: Permutation) -> Products:
+    return grouped_mm.products(permutation.offsets_L)  # Triton's do more than multiply
+
+
+ENGINE = Engine(_compute_uncompiled, unsupported, saves=True, products=_products)

@@ -3,7 +3,8 @@
 The function is for engines that supply their matrix products as `Products`. Forward keeps the tokens, the up
 projection's output before the activation, and the permutation. It keeps neither the down projection's input nor its
 output. Backward recomputes the activation while it computes the gradient of the activation's input. It writes the
-recomputed activation and the gradient over the memory that it reads, and frees each buffer at the buffer's last use.
+recomputed activation and the gradient over the memory that it reads, and frees each buffer at the buffer's last use. If
+`torch.autograd.graph.saved_tensors_hooks` or checkpointing made the saved tensors, backward copies what it overwrites.
 `save` decides about the gathered rows:
 
 - "memory": backward gathers the tokens' rows and the rows of the output's gradient again each time it needs them.
@@ -15,6 +16,7 @@ the weighted activation. The formula also holds if the weight is applied after t
 after the activation is linear. So the same backward serves both places of the routing weight.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from experts.autocast import without_autocast
 from experts.compute import ExpertParameters
 from experts.config import MoEConfig, Save
 from experts.steps import Permutation, Steps, steps_on
@@ -119,18 +122,21 @@ class _WholeExperts(Function):
         assert kept is not None
         ctx.save_for_backward(*kept, weights_TK, *parameters)
         ctx.plan = plan
-        ctx.h_is_spent = False
+        ctx.storage_of_h = None if torch.compiler.is_compiling() else weakref.ref(kept[1].untyped_storage())
         return out_TD
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         tokens, h_NH, weights_TK, *parameters = ctx.saved_tensors
         plan: Plan = ctx.plan
-        if ctx.h_is_spent:  # an earlier backward of the same graph (retain_graph) overwrote h
+        made = None if torch.compiler.is_compiling() or ctx.storage_of_h is None else ctx.storage_of_h()
+        if made is None or made is not h_NH.untyped_storage():  # a hook made h and may need its values again
+            h_NH, tokens = h_NH.clone(memory_format=torch.contiguous_format), _with_plain_strides(tokens)
+        elif made.nbytes() == 0:  # an earlier backward of the same graph (retain_graph) freed h
             steps = steps_on(grad_TD.device, grad_TD.dtype)
             h_NH = _project_up(tokens, plan.save == "time", parameters[0], plan, steps)
-        ctx.h_is_spent = True
         wanted = _Wanted(*ctx.needs_input_grad[:6])
         return *_backward(grad_TD, tokens, h_NH, weights_TK, ExpertParameters(*parameters), plan, wanted), None
 
@@ -204,6 +210,11 @@ def _project_up(tokens: Tensor, are_rows: bool, gate_and_up: Tensor, plan: Plan,
     if plan.products.gathered is not None:
         return plan.products.gathered(tokens, gate_and_up)
     return plan.products.rows(steps.gather_rows(tokens, plan.permutation), gate_and_up)
+
+
+def _with_plain_strides(tensor: Tensor) -> Tensor:
+    """Return the values with the strides of a new tensor. `contiguous` leaves those of an empty tensor."""
+    return tensor.contiguous() if tensor.numel() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _rows_of(tokens: Tensor, plan: Plan, steps: Steps) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from experts.autocast import without_autocast
 from experts.config import MoEConfig
 from experts.dispatch import Dispatched, OverGroup
 from experts.dispatch.collectives import all_to_all_rows, pack_choices, unpack_choices
@@ -124,6 +125,7 @@ class _Dispatch(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_x_RD: Tensor, grad_weights_RK: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         route: _Route = ctx.route
         grads = []
@@ -141,6 +143,7 @@ class _Combine(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         route: _Route = ctx.route
         return route.out(steps_on(grad_TD.device, grad_TD.dtype).gather_rows(grad_TD, route.by_rank)), None

@@ -94,8 +94,8 @@ def _multiply(
     launch(
         grouped_gemm,
         (programs,),
-        a if gather else TensorDescriptor.from_tensor(a, [tile.rows, tile.depth]),
-        TensorDescriptor.from_tensor(b_LPQ.contiguous(), weights_block),
+        a if gather else _described(a, [tile.rows, tile.depth]),
+        _described(b_LPQ, weights_block),
         out,
         *(None if bias_LH is None else bias_LH.contiguous(), None if weights_TK is None else weights_TK.contiguous()),
         *(permutation.row_to_slot_N, permutation.offsets_L, tiles, form.alpha, form.limit, form.offset),
@@ -121,6 +121,12 @@ def _multiply(
         num_warps=tile.warps,
     )
     return out
+
+
+def _described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """Return the descriptor that reads blocks of a tensor. It needs memory that starts at a multiple of 16 bytes."""
+    tensor = tensor.contiguous()
+    return TensorDescriptor.from_tensor(tensor.clone() if tensor.data_ptr() % 16 else tensor, block)
 
 
 def _tiles(permutation: Permutation, experts: int, column_tiles: int, tile: Tiling) -> tuple[Tensor | None, int]:

@@ -7,6 +7,9 @@ from experts.activations import accumulation_dtype, get_expert_activation_for_de
 from experts.config import MoEConfig
 from experts.steps import Permutation
 
+#: The most rows that are added one after the other. Long sums are sums of sums, so that rounding errors stay small.
+BLOCK = 16
+
 
 def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
     """As `Steps.sort_by_expert`."""
@@ -85,11 +88,11 @@ def sum_by_expert(rows_NC: Tensor, permutation: Permutation, weights_TK: Tensor 
     acc_NC = rows_NC.to(accumulation_dtype(rows_NC.dtype))
     if weights_TK is not None:
         acc_NC = acc_NC * _weights_N1(weights_TK, permutation, rows_NC)
-    # unsafe=True: the lengths sum to less than N on purpose, and checking them would wait for the device
-    sums_LC = torch.segment_reduce(
-        acc_NC, "sum", lengths=permutation.tokens_per_expert_L, axis=0, unsafe=True, initial=0.0
-    )
-    return sums_LC.to(rows_NC.dtype)
+    counts_L, most = permutation.tokens_per_expert_L, permutation.num_rows
+    while most > BLOCK:
+        lengths, counts_L = _blocks(counts_L, acc_NC.shape[0])
+        acc_NC, most = _sum_segments(acc_NC, lengths), -(-most // BLOCK)
+    return _sum_segments(acc_NC, counts_L).to(rows_NC.dtype)
 
 
 def dot_rows(x_TD: Tensor, permutation: Permutation, y_ND: Tensor | None, bias_LD: Tensor | None) -> Tensor:
@@ -100,6 +103,25 @@ def dot_rows(x_TD: Tensor, permutation: Permutation, y_ND: Tensor | None, bias_L
     if bias_LD is not None:
         rows_ND = rows_ND + _bias_of_rows(bias_LD, permutation)
     return _of_choices((x_ND * rows_ND).sum(dim=1, keepdim=True), permutation).squeeze(-1)
+
+
+def _blocks(counts_L: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Cut each expert's rows into blocks of at most BLOCK rows.
+
+    Returns the length of every block, with zeros at the end, and the number of blocks of each expert, [L].
+    """
+    blocks_L = (counts_L + BLOCK - 1) // BLOCK
+    ends_L = blocks_L.cumsum(0)
+    block_M = torch.arange(num_rows // BLOCK + counts_L.numel(), device=counts_L.device)  # as many as any routing needs
+    expert_M = torch.searchsorted(ends_L, block_M, right=True).clamp(max=counts_L.numel() - 1)
+    first_M = (ends_L - blocks_L)[expert_M]
+    return (counts_L[expert_M] - (block_M - first_M) * BLOCK).clamp(0, BLOCK), blocks_L
+
+
+def _sum_segments(rows_NC: Tensor, lengths: Tensor) -> Tensor:
+    """Return the sum of each segment of consecutive rows, one row after the other. An empty segment sums to zero."""
+    # unsafe=True: the lengths sum to less than N on purpose, and checking them would wait for the device
+    return torch.segment_reduce(rows_NC, "sum", lengths=lengths, axis=0, unsafe=True, initial=0.0)
 
 
 def _of_choices(rows_ND: Tensor, permutation: Permutation) -> Tensor:

@@ -3,9 +3,10 @@
 The peak is counted above a floor, which is the memory in use before the call.
 """
 
+import contextlib
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,42 +84,85 @@ def _storage_bytes(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
 
 
+@dataclass
+class _Followed:
+    """The size of a storage before the tracker saw it, and the bytes that the tracker counts for it now."""
+
+    floor_bytes: int
+    counted_bytes: int = 0
+
+
 class StorageTracker(TorchDispatchMode):
     """A mode that counts the bytes of each storage that an operator makes, until the storage is freed.
 
-    It does not see memory that an operator allocates and frees inside itself. Storages that existed before the mode was
-    entered do not count.
+    Storages may grow and shrink. A storage that existed before the mode was entered counts only by its growth. The mode
+    does not see memory that an operator allocates and frees inside itself.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._living: set[int] = set()
+        self._followed: dict[int, _Followed] = {}
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self) -> "StorageTracker":
+        self._patches.enter_context(_resizes_seen_by(self))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {_identity(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = tree_leaves((args, kwargs))
+        for storage in _storages(given):
+            self.follow(storage, storage.nbytes())
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _identity(leaf) not in before:
-                self._follow(leaf)
+        for storage in _storages([*given, *tree_leaves(result)]):
+            self.follow(storage, 0)
+            self.count(storage)
         return result
 
-    def _follow(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        identity, num_bytes = _identity(tensor), storage.nbytes()
-        if identity in self._living:
-            return
-        self._living.add(identity)
-        self.live_bytes += num_bytes
+    def follow(self, storage: torch.UntypedStorage, floor_bytes: int) -> None:
+        """Follow a storage from now on, unless the tracker follows it already."""
+        identity = storage._cdata
+        if identity not in self._followed:
+            self._followed[identity] = _Followed(floor_bytes)
+            weakref.finalize(storage, self._forget, identity)
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Count the present size of a storage that the tracker follows."""
+        followed = self._followed[storage._cdata]
+        num_bytes = max(storage.nbytes() - followed.floor_bytes, 0)
+        self.live_bytes += num_bytes - followed.counted_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._forget, identity, num_bytes)
+        followed.counted_bytes = num_bytes
 
-    def _forget(self, identity: int, num_bytes: int) -> None:
-        self._living.discard(identity)
-        self.live_bytes -= num_bytes
+    def _forget(self, identity: int) -> None:
+        self.live_bytes -= self._followed.pop(identity).counted_bytes
 
 
-def _identity(tensor: Tensor) -> int:
-    identity: int = tensor.untyped_storage()._cdata
-    return identity
+def _storages(leaves: list[Any]) -> list[torch.UntypedStorage]:
+    """Return the storages among the leaves, and the storages of the tensors among them."""
+    tensors = [leaf.untyped_storage() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return [leaf for leaf in tensors if isinstance(leaf, torch.UntypedStorage)]
+
+
+@contextlib.contextmanager
+def _resizes_seen_by(tracker: StorageTracker) -> Iterator[None]:
+    """Let the tracker count after `UntypedStorage.resize_`, which is no operator: a mode does not see it."""
+    resize = torch.UntypedStorage.resize_
+
+    def counted_resize(storage: torch.UntypedStorage, num_bytes: int) -> Any:
+        tracker.follow(storage, storage.nbytes())
+        result = resize(storage, num_bytes)
+        tracker.count(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = counted_resize  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]

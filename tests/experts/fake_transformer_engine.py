@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from experts.autocast import without_autocast
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -186,6 +188,7 @@ class _MultiplyGroups(Function):
         return torch.cat([rows @ weight.t() for rows, weight in zip(inp.split(m_splits), used, strict=True)])
 
     @staticmethod
+    @without_autocast  # TE's kernels take the dtypes that forward chose
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (inp,) = ctx.saved_tensors
         grads = grad.contiguous().split(ctx.m_splits)

@@ -48,12 +48,11 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     _on_a_gpu(patch, library, library.unsupported)
     _on_a_gpu(patch, deepep, deepep.unsupported)
-    refuses = gmm.unsupported
+    patch.setattr(gmm, "ENGINE", Engine(gmm.compute, _gmm_unsupported, saves=True))
 
-    def gmm_unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
-        return refuses(CUDA, None if config is None else config.with_dtype(BF16))
 
-    patch.setattr(gmm, "ENGINE", Engine(gmm.compute, gmm_unsupported, saves=True))
+def _gmm_unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
+    return gmm.unsupported(CUDA, None if config is None else config.with_dtype(BF16))
 
 
 def _on_a_gpu(patch: pytest.MonkeyPatch, module: Any, unsupported: Any) -> None:

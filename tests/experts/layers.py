@@ -93,6 +93,13 @@ def random_parameters(config: MoEConfig, seed: int = 1) -> Named:
     }
 
 
+def misaligned(tensor: Tensor) -> Tensor:
+    """Return the same values in memory that starts between two multiples of 16 bytes."""
+    view = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)[1:].view(tensor.shape)
+    assert view.copy_(tensor).data_ptr() % 16
+    return view
+
+
 @dataclass(frozen=True)
 class Batch:
     """The inputs of a layer, and the gradient of its output."""

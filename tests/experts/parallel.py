@@ -248,6 +248,7 @@ FACTS = {
         "replaced_buffer",
         "num_sms",
         "parameters_of_others",
+        "autocast",
         *("checkpointed", "copied", "fully_sharded"),
     ),
     4: ("refusals", "fresh_weights", "state_dict_tools", "two_meshes", "fully_sharded_experts"),

@@ -176,6 +176,17 @@ def parameters_of_others() -> None:
         spread(*inputs)
 
 
+def autocast() -> None:
+    """The layer and its dispatcher ignore torch.autocast in forward and backward."""
+    batch = SOME.share(dist.get_rank(), dist.get_world_size())
+    for dispatcher in ("allgather", "alltoall"):
+        for engine in ("loop", "torch_mm"):
+            made = sharded(build(Case("uneven", engine, dispatcher)), random_parameters(SOME.config))
+            right = {name: tensor.clone() for name, tensor in run_stacked(made, batch).items()}
+            with torch.autocast("cpu", torch.bfloat16):
+                assert_same(run_stacked(made, batch), right)
+
+
 FACTS: dict[str, Callable[[], None]] = {
     fact.__name__: fact
     for fact in (
@@ -189,5 +200,6 @@ FACTS: dict[str, Callable[[], None]] = {
         replaced_buffer,
         num_sms,
         parameters_of_others,
+        autocast,
     )
 }

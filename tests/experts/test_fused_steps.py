@@ -42,7 +42,7 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
 @pytest.mark.parametrize(
     "tests",
     [
-        ["tests/experts/test_fused_steps.py", "-k", "cpu"],
+        ["tests/experts/test_fused_steps.py", "tests/experts/test_exact_sums.py", "-k", "cpu and fused"],
         # whole layers, in memory that is filled with NaN
         [
             *("tests/experts/test_corners.py", "tests/experts/test_engines.py"),

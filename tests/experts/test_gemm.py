@@ -29,6 +29,7 @@ from tests.experts.layers import (
     assert_near,
     expected,
     layer,
+    misaligned,
     moe_config,
     random_batch,
     random_parameters,
@@ -159,6 +160,7 @@ def test_products_are_right_and_write_only_their_rows(
     given.assert_near(gemm.product(x_ND, given.b_LDH, given.permutation, 9.0), right)
     strided = given.b_LDH.transpose(1, 2).contiguous().transpose(1, 2)
     given.assert_near(gemm.product(x_ND, strided, given.permutation, 9.0), right)
+    given.assert_near(gemm.product(misaligned(x_ND), misaligned(given.b_LDH), given.permutation, 9.0), right)
     b_LHD = given.b_LDH.transpose(1, 2).contiguous()
     given.assert_near(gemm.product_back(x_ND, b_LHD, given.permutation, 9.0), right)
     given.assert_near(gemm.gathered_product_back(given.x_TD, b_LHD, given.permutation, 9.0), right)

@@ -12,6 +12,7 @@ from tests.experts.layers import (
     assert_near,
     check,
     expected,
+    misaligned,
     on_cpu_and_gpu,
     on_every_setup,
     random_batch,
@@ -62,6 +63,24 @@ def test_parameters_may_be_transposed_views(setup: Setup) -> None:
     made.load_state_dict(transposed, assign=True)
     assert not made.down_projs.is_contiguous()
     assert_near(run(made, batch), expected(config, parameters, batch), config.dtype)
+
+
+@on_every_setup
+def test_memory_may_start_anywhere(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, grouped_mm refuses matrices that do not start at a multiple of 16 bytes."""
+    multiply = torch.nn.functional.grouped_mm
+
+    def checked(a: torch.Tensor, b: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        assert not any(operand.data_ptr() % 16 for operand in (a, b))
+        return multiply(a, b, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", checked)
+    config = setup.config(expert_bias=True)
+    parameters = {name: p.to(setup.device) for name, p in random_parameters(config).items()}
+    batch = some_masked(random_batch(config)).map(lambda tensor: tensor.to(setup.device))
+    made = setup.layer(config)
+    made.load_state_dict({name: misaligned(p) for name, p in parameters.items()}, assign=True)
+    assert_near(run(made, batch.map(misaligned)), expected(config, parameters, batch), config.dtype)
 
 
 @pytest.mark.parametrize(

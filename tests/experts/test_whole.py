@@ -1,13 +1,16 @@
 """The local experts as one autograd function: what it saves, what it frees, and that its results do not change."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from experts import BackendConfig, ConfigError, GroupedExperts, GroupedExpertsTE, MoEConfig
+from experts.compute import whole
 from experts.steps import Permutation, eager
 from moebench.measure import memory
 from tests.experts.layers import (
@@ -78,6 +81,22 @@ def test_two_backwards_of_one_graph_give_the_same_bits(save: str) -> None:
 
 
 @on_every_save
+def test_backward_frees_only_what_forward_itself_saved(save: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second backward computes again what the first one freed. What a hook saved is still there."""
+    calls = []
+    project_up = whole._project_up
+    monkeypatch.setattr(whole, "_project_up", lambda *arguments: calls.append(1) or project_up(*arguments))
+    made, batch = layer(save), random_batch(CONFIG)
+    for hooks, count in ((contextlib.nullcontext(), 2), (saved_tensors_hooks(torch.clone, torch.clone), 1)):
+        calls.clear()
+        with hooks:
+            output = made(batch.x, batch.token_mask, batch.weights, batch.indices)
+        for _ in range(2):
+            output.backward(batch.grad, retain_graph=True)
+        assert len(calls) == count
+
+
+@on_every_save
 @pytest.mark.parametrize(
     "alone", ["x", "weights", "gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias"]
 )
@@ -108,7 +127,7 @@ def test_without_gradients_the_output_is_the_same(save: str) -> None:
 
 def through_hooks(made: GroupedExperts, *arguments: Tensor) -> Tensor:
     """Run the layer as offloading does: every saved tensor is copied away and back."""
-    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+    with saved_tensors_hooks(torch.clone, torch.clone):
         output: Tensor = made(*arguments)
     return output
 

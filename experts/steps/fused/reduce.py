@@ -11,6 +11,7 @@ from experts.steps.fused.launch import launch
 MAX_PARTS = 16  # programs that share an expert's rows: enough even if one expert has all rows
 MIN_ROWS_OF_PART = 64
 ROWS, COLUMNS = 32, 128
+ROWS_OF_SUM = 1024  # a program adds so many rows at a time to its total, so that rounding errors stay small
 STRETCH = 1024
 
 
@@ -27,6 +28,7 @@ def sum_by_expert(rows_NC: Tensor, permutation: Permutation, weights_TK: Tensor 
         *(rows_NC.contiguous(), parts_LPC, permutation.offsets_L, permutation.row_to_slot_N, weights_TK, width),
         PARTS=num_parts,
         WEIGHTS=weights_TK is not None,
+        ROWS_OF_SUM=ROWS_OF_SUM,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
     )
@@ -63,6 +65,7 @@ def _sum_parts(
     width,
     PARTS: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    ROWS_OF_SUM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -76,15 +79,19 @@ def _sum_parts(
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     start = first
     while start < last:  # Triton's interpreter cannot run a range with loaded bounds
-        row = start + tl.arange(0, ROWS)
-        inside = (row < last)[:, None] & (columns < width)[None, :]
-        where = row.to(tl.int64)[:, None] * width + columns[None, :]
-        value = tl.load(rows + where, mask=inside, other=0.0).to(tl.float32)
-        if WEIGHTS:
-            slot = tl.load(row_to_slot + row, mask=row < last, other=0)
-            value *= tl.load(weights + slot, mask=row < last, other=0.0).to(tl.float32)[:, None]
-        total += value
-        start += ROWS
+        end = tl.minimum(start + ROWS_OF_SUM, last)
+        sums = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        while start < end:
+            row = start + tl.arange(0, ROWS)
+            inside = (row < end)[:, None] & (columns < width)[None, :]
+            where = row.to(tl.int64)[:, None] * width + columns[None, :]
+            value = tl.load(rows + where, mask=inside, other=0.0).to(tl.float32)
+            if WEIGHTS:
+                slot = tl.load(row_to_slot + row, mask=row < end, other=0)
+                value *= tl.load(weights + slot, mask=row < end, other=0.0).to(tl.float32)[:, None]
+            sums += value
+            start += ROWS
+        total += sums
     where = (expert.to(tl.int64) * PARTS + part) * width + columns
     tl.store(parts + where, tl.sum(total, axis=0), mask=columns < width)
 

@@ -76,6 +76,106 @@ def test_dtypes_count_by_their_bytes():
             assert tracker.live_bytes == 1000 * itemsize == kept.nbytes
 
 
+def test_a_tensor_that_grows_in_place():
+    with StorageTracker() as tracker:
+        a = torch.empty(0)
+        a.resize_(4 * KIB)
+        assert (tracker.live_bytes, tracker.peak_bytes) == (16 * KIB, 16 * KIB)
+        a.resize_(KIB)
+        assert tracker.live_bytes == 16 * KIB, "a smaller tensor keeps its storage"
+        del a
+        assert (tracker.live_bytes, tracker.peak_bytes) == (0, 16 * KIB)
+
+
+def test_a_view_that_grows_its_storage():
+    with StorageTracker() as tracker:
+        a = kib(4)
+        view = a[: KIB // 2]
+        view.resize_(4 * KIB)
+        assert tracker.live_bytes == a.untyped_storage().nbytes() == 16 * KIB
+        del view
+        assert tracker.live_bytes == 16 * KIB
+        del a
+        assert tracker.live_bytes == 0
+
+
+def test_results_written_to_empty_tensors():
+    """The product has 16 KiB, as its operand has."""
+    with StorageTracker() as tracker:
+        a = torch.ones(64, 64)
+        product = torch.mm(a, a, out=torch.empty(0))
+        assert (tracker.live_bytes, tracker.peak_bytes) == (32 * KIB, 32 * KIB)
+        values, order = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        torch.sort(a, out=(values, order))
+        assert tracker.live_bytes == (32 + 16 + 32) * KIB
+        del product
+        assert tracker.live_bytes == (16 + 16 + 32) * KIB
+
+
+def test_a_storage_that_is_freed_and_filled_again():
+    """At most one of the two tensors has memory at a time."""
+    with StorageTracker() as tracker:
+        a = kib(64)
+        a.untyped_storage().resize_(0)
+        assert tracker.live_bytes == 0
+        b = kib(64)
+        assert (tracker.live_bytes, tracker.peak_bytes) == (64 * KIB, 64 * KIB)
+        b.untyped_storage().resize_(0)
+        a.untyped_storage().resize_(64 * KIB)
+        assert (tracker.live_bytes, tracker.peak_bytes) == (64 * KIB, 64 * KIB)
+        del a, b
+        assert (tracker.live_bytes, tracker.peak_bytes) == (0, 64 * KIB)
+
+
+def test_a_tensor_that_takes_the_storage_of_another():
+    with StorageTracker() as tracker:
+        a, b = kib(4), kib(8)
+        a.set_(b)
+        assert (tracker.live_bytes, tracker.peak_bytes) == (8 * KIB, 12 * KIB)
+        del b
+        assert tracker.live_bytes == 8 * KIB
+        a.set_(kib(2).untyped_storage(), 0, (4 * KIB,))
+        assert tracker.live_bytes == 16 * KIB, "set_ grows a storage that is too small"
+
+
+def test_lists_of_tensors():
+    with StorageTracker() as tracker:
+        tensors = [kib(4), kib(8)]
+        torch._foreach_add_(tensors, 1)
+        assert tracker.live_bytes == 12 * KIB
+        sums = torch._foreach_add(tensors, 1)
+        assert tracker.live_bytes == 24 * KIB
+        del tensors
+        assert (tracker.live_bytes, len(sums)) == (12 * KIB, 2)
+
+
+def test_older_storages_count_by_their_growth():
+    before, other, freed = kib(4), torch.empty(0), kib(32)
+    with StorageTracker() as tracker:
+        before.resize_(4 * KIB)
+        assert tracker.live_bytes == 12 * KIB
+        torch.add(before[:KIB], 1, out=other)
+        assert tracker.live_bytes == (12 + 4) * KIB
+        freed.untyped_storage().resize_(0)
+        freed.untyped_storage().resize_(32 * KIB)
+        assert (tracker.live_bytes, tracker.peak_bytes) == (16 * KIB, 16 * KIB)
+        freed.untyped_storage().resize_(40 * KIB)
+        assert tracker.live_bytes == 24 * KIB
+        del before, other, freed
+        assert (tracker.live_bytes, tracker.peak_bytes) == (0, 24 * KIB)
+
+
+def test_after_the_tracker_a_resize_is_torchs_own():
+    resize = torch.UntypedStorage.resize_
+    with StorageTracker() as outer, StorageTracker() as inner:
+        kept = kib(4)
+        kept.untyped_storage().resize_(8 * KIB)
+        assert outer.live_bytes == inner.live_bytes == 8 * KIB
+    kept.untyped_storage().resize_(16 * KIB)
+    assert outer.live_bytes == inner.live_bytes == 8 * KIB
+    assert torch.UntypedStorage.resize_ is resize
+
+
 @pytest.mark.parametrize("again", range(2))
 def test_forward_alone(again):
     def forward():
