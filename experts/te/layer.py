@@ -32,6 +32,10 @@ class GroupedExpertsTE(ExpertLayer):
     sets `save`.
     """
 
+    #: True: the library frees what forward saved in the first backward, also with retain_graph. So `moebench parity`
+    #: runs only one backward of a call.
+    backward_once = True
+
     gate_up_linear: Any
     down_linear: Any
 
@@ -201,7 +205,7 @@ class CachedWeightsTE(GroupedExpertsTE):
     """
 
     #: True: the layer does not notice that an optimizer updates its parameters in place. So `moebench parity` does not
-    #: run the check that updates parameters in place.
+    #: take the step that updates parameters in place.
     caches_weights = True
 
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:

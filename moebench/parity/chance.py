@@ -2,15 +2,23 @@
 
 A sum whose terms happen to cancel is smaller than that, but its rounding error is not. An error is therefore never
 divided by less than the size by chance, so that cancellation accuses nobody.
+
+An activation far in its tail is nearly zero, and some right formulas round it to a share of gate·up. An activation
+therefore counts as at least the share TAIL of gate·up.
 """
 
 from torch import Tensor
 
-from moebench.parity.oracle import Values
+from moebench.parity.oracle import Formula, Values, arguments
 from moebench.parity.rounding import Operands
 
+#: sigmoid(gate) is below this share where gate is below about -1.
+TAIL = 0.25
 
-def sizes_by_chance(operands: Operands, values: Values, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+
+def sizes_by_chance(
+    formula: Formula, operands: Operands, values: Values, grads: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Return the size by chance of `output` and, if `grads` has gradients, of the gradient of every operand by name.
 
     The sizes of `output` and `x` are [G, M, D], and those of `weights` are [G, M]. All of them are squared, because a
@@ -18,19 +26,25 @@ def sizes_by_chance(operands: Operands, values: Values, grads: dict[str, Tensor]
     """
     up_GDH, down_GID = operands.experts["gate_and_up_projs"], operands.experts["down_projs"]
     weights_GM1 = operands.weights_GM.unsqueeze(-1)
-    y_GMD = values.a.square() @ down_GID.square()  # without the routing weight
+    gate_GMI, up_GMI = arguments(formula, values.h)
+    a_GMI = values.a.square().maximum((TAIL * gate_GMI * up_GMI).square())
+    y_GMD = a_GMI @ down_GID.square()  # without the routing weight
     if "down_proj_bias" in operands.experts:
         y_GMD = y_GMD + operands.experts["down_proj_bias"].square().unsqueeze(1)
     sizes = {"output": y_GMD * weights_GM1.square()}
     if not grads:
         return sizes
-    grad_h, grad_y = grads["h"].square().sum(-1), operands.grad_GMD.square().sum(-1)
-    weighted_a = (values.a * weights_GM1).square().sum(-1)
-    sizes["x"] = grads["h"].square() @ up_GDH.square().transpose(1, 2)
+    grad_y = operands.grad_GMD.square().sum(-1)
+    grad_a_GMI = (operands.grad_GMD.square() @ down_GID.square().transpose(1, 2)) * weights_GM1.square()
+    slope_GMI = (TAIL * up_GMI * (1 + gate_GMI.abs())).square() + (TAIL * gate_GMI).square()
+    tail_GM1 = (grad_a_GMI * slope_GMI).mean(-1, keepdim=True) * TAIL
+    grad_h_GMH = grads["h"].square().maximum(tail_GM1)
+    sizes["x"] = grad_h_GMH @ up_GDH.square().transpose(1, 2)
     sizes["weights"] = (y_GMD * operands.grad_GMD.square()).sum(-1)
+    grad_h = grad_h_GMH.sum(-1)
     sums = {
         "gate_and_up_projs": operands.x_GMD.square().sum(-1) * grad_h,
-        "down_projs": weighted_a * grad_y,
+        "down_projs": (a_GMI * weights_GM1.square()).sum(-1) * grad_y,
         "gate_up_proj_bias": grad_h,
         "down_proj_bias": operands.weights_GM.square() * grad_y,
     }

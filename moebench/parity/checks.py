@@ -69,7 +69,7 @@ CHECKS: dict[str, Check] = {
         Check("wanted-gradients", "a missing or unwanted gradient if only some tensors require one", {
             "wanted": _values("wanted", "all")}),
         Check("modes", "a wrong result under no_grad, inference_mode, eval and autocast", {
-            "steps": _programs("call:no_grad", "call:inference", "call:eval", "call:autocast")}),
+            "steps": _programs("call:no_grad", "call:inference", "eval", "call:autocast")}),
         Check("several-calls", "state that one call leaves to another, and outputs that a later call overwrites", {
             "steps": _programs("tokens", "backward:twice", "second", "copy")}),
         Check("changed-weights", "a call that ignores parameters that were updated, loaded, copied or replaced", {

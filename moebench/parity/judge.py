@@ -39,6 +39,9 @@ FACTOR = 3.0
 #: The budget's floor for the routing weights' gradient is this many times the floor of other tensors, because a row of
 #: this gradient has only K numbers, too few for an average.
 WEIGHTS_GRAD_UNITS = 4.0
+#: A gradient that is stored in a coarser dtype than the computation's is rounded there several times, because autograd
+#: adds up the gradients of several uses.
+STORED_UNITS = 4.0
 #: The rounding unit of E4M3, which has three bits after the leading one.
 FP8_UNIT = torch.finfo(torch.float8_e4m3fn).eps / 2
 #: No budget is larger than this. A row of zeros has error 1 and therefore never passes.
@@ -168,9 +171,8 @@ def check(
             one if rounding * FACTOR <= CEILING else _finite(one)
             for one, rounding in zip(errors, roundings, strict=True)
         ]
-        mine = [
-            judge(one, _floor(case, inputs, fp8, one.tensor, (dtype, passes[0][one.tensor].dtype))) for one in errors
-        ]
+        stored = {name: tensor.dtype for name, tensor in passes[0].items()}
+        mine = [judge(one, _floor(case, inputs, fp8, one.tensor, dtype, stored[one.tensor])) for one in errors]
         found = [_worst_of_ranks(same) for same in zip(*ranks.tell(mine), strict=True)]
     return ParityVerdict(tuple(found))
 
@@ -186,18 +188,20 @@ def _finite(errors: GroupErrors) -> GroupErrors:
     return dataclasses.replace(errors, passes_PG=torch.where(errors.passes_PG.isfinite(), 0.0, errors.passes_PG))
 
 
-def _floor(case: Case, inputs: Inputs, fp8: str | None, tensor: str, dtypes: Sequence[torch.dtype]) -> float:
-    """Return the least budget of a tensor, for the dtype of the computation and the tensor's own dtype."""
-    unit = max(torch.finfo(dtype).eps / 2 for dtype in dtypes)
-    acc_unit = torch.finfo(wide(dtypes[0])).eps / 2
+def _floor(case: Case, inputs: Inputs, fp8: str | None, tensor: str, dtype: torch.dtype, stored: torch.dtype) -> float:
+    """Return the least budget of a tensor, for the dtype of the computation and the dtype that stores the tensor."""
+    unit, acc_unit, stored_unit, weights_unit = (
+        torch.finfo(one).eps / 2 for one in (dtype, wide(dtype), stored, inputs.weights_TK.dtype)
+    )
     most_rows = int((inputs.active_indices_TK.flatten() + 1).bincount(minlength=2)[1:].max())
     longest = max(case.dim, 2 * case.moe_inter_dim, most_rows)
     floor = (unit if fp8 is None else FP8_UNIT) + acc_unit * math.sqrt(longest)
-    return (
-        floor
-        * (WEIGHTS_GRAD_UNITS if tensor == "weights.grad" else 1)
-        * (REFERENCE_ROUNDS if dtypes[0] is torch.float64 else 1)
-    )
+    floor *= REFERENCE_ROUNDS if dtype is torch.float64 else 1.0
+    if weights_unit > unit:
+        floor += weights_unit
+    if stored_unit > unit:
+        floor += STORED_UNITS * stored_unit
+    return floor * (WEIGHTS_GRAD_UNITS if tensor == "weights.grad" else 1.0)
 
 
 def _worst_of_ranks(found: Sequence[TensorError]) -> TensorError:

@@ -43,10 +43,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def activation(formula: Formula, h: Tensor) -> Tensor:
-    """Return the activation of h [..., H] without the routing weight, in h's dtype: [..., I]."""
+def arguments(formula: Formula, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of the activation of h [..., H], [..., I] each: gate and up after the clamps, with up + 1 where
+    the formula has it. Without a gate, both are relu(h).
+    """
     if formula.activation == "relu2":
-        return torch.where(h > 0, h * h, 0 * h)
+        positive = torch.where(h > 0, h, 0 * h)
+        return positive, positive
     if formula.activation == "quick_geglu":
         gate, up = h[..., 0::2], h[..., 1::2]
     else:
@@ -54,13 +57,21 @@ def activation(formula: Formula, h: Tensor) -> Tensor:
         gate, up = h[..., :inter], h[..., inter:]
     if formula.limit > 0:
         gate, up = gate.clamp(max=formula.limit), up.clamp(min=-formula.limit, max=formula.limit)
+    return gate, up + 1 if formula.activation in ("swigluoai", "quick_geglu") else up
+
+
+def activation(formula: Formula, h: Tensor) -> Tensor:
+    """Return the activation of h [..., H] without the routing weight, in h's dtype: [..., I]."""
+    gate, up = arguments(formula, h)
+    if formula.activation == "relu2":
+        return gate * up
     if formula.activation == "swiglu":
         return gate * torch.sigmoid(gate) * up
     if formula.activation == "geglu":
         inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)
         return 0.5 * gate * (1 + torch.tanh(inner)) * up
     assert formula.activation in ("swigluoai", "quick_geglu"), formula.activation
-    return gate * torch.sigmoid(formula.alpha * gate) * (up + 1)
+    return gate * torch.sigmoid(formula.alpha * gate) * up
 
 
 @dataclass(frozen=True)

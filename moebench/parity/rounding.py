@@ -49,15 +49,17 @@ class Rounding:
     def operands(self, exact: Operands, generator: torch.Generator) -> Operands:
         """Return the operands as this run reads them. Routing weights keep the wide dtype."""
 
-        def change(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        def change(tensor: Tensor, dtype: torch.dtype, unit: float = self.unit) -> Tensor:
             values = tensor.to(dtype)
             if not self.unit:
                 return values
             noise = torch.rand(values.shape, dtype=dtype, device=values.device, generator=generator)
-            return values * (1 + self.unit * (2 * noise - 1))
+            return values * (1 + unit * (2 * noise - 1))
 
         experts = {name: change(stacked, self.dtype) for name, stacked in exact.experts.items()}
-        weights_GM = change(exact.weights_GM, wide(self.dtype))
+        # a layer may also add up the routing weights of one expert in their own dtype
+        unit = max(self.unit, torch.finfo(exact.weights_GM.dtype).eps / 2)
+        weights_GM = change(exact.weights_GM, wide(self.dtype), unit)
         return Operands(change(exact.x_GMD, self.dtype), weights_GM, experts, change(exact.grad_GMD, self.dtype))
 
 

@@ -1,6 +1,7 @@
 """Write a counterexample as a few lines of Python that show it without moebench."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,8 @@ def listing(backend: str, play: Play) -> list[str]:
     """Return the lines for a trial that was played and failed. The last line raises AssertionError, or a line before it
     raises the error of the layer.
     """
-    lines = [*_header(backend, play), *play.script.lines]
     found = [shown for shown in _assertions(play) if shown is not None][:1]
+    lines = [*_header(backend, play), *play.script.lines]
     if play.script.loop is not None and found:
         return [*lines, f"{play.script.loop}; {found[0]}"]
     return lines + found
@@ -87,7 +88,7 @@ def _of_values(compared: Compared, play: Play) -> str | None:
 def _expression(name: str, index: list[int], compared: Compared) -> str:
     """Return the Python expression of an element of a compared tensor, which has the rows of several passes."""
     if name not in ("output", "x.grad", "weights.grad"):
-        return f"layer{compared.player.number}.{name}{_at(index)}"
+        return f"{_parameter_grad(name, compared)}{_at(index)}"
     row = index[0]
     for one in compared.passes:
         rows = one.inputs.x_TD.shape[0]
@@ -95,6 +96,13 @@ def _expression(name: str, index: list[int], compared: Compared) -> str:
             return f"{_tensor(name, one.call, one.backward)}{_at([row, *index[1:]])}"
         row -= rows
     raise AssertionError("a row of no pass")
+
+
+def _parameter_grad(name: str, compared: Compared) -> str:
+    own, parameter = f"layer{compared.player.number}", name.removesuffix(".grad")
+    if hasattr(compared.player.layer, "stacked_grads"):
+        return f"{own}.stacked_grads().get({parameter!r})"
+    return f"{own}.{parameter}.grad"
 
 
 def _tensor(name: str, call: int, backward: int | None) -> str:
@@ -112,7 +120,7 @@ def _of_form(worst: TensorError, compared: Compared, play: Play) -> str:
     tensor = (
         _tensor(name, one.call, one.backward)
         if name in ("output", "x.grad", "weights.grad")
-        else f"layer{compared.player.number}.{name}"
+        else _parameter_grad(name, compared)
     )
     if worst.where == "is None":
         return f"assert {tensor} is not None, 'there is no {name}'"
@@ -152,8 +160,8 @@ def _of_bits(worst: TensorError, play: Play) -> str | None:
     tensor = own.get(name, {"indices_TK": "i", "token_mask_T": "mask"}.get(name, name))
     kept = f"kept = {tensor}.detach().clone()"
     lines = play.script.lines
-    at = next(place for place, line in enumerate(lines) if f"y{number} = " in line)
-    called = lines[at].index(f"y{number} = ")
+    calls = [re.search(rf"\by{number} = ", line) for line in lines]
+    at, called = next((place, call.start()) for place, call in enumerate(calls) if call is not None)
     if name == "output":
         lines.insert(at + 1, kept)
     elif lines[at].startswith("with "):

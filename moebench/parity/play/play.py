@@ -45,7 +45,7 @@ class Play(ParameterSteps):
 
     def run(self) -> ParityVerdict:
         """Take all steps, and return the verdict. Raises the errors of the layer, and Unfit as `judge.check` does."""
-        self.player = self._new_player()
+        self.player = self._new_player(self.trial)
         for step in self.trial.steps:
             name, _, how = step.partition(":")
             getattr(self, f"_{name}")(how)
@@ -63,7 +63,7 @@ class Play(ParameterSteps):
         return ParityVerdict(tuple(self.errors) or (TensorError("output", "not compared", 0.0, 1.0),))
 
     def _compare(self, player: Player) -> None:
-        for compared in player.compare(self.trial, self.stage):
+        for compared in player.compare(self.stage):
             self._judge(compared)
 
     def _judge(self, compared: Compared) -> None:
@@ -91,8 +91,6 @@ class Play(ParameterSteps):
         if with_graph:
             handed.x_TD.requires_grad_(wanted.x)
             handed.weights_TK.requires_grad_(wanted.weights)
-        if player.layer.training == (how == "eval"):
-            player.layer.train(how != "eval")
         arguments = handed.x_TD, handed.token_mask_T, handed.weights_TK, handed.indices_TK
         with self._memory(), _context(how, self.stage.device):
             if how in ("checkpoint", "reentrant"):  # the reentrant kind needs an input that requires a gradient
@@ -109,6 +107,14 @@ class Play(ParameterSteps):
             player.finish(call, self.stage.device)
         return call
 
+    def _eval(self, how: str) -> None:
+        self.script.add(f"layer{self.player.number}.eval()")
+        self.player.layer.eval()
+
+    def _train(self, how: str) -> None:
+        self.script.add(f"layer{self.player.number}.train()")
+        self.player.layer.train()
+
     def _memory(self) -> AbstractContextManager[None]:
         return poisoned(self.stage.device) if self.trial.memory == "poisoned" else nullcontext()
 
@@ -120,7 +126,7 @@ class Play(ParameterSteps):
         call = waiting[-1 if how == "newest" else 0]
         call.is_done = True
         grad = call.handed.grad_TD
-        if how == "twice":
+        if how == "twice" and not getattr(player.layer, "backward_once", False):
             self._backward_of(call, grad, retain_graph=True)
             lines = self._lines(self.num_inputs + OTHER_GRAD, call.handed.x_TD.shape[0])
             grad = draw.run_lines(lines, self.stage.device).grad_TD
@@ -161,7 +167,7 @@ class Play(ParameterSteps):
         self.deterministic = len(different) == 1
         self.script.repeat(first.number, player.number, REPEATS, bool(player.wanted.names))
         mode = "train" if player.wanted.names else "forward"
-        self._judge(player.check(self.trial, self.stage, [one], different, mode))
+        self._judge(player.check(self.stage, [one], different, mode))
 
     # inputs
 
@@ -203,10 +209,10 @@ class Play(ParameterSteps):
         shapes = draw.shapes(self.trial)
         return self.stage.share(draw.parameters(self.trial, shapes, self.num_parameters, self.stage.device))
 
-    def _new_player(self) -> Player:
-        trial, number = self.trial, len(self.players)
+    def _new_player(self, trial: Trial) -> Player:
+        number = len(self.players)
         wanted = draw.wanted(trial, tuple(draw.shapes(trial)), is_last_rank=self.stage.rank == trial.ep_size - 1)
-        self.script.build(number, self.num_parameters, wanted)
+        self.script.build(number, trial, self.num_parameters, wanted)
         layer = self.stage.build(trial)
         parameters = self._draw_parameters()
         layer.load_state_dict(self.stage.state(parameters))
@@ -216,21 +222,21 @@ class Play(ParameterSteps):
                 named[name].data = draw.laid_out(trial, named[name])
         for name, parameter in named.items():
             parameter.requires_grad_(name in wanted.parameters or (name not in parameters and bool(wanted.parameters)))
-        player = Player(number, layer, parameters, wanted)
+        player = Player(number, trial, layer, parameters, wanted)
         self.players.append(player)
         return player
 
     def _copy(self, how: str) -> None:
         self._zero_grad()
         own = self.player
-        twin = Player(len(self.players), copy.deepcopy(own.layer), own.parameters, own.wanted)
+        twin = Player(len(self.players), own.trial, copy.deepcopy(own.layer), own.parameters, own.wanted)
         self.script.add(f"layer{twin.number} = copy.deepcopy(layer{own.number})")
         self.players.append(twin)
         self._go_to(twin)
 
     def _second(self, how: str) -> None:
         self.num_parameters += 1
-        self._go_to(self._new_player())
+        self._go_to(self._new_player(_other_configuration(self.trial)))
 
     def _go_to(self, player: Player) -> None:
         self.other, self.player = self.player, player
@@ -238,6 +244,14 @@ class Play(ParameterSteps):
     def _switch(self, how: str) -> None:
         if self.other is not None:
             self.player, self.other = self.other, self.player
+
+
+def _other_configuration(trial: Trial) -> Trial:
+    """Return the trial with another limit, and with the routing weight at the other side of the down projection."""
+    limit = {0.0: 0.0, 0.75: 7.0}.get(trial.limit, 0.75)
+    return dataclasses.replace(
+        trial, limit=limit, apply_router_weight_after_down=not trial.apply_router_weight_after_down
+    )
 
 
 def _tokens_of_rank(trial: Trial, rank: int) -> int:

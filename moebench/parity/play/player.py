@@ -97,10 +97,12 @@ class Pass:
 class Player:
     """A layer with the parameters that it must have, and its passes that have not been compared yet.
 
-    `number` counts the layers of a trial. `forwards` and `trains` are the passes without and with a backward.
+    `number` counts the layers of a trial. `trial` has the layer's configuration. `forwards` and `trains` are the passes
+    without and with a backward.
     """
 
     number: int
+    trial: Trial
     layer: nn.Module
     parameters: Tensors
     wanted: draw.Wanted
@@ -122,7 +124,7 @@ class Player:
         """Return the gradients of the parameters, under the names of a pass."""
         return {f"{name}.grad": grad for name, grad in judge.stacked_grads(self.layer).items()}
 
-    def compare(self, trial: Trial, stage: Stage) -> Iterator["Compared"]:
+    def compare(self, stage: Stage) -> Iterator["Compared"]:
         """Yield the comparisons of the passes since the last one."""
         for call in self.waiting:
             self.finish(call, stage.device)
@@ -130,14 +132,12 @@ class Player:
             if passes:
                 tensors = _together([one.tensors for one in passes])
                 tensors |= self.grads() if mode == "train" else {}
-                yield self.check(trial, stage, passes, [tensors], mode)
+                yield self.check(stage, passes, [tensors], mode)
         self.forwards, self.trains = [], []
 
-    def check(
-        self, trial: Trial, stage: Stage, passes: Sequence[Pass], tensors: list[Tensors], mode: str
-    ) -> "Compared":
+    def check(self, stage: Stage, passes: Sequence[Pass], tensors: list[Tensors], mode: str) -> "Compared":
         """Compare tensors over the inputs of all these passes together."""
-        case = trial.case.model_copy(update={"mode": mode})
+        case = self.trial.case.model_copy(update={"mode": mode})
         inputs = Inputs(*(torch.cat([getattr(one.inputs, name) for one in passes]) for name in FIELDS))
         verdict = judge.check(
             case,

@@ -44,10 +44,10 @@ class Script:
             else:
                 self.lines.append(statement)
 
-    def build(self, layer: int, parameters: int, wanted: draw.Wanted) -> None:
+    def build(self, layer: int, trial: Trial, parameters: int, wanted: draw.Wanted) -> None:
         """Build a layer with drawn parameters."""
         own = f"layer{layer}"
-        self.add(f"{own} = Layer(MoEConfig({_config(self.trial)}))")
+        self.add(f"{own} = Layer(MoEConfig({_config(trial)}))")
         self.add(*self._state(layer, parameters), f"{own}.load_state_dict(state)", *draw.layout_lines(self.trial, own))
         if not wanted.is_all:
             self.add(f"[p.requires_grad_(n in {wanted.parameters!r}) for n, p in {own}.named_parameters()]")
@@ -80,7 +80,7 @@ class Script:
         if how in _CONTEXTS:
             self.add(f"with {_CONTEXTS[how].format(device=self.device)}: y{number} = {called}")
         else:
-            self.add(*([f"layer{layer}.eval()"] if how == "eval" else []), f"y{number} = {called}")
+            self.add(f"y{number} = {called}")
 
     def other_grad(self, lines: Sequence[str], number: int) -> None:
         """Draw another gradient of a call's output."""

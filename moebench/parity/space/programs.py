@@ -6,11 +6,12 @@ A step works on the layer in hand and on the inputs in hand. moebench.parity.pla
 #: Step -> what it does.
 STEPS: dict[str, str] = {
     "call": "call the layer, and keep the graph for a later backward",
-    "call:eval": "the same in eval mode",
     "call:hooks": "the same; hooks move the saved tensors elsewhere and back",
     "call:checkpoint": "the same under activation checkpointing",
     "call:reentrant": "the same under reentrant activation checkpointing",
     "call:autocast": "the same inside of torch.autocast in bfloat16",
+    "eval": "go to eval mode; calls keep their graph there too",
+    "train": "go back to train mode",
     "call:no_grad": "call the layer under torch.no_grad",
     "call:inference": "call the layer under torch.inference_mode",
     "backward": "run the backward pass of the oldest call that has none; without such a call, call first",
@@ -33,7 +34,7 @@ STEPS: dict[str, str] = {
     "save": "compare the state dict, as a parent module saves it, with the parameters that were loaded",
     "strict": "load a state dict that lacks a name, and one with an unknown name: both must be refused",
     "copy": "go on with a deep copy; `switch` goes back to the original",
-    "second": "go on with a second layer that has other parameters; `switch` goes back",
+    "second": "go on with a second layer of another configuration and other parameters; `switch` goes back",
     "switch": "go on with the other layer",
     "repeat": "make 230 calls with backward on the same inputs, and compare all of them",
 }
@@ -44,7 +45,8 @@ PROGRAMS: tuple[Program, ...] = (
     ("call", "backward"),
     ("call:no_grad",),
     ("call:inference", "call", "backward"),
-    ("call:eval", "backward", "call:no_grad"),
+    ("eval", "call", "backward", "call:no_grad"),
+    ("eval", "call:no_grad", "train", "call", "backward", "update", "eval", "call:no_grad", "call", "backward"),
     ("call", "tokens:other", "call", "backward", "backward"),
     ("call", "tokens:more", "call", "backward:newest", "backward"),
     ("call", "backward:twice"),

@@ -72,7 +72,7 @@ _RULES: tuple[_Rule, ...] = (
     ),
     (
         ("index_dtype", "n_routed_experts"),
-        lambda one: one.index_dtype not in ("int8", "uint8") or one.n_routed_experts <= 127,
+        lambda one: one.n_routed_experts <= {"int8": 128, "uint8": 256}.get(one.index_dtype, 1 << 15),
         "the dtype does not count all experts",
     ),
     (
@@ -84,6 +84,11 @@ _RULES: tuple[_Rule, ...] = (
         ("dtype", "x_scale"),
         lambda one: one.dtype != "float16" or one.x_scale <= 4,
         "float16 overflows",
+    ),
+    (
+        ("wanted", "steps"),
+        lambda one: "repeat" not in one.steps or one.wanted in ("all", "nothing"),
+        "repeat wants all gradients or none",
     ),
     (("wanted", "expert_bias"), lambda one: one.wanted != "biases" or one.expert_bias, "the layer has no biases"),
     (

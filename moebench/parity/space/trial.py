@@ -144,7 +144,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "steps": PROGRAMS,
     # a tile has 16, 32, 64 or 128 rows; 0 is not the simplest, because nothing is computed then
     "num_tokens": (1, 2, 3, 4, 0, 7, 15, 17, 31, 33, 63, 65, 127, 129, 257, MANY_TOKENS),
-    "n_routed_experts": (1, 2, 3, 4, 8, 11, 16, 65, 257, 1024),
+    "n_routed_experts": (1, 2, 3, 4, 8, 11, 16, 65, 200, 257, 1024),
     "n_activated_experts": (1, 2, 3, 4, 9, 16, "all"),
     "dim": _DIMS,
     "moe_inter_dim": _DIMS,
