@@ -44,8 +44,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def arguments(formula: Formula, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors of the activation of h [..., H], [..., I] each: gate and up after the clamps, with up + 1 where
-    the formula has it. Without a gate, both are relu(h).
+    """Return the factors of the activation of h [..., H], [..., I] each: gate and up after the clamps.
+
+    Where the formula has up + 1, the second factor is that. Without a gate, both are relu(h).
     """
     if formula.activation == "relu2":
         positive = torch.where(h > 0, h, 0 * h)

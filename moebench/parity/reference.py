@@ -194,7 +194,7 @@ class _Run:
 
     def _chance(self, batch: Batch, exact: "_Result") -> Tensors:
         """Add the squared sizes by chance to the sums by token, and return the sizes [G] of parameters' gradients."""
-        sizes = sizes_by_chance(self.reference.formula, exact.operands, exact.values, exact.grads, self.unit)
+        sizes = sizes_by_chance(self.reference.formula, exact.operands, exact.values, exact.grads)
         batch.add_rows(self.chance["output"], sizes.pop("output"))
         if exact.grads:
             batch.add_rows(self.chance["x.grad"], sizes.pop("x"))
