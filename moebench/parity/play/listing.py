@@ -156,6 +156,9 @@ def _of_bits(worst: TensorError, play: Play) -> str | None:
         if worst.tensor != "unknown":
             wrong = f"{{n: t for n, t in state.items() if n != {worst.tensor!r}}}"
         return f"assert {layer}.load_state_dict({wrong}) is None, 'a wrong state dict was loaded'"
+    if worst.where == "written by autograd.grad":
+        name = worst.tensor.removesuffix(".grad")
+        return f"assert {layer}.get_parameter({name!r}).grad is None, 'autograd.grad wrote it'"
     if worst.where == "after init_weights":
         stacked = f"{layer}.state_dict()[{worst.tensor!r}]"
         if "bias" in worst.tensor:

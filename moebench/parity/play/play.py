@@ -250,9 +250,12 @@ class Play(ParameterSteps):
         parameters = self._draw_parameters()
         layer.load_state_dict(self.stage.state(parameters))
         named = dict(layer.named_parameters())
-        if parameters.keys() <= named.keys() and self.stage.ranks.mesh is None:
+        is_stacked = parameters.keys() <= named.keys()
+        if is_stacked and self.stage.ranks.mesh is None:
             for name in parameters:
                 named[name].data = draw.laid_out(trial, named[name])
+        if not is_stacked and wanted.parameters:  # parameters of its own have gradients all together
+            wanted = dataclasses.replace(wanted, parameters=tuple(parameters))
         for name, parameter in named.items():
             parameter.requires_grad_(name in wanted.parameters or (name not in parameters and bool(wanted.parameters)))
         player = Player(number, trial, layer, parameters, wanted)
