@@ -6,8 +6,9 @@ call, so that the host has handed over all work when the clock starts. This does
 for the device. Such a call gets the flag `synchronises`.
 
 Two functions of the caller run outside of the sample: `prepare` before each sample, and `keep` after each sample, as
-soon as the clock was read. `keep` is not called after a sample on a GPU host's clock, which waits for all streams. On a GPU, work that `keep` enqueues on the current stream follows the event that ends the
-sample. What it copies there shows work that the call left to another stream and did not wait for.
+soon as the clock was read. On a GPU, work that `keep` enqueues on the current stream follows the event that ends the
+sample. What it copies there shows work that the call left to another stream and did not wait for. After a sample on the
+host's clock, which waits for all streams, `keep` does not run.
 """
 
 import ctypes
