@@ -10,7 +10,7 @@ The folder `cli` has the command line and imports all folders:
     machine    where it is measured: GPUs, library versions, environments
     run        how a sweep is run: plan -> worker processes -> journal
     measure    what a worker does with one job: build it, check it, measure its time and memory
-    parity     whether a backend computes the right thing: reference, budget, checks
+    parity     whether a backend computes the right thing: oracle, budgets, judge, search for a case that fails
     results    rows of results: journal, frame, comparison, advice
     verdicts   whether a change made a job slower, larger or wrong
     report     tables, plots, pages

@@ -12,7 +12,14 @@ from typer.testing import CliRunner
 
 from experts.registry import get_backend
 from moebench.cli.app import app
+from moebench.measure.cache import Workload
+from moebench.measure.trials import Trier
 from moebench.parity import judge
+from moebench.parity.checks import case_job
+from moebench.parity.play.play import REPEATS
+from moebench.parity.space.covering import covering
+from moebench.parity.space.programs import PROGRAMS, STEPS
+from moebench.parity.space.trial import AXES, Trial
 from moebench.verdicts.looks import schedule
 from moebench.verdicts.ranksum import group_size_needed, null_tail
 from moebench.verdicts.times import FALSE_ALARMS
@@ -42,7 +49,7 @@ def my_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("routing", ["uniform", "empty:0.5"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_the_backend_in_the_docs_is_right(my_backend: str, dtype: str, routing: str) -> None:
     case = Case(
         num_tokens=40,
@@ -60,6 +67,46 @@ def test_the_backend_in_the_docs_is_right(my_backend: str, dtype: str, routing: 
     layer.load_state_dict(parameters)
     verdict = judge.check(case, inputs, parameters, [judge.run_pass(layer, inputs, "train")])
     assert verdict.passed, verdict.worst
+
+
+@pytest.mark.parametrize("steps", PROGRAMS, ids=",".join)
+def test_the_backend_in_the_docs_passes_every_sequence_of_steps(my_backend: str, steps: tuple[str, ...]) -> None:
+    trial = Trial(
+        steps=steps,
+        num_tokens=7,
+        n_routed_experts=4,
+        n_activated_experts=2,
+        dim=8,
+        moe_inter_dim=16,
+        dtype="float64",
+        mask="some",
+        choices="some-dropped",
+        unused_weights="nan",
+        memory="poisoned",
+    )
+    trier = Trier(case_job(my_backend, trial), Workload(CPU))
+    failure = trier.play(trial)
+    assert failure is None, failure.reason
+    assert trier.tried.num_ok == 1
+
+
+def test_concepts_names_every_value_of_the_space_and_every_step() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w:]+)` \| .* \| (.*) \|$", text, re.MULTILINE))
+    for name, values in AXES.items():
+        if len(values) > 1 and name != "steps":
+            shown = [word.strip("`").replace(",", "") for word in rows[name].split(", ")]
+            assert shown == [f"{value:g}" if type(value) is float else str(value) for value in values], name
+    assert rows["steps"] == f"{len(PROGRAMS)} sequences"
+    for step, what in STEPS.items():
+        assert f"| `{step}` | {what} |" in text, step
+
+
+def test_concepts_counts_the_cases_that_repeat_a_call() -> None:
+    text = " ".join((ROOT / "docs" / "concepts.md").read_text().split())
+    repeated = sum("repeat" in trial.steps for trial in covering())
+    assert f"{repeated} covering cases have this step" in text
+    assert f"makes {REPEATS} calls" in text
 
 
 def test_the_backend_in_the_docs_refuses_a_bias(my_backend: str) -> None:

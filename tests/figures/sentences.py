@@ -125,7 +125,7 @@ OTHERS = (
     ),
     (
         "docs/concepts.md",
-        "It has {cases} cases per backend over all dtypes,",
+        "{alone} cases on one process, and {ranks} cases on two ranks for each dispatcher.",
         quoted.parity_cases,
     ),
     (
