@@ -51,10 +51,23 @@ class ExpertLayer(nn.Module, ABC):
         indices = indices.long().masked_fill(~token_mask.unsqueeze(-1), -1)
         if x.device.type == "cpu":  # on a GPU the check would wait for the device; there a wrong index adds nothing
             self._check_indices(indices)
+        if self.ep_mesh is not None:
+            x, weights = self._join_backward(x), self._join_backward(weights)
         with autocast_off(x):
             sent = self.dispatcher.dispatch(x, weights, indices)
             y = self.compute_local(sent.x_RD, sent.weights_RK, sent.indices_RK)
             return self.dispatcher.combine(y, sent)
+
+    def _join_backward(self, tensor: Tensor) -> Tensor:
+        """Return x or the routing weights so that this rank takes part in the dispatcher's backward.
+
+        If the gradient of another rank's tensor is wanted, its backward waits for all ranks. So where parameters
+        require gradients, x and weights also do inside of the layer, also if the caller does not want their gradients.
+        """
+        if tensor.requires_grad or not torch.is_grad_enabled():
+            return tensor
+        wanted = any(parameter.requires_grad for parameter in self.parameters())
+        return tensor.detach().requires_grad_() if wanted else tensor
 
     @abstractmethod
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:

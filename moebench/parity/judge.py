@@ -162,18 +162,20 @@ def check(
         product = torch.matmul if fp8 is None else fp8_product(fp8)
         dtype = rounds_to or inputs.x_TD.dtype
         errors = group_errors(case, inputs, parameters, passes, product, ranks, dtype)
-        roundings = [_largest(_ratios(one.rounding_G, one.scale_G)) for one in errors]
-        roundings = [max(same) for same in zip(*ranks.tell(roundings), strict=True)]
-        for one, rounding in zip(errors, roundings, strict=True):
+        own = {(one.tensor, one.group): _largest(_ratios(one.rounding_G, one.scale_G)) for one in errors}
+        everywhere = ranks.tell(own)  # ranks may want the gradients of other tensors
+        roundings = {key: max(rank.get(key, 0.0) for rank in everywhere) for rank in everywhere for key in rank}
+        for (tensor, _), rounding in roundings.items():
             if math.isinf(rounding) or (rounding * FACTOR > CEILING and not partly):
-                raise Unfit(_unfit(case, one.tensor, rounding))
-        errors = [
-            one if rounding * FACTOR <= CEILING else _finite(one)
-            for one, rounding in zip(errors, roundings, strict=True)
-        ]
+                raise Unfit(_unfit(case, tensor, rounding))
+        errors = [one if roundings[one.tensor, one.group] * FACTOR <= CEILING else _finite(one) for one in errors]
         stored = {name: tensor.dtype for name, tensor in passes[0].items()}
-        mine = [judge(one, _floor(case, inputs, fp8, one.tensor, dtype, stored[one.tensor])) for one in errors]
-        found = [_worst_of_ranks(same) for same in zip(*ranks.tell(mine), strict=True)]
+        mine = {
+            (one.tensor, one.group): judge(one, _floor(case, inputs, fp8, one.tensor, dtype, stored[one.tensor]))
+            for one in errors
+        }
+        told = ranks.tell(mine)
+        found = [_worst_of_ranks([rank.get(key) for rank in told]) for key in roundings]
     return ParityVerdict(tuple(found))
 
 
@@ -204,8 +206,10 @@ def _floor(case: Case, inputs: Inputs, fp8: str | None, tensor: str, dtype: torc
     return floor * (WEIGHTS_GRAD_UNITS if tensor == "weights.grad" else 1.0)
 
 
-def _worst_of_ranks(found: Sequence[TensorError]) -> TensorError:
-    rank, worst = max(enumerate(found), key=lambda pair: pair[1].over_budget)
+def _worst_of_ranks(found: Sequence[TensorError | None]) -> TensorError:
+    """Return the worst error of a tensor, and the rank that has it. A rank that does not want the tensor has None."""
+    told = [(rank, error) for rank, error in enumerate(found) if error is not None]
+    rank, worst = max(told, key=lambda pair: pair[1].over_budget)
     return worst if len(found) == 1 else dataclasses.replace(worst, where=f"rank {rank}, {worst.where}")
 
 

@@ -132,7 +132,7 @@ class _Run:
         self.batches = list(batches(inputs.active_indices_TK, first, num_local, 2 * dim * width, by_itself))
         num_perturbed = PERTURBED_RUNS if len(self.batches) <= 1 else 2
         self.reference = Rounding(Formula.of(case), torch.float64)
-        self.roundings = roundings(self.reference.formula, rounds_to, product, num_perturbed)
+        self.roundings = roundings(self.reference.formula, rounds_to, product, num_perturbed, max(dim, width))
         self.generator = torch.Generator(inputs.x_TD.device).manual_seed(case.seed)
         self.exact, self.chance = self._zeros(torch.float64), self._zeros(torch.float64)
         self.rounded = [self._zeros(wide(one.dtype)) for one in self.roundings]

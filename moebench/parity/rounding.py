@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -63,8 +64,13 @@ class Rounding:
         return Operands(change(exact.x_GMD, self.dtype), weights_GM, experts, change(exact.grad_GMD, self.dtype))
 
 
-def roundings(formula: Formula, dtype: torch.dtype, product: Product, num_perturbed: int) -> list[Rounding]:
+def roundings(
+    formula: Formula, dtype: torch.dtype, product: Product, num_perturbed: int, longest: int
+) -> list[Rounding]:
     """Return the runs for a dtype: the plain run, then the perturbed runs.
+
+    `longest` is the number of terms of the longest dot product. The sum of its terms, one after the other, rounds as if
+    each operand was changed by about √longest/2 units of the sum's dtype.
 
     FP8 has the plain run alone, because FP8 rounds much more coarsely than its operands' dtype. In float64 the plain
     run is the reference itself and is left out. Its perturbed runs change operands by the rounding unit of float32, so
@@ -75,6 +81,8 @@ def roundings(formula: Formula, dtype: torch.dtype, product: Product, num_pertur
     single, double = torch.float32, torch.float64
     unit = torch.finfo(single if dtype is double else dtype).eps / 2
     share = REFERENCE_ROUNDS * torch.finfo(double).eps / torch.finfo(single).eps if dtype is double else 1.0
+    sums = torch.finfo(single if dtype.itemsize <= 4 else double).eps / 2
+    unit += (unit if dtype is double else sums) * math.sqrt(longest) / 2
     moved = (1 - LIMIT_UNITS * unit, 1 + LIMIT_UNITS * unit)
     perturbed = [
         Rounding(

@@ -213,7 +213,8 @@ class WorkerProcess:
         job, self._running = self._given[self._running], None
         self._num_done += 1
         if self._trial is not None:
-            detail = f"{detail}\nmoebench parity {job.backend} --case '{self._trial}'"
+            where = "" if job.dispatcher == "local" else f" --dispatcher {job.dispatcher}"
+            detail = f"{detail}\nmoebench parity {job.backend}{where} --case '{self._trial}'"
         return record(
             job,
             status,

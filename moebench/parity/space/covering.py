@@ -22,7 +22,7 @@ NOTHING_TO_COMPUTE: Mapping[str, object] = {
     "wanted": "nothing",
 }
 #: A case is begun this many times with other values for the rest of its axes, until all of its values fit together.
-ATTEMPTS = 10
+ATTEMPTS = 100
 
 Axes = Mapping[str, Sequence[Any]]
 _Pair = tuple[str, Any, str, Any]
