@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from experts.gemm.tiling import tiling_for
-from moebench.parity.checks import suite_jobs
+from moebench.parity.checks import covering_jobs
 from moebench.results.frame import load
 from moebench.run.footprint import pass_bytes
 from moebench.verdicts.noise import noises, noises_together
@@ -219,7 +219,7 @@ def gpus_differ() -> dict[str, str]:
 
 
 def parity_cases() -> dict[str, int]:
-    return {"cases": len(suite_jobs(["torch_mm"]))}
+    return {"cases": len(covering_jobs("torch_mm"))}
 
 
 def spread(log_rounds: Sequence[Any]) -> dict[str, str]:
