@@ -52,7 +52,7 @@ def _without(values: Sequence[Any], value: object) -> Sequence[Any]:
 
 
 class _Design:
-    """The pairs that no row has yet (`only` those of one axis). A row is built around one, so that it has others too."""
+    """The pairs that no row has yet (`only` those of one axis). A row is built around one, and has many others too."""
 
     def __init__(self, axes: Axes, seed: int, only: str | None = None) -> None:
         self.axes = axes

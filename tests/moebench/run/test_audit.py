@@ -60,7 +60,7 @@ def test_a_case_that_cannot_be_is_refused_before_it_runs(trial, dispatcher, mess
 
 @pytest.fixture
 def jobs_run(monkeypatch):
-    """Replace workers by a function from a job to what is found, and the covering cases by four; return the jobs run."""
+    """Replace workers by a function from jobs to what is found, and the covering cases by four. Return the jobs run."""
     ran = []
 
     def replace(found):
