@@ -120,7 +120,15 @@ def _built_in(described: catalog.BackendEntry) -> Backend:
         build = functools.partial(_build_grouped, engine.name, save=described.save)
         return Backend(name, build, get_engine(engine.name).unsupported, fp8)
     build = functools.partial(_build_te, fp8, described.cached)
-    return Backend(name, build, functools.partial(library.unsupported, te_fp8=fp8), fp8)
+    return Backend(name, build, functools.partial(_te_unsupported, te_fp8=fp8), fp8)
+
+
+def _te_unsupported(device: torch.device, config: MoEConfig | None, te_fp8: Fp8Recipe | None) -> Unsupported | None:
+    """Return why a backend of Transformer Engine cannot run the config, or None where it can."""
+    reason = library.unsupported(device, config, te_fp8)
+    if reason is None and config is not None and config.dtype is torch.float32:
+        return Unsupported("Transformer Engine lets cuBLAS round float32 to TF32, which has ten bits; use bfloat16")
+    return reason
 
 
 def _build_grouped(

@@ -10,13 +10,21 @@ from experts.config import MoEConfig, dtype_name, is_gated_activation
 from experts.errors import Unsupported
 
 ROW_ALIGNMENT_BYTES = 16
+#: With more groups, torch 2.11 raises "Can't process more than 1024 groups" on an H200 (2026-11-28).
+MOST_GROUPS = 1023
 
 
 def products(offsets_L: Tensor) -> Products:
     """Return grouped_mm's matrix products, for groups of rows that end at the offsets [L] (int32, cumulative).
 
-    grouped_mm does not read rows past the last offset, and it leaves these rows uninitialised in its results.
+    grouped_mm does not read rows past the last offset, and it leaves these rows uninitialised in its results. Raises
+    Unsupported for more groups than the kernel on a GPU takes.
     """
+    if offsets_L.is_cuda and offsets_L.shape[0] > MOST_GROUPS:
+        raise Unsupported(
+            f"grouped_mm on a GPU takes at most {MOST_GROUPS} experts a rank, these are {offsets_L.shape[0]}; "
+            "use the loop, or more ranks"
+        )
     multiply = functools.partial(torch.nn.functional.grouped_mm, offs=offsets_L)
     return Products(
         rows=lambda a_NP, b_LPQ: multiply(a_NP, _aligned(b_LPQ)),

@@ -133,11 +133,14 @@ class GroupedExpertsTE(ExpertLayer):
         """Reset the parameters with TE's method, which ignores `init_std`.
 
         TE draws the weights from a normal distribution with a standard deviation of its choice, and sets biases to
-        zero.
+        zero. TE makes new parameters for that, which here require a gradient if the old ones did.
         """
+        wanted = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         with buffer_device:
             for name in LINEARS:
                 getattr(self, name).reset_parameters()
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(wanted[name])
 
     def _make_linear(self, in_features: int, out_features: int, device: torch.device) -> nn.Module:
         import transformer_engine.pytorch as te

@@ -7,7 +7,8 @@ for the device. Such a call gets the flag `synchronises`.
 
 Two functions of the caller run outside of the sample: `prepare` before each sample, and `keep` after each sample, as
 soon as the clock was read. On a GPU, work that `keep` enqueues on the current stream follows the event that ends the
-sample. What it copies there shows work that the call left to another stream and did not wait for.
+sample. What it copies there shows work that the call left to another stream and did not wait for. After a sample on the
+host's clock, which waits for all streams, `keep` does not run.
 """
 
 import ctypes
@@ -140,9 +141,7 @@ class _GpuSampler:
         for stage in self._stages:
             stage()
         clock.synchronize(self._device)
-        spent_ms = (clock.perf_counter() - start) * 1e3
-        self._keep()
-        return spent_ms
+        return (clock.perf_counter() - start) * 1e3
 
     def _enqueue_behind_a_wait(self) -> tuple[float, bool]:
         """Return the milliseconds until the host has handed over all work, and whether it waited for the device.

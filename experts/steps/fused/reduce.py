@@ -77,6 +77,7 @@ def _sum_parts(
     first = group_start + part * share
     last = tl.minimum(first + share, group_end)
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    lost = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     start = first
     while start < last:  # Triton's interpreter cannot run a range with loaded bounds
         end = tl.minimum(start + ROWS_OF_SUM, last)
@@ -91,9 +92,13 @@ def _sum_parts(
                 value *= tl.load(weights + slot, mask=row < end, other=0.0).to(tl.float32)[:, None]
             sums += value
             start += ROWS
-        total += sums
+        # keep what the addition rounds off (Knuth's TwoSum)
+        new = total + sums
+        added = new - total
+        lost += (total - (new - added)) + (sums - added)
+        total = new
     where = (expert.to(tl.int64) * PARTS + part) * width + columns
-    tl.store(parts + where, tl.sum(total, axis=0), mask=columns < width)
+    tl.store(parts + where, tl.sum(total, axis=0) + tl.sum(lost, axis=0), mask=columns < width)
 
 
 @triton.jit

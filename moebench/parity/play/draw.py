@@ -21,12 +21,14 @@ PARAMETER_SEED = 500
 Shapes = dict[str, tuple[int, ...]]
 
 _NAN = 'float("nan")'
+_FLOAT64 = ", dtype=torch.float64"  # values that float32 does not hold
 _CHOICES = {
     "some-dropped": "i[torch.rand(i.shape) < 0.3] = -1",
     "first-dropped": "i[:, 0] = -1",
     "token-dropped": "i[-1:] = -1",
     "all-dropped": "i[:] = -1",
     "duplicates": "i[:, -1] = i[:, 0]",
+    "both": "i[:, -1] = i[:, 0]; i[torch.rand(i.shape) < 0.3] = -1",
 }
 _MASKS = {
     "some": "mask[torch.rand(len(mask)) < 0.4] = False",
@@ -42,8 +44,10 @@ _WEIGHTS = {
     "all-zero": "w = 0 * w",
     "negative": "w = 2 * w - 1.5",
     "to-eight": "w = 8 * w",
+    "small": "w = 1e-3 * w",
     "near-one": "w = 1 - 1e-4 * (w < 0.5)",
 }
+_GRAD_SCALES = {"large": "1e5", "tiny": "1e-9"}
 #: Layout -> the same values t in that layout. What lies between and around them in memory is `{fill}`.
 _LAYOUTS = {
     "strided": "torch.stack(({t}, torch.full_like({t}, {fill})), -1)[..., 0]",
@@ -62,9 +66,11 @@ def input_lines(trial: Trial, number: int = 0, tokens: int | None = None) -> lis
     """Return the lines that draw x, w, i, mask and dy: a trial's inputs number `number`, with `tokens` tokens."""
     num_tokens = trial.num_tokens if tokens is None else tokens
     rows, shape = f"{num_tokens}, {trial.dim}", f"{num_tokens}, {trial.n_activated_experts}"
+    rows += _FLOAT64 if trial.dtype == "float64" else ""
+    weights = shape + (_FLOAT64 if trial.weights_dtype == "float64" else "")
     return [
         f"torch.manual_seed({trial.seed + SEEDS_APART * number})",
-        f"x, w, dy = torch.randn({rows}), torch.rand({shape}), torch.randn({rows})",
+        f"x, w, dy = torch.randn({rows}), torch.rand({weights}), torch.randn({rows})",
         f"i, mask = {_routing(trial, num_tokens)}, torch.ones({num_tokens}, dtype=torch.bool)",
         *_changes(trial, num_tokens),
     ]
@@ -109,13 +115,15 @@ def _changes(trial: Trial, num_tokens: int) -> Iterator[str]:
         yield f"x = {trial.x_scale:g} * x"
     if trial.grad == "halves":
         yield f"dy[:] = 1; dy[{num_tokens} // 2:] = -1"
+    if trial.grad in _GRAD_SCALES:
+        yield f"dy = {_GRAD_SCALES[trial.grad]} * dy"
     if trial.unused_weights == "nan" and trial.weights_layout != "expanded":
         yield f"w[(i < 0) | ~mask[:, None]] = {_NAN}"
     if trial.x_layout != "expanded" and trial.mask != "all-kept":
         yield f"x[~mask] = {_NAN}"
-    if trial.dtype != "float32":
+    if trial.dtype not in ("float32", "float64"):
         yield f"x, dy = x.to(torch.{trial.dtype}), dy.to(torch.{trial.dtype})"
-    if trial.weights_dtype != "float32":
+    if trial.weights_dtype not in ("float32", "float64"):
         yield f"w = w.to(torch.{trial.weights_dtype})"
     if trial.index_dtype != "int64":
         yield f"i = i.to(torch.{trial.index_dtype})"
@@ -145,8 +153,10 @@ def _generators_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-#: The expression that draws parameters for the shapes in `shapes`.
-NEW_PARAMETERS = "{n: torch.randn(s) / (s[1] ** 0.5 if len(s) == 3 else 2) for n, s in shapes.items()}"
+def new_parameters(trial: Trial) -> str:
+    """Return the expression that draws parameters for the shapes in `shapes`."""
+    drawn = f"torch.randn(s{_FLOAT64 if trial.params == 'float64' else ''})"
+    return f"{{n: {drawn} / (s[1] ** 0.5 if len(s) == 3 else 2) for n, s in shapes.items()}}"
 
 
 def parameters(trial: Trial, shapes: Shapes, number: int, device: torch.device) -> dict[str, Tensor]:
@@ -157,7 +167,7 @@ def parameters(trial: Trial, shapes: Shapes, number: int, device: torch.device) 
     names: dict[str, Any] = {"torch": torch, "shapes": shapes}
     with _generators_kept(device), device:
         torch.manual_seed(parameter_seed(trial, number))
-        drawn = eval(NEW_PARAMETERS, names)
+        drawn = eval(new_parameters(trial), names)
     return {name: tensor.to(getattr(torch, trial.params)) for name, tensor in drawn.items()}
 
 

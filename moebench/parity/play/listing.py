@@ -20,8 +20,16 @@ def listing(backend: str, play: Play) -> list[str]:
     found = [shown for shown in _assertions(play) if shown is not None][:1]
     lines = [*_header(backend, play), *play.script.lines]
     if play.script.loop is not None and found:
-        return [*lines, f"{play.script.loop}; {found[0]}"]
+        return [*lines, f"{play.script.loop}; {_in_loop(found[0], play)}"]
     return lines + found
+
+
+def _in_loop(assertion: str, play: Play) -> str:
+    """Return the assertion of a call that is repeated in turn with another one."""
+    assert play.failed is not None
+    call = play.failed.passes[0].call
+    turn = play.script.repeated.index(call)
+    return assertion.replace(f"y{call}[", "y[").replace("assert ", f"assert k % 2 != {turn} or ", 1)
 
 
 def _header(backend: str, play: Play) -> list[str]:
@@ -148,6 +156,9 @@ def _of_bits(worst: TensorError, play: Play) -> str | None:
         if worst.tensor != "unknown":
             wrong = f"{{n: t for n, t in state.items() if n != {worst.tensor!r}}}"
         return f"assert {layer}.load_state_dict({wrong}) is None, 'a wrong state dict was loaded'"
+    if worst.where == "written by autograd.grad":
+        name = worst.tensor.removesuffix(".grad")
+        return f"assert {layer}.get_parameter({name!r}).grad is None, 'autograd.grad wrote it'"
     if worst.where == "after init_weights":
         stacked = f"{layer}.state_dict()[{worst.tensor!r}]"
         if "bias" in worst.tensor:

@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -131,7 +132,31 @@ class Play(ParameterSteps):
             lines = self._lines(self.num_inputs + OTHER_GRAD, call.handed.x_TD.shape[0])
             grad = draw.run_lines(lines, self.stage.device).grad_TD
             self.script.other_grad(lines, call.number)
-        self._backward_of(call, grad)
+        if how == "grad":
+            self._grad_of(call, grad)
+        else:
+            self._backward_of(call, grad)
+
+    def _grad_of(self, call: Call, grad: Tensor) -> None:
+        """Compute the gradients with torch.autograd.grad. They must not be in the tensors' `grad` before."""
+        player = self.player
+        before = player.grads()
+        named = {name: p for name, p in player.layer.named_parameters() if p.requires_grad}
+        leaves = {"x": call.handed.x_TD, "weights": call.handed.weights_TK, **named}
+        leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        number = self.script.grad(call.number, player.number, tuple(leaves))
+        expected = grad.detach().clone()
+        with self._memory():
+            grads = torch.autograd.grad(call.output, list(leaves.values()), grad, allow_unused=True)
+        for name in before.keys() | player.grads().keys():
+            self.errors.append(same_bits(name, "written by autograd.grad", player.grads().get(name), before.get(name)))
+        found = {name: one for name, one in zip(leaves, grads, strict=True) if one is not None}
+        for name, parameter in named.items():
+            if name in found:
+                parameter.grad = found[name] if parameter.grad is None else parameter.grad + found[name]
+        own = {f"{name}.grad": found[name] for name in ("x", "weights") if name in found}
+        inputs = call.inputs(self.stage.device, expected)
+        player.trains.append(Pass(inputs, {"output": call.values} | own, call.number, number))
 
     def _backward_of(self, call: Call, grad: Tensor, retain_graph: bool = False, told: bool = True) -> None:
         number = self.script.backward(call.number, retain_graph) if told else None
@@ -146,14 +171,19 @@ class Play(ParameterSteps):
         self.player.trains.append(Pass(call.inputs(self.stage.device, expected), tensors, call.number, number))
 
     def _repeat(self, how: str) -> None:
-        """Make many passes on the same inputs, and compare those whose bits differ from the first two."""
+        """Make many passes on two sets of inputs in turn, and compare those whose bits differ from earlier ones."""
         self._zero_grad()
         player = self.player
         kind = "" if player.wanted.names else "no_grad"
-        first = self._call(kind)
-        one = Pass(first.inputs(self.stage.device, first.handed.grad_TD), {}, first.number)
-        different: list[Tensors] = []
-        for _ in range(REPEATS):
+        firsts = []
+        for _ in range(2):
+            first = self._call(kind)
+            self.script.add(f"set{first.number} = x{first.number}, mask, w{first.number}, i, dy{first.number}")
+            firsts.append(first)
+            self.num_inputs += 1
+        sets: list[list[Tensors]] = [[], []]
+        for number in range(REPEATS):
+            first, different = firsts[number % 2], sets[number % 2]
             call = self._call_on(first.handed, first.lines, kind, is_new=False)
             player.calls.pop()
             tensors = {"output": call.copy}
@@ -163,11 +193,14 @@ class Play(ParameterSteps):
                 player.layer.zero_grad(set_to_none=True)
             if not any(judge.are_identical([tensors, other]) for other in different[:2]):
                 different.append(tensors)
-        player.forwards = player.forwards[:1]
-        self.deterministic = len(different) == 1
-        self.script.repeat(first.number, player.number, REPEATS, bool(player.wanted.names))
-        mode = "train" if player.wanted.names else "forward"
-        self._judge(player.check(self.stage, [one], different, mode))
+        player.forwards.clear()
+        self.deterministic = all(len(different) == 1 for different in sets)
+        self.script.repeat([first.number for first in firsts], player.number, REPEATS, bool(player.wanted.names))
+        for first, different in zip(firsts, sets, strict=True):
+            first.is_done = True
+            inputs = first.inputs(self.stage.device, first.handed.grad_TD)
+            one = Pass(inputs, {}, first.number, self.script.num_backwards)
+            self._judge(player.check(self.stage, [one], different, "train" if player.wanted.names else "forward"))
 
     # inputs
 
@@ -217,9 +250,12 @@ class Play(ParameterSteps):
         parameters = self._draw_parameters()
         layer.load_state_dict(self.stage.state(parameters))
         named = dict(layer.named_parameters())
-        if parameters.keys() <= named.keys() and self.stage.ranks.mesh is None:
+        is_stacked = parameters.keys() <= named.keys()
+        if is_stacked and self.stage.ranks.mesh is None:
             for name in parameters:
                 named[name].data = draw.laid_out(trial, named[name])
+        if not is_stacked and wanted.parameters:  # parameters of its own have gradients all together
+            wanted = dataclasses.replace(wanted, parameters=tuple(parameters))
         for name, parameter in named.items():
             parameter.requires_grad_(name in wanted.parameters or (name not in parameters and bool(wanted.parameters)))
         player = Player(number, trial, layer, parameters, wanted)
@@ -271,8 +307,20 @@ def _context(how: str, device: torch.device) -> AbstractContextManager[object]:
             return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
         case "autocast":
             return torch.autocast(device.type, dtype=torch.bfloat16)
+        case "default":
+            return _default_dtype()
         case _:
             return nullcontext()
+
+
+@contextmanager
+def _default_dtype() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _pack(saved: Tensor) -> tuple[torch.device, Tensor]:

@@ -138,11 +138,16 @@ class Player:
     def check(self, stage: Stage, passes: Sequence[Pass], tensors: list[Tensors], mode: str) -> "Compared":
         """Compare tensors over the inputs of all these passes together."""
         case = self.trial.case.model_copy(update={"mode": mode})
-        inputs = Inputs(*(torch.cat([getattr(one.inputs, name) for one in passes]) for name in FIELDS))
+        # on a GPU the oracle's many small operators take longer than on a CPU
+        home = torch.device("cpu") if stage.ranks.mesh is None else stage.device
+        fields = [torch.cat([getattr(one.inputs, name) for one in passes]) for name in FIELDS]
+        inputs = Inputs(*(tensor.detach().to(home) for tensor in fields))
+        parameters = _moved(self.parameters, home)
+        tensors = [_moved(one, home) for one in tensors]
         verdict = judge.check(
             case,
             inputs,
-            self.parameters,
+            parameters,
             tensors,
             stage.fp8,
             stage.ranks,
@@ -151,7 +156,7 @@ class Player:
             torch.bfloat16 if any(call.autocast for call in self.calls) else None,
             partly=True,
         )
-        return Compared(verdict.tensor_errors, self, tuple(passes), case, inputs, dict(self.parameters), tensors)
+        return Compared(verdict.tensor_errors, self, tuple(passes), case, inputs, parameters, tensors)
 
     def look_back(self, device: torch.device) -> Iterator[tuple[Call, TensorError]]:
         """Yield whether a later step changed what a call returned, and whether a call changed what it was handed."""
@@ -186,6 +191,10 @@ def same_bits(tensor: str, where: str, found: Tensor | None, expected: Tensor | 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's share of a parameter."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _moved(tensors: Tensors, device: torch.device) -> Tensors:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _together(passes: Sequence[Tensors]) -> Tensors:

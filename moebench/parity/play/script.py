@@ -24,7 +24,8 @@ class Script:
     """The lines so far. A closed script takes no more lines.
 
     Layers are called `layer0`, `layer1`, … The call number n reads `x{n}` and `w{n}` and returns `y{n}`. The gradients
-    after the backward number n are in `g{n}`, a dict with "x" and "weights". `loop` is the call that is repeated.
+    after the backward number n are in `g{n}`, a dict with "x" and "weights". `loop` repeats the calls `repeated`
+    in turn.
     """
 
     trial: Trial
@@ -32,6 +33,7 @@ class Script:
     lines: list[str] = field(default_factory=list)
     num_backwards: int = 0
     loop: str | None = None
+    repeated: tuple[int, ...] = ()
     is_closed: bool = False
 
     def add(self, *statements: str) -> None:
@@ -57,7 +59,7 @@ class Script:
         return [
             shapes,
             f"torch.manual_seed({draw.parameter_seed(self.trial, parameters)})",
-            f"state = {draw.NEW_PARAMETERS}",
+            f"state = {draw.new_parameters(self.trial)}",
         ]
 
     def call(self, number: int, layer: int, lines: Sequence[str], how: str, wanted: draw.Wanted) -> None:
@@ -77,7 +79,10 @@ class Script:
         if how in ("checkpoint", "reentrant"):
             options = f"use_reentrant={how == 'reentrant'}"
             called = f"torch.utils.checkpoint.checkpoint(layer{layer}, {x}, mask, {w}, i, {options})"
-        if how in _CONTEXTS:
+        if how == "default":
+            self.add("torch.set_default_dtype(torch.float64)", f"y{number} = {called}")
+            self.add("torch.set_default_dtype(torch.float32)")
+        elif how in _CONTEXTS:
             self.add(f"with {_CONTEXTS[how].format(device=self.device)}: y{number} = {called}")
         else:
             self.add(f"y{number} = {called}")
@@ -122,15 +127,26 @@ class Script:
         """Save the layer's state dict through a parent module."""
         self.add(f"saved = torch.nn.ModuleDict({{'experts': layer{layer}}}).state_dict()")
 
-    def repeat(self, number: int, layer: int, times: int, with_backward: bool) -> None:
-        """Repeat a call on the same inputs. What is asserted of it stands in the loop."""
+    def grad(self, number: int, layer: int, leaves: Sequence[str]) -> int:
+        """Compute the gradients of a call with torch.autograd.grad, and return the number of this backward."""
+        count, self.num_backwards = self.num_backwards, self.num_backwards + 1
+        own = {"x": f"x{number}", "weights": f"w{number}"}
+        tensors = [own.get(name, f"layer{layer}.get_parameter({name!r})") for name in leaves]
+        names = ", ".join(map(repr, leaves))
+        found = f"torch.autograd.grad(y{number}, [{', '.join(tensors)}], dy{number}, allow_unused=True)"
+        self.add(f"g{count} = dict(zip([{names}], {found}))")
+        return count
+
+    def repeat(self, numbers: Sequence[int], layer: int, times: int, with_backward: bool) -> None:
+        """Repeat two calls in turn. What is asserted of one of them stands in the loop."""
         if self.is_closed:
             return
-        call = f"layer{layer}.zero_grad(); y{number} = layer{layer}(x{number}, mask, w{number}, i)"
+        sets = ", ".join(f"set{number}" for number in numbers)
+        call = f"layer{layer}.zero_grad(); x, mask, w, i, dy = ({sets})[k % 2]; y = layer{layer}(x, mask, w, i)"
         if with_backward:
-            grads = f"g{self.num_backwards} = {{'x': x{number}.grad, 'weights': w{number}.grad}}"
-            call += f"; y{number}.backward(dy{number}); {grads}; x{number}.grad = w{number}.grad = None"
-        self.loop = f"for _ in range({times}): {call}"
+            grads = f"g{self.num_backwards} = {{'x': x.grad, 'weights': w.grad}}"
+            call += f"; y.backward(dy); {grads}; x.grad = w.grad = None"
+        self.loop, self.repeated = f"for k in range({times}): {call}", tuple(numbers)
 
     def rewrite(self, old: int, number: int, lines: Sequence[str]) -> None:
         """Write other inputs into the tensors of an earlier call."""

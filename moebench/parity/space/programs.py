@@ -12,11 +12,13 @@ STEPS: dict[str, str] = {
     "call:autocast": "the same inside of torch.autocast in bfloat16",
     "eval": "go to eval mode; calls keep their graph there too",
     "train": "go back to train mode",
+    "call:default": "the same with float64 as torch's default dtype",
     "call:no_grad": "call the layer under torch.no_grad",
     "call:inference": "call the layer under torch.inference_mode",
     "backward": "run the backward pass of the oldest call that has none; without such a call, call first",
     "backward:newest": "the same for the newest call",
     "backward:twice": "run it with retain_graph, and then again with another gradient of the output",
+    "backward:grad": "run it with torch.autograd.grad, which writes no gradient into a tensor",
     "zero_grad": "set the gradients of the parameters to None",
     "tokens:other": "take other inputs of the same shapes",
     "tokens:in-place": "write other inputs into the tensors of the last call, and call with them under no_grad",
@@ -36,7 +38,7 @@ STEPS: dict[str, str] = {
     "copy": "go on with a deep copy; `switch` goes back to the original",
     "second": "go on with a second layer of another configuration and other parameters; `switch` goes back",
     "switch": "go on with the other layer",
-    "repeat": "make 230 calls with backward on the same inputs, and compare all of them",
+    "repeat": "make 230 calls with backward on two sets of inputs in turn, and compare all of them",
 }
 
 Program = tuple[str, ...]
@@ -70,6 +72,8 @@ PROGRAMS: tuple[Program, ...] = (
     ("call:checkpoint", "backward"),
     ("call:reentrant", "backward"),
     ("call:autocast", "backward"),
+    ("call:default", "backward"),
+    ("call", "backward:grad"),
     ("repeat",),
 )
 #: The programs of the covering cases on several ranks.

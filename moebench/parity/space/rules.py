@@ -93,10 +93,11 @@ _RULES: tuple[_Rule, ...] = (
         "uint8 has no -1",
     ),
     (
-        ("dtype", "x_scale"),
-        lambda one: one.dtype != "float16" or one.x_scale <= 4,
+        ("dtype", "x_scale", "weights"),
+        lambda one: one.dtype != "float16" or one.x_scale <= 4 or (one.x_scale <= 300 and one.weights == "small"),
         "float16 overflows",
     ),
+    (("dtype", "grad"), lambda one: one.dtype != "float16" or one.grad in ("normal", "halves"), "float16 overflows"),
     (
         ("wanted", "steps"),
         lambda one: "repeat" not in one.steps or one.wanted in ("all", "nothing"),
