@@ -55,11 +55,18 @@ def parity(
         _print_checks(as_json)
         return
     request = Request(level, seconds, tuple(checks or ()), tuple(dtypes or ()), device, seed)
-    found = _one_case(backends or [], case, dispatcher, device) if case else _all_cases(backends or [], request)
+    if case is None and dispatcher is not None:
+        raise UsageError(f"--dispatcher {dispatcher} without --case: only a case has a dispatcher of its own")
+    if case is not None and (checks or dtypes or seconds is not None):
+        raise UsageError("--check, --dtype and --seconds choose what to try: leave them out with --case")
+    if case is not None:
+        found = _one_case(backends or [], case, dispatcher, device)
+    else:
+        found = _all_cases(backends or [], request)
     if as_json:
         out.print_json(json.dumps(found.as_dict()))
     else:
-        out.print(AuditTable(found))
+        out.print(AuditTable(found), soft_wrap=True)  # a counterexample is copied, so that no line may be wrapped
     if found.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
     if not found.passed:

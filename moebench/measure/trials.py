@@ -15,7 +15,7 @@ from experts.config import DTYPES as TORCH_DTYPES
 from experts.registry import get_backend
 from moebench.measure.cache import Workload
 from moebench.measure.subject import Measured
-from moebench.parity.checks import SEARCH, Search
+from moebench.parity.checks import SEARCH, Search, command
 from moebench.parity.judge import TensorError, Unfit
 from moebench.parity.play.listing import listing
 from moebench.parity.play.play import Play
@@ -64,6 +64,7 @@ class Trier:
     """A backend that is tried on this process's device, with the job's dispatcher where there are several ranks."""
 
     def __init__(self, job: Job, workload: Workload) -> None:
+        self.job = job
         self.backend, self.workload, self.ranks = get_backend(job.backend), workload, workload.ranks
         self.dispatcher = None if self.ranks.mesh is None else job.dispatcher
         self.tried = Tried()
@@ -92,9 +93,8 @@ class Trier:
             self.tried.unsupported[reason.reason] = self.tried.unsupported.get(reason.reason, 0) + 1
             return None
         except Exception as error:
-            if self.ranks.size > 1:  # the other ranks wait for this one: only a new group can go on
-                raise
-            if play is None:
+            if play is None or self.ranks.size > 1:  # other ranks wait for this one: only a new group can go on
+                error.add_note(command(self.job, trial.text))
                 raise
             return Failure(trial, play, error=error)
         worsts = self.ranks.tell(verdict.worst)
@@ -212,8 +212,7 @@ def _failed(job: Job, trier: Trier, failure: Failure) -> Measured:
 
     shrunk = smallest(failure.trial, fails, lambda: trier.ranks.largest(time.monotonic() - started) > SHRINK_S)
     smaller = failures[shrunk]
-    on = "" if trier.dispatcher is None else f" --dispatcher {trier.dispatcher}"
-    lines = [smaller.reason, f"moebench parity {job.backend}{on} --case '{smaller.trial.text}'"]
+    lines = [smaller.reason, command(job, smaller.trial.text)]
     if trier.dispatcher is None:
         lines += listing(job.backend, smaller.play)
     detail = "\n".join(lines)

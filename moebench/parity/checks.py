@@ -131,6 +131,12 @@ def case_job(backend: str, trial: Trial, dispatcher: str = "local") -> Job:
     return Job(case=trial.case, backend=backend, dispatcher=dispatcher, check=trial.text)
 
 
+def command(job: Job, trial: str) -> str:
+    """Return the command that tries the trial of a text as the job tries it."""
+    on = "" if job.dispatcher == "local" else f" --dispatcher {job.dispatcher}"
+    return f"moebench parity {job.backend}{on} --case '{trial}'"
+
+
 def search_job(backend: str, search: Search, dispatcher: str = "local") -> Job:
     """Return the job of a search."""
     trial = Trial(ep_size=2, n_routed_experts=2) if search.on_ranks else Trial()

@@ -166,7 +166,7 @@ def check(
         everywhere = ranks.tell(own)  # ranks may want the gradients of other tensors
         roundings = {key: max(rank.get(key, 0.0) for rank in everywhere) for rank in everywhere for key in rank}
         for (tensor, _), rounding in roundings.items():
-            if math.isinf(rounding) or (rounding * FACTOR > CEILING and not partly):
+            if math.isinf(rounding) or (rounding >= CEILING and not partly):
                 raise Unfit(_unfit(case, tensor, rounding))
         errors = [one if roundings[one.tensor, one.group] * FACTOR <= CEILING else _finite(one) for one in errors]
         stored = {name: tensor.dtype for name, tensor in passes[0].items()}

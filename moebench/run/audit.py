@@ -169,6 +169,8 @@ def audit_case(backend: str, trial: Trial, dispatcher: str | None = None, device
     check_device(device)
     for problem in misfits(trial):
         raise UsageError(f"--case '{trial.text}': {problem}")
+    if trial.ep_size == 1 and dispatcher is not None:
+        raise UsageError(f"--dispatcher {dispatcher} with ep_size = 1: only a case with several ranks has a dispatcher")
     if trial.ep_size > 1:
         _check_names("dispatcher", [dispatcher or DISPATCHERS[0]], DISPATCHERS)
     where = (dispatcher or DISPATCHERS[0]) if trial.ep_size > 1 else "local"

@@ -19,6 +19,7 @@ from moebench.machine import gpus
 from moebench.machine.environment import Environment, cpu_cores_usable
 from moebench.machine.gpus import Place
 from moebench.measure.protocol import WorkList
+from moebench.parity.checks import command
 from moebench.results.files import write_atomically
 from moebench.results.record import Record, Status, record
 from moebench.run.plan import Plan, importing_from
@@ -77,13 +78,13 @@ class WorkerProcess:
     def _start(self, events: Path) -> subprocess.Popen[bytes]:
         """Start the worker's module in Python, or for several ranks through torch.distributed's launcher."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self._num_ranks}"]
-        command = [sys.executable, *(launcher if self._num_ranks > 1 else []), "-m", "moebench.measure.worker"]
-        command += ["--jobs", str(self._job_file), "--events", str(events)]
-        command += ["--device", self._plan.device] if self._plan.device else []
+        arguments = [sys.executable, *(launcher if self._num_ranks > 1 else []), "-m", "moebench.measure.worker"]
+        arguments += ["--jobs", str(self._job_file), "--events", str(events)]
+        arguments += ["--device", self._plan.device] if self._plan.device else []
         with self._log.open("wb") as log:
             # in its own session, so that Ctrl-C reaches only the supervisor, and a hung group can be killed as a whole
             return subprocess.Popen(
-                command,
+                arguments,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -213,8 +214,7 @@ class WorkerProcess:
         job, self._running = self._given[self._running], None
         self._num_done += 1
         if self._trial is not None:
-            where = "" if job.dispatcher == "local" else f" --dispatcher {job.dispatcher}"
-            detail = f"{detail}\nmoebench parity {job.backend}{where} --case '{self._trial}'"
+            detail = f"{detail}\n{command(job, self._trial)}"
         return record(
             job,
             status,

@@ -16,6 +16,8 @@ PACKAGE = Path(errors.__file__).parent
 #: Exceptions that no user meets, and the files that define them.
 INSIDE = {
     "NvmlUnavailable": "machine/nvml.py",  # a fact that NVML does not give is left out of the record
+    "NoSpeed": "measure/call.py",  # a job without a time, with the reason in its detail
+    "Unfit": "parity/judge.py",  # no backend can be judged on the case, which counts as unsupported
     "Unhealthy": "measure/canary.py",  # ends a worker's process, and the next worker continues
 }
 BUILT_IN = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)}
@@ -55,7 +57,7 @@ def test_every_exception_is_one_of_moebenchs_or_stays_inside() -> None:
     assert {name for name, _ in exceptions(sources())} >= {*INSIDE, *(one.__name__ for one in CLASSES)}
 
 
-@pytest.mark.parametrize("bases", ["Exception", "OSError", "errors.RunnerError", "_Enough"])
+@pytest.mark.parametrize("bases", ["Exception", "OSError", "errors.RunnerError", "_Failed"])
 def test_another_exception_is_seen(bases: str) -> None:
     more = f"class TooBad({bases}):\n    pass\n"
     assert strangers({**sources(), "run/new.py": more}) == ["run/new.py: TooBad"]

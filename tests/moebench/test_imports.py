@@ -37,14 +37,16 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "results": LOWEST,
     "parity": frozenset({"workload"}),
     "measure": LOWEST | {"results", "parity"},
-    "run": LOWEST | {"results", "parity.checks", "measure.protocol"},
+    "run": LOWEST | {"results", "parity.checks", "parity.space", "measure.protocol"},
     "verdicts": LOWEST | {"results", "run"},
     "report": LOWEST | {"results", "run", "verdicts"},
     "cli": LOWEST | {"results", "parity", "measure", "run", "verdicts", "report"},
 }
 #: Where a module may import torch, or `experts`, which imports torch: at module level, and only inside functions.
 TORCH_AT_IMPORT = ("parity", "measure", "workload.inputs", "workload.ranks")
-NEVER_TORCH_AT_IMPORT = ("parity.checks", "measure.protocol")
+NEVER_TORCH_AT_IMPORT = ("parity.checks", "parity.space", "measure.protocol")
+#: What judges `experts` uses nothing of it, so that no fault of it can hide itself.
+NEVER_EXPERTS = ("parity.oracle", "parity.space", "parity.checks")
 TORCH_IN_FUNCTIONS = ("machine.doctor", "machine.environment", "machine.versions", "cli.listing")
 #: Modules of `experts` that do not import torch.
 TORCH_FREE_EXPERTS: tuple[str, ...] = ("experts.catalog",)
@@ -94,6 +96,8 @@ def broken_rules(module: str, source: str) -> list[str]:
             may = is_within(module, TORCH_AT_IMPORT) and not is_within(module, NEVER_TORCH_AT_IMPORT)
             if not (may or (not at_import and is_within(module, TORCH_IN_FUNCTIONS))):
                 found.append(f"{module} imports {name}")
+        if package == "experts" and is_within(module, NEVER_EXPERTS):
+            found.append(f"{module} imports {name}")
     return found
 
 
@@ -130,6 +134,9 @@ def test_imports_go_one_way(module: str) -> None:
         ("results.frame", "import torch"),
         ("results.frame", "def f():\n    import torch"),
         ("parity.checks", "import torch"),
+        ("parity.checks", "from moebench.parity.space import search\nfrom experts.catalog import ENGINES"),
+        ("parity.space.rules", "def f():\n    import torch"),
+        ("parity.oracle", "from experts.config import MoEConfig"),
         ("measure.protocol", "from experts import MoEConfig"),
         ("cli.listing", "import torch"),
     ],
@@ -173,11 +180,9 @@ def folder(tmp_path):
 
 
 def test_what_is_free_of_torch_imports_where_torch_is_not(tmp_path: Path) -> None:
-    free = [
-        name
-        for name in MODULES
-        if not is_within(name, TORCH_AT_IMPORT) or name in (*NEVER_TORCH_AT_IMPORT, "parity", "measure")
-    ]
+    with_torch = {name for name in MODULES if is_within(name, TORCH_AT_IMPORT)}
+    without = {name for name in MODULES if is_within(name, NEVER_TORCH_AT_IMPORT)} | {"parity", "measure"}
+    free = sorted(MODULES.keys() - with_torch | without)
     code = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(f'moebench.{name}')\n"
     code += "assert 'torch' not in sys.modules\n"
     done = python(code, *free, cwd=tmp_path)

@@ -45,7 +45,7 @@ _WEIGHTS = {
     "negative": "w = 2 * w - 1.5",
     "to-eight": "w = 8 * w",
     "small": "w = 1e-3 * w",
-    "near-one": "w = 1 - 1e-4 * (w < 0.5)",
+    "near-one": "w[:] = 1; w[len(w) // 2:] = 0.9999",
 }
 _GRAD_SCALES = {"large": "1e5", "tiny": "1e-9"}
 #: Layout -> the same values t in that layout. What lies between and around them in memory is `{fill}`.

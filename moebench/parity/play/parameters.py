@@ -108,7 +108,13 @@ class ParameterSteps:
         """Return a copy of the layer's state dict; with `in_parent`, as a parent module saves it."""
         layer = self.player.layer
         saved = nn.ModuleDict({"experts": layer}).state_dict() if in_parent else layer.state_dict()
-        return {name.removeprefix("experts."): local(tensor).detach().clone() for name, tensor in saved.items()}
+        prefix = "experts." if in_parent else ""
+        return {
+            name.removeprefix(prefix) if name.startswith(prefix) else f"{name} without its prefix": local(tensor)
+            .detach()
+            .clone()
+            for name, tensor in saved.items()
+        }
 
     def _init(self, how: str) -> None:
         """Let the layer draw its own parameters. A layer without `init_weights` keeps what it has."""

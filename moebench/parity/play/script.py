@@ -55,7 +55,7 @@ class Script:
             self.add(f"[p.requires_grad_(n in {wanted.parameters!r}) for n, p in {own}.named_parameters()]")
 
     def _state(self, layer: int, parameters: int) -> list[str]:
-        shapes = f"shapes = {{n: tuple(p.shape) for n, p in layer{layer}.state_dict().items()}}"
+        shapes = f"shapes = {draw.shapes(self.trial)}"
         return [
             shapes,
             f"torch.manual_seed({draw.parameter_seed(self.trial, parameters)})",

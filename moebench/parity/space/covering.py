@@ -25,6 +25,7 @@ NOTHING_TO_COMPUTE: Mapping[str, object] = {
 ATTEMPTS = 100
 
 Axes = Mapping[str, Sequence[Any]]
+_Value = tuple[str, Any]
 _Pair = tuple[str, Any, str, Any]
 
 
@@ -34,9 +35,7 @@ def covering(axes: Axes = AXES, seed: int = 0) -> list[Trial]:
     rows = _Design(main, seed).rows()
     for name, value in NOTHING_TO_COMPUTE.items():
         if value in axes.get(name, ()) and len(axes[name]) > 1:
-            design = _Design({**main, name: (value,)}, seed)
-            design.missing = {pair: None for pair in design.missing if name in (pair[0], pair[2])}
-            rows += design.rows()
+            rows += _Design({**main, name: (value,)}, seed, name).rows()
     trials = [of_row({**row, "seed": seed + number}) for number, row in enumerate(rows)]
     return sorted(trials, key=_work)
 
@@ -53,19 +52,25 @@ def _without(values: Sequence[Any], value: object) -> Sequence[Any]:
 
 
 class _Design:
-    """The pairs that no row has yet. A row is built around one of them, so that it has many others too."""
+    """The pairs that no row has yet (`only` those of one axis). A row is built around one, and has many others too."""
 
-    def __init__(self, axes: Axes, seed: int) -> None:
+    def __init__(self, axes: Axes, seed: int, only: str | None = None) -> None:
         self.axes = axes
         self.order = list(axes)
+        self.partners: dict[_Value, set[_Value]] = {}  # the values with which a value misses a pair
         self.random = random.Random(seed)
+        fixed = {name: values[0] for name, values in axes.items() if len(values) == 1}
+        fit = {name: fitting(fixed, name, values) for name, values in axes.items()}
         self.missing: dict[_Pair, None] = {
             (a, one, b, other): None
             for a, b in combinations(axes, 2)
-            for one in axes[a]
-            for other in axes[b]
-            if fitting({a: one}, b, [other])
+            for one in fit[a]
+            for other in fit[b]
+            if only in (None, a, b) and fitting({**fixed, a: one}, b, [other])
         }
+        for a, one, b, other in self.missing:
+            self.partners.setdefault((a, one), set()).add((b, other))
+            self.partners.setdefault((b, other), set()).add((a, one))
 
     def rows(self) -> list[Row]:
         """Return rows that have every missing pair, except pairs that fit with no values of the other axes."""
@@ -74,15 +79,19 @@ class _Design:
             pair = next(iter(self.missing))
             row = next(filter(None, (self._row(pair) for _ in range(ATTEMPTS))), None)
             if row is None:
-                del self.missing[pair]
+                self._strike(pair)
                 continue
             rows.append(row)
-            for found in self._pairs_of(row):
-                self.missing.pop(found, None)
+            for a, b in combinations(self.order, 2):
+                self._strike((a, row[a], b, row[b]))
         return rows
 
-    def _pairs_of(self, row: Row) -> list[_Pair]:
-        return [(a, row[a], b, row[b]) for a, b in combinations(self.order, 2)]
+    def _strike(self, pair: _Pair) -> None:
+        if pair in self.missing:
+            del self.missing[pair]
+            a, one, b, other = pair
+            self.partners[a, one].discard((b, other))
+            self.partners[b, other].discard((a, one))
 
     def _row(self, pair: _Pair) -> Row | None:
         """Return a row with the pair, or None if the values of the other axes that were tried do not fit."""
@@ -98,13 +107,8 @@ class _Design:
 
     def _gain(self, row: Row, name: str, value: Any) -> int:
         """Return how many missing pairs the value has with the values of the row."""
-        place = self.order.index
-        gain = 0
-        for other, taken in row.items():
-            first_is_other = place(other) < place(name)
-            pair = (other, taken, name, value) if first_is_other else (name, value, other, taken)
-            gain += pair in self.missing
-        return gain
+        partners = self.partners.get((name, value), ())
+        return sum(item in partners for item in row.items()) if partners else 0
 
 
 def missing_pairs(trials: Sequence[Trial], axes: Axes = AXES) -> list[_Pair]:

@@ -1,6 +1,7 @@
 """Say which values of the space fit together: what a layer admits, and what is small enough to be tried."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from moebench.parity.space.trial import MANY_TOKENS, Row, Trial, of_row
@@ -26,10 +27,21 @@ def misfits(trial: Trial) -> Iterator[str]:
 
 def fitting(row: Row, name: str, values: Iterable[Any]) -> list[Any]:
     """Return those values of the axis `name` that fit with the values of other axes in `row`."""
-    rules = [holds for names, holds, _ in _RULES if name in names and row.keys() >= set(names) - {name}]
-    if not rules:
-        return list(values)
-    return [value for value in values if all(holds(of_row({**row, name: value})) for holds in rules)]
+    rules = [
+        (number, (*names, "n_routed_experts"))  # "all" experts are as many as there are
+        for number, (names, _, _) in enumerate(_RULES)
+        if name in names and row.keys() >= set(names) - {name}
+    ]
+    return [value for value in values if _all_hold(rules, {**row, name: value})]
+
+
+def _all_hold(rules: list[tuple[int, tuple[str, ...]]], row: Row) -> bool:
+    return all(_holds(number, tuple((name, row[name]) for name in names if name in row)) for number, names in rules)
+
+
+@lru_cache(1 << 16)
+def _holds(number: int, items: tuple[tuple[str, Any], ...]) -> bool:
+    return _RULES[number][1](of_row(dict(items)))
 
 
 def _calls(trial: Trial) -> int:
@@ -149,6 +161,11 @@ _RULES: tuple[_Rule, ...] = (
         ("steps", "num_tokens"),
         lambda one: one.num_tokens <= MOST_TAKEN_LONG or _calls(one) <= 2,
         f"more than {MOST_TAKEN_LONG} tokens are taken at most twice",
+    ),
+    (
+        ("steps", "dtype", "param_dtype", "weights_dtype"),
+        lambda one: "call:autocast" not in one.steps or "float16" not in (one.dtype, one.params, one.weights_dtype),
+        "torch refuses float16 beside bfloat16 in autocast",
     ),
     (
         ("num_tokens", *_MATRICES),

@@ -166,7 +166,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "grad": ("normal", "halves", "large", "tiny"),
     "x_layout": _LAYOUTS,
     "weights_layout": _LAYOUTS,
-    "indices_layout": ("contiguous", "strided", "columns", "expanded"),
+    "indices_layout": ("contiguous", "strided", "columns", "misaligned", "expanded"),
     "mask_layout": ("contiguous", "strided"),
     "grad_layout": _LAYOUTS,
     "parameter_layout": ("contiguous", "columns", "misaligned"),

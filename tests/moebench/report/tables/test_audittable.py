@@ -6,51 +6,51 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from moebench.report.tables.audittable import AuditTable, cell_words
+from moebench.report.tables.audittable import AuditTable, covering_words, search_words
 from moebench.results.record import Status
-from tests.moebench.audited import WRONG, audit_of, rows_of
+from tests.moebench.audited import WRONG, audit_of, audited
 
 
-def printed(found):
-    console = Console(width=120, highlight=False)
+def printed(found, width=120):
+    console = Console(width=width, highlight=False, markup=False)
     with console.capture() as capture:
-        console.print(AuditTable(found))
+        console.print(AuditTable(found), soft_wrap=True)
     return capture.get()
 
 
+def words(text):
+    return [line.split() for line in text.splitlines()]
+
+
 def test_the_table_says_where_a_backend_is_wrong_and_why_it_cannot():
-    infinite = (Status.mismatch, {"parity_worst": math.inf, "detail": "x.grad (token 3): error inf, budget 0.01"})
+    infinite = (Status.mismatch, {"parity_worst": math.inf, "detail": "output (token 3): error inf\nthe command"})
     text = printed(
         audit_of(
-            rows_of("one-hot", "loop", Status.ok),
-            rows_of("one-hot", "bad:One", Status.ok, WRONG, infinite),
-            rows_of("layouts", "bad:One", (Status.error, {"detail": "ValueError: no\nTraceback\n  there"})),
-            rows_of("layouts", "loop", Status.unsupported, Status.unsupported),
-            rows_of("fallback", "loop", (Status.ok, {"executed": "aten::mm"})),
-            backends=("loop", "bad:One"),
-            checks=("one-hot", "layouts"),
+            audited("loop", Status.ok, (Status.ok, {"parity_worst": 0.5}), Status.unsupported),
+            audited("bad:One", Status.ok, infinite, num_planned=7),
+            audited("bad:Two", (Status.error, {"detail": "ValueError: no\nTraceback\n  there"})),
         )
     )
-    assert "one-hot  ok 0.25      MISMATCH inf" in text
-    assert (
-        "bad:One: one-hot: 2 of 3 cases failed, the first is float32 swiglu bias train: x.grad (token 3): error inf"
-        in text
-    )
-    assert "bad:One: layouts: 1 of 1 cases failed, the first is float64 swiglu bias train: ValueError: no" in text
-    assert "loop: cannot run layouts: why" in text
-    assert "loop: executed in float64: aten::mm" in text
+    rows = words(text)
+    assert ["loop", "ok", "2", "ok,", "1", "unsupported", "–", "0.50"] in rows
+    assert ["bad:One", "MISMATCH", "1", "ok,", "1", "mismatch,", "5", "not", "run", "–", "0.25"] in rows
+    assert ["bad:Two", "ERROR", "1", "error", "–", "–"] in rows
+    assert "\nbad:One: output (token 3): error inf\n  the command\n" in text
+    assert "\nbad:Two: ValueError: no\n  Traceback\n    there\n" in text
+    assert "\nloop: 1 cases cannot run: why\n" in text
+
+
+def test_the_lines_that_a_user_copies_are_not_wrapped():
+    command = f"moebench parity bad:One --case '{' '.join(f'field{number}=[red]' for number in range(30))}'"
+    lines = ["output: error 1", command, "if True:", f"    x = '{'y' * 300}'"]
+    text = printed(audit_of(audited("bad:One", (Status.error, {"detail": "\n".join(lines)}))), width=40)
+    assert all(f"  {line}" in text.splitlines() for line in lines[1:])
 
 
 def test_who_could_not_run_at_all_is_told():
-    whole = audit_of(
-        rows_of("one-hot", "loop", Status.ok),
-        rows_of("layouts", "loop", Status.unsupported),
-        rows_of("one-hot", "te", Status.unsupported, Status.oom),
-        backends=("loop", "te"),
-        checks=("one-hot", "layouts"),
-    )
+    whole = audit_of(audited("loop", Status.ok), audited("te", Status.unsupported, Status.oom))
     assert whole.not_examined == ("te",)
-    assert "te: not examined: none of its cases could run" in printed(whole)
+    assert words(printed(whole))[2][:3] == ["te", "not", "examined"]
     assert whole.as_dict()["not_examined"] == ("te",)
     assert whole.passed
     assert not replace(whole, required=("loop", "te")).passed
@@ -60,23 +60,30 @@ CRASH = Status.crash
 
 
 @pytest.mark.parametrize(
-    ("found", "text", "passed"),
+    ("found", "searched", "result", "passed"),
     [
-        ((Status.ok, (Status.ok, {"parity_worst": 0.5})), "ok 0.50", True),
-        ((Status.ok, Status.unsupported), "ok 0.25", True),
-        ((Status.unsupported, Status.unsupported), "unsupported", False),
-        ((Status.ok, Status.oom), "ok 0.25", True),
-        ((Status.ok, WRONG), "MISMATCH 3.14", False),
-        ((CRASH, WRONG), "MISMATCH 3.14", False),
-        ((CRASH, Status.ok), "CRASH", False),
-        ((Status.timeout,), "TIMEOUT", False),
-        ((Status.error, Status.ok), "ERROR", False),
-        ((), "not run", False),
-        (((Status.ok, {"deterministic": True}), Status.ok), "ok 0.25", True),
-        (((Status.ok, {"deterministic": True}), (Status.ok, {"deterministic": False})), "ok 0.25 differs", True),
+        ((Status.ok, Status.unsupported), (), "ok", True),
+        ((Status.unsupported, Status.unsupported), (), "not examined", False),
+        ((Status.ok, Status.oom), (Status.ok,), "ok", True),
+        ((Status.ok, WRONG), (), "MISMATCH", False),
+        ((Status.ok,), (WRONG,), "MISMATCH", False),
+        ((CRASH, WRONG), (), "CRASH", False),
+        ((Status.timeout,), (), "TIMEOUT", False),
+        ((Status.ok, Status.error), (), "ERROR", False),
+        ((), (), "not examined", False),
+        (((Status.ok, {"deterministic": True}), Status.ok), (), "ok", True),
+        (((Status.ok, {"deterministic": True}), (Status.ok, {"deterministic": False})), (), "ok, bits differ", True),
     ],
 )
-def test_a_cell_is_the_worst_of_its_cases(found, text, passed):
-    whole = audit_of(rows_of("one-hot", "loop", *found))
-    assert cell_words(whole.cell("loop", "one-hot")) == text
+def test_the_result_is_that_of_the_first_failure(found, searched, result, passed):
+    whole = audit_of(audited("loop", *found, searched=searched))
+    assert words(printed(whole))[1][1 : 1 + len(result.split())] == result.split()
     assert whole.passed is passed
+
+
+def test_the_words_for_covering_cases_and_searches():
+    one = audited("loop", Status.ok, Status.ok, num_planned=3, searched=[(Status.ok, {"detail": "9 cases"})] * 2)
+    assert covering_words(one) == "2 ok, 1 not run"
+    assert search_words(one) == "9 cases"
+    assert (covering_words(audited("loop")), search_words(audited("loop"))) == ("none", "–")
+    assert search_words(audited("loop", searched=[WRONG])) == "failed"
