@@ -69,10 +69,15 @@ def _faults() -> dict[str, str]:
 FAULTS = _faults()
 
 
+def kind_of(fault: str) -> type[GroupedExperts]:
+    """Return the class of a fault."""
+    module, _, name = FAULTS[fault].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def described(fault: str) -> str:
     """Return what is wrong, in the words of the class."""
-    module, _, name = FAULTS[fault].partition(":")
-    return " ".join(inspect.getdoc(getattr(importlib.import_module(module), name)).split())
+    return " ".join(inspect.getdoc(kind_of(fault)).split())
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def test_one_wrong_row_of_ten_thousand_fails_though_the_whole_tensor_would_pass(
 def test_many_rows_slightly_wrong_fail_as_a_whole_though_each_row_would_pass():
     """The loop's worst row sets the budget of rows, but rounding does not cause such an error in all rows."""
     errors = norms()
-    errors.loop_G[7] = 1e-6
+    errors.rounding_G[7] = 1e-6
     errors.passes_PG[0] = 1e-6
     found = judge(errors, FLOOR)
     assert (found.where, found.over_budget > 1) == ("whole tensor", True)
@@ -236,7 +236,7 @@ def test_one_value_that_is_no_number_is_infinitely_wrong(error):
 
 def test_what_must_be_zero_has_no_budget():
     errors = norms()
-    errors.scale_G[5] = errors.loop_G[5] = errors.passes_PG[:, 5] = 0.0
+    errors.scale_G[5] = errors.rounding_G[5] = errors.passes_PG[:, 5] = 0.0
     assert judge(errors, FLOOR).over_budget <= 1
     errors.passes_PG[0, 5] = 1e-300
     assert (judge(errors, FLOOR).where, judge(errors, FLOOR).error) == ("token 5", math.inf)

@@ -112,7 +112,7 @@ def test_a_float32_loop_is_measured_by_its_own_rounding():
     inputs, parameters = make_inputs(one, CPU), make_parameters(one, CPU)
     exact = naive_pass(one, inputs, parameters)
     for name, errors in errors_of(one, exact, inputs, parameters).items():
-        loop = errors.loop_G / errors.scale_G.clamp(min=1e-300)
+        loop = errors.rounding_G / errors.scale_G.clamp(min=1e-300)
         assert 0 < loop.max() < 1e-5, name  # float32 rounds to 6e-8
         assert errors.passes_PG[0].max() <= 1e-13 * errors.scale_G.max(), f"{name}: the exact pass has no error"
 
