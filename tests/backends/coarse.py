@@ -28,6 +28,20 @@ class SumInDtype(GroupedExperts):
         return expert_forward(x_ND, weights_N, expert, self.config)
 
 
+class BackToFront(GroupedExperts):
+    """The experts, and the elements of each sum, are added up from the last to the first."""
+
+    def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+        out_RD = torch.zeros_like(x_RD)
+        for index, expert in reversed(list(enumerate(split_experts(self.expert_parameters())))):
+            rows_N, choices_N = torch.where(indices_RK == index)
+            rows_N, choices_N = rows_N.flip(0), choices_N.flip(0)
+            turned = expert._replace(gate_and_up_projs=expert.gate_and_up_projs.flip(0))
+            y_ND = expert_forward(x_RD[rows_N].flip(1), weights_RK[rows_N, choices_N], turned, self.config)
+            out_RD = out_RD.index_add(0, rows_N, y_ND.to(x_RD.dtype))
+        return out_RD
+
+
 class ActivationInDtype(SumInDtype):
     """Like SumInDtype. Each step of swiglu, with the routing weight, is also rounded to the tokens' dtype."""
 

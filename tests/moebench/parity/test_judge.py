@@ -3,17 +3,20 @@
 Nothing wrong passes: not zeros, not NaN, not one wrong row.
 """
 
+import contextlib
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from experts import GroupedExperts
 from experts.registry import get_backend
-from moebench.parity.judge import CEILING, ParityVerdict, TensorError, are_identical, check, judge, run_pass
+from moebench.parity.judge import CEILING, ParityVerdict, TensorError, Unfit, are_identical, check, judge, run_pass
 from moebench.parity.reference import GroupErrors
 from moebench.workload.case import ACTIVATIONS, Case
 from moebench.workload.inputs import make_inputs, make_parameters, moe_config
-from tests.backends import faulty
+from tests.backends import coarse, faulty
 
 CPU = torch.device("cpu")
 FLOOR = 1e-7
@@ -153,6 +156,66 @@ def test_a_verdict_is_its_worst_error():
     assert ParityVerdict((wrong, right)).worst is wrong
     assert str(right) == "output (token 3): error 0.01, budget 0.02"
     assert not ParityVerdict((right, TensorError("output", "token 0", math.inf, 0.02))).passed
+
+
+# cases that are at fault
+
+
+@pytest.mark.parametrize("limit", [0.001, 300.0])
+def test_a_limit_accuses_nobody_in_float16(limit):
+    """A right layer passes, or the case is unfit: its values vanish in float16's rounding, or overflow."""
+    with contextlib.suppress(Unfit):
+        found = verdict(case(dtype="float16", swiglu_limit=limit))
+        assert found.passed, str(found.worst)
+
+
+def test_a_case_that_overflows_is_unfit_and_not_wrong():
+    one = case(dtype="float16", expert_activation="relu2")
+    tensors, inputs, parameters = passes(one)
+    large = dataclasses.replace(inputs, x_TD=inputs.x_TD * 1000)
+    with pytest.raises(Unfit, match=r"float16 cannot hold this case: .* overflows"):
+        check(one, large, parameters, tensors)
+
+
+# other orders of sums
+
+
+def test_float64_may_be_summed_in_another_order():
+    for seed in range(3):
+        assert verdict(case(dtype="float64", seed=seed), coarse.BackToFront).passed
+
+
+def test_sixteen_experts_of_a_token_may_be_summed_in_float16():
+    one = case(dtype="float16", n_routed_experts=16, n_activated_experts=16, dim=8, moe_inter_dim=8)
+    found = verdict(one, coarse.SumInDtype)
+    assert found.passed, str(found.worst)
+
+
+class SerialBias(GroupedExperts):
+    """The gradients of the second bias are added up row by row in float32."""
+
+    def stacked_grads(self):
+        grads = super().stacked_grads()
+        total = torch.zeros_like(grads["down_proj_bias"][0])
+        for row in self.weighted_grad_TD:
+            total = total + row
+        return {**grads, "down_proj_bias": total.unsqueeze(0)}
+
+
+def test_a_cancelling_bias_gradient_that_was_summed_row_by_row_is_seen():
+    """Half of the 4,096 rows have the gradient 1, and half −1; the running sum grows to 2,000 in between."""
+    one = case(dtype="float32", num_tokens=4096, n_routed_experts=1, n_activated_experts=1, dim=4, moe_inter_dim=4,
+               masked_share=0.0)  # fmt: skip
+    module, inputs, parameters = layer(one, SerialBias)
+    grad_TD = torch.ones_like(inputs.grad_TD)
+    grad_TD[2048:] = -1
+    weights_TK = 1 - 1e-4 * (torch.rand(inputs.weights_TK.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
+    inputs = dataclasses.replace(inputs, grad_TD=grad_TD, weights_TK=weights_TK.float())
+    module.weighted_grad_TD = grad_TD * inputs.weights_TK
+    found = check(one, inputs, parameters, [run_pass(module, inputs, "train")])
+    assert (found.passed, found.worst.tensor) == (False, "down_proj_bias.grad")
+    right, *_ = layer(one)
+    assert check(one, inputs, parameters, [run_pass(right, inputs, "train")]).passed
 
 
 # are_identical: bit by bit

@@ -10,7 +10,6 @@ from moebench.parity.space.programs import PROGRAMS, RANK_PROGRAMS, STEPS
 def test_a_play_takes_every_step(step):
     method = getattr(Play, f"_{step.partition(':')[0]}")
     assert callable(method)
-    assert step in {one for program in (*PROGRAMS, *RANK_PROGRAMS) for one in program}
 
 
 def test_every_program_is_of_known_steps():

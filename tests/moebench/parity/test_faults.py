@@ -1,0 +1,58 @@
+"""`moebench parity` finds every planted fault, and what it prints shows the fault.
+
+`make test` tries a tenth of the faults on the covering cases, and the documented case of some others. `make certify`
+tries all faults, searches where the covering cases do not suffice, and runs the printed lines.
+"""
+
+import random
+
+import pytest
+import torch
+
+from moebench.parity.space.rules import misfits
+from tests.moebench.faultbench import FAULTS, fails, find, not_shrunk, read, run_lines
+
+#: Faults that `make test` tries: a tenth, drawn with this seed.
+SEED = 1
+TENTH = set(random.Random(SEED).sample(sorted(FAULTS), len(FAULTS) // 10))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_document_lists_the_faults_that_there_are():
+    assert list(read()) == list(FAULTS)
+    assert len(FAULTS) >= 60
+
+
+def test_the_document_has_a_smallest_case_for_every_fault():
+    for fault, (where, case) in read().items():
+        assert case is not None, f"{fault}: {where}"
+        assert not list(misfits(case)), fault
+
+
+@pytest.mark.parametrize("fault", sorted(TENTH))
+def test_the_documented_case_fails(fault):
+    _, case = read()[fault]
+    assert fails(FAULTS[fault], case)
+
+
+@pytest.mark.certify
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(certify, fault):
+    if not certify and fault not in TENTH:
+        pytest.skip("a tenth of the faults: `make certify` tries all")
+    if not certify:
+        with not_shrunk():
+            assert find(FAULTS[fault], search_s=0.0) is not None
+        return
+    found = find(FAULTS[fault])
+    assert found is not None
+    done = run_lines(found.lines)
+    assert done.returncode == 1, (found.reason, found.lines, done.stderr)
+    assert len(found.lines) <= 25
