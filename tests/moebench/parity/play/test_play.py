@@ -68,7 +68,7 @@ SHOWN_BY = {
     "LoadsBf16Bits": (("load:dtype", "call"), ("load", "call")),
     "LoadAliases": (("load", "update"), ("load",)),
     "LoadsUnexpected": (("strict",), ("load", "call")),
-    "SavesNoPrefix": (("save",), ("call", "backward")),
+    "SavesBuffer": (("save",), ("call", "backward")),
     "GlobalLimit": (("second", "switch", "call"), ("second", "call")),
     "TwentiethBackward": (("repeat",), ("call", "backward")),
 }
