@@ -155,7 +155,11 @@ def run_lines(lines: Sequence[str], prelude: str = WITHOUT_MOEBENCH) -> "subproc
 def row_of(fault: str) -> str:
     """Return the fault's row of the table."""
     torch.set_num_threads(1)
-    found = find(FAULTS[fault])
+    return row_with(fault, find(FAULTS[fault]))
+
+
+def row_with(fault: str, found: Found | None) -> str:
+    """Return the row of a fault that was found like this."""
     what = described(fault).replace("|", "\\|")
     if found is None:
         return f"| {fault} | {what} | nothing | – | – | – |"

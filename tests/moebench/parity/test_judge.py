@@ -57,7 +57,7 @@ def test_a_right_backend_passes(backend, dtype, activation):
         assert found.passed, str(found.worst)
 
 
-@pytest.mark.parametrize("fields", [{"swiglu_limit": 1.0}, {"apply_router_weight_after_down": True}], ids=str)
+@pytest.mark.parametrize("fields", [{"swiglu_limit": 4.0}, {"apply_router_weight_after_down": True}], ids=str)
 @pytest.mark.parametrize(("backend", "dtype"), RIGHT)
 def test_a_right_backend_passes_in_other_forms(backend, dtype, fields):
     found = verdict(case(dtype=dtype, **fields), get_backend(backend).build)
@@ -69,7 +69,8 @@ def test_one_expert_scaled_by_1_02_fails(dtype):
     for seed in range(5):
         found = verdict(case(dtype=dtype, seed=seed), faulty.ScaledExpert)
         assert not found.passed
-        assert found.errors["down_projs.grad"] > 1
+        if dtype != "bfloat16":  # the budget of bfloat16 is about 2%
+            assert found.errors["down_projs.grad"] > 1
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
@@ -209,8 +210,8 @@ def test_a_cancelling_bias_gradient_that_was_summed_row_by_row_is_seen():
     module, inputs, parameters = layer(one, SerialBias)
     grad_TD = torch.ones_like(inputs.grad_TD)
     grad_TD[2048:] = -1
-    weights_TK = 1 - 1e-4 * (torch.rand(inputs.weights_TK.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
-    inputs = dataclasses.replace(inputs, grad_TD=grad_TD, weights_TK=weights_TK.float())
+    weights_TK = torch.where(grad_TD[:, :1] > 0, 1.0, 0.9999)
+    inputs = dataclasses.replace(inputs, grad_TD=grad_TD, weights_TK=weights_TK)
     module.weighted_grad_TD = grad_TD * inputs.weights_TK
     found = check(one, inputs, parameters, [run_pass(module, inputs, "train")])
     assert (found.passed, found.worst.tensor) == (False, "down_proj_bias.grad")
