@@ -57,10 +57,13 @@ def test_a_right_backend_passes(backend, dtype, activation):
         assert found.passed, str(found.worst)
 
 
-@pytest.mark.parametrize("fields", [{"swiglu_limit": 4.0}, {"apply_router_weight_after_down": True}], ids=str)
+@pytest.mark.parametrize("fields", [{"swiglu_limit": 1.0}, {"apply_router_weight_after_down": True}], ids=str)
 @pytest.mark.parametrize(("backend", "dtype"), RIGHT)
 def test_a_right_backend_passes_in_other_forms(backend, dtype, fields):
-    found = verdict(case(dtype=dtype, **fields), get_backend(backend).build)
+    """In bfloat16, x's gradient jumps at so many limits that it must only be finite; `partly` allows that."""
+    one = case(dtype=dtype, **fields)
+    tensors, inputs, parameters = passes(one, get_backend(backend).build)
+    found = check(one, inputs, parameters, tensors, partly=True)
     assert found.passed, str(found.worst)
 
 
