@@ -55,13 +55,14 @@ def test_an_error_of_the_backend_is_an_error_with_a_case():
     assert lines
 
 
-def test_a_backend_that_cannot_be_built_is_not_a_failed_case(monkeypatch):
+def test_a_backend_that_cannot_be_built_is_an_error(monkeypatch):
     def fail(config):
-        raise ZeroDivisionError
+        raise ZeroDivisionError("no layer")
 
     use(monkeypatch, fail)
-    with pytest.raises(ZeroDivisionError):
-        examine(case_job("planted", TRIAL), Workload(CPU))
+    found = examine(case_job("planted", TRIAL), Workload(CPU))
+    assert found["status"] is Status.error
+    assert found["detail"].startswith("ZeroDivisionError: no layer")
 
 
 def only_multiples_of_16(device, config):
@@ -94,8 +95,7 @@ def test_a_trial_that_nothing_near_makes_possible_is_unsupported(monkeypatch):
 
 
 def test_a_search_counts_its_cases_and_finds_a_fault():
-    axes_of_few = Search(1.0, 0, "few-tokens", ("float32",))
-    found = examine(search_job("loop", axes_of_few), Workload(CPU))
+    found = examine(search_job("loop", Search(5.0, 0, "dimensions", ("float32",))), Workload(CPU))
     assert found["status"] is Status.ok
     assert int(found["detail"].split()[0]) >= 1
     found = examine(search_job("faulty:DroppedToken", Search(20.0, 0, "few-tokens", ("float32",))), Workload(CPU))
@@ -104,7 +104,12 @@ def test_a_search_counts_its_cases_and_finds_a_fault():
 
 def test_a_case_that_overflows_is_unfit_and_nobody_is_accused():
     trier = Trier(case_job("loop", TRIAL), Workload(CPU))
-    assert trier.play(Trial(dtype="float16", x_scale=60000.0, expert_activation="relu2", dim=8)) is None
+    assert (
+        trier.play(
+            Trial(num_tokens=17, dtype="float16", x_scale=60000.0, expert_activation="relu2", dim=8, moe_inter_dim=8)
+        )
+        is None
+    )
     assert (trier.tried.num_ok, trier.tried.num_unfit) == (0, 1)
 
 

@@ -40,7 +40,6 @@ CASES = {
     "LoadsBf16Bits": {"steps": ("load:dtype", "call")},
     "LoadAliases": {"steps": ("load", "update")},
     "LoadsUnexpected": {"steps": ("strict",)},
-    "SavesBuffer": {"steps": ("save",)},
     "TwentiethBackward": {"steps": ("repeat",)},
     "UninitialisedOutput": {"mask": "some", "num_tokens": 15, "memory": "poisoned"},
 }
