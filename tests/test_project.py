@@ -131,7 +131,7 @@ CROSS_CUTTING = {
     "measure/test_cheats.py",  # backends that look faster than they are: job, call, samplers, clock, canary and worker
     "measure/test_expert_parallel.py",  # groups of real processes: worker, samplers, judge and runner
     "measure/test_gpu.py",  # facts of timing, memory, poison and a run that only a CUDA GPU can show
-    "parity/test_faults.py",  # probes, checks and judge find the planted faults
+    "parity/test_faults.py",  # the covering cases and the search find the planted faults
     "parity/test_fp8_parity.py",  # the judge of FP8 recipes, with quantization and reference
     "parity/test_never_accused.py",  # no check accuses a right backend
     "run/test_schedule.py",  # several workers at once: runner, turns and supervisor
