@@ -168,7 +168,9 @@ def check(
         for (tensor, _), rounding in roundings.items():
             if math.isinf(rounding) or (rounding >= CEILING and not partly):
                 raise Unfit(_unfit(case, tensor, rounding))
-        errors = [one if roundings[one.tensor, one.group] * FACTOR <= CEILING else _finite(one) for one in errors]
+        errors = [
+            _finite(one) if partly and roundings[one.tensor, one.group] * FACTOR > CEILING else one for one in errors
+        ]
         stored = {name: tensor.dtype for name, tensor in passes[0].items()}
         mine = {
             (one.tensor, one.group): judge(one, _floor(case, inputs, fp8, one.tensor, dtype, stored[one.tensor]))

@@ -12,12 +12,16 @@ from experts.compute import ExpertParameters
 from experts.compute.loop import expert_forward, split_experts
 
 
+def _in_dtype(layer: GroupedExperts, dtype: torch.dtype) -> ExpertParameters:
+    return ExpertParameters(*(None if p is None else p.to(dtype) for p in layer.expert_parameters()))
+
+
 class SumInDtype(GroupedExperts):
     """A token's expert outputs, and their gradients, are summed in the tokens' dtype. The loop sums in float32."""
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         out_RD = torch.zeros_like(x_RD)
-        for index, expert in enumerate(split_experts(self.expert_parameters())):
+        for index, expert in enumerate(split_experts(_in_dtype(self, x_RD.dtype))):
             rows_N, choices_N = torch.where(indices_RK == index)
             y_ND = self.expert(x_RD[rows_N], weights_RK[rows_N, choices_N], expert)
             out_RD = out_RD.index_add(0, rows_N, y_ND.to(x_RD.dtype))
@@ -26,6 +30,20 @@ class SumInDtype(GroupedExperts):
     def expert(self, x_ND: Tensor, weights_N: Tensor, expert: ExpertParameters) -> Tensor:
         """Return what one expert adds to its rows [N, D]."""
         return expert_forward(x_ND, weights_N, expert, self.config)
+
+
+class BackToFront(GroupedExperts):
+    """The experts, and the elements of each sum, are added up from the last to the first."""
+
+    def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+        out_RD = torch.zeros_like(x_RD)
+        for index, expert in reversed(list(enumerate(split_experts(_in_dtype(self, x_RD.dtype))))):
+            rows_N, choices_N = torch.where(indices_RK == index)
+            rows_N, choices_N = rows_N.flip(0), choices_N.flip(0)
+            turned = expert._replace(gate_and_up_projs=expert.gate_and_up_projs.flip(0))
+            y_ND = expert_forward(x_RD[rows_N].flip(1), weights_RK[rows_N, choices_N], turned, self.config)
+            out_RD = out_RD.index_add(0, rows_N, y_ND.to(x_RD.dtype))
+        return out_RD
 
 
 class ActivationInDtype(SumInDtype):

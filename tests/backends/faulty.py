@@ -3,7 +3,7 @@
 With this folder on PYTHONPATH, a test names a backend as a user would, for example `faulty:SwappedExperts`. `FAULTS`
 lists the tensors in which a measured job must find each fault. The faults in faulty_rows and faulty_weights are for
 `moebench parity`, and a measured job does not find some of these faults. Apart from its fault, each backend is right,
-also without tokens. A fault can be planted before any layer that is a `GroupedExperts`.
+also without tokens and with one expert. A fault can be planted before any layer that is a `GroupedExperts`.
 """
 
 from typing import Any
@@ -18,13 +18,15 @@ from experts.compute import ExpertParameters
 
 def busiest(indices_TK: Tensor, count: int) -> list[int]:
     """Return the `count` experts with the most tokens. A fault in one of these experts changes the result."""
-    return (indices_TK.flatten() + 1).bincount(minlength=count + 2)[1:].topk(count).indices.tolist()
+    return (indices_TK.flatten().long() + 1).bincount(minlength=count + 2)[1:].topk(count).indices.tolist()
 
 
 class SwappedExperts(GroupedExperts):
     """Two experts are exchanged, as after loading the experts in lexicographic order."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        if self.n_routed_experts == 1:
+            return super().forward(x, token_mask, weights, indices)
         one, other = busiest(indices, 2)
         swapped = torch.where(indices == one, other, torch.where(indices == other, one, indices))
         return super().forward(x, token_mask, weights, swapped)
@@ -51,8 +53,11 @@ class UnweightedDownBias(GroupedExperts):
         right = super().forward(x, token_mask, weights, indices)
         if self.down_proj_bias is None:
             return right
-        missing = (1 - weights).unsqueeze(-1) * self.down_proj_bias[indices]
-        return right + (missing.sum(dim=1) * token_mask.unsqueeze(-1)).to(right.dtype)
+        is_active = token_mask.unsqueeze(-1) & (indices.long() >= 0)
+        missing = (
+            torch.where(is_active, 1 - weights, 0.0).unsqueeze(-1) * self.down_proj_bias[indices.long().clamp(min=0)]
+        )
+        return right + missing.sum(dim=1).to(right.dtype)
 
 
 class DroppedToken(GroupedExperts):
@@ -97,7 +102,7 @@ class UnwrittenGradOfEmptyExperts(GroupedExperts):
     """The weight gradient of an expert without tokens is never written. A kernel visits only groups with rows."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        rows_E = (indices[token_mask].flatten() + 1).bincount(minlength=self.n_routed_experts + 1)[1:]
+        rows_E = (indices[token_mask].flatten().long() + 1).bincount(minlength=self.n_routed_experts + 1)[1:]
         self._has_rows_E = rows_E > 0
         return super().forward(x, token_mask, weights, indices)
 

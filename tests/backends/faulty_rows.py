@@ -45,7 +45,7 @@ class MinusOneIsTheLastExpert(GroupedExperts):
     """An index of −1 counts from the end, as in Python, and selects the last expert."""
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        return super().forward(x, token_mask, weights, indices % self.n_routed_experts)
+        return super().forward(x, token_mask, weights, indices.long() % self.n_routed_experts)
 
 
 class MinusOneEndsAToken(GroupedExperts):
@@ -93,7 +93,7 @@ class PartialTileLeftOut(GroupedExperts):
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         active = indices.masked_fill(~token_mask.unsqueeze(-1), -1).flatten()
-        expert = int((active + 1).bincount(minlength=2)[1:].argmax())
+        expert = int((active.long() + 1).bincount(minlength=2)[1:].argmax())
         rows_N = (active == expert).nonzero().flatten()
         left_out = torch.zeros_like(active, dtype=torch.bool)
         left_out[rows_N[len(rows_N) // 16 * 16 :]] = len(rows_N) > 16

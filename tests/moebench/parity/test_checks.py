@@ -1,63 +1,62 @@
-"""The checks as data: each has cases, each job has its own key, and the required categories exist."""
+"""Checks are parts of the space, and their jobs say what a worker tries."""
 
-from moebench.measure.probes import PROBES
-from moebench.parity.checks import CHECKS, suite_jobs
-from moebench.workload.case import ACTIVATIONS, DTYPES
+import pytest
 
+from moebench.parity.checks import CHECKS, Search, axes_of, case_job, covering_jobs, search_job
+from moebench.parity.space.covering import covering
+from moebench.parity.space.rules import fitting
+from moebench.parity.space.trial import AXES, RANK_AXES, Trial
+from moebench.workload.backends import DISPATCHERS
 
-def cases_of(name):
-    return [job.case for job in suite_jobs(["loop"], [name], ["float32"])]
-
-
-def test_every_check_has_cases_and_a_probe_and_says_what_it_looks_for():
-    for name, check in CHECKS.items():
-        assert suite_jobs(["loop"], [name]), name
-        assert check.probe in PROBES
-        assert check.name == name
-        assert check.looks_for
-    assert {check.probe for check in CHECKS.values()} == PROBES.keys()
+QUICK = ("dimensions", "few-tokens", "repeated")
 
 
-def test_no_two_jobs_are_the_same():
-    jobs = suite_jobs(["loop", "torch_mm"])
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_check_names_axes_and_values_that_there_are(name):
+    check = CHECKS[name]
+    assert check.name == name
+    assert check.looks_for[0].islower()
+    for axis, values in check.axes.items():
+        assert values, axis
+        known = AXES[axis]
+        assert all(value in known or axis == "steps" for value in values), axis
+    row = {}
+    for axis, values in axes_of(name, ("float32",)).items():
+        row[axis] = (fitting(row, axis, values) or [None])[0]
+    assert None not in row.values(), row
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_covering_cases_of_a_check_lie_in_its_axes(name):
+    cases = covering(axes_of(name, ("float32", "bfloat16")))
+    assert {one.dtype for one in cases} == {"float32", "bfloat16"}
+    for axis, values in CHECKS[name].axes.items():
+        assert {getattr(one, axis) for one in cases} <= set(values), axis
+
+
+def test_a_job_has_the_trial_and_its_case():
+    trial = Trial(num_tokens=3, dtype="bfloat16", seed=5)
+    job = case_job("loop", trial)
+    assert (job.backend, job.dispatcher, job.case) == ("loop", "local", trial.case)
+    assert Trial.parse(job.check) == trial
+
+
+def test_the_covering_jobs_are_the_covering_cases():
+    jobs = covering_jobs("loop", "repeated", ("float32",), seed=2)
+    assert [Trial.parse(job.check) for job in jobs] == covering(axes_of("repeated", ("float32",)), 2)
+    assert {job.dispatcher for job in jobs} == {"local"}
     assert len({job.key for job in jobs}) == len(jobs)
 
 
-def test_jobs_are_those_of_the_checks_dtypes_backends_and_seed_asked_for():
-    jobs = suite_jobs(["loop", "gmm"], ["layouts", "one-hot"], ["bfloat16"], seed=7)
-    assert {(job.backend, job.check, job.case.dtype, job.case.seed) for job in jobs} == {
-        (backend, check, "bfloat16", 7) for backend in ("loop", "gmm") for check in ("layouts", "one-hot")
-    }
-    assert {job.case.dtype for job in suite_jobs(["loop"], ["layouts"])} == set(DTYPES)
-    assert not suite_jobs(["loop"], ["large-offsets"], ["float32"])
+def test_on_ranks_every_dispatcher_is_tried():
+    assert axes_of(None, ("float32",), on_ranks=True) == dict(RANK_AXES) | {"dtype": ("float32",)}
+    job = search_job("loop", Search(1.0, 0, None, ("float32",), on_ranks=True), DISPATCHERS[0])
+    assert (job.case.ep_size, job.dispatcher) == (2, DISPATCHERS[0])
 
 
-def test_every_activation_is_there_with_and_without_bias():
-    found = {(case.expert_activation, case.expert_bias) for case in cases_of("activations")}
-    assert found == {(name, bias) for name in ACTIVATIONS for bias in (True, False)}
-    assert any(case.swiglu_limit for case in cases_of("activations"))
-
-
-def test_weights_that_a_transpose_fits_are_there():
-    cases = cases_of("equal-dimensions")
-    assert any(case.dim == case.moe_inter_dim for case in cases)
-    assert any(case.dim == case.moe_inter_dim * (2 if case.is_gated else 1) for case in cases)
-
-
-def test_sizes_at_which_faults_begin_are_there():
-    assert all(case.n_routed_experts > 10 for name in ("many-experts", "state-dict") for case in cases_of(name))
-    (many,) = cases_of("many-tokens")
-    assert many.num_tokens > 10_000
-    assert {case.num_tokens for case in cases_of("few-tokens")} == {0, 1}
-    (large,) = (job.case for job in suite_jobs(["loop"], ["large-offsets"]))
-    assert large.num_tokens * large.n_activated_experts * large.dim > 2**31
-    assert large.num_tokens * large.dim < 2**31 / 4  # the reference keeps these tensors in float64
-
-
-def test_expert_parallelism_has_every_load_and_dispatcher():
-    jobs = suite_jobs(["loop"], ["expert-parallel"], ["float32"])
-    assert {(job.dispatcher, job.case.rank_load) for job in jobs} == {
-        (dispatcher, load)
-        for dispatcher in ("allgather", "alltoall", "deepep")
-        for load in ("even", "uneven", "one-empty")
-    }
+@pytest.mark.parametrize("check", [None, "dimensions"])
+@pytest.mark.parametrize("on_ranks", [False, True])
+def test_a_search_is_what_its_job_says(check, on_ranks):
+    search = Search(12.5, 3, check, ("float32", "float64"), on_ranks)
+    assert Search.parse(search.text) == search
+    assert search.axes == axes_of(check, ("float32", "float64"), on_ranks)

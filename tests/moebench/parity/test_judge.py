@@ -3,17 +3,20 @@
 Nothing wrong passes: not zeros, not NaN, not one wrong row.
 """
 
+import contextlib
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from experts import GroupedExperts
 from experts.registry import get_backend
-from moebench.parity.judge import CEILING, ParityVerdict, TensorError, are_identical, check, judge, run_pass
+from moebench.parity.judge import CEILING, ParityVerdict, TensorError, Unfit, are_identical, check, judge, run_pass
 from moebench.parity.reference import GroupErrors
 from moebench.workload.case import ACTIVATIONS, Case
 from moebench.workload.inputs import make_inputs, make_parameters, moe_config
-from tests.backends import faulty
+from tests.backends import coarse, faulty
 
 CPU = torch.device("cpu")
 FLOOR = 1e-7
@@ -57,7 +60,10 @@ def test_a_right_backend_passes(backend, dtype, activation):
 @pytest.mark.parametrize("fields", [{"swiglu_limit": 1.0}, {"apply_router_weight_after_down": True}], ids=str)
 @pytest.mark.parametrize(("backend", "dtype"), RIGHT)
 def test_a_right_backend_passes_in_other_forms(backend, dtype, fields):
-    found = verdict(case(dtype=dtype, **fields), get_backend(backend).build)
+    """In bfloat16, x's gradient jumps at so many limits that it must only be finite; `partly` allows that."""
+    one = case(dtype=dtype, **fields)
+    tensors, inputs, parameters = passes(one, get_backend(backend).build)
+    found = check(one, inputs, parameters, tensors, partly=True)
     assert found.passed, str(found.worst)
 
 
@@ -66,7 +72,8 @@ def test_one_expert_scaled_by_1_02_fails(dtype):
     for seed in range(5):
         found = verdict(case(dtype=dtype, seed=seed), faulty.ScaledExpert)
         assert not found.passed
-        assert found.errors["down_projs.grad"] > 1
+        if dtype != "bfloat16":  # the budget of bfloat16 is about 2%
+            assert found.errors["down_projs.grad"] > 1
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
@@ -155,6 +162,66 @@ def test_a_verdict_is_its_worst_error():
     assert not ParityVerdict((right, TensorError("output", "token 0", math.inf, 0.02))).passed
 
 
+# cases that are at fault
+
+
+@pytest.mark.parametrize("limit", [0.001, 300.0])
+def test_a_limit_accuses_nobody_in_float16(limit):
+    """A right layer passes, or the case is unfit: its values vanish in float16's rounding, or overflow."""
+    with contextlib.suppress(Unfit):
+        found = verdict(case(dtype="float16", swiglu_limit=limit))
+        assert found.passed, str(found.worst)
+
+
+def test_a_case_that_overflows_is_unfit_and_not_wrong():
+    one = case(dtype="float16", expert_activation="relu2")
+    tensors, inputs, parameters = passes(one)
+    large = dataclasses.replace(inputs, x_TD=inputs.x_TD * 1000)
+    with pytest.raises(Unfit, match=r"float16 cannot hold this case: .* overflows"):
+        check(one, large, parameters, tensors)
+
+
+# other orders of sums
+
+
+def test_float64_may_be_summed_in_another_order():
+    for seed in range(3):
+        assert verdict(case(dtype="float64", seed=seed), coarse.BackToFront).passed
+
+
+def test_sixteen_experts_of_a_token_may_be_summed_in_float16():
+    one = case(dtype="float16", n_routed_experts=16, n_activated_experts=16, dim=8, moe_inter_dim=8)
+    found = verdict(one, coarse.SumInDtype)
+    assert found.passed, str(found.worst)
+
+
+class SerialBias(GroupedExperts):
+    """The gradients of the second bias are added up row by row in float32."""
+
+    def stacked_grads(self):
+        grads = super().stacked_grads()
+        total = torch.zeros_like(grads["down_proj_bias"][0])
+        for row in self.weighted_grad_TD:
+            total = total + row
+        return {**grads, "down_proj_bias": total.unsqueeze(0)}
+
+
+def test_a_cancelling_bias_gradient_that_was_summed_row_by_row_is_seen():
+    """Half of the 4,096 rows have the gradient 1, and half −1; the running sum grows to 2,000 in between."""
+    one = case(dtype="float32", num_tokens=4096, n_routed_experts=1, n_activated_experts=1, dim=4, moe_inter_dim=4,
+               masked_share=0.0)  # fmt: skip
+    module, inputs, parameters = layer(one, SerialBias)
+    grad_TD = torch.ones_like(inputs.grad_TD)
+    grad_TD[2048:] = -1
+    weights_TK = torch.where(grad_TD[:, :1] > 0, 1.0, 0.9999)
+    inputs = dataclasses.replace(inputs, grad_TD=grad_TD, weights_TK=weights_TK)
+    module.weighted_grad_TD = grad_TD * inputs.weights_TK
+    found = check(one, inputs, parameters, [run_pass(module, inputs, "train")])
+    assert (found.passed, found.worst.tensor) == (False, "down_proj_bias.grad")
+    right, *_ = layer(one)
+    assert check(one, inputs, parameters, [run_pass(right, inputs, "train")]).passed
+
+
 # are_identical: bit by bit
 
 
@@ -204,7 +271,7 @@ def test_one_wrong_row_of_ten_thousand_fails_though_the_whole_tensor_would_pass(
 def test_many_rows_slightly_wrong_fail_as_a_whole_though_each_row_would_pass():
     """The loop's worst row sets the budget of rows, but rounding does not cause such an error in all rows."""
     errors = norms()
-    errors.loop_G[7] = 1e-6
+    errors.rounding_G[7] = 1e-6
     errors.passes_PG[0] = 1e-6
     found = judge(errors, FLOOR)
     assert (found.where, found.over_budget > 1) == ("whole tensor", True)
@@ -236,7 +303,7 @@ def test_one_value_that_is_no_number_is_infinitely_wrong(error):
 
 def test_what_must_be_zero_has_no_budget():
     errors = norms()
-    errors.scale_G[5] = errors.loop_G[5] = errors.passes_PG[:, 5] = 0.0
+    errors.scale_G[5] = errors.rounding_G[5] = errors.passes_PG[:, 5] = 0.0
     assert judge(errors, FLOOR).over_budget <= 1
     errors.passes_PG[0, 5] = 1e-300
     assert (judge(errors, FLOOR).where, judge(errors, FLOOR).error) == ("token 5", math.inf)
