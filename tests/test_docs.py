@@ -16,7 +16,7 @@ from moebench.measure.cache import Workload
 from moebench.measure.trials import Trier
 from moebench.parity import judge
 from moebench.parity.checks import case_job
-from moebench.parity.play.play import REPEATS
+from moebench.parity.play.backwards import REPEATS
 from moebench.parity.space.covering import covering
 from moebench.parity.space.programs import PROGRAMS, STEPS
 from moebench.parity.space.trial import AXES, Trial
