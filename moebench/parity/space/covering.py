@@ -22,7 +22,7 @@ NOTHING_TO_COMPUTE: Mapping[str, object] = {
     "wanted": "nothing",
 }
 #: A case is begun this many times with other values for the rest of its axes, until all of its values fit together.
-ATTEMPTS = 100
+ATTEMPTS, GREEDY_ATTEMPTS = 100, 5
 
 Axes = Mapping[str, Sequence[Any]]
 _Value = tuple[str, Any]
@@ -77,7 +77,7 @@ class _Design:
         rows = []
         while self.missing:
             pair = next(iter(self.missing))
-            row = next(filter(None, (self._row(pair) for _ in range(ATTEMPTS))), None)
+            row = next(filter(None, (self._row(pair, attempt) for attempt in range(ATTEMPTS))), None)
             if row is None:
                 self._strike(pair)
                 continue
@@ -93,8 +93,11 @@ class _Design:
             self.partners[a, one].discard((b, other))
             self.partners[b, other].discard((a, one))
 
-    def _row(self, pair: _Pair) -> Row | None:
-        """Return a row with the pair, or None if the values of the other axes that were tried do not fit."""
+    def _row(self, pair: _Pair, attempt: int) -> Row | None:
+        """Return a row with the pair, or None if the values of the other axes that were tried do not fit.
+
+        The first attempts take the values with the most missing pairs. Later ones take any values that fit.
+        """
         row = {pair[0]: pair[1], pair[2]: pair[3]}
         rest = [name for name in self.order if name not in row]
         self.random.shuffle(rest)
@@ -102,7 +105,10 @@ class _Design:
             values = fitting(row, name, self.axes[name])
             if not values:
                 return None
-            row[name] = max(values, key=lambda value: (self._gain(row, name, value), self.random.random()))
+            gains = attempt < GREEDY_ATTEMPTS
+            row[name] = max(
+                values, key=lambda value: (self._gain(row, name, value) if gains else 0, self.random.random())
+            )
         return row
 
     def _gain(self, row: Row, name: str, value: Any) -> int:
