@@ -65,7 +65,7 @@ class _Outcome(BaseModel):
         str | None,
         Column(
             Rounds.SAME,
-            "the check of `moebench parity` that wrote the row; moebench does not time the jobs of a check",
+            "the case or search of `moebench parity` that the row is about; moebench does not time such a job",
             null="in rows of `moebench run`",
         ),
     ] = None

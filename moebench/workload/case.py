@@ -220,7 +220,8 @@ def key_of(row: Mapping[Any, Any]) -> JobKey:
 class Job(BaseModel):
     """One backend on one case. A row of results is about one job.
 
-    Where `check` names a check of moebench.parity.checks, the worker runs that check; otherwise it measures the job.
+    Where `check` has the text of a case or a search of moebench.parity.checks, the worker tries it; otherwise it
+    measures the job.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
