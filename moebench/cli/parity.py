@@ -10,6 +10,7 @@ from moebench.cli.console import out, progress_bar
 from moebench.cli.options import AsJson, Device
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from moebench.parity.checks import CHECKS
+from moebench.parity.space.rules import limits
 from moebench.parity.space.trial import Trial
 from moebench.report.tables.audittable import AuditTable
 from moebench.results.record import Record
@@ -99,3 +100,5 @@ def _print_checks(as_json: bool) -> None:
         out.print_json(json.dumps({check.name: check.looks_for for check in CHECKS.values()}))
     else:
         out.print(listing.checks())
+        out.print("What fits together in a case:")
+        out.print("\n".join(f"* {limit}" for limit in limits()), soft_wrap=True)

@@ -25,6 +25,11 @@ def misfits(trial: Trial) -> Iterator[str]:
             yield f"{problem}: {', '.join(f'{name} = {getattr(trial, name)}' for name in names)}"
 
 
+def limits() -> list[str]:
+    """Return what a case must not be, one line for each rule."""
+    return list(dict.fromkeys(problem for _, _, problem in _RULES))
+
+
 def fitting(row: Row, name: str, values: Iterable[Any]) -> list[Any]:
     """Return those values of the axis `name` that fit with the values of other axes in `row`."""
     rules = [

@@ -11,6 +11,7 @@ import pytest
 
 from moebench.cli import parity
 from moebench.parity.checks import CHECKS
+from moebench.parity.space.rules import limits
 from moebench.parity.space.trial import Trial
 from moebench.results.record import Status
 from tests.moebench.audited import audit_of, audited
@@ -98,4 +99,6 @@ def test_the_options_reach_the_audit_and_an_interruption_has_its_exit_code(moebe
 def test_the_checks_of_parity_can_be_listed(moebench):
     listed = json.loads(moebench("parity", "--list", "--json").out)
     assert listed == {check.name: check.looks_for for check in CHECKS.values()}
-    assert all(f"\n{name} " in moebench("parity", "--list").out for name in listed)
+    told = moebench("parity", "--list").out
+    assert all(f"\n{name} " in told for name in listed)
+    assert all(f"* {limit}" in told for limit in limits())
