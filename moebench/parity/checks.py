@@ -42,9 +42,9 @@ CHECKS: dict[str, Check] = {
             "num_tokens": (3, 33), "n_activated_experts": (1, 2)}),
         Check("routing-weights", "a wrong result for weights that are zero, negative, or do not sum to one", {
             "weights": _values("weights", "positive")}),
-        Check("unused-weights", "NaN that leaks from weights of masked tokens and of indices that are -1", {
+        Check("unused-weights", "leaks of NaN from weights of masked tokens and of indices that are -1", {
             "unused_weights": ("nan",), "mask": ("some",), "choices": ("some-dropped", "token-dropped")}),
-        Check("masked-tokens", "NaN that leaks from the rows of masked tokens", {"mask": _values("mask", "all-kept")}),
+        Check("masked-tokens", "leaks of NaN from the rows of masked tokens", {"mask": _values("mask", "all-kept")}),
         Check("dropped-choices", "a wrong result if some or all indices of a token are -1", {
             "choices": _values("choices", "distinct", "duplicates")}),
         Check("duplicate-experts", "a wrong result if a token chooses the same expert twice", {
@@ -78,7 +78,7 @@ CHECKS: dict[str, Check] = {
             "steps": _programs("load", "save")}),
         Check("saved-tensors", "a wrong backward if hooks move saved tensors, or if activations are checkpointed", {
             "steps": _programs("call:hooks", "call:checkpoint", "call:reentrant", "backward:twice")}),
-        Check("repeated", "a result that is wrong now and then, or after many calls", {"steps": (("repeat",),)}),
+        Check("repeated", "a result that is wrong now and then, or after many calls", {"steps": (("repeat",),), "num_tokens": (1, 3, 33), "n_routed_experts": (1, 2, 4), "n_activated_experts": (1, 2), "dim": (1, 8, 33), "moe_inter_dim": (1, 8, 33), "wanted": ("all",)}),
     )
 }  # fmt: skip
 

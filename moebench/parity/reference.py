@@ -8,7 +8,7 @@ up their sums over experts. The result equals the result of a single process on 
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -157,18 +157,25 @@ class _Run:
             operands = self._operands(batch)
             exact = self._run(batch, operands, self.reference, self.exact)
             chance = self._chance(batch, exact)
-            rounded = [self._run(batch, operands, *one) for one in zip(self.roundings, self.rounded, strict=True)]
+            rounded = self._roundings(batch, operands, exact.grads, wanted)
             for name in wanted:
                 own, parameter = batch.experts_G, name.removesuffix(".grad")
-                of_runs = [
-                    one.share * _distances(run.grads[parameter], exact.grads[parameter])
-                    for one, run in zip(self.roundings, rounded, strict=True)
-                ]
                 stored = _distances(exact.grads[parameter].to(passes[0][name].dtype), exact.grads[parameter])
                 of_passes = [_distances(tensors[name][own], exact.grads[parameter]) for tensors in passes]
                 scale_G = _norms(exact.grads[parameter].flatten(1)).maximum(chance[parameter])
-                norms[name][:, own] = torch.stack([scale_G, torch.stack(of_runs).amax(dim=0) + stored, *of_passes])
+                norms[name][:, own] = torch.stack([scale_G, torch.hypot(rounded[name], stored), *of_passes])
         return norms
+
+    def _roundings(self, batch: Batch, operands: Operands, exact: Tensors, wanted: Sequence[str]) -> Tensors:
+        """Run a batch with rounding, one run after the other, and return the largest error of each wanted gradient."""
+        largest: Tensors = {}
+        for one, sums in zip(self.roundings, self.rounded, strict=True):
+            grads = self._run(batch, operands, one, sums).grads
+            for name in wanted:
+                parameter = name.removesuffix(".grad")
+                error_G = one.share * _distances(grads[parameter], exact[parameter])
+                largest[name] = error_G.maximum(largest[name]) if name in largest else error_G
+        return largest
 
     def _operands(self, batch: Batch) -> Operands:
         inputs = self.inputs
@@ -225,7 +232,7 @@ class _Run:
         stored_T = _norms(exact.to(dtype).double() - exact)
         found = [tensors[name].double() for tensors in passes]
         errors = [torch.where(inactive & (one != 0), math.inf, one - exact) for one in found]
-        rounding_T = torch.stack(of_runs).amax(dim=0) + stored_T
+        rounding_T = torch.hypot(torch.stack(of_runs).amax(dim=0), stored_T)
         return GroupErrors(name, "token", scale_T, rounding_T, torch.stack([_norms(each) for each in errors]))
 
     def factors(self, outputs: list[Tensor]) -> GroupErrors:

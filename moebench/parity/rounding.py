@@ -18,6 +18,9 @@ from moebench.parity.oracle import Formula, Product, wide
 #: The reference rounds too, in float64. A right float64 backend may differ from it by this many times what the runs
 #: show.
 REFERENCE_ROUNDS = 4.0
+#: The perturbed runs of a dtype of 16 bits change operands by up to this share of a unit: its plain run already rounds
+#: every product, and a factor of 1.02 on one expert should not hide.
+UNIT_OF_16_BITS = 0.5
 #: The perturbed runs move limits down and up by this many rounding units. Rounding may carry a value that is so near to
 #: a limit over it, and the gradient jumps there.
 LIMIT_UNITS = 2.0
@@ -82,6 +85,7 @@ def roundings(
     unit = torch.finfo(single if dtype is double else dtype).eps / 2
     share = REFERENCE_ROUNDS * torch.finfo(double).eps / torch.finfo(single).eps if dtype is double else 1.0
     sums = torch.finfo(single if dtype.itemsize <= 4 else double).eps / 2
+    unit = unit * (UNIT_OF_16_BITS if dtype.itemsize == 2 else 1.0)
     unit += (unit if dtype is double else sums) * math.sqrt(longest) / 2
     moved = (1 - LIMIT_UNITS * unit, 1 + LIMIT_UNITS * unit)
     perturbed = [

@@ -19,9 +19,12 @@ _TEMPORARIES = {"plain": (4, 8), "clamped": (7, 11)}
 #: The rows of the busiest rank, divided by an even share of the rows, for `zipf` routing and recorded traces. This is a
 #: rough value.
 _SKEW = 2.0
+#: moebench.parity.batches runs experts together up to this many numbers.
+TOGETHER = 1 << 21
 #: Bytes per element [T, D]. _SUMS is for the reference's sums over experts on all ranks' tokens: the output and its
-#: gradient, each in float64 and float32. _COMPARED is for the comparison of the rank's own tokens.
-_SUMS, _COMPARED = 2 * (8 + 4), 50
+#: gradient, each exactly and by chance in float64, and of three runs that round in float32. _COMPARED is for the
+#: comparison of the rank's own tokens.
+_SUMS, _COMPARED = 2 * (8 + 8 + 3 * 4), 50
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,14 @@ def _counts_rows(job: Job) -> bool:
 def _reference_bytes(case: Case, sizes: _Sizes) -> float:
     """Return the bytes of the float64 reference and its comparison with the rank's passes.
 
-    The bytes are those of all ranks' inputs, of the sums over experts, of one expert in float64, and of the comparison
-    of the rank's own tokens.
+    The bytes are those of all ranks' inputs, of the sums over experts, of the experts that the oracle runs together,
+    and of the comparison of the rank's own tokens.
     """
     gathered = 0 if case.ep_size == 1 else 2 * sizes.all_tokens * case.dim * ITEMSIZE[case.dtype]
-    expert = (3 if case.mode == "train" else 1.5) * 8 * sizes.expert_numbers
-    rows = 8 * sizes.rows_of_expert * (4 * case.dim + 2 * _width(case) + 4 * case.moe_inter_dim)
+    numbers = max(2 * case.dim * _width(case), sizes.rows_of_expert * (case.dim * _width(case) / 32 + 8))
+    together = min(case.n_routed_experts / case.ep_size, max(1.0, TOGETHER // numbers))
+    expert = together * (36 if case.mode == "train" else 21) * sizes.expert_numbers
+    rows = 12 * together * sizes.rows_of_expert * (4 * case.dim + 2 * _width(case) + 4 * case.moe_inter_dim)
     sums = _SUMS * sizes.all_tokens * case.dim
     return gathered + sums + max(expert + rows, _COMPARED * sizes.num_tokens * case.dim)
 

@@ -22,7 +22,7 @@ NOTHING_TO_COMPUTE: Mapping[str, object] = {
     "wanted": "nothing",
 }
 #: A case is begun this many times with other values for the rest of its axes, until all of its values fit together.
-ATTEMPTS, GREEDY_ATTEMPTS = 100, 5
+ATTEMPTS, GREEDY_ATTEMPTS = 40, 4
 
 Axes = Mapping[str, Sequence[Any]]
 _Value = tuple[str, Any]

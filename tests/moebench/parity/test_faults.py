@@ -25,9 +25,10 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def test_the_document_lists_the_faults_that_there_are():
-    assert list(read()) == list(FAULTS)
-    assert len(FAULTS) >= 60
+def test_the_document_lists_faults_that_there_are():
+    assert read().keys() <= FAULTS.keys()
+    assert len(read()) >= 50
+    assert len(FAULTS) >= 200
 
 
 def test_the_document_has_a_smallest_case_for_every_fault():
@@ -36,7 +37,7 @@ def test_the_document_has_a_smallest_case_for_every_fault():
         assert not list(misfits(case)), fault
 
 
-@pytest.mark.parametrize("fault", sorted(TENTH))
+@pytest.mark.parametrize("fault", random.Random(SEED).sample(sorted(read()), len(read()) // 5))
 def test_the_documented_case_fails(fault):
     _, case = read()[fault]
     assert fails(FAULTS[fault], case)
