@@ -78,7 +78,9 @@ CHECKS: dict[str, Check] = {
             "steps": _programs("load", "save")}),
         Check("saved-tensors", "a wrong backward if hooks move saved tensors, or if activations are checkpointed", {
             "steps": _programs("call:hooks", "call:checkpoint", "call:reentrant", "backward:twice")}),
-        Check("repeated", "a result that is wrong now and then, or after many calls", {"steps": (("repeat",),), "num_tokens": (1, 3, 33), "n_routed_experts": (1, 2, 4), "n_activated_experts": (1, 2), "dim": (1, 8, 33), "moe_inter_dim": (1, 8, 33), "wanted": ("all",)}),
+        Check("repeated", "a result that is wrong now and then, or after many calls", {
+            "steps": (("repeat",),), "num_tokens": (1, 3, 33), "n_routed_experts": (1, 2, 4),
+            "n_activated_experts": (1, 2), "dim": (1, 8, 33), "moe_inter_dim": (1, 8, 33), "wanted": ("all",)}),
     )
 }  # fmt: skip
 
