@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -92,6 +93,8 @@ class Trier:
         except Unsupported as reason:
             self.tried.unsupported[reason.reason] = self.tried.unsupported.get(reason.reason, 0) + 1
             return None
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # the job's status is oom, which is no fault of the backend
         except Exception as error:
             if play is None or self.ranks.size > 1:  # other ranks wait for this one: only a new group can go on
                 error.add_note(command(self.job, trial.text))

@@ -125,7 +125,7 @@ def covering_jobs(
     """Return a job for every covering case; on ranks, with every dispatcher."""
     cases = covering(axes_of(check, dtypes, on_ranks), seed)
     dispatchers = DISPATCHERS if on_ranks else ("local",)
-    return [case_job(backend, trial, dispatcher) for dispatcher in dispatchers for trial in cases]
+    return [case_job(backend, trial, dispatcher) for trial in cases for dispatcher in dispatchers]
 
 
 def case_job(backend: str, trial: Trial, dispatcher: str = "local") -> Job:

@@ -134,7 +134,8 @@ def _value(text: str, name: str, value: str, default: object) -> Any:
             return {"True": True, "False": False}[value]
         return float(value) if isinstance(default, float) else int(value)
     except (ValueError, KeyError):
-        raise UsageError(f"--case {text!r}: {name} = {value} is not a {type(default).__name__}") from None
+        kind = {bool: "True or False", int: "an integer"}.get(type(default), "a number")
+        raise UsageError(f"--case {text!r}: {name} = {value} must be {kind}") from None
 
 
 _DIMS = (1, 2, 3, 7, 8, 16, 24, 32, 33, 64, 100, 128, 1032)
