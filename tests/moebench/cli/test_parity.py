@@ -61,7 +61,7 @@ def test_a_mistyped_backend_is_one_line(tmp_path):
     ("arguments", "words"),
     [
         (["--case", "num_token=3"], 'did you mean "num_tokens"?'),
-        (["--case", "num_tokens=many"], "num_tokens = many is not a int"),
+        (["--case", "num_tokens=many"], "num_tokens = many must be an integer"),
         (["--case", "mask=sum"], "mask = sum must be one of all-kept, some"),
         (["--case", "steps=cal"], 'did you mean "call"?'),
         (["--case", "n_activated_experts=3"], "a token cannot choose more experts than there are"),

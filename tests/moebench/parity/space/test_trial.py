@@ -25,8 +25,8 @@ def test_the_text_has_what_differs():
     [
         ("num_token=3", "'num_token=3' is not a field with a value"),
         ("num_tokens", "write NAME=VALUE"),
-        ("num_tokens=many", "num_tokens = many is not a int"),
-        ("expert_bias=yes", "expert_bias = yes is not a bool"),
+        ("num_tokens=many", "num_tokens = many must be an integer"),
+        ("expert_bias=yes", "expert_bias = yes must be True or False"),
         ("dtype=float8", "dtype = float8 must be one of float32, float64"),
         ("routing=zip", "routing = zip must be one of uniform"),
         ("steps=call,backwards", "the steps are call, "),
