@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experts import GroupedExperts, Unsupported
+from experts import GroupedExperts, Unsupported, activations
 from experts.registry import Backend
 from moebench.measure import trials
 from moebench.measure.cache import Workload
@@ -117,3 +117,17 @@ def test_the_lines_of_a_counterexample_run():
     found = examine(case_job("faulty:DroppedToken", BIG), Workload(CPU))
     done = faultbench.run_lines(found["detail"].splitlines()[2:])
     assert (done.returncode, done.stderr.splitlines()[-1].partition(":")[0]) == (1, "AssertionError")
+
+
+@pytest.mark.parametrize("backend", ["loop", "torch_mm"])
+def test_a_wrong_activation_of_all_built_in_engines_is_found(backend, monkeypatch):
+    """The oracle shares no code with `experts`, so a fault that all engines share is a fault of each of them."""
+    case = Trial.parse("num_tokens=2 dim=16 moe_inter_dim=16")
+
+    def status():
+        return examine(case_job(backend, case), Workload(CPU))["status"]
+
+    assert status() is Status.ok
+    gelu = activations.geglu_deepep
+    monkeypatch.setattr(activations, "swiglu_deepep", lambda x, probs, limit=0.0: 1.1 * gelu(x, probs))
+    assert status() is Status.mismatch
