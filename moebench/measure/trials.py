@@ -4,7 +4,7 @@ A trial that fails is shrunk here, because the process that met the fault can me
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,7 +22,7 @@ from moebench.parity.play.listing import listing
 from moebench.parity.play.play import Play
 from moebench.parity.play.player import Stage
 from moebench.parity.space.search import SHRINK_S, drawn, smallest
-from moebench.parity.space.trial import Trial
+from moebench.parity.space.trial import AXES, RANK_AXES, Trial
 from moebench.results.record import Status
 from moebench.workload.case import DTYPES, Job
 from moebench.workload.inputs import moe_config
@@ -194,17 +194,42 @@ def examine(job: Job, workload: Workload) -> Measured:
     }
 
 
-def _for_seconds(search: Search, ranks: Ranks) -> Iterable[Trial]:
+def _for_seconds(search: Search, ranks: Ranks) -> Iterator[Trial]:
+    """Yield the search's trials until its time is spent. The first rank draws them, and looks at the clock, for all."""
     started = time.monotonic()
-    for trial in drawn(search.axes, search.seed):
-        if ranks.largest(time.monotonic() - started) >= search.seconds:
+    trials = drawn(search.axes, search.seed) if ranks.rank == 0 else iter(())
+    while True:
+        is_over = time.monotonic() - started >= search.seconds
+        trial = ranks.tell(None if is_over else next(trials, None))[0]
+        if trial is None:
             return
         yield trial
 
 
+def _smallest(failing: Trial, fails: Callable[[Trial], bool], ranks: Ranks) -> Trial:
+    """Return the smallest trial that fails. The first rank chooses what is tried, and all ranks try it.
+
+    Hypothesis does not choose the same trials in every process.
+    """
+    # the number of ranks stays: this group of processes has it
+    axes = {**AXES, **(RANK_AXES if ranks.size > 1 else {}), "ep_size": (failing.ep_size,)}
+    started = time.monotonic()
+
+    def lead(trial: Trial) -> bool:
+        ranks.tell(trial)
+        return fails(trial)
+
+    if ranks.rank == 0:
+        shrunk = smallest(failing, lead, lambda: time.monotonic() - started > SHRINK_S, axes)
+        ranks.tell(None)
+        return ranks.tell(shrunk)[0]
+    while (trial := ranks.tell(None)[0]) is not None:
+        fails(trial)
+    return ranks.tell(failing)[0]
+
+
 def _failed(job: Job, trier: Trier, failure: Failure) -> Measured:
     """Return the fields for a failure, with the smallest trial that fails, its command and its lines of Python."""
-    started = time.monotonic()
     failures = {failure.trial: failure}
 
     def fails(trial: Trial) -> bool:
@@ -213,7 +238,7 @@ def _failed(job: Job, trier: Trier, failure: Failure) -> Measured:
             failures[found.trial] = failures[trial] = found
         return found is not None
 
-    shrunk = smallest(failure.trial, fails, lambda: trier.ranks.largest(time.monotonic() - started) > SHRINK_S)
+    shrunk = _smallest(failure.trial, fails, trier.ranks)
     smaller = failures[shrunk]
     lines = [smaller.reason, command(job, smaller.trial.text)]
     if trier.dispatcher is None:

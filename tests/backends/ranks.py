@@ -36,9 +36,10 @@ class WrongRow(_LastRankFails):
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         output = super().forward(x, token_mask, weights, indices)
-        if not self.is_last:
+        active_N = token_mask.nonzero()
+        if not self.is_last or len(active_N) < 3:
             return output
-        wrong_T1 = torch.arange(len(x)).unsqueeze(-1) == token_mask.nonzero()[2]
+        wrong_T1 = torch.arange(len(x)).unsqueeze(-1) == active_N[2]
         return torch.where(wrong_T1, -output, output)
 
 

@@ -161,3 +161,19 @@ def test_a_case_that_breaks_its_process_is_told_with_its_command(backend, status
     assert words in failure.detail
     assert f"moebench parity broken:{backend} --case '" in failure.detail
     assert not found.passed
+
+
+def test_a_fault_of_one_rank_is_shrunk_by_all_ranks_together(monkeypatch):
+    """The fault needs three tokens on the last rank. No process may go on with a case that another one does not try."""
+    monkeypatch.setenv("PYTHONPATH", python_path(BACKENDS, ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    large = {"num_tokens": 17, "n_routed_experts": 4, "n_activated_experts": 2, "dim": 8, "moe_inter_dim": 8}
+    found = audit_case("ranks:WrongRow", Trial(steps=("call:no_grad", "call"), ep_size=2, **large), device="cpu")
+    failure = found.backends[0].failure
+    assert failure.status is Status.mismatch
+    reason, command = failure.detail.splitlines()
+    assert reason.startswith("output (rank 1, ")
+    case = command.partition("--case '")[2].rstrip("'")
+    assert command == f"moebench parity ranks:WrongRow --dispatcher allgather --case '{case}'"
+    smallest = Trial.parse(case)
+    assert (smallest.ep_size, smallest.num_tokens, len(smallest.steps)) == (2, 3, 1)
