@@ -54,8 +54,7 @@ README = (
     ("FP8 through Transformer Engine was slower than `torch_mm` in every case measured.", quoted.fp8_is_slower),
     ("use `deepep` for a forward of up to {few} tokens per rank. |", quoted.dispatchers),
     ("use `alltoall` or `allgather` for a forward of {many} tokens per rank. |", quoted.dispatchers),
-    ("about {cpu} minute on a CPU; on a GPU node the GPU suite, about {gpu}", quoted.minutes),
-    ("`suites/quick.toml` takes about {cpu} minute on two cores.", quoted.minutes),
+    ("on a GPU node the GPU suite, about {gpu}", quoted.minutes),
 )
 
 MEASURED = (

@@ -101,13 +101,20 @@ class _Design:
         row = {pair[0]: pair[1], pair[2]: pair[3]}
         rest = [name for name in self.order if name not in row]
         self.random.shuffle(rest)
+        gains = attempt < GREEDY_ATTEMPTS
         for name in rest:
             values = fitting(row, name, self.axes[name])
             if not values:
                 return None
-            gains = attempt < GREEDY_ATTEMPTS
+            # the simplest value half of the time: some faults show only if nearly all of a case is simple
+            is_simple = self.random.random() < 0.5
             row[name] = max(
-                values, key=lambda value: (self._gain(row, name, value) if gains else 0, self.random.random())
+                values,
+                key=lambda value: (
+                    self._gain(row, name, value) if gains else 0,
+                    is_simple and value == values[0],
+                    self.random.random(),
+                ),
             )
         return row
 

@@ -33,11 +33,16 @@ def limits() -> list[str]:
 def fitting(row: Row, name: str, values: Iterable[Any]) -> list[Any]:
     """Return those values of the axis `name` that fit with the values of other axes in `row`."""
     rules = [
-        (number, (*names, "n_routed_experts"))  # "all" experts are as many as there are
+        (number, read)
         for number, (names, _, _) in enumerate(_RULES)
-        if name in names and row.keys() >= set(names) - {name}
+        if name in (read := _read(names)) and row.keys() >= set(names) - {name}
     ]
     return [value for value in values if _all_hold(rules, {**row, name: value})]
+
+
+def _read(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the fields that a rule about `names` reads: "all" experts are as many as there are."""
+    return (*names, "n_routed_experts") if "n_activated_experts" in names else names
 
 
 def _all_hold(rules: list[tuple[int, tuple[str, ...]]], row: Row) -> bool:

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, count
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, Verbosity, find, given, seed, settings
+from hypothesis import HealthCheck, Phase, Verbosity, assume, find, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException
 
 from moebench.parity.space.covering import Axes
 from moebench.parity.space.programs import STEPS, Program
-from moebench.parity.space.rules import fitting
+from moebench.parity.space.rules import fitting, misfits
 from moebench.parity.space.trial import AXES, Row, Trial, of_row
 
 #: Trials are drawn in batches of this many. Each batch has a seed of its own.
@@ -38,26 +38,30 @@ def drawn(axes: Axes = AXES, first_seed: int = 0) -> Iterator[Trial]:
 
 
 def _batch(axes: Axes, number: int) -> list[Trial]:
-    found: list[Trial] = []
+    found: dict[Trial, None] = {}  # hypothesis draws some trials twice
 
     @seed(number)
     @settings(_SETTINGS, phases=[Phase.generate])
     @given(trials(axes))
     def keep(trial: Trial) -> None:
-        found.append(trial)
+        found[trial] = None
 
     keep()
-    return found
+    return list(found)
 
 
 @st.composite
 def trials(draw: st.DrawFn, axes: Axes = AXES) -> Trial:
     """Draw a trial whose values fit together. About half of its values are the simplest ones."""
-    row: Row = {}
+    row: Row = {name: values[0] for name, values in axes.items() if len(values) == 1}  # what the others must fit with
     for name, values in axes.items():
+        if name in row:
+            continue
         fit = fitting(row, name, values) or list(values[:1])
         row[name] = draw(st.one_of(st.just(fit[0]), st.sampled_from(fit), *_others(name, row, values)))
-    return of_row({**row, "seed": draw(st.integers(0, 999))})
+    trial = of_row({**row, "seed": draw(st.integers(0, 999))})
+    assume(next(misfits(trial), None) is None)
+    return trial
 
 
 def _others(name: str, row: Row, values: Sequence[Any]) -> list[st.SearchStrategy[Any]]:
@@ -118,8 +122,9 @@ def _between(draw: st.DrawFn, failing: Trial, axes: Axes) -> Trial:
     for name, values in axes.items():
         own = getattr(failing, name)
         simpler = _subprograms(own) if name == "steps" else _simpler(values, own)
-        choices = [st.sampled_from(some) for some in (fitting(row, name, simpler), fitting(row, name, [own])) if some]
-        row[name] = draw(st.one_of(*choices)) if choices else own
+        fit = fitting(row, name, simpler)
+        # one list, in which hypothesis goes from `own` to the simplest value; in it `own` is as frequent as all others
+        row[name] = draw(st.sampled_from([*fit, *fitting(row, name, [own]) * max(1, len(fit))] or [own]))
     return of_row(row)
 
 

@@ -8,7 +8,8 @@ from moebench.parity.quantization import fp8_product
 from moebench.parity.rounding import LIMIT_UNITS, REFERENCE_ROUNDS, Operands, roundings
 
 FORMULA = Formula("swiglu", 1.702, 2.0, False)
-UNITS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+#: Half of the rounding unit of the dtypes of 16 bits, the whole unit of float32.
+UNITS = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24}
 
 
 def drawn() -> Operands:
@@ -22,8 +23,8 @@ def drawn() -> Operands:
 
 
 @pytest.mark.parametrize("dtype", UNITS, ids=str)
-def test_a_dtype_has_one_plain_run_and_runs_that_change_operands_by_its_unit(dtype):
-    plain, *perturbed = roundings(FORMULA, dtype, torch.matmul, 3)
+def test_a_dtype_has_one_plain_run_and_runs_that_change_operands_by_its_share_of_a_unit(dtype):
+    plain, *perturbed = roundings(FORMULA, dtype, torch.matmul, 3, longest=0)
     assert (plain.dtype, plain.unit, plain.share) == (dtype, 0.0, 1.0)
     assert len(perturbed) == 3
     for number, run in enumerate(perturbed):
@@ -33,8 +34,15 @@ def test_a_dtype_has_one_plain_run_and_runs_that_change_operands_by_its_unit(dty
         assert run.formula.limit == pytest.approx(2.0 * (1 + sign * LIMIT_UNITS * UNITS[dtype]), rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", UNITS, ids=str)
+def test_long_sums_change_operands_by_more(dtype):
+    """Sums of all these dtypes run in float32."""
+    run = roundings(FORMULA, dtype, torch.matmul, 1, longest=400)[1]
+    assert run.unit == UNITS[dtype] + 10 * 2.0**-24
+
+
 def test_float64_has_no_plain_run_because_that_is_the_reference():
-    runs = roundings(FORMULA, torch.float64, torch.matmul, 2)
+    runs = roundings(FORMULA, torch.float64, torch.matmul, 2, longest=0)
     assert len(runs) == 2
     for run in runs:
         assert (run.dtype, run.unit) == (torch.float64, UNITS[torch.float32])
@@ -42,14 +50,14 @@ def test_float64_has_no_plain_run_because_that_is_the_reference():
 
 
 def test_fp8_has_the_plain_run_alone():
-    (run,) = roundings(FORMULA, torch.bfloat16, fp8_product("current"), 5)
+    (run,) = roundings(FORMULA, torch.bfloat16, fp8_product("current"), 5, longest=0)
     assert (run.dtype, run.unit, run.formula) == (torch.bfloat16, 0.0, FORMULA)
 
 
 @pytest.mark.parametrize("dtype", UNITS, ids=str)
-def test_operands_change_by_at_most_the_unit_and_usually_by_half_of_it(dtype):
+def test_operands_change_by_at_most_that_and_usually_by_half_of_it(dtype):
     exact, unit = drawn(), UNITS[dtype]
-    run = roundings(FORMULA, dtype, torch.matmul, 1)[1]
+    run = roundings(FORMULA, dtype, torch.matmul, 1, longest=0)[1]
     found = run.operands(exact, torch.Generator().manual_seed(1))
     pairs = [(found.x_GMD, exact.x_GMD), (found.grad_GMD, exact.grad_GMD)]
     pairs += [(found.experts[name], stacked) for name, stacked in exact.experts.items()]
@@ -62,7 +70,7 @@ def test_operands_change_by_at_most_the_unit_and_usually_by_half_of_it(dtype):
 
 def test_the_plain_run_rounds_operands_and_leaves_routing_weights_wide():
     exact = drawn()
-    found = roundings(FORMULA, torch.bfloat16, torch.matmul, 1)[0].operands(exact, torch.Generator())
+    found = roundings(FORMULA, torch.bfloat16, torch.matmul, 1, longest=0)[0].operands(exact, torch.Generator())
     assert torch.equal(found.x_GMD, exact.x_GMD.bfloat16())
     assert torch.equal(found.weights_GM, exact.weights_GM)
     assert found.weights_GM.dtype is torch.float32
@@ -72,7 +80,7 @@ def test_routing_weights_move_by_the_unit_of_their_own_dtype_if_it_is_coarser():
     """A layer may add up the weights of a token that chose one expert twice in the weights' dtype."""
     exact = drawn()
     exact = Operands(exact.x_GMD, exact.weights_GM.bfloat16(), exact.experts, exact.grad_GMD)
-    run = roundings(FORMULA, torch.float32, torch.matmul, 1)[1]
+    run = roundings(FORMULA, torch.float32, torch.matmul, 1, longest=0)[1]
     found = run.operands(exact, torch.Generator().manual_seed(1)).weights_GM
     relative = ((found.double() - exact.weights_GM.double()) / exact.weights_GM.double()).abs()
     assert 2.0**-10 < float(relative.max()) <= 2.0**-8 * 1.001

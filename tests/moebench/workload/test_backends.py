@@ -135,12 +135,12 @@ catalog.DISPATCHERS = (*catalog.DISPATCHERS, carrier)
 engine = catalog.EngineEntry("novel", "no.such.module", counts_rows=True)
 catalog.BACKENDS = (*catalog.BACKENDS, catalog.BackendEntry("novel", engine, ("bf16", "fp8"), fp8="block"))
 
-from moebench.parity.checks import CHECKS
+from moebench.parity.checks import covering_jobs
 from moebench.run.footprint import pass_bytes
 from moebench.workload.case import Case, Job
 from moebench.workload.spec import find_sweep, load_sweep
 
-print(*CHECKS["expert-parallel"].dispatchers)
+print(*dict.fromkeys(job.dispatcher for job in covering_jobs("novel", None, ("float32",), on_ranks=True)))
 jobs = load_sweep(find_sweep("gpu-ep4")).jobs()
 print({job.dispatcher for job in jobs if job.backend == "novel"} == {d.name for d in catalog.DISPATCHERS})
 case = Case(num_tokens=4096, model="olmoe", n_routed_experts=64, n_activated_experts=8, dim=2048, moe_inter_dim=1024,

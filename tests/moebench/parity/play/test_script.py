@@ -82,6 +82,7 @@ def test_backwards_are_numbered():
 
 def test_a_repeated_call_is_a_loop_in_which_the_assertion_stands():
     one = script()
-    one.repeat(0, 0, 230, with_backward=True)
-    assert one.loop.startswith("for _ in range(230): layer0.zero_grad(); y0 = layer0(")
+    one.repeat([3, 4], 0, 230, with_backward=True)
+    assert one.loop.startswith("for k in range(230): layer0.zero_grad(); x, mask, w, i, dy = (set3, set4)[k % 2]; y = ")
+    assert one.repeated == (3, 4)
     assert one.lines == []

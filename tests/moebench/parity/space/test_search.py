@@ -2,7 +2,7 @@
 
 from moebench.parity.space.rules import misfits
 from moebench.parity.space.search import BATCH, MOST_STEPS, drawn, size, smallest
-from moebench.parity.space.trial import AXES, Trial
+from moebench.parity.space.trial import AXES, RANK_AXES, Trial
 
 
 def first(count, seed=0, axes=AXES):
@@ -15,11 +15,20 @@ def test_the_same_seed_gives_the_same_trials():
 
 
 def test_trials_of_a_batch_differ_and_fit():
-    trials = first(BATCH)
-    assert len(set(trials)) > 0.9 * BATCH
+    trials = first(BATCH // 2)
+    assert len(set(trials)) == BATCH // 2
     for trial in trials:
         assert not list(misfits(trial)), trial.text
         assert len(trial.steps) <= MOST_STEPS or trial.steps in AXES["steps"]
+
+
+def test_trials_of_ranks_fit():
+    """All of them have two ranks, so that numbers of experts that two ranks cannot share are not drawn."""
+    trials = first(BATCH, axes=RANK_AXES)
+    assert {trial.ep_size for trial in trials} == {2}
+    assert any(trial.n_routed_experts not in RANK_AXES["n_routed_experts"] for trial in trials)
+    for trial in trials:
+        assert not list(misfits(trial)), trial.text
 
 
 def test_values_between_those_of_an_axis_are_drawn_too():
@@ -55,6 +64,15 @@ def test_the_smallest_trial_that_fails_is_found():
 def test_two_conditions_are_both_kept():
     trial = found(lambda one: one.mask == "some" and "backward" in one.steps and one.num_tokens >= 7)
     assert trial == Trial(steps=("backward",), num_tokens=7, mask="some", seed=5)
+
+
+def test_a_smaller_trial_of_ranks_fits():
+    failing = Trial(n_routed_experts=66, num_tokens=17, dim=16, ep_size=2, seed=1)
+    tried = []
+    trial = smallest(failing, lambda one: not tried.append(one) and one.num_tokens > 2, lambda: False, RANK_AXES)
+    assert trial == Trial(steps=trial.steps, n_routed_experts=2, num_tokens=3, dim=8, ep_size=2, seed=1)
+    for one in tried:
+        assert not list(misfits(one)), one.text
 
 
 def test_the_trial_itself_is_returned_if_nothing_simpler_fails():
