@@ -5,14 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from experts.compute import PARAMETER_NAMES, ExpertParameters
 from experts.config import BackendConfig, MoEConfig, is_gated_activation
 from experts.engines import engine_names, get_engine
 from experts.errors import ConfigError, Unsupported
 from experts.layer import ExpertLayer
-from experts.state_dict import as_local, local_share, sharded_like
+from experts.state_dict import as_local, is_dtensor, local_share, sharded, sharded_like
 from experts.steps import make_of_steps
 
 
@@ -72,7 +71,7 @@ class GroupedExperts(ExpertLayer):
         If other code than `init_token_dispatcher` made the parameters DTensors, use the DTensors' mesh as the
         expert-parallel mesh.
         """
-        if self.ep_mesh is None and isinstance(self.down_projs, DTensor):
+        if self.ep_mesh is None and is_dtensor(self.down_projs):
             self.init_token_dispatcher(self.down_projs.device_mesh)
         return super().forward(x, token_mask, weights, indices)
 
@@ -123,7 +122,7 @@ class GroupedExperts(ExpertLayer):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-            elif isinstance(parameter, DTensor) and parameter.device.type == "cpu":
+            elif is_dtensor(parameter) and parameter.device.type == "cpu":
                 # on a CPU mesh, DTensor's normal_ warns and draws the same numbers on every rank
                 whole = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=init_std)
                 parameter.to_local().copy_(sharded_like(whole, parameter).to_local())
@@ -142,10 +141,9 @@ class GroupedExperts(ExpertLayer):
 
     def _shard_parameters(self, ep_mesh: DeviceMesh) -> None:
         for name, parameter in list(self.named_parameters()):
-            if not isinstance(parameter, DTensor):
-                share = local_share(parameter.detach(), ep_mesh).clone()
-                sharded = DTensor.from_local(share, ep_mesh, [Shard(0)], run_check=False)
-                setattr(self, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+            if not is_dtensor(parameter):
+                share = sharded(local_share(parameter.detach(), ep_mesh).clone(), ep_mesh)
+                setattr(self, name, nn.Parameter(share, requires_grad=parameter.requires_grad))
 
 
 def _engines_that_save() -> list[str]:
@@ -156,7 +154,7 @@ def _take_local_share(module: nn.Module, state_dict: dict[str, Any], prefix: str
     """Shard plain tensors of all experts like the parameters, so that each rank loads its own experts (a load hook)."""
     for name, parameter in module.named_parameters(recurse=False):
         value = state_dict.get(prefix + name)
-        if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        if not is_dtensor(parameter) or not isinstance(value, Tensor) or is_dtensor(value):
             continue
         if value.shape == parameter.shape:
             state_dict[prefix + name] = sharded_like(value, parameter)

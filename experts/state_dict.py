@@ -1,10 +1,23 @@
-"""Convert between the stacked parameters of all experts and the parameters of one rank's experts."""
+"""Convert between the stacked parameters of all experts and the parameters of one rank's experts.
 
-from typing import overload
+Functions that make a DTensor import torch.distributed.tensor when they are called. The import takes more than a second
+of CPU time (torch 2.13), and layers on one rank never need it.
+"""
+
+import sys
+from typing import TYPE_CHECKING, TypeGuard, overload
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(value: object) -> "TypeGuard[DTensor]":
+    """Return whether the value is a DTensor. Before somebody imports torch.distributed.tensor there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 @overload
@@ -13,7 +26,7 @@ def as_local(tensor: Tensor) -> Tensor: ...
 def as_local(tensor: None) -> None: ...
 def as_local(tensor: Tensor | None) -> Tensor | None:
     """Return this rank's part of a DTensor, with autograd. Return a plain tensor or None unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def local_share(stacked: Tensor, ep_mesh: DeviceMesh) -> Tensor:
@@ -25,9 +38,18 @@ def local_share(stacked: Tensor, ep_mesh: DeviceMesh) -> Tensor:
     return stacked.narrow(0, ep_mesh.get_local_rank() * count, count)
 
 
-def sharded_like(stacked: Tensor, parameter: DTensor) -> DTensor:
+def sharded(local: Tensor, ep_mesh: DeviceMesh) -> "DTensor":
+    """Return a DTensor of all ranks' experts, of which `local` [L, …] holds this rank's."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(local, ep_mesh, [Shard(0)], run_check=False)
+
+
+def sharded_like(stacked: Tensor, parameter: "DTensor") -> "DTensor":
     """Return a copy of `stacked`, sharded like the parameter, on the device of the parameter's mesh.
 
     `stacked` is a plain tensor [E, …] of all experts. Every rank must pass the same tensor.
     """
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(stacked.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
+from experts import state_dict as shares
 from experts.layer import ExpertLayer
-from experts.state_dict import as_local, local_share
+from experts.state_dict import as_local, is_dtensor, local_share
 
 LINEARS = ("gate_up_linear", "down_linear")
 #: Name of a stacked parameter -> the linear that keeps it, and the name of the per-expert parameters in that linear.
@@ -34,7 +34,7 @@ def sharded(layer: ExpertLayer, name: str) -> Tensor | None:
     local = stacked(layer, name)
     if local is None or layer.ep_mesh is None:
         return local
-    return DTensor.from_local(local, layer.ep_mesh, [Shard(0)], run_check=False)
+    return shares.sharded(local, layer.ep_mesh)
 
 
 def stacked_grads(layer: ExpertLayer) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ def split_keys(
         if whole is None or not _parts(layer, name):
             continue
         del state_dict[prefix + name]
-        if not isinstance(whole, DTensor) and layer.ep_mesh is not None:
+        if not is_dtensor(whole) and layer.ep_mesh is not None:
             whole = local_share(whole, layer.ep_mesh)
         for index, part in enumerate(as_local(whole).unbind(0)):
             matrix = part.t() if part.ndim == 2 else part

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -20,7 +19,7 @@ from moebench.measure.samplers import Stage
 from moebench.parity.judge import ParityVerdict, stacked_grads
 from moebench.parity.reference import Tensors
 from moebench.workload.inputs import Inputs, redraw
-from moebench.workload.ranks import Ranks
+from moebench.workload.ranks import Ranks, is_dtensor
 
 #: The number of samples that are kept and judged. A backend is faster by wrong results only if at least half of its
 #: samples are wrong, because times are medians. Each job then finds it with a probability of 3/4 or more.
@@ -93,7 +92,7 @@ class Call:
         if type(self._output_TD) is not Tensor:
             return _of_subclass("output", self._output_TD)
         for grad in (self._x_TD.grad, self._weights_TK.grad, *(parameter.grad for parameter in self._parameters)):
-            if grad is not None and type(grad) not in (Tensor, DTensor):
+            if grad is not None and type(grad) is not Tensor and not is_dtensor(grad):
                 return _of_subclass("a gradient", grad)
         functions = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
         for mode in (*functions, *_get_current_dispatch_mode_stack()):

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from experts.registry import Backend, get_backend
 from moebench.measure.cache import Workload
@@ -17,7 +16,7 @@ from moebench.parity.reference import Tensors
 from moebench.results.record import Status
 from moebench.workload.case import Case, Job
 from moebench.workload.inputs import Inputs, moe_config
-from moebench.workload.ranks import Ranks
+from moebench.workload.ranks import Ranks, sharded
 
 #: The number of passes (forward and backward) before the checked passes, by FP8 recipe. Delayed scaling takes its
 #: scales from earlier passes.
@@ -99,7 +98,7 @@ def _build(
     if mesh is not None:
         spread: Callable[[DeviceMesh], None] = module.init_token_dispatcher  # type: ignore[assignment]
         spread(mesh)
-        shards = {name: DTensor.from_local(local, mesh, [Shard(0)]) for name, local in parameters.items()}
+        shards = {name: sharded(local, mesh) for name, local in parameters.items()}
         module.load_state_dict(shards)
     else:
         module.load_state_dict(parameters)

@@ -21,7 +21,6 @@ from moebench.parity.judge import TensorError, Unfit
 from moebench.parity.play.listing import listing
 from moebench.parity.play.play import Play
 from moebench.parity.play.player import Stage
-from moebench.parity.space.search import SHRINK_S, drawn, smallest
 from moebench.parity.space.trial import AXES, RANK_AXES, Trial
 from moebench.results.record import Status
 from moebench.workload.case import DTYPES, Job
@@ -196,6 +195,8 @@ def examine(job: Job, workload: Workload) -> Measured:
 
 def _for_seconds(search: Search, ranks: Ranks) -> Iterator[Trial]:
     """Yield the search's trials until its time is spent. The first rank draws them, and looks at the clock, for all."""
+    from moebench.parity.space.search import drawn  # imports hypothesis, which a worker that measures does not need
+
     started = time.monotonic()
     trials = drawn(search.axes, search.seed) if ranks.rank == 0 else iter(())
     while True:
@@ -211,6 +212,8 @@ def _smallest(failing: Trial, fails: Callable[[Trial], bool], ranks: Ranks) -> T
 
     Hypothesis does not choose the same trials in every process.
     """
+    from moebench.parity.space.search import SHRINK_S, smallest
+
     # the number of ranks stays: this group of processes has it
     axes = {**AXES, **(RANK_AXES if ranks.size > 1 else {}), "ep_size": (failing.ep_size,)}
     started = time.monotonic()

@@ -2,11 +2,12 @@
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import psutil
 import torch
@@ -16,7 +17,26 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from experts.dispatch.collectives import all_gather_rows
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 _T = TypeVar("_T")
+
+
+def is_dtensor(value: object) -> "TypeGuard[DTensor]":
+    """Return whether the value is a DTensor, and not of a subclass of it.
+
+    Before somebody imports torch.distributed.tensor, which takes more than a second of CPU time, there are none.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and type(value) is module.DTensor
+
+
+def sharded(local: Tensor, mesh: DeviceMesh) -> "DTensor":
+    """Return a DTensor of all ranks' experts, of which `local` [L, …] holds this rank's."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(local, mesh, [Shard(0)])
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,14 @@ OF_TOKENS = ("output", "x", "weights")
 Launched = Callable[[int], Path]
 
 
+#: Numbers of ranks that only `make certify` launches.
+CERTIFIED = {8: pytest.mark.certify}
+
+
 def _param(size: int, what: Case | str) -> Any:
-    return pytest.param(size, what, id=f"{size}-{what if isinstance(what, str) else what.name}")
+    return pytest.param(
+        size, what, id=f"{size}-{what if isinstance(what, str) else what.name}", marks=CERTIFIED.get(size, ())
+    )
 
 
 CASES = [_param(size, case) for size in parallel.LAUNCHED for case in parallel.cases(size)]
@@ -41,13 +47,15 @@ FACTS = [_param(size, name) for size, names in parallel.FACTS.items() for name i
 
 
 @pytest.fixture(scope="session")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+def launched(tmp_path_factory: pytest.TempPathFactory, certify: bool) -> Launched:
     """Return a function that launches a number of ranks once for all test processes, and returns their folder."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
 
     def launch_once(num_ranks: int) -> Path:
+        if num_ranks in CERTIFIED and not certify:
+            pytest.skip(f"{num_ranks} ranks take long to start: `make certify` runs them")
         folder = shared / f"ranks{num_ranks}"
         with (shared / "ranks.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -128,7 +136,7 @@ def alone(scenario: str, dtype: torch.dtype) -> Named:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("num_ranks", parallel.LAUNCHED)
+@pytest.mark.parametrize("num_ranks", [pytest.param(size, marks=CERTIFIED.get(size, ())) for size in parallel.LAUNCHED])
 def test_the_ranks_end_without_an_error_or_a_warning(num_ranks: int, launched: Launched) -> None:
     """The log has no warning, for example none of torch about its renamed collectives."""
     folder = launched(num_ranks)

@@ -21,6 +21,7 @@ from experts import GroupedExperts, Unsupported
 from moebench.measure import trials
 from moebench.measure.cache import Workload
 from moebench.parity.checks import Search, axes_of, case_job, search_job
+from moebench.parity.space import search as space_search
 from moebench.parity.space.covering import covering
 from moebench.parity.space.trial import Trial
 from moebench.results.record import GOOD
@@ -136,7 +137,7 @@ def fails(backend: str, case: Trial) -> bool:
 
 def not_shrunk() -> "mock._patch[object]":
     """Within this context, a case that fails is not shrunk."""
-    return mock.patch.object(trials, "smallest", lambda failing, *arguments: failing)
+    return mock.patch.object(space_search, "smallest", lambda failing, *arguments: failing)
 
 
 def run_lines(lines: Sequence[str], prelude: str = WITHOUT_MOEBENCH) -> "subprocess.CompletedProcess[str]":

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from moebench.parity import judge
 from moebench.parity.judge import TensorError
@@ -20,7 +19,7 @@ from moebench.parity.reference import Tensors
 from moebench.parity.space.trial import Trial
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
-from moebench.workload.ranks import ALONE, Ranks
+from moebench.workload.ranks import ALONE, Ranks, is_dtensor, sharded
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Inputs))
 
@@ -51,7 +50,7 @@ class Stage:
         mesh = self.ranks.mesh
         if mesh is None:
             return {name: tensor.clone() for name, tensor in parameters.items()}
-        return {name: DTensor.from_local(tensor.clone(), mesh, [Shard(0)]) for name, tensor in parameters.items()}
+        return {name: sharded(tensor.clone(), mesh) for name, tensor in parameters.items()}
 
 
 @dataclass
@@ -190,7 +189,7 @@ def same_bits(tensor: str, where: str, found: Tensor | None, expected: Tensor | 
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's share of a parameter."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def _moved(tensors: Tensors, device: torch.device) -> Tensors:

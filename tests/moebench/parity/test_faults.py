@@ -1,7 +1,7 @@
 """`moebench parity` finds every planted fault, and what it prints shows the fault.
 
-`make test` tries a tenth of the faults on the covering cases, and the documented case of some others. `make certify`
-tries all faults, searches where the covering cases do not suffice, and runs the printed lines.
+`make test` tries some faults on the covering cases, and the documented case of some others. `make certify` tries all
+faults, searches where the covering cases do not suffice, and runs the printed lines.
 """
 
 import random
@@ -12,9 +12,10 @@ import torch
 from moebench.parity.space.rules import misfits
 from tests.moebench.faultbench import FAULTS, fails, find, not_shrunk, read, run_lines
 
-#: Faults that `make test` tries: a tenth, drawn with this seed.
+#: `make test` draws faults with this seed: some of those that few covering cases find, because all cases take minutes.
 SEED = 1
-TENTH = set(random.Random(SEED).sample(sorted(FAULTS), len(FAULTS) // 10))
+FOUND_SOON = [fault for fault, (where, _) in sorted(read().items()) if where.isdecimal() and int(where) <= 100]
+FEW = set(random.Random(SEED).sample(FOUND_SOON, 12))
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +47,8 @@ def test_the_documented_case_fails(fault):
 @pytest.mark.certify
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(certify, fault):
-    if not certify and fault not in TENTH:
-        pytest.skip("a tenth of the faults: `make certify` tries all")
+    if not certify and fault not in FEW:
+        pytest.skip("some of the faults: `make certify` tries all")
     if not certify:
         with not_shrunk():
             assert find(FAULTS[fault], search_s=0.0) is not None

@@ -29,7 +29,7 @@ RIGHT = {"loop": "loop", "torch_mm": "torch_mm", "Hooked": "hooked:Hooked"} | {
 }
 #: The seconds for which `make certify` tries a variant, and the number of variants.
 VARIANT_S, VARIANTS = 10.0, 300
-SAMPLE = 25
+SAMPLE = 10
 
 
 @pytest.fixture(autouse=True)
