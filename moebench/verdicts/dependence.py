@@ -139,10 +139,17 @@ class Neighbours:
 
 
 def _rank_correlation(values: Floats) -> float:
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]  # equal values share the mean of their ranks
-    spread = float(np.sum((ranks - ranks.mean()) ** 2))
-    return 1 - float(np.sum(np.diff(ranks) ** 2)) / spread / 2 if spread else 0.0
+    ranks = _ranks(values)
+    spread = float(ranks @ ranks)
+    steps = ranks[1:] - ranks[:-1]
+    return 1 - float(steps @ steps) / spread / 2 if spread else 0.0
+
+
+def _ranks(values: Floats) -> Floats:
+    """Return the ranks of the values, minus their mean. Equal values share the mean of their ranks."""
+    ordered = np.sort(values)
+    below, at_most = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
+    return np.asarray((below + at_most - len(values)) / 2)
 
 
 def widened(shifts: Shifts, neighbours: Neighbours, num_rounds: int) -> Student:

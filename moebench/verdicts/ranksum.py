@@ -17,7 +17,7 @@ blocks.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import count
 
 import numpy as np
@@ -45,7 +45,7 @@ class Shifts:
         values = [np.subtract.outer(np.asarray(second, float), np.asarray(first, float)) for first, second in blocks]
         return cls(np.sort(np.concatenate([some.ravel() for some in values])), null_tail(some.shape for some in values))
 
-    @property
+    @cached_property
     def center(self) -> float:
         """The estimate of Hodges and Lehmann: the median of all differences."""
         return float(np.median(self.values))
