@@ -102,10 +102,7 @@ def merge(paths: Sequence[Path], out: Path, *, newest: bool = False, sessions: b
     """
     check_empty(out)
     results = [open_result(path) for path in paths]
-    if sessions:
-        result = as_sessions(results)
-    else:
-        result = merged(results, [str(path) for path in paths], newest=newest)
+    result = as_sessions(results) if sessions else merged(results, [str(path) for path in paths], newest=newest)
     written = save(result, out)
     sources = [
         {"path": str(path), "run_ids": sorted(set(some.frame["run_id"])), "num_jobs": len(some.frame)}
