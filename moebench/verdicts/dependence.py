@@ -30,6 +30,8 @@ STANDARD_ERRORS = 4.0
 MIN_NEIGHBOURS = 3
 #: The probability with which each end of the interval around the shift is wrong before it is widened.
 _BASE_LEVEL = 0.01
+#: The share of a level that goes to the test of whole sessions, as if their shifts were normal.
+_NORMAL_SHARE = 0.5
 #: If a shift by `smallest_shift` is there, it is missed with this probability.
 _MISSED = 0.05
 
@@ -61,12 +63,14 @@ class Student:
 
     `below`, `above`: the standard errors of the estimate, for the limit below and the limit above it. `freedom`: the
     degrees of freedom. If nothing is known about the spread, `freedom` is 0: no shift is shown and none is excluded.
+    `share`: the share of every level that Student's distribution gets. The rest allows for noise that is not normal.
     """
 
     center: float
     below: float
     above: float
     freedom: float
+    share: float = 1.0
 
     @property
     def p_greater(self) -> float:
@@ -81,7 +85,7 @@ class Student:
             return 1.0
         if error == 0:
             return 0.0 if shift > 0 else 1.0
-        return float(stdtr(self.freedom, -shift / error))
+        return min(1.0, float(stdtr(self.freedom, -shift / error)) / self.share)
 
     def lower_limit(self, level: float) -> float:
         return self.center - self._errors(level) * self.below if self.freedom else -math.inf
@@ -90,7 +94,7 @@ class Student:
         return self.center + self._errors(level) * self.above if self.freedom else math.inf
 
     def _errors(self, level: float) -> float:
-        return -float(stdtrit(self.freedom, level))
+        return -float(stdtrit(self.freedom, level * self.share))
 
     def smallest_shift(self, level: float) -> float:
         return sum(self.center - self.lower_limit(some) for some in (level, _MISSED))
@@ -177,7 +181,7 @@ def between_sessions(one: Mapping[int, Floats], two: Mapping[int, Floats]) -> St
     freedom = sum(len(some) - 1 for some in centers)
     squares = sum(float(np.sum((some - some.mean()) ** 2)) for some in centers)
     error = math.sqrt(squares / freedom * sum(1 / len(some) for some in centers))
-    return Student(float(centers[1].mean() - centers[0].mean()), error, error, float(freedom))
+    return Student(float(centers[1].mean() - centers[0].mean()), error, error, float(freedom), _NORMAL_SHARE)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def renamed_experts(into: Path) -> Path:
             if moved == text:
                 break
             text = moved
-        text = re.sub(rf"from (experts[\w.]*) import (.*)", lambda some: _moved(some, set(names), package), text)
+        text = re.sub(r"from (experts[\w.]*) import (.*)", lambda some: _moved(some, set(names), package), text)
         path.write_text(text)
     for path in sorted((*files, *folders), key=lambda some: len(some.parts), reverse=True):
         path.rename(path.with_name(f"moved_{path.name}"))
