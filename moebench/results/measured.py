@@ -129,15 +129,6 @@ class Measured(BaseModel):
         tuple[int, ...] | None,
         Column(Rounds.SAMPLES, "round of each sample; each round is a fresh process", is_speed=True),
     ] = None
-    sample_sessions: Annotated[
-        tuple[int, ...] | None,
-        Column(
-            Rounds.SAMPLES,
-            "session of each sample, from 0; each session is a run of its own, begun at another time",
-            null="if all samples are of one run; unless ok",
-            is_speed=True,
-        ),
-    ] = None
     sample_marked: Annotated[
         tuple[bool, ...] | None,
         Column(
