@@ -28,6 +28,8 @@ from moebench.verdicts.ranksum import Floats, Shifts
 STANDARD_ERRORS = 4.0
 #: The fewest rounds of a session that say something about the correlation of neighbours.
 MIN_NEIGHBOURS = 3
+#: The fewest degrees of freedom with which a spread is known. Up to two, Student's distribution has no variance.
+MIN_FREEDOM = 2.0
 #: The probability with which each end of the interval around the shift is wrong before it is widened.
 _BASE_LEVEL = 0.01
 #: The share of a level that goes to the test of whole sessions, as if their shifts were normal.
@@ -62,7 +64,7 @@ class Student:
     """A shift by `center` whose estimate has Student's distribution.
 
     `below`, `above`: the standard errors of the estimate, for the limit below and the limit above it. `freedom`: the
-    degrees of freedom. If nothing is known about the spread, `freedom` is 0: no shift is shown and none is excluded.
+    degrees of freedom. With fewer than MIN_FREEDOM, the spread is not known: no shift is shown and none is excluded.
     `share`: the share of every level that Student's distribution gets. The rest allows for noise that is not normal.
     """
 
@@ -81,17 +83,21 @@ class Student:
         return self._p(-self.center, self.above)
 
     def _p(self, shift: float, error: float) -> float:
-        if not self.freedom or math.isinf(error):
+        if not self._is_known:
             return 1.0
         if error == 0:
             return 0.0 if shift > 0 else 1.0
         return min(1.0, float(stdtr(self.freedom, -shift / error)) / self.share)
 
     def lower_limit(self, level: float) -> float:
-        return self.center - self._errors(level) * self.below if self.freedom else -math.inf
+        return self.center - self._errors(level) * self.below if self._is_known else -math.inf
 
     def upper_limit(self, level: float) -> float:
-        return self.center + self._errors(level) * self.above if self.freedom else math.inf
+        return self.center + self._errors(level) * self.above if self._is_known else math.inf
+
+    @property
+    def _is_known(self) -> bool:
+        return self.freedom >= MIN_FREEDOM
 
     def _errors(self, level: float) -> float:
         return -float(stdtrit(self.freedom, level * self.share))
@@ -164,7 +170,7 @@ def widened(shifts: Shifts, neighbours: Neighbours, num_rounds: int) -> Student:
     """
     level, center, r = shifts.exact_level(_BASE_LEVEL), shifts.center, neighbours.limit
     freedom = (num_rounds - 2) * (1 - r**2) / (1 + r**2)
-    if level is None or r == 1 or freedom <= 0:
+    if level is None or r == 1:
         return Student(center, math.inf, math.inf, 0.0)
     scale = neighbours.widening / -float(ndtri(level))
     below, above = center - shifts.lower_limit(_BASE_LEVEL), shifts.upper_limit(_BASE_LEVEL) - center

@@ -220,18 +220,20 @@ class _Comparison:
             needed = group_size_needed(level)
             remedy = "more" if self._sides.blocks else f"{needed} on each side: --rounds {needed}"
             return f"{rounds} are too few to show a change among so many cases; measure {remedy}"
-        if smallest > math.log1p(threshold) >= independent:
+        if math.isinf(smallest) or smallest > math.log1p(threshold) >= independent:
             return f"{self._why_wider()} to see a slowdown of {threshold:.1%} with {rounds}; {_MEASURE_MORE}"
         if smallest > math.log1p(threshold):
             return f"too noisy to see a slowdown of {threshold:.1%} with {rounds}; measure more"
         return f"a slowdown of {threshold:.1%} is neither shown nor excluded with {rounds}; measure more"
 
     def _why_wider(self) -> str:
-        if self._neighbours is None:
-            assert self._sessions is not None
+        if self._sessions is not None and self._neighbours is None:
             return f"{self._sessions[0]} and {self._sessions[1]} sessions are too few or differ too much"
-        if self._neighbours.limit == 1:
-            return "too few rounds to tell whether they depend on one another, and so"
+        assert self._neighbours is not None, "only dependence and sessions make an interval wider"
+        if math.isinf(self._evidence.smallest_shift(WRONG_PASSES)):
+            return (
+                "neighbouring rounds are too much alike, or too few, to tell how far they depend on one another, and so"
+            )
         return f"rounds may depend on one another (neighbours correlate by up to {self._neighbours.limit:.2f}) too much"
 
 

@@ -78,7 +78,7 @@ def test_widened_limits_are_those_of_student():
 
 def test_nothing_known_shows_and_excludes_nothing():
     shifts = Shifts.within((np.arange(20.0), np.arange(100.0, 120.0)))
-    for unknown in (widened(shifts, Neighbours(1.0, 40), 40), Student(1.0, math.inf, math.inf, 0.0)):
+    for unknown in (widened(shifts, Neighbours(1.0, 40), 40), Student(1.0, 0.001, 0.001, 1.9)):
         assert (unknown.p_greater, unknown.p_less) == (1, 1)
         assert (unknown.lower_limit(0.01), unknown.upper_limit(0.01)) == (-math.inf, math.inf)
         assert unknown.smallest_shift(0.01) == math.inf
