@@ -9,6 +9,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 __all__ = [
+    "Backend",
     "BackendConfig",
     "ConfigError",
     "ExpertsError",
@@ -19,22 +20,33 @@ __all__ = [
     "MoEConfig",
     "RegistryError",
     "Unsupported",
+    "backend_names",
+    "catalog",
+    "check_name",
+    "destroy_buffers",
+    "get_backend",
     "get_expert_activation_for_deepep",
     "is_gated_activation",
+    "parameter_shapes",
     "quick_geglu_deepep",
     "relu2_deepep",
 ]
 
 if TYPE_CHECKING:
+    from experts import catalog
     from experts.activations import get_expert_activation_for_deepep, quick_geglu_deepep, relu2_deepep
     from experts.config import BackendConfig, MoEConfig, is_gated_activation
+    from experts.dispatch.deepep import destroy_buffers
     from experts.errors import ConfigError, ExpertsError, InputError, RegistryError, Unsupported
-    from experts.modules import GroupedExperts, GroupedExpertsDeepEP
+    from experts.modules import GroupedExperts, GroupedExpertsDeepEP, parameter_shapes
+    from experts.registry import Backend, backend_names, check_name, get_backend
     from experts.te.layer import GroupedExpertsTE
 
 #: Public name -> the module that defines it. The module is imported at the name's first use, so that a process can
-#: import `experts.catalog` without torch.
+#: import `experts.catalog` without torch. moebench drives other revisions of this package by these names: a module may
+#: move, but its public names stay.
 _HOMES = {
+    "Backend": "experts.registry",
     "BackendConfig": "experts.config",
     "ConfigError": "experts.errors",
     "ExpertsError": "experts.errors",
@@ -45,11 +57,18 @@ _HOMES = {
     "MoEConfig": "experts.config",
     "RegistryError": "experts.errors",
     "Unsupported": "experts.errors",
+    "backend_names": "experts.registry",
+    "check_name": "experts.registry",
+    "destroy_buffers": "experts.dispatch.deepep",
+    "get_backend": "experts.registry",
     "get_expert_activation_for_deepep": "experts.activations",
     "is_gated_activation": "experts.config",
+    "parameter_shapes": "experts.modules",
     "quick_geglu_deepep": "experts.activations",
     "relu2_deepep": "experts.activations",
 }
+#: The public names that are modules, with the module of each.
+_MODULES = {"catalog": "experts.catalog"}
 
 
 if not TYPE_CHECKING:  # a type checker then reports a name that does not exist
@@ -57,11 +76,11 @@ if not TYPE_CHECKING:  # a type checker then reports a name that does not exist
     def __getattr__(name: str) -> object:
         if name in _HOMES:
             return getattr(importlib.import_module(_HOMES[name]), name)
-        module = f"{__name__}.{name}"
+        module = _MODULES.get(name, f"{__name__}.{name}")
         if not name.startswith("_") and importlib.util.find_spec(module) is not None:
             return importlib.import_module(module)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return [*globals(), *_HOMES, *_MODULES]

@@ -9,6 +9,7 @@ import typer
 
 from moebench.cli.console import err, out
 from moebench.cli.options import AsJson
+from moebench.errors import UsageError
 from moebench.report.plots.history import draw_history
 from moebench.report.tables import comparetable
 from moebench.results import merge
@@ -48,9 +49,15 @@ def merge_(
     newest: Annotated[
         bool, typer.Option("--newest", help="if several results have the same job, take the latest")
     ] = False,
+    sessions: Annotated[
+        bool,
+        typer.Option("--sessions", help="if several results have the same job, keep the rounds of all as sessions"),
+    ] = False,
 ) -> None:
     """Merge results folders into one, with their environments."""
-    for path in merge.merge(results, folder, newest=newest):
+    if newest and sessions:
+        raise UsageError("--newest and --sessions exclude each other: choose one")
+    for path in merge.merge(results, folder, newest=newest, sessions=sessions):
         out.print(f"wrote {path}", soft_wrap=True)
     out.print(f"results: {folder}", soft_wrap=True)
 

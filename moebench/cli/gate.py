@@ -148,15 +148,23 @@ commands.add_typer(stored, name="baseline")
 
 @stored.command()
 def update(
-    folder: Annotated[Path, typer.Argument(help="results folder of one run; 20 rounds are better than few")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="results folders of runs; each run is a session of its own")
+    ],
+    add: Annotated[
+        bool, typer.Option("--add", help="keep the stored rounds: the runs are further sessions of the baseline")
+    ] = False,
 ) -> None:
-    """Add a run to the baseline of its machine and software.
+    """Take runs into the baseline of their machine and software.
 
-    Jobs that the baseline already has are replaced.
+    Jobs that the baseline already has are replaced, unless --add is given. With several runs, the gate also knows how
+    much times differ between sessions. A run should have 20 rounds.
     """
-    baseline = baselines.update(folder)
+    baseline = baselines.update(folders, add=add)
     least, _ = baseline.rounds
     out.print(f"baseline:{baseline.name}: {len(baseline.result.frame)} jobs in {baseline.path}", soft_wrap=True)
+    for text in baseline.replaced:
+        out.print(f"replaced {text}", soft_wrap=True)
     if least < times.MIN_ROUNDS:
         err.print(
             f"some jobs have {least} rounds: the gate needs {times.MIN_ROUNDS} or more to judge times, else it says "

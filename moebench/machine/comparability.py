@@ -18,6 +18,10 @@ TIME_CHANGES = frozenset({"driver", "power", "clocks", "cpu", "threads", "python
 #: runs at a lower clock if a kernel draws more power.
 RUN_CLOCK_TOLERANCE = 0.1
 
+#: The smallest relative difference of two runs' clocks that a verdict on time names. A time is about proportional to
+#: the reciprocal of the clock.
+CLOCK_CHANGE = 0.01
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -69,3 +73,14 @@ def clock_difference(baseline_mhz: float | None, candidate_mhz: float | None) ->
     if not baseline_mhz or not candidate_mhz or abs(candidate_mhz / baseline_mhz - 1) <= RUN_CLOCK_TOLERANCE:
         return ()
     return (Difference("clocks", _number(baseline_mhz, "MHz"), _number(candidate_mhz, "MHz")),)
+
+
+def clock_change(baseline_mhz: float | None, candidate_mhz: float | None) -> str:
+    """Return in words how the GPU's clock changed; empty if it changed by less than CLOCK_CHANGE or is not known."""
+    if not baseline_mhz or not candidate_mhz:
+        return ""
+    change = candidate_mhz / baseline_mhz - 1
+    if abs(change) < CLOCK_CHANGE:
+        return ""
+    direction = "lower" if change < 0 else "higher"
+    return f"the GPU's clock was {abs(change):.1%} {direction} ({baseline_mhz:g} -> {candidate_mhz:g} MHz)"

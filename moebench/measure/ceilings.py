@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experts.dispatch.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 from moebench.measure import timing
 from moebench.measure.timing import TimingPolicy
 from moebench.workload.backends import collective_of
 from moebench.workload.case import Case
+from moebench.workload.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import ALONE, Ranks
 

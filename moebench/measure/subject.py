@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from experts.registry import Backend, get_backend
 from moebench.measure.cache import Workload
 from moebench.parity.judge import ParityVerdict, check, run_pass
 from moebench.parity.poison import poisoned
 from moebench.parity.reference import Tensors
 from moebench.results.record import Status
 from moebench.workload.case import Case, Job
+from moebench.workload.driven import Backend, get_backend
 from moebench.workload.inputs import Inputs, moe_config
 from moebench.workload.ranks import Ranks, sharded
 

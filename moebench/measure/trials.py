@@ -12,8 +12,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from experts import Unsupported
-from experts.config import DTYPES as TORCH_DTYPES
-from experts.registry import get_backend
 from moebench.measure.cache import Workload
 from moebench.measure.subject import Measured
 from moebench.parity.checks import SEARCH, Search, command
@@ -24,6 +22,7 @@ from moebench.parity.play.player import Stage
 from moebench.parity.space.trial import AXES, RANK_AXES, Trial
 from moebench.results.record import Status
 from moebench.workload.case import DTYPES, Job
+from moebench.workload.driven import get_backend
 from moebench.workload.inputs import moe_config
 from moebench.workload.ranks import Ranks
 
@@ -121,7 +120,7 @@ class Trier:
             config = moe_config(candidate.case)
             problem = self.backend.unsupported(self.workload.device, config, self.dispatcher)
             if problem is None and candidate.params != candidate.dtype:
-                own = config.with_dtype(TORCH_DTYPES[candidate.params])
+                own = config.with_dtype(getattr(torch, candidate.params))
                 if self.backend.unsupported(self.workload.device, own, self.dispatcher) is not None:
                     return replace(candidate, param_dtype="same")
             if problem is None:
@@ -145,7 +144,7 @@ class Trier:
         return self._alone
 
     def _build(self, trial: Trial, ranks: Ranks) -> nn.Module:
-        config = moe_config(trial.case).with_dtype(TORCH_DTYPES[trial.params])
+        config = moe_config(trial.case).with_dtype(getattr(torch, trial.params))
         with self.workload.device:
             layer = self.backend.build(config, self.dispatcher)
         layer.to(self.workload.device)

@@ -37,8 +37,7 @@ from typing import Any
 import torch
 
 import experts
-from experts.errors import RegistryError
-from experts.registry import check_name
+from experts import RegistryError
 from moebench.machine import environment
 from moebench.machine.environment import Environment
 from moebench.measure import canary, clock
@@ -49,6 +48,7 @@ from moebench.measure.subject import Measured
 from moebench.measure.timing import TimingPolicy
 from moebench.results.record import Record, Status, record
 from moebench.workload.case import Job
+from moebench.workload.driven import check_name
 from moebench.workload.ranks import Ranks, join, leave, someone_is_gone
 from moebench.workload.spec import Policy
 

@@ -8,6 +8,8 @@ from moebench.verdicts.gate import GateResult, Judged
 from moebench.verdicts.verdict import Severity, Verdict
 
 NONE = "-"
+#: A ratio of times or a slowdown above this number is shown as not known. It would say nothing.
+_LARGEST = 100.0
 
 
 def total(result: GateResult) -> str:
@@ -20,16 +22,16 @@ def change(job: Judged) -> str:
     if job.time is None or math.isnan(job.time.ratio):
         return NONE
     low, high = (f"{some - 1:+.1%}".rstrip("%") for some in (job.time.low, job.time.high))
-    if not (math.isfinite(job.time.high) and job.time.low > 0):
+    if job.time.high > _LARGEST or job.time.low < 1 / _LARGEST:
         return f"{job.time.ratio - 1:+.1%}"
     return f"{job.time.ratio - 1:+.1%} ({low} to {high})"
 
 
 def smallest_effect(job: Judged) -> str:
-    """Return the smallest slowdown that the gate would have found, such as `2.1%`."""
+    """Return the smallest slowdown that the gate would have found, such as `2.1%`, or `none`."""
     if job.time is None:
         return NONE
-    return f"{job.time.smallest_effect:.1%}" if math.isfinite(job.time.smallest_effect) else "none"
+    return f"{job.time.smallest_effect:.1%}" if job.time.smallest_effect < _LARGEST else "none"
 
 
 def memory_change(job: Judged) -> str:

@@ -28,6 +28,8 @@ def annotations(result: GateResult) -> list[str]:
     errors = [_command("error", f"moebench: {job.verdict}", _sentence(job)) for job in failed]
     open_ = reasons(result.jobs, {Severity.UNDECIDED})
     warnings = [_command("warning", f"moebench: {verdict}", f"{why}: {whom}") for (verdict, why), whom in open_.items()]
+    if result.compared_nothing:
+        warnings += [_command("warning", "moebench", note) for note in result.notes]
     return [*_at_most("error", errors), *_at_most("warning", warnings)]
 
 
@@ -63,6 +65,8 @@ def _summary(result: GateResult) -> Iterator[str]:
         yield f"* environments differ: {_cell(str(difference))}"
     for comparison in result.self_comparisons:
         yield f"* {_cell(str(comparison))}"
+    for note in result.notes:
+        yield f"* {_cell(note)}"
     shown = [job for job in in_verdict_order(result) if job.verdict.severity is not Severity.PASSED]
     passed = [job for job in result.jobs if job.verdict.severity is Severity.PASSED]
     if shown:

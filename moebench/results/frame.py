@@ -92,6 +92,12 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
     return _to_pandas(pa.Table.from_pylist(dumped, schema=ARROW_SCHEMA))
 
 
+def to_records(frame: pd.DataFrame) -> list[Record]:
+    """Return the record of each row of a frame."""
+    rows = pa.Table.from_pandas(frame, schema=ARROW_SCHEMA, preserve_index=False).to_pylist()
+    return [Record.model_validate(row | {"parity_errors": parity_errors(row["parity_errors"]) or None}) for row in rows]
+
+
 def jsonable(number: float) -> float | str:
     """Return a finite number unchanged, and any other as "inf", "-inf" or "nan", which JSON cannot write as numbers."""
     return number if math.isfinite(number) else str(number)

@@ -7,11 +7,14 @@ from pathlib import Path
 import pandas as pd
 
 from moebench.errors import ResultsError
+from moebench.machine.comparability import differences
 from moebench.machine.environment import Environment
 from moebench.results.files import check_empty, write_atomically
 from moebench.results.folder import ENVIRONMENT_NAME, ENVIRONMENTS_NAME, Result, open_result
-from moebench.results.frame import write
-from moebench.workload.case import KEY, key_of
+from moebench.results.frame import to_frame, to_records, write
+from moebench.results.record import Record
+from moebench.results.rounds import merged_sessions
+from moebench.workload.case import KEY, JobKey, key_of
 
 _KEY = list(KEY)
 
@@ -30,11 +33,43 @@ def merged(results: Sequence[Result], names: Sequence[str], *, newest: bool) -> 
         holders = twice.loc[(twice[_KEY] == twice.iloc[0][_KEY]).all(axis=1), "result"]
         raise ResultsError(
             f"{len(jobs)} jobs stand in several results, for example {first.backend} on {first.case_id} in "
-            f"{' and '.join(holders)}; a merged result has each job once; --newest takes the row measured last"
+            f"{' and '.join(holders)}; a merged result has each job once; --newest takes the row measured last, "
+            "--sessions keeps the rounds of all"
         )
     last = rows.sort_values("run_id", kind="stable").drop_duplicates(_KEY, keep="last")
-    environments = {env_id: some for result in results for env_id, some in result.environments.items()}
-    return Result(last.sort_index().drop(columns="result").reset_index(drop=True), environments)
+    return Result(last.sort_index().drop(columns="result").reset_index(drop=True), _environments(results))
+
+
+def replaced(old: Result, new: Result) -> Result:
+    """Return a result with the rows of `new`, and the rows of `old` for jobs that `new` does not have."""
+    both = pd.concat([old.frame, new.frame], ignore_index=True).drop_duplicates(_KEY, keep="last")
+    return Result(both.reset_index(drop=True), _environments([old, new]))
+
+
+def as_sessions(results: Sequence[Result]) -> Result:
+    """Return one result in which each job has the rounds of all results. Each result is a session of its own.
+
+    Raises ResultsError if a job has rows of several environments or schemas, or twice those of one run.
+    """
+    rows: dict[JobKey, list[Record]] = {}
+    for row in (row for result in results for row in to_records(result.frame)):
+        rows.setdefault(row.key, []).append(row)
+    together = [some[0] if len(some) == 1 else merged_sessions(some) for some in rows.values()]
+    return Result(to_frame(together), _environments(results))
+
+
+def _environments(results: Sequence[Result]) -> dict[str, Environment]:
+    """Return the environments of all results by `env_id`. Raises ResultsError if two of one id are not the same."""
+    found: dict[str, Environment] = {}
+    for env_id, some in (item for result in results for item in result.environments.items()):
+        others = differences(found.get(env_id, some), some)
+        if others:
+            raise ResultsError(
+                f"env_id {env_id}: two results give this id to different environments ({others[0]}), but an id stands "
+                "for one; a file was edited or copied: measure again"
+            )
+        found[env_id] = some
+    return found
 
 
 def save(result: Result, folder: Path) -> list[Path]:
@@ -57,15 +92,17 @@ def _write_environment(environment: Environment, path: Path) -> Path:
     return path
 
 
-def merge(paths: Sequence[Path], out: Path, *, newest: bool = False) -> list[Path]:
+def merge(paths: Sequence[Path], out: Path, *, newest: bool = False, sessions: bool = False) -> list[Path]:
     """Merge results into the folder `out`, which is new or empty. Return the paths of the written files.
+
+    If several results have the same job, `sessions` keeps the rounds of all, and `newest` the row of the newest.
 
     The file run.json in `out` lists the merged results. Raises UsageError if `out` is a file or a folder that is not
     empty. Raises ResultsError if results cannot be opened, or if two results have the same job and `newest` is false.
     """
     check_empty(out)
     results = [open_result(path) for path in paths]
-    result = merged(results, [str(path) for path in paths], newest=newest)
+    result = as_sessions(results) if sessions else merged(results, [str(path) for path in paths], newest=newest)
     written = save(result, out)
     sources = [
         {"path": str(path), "run_ids": sorted(set(some.frame["run_id"])), "num_jobs": len(some.frame)}

@@ -110,6 +110,15 @@ class _Outcome(BaseModel):
         Field(ge=1),
         Column(Rounds.COMPUTED, "number of rounds that make the row ([running.md](running.md#rounds))"),
     ] = 1
+    sample_sessions: Annotated[
+        tuple[int, ...] | None,
+        Column(
+            Rounds.SAMPLES,
+            "session of each sample, from 0; each session is a run of its own ([gating.md](gating.md#sessions))",
+            null="if all samples are of one run; unless ok",
+            is_speed=True,
+        ),
+    ] = None
     l2: Annotated[
         Literal["cold", "warm"] | None,
         Column(

@@ -1,8 +1,15 @@
-"""Make one row of the rows that several rounds have of one job. A round measures all jobs once, in fresh processes."""
+"""Make one row of the rows that several rounds have of one job, or of the rows that several sessions have.
+
+A round measures all jobs once, in fresh processes. A session is a run with its rounds.
+"""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
+
+from moebench.errors import ResultsError
 from moebench.results.columns import COMBINE
 from moebench.results.record import COLUMN_OF, Record, Status
 from moebench.results.stats import center_of_rounds
@@ -12,6 +19,8 @@ WORST_ROUND_FIRST = (
     *(Status.mismatch, Status.crash, Status.error, Status.timeout, Status.oom, Status.unsupported),
     Status.ok,
 )
+#: The flag of a row whose job has further rounds of another environment, which the row leaves out.
+OTHER_ENVIRONMENT = "other_environment"
 
 
 def merged_rounds(rows: Sequence[Record]) -> Record:
@@ -22,19 +31,73 @@ def merged_rounds(rows: Sequence[Record]) -> Record:
     declaration of every other column says how its rounds combine. If any round failed, the result is the row of the
     worst round. Its `detail` then names the rounds that ended like this, and its `job_s` is the sum over all rounds.
     The row has the lowest schema of its rounds.
+
+    Times of two environments make no common time. If a run was resumed in another environment, the row has the rounds
+    of the environment of the last row, and the flag `OTHER_ENVIRONMENT`.
     """
     if len(rows) == 1:
         return rows[0]
+    if all(row.status is Status.ok for row in rows) and len({row.env_id for row in rows}) > 1:
+        alike = merged_rounds([row for row in rows if row.env_id == rows[-1].env_id])
+        return alike.model_copy(update={"flags": (*alike.flags, OTHER_ENVIRONMENT)})
     rows = sorted(rows, key=lambda row: row.round or 0)
     row = min(rows, key=lambda row: (WORST_ROUND_FIRST.index(row.status), -(row.parity_worst or 0.0)))
     schema = min(row.schema_version for row in rows)  # they differ if a later moebench resumed the run
     together: dict[str, Any] = {"round": None, "num_rounds": len(rows), "schema": schema}
     if row.status is Status.ok:
         together |= {name: _combined(name, rows) for name, column in COLUMN_OF.items() if column.rounds in COMBINE}
-        together |= _speed(rows)
+        together |= _speed(rows, [row.time_ms for row in rows if row.time_ms is not None])
     else:
         together |= {"detail": _detail(row, rows), "job_s": _combined("job_s", rows)}
     return Record.model_validate(row.model_dump(by_alias=True) | together)
+
+
+def merged_sessions(rows: Sequence[Record]) -> Record:
+    """Return one row for a job, made of the job's rows in several runs. Each row's rounds become sessions of their own.
+
+    If a row is not ok, the result is the row of the worst run. Raises ResultsError if the rows are of several
+    environments or schemas, or if two rows are of one run.
+    """
+    for name in ("env_id", "schema_version"):
+        found = sorted({str(getattr(row, name)) for row in rows})
+        if len(found) > 1:
+            raise ResultsError(
+                f"{rows[0].backend} on {rows[0].case_id}: the runs have several values of {name} "
+                f"({', '.join(found)}), but sessions must be measured alike; give runs of one machine and moebench"
+            )
+    runs = [run for row in rows for run in row.run_id.split(" | ")]
+    twice = sorted({run for run in runs if runs.count(run) > 1})
+    if twice:
+        raise ResultsError(f"run {twice[0]} is given twice, but each session must be a run of its own")
+    worst = min(rows, key=lambda row: (WORST_ROUND_FIRST.index(row.status), -(row.parity_worst or 0.0)))
+    if worst.status is not Status.ok:
+        return worst
+    together = {name: _combined(name, rows) for name, column in COLUMN_OF.items() if column.rounds in COMBINE}
+    numbered: dict[str, list[int]] = {"sample_rounds": [], "sample_sessions": []}
+    for row in rows:
+        for name, so_far in numbered.items():
+            own = getattr(row, name) or (0,) * len(row.samples_ms or ())
+            so_far += [number + max(so_far, default=-1) + 1 for number in _renumbered(own)]
+    marks = [row.sample_marked or (False,) * len(row.samples_ms or ()) for row in rows]
+    together |= {name: tuple(numbers) for name, numbers in numbered.items()}
+    together |= {"sample_marked": tuple(chain.from_iterable(marks)), "num_rounds": sum(row.num_rounds for row in rows)}
+    together |= _speed(rows, [median for row in rows for median in _medians(row)])
+    return Record.model_validate(worst.model_dump(by_alias=True) | together | {"round": None})
+
+
+def _renumbered(numbers: Sequence[int]) -> list[int]:
+    """Return 0 for the first number that occurs, 1 for the next, and so on."""
+    order = {number: position for position, number in enumerate(dict.fromkeys(numbers))}
+    return [order[number] for number in numbers]
+
+
+def _medians(row: Record) -> list[float]:
+    """Return the median of each round's samples that are not marked, or of all samples of a round if all are marked."""
+    samples = np.asarray(row.samples_ms)
+    rounds = np.asarray(row.sample_rounds or (0,) * len(samples))
+    usual = ~np.asarray(row.sample_marked or (False,) * len(samples))
+    kept = usual | ~np.isin(rounds, rounds[usual])
+    return [float(np.median(samples[kept & (rounds == number)])) for number in np.unique(rounds)]
 
 
 def _combined(name: str, rows: Sequence[Record]) -> Any:
@@ -43,9 +106,9 @@ def _combined(name: str, rows: Sequence[Record]) -> Any:
     return COMBINE[COLUMN_OF[name].rounds](values) if values else None
 
 
-def _speed(rows: Sequence[Record]) -> dict[str, Any]:
-    """Return the time over all rounds, and the columns that are computed from it."""
-    time_ms, low, high = center_of_rounds([row.time_ms for row in rows if row.time_ms is not None])
+def _speed(rows: Sequence[Record], medians: Sequence[float]) -> dict[str, Any]:
+    """Return the time over all rounds, and the columns that are computed from it. `medians` has one time per round."""
+    time_ms, low, high = center_of_rounds(medians)
     first = rows[0]
     assert first.time_ms is not None, "a row with status ok has a time"
     work = {name: value * first.time_ms for name in ("tokens_per_s", "tflops") if (value := getattr(first, name))}

@@ -6,6 +6,7 @@ the CPU) and a fingerprint. The fingerprint covers everything that must be equal
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from moebench.errors import ResultsError
 from moebench.machine.comparability import facts
 from moebench.machine.environment import Environment
 from moebench.results.folder import Result, open_result
-from moebench.results.merge import merged, save
-from moebench.verdicts.findings import rounds_of
+from moebench.results.merge import as_sessions, replaced, save
+from moebench.verdicts.findings import rounds_of, sessions_of
+from moebench.workload.case import key_of
 
 BASELINES = Path("results") / "published" / "baselines"
 
@@ -27,6 +29,7 @@ class Baseline:
 
     path: Path
     result: Result
+    replaced: tuple[str, ...] = ()  # what the update that made this baseline replaced, in words
 
     @property
     def name(self) -> str:
@@ -46,11 +49,13 @@ class Baseline:
     def as_dict(self) -> dict[str, Any]:
         """Return facts for a table or JSON: jobs, rounds and runs of the baseline, its machine and its software."""
         frame, (least, most) = self.result.frame, self.rounds
+        runs = {run for some in frame["run_id"] for run in some.split(" | ")}
         return {
             "name": self.name,
             "jobs": len(frame),
             "rounds": str(least) if least == most else f"{least} to {most}",
-            "runs": ", ".join(sorted(set(frame["run_id"]))),
+            "sessions": max(len(set(sessions_of(row).values())) for row in frame.to_dict("records")),
+            "runs": ", ".join(sorted(runs)),
             "revision": self.environment.git_revision,
             **{what: text for what, text in facts(self.environment).items() if text not in ("none", "any")},
         }
@@ -80,12 +85,33 @@ def _opened(folder: Path) -> Baseline:
     return Baseline(folder, result)
 
 
-def update(path: Path, root: Path = BASELINES) -> Baseline:
-    """Add the results in `path` to the baseline of their machine and software, and return the baseline.
+def update(path: Path | Sequence[Path], root: Path = BASELINES, *, add: bool = False) -> Baseline:
+    """Take runs into the baseline of their machine and software, and return the baseline.
 
-    New rows replace stored rows of the same jobs, unless the run of the stored rows began later. Raises ResultsError if
-    the results come from several environments, or if no file beside the results describes their environment.
+    Rows of the runs replace stored rows of the same jobs, also if the stored rows are newer: the user named the runs.
+    If `path` has several runs, each is a session of its own. With `add`, the stored rounds stay, and the runs are
+    further sessions. Raises ResultsError if the results come from several environments, if no file beside the results
+    describes their environment, or if a run is given twice.
     """
+    paths = [path] if isinstance(path, Path) else list(path)
+    parts = [_of_one_environment(some) for some in paths]
+    new = as_sessions(parts) if len(parts) > 1 else parts[0]
+    if len(new.environments) > 1:
+        raise ResultsError(
+            f"{' and '.join(map(str, paths))}: the runs are of the environments {', '.join(sorted(new.environments))}; "
+            "a baseline has one; give runs of one machine and software"
+        )
+    (environment,) = new.environments.values()
+    folder = root / name_of(environment)
+    if not folder.exists():
+        return _saved(new, folder)
+    old = _opened(folder).result
+    if add:
+        return _saved(as_sessions([old, new]), folder)
+    return _saved(replaced(old, new), folder, _replaced(old, new))
+
+
+def _of_one_environment(path: Path) -> Result:
     new = open_result(path)
     ids = sorted(set(new.frame["env_id"]))
     if len(ids) != 1 or ids[0] not in new.environments:
@@ -94,17 +120,20 @@ def update(path: Path, root: Path = BASELINES) -> Baseline:
             f"{', '.join(sorted(new.environments)) or 'none'}; a baseline needs one environment and its file; "
             "give a run's folder"
         )
-    environment = new.environments[ids[0]]
-    folder = root / name_of(environment)
-    parts = [_opened(folder).result] if folder.exists() else []
-    return _saved([*parts, Result(new.frame, {environment.env_id: environment})], folder)
+    return Result(new.frame, {ids[0]: new.environments[ids[0]]})
 
 
-def _saved(results: Sequence[Result], folder: Path) -> Baseline:
-    names = [str(number) for number in range(len(results))]
-    result = merged(results, names, newest=True)
+def _replaced(old: Result, new: Result) -> tuple[str, ...]:
+    """Return in words which stored jobs the new rows replace, one text per stored run."""
+    keys = set(map(key_of, new.frame.to_dict("records")))
+    runs = Counter(row["run_id"] for row in old.frame.to_dict("records") if key_of(row) in keys)
+    by = ", ".join(sorted(set(new.frame["run_id"])))
+    return tuple(f"{count} jobs of run {run} by run {by}" for run, count in sorted(runs.items()))
+
+
+def _saved(result: Result, folder: Path, changes: tuple[str, ...] = ()) -> Baseline:
     save(result, folder)
-    return Baseline(folder, result)
+    return Baseline(folder, result, changes)
 
 
 def matching(candidate: Result, root: Path = BASELINES) -> Baseline:

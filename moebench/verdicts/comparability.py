@@ -22,14 +22,15 @@ class Comparability:
     def between(self, baseline_id: str, candidate_id: str) -> tuple[Difference, ...]:
         """Return what differs between two environments.
 
-        If the ids differ, but the files of the environments are missing or do not say what differs, this returns one
+        The facts decide, not the ids: somebody may have edited a file or copied it from another machine. Ids count only
+        where a file is missing, or where the facts of both files are equal. If the ids then differ, this returns one
         difference named `env_id`.
         """
-        if baseline_id == candidate_id:
-            return ()
         one, two = self.baseline.get(baseline_id), self.candidate.get(candidate_id)
         found = differences(one, two) if one is not None and two is not None else ()
-        return found or (Difference("env_id", baseline_id, candidate_id),)
+        if found or baseline_id == candidate_id:
+            return found
+        return (Difference("env_id", baseline_id, candidate_id),)
 
     def forbidding(self, differences: Iterable[Difference]) -> tuple[Difference, ...]:
         """Return the differences that are not allowed."""

@@ -44,6 +44,8 @@ class GateTime(_Part):
     p_faster: float | None
     smallest_effect: float | None
     rounds: tuple[int, int]
+    sessions: tuple[int, int] | None = None
+    correlation: float | None = None
 
     def __str__(self) -> str:
         if self.ratio is None:
@@ -137,6 +139,7 @@ class GateDocument(_Part):
     counts: dict[Verdict, int]
     differences: tuple[GateDifference, ...]
     self_comparisons: tuple[GateSelfComparison, ...]
+    notes: tuple[str, ...] = ()
     jobs: tuple[GateJob, ...]
 
     @classmethod
@@ -149,6 +152,7 @@ class GateDocument(_Part):
             counts=result.counts,
             differences=tuple(GateDifference.model_validate(difference) for difference in result.differences),
             self_comparisons=tuple(map(GateSelfComparison.of, result.self_comparisons)),
+            notes=result.notes,
             jobs=tuple(map(GateJob.of, result.jobs)),
         )
 

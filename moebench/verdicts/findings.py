@@ -4,6 +4,8 @@ On a CPU, every byte of difference in memory counts. On a GPU, torch's caching a
 cached block that it hands out, and it may hand out blocks of other sizes in the next process. On a GPU, only a
 difference that is larger than this variation (`_GPU_SLACK`) counts as a change. The finding on parity follows from the
 status of the rows: a job with an error above its budget has the status `mismatch`.
+
+A measure that a side lacks has a finding which says so. Nothing passes because nothing was compared.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -12,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from moebench.machine.comparability import MEMORY_CHANGES, TIME_CHANGES, Difference
+from moebench.machine.comparability import MEMORY_CHANGES, TIME_CHANGES, Difference, clock_change
 from moebench.results.record import GOOD, Status
 from moebench.verdicts.times import TimeVerdict, round_medians
 from moebench.verdicts.verdict import Verdict
@@ -28,6 +31,9 @@ _MEMORY_COLUMNS = {"peak": "peak_memory_bytes", "saved for backward": "saved_mem
 _GPU_SLACK, _GPU_SLACK_BYTES = 0.01, 2 << 20
 #: Flags of a time that says nothing about the code, with the reason. Only results of schema 1 have `impossibly_fast`.
 _SPOILED = {"slowed_down": "slowed down by heat or a power brake", "impossibly_fast": "impossibly fast"}
+#: Flags that say how a backend behaves, and not under which conditions it was timed. Any other flag that only one side
+#: has forbids a comparison.
+_HARMLESS = frozenset({"synchronises", "clock_changed"})
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,15 @@ class Pair:
     """The two rows of a job that is in both results.
 
     `differences` has the facts that differ between the environments of the two rows. `forbidding` has those of
-    `differences` that forbid a comparison.
+    `differences` that forbid a comparison. `together` is true if one command measured both rows, which then have the
+    same `run_id`.
     """
 
     baseline: Row
     candidate: Row
     differences: tuple[Difference, ...] = ()
     forbidding: tuple[Difference, ...] = ()
+    together: bool = False
 
     @property
     def both_ok(self) -> bool:
@@ -63,6 +71,27 @@ class Pair:
         return "" if one == two else f"schema {one} -> {two}: moebench measures differently since; measure both again"
 
     @property
+    def same_measurement(self) -> str:
+        """Why the two rows are one measurement, so that a comparison shows nothing; empty if they are two.
+
+        Rows are one measurement if the rounds that both have by number are equal to the last sample, or if all rounds
+        of one row follow each other in the other row. The second case is a run that is also a session of the baseline.
+        """
+        if self.together:
+            return ""
+        one, two = (_samples_of_rounds(row) for row in (self.baseline, self.candidate))
+        common = one.keys() & two.keys()
+        equal = bool(common) and all(one[number] == two[number] for number in common)
+        if equal or _is_part([*two.values()], [*one.values()]) or _is_part([*one.values()], [*two.values()]):
+            return f"both sides are the same measurement (run {self.candidate['run_id']}); give results of two runs"
+        return ""
+
+    @property
+    def clock_change(self) -> str:
+        """How the GPU's clock changed, in words; empty if it did not change or is not known."""
+        return clock_change(*(clock_mhz(row) for row in (self.baseline, self.candidate)))
+
+    @property
     def why_incomparable(self) -> str:
         """Why the times of the two rows must not be compared; empty if the times may be compared."""
         one, two = (row["l2"] for row in (self.baseline, self.candidate))
@@ -73,7 +102,14 @@ class Pair:
             for flag, why in _SPOILED.items()
             if flag in row["flags"]
         ]
-        return ", ".join(filter(None, [*map(str, self.forbidding), *other_l2, *spoiled, self.other_schema]))
+        why = [*map(str, self.forbidding), *other_l2, *spoiled, *self._flags_of_one_side, self.other_schema]
+        return ", ".join(filter(None, why)) or self.same_measurement
+
+    @property
+    def _flags_of_one_side(self) -> list[str]:
+        one, two = (set(row["flags"]) - _HARMLESS - _SPOILED.keys() for row in (self.baseline, self.candidate))
+        sides = [("baseline", flag) for flag in sorted(one - two)] + [("candidate", flag) for flag in sorted(two - one)]
+        return [f"only the {side} has the flag {flag}, so the times have other conditions" for side, flag in sides]
 
 
 def job_of(row: Row) -> Job:
@@ -90,19 +126,52 @@ def is_null(cell: Any) -> bool:
     return cell is None or (pd.api.types.is_scalar(cell) and bool(pd.isna(cell)))
 
 
+def clock_mhz(row: Row) -> float | None:
+    """Return the clock of the GPU in a row; None if it is not known."""
+    return None if is_null(row["sm_clock_mhz"]) else float(row["sm_clock_mhz"])
+
+
 def rounds_of(row: Row) -> dict[int, float]:
     """Return the median time of each round of a row in ms, by the round's number; empty for a row without samples.
 
     If the row has no `sample_rounds`, all samples belong to round 0. A sample that is marked in `sample_marked` ran at
     an unusual GPU clock. Marked samples count only in a round in which all samples are marked.
     """
-    samples, rounds, marked = row["samples_ms"], row["sample_rounds"], row["sample_marked"]
-    if is_null(samples) or not len(samples):
+    samples, marked, numbers = row["samples_ms"], row["sample_marked"], _round_of_each_sample(row)
+    if not len(numbers):
         return {}
-    numbers = np.zeros(len(samples)) if is_null(rounds) else np.asarray(rounds)
     usual = np.ones(len(samples), bool) if is_null(marked) else ~np.asarray(marked, bool)
     kept = usual | ~np.isin(numbers, numbers[usual])
     return round_medians(np.asarray(samples)[kept], numbers[kept])
+
+
+def sessions_of(row: Row) -> dict[int, int]:
+    """Return the session of each round of a row. All rounds are of session 0 if the row does not have their sessions.
+
+    A session is one run. A row of several sessions is made by `moebench merge --sessions` and by `moebench baseline`.
+    """
+    numbers, sessions = _round_of_each_sample(row), row["sample_sessions"]
+    known = np.zeros(len(numbers)) if is_null(sessions) else sessions
+    return {int(number): int(session) for number, session in zip(numbers, known, strict=True)}
+
+
+def _round_of_each_sample(row: Row) -> NDArray[Any]:
+    samples, rounds = row["samples_ms"], row["sample_rounds"]
+    if is_null(samples):
+        return np.zeros(0)
+    return np.zeros(len(samples)) if is_null(rounds) else np.asarray(rounds)
+
+
+def _samples_of_rounds(row: Row) -> dict[int, tuple[float, ...]]:
+    """Return all samples of each round of a row, by the round's number."""
+    numbers, samples = _round_of_each_sample(row), row["samples_ms"]
+    return {int(some): tuple(np.asarray(samples)[numbers == some].tolist()) for some in np.unique(numbers)}
+
+
+def _is_part(some: Sequence[Any], all_: Sequence[Any]) -> bool:
+    """Return whether the members of `some` follow each other in `all_`."""
+    starts = range(len(all_) - len(some) + 1) if some else ()
+    return any(all_[start : start + len(some)] == some for start in starts)
 
 
 def of_baseline_alone() -> tuple[Finding, ...]:
@@ -116,16 +185,20 @@ def of_candidate_alone(row: Row) -> tuple[Finding, ...]:
 
 
 def of_pair(pair: Pair, time: TimeVerdict | None) -> tuple[Finding, ...]:
-    """Return the findings on time, memory and parity of one job, or only on parity if one of its rows is not ok.
+    """Return the findings on time, memory and parity of one job.
 
-    `time` is None if the times of the two rows must not be compared.
+    If only the candidate is ok, the finding on time says that there is nothing to compare with. If the candidate is not
+    ok, the finding on parity says why. `time` is None if the times of the two rows must not be compared.
     """
-    if not pair.both_ok:
+    if not is_ok(pair.candidate):
         return (_parity(pair),)
+    if not is_ok(pair.baseline):
+        alone = f"the baseline has no time and no memory ({pair.baseline['status']}), so there was nothing to compare"
+        return Finding("time", Verdict.UNMEASURED, alone), _parity(pair)
     speed = Finding("time", Verdict.INCOMPARABLE, pair.why_incomparable)
     if time is not None:
-        speed = Finding("time", time.verdict, time.reason)
-    return (speed, *_memory(pair), _parity(pair))
+        speed = Finding("time", time.verdict, "; ".join(filter(None, (time.reason, pair.clock_change))))
+    return speed, _memory(pair), _parity(pair)
 
 
 def _parity(pair: Pair) -> Finding:
@@ -141,7 +214,8 @@ def _parity(pair: Pair) -> Finding:
     if before is Status.ok:
         verdict = Verdict.INCOMPARABLE if pair.forbidding else Verdict.REGRESSED
         return Finding("parity", verdict, "; ".join(filter(None, (f"was ok, is {said}", _texts(pair.forbidding)))))
-    return Finding("parity", Verdict.PASS, f"{said} (was {before})" if after != before else said)
+    was = f" (was {before})" if after != before else ""
+    return Finding("parity", Verdict.UNMEASURED, f"neither side ran, so there was nothing to compare: {said}{was}")
 
 
 def _said(row: Row) -> str:
@@ -154,19 +228,20 @@ def _texts(some: Iterable[Difference]) -> str:
     return ", ".join(map(str, some))
 
 
-def _memory(pair: Pair) -> Sequence[Finding]:
+def _memory(pair: Pair) -> Finding:
     one, two = pair.baseline, pair.candidate
-    bytes_of = {
-        name: (int(one[column]), int(two[column]))
-        for name, column in _MEMORY_COLUMNS.items()
-        if not is_null(one[column]) and not is_null(two[column])
-    }
+    cells = {name: (one[column], two[column]) for name, column in _MEMORY_COLUMNS.items()}
+    lost = [name for name, (before, after) in cells.items() if not is_null(before) and is_null(after)]
+    if lost:
+        return Finding("memory", Verdict.INCONCLUSIVE, f"only the baseline has a figure of memory: {', '.join(lost)}")
+    bytes_of = {name: (int(before), int(after)) for name, (before, after) in cells.items() if not is_null(before)}
     if not bytes_of:
-        return []
+        return Finding("memory", Verdict.UNMEASURED, "the baseline has no figure of memory, so nothing was compared")
     others = (some for some in pair.differences if some.what not in TIME_CHANGES)
     forbidding = [some for some in others if some in pair.forbidding or some.what in MEMORY_CHANGES]
-    if forbidding or pair.other_schema:
-        return [Finding("memory", Verdict.INCOMPARABLE, _texts(forbidding) or pair.other_schema)]
+    why = _texts(forbidding) or pair.other_schema
+    if why:
+        return Finding("memory", Verdict.INCOMPARABLE, why)
     on_gpu = not is_null(one["gpu"])
     changed = {name: sizes for name, sizes in bytes_of.items() if _differ(*sizes, on_gpu)}
     reason = ", ".join(f"{name} {before:,} -> {after:,} bytes" for name, (before, after) in changed.items())
@@ -174,7 +249,7 @@ def _memory(pair: Pair) -> Sequence[Finding]:
     if any(after > before for before, after in changed.values()):
         verdict = Verdict.REGRESSED
     same = "the same within the allocator's usual variation" if on_gpu else "the same to the byte"
-    return [Finding("memory", verdict, reason or same)]
+    return Finding("memory", verdict, reason or same)
 
 
 def _differ(before: int, after: int, on_gpu: bool) -> bool:

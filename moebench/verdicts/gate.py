@@ -4,7 +4,7 @@ moebench.verdicts.times gives the verdicts on the times of all jobs together. mo
 verdicts on the memory and the parity of each job. docs/gating.md is the user's reference.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from moebench.results.labels import backend_labels, describe, machine
 from moebench.results.stats import THRESHOLD
 from moebench.verdicts import findings, times
 from moebench.verdicts.comparability import Comparability
-from moebench.verdicts.findings import Finding, Pair, Row, is_null, rounds_of
+from moebench.verdicts.findings import Finding, Pair, Row, clock_mhz, is_null, rounds_of, sessions_of
 from moebench.verdicts.times import Sides, TimeVerdict
 from moebench.verdicts.verdict import Severity, Verdict
 from moebench.workload.case import KEY, JobKey, key_of
@@ -82,6 +82,12 @@ class GateResult:
     self_comparisons: tuple[SelfComparison, ...] = ()
     differences: tuple[Difference, ...] = ()  # between the environments, including the allowed ones
     title: str = ""  # the settings that all cases share, and where and when the two results were measured
+    notes: tuple[str, ...] = ()  # what the verdicts do not cover
+
+    @property
+    def compared_nothing(self) -> bool:
+        """Whether no job has times that were compared. Such a gate says nothing about the candidate's speed."""
+        return not any(job.time is not None for job in self.jobs)
 
     @property
     def counts(self) -> dict[Verdict, int]:
@@ -91,11 +97,11 @@ class GateResult:
 
     @property
     def exit_code(self) -> int:
-        """1 if a verdict is REGRESSED or MISSING, else 3 if a verdict is undecided, else 0."""
+        """1 if a verdict is REGRESSED or MISSING, else 3 if a verdict is undecided or nothing was compared, else 0."""
         severities = {verdict.severity for verdict in self.counts}
         if Severity.FAILED in severities:
             return EXIT_FAILED
-        return EXIT_UNDECIDED if Severity.UNDECIDED in severities else EXIT_OK
+        return EXIT_UNDECIDED if Severity.UNDECIDED in severities or self.compared_nothing else EXIT_OK
 
 
 def gate(
@@ -117,7 +123,7 @@ def gate(
     and returns the round's block. Raises ResultsError if the results have no job in common.
     """
     before, after = _by_key(baseline), _by_key(candidate)
-    pairs = _pairs(before, after, comparability)
+    pairs = _pairs(before, after, comparability, together=block_of is not None)
     judged_times = times.judge_times(_family(pairs, block_of), threshold, false_alarms, wrong_passes)
     found = {key: findings.of_baseline_alone() for key in before}
     found |= {key: findings.of_candidate_alone(row) for key, row in after.items()}
@@ -138,6 +144,7 @@ def gate(
         tuple(self_comparisons),
         tuple(dict.fromkeys(difference for pair in pairs.values() for difference in pair.differences)),
         _title(baseline, candidate),
+        tuple(_notes(judged_times.values())),
     )
 
 
@@ -145,10 +152,21 @@ def _by_key(frame: pd.DataFrame) -> dict[JobKey, Row]:
     return {key_of(row): row for row in frame.to_dict("records")}
 
 
+def _notes(judged: Collection[TimeVerdict]) -> Iterator[str]:
+    """Yield what the verdicts do not cover."""
+    if not judged:
+        yield "nothing was compared: no job has times of both sides that may be compared"
+    if any(time.sessions == (1, 1) for time in judged):
+        yield (
+            "both sides have one session: shifts of the machine between two sessions are not covered; they are with "
+            "a baseline of several sessions (`moebench baseline update DIR DIR …`) or with `moebench ab`"
+        )
+
+
 def _pairs(
-    before: Mapping[JobKey, Row], after: Mapping[JobKey, Row], comparability: Comparability
+    before: Mapping[JobKey, Row], after: Mapping[JobKey, Row], comparability: Comparability, *, together: bool
 ) -> dict[JobKey, Pair]:
-    pairs = {key: _pair(before[key], after[key], comparability) for key in before if key in after}
+    pairs = {key: _pair(before[key], after[key], comparability, together) for key in before if key in after}
     if not pairs:
         raise ResultsError(
             f"no job in common: {len(before)} jobs in the baseline, {len(after)} in the candidate, but none with the "
@@ -161,26 +179,42 @@ def _family(pairs: Mapping[JobKey, Pair], block_of: Callable[[int], int] | None)
     """Return the round medians of both sides, for each job with times that may be compared."""
     return {
         key: sides(rounds_of(pair.baseline), rounds_of(pair.candidate), block_of)
+        if block_of is not None
+        else _apart(pair)
         for key, pair in pairs.items()
         if pair.both_ok and not pair.why_incomparable
     }
 
 
-def sides(
-    baseline: Mapping[int, float], candidate: Mapping[int, float], block_of: Callable[[int], int] | None = None
-) -> Sides:
-    """Return the sides of one job. `baseline` and `candidate` have the median of each round by the round's number."""
-    blocks = None
-    if block_of is not None:
-        blocks = tuple(map(block_of, baseline)), tuple(map(block_of, candidate))
+def sides(baseline: Mapping[int, float], candidate: Mapping[int, float], block_of: Callable[[int], int]) -> Sides:
+    """Return the sides of one job that were measured together. They have the median of each round by its number."""
+    blocks = tuple(map(block_of, baseline)), tuple(map(block_of, candidate))
     return Sides(tuple(baseline.values()), tuple(candidate.values()), blocks)
 
 
-def _pair(baseline: Row, candidate: Row, comparability: Comparability) -> Pair:
+def _apart(pair: Pair) -> Sides:
+    """Return the sides of one job that were measured apart, with the session of each round."""
+    one, two = (rounds_of(row) for row in (pair.baseline, pair.candidate))
+    of_one, of_two = (sessions_of(row) for row in (pair.baseline, pair.candidate))
+    sessions = tuple(of_one[number] for number in one), tuple(of_two[number] for number in two)
+    return Sides(tuple(one.values()), tuple(two.values()), sessions=sessions)
+
+
+def _pair(baseline: Row, candidate: Row, comparability: Comparability, together: bool) -> Pair:
     differences = comparability.between(baseline["env_id"], candidate["env_id"])
-    clocks = (None if is_null(row["sm_clock_mhz"]) else float(row["sm_clock_mhz"]) for row in (baseline, candidate))
-    differences += clock_difference(*clocks)
-    return Pair(baseline, candidate, differences, comparability.forbidding(differences))
+    differences += _differences_of_rows(baseline, candidate, {some.what for some in differences})
+    differences += clock_difference(clock_mhz(baseline), clock_mhz(candidate))
+    return Pair(baseline, candidate, differences, comparability.forbidding(differences), together)
+
+
+def _differences_of_rows(baseline: Row, candidate: Row, known: Collection[str]) -> tuple[Difference, ...]:
+    """Return the device and the GPU if the rows name others. Environments may be missing, or be those of other rows."""
+    cells = {what: (baseline[what], candidate[what]) for what in ("device", "gpu") if what not in known}
+    return tuple(
+        Difference(what, *(str(some) for some in both))
+        for what, both in cells.items()
+        if not any(map(is_null, both)) and both[0] != both[1]
+    )
 
 
 def _names(*frames: pd.DataFrame) -> dict[JobKey, tuple[str, str]]:

@@ -58,7 +58,7 @@ class Noise:
 
     def sides(self, random: np.random.Generator, rounds: tuple[int, int], session: float) -> Sides:
         one, two = (np.exp(self.draw(random, size) + random.normal(0, session)) for size in rounds)
-        return Sides(tuple(one.tolist()), tuple(two.tolist()))
+        return Sides(tuple(one.tolist()), tuple(two.tolist()), sessions=((0,) * rounds[0], (0,) * rounds[1]))
 
     def draw(self, random: np.random.Generator, num_rounds: int) -> _FloatArray:
         """Return the logarithms of the medians of `num_rounds` random rounds. The logarithms vary around 0."""

@@ -71,8 +71,8 @@ def _git(asked: str, *arguments: str) -> bytes:
 _PROBE = """
 import json, sys
 import moebench.measure.worker
-from experts.errors import RegistryError
-from experts.registry import check_name
+from experts import RegistryError
+from moebench.workload.driven import check_name
 
 def wrong(name):
     try:

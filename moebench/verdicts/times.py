@@ -16,6 +16,12 @@ the probability of one or more IMPROVED. These limits hold for noise of any shap
 exchangeable. If the rounds were measured together in blocks, it is enough that the rounds of one block are
 exchangeable.
 
+Rounds of two stored results are exchangeable only if neither the order of the rounds nor the session matters. `Sides`
+with `sessions` say where each round comes from, and moebench.verdicts.dependence then makes p-values larger and
+intervals wider: by the dependence of neighbouring rounds that their order does not exclude, or by how much sessions
+differ. A comparison that is more careful keeps the limits above. For rounds that depend on one another, the limits are
+simulated (moebench.verdicts.shapes).
+
 A change is *excluded* if it lies outside the case's interval (`low` to `high` of `TimeVerdict`). A case that is slower
 by the threshold passes with a probability of at most `WRONG_PASSES`.
 
@@ -34,10 +40,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moebench.results.stats import THRESHOLD
-from moebench.verdicts.ranksum import Shifts, group_size_needed
+from moebench.verdicts.dependence import Evidence, MostCareful, Neighbours, between_sessions, widened
+from moebench.verdicts.ranksum import Floats, Shifts, group_size_needed
 from moebench.verdicts.verdict import Verdict
 
 Key = TypeVar("Key", bound=Hashable)
+
+_MEASURE_MORE = "measure more, or both revisions together with `moebench ab`"
+_LARGEST = 700.0  # e to a larger power may be too large for a float
 
 #: A gate may raise false alarms with a probability of 1%. The exact tests get half of it. The other half allows for
 #: rounds that are not quite exchangeable.
@@ -55,11 +65,15 @@ class Sides:
 
     `blocks` is None unless rounds of both sides were measured together, block by block. Then it has the block of each
     baseline round and the block of each candidate round, and only rounds of the same block are compared.
+
+    `sessions` has the session of each baseline round and of each candidate round, and the rounds are then in the order
+    of measurement. It is None if the rounds are exchangeable, or exchangeable within their blocks.
     """
 
     baseline_ms: tuple[float, ...]
     candidate_ms: tuple[float, ...]
     blocks: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    sessions: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
     def shifts(self) -> Shifts:
@@ -74,6 +88,17 @@ class Sides:
     def rounds(self) -> tuple[int, int]:
         return len(self.baseline_ms), len(self.candidate_ms)
 
+    @property
+    def by_session(self) -> tuple[dict[int, Floats], dict[int, Floats]]:
+        """The logarithms of the rounds of each session of the baseline and of the candidate, in order."""
+        assert self.sessions is not None, "only sides with sessions have rounds by session"
+        logs = np.log(self.baseline_ms), np.log(self.candidate_ms)
+        one, two = (
+            {number: some[np.asarray(numbers) == number] for number in dict.fromkeys(numbers)}
+            for some, numbers in zip(logs, self.sessions, strict=True)
+        )
+        return one, two
+
 
 @dataclass(frozen=True)
 class TimeVerdict:
@@ -86,6 +111,9 @@ class TimeVerdict:
     `smallest_effect`: the smallest slowdown, as a share (0.03 is 3%), that this comparison would have shown with a
     probability of 95% or more, given the noise in its rounds; inf if it could not have shown any slowdown.
     `rounds`: the numbers of rounds of the baseline and of the candidate.
+    `sessions`: the numbers of sessions of the baseline and of the candidate; None if sessions do not matter.
+    `correlation`: the largest correlation of neighbouring rounds that their order does not exclude. It is None if the
+    comparison does not depend on it: if both sides were measured together, or if one has several sessions.
     """
 
     verdict: Verdict
@@ -97,6 +125,8 @@ class TimeVerdict:
     p_faster: float
     smallest_effect: float
     rounds: tuple[int, int]
+    sessions: tuple[int, int] | None = None
+    correlation: float | None = None
 
 
 def round_medians(samples_ms: ArrayLike, sample_rounds: ArrayLike) -> dict[int, float]:
@@ -150,11 +180,23 @@ class _Comparison:
     def __init__(self, sides: Sides) -> None:
         self._sides = sides
         self._shifts = shifts = sides.shifts
-        self.p_slower, self.p_faster = shifts.p_greater, shifts.p_less
+        self._sessions: tuple[int, int] | None = None
+        self._neighbours: Neighbours | None = None
+        self._evidence: Evidence = shifts
+        if sides.sessions is not None:
+            one, two = sides.by_session
+            self._sessions = len(one), len(two)
+            if sum(self._sessions) > 2:
+                careful = between_sessions(one, two)
+            else:
+                self._neighbours = Neighbours.of([*one.values(), *two.values()])
+                careful = widened(shifts, self._neighbours, sum(sides.rounds))
+            self._evidence = MostCareful((shifts, careful))
+        self.p_slower, self.p_faster = self._evidence.p_greater, self._evidence.p_less
 
     def verdict(self, slower: bool, faster: bool, threshold: float, level: float, wrong_passes: float) -> TimeVerdict:
-        low, high = self._shifts.lower_limit(wrong_passes), self._shifts.upper_limit(wrong_passes)
-        floor, smallest = math.log1p(threshold), self._smallest_shift(level)
+        low, high = self._evidence.lower_limit(wrong_passes), self._evidence.upper_limit(wrong_passes)
+        floor, smallest = math.log1p(threshold), self._evidence.smallest_shift(level)
         if slower and high >= floor:
             verdict, reason = Verdict.REGRESSED, "slower"
         elif faster:
@@ -166,31 +208,38 @@ class _Comparison:
         else:
             verdict, reason = Verdict.INCONCLUSIVE, self._why_inconclusive(smallest, threshold, level)
         return TimeVerdict(
-            verdict, reason, math.exp(self._shifts.center), math.exp(low), math.exp(high), self.p_slower, self.p_faster,
-            math.expm1(smallest), self._sides.rounds,
+            verdict, reason, _exp(self._shifts.center), _exp(low), _exp(high), self.p_slower, self.p_faster,
+            _exp(smallest) - 1, self._sides.rounds, self._sessions, self._neighbours and self._neighbours.limit,
         )  # fmt: skip
-
-    def _smallest_shift(self, level: float) -> float:
-        """Return the smallest slowdown, as a difference of logarithms, that is shown even if chance is against it.
-
-        The sum has two distances. A slowdown is shown if the estimate is larger than the distance between the estimate
-        and the lower limit at the family's `level`. By chance, an estimate may lie below the true shift. In 99 of 100
-        comparisons, it lies below by less than the distance between the estimate and the lower limit at 1%. A shift by
-        the sum of both distances is shown in the promised 95 of 100 comparisons, even if the rounds happen to show less
-        noise than there is.
-        """
-        return sum(self._shifts.center - self._shifts.lower_limit(some) for some in (level, WRONG_PASSES))
 
     def _why_inconclusive(self, smallest: float, threshold: float, level: float) -> str:
         one, two = self._sides.rounds
         rounds = f"{one} and {two} rounds"
-        if math.isinf(smallest):
+        independent = self._shifts.smallest_shift(level)
+        if math.isinf(independent):
             needed = group_size_needed(level)
             remedy = "more" if self._sides.blocks else f"{needed} on each side: --rounds {needed}"
             return f"{rounds} are too few to show a change among so many cases; measure {remedy}"
+        if math.isinf(smallest) or smallest > math.log1p(threshold) >= independent:
+            return f"{self._why_wider()} to see a slowdown of {threshold:.1%} with {rounds}; {_MEASURE_MORE}"
         if smallest > math.log1p(threshold):
             return f"too noisy to see a slowdown of {threshold:.1%} with {rounds}; measure more"
         return f"a slowdown of {threshold:.1%} is neither shown nor excluded with {rounds}; measure more"
+
+    def _why_wider(self) -> str:
+        if self._sessions is not None and self._neighbours is None:
+            return f"{self._sessions[0]} and {self._sessions[1]} sessions are too few or differ too much"
+        assert self._neighbours is not None, "only dependence and sessions make an interval wider"
+        if math.isinf(self._evidence.smallest_shift(WRONG_PASSES)):
+            return (
+                "neighbouring rounds are too much alike, or too few, to tell how far they depend on one another, and so"
+            )
+        return f"rounds may depend on one another (neighbours correlate by up to {self._neighbours.limit:.2f}) too much"
+
+
+def _exp(value: float) -> float:
+    """Return e to the power of `value`; inf if that is too large for a float."""
+    return math.exp(value) if value < _LARGEST else math.inf
 
 
 def _one_process(sides: Sides) -> TimeVerdict:

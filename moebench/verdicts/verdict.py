@@ -29,6 +29,7 @@ class Verdict(StrEnum):
     INCOMPARABLE = "INCOMPARABLE", Severity.UNDECIDED
     INCONCLUSIVE = "INCONCLUSIVE", Severity.UNDECIDED
     NEW = "NEW", Severity.NOTED
+    UNMEASURED = "UNMEASURED", Severity.NOTED
     IMPROVED = "IMPROVED", Severity.BETTER
     PASS = "PASS", Severity.PASSED
 

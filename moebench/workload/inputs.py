@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from experts import MoEConfig
-from experts.modules import parameter_shapes
 from moebench.errors import InputsError
 from moebench.workload.case import Case
+from moebench.workload.driven import parameter_shapes
 
 BIAS_STD = 0.5
 DEFAULT_ZIPF_EXPONENT = 1.0

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from experts.dispatch.collectives import all_gather_rows
+from moebench.workload.collectives import all_gather_rows
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -113,7 +113,7 @@ def join(device: torch.device, timeout_s: float) -> Ranks:
 def leave(ranks: Ranks) -> None:
     """Free the buffers and the process group that the ranks share."""
     if ranks.mesh is not None:
-        from experts.dispatch.deepep import destroy_buffers
+        from moebench.workload.driven import destroy_buffers
 
         destroy_buffers()
         dist.destroy_process_group()

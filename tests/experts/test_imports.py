@@ -189,6 +189,7 @@ def test_modules_are_attributes_of_the_package_and_wrong_names_are_refused() -> 
 
 def test_the_public_names_are_documented() -> None:
     assert experts.__all__ == [
+        "Backend",
         "BackendConfig",
         "ConfigError",
         "ExpertsError",
@@ -199,13 +200,20 @@ def test_the_public_names_are_documented() -> None:
         "MoEConfig",
         "RegistryError",
         "Unsupported",
+        "backend_names",
+        "catalog",
+        "check_name",
+        "destroy_buffers",
+        "get_backend",
         "get_expert_activation_for_deepep",
         "is_gated_activation",
+        "parameter_shapes",
         "quick_geglu_deepep",
         "relu2_deepep",
     ]
     assert all(getattr(experts, name).__doc__ for name in experts.__all__)
-    assert all(getattr(experts, name).__module__.startswith("experts.") for name in experts.__all__)
+    assert all(getattr(experts, name).__module__.startswith("experts.") for name in experts._HOMES)
+    assert {*experts._HOMES, *experts._MODULES} == set(experts.__all__)
 
 
 def test_every_error_is_an_experts_error() -> None:

@@ -80,10 +80,14 @@ def one_of_each() -> GateResult:
     """
     slow = steady(time_ms=1.0512)
     before = [ok(JOBS[name], steady()) for name in ("same", "slow", "gone", "crash")]
-    after = [ok(JOBS["same"], steady()), ok(JOBS["slow"], slow, peak_memory_bytes=125_000_000), ok(JOBS["new"], slow)]
+    after = [
+        ok(JOBS["same"], steady(seed=1)),
+        ok(JOBS["slow"], slow, peak_memory_bytes=125_000_000),
+        ok(JOBS["new"], slow),
+    ]
     return gated(
         [*before, ok(JOBS["one"], [1.0])],
-        [*after, ok(JOBS["one"], [1.0]), bad(JOBS["crash"], Status.crash, NASTY)],
+        [*after, ok(JOBS["one"], [1.01]), bad(JOBS["crash"], Status.crash, NASTY)],
     )
 
 

@@ -19,7 +19,6 @@ import typer
 
 from experts import MoEConfig
 from experts.dispatch import Dispatched, Dispatcher
-from experts.dispatch.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 from experts.dispatchers import dispatcher_names, dispatcher_unsupported, make_dispatcher
 from moebench.machine import environment
 from moebench.measure import timing
@@ -28,6 +27,7 @@ from moebench.measure.timing import TimingPolicy
 from moebench.measure.worker import pick_device
 from moebench.workload.backends import collective_of
 from moebench.workload.case import Case
+from moebench.workload.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 from moebench.workload.inputs import Inputs, make_inputs, moe_config
 from moebench.workload.models import MODELS
 from moebench.workload.ranks import Ranks, join, leave

@@ -39,8 +39,8 @@ def _header(backend: str, play: Play) -> list[str]:
         found = ["import copy; import torch; import torch.utils.checkpoint; from experts import MoEConfig"]
         return [*found, f"from {module} import {attribute} as Layer", *device]
     return [
-        "import copy; import torch; import torch.utils.checkpoint; from experts import MoEConfig, registry",
-        f"Layer = registry.get_backend({backend!r}).build",
+        "import copy; import torch; import torch.utils.checkpoint; from experts import MoEConfig, get_backend",
+        f"Layer = get_backend({backend!r}).build",
         *device,
     ]
 

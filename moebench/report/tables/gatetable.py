@@ -55,6 +55,8 @@ class GateTable:
             yield Text(f"environments differ: {difference}")
         for comparison in self.result.self_comparisons:
             yield Text(str(comparison), style="dim")
+        for note in self.result.notes:
+            yield Text(note, style="yellow")
         yield Text(f"gate: {total(self.result)}", style="bold")
 
 

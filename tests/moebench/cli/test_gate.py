@@ -1,6 +1,7 @@
 """moebench gate as a user types it: exit codes, files, and one line for a mistake."""
 
 import json
+import shutil
 from xml.etree import ElementTree as xml
 
 import pytest
@@ -16,6 +17,14 @@ def test_exit_codes(moebench, folders, candidate, code):
     found = moebench("gate", folders / "same", folders / candidate)
     assert (found.code, found.err) == (code, "")
     assert found.out.splitlines()[-1].startswith("gate: 1 ")
+
+
+def test_the_same_folder_or_a_copy_on_both_sides_is_not_green(moebench, folders):
+    shutil.copytree(folders / "same", folders / "copy")
+    for candidate in ("same", "copy"):
+        found = moebench("gate", "same", candidate)
+        assert (found.code, found.out.splitlines()[-1]) == (3, "gate: 1 INCOMPARABLE")
+        assert "both sides are the same measurement" in " ".join(found.out.split())
 
 
 def test_the_threshold_is_a_share(moebench, folders):
@@ -73,7 +82,7 @@ def test_github_gets_annotations_and_a_summary(moebench, folders, monkeypatch):
 
 
 def test_outside_github_the_summary_that_is_not_written_is_said(moebench, folders):
-    found = moebench("gate", "same", "same", "--github")
+    found = moebench("gate", "same", "again", "--github")
     assert found.code == 0
     assert "GITHUB_STEP_SUMMARY" in found.err
 

@@ -46,6 +46,36 @@ def test_the_newest_is_of_the_run_that_began_last_whatever_the_order():
     assert list(same["time_ms"]) == [2.0], "of equal ones the last given"
 
 
+def test_an_id_stands_for_one_environment():
+    one, two = result(row(ONE)), result(row(TWO), environment=changed(gpu={"name": "NVIDIA B200"}))
+    with pytest.raises(ResultsError, match=r"different environments \(gpu NVIDIA H200"):
+        merged([one, two], "ab", newest=False)
+
+
+def test_sessions_keep_the_rounds_of_all(tmp_path):
+    for day, time_ms in ((1, 1.0), (2, 3.0)):
+        rows = [ok(ONE, [time_ms, time_ms + 1], run_id=f"2026110{day}-000000-a", env_id=H200.env_id, job_s=2.0)]
+        save(result(*rows, *([row(TWO)] if day == 1 else [])), tmp_path / f"{day}")
+    merge([tmp_path / "1", tmp_path / "2"], tmp_path / "out", sessions=True)
+    both, alone = load(tmp_path / "out").to_dict("records")
+    assert (both["num_rounds"], both["time_ms"], both["job_s"]) == (2, 2.5, 4.0)
+    assert list(both["sample_rounds"]) == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert list(both["sample_sessions"]) == [0] * 6 + [1] * 6
+    assert both["run_id"] == "20261101-000000-a | 20261102-000000-a"
+    assert (alone["num_tokens"], alone["sample_sessions"]) == (2, None)
+    with pytest.raises(ResultsError, match="20261101-000000-a is given twice"):
+        merge([tmp_path / "out", tmp_path / "1"], tmp_path / "twice", sessions=True)
+
+
+def test_sessions_of_two_environments_are_refused(tmp_path):
+    save(result(row(ONE)), tmp_path / "a")
+    save(result(row(ONE, run_id="20261102-000000-a", env_id="other"), environment=OTHER), tmp_path / "b")
+    with pytest.raises(ResultsError, match="several values of env_id") as refused:
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out", sessions=True)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_opens_again(tmp_path):
     for name, job, environment in (("a", ONE, H200), ("b", TWO, OTHER)):
         save(result(row(job, env_id=environment.env_id), environment=environment), tmp_path / name)

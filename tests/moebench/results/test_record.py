@@ -21,7 +21,7 @@ CASE = Case(
     expert_bias=True,
     masked_share=0.25,
 )
-LISTS = {"samples_ms": (1.0,), "sample_rounds": (0,), "sample_marked": (False,)}
+LISTS = {"samples_ms": (1.0,), "sample_rounds": (0,), "sample_sessions": (0,), "sample_marked": (False,)}
 SPEED = {name: LISTS.get(name, 1.0) for name in SPEED_FIELDS}
 
 

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import t
 
 from moebench.results.record import SPEED_FIELDS, Record, Status, record
-from moebench.results.rounds import merged_rounds
+from moebench.results.rounds import OTHER_ENVIRONMENT, merged_rounds
 from moebench.workload.case import Case, Job
 
 SHAPE = {"n_routed_experts": 4, "n_activated_experts": 2, "moe_inter_dim": 8}
@@ -134,3 +134,14 @@ def test_what_is_so_in_every_round_needs_no_round():
         [row(0, Status.unsupported, detail="needs a GPU"), row(1, Status.unsupported, detail="needs a GPU")]
     )
     assert one.detail == "needs a GPU"
+
+
+def test_rounds_of_two_environments_make_no_common_time():
+    """A run that was resumed by force has the rounds of its last environment. The env_id is that of a file."""
+    rows = [row(number, time_ms=time_ms) for number, time_ms in enumerate([2.0, 2.2, 8.0, 8.2])]
+    rows = [some.model_copy(update={"env_id": "f" if some.round > 1 else "e"}) for some in rows]
+    one = merged_rounds(rows)
+    assert (one.env_id, one.num_rounds, one.time_ms) == ("f", 2, pytest.approx(8.1))
+    assert one.flags == (OTHER_ENVIRONMENT,)
+    failed = merged_rounds([row(0, Status.crash), rows[-1]])
+    assert (failed.status, failed.env_id, failed.flags) == (Status.crash, "e", ())

@@ -6,6 +6,7 @@ from moebench.errors import ResultsError
 from moebench.results.folder import Result
 from moebench.results.merge import save
 from moebench.verdicts.baseline import matching, name_of, named, stored, update
+from moebench.verdicts.findings import sessions_of
 from tests.moebench.gated import H200, changed, frame, job_of, ok, steady
 
 ONE, TWO = job_of(1), job_of(2)
@@ -40,6 +41,33 @@ def test_an_update_replaces_the_jobs_it_has_and_keeps_the_others(tmp_path):
     times = dict(zip(there.result.frame["num_tokens"], there.result.frame["time_ms"], strict=True))
     assert times == {1: pytest.approx(2.0), 2: pytest.approx(1.0)}
     assert there.rounds == (8, 20)
+
+
+def test_an_update_with_an_older_run_replaces_too_and_says_what(tmp_path):
+    """The user named the run, so the baseline takes it."""
+    root = tmp_path / "baselines"
+    update(folder(tmp_path / "new", row(ONE, steady(), day=9), row(TWO, steady(), day=9)), root)
+    changed_one = update(folder(tmp_path / "old", row(ONE, steady(20, 2.0), day=2)), root)
+    assert changed_one.replaced == ("1 jobs of run 20261109-000000-a by run 20261102-000000-a",)
+    (there,) = stored(root)
+    times = dict(zip(there.result.frame["num_tokens"], there.result.frame["time_ms"], strict=True))
+    assert times == {1: pytest.approx(2.0), 2: pytest.approx(1.0)}
+
+
+def test_several_runs_are_sessions_and_more_can_be_added(tmp_path):
+    root = tmp_path / "baselines"
+    days = [folder(tmp_path / f"{day}", row(ONE, steady(5, 1 + day / 100), day=day)) for day in (1, 2, 3)]
+    update(days[:2], root)
+    found = update([days[2]], root, add=True)
+    (there,) = stored(root)
+    assert (found.replaced, there.rounds, there.as_dict()["sessions"]) == ((), (15, 15), 3)
+    assert there.as_dict()["runs"] == "20261101-000000-a, 20261102-000000-a, 20261103-000000-a"
+    (stored_row,) = there.result.frame.to_dict("records")
+    assert stored_row["time_ms"] == pytest.approx(1.02, rel=1e-3)
+    assert list(sessions_of(stored_row).values()) == [0] * 5 + [1] * 5 + [2] * 5
+    with pytest.raises(ResultsError, match="20261103-000000-a is given twice"):
+        update([days[2]], root, add=True)
+    assert update(days[0], root).rounds == (5, 5), "without `add` the run replaces all sessions"
 
 
 def test_machines_have_baselines_of_their_own(tmp_path):

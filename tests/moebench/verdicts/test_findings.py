@@ -54,8 +54,16 @@ def test_on_a_gpu_what_the_allocator_varies_is_no_change():
 
 def test_what_was_not_measured_is_not_judged():
     assert memory((100, None), (100, None)).verdict is Verdict.PASS
-    unknown = of_pair(pair(*(ok(JOB, steady(), peak_memory_bytes=None, saved_memory_bytes=None) for _ in "ab")), None)
-    assert [finding.measure for finding in unknown] == ["time", "parity"]
+    nothing = memory((None, None), (None, None))
+    assert (nothing.verdict, "nothing was compared" in nothing.reason) == (Verdict.UNMEASURED, True)
+    assert memory((None, None), (100, 50)).verdict is Verdict.UNMEASURED
+
+
+@pytest.mark.parametrize("after", [(None, 50), (100, None), (None, None)])
+def test_figures_that_only_the_baseline_has_never_pass(after):
+    finding = memory((100, 50), after)
+    assert finding.verdict is Verdict.INCONCLUSIVE
+    assert finding.reason.startswith("only the baseline has a figure of memory: ")
 
 
 def test_memory_needs_the_same_torch_and_gpu_even_where_times_may_be_compared():
@@ -81,27 +89,62 @@ def test_what_no_longer_runs_is_a_regression_on_the_same_machine(status):
     before, after = ok(JOB, steady()), bad(JOB, status)
     assert found(before, after, "parity").verdict is Verdict.REGRESSED
     assert found(before, after, "parity", differences=(TORCH,), forbidding=(TORCH,)).verdict is Verdict.INCOMPARABLE
-    assert found(after, after, "parity").verdict is Verdict.PASS
     assert found(after, before, "parity").verdict is Verdict.IMPROVED
 
 
-def test_without_two_speeds_there_is_parity_alone():
-    for one, two in ((ok(JOB, steady()), bad(JOB, Status.oom)), (bad(JOB, Status.oom), ok(JOB, steady()))):
-        assert [finding.measure for finding in of_pair(pair(one, two), None)] == ["parity"]
+@pytest.mark.parametrize("status", [Status.oom, Status.unsupported])
+def test_what_ran_on_neither_side_is_not_a_pass(status):
+    finding = found(bad(JOB, status), bad(JOB, status), "parity")
+    assert (finding.verdict, finding.reason) == (
+        Verdict.UNMEASURED, f"neither side ran, so there was nothing to compare: {status}: why"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [Status.crash, Status.oom, Status.mismatch])
+def test_a_baseline_that_failed_has_no_time_to_compare_with(status):
+    findings = of_pair(pair(bad(JOB, status), ok(JOB, steady())), None)
+    verdicts = {finding.measure: finding.verdict for finding in findings}
+    assert verdicts == {"time": Verdict.UNMEASURED, "parity": Verdict.IMPROVED}
+    assert f"no time and no memory ({status})" in findings[0].reason
+
+
+def test_a_candidate_that_did_not_run_has_a_finding_on_parity_alone():
+    assert [some.measure for some in of_pair(pair(ok(JOB, steady()), bad(JOB, Status.oom)), None)] == ["parity"]
+
+
+def test_the_same_measurement_on_both_sides_is_not_compared():
+    row = ok(JOB, steady())
+    assert pair(row, ok(JOB, steady(seed=1))).why_incomparable == ""
+    assert "the same measurement (run 20261123-000000-a)" in pair(row, row).why_incomparable
+    renamed = ok(JOB, steady(), run_id="20261124-000000-b")
+    assert "(run 20261124-000000-b)" in pair(row, renamed).why_incomparable
+    longer = ok(JOB, [*steady(), 1.1, 1.2])
+    assert pair(row, longer).same_measurement, "a copy that was resumed"
+    two_sessions = ok(JOB, [*steady(seed=5), *steady()])
+    assert pair(two_sessions, row).same_measurement, "a run that is a session of the baseline"
+    assert Pair(*rows(row, row), together=True).why_incomparable == "", "`ab` numbers its processes itself"
+    assert found(row, row, "time").verdict is Verdict.INCOMPARABLE
+
+
+def test_a_flag_that_one_side_has_forbids_a_comparison_unless_it_is_harmless():
+    plain, odd = ok(JOB, steady()), ok(JOB, steady(seed=1), flags=("changed_settings",))
+    for one, two, side in ((plain, odd, "candidate"), (odd, plain, "baseline")):
+        assert pair(one, two).why_incomparable.startswith(f"only the {side} has the flag changed_settings")
+    assert pair(ok(JOB, steady(), flags=("changed_settings",)), odd).why_incomparable == ""
+    assert pair(plain, ok(JOB, steady(seed=1), flags=("synchronises", "clock_changed"))).why_incomparable == ""
 
 
 def test_why_times_are_not_compared():
-    same = ok(JOB, steady())
-    assert pair(same, same).why_incomparable == ""
-    assert pair(same, same, (DRIVER,), (DRIVER,)).why_incomparable == "driver 580 -> 590"
-    assert pair(same, same, (DRIVER,)).why_incomparable == ""
+    same, again = ok(JOB, steady()), ok(JOB, steady(seed=1))
+    assert pair(same, again).why_incomparable == ""
+    assert pair(same, again, (DRIVER,), (DRIVER,)).why_incomparable == "driver 580 -> 590"
+    assert pair(same, again, (DRIVER,)).why_incomparable == ""
     assert pair(same, ok(JOB, steady(), l2="warm")).why_incomparable == "L2 cold -> warm"
-    assert pair(ok(JOB, steady(), l2=None), ok(JOB, steady(), l2=None)).why_incomparable == ""
+    assert pair(ok(JOB, steady(), l2=None), ok(JOB, steady(seed=1), l2=None)).why_incomparable == ""
     hot = ok(JOB, steady(), flags=("synchronises", "slowed_down"))
     assert pair(same, hot).why_incomparable == "candidate slowed down by heat or a power brake; measure it again"
     old = ok(JOB, steady(), flags=("impossibly_fast",), schema=1)
     assert pair(old, old).why_incomparable.startswith("baseline impossibly fast; measure it again, candidate")
-    assert pair(same, ok(JOB, steady(), flags=("clock_changed",))).why_incomparable == ""
     finding = found(same, ok(JOB, steady(), l2="warm"), "time")
     assert (finding.verdict, finding.reason) == (Verdict.INCOMPARABLE, "L2 cold -> warm")
 
@@ -113,7 +156,7 @@ def test_times_and_memory_of_two_schemas_are_not_compared_and_parity_is():
         assert (found(one, two, measure).verdict, found(one, two, measure).reason) == (Verdict.INCOMPARABLE, why)
     assert found(one, two, "parity").verdict is Verdict.PASS
     old = ok(JOB, steady(), schema=1)
-    assert pair(old, old).why_incomparable == ""
+    assert pair(old, ok(JOB, steady(seed=1), schema=1)).why_incomparable == ""
     assert found(old, old, "memory").verdict is Verdict.PASS
 
 

@@ -6,10 +6,11 @@ import pytest
 
 from moebench.errors import ResultsError
 from moebench.results.record import Status
+from moebench.verdicts.comparability import Comparability
 from moebench.verdicts.verdict import Verdict
-from tests.moebench.gated import bad, gated, job_of, ok, steady
+from tests.moebench.gated import H200, bad, changed, gated, job_of, ok, steady
 
-JOB, OTHER = job_of(64), job_of(128)
+JOB, OTHER, THIRD = job_of(64), job_of(128), job_of(256)
 SLOW = steady(time_ms=1.05)
 
 
@@ -47,23 +48,23 @@ def test_one_process_a_side_is_inconclusive_and_exit_code_3():
     assert (only(result).verdict, result.exit_code) == (Verdict.INCONCLUSIVE, 3)
     assert "--rounds" in only(result).finding("time").reason
     samples = {"sample_rounds": None}
-    assert only(gated([ok(JOB, SLOW, **samples)], [ok(JOB, SLOW, **samples)])).time.rounds == (1, 1)
+    assert only(gated([ok(JOB, SLOW, **samples)], [ok(JOB, steady(), **samples)])).time.rounds == (1, 1)
 
 
 def test_a_regression_outweighs_what_is_open():
-    result = gated([ok(JOB, steady()), ok(OTHER, [1.0])], [ok(JOB, SLOW), ok(OTHER, [1.0])])
+    result = gated([ok(JOB, steady()), ok(OTHER, [1.0])], [ok(JOB, SLOW), ok(OTHER, [1.1])])
     assert result.counts == {Verdict.REGRESSED: 1, Verdict.INCONCLUSIVE: 1}
     assert result.exit_code == 1
 
 
 def test_new_and_missing_jobs():
-    result = gated([ok(JOB, steady()), ok(OTHER, steady())], [ok(JOB, steady())])
+    result = gated([ok(JOB, steady()), ok(OTHER, steady())], [ok(JOB, steady(seed=1))])
     assert [job.verdict for job in result.jobs] == [Verdict.PASS, Verdict.MISSING]
     assert result.exit_code == 1
-    result = gated([ok(JOB, steady())], [ok(JOB, steady()), ok(OTHER, steady())])
+    result = gated([ok(JOB, steady())], [ok(JOB, steady(seed=1)), ok(OTHER, steady())])
     assert [job.verdict for job in result.jobs] == [Verdict.PASS, Verdict.NEW]
     assert result.exit_code == 0
-    result = gated([ok(JOB, steady())], [ok(JOB, steady()), bad(OTHER, Status.mismatch)])
+    result = gated([ok(JOB, steady())], [ok(JOB, steady(seed=1)), bad(OTHER, Status.mismatch)])
     assert verdicts(result.jobs[1]) == {"job": Verdict.NEW, "parity": Verdict.REGRESSED}
     assert result.exit_code == 1
 
@@ -73,7 +74,7 @@ def test_the_backend_and_dispatcher_are_part_of_a_job():
         job_of(backend="te", ep_size=2, dispatcher="deepep"),
         job_of(backend="te", ep_size=2, dispatcher="alltoall"),
     )
-    result = gated([ok(JOB, steady()), ok(one, steady())], [ok(JOB, steady()), ok(two, steady())])
+    result = gated([ok(JOB, steady()), ok(one, steady())], [ok(JOB, steady(seed=1)), ok(two, steady())])
     assert [job.verdict for job in result.jobs] == [Verdict.PASS, Verdict.MISSING, Verdict.NEW]
     assert [job.backend for job in result.jobs] == ["loop", "te+deepep", "te+alltoall"]
 
@@ -85,16 +86,17 @@ def test_no_job_in_common_is_one_line():
 
 
 def test_the_family_is_what_is_compared():
-    """Nine rounds per side are enough for 200 jobs. Five are enough for a single job, but not for 200."""
+    """Twenty quiet rounds per side are enough for 200 jobs. Eight are enough for a single job, but not for 200."""
     jobs = [job_of(number) for number in range(1, 201)]
 
-    def of(num_rounds, factor):
-        first = [ok(jobs[0], steady(num_rounds, factor))]
-        return [*first, *(ok(job, steady(num_rounds, seed=number)) for number, job in enumerate(jobs[1:]))]
+    def of(num_rounds, factor, first_seed=0):
+        seeds = range(first_seed, first_seed + len(jobs))
+        rounds = [steady(num_rounds, factor if seed == first_seed else 1.0, 0.002, seed) for seed in seeds]
+        return [ok(job, some) for job, some in zip(jobs, rounds, strict=True)]
 
-    assert gated(of(9, 1), of(9, 1.05)).counts == {Verdict.REGRESSED: 1, Verdict.PASS: 199}
-    assert gated(of(5, 1), of(5, 1.05)).counts == {Verdict.INCONCLUSIVE: 200}
-    assert gated(of(5, 1)[:1], of(5, 1.05)[:1]).counts == {Verdict.REGRESSED: 1}
+    assert gated(of(20, 1), of(20, 1.05, 200)).counts == {Verdict.REGRESSED: 1, Verdict.PASS: 199}
+    assert gated(of(8, 1), of(8, 1.05, 200)).counts == {Verdict.INCONCLUSIVE: 200}
+    assert gated(of(8, 1)[:1], of(8, 1.05, 200)[:1]).counts == {Verdict.REGRESSED: 1}
 
 
 def test_self_comparisons_stand_beside_the_verdict():
@@ -116,8 +118,92 @@ def test_a_machine_that_drifts_alarms_its_self_comparison():
 
 def test_smallest_effects_are_there_case_by_case():
     result = gated(
-        [ok(JOB, steady()), ok(OTHER, steady(spread=0.1))], [ok(JOB, steady()), ok(OTHER, steady(spread=0.1))]
+        [ok(JOB, steady()), ok(OTHER, steady(spread=0.1))],
+        [ok(JOB, steady(seed=1)), ok(OTHER, steady(spread=0.1, seed=1))],
     )
     quiet, noisy = (job.time.smallest_effect for job in result.jobs)
     assert 0 < quiet < 0.03 < noisy < math.inf
     assert [job.verdict for job in result.jobs] == [Verdict.PASS, Verdict.INCONCLUSIVE]
+
+
+# A gate that compared nothing is not green
+
+
+@pytest.mark.parametrize("status", [Status.unsupported, Status.oom])
+def test_jobs_that_ran_on_neither_side_are_exit_code_3_and_said(status):
+    rows = [bad(job, status) for job in (JOB, OTHER)]
+    result = gated(rows, rows)
+    assert result.counts == {Verdict.UNMEASURED: 2}
+    assert (result.exit_code, result.compared_nothing) == (3, True)
+    assert result.notes[0].startswith("nothing was compared")
+    measured = gated([*rows, ok(THIRD, steady())], [*rows, ok(THIRD, steady(seed=1))])
+    assert measured.counts == {Verdict.UNMEASURED: 2, Verdict.PASS: 1}
+    assert measured.exit_code == 0, "a job that no side can run does not spoil the gate"
+
+
+def test_a_baseline_without_a_time_is_not_improved_upon():
+    result = gated([bad(job, Status.crash) for job in (JOB, OTHER)], [ok(job, steady()) for job in (JOB, OTHER)])
+    assert (result.counts, result.exit_code) == ({Verdict.UNMEASURED: 2}, 3)
+
+
+def test_a_result_is_not_compared_with_itself():
+    rows = [ok(job, steady(seed=job.case.num_tokens)) for job in (JOB, OTHER)]
+    result = gated(rows, rows)
+    assert (result.counts, result.exit_code) == ({Verdict.INCOMPARABLE: 2}, 3)
+    assert "the same measurement" in result.jobs[0].finding("time").reason
+
+
+def test_another_gpu_is_named_whatever_the_env_id_says():
+    two = changed(gpu={"name": "NVIDIA B200"})
+    comparability = Comparability({"e": H200}, {"e": two})
+    result = gated([ok(JOB, steady())], [ok(JOB, steady(seed=1))], comparability=comparability)
+    assert result.exit_code == 3
+    assert "gpu NVIDIA H200" in only(result).finding("time").reason
+    result = gated([ok(JOB, steady())], [ok(JOB, steady(seed=1), gpu="NVIDIA B200")])
+    assert only(result).finding("time").reason == "gpu NVIDIA H200 -> NVIDIA B200"
+    assert verdicts(only(result))["memory"] is Verdict.INCOMPARABLE
+
+
+def test_a_lower_clock_is_named_beside_the_longer_time():
+    result = gated([ok(JOB, steady(), sm_clock_mhz=1980)], [ok(JOB, steady(time_ms=1.06), sm_clock_mhz=1850)])
+    finding = only(result).finding("time")
+    assert finding.verdict is Verdict.REGRESSED
+    assert finding.reason == "slower; the GPU's clock was 6.6% lower (1980 -> 1850 MHz)"
+    same = gated([ok(JOB, steady(), sm_clock_mhz=1980)], [ok(JOB, SLOW, sm_clock_mhz=1975)])
+    assert only(same).finding("time").reason == "slower"
+
+
+# Rounds that depend on one another, and sessions
+
+
+def test_rounds_in_the_order_of_a_drift_show_nothing():
+    """Each side drifts by 2% while it is measured. In random order the same times show a slowdown of 6%."""
+    drift = [1 + 0.001 * number for number in range(20)]
+    mixed = steady(20, 1.01, 0.019 / 1.01)
+    assert sorted(mixed) == pytest.approx(drift, rel=1e-3)
+    slow = [1.06 * time for time in drift]
+    assert only(gated([ok(JOB, mixed)], [ok(JOB, [1.06 * some for some in mixed[::-1]])])).verdict is Verdict.REGRESSED
+    job = only(gated([ok(JOB, drift)], [ok(JOB, slow)]))
+    assert job.verdict is Verdict.INCONCLUSIVE
+    assert "depend on one another" in job.finding("time").reason
+    assert "moebench ab" in job.finding("time").reason
+    assert job.time.correlation == 1
+
+
+def test_one_session_a_side_is_said_and_several_count():
+    def of(offset, *sessions, seed=0):
+        rounds = [1 + offset + shift + 0.0002 * number for shift in sessions for number in (0, 2, 1, 3)]
+        numbers = tuple(session for session in range(len(sessions)) for _ in range(4) for _ in range(3))
+        return [ok(JOB, rounds, sample_sessions=numbers, run_id=f"2026112{seed}-000000-a")]
+
+    shifts = (0.0, 0.004, -0.003, 0.002, -0.004, 0.001)
+    one = gated(of(0.0, 0.0), of(0.05, 0.0, seed=1))
+    assert "both sides have one session: shifts of the machine" in " ".join(one.notes)
+    assert only(one).time.sessions == (1, 1)
+    found = gated(of(0.0, *shifts), of(0.05, 0.0))
+    assert (found.notes, only(found).time.sessions) == ((), (6, 1))
+    assert only(found).verdict is Verdict.REGRESSED
+    large = [3 * shift for shift in shifts]
+    assert only(gated(of(0.0, *large), of(0.03, 0.0))).verdict is Verdict.INCONCLUSIVE, "days differ by as much"
+    few = only(gated(of(0.0, 0.0, 0.004), of(0.012, 0.0)))
+    assert "2 and 1 sessions are too few" in few.finding("time").reason

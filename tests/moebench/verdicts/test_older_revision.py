@@ -11,6 +11,7 @@ from moebench.cli import app
 from moebench.results.frame import load
 from moebench.verdicts import ab
 from moebench.verdicts.revisions import copy_experts, unknown_backends
+from tests.moebench.workload.test_driven import renamed_experts
 
 ROOT = Path(__file__).parents[3]
 #: The last revision whose `experts` has no catalog.
@@ -34,16 +35,33 @@ def test_the_worker_runs_with_the_experts_of_an_older_revision(older, tmp_path, 
 
 @pytest.mark.certify
 @pytest.mark.timeout(300)
-def test_an_older_revision_is_measured_beside_this_one(older, certify, capsys, monkeypatch, tmp_path):
-    """`ab` with one job and one round ends with a verdict, and the results of both revisions are right."""
+@pytest.mark.parametrize("other", ["older", "renamed"])
+def test_another_revision_is_measured_beside_this_one(other, certify, request, capsys, monkeypatch, tmp_path):
+    """`ab` with one job and one round ends with a verdict, and the results of both revisions are right.
+
+    The other revision is an older one, or this one with other names for all modules of `experts`.
+    """
     if not certify:
         pytest.skip("four processes take most of a minute: make certify runs it")
+    is_older = other == "older"
+    revision = request.getfixturevalue("older") if is_older else str(renamed_experts(tmp_path / "renamed"))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(ab, "schedule", lambda num_jobs: (1,))
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
     out = tmp_path / "out"
     filters = ["--filter", "num_tokens=16", "--filter", "mode=forward", "--filter", "backend=torch_mm"]
-    command = ["moebench", "ab", older, "HEAD", "quick", "--device", "cpu", "--out", str(out), *filters]
+    command = [
+        "moebench",
+        "ab",
+        revision,
+        "HEAD" if is_older else ".",
+        "quick",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        *filters,
+    ]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit):  # the exit code depends on the speeds in one round
         app.main()
