@@ -1,6 +1,5 @@
 """Define the commands that put results side by side: `compare`, `merge` and `history`."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +13,7 @@ from moebench.report.tables import comparetable
 from moebench.results import merge
 from moebench.results.compare import compare, names_of
 from moebench.results.folder import Result, open_result
-from moebench.results.frame import to_json
+from moebench.results.frame import to_csv, to_json
 from moebench.results.history import history
 
 commands = typer.Typer()
@@ -34,7 +33,7 @@ def compare_(results: Results, as_json: AsJson = False, as_csv: AsCsv = False) -
     if as_json:
         out.print_json(to_json(frame))
     elif as_csv:
-        frame.to_csv(sys.stdout, index=False, lineterminator="\n")
+        out.print_csv(to_csv(frame))
     else:
         out.print(comparetable.ComparisonTable(frame, tuple(opened)))
         for line in comparetable.environment_lines(opened):
