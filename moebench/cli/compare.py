@@ -8,7 +8,7 @@ import typer
 
 from moebench.cli.console import err, out
 from moebench.cli.options import AsJson
-from moebench.report.plots.history import draw_history
+from moebench.report.plots.history import draw_history, kind_of
 from moebench.report.tables import comparetable
 from moebench.results import merge
 from moebench.results.compare import compare, names_of
@@ -67,14 +67,16 @@ def history_(
 
     The table is in order of time, oldest first. It has each backend's times and how they changed.
     """
-    rows = history(case_id, {name: result.frame for name, result in _opened(results).items()})
     if plot is not None:
-        draw_history(rows, plot)
-        err.print(f"wrote {plot}")
+        kind_of(plot)  # a wrong suffix is a mistake to tell before any work
+    rows = history(case_id, {name: result.frame for name, result in _opened(results).items()})
     if as_json:
         out.print_json(to_json(rows.drop(columns=["samples_ms", "sample_rounds"])))
     else:
         out.print(comparetable.history_table(rows))
+    if plot is not None:
+        draw_history(rows, plot)
+        err.print(f"wrote {plot}")
 
 
 def _opened(paths: list[Path]) -> Mapping[str, Result]:

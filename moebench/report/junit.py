@@ -62,4 +62,3 @@ def _properties(element: xml.Element, values: dict[str, str]) -> None:
         properties = xml.SubElement(element, "properties")
         for name, value in values.items():
             xml.SubElement(properties, "property", {"name": name, "value": value})
-

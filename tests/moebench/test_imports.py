@@ -30,7 +30,7 @@ sys.meta_path.insert(0, Blocked())
 
 PACKAGE = ROOT / "moebench"
 LOWEST = frozenset({"workload", "machine"})
-#: What each folder may import besides itself, moebench.errors and moebench.escapes: folders, and single modules of other folders.
+#: What each folder may import besides itself, moebench.errors and moebench.escapes: folders, and single modules.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "workload": frozenset(),
     "machine": frozenset(),

@@ -39,8 +39,8 @@ def test_a_signal_while_results_are_written_leaves_no_part_of_a_file(monkeypatch
 
 def test_tables_plots_and_report_come_of_the_journal():
     Path("out").mkdir()
-    assert finish(Path("out")) == []
+    assert finish(Path("out")).paths == ()
     Journal(Path("out/journal.jsonl")).append(row())
-    written = finish(Path("out"))
+    written = finish(Path("out")).paths
     assert {Path(f"out/{name}") for name in ("results.parquet", "results.csv", "report.html")} <= set(written)
     assert all(path.is_file() for path in written)
