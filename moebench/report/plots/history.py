@@ -55,7 +55,7 @@ def figure_of(rows: pd.DataFrame) -> Figure:
 def _frame(ax: Axes, points: pd.DataFrame) -> None:
     ax.axhline(0, color="#888888", linewidth=1.0, zorder=1)
     span = points[["value", "low", "high"]].abs().to_numpy(dtype="float64")
-    most = max(float(pd.Series(span.ravel()).max()), _LEAST_SPAN) * 1.1
+    most = max(_LEAST_SPAN, float(pd.Series(span.ravel()).max())) * 1.1  # the latter is NaN if no row has a time
     ax.set_ylim(-most, most)
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     ax.yaxis.set_major_locator(MaxNLocator(7))

@@ -119,6 +119,7 @@ def sheet(
 ) -> tuple[Figure, SubFigure]:
     """Return a figure with title, legends and notes, and the part of the figure for axes, `body_in` inches high."""
     head, notes = _head(rows, kind, on_axes), _fold(_undrawn(rows, kind), NOTE_SIZE)
+    legends = [entries for entries in legends if entries]  # if no row has a value, no line needs a legend
     columns = [_columns(entries) for entries in legends]
     rows_of_entries = [math.ceil(len(entries) / some) for entries, some in zip(legends, columns, strict=True)]
     legend_in = sum(rows_of_entries) * _ENTRY_IN + 0.1
