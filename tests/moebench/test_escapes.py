@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moebench import escapes
 from moebench.results.frame import to_csv
 
-#: ESC, C1's CSI, DEL, carriage return, backspace, bidi override and isolate, zero width, line separator, tag, surrogate.
+#: ESC, CSI, DEL, carriage return, backspace, bidi override and isolate, zero width, line separator, tag, surrogate.
 CONTROLS = "\x1b\x9b\x7f\r\x08\u202e\u2066\u200b\u2028\U000e0041\ud800"
 TEXTS = st.text(st.one_of(st.sampled_from(CONTROLS + "=+-@:#[|<`'\n\t"), st.characters()))
 

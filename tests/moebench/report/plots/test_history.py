@@ -53,7 +53,7 @@ def test_a_case_without_a_time_has_a_plot_that_says_why(tmp_path):
 
 
 def test_a_plot_that_cannot_be_drawn_or_written_is_one_line(rows, tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="a.png: cannot be written: No such file"):
+    with pytest.raises(UsageError, match=r"a\.png: cannot be written: No such file"):
         draw_history(rows, tmp_path / "gone" / "a.png")
     monkeypatch.setattr(plot, "figure_of", lambda rows: [][0])
     with pytest.raises(PictureError, match="plot a: cannot be drawn: IndexError: list index out of range; every"):
