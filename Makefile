@@ -14,13 +14,35 @@ endif
 SUITE_FOR_THIS_MACHINE := import torch; print("gpu" if torch.cuda.is_available() else "quick")
 
 .DEFAULT_GOAL := help
-.PHONY: bench test certify lint results clean help
+.PHONY: bench test test-lowest test-pythons certify lint results clean help
+
+# The tests that read and write results with every library that has a lower bound, without many processes.
+LIBRARY_TESTS := tests/moebench/test_escapes.py tests/moebench/results tests/moebench/report/tables \
+	$(addprefix tests/moebench/report/, test_github.py test_junit.py test_page.py plots/test_kinds.py plots/test_figures.py) \
+	$(addprefix tests/moebench/workload/, test_case.py test_reader.py test_selection.py test_spec.py) \
+	$(addprefix tests/moebench/verdicts/, test_document.py test_findings.py test_gate.py test_ranksum.py test_times.py) \
+	$(addprefix tests/moebench/cli/, test_compare.py test_gate.py)
+# These need torch, because they start workers or search.
+TORCH_TESTS := tests/moebench/cli/test_show.py tests/moebench/run/test_lock.py tests/moebench/run/test_runfile.py \
+	tests/moebench/parity/space tests/moebench/machine/test_environment.py
+LOWEST := .venv-lowest/bin/python
 
 bench: $(READY) ## measure suites/gpu.toml if torch sees a CUDA GPU, else suites/quick.toml
 	@suite=$$($(RUN) -c '$(SUITE_FOR_THIS_MACHINE)') && $(RUN) -m moebench run "$$suite"
 
 test: lint ## check style and types, run the tests
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
+
+ifeq ($(NO_INSTALL),)
+test-lowest: .venv-lowest/.installed ## run a part of the tests with the oldest libraries that pyproject.toml allows
+	PYTHONPATH=. $(LOWEST) -m pytest -n $(WORKERS) --dist loadfile $(LIBRARY_TESTS) $(TORCH_TESTS)
+
+test-pythons: ## run tests that need no torch with the other versions of Python that this machine has
+	$(PYTHON) tests/pythons.py $(LIBRARY_TESTS)
+else
+test-lowest test-pythons:
+	@echo "$@: skipped, because NO_INSTALL=1 installs nothing"
+endif
 
 certify: $(READY) ## run the proofs that take long in full: planted faults, false alarms, found slowdowns, additions
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --certify -m certify --timeout 0
@@ -36,15 +58,22 @@ results: $(READY) ## rewrite what follows from results/published/: CSV, plots, r
 	$(RUN) notebooks/execute.py
 	$(RUN) -m moebench.report.columntable docs/results.md
 
-clean: ## remove caches and builds, but not .venv and results/runs/
+clean: ## remove caches and builds, but not environments and results/runs/
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
-	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12          make .venv with this Python (3.11 or later)"
 	@echo "  PYTHON=... NO_INSTALL=1    use the environment of this Python as it is; install nothing"
+
+.venv-lowest/.installed: pyproject.toml constraints.txt tests/lowest.py
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(LOWEST) -m pip install --quiet packaging
+	$(LOWEST) tests/lowest.py > .venv-lowest/requirements.txt
+	$(LOWEST) -m pip install --quiet --requirement .venv-lowest/requirements.txt
+	@touch $@
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("moebench needs Python 3.11 or later, this is %s: make PYTHON=..." \

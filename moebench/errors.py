@@ -5,6 +5,7 @@
     ├── SweepError         2    a sweep, a filter or a backend's name is wrong; one line for each mistake
     ├── ResultsError       2    a file or folder cannot be opened as results
     ├── RevisionError      2    a revision or folder of `experts` cannot be measured
+    ├── PictureError       1    a plot could not be drawn; all else was written; one line for each plot
     ├── InputsError        1    the inputs of a case cannot be made
     ├── RunnerError        1    a run cannot go on
     │   └── Refused        2    a run cannot begin, because a backend or a device is not there
@@ -47,6 +48,12 @@ class ResultsError(MoebenchError):
 
 class RevisionError(MoebenchError):
     """A revision or folder of `experts` that cannot be measured."""
+
+
+class PictureError(MoebenchError):
+    """Plots could not be drawn. Everything else was written. The message has one line for each plot."""
+
+    exit_code = EXIT_FAILED
 
 
 class InputsError(MoebenchError, ValueError):

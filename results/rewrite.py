@@ -11,4 +11,6 @@ PUBLISHED = Path(__file__).resolve().parent / "published"
 
 if __name__ == "__main__":
     for parquet in sorted(PUBLISHED.rglob("results.parquet")):
-        print(f"wrote {len(rewrite(parquet.parent))} files in {parquet.parent}")
+        written = rewrite(parquet.parent)
+        print(f"wrote {len(written.paths)} files in {parquet.parent}")
+        written.check()

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from tests import pythons
+from tests.lowest import lowest, pinned
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -116,7 +121,51 @@ def test_every_import_is_declared(package):
 def test_make_and_make_help_list_every_target(arguments):
     done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  make ")]
-    assert listed == ["bench", "test", "certify", "lint", "results", "clean", "help"]
+    named = ["bench", "test", "test-lowest", "test-pythons", "certify", "lint", "results", "clean", "help"]
+    assert listed == named
+
+
+def test_the_oldest_libraries_are_those_of_pyproject():
+    """`make test-lowest` installs each declared package at its bound, and torch as pinned."""
+    lines = [Requirement(line) for line in lowest()]
+    declared = requirements(PROJECT["dependencies"], EXTRAS["dev"])
+    assert [line.name for line in lines] == [some.name for some in declared if some.name != "triton"]
+    bounds = {some.name: some for some in declared}
+    for line in lines:
+        version = pinned_version(line)
+        assert bounds[line.name].specifier.contains(version)
+        if line.name != "torch":
+            assert str(bounds[line.name].specifier) == f">={line.specifier}".replace("==", ""), "it is the bound itself"
+    assert "torch==" in pinned("torch")
+
+
+def test_every_named_version_of_python_is_tested():
+    named = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if " :: 3." in text]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+    assert workflow["test"]["strategy"]["matrix"]["python"] == named
+    assert pythons.versions() == [text for text in named if text != f"3.{sys.version_info.minor}"]
+
+
+def test_a_python_that_is_not_there_is_reported_as_skipped(monkeypatch, capfd, tmp_path):
+    """A shim of pyenv is on PATH, but does not run."""
+    shim = tmp_path / "python3.12"
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "none"))
+    monkeypatch.setattr(pythons, "versions", lambda: ["3.12", "3.99"])
+    monkeypatch.setattr(pythons, "prepared", lambda *arguments: pytest.fail("nothing is installed"))
+    assert pythons.main([]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines == [f"Python {v}: skipped, this machine has no interpreter python{v}" for v in ("3.12", "3.99")]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_tests_that_the_makefile_names_exist():
+    command = ["make", "--eval=list: ; @echo $(LIBRARY_TESTS) $(TORCH_TESTS)", "list"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert len(names) > 20
+    assert [name for name in names if not (ROOT / name).exists()] == []
 
 
 #: The most lines that a file may have, by top-level folder.

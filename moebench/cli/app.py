@@ -9,6 +9,7 @@ The exit codes are:
     130  interrupted
 """
 
+import io
 import json
 from typing import Annotated
 
@@ -18,10 +19,12 @@ from moebench import __version__
 from moebench.cli import ab, advise, compare, gate, listing, parity, run, show
 from moebench.cli.console import err, out
 from moebench.cli.options import AsJson, Backends, Filters
-from moebench.errors import MoebenchError, UsageError
+from moebench.errors import EXIT_OK, MoebenchError, UsageError
 from moebench.machine.doctor import doctor as examine
 from moebench.run import request
 from moebench.workload.selection import select
+
+_TyperUsageError = typer.BadParameter.__bases__[0]  # typer has no public name for it
 
 app = typer.Typer(
     name="moebench",
@@ -100,12 +103,18 @@ for module in (run, parity, show, gate, ab, compare, advise):
 
 
 def main() -> None:
-    """Run the command line. Print the message of a MoebenchError on standard error and exit with its code."""
+    """Run the command line. Print the message of an error of the user on standard error and exit with its code."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except MoebenchError as error:
         err.print(str(error))
-        raise SystemExit(error.exit_code) from None
+        code = error.exit_code
+    except _TyperUsageError as error:  # typer would print what the user typed as it is, with controls of the terminal
+        message = io.StringIO()
+        error.show(file=message)
+        err.print(message.getvalue(), end="")
+        code = error.exit_code
+    raise SystemExit(code or EXIT_OK)
 
 
 if __name__ == "__main__":

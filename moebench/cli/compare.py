@@ -1,6 +1,5 @@
 """Define the commands that put results side by side: `compare`, `merge` and `history`."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -10,12 +9,12 @@ import typer
 from moebench.cli.console import err, out
 from moebench.cli.options import AsJson
 from moebench.errors import UsageError
-from moebench.report.plots.history import draw_history
+from moebench.report.plots.history import draw_history, kind_of
 from moebench.report.tables import comparetable
 from moebench.results import merge
 from moebench.results.compare import compare, names_of
 from moebench.results.folder import Result, open_result
-from moebench.results.frame import to_json
+from moebench.results.frame import to_csv, to_json
 from moebench.results.history import history
 
 commands = typer.Typer()
@@ -35,7 +34,7 @@ def compare_(results: Results, as_json: AsJson = False, as_csv: AsCsv = False) -
     if as_json:
         out.print_json(to_json(frame))
     elif as_csv:
-        frame.to_csv(sys.stdout, index=False, lineterminator="\n")
+        out.print_csv(to_csv(frame))
     else:
         out.print(comparetable.ComparisonTable(frame, tuple(opened)))
         for line in comparetable.environment_lines(opened):
@@ -75,14 +74,16 @@ def history_(
 
     The table is in order of time, oldest first. It has each backend's times and how they changed.
     """
-    rows = history(case_id, {name: result.frame for name, result in _opened(results).items()})
     if plot is not None:
-        draw_history(rows, plot)
-        err.print(f"wrote {plot}")
+        kind_of(plot)  # a wrong suffix is a mistake to tell before any work
+    rows = history(case_id, {name: result.frame for name, result in _opened(results).items()})
     if as_json:
         out.print_json(to_json(rows.drop(columns=["samples_ms", "sample_rounds"])))
     else:
         out.print(comparetable.history_table(rows))
+    if plot is not None:
+        draw_history(rows, plot)
+        err.print(f"wrote {plot}")
 
 
 def _opened(paths: list[Path]) -> Mapping[str, Result]:

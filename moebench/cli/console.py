@@ -1,10 +1,59 @@
-"""Define the consoles of the command line. Results go to standard output, and messages go to standard error."""
+"""Define the consoles of the command line. Results go to standard output, and messages go to standard error.
 
-from rich.console import Console
+The consoles escape all text that they print (moebench.escapes): no text moves the cursor, changes a colour or the
+direction of writing, or is a command of GitHub Actions. rich's markup in a text is shown as it is.
+"""
+
+from collections.abc import Iterable
+from json import dumps, loads
+from typing import IO, Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.highlighter import JSONHighlighter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
 
-out = Console(highlight=False, soft_wrap=False, markup=False, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+from moebench import escapes
+
+
+class _Lines:
+    """A stream that hands on lines of which GitHub Actions reads none as a command."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(escapes.log(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Console(Console):
+    """A console that escapes what it prints. Only the styles that moebench gives reach the terminal as controls."""
+
+    file: Any = Console.file.getter(lambda self: _Lines(Console.file.fget(self)))  # type: ignore[attr-defined]
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(escapes.visible(text), **how)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else escapes.visible(text), style, control)
+
+    def print_json(self, json: str | None = None, **how: Any) -> None:
+        """Print a JSON document. The text that a program reads from it is not changed."""
+        document = dumps(loads(json or "null"), indent=2, ensure_ascii=False)
+        self.print(JSONHighlighter()(escapes.json(document)), soft_wrap=True)
+
+    def print_csv(self, table: str) -> None:
+        """Print a CSV table whose cells are escaped already."""
+        self.file.write(table)
+
+
+out = _Console(highlight=False, soft_wrap=False, markup=False, emoji=False)
+err = _Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def progress_bar() -> Progress:
@@ -14,6 +63,6 @@ def progress_bar() -> Progress:
         BarColumn(20),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     return Progress(*columns, console=err, transient=True)

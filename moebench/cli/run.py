@@ -12,7 +12,7 @@ import typer
 from moebench.cli.console import err, out, progress_bar
 from moebench.cli.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, TimeBudget
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
-from moebench.report.folder import finish
+from moebench.report.folder import Written, finish
 from moebench.report.tables.forecasttable import ForecastTable
 from moebench.report.tables.tables import summary
 from moebench.results.frame import load
@@ -110,13 +110,15 @@ def _measure(plan: RunPlan, as_json: bool) -> None:
     else:
         if outcome.records:
             out.print(summary(load(plan.folder)))
-        for path in written:
+        for path in written.paths:
             out.print(f"wrote {path}", soft_wrap=True)
         out.print(f"results: {plan.folder}", soft_wrap=True)
+    for failure in written.failures:
+        err.print(f"{failure}; draw it again with `moebench plots {shlex.quote(str(plan.folder))}`")
     _exit(outcome, plan.folder)
 
 
-def _finish(folder: Path) -> list[Path]:
+def _finish(folder: Path) -> Written:
     try:
         return finish(folder)
     except KeyboardInterrupt:

@@ -28,9 +28,8 @@ def show(folder: Folder, as_json: AsJson = False) -> None:
 
 @commands.command()
 def plots(folder: Folder) -> None:
-    """Draw the plots of a results folder again."""
-    for path in report_folder.draw_plots(folder):
-        out.print(f"wrote {path}", soft_wrap=True)
+    """Draw the plots of a results folder again. Exit code 1: a plot could not be drawn."""
+    _print(report_folder.draw_plots(folder))
 
 
 @commands.command()
@@ -45,6 +44,14 @@ def report(
 ) -> None:
     """Write one HTML page about a results folder.
 
-    The page has the verdict, plots, a table with filters, and commands that measure rows again.
+    The page has the verdict, plots, a table with filters, and commands that measure rows again. Exit code 1: a plot
+    could not be drawn, and the page lacks it.
     """
-    out.print(f"wrote {report_folder.write_report(folder, out_file, gate)}", soft_wrap=True)
+    _print(report_folder.write_report(folder, out_file, gate))
+
+
+def _print(written: report_folder.Written) -> None:
+    """Print the paths. Raises PictureError if a plot could not be drawn."""
+    for path in written.paths:
+        out.print(f"wrote {path}", soft_wrap=True)
+    written.check()

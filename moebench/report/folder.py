@@ -1,12 +1,14 @@
 """Write tables, plots and the report of a results folder."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from moebench.errors import UsageError
+from moebench.errors import PictureError, UsageError
 from moebench.report.page import REPORT_NAME, page
-from moebench.report.plots.figures import all_figures, image, write_plots
+from moebench.report.plots.figures import Drawn, draw, write_plots
 from moebench.results.files import writable, write_atomically, writing_to
 from moebench.results.frame import load, write, write_csv
 from moebench.results.journal import JOURNAL_NAME
@@ -14,44 +16,61 @@ from moebench.run.runner import interruptible
 from moebench.verdicts.document import GateDocument
 
 
-def finish(folder: Path) -> list[Path]:
-    """Write Parquet, CSV, plots and report from the journal in `folder`. Return the paths of all files and traces.
+@dataclass(frozen=True)
+class Written:
+    """The paths of the files that were written, and one line for each plot that could not be drawn."""
 
-    The list is empty if the folder has no journal. If the run was interrupted, the files have the rows that were
-    measured before the interruption. Raises KeyboardInterrupt at a signal; each file is then either complete or
-    unchanged.
+    paths: tuple[Path, ...] = ()
+    failures: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise PictureError if a plot could not be drawn."""
+        if self.failures:
+            raise PictureError("\n".join(self.failures))
+
+
+def finish(folder: Path) -> Written:
+    """Write Parquet, CSV, plots and report from the journal in `folder`. The paths include those of traces.
+
+    Nothing is written if the folder has no journal. If the run was interrupted, the files have the rows that were
+    measured before the interruption. The results are written before any plot is tried. Raises KeyboardInterrupt at a
+    signal; each file is then either complete or unchanged.
     """
     if not (folder / JOURNAL_NAME).exists():
-        return []
+        return Written()
     frame = load(folder)
     with writing_to(folder), interruptible():
-        plots = write_plots(all_figures(frame), folder / "plots")
-        written = [*write(frame, folder), *plots, _write_report(frame, plots, folder)]
-    return [*written, *sorted((folder / "traces").glob("*.json"))]
+        return _with_plots(frame, folder, write(frame, folder), sorted((folder / "traces").glob("*.json")))
 
 
-def rewrite(folder: Path) -> list[Path]:
+def rewrite(folder: Path) -> Written:
     """Write CSV, plots and report of the results in `folder` again. The Parquet file of the results does not change."""
     frame = load(folder)
     with writable(folder):
-        plots = write_plots(all_figures(frame), folder / "plots")
-        return [write_csv(frame, folder), *plots, _write_report(frame, plots, folder)]
+        return _with_plots(frame, folder, [write_csv(frame, folder)])
 
 
-def _write_report(frame: pd.DataFrame, plots: list[Path], folder: Path) -> Path:
-    svgs = {path.stem: path.read_bytes() for path in plots if path.suffix == ".svg"}
-    return _write_page(page(frame, svgs, folder), folder / REPORT_NAME)
+def _with_plots(frame: pd.DataFrame, folder: Path, before: list[Path], after: Sequence[Path] = ()) -> Written:
+    """Write plots and the report with the plots. `before` and `after` are paths of other files."""
+    drawn = draw(frame)
+    plots = write_plots(drawn, folder / "plots")
+    report = _write_page(page(frame, _svgs(drawn), folder), folder / REPORT_NAME)
+    return Written((*before, *plots, report, *after), tuple(drawn.failures))
 
 
-def draw_plots(path: Path) -> list[Path]:
+def _svgs(drawn: Drawn) -> dict[str, bytes]:
+    return {name: by_kind["svg"] for name, by_kind in drawn.images.items()}
+
+
+def draw_plots(path: Path) -> Written:
     """Draw the plots of a results folder. `path` is the folder, or its Parquet file."""
-    figures, folder = all_figures(load(path)), _folder_of(path) / "plots"
+    drawn, folder = draw(load(path)), _folder_of(path) / "plots"
     with writable(folder):
-        return write_plots(figures, folder)
+        return Written(tuple(write_plots(drawn, folder)), tuple(drawn.failures))
 
 
-def write_report(path: Path, out: Path | None, gate: Path | None) -> Path:
-    """Write the report of the results in `path`, which is a folder or a Parquet file. Return the path of the report.
+def write_report(path: Path, out: Path | None, gate: Path | None) -> Written:
+    """Write the report of the results in `path`, which is a folder or a Parquet file.
 
     `out` is the file to write; None stands for report.html beside the results. `gate` is a file with the output of
     `moebench gate --json`, to show its verdicts in the report; None if there are no verdicts. Raises UsageError if the
@@ -63,10 +82,10 @@ def write_report(path: Path, out: Path | None, gate: Path | None) -> Path:
         raise UsageError(
             f"--out {out}: there is no folder {out.parent}; make the folder, or name a file in another one"
         )
-    svgs = {name: image(figure, "svg") for name, figure in all_figures(frame)}
-    html = page(frame, svgs, _folder_of(path), verdicts)
+    drawn = draw(frame, ("svg",))
+    html = page(frame, _svgs(drawn), _folder_of(path), verdicts)
     with writable(out):
-        return _write_page(html, out)
+        return Written((_write_page(html, out),), tuple(drawn.failures))
 
 
 def _write_page(html: str, out: Path) -> Path:

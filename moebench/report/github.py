@@ -1,12 +1,13 @@
 """Write the verdicts of a gate for GitHub Actions, as annotations and as a step summary in Markdown.
 
-An annotation is a workflow command (`::error title=…::message`). Its text is escaped as GitHub's toolkit escapes it.
+An annotation is a workflow command (`::error title=…::message`). `moebench.escapes` escapes its text.
 For each level (error, warning), GitHub shows at most ten annotations per step. If there are more, the tenth annotation
 says how many are not shown. The summary has all verdicts.
 """
 
 from collections.abc import Iterator
 
+from moebench import escapes
 from moebench.report.gatewords import (
     change,
     in_verdict_order,
@@ -40,11 +41,7 @@ def _at_most(level: str, lines: list[str]) -> list[str]:
 
 
 def _command(level: str, title: str, message: str) -> str:
-    return f"::{level} title={_escaped(title).replace(':', '%3A').replace(',', '%2C')}::{_escaped(message)}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return f"::{level} title={escapes.command_property(title)}::{escapes.command(message)}"
 
 
 def _sentence(job: Judged) -> str:
@@ -62,11 +59,11 @@ def _summary(result: GateResult) -> Iterator[str]:
     yield f"## moebench gate: {total(result)}"
     yield ""
     for difference in result.differences:
-        yield f"* environments differ: {_cell(str(difference))}"
+        yield f"* environments differ: {escapes.markdown(str(difference))}"
     for comparison in result.self_comparisons:
-        yield f"* {_cell(str(comparison))}"
+        yield f"* {escapes.markdown(str(comparison))}"
     for note in result.notes:
-        yield f"* {_cell(note)}"
+        yield f"* {escapes.markdown(note)}"
     shown = [job for job in in_verdict_order(result) if job.verdict.severity is not Severity.PASSED]
     passed = [job for job in result.jobs if job.verdict.severity is Severity.PASSED]
     if shown:
@@ -92,10 +89,4 @@ def _table(jobs: list[Judged]) -> Iterator[str]:
             *(job.verdict.value, job.backend, job.case, change(job), smallest_effect(job)),
             *(memory_change(job), parity_change(job), why),
         )
-        yield "| " + " | ".join(map(_cell, cells)) + " |"
-
-
-def _cell(text: str) -> str:
-    """Return the text escaped for a cell of a Markdown table, so that it cannot end the cell and contains no HTML."""
-    marked = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
-    return " ".join(marked.split())
+        yield "| " + " | ".join(map(escapes.markdown, cells)) + " |"

@@ -13,17 +13,14 @@ read. The elements of the file are nested like this:
 """
 
 import math
-import re
 from xml.etree import ElementTree as xml
 
+from moebench import escapes
 from moebench.verdicts.findings import Finding
 from moebench.verdicts.gate import GateResult, Judged
 from moebench.verdicts.verdict import Severity
 
 SKIPPED = frozenset({Severity.UNDECIDED, Severity.NOTED})
-
-#: Characters that XML 1.0 cannot represent. The log of a crash may contain any of them.
-_UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit_xml(result: GateResult) -> bytes:
@@ -47,12 +44,12 @@ def junit_xml(result: GateResult) -> bytes:
 
 def _test_case(job: Judged, finding: Finding) -> xml.Element:
     case_id = job.key.case_id
-    names = {"classname": _written(f"{job.backend}.{finding.measure}"), "name": _written(case_id)}
+    names = {"classname": escapes.xml(f"{job.backend}.{finding.measure}"), "name": escapes.xml(case_id)}
     case = xml.Element("testcase", names)
     if finding.measure == "time" and job.time is not None:
         numbers = {"ratio": job.time.ratio, "smallest_effect": job.time.smallest_effect}
         _properties(case, {name: f"{value:.4g}" for name, value in numbers.items() if math.isfinite(value)})
-    why = {"message": _written(f"{finding.verdict.value}: {finding.reason}")}
+    why = {"message": escapes.xml(f"{finding.verdict.value}: {finding.reason}")}
     if finding.verdict.severity is Severity.FAILED:
         xml.SubElement(case, "failure", {**why, "type": finding.verdict.value}).text = why["message"]
     elif finding.verdict.severity in SKIPPED:
@@ -65,7 +62,3 @@ def _properties(element: xml.Element, values: dict[str, str]) -> None:
         properties = xml.SubElement(element, "properties")
         for name, value in values.items():
             xml.SubElement(properties, "property", {"name": name, "value": value})
-
-
-def _written(text: str) -> str:
-    return _UNWRITABLE.sub("\ufffd", text)

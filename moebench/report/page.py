@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from moebench import escapes
 from moebench.machine.environment import Environment, Gpu
 from moebench.machine.units import size
 from moebench.report import pagetable
@@ -61,6 +62,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("moebench.report", "templates"),
         autoescape=True,
+        finalize=lambda value: escapes.visible(value) if isinstance(value, str) else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

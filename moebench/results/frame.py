@@ -17,7 +17,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from pandas.api.types import is_numeric_dtype
 
+from moebench import escapes
 from moebench.errors import ResultsError
 from moebench.results.columns import Rounds
 from moebench.results.files import write_atomically
@@ -156,8 +158,18 @@ def write_csv(frame: pd.DataFrame, folder: Path) -> Path:
     """Write results.csv, which has no samples, into the existing `folder`. Return its path."""
     flat = frame[[name for name in COLUMNS if name not in SAMPLE_COLUMNS]]
     flat = flat.assign(flags=[";".join(flags) for flags in frame["flags"]])
-    write_atomically(folder / CSV_NAME, flat.to_csv(index=False, lineterminator="\n").encode())
+    write_atomically(folder / CSV_NAME, to_csv(flat).encode())
     return folder / CSV_NAME
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """Return a frame as CSV. Its texts and the names of its columns are written as moebench.escapes.csv does it."""
+    texts = {name: cells.map(_csv_cell) for name, cells in frame.items() if not is_numeric_dtype(cells.dtype)}
+    return frame.assign(**texts).rename(columns=_csv_cell).to_csv(index=False, lineterminator="\n")
+
+
+def _csv_cell(cell: Any) -> Any:
+    return escapes.csv(cell) if isinstance(cell, str) else cell
 
 
 def _to_pandas(table: Any) -> pd.DataFrame:

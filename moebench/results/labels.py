@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from moebench import escapes
 from moebench.workload.backends import REFERENCE
 from moebench.workload.case import Case
 from moebench.workload.models import SHAPE_AXES, shape_name
@@ -87,7 +88,7 @@ def _shape_name(row: Mapping[Hashable, Any]) -> str:
 
 def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
     """Return the parts of a case's description by name. A setting at its default has an empty text."""
-    return {
+    parts = {
         "experts": _shape_name(row),
         "tokens": str(row["num_tokens"]),
         "dtype": row["dtype"],
@@ -99,6 +100,7 @@ def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
         "machine": _machine_name(row["gpu"], row["device"]),
         "run": row["run_id"],
     }
+    return {name: escapes.line(text) for name, text in parts.items()}
 
 
 #: Fields of a case that `_parts` lists by hand.
@@ -136,7 +138,7 @@ def _short(value: Any) -> str:
 
 def _machine_name(gpu: Any, device: Any) -> str:
     names = [name for name in (gpu, device) if not pd.isna(name)]
-    return {"cpu": "CPU"}.get(names[0], str(names[0])) if names else ""
+    return {"cpu": "CPU"}.get(names[0], escapes.line(str(names[0]))) if names else ""
 
 
 _FIRST = ("model", "n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim", "dtype", "expert_activation")
@@ -157,7 +159,7 @@ def in_case_order(frame: pd.DataFrame) -> pd.DataFrame:
 def backend_labels(frame: pd.DataFrame) -> "pd.Series[str]":
     """Return the backend of each row, with its dispatcher if it is not `local`: `te+deepep`."""
     dispatchers = frame["dispatcher"].map(lambda name: "" if name == "local" else f"+{name}")
-    return (frame["backend"] + dispatchers).astype("str")
+    return (frame["backend"] + dispatchers).map(escapes.line).astype("str")
 
 
 def in_order(labels: Iterable[str]) -> list[str]:

@@ -6,6 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from moebench.report.plots.figures import Picture
+from moebench.report.plots.settings import settings
 from moebench.results.record import Record, Status, record
 from moebench.workload.case import Case, Job
 
@@ -47,9 +49,15 @@ def family(backend: str, **fields: Any) -> list[Record]:
     return [ok(case(count, **fields), backend, time_ms=1 + count / 100) for count in COUNTS]
 
 
-def only(named: list[tuple[str, Figure]]) -> Figure:
-    ((_, figure),) = named
+def only(pictures: list[Picture]) -> Figure:
+    (figure,) = figures_of(pictures).values()
     return figure
+
+
+def figures_of(pictures: list[Picture]) -> dict[str, Figure]:
+    """Draw pictures that are planned, and return their figures by name."""
+    with settings():
+        return {name: draw() for name, draw in pictures}
 
 
 def panels(figure: Figure) -> dict[str, Axes]:

@@ -7,17 +7,21 @@ case is not on a line, an overview of the EP size shows the case, so that every 
 figure shows all cases of an EP size. At EP sizes above 1, more figures show the parts of a forward pass. Workloads that
 were measured at several EP sizes have a figure of throughput against the EP size.
 
-This module does not import pyplot, so that an import of this module does not change matplotlib's state.
+A function such as `throughput` plans pictures, and a picture is drawn when it is asked for: `draw` draws all of them,
+and one that fails does not keep others from being drawn. No figure belongs to pyplot, so that no display is needed and
+matplotlib's state does not change.
 """
 
+import hashlib
 import io
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -25,7 +29,8 @@ from moebench.report.plots import bars, lines
 from moebench.report.plots import roofline as rooflines
 from moebench.report.plots import scaling as scalings
 from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, ROOFLINE, SCALING, THROUGHPUT, Kind, Metric
-from moebench.report.plots.look import RC, settle
+from moebench.report.plots.look import settle
+from moebench.report.plots.settings import settings
 from moebench.results.files import write_atomically
 from moebench.results.labels import backend_labels, describe, in_case_order
 from moebench.workload.case import Case
@@ -35,99 +40,136 @@ _PREFIXES = tuple(f"{kind.name}-" for kind in _KINDS)  # every written file begi
 
 _PAGE_IN = 11.0  # the largest height in inches of an overview with more than one case
 
-Named = list[tuple[str, Figure]]
+_LONGEST_SLUG = 120  # characters; a file system takes 255 bytes in the name of a file
+
+
+class Picture(NamedTuple):
+    """A figure that is not drawn yet, and the name of its file without a suffix. `draw` needs moebench's settings."""
+
+    name: str
+    draw: Callable[[], Figure]
+
+
+@dataclass
+class Drawn:
+    """The pictures of a frame: the bytes of each file by name and kind, and one line for each that failed."""
+
+    images: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
 
 #: A figure holds cases that differ only in these fields and in the backend.
 _ALONG_A_LINE = ("num_tokens", "mode", "routing", "rank_load", "seed")
 _FAMILY = (*(name for name in Case.model_fields if name not in _ALONG_A_LINE), "device", "gpu")
 
 
-def throughput(frame: pd.DataFrame) -> Named:
-    """Return figures of tokens/s and TFLOP/s per GPU against tokens, with the 95% confidence interval as a band.
+def throughput(frame: pd.DataFrame) -> list[Picture]:
+    """Return pictures of tokens/s and TFLOP/s per GPU against tokens, with the 95% confidence interval as a band.
 
     The figures show only rows with status ok.
     """
     return _metric_figures(frame, THROUGHPUT)
 
 
-def scaling(frame: pd.DataFrame) -> Named:
-    """Return figures of tokens/s per GPU against the EP size. All points of a line have equal tokens per rank.
+def scaling(frame: pd.DataFrame) -> list[Picture]:
+    """Return pictures of tokens/s per GPU against the EP size. All points of a line have equal tokens per rank.
 
     The figures show only rows with status ok.
     """
-    named: Named = []
+    pictures = []
     columns = [name for name in _FAMILY if name != "ep_size"]
-    with matplotlib.rc_context(RC):
-        for _, family in in_case_order(frame).groupby(columns, dropna=False, sort=False):
-            some = scalings.on_lines(family)
-            if _has_values(some, SCALING):
-                named.append((_slug(SCALING, some), scalings.family_figure(some)))
-    return _distinct(named)
+    for _, family in in_case_order(frame).groupby(columns, dropna=False, sort=False):
+        some = scalings.on_lines(family)
+        if _has_values(some, SCALING):
+            pictures.append(Picture(_slug(SCALING, some), partial(scalings.family_figure, some)))
+    return _distinct(pictures)
 
 
-def memory(frame: pd.DataFrame) -> Named:
-    """Return figures of peak memory (solid) and memory saved for backward (dashed) against tokens.
+def memory(frame: pd.DataFrame) -> list[Picture]:
+    """Return pictures of peak memory (solid) and memory saved for backward (dashed) against tokens.
 
     The figures show only rows with status ok.
     """
     return _metric_figures(frame, MEMORY)
 
 
-def parity(frame: pd.DataFrame) -> Named:
-    """Return figures of the worst error divided by its budget, against tokens.
+def parity(frame: pd.DataFrame) -> list[Picture]:
+    """Return pictures of the worst error divided by its budget, against tokens.
 
     A line marks the budget, and a cross marks each mismatch.
     """
     return _metric_figures(frame, PARITY)
 
 
-def breakdown(frame: pd.DataFrame) -> Named:
-    """Return figures with bars of dispatch, compute and combine under expert parallelism, at two token counts."""
+def breakdown(frame: pd.DataFrame) -> list[Picture]:
+    """Return pictures with bars of dispatch, compute and combine under expert parallelism, at two token counts."""
     drawing = _Drawing(bars.in_family, bars.family_figure, bars.page_figure, bars.case_in)
     return _figures(frame[frame["ep_size"] > 1], BREAKDOWN, drawing)
 
 
-def roofline(frame: pd.DataFrame) -> Named:
-    """Return figures of TFLOP/s per GPU against arithmetic intensity, with ceilings if the run measured ceilings."""
+def roofline(frame: pd.DataFrame) -> list[Picture]:
+    """Return pictures of TFLOP/s per GPU against arithmetic intensity, with ceilings if the run measured ceilings."""
     rows = in_case_order(frame)
     rows["line"] = backend_labels(rows)
-    named: Named = []
-    with matplotlib.rc_context(RC):
-        for _, some in rows.groupby(["ep_size", "device", "gpu"], dropna=False, sort=False):
-            if _has_values(some, ROOFLINE):
-                named.append((_overview(ROOFLINE, some["ep_size"].iloc[0]), rooflines.page_figure(some)))
-    return _distinct(named)
+    pictures = []
+    for _, some in rows.groupby(["ep_size", "device", "gpu"], dropna=False, sort=False):
+        if _has_values(some, ROOFLINE):
+            name = _overview(ROOFLINE, some["ep_size"].iloc[0])
+            pictures.append(Picture(name, partial(rooflines.page_figure, some)))
+    return _distinct(pictures)
 
 
-def all_figures(frame: pd.DataFrame) -> Named:
-    """Return all figures of `frame` with their names. The layout of each figure is fixed."""
-    drawn = (throughput, scaling, memory, parity, roofline, breakdown)
-    named = [pair for draw in drawn for pair in draw(frame)]
-    for _, figure in named:
+def draw(frame: pd.DataFrame, formats: Sequence[str] = ("png", "svg")) -> Drawn:
+    """Draw all pictures of `frame`. The same frame gives the same bytes of SVG.
+
+    An error of one picture becomes a line in `failures`, whatever it is: results must not be lost for a picture.
+    """
+    drawn = Drawn()
+    for plan in (throughput, scaling, memory, parity, roofline, breakdown):
+        try:
+            pictures = plan(frame)
+        except Exception as error:
+            drawn.failures.append(failure(f"of {plan.__name__}", error))
+            continue
+        for picture in pictures:
+            try:
+                drawn.images[picture.name] = images(picture.draw, formats)
+            except Exception as error:
+                drawn.failures.append(failure(picture.name, error))
+    return drawn
+
+
+def images(make: Callable[[], Figure], formats: Sequence[str]) -> dict[str, bytes]:
+    """Draw a figure with moebench's settings, and return it in each of the formats "png" and "svg"."""
+    found = {}
+    with settings():
+        figure = make()
         settle(figure)
-    return named
+        for kind in formats:
+            content = io.BytesIO()
+            figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
+            found[kind] = content.getvalue()
+    return found
 
 
-def image(figure: Figure, kind: str) -> bytes:
-    """Return a figure with a fixed layout as "png" or "svg". The same frame gives the same bytes of SVG."""
-    content = io.BytesIO()
-    with matplotlib.rc_context(RC):
-        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return content.getvalue()
+def failure(name: str, error: Exception) -> str:
+    """Return the line that says which picture failed and why."""
+    why = next(iter(str(error).splitlines()), "")
+    return f"plot {name}: cannot be drawn: {type(error).__name__}: {why}; everything else is written"
 
 
-def write_plots(named: Named, folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Write the figures of a frame into `folder`, and return the paths. Remove plots that the frame no longer has.
+def write_plots(drawn: Drawn, folder: Path) -> list[Path]:
+    """Write the pictures of a frame into `folder`, and return the paths. Remove plots that the frame no longer has.
 
     A missing folder is created.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for slug, figure in named:
-        for kind in formats:
-            paths.append(folder / f"{slug}.{kind}")
-            write_atomically(paths[-1], image(figure, kind))
-    _remove_all_but({slug for slug, _ in named}, folder)
+    for name, by_kind in drawn.images.items():
+        for kind, content in by_kind.items():
+            paths.append(folder / f"{name}.{kind}")
+            write_atomically(paths[-1], content)
+    _remove_all_but(set(drawn.images), folder)
     return paths
 
 
@@ -139,7 +181,7 @@ def _remove_all_but(slugs: set[str], folder: Path) -> None:
             path.unlink()
 
 
-def _metric_figures(frame: pd.DataFrame, metric: Metric) -> Named:
+def _metric_figures(frame: pd.DataFrame, metric: Metric) -> list[Picture]:
     drawing = _Drawing(
         in_family=lines.on_lines,
         family=lambda rows: lines.family_figure(rows, metric),
@@ -159,25 +201,24 @@ class _Drawing:
     case_in: Callable[[int], float]  # approximate height in inches of a case on a page, from its number of backends
 
 
-def _figures(frame: pd.DataFrame, kind: Kind, drawing: _Drawing) -> Named:
+def _figures(frame: pd.DataFrame, kind: Kind, drawing: _Drawing) -> list[Picture]:
     rows = in_case_order(frame)
     rows["line"] = backend_labels(rows)
     rows["case"] = rows.groupby(["case_id", "device", "gpu", "run_id"], dropna=False, sort=False).ngroup()
-    named: Named = []
+    pictures = []
     gathered = [rows.iloc[:0]]
-    with matplotlib.rc_context(RC):
-        for _, family in rows.groupby(list(_FAMILY), dropna=False, sort=False):
-            in_family = drawing.in_family(family)
-            rest = set(family.loc[~in_family, "case"])
-            gathered.append(family[family["case"].isin(rest)])  # with all backends of the case, to compare the backends
-            some = family[in_family]
-            if _has_values(some, kind):
-                named.append((_slug(kind, some), drawing.family(some)))
-        lone = pd.concat(gathered)
-        for ep_size in sorted(set(lone["ep_size"])):
-            pages = _pages(lone[lone["ep_size"] == ep_size], drawing.case_in)
-            named += [(_overview(kind, ep_size), drawing.page(page)) for page in pages if _has_values(page, kind)]
-    return _distinct(named)
+    for _, family in rows.groupby(list(_FAMILY), dropna=False, sort=False):
+        in_family = drawing.in_family(family)
+        rest = set(family.loc[~in_family, "case"])
+        gathered.append(family[family["case"].isin(rest)])  # with all backends of the case, to compare the backends
+        some = family[in_family]
+        if _has_values(some, kind):
+            pictures.append(Picture(_slug(kind, some), partial(drawing.family, some)))
+    lone = pd.concat(gathered)
+    for ep_size in sorted(set(lone["ep_size"])):
+        pages = [page for page in _pages(lone[lone["ep_size"] == ep_size], drawing.case_in) if _has_values(page, kind)]
+        pictures += [Picture(_overview(kind, ep_size), partial(drawing.page, page)) for page in pages]
+    return _distinct(pictures)
 
 
 def _pages(rows: pd.DataFrame, case_in: Callable[[int], float]) -> list[pd.DataFrame]:
@@ -199,18 +240,21 @@ def _has_values(rows: pd.DataFrame, kind: Kind) -> bool:
 
 def _slug(kind: Kind, rows: pd.DataFrame) -> str:
     words = f"{kind.name} {describe(rows).title('tokens', *_ALONG_A_LINE[1:])}"
-    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
+    if len(slug) <= _LONGEST_SLUG:
+        return slug
+    return f"{slug[:_LONGEST_SLUG]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
 def _overview(kind: Kind, ep_size: int) -> str:
     return f"{kind.name}-overview" if ep_size == 1 else f"{kind.name}-overview-ep-{ep_size}"
 
 
-def _distinct(named: Named) -> Named:
-    """Return the figures with distinct names. A name that occurs again, as on a second machine, gets a number."""
+def _distinct(pictures: list[Picture]) -> list[Picture]:
+    """Return the pictures with distinct names. A name that occurs again, as on a second machine, gets a number."""
     counts: Counter[str] = Counter()
     distinct = []
-    for slug, figure in named:
-        counts[slug] += 1
-        distinct.append((slug if counts[slug] == 1 else f"{slug}-{counts[slug]}", figure))
+    for name, make in pictures:
+        counts[name] += 1
+        distinct.append(Picture(name if counts[name] == 1 else f"{name}-{counts[name]}", make))
     return distinct

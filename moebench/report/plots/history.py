@@ -1,18 +1,17 @@
 """Plot a history: how the time of each backend on one case changed since the backend's first result."""
 
-import io
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moebench.errors import ResultsError
+from moebench.errors import PictureError, ResultsError
+from moebench.report.plots.figures import failure, images
 from moebench.report.plots.kinds import Metric
-from moebench.report.plots.look import RC, line_legends, line_look, settle, sheet
-from moebench.results.files import write_atomically
+from moebench.report.plots.look import line_legends, line_look, sheet
+from moebench.results.files import writable, write_atomically
 from moebench.results.history import when
 from moebench.results.labels import in_order
 from moebench.results.record import Status
@@ -38,27 +37,25 @@ _HISTORY = Metric(*("history", "History", "", _points), combine="median", base=1
 def figure_of(rows: pd.DataFrame) -> Figure:
     """Return a figure of the change of each backend's time since its first result, with the 95% confidence interval.
 
-    A dotted line marks a change of machine or software.
+    A dotted line marks a change of machine or software. It needs moebench's settings.
     """
     points = _points(rows)
-    with matplotlib.rc_context(RC):
-        figure, body = sheet(rows, _HISTORY, (), line_legends(points, _HISTORY, joined=True), _BODY_IN)
-        ax = body.subplots()
-        for number, line in enumerate(in_order(points["line"])):
-            some = points[points["line"] == line]
-            above = number / max(1, points["line"].nunique() - 1)
-            look = line_look(*some[["backend", "dispatcher"]].iloc[0], above=above)
-            ax.plot(some["place"], some["value"], **look)
-            ax.fill_between(some["place"], some["low"], some["high"], color=look["color"], alpha=0.25, linewidth=0)
-        _frame(ax, points)
-        settle(figure)
+    figure, body = sheet(rows, _HISTORY, (), line_legends(points, _HISTORY, joined=True), _BODY_IN)
+    ax = body.subplots()
+    for number, line in enumerate(in_order(points["line"])):
+        some = points[points["line"] == line]
+        above = number / max(1, points["line"].nunique() - 1)
+        look = line_look(*some[["backend", "dispatcher"]].iloc[0], above=above)
+        ax.plot(some["place"], some["value"], **look)
+        ax.fill_between(some["place"], some["low"], some["high"], color=look["color"], alpha=0.25, linewidth=0)
+    _frame(ax, points)
     return figure
 
 
 def _frame(ax: Axes, points: pd.DataFrame) -> None:
     ax.axhline(0, color="#888888", linewidth=1.0, zorder=1)
     span = points[["value", "low", "high"]].abs().to_numpy(dtype="float64")
-    most = max(float(pd.Series(span.ravel()).max()), _LEAST_SPAN) * 1.1
+    most = max(_LEAST_SPAN, float(pd.Series(span.ravel()).max())) * 1.1  # the latter is NaN if no row has a time
     ax.set_ylim(-most, most)
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     ax.yaxis.set_major_locator(MaxNLocator(7))
@@ -74,14 +71,22 @@ def _frame(ax: Axes, points: pd.DataFrame) -> None:
     ax.set_xlabel("start (UTC)" + ("; dotted: machine or software changed" if changed.any() else ""))
 
 
+def kind_of(path: Path) -> str:
+    """Return "png" or "svg", as the suffix of `path` says. Raises ResultsError if the suffix is another one."""
+    if path.suffix not in (".png", ".svg"):
+        raise ResultsError(f"{path}: a plot is written as .png or .svg; give it one of these suffixes")
+    return path.suffix[1:]
+
+
 def draw_history(rows: pd.DataFrame, path: Path) -> None:
     """Write the plot of a history as PNG or SVG. The suffix of `path` decides.
 
-    Raises ResultsError if the suffix is neither of these two.
+    Raises ResultsError if the suffix is neither of these two, and PictureError if the plot cannot be drawn.
     """
-    if path.suffix not in (".png", ".svg"):
-        raise ResultsError(f"{path}: a plot is written as .png or .svg; give it one of these suffixes")
-    image = io.BytesIO()
-    with matplotlib.rc_context(RC):
-        figure_of(rows).savefig(image, format=path.suffix[1:])
-    write_atomically(path, image.getvalue())
+    kind = kind_of(path)
+    try:
+        image = images(lambda: figure_of(rows), (kind,))[kind]
+    except Exception as error:
+        raise PictureError(failure(path.stem, error)) from error
+    with writable(path):
+        write_atomically(path, image)

@@ -148,6 +148,8 @@ def round_ticks(low: float, high: float, base: int = 10, most: int = MOST_TICKS)
     for factors in _FACTORS if base == 10 else ((1.0,),):
         found = LogLocator(base, factors, numticks=most).tick_values(low, high)
         ticks = [float(tick) for tick in found if low <= tick <= high]
+        if factors == (1.0,):  # matplotlib 3.10 leaves out no powers on some long axes
+            ticks = ticks[:: math.ceil(len(ticks) / most) or 1]
         if 2 <= len(ticks) <= most:
             break
     return ticks

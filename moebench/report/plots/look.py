@@ -8,7 +8,6 @@ from textwrap import wrap
 from types import MappingProxyType
 from typing import Any
 
-import matplotlib
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -17,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox, ScaledTranslation
 
 from moebench.report.plots.kinds import CEILINGS, RATES, Kind, Metric
+from moebench.report.plots.settings import OURS
 from moebench.results.labels import describe, in_order, machine
 from moebench.results.record import Status
 
@@ -69,33 +69,11 @@ CEILING_LOOKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 _WIDTH_IN, PANEL_IN, _MARGIN_IN = 6.4, 2.45, 0.12
-_TITLE_SIZE, _TEXT_SIZE, NOTE_SIZE = 13.5, 12.0, 11.0
+_TITLE_SIZE, _TEXT_SIZE, NOTE_SIZE = 13.5, OURS["font.size"], 11.0
 LEADING_IN = 1.35 / 72  # a line's height, per point of its font size
 _LABELS_IN = 0.6  # an axis's tick labels and its label
 _ENTRY_IN = 0.25  # one line of a legend
 _CHARACTER_IN = 0.57 / 72  # a character's mean width, per point of its font size
-RC: Any = {  # Any, because matplotlib's own type lists every key
-    "font.family": "DejaVu Sans",
-    "font.size": _TEXT_SIZE,
-    "axes.titlesize": 12.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "grid.color": "#E4E4E4",
-    "legend.frameon": False,
-    "legend.handlelength": 2.6,  # so that dashes show
-    "lines.linewidth": 2.2,
-    "lines.markersize": 7,
-    "xtick.major.size": 4,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "savefig.dpi": 200,
-    "svg.hashsalt": "moebench",
-}
 
 
 def style(backend: str) -> tuple[str, str]:
@@ -141,6 +119,7 @@ def sheet(
 ) -> tuple[Figure, SubFigure]:
     """Return a figure with title, legends and notes, and the part of the figure for axes, `body_in` inches high."""
     head, notes = _head(rows, kind, on_axes), _fold(_undrawn(rows, kind), NOTE_SIZE)
+    legends = [entries for entries in legends if entries]  # if no row has a value, no line needs a legend
     columns = [_columns(entries) for entries in legends]
     rows_of_entries = [math.ceil(len(entries) / some) for entries, some in zip(legends, columns, strict=True)]
     legend_in = sum(rows_of_entries) * _ENTRY_IN + 0.1
@@ -186,7 +165,7 @@ def _head(rows: pd.DataFrame, kind: Kind, on_axes: tuple[str, ...]) -> list[tupl
 def _write_lines(area: SubFigure, lines: list[tuple[str, float, str]], down_in: float, height_in: float) -> None:
     for text, size, weight in lines:
         where = (_MARGIN_IN / _WIDTH_IN, 1 - down_in / height_in)
-        area.text(*where, text, fontsize=size, fontweight=weight, va="top", parse_math=False)
+        area.text(*where, text, fontsize=size, fontweight=weight, va="top")
         down_in += size * LEADING_IN
 
 
@@ -254,8 +233,12 @@ def _other_entries(points: pd.DataFrame, metric: Metric, joined: bool) -> list[A
 
 
 def shortened(name: str, most: int = 44) -> str:
-    """Return the name in at most `most` characters. A longer name loses its middle."""
+    """Return the name as a label in at most `most` characters. A longer name loses its middle.
+
+    matplotlib leaves a label out of a legend if it begins with an underscore, so such a name gets a space before it.
+    """
     half = most // 2
+    name = f" {name}" if name.startswith("_") else name
     return name if len(name) <= most else f"{name[: half - 1]}…{name[-(most - half) :]}"
 
 
@@ -269,12 +252,11 @@ def _undrawn(rows: pd.DataFrame, kind: Kind) -> str:
 
 
 def settle(figure: Figure) -> None:
-    """Fix the layout of a figure, with rounded numbers.
+    """Fix the layout of a figure, with rounded numbers. Call it with moebench's settings.
 
     The last bits of the numbers from matplotlib's layout solver vary from run to run, and would change ids in an SVG.
     """
-    with matplotlib.rc_context(RC):
-        figure.draw_without_rendering()
+    figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for part in figure.subfigs:
         part.bbox_relative.set_points(part.bbox_relative.get_points().round(5))

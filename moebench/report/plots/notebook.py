@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from textwrap import wrap
 
-import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +10,8 @@ from matplotlib.figure import Figure
 from moebench.errors import ResultsError
 from moebench.report.plots import bars, lines, roofline
 from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, ROOFLINE, THROUGHPUT, Kind
-from moebench.report.plots.look import NOTE_SIZE, RC
+from moebench.report.plots.look import NOTE_SIZE
+from moebench.report.plots.settings import settings
 from moebench.results.labels import CASE_ORDER, backend_labels, describe, in_case_order, in_order, machine
 from moebench.results.record import Status
 from moebench.workload.axes import FIXED_BY_MODEL, listed
@@ -92,18 +92,18 @@ def plot(frame: pd.DataFrame, kind: str = "throughput", *, ax: Axes | None = Non
         raise ResultsError(f"{kind}: no row has a value to draw; see the columns status and detail")
     if ax is None:
         figure = _new_figure()
-        with matplotlib.rc_context(RC):
+        with settings():
             ax = figure.add_subplot()
-    with matplotlib.rc_context(RC):
+    with settings():
         _DRAW[kind](ax, rows)
         ax.set_title(_title(rows, _KINDS[kind]), fontsize=NOTE_SIZE)
     return ax
 
 
 def _new_figure() -> Figure:
-    """Return a new figure. Call this outside of `rc_context`.
+    """Return a new figure. Call this outside of `settings`.
 
-    The first figure of a notebook would keep the settings of an `rc_context`.
+    The first figure of a notebook would keep the settings of the block.
     """
     import matplotlib.pyplot as plt  # selects matplotlib's backend, which an import of this module must not do
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moebench.report.plots import lines
 from tests.moebench.typed import is_refused
 
 
@@ -40,6 +41,23 @@ def test_what_cannot_be_written_is_said_in_one_line(good_run, moebench):
         (("report", ".", "--out", "page.html"), "page.html"),
     ):
         is_refused(moebench(*arguments), f"{place}: cannot be written: ")
+
+
+@pytest.mark.parametrize("command", ["plots", "report"])
+def test_a_plot_that_cannot_be_drawn_is_one_line_and_all_else_is_written(folders, moebench, monkeypatch, command):
+    page_figure = lines.page_figure
+
+    def figure(rows, metric):
+        if metric.name == "memory":
+            raise RuntimeError("no \x1b[31mlatex")
+        return page_figure(rows, metric)
+
+    monkeypatch.setattr(lines, "page_figure", figure)
+    shown = moebench(command, "same")
+    why = r"plot memory-overview: cannot be drawn: RuntimeError: no \x1b[31mlatex; everything else is written"
+    assert (shown.code, shown.err) == (1, f"{why}\n")
+    assert all(Path(line.removeprefix("wrote ")).is_file() for line in shown.out.splitlines())
+    assert len(shown.out.splitlines()) == {"plots": 2, "report": 1}[command]
 
 
 @pytest.mark.parametrize("command", [("show",), ("show", "--json"), ("plots",)])

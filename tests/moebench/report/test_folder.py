@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from moebench.report.folder import finish
+from moebench.errors import PictureError
+from moebench.report import folder
+from moebench.report.folder import draw_plots, finish, rewrite, write_report
+from moebench.report.plots.figures import Drawn
 from moebench.results import frame
 from moebench.results.journal import Journal
 from moebench.results.record import Status, record
@@ -37,10 +40,33 @@ def test_a_signal_while_results_are_written_leaves_no_part_of_a_file(monkeypatch
     assert [path.name for path in Path("out").iterdir() if "results" in path.name or "tmp" in path.name] == []
 
 
+def test_results_are_written_before_any_plot_is_tried(monkeypatch):
+    """A plot that ends the process, and then plots that cannot be drawn."""
+    Path("out").mkdir()
+    Journal(Path("out/journal.jsonl")).append(row())
+
+    def end(frame):
+        raise SystemExit
+
+    monkeypatch.setattr(folder, "draw", end)
+    with pytest.raises(SystemExit):
+        finish(Path("out"))
+    assert {path.name for path in Path("out").iterdir()} == {"journal.jsonl", "results.parquet", "results.csv"}
+    failed = Drawn({}, ["plot a: cannot be drawn: why"])
+    monkeypatch.setattr(folder, "draw", lambda *arguments: failed)
+    written = finish(Path("out"))
+    assert Path("out/report.html") in written.paths
+    assert written.failures == ("plot a: cannot be drawn: why",)
+    with pytest.raises(PictureError, match="plot a: cannot"):
+        written.check()
+    for again in (rewrite(Path("out")), draw_plots(Path("out")), write_report(Path("out"), None, None)):
+        assert again.failures == written.failures
+
+
 def test_tables_plots_and_report_come_of_the_journal():
     Path("out").mkdir()
-    assert finish(Path("out")) == []
+    assert finish(Path("out")).paths == ()
     Journal(Path("out/journal.jsonl")).append(row())
-    written = finish(Path("out"))
+    written = finish(Path("out")).paths
     assert {Path(f"out/{name}") for name in ("results.parquet", "results.csv", "report.html")} <= set(written)
     assert all(path.is_file() for path in written)

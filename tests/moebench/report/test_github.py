@@ -23,7 +23,7 @@ def test_annotations_are_workflow_commands(result):
     assert titles == ["moebench: REGRESSED"] * 2 + ["moebench: MISSING", "moebench: INCONCLUSIVE"]
     messages = "\n".join(message for _, _, message in found)
     assert "+5.1%25 (" in messages
-    assert "died \x1b[31m100%25" in messages
+    assert r"died \x1b[31m100%25" in messages
     assert not re.search("%(?!25|0A|0D)", messages)
 
 

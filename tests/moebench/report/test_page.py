@@ -14,7 +14,7 @@ from moebench.cli.app import app
 from moebench.errors import ResultsError, UsageError
 from moebench.report.folder import write_report
 from moebench.report.page import page
-from moebench.report.plots.figures import all_figures
+from moebench.report.plots.figures import draw
 from moebench.results.frame import load, to_frame, write
 from moebench.results.record import Record, Status
 from moebench.verdicts.comparability import Comparability
@@ -183,7 +183,7 @@ def test_the_command_writes_the_page_beside_the_results(tmp_path: Path) -> None:
     write(frame, tmp_path)
     done = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert (tmp_path / "report.html").read_text().count("data:image/svg+xml") == len(all_figures(frame))
+    assert (tmp_path / "report.html").read_text().count("data:image/svg+xml") == len(draw(frame, ("svg",)).images)
     assert done.output.replace("\n", "") == f"wrote {tmp_path / 'report.html'}"
     other = tmp_path / "other.html"
     CliRunner().invoke(app, ["report", str(tmp_path / "results.parquet"), "--out", str(other)])

@@ -9,10 +9,10 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moebench.report.plots.figures import all_figures, breakdown, write_plots
+from moebench.report.plots.figures import breakdown, draw, write_plots
 from moebench.results.frame import to_frame
 from moebench.results.record import Record, Status
-from tests.moebench.drawn import bad, case, family, legend, ok, only, panels, texts
+from tests.moebench.drawn import bad, case, family, figures_of, legend, ok, only, panels, texts
 
 PARTS = ("dispatch", "compute", "combine")
 COUNTS = (16, 128, 1024, 4096, 16384)
@@ -110,7 +110,7 @@ def test_several_seeds_meet_in_their_median() -> None:
 def test_a_case_of_its_own_has_a_panel_in_the_overview_of_its_ep_size() -> None:
     some = [row(64, dtype="float32"), row(64, expert_bias=True), row(64, "loop", "alltoall", expert_bias=True)]
     failed = bad(case(64, ep_size=2, dtype="float16"), Status.unsupported, "te", "deepep")
-    ((slug, figure),) = breakdown(to_frame([*some, failed]))
+    ((slug, figure),) = figures_of(breakdown(to_frame([*some, failed]))).items()
     assert slug == "breakdown-overview-ep-2"
     assert {title.replace("\n", " "): list(bars(ax)) for title, ax in panels(figure).items()} == {
         "bfloat16, swiglu+bias": ["loop+alltoall", "te+deepep"],
@@ -120,10 +120,12 @@ def test_a_case_of_its_own_has_a_panel_in_the_overview_of_its_ep_size() -> None:
 
 
 def test_an_overview_of_many_cases_has_several_pages_of_readable_height() -> None:
-    named = breakdown(to_frame([one for seed in range(40) for one in rows((64,), dim=64 + 8 * seed)]))
-    assert len(named) > 1
-    assert sum(len(figure.axes) for _, figure in named) == 40
-    assert all(height(figure) < 14 for _, figure in named)
+    shown = figures_of(
+        breakdown(to_frame([one for seed in range(40) for one in rows((64,), dim=64 + 8 * seed)]))
+    ).values()
+    assert len(shown) > 1
+    assert sum(len(figure.axes) for figure in shown) == 40
+    assert all(height(figure) < 14 for figure in shown)
 
 
 def height(figure: Figure) -> float:
@@ -133,13 +135,13 @@ def height(figure: Figure) -> float:
 def test_the_breakdown_is_written_the_same_each_time_and_removed_when_it_is_gone(tmp_path: Path) -> None:
     frame = to_frame(rows((128, 1024)))
     name = "breakdown-e8k2d256i512-bfloat16-swiglu-ep-2.svg"
-    written = write_plots(all_figures(frame), tmp_path, formats=("svg",))
+    written = write_plots(draw(frame, ("svg",)), tmp_path)
     assert tmp_path / name in written
     first = (tmp_path / name).read_bytes()
-    write_plots(all_figures(frame), tmp_path, formats=("svg",))
+    write_plots(draw(frame, ("svg",)), tmp_path)
     assert (tmp_path / name).read_bytes() == first
     (tmp_path / "breakdown.svg").write_bytes(b"mine")
-    write_plots(all_figures(to_frame(family("loop"))), tmp_path, formats=("svg",))
+    write_plots(draw(to_frame(family("loop")), ("svg",)), tmp_path)
     assert not (tmp_path / name).exists()
     assert (tmp_path / "breakdown.svg").exists()
 

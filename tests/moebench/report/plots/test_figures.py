@@ -9,11 +9,26 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moebench.report.plots.figures import all_figures, memory, parity, throughput, write_plots
+from moebench.report.plots.figures import draw as draw_all
+from moebench.report.plots.figures import memory, parity, throughput, write_plots
 from moebench.report.plots.lines import spaced
 from moebench.results.frame import to_frame
 from moebench.results.record import Status
-from tests.moebench.drawn import COUNTS, LONG, bad, case, family, labels, legend, line, ok, only, panels, texts
+from tests.moebench.drawn import (
+    COUNTS,
+    LONG,
+    bad,
+    case,
+    family,
+    figures_of,
+    labels,
+    legend,
+    line,
+    ok,
+    only,
+    panels,
+    texts,
+)
 
 
 def test_throughput_draws_the_rates_of_the_frame_with_their_interval() -> None:
@@ -109,7 +124,7 @@ def test_a_row_that_did_not_converge_is_hollow() -> None:
 
 def test_families_apart_routings_in_panels() -> None:
     rows = family("loop") + family("loop", routing="zipf:1.2") + family("loop", dtype="float32", expert_bias=True)
-    shown = dict(throughput(to_frame(rows)))
+    shown = figures_of(throughput(to_frame(rows)))
     assert sorted(shown) == [
         "throughput-e8k2d256i512-bfloat16-swiglu",
         "throughput-e8k2d256i512-float32-swiglu-bias",
@@ -143,7 +158,7 @@ def test_loads_of_the_ranks_have_panels_of_their_own() -> None:
 
 def test_a_backend_with_one_count_is_compared_in_the_overview() -> None:
     rows = [*family("torch_mm"), ok(case(256), "gmm", 1.0), ok(case(256, routing="zipf"), "torch_mm", 2.0)]
-    shown = dict(throughput(to_frame(rows)))
+    shown = figures_of(throughput(to_frame(rows)))
     assert list(shown) == ["throughput-e8k2d256i512-bfloat16-swiglu", "throughput-overview"]
     (ax,) = shown["throughput-e8k2d256i512-bfloat16-swiglu"].axes
     assert [label for label in labels(ax) if "tokens/s" in label] == ["torch_mm tokens/s"]
@@ -170,12 +185,12 @@ def test_two_machines_are_two_rows_of_an_overview() -> None:
 
 def test_what_is_on_no_line_is_in_the_overview() -> None:
     lone = [ok(case(64, dtype="float32"), "loop", time_ms=4.0), ok(case(0), "loop", tflops=None)]
-    named = throughput(to_frame(family("loop") + lone))
-    assert [slug for slug, _ in named] == ["throughput-e8k2d256i512-bfloat16-swiglu", "throughput-overview"]
-    (ax,) = named[1][1].axes
+    shown = figures_of(throughput(to_frame(family("loop") + lone)))
+    assert list(shown) == ["throughput-e8k2d256i512-bfloat16-swiglu", "throughput-overview"]
+    (ax,) = shown["throughput-overview"].axes
     (drawn,) = (one for one in ax.lines if one.get_label() == "loop tokens/s")
     assert [rate for rate in drawn.get_xdata() if not math.isnan(rate)] == [64 / 4e-3]
-    memory_figure = dict(memory(to_frame(family("loop") + lone)))["memory-overview"]
+    memory_figure = figures_of(memory(to_frame(family("loop") + lone)))["memory-overview"]
     (peak,) = (one for one in memory_figure.axes[0].lines if one.get_label() == "loop peak")
     assert len(peak.get_xdata()) == 2, "a case without tokens has a memory"
 
@@ -201,10 +216,10 @@ def test_every_value_of_an_overview_stands_at_its_case(draw: Any) -> None:
     ]
     frame = to_frame(rows)
     column = {throughput: "tokens_per_s", memory: "peak_memory_bytes", parity: "parity_worst"}[draw]
-    named = draw(frame)
-    assert len(named) == 2, "30 cases need two pages"
+    shown = figures_of(draw(frame))
+    assert len(shown) == 2, "30 cases need two pages"
     seen = {}
-    for _, figure in named:
+    for figure in shown.values():
         (ax,) = figure.axes
         labels = {place: text.get_text() for place, text in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)}
         drawn = next(one for one in ax.lines if one.get_label().startswith("loop "))
@@ -230,8 +245,8 @@ def test_nothing_measured_makes_no_figure(draw: Any) -> None:
 def test_written_svg_is_the_same_every_time(tmp_path: Path) -> None:
     lines = [row for mode in ("forward", "train") for name in ("loop", LONG) for row in family(name, mode=mode)]
     frame = to_frame([*lines, ok(case(64, dtype="float32"))])
-    first = write_plots(all_figures(frame), tmp_path / "a" / "plots", formats=("svg",))
-    second = write_plots(all_figures(frame), tmp_path / "b", formats=("svg",))
+    first = write_plots(draw_all(frame, ("svg",)), tmp_path / "a" / "plots")
+    second = write_plots(draw_all(frame, ("svg",)), tmp_path / "b")
     assert [path.name for path in first] == [path.name for path in second]
     assert len(first) == 7, "a figure and an overview of each of throughput, memory and parity, and a roofline"
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
@@ -239,7 +254,7 @@ def test_written_svg_is_the_same_every_time(tmp_path: Path) -> None:
 
 def test_png_and_svg_are_written_and_settings_left_alone(tmp_path: Path) -> None:
     with matplotlib.rc_context({"font.size": 7.0, "axes.grid": False}):
-        paths = write_plots(all_figures(to_frame(family("loop"))[:2]), tmp_path)
+        paths = write_plots(draw_all(to_frame(family("loop"))[:2]), tmp_path)
         assert (matplotlib.rcParams["font.size"], matplotlib.rcParams["axes.grid"]) == (7.0, False)
     assert {path.suffix for path in paths} == {".png", ".svg"}
     assert sorted(tmp_path.iterdir()) == sorted(paths)
@@ -247,16 +262,16 @@ def test_png_and_svg_are_written_and_settings_left_alone(tmp_path: Path) -> None
 
 
 def test_plots_of_families_that_are_gone_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    old = write_plots(all_figures(to_frame(family("loop") + family("loop", dtype="float32"))), tmp_path)
+    old = write_plots(draw_all(to_frame(family("loop") + family("loop", dtype="float32"))), tmp_path)
     others = ["throughput.png", "notes.png", "my-parity-a.svg", "parity-a.pdf", "memory-table.csv"]
     for name in others:
         (tmp_path / name).write_bytes(b"mine")
     (tmp_path / "memory-folder.png").mkdir()
-    new = write_plots(all_figures(to_frame(family("loop", dtype="float32"))), tmp_path, formats=("svg",))
+    new = write_plots(draw_all(to_frame(family("loop", dtype="float32")), ("svg",)), tmp_path)
     kept = {path for path in old if "float32" in path.name or path.stem == "roofline-overview"}
     assert set(new) < kept, "a plot of a family that is still there stays, in whatever format"
     assert set(tmp_path.iterdir()) == kept | {tmp_path / name for name in (*others, "memory-folder.png")}
-    assert write_plots(all_figures(to_frame([])), tmp_path) == []
+    assert write_plots(draw_all(to_frame([])), tmp_path) == []
     assert {path.name for path in tmp_path.iterdir()} == {*others, "memory-folder.png"}
 
 

@@ -2,10 +2,12 @@
 
 import pytest
 
-from moebench.errors import ResultsError
+from moebench.errors import PictureError, ResultsError, UsageError
+from moebench.report.plots import history as plot
 from moebench.report.plots.history import draw_history, figure_of
 from moebench.results.history import history
 from moebench.results.record import Status
+from tests.moebench.drawn import texts
 from tests.moebench.gated import bad, frame, job_of, ok
 
 CASE = job_of(8)
@@ -42,6 +44,21 @@ def test_the_plot_shows_each_backend_and_where_the_machine_changed(rows):
     assert bottom < 0 < 2.0 < top
     assert next(text.get_text() for text in ax.get_xticklabels()) == "2026-11-01\n10:15"
     assert "change" in ax.get_ylabel()
+
+
+def test_a_case_without_a_time_has_a_plot_that_says_why(tmp_path):
+    none = history(CASE.case.case_id, {"a": result(1, None)})
+    assert "Not drawn: loop oom ×1" in texts(figure_of(none))
+    draw_history(none, tmp_path / "a.svg")
+
+
+def test_a_plot_that_cannot_be_drawn_or_written_is_one_line(rows, tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match=r"a\.png: cannot be written: No such file"):
+        draw_history(rows, tmp_path / "gone" / "a.png")
+    monkeypatch.setattr(plot, "figure_of", lambda rows: [][0])
+    with pytest.raises(PictureError, match="plot a: cannot be drawn: IndexError: list index out of range; every"):
+        draw_history(rows, tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_plot_is_written_by_its_suffix(rows, tmp_path):

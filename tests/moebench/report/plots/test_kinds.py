@@ -8,7 +8,7 @@ from moebench.report.plots.figures import memory, parity, roofline, throughput
 from moebench.report.plots.kinds import MOST_TICKS, MOST_TICKS_ALONG_X, round_ticks
 from moebench.results.frame import to_frame
 from moebench.results.record import Status
-from tests.moebench.drawn import bad, case, family, line, ok, only
+from tests.moebench.drawn import bad, case, family, figures_of, line, ok, only
 
 
 @pytest.mark.parametrize(("worst", "says"), [(math.inf, "∞"), (1e9, "1e+09")])
@@ -67,6 +67,6 @@ def test_every_axis_has_two_ticks_and_few_wherever_it_lies(base: int, least: flo
 
 def test_a_lone_point_still_has_two_labels_on_each_axis() -> None:
     for token_count in (64, 100, 512):
-        for _, figure in roofline(to_frame([ok(case(token_count), time_ms=3.0)])):
+        for figure in figures_of(roofline(to_frame([ok(case(token_count), time_ms=3.0)]))).values():
             for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
                 assert len([text for text in axis.get_ticklabels() if text.get_text()]) >= 2

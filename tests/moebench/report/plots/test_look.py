@@ -13,7 +13,7 @@ from moebench.report.plots.figures import breakdown, memory, parity, throughput
 from moebench.report.plots.look import BACKEND_STYLES, shortened, style
 from moebench.results.frame import to_frame
 from moebench.results.record import Record, Status
-from tests.moebench.drawn import COUNTS, LONG, bad, case, family, legend, line, ok, only, texts
+from tests.moebench.drawn import COUNTS, LONG, bad, case, family, figures_of, legend, line, ok, only, texts
 
 
 def test_known_backends_look_different_and_unknown_ones_the_same_every_time() -> None:
@@ -148,7 +148,7 @@ def test_no_text_overlaps_another_under_ep(draw: Any, lone: bool) -> None:
     rows += [bad(case(count, ep_size=8), Status.oom, LONG, "deepep") for count in COUNTS]
     if lone:
         rows = [row for row in rows if row.num_tokens == 128]
-    for _, figure in draw(to_frame(rows)):
+    for figure in figures_of(draw(to_frame(rows))).values():
         assert_nothing_overlaps(figure)
 
 

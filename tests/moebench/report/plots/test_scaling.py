@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moebench.report.plots.figures import all_figures, scaling
+from moebench.report.plots.figures import draw, scaling
 from moebench.results.frame import to_frame
 from moebench.results.record import Record
 from tests.moebench.drawn import case, line, ok, only, panels
@@ -56,5 +56,5 @@ def test_each_mode_load_and_count_has_a_panel() -> None:
 
 def test_one_ep_size_scales_nothing() -> None:
     assert scaling(to_frame(at_sizes("te", "deepep", 2))) == []
-    names = [name for name, _ in all_figures(to_frame(at_sizes("te", "deepep", 1, 2)))]
+    names = list(draw(to_frame(at_sizes("te", "deepep", 1, 2)), ("svg",)).images)
     assert [name for name in names if name.startswith("scaling-")] == ["scaling-e8k2d256i512-bfloat16-swiglu"]
