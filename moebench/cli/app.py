@@ -10,16 +10,20 @@ The exit codes are:
 """
 
 import json
+import os
+import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from moebench import __version__
 from moebench.cli import ab, advise, compare, gate, listing, parity, run, show
-from moebench.cli.console import err, out
+from moebench.cli.console import err, messages_on_standard_error, out
 from moebench.cli.options import AsJson, Backends, Filters
-from moebench.errors import MoebenchError, UsageError
+from moebench.errors import EXIT_FAILED, EXIT_USAGE, MoebenchError, UsageError
 from moebench.machine.doctor import doctor as examine
+from moebench.results.files import CANNOT_WRITE
 from moebench.run import request
 from moebench.workload.selection import select
 
@@ -100,12 +104,36 @@ for module in (run, parity, show, gate, ab, compare, advise):
 
 
 def main() -> None:
-    """Run the command line. Print the message of a MoebenchError on standard error and exit with its code."""
+    """Run the command line. Print the message of an error on standard error and exit with its code.
+
+    A user sees the messages of a MoebenchError, and of an OSError that names a file or a full disk. Any other exception
+    is a mistake of moebench.
+    """
+    messages_on_standard_error()
     try:
+        _check_arguments(sys.argv[1:])
         app()
     except MoebenchError as error:
         err.print(str(error))
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if error.filename is None and error.errno not in CANNOT_WRITE:
+            raise
+        place = "standard output" if error.filename is None else os.fsdecode(error.filename)
+        err.print(f"{place}: {error.strerror}; correct the name, or make room there")
+        raise SystemExit(EXIT_FAILED if error.errno in CANNOT_WRITE else EXIT_USAGE) from None
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Raise UsageError for an argument that no file of results could hold."""
+    for argument in arguments:
+        try:
+            whole = argument.encode()
+        except UnicodeEncodeError as error:
+            text = os.fsencode(argument).decode(errors="backslashreplace")
+            raise UsageError(f"{text}: it must be UTF-8, because results name it; rename the file or folder") from error
+        if b"\0" in whole:
+            raise UsageError(f"{argument!r}: an argument cannot have the character NUL; leave it out")
 
 
 if __name__ == "__main__":

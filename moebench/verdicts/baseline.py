@@ -5,7 +5,6 @@ the CPU) and a fingerprint. The fingerprint covers everything that must be equal
 (`Environment.comparable`). A gate finds the baseline of a candidate by the fingerprint.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 from moebench.errors import ResultsError
 from moebench.machine.comparability import facts
 from moebench.machine.environment import Environment
+from moebench.names import as_name
+from moebench.results.files import writable
 from moebench.results.folder import Result, open_result
 from moebench.results.merge import merged, save
 from moebench.verdicts.findings import rounds_of
@@ -60,8 +61,7 @@ def name_of(environment: Environment) -> str:
     """Return the name of an environment's baseline: `nvidia-h200-e4e1d3dc1b02`. The number of GPUs does not count."""
     names = sorted({gpu.name for gpu in environment.gpus})
     machine = "-".join(names) if names else environment.cpu_model
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    return f"{slug}-{environment.env_id}"
+    return f"{as_name(machine) or 'unknown'}-{environment.env_id}"
 
 
 def stored(root: Path = BASELINES) -> list[Baseline]:
@@ -103,7 +103,8 @@ def update(path: Path, root: Path = BASELINES) -> Baseline:
 def _saved(results: Sequence[Result], folder: Path) -> Baseline:
     names = [str(number) for number in range(len(results))]
     result = merged(results, names, newest=True)
-    save(result, folder)
+    with writable(folder):
+        save(result, folder)
     return Baseline(folder, result)
 
 
