@@ -12,8 +12,16 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=
 
 
 class _OnStandardError(logging.Handler):
+    """Prints each message once, however often the file that it is about is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._printed: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(record.getMessage())
+        if (message := record.getMessage()) not in self._printed:
+            err.print(message)
+        self._printed.add(message)
 
 
 def messages_on_standard_error() -> None:

@@ -75,13 +75,12 @@ def read_journal(path: Path) -> list[Record]:
     """
     rows, torn = Journal(path).read()
     folder = shlex.quote(str(path.parent))
-    again = f"`moebench run --resume {folder}` measures their jobs again"
+    lines = f"{path}: {torn} of {torn + len(rows)} lines cannot be read"
+    again = f"`moebench run --resume {folder}` measures again what is missing"
     if torn and not rows:
-        raise UnreadableError(f"{path}: {torn} of {torn} lines cannot be read as JSON; {again}, or give other results")
+        raise UnreadableError(f"{lines}; {again}; or give other results")
     if torn:
-        LOG.warning(
-            "%s: %d of %d lines cannot be read, and their rows are missing; %s", path, torn, torn + len(rows), again
-        )
+        LOG.warning("%s and are left out; %s", lines, again)
     return rows
 
 

@@ -244,15 +244,20 @@ def _json(draw: Callable[[Any], Any], path: Path) -> None:
     path.write_bytes(_written(document))
 
 
+def _fields(line: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):  # it was spoiled before
+        return {}
+
+
 def _journal(draw: Callable[[Any], Any], path: Path) -> None:
     lines = path.read_bytes().splitlines()
     for _ in range(draw(st.integers(1, 2))):
         number = draw(st.integers(0, len(lines) - 1))
         how = draw(st.integers(0, 9))
         if how < 6:
-            fields = (
-                json.loads(lines[number]) if lines[number].startswith(b"{") and lines[number].endswith(b"}") else {}
-            )
+            fields = _fields(lines[number])
             if fields:
                 name = draw(st.sampled_from(sorted(fields)))
                 value = draw(values) if draw(st.integers(0, 3)) else fields[draw(st.sampled_from(sorted(fields)))]
