@@ -4,6 +4,7 @@
     ├── UsageError         2    the user asked for something that moebench cannot do
     ├── SweepError         2    a sweep, a filter or a backend's name is wrong; one line for each mistake
     ├── ResultsError       2    a file or folder cannot be opened as results
+    │   └── UnreadableError 1   no line of a journal can be read
     ├── RevisionError      2    a revision or folder of `experts` cannot be measured
     ├── PictureError       1    a plot could not be drawn; all else was written; one line for each plot
     ├── InputsError        1    the inputs of a case cannot be made
@@ -15,10 +16,22 @@ Any other exception is a bug of moebench and keeps its traceback. A module may d
 the exception never leaves the module.
 """
 
+import reprlib
 from collections.abc import Sequence
 from typing import ClassVar
 
+from pydantic import ValidationError
+
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNDECIDED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Return in one line the first mistake that pydantic found: the field, its value, and the rule."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    value = "" if isinstance(first["input"], dict) else f" = {reprlib.repr(first['input'])}"
+    message = "; ".join(first["msg"].removeprefix("Value error, ").splitlines())
+    return f"{field}{value}: {message}" if field else message
 
 
 class MoebenchError(Exception):
@@ -44,6 +57,12 @@ class SweepError(MoebenchError):
 
 class ResultsError(MoebenchError):
     """A file or folder that cannot be opened as results."""
+
+
+class UnreadableError(ResultsError):
+    """A journal in which no line can be read."""
+
+    exit_code = EXIT_FAILED
 
 
 class RevisionError(MoebenchError):

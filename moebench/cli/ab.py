@@ -52,7 +52,7 @@ def ab_(
     run, notes = request.on_gpus(run, gpus, share_gpus)
     for note in notes:
         err.print(note)
-    with ab.prepared(run, a, b, smallest) as plan:
+    with request.in_own_folder(run) as run, ab.prepared(run, a, b, smallest) as plan:
         err.print(f"A {plan.a}, B {plan.b}: {len(plan.common)} jobs, {' or '.join(map(str, plan.looks))} rounds")
         result = _measure(plan)
     err.print(f"results: {' and '.join(map(str, plan.folders))}")

@@ -45,9 +45,10 @@ def advise_(
             out.print(AdviceTable(one))
     if any(one.candidates for one in advices):
         return
-    if not advices:
-        err.print(f"no data: no result has this workload; the results have {listed(advise.elsewhere(frame, asked))}")
+    others = listed(advise.elsewhere(frame, asked))
+    found = "" if advices else f"no result has this workload; the results have {others}; "
     err.print(
-        "no data near this workload, and moebench does not extrapolate: measure it with your own sweep (docs/sweeps.md)"
+        f"no data near this workload: {found}moebench does not extrapolate; "
+        "measure it with your own sweep (docs/sweeps.md)"
     )
     raise typer.Exit(EXIT_NO_DATA)

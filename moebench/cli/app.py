@@ -11,20 +11,24 @@ The exit codes are:
 
 import io
 import json
-from typing import Annotated
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
 from moebench import __version__
 from moebench.cli import ab, advise, compare, gate, listing, parity, run, show
-from moebench.cli.console import err, out
+from moebench.cli.console import err, messages_on_standard_error, out
 from moebench.cli.options import AsJson, Backends, Filters
-from moebench.errors import EXIT_OK, MoebenchError, UsageError
+from moebench.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, MoebenchError, UsageError
 from moebench.machine.doctor import doctor as examine
+from moebench.results.files import CANNOT_WRITE
 from moebench.run import request
 from moebench.workload.selection import select
 
-_TyperUsageError = typer.BadParameter.__bases__[0]  # typer has no public name for it
+_TyperUsageError: Any = typer.BadParameter.__bases__[0]  # typer has no public name for it
 
 app = typer.Typer(
     name="moebench",
@@ -103,8 +107,14 @@ for module in (run, parity, show, gate, ab, compare, advise):
 
 
 def main() -> None:
-    """Run the command line. Print the message of an error of the user on standard error and exit with its code."""
+    """Run the command line. Print the message of an error on standard error and exit with its code.
+
+    A user sees the messages of a MoebenchError, and of an OSError that names a file or a full disk. Any other exception
+    is a mistake of moebench.
+    """
+    messages_on_standard_error()
     try:
+        _check_arguments(sys.argv[1:])
         code = app(standalone_mode=False)
     except MoebenchError as error:
         err.print(str(error))
@@ -114,7 +124,25 @@ def main() -> None:
         error.show(file=message)
         err.print(message.getvalue(), end="")
         code = error.exit_code
+    except OSError as error:
+        if error.filename is None and error.errno not in CANNOT_WRITE:
+            raise
+        place = "standard output" if error.filename is None else os.fsdecode(error.filename)
+        err.print(f"{place}: {error.strerror}; correct the name, or make room there")
+        code = EXIT_FAILED if error.errno in CANNOT_WRITE else EXIT_USAGE
     raise SystemExit(code or EXIT_OK)
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Raise UsageError for an argument that no file of results could hold."""
+    for argument in arguments:
+        try:
+            whole = argument.encode()
+        except UnicodeEncodeError as error:
+            text = os.fsencode(argument).decode(errors="backslashreplace")
+            raise UsageError(f"{text}: it must be UTF-8, because results name it; rename the file or folder") from error
+        if b"\0" in whole:
+            raise UsageError(f"{argument!r}: an argument cannot have the character NUL; leave it out")
 
 
 if __name__ == "__main__":

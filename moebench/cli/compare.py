@@ -13,8 +13,9 @@ from moebench.report.plots.history import draw_history, kind_of
 from moebench.report.tables import comparetable
 from moebench.results import merge
 from moebench.results.compare import compare, names_of
+from moebench.results.files import writable
 from moebench.results.folder import Result, open_result
-from moebench.results.frame import to_csv, to_json
+from moebench.results.frame import SAMPLE_COLUMNS, to_csv, to_json
 from moebench.results.history import history
 
 commands = typer.Typer()
@@ -78,11 +79,12 @@ def history_(
         kind_of(plot)  # a wrong suffix is a mistake to tell before any work
     rows = history(case_id, {name: result.frame for name, result in _opened(results).items()})
     if as_json:
-        out.print_json(to_json(rows.drop(columns=["samples_ms", "sample_rounds"])))
+        out.print_json(to_json(rows.drop(columns=list(SAMPLE_COLUMNS))))
     else:
         out.print(comparetable.history_table(rows))
     if plot is not None:
-        draw_history(rows, plot)
+        with writable(plot):
+            draw_history(rows, plot)
         err.print(f"wrote {plot}")
 
 

@@ -4,6 +4,9 @@ The consoles escape all text that they print (moebench.escapes): no text moves t
 direction of writing, or is a command of GitHub Actions. rich's markup in a text is shown as it is.
 """
 
+import io
+import logging
+import sys
 from collections.abc import Iterable
 from json import dumps, loads
 from typing import IO, Any
@@ -54,6 +57,29 @@ class _Console(Console):
 
 out = _Console(highlight=False, soft_wrap=False, markup=False, emoji=False)
 err = _Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+class _OnStandardError(logging.Handler):
+    """Prints each message once, however often the file that it is about is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._printed: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (message := record.getMessage()) not in self._printed:
+            err.print(message)
+        self._printed.add(message)
+
+
+def messages_on_standard_error() -> None:
+    """Print what moebench logs, such as lines of a journal that cannot be read, as lines on standard error.
+
+    Names of files that are not UTF-8 are printed with backslashes, as Python prints them on standard error.
+    """
+    logging.getLogger("moebench").handlers = [_OnStandardError()]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def progress_bar() -> Progress:

@@ -120,12 +120,12 @@ def check_outputs(for_github: bool, as_json: bool) -> None:
 def report(result: GateResult, junit_file: Path | None, for_github: bool, as_json: bool) -> None:
     """Print a gate's verdicts, write the files that were asked for, and exit with the gate's code."""
     check_outputs(for_github, as_json)
-    if junit_file:
-        _write(junit_file, junit.junit_xml(result))
     if as_json:
         out.print_json(GateDocument.of(result).to_json())
     else:
         out.print(GateTable(result))
+    if junit_file:
+        _write(junit_file, junit.junit_xml(result))
     if for_github:
         _tell_github(result)
     raise typer.Exit(result.exit_code)
@@ -138,7 +138,7 @@ def _tell_github(result: GateResult) -> None:
     if not summary_file:
         err.print(f"--github: {SUMMARY_VARIABLE} is not set, so no step summary was written")
         return
-    with Path(summary_file).open("a", encoding="utf-8") as file:
+    with writable(Path(summary_file)), Path(summary_file).open("a", encoding="utf-8") as file:
         file.write(github.summary(result))
 
 

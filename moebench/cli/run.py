@@ -15,7 +15,8 @@ from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from moebench.report.folder import Written, finish
 from moebench.report.tables.forecasttable import ForecastTable
 from moebench.report.tables.tables import summary
-from moebench.results.frame import load
+from moebench.results.folder import environments_beside
+from moebench.results.frame import load, to_json
 from moebench.results.record import GOOD, Record
 from moebench.run import request, start
 from moebench.run.forecast import forecast, measured_jobs
@@ -84,7 +85,8 @@ def run(
     plan, notes = request.on_gpus(plan, gpus, share_gpus)
     for note in notes:
         err.print(note)
-    _measure(plan, as_json)
+    with request.in_own_folder(plan) as plan:
+        _measure(plan, as_json)
 
 
 def _refuse_beside_resume(options: Mapping[str, object]) -> None:
@@ -136,13 +138,15 @@ def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:
         "interrupted": outcome.interrupted,
         "num_left": outcome.num_left,
         "statuses": dict(Counter(row.status.value for row in outcome.records)),
-        "records": [json.loads(row.to_json()) for row in outcome.records],
+        "records": json.loads(to_json(load(folder))) if outcome.records else [],
     }
 
 
 def _exit(outcome: Outcome, folder: Path) -> None:
     for note in outcome.notes:
         err.print(note)
+    for problem in {some.git_problem: None for some in environments_beside(folder).values() if some.git_problem}:
+        err.print(f"the results do not name the revision of this checkout: {problem}")
     if outcome.interrupted:
         err.print(f"interrupted: {outcome.num_left} jobs left; {_go_on(folder)}")
         raise typer.Exit(EXIT_INTERRUPTED)

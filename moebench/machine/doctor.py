@@ -15,7 +15,7 @@ import psutil
 
 from experts import catalog
 from moebench.machine import nvml
-from moebench.machine.environment import cpu_cores_usable, cpu_model
+from moebench.machine.environment import REVISION_VARIABLE, ROOT, cpu_cores_usable, cpu_model, git_state
 from moebench.machine.gpus import GPU_BUSY_PERCENT
 from moebench.machine.units import size
 from moebench.machine.versions import DISTRIBUTIONS, library_versions
@@ -56,7 +56,7 @@ def doctor() -> list[Diagnosis]:
     """Return every finding, hardware before software. Takes about a second and does not open a CUDA context."""
     gpus = _gpu_findings()  # before any call into torch, so that this process is not yet a user of a GPU
     has_gpu = any(finding.level != "missing" for finding in gpus)
-    return [*_cpu_findings(), *gpus, *_torch_findings(has_gpu), *_library_findings(has_gpu)]
+    return [*_cpu_findings(), *gpus, *_torch_findings(has_gpu), *_library_findings(has_gpu), *_revision_findings()]
 
 
 def _cpu_findings() -> list[Diagnosis]:
@@ -142,6 +142,14 @@ def _torch_findings(has_gpu: bool) -> list[Diagnosis]:
         "update the driver" if hidden is None else f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it, or update the driver"
     )
     return [Diagnosis("problem", "torch", detail, remedy)]
+
+
+def _revision_findings() -> list[Diagnosis]:
+    problem = git_state(ROOT).problem
+    if problem is None:
+        return []
+    remedy = f"correct it, or set {REVISION_VARIABLE}"
+    return [Diagnosis("problem", "revision", f"results cannot name the revision of this checkout: {problem}", remedy)]
 
 
 def _library_findings(has_gpu: bool) -> list[Diagnosis]:

@@ -10,16 +10,17 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import moebench
-from moebench.errors import ResultsError
+from moebench.errors import ResultsError, first_mistake
 from moebench.machine import nvml
 from moebench.machine.git import run_git
 from moebench.machine.versions import TIMED, library_versions
+from moebench.names import Name, as_name
 
 #: The user sets this variable where the checkout has no .git, so that results still name their revision.
 REVISION_VARIABLE = "MOEBENCH_REVISION"
@@ -27,7 +28,7 @@ REVISION_VARIABLE = "MOEBENCH_REVISION"
 #: Libraries that run code inside the timed region.
 TIMED_LIBRARIES = ("torch", "cuda", "cudnn", "nccl", *TIMED)
 
-_ROOT = Path(moebench.__file__).resolve().parent.parent
+ROOT = Path(moebench.__file__).resolve().parent.parent
 #: A checkout on a network file system may take long to answer.
 GIT_TIMEOUT_S = 30.0
 _SOURCES = ("experts", "moebench", "suites")
@@ -36,12 +37,12 @@ _SOURCES = ("experts", "moebench", "suites")
 class Gpu(nvml.GpuReading):
     """A GPU as torch sees it (`index` is torch's number), with NVML's reading of it."""
 
-    index: int
+    index: nvml.Number
     name: str
-    memory_bytes: int
+    memory_bytes: nvml.Number
     compute_capability: str
-    sm_count: int
-    l2_bytes: int
+    sm_count: nvml.Number
+    l2_bytes: nvml.Number
 
 
 class Environment(BaseModel):
@@ -52,20 +53,21 @@ class Environment(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    env_id: str
+    env_id: Name
     device: str
     os: str
     cpu_model: str
-    cpu_cores: int
-    cpu_cores_usable: int
-    num_threads: int
-    memory_bytes: int
+    cpu_cores: nvml.Number
+    cpu_cores_usable: nvml.Number
+    num_threads: nvml.Number
+    memory_bytes: nvml.Number
     python: str
     moebench: str
     versions: dict[str, str | None]
     gpus: tuple[Gpu, ...] = ()
     git_revision: str | None = None
     git_dirty: bool | None = None
+    git_problem: str | None = None  # why git did not tell the revision of a checkout
 
     def comparable(self) -> dict[str, Any]:
         """Return the facts that two environments must share for their timings to be comparable.
@@ -93,6 +95,11 @@ class Environment(BaseModel):
         """The version and revision of the code that ran, by the name of the field. `env_id` does not depend on them."""
         return {"moebench": self.moebench, "git_revision": self.git_revision, "git_dirty": self.git_dirty}
 
+    @property
+    def code_name(self) -> str:
+        """The revision of the code that ran, or else its version, as a part of a file's name."""
+        return as_name(self.git_revision or self.moebench) or "unknown"
+
     def gpu_uuids(self, count: int) -> str | None:
         """Return the UUIDs of the first `count` GPUs, one for each rank of a job; None without GPUs."""
         return ", ".join(gpu.uuid or f"index {gpu.index}" for gpu in self.gpus[:count]) or None
@@ -108,9 +115,7 @@ class Environment(BaseModel):
         except OSError as error:
             raise ResultsError(f"{path}: {error.strerror}; every results folder needs this file") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise ResultsError(f"{path}: {where}: {first['msg']}; open it with the moebench that wrote it") from error
+            raise ResultsError(f"{path}: {first_mistake(error)}; open it with the moebench that wrote it") from error
 
 
 def collect(device: str) -> Environment:
@@ -120,9 +125,9 @@ def collect(device: str) -> Environment:
     """
     import torch
 
-    revision, dirty = git_state(_ROOT)
+    git = git_state(ROOT)
     facts = Environment(
-        env_id="",
+        env_id="unknown",
         device=device,
         os=f"{platform.system()} {platform.release().partition('-')[0]}",
         cpu_model=cpu_model(),
@@ -134,8 +139,9 @@ def collect(device: str) -> Environment:
         moebench=moebench.__version__,
         versions=library_versions(),
         gpus=tuple(map(_gpu, gpu_numbers(device))),
-        git_revision=revision,
-        git_dirty=dirty,
+        git_revision=git.revision,
+        git_dirty=git.is_dirty,
+        git_problem=git.problem,
     )
     return facts.model_copy(update={"env_id": _digest(facts.comparable())})
 
@@ -149,7 +155,7 @@ def gpu_numbers(device: str) -> range:
     import torch
 
     kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isascii() and index.isdecimal())):
         raise ValueError(f"device = {device!r}: it must be cpu, cuda or cuda:N")
     if kind == "cpu":
         return range(0)
@@ -194,23 +200,40 @@ def cpu_cores_usable() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
 
 
-def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """Return the checkout's revision, and whether the code (not docs, not results) differs from that revision.
+class GitState(NamedTuple):
+    """What git says about a checkout.
 
-    Without .git in `root`, or without git, the revision is MOEBENCH_REVISION (None if unset). The second value is then
-    None, because nobody knows whether the code was changed.
+    `revision` is None if nobody knows it, and `problem` then has git's reason if there is a checkout. `is_dirty` says
+    whether the code (not docs, not results) differs from the revision; it is None if nobody knows.
     """
-    revision = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
+
+    revision: str | None
+    is_dirty: bool | None
+    problem: str | None = None
+
+
+def git_state(root: Path) -> GitState:
+    """Return what git says about the checkout in `root`.
+
+    Without .git in `root`, or if git does not answer, the revision is MOEBENCH_REVISION (None if unset).
+    """
+    revision, problem = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else (None, None)
     if revision is None:
-        return os.environ.get(REVISION_VARIABLE) or None, None
-    changes = _git(root, "status", "--porcelain", "--", *_SOURCES)
-    return revision, None if changes is None else bool(changes)
+        named = os.environ.get(REVISION_VARIABLE, "").encode(errors="replace").decode()
+        return GitState(named or None, None, None if named else problem)
+    changes, problem = _git(root, "status", "--porcelain", "--", *_SOURCES)
+    return GitState(revision, None if changes is None else bool(changes), problem)
 
 
-def _git(root: Path, *arguments: str) -> str | None:
-    """Return what git prints about the checkout; None where git fails or does not run."""
+def _git(root: Path, *arguments: str) -> tuple[str | None, str | None]:
+    """Return what git prints about the checkout and None, or None and the reason why git does not answer."""
     try:
         done = run_git("-C", str(root), *arguments, timeout_s=GIT_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.decode().strip() if done.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f"git does not run: {error}"
+    if done.returncode == 0:
+        return done.stdout.decode().strip(), None
+    said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+    remedy = "; git config --global --add safe.directory FOLDER" if "dubious ownership" in said[0] else ""
+    reason = said[0].partition(" at '")[0]  # without the path of the checkout
+    return None, f"git: {reason}{remedy}"

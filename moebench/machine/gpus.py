@@ -1,6 +1,8 @@
 """Choose where workers run (on GPUs by name, or on the CPU), and give the ranks of a job their slots."""
 
 import os
+import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +68,8 @@ def variables(place: Place, at_once: int, num_ranks: int, cores: int) -> dict[st
 def visible_gpus() -> list[VisibleGpu]:
     """Return the GPUs that CUDA sees here, and who uses them.
 
-    If the variable CUDA_VISIBLE_DEVICES is set, only its GPUs are returned. Raises nvml.NvmlUnavailable as `nvml.nvml`
+    If the variable CUDA_VISIBLE_DEVICES is set, only its GPUs are returned. CUDA ignores the list from the first entry
+    on that is not a GPU, and ignores the whole list if a GPU is in it twice. Raises nvml.NvmlUnavailable as `nvml.nvml`
     does.
     """
     found = nvml.read_all()
@@ -74,16 +77,27 @@ def visible_gpus() -> list[VisibleGpu]:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
         return gpus
-    visible = []
-    for name in filter(None, map(str.strip, listed.split(","))):
-        if name.isdecimal():  # torch reads it as NVML's index; CUDA ignores the list from the first wrong index on
-            if int(name) >= len(gpus):
-                break
-            visible.append(gpus[int(name)])
-        else:
-            whole = [gpu for gpu in gpus if gpu.name.startswith(name)]
-            visible.append(whole[0] if whole else VisibleGpu(name))
+    visible: list[VisibleGpu] = []
+    for name in map(str.strip, listed.split(",")):
+        gpu = _listed(name, gpus)
+        if gpu is None:
+            break
+        if gpu in visible:
+            return []
+        visible.append(gpu)
     return visible
+
+
+def _listed(name: str, gpus: Sequence[VisibleGpu]) -> VisibleGpu | None:
+    """Return the GPU that an entry of CUDA_VISIBLE_DEVICES names, by its number, its uuid or the uuid's beginning.
+
+    The result is None if there is no such GPU. NVML does not list the parts of a GPU ("MIG-…").
+    """
+    if re.fullmatch(r"\+?[0-9]{1,9}", name):  # torch reads it as NVML's index
+        return gpus[int(name)] if int(name) < len(gpus) else None
+    if name.startswith("MIG-"):
+        return VisibleGpu(name)
+    return next((gpu for gpu in gpus if name.startswith("GPU-") and gpu.name.startswith(name)), None)
 
 
 def in_use(use: nvml.GpuUse) -> str | None:
@@ -132,8 +146,10 @@ def _numbers(option: str, wanted: str | None, count: int) -> list[int]:
     if wanted is None or (wanted == "all" and count):
         return list(range(count))
     words = [word.strip() for word in wanted.split(",")]
-    wrong = [word for word in words if not word.isdecimal() or int(word) >= count]
+    wrong = [word for word in words if not re.fullmatch("[0-9]{1,9}", word) or int(word) >= count]
     if wrong:
         there = f"there are 0 to {count - 1}" if count else "this machine has none"
-        raise UsageError(f"{option}: {', '.join(map(repr, wrong))}: no such GPU, {there}; give numbers of GPUs, or all")
+        raise UsageError(
+            f"{option}: {', '.join(map(reprlib.repr, wrong))}: no such GPU, {there}; give numbers of GPUs, or all"
+        )
     return list(dict.fromkeys(map(int, words)))

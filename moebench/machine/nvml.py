@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 #: Bits of nvmlDeviceGetCurrentClocksEventReasons, fixed by NVML's interface. Each is a reason for a lower clock.
 CLOCKS_EVENT_REASONS = MappingProxyType(
@@ -33,6 +33,10 @@ CLOCKS_EVENT_REASONS = MappingProxyType(
 SLOWED_DOWN = frozenset({"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"})
 
 
+#: A number that fits into 64 bits, as every fact about a machine does.
+Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
 class GpuReading(BaseModel):
     """One GPU at one moment. None means that this GPU or this driver does not report the value."""
 
@@ -40,15 +44,15 @@ class GpuReading(BaseModel):
 
     name: str | None = None
     uuid: str | None = None
-    memory_bytes: int | None = None
+    memory_bytes: Number | None = None
     driver_version: str | None = None
     power_limit_w: float | None = None
-    max_sm_clock_mhz: int | None = None
-    max_memory_clock_mhz: int | None = None
-    sm_clock_mhz: int | None = None
-    memory_clock_mhz: int | None = None
+    max_sm_clock_mhz: Number | None = None
+    max_memory_clock_mhz: Number | None = None
+    sm_clock_mhz: Number | None = None
+    memory_clock_mhz: Number | None = None
     power_w: float | None = None
-    temperature_c: int | None = None
+    temperature_c: Number | None = None
     throttle_reasons: tuple[str, ...] | None = None
     nvml_error: str | None = None
 

@@ -173,7 +173,7 @@ def _trace_file(job: Job, work_list: WorkList, ranks: Ranks) -> Path | None:
         return None
     parts = [job.case.case_id, job.backend, job.dispatcher]
     parts += [f"round{work_list.round}"] * (work_list.round > 0) + [f"rank{ranks.rank}"] * (ranks.size > 1)
-    return work_list.traces / (re.sub(r"[^\w.+-]", "_", "--".join(parts)) + ".json")
+    return work_list.traces / (re.sub(r"[^\w.+-]", "_", "--".join(parts), flags=re.ASCII) + ".json")
 
 
 def _tell_unsupported(work_list: WorkList, jobs: Iterable[Job], events: Events, env_id: str) -> None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import pandas as pd
 from pydantic import ValidationError
 
-from moebench.errors import UsageError
+from moebench.errors import UsageError, first_mistake
 from moebench.results.labels import backend_labels, machine, shape_names
 from moebench.results.record import Status
 from moebench.results.stats import THRESHOLD
-from moebench.workload.axes import did_you_mean, listed
+from moebench.workload.axes import cut, did_you_mean, listed
 from moebench.workload.case import Case
 from moebench.workload.models import MODELS, SHAPE_AXES, shape_fields
 
@@ -95,15 +95,21 @@ def question(model: str, num_tokens: int, **more: object) -> Case:
     shape = shape_fields(model)
     if shape is None and model not in MODELS:
         hint = did_you_mean(model, MODELS) or f"there are {listed(MODELS)}"
-        raise UsageError(f"--model {model}: must be a model of moebench, or a shape such as e64k6d1024i512; {hint}")
+        raise UsageError(
+            f"--model {cut(model)}: must be a model of moebench, or a shape such as e64k6d1024i512; {hint}"
+        )
     fields = MODELS[model] if shape is None else shape
     try:
         return Case.model_validate({**fields, "num_tokens": num_tokens, **more})
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + "-".join(map(str, first["loc"])).replace("_", "-") if first["loc"] else "the workload"
-        message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{option} {first['input'] if first['loc'] else ''}: {message}".replace(" :", ":")) from error
+        field = str(first["loc"][0]) if first["loc"] else ""
+        if not field:
+            raise UsageError(f"--model {model} with these options: {first_mistake(error)}") from error
+        if field in fields:
+            raise UsageError(f"--model {model}: {first_mistake(error)}") from error
+        rule = first_mistake(error).partition(": ")[2]
+        raise UsageError(f"--{field.replace('_', '-')} {cut(str(first['input']))}: {rule}") from error
 
 
 def matching(frame: pd.DataFrame, asked: Case) -> pd.DataFrame:

@@ -34,15 +34,18 @@ class Column:
     `rounds`: how the values of several rounds make one value.
     `means`: what the column means, as docs/results.md explains it.
     `unit`: the unit of the values; empty if they have none.
-    `null`: when a cell of the column is null, as docs/results.md explains it.
-    `is_speed`: whether only a row with status `ok` may have a value.
+    `null`: when a cell of the column is null, as docs/results.md explains it. If it ends in "unless ok", only a row
+    with status `ok` may have a value.
     """
 
     rounds: Rounds
     means: str
     unit: str = ""
     null: str = "unless ok"
-    is_speed: bool = False
+
+    @property
+    def only_if_ok(self) -> bool:
+        return self.null.endswith("unless ok")
 
 
 def columns_of(model: type[BaseModel]) -> dict[str, Column]:

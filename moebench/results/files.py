@@ -15,8 +15,17 @@ CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, 
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the content of the file `path` in one step. A crash leaves either the old file or the new one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replace the content of the file `path` in one step. A crash leaves either the old file or the new one.
+
+    If `path` is a symbolic link, the link stays, and the file that it points to gets the content. A pipe or a device
+    stays too, and gets the content as it comes.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with path.open("wb") as place:  # raises for a folder
+            place.write(content)
+        return
+    scratch = path.with_name(f".moebench.{os.getpid()}.tmp")  # short, so that the longest name of a file still fits
     try:
         with scratch.open("wb") as file:
             file.write(content)
@@ -33,7 +42,7 @@ def writable(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{place}: cannot be written: {error.strerror}; name another place") from error
+        raise UsageError(f"{place}: cannot be written: {error.strerror or error}; name another place") from error
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from row to row. The function `parity_errors` reads such a cell. docs/results.md
 import json
 import math
 import os
+import reprlib
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -18,14 +20,16 @@ import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pandas.api.types import is_numeric_dtype
+from pydantic import ValidationError
 
 from moebench import escapes
-from moebench.errors import ResultsError
+from moebench.errors import ResultsError, first_mistake
 from moebench.results.columns import Rounds
 from moebench.results.files import write_atomically
-from moebench.results.journal import JOURNAL_NAME, read_journal
-from moebench.results.record import COLUMN_OF, READABLE, Record, Status
+from moebench.results.journal import JOURNAL_NAME, read_journal, record_of
+from moebench.results.record import COLUMN_OF, Record, Status
 from moebench.results.rounds import merged_rounds
+from moebench.workload.case import JobKey
 
 PARQUET_NAME = "results.parquet"
 CSV_NAME = "results.csv"
@@ -60,6 +64,8 @@ def _bare(annotation: Any) -> Any:
         return _bare(arguments[0])
     if origin is Literal:
         return type(arguments[0])
+    if origin in (tuple, dict):
+        return origin[tuple(some if some is ... else _bare(some) for some in arguments)]
     if origin in (Union, UnionType):
         (some,) = (kind for kind in arguments if kind is not NoneType)
         return _bare(some)
@@ -133,13 +139,24 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     if not path.is_dir():
         raise ResultsError(f"{path}: no such file or folder; give a results folder or a results.parquet")
     if (path / JOURNAL_NAME).is_file():
-        return to_frame(read_journal(path / JOURNAL_NAME))
+        return _of_journal(path / JOURNAL_NAME)
     if (path / PARQUET_NAME).is_file():
         return _read_parquet(path / PARQUET_NAME)
     raise ResultsError(
         f"{path}: holds neither {JOURNAL_NAME} nor {PARQUET_NAME}, but a results folder has one of them; "
         "give the folder that `moebench run` names in its last line"
     )
+
+
+def _of_journal(path: Path) -> pd.DataFrame:
+    rows = read_journal(path)
+    try:
+        return to_frame(rows)
+    except ValidationError as error:
+        raise ResultsError(
+            f"{path}: the rounds of a job do not make one row: {first_mistake(error)}; "
+            "open it with the moebench that wrote it"
+        ) from error
 
 
 def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -164,7 +181,7 @@ def write_csv(frame: pd.DataFrame, folder: Path) -> Path:
 
 def to_csv(frame: pd.DataFrame) -> str:
     """Return a frame as CSV. Its texts and the names of its columns are written as moebench.escapes.csv does it."""
-    texts = {name: cells.map(_csv_cell) for name, cells in frame.items() if not is_numeric_dtype(cells.dtype)}
+    texts = {str(name): cells.map(_csv_cell) for name, cells in frame.items() if not is_numeric_dtype(cells.dtype)}
     return frame.assign(**texts).rename(columns=_csv_cell).to_csv(index=False, lineterminator="\n")
 
 
@@ -178,12 +195,16 @@ def _to_pandas(table: Any) -> pd.DataFrame:
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
+    give = f"give the {PARQUET_NAME} that `moebench run` wrote"
     try:
         table = pq.ParquetFile(path).read()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ResultsError(
-            f"{path}: not a Parquet file ({str(error).splitlines()[0]}); give a results folder or its {PARQUET_NAME}"
+            f"{path}: not a Parquet file ({_first_line(error)}); give a results folder or its {PARQUET_NAME}"
         ) from error
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise ResultsError(f"{path}: the column {', '.join(map(repr, twice[:3]))} is there twice; {give}")
     for name, default in _OPTIONAL.items():
         if name not in table.column_names:  # an older moebench, without this column, wrote the file
             cells = pa.array([default] * len(table), ARROW_SCHEMA.field(name).type)
@@ -191,20 +212,33 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
         raise ResultsError(
-            f"{path}: no column {', '.join(missing[:3])}{' …' * (len(missing) > 3)}, which results "
-            f"must have; give the {PARQUET_NAME} that `moebench run` wrote"
+            f"{path}: no column {', '.join(missing[:3])}{' …' * (len(missing) > 3)}, which results must have; {give}"
         )
     try:
-        frame = _to_pandas(table.select(COLUMNS).cast(ARROW_SCHEMA))
+        table = table.select(COLUMNS).cast(ARROW_SCHEMA)
+        rows = table.to_pylist()
     except (pa.ArrowException, ValueError) as error:
         raise ResultsError(
-            f"{path}: a column has another type than this moebench reads ({str(error).splitlines()[0]}); "
-            f"give the {PARQUET_NAME} that `moebench run` wrote"
+            f"{path}: a column has another type than this moebench reads ({_first_line(error)}); {give}"
         ) from error
-    others = sorted({int(schema) for schema in frame["schema"].dropna()} - set(READABLE))
-    if others or frame["schema"].isna().any():
-        raise ResultsError(
-            f"{path}: schema {', '.join(map(str, others)) or 'null'}, this moebench reads "
-            f"{' and '.join(map(str, READABLE))}; open it with the moebench that wrote it"
-        )
-    return frame
+    jobs: dict[JobKey, int] = {}
+    for number, cells in enumerate(rows, start=1):
+        key = _checked(cells, f"{path}: row {number}").key
+        if key in jobs:
+            raise ResultsError(f"{path}: the rows {jobs[key]} and {number} are of the same job; {give}")
+        jobs[key] = number
+    return _to_pandas(table)
+
+
+def _checked(cells: dict[str, Any], place: str) -> Record:
+    """Return the record of a row of Parquet. Raises ResultsError if the row is not a record."""
+    errors = cells["parity_errors"]
+    try:
+        cells["parity_errors"] = errors and json.loads(errors)
+    except (ValueError, RecursionError) as error:
+        raise ResultsError(f"{place}: parity_errors = {reprlib.repr(errors)}: must be a JSON object") from error
+    return record_of(cells, place)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,15 +1,19 @@
 """Read and write the journal of a run, the file to which moebench appends the record of each finished job."""
 
 import json
+import logging
 import reprlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from moebench.errors import ResultsError
+from moebench.errors import ResultsError, UnreadableError, first_mistake
 from moebench.results.record import READABLE, Record
+
+LOG = logging.getLogger(__name__)
 
 _READABLE = " and ".join(map(str, READABLE))
 
@@ -37,8 +41,7 @@ class Journal:
     def read(self) -> tuple[list[Record], int]:
         """Return the records, the oldest first, and the number of torn lines that were skipped.
 
-        Both are empty and 0 if the file does not exist. Raises ResultsError if a line is valid JSON but not an object,
-        or has another schema. Raises ValidationError if the fields of a line are not the fields of a record.
+        Both are empty and 0 if the file does not exist. Raises ResultsError if a line is valid JSON but not a record.
         """
         rows: list[Record] = []
         torn = 0
@@ -49,20 +52,10 @@ class Journal:
                 continue
             try:
                 fields = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 torn += 1
                 continue
-            if not isinstance(fields, dict):
-                raise ResultsError(
-                    f"{self.path}:{number}: {reprlib.repr(fields)} is wrong; a line holds one record, a JSON object; "
-                    "give a journal that `moebench run` wrote"
-                )
-            if fields.get("schema") not in READABLE:
-                raise ResultsError(
-                    f"{self.path}:{number}: schema {fields.get('schema')!r}, this moebench reads {_READABLE}; "
-                    "open it with the moebench that wrote it"
-                )
-            rows.append(Record.model_validate_json(line))
+            rows.append(record_of(fields, f"{self.path}:{number}"))
         return rows, torn
 
 
@@ -75,16 +68,38 @@ JOURNAL_NAME = "journal.jsonl"
 
 
 def read_journal(path: Path) -> list[Record]:
-    """Return the records of a journal, the oldest first. The list is empty if the file does not exist.
+    """Return the records of a journal, the oldest first. The list is empty if the file is empty or does not exist.
 
-    Raises ResultsError if the file is not a journal of this moebench.
+    A warning is logged if some lines cannot be read. Raises UnreadableError if no line can be read, and ResultsError if
+    the file is not a journal of this moebench.
     """
-    try:
-        return list(Journal(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "a line"
+    rows, torn = Journal(path).read()
+    folder = shlex.quote(str(path.parent))
+    lines = f"{path}: {torn} of {torn + len(rows)} lines cannot be read"
+    again = f"`moebench run --resume {folder}` measures again what is missing"
+    if torn and not rows:
+        raise UnreadableError(f"{lines}; {again}; or give other results")
+    if torn:
+        LOG.warning("%s and are left out; %s", lines, again)
+    return rows
+
+
+def record_of(fields: object, place: str) -> Record:
+    """Return the record with these fields of a journal or a Parquet file.
+
+    Raises ResultsError, which names `place`, if the fields are not those of a record that this moebench reads.
+    """
+    if not isinstance(fields, dict):
         raise ResultsError(
-            f"{path}: {field}: {first['msg']}; this is not a record of this moebench; "
+            f"{place}: {reprlib.repr(fields)} is wrong; a line holds one record, a JSON object; "
+            "give a journal that `moebench run` wrote"
+        )
+    if fields.get("schema") not in READABLE:
+        raise ResultsError(
+            f"{place}: schema {reprlib.repr(fields.get('schema'))}, this moebench reads {_READABLE}; "
             "open it with the moebench that wrote it"
-        ) from error
+        )
+    try:
+        return Record.model_validate(fields)
+    except ValidationError as error:
+        raise ResultsError(f"{place}: {first_mistake(error)}; open it with the moebench that wrote it") from error

@@ -3,41 +3,52 @@
 Column names end in their unit. A value that was not measured is None, not 0.
 """
 
+import math
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from moebench.results.columns import Column, Rounds
 
 _NO_PARTS = "at EP size 1; if the module has no attribute `dispatcher`; unless ok"
+
+#: The largest time, about 31 years. A larger number is no measurement, and its square would overflow.
+LONGEST_MS = 1e12
+#: The time of a sample or a median, at least a millionth of a nanosecond: its inverse must not overflow.
+Time = Annotated[float, Field(ge=1e-12, le=LONGEST_MS)]
+#: A time that may be zero, because it is a part or a difference of times.
+Part = Annotated[float, Field(ge=0, le=LONGEST_MS)]
+Rate = Annotated[float, Field(ge=0, le=1e30)]
+#: Files of results hold integers in 64 bits. A difference of memory may be negative.
+Bytes = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+#: An error divided by its budget. An error that is not a number is infinite.
+Error = Annotated[float, AfterValidator(lambda error: math.inf if math.isnan(error) else error)]
 
 
 class Measured(BaseModel):
     """Times, ceilings, memory and parity, in the order of the columns."""
 
     time_ms: Annotated[
-        float | None,
-        Field(gt=0),
+        Time | None,
         Column(
             Rounds.COMPUTED,
             "median of the samples; mode `train` times forward and backward together; moebench reads the device's "
             "clock on a GPU and the steady clock on a CPU; with several rounds, the median of the rounds' medians",
             "ms",
-            is_speed=True,
         ),
     ] = None
     time_ms_low: Annotated[
-        float | None,
+        Annotated[float, Field(le=LONGEST_MS)] | None,
         Column(
             Rounds.COMPUTED,
             "lower end of the 95% confidence interval of `time_ms`; it is wider if samples depend on each other",
             "ms",
-            is_speed=True,
         ),
     ] = None
     time_ms_high: Annotated[
-        float | None,
-        Column(Rounds.COMPUTED, "upper end of the 95% confidence interval of `time_ms`", "ms", is_speed=True),
+        Annotated[float, Field(ge=0)] | None,
+        Column(Rounds.COMPUTED, "upper end of the 95% confidence interval of `time_ms`", "ms"),
     ] = None
     converged: Annotated[
         bool | None,
@@ -49,71 +60,65 @@ class Measured(BaseModel):
         ),
     ] = None
     host_time_ms: Annotated[
-        float | None,
+        Part | None,
         Column(
             Rounds.MEDIAN,
             "wall-clock time of one call: it starts on an idle device and ends when the device has finished",
             "ms",
-            is_speed=True,
         ),
     ] = None
     graph_time_ms: Annotated[
-        float | None,
+        Part | None,
         Column(
             Rounds.MEDIAN,
             "median time of the call when a CUDA graph replays it; host time does not count",
             "ms",
             null="on a CPU; at an EP size above 1; if the call synchronises or cannot be captured, or if a replay that "
             "was judged gave a wrong result; unless ok",
-            is_speed=True,
         ),
     ] = None
     backward_ms: Annotated[
-        float | None,
+        Part | None,
         Column(
             Rounds.MEDIAN,
             "median time of the backward pass, which is a part of `time_ms`",
             "ms",
             null="in mode `forward`; unless ok",
-            is_speed=True,
         ),
     ] = None
     dispatch_ms: Annotated[
-        float | None,
+        Part | None,
         Column(
             Rounds.MEDIAN,
             "part of a forward pass: the dispatcher sends tokens to the ranks of their experts",
             "ms",
             _NO_PARTS,
-            is_speed=True,
         ),
     ] = None
     compute_ms: Annotated[
-        float | None,
-        Column(Rounds.MEDIAN, "part of a forward pass: the experts compute", "ms", _NO_PARTS, is_speed=True),
+        Part | None,
+        Column(Rounds.MEDIAN, "part of a forward pass: the experts compute", "ms", _NO_PARTS),
     ] = None
     combine_ms: Annotated[
-        float | None,
+        Part | None,
         Column(
             Rounds.MEDIAN,
             "part of a forward pass: the dispatcher sends the outputs back",
             "ms",
             _NO_PARTS,
-            is_speed=True,
         ),
     ] = None
     skew_ms: Annotated[
-        float | None,
+        Part | None,
         Column(
             Rounds.MEDIAN,
             "time of the slowest rank minus time of the fastest rank, as the median over samples",
             "ms",
             null="at EP size 1; unless ok",
-            is_speed=True,
         ),
     ] = None
     warmup_ms: Annotated[
-        float | None,
+        Part | None,
         Column(
             Rounds.MEDIAN,
             "time of the first calls with compilation, autotuning and first allocations; no other time includes them",
@@ -121,13 +126,11 @@ class Measured(BaseModel):
             null="if the job ended before this step",
         ),
     ] = None
-    num_samples: Annotated[int | None, Column(Rounds.SUM, "number of samples")] = None
-    samples_ms: Annotated[
-        tuple[float, ...] | None, Column(Rounds.SAMPLES, "the raw samples, in order", "ms", is_speed=True)
-    ] = None
+    num_samples: Annotated[Count | None, Column(Rounds.SUM, "number of samples")] = None
+    samples_ms: Annotated[tuple[Time, ...] | None, Column(Rounds.SAMPLES, "the raw samples, in order", "ms")] = None
     sample_rounds: Annotated[
-        tuple[int, ...] | None,
-        Column(Rounds.SAMPLES, "round of each sample; each round is a fresh process", is_speed=True),
+        tuple[Count, ...] | None,
+        Column(Rounds.SAMPLES, "round of each sample; each round is a fresh process"),
     ] = None
     sample_marked: Annotated[
         tuple[bool, ...] | None,
@@ -135,11 +138,10 @@ class Measured(BaseModel):
             Rounds.SAMPLES,
             "for each sample, whether the GPU ran at another clock than for most samples, or was slowed down; "
             "`samples_ms` keeps such samples, and the statistics leave them out",
-            is_speed=True,
         ),
     ] = None
     sm_clock_mhz: Annotated[
-        int | None,
+        Count | None,
         Column(
             Rounds.LOWER_MEDIAN,
             "clock of the GPU's multiprocessors around the samples that are not marked in `sample_marked`",
@@ -148,31 +150,27 @@ class Measured(BaseModel):
         ),
     ] = None
     tokens_per_s: Annotated[
-        float | None,
+        Rate | None,
         Column(
             Rounds.COMPUTED,
             "tokens that the mask keeps, as the mean over ranks, divided by `time_ms`; per GPU (per process on a CPU)",
             "1/s",
-            is_speed=True,
         ),
     ] = None
     tflops: Annotated[
-        float | None,
+        Rate | None,
         Column(
             Rounds.COMPUTED,
             "useful work divided by `time_ms`, per GPU: 6·T·K·dim·inter in mode `forward` (4 instead of 6 for ungated "
             "activations), three times as much in mode `train`; T: tokens that the mask keeps, as the mean over ranks; "
             "K: experts per token",
             "10¹² FLOP/s",
-            is_speed=True,
         ),
     ] = None
 
-    roofline_fraction: Annotated[
-        float | None, Column(Rounds.COMPUTED, "`roofline_ms` divided by `time_ms`", is_speed=True)
-    ] = None
+    roofline_fraction: Annotated[Rate | None, Column(Rounds.COMPUTED, "`roofline_ms` divided by `time_ms`")] = None
     roofline_ms: Annotated[
-        float | None,
+        Part | None,
         Column(
             Rounds.MEDIAN,
             "the largest of three times: `dense_ms`, `collective_ms`, and the time to copy the bytes that every "
@@ -184,7 +182,7 @@ class Measured(BaseModel):
         ),
     ] = None
     dense_ms: Annotated[
-        float | None,
+        Part | None,
         Column(
             Rounds.MEDIAN,
             "time of the case's matrix products (two in mode `forward`, six in mode `train`) as if one expert had all "
@@ -194,7 +192,7 @@ class Measured(BaseModel):
         ),
     ] = None
     grouped_ms: Annotated[
-        float | None,
+        Part | None,
         Column(
             Rounds.MEDIAN,
             "time of the same matrix products with torch's grouped GEMM; the rows are already sorted by expert",
@@ -203,7 +201,7 @@ class Measured(BaseModel):
         ),
     ] = None
     collective_ms: Annotated[
-        float | None,
+        Part | None,
         Column(
             Rounds.MEDIAN,
             "time of the bare collectives that send the tokens out and back (twice in mode `train`): all-gather and "
@@ -213,12 +211,12 @@ class Measured(BaseModel):
         ),
     ] = None
     copy_gb_per_s: Annotated[
-        float | None,
+        Rate | None,
         Column(Rounds.MEDIAN, "speed of a copy within memory; bytes read and bytes written both count", "10⁹ bytes/s"),
     ] = None
 
     peak_memory_bytes: Annotated[
-        int | None,
+        Bytes | None,
         Column(
             Rounds.WORST,
             "the largest amount of memory that the call had allocated, without the memory that was in use before the "
@@ -227,7 +225,7 @@ class Measured(BaseModel):
         ),
     ] = None
     saved_memory_bytes: Annotated[
-        int | None,
+        Bytes | None,
         Column(
             Rounds.WORST,
             "memory that the forward pass leaves allocated for the backward pass; the output does not count",
@@ -236,7 +234,7 @@ class Measured(BaseModel):
         ),
     ] = None
     reserved_memory_bytes: Annotated[
-        int | None,
+        Bytes | None,
         Column(
             Rounds.WORST,
             "memory that torch's caching allocator takes from the GPU for the call, starting with an empty cache; the "
@@ -246,7 +244,7 @@ class Measured(BaseModel):
         ),
     ] = None
     outside_torch_bytes: Annotated[
-        int | None,
+        Bytes | None,
         Column(
             Rounds.WORST,
             "GPU memory that is in use after the call and does not belong to torch: CUDA contexts, NCCL, DeepEP's "
@@ -257,7 +255,7 @@ class Measured(BaseModel):
     ] = None
 
     parity_worst: Annotated[
-        float | None,
+        Error | None,
         Column(
             Rounds.WORST,
             "the largest error divided by its budget; at most 1 is a pass; `inf` if a value is not finite, "
@@ -274,7 +272,7 @@ class Measured(BaseModel):
         ),
     ] = None
     parity_errors: Annotated[
-        dict[str, float] | None,
+        dict[str, Error] | None,
         Column(
             Rounds.WORST,
             "JSON object: for each tensor, its error divided by its budget; "

@@ -9,7 +9,7 @@ import pandas as pd
 from moebench.errors import ResultsError
 from moebench.machine.comparability import differences
 from moebench.machine.environment import Environment
-from moebench.results.files import check_empty, write_atomically
+from moebench.results.files import check_empty, writable, write_atomically
 from moebench.results.folder import ENVIRONMENT_NAME, ENVIRONMENTS_NAME, Result, open_result
 from moebench.results.frame import to_frame, to_records, write
 from moebench.results.record import Record
@@ -32,7 +32,7 @@ def merged(results: Sequence[Result], names: Sequence[str], *, newest: bool) -> 
         jobs, first = twice.drop_duplicates(_KEY), key_of(twice.iloc[0].to_dict())
         holders = twice.loc[(twice[_KEY] == twice.iloc[0][_KEY]).all(axis=1), "result"]
         raise ResultsError(
-            f"{len(jobs)} jobs stand in several results, for example {first.backend} on {first.case_id} in "
+            f"{len(jobs)} jobs stand in several results, for example {first.backend!r} on {first.case_id} in "
             f"{' and '.join(holders)}; a merged result has each job once; --newest takes the row measured last, "
             "--sessions keeps the rounds of all"
         )
@@ -100,13 +100,15 @@ def merge(paths: Sequence[Path], out: Path, *, newest: bool = False, sessions: b
     The file run.json in `out` lists the merged results. Raises UsageError if `out` is a file or a folder that is not
     empty. Raises ResultsError if results cannot be opened, or if two results have the same job and `newest` is false.
     """
-    check_empty(out)
+    with writable(out):
+        check_empty(out)
     results = [open_result(path) for path in paths]
     result = as_sessions(results) if sessions else merged(results, [str(path) for path in paths], newest=newest)
-    written = save(result, out)
     sources = [
         {"path": str(path), "run_ids": sorted(set(some.frame["run_id"])), "num_jobs": len(some.frame)}
         for path, some in zip(paths, results, strict=True)
     ]
-    write_atomically(out / "run.json", (json.dumps({"merged": sources}, indent=2) + "\n").encode())
+    with writable(out):
+        written = save(result, out)
+        write_atomically(out / "run.json", (json.dumps({"merged": sources}, indent=2) + "\n").encode())
     return [*written, out / "run.json"]

@@ -8,12 +8,13 @@ History of SCHEMA
 """
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from moebench.names import Name, Names
 from moebench.results.columns import Column, Rounds, columns_of
-from moebench.results.measured import Measured
+from moebench.results.measured import Count, Measured, Part
 from moebench.workload.case import CaseFields, Job, JobKey
 
 SCHEMA = 2
@@ -45,7 +46,7 @@ class _Named(BaseModel):
     """The columns that name a row. They come before the columns of the case."""
 
     case_id: Annotated[
-        str,
+        Name,
         Column(
             Rounds.SAME, "name of the case: readable parts, then a hash of all fields that are not at their defaults"
         ),
@@ -101,26 +102,24 @@ class _Outcome(BaseModel):
         ),
     ] = None
     round: Annotated[
-        int | None,
-        Field(ge=0),
+        Count | None,
         Column(Rounds.COMPUTED, "number of the row's round, from 0", null="if several rounds make the row"),
     ] = 0
     num_rounds: Annotated[
         int,
-        Field(ge=1),
+        Field(ge=1, lt=2**63),
         Column(Rounds.COMPUTED, "number of rounds that make the row ([running.md](running.md#rounds))"),
     ] = 1
     sample_sessions: Annotated[
-        tuple[int, ...] | None,
+        tuple[Count, ...] | None,
         Column(
             Rounds.SAMPLES,
             "session of each sample, from 0; each session is a run of its own ([gating.md](gating.md#sessions))",
             null="if all samples are of one run; unless ok",
-            is_speed=True,
         ),
     ] = None
     l2: Annotated[
-        Literal["cold", "warm"] | None,
+        Annotated[str, Field(pattern=r"^(cold|warm)( \| (cold|warm))*$")] | None,
         Column(
             Rounds.EVERY,
             "`cold`: moebench flushed the L2 cache before each sample; `warm`: it did not",
@@ -139,26 +138,24 @@ class Record(Measured, _Outcome, CaseFields, _Named):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", use_enum_values=False)
 
     job_s: Annotated[
-        float | None, Column(Rounds.SUM, "wall-clock time of the whole job", "s", null="if the process died")
+        Part | None, Column(Rounds.SUM, "wall-clock time of the whole job", "s", null="if the process died")
     ] = None
     setup_s: Annotated[
-        float | None, Column(Rounds.SUM, "part of `job_s`: creating the inputs and the module", "s", _NOT_SO_FAR)
+        Part | None, Column(Rounds.SUM, "part of `job_s`: creating the inputs and the module", "s", _NOT_SO_FAR)
     ] = None
     parity_s: Annotated[
         float | None, Column(Rounds.SUM, "part of `job_s`: comparing with the reference", "s", _NOT_SO_FAR)
     ] = None
-    timing_s: Annotated[float | None, Column(Rounds.SUM, "part of `job_s`: timing the backend", "s", _NOT_SO_FAR)] = (
-        None
-    )
+    timing_s: Annotated[Part | None, Column(Rounds.SUM, "part of `job_s`: timing the backend", "s", _NOT_SO_FAR)] = None
     ceilings_s: Annotated[
-        float | None,
+        Part | None,
         Column(
             Rounds.SUM, "part of `job_s`: measuring the ceilings; the first job of a case does this", "s", _NOT_SO_FAR
         ),
     ] = None
-    env_id: Annotated[str, Column(Rounds.EVERY, "fingerprint of the environment in `environment.json`")]
+    env_id: Annotated[Names, Column(Rounds.EVERY, "fingerprint of the environment in `environment.json`")]
     run_id: Annotated[
-        str, Column(Rounds.EVERY, "name of the run: the time at which it began (UTC) and the sweep's name")
+        Names, Column(Rounds.EVERY, "name of the run: the time at which it began (UTC) and the sweep's name")
     ]
     schema_version: Annotated[
         int,
@@ -174,13 +171,27 @@ class Record(Measured, _Outcome, CaseFields, _Named):
             if self.parity_worst is None or not self.parity_worst <= 1:  # nan fails this comparison
                 raise ValueError("a record with status ok needs a parity error within its budget")
         else:
-            carried = [name for name in SPEED_FIELDS if getattr(self, name) is not None]
+            carried = [name for name in ONLY_IF_OK if getattr(self, name) is not None]
             if carried:
-                raise ValueError(f"a record with status {self.status.value} must have no speed, but has {carried}")
+                raise ValueError(
+                    f"a record with status {self.status.value} must have no speed and no memory, but has {carried}"
+                )
             if not self.detail:
                 raise ValueError(f"a record with status {self.status.value} needs a reason in detail")
         if self.status is Status.mismatch and self.parity_worst is None:
             raise ValueError("a record with status mismatch needs its parity_worst")
+        return self
+
+    @model_validator(mode="after")
+    def _times_agree(self) -> "Record":
+        low, high = self.time_ms_low, self.time_ms_high
+        if self.time_ms is not None and not (
+            (low is None or low <= self.time_ms) and (high is None or self.time_ms <= high)
+        ):
+            raise ValueError(f"time_ms {self.time_ms} does not lie between time_ms_low {low} and time_ms_high {high}")
+        lists = [some for some in (self.samples_ms, self.sample_rounds, self.sample_marked) if some is not None]
+        if len({len(some) for some in lists}) > 1:
+            raise ValueError("samples_ms, sample_rounds and sample_marked must have one entry for each sample")
         return self
 
     @property
@@ -194,7 +205,9 @@ class Record(Measured, _Outcome, CaseFields, _Named):
 #: The declaration of each column.
 COLUMN_OF = columns_of(Record)
 #: The columns that only a row with status `ok` may have.
-SPEED_FIELDS = tuple(name for name, column in COLUMN_OF.items() if column.is_speed)
+ONLY_IF_OK = tuple(
+    name for name, column in COLUMN_OF.items() if column.only_if_ok and Record.model_fields[name].default is None
+)
 
 
 def record(job: Job, status: Status, *, run_id: str, env_id: str, **measured: Any) -> Record:

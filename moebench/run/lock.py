@@ -1,5 +1,6 @@
 """Lock a results folder, so that only one process at a time writes into it."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from moebench.errors import UsageError
 from moebench.results.files import check_empty, writable
 
 LOCK_NAME = Path("logs") / "lock"
+#: Error numbers of a file system without locks, for example a network file system whose lock server does not run.
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 #: The file with the id of the process that writes. The lock file cannot hold the id, because some releases of filelock
 #: empty the lock file.
 PID_NAME = LOCK_NAME.with_suffix(".pid")
@@ -33,6 +36,13 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder}: process {_writer(folder)} is writing into it; "
                 "wait until it has ended, or name another folder"
             ) from None
+        except (OSError, NotImplementedError) as error:  # some releases of filelock raise the second for ENOSYS
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            raise UsageError(
+                f"{folder}: its file system cannot lock files, and without a lock two runs could write into one "
+                "folder; name a folder on another file system with --out"
+            ) from error
     try:
         (folder / PID_NAME).write_text(f"{os.getpid()}\n")  # the caller reports a full disk, with how to go on
         yield

@@ -1,8 +1,12 @@
 """Plan the run that the user asks for, and report the mistakes that can be found before anything runs."""
 
+import itertools
+import math
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,13 +14,15 @@ from pathlib import Path
 from moebench import __version__
 from moebench.errors import UsageError
 from moebench.machine.gpus import choose
+from moebench.results.files import writable
 from moebench.results.frame import PARQUET_NAME
-from moebench.results.journal import JOURNAL_NAME, read_journal
+from moebench.results.journal import JOURNAL_NAME, Journal
 from moebench.results.record import SCHEMA, Record
 from moebench.run.lock import check_new
 from moebench.run.order import shuffled
 from moebench.run.plan import Plan, new_run_id
 from moebench.run.runfile import SWEEP_NAME, Asked, RunFile, digest, digest_jobs
+from moebench.workload.axes import cut
 from moebench.workload.case import Job
 from moebench.workload.selection import select_of
 from moebench.workload.spec import SweepSpec, find_sweep, parse_sweep, read_sweep
@@ -73,7 +79,8 @@ def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: 
     check_named(jobs, asked.backends)
     run_id = new_run_id(spec.name)
     folder = out or RUNS / run_id
-    check_new(folder)
+    if out is not None:
+        check_new(out)
     run = RunFile(
         run_id=run_id,
         moebench=__version__,
@@ -120,6 +127,30 @@ def plan_rest(folder: Path, *, backends: Sequence[str], time_budget_min: float |
     return RunPlan(run, text.encode(), tuple(plans), _seconds(time_budget_min), earlier, is_resumed=True, force=force)
 
 
+@contextmanager
+def in_own_folder(run_plan: RunPlan) -> Iterator[RunPlan]:
+    """Make the folder of a new run in RUNS, and yield the plan. At the end, remove the folder if it is still empty.
+
+    Two runs that begin in the same second would have the same name. The run that comes second gets a name with a
+    number. A run that is resumed, and a run whose folder the user named, stay as they are.
+    """
+    if run_plan.is_resumed or run_plan.folder != RUNS / run_plan.run_id:
+        yield run_plan
+        return
+    for number in itertools.count(1):
+        run_id = run_plan.run_id if number == 1 else f"{run_plan.run_id}-{number}"
+        folder = RUNS / run_id
+        with writable(folder), suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    rounds = tuple(replace(one, run_id=run_id, folder=folder) for one in run_plan.rounds)
+    try:
+        yield replace(run_plan, run=run_plan.run.model_copy(update={"run_id": run_id}), rounds=rounds)
+    finally:
+        with suppress(OSError):  # it is not empty, or a refused run has removed it
+            folder.rmdir()
+
+
 def _earlier(folder: Path) -> tuple[Record, ...]:
     journal = folder / JOURNAL_NAME
     if not journal.exists() and (folder / PARQUET_NAME).exists():
@@ -127,7 +158,7 @@ def _earlier(folder: Path) -> tuple[Record, ...]:
             f"--resume {folder}: the folder has {PARQUET_NAME} but not {JOURNAL_NAME}, which says what was measured; "
             "put it back, or run the sweep again into another folder"
         )
-    return tuple(read_journal(journal))
+    return tuple(Journal(journal))
 
 
 def _rounds(run: RunFile, jobs: tuple[Job, ...], spec: SweepSpec, folder: Path) -> tuple[Plan, ...]:
@@ -148,6 +179,8 @@ def _command() -> str:
 
 
 def _seconds(minutes: float | None) -> float | None:
+    if minutes is not None and math.isnan(minutes):
+        raise UsageError("--time-budget nan: it must be a number of minutes, 0 or more")
     return None if minutes is None else minutes * 60
 
 
@@ -156,8 +189,8 @@ def check_device(device: str | None) -> None:
     if device is None:
         return
     kind, colon, index = device.partition(":")
-    if kind not in DEVICES or (colon and not (kind == "cuda" and index.isdecimal())):
-        raise UsageError(f"--device {device}: it must be cpu, cuda or cuda:N")
+    if kind not in DEVICES or (colon and not (kind == "cuda" and re.fullmatch("[0-9]{1,9}", index))):
+        raise UsageError(f"--device {cut(device)}: it must be cpu, cuda or cuda:N")
 
 
 def check_named(jobs: Sequence[Job], backends: Sequence[str]) -> None:

@@ -4,18 +4,22 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moebench.errors import UsageError
+from moebench.errors import UsageError, first_mistake
 from moebench.machine.comparability import differences
 from moebench.machine.environment import Environment
+from moebench.names import Name, is_file
 from moebench.results.files import write_atomically
 from moebench.results.folder import ENVIRONMENT_NAME
 from moebench.workload.case import Job
 
 RUN_NAME = "run.json"
 SWEEP_NAME = "sweep.toml"
+#: Each round has a plan of its own.
+MOST_ROUNDS = 10_000
 
 
 class Asked(BaseModel):
@@ -27,7 +31,7 @@ class Asked(BaseModel):
     filters: tuple[str, ...] = ()
     case_ids: tuple[str, ...] = ()
     device: str | None = None
-    rounds: int = 1
+    rounds: Annotated[int, Field(ge=1, le=MOST_ROUNDS)] = 1
     profile: bool = False
 
 
@@ -39,7 +43,7 @@ class RunFile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    run_id: str
+    run_id: Name
     moebench: str
     started: str
     command: str
@@ -65,10 +69,8 @@ class RunFile(BaseModel):
                 f"--resume {folder}: {RUN_NAME}: {error.strerror}; give a folder that `moebench run` wrote"
             ) from error
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
             raise UsageError(
-                f"--resume {folder}: {RUN_NAME}: {place}: {first['msg']}; "
+                f"--resume {folder}: {RUN_NAME}: {first_mistake(error)}; "
                 "give a folder that this version of moebench wrote"
             ) from error
 
@@ -76,7 +78,7 @@ class RunFile(BaseModel):
         """Return what has changed since the run began, except for the environment (see `environment_changes`)."""
         found = []
         there = Path(self.sweep_file)
-        if there.is_file() and digest(there.read_bytes()) != self.sweep_sha256:
+        if is_file(there) and digest(there.read_bytes()) != self.sweep_sha256:
             found.append(f"{there} has changed since {self.started}")
         if digest((folder / SWEEP_NAME).read_bytes()) != self.sweep_sha256:
             found.append(f"{folder / SWEEP_NAME} has been edited")
@@ -93,9 +95,10 @@ def sweeps_of(folder: Path) -> list[str]:
     """
     try:
         found = json.loads((folder / RUN_NAME).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
-    return [found[name] for name in ("sweep_file", "sweep") if name in found] if isinstance(found, dict) else []
+    names = [found.get(name) for name in ("sweep_file", "sweep")] if isinstance(found, dict) else []
+    return [name for name in names if isinstance(name, str)]
 
 
 def digest(content: bytes) -> str:

@@ -164,8 +164,7 @@ def _file_of(environment: Environment, folder: Path) -> Path:
     if was.env_id != environment.env_id:
         return folder / ENVIRONMENTS_NAME / f"{environment.env_id}.json"
     if was.code != environment.code:  # times may be compared, but other code ran
-        code = environment.git_revision or environment.moebench
-        return folder / ENVIRONMENTS_NAME / f"{environment.env_id}-{code}.json"
+        return folder / ENVIRONMENTS_NAME / f"{environment.env_id}-{environment.code_name}.json"
     return first
 
 

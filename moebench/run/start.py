@@ -9,7 +9,7 @@ from pathlib import Path
 from moebench.errors import Refused, UsageError
 from moebench.machine.environment import Environment
 from moebench.results.files import write_atomically, writing_to
-from moebench.results.journal import JOURNAL_NAME, read_journal
+from moebench.results.journal import JOURNAL_NAME, Journal
 from moebench.results.record import Record
 from moebench.run.lock import check_new, locked
 from moebench.run.request import RunPlan
@@ -52,7 +52,7 @@ def _check_unchanged(run_plan: RunPlan) -> None:
     folder = run_plan.folder
     if not run_plan.is_resumed:
         check_new(folder)
-    elif len(read_journal(folder / JOURNAL_NAME)) != len(run_plan.earlier):
+    elif len(list(Journal(folder / JOURNAL_NAME))) != len(run_plan.earlier):
         raise UsageError(f"{folder}: another process resumed the run in the meantime; give the command again")
 
 

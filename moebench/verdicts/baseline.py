@@ -5,7 +5,6 @@ the CPU) and a fingerprint. The fingerprint covers everything that must be equal
 (`Environment.comparable`). A gate finds the baseline of a candidate by the fingerprint.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 from moebench.errors import ResultsError
 from moebench.machine.comparability import facts
 from moebench.machine.environment import Environment
+from moebench.names import as_name
+from moebench.results.files import writable
 from moebench.results.folder import Result, open_result
 from moebench.results.merge import as_sessions, replaced, save
 from moebench.verdicts.findings import rounds_of, sessions_of
@@ -65,8 +66,7 @@ def name_of(environment: Environment) -> str:
     """Return the name of an environment's baseline: `nvidia-h200-e4e1d3dc1b02`. The number of GPUs does not count."""
     names = sorted({gpu.name for gpu in environment.gpus})
     machine = "-".join(names) if names else environment.cpu_model
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    return f"{slug}-{environment.env_id}"
+    return f"{as_name(machine) or 'unknown'}-{environment.env_id}"
 
 
 def stored(root: Path = BASELINES) -> list[Baseline]:
@@ -132,7 +132,8 @@ def _replaced(old: Result, new: Result) -> tuple[str, ...]:
 
 
 def _saved(result: Result, folder: Path, changes: tuple[str, ...] = ()) -> Baseline:
-    save(result, folder)
+    with writable(folder):
+        save(result, folder)
     return Baseline(folder, result, changes)
 
 

@@ -11,7 +11,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moebench.errors import ResultsError
+from moebench.errors import ResultsError, first_mistake
 from moebench.verdicts.gate import GateResult, Judged, SelfComparison
 from moebench.verdicts.verdict import Severity, Verdict
 
@@ -164,9 +164,7 @@ class GateDocument(_Part):
         except OSError as error:
             raise ResultsError(f"--gate {path}: {error.strerror}; give what `moebench gate --json` printed") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
-            message = f"--gate {path}: {place}: {first['msg']}; give what `moebench gate --json` printed"
+            message = f"--gate {path}: {first_mistake(error)}; give what `moebench gate --json` printed"
             raise ResultsError(message) from error
 
     def to_json(self) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from moebench.names import is_file
 from moebench.workload.backends import DISPATCHERS as BETWEEN_RANKS
 from moebench.workload.backends import GROUPS, is_group
 from moebench.workload.case import Case
@@ -17,7 +18,9 @@ from moebench.workload.models import MODELS, SHAPE_AXES
 
 DISPATCHERS = ("local", *BETWEEN_RANKS)
 BACKEND_PATTERN = r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$"
-BACKEND_RULE = 'must be a name, or "module:attribute" for a backend of your own'
+#: Files of traces have the backend's name in their names.
+LONGEST_BACKEND = 100
+BACKEND_RULE = 'must be a name, or "module:attribute" for a backend of your own, at most 100 characters'
 UNKNOWN: Final = object()  # stands in for a value that was wrong or missing
 
 # The values of the axes. Their types are the types of Case's fields.
@@ -31,8 +34,11 @@ def _openable(routing: str, info: ValidationInfo) -> str:
     kind, _, written = routing.partition(":")
     if kind != "trace" or info.context is None:
         return routing
-    path = (info.context / written).resolve()
-    if not path.is_file():
+    try:
+        path = (info.context / written).resolve()
+    except (OSError, ValueError, RuntimeError):  # NUL, a name that is too long, or links in a circle
+        path = info.context / written
+    if not is_file(path):
         raise PydanticCustomError("no_trace", "there is no file {path}", {"path": str(path)})
     return f"trace:{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
 
@@ -44,7 +50,7 @@ def _axis_types() -> dict[str, Any]:
     return fields | {
         "model": literal[tuple(MODELS)],
         "routing": annotated[fields["routing"], AfterValidator(_openable)],
-        "backend": annotated[str, Field(pattern=BACKEND_PATTERN)],
+        "backend": annotated[str, Field(pattern=BACKEND_PATTERN, max_length=LONGEST_BACKEND)],
         "dispatcher": literal[DISPATCHERS],
     }
 
@@ -58,7 +64,7 @@ _CHOICES["l2"] = ("cold", "warm")
 FIXED_BY_MODEL = tuple(dict.fromkeys(name for preset in MODELS.values() for name in preset))
 DEFAULTS = {name: field.default for name, field in Case.model_fields.items() if not field.is_required()}
 _RULES = {
-    "name": 'must be letters, digits, ".", "_" and "-", a letter or digit first',
+    "name": 'must be letters, digits, ".", "_" and "-", a letter or digit first, at most 100 characters',
     "description": "must be one line of text",
     "backend": BACKEND_RULE,
     "routing": "must be one of uniform, balanced, one-hot, zipf[:s], empty[:share], trace:FILE.npy",
@@ -91,7 +97,14 @@ def rule_for(name: str, value: object, error: ErrorDetails) -> str:
 
 def shown(value: object) -> str:
     """Return the value as messages quote it: JSON of at most 80 characters."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        return cut(json.dumps(value, default=str, ensure_ascii=False))
+    except (ValueError, RecursionError):  # thousands of digits, or nested too deeply
+        return "..."
+
+
+def cut(text: str) -> str:
+    """Return the text if it has at most 80 characters, else its beginning and three dots."""
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -102,7 +115,7 @@ def listed(names: Iterable[object]) -> str:
 
 def did_you_mean(word: object, valid: Iterable[str]) -> str:
     """Return a question that names the valid word closest to `word`; an empty string if no word is close."""
-    close = difflib.get_close_matches(str(word), list(valid), n=1)
+    close = difflib.get_close_matches(cut(str(word)), list(valid), n=1)
     return f'did you mean "{close[0]}"?' if close else ""
 
 

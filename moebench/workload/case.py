@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from moebench.names import Name
 from moebench.workload.models import shape_name
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -37,7 +38,8 @@ LIMIT_IN_STDS = 3.0
 class CaseFields(BaseModel):
     """The fields that a case shares with a row of results. Each is an axis of sweeps and a column of results.
 
-    The fields are in the order of the columns. A field's description is the column's meaning in docs/results.md.
+    The fields are in the order of the columns. A field's description is the column's meaning in docs/results.md. Fields
+    are invalid where they contradict each other, for example more activated than routed experts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,7 +60,7 @@ class CaseFields(BaseModel):
     dim: Annotated[Positive, Field(description="width of a token")]
     moe_inter_dim: Annotated[Positive, Field(description="width of an expert's hidden layer")]
     model: Annotated[
-        str | None, Field(description="preset that the shape comes from; null where the sweep writes out the shape")
+        Name | None, Field(description="preset that the shape comes from; null where the sweep writes out the shape")
     ] = None
     dtype: Annotated[
         Dtype,
@@ -66,16 +68,24 @@ class CaseFields(BaseModel):
     ] = "bfloat16"
     expert_activation: Annotated[Activation, Field(description="activation between the two projections")] = "swiglu"
     expert_bias: Annotated[bool, Field(description="whether both projections have biases")] = False
-    activation_alpha: Annotated[float, Field(description="the factor alpha in `quick_geglu` and `swigluoai`")] = 1.702
+    activation_alpha: Annotated[
+        float, Field(allow_inf_nan=False, description="the factor alpha in `quick_geglu` and `swigluoai`")
+    ] = 1.702
     activation_limit: Annotated[
         float,
         Field(
-            gt=0, description="limit at which `quick_geglu` and `swigluoai` clamp the output of the first projection"
+            gt=0,
+            allow_inf_nan=False,
+            description="limit at which `quick_geglu` and `swigluoai` clamp the output of the first projection",
         ),
     ] = 7.0
     swiglu_limit: Annotated[
         float,
-        Field(ge=0, description="limit at which `swiglu` clamps the output of the first projection; 0 for no clamp"),
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="limit at which `swiglu` clamps the output of the first projection; 0 for no clamp",
+        ),
     ] = 0.0
     apply_router_weight_after_down: Annotated[
         bool,
@@ -102,18 +112,8 @@ class CaseFields(BaseModel):
     ] = "even"
     seed: Annotated[int, Field(ge=0, lt=2**31, description="seed of weights, tokens and routing")] = 0
 
-
-class Case(CaseFields):
-    """One workload of an expert layer, independent of the backend that runs it.
-
-    The fields' descriptions in `CaseFields` say what each field means. A case is invalid where its fields contradict
-    each other, for example more activated than routed experts.
-    """
-
-    model_config = ConfigDict(strict=True)
-
     @model_validator(mode="after")
-    def _fields_agree(self) -> "Case":
+    def _fields_agree(self) -> Self:
         mistakes = []
         if self.n_activated_experts > self.n_routed_experts:
             mistakes.append(
@@ -132,6 +132,15 @@ class Case(CaseFields):
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+
+class Case(CaseFields):
+    """One workload of an expert layer, independent of the backend that runs it.
+
+    The fields' descriptions in `CaseFields` say what each field means.
+    """
+
+    model_config = ConfigDict(strict=True)
 
     @property
     def case_id(self) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 
 #: The fields of a shape, in the order of its written form.
 SHAPE_AXES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
-#: moebench writes e64k6d1024i512. It also reads 64/6/1024/512, which older commands use.
-_SHAPES = (re.compile(r"e(\d+)k(\d+)d(\d+)i(\d+)"), re.compile(r"(\d+)/(\d+)/(\d+)/(\d+)"))
+#: moebench writes e64k6d1024i512. It also reads 64/6/1024/512, which older commands use. A case refuses more digits.
+_NUMBER = "([0-9]{1,20})"
+_SHAPES = (re.compile(f"e{_NUMBER}k{_NUMBER}d{_NUMBER}i{_NUMBER}"), re.compile("/".join([_NUMBER] * 4)))
 
 
 def shape_name(fields: Mapping[Any, Any]) -> str:

@@ -14,6 +14,7 @@ from moebench.workload.axes import (
     FIXED_BY_MODEL,
     UNKNOWN,
     combinations,
+    cut,
     did_you_mean,
     example,
     is_match,
@@ -63,9 +64,9 @@ class SweepReader:
         """Report keys that are not valid. Return for each the valid key closest to it, or else the key itself."""
         meant = []
         for key in (key for key in table if key not in valid):
-            close = difflib.get_close_matches(key, valid, n=1)
+            close = difflib.get_close_matches(cut(key), valid, n=1)
             hint = did_you_mean(key, valid) or f"valid keys are {listed(valid)}"
-            self.wrong(f"{prefix}{key} = {shown(table[key])}", f"there is no such key; {hint}")
+            self.wrong(f"{prefix}{cut(key)} = {shown(table[key])}", f"there is no such key; {hint}")
             meant += close or [key]
         return meant
 

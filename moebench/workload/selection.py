@@ -9,7 +9,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from moebench.errors import SweepError
-from moebench.workload.axes import AXES, BACKEND_PATTERN, BACKEND_RULE, did_you_mean, listed, rule_for
+from moebench.workload.axes import (
+    AXES,
+    BACKEND_PATTERN,
+    BACKEND_RULE,
+    LONGEST_BACKEND,
+    cut,
+    did_you_mean,
+    listed,
+    rule_for,
+)
 from moebench.workload.backends import GROUPS, is_group, names_of
 from moebench.workload.case import Case, Job
 from moebench.workload.spec import SweepSpec, find_sweep, load_sweep
@@ -35,15 +44,19 @@ def select_of(
 
     Raises SweepError as `select` does.
     """
-    jobs = filter_jobs(select_backends(spec.jobs(), backends), filters)
+    jobs = select_backends(spec.jobs(), backends)
     unknown = sorted(set(case_ids) - {job.case.case_id for job in jobs})
     if unknown:
         raise SweepError(
-            [f"case {case_id!r}: {sweep} has no case with that id; see `moebench list {sweep}`" for case_id in unknown]
+            [
+                f"case {cut(case_id)!r}: {sweep} has no case with that id; see `moebench list {sweep}`"
+                for case_id in unknown
+            ]
         )
-    chosen = tuple(job for job in jobs if not case_ids or job.case.case_id in case_ids)
+    chosen = tuple(job for job in filter_jobs(jobs, filters) if not case_ids or job.case.case_id in case_ids)
     if not chosen:
-        raise SweepError([f"{sweep}: no job is left by {' '.join(filters)}; see `moebench list {sweep}`"])
+        options = [f"--filter {cut(text)!r}" for text in filters] + [f"--case {case_id}" for case_id in case_ids]
+        raise SweepError([f"{sweep}: no job is left by {' '.join(options)}; see `moebench list {sweep}`"])
     return chosen
 
 
@@ -69,14 +82,18 @@ def _test(text: str) -> Callable[[Job], bool]:
     parts = re.fullmatch(r"\s*(\w+)\s*(!=|<=|>=|=|<|>)(.*)", text)
     keys = f"keys are {listed(AXES)}"
     if parts is None:
-        raise SweepError([f"filter {text!r}: must be KEY=V1,V2, KEY!=V1,V2, KEY<V, KEY<=V, KEY>V or KEY>=V; {keys}"])
+        raise SweepError(
+            [f"filter {cut(text)!r}: must be KEY=V1,V2, KEY!=V1,V2, KEY<V, KEY<=V, KEY>V or KEY>=V; {keys}"]
+        )
     key, sign, written = parts.groups()
     if key not in AXES:
         hint = did_you_mean(key, AXES)
-        raise SweepError([f"filter {text!r}: there is no key {key!r}; {hint + ' ' if hint else ''}{keys}"])
+        raise SweepError([f"filter {cut(text)!r}: there is no key {cut(key)!r}; {hint + ' ' if hint else ''}{keys}"])
     if sign in _ORDERS:
         if key not in _NUMBERS:
-            raise SweepError([f"filter {text!r}: {key} is not a number; use = or !=; numbers are {listed(_NUMBERS)}"])
+            raise SweepError(
+                [f"filter {cut(text)!r}: {key} is not a number; use = or !=; numbers are {listed(_NUMBERS)}"]
+            )
         bound, compare = _number(text, written), _ORDERS[sign]
         return lambda job: compare(_value(job, key), bound)
     words = names_of(key, map(str.strip, written.split(",")))
@@ -94,7 +111,7 @@ def _number(text: str, written: str) -> float:
     except ValueError:
         number = math.nan
     if math.isnan(number):
-        raise SweepError([f"filter {text!r}: {written.strip()!r} is not a number; compare with one number"])
+        raise SweepError([f"filter {cut(text)!r}: {cut(written.strip())!r} is not a number; compare with one number"])
     return number
 
 
@@ -102,7 +119,7 @@ def _filter_value(text: str, key: str, word: str) -> object:
     try:
         return AXES[key].validate_strings(word)
     except ValidationError as error:
-        raise SweepError([f"filter {text!r}: {word!r}: {rule_for(key, word, error.errors()[0])}"]) from error
+        raise SweepError([f"filter {cut(text)!r}: {cut(word)!r}: {rule_for(key, word, error.errors()[0])}"]) from error
 
 
 def select_backends(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
@@ -112,11 +129,11 @@ def select_backends(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
     name is not valid or a group does not exist.
     """
     names = names_of("backend", names)
-    wrong = [name for name in names if not re.fullmatch(BACKEND_PATTERN, name)]
+    wrong = [name for name in names if len(name) > LONGEST_BACKEND or not re.fullmatch(BACKEND_PATTERN, name)]
     if wrong:
         rule = f"{BACKEND_RULE}; for example my_module:MyExperts"
         groups = f"there is no such group; the groups are {listed(GROUPS['backend'])}"
-        raise SweepError([f"backend {name!r}: {groups if is_group('backend', name) else rule}" for name in wrong])
+        raise SweepError([f"backend {cut(name)!r}: {groups if is_group('backend', name) else rule}" for name in wrong])
     if not names:
         return list(jobs)
     dispatchers: dict[Case, dict[str, None]] = {}

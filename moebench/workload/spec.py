@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import moebench
 from moebench.errors import SweepError
-from moebench.workload.axes import combinations, did_you_mean, is_match, listed
+from moebench.names import MOST_CHARACTERS, NAME_PATTERN, is_file
+from moebench.workload.axes import combinations, cut, did_you_mean, is_match, listed
 from moebench.workload.case import Case, Job
 from moebench.workload.reader import SweepReader
 
@@ -23,6 +24,10 @@ SUITES = "suites"
 
 Value = bool | int | float | str
 Axes = dict[str, tuple[Value, ...]]
+
+
+#: The longest time that a job may take: ten weeks. The operating system cannot wait for much longer times.
+LONGEST_S = 6_048_000.0
 
 
 class Policy(BaseModel):
@@ -36,15 +41,19 @@ class Policy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     interval_target: Annotated[float, Field(gt=0, lt=1)] | None = None
-    time_cap_s: Annotated[float, Field(gt=0)] | None = None
-    timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    time_cap_s: Annotated[float, Field(gt=0, le=LONGEST_S)] | None = None
+    timeout_s: Annotated[float, Field(gt=0, le=LONGEST_S)] = 300.0
     l2: Literal["cold", "warm"] = "cold"
+
+
+#: The name of a run is a time and the sweep's name, and files of a run have further parts.
+MOST_IN_SWEEP = MOST_CHARACTERS - 60
 
 
 class _Head(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=NAME_PATTERN, max_length=MOST_IN_SWEEP)]
     description: Annotated[str, Field(pattern=r"^[^\n]*$")] = ""
 
 
@@ -120,13 +129,15 @@ def find_sweep(name_or_path: str | Path) -> Path:
     Raises SweepError, which lists the available sweeps, if there is no such path and no such name.
     """
     path = Path(name_or_path)
-    if path.is_file():
+    if is_file(path):
         return path
     sweeps = available_sweeps()
     name = str(name_or_path)
     if name not in sweeps:
         hint = did_you_mean(name, sweeps) or "give a path or a name"
-        raise SweepError([f"{name}: no such file, and no sweep has that name; {hint}; the sweeps are {listed(sweeps)}"])
+        raise SweepError(
+            [f"{cut(name)}: no such file, and no sweep has that name; {hint}; the sweeps are {listed(sweeps)}"]
+        )
     return sweeps[name]
 
 
@@ -136,7 +147,7 @@ def load_sweep(path: Path) -> SweepSpec:
 
 
 def read_sweep(path: Path) -> str:
-    """Return the text of a sweep file, with its line endings unchanged.
+    """Return the text of a sweep file, with its line endings and a byte-order mark unchanged.
 
     Raises SweepError if the file cannot be read or is not UTF-8.
     """
@@ -152,9 +163,13 @@ def parse_sweep(text: str, origin: str) -> SweepSpec:
     `origin` is the file's path. Messages name it, and traces are relative to its folder.
     """
     try:
-        document = tomllib.loads(text)
+        document = tomllib.loads(text.removeprefix("\ufeff"))  # editors on Windows write a byte-order mark
     except tomllib.TOMLDecodeError as error:
         raise SweepError([_syntax_mistake(text, origin, str(error))]) from error
+    except ValueError as error:  # of Python's int, which reads at most a few thousand digits
+        raise SweepError([f"{origin}: a number has too many digits; no key takes so large a number"]) from error
+    except RecursionError as error:
+        raise SweepError([f"{origin}: lists or tables are nested too deeply; no key takes a list of lists"]) from error
     reader = SweepReader(origin)
     found = reader.read(document, _Head, Policy)
     if reader.mistakes:

@@ -47,7 +47,6 @@ def test_the_threshold_is_a_share(moebench, folders):
         (("same", "same", "--threshold", "3"), "3% or 0.03"),
         (("same", "same", "--allow-env-change", "weather"), "weather"),
         (("same", "same", "--json", "--github"), "choose one"),
-        (("same", "same", "--junit", "same"), "cannot be written"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(moebench, folders, arguments, word):

@@ -11,7 +11,7 @@ import torch
 
 from moebench.errors import ResultsError
 from moebench.machine import environment, versions
-from moebench.machine.environment import Environment, collect, git_state
+from moebench.machine.environment import Environment, GitState, collect, git_state
 
 ROOT = Path(__file__).parents[3]
 FIRST, SECOND = "11111111-aaaa-0000-0000-000000000000", "22222222-bbbb-0000-0000-000000000000"
@@ -136,7 +136,7 @@ def test_env_id_changes_with_what_makes_timings_differ(h200s, fake_nvml, monkeyp
         (change_nvml, "clocks_mhz", {1: 1980, 2: 3201}),
         (change_nvml, "reasons", 0x40),
         (change_nvml, "temperature_c", 80),
-        (change_function, "git_state", ("0123abc", True)),
+        (change_function, "git_state", GitState("0123abc", True)),
         (change_version, "numpy", "9.9.9"),
     ],
 )
@@ -209,25 +209,59 @@ def checkout(tmp_path, monkeypatch):
 def test_revision_is_the_commit_and_dirty_is_what_would_run(checkout):
     head = (checkout / ".git" / "HEAD").read_text().split()[-1]
     revision = (checkout / ".git" / head).read_text().strip()
-    assert git_state(checkout) == (revision, False)
+    assert git_state(checkout) == (revision, False, None)
     (checkout / "docs" / "a.md").write_text("prose")
     (checkout / "plot.png").touch()
-    assert git_state(checkout) == (revision, False)
+    assert git_state(checkout) == (revision, False, None)
     (checkout / "experts" / "new.py").touch()
-    assert git_state(checkout) == (revision, True)
+    assert git_state(checkout) == (revision, True, None)
 
 
 def test_without_a_checkout_the_variable_speaks(checkout, monkeypatch):
     installed = checkout / "experts"  # this folder is inside a repository but is not itself a checkout
-    assert git_state(installed) == (None, None)
+    assert git_state(installed) == (None, None, None)
     monkeypatch.setenv("MOEBENCH_REVISION", "0123abc")
-    assert git_state(installed) == ("0123abc", None)
+    assert git_state(installed) == ("0123abc", None, None)
     assert git_state(checkout)[0] != "0123abc"
 
 
 def test_without_git_the_revision_is_not_known(checkout, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert git_state(checkout) == (None, None)
+    found = git_state(checkout)
+    assert found[:2] == (None, None)
+    assert str(found.problem).startswith("git does not run: ")
+
+
+def test_the_reason_why_git_does_not_tell_the_revision_is_kept(checkout, monkeypatch, tmp_path_factory):
+    """The path that git names is left out: environments are published."""
+    folder = tmp_path_factory.mktemp("bin")
+    fake = folder / "git"
+    fake.write_text(
+        f"#!/bin/sh\necho \"fatal: detected dubious ownership in repository at '{checkout}'\" >&2\nexit 128\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    found = git_state(checkout)
+    assert found[:2] == (None, None)
+    assert found.problem == (
+        "git: fatal: detected dubious ownership in repository; git config --global --add safe.directory FOLDER"
+    )
+    monkeypatch.setenv("MOEBENCH_REVISION", "0123abc")
+    assert git_state(checkout) == ("0123abc", None, None)
+
+
+@pytest.mark.parametrize("env_id", ["/tmp/x", "../../x", "a\0b", "", "a/b"])
+def test_a_name_that_becomes_a_path_is_one_part_of_a_path(h200s, tmp_path, env_id):
+    path = tmp_path / "environment.json"
+    path.write_text(json.dumps({**json.loads(collect("cuda").to_json()), "env_id": env_id}))
+    with pytest.raises(ResultsError, match=r"environment\.json: env_id = ") as error:
+        Environment.from_file(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_revision_is_a_part_of_a_files_name(h200s):
+    found = collect("cuda").model_copy(update={"git_revision": "../Feature/x\n" + "y" * 300})
+    assert found.code_name == "feature-x-" + "y" * 67
 
 
 def test_importing_brings_no_torch():

@@ -82,6 +82,14 @@ def test_a_cpu_run_asks_for_no_gpu(node):
         ("2,0", ["GPU-c", "GPU-a"]),
         ("GPU-d,GPU-b", ["GPU-d", "GPU-b"]),
         ("1,7,0", ["GPU-b"]),
+        ("-1", []),
+        ("0,-1,1", ["GPU-a"]),
+        ("0,,1", ["GPU-a"]),
+        ("0,GPU-x,1", ["GPU-a"]),
+        ("none", []),
+        ("1,2,1", []),
+        ("GPU", []),
+        ("9" * 6000, []),
         ("", []),
         ("MIG-1", ["MIG-1"]),
     ],
@@ -89,6 +97,13 @@ def test_a_cpu_run_asks_for_no_gpu(node):
 def test_what_cuda_is_let_see_is_all_there_is(node, monkeypatch, listed, seen):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     assert [gpu.name for gpu in visible_gpus()] == seen
+
+
+def test_who_hides_all_gpus_cannot_have_one(node, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    with pytest.raises(UsageError, match="--gpus 0: '0': no such GPU, this machine has none"):
+        choose(None, "0", share=False)
+    assert choose(None, None, share=False) == (ANYWHERE, [])
 
 
 def test_numbers_are_those_of_what_is_visible(node, monkeypatch):

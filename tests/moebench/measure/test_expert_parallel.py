@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from moebench.results.journal import Journal
-from moebench.results.record import SPEED_FIELDS
+from moebench.results.record import ONLY_IF_OK
 from moebench.run.runner import Plan, execute
 from moebench.workload.case import Case, Job
 from moebench.workload.inputs import make_inputs, make_parameters
@@ -185,13 +185,13 @@ def test_a_wrong_row_of_one_rank_is_a_mismatch_that_names_rank_and_token(run):
     row = row_of(run, "ranks:WrongRow", status="mismatch", parity_worst_tensor="output")
     token = int(make_inputs(case(mode="forward"), CPU, rank=1).token_mask_T.nonzero()[2])
     assert row.detail.startswith(f"output (rank 1, token {token}): error ")
-    assert all(getattr(row, field) is None for field in SPEED_FIELDS)
+    assert all(getattr(row, field) is None for field in ONLY_IF_OK)
 
 
 def test_a_rank_that_is_wrong_only_when_it_is_timed_is_found_by_all_ranks(run):
     row = row_of(run, "ranks:WrongRowInLaterCalls", status="mismatch", parity_worst_tensor="output")
     assert re.fullmatch(r"output \(rank 1, (token \d+|whole tensor)\): .*, in a call that was timed", row.detail)
-    assert all(getattr(row, field) is None for field in SPEED_FIELDS)
+    assert all(getattr(row, field) is None for field in ONLY_IF_OK)
 
 
 def test_expert_gradients_of_own_tokens_alone_are_a_mismatch(run):
@@ -220,7 +220,7 @@ def test_fp8_is_judged_by_its_recipe_on_all_ranks(run):
 def test_what_breaks_one_rank_is_told_of_that_rank(run, name, status, detail):
     row = row_of(run, f"ranks:{name}", status=status)
     assert re.search(detail, row.detail.replace("~", "")), row.detail
-    assert all(getattr(row, field) is None for field in SPEED_FIELDS)
+    assert all(getattr(row, field) is None for field in ONLY_IF_OK)
 
 
 def test_jobs_after_broken_ones_are_measured_as_any_other(run):

@@ -22,7 +22,7 @@ from moebench.measure.ceilings import Ceilings
 from moebench.measure.job import measure_job
 from moebench.measure.memory import Memory
 from moebench.measure.timing import TimingPolicy
-from moebench.results.record import SPEED_FIELDS, Record, Status
+from moebench.results.record import ONLY_IF_OK, Record, Status
 from moebench.run.runner import Plan, execute
 from moebench.workload.case import Case, Job
 from moebench.workload.spec import Policy
@@ -93,7 +93,7 @@ def row_flops(mode: str) -> int:
 def test_a_fault_in_training_is_a_mismatch(rows, fault, dtype):
     row = rows[fault, dtype, "train"]
     assert row.status is Status.mismatch
-    assert {name: getattr(row, name) for name in SPEED_FIELDS if getattr(row, name) is not None} == {}
+    assert {name: getattr(row, name) for name in ONLY_IF_OK if getattr(row, name) is not None} == {}
     assert row.parity_worst > 1
     assert row.detail.startswith(row.parity_worst_tensor)
     wrong = {tensor for tensor, error in row.parity_errors.items() if error > 1}
@@ -224,7 +224,7 @@ def test_a_time_that_stays_impossibly_short_is_a_mismatch(monkeypatch, mode):
         measured["detail"],
     )
     assert left == [], "each repetition measures the ceilings anew"
-    assert {name for name in SPEED_FIELDS if measured.get(name) is not None} == set()
+    assert {name for name in ONLY_IF_OK if measured.get(name) is not None} == set()
     assert measured["parity_worst"] <= 1
 
 

@@ -98,7 +98,7 @@ def test_dispatchers_and_settings_are_told_apart() -> None:
 
 
 def test_a_small_advantage_is_none() -> None:
-    tight = {"time_ms_low": 0.0, "time_ms_high": 0.0}
+    tight = {"time_ms_low": 1.0, "time_ms_high": 1.0}
     for second, is_close in ((1.02, True), (1.05, False)):
         rows = [ok(case(256), "gmm", 1.0, **tight), ok(case(256), "te", second, time_ms_low=second, time_ms_high=2.0)]
         assert ask(rows, 256).is_close is is_close

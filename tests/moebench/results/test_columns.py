@@ -8,15 +8,18 @@ from pydantic import BaseModel
 
 from moebench.results.columns import COMBINE, Column, Rounds, columns_of
 from moebench.results.frame import SAMPLE_COLUMNS
-from moebench.results.record import COLUMN_OF, SPEED_FIELDS, Record
+from moebench.results.record import COLUMN_OF, ONLY_IF_OK, Record
 from moebench.workload.case import CaseFields
 
 
-def test_only_these_are_speeds() -> None:
-    times = ("time_ms", "time_ms_low", "time_ms_high", "host_time_ms", "graph_time_ms", "backward_ms")
+def test_only_these_need_the_status_ok() -> None:
+    times = ("time_ms", "time_ms_low", "time_ms_high", "converged", "host_time_ms", "graph_time_ms", "backward_ms")
     parts = ("dispatch_ms", "compute_ms", "combine_ms", "skew_ms")
     samples = ("samples_ms", "sample_rounds", "sample_marked")
-    assert ("sample_sessions", *times, *parts, *samples, "tokens_per_s", "tflops", "roofline_fraction") == SPEED_FIELDS
+    speeds = ("sm_clock_mhz", "tokens_per_s", "tflops")
+    ceilings = ("roofline_fraction", "roofline_ms", "dense_ms", "grouped_ms", "collective_ms", "copy_gb_per_s")
+    memory = ("peak_memory_bytes", "saved_memory_bytes", "reserved_memory_bytes", "outside_torch_bytes")
+    assert ("sample_sessions", "l2", *times, *parts, "num_samples", *samples, *speeds, *ceilings, *memory) == ONLY_IF_OK
     assert ("sample_sessions", *samples) == SAMPLE_COLUMNS
 
 
@@ -64,6 +67,6 @@ def test_every_way_to_combine_is_one_or_leaves_the_row_as_it_is() -> None:
 
 def test_a_new_column_needs_its_declaration_and_nothing_else() -> None:
     class Longer(BaseModel):
-        energy_j: Annotated[float | None, Column(Rounds.SUM, "energy of a call", "J", is_speed=True)] = None
+        energy_j: Annotated[float | None, Column(Rounds.SUM, "energy of a call", "J")] = None
 
-    assert columns_of(Longer) == {"energy_j": Column(Rounds.SUM, "energy of a call", "J", "unless ok", True)}
+    assert columns_of(Longer) == {"energy_j": Column(Rounds.SUM, "energy of a call", "J", "unless ok")}

@@ -56,6 +56,7 @@ ALL = {
     "num_samples": 3,
     "samples_ms": (1.5, 1.25, 1 / 3),
     "sample_rounds": (0, 0, 1),
+    "sample_sessions": (0, 0, 1),
     "sample_marked": (False, True, False),
     "sm_clock_mhz": 1980,
     "tokens_per_s": 1e6,

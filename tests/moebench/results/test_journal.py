@@ -53,11 +53,11 @@ def test_journal_gives_back_what_was_appended(journal: Journal) -> None:
     assert journal.path.read_bytes().count(b"\n") == len(rows)
 
 
-def test_nan_survives_the_journal(journal: Journal) -> None:
-    journal.append(bad(Status.mismatch, parity_worst=math.nan))
+def test_an_error_that_is_not_a_number_is_infinite(journal: Journal) -> None:
+    """A null in a Parquet file would be an error that was not measured."""
+    journal.append(bad(Status.mismatch, parity_worst=math.nan, parity_errors={"output": math.nan}))
     (row,) = journal
-    assert row.parity_worst is not None
-    assert math.isnan(row.parity_worst)
+    assert (row.parity_worst, row.parity_errors) == (math.inf, {"output": math.inf})
 
 
 def test_a_journal_not_yet_written_is_empty(journal: Journal) -> None:

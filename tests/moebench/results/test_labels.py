@@ -89,7 +89,7 @@ def test_a_panel_is_titled_with_what_differs_in_its_figure() -> None:
 def test_the_machine_is_named_with_the_date_of_the_run() -> None:
     gpu = {"device": "cuda", "gpu": "NVIDIA H200", "l2": "cold"}
     assert machine(to_frame([ok(run_id="20261123-101500-quick", **gpu)])) == "NVIDIA H200, L2 cold, 2026-11-23"
-    assert machine(to_frame([ok(run_id="2026-11-23T10:15", device="cpu")])) == "CPU, 2026-11-23"
+    assert machine(to_frame([ok(run_id="2026-11-23T1015", device="cpu")])) == "CPU, 2026-11-23"
     assert machine(to_frame([ok(run_id="3f2a")])) == ""
 
 

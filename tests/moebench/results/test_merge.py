@@ -33,7 +33,7 @@ def test_rows_and_environments_of_all():
 def test_a_job_in_two_results_is_refused_and_named():
     with pytest.raises(ResultsError, match="1 jobs stand in several results") as refused:
         merged([result(row(ONE), row(TWO)), result(row(ONE))], ["a", "b"], newest=False)
-    for part in (f"loop on {ONE.case.case_id} in a and b", "--newest"):
+    for part in (f"'loop' on {ONE.case.case_id} in a and b", "--newest"):
         assert part in str(refused.value)
 
 

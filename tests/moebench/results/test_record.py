@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from moebench.results.record import GOOD, SCHEMA, SPEED_FIELDS, Record, Status, record
+from moebench.results.record import GOOD, ONLY_IF_OK, SCHEMA, Record, Status, record
 from moebench.workload.case import Case, Job
 
 CASE = Case(
@@ -21,8 +21,7 @@ CASE = Case(
     expert_bias=True,
     masked_share=0.25,
 )
-LISTS = {"samples_ms": (1.0,), "sample_rounds": (0,), "sample_sessions": (0,), "sample_marked": (False,)}
-SPEED = {name: LISTS.get(name, 1.0) for name in SPEED_FIELDS}
+VALUES = {"l2": "cold", "samples_ms": (1.0,), "sample_rounds": (0,), "sample_sessions": (0,), "sample_marked": (False,)}
 
 
 def ok(backend: str = "loop", **measured: Any) -> Record:
@@ -75,17 +74,62 @@ def test_ok_may_use_its_whole_budget() -> None:
     assert ok(parity_worst=1.0).status is Status.ok
 
 
-@pytest.mark.parametrize("time_ms", [0.0, -1.0, math.nan])
-def test_a_time_is_more_than_zero(time_ms: float) -> None:
+@pytest.mark.parametrize("time_ms", [0.0, -1.0, math.nan, math.inf, 5e-324, 1e308])
+def test_a_time_lies_between_a_femtosecond_and_31_years(time_ms: float) -> None:
     with pytest.raises(ValidationError, match="time_ms"):
         ok(time_ms=time_ms)
+    with pytest.raises(ValidationError, match="samples_ms"):
+        ok(samples_ms=(1.5, time_ms))
 
 
-@pytest.mark.parametrize("name", SPEED_FIELDS)
+@pytest.mark.parametrize(
+    "ends",
+    [{"time_ms_low": 1.6}, {"time_ms_high": 1.4}, {"time_ms_low": math.nan}, {"time_ms_high": math.nan}],
+)
+def test_a_time_lies_in_its_interval(ends: dict[str, float]) -> None:
+    assert ok(time_ms_low=-math.inf, time_ms_high=math.inf).time_ms == 1.5
+    with pytest.raises(ValidationError, match="time_ms_"):
+        ok(**ends)
+
+
+def test_every_sample_has_its_round_and_its_mark() -> None:
+    assert ok(samples_ms=(1.0, 2.0), sample_rounds=(0, 1)).sample_marked is None
+    for name, entries in {"sample_rounds": (0,), "sample_marked": (True,)}.items():
+        with pytest.raises(ValidationError, match="one entry for each sample"):
+            ok(samples_ms=(1.0, 2.0), **{name: entries})
+
+
+@pytest.mark.parametrize("name", ["case_id", "env_id", "run_id"])
+@pytest.mark.parametrize("value", ["", "/etc/x", "../../x", "a/b", "a\0", ".hidden", "-option", "a\n", "é", "a b", "."])
+def test_a_name_that_becomes_a_path_is_one_part_of_a_path(name: str, value: str) -> None:
+    fields = json.loads(ok().to_json())
+    with pytest.raises(ValidationError, match=name):
+        Record.model_validate({**fields, name: value})
+
+
+def test_a_row_of_several_rounds_has_the_names_of_all() -> None:
+    fields = json.loads(ok().to_json())
+    several = Record.model_validate({**fields, "env_id": "a1 | b2", "run_id": "20261123-000000-a | 20261124-000000-b"})
+    assert several.env_id == "a1 | b2"
+
+
+def test_numbers_fit_into_the_columns_of_a_file() -> None:
+    for name in ("peak_memory_bytes", "num_samples", "num_rounds", "round"):
+        with pytest.raises(ValidationError, match=name):
+            ok(**{name: 2**63})
+
+
+def test_a_row_is_a_case_that_may_exist() -> None:
+    fields = json.loads(ok().to_json())
+    with pytest.raises(ValidationError, match="exceeds n_routed_experts"):
+        Record.model_validate({**fields, "n_activated_experts": 5})
+
+
+@pytest.mark.parametrize("name", ONLY_IF_OK)
 @pytest.mark.parametrize("status", [status for status in Status if status is not Status.ok])
-def test_only_ok_carries_a_speed(status: Status, name: str) -> None:
-    with pytest.raises(ValidationError, match=f"must have no speed, but has .*{name}"):
-        bad(status, **{name: SPEED[name]})
+def test_only_ok_carries_a_speed_and_memory(status: Status, name: str) -> None:
+    with pytest.raises(ValidationError, match=f"must have no speed and no memory, but has .*{name}"):
+        bad(status, **{name: VALUES.get(name, 1)})
 
 
 @pytest.mark.parametrize("detail", [None, ""])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from moebench.results.record import SPEED_FIELDS, Record, Status, record
+from moebench.results.record import ONLY_IF_OK, Record, Status, record
 from moebench.results.rounds import OTHER_ENVIRONMENT, merged_rounds
 from moebench.workload.case import Case, Job
 
@@ -115,7 +115,7 @@ def test_a_job_that_failed_in_a_round_has_failed_and_says_in_which():
         [row(0, samples_ms=(2.0,), sample_rounds=(0,)), row(1, Status.timeout), row(2), row(3, Status.timeout)]
     )
     assert (one.status, one.detail, one.num_rounds) == (Status.timeout, "round 1, 3 of 4: how it went in 1", 4)
-    assert {getattr(one, name) for name in SPEED_FIELDS} == {None}
+    assert {getattr(one, name) for name in ONLY_IF_OK} == {None}
 
 
 def test_of_several_failures_the_worst_is_told():

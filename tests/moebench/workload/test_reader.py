@@ -48,7 +48,10 @@ def test_trace_is_found_beside_the_sweep_and_can_be_opened_from_here(
         ('name = "x"\ngrid = [1,', "end of document: is not TOML: "),
         ('name = "x"\nname = "y"\n', "line 2, column 11: 'name = \"y\"' is not TOML: Cannot overwrite a value; "),
         (GRID, 'name: is missing; add name = "quick"'),
-        (f'name = "a b"\n{GRID}', 'name = "a b": must be letters, digits, ".", "_" and "-", a letter or digit first; '),
+        (
+            f'name = "a b"\n{GRID}',
+            'name = "a b": must be letters, digits, ".", "_" and "-", a letter or digit first, at most ',
+        ),
         (f'name = ".."\n{GRID}', 'name = "..": must be letters'),
         (f"name = 3\n{GRID}", "name = 3: must be letters"),
         (f'name = "x"\ndescription = "a\\nb"\n{GRID}', 'description = "a\\nb": must be one line of text; '),
