@@ -16,7 +16,7 @@ from moebench.measure.ceilings import Ceilings
 from moebench.measure.profiling import executed, trace
 from moebench.measure.protocol import PASSES
 from moebench.measure.samplers import captured
-from moebench.measure.subject import Measured, Subject, backend_of, make_subject, verdict_fields
+from moebench.measure.subject import Measured, Subject, backend_of, make_subject, reason_of, verdict_fields
 from moebench.measure.timing import Timing, TimingPolicy
 from moebench.measure.trials import examine
 from moebench.parity.judge import ParityVerdict, Unfit, are_identical, run_pass
@@ -46,7 +46,9 @@ def measure_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     """
     try:
         measured = _Job(job, workload, policy).measure() if job.check is None else examine(job, workload)
-    except (Unsupported, Unfit) as reason:
+    except Unsupported as reason:
+        return {"status": Status.unsupported, "detail": reason_of(reason)}
+    except Unfit as reason:
         return {"status": Status.unsupported, "detail": str(reason)}
     replaced = dict.fromkeys(name for names in workload.ranks.tell(clock.replaced()) for name in names)
     if replaced and measured["status"] is Status.ok:

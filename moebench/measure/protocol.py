@@ -28,7 +28,7 @@ PASSES = 2
 TOKEN = "MOEBENCH_WORKER"
 #: A text that comes from a backend keeps at most this many characters. The reason of a failed check also has the lines
 #: of Python that show it.
-TEXT_CHARS, LISTING_CHARS = 2000, 20_000
+TEXT_CHARS, LISTING_CHARS = 4000, 20_000
 #: The supervisor reads at most this many bytes of events at once, and no event is longer.
 MOST_BYTES = 1 << 26
 

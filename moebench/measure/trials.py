@@ -15,7 +15,8 @@ from experts import Unsupported
 from experts.config import DTYPES as TORCH_DTYPES
 from experts.registry import get_backend
 from moebench.measure.cache import Workload
-from moebench.measure.subject import Measured
+from moebench.measure.protocol import told
+from moebench.measure.subject import Measured, reason_of
 from moebench.parity.checks import SEARCH, Search, command
 from moebench.parity.judge import TensorError, Unfit
 from moebench.parity.play.listing import listing
@@ -46,7 +47,7 @@ class Failure:
         """One line that says what is wrong."""
         if self.worst is not None:
             return str(self.worst)
-        return f"{type(self.error).__name__}: {self.error}".splitlines()[0]
+        return f"{type(self.error).__name__}: {told(self.error)}".splitlines()[0]
 
 
 @dataclass
@@ -91,7 +92,8 @@ class Trier:
             self.tried.num_unfit += 1
             return None
         except Unsupported as reason:
-            self.tried.unsupported[reason.reason] = self.tried.unsupported.get(reason.reason, 0) + 1
+            words = reason_of(reason)
+            self.tried.unsupported[words] = self.tried.unsupported.get(words, 0) + 1
             return None
         except (MemoryError, torch.OutOfMemoryError):
             raise  # the job's status is oom, which is no fault of the backend

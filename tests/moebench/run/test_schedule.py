@@ -139,7 +139,9 @@ def test_a_gpu_on_which_no_worker_starts_is_given_up_and_said(tmp_path, worker, 
     outcome = execute(plan_of(tmp_path, jobs(), GPUS[:2]))
     assert [row.detail for row in outcome.records] == ["GPU-a"] * 8
     (note,) = outcome.notes
-    assert note.startswith("GPU-b: no longer used, because a worker ended before it measured anything: its process exited with 1")
+    assert note.startswith(
+        "GPU-b: no longer used, because a worker ended before it measured anything: its process exited with 1"
+    )
     assert "CUDA error: unknown" in note
 
 
