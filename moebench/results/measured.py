@@ -95,11 +95,7 @@ class Measured(BaseModel):
     combine_ms: Annotated[
         float | None,
         Column(
-            Rounds.MEDIAN,
-            "part of a forward pass: the dispatcher sends the outputs back",
-            "ms",
-            _NO_PARTS,
-            is_speed=True,
+            Rounds.MEDIAN, "part of a forward pass: the dispatcher sends outputs back", "ms", _NO_PARTS, is_speed=True
         ),
     ] = None
     skew_ms: Annotated[
@@ -253,6 +249,16 @@ class Measured(BaseModel):
             "buffers, and every other process on that GPU",
             "bytes",
             null="on a CPU; unless ok",
+        ),
+    ] = None
+    untracked_memory_bytes: Annotated[
+        int | None,
+        Column(
+            Rounds.WORST,
+            "memory taken since the backend was built that no tensor of torch holds, for example by numpy; on a CPU at "
+            "the peak of the call, on a GPU after it; coarse, see [concepts.md](concepts.md#memory)",
+            "bytes",
+            null="if the system does not report it; unless ok",
         ),
     ] = None
 
