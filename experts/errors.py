@@ -32,4 +32,4 @@ class Unsupported(ExpertsError):
 
     @property
     def reason(self) -> str:
-        return str(self.args[0])
+        return str(self)

@@ -81,6 +81,11 @@ class Backend:
         reason = self._unsupported(device, config)
         if reason is None and dispatcher is not None and config is not None:
             reason = self._single_process() or dispatcher_unsupported(dispatcher, device, config)
+        if reason is not None and not isinstance(reason, str | Unsupported):
+            kind = type(reason).__name__
+            raise TypeError(
+                f"unsupported() of {self.name} returned a {kind}: it must return None, a text or Unsupported"
+            )
         return Unsupported(reason) if isinstance(reason, str) else reason
 
     def _single_process(self) -> str | None:

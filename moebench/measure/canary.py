@@ -1,12 +1,9 @@
-"""Check whether this process still computes right, by a layer with a known result and by torch's settings."""
+"""Check whether this process still computes right, by a layer with a known result."""
 
 import gc
 import math
-from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from experts import BackendConfig, GroupedExperts, MoEConfig
 
@@ -18,18 +15,6 @@ _TOLERANCE = 1e-5  # for float32 sums of a few equal terms; if a backend switche
 
 class Unhealthy(Exception):
     """This process must not measure more jobs; the message says why."""
-
-
-def settings() -> tuple[object, ...]:
-    """Return the torch settings that a backend may leave changed, and that change times and rounding of later jobs."""
-    libraries: Any = (torch.backends.cuda, torch.backends.mkldnn)
-    return (
-        torch.get_num_threads(),
-        torch.get_default_dtype(),
-        *(library.matmul.fp32_precision.replace("none", "ieee") for library in libraries),
-        torch.are_deterministic_algorithms_enabled(),
-        tuple(type(mode) for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())),
-    )
 
 
 def sing(device: torch.device) -> None:

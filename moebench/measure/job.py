@@ -16,7 +16,7 @@ from moebench.measure.ceilings import Ceilings
 from moebench.measure.profiling import executed, trace
 from moebench.measure.protocol import PASSES
 from moebench.measure.samplers import captured
-from moebench.measure.subject import Measured, Subject, backend_of, make_subject, verdict_fields
+from moebench.measure.subject import Measured, Subject, backend_of, make_subject, reason_of, verdict_fields
 from moebench.measure.timing import Timing, TimingPolicy
 from moebench.measure.trials import examine
 from moebench.parity.judge import ParityVerdict, Unfit, are_identical, run_pass
@@ -46,7 +46,9 @@ def measure_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
     """
     try:
         measured = _Job(job, workload, policy).measure() if job.check is None else examine(job, workload)
-    except (Unsupported, Unfit) as reason:
+    except Unsupported as reason:
+        return {"status": Status.unsupported, "detail": reason_of(reason)}
+    except Unfit as reason:
         return {"status": Status.unsupported, "detail": str(reason)}
     replaced = dict.fromkeys(name for names in workload.ranks.tell(clock.replaced()) for name in names)
     if replaced and measured["status"] is Status.ok:
@@ -104,13 +106,16 @@ class _Job:
             self.workload.inputs(self.case), self.workload.parameters(self.case)
         bounds = self._ceilings(is_fp8)  # before the module takes its part of the memory
         with self.phases.of("setup_s"):
+            # a backend may write into its inputs: the next one needs the originals
+            handed = self.workload.inputs(self.case).clone()
+            held = memory.Held(self.device)
             subject = make_subject(backend, self.job, self.workload)
-            handed = subject.inputs.clone()  # a backend may write into its inputs: the next one needs the originals
         started = clock.perf_counter()
         subject.settle(handed)
         passes = [subject.run(handed)]
         _synchronize(self.device)
         measured: Measured = {"warmup_ms": (clock.perf_counter() - started) * 1e3}
+        held_bytes = held.bytes_beside(subject.module, passes[0].values())
         pass_bytes = sum(tensor.nbytes for tensor in passes[0].values())
         if not _fit(PASSES * pass_bytes, self.device, self.ranks):  # two sets of gradients of the largest layers
             verdict = self._judge(subject, passes)
@@ -125,7 +130,7 @@ class _Job:
         judged = {"output": passes[-1]["output"].clone()}  # it may be overwritten
         passes.clear()
         try:
-            measured |= self._speed_and_memory(subject, handed, bounds, pass_bytes)
+            measured |= self._speed_and_memory(subject, handed, bounds, pass_bytes, held_bytes)
             self._check_after(subject, judged)
         except NoSpeed as reason:
             found = verdict_fields(reason.verdict or verdict)
@@ -153,7 +158,9 @@ class _Job:
         if not verdict.passed:
             raise NoSpeed(f"{verdict.worst}, in a call after timing", verdict)
 
-    def _speed_and_memory(self, subject: Subject, handed: Inputs, bounds: Ceilings, pass_bytes: int) -> Measured:
+    def _speed_and_memory(
+        self, subject: Subject, handed: Inputs, bounds: Ceilings, pass_bytes: int, held_bytes: int | None
+    ) -> Measured:
         """Return the fields of a right backend. Raises NoSpeed if its times must not be believed."""
         case, device, ranks = self.case, self.device, self.ranks
         call = Call(subject.module, handed, case.mode)
@@ -170,7 +177,7 @@ class _Job:
             trace(call.stages, call.clear, device, self.workload.trace)
         return {
             "executed": ran,
-            **_largest(weighed, ranks),
+            **_largest(weighed, held_bytes, ranks),
             **parts,
             "l2": ("cold" if self.policy.cold_l2 else "warm") if device.type == "cuda" else None,
             **self._speed(timed),
@@ -267,14 +274,20 @@ def _fit(num_bytes: int, device: torch.device, ranks: Ranks) -> bool:
     return all(ranks.tell(num_bytes < free))
 
 
-def _largest(weighed: memory.Memory, ranks: Ranks) -> Measured:
-    """Return each memory figure of the rank where this figure is largest."""
+def _largest(weighed: memory.Memory, held_bytes: int | None, ranks: Ranks) -> Measured:
+    """Return each memory figure of the rank where this figure is largest.
+
+    `held_bytes` is what no tensor holds since the first call. What later calls take besides counts as well.
+    """
+    if weighed.untracked_bytes is not None and held_bytes is not None:
+        weighed = dataclasses.replace(weighed, untracked_bytes=held_bytes + weighed.untracked_bytes)
     by_rank = ranks.tell(weighed)
     figures: dict[str, list[int | None]] = {
         "peak_memory_bytes": [rank.peak_bytes for rank in by_rank],
         "saved_memory_bytes": [rank.saved_bytes for rank in by_rank],
         "reserved_memory_bytes": [rank.reserved_bytes for rank in by_rank],
         "outside_torch_bytes": [rank.outside_bytes for rank in by_rank],
+        "untracked_memory_bytes": [rank.untracked_bytes for rank in by_rank],
     }
     return {name: max((figure for figure in row if figure is not None), default=None) for name, row in figures.items()}
 

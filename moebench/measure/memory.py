@@ -4,16 +4,21 @@ The peak is counted above a floor, which is the memory in use before the call.
 """
 
 import contextlib
+import ctypes
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from moebench.parity.poison import poisoned
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,17 @@ class Memory:
     from the GPU for the call, after the allocator's cache was emptied. The allocator takes whole segments, so the part
     above the peak is lost to fragmentation. `outside_bytes` is the GPU memory in use that torch's allocator does not
     hold: contexts, libraries, communication buffers. On a CPU, `reserved_bytes` and `outside_bytes` are None.
+
+    `untracked_bytes` is the memory that the call took and that torch does not count: on a CPU the part of the peak of
+    the process's resident memory that is not in tensors, on a GPU the growth of `outside_bytes`. It is None if the
+    system does not tell.
     """
 
     peak_bytes: int
     saved_bytes: int | None
     reserved_bytes: int | None = None
     outside_bytes: int | None = None
+    untracked_bytes: int | None = None
 
 
 def measure_memory(
@@ -41,8 +51,59 @@ def measure_memory(
     On a GPU, the counts come from torch's caching allocator. On a CPU, StorageTracker follows every tensor that torch's
     operators make.
     """
-    gc.collect()
     return (_measure_gpu if device.type == "cuda" else _measure_cpu)(forward, backward, device)
+
+
+def foreign_bytes(device: torch.device) -> int | None:
+    """Return the bytes in use that torch does not count: on a GPU what its allocator does not hold.
+
+    On a CPU torch does not count at all, so that the result is the process's resident memory. It is None if the system
+    does not tell.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free - torch.cuda.memory_reserved(device)
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # give freed memory back
+    return _resident_bytes("VmRSS")
+
+
+class Held:
+    """The memory that a backend takes from now on, and that no tensor of torch holds.
+
+    On a CPU, torch first loads what the first pass of any backend loads.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cpu":
+            with poisoned(device):
+                x = torch.ones(2, 2, requires_grad=True)
+                (x @ x).sum().backward()
+        self._device, self._before = device, foreign_bytes(device)
+
+    def bytes_beside(self, module: nn.Module, tensors: Iterable[Tensor]) -> int | None:
+        """Return the bytes that were taken, without the module's and these tensors; None if the system does not tell.
+
+        On a GPU, torch's tensors do not count in the first place.
+        """
+        now = foreign_bytes(self._device)
+        if now is None or self._before is None:
+            return None
+        known = 0 if self._device.type == "cuda" else _bytes_of((*module.parameters(), *module.buffers(), *tensors))
+        return max(0, now - self._before - known)
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
+
+
+def _resident_bytes(name: str) -> int | None:
+    """Return the resident memory of this process, now ("VmRSS") or at its peak ("VmHWM")."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return None
 
 
 def _measure_gpu(
@@ -51,6 +112,7 @@ def _measure_gpu(
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
+    outside_before = foreign_bytes(device)
     floor, reserved_floor = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     output = forward()
     saved = None
@@ -58,26 +120,43 @@ def _measure_gpu(
         saved = torch.cuda.memory_allocated(device) - floor - _storage_bytes(output)
         backward(output)
     torch.cuda.synchronize(device)
-    free, total = torch.cuda.mem_get_info(device)
-    outside = total - free - torch.cuda.memory_reserved(device)
+    outside = foreign_bytes(device)
+    assert outside is not None
+    assert outside_before is not None
     return Memory(
         torch.cuda.max_memory_allocated(device) - floor,
         saved,
         torch.cuda.max_memory_reserved(device) - reserved_floor,
         outside,
+        max(0, outside - outside_before),
     )
 
 
 def _measure_cpu(
     forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: torch.device
 ) -> Memory:
+    with StorageTracker():
+        torch.zeros(1)  # the first use of the tracker loads modules
+    before = foreign_bytes(device)
+    restarted = _restart_peak()
     with StorageTracker() as tracker:
         output = forward()
         saved = None
         if backward is not None:
             saved = tracker.live_bytes - _storage_bytes(output)
             backward(output)
-    return Memory(tracker.peak_bytes, saved)
+    peak = _resident_bytes("VmHWM") if restarted else None
+    untracked = None if peak is None or before is None else max(0, peak - before - tracker.peak_bytes)
+    return Memory(tracker.peak_bytes, saved, untracked_bytes=untracked)
+
+
+def _restart_peak() -> bool:
+    """Let the kernel count the peak of the resident memory from now on. Return whether it does."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _storage_bytes(tensor: Tensor) -> int:

@@ -1,13 +1,20 @@
-"""Read and write the two files between a supervisor and its worker: the file of jobs, and the file of events."""
+"""Read and write the two files between a supervisor and its worker: the file of jobs, and the file of events.
+
+A backend runs in the worker, and it can reach both files. The supervisor therefore reads events by descriptor, and
+believes only lines that it can check: each has the worker's token, and counts on from the line before it.
+"""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from moebench.machine.environment import Environment
+from moebench.results.record import Record
 from moebench.workload.case import Job
 from moebench.workload.spec import Policy
 
@@ -16,6 +23,29 @@ TAIL_POLL_S = 0.005
 #: The number of checked passes (forward and, in mode train, backward) of a job. All passes must be right. The first
 #: pass is not enough, because in it a buffer is often clean by chance.
 PASSES = 2
+#: The environment variable with a worker's token. Processes that a backend starts inherit it, so that the supervisor
+#: finds and ends them.
+TOKEN = "MOEBENCH_WORKER"
+#: A text that comes from a backend keeps at most this many characters. The reason of a failed check also has the lines
+#: of Python that show it.
+TEXT_CHARS, LISTING_CHARS = 4000, 20_000
+#: The supervisor reads at most this many bytes of events at once, and no event is longer.
+MOST_BYTES = 1 << 26
+
+
+def told(text: object, most: int = TEXT_CHARS) -> str:
+    """Return a text of a backend as results may hold it: no lone surrogates, no NUL, and about `most` characters.
+
+    Where a text is longer, its middle is left out.
+    """
+    try:
+        clean = "".join((str(text),))  # a text of a subclass of str becomes a plain one
+    except Exception as error:
+        clean = f"<{type(error).__name__} while moebench read the text>"
+    if len(clean) > most:
+        note = f" [… {len(clean) - most} characters left out …] "
+        clean = clean[: most // 4] + note + clean[len(clean) - (most - most // 4) :]
+    return clean.replace("\0", r"\0").encode(errors="backslashreplace").decode()
 
 
 class WorkList(BaseModel):
@@ -60,11 +90,105 @@ def _jobs_to_come(file: TextIO) -> Iterator[Job]:
 
 
 class Events:
-    """The file of events; each event is one line of JSON."""
+    """A worker's end of the file of events; each event is one line of JSON."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
+        self._token, self._rank = os.environ.get(TOKEN, ""), int(os.environ.get("RANK", "0"))
+        self._count = 0
 
     def emit(self, kind: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, **fields}) + "\n")
+        whose = {"token": self._token, "rank": self._rank, "count": self._count}
+        self._file.write(json.dumps({"kind": kind, **whose, **fields}) + "\n")
         self._file.flush()
+        self._count += 1
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    token: str
+    rank: int
+    count: int
+
+
+class Ready(_Event):
+    kind: Literal["ready"]
+    environment: Environment
+
+
+class Mistaken(_Event):
+    """The worker refuses its jobs."""
+
+    kind: Literal["refused"]
+    mistakes: tuple[str, ...]
+
+
+class Started(_Event):
+    kind: Literal["start"]
+    number: int
+
+
+class Tries(_Event):
+    kind: Literal["trial"]
+    trial: str
+
+
+class Recorded(_Event):
+    kind: Literal["record"]
+    number: int
+    record: Record
+
+
+Event = Ready | Mistaken | Started | Tries | Recorded
+_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+
+
+class EventReader:
+    """The supervisor's end of the file of events.
+
+    `read` returns the events since the last call that can be believed, up to the first line that cannot. `fault` then
+    says what is wrong with the file; it is empty as long as all is well.
+    """
+
+    def __init__(self, path: Path, token: str) -> None:
+        self._token = token
+        self._file = path.open("xb+", buffering=0)
+        self._torn = b""
+        self._num_bytes = 0
+        self._counts: dict[int, int] = {}  # rank -> number of its lines
+        self.fault = ""
+
+    def read(self) -> list[Event]:
+        now = os.fstat(self._file.fileno())
+        if not now.st_nlink or now.st_size < self._num_bytes:
+            self.fault = f"the file of its events was {'cut short' if now.st_nlink else 'deleted'}"
+            return []
+        found = self._file.read(MOST_BYTES) or b""
+        self._num_bytes += len(found)
+        *lines, self._torn = (self._torn + found).split(b"\n")
+        events: list[Event] = []
+        for line in lines:
+            event = self._checked(line)
+            if event is None:
+                beginning = told(line[:200].decode(errors="replace"))
+                self.fault = f"the file of its events has a line that the worker did not write: {beginning}"
+                return events
+            events.append(event)
+        if len(self._torn) > MOST_BYTES:
+            self.fault = f"the file of its events has a line of more than {MOST_BYTES} bytes"
+        return events
+
+    def _checked(self, line: bytes) -> Event | None:
+        try:
+            event = _EVENT.validate_json(line)
+        except ValidationError:
+            return None
+        due = self._counts.get(event.rank, 0)
+        if event.token != self._token or event.count != due:
+            return None
+        self._counts[event.rank] = due + 1
+        return event
+
+    def close(self) -> None:
+        self._file.close()

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from experts import Unsupported
 from moebench.measure.cache import Workload
+from moebench.measure.protocol import told
 from moebench.parity.judge import ParityVerdict, check, run_pass
 from moebench.parity.poison import poisoned
 from moebench.parity.reference import Tensors
@@ -75,6 +77,11 @@ def backend_of(job: Job, workload: Workload) -> Backend:
     if reason is not None:
         raise reason
     return backend
+
+
+def reason_of(unsupported: Unsupported) -> str:
+    """Return the reason that a backend gives for not running a case."""
+    return told(unsupported).strip() or "the backend gives no reason"
 
 
 def make_subject(backend: Backend, job: Job, workload: Workload) -> Subject:

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from experts import Unsupported
 from moebench.measure.cache import Workload
-from moebench.measure.subject import Measured
+from moebench.measure.protocol import told
+from moebench.measure.subject import Measured, reason_of
 from moebench.parity.checks import SEARCH, Search, command
 from moebench.parity.judge import TensorError, Unfit
 from moebench.parity.play.listing import listing
@@ -44,7 +45,7 @@ class Failure:
         """One line that says what is wrong."""
         if self.worst is not None:
             return str(self.worst)
-        return f"{type(self.error).__name__}: {self.error}".splitlines()[0]
+        return f"{type(self.error).__name__}: {told(self.error)}".splitlines()[0]
 
 
 @dataclass
@@ -89,7 +90,8 @@ class Trier:
             self.tried.num_unfit += 1
             return None
         except Unsupported as reason:
-            self.tried.unsupported[reason.reason] = self.tried.unsupported.get(reason.reason, 0) + 1
+            words = reason_of(reason)
+            self.tried.unsupported[words] = self.tried.unsupported.get(words, 0) + 1
             return None
         except (MemoryError, torch.OutOfMemoryError):
             raise  # the job's status is oom, which is no fault of the backend

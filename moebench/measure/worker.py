@@ -15,8 +15,8 @@ The worker appends events to the events file, one JSON object per line:
 * `refused`, instead of all other events, if the user asked for a backend or a device that does not exist
 
 After a failed job, the worker goes on if it is healthy (moebench.measure.canary). It ends after a backend that changed
-settings of torch or replaced a clock (moebench.measure.clock). It ends when its standard input ends, so that it does
-not outlive a supervisor that was killed.
+its process (moebench.measure.state) or replaced a clock (moebench.measure.clock). It ends when its standard input ends,
+so that it does not outlive a supervisor that was killed.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 import experts
 from experts import RegistryError
@@ -43,10 +44,13 @@ from moebench.machine.environment import Environment
 from moebench.measure import canary, clock
 from moebench.measure.cache import Workload
 from moebench.measure.job import measure_job
-from moebench.measure.protocol import Events, WorkList, read_jobs
+from moebench.measure.protocol import Events, WorkList, read_jobs, told
+from moebench.measure.state import torch_settings
+from moebench.measure.state.process import State
 from moebench.measure.subject import Measured
 from moebench.measure.timing import TimingPolicy
 from moebench.results.record import Record, Status, record
+from moebench.workload.backends import is_built_in
 from moebench.workload.case import Job
 from moebench.workload.driven import check_name
 from moebench.workload.ranks import Ranks, join, leave, someone_is_gone
@@ -54,8 +58,8 @@ from moebench.workload.spec import Policy
 
 #: The message of torch's CPU allocator when the host has no memory left. The error is a plain RuntimeError.
 HOST_OOM = "DefaultCPUAllocator: can't allocate memory"
-#: The flag of a job that left torch's settings changed.
-CHANGED_SETTINGS = "changed_settings"
+#: The flags of a job that left settings of torch changed, or other things of its process.
+CHANGED_SETTINGS, CHANGED_PROCESS = "changed_settings", "changed_process"
 
 
 def timing_policy(policy: Policy, device: torch.device) -> TimingPolicy:
@@ -78,19 +82,19 @@ def run_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
         reason = _reason(error)
         if HOST_OOM in reason:
             return {"status": Status.oom, "detail": _briefly(error)}
-        detail = f"{reason}\n{traceback.format_exc(limit=-8)}"
-        return {"status": Status.error, "detail": detail.encode(errors="backslashreplace").decode()}
+        return {"status": Status.error, "detail": told(f"{reason}\n{traceback.format_exc(limit=-8)}")}
 
 
 def _reason(error: Exception) -> str:
     """Return the type and text of an error, even if the error's `__str__` raises."""
     parts = traceback.format_exception_only(error)  # a SyntaxError begins with its place in the source, indented
-    return next(part for part in parts if not part.startswith(" ")).strip()
+    return next((part for part in parts if part[:1].strip()), type(error).__name__).strip()
 
 
 def _briefly(error: BaseException) -> str:
     """Return the first two sentences of an error's message. In torch's messages, advice follows."""
-    return ". ".join((str(error) or type(error).__name__).splitlines()[0].split(". ")[:2])
+    lines = (line for line in told(error).splitlines() if line.strip())
+    return ". ".join(next(lines, type(error).__name__).split(". ")[:2])
 
 
 def work(work_list: WorkList, events: Events, device: torch.device, jobs: Iterable[Job] | None = None) -> None:
@@ -141,8 +145,8 @@ def _measure_all(
             if ranks.size > 1:  # the other ranks wait for this one in a collective: only a new group can go on
                 os._exit(1)
             _recover(workload)  # raises if an error broke the process or its GPU: another worker goes on
-        if CHANGED_SETTINGS in row.flags:
-            raise canary.Unhealthy(f"{job.backend} has changed settings of torch: another worker goes on")
+        if changed := [flag for flag in (CHANGED_SETTINGS, CHANGED_PROCESS) if flag in row.flags]:
+            raise canary.Unhealthy(f"{job.backend} has left its process changed ({changed[0]}): another worker goes on")
         if (replaced := clock.replaced()) and not work_list.are_checks:  # a check's worker has no other backend
             raise canary.Unhealthy(f"{job.backend} has replaced {', '.join(replaced)}: another worker goes on")
 
@@ -152,7 +156,8 @@ def _tell_trial(events: Events, trial: str) -> None:
 
 
 def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList, described: Environment) -> Record:
-    started, settings = clock.perf_counter(), canary.settings()
+    started, settings = clock.perf_counter(), torch_settings.settings()
+    state = None if is_built_in(job.backend) or work_list.are_checks else State()
     workload.trace = _trace_file(job, work_list, workload.ranks)
     measured = run_job(job, workload, policy)
     device, rank = workload.device, workload.ranks.rank
@@ -161,11 +166,32 @@ def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList
     measured |= {"device": device.type, "job_s": clock.perf_counter() - started, "round": work_list.round}
     measured["gpu"] = described.gpus[0].name if described.gpus else None
     measured["gpu_uuid"] = described.gpu_uuids(workload.ranks.size)
-    if canary.settings() != settings and not work_list.are_checks:  # a check's worker has no other backend
-        measured["flags"] = (*measured.get("flags", ()), CHANGED_SETTINGS)
+    if not work_list.are_checks:  # a check's worker has no other backend
+        of_torch = torch_settings.changed_settings(settings)
+        _tell_changes(measured, of_torch, () if state is None else state.changes(), workload.ranks)
     if "samples_ms" in measured:
         measured["sample_rounds"] = (work_list.round,) * len(measured["samples_ms"])
-    return record(job, run_id=work_list.run_id, env_id=described.env_id, **measured)
+    ids: dict[str, Any] = {"run_id": work_list.run_id, "env_id": described.env_id}
+    if measured.get("executed") is not None:
+        measured["executed"] = told(measured["executed"])
+    try:
+        return record(job, **ids, **measured)
+    except ValidationError as error:
+        kept = {name: measured[name] for name in ("device", "job_s", "round", "gpu", "gpu_uuid")}
+        detail = told(f"what was measured is not a row of results: {error}")
+        return record(job, Status.error, detail=detail, **ids, **kept)
+
+
+def _tell_changes(measured: Measured, of_torch: tuple[str, ...], of_process: tuple[str, ...], ranks: Ranks) -> None:
+    """Add flags, and to `detail` what any rank has changed. A rank that failed asks no other rank."""
+    mine = {CHANGED_SETTINGS: of_torch, CHANGED_PROCESS: of_process}
+    by_rank = [mine] if measured["status"] in (Status.oom, Status.error) else ranks.tell(mine)
+    found = {flag: tuple(dict.fromkeys(one for rank in by_rank for one in rank[flag])) for flag in mine}
+    measured["flags"] = (*measured.get("flags", ()), *(flag for flag, changes in found.items() if changes))
+    words = ", ".join(one for changes in found.values() for one in changes)
+    if words:
+        lines = [measured.get("detail"), f"the backend left changed: {told(words)}"]
+        measured["detail"] = "\n".join(line for line in lines if line)
 
 
 def _trace_file(job: Job, work_list: WorkList, ranks: Ranks) -> Path | None:

@@ -36,6 +36,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def write_again(path: Path, content: bytes) -> None:
+    """Write a file that another process has changed or removed. Raises RunnerError if this is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise RunnerError(
+            f"{path}: another process changed or removed it during the run, and it cannot be written again: "
+            f"{error.strerror}; measure again, and name a folder with --out that only moebench writes into"
+        ) from error
+
+
 @contextmanager
 def writable(place: Path) -> Iterator[None]:
     """Turn every OSError of the block into a UsageError that names `place`."""

@@ -6,11 +6,11 @@ import reprlib
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from moebench.errors import ResultsError, UnreadableError, first_mistake
+from moebench.results.files import write_again
 from moebench.results.record import READABLE, Record
 
 LOG = logging.getLogger(__name__)
@@ -23,17 +23,39 @@ class Journal:
 
     If a process is killed while it writes, the last line may be torn, which means that its end is missing. `read` skips
     torn lines and counts them.
+
+    A backend runs as the same user, so it can remove or change the file. A journal that was appended to therefore holds
+    the file's content: `keep` finds out whether the file is still what was written, and writes it again if it is not.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._place = path.parent.resolve() / path.name  # the working folder may change
+        self._held: bytearray | None = None
+        self._seen: tuple[int, ...] = ()
+        self.num_restored = 0
 
     def append(self, row: Record) -> None:
-        line = row.to_json() + "\n"
-        with self.path.open("ab+") as file:
-            if file.tell() and not _ends_a_line(file):
-                line = "\n" + line  # the file ends with a torn line: do not append to that line
-            file.write(line.encode())
+        """Write the record's line. Raises OSError if it cannot be written, and RunnerError as `keep` does."""
+        self.keep()
+        if self._held is None:
+            self._held = bytearray(self._place.read_bytes() if self._place.is_file() else b"")
+        line = row.to_json().encode() + b"\n"
+        if self._held and not self._held.endswith(b"\n"):
+            line = b"\n" + line  # the file ends with a torn line: do not append to that line
+        with self._place.open("ab") as file:
+            file.write(line)
+        self._held += line
+        self._seen = _identity(self._place)
+
+    def keep(self) -> None:
+        """Write the file again if it is no longer what `append` wrote. Raises RunnerError if this is not possible."""
+        if self._held is None or _identity(self._place) == self._seen:
+            return
+        if not (self._place.is_file() and self._place.read_bytes() == self._held):
+            self.num_restored += 1
+            write_again(self._place, bytes(self._held))
+        self._seen = _identity(self._place)
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.read()[0])
@@ -59,9 +81,13 @@ class Journal:
         return rows, torn
 
 
-def _ends_a_line(file: Any) -> bool:
-    file.seek(-1, 2)
-    return bool(file.read(1) == b"\n")
+def _identity(path: Path) -> tuple[int, ...]:
+    """Return what changes if another process replaces or writes the file; empty if there is no file."""
+    try:
+        now = path.stat()
+    except OSError:
+        return ()
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
 
 JOURNAL_NAME = "journal.jsonl"

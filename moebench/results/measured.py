@@ -253,6 +253,16 @@ class Measured(BaseModel):
             null="on a CPU; unless ok",
         ),
     ] = None
+    untracked_memory_bytes: Annotated[
+        Count | None,
+        Column(
+            Rounds.WORST,
+            "memory taken since the backend was built that no tensor of torch holds, for example by numpy; on a CPU at "
+            "the peak of the call, on a GPU after it; coarse, see [concepts.md](concepts.md#memory)",
+            "bytes",
+            null="if the system does not report it; unless ok",
+        ),
+    ] = None
 
     parity_worst: Annotated[
         Error | None,

@@ -3,11 +3,26 @@
 import itertools
 from collections.abc import Iterable, Sequence
 
+from moebench.workload.backends import is_built_in
 from moebench.workload.case import Job, Weights
 
 
+def own_backend(job: Job) -> str | None:
+    """Return the job's backend if it needs a worker of its own; None if the job shares a worker with other jobs.
+
+    A backend that is not built in needs one, because what it does to its process must not reach another backend.
+    `moebench parity` runs each backend by itself, so the checks of a backend share a worker.
+    """
+    return None if job.check is not None or is_built_in(job.backend) else job.backend
+
+
+def parts(jobs: Iterable[Job]) -> list[tuple[Job, ...]]:
+    """Return the jobs in their order, in parts: one worker measures one part, or several that all share a worker."""
+    return [tuple(part) for _, part in itertools.groupby(jobs, key=lambda job: (job.case, own_backend(job)))]
+
+
 class Backlog:
-    """Jobs in their order. One worker takes all backends of a case, so that the backends are compared on one GPU."""
+    """Jobs in their order. One place takes all backends of a case, so that the backends are compared on one GPU."""
 
     def __init__(self, jobs: Iterable[Job]) -> None:
         self._units = [tuple(unit) for _, unit in itertools.groupby(jobs, key=lambda job: job.case)]

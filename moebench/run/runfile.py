@@ -56,8 +56,12 @@ class RunFile(BaseModel):
     asked: Asked
     resumed: tuple[str, ...] = ()
 
+    @property
+    def content(self) -> bytes:
+        return (self.model_dump_json(indent=2) + "\n").encode()
+
     def write(self, folder: Path) -> None:
-        write_atomically(folder / RUN_NAME, (self.model_dump_json(indent=2) + "\n").encode())
+        write_atomically(folder / RUN_NAME, self.content)
 
     @classmethod
     def read(cls, folder: Path) -> "RunFile":

@@ -7,7 +7,7 @@ that breaks its process cannot break this one. Only this process writes the jour
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -16,11 +16,11 @@ from typing import Any
 from moebench.errors import Refused, RunnerError
 from moebench.machine.environment import Environment
 from moebench.machine.gpus import places
-from moebench.results.files import write_atomically, writing_to
+from moebench.results.files import write_again, write_atomically, writing_to
 from moebench.results.folder import ENVIRONMENT_NAME, ENVIRONMENTS_NAME
 from moebench.results.journal import JOURNAL_NAME, Journal
 from moebench.results.record import Record
-from moebench.run.backlog import Backlog
+from moebench.run.backlog import Backlog, parts
 from moebench.run.plan import Plan, new_run_id
 from moebench.run.supervisor import WorkerProcess
 from moebench.workload.case import Job
@@ -60,7 +60,7 @@ def execute(
     backend or device is not there.
     """
     run = Run(plans, Stop.after(time_budget_s), on_record, on_environment)
-    with run.stop.at_signals():
+    with run.stop.at_signals(), run.kept():
         for plan in plans:
             with writing_to(plan.folder):
                 (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -79,10 +79,13 @@ class Run:
     on_environment: Callable[[Environment], None]
     records: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    journals: dict[Path, Journal] = field(default_factory=dict)  # by their folder
+    environments: dict[Path, bytes] = field(default_factory=dict)  # the content of each file
 
     def keep(self, plan: Plan, row: Record) -> None:
         """Write the record to the plan's journal, and only then pass it on."""
-        Journal(plan.folder / JOURNAL_NAME).append(row)
+        journal = self.journals.setdefault(plan.folder, Journal(plan.folder / JOURNAL_NAME))
+        journal.append(row)
         self.records.append(row)
         self.on_record(row)
 
@@ -91,11 +94,40 @@ class Run:
 
         The check comes before the worker measures anything.
         """
+        self._keep_environments()
         self.on_environment(environment)
         file = _file_of(environment, plan.folder)
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
             write_atomically(file, environment.to_json().encode())
+        self.environments.setdefault(file, file.read_bytes())
+
+    def _keep_environments(self) -> None:
+        for file, content in self.environments.items():
+            if not file.is_file() or file.read_bytes() != content:
+                self.notes.append(f"{file}: another process changed or removed it; moebench wrote it again")
+                write_again(file, content)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """At the end of the block, write again what another process changed or removed of the run's results."""
+        try:
+            yield
+        except BaseException:  # the error of the run is the one to tell
+            with suppress(RunnerError):
+                self._keep_all()
+            raise
+        self._keep_all()
+
+    def _keep_all(self) -> None:
+        for journal in self.journals.values():
+            journal.keep()
+            if journal.num_restored:
+                self.notes.append(
+                    f"{journal.path}: another process changed or removed it {journal.num_restored} times during the "
+                    "run; moebench wrote it again, and no row is lost"
+                )
+        self._keep_environments()
 
     @property
     def outcome(self) -> Outcome:
@@ -170,12 +202,16 @@ def _file_of(environment: Environment, folder: Path) -> Path:
 
 @dataclass
 class _Crew:
-    """The workers of one plan for the jobs of one EP size, one worker at each place."""
+    """The workers of one plan for the jobs of one EP size, one worker at each place.
+
+    `due` has what is left of the case that a place measures, in parts, each for one worker.
+    """
 
     plan: Plan
     ep_size: int
     run: Run
     workers: dict[int, WorkerProcess] = field(default_factory=dict)  # by the number of their place
+    due: dict[int, list[tuple[Job, ...]]] = field(default_factory=dict)  # by the number of the place
     met: bool = False
 
     def __post_init__(self) -> None:
@@ -187,7 +223,7 @@ class _Crew:
         try:
             while not self.run.stop.interrupted:
                 heard = [self._look_at(number) for number in list(self.places)]
-                if not self.workers and (self.run.stop() or not len(self.backlog)):
+                if not self.workers and (self.run.stop() or not (len(self.backlog) or any(self.due.values()))):
                     return
                 if not any(heard):
                     time.sleep(POLL_S)
@@ -218,7 +254,7 @@ class _Crew:
             self._meet(worker.environment)
         is_free = worker.environment is not None and not worker.unfinished
         if is_free and not worker.over:
-            worker.give(self._next_for(worker))
+            worker.give(self._next_for(number, worker))
             is_free = not worker.unfinished
         if worker.over or is_free or (self.run.stop() and not worker.at_a_job):
             self._end(number)
@@ -232,7 +268,8 @@ class _Crew:
         worker is the only worker.
         """
         place = self.places.get(number)
-        if place is None or self.run.stop() or not len(self.backlog) or (self.workers and not self.met):
+        has_work = bool(len(self.backlog) or self.due.get(number))
+        if place is None or self.run.stop() or not has_work or (self.workers and not self.met):
             return False
         self.workers[number] = WorkerProcess(self.plan, place, self.ep_size, len(self.places))
         return True
@@ -245,19 +282,30 @@ class _Crew:
             }  # torch sees no GPU, so only one worker runs, on the CPU
         self.met = True
 
-    def _next_for(self, worker: WorkerProcess) -> tuple[Job, ...]:
+    def _next_for(self, number: int, worker: WorkerProcess) -> tuple[Job, ...]:
+        """Return the next jobs for the worker at a place; empty where another worker must measure the place's next."""
+        due = self.due.setdefault(number, [])
+        if not due:
+            due += parts(self._case_for(worker))
+        return due.pop(0) if due and worker.may_take(due[0]) else ()
+
+    def _case_for(self, worker: WorkerProcess) -> tuple[Job, ...]:
         if len(self.places) == 1:
             return self.backlog.take()
         others = [other.weights for other in self.workers.values() if other is not worker and other.weights]
         return self.backlog.take(worker.weights, others)
 
     def _end(self, number: int) -> None:
+        """End the worker at a place. The place's next worker measures what this one left."""
         worker = self.workers.pop(number)
-        self.backlog.put_back(worker.unfinished)
+        if worker.unfinished:
+            self.due.setdefault(number, []).insert(0, tuple(worker.unfinished))
         worker.end()
 
     def _give_up(self, number: int, failure: RunnerError) -> None:
         """Stop using a place where no worker starts any more, for example on a lost GPU. The other places go on."""
         self._end(number)
+        for part in reversed(self.due.pop(number, [])):
+            self.backlog.put_back(part)
         gpus = ", ".join(slot.gpu for slot in self.places.pop(number) if slot.gpu is not None)
         self.run.notes.append(f"{gpus or 'a slot'}: no longer used, because {failure}")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from moebench.errors import Refused, UsageError
 from moebench.machine.environment import Environment
-from moebench.results.files import write_atomically, writing_to
+from moebench.results.files import write_again, write_atomically, writing_to
 from moebench.results.journal import JOURNAL_NAME, Journal
 from moebench.results.record import Record
 from moebench.run.lock import check_new, locked
 from moebench.run.request import RunPlan
-from moebench.run.runfile import SWEEP_NAME, environment_changes
+from moebench.run.runfile import RUN_NAME, SWEEP_NAME, environment_changes
 from moebench.run.runner import Outcome, execute
 
 
@@ -40,6 +40,8 @@ def start_run(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome
             outcome = execute(
                 *run_plan.rounds, on_record=on_record, on_environment=check, time_budget_s=run_plan.time_budget_s
             )
+            write_again(folder / SWEEP_NAME, run_plan.sweep_text)  # a backend may have changed or removed the files
+            write_again(folder / RUN_NAME, run_plan.run.content)
         except Refused:
             if not (run_plan.is_resumed or (folder / JOURNAL_NAME).exists()):
                 _remove(folder)

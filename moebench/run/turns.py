@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from moebench.machine.gpus import places
 from moebench.results.files import writing_to
 from moebench.results.record import Record
+from moebench.run.backlog import own_backend
 from moebench.run.plan import Plan
 from moebench.run.runner import POLL_S, Outcome, Run, Stop
 from moebench.run.supervisor import WorkerProcess
@@ -28,7 +29,7 @@ def execute_in_turns(
     """
     plans = [plan for together in rounds for plan in together]
     run = Run(plans, Stop.after(time_budget_s), on_record, lambda environment: None)
-    with run.stop.at_signals():
+    with run.stop.at_signals(), run.kept():
         for together in rounds:
             with writing_to(together[0].folder):
                 for plan in together:
@@ -66,12 +67,16 @@ class _Turns:
     def _measure(self, number: int, job: Job) -> None:
         """Take one turn: wait until the job has its record. If the worker dies before the job begins, start another."""
         while not self.run.stop.interrupted:
-            worker = self.workers.get(number) or self._start(number, job)
+            worker = self.workers.get(number)
+            if worker is not None and not worker.may_take([job]):
+                self.workers.pop(number).end()
+                worker = None
+            worker = worker or self._start(number, job)
             if not worker.unfinished:
                 worker.give([job])
             self._hear(number, worker)
             is_told = not worker.unfinished
-            if worker.over:
+            if worker.over or (is_told and own_backend(job)):
                 self.workers.pop(number).end()
             if is_told:
                 return

@@ -44,6 +44,11 @@ def described(backend: str) -> "catalog.BackendEntry | None":
     return _BACKENDS.get(backend)
 
 
+def is_built_in(backend: str) -> bool:
+    """Whether the catalog has the backend. A backend of an entry point, or `module:attribute`, is not built in."""
+    return backend in _BACKENDS
+
+
 def engine_of(backend: str) -> "catalog.EngineEntry | None":
     """Return the engine of a backend; None for another library's layer (a peer) and for a name not in the catalog."""
     known = _BACKENDS.get(backend)

@@ -5,6 +5,7 @@ import time
 
 import psutil
 
+from moebench.run import backlog
 from moebench.run.runner import Plan
 from moebench.workload.case import Case, Job
 from moebench.workload.spec import Policy
@@ -15,6 +16,11 @@ CASE = Case(num_tokens=8, n_routed_experts=4, n_activated_experts=2, dim=16, moe
 def python_path(*folders):
     """Return PYTHONPATH with these folders first."""
     return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
+
+
+def share_workers(patch):
+    """Let every backend count as built in, so that all of them share a worker."""
+    patch.setattr(backlog, "is_built_in", lambda name: True)
 
 
 def jobs_of(*backends):

@@ -24,6 +24,8 @@ here = dict(env_id="e", device="cpu", os="o", cpu_model="c", cpu_cores=1, cpu_co
             memory_bytes=1, python="3", moebench="0", versions={{}})
 events = open(option["--events"], "a")
 jobs = []
+started = set()
+counts = itertools.count()
 
 def end_with_supervisor():
     while os.read(0, 1):
@@ -37,7 +39,8 @@ def say(text):
     events.flush()
 
 def line(kind, **fields):
-    return json.dumps(dict(kind=kind, **fields)) + "\\n"
+    whose = dict(token=os.environ["MOEBENCH_WORKER"], rank=0, count=next(counts))
+    return json.dumps(dict(kind=kind, **whose | fields)) + "\\n"
 
 def ready(**fields):
     say(line("ready", environment=Environment(**here | fields).model_dump(mode="json")))
@@ -50,6 +53,9 @@ def next_job():
     jobs.append(Job.model_validate_json(text))
 
 def start(number):
+    if number in started:
+        return
+    started.add(number)
     while len(jobs) <= number:
         next_job()
     say(line("start", number=number))

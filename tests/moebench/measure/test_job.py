@@ -292,11 +292,14 @@ def test_what_an_engine_cannot_take_is_unsupported_with_the_rule():
 
 
 def test_memory_is_that_of_the_rank_that_needs_most_figure_by_figure():
-    told = job_module._largest(Memory(100, 7, None), Two(Memory(50, 30, None)))
+    told = job_module._largest(Memory(100, 7, None), None, Two(Memory(50, 30, None, None, 3)))
     assert told == {
         "peak_memory_bytes": 100,
         "saved_memory_bytes": 30,
         "reserved_memory_bytes": None,
         "outside_torch_bytes": None,
+        "untracked_memory_bytes": 3,
     }
-    assert job_module._largest(Memory(1, None, None, 5), Two(Memory(2, None, None, 4)))["outside_torch_bytes"] == 5
+    assert (
+        job_module._largest(Memory(1, None, None, 5), None, Two(Memory(2, None, None, 4)))["outside_torch_bytes"] == 5
+    )

@@ -121,10 +121,12 @@ def events_of(jobs, device=CPU):
     return told
 
 
-def test_events_are_on_disk_when_they_are_told_of(tmp_path):
+def test_events_are_on_disk_when_they_are_told_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEBENCH_WORKER", "its token")
     events = Events(tmp_path / "events")
     events.emit("start", number=3)
-    assert json.loads((tmp_path / "events").read_text()) == {"kind": "start", "number": 3}
+    told = {"kind": "start", "token": "its token", "rank": 0, "count": 0, "number": 3}
+    assert json.loads((tmp_path / "events").read_text()) == told
     events.emit("record", number=3, record={"detail": "two\nlines"})
     assert (tmp_path / "events").read_bytes().count(b"\n") == 2
     events._file.close()

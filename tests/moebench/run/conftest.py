@@ -9,7 +9,7 @@ import pytest
 from moebench.cli import app
 from moebench.run import supervisor
 from tests.moebench import stand_in
-from tests.moebench.executed import python_path
+from tests.moebench.executed import python_path, share_workers
 from tests.moebench.resumed import SWEEP, WAITS
 
 ROOT = Path(__file__).parents[3]
@@ -43,7 +43,11 @@ def moebench(capsys, monkeypatch, folder):
 
 @pytest.fixture(name="stand_in")
 def stand_in_for_workers(tmp_path, monkeypatch):
-    """A function that takes a worker's script and makes `execute` start it in place of the worker."""
+    """A function that takes a worker's script and makes `execute` start it in place of the worker.
+
+    All backends count as built in.
+    """
+    share_workers(monkeypatch)
     monkeypatch.setenv("PYTHONPATH", python_path(ROOT))
 
     def write(script):

@@ -14,6 +14,7 @@ from moebench.run.runner import Plan, Refused, RunnerError, execute
 from moebench.workload.case import Case, Job
 from moebench.workload.spec import Policy
 from tests.moebench import stand_in
+from tests.moebench.executed import share_workers
 
 ROOT = Path(__file__).parents[3]
 SHAPE = {"n_routed_experts": 8, "n_activated_experts": 2, "moe_inter_dim": 8, "dtype": "float32"}
@@ -40,7 +41,11 @@ def plan_of(folder, jobs, slots, **fields):
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
-    """A function that takes a worker's script and makes `execute` start it in place of the worker."""
+    """A function that takes a worker's script and makes `execute` start it in place of the worker.
+
+    All backends count as built in.
+    """
+    share_workers(monkeypatch)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
@@ -134,7 +139,9 @@ def test_a_gpu_on_which_no_worker_starts_is_given_up_and_said(tmp_path, worker, 
     outcome = execute(plan_of(tmp_path, jobs(), GPUS[:2]))
     assert [row.detail for row in outcome.records] == ["GPU-a"] * 8
     (note,) = outcome.notes
-    assert note.startswith("GPU-b: no longer used, because a worker exited with 1 before it measured anything")
+    assert note.startswith(
+        "GPU-b: no longer used, because a worker ended before it measured anything: its process exited with 1"
+    )
     assert "CUDA error: unknown" in note
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from moebench.results.journal import Journal
 from moebench.results.record import Status
-from moebench.run import runner, supervisor
+from moebench.run import processes, runner, supervisor
 from moebench.run.runner import Refused, RunnerError, execute
 from tests.moebench.executed import THREE, has_ended, jobs_of, pid_of, plan_of
 from tests.moebench.stand_in import ALL
@@ -51,7 +51,7 @@ def test_the_last_words_before_a_death_are_heard(tmp_path, stand_in, monkeypatch
 def test_who_was_killed_by_the_kernel_ran_out_of_memory(tmp_path, stand_in, monkeypatch, kills, status, detail):
     counters = tmp_path / "vmstat"
     counters.write_text("pgfault 12\noom_kill 7\n")
-    monkeypatch.setattr(supervisor, "KERNEL_COUNTERS", counters)
+    monkeypatch.setattr(processes, "KERNEL_COUNTERS", counters)
     stand_in(
         "ready()\n"
         "if number_of_worker == 0:\n"
@@ -66,7 +66,7 @@ def test_who_was_killed_by_the_kernel_ran_out_of_memory(tmp_path, stand_in, monk
 
 
 def test_without_the_kernels_counters_a_kill_is_a_crash(tmp_path, stand_in, monkeypatch):
-    monkeypatch.setattr(supervisor, "KERNEL_COUNTERS", tmp_path / "absent")
+    monkeypatch.setattr(processes, "KERNEL_COUNTERS", tmp_path / "absent")
     stand_in("ready()\nstart(0)\nos.kill(os.getpid(), signal.SIGKILL)\n")
     (row,) = execute(plan_of(tmp_path / "run", THREE[:1])).records
     assert row.status is Status.crash
@@ -82,7 +82,7 @@ def test_a_death_between_two_jobs_is_nobodys_and_the_next_worker_goes_on(tmp_pat
 
 
 def test_a_hang_between_two_jobs_is_nobodys_either(tmp_path, stand_in, monkeypatch):
-    monkeypatch.setattr(supervisor, "START_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(supervisor, "START_TIMEOUT_S", 6.0)
     stand_in("ready()\ndone(0)\nif number_of_worker == 0: hang()\ndone(1)\n")
     rows = execute(plan_of(tmp_path / "run", THREE)).records
     assert [row.backend for row in rows] == ["a", "b", "c"]
@@ -127,7 +127,7 @@ def test_a_worker_that_dies_at_once_ends_the_run_and_says_how(tmp_path, stand_in
         execute(plan_of(tmp_path / "run", THREE))
     assert not isinstance(failure.value, Refused)
     message = str(failure.value)
-    assert "exited with 7 before it measured anything" in message
+    assert message.startswith("a worker ended before it measured anything: its process exited with 7\n")
     assert "no module named torch" in message
     assert str(tmp_path / "run" / "logs" / "worker-0.log") in message
     assert not (tmp_path / "run" / "journal.jsonl").exists()
@@ -138,7 +138,7 @@ def test_of_a_long_log_the_end_is_told(tmp_path, stand_in):
     (row,) = execute(plan_of(tmp_path / "run", THREE[:1])).records
     assert row.detail.endswith("\nlast words")
     assert "too early" not in row.detail
-    assert len(row.detail) < 70_000
+    assert len(row.detail) < 4200
 
 
 def test_a_worker_that_never_starts_ends_the_run(tmp_path, stand_in, monkeypatch):

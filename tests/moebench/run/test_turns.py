@@ -15,6 +15,7 @@ from moebench.run.plan import Plan
 from moebench.run.turns import execute_in_turns
 from moebench.workload.case import Case, Job
 from moebench.workload.spec import Policy
+from tests.moebench.executed import share_workers
 from tests.moebench.stand_in import ALL, write
 
 CASE = Case(num_tokens=8, n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=8, dtype="float32")
@@ -24,7 +25,11 @@ RANKS = Job(case=CASE.model_copy(update={"ep_size": 2}), backend="x", dispatcher
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A function that takes the workers' script and makes the supervisor start it in place of the workers."""
+    """A function that takes the workers' script and makes the supervisor start it in place of the workers.
+
+    All backends count as built in.
+    """
+    share_workers(monkeypatch)
 
     def start(script):
         monkeypatch.setattr(supervisor, "sys", SimpleNamespace(executable=str(write(tmp_path / "stand-in", script))))
