@@ -199,9 +199,13 @@ def table(recorded: Sequence[JobNoise], settings: Sequence[Setting], between: st
         cells = (
             *(f"{setting.rounds[0]} and {setting.rounds[1]}", between),
             *(false_alarms(recorded, setting, num_gates), detection_rate(visible), Rate(len(visible), len(found))),
-            f"{smallest_found(recorded, setting, num_gates):.1%}",
+            _share(smallest_found(recorded, setting, num_gates)),
         )
         yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}" if math.isfinite(value) else "none"
 
 
 def of_results(frame: pd.DataFrame, between: Sequence[float], num_gates: int, setting: Setting) -> Iterator[str]:
