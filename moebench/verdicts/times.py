@@ -209,7 +209,8 @@ class _Comparison:
             verdict, reason = Verdict.INCONCLUSIVE, self._why_inconclusive(smallest, threshold, level)
         return TimeVerdict(
             verdict, reason, _exp(self._shifts.center), _exp(low), _exp(high), self.p_slower, self.p_faster,
-            _exp(smallest) - 1, self._sides.rounds, self._sessions, self._neighbours and self._neighbours.limit,
+            _exp(smallest) - 1, self._sides.rounds, self._sessions,
+            None if self._neighbours is None else self._neighbours.limit,
         )  # fmt: skip
 
     def _why_inconclusive(self, smallest: float, threshold: float, level: float) -> str:
