@@ -106,7 +106,7 @@ def _p_greater(family: Sequence[Sides]) -> Sequence[float]:
         return [sides.shifts.p_greater for sides in family]
     one, two = (np.array([getattr(sides, side) for sides in family]) for side in ("baseline_ms", "candidate_ms"))
     not_slower = np.count_nonzero(two[:, :, None] <= one[:, None, :], axis=(1, 2))
-    return null_tail([family[0].rounds])[not_slower].tolist()
+    return [float(some) for some in null_tail([family[0].rounds])[not_slower]]
 
 
 @dataclass(frozen=True)
