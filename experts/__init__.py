@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from experts import catalog
     from experts.activations import get_expert_activation_for_deepep, quick_geglu_deepep, relu2_deepep
     from experts.config import BackendConfig, MoEConfig, is_gated_activation
-    from experts.dispatch.deepep import destroy_buffers
+    from experts.dispatchers import destroy_buffers
     from experts.errors import ConfigError, ExpertsError, InputError, RegistryError, Unsupported
     from experts.modules import GroupedExperts, GroupedExpertsDeepEP, parameter_shapes
     from experts.registry import Backend, backend_names, check_name, get_backend
@@ -59,7 +59,7 @@ _HOMES = {
     "Unsupported": "experts.errors",
     "backend_names": "experts.registry",
     "check_name": "experts.registry",
-    "destroy_buffers": "experts.dispatch.deepep",
+    "destroy_buffers": "experts.dispatchers",
     "get_backend": "experts.registry",
     "get_expert_activation_for_deepep": "experts.activations",
     "is_gated_activation": "experts.config",

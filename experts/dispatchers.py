@@ -1,6 +1,7 @@
 """Find and make token dispatchers by name."""
 
 import importlib
+import sys
 from typing import Any
 
 import torch
@@ -43,3 +44,15 @@ def dispatcher_unsupported(name: str, device: torch.device, config: MoEConfig) -
 
 def _module(name: str) -> Any:
     return importlib.import_module(_MODULES[name])
+
+
+def destroy_buffers() -> None:
+    """Free the buffers that dispatchers keep for a process group.
+
+    All ranks must call this function before they destroy their process group. It imports no dispatcher: one that was
+    not imported has no buffers.
+    """
+    for module in filter(None, map(sys.modules.get, _MODULES.values())):
+        destroy = getattr(module, "destroy_buffers", None)
+        if destroy is not None:
+            destroy()

@@ -180,8 +180,8 @@ def widened(shifts: Shifts, neighbours: Neighbours, num_rounds: int) -> Student:
 def between_sessions(one: Mapping[int, Floats], two: Mapping[int, Floats]) -> Student:
     """Return the evidence of the centres of whole sessions. `one` and `two` have the rounds of a session by its number.
 
-    The sides need three sessions or more together. The spread between the centres of a side's sessions contains all
-    that the rounds of a session share, and also the dependence of neighbouring rounds.
+    The sides have three sessions or more together; with three, the spread is not known. The spread between the centres
+    of a side's sessions contains all that the rounds of a session share, and the dependence of neighbouring rounds.
     """
     centers = [np.array([np.median(rounds) for rounds in side.values()]) for side in (one, two)]
     freedom = sum(len(some) - 1 for some in centers)

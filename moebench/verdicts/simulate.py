@@ -106,8 +106,7 @@ def _p_greater(family: Sequence[Sides]) -> Sequence[float]:
         return [sides.shifts.p_greater for sides in family]
     one, two = (np.array([getattr(sides, side) for sides in family]) for side in ("baseline_ms", "candidate_ms"))
     not_slower = np.count_nonzero(two[:, :, None] <= one[:, None, :], axis=(1, 2))
-    p_values: list[float] = null_tail([family[0].rounds])[not_slower].tolist()
-    return p_values
+    return [float(some) for some in null_tail([family[0].rounds])[not_slower]]
 
 
 @dataclass(frozen=True)
@@ -200,9 +199,13 @@ def table(recorded: Sequence[JobNoise], settings: Sequence[Setting], between: st
         cells = (
             *(f"{setting.rounds[0]} and {setting.rounds[1]}", between),
             *(false_alarms(recorded, setting, num_gates), detection_rate(visible), Rate(len(visible), len(found))),
-            f"{smallest_found(recorded, setting, num_gates):.1%}",
+            _share(smallest_found(recorded, setting, num_gates)),
         )
         yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}" if math.isfinite(value) else "none"
 
 
 def of_results(frame: pd.DataFrame, between: Sequence[float], num_gates: int, setting: Setting) -> Iterator[str]:

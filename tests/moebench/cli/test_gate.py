@@ -109,6 +109,11 @@ def test_a_stored_baseline_is_gated_against(moebench, folders):
     shown = moebench("baseline", "show")
     assert "rounds: 10" in shown.out
     assert json.loads(moebench("baseline", "show", "--json").out)[0]["jobs"] == 1
+    (folders / "again" / "environment.json").write_text(environment.to_json())
+    replaced = moebench("baseline", "update", "again")
+    assert "replaced 1 jobs of run 20261123-000000-a by run 20261123-000000-a" in replaced.out
+    refused = moebench("baseline", "update", "again", "same")
+    assert (refused.code, "is given twice" in refused.err) == (2, True)
     (folders / "one" / "environment.json").write_text(environment.to_json())
     assert "--rounds" in moebench("baseline", "update", "one").err
 

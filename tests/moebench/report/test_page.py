@@ -196,11 +196,18 @@ def test_the_command_writes_the_page_beside_the_results(tmp_path: Path) -> None:
 def gate_file(tmp_path: Path) -> Path:
     """The JSON file of a gate with one job that got slower, one that did not, and one that is missing."""
     slow, same, gone = (
-        ok(case(count), "te", sample_rounds=tuple(range(12)), samples_ms=tuple(1 + at / 1e4 for at in range(12)))
+        ok(
+            case(count),
+            "te",
+            sample_rounds=tuple(range(12)),
+            samples_ms=tuple(1 + 5 * at % 12 / 1e4 for at in range(12)),
+        )
         for count in (8, 16, 32)
     )
     before = [slow, same, gone]
-    after = [slow.model_copy(update={"samples_ms": tuple(2 * time for time in slow.samples_ms)}), same]
+    again = tuple(1 + 7 * at % 12 / 1e4 for at in range(12))
+    after = [slow.model_copy(update={"samples_ms": tuple(2 * time for time in again)})]
+    after += [same.model_copy(update={"samples_ms": again})]
     result = gate(to_frame(before), to_frame(after), Comparability({}, {}))
     (tmp_path / "gate.json").write_text(GateDocument.of(result).to_json())
     return tmp_path / "gate.json"
