@@ -23,8 +23,8 @@ LIBRARY_TESTS := tests/moebench/test_escapes.py tests/moebench/results tests/moe
 	$(addprefix tests/moebench/verdicts/, test_document.py test_findings.py test_gate.py test_ranksum.py test_times.py) \
 	$(addprefix tests/moebench/cli/, test_compare.py test_gate.py)
 # These need torch, because they start workers or search.
-TORCH_TESTS := tests/moebench/cli/test_show.py tests/moebench/run/test_lock.py tests/moebench/run/test_runfile.py \
-	tests/moebench/parity/space tests/moebench/machine/test_environment.py
+TORCH_TESTS := tests/moebench/cli/test_show.py tests/moebench/run/test_lock.py tests/moebench/machine/test_environment.py \
+	$(addprefix tests/moebench/parity/space/, test_search.py test_trial.py)
 LOWEST := .venv-lowest/bin/python
 
 bench: $(READY) ## measure suites/gpu.toml if torch sees a CUDA GPU, else suites/quick.toml

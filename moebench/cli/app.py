@@ -11,7 +11,7 @@ The exit codes are:
 
 import io
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +24,7 @@ from moebench.machine.doctor import doctor as examine
 from moebench.run import request
 from moebench.workload.selection import select
 
-_TyperUsageError = typer.BadParameter.__bases__[0]  # typer has no public name for it
+_TyperUsageError: Any = typer.BadParameter.__bases__[0]  # typer has no public name for it
 
 app = typer.Typer(
     name="moebench",

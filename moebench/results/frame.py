@@ -158,7 +158,7 @@ def write_csv(frame: pd.DataFrame, folder: Path) -> Path:
 
 def to_csv(frame: pd.DataFrame) -> str:
     """Return a frame as CSV. Its texts and the names of its columns are written as moebench.escapes.csv does it."""
-    texts = {name: cells.map(_csv_cell) for name, cells in frame.items() if not is_numeric_dtype(cells.dtype)}
+    texts = {str(name): cells.map(_csv_cell) for name, cells in frame.items() if not is_numeric_dtype(cells.dtype)}
     return frame.assign(**texts).rename(columns=_csv_cell).to_csv(index=False, lineterminator="\n")
 
 
