@@ -61,7 +61,7 @@ def test_a_spreadsheet_gets_a_text_and_no_formula(text):
 @settings(deadline=None)
 @given(st.lists(TEXTS, min_size=1))
 def test_a_reader_of_the_csv_gets_the_texts_back(texts):
-    frame = pd.DataFrame({"text": pd.array(texts, dtype="object"), "number": -1.5})
+    frame = pd.DataFrame({"text": pd.Series(texts, dtype="object"), "number": -1.5})
     head, *rows = csv.reader(io.StringIO(to_csv(frame), newline=""))
     assert head == ["text", "number"]
     read = [cell.removeprefix("'") if cell.startswith("'") else cell for cell, _ in rows]
