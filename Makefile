@@ -19,12 +19,12 @@ SUITE_FOR_THIS_MACHINE := import torch; print("gpu" if torch.cuda.is_available()
 # The tests that read and write results with every library that has a lower bound, without many processes.
 LIBRARY_TESTS := tests/moebench/test_escapes.py tests/moebench/results tests/moebench/report/tables \
 	$(addprefix tests/moebench/report/, test_github.py test_junit.py test_page.py plots/test_kinds.py plots/test_figures.py) \
-	$(addprefix tests/moebench/workload/, test_case.py test_reader.py test_selection.py test_spec.py) \
-	$(addprefix tests/moebench/verdicts/, test_document.py test_findings.py test_gate.py test_ranksum.py test_times.py) \
+	$(addprefix tests/moebench/workload/, test_case.py test_reader.py test_selection.py) \
+	$(addprefix tests/moebench/verdicts/, test_document.py test_gate.py test_ranksum.py test_times.py) \
 	$(addprefix tests/moebench/cli/, test_compare.py test_gate.py)
-# These need torch, because they start workers or search.
-TORCH_TESTS := tests/moebench/cli/test_show.py tests/moebench/run/test_lock.py tests/moebench/run/test_runfile.py \
-	tests/moebench/parity/space tests/moebench/machine/test_environment.py
+# These need torch.
+TORCH_TESTS := tests/moebench/cli/test_show.py tests/moebench/workload/test_spec.py tests/moebench/run/test_lock.py \
+	tests/moebench/machine/test_environment.py tests/moebench/parity/space/test_trial.py tests/moebench/verdicts/test_findings.py
 LOWEST := .venv-lowest/bin/python
 
 bench: $(READY) ## measure suites/gpu.toml if torch sees a CUDA GPU, else suites/quick.toml

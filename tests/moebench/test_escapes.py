@@ -8,7 +8,7 @@ from xml.etree import ElementTree as xml
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebench import escapes
@@ -26,6 +26,7 @@ def test_controls_are_shown_and_all_else_stays():
     assert escapes.line("a\n::stop\tb") == r"a\n::stop\tb"
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_nothing_that_is_shown_has_a_control_or_breaks_an_encoding(text):
     for shown in (escapes.visible(text), escapes.line(text), escapes.command(text), escapes.csv(text)):
@@ -57,9 +58,10 @@ def test_a_spreadsheet_gets_a_text_and_no_formula(text):
     assert escapes.csv("a" + text) == "a" + text
 
 
+@settings(deadline=None)
 @given(st.lists(TEXTS, min_size=1))
 def test_a_reader_of_the_csv_gets_the_texts_back(texts):
-    frame = pd.DataFrame({"text": pd.array(texts, dtype="object"), "number": -1.5})
+    frame = pd.DataFrame({"text": pd.Series(texts, dtype="object"), "number": -1.5})
     head, *rows = csv.reader(io.StringIO(to_csv(frame), newline=""))
     assert head == ["text", "number"]
     read = [cell.removeprefix("'") if cell.startswith("'") else cell for cell, _ in rows]
@@ -67,6 +69,7 @@ def test_a_reader_of_the_csv_gets_the_texts_back(texts):
     assert {number for _, number in rows} == {"-1.5"}, "a number is no formula"
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_json_keeps_its_meaning(text):
     document = json.dumps({text: [text]}, ensure_ascii=False)
@@ -76,6 +79,7 @@ def test_json_keeps_its_meaning(text):
     assert json.loads(shown) == {text: [text]}
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_xml_can_be_read_again(text):
     element = xml.Element("a", {"name": escapes.xml(text)})
