@@ -7,7 +7,6 @@ from row to row. The function `parity_errors` reads such a cell. docs/results.md
 """
 
 import json
-import math
 import os
 import reprlib
 from collections import Counter
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pydantic import ValidationError
 
 from moebench.errors import ResultsError, first_mistake
-from moebench.results.columns import Rounds
+from moebench.results.columns import Rounds, jsonable
 from moebench.results.files import write_atomically
 from moebench.results.journal import JOURNAL_NAME, read_journal, record_of
 from moebench.results.record import COLUMN_OF, Record, Status
@@ -96,11 +95,6 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
         errors = cells["parity_errors"]
         cells["parity_errors"] = errors and json.dumps({name: jsonable(error) for name, error in errors.items()})
     return _to_pandas(pa.Table.from_pylist(dumped, schema=ARROW_SCHEMA))
-
-
-def jsonable(number: float) -> float | str:
-    """Return a finite number unchanged, and any other as "inf", "-inf" or "nan", which JSON cannot write as numbers."""
-    return number if math.isfinite(number) else str(number)
 
 
 def to_json(frame: pd.DataFrame) -> str:

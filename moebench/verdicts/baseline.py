@@ -14,7 +14,6 @@ from moebench.errors import ResultsError
 from moebench.machine.comparability import facts
 from moebench.machine.environment import Environment
 from moebench.names import as_name
-from moebench.results.files import writable
 from moebench.results.folder import Result, open_result
 from moebench.results.merge import merged, save
 from moebench.verdicts.findings import rounds_of
@@ -103,8 +102,7 @@ def update(path: Path, root: Path = BASELINES) -> Baseline:
 def _saved(results: Sequence[Result], folder: Path) -> Baseline:
     names = [str(number) for number in range(len(results))]
     result = merged(results, names, newest=True)
-    with writable(folder):
-        save(result, folder)
+    save(result, folder)
     return Baseline(folder, result)
 
 
