@@ -311,3 +311,20 @@ def test_a_run_id_that_leads_elsewhere_is_refused(folder, moebench, run_id):
     path = folder / "out" / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "run_id": run_id}))
     assert refused(moebench("run", "--resume", "out"), f"run.json: run_id = {run_id!r}: ")
+
+
+def test_why_git_does_not_tell_the_revision_is_told(folder, moebench):
+    stand_in.write(folder / "first", ALL.replace("ready()", "ready(git_problem='git: dubious ownership')"))
+    found = moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", worker="first")
+    assert (found.code, found.err) == (
+        0,
+        "the results do not name the revision of this checkout: git: dubious ownership",
+    )
+
+
+def test_a_run_prints_the_rows_that_show_prints(folder, moebench):
+    ran = moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", "--rounds", "2", "--json")
+    shown = moebench("show", "out", "--json")
+    assert json.loads(ran.out)["records"] == json.loads(shown.out)
+    assert json.loads(ran.out)["statuses"] == {"unsupported": 12}
+    assert len(json.loads(shown.out)) == 6
