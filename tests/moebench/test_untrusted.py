@@ -20,7 +20,7 @@ from moebench.results.journal import Journal
 from tests.moebench.fuzzed import files_in
 from tests.moebench.gated import H200, job_of, ok, steady
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 CASE = job_of(64).case.case_id
 LONG = "x" * 300
 DIGITS = "9" * 6000
