@@ -19,7 +19,7 @@ Names = Annotated[str, StringConstraints(pattern=rf"{NAME_PATTERN[:-1]}( \| {NAM
 
 def as_name(text: str, most: int = 80) -> str:
     """Return a name that resembles `text`: lower case, with `-` for each run of other characters."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower())[:most].strip("-.")
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:most].strip("-")
 
 
 def is_file(path: Path) -> bool:

@@ -174,6 +174,8 @@ MOST_LINES = {"experts": 300, "moebench": 300, "tests": 400}
 MOST_BYTES = 8 * 2**20
 #: Test files that cover more than one module, or that are separate from the test file of their module.
 CROSS_CUTTING = {
+    "test_fuzz.py",  # spoiled files of every kind, each given to a command
+    "test_untrusted.py",  # what files, places and arguments may be: every module that reads or writes for a command
     "test_imports.py",  # which module imports which, for all modules
     "test_new_axis.py",  # a new field of a case appears in tables, pages, files, filters and gates
     "test_older_run.py",  # every reader of a results folder opens one of an older revision

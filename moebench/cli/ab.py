@@ -7,6 +7,7 @@ import typer
 from moebench.cli.console import err, progress_bar
 from moebench.cli.gate import Github, Junit, Threshold, check_outputs, report, share
 from moebench.cli.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, Sweep, TimeBudget
+from moebench.errors import UsageError
 from moebench.report.gatewords import total
 from moebench.results.record import Record
 from moebench.results.stats import THRESHOLD
@@ -43,6 +44,10 @@ def ab_(
     Is B slower than A, does it use more memory, or is it wrong? Exit code 0: no. 1: yes, or a job is missing. 2: bad
     usage. 3: not decided.
     """
+    if not (a and b):
+        raise UsageError(
+            "REV_A and REV_B: each must be a git revision, or a folder with the package experts; one is empty"
+        )
     smallest = share("--threshold", threshold)
     check_outputs(for_github, as_json)
     asked = Asked(

@@ -24,6 +24,7 @@ from moebench.verdicts.comparability import Comparability
 from moebench.verdicts.document import GateDocument
 from moebench.verdicts.findings import job_of
 from moebench.verdicts.gate import GateResult, gate
+from moebench.workload.axes import cut
 from moebench.workload.selection import filter_jobs
 
 #: The environment variable in which GitHub Actions names the file for a step's summary.
@@ -46,7 +47,7 @@ def share(option: str, text: str) -> float:
     number = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
     value = float(number[1]) / (100 if number[2] else 1) if number else -1.0
     if not 0 < value < 1:
-        raise UsageError(f"{option} {text}: it must be a share between 0 and 1, written as 3% or 0.03")
+        raise UsageError(f"{option} {cut(text)}: it must be a share between 0 and 1, written as 3% or 0.03")
     return value
 
 

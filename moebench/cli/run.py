@@ -21,7 +21,7 @@ from moebench.results.record import GOOD, Record
 from moebench.run import request, start
 from moebench.run.forecast import forecast, measured_jobs
 from moebench.run.request import RunPlan
-from moebench.run.runfile import Asked
+from moebench.run.runfile import MOST_ROUNDS, Asked
 from moebench.run.runner import Outcome
 from moebench.workload.case import Job
 
@@ -48,7 +48,10 @@ def run(
     rounds: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="measure every job N times, in fresh processes and random order; default: 1"
+            min=1,
+            max=MOST_ROUNDS,
+            metavar="N",
+            help="measure every job N times, in fresh processes and random order; default: 1",
         ),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="write a trace of each job by torch's profiler")] = False,

@@ -1,5 +1,6 @@
 """Declare columns of results: what a column means, its unit, and how the values of several rounds make one value."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ def columns_of(model: type[BaseModel]) -> dict[str, Column]:
         of_case = Column(Rounds.SAME, field.description or "", null="not set")
         found[name] = next((some for some in field.metadata if isinstance(some, Column)), of_case)
     return found
+
+
+def jsonable(number: float) -> float | str:
+    """Return a finite number unchanged, and any other as "inf", "-inf" or "nan", which JSON cannot write as numbers."""
+    return number if math.isfinite(number) else str(number)
 
 
 def _worst(values: Sequence[Any]) -> Any:

@@ -3,6 +3,7 @@
 import errno
 import os
 import shlex
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,23 @@ def writing_to(folder: Path) -> Iterator[None]:
             f"{error.filename or folder}: cannot be written: {error.strerror}; all finished jobs are in the results "
             f"folder; make room and continue with `moebench run --resume {shlex.quote(str(folder))}`"
         ) from error
+
+
+@contextmanager
+def all_or_nothing(folder: Path) -> Iterator[None]:
+    """Make the folder. If the block fails and the folder was absent or empty before, leave it so."""
+    was_there = folder.exists()
+    was_empty = not (was_there and any(folder.iterdir()))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if was_empty:
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not was_there:
+            folder.rmdir()
+        raise
 
 
 def check_empty(folder: Path, besides: Collection[Path] = ()) -> None:

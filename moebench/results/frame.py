@@ -7,7 +7,6 @@ from row to row. The function `parity_errors` reads such a cell. docs/results.md
 """
 
 import json
-import math
 import os
 import reprlib
 from collections import Counter
@@ -24,7 +23,7 @@ from pydantic import ValidationError
 
 from moebench import escapes
 from moebench.errors import ResultsError, first_mistake
-from moebench.results.columns import Rounds
+from moebench.results.columns import Rounds, jsonable
 from moebench.results.files import write_atomically
 from moebench.results.journal import JOURNAL_NAME, read_journal, record_of
 from moebench.results.record import COLUMN_OF, Record, Status
@@ -104,11 +103,6 @@ def to_records(frame: pd.DataFrame) -> list[Record]:
     """Return the record of each row of a frame."""
     rows = pa.Table.from_pandas(frame, schema=ARROW_SCHEMA, preserve_index=False).to_pylist()
     return [Record.model_validate(row | {"parity_errors": parity_errors(row["parity_errors"]) or None}) for row in rows]
-
-
-def jsonable(number: float) -> float | str:
-    """Return a finite number unchanged, and any other as "inf", "-inf" or "nan", which JSON cannot write as numbers."""
-    return number if math.isfinite(number) else str(number)
 
 
 def to_json(frame: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 from moebench.errors import ResultsError
 from moebench.machine.comparability import differences
 from moebench.machine.environment import Environment
-from moebench.results.files import check_empty, writable, write_atomically
+from moebench.results.files import all_or_nothing, check_empty, writable, write_atomically
 from moebench.results.folder import ENVIRONMENT_NAME, ENVIRONMENTS_NAME, Result, open_result
 from moebench.results.frame import to_frame, to_records, write
 from moebench.results.record import Record
@@ -75,14 +75,15 @@ def _environments(results: Sequence[Result]) -> dict[str, Environment]:
 def save(result: Result, folder: Path) -> list[Path]:
     """Write results.parquet, results.csv and the environments into `folder`. Return the paths.
 
-    One environment goes into environment.json, several into environments/ID.json.
+    One environment goes into environment.json, several into environments/ID.json. Raises UsageError if a file cannot be
+    written; the folder is then left empty or absent if it was so before.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = write(result.frame, folder)
-    several = len(result.environments) > 1
-    for env_id, environment in sorted(result.environments.items()):
-        path = folder / ENVIRONMENTS_NAME / f"{env_id}.json" if several else folder / ENVIRONMENT_NAME
-        written.append(_write_environment(environment, path))
+    with writable(folder), all_or_nothing(folder):
+        written = write(result.frame, folder)
+        several = len(result.environments) > 1
+        for env_id, environment in sorted(result.environments.items()):
+            path = folder / ENVIRONMENTS_NAME / f"{env_id}.json" if several else folder / ENVIRONMENT_NAME
+            written.append(_write_environment(environment, path))
     return written
 
 
@@ -108,7 +109,7 @@ def merge(paths: Sequence[Path], out: Path, *, newest: bool = False, sessions: b
         {"path": str(path), "run_ids": sorted(set(some.frame["run_id"])), "num_jobs": len(some.frame)}
         for path, some in zip(paths, results, strict=True)
     ]
-    with writable(out):
+    with writable(out), all_or_nothing(out):
         written = save(result, out)
         write_atomically(out / "run.json", (json.dumps({"merged": sources}, indent=2) + "\n").encode())
     return [*written, out / "run.json"]

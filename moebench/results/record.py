@@ -135,7 +135,7 @@ class Record(Measured, _Outcome, CaseFields, _Named):
     `python -m moebench.report.columntable docs/results.md` writes the declarations into the tables of that document.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", use_enum_values=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_enum_values=False)
 
     job_s: Annotated[
         Part | None, Column(Rounds.SUM, "wall-clock time of the whole job", "s", null="if the process died")

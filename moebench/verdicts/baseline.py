@@ -15,7 +15,6 @@ from moebench.errors import ResultsError
 from moebench.machine.comparability import facts
 from moebench.machine.environment import Environment
 from moebench.names import as_name
-from moebench.results.files import writable
 from moebench.results.folder import Result, open_result
 from moebench.results.merge import as_sessions, replaced, save
 from moebench.verdicts.findings import rounds_of, sessions_of
@@ -132,8 +131,7 @@ def _replaced(old: Result, new: Result) -> tuple[str, ...]:
 
 
 def _saved(result: Result, folder: Path, changes: tuple[str, ...] = ()) -> Baseline:
-    with writable(folder):
-        save(result, folder)
+    save(result, folder)
     return Baseline(folder, result, changes)
 
 

@@ -39,7 +39,7 @@ def _openable(routing: str, info: ValidationInfo) -> str:
     except (OSError, ValueError, RuntimeError):  # NUL, a name that is too long, or links in a circle
         path = info.context / written
     if not is_file(path):
-        raise PydanticCustomError("no_trace", "there is no file {path}", {"path": str(path)})
+        raise PydanticCustomError("no_trace", "there is no file {path}", {"path": cut(str(path))})
     return f"trace:{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
 
 

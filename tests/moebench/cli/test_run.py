@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from moebench import __version__
+from moebench.results.frame import load, to_json
 from moebench.results.journal import Journal
 from tests.moebench.executed import python_path
 from tests.moebench.typed import SWEEP, finished, is_refused, started
@@ -33,8 +34,7 @@ def test_json_is_all_there_is_on_standard_output(good_run):
     report = json.loads(good_run.out)
     assert good_run.out.strip().startswith("{")
     assert {row["num_tokens"] for row in report["records"]} == {8}
-    journal = Journal(good_run.cwd / report["results"] / "journal.jsonl")
-    assert [json.loads(row.to_json()) for row in journal] == report["records"]
+    assert json.loads(to_json(load(good_run.cwd / report["results"]))) == report["records"]
 
 
 def test_a_run_goes_to_a_new_folder_of_results(good_run, sweep):

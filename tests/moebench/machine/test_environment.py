@@ -261,7 +261,7 @@ def test_a_name_that_becomes_a_path_is_one_part_of_a_path(h200s, tmp_path, env_i
 
 def test_a_revision_is_a_part_of_a_files_name(h200s):
     found = collect("cuda").model_copy(update={"git_revision": "../Feature/x\n" + "y" * 300})
-    assert found.code_name == "feature-x-" + "y" * 67
+    assert found.code_name == "feature-x-" + "y" * 70
 
 
 def test_importing_brings_no_torch():

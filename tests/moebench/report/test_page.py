@@ -71,7 +71,7 @@ def test_nothing_that_a_result_says_becomes_markup() -> None:
 
 
 def test_a_row_shows_its_figures_and_a_failure_none() -> None:
-    wrong = bad(case(256), Status.mismatch, parity_worst=37.0, parity_worst_tensor="output", peak_memory_bytes=2**30)
+    wrong = bad(case(256), Status.mismatch, parity_worst=37.0, parity_worst_tensor="output")
     rows = [ok(case(256), "loop", 4.0, peak_memory_bytes=3 * 2**29), ok(case(256), "gmm", 2.0), wrong]
     html = page_of(rows)
     titles = re.findall(r'<th scope="col">([^<]*)</th>', html)

@@ -1,5 +1,7 @@
 """One process at a time writes into a results folder."""
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -54,3 +56,13 @@ def test_two_new_runs_into_one_folder(folder):
     Path("out/journal.jsonl").touch()
     with pytest.raises(UsageError, match="not an empty folder"):
         start.start_run(plan, print)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(sweep, monkeypatch, number):
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UsageError, match=r"^out: its file system cannot lock files, .*--out$"), locked(Path("out")):
+        pass

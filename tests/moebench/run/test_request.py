@@ -7,7 +7,7 @@ import pytest
 from moebench.errors import UsageError
 from moebench.machine.gpus import ANYWHERE, Slot
 from moebench.run.order import shuffled
-from moebench.run.request import check_device, on_gpus
+from moebench.run.request import check_device, in_own_folder, on_gpus
 from tests.moebench.planned import plan_, write_sweep
 
 
@@ -67,3 +67,28 @@ def test_devices_that_may_be(name):
 def test_devices_that_cannot_be(name):
     with pytest.raises(UsageError, match="it must be cpu, cuda or cuda:N"):
         check_device(name)
+
+
+def test_two_runs_that_begin_in_the_same_second_have_folders_of_their_own():
+    one = plan_(rounds=2)
+    with in_own_folder(one) as first, in_own_folder(one) as second, in_own_folder(one) as third:
+        assert first == one
+        assert [some.run_id for some in (second, third)] == [f"{one.run_id}-2", f"{one.run_id}-3"]
+        for some in (first, second, third):
+            assert {plan.folder for plan in some.rounds} == {Path("results/runs") / some.run_id}
+            assert {plan.run_id for plan in some.rounds} == {some.run.run_id}
+            assert some.folder.is_dir()
+        (second.folder / "journal.jsonl").touch()
+    assert [path.name for path in Path("results/runs").iterdir()] == [second.run_id], "an empty folder does not stay"
+
+
+def test_a_folder_that_the_user_names_is_not_made_before_the_run_begins():
+    planned = plan_(out=Path("out"))
+    with in_own_folder(planned) as same:
+        assert same == planned
+        assert not Path("out").exists()
+
+
+def test_a_time_budget_that_is_not_a_number():
+    with pytest.raises(UsageError, match="--time-budget nan"):
+        plan_(time_budget_min=float("nan"))

@@ -19,6 +19,7 @@ from moebench.results.folder import environments_beside
 from moebench.results.frame import load
 from moebench.results.journal import Journal
 from moebench.run import request, start
+from moebench.run.runfile import sweeps_of
 from tests.moebench import stand_in
 from tests.moebench.resumed import SWEEP, TOLD_AND_INTERRUPTS, are_gone, begun, is_whole, refused, rows, until_records
 from tests.moebench.stand_in import ALL
@@ -287,3 +288,43 @@ def test_a_module_that_only_a_file_names_is_not_imported(folder, moebench):
     assert moebench("run", "--resume", "out", *named).code == 0
     assert is_whole(folder / "out", ("evil:Experts",))
     assert moebench("list", "theirs.toml").code == 0, "to look at it imports nothing"
+
+
+@pytest.mark.parametrize("content", ["5", "[]", '{"sweep": 5}', '{"sweep_file": null}', "{", "[" * 100_000, "9" * 6000])
+def test_a_run_file_that_names_no_sweep(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    assert sweeps_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "."])
+def test_a_sweep_file_that_no_path_can_be_has_not_changed(folder, moebench, name):
+    """run.json may come from somebody else."""
+    assert moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", "--time-budget", "0").code == 0
+    path = folder / "out" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sweep_file": name}))
+    assert moebench("run", "--resume", "out", "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("run_id", ["../x", "/x", "", "a/b"])
+def test_a_run_id_that_leads_elsewhere_is_refused(folder, moebench, run_id):
+    assert moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", "--time-budget", "0").code == 0
+    path = folder / "out" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "run_id": run_id}))
+    assert refused(moebench("run", "--resume", "out"), f"run.json: run_id = {run_id!r}: ")
+
+
+def test_why_git_does_not_tell_the_revision_is_told(folder, moebench):
+    stand_in.write(folder / "first", ALL.replace("ready()", "ready(git_problem='git: dubious ownership')"))
+    found = moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", worker="first")
+    assert (found.code, found.err) == (
+        0,
+        "the results do not name the revision of this checkout: git: dubious ownership",
+    )
+
+
+def test_a_run_prints_the_rows_that_show_prints(folder, moebench):
+    ran = moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", "--rounds", "2", "--json")
+    shown = moebench("show", "out", "--json")
+    assert json.loads(ran.out)["records"] == json.loads(shown.out)
+    assert json.loads(ran.out)["statuses"] == {"unsupported": 12}
+    assert len(json.loads(shown.out)) == 6

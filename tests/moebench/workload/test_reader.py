@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moebench.errors import SweepError
-from moebench.workload.spec import parse_sweep
+from moebench.workload.spec import load_sweep, parse_sweep
 
 SHAPE = "n_routed_experts = 8\nn_activated_experts = 2\ndim = 16\nmoe_inter_dim = 32\n"
 GRID = f'[[grid]]\n{SHAPE}num_tokens = 4\nbackend = "loop"\n'
@@ -48,6 +48,13 @@ def test_trace_is_found_beside_the_sweep_and_can_be_opened_from_here(
         ('name = "x"\ngrid = [1,', "end of document: is not TOML: "),
         ('name = "x"\nname = "y"\n', "line 2, column 11: 'name = \"y\"' is not TOML: Cannot overwrite a value; "),
         (GRID, 'name: is missing; add name = "quick"'),
+        (f'name = "x"\nkey = {"[" * 1000}{"]" * 1000}\n{GRID}', "lists or tables are nested too deeply"),
+        (f'name = "x"\nkey = {"9" * 6000}\n{GRID}', "a number has too many digits"),
+        (f'name = "x"\nkey = 0x{"f" * 6000}\n{GRID}', "key = ...: there is no such key"),
+        (f'name = "x"\n{"k" * 6000} = 1\n{GRID}', f"{'k' * 77}... = 1: there is no such key"),
+        (f'name = "{"x" * 101}"\n{GRID}', f'name = "{"x" * 76}...: must be letters, digits, '),
+        (f'name = "x"\n[policy]\ntimeout_s = 1e15\n{GRID}', "policy.timeout_s = 1000000000000000.0: must be less than"),
+        (f'name = "x"\n[policy]\ntime_cap_s = 1e15\n{GRID}', "policy.time_cap_s = 1000000000000000.0: must be less"),
         (
             f'name = "a b"\n{GRID}',
             'name = "a b": must be letters, digits, ".", "_" and "-", a letter or digit first, at most ',
@@ -70,6 +77,19 @@ def test_trace_is_found_beside_the_sweep_and_can_be_opened_from_here(
 def test_wrong_top_level(text: str, mistake: str) -> None:
     (line,) = mistakes(text)
     assert line.startswith(mistake)
+    assert len(line) < 500
+
+
+def test_a_byte_order_mark_is_not_a_part_of_the_sweep(tmp_path: Path) -> None:
+    text = f'name = "x"\n{GRID}'
+    (tmp_path / "x.toml").write_text(text, encoding="utf-8-sig")
+    assert load_sweep(tmp_path / "x.toml") == parse_sweep(text, str(tmp_path / "x.toml"))
+
+
+@pytest.mark.parametrize("written", ["x" * 300, "a/" * 3000, "\\u0000", "x"])
+def test_a_trace_that_no_path_can_be(written: str) -> None:
+    (line,) = mistakes(f'name = "x"\n{GRID}\nrouting = "trace:{written}"')
+    assert "there is no file" in line
 
 
 @pytest.mark.parametrize(

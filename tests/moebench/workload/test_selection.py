@@ -130,7 +130,7 @@ def test_every_case_that_is_not_there_is_named(sweep: str) -> None:
     assert len(refusal.value.mistakes) == 2
 
 
-def test_a_case_that_the_filters_leave_out_is_not_there(sweep: str) -> None:
+def test_a_case_that_the_filters_leave_out_is_not_chosen(sweep: str) -> None:
     case_id = select(sweep, [], ["num_tokens=8"], [])[0].case.case_id
-    with pytest.raises(SweepError, match=case_id):
+    with pytest.raises(SweepError, match=f"no job is left by --filter 'num_tokens=24' --case {case_id}; "):
         select(sweep, [], ["num_tokens=24"], [case_id])

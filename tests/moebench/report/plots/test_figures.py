@@ -97,7 +97,7 @@ def test_parity_draws_the_error_with_the_budget_and_crosses_a_mismatch() -> None
 @pytest.mark.parametrize("status", [Status.mismatch, Status.oom, Status.crash])
 @pytest.mark.parametrize("draw", [throughput, memory])
 def test_what_failed_is_a_gap_and_is_named(status: Status, draw: Any) -> None:
-    failed = bad(case(512), status, parity_worst=5.0, peak_memory_bytes=10**6)
+    failed = bad(case(512), status, parity_worst=5.0)
     figure = only(draw(to_frame([*family("torch_mm"), failed])))
     (ax,) = figure.axes
     drawn = line(ax, "torch_mm tokens/s" if draw is throughput else "torch_mm peak")

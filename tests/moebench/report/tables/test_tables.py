@@ -29,7 +29,7 @@ def ok(backend: str, time_ms: float, of: Case | None = None, dispatcher: str = "
 
 
 def bad(backend: str, status: Status, detail: str, of: Case | None = None, **measured: Any) -> Record:
-    where = {"device": "cuda", "gpu": "NVIDIA H200", "l2": "cold"}
+    where = {"device": "cuda", "gpu": "NVIDIA H200"}
     job = Job(case=of or case(), backend=backend)
     return record(job, status, run_id="20261123-run", env_id="e", detail=detail, **{**where, **measured})
 
