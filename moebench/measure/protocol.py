@@ -169,7 +169,7 @@ class EventReader:
         found = self._file.read(MOST_BYTES) or b""
         self._num_bytes += len(found)
         *lines, self._torn = (self._torn + found).split(b"\n")
-        events = []
+        events: list[Event] = []
         for line in lines:
             event = self._checked(line)
             if event is None:
