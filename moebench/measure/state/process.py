@@ -1,6 +1,7 @@
 """Read the state of this process that a backend may leave changed, apart from torch's settings."""
 
 import gc
+import inspect
 import os
 import resource
 import signal
@@ -10,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
 import psutil
 import torch
@@ -75,16 +75,13 @@ def _descriptors() -> dict[int, tuple[int, int]] | None:
 def _functions() -> dict[str, object]:
     """Return the functions and classes that modules hold, by their full names."""
     own = [name for name in sys.modules if name.partition(".")[0] in ("experts", "moebench")]
-    holders: list[tuple[str, ModuleType | type]] = [
-        (name, sys.modules[name]) for name in (*_MODULES, *own) if sys.modules.get(name) is not None
-    ]
-    holders += [(f"{one.__module__}.{one.__qualname__}", one) for one in _CLASSES]
-    return {
-        f"{name}.{key}": value
-        for name, holder in holders
-        for key, value in vars(holder).items()
-        if callable(value) or isinstance(value, property | classmethod | staticmethod)
-    }
+    named = [(name, sys.modules[name]) for name in (*_MODULES, *own) if sys.modules.get(name) is not None]
+    held = [(f"{name}.{key}", value) for name, module in named for key, value in vars(module).items()]
+    for one in _CLASSES:  # also what a class inherits, because the class may hide it
+        name = f"{one.__module__}.{one.__qualname__}"
+        held += [(f"{name}.{key}", inspect.getattr_static(one, key, None)) for key in dir(one)]
+    kinds = property | classmethod | staticmethod
+    return {name: value for name, value in held if callable(value) or isinstance(value, kinds)}
 
 
 def _package(value: object) -> str:
