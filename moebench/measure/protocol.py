@@ -39,13 +39,13 @@ def told(text: object, most: int = TEXT_CHARS) -> str:
     Where a text is longer, its middle is left out.
     """
     try:
-        clean = "".join((str(text),))  # a text of a subclass of str becomes a plain one
+        clean = str(text).replace("\0", r"\0").encode(errors="backslashreplace").decode()
     except Exception as error:
         clean = f"<{type(error).__name__} while moebench read the text>"
     if len(clean) > most:
         note = f" [… {len(clean) - most} characters left out …] "
         clean = clean[: most // 4] + note + clean[len(clean) - (most - most // 4) :]
-    return clean.replace("\0", r"\0").encode(errors="backslashreplace").decode()
+    return clean
 
 
 class WorkList(BaseModel):
@@ -161,9 +161,11 @@ class EventReader:
 
     def read(self) -> list[Event]:
         now = os.fstat(self._file.fileno())
-        if not now.st_nlink or now.st_size < self._num_bytes:
-            self.fault = f"the file of its events was {'cut short' if now.st_nlink else 'deleted'}"
+        if now.st_size < self._num_bytes:
+            self.fault = "the file of its events was cut short"
             return []
+        if not now.st_nlink:
+            self.fault = "the file of its events was deleted"  # what it has can still be read
         found = self._file.read(MOST_BYTES) or b""
         self._num_bytes += len(found)
         *lines, self._torn = (self._torn + found).split(b"\n")

@@ -44,7 +44,7 @@ from moebench.machine.environment import Environment
 from moebench.measure import canary, clock
 from moebench.measure.cache import Workload
 from moebench.measure.job import measure_job
-from moebench.measure.protocol import Events, WorkList, read_jobs, told
+from moebench.measure.protocol import TEXT_CHARS, Events, WorkList, read_jobs, told
 from moebench.measure.state import torch_settings
 from moebench.measure.state.process import State
 from moebench.measure.subject import Measured
@@ -82,13 +82,22 @@ def run_job(job: Job, workload: Workload, policy: TimingPolicy) -> Measured:
         reason = _reason(error)
         if HOST_OOM in reason:
             return {"status": Status.oom, "detail": _briefly(error)}
-        return {"status": Status.error, "detail": told(f"{reason}\n{traceback.format_exc(limit=-8)}")}
+        return {"status": Status.error, "detail": _account(error, reason)}
 
 
 def _reason(error: Exception) -> str:
     """Return the type and text of an error, even if the error's `__str__` raises."""
     parts = traceback.format_exception_only(error)  # a SyntaxError begins with its place in the source, indented
     return next((part for part in parts if part[:1].strip()), type(error).__name__).strip()
+
+
+def _account(error: Exception, reason: str) -> str:
+    """Return the reason and the traceback of an error. A long text of the error is there once, and in part."""
+    whole = traceback.format_exc(limit=-8)
+    if len(whole) > TEXT_CHARS:
+        whole = "Traceback (most recent call last):\n" + "".join(traceback.format_tb(error.__traceback__, limit=-8))
+        reason = told(reason, TEXT_CHARS // 4)
+    return told(f"{reason}\n{whole}")
 
 
 def _briefly(error: BaseException) -> str:

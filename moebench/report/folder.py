@@ -12,7 +12,7 @@ from moebench.report.plots.figures import Drawn, draw, write_plots
 from moebench.results.files import writable, write_atomically, writing_to
 from moebench.results.frame import load, write, write_csv
 from moebench.results.journal import JOURNAL_NAME
-from moebench.run.runner import interruptible
+from moebench.run.stop import interruptible
 from moebench.verdicts.document import GateDocument
 
 

@@ -6,9 +6,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field, PlainSerializer
+
+
+def jsonable(number: float) -> float | str:
+    """Return a finite number unchanged, and any other as "inf", "-inf" or "nan", which JSON cannot write as numbers."""
+    return number if math.isfinite(number) else str(number)
+
+
+#: Every document writes infinity as "inf".
+IN_JSON = PlainSerializer(jsonable, when_used="json")
+#: The largest time, about 31 years. A larger number is no measurement, and its square would overflow.
+LONGEST_MS = 1e12
+#: The time of a sample or a median, at least a millionth of a nanosecond: its inverse must not overflow.
+Time = Annotated[float, Field(ge=1e-12, le=LONGEST_MS)]
+#: A time that may be zero, because it is a part or a difference of times.
+Part = Annotated[float, Field(ge=0, le=LONGEST_MS)]
+Rate = Annotated[float, Field(ge=0, le=1e30)]
+#: Files of results hold integers in 64 bits. A difference of memory may be negative.
+Bytes = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+#: An error divided by its budget. An error that is not a number is infinite.
+Error = Annotated[float, AfterValidator(lambda error: math.inf if math.isnan(error) else error), IN_JSON]
 
 
 class Rounds(StrEnum):
@@ -59,11 +80,6 @@ def columns_of(model: type[BaseModel]) -> dict[str, Column]:
         of_case = Column(Rounds.SAME, field.description or "", null="not set")
         found[name] = next((some for some in field.metadata if isinstance(some, Column)), of_case)
     return found
-
-
-def jsonable(number: float) -> float | str:
-    """Return a finite number unchanged, and any other as "inf", "-inf" or "nan", which JSON cannot write as numbers."""
-    return number if math.isfinite(number) else str(number)
 
 
 def _worst(values: Sequence[Any]) -> Any:

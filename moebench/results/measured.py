@@ -3,29 +3,13 @@
 Column names end in their unit. A value that was not measured is None, not 0.
 """
 
-import math
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, Field, PlainSerializer
+from pydantic import BaseModel, Field
 
-from moebench.results.columns import Column, Rounds, jsonable
+from moebench.results.columns import IN_JSON, LONGEST_MS, Bytes, Column, Count, Error, Part, Rate, Rounds, Time
 
 _NO_PARTS = "at EP size 1; if the module has no attribute `dispatcher`; unless ok"
-
-#: Every document writes infinity as "inf".
-_IN_JSON = PlainSerializer(jsonable, when_used="json")
-#: The largest time, about 31 years. A larger number is no measurement, and its square would overflow.
-LONGEST_MS = 1e12
-#: The time of a sample or a median, at least a millionth of a nanosecond: its inverse must not overflow.
-Time = Annotated[float, Field(ge=1e-12, le=LONGEST_MS)]
-#: A time that may be zero, because it is a part or a difference of times.
-Part = Annotated[float, Field(ge=0, le=LONGEST_MS)]
-Rate = Annotated[float, Field(ge=0, le=1e30)]
-#: Files of results hold integers in 64 bits. A difference of memory may be negative.
-Bytes = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-#: An error divided by its budget. An error that is not a number is infinite.
-Error = Annotated[float, AfterValidator(lambda error: math.inf if math.isnan(error) else error), _IN_JSON]
 
 
 class Measured(BaseModel):
@@ -41,7 +25,7 @@ class Measured(BaseModel):
         ),
     ] = None
     time_ms_low: Annotated[
-        Annotated[float, Field(le=LONGEST_MS), _IN_JSON] | None,
+        Annotated[float, Field(le=LONGEST_MS), IN_JSON] | None,
         Column(
             Rounds.COMPUTED,
             "lower end of the 95% confidence interval of `time_ms`; it is wider if samples depend on each other",
@@ -49,7 +33,7 @@ class Measured(BaseModel):
         ),
     ] = None
     time_ms_high: Annotated[
-        Annotated[float, Field(ge=0), _IN_JSON] | None,
+        Annotated[float, Field(ge=0), IN_JSON] | None,
         Column(Rounds.COMPUTED, "upper end of the 95% confidence interval of `time_ms`", "ms"),
     ] = None
     converged: Annotated[

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moebench.names import Name, Names
-from moebench.results.columns import Column, Rounds, columns_of
-from moebench.results.measured import Count, Measured, Part
+from moebench.results.columns import Column, Count, Part, Rounds, columns_of
+from moebench.results.measured import Measured
 from moebench.workload.case import CaseFields, Job, JobKey
 
 SCHEMA = 2

@@ -4,14 +4,11 @@ This module decides which job runs where, until every job is measured. Backends 
 that breaks its process cannot break this one. Only this process writes the journal.
 """
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from moebench.errors import Refused, RunnerError
 from moebench.machine.environment import Environment
@@ -22,13 +19,13 @@ from moebench.results.journal import JOURNAL_NAME, Journal
 from moebench.results.record import Record
 from moebench.run.backlog import Backlog, parts
 from moebench.run.plan import Plan, new_run_id
+from moebench.run.stop import Stop
 from moebench.run.supervisor import WorkerProcess
 from moebench.workload.case import Job
 
 __all__ = ["Outcome", "Plan", "Refused", "RunnerError", "execute", "new_run_id", "writing_to"]
 
 POLL_S = 0.02
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -133,56 +130,6 @@ class Run:
     def outcome(self) -> Outcome:
         num_left = sum(len(plan.jobs) for plan in self.plans) - len(self.records)
         return Outcome(tuple(self.records), num_left, self.stop.interrupted, tuple(self.notes))
-
-
-@dataclass
-class Stop:
-    """Whether a run should end: its time is spent (start no new job), or a signal came (end at once)."""
-
-    deadline: float | None = None
-    interrupted: bool = False
-
-    @classmethod
-    def after(cls, budget_s: float | None) -> "Stop":
-        return cls(None if budget_s is None else time.monotonic() + budget_s)
-
-    def __call__(self) -> bool:
-        return self.interrupted or _past(self.deadline)
-
-    @contextmanager
-    def at_signals(self) -> Iterator[None]:
-        """Note signals while the block runs.
-
-        The run acts on a signal only between two looks at its workers, so that no line of the journal is cut off.
-        """
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self.interrupted = True
-
-        with _at_signals(note):
-            yield
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Turn each of SIGNALS into KeyboardInterrupt while the block runs, so that unfinished work is cleaned up."""
-    with _at_signals(signal.default_int_handler):
-        yield
-
-
-@contextmanager
-def _at_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = {number: signal.signal(number, handler) for number in heeded}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-
-
-def _past(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() >= deadline
 
 
 def _file_of(environment: Environment, folder: Path) -> Path:

@@ -104,6 +104,11 @@ class Dies(_LastRankFails):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Leaves(_LastRankFails):
+    def break_down(self) -> None:
+        os._exit(0)
+
+
 class Hangs(_LastRankFails):
     def break_down(self) -> None:
         threading.Event().wait()

@@ -1,6 +1,7 @@
 """Read the state of this process that a backend may leave changed, apart from torch's settings."""
 
 import gc
+import inspect
 import os
 import resource
 import signal
@@ -10,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
 import psutil
 import torch
@@ -21,7 +21,7 @@ OF_LIBRARIES = ("CUDA_", "CUBLAS_", "KMP_", "NCCL_", "NVTE_", "PYTORCH_", "TORCH
 KEPT_DESCRIPTORS = 256
 #: Threads that wait for work spin for a while first. This process is looked at in so many windows of so many seconds,
 #: until its other threads and its children leave most of a window unused.
-WINDOWS, WINDOW_S, BUSY_SHARE = 20, 0.025, 0.3
+WINDOWS, WINDOW_S, BUSY_SHARE = 20, 0.025, 0.1
 #: The beginnings of the names of modules whose functions are looked at.
 _MODULES = ("builtins", "time", "os", "gc", "random", "threading", "torch", "torch.nn.functional", "torch.autograd")
 _CLASSES = (torch.Tensor, torch.nn.Module)
@@ -75,16 +75,17 @@ def _descriptors() -> dict[int, tuple[int, int]] | None:
 def _functions() -> dict[str, object]:
     """Return the functions and classes that modules hold, by their full names."""
     own = [name for name in sys.modules if name.partition(".")[0] in ("experts", "moebench")]
-    holders: list[tuple[str, ModuleType | type]] = [
-        (name, sys.modules[name]) for name in (*_MODULES, *own) if sys.modules.get(name) is not None
-    ]
-    holders += [(one.__qualname__, one) for one in _CLASSES]
-    return {
-        f"{name}.{key}": value
-        for name, holder in holders
-        for key, value in vars(holder).items()
-        if callable(value) or isinstance(value, property | classmethod | staticmethod)
-    }
+    named = [(name, sys.modules[name]) for name in (*_MODULES, *own) if sys.modules.get(name) is not None]
+    held = [(f"{name}.{key}", value) for name, module in named for key, value in vars(module).items()]
+    for one in _CLASSES:  # also what a class inherits, because the class may hide it
+        name = f"{one.__module__}.{one.__qualname__}"
+        held += [(f"{name}.{key}", inspect.getattr_static(one, key, None)) for key in dir(one)]
+    kinds = (property, classmethod, staticmethod)
+    return {name: value for name, value in held if callable(value) or isinstance(value, kinds)}
+
+
+def _package(value: object) -> str:
+    return str(getattr(value, "__module__", None)).partition(".")[0]
 
 
 #: Name of a part of the state, as `detail` has it -> its value now.
@@ -117,12 +118,19 @@ class State:
         if variables := self._changed_variables():
             yield f"environment ({', '.join(variables[:3])})"
         yield from self._changed_descriptors()
-        functions = _functions()
-        replaced = [name for name, was in self._functions.items() if functions.get(name) is not was]
-        if replaced:
+        if replaced := self._replaced_functions():
             yield f"functions ({', '.join(replaced[:3])})"
         if is_busy():
             yield "threads (some still compute)"
+
+    def _replaced_functions(self) -> list[str]:
+        """Return the names of functions that are gone, or that another package has replaced.
+
+        torch replaces some of its own functions when it loads more of itself.
+        """
+        now = _functions()
+        changed = [name for name, was in self._functions.items() if now.get(name) is not was]
+        return [name for name in changed if name not in now or _package(now[name]) != name.partition(".")[0]]
 
     def _changed_descriptors(self) -> Iterator[str]:
         was, now = self._descriptors, _descriptors()
@@ -147,17 +155,15 @@ def is_busy() -> bool:
     with suppress(OSError):  # no descriptor is free
         children = psutil.Process().children(recursive=True)
     for _ in range(WINDOWS):
-        before = _others_s(children)
+        before = _process_s() - _thread_s()
         _sleep(WINDOW_S)
-        if _others_s(children) - before < BUSY_SHARE * WINDOW_S:
+        spent_s = _process_s() - _thread_s() - before
+        if spent_s < BUSY_SHARE * WINDOW_S and not any(map(_computes, children)):
             return False
     return True
 
 
-def _others_s(children: list[psutil.Process]) -> float:
-    """Return the processor seconds of the other threads of this process, and of the children."""
-    spent = _process_s() - _thread_s()
-    for child in children:
-        with suppress(psutil.Error):
-            spent += sum(child.cpu_times()[:2])
-    return spent
+def _computes(child: psutil.Process) -> bool:
+    with suppress(psutil.Error, OSError):
+        return bool(child.status() == psutil.STATUS_RUNNING)
+    return False

@@ -20,6 +20,7 @@ from moebench.run.runner import Plan, execute
 from moebench.workload.case import Case, Job
 from moebench.workload.inputs import make_inputs, make_parameters
 from moebench.workload.spec import Policy
+from tests.moebench.executed import share_workers
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -66,6 +67,7 @@ BROKEN = [
     job("loop", seed=2),
     job("ranks:Hangs"),
     job("loop", seed=3),
+    job("ranks:Leaves"),
 ]
 JOBS = [*RIGHT, *WRONG, *BROKEN]
 
@@ -105,13 +107,17 @@ def is_zombie(process):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Run all jobs in one run, and keep the processes that existed as each record came."""
+    """Run all jobs in one run, and keep the processes that existed as each record came.
+
+    All backends share groups of ranks, as if they were built in, because a group takes long to start.
+    """
     folder = tmp_path_factory.mktemp("run")
     policy = Policy(time_cap_s=0.01, interval_target=0.9, timeout_s=TIMEOUT_S)
     looks = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
+        share_workers(patch)
         plan = Plan(tuple(JOBS), policy, folder, "run", device="cpu")
         outcome = execute(plan, on_record=lambda row: looks.append(workers_of(folder)))
     return SimpleNamespace(folder=folder, records=outcome.records, outcome=outcome, looks=looks)
@@ -214,6 +220,7 @@ def test_fp8_is_judged_by_its_recipe_on_all_ranks(run):
         ("Raises", "error", r"^rank 1: ZeroDivisionError: no tokens for this rank\nTraceback[^~]* in forward\n"),
         ("RunsOutOfMemory", "oom", r"^rank 1: this rank has no memory left$"),
         ("Dies", "crash", r"^its process exited with 1\n[^~]*rank +: 1 [^~]*SIGKILL"),
+        ("Leaves", "crash", r"^a rank ended, as if all were well, before the group's work was done"),
         ("Hangs", "timeout", r"^no result after 10 s \(policy timeout_s\); the worker was killed$"),
     ],
 )

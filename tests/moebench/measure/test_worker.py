@@ -97,6 +97,37 @@ def test_an_error_gives_its_reason_first_whatever_its_text(monkeypatch, error, r
 
 
 @pytest.mark.usefixtures("_third_party")
+@pytest.mark.parametrize(
+    ("backend", "status", "detail"),
+    [
+        ("RaisesEmptyMemoryError", Status.oom, "MemoryError"),
+        ("SaysNothing", Status.unsupported, "the backend gives no reason"),
+        ("SaysASurrogate", Status.unsupported, r"no \ud800 here\0"),
+    ],
+)
+def test_a_text_that_says_nothing_keeps_its_status(backend, status, detail):
+    assert outcome(f"hostile:{backend}") == (status, detail)
+
+
+@pytest.mark.usefixtures("_third_party")
+def test_a_message_of_many_megabytes_is_cut_in_its_middle():
+    status, detail = outcome("hostile:RaisesMuch")
+    assert status is Status.error
+    assert detail.startswith("RuntimeError: much much")
+    assert "characters left out" in detail
+    assert "in act\n" in detail, "the end of the traceback"
+    assert len(detail) < 5000
+
+
+@pytest.mark.usefixtures("_third_party")
+def test_values_that_no_row_may_have_become_an_error(monkeypatch):
+    monkeypatch.setattr(worker, "run_job", lambda *given: {"status": Status.ok, "time_ms": -1.0})
+    row = Record.model_validate_json(json.dumps(events_of((job("loop"),))[-1]["record"]))
+    assert row.status is Status.error
+    assert row.detail.startswith("what was measured is not a row of results")
+
+
+@pytest.mark.usefixtures("_third_party")
 def test_a_gpu_out_of_memory_is_oom(monkeypatch):
     def run_out(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1024.00 GiB. GPU 0 has a lot. Try this.")

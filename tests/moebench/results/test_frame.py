@@ -58,7 +58,6 @@ ALL = {
     "sample_rounds": (0, 0, 1),
     "sample_sessions": (0, 0, 1),
     "sample_marked": (False, True, False),
-    "sample_sessions": (0, 0, 1),
     "sm_clock_mhz": 1980,
     "tokens_per_s": 1e6,
     "tflops": 0.1,

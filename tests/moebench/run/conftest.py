@@ -42,12 +42,18 @@ def moebench(capsys, monkeypatch, folder):
 
 
 @pytest.fixture(name="stand_in")
-def stand_in_for_workers(tmp_path, monkeypatch):
+def stand_in_for_workers(custom_stand_in, monkeypatch):
     """A function that takes a worker's script and makes `execute` start it in place of the worker.
 
     All backends count as built in.
     """
     share_workers(monkeypatch)
+    return custom_stand_in
+
+
+@pytest.fixture
+def custom_stand_in(tmp_path, monkeypatch):
+    """A function like that of `stand_in`. Only the backends of the catalog count as built in."""
     monkeypatch.setenv("PYTHONPATH", python_path(ROOT))
 
     def write(script):

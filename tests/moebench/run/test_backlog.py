@@ -3,7 +3,7 @@
 Two workers get different weights while enough weights are left.
 """
 
-from moebench.run.backlog import Backlog
+from moebench.run.backlog import Backlog, parts
 from moebench.workload.case import Case, Job
 
 
@@ -48,3 +48,16 @@ def test_what_a_worker_left_comes_next():
     assert len(backlog) == 7
     assert backlog.take() == taken[1:]
     assert backlog.take() == UNITS[1]
+
+
+def test_a_case_is_in_parts_for_one_worker_each():
+    case = UNITS[0][0].case
+    jobs = [Job(case=case, backend=name) for name in ("loop", "torch_mm", "my:A", "my:A", "my:B", "gmm")]
+    assert [[job.backend for job in part] for part in parts(jobs)] == [
+        ["loop", "torch_mm"],
+        ["my:A", "my:A"],
+        ["my:B"],
+        ["gmm"],
+    ]
+    checks = [Job(case=case, backend="my:A", check="a"), Job(case=case, backend="my:A", check="b")]
+    assert len(parts(checks)) == 1, "moebench parity runs one backend at a time"

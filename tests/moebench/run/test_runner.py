@@ -20,7 +20,7 @@ from moebench.results.record import GOOD, ONLY_IF_OK, Status
 from moebench.run import runner
 from moebench.run.runner import Refused, RunnerError, execute
 from moebench.workload.case import Job
-from tests.moebench.executed import CASE, THREE, has_ended, jobs_of, pid_of, plan_of, python_path
+from tests.moebench.executed import CASE, THREE, has_ended, jobs_of, pid_of, plan_of, python_path, share_workers
 from tests.moebench.stand_in import ALL
 
 ROOT = Path(__file__).parents[3]
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.timeout(400)  # six workers, one of which hangs for ten
 def broken_run(tmp_path_factory):
     """A run with right backends before, between and after backends that break their process.
 
-    The supervisor looks only every 0.3 s.
+    The supervisor looks only every 0.3 s. All backends share workers, as if they were built in.
     """
     folder = tmp_path_factory.mktemp("run")
     names = list(BROKEN)
@@ -59,6 +59,7 @@ def broken_run(tmp_path_factory):
         patch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(runner, "POLL_S", 0.3)
+        share_workers(patch)
         outcome = execute(plan_of(folder, jobs, timeout_s=10.0), on_record=seen.append)
     return SimpleNamespace(jobs=jobs, folder=folder, outcome=outcome, seen=seen)
 
@@ -122,8 +123,10 @@ def limit_memory(environment):
 def test_a_worker_goes_on_after_a_failure_if_it_is_healthy(tmp_path, monkeypatch):
     """A worker that runs out of memory at a real limit stays healthy.
 
-    A worker in which a backend changes what all backends call does not stay healthy.
+    A worker in which a backend changes what all backends call does not stay healthy. All backends share workers, as if
+    they were built in.
     """
+    share_workers(monkeypatch)
     monkeypatch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     jobs = jobs_of("broken:FillsTheHost", "loop", "broken:ChangesItsProcess", "torch_mm")
@@ -141,10 +144,11 @@ def test_a_worker_goes_on_after_a_failure_if_it_is_healthy(tmp_path, monkeypatch
 def test_a_backend_changes_torch_for_itself_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    share_workers(monkeypatch)
     rows = execute(plan_of(tmp_path, jobs_of("loop", "broken:RoundsForAll", "torch_mm"))).records
     assert [(row.status.value, row.flags) for row in rows] == [("ok", ()), ("ok", ("changed_settings",)), ("ok", ())]
     first, second = (path.read_text() for path in sorted((tmp_path / "logs").glob("worker-*.log")))
-    assert "Unhealthy: broken:RoundsForAll has changed settings of torch" in first
+    assert "Unhealthy: broken:RoundsForAll has left its process changed (changed_settings)" in first
     assert "Unhealthy" not in second
 
 
