@@ -23,7 +23,7 @@ class Stop:
         return cls(None if budget_s is None else time.monotonic() + budget_s)
 
     def __call__(self) -> bool:
-        return self.interrupted or past(self.deadline)
+        return self.interrupted or _past(self.deadline)
 
     @contextmanager
     def at_signals(self) -> Iterator[None]:
@@ -57,6 +57,5 @@ def _at_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[Non
             signal.signal(number, earlier)
 
 
-def past(deadline: float | None) -> bool:
-    """Return whether the deadline is over. It is a value of time.monotonic, or None if there is none."""
+def _past(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline

@@ -17,7 +17,7 @@ import pytest
 
 from moebench.results.journal import Journal
 from moebench.results.record import GOOD, ONLY_IF_OK, Status
-from moebench.run import runner
+from moebench.run import runner, stop
 from moebench.run.runner import Refused, RunnerError, execute
 from moebench.workload.case import Job
 from tests.moebench.executed import CASE, THREE, has_ended, jobs_of, pid_of, plan_of, python_path, share_workers
@@ -217,7 +217,7 @@ def test_a_journal_on_a_full_disk_ends_the_run_in_one_line(tmp_path, stand_in):
 def test_no_job_is_started_after_the_time_budget(tmp_path, stand_in, monkeypatch):
     stand_in("ready()\ndone(0)\nhang()\n")
     told = []
-    monkeypatch.setattr(runner, "_past", lambda deadline: bool(told))
+    monkeypatch.setattr(stop, "_past", lambda deadline: bool(told))
     outcome = execute(plan_of(tmp_path / "run", THREE), on_record=told.append)
     assert ([row.backend for row in outcome.records], outcome.num_left, outcome.interrupted) == (["a"], 2, False)
     assert has_ended(pid_of(tmp_path / "run"))
