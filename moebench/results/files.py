@@ -38,9 +38,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_again(path: Path, content: bytes) -> None:
-    """Write a file that another process has changed or removed. Raises RunnerError if this is not possible."""
+    """Write a file that another process has changed, removed or replaced by a link or a pipe.
+
+    Raises RunnerError if this is not possible.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.unlink()  # never write through it: the other process chose where it leads
         write_atomically(path, content)
     except OSError as error:
         raise RunnerError(

@@ -43,7 +43,8 @@ def line(kind, **fields):
     return json.dumps(dict(kind=kind, **whose | fields)) + "\\n"
 
 def ready(**fields):
-    say(line("ready", environment=Environment(**here | fields).model_dump(mode="json")))
+    here.update(fields)
+    say(line("ready", environment=Environment(**here).model_dump(mode="json")))
 
 def next_job():
     text = ""
@@ -61,7 +62,7 @@ def start(number):
     say(line("start", number=number))
 
 def told(number, detail="stood in", status="unsupported"):
-    ids = dict(run_id=head["run_id"], env_id="e", round=head["round"])
+    ids = dict(run_id=head["run_id"], env_id=here["env_id"], round=head["round"])
     row = record(jobs[number], Status(status), detail=detail, **ids)
     return line("record", number=number, record=json.loads(row.to_json()))
 

@@ -20,7 +20,7 @@ from moebench.run.runner import Plan, execute
 from moebench.workload.case import Case, Job
 from moebench.workload.inputs import make_inputs, make_parameters
 from moebench.workload.spec import Policy
-from tests.moebench.executed import share_workers
+from tests.moebench.executed import python_path, share_workers
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -70,11 +70,6 @@ BROKEN = [
     job("ranks:Leaves"),
 ]
 JOBS = [*RIGHT, *WRONG, *BROKEN]
-
-
-def python_path(*folders):
-    """Return PYTHONPATH with these folders first."""
-    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
 
 
 def workers_of(folder):

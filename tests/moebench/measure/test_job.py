@@ -4,7 +4,6 @@ Each fault is a mismatch without speed, and the right backends beside it are ok.
 """
 
 import math
-import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from moebench.run.runner import Plan, execute
 from moebench.workload.case import Case, Job
 from moebench.workload.spec import Policy
 from tests.backends.faulty import FAULTS
+from tests.moebench.executed import python_path, share_workers
 from tests.moebench.measure.two_ranks import Two
 
 ROOT = Path(__file__).parents[3]
@@ -44,20 +44,16 @@ def case(dtype: str, mode: str = "train", **fields: object) -> Case:
 CASES = [case(dtype, mode) for dtype in ("float32", "bfloat16") for mode in ("train", "forward")]
 
 
-def python_path(*folders):
-    """Return PYTHONPATH with these folders first."""
-    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], Record]:
-    """Run every fault beside the right backends once; return rows by backend, dtype and mode."""
+    """Run every fault beside the right backends in one worker; return rows by backend, dtype and mode."""
     backends = [RIGHT[0], *(f"faulty:{name}" for name in FAULTS), RIGHT[1]]
     jobs = tuple(Job(case=one, backend=name) for one in CASES for name in backends)
     policy = Policy(time_cap_s=0.01, interval_target=0.9, timeout_s=60.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
+        share_workers(patch)
         outcome = execute(Plan(jobs, policy, tmp_path_factory.mktemp("run"), "run", device="cpu"))
     assert outcome.num_left == 0
     return {(row.backend.removeprefix("faulty:"), row.dtype, row.mode): row for row in outcome.records}

@@ -148,7 +148,7 @@ class Told(list):
 
 def events_of(jobs, device=CPU):
     told = Told()
-    work(WorkList(run_id="a run", policy=QUICK, jobs=jobs), told, device)
+    work(WorkList(run_id="a-run", policy=QUICK, jobs=jobs), told, device)
     return told
 
 
@@ -173,7 +173,7 @@ def test_every_job_is_told_of_before_and_after():
     rows = [Record.model_validate_json(json.dumps(event["record"])) for event in told[1::2]]
     assert [row.key for row in rows] == [one.key for one in jobs]
     assert [row.status.value for row in rows] == ["ok", "error", "ok"]
-    assert {(row.run_id, row.env_id, row.device) for row in rows} == {("a run", ready["environment"]["env_id"], "cpu")}
+    assert {(row.run_id, row.env_id, row.device) for row in rows} == {("a-run", ready["environment"]["env_id"], "cpu")}
     assert all(row.job_s > 0 for row in rows)
 
 
@@ -226,7 +226,7 @@ def test_more_ranks_than_gpus_are_unsupported_and_told_once(monkeypatch, rank):
     pairs = (("loop", "allgather"), ("torch_mm", "alltoall"))
     jobs = tuple(Job(case=case, backend=backend, dispatcher=dispatcher) for backend, dispatcher in pairs)
     told = Told()
-    work(WorkList(run_id="a run", policy=Policy(), jobs=jobs), told, torch.device("cuda", rank))
+    work(WorkList(run_id="a-run", policy=Policy(), jobs=jobs), told, torch.device("cuda", rank))
     if rank == 1:
         assert told == []
         return

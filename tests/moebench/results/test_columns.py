@@ -19,7 +19,8 @@ def test_only_these_need_the_status_ok() -> None:
     speeds = ("sm_clock_mhz", "tokens_per_s", "tflops")
     ceilings = ("roofline_fraction", "roofline_ms", "dense_ms", "grouped_ms", "collective_ms", "copy_gb_per_s")
     memory = ("peak_memory_bytes", "saved_memory_bytes", "reserved_memory_bytes", "outside_torch_bytes")
-    assert ("sample_sessions", "l2", *times, *parts, "num_samples", *samples, *speeds, *ceilings, *memory) == ONLY_IF_OK
+    sizes = (*memory, "untracked_memory_bytes")
+    assert ("sample_sessions", "l2", *times, *parts, "num_samples", *samples, *speeds, *ceilings, *sizes) == ONLY_IF_OK
     assert ("sample_sessions", *samples) == SAMPLE_COLUMNS
 
 

@@ -100,7 +100,7 @@ def test_the_lines_name_the_layer_and_end_with_the_assertion():
 def test_a_built_in_backend_is_built_by_the_registry():
     play = Play(TRIAL, Stage(lambda one: faultbench.kind_of("DroppedToken")(moe_config(one.case)), torch.device("cpu")))
     play.run()
-    assert "Layer = registry.get_backend('torch_mm').build" in "; ".join(listing("torch_mm", play))
+    assert "Layer = get_backend('torch_mm').build" in "; ".join(listing("torch_mm", play))
 
 
 def test_a_right_layer_passes_the_lines_of_a_wrong_one():
