@@ -107,7 +107,7 @@ def test_rounds_measure_every_job_again_in_fresh_processes(sweep, tmp_path):
 
 
 def hanging_run(sweep, cwd):
-    """Return a run that has measured its first job and hangs in the second, and the process of the second one's worker."""
+    """Return a run that has measured its first job and hangs in the second, and the second worker."""
     process = started(
         *("run", sweep, "--out", "out", "--backend", "loop", "--backend", "broken:Hangs", "--device", "cpu"), cwd=cwd
     )

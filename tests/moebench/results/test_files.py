@@ -33,5 +33,6 @@ def test_what_another_process_put_in_a_files_place_is_replaced(tmp_path: Path, k
         case "other content":
             path.write_bytes(b"forged")
     write_again(path, b"rows")
-    assert not path.is_symlink() and path.read_bytes() == b"rows"
+    assert not path.is_symlink()
+    assert path.read_bytes() == b"rows"
     assert elsewhere.read_bytes() == b"of another"
