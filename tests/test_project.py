@@ -162,7 +162,7 @@ def test_a_python_that_is_not_there_is_reported_as_skipped(monkeypatch, capfd, t
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_tests_that_the_makefile_names_exist():
-    command = ["make", "--eval=list: ; @echo $(LIBRARY_TESTS) $(TORCH_TESTS)", "list"]
+    command = ["make", "--no-print-directory", "--eval=list: ; @echo $(LIBRARY_TESTS) $(TORCH_TESTS)", "list"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert len(names) > 20
     assert [name for name in names if not (ROOT / name).exists()] == []
@@ -186,7 +186,10 @@ CROSS_CUTTING = {
     "parity/test_faults.py",  # trials, checks and judge find the planted faults
     "parity/test_fp8_parity.py",  # the judge of FP8 recipes, with quantization and reference
     "parity/test_never_accused.py",  # no check accuses a right backend
+    "run/test_belief.py",  # what the supervisor believes of a worker: runner, supervisor and worker
+    "run/test_neighbours.py",  # backends that spoil their process and files, between honest ones
     "run/test_schedule.py",  # several workers at once: runner, turns and supervisor
+    "run/test_signals.py",  # signals at any moment of a run: the command line, runner and resume
     "verdicts/test_older_revision.py",  # `ab` with the experts of an older revision: revisions, ab, worker and gate
     "workload/test_inputs_of_ranks.py",  # inputs, case and models of a case with ranks; test_inputs.py is long
 }

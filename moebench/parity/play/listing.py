@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,18 @@ def listing(backend: str, play: Play) -> list[str]:
     lines = [*_header(backend, play), *play.script.lines]
     if play.script.loop is not None and found:
         return [*lines, f"{play.script.loop}; {_in_loop(found[0], play)}"]
-    return lines + found
+    return lines + (found or _reading_of_grads(play))
+
+
+def _reading_of_grads(play: Play) -> list[str]:
+    """Return the line that asks the layer for its gradients if the layer raises an error then."""
+    own: Callable[[], object] | None = getattr(play.player.layer, "stacked_grads", None)
+    try:
+        if own is not None:
+            own()
+    except Exception:
+        return [f"layer{play.player.number}.stacked_grads()"]
+    return []
 
 
 def _in_loop(assertion: str, play: Play) -> str:
@@ -145,10 +157,11 @@ def _of_form(worst: TensorError, compared: Compared, play: Play) -> str:
 def _of_bits(worst: TensorError, play: Play) -> str | None:
     """Return the assertion that a tensor was not changed, and add the line that keeps its values to the script."""
     layer = f"layer{play.player.number}"
-    if worst.where == "in the state dict":
-        state = "{f'experts.{n}': t for n, t in state.items() if not n.startswith('experts.')} or state"
-        same = f"saved[k].equal(right[k].to(saved[k].dtype)) for k in ['experts.{worst.tensor}']"
-        return f"right = {state}; assert saved.keys() == right.keys() and all({same})"
+    if worst.where in ("in the state dict", "in a parent's state dict"):
+        found = "saved" if worst.where == "in the state dict" else "{n[8:]: t for n, t in whole.items()}"
+        right = "{n.removeprefix('experts.'): t for n, t in state.items()}"
+        same = f"found[k].equal(right[k].to(found[k].dtype)) for k in [{worst.tensor!r}]"
+        return f"found, right = {found}, {right}; assert found.keys() == right.keys() and all({same})"
     if worst.where == "in the state dict that was loaded":
         return f"assert not any(p.data_ptr() == t.data_ptr() for p in {layer}.parameters() for t in state.values())"
     if worst.where.startswith("in a strict load"):

@@ -65,11 +65,12 @@ class ParameterSteps:
     def _load(self, how: str) -> None:
         self._zero_grad()
         self.num_parameters += 1
-        new = self._draw_parameters()
-        state = new
+        state = self._draw_parameters()
         if how == "dtype":
-            state = {name: tensor.to(self._other_dtype()) for name, tensor in new.items()}
-            new = {name: tensor.to(new[name].dtype) for name, tensor in state.items()}
+            state = {name: tensor.to(self._other_dtype()) for name, tensor in state.items()}
+        new = state
+        if how != "assign":  # the parameters keep their dtype
+            new = {name: tensor.to(self.player.parameters[name].dtype) for name, tensor in state.items()}
         layer = self.player.layer
         self.script.load(self.player.number, self.num_parameters, how, self._other_dtype())
         given = self.stage.state(state)
@@ -100,9 +101,11 @@ class ParameterSteps:
 
     def _save(self, how: str) -> None:
         self.script.save(self.player.number)
-        found, expected = self._state(in_parent=True), self.player.parameters
-        for name in sorted({*found, *expected}):
-            self.errors.append(same_bits(name, "in the state dict", found.get(name), expected.get(name)))
+        expected = self.player.parameters
+        for where, in_parent in (("in the state dict", False), ("in a parent's state dict", True)):
+            found = self._state(in_parent)
+            for name in sorted({*found, *expected}):
+                self.errors.append(same_bits(name, where, found.get(name), expected.get(name)))
 
     def _state(self, in_parent: bool = False) -> Tensors:
         """Return a copy of the layer's state dict; with `in_parent`, as a parent module saves it."""

@@ -124,8 +124,9 @@ class Script:
         self.add(*self._state(layer, parameters), *cast, f"{own}.load_state_dict(state{assign})")
 
     def save(self, layer: int) -> None:
-        """Save the layer's state dict through a parent module."""
-        self.add(f"saved = torch.nn.ModuleDict({{'experts': layer{layer}}}).state_dict()")
+        """Save the layer's state dict, alone and through a parent module."""
+        parent = f"torch.nn.ModuleDict({{'experts': layer{layer}}})"
+        self.add(f"saved, whole = layer{layer}.state_dict(), {parent}.state_dict()")
 
     def grad(self, number: int, layer: int, leaves: Sequence[str]) -> int:
         """Compute the gradients of a call with torch.autograd.grad, and return the number of this backward."""

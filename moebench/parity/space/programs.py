@@ -33,7 +33,7 @@ STEPS: dict[str, str] = {
     "load:assign": "the same with assign=True",
     "load:dtype": "the same from a state dict in another dtype",
     "init": "draw new parameters with `init_weights`",
-    "save": "compare the state dict, as a parent module saves it, with the parameters that were loaded",
+    "save": "compare the state dict, alone and as a parent module saves it, with the parameters that were loaded",
     "strict": "load a state dict that lacks a name, and one with an unknown name: both must be refused",
     "copy": "go on with a deep copy; `switch` goes back to the original",
     "second": "go on with a second layer of another configuration and other parameters; `switch` goes back",

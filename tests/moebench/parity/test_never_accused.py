@@ -6,6 +6,7 @@ differ in the order and the dtype of sums and in the place of the routing weight
 
 import importlib
 import inspect
+import itertools
 import random
 import time
 
@@ -46,6 +47,25 @@ def test_a_right_backend_passes_a_sample_of_the_covering_cases(name):
     cases = covering_cases()
     sample = random.Random(name).sample(cases[: len(cases) // 2], SAMPLE)
     failure = Trier(case_job(RIGHT[name], Trial()), Workload(torch.device("cpu"))).first_failure(sample)
+    assert failure is None, f"{failure.trial.text}: {failure.reason}"
+
+
+#: The steps that change, save or replace a layer's parameters. Their order decides what a state dict must hold.
+PARAMETER_STEPS = (
+    *("update", "update:data", "update:replace", "to", "load", "load:prefix", "load:assign", "load:dtype"),
+    *("init", "save", "strict", "copy", "second", "switch", "backward"),
+)
+
+
+@pytest.mark.certify
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loop_passes_every_order_of_three_steps(certify, dtype):
+    orders = list(itertools.product(PARAMETER_STEPS, repeat=3))
+    if not certify:
+        orders = [*random.Random(dtype).sample(orders, 150), ("to", "load", "save")]
+    shape = {"num_tokens": 3, "n_routed_experts": 2, "dim": 3, "moe_inter_dim": 5, "dtype": dtype, "expert_bias": True}
+    trials = (Trial(steps=(*steps, "save", "call", "backward"), **shape) for steps in orders)
+    failure = Trier(case_job("loop", Trial()), Workload(torch.device("cpu"))).first_failure(trials)
     assert failure is None, f"{failure.trial.text}: {failure.reason}"
 
 

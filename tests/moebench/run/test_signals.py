@@ -17,6 +17,7 @@ import pytest
 
 from moebench import __main__
 from moebench.cli import run as command
+from moebench.report.folder import Written
 from tests.moebench import stand_in
 from tests.moebench.executed import pid_of
 from tests.moebench.resumed import are_gone, is_whole, rows
@@ -72,7 +73,7 @@ def resumed(moebench, folder):
 
 
 def without_pictures(monkeypatch):
-    monkeypatch.setattr(command, "finish", lambda folder: [])
+    monkeypatch.setattr(command, "finish", lambda folder: Written())
 
 
 @pytest.mark.certify
