@@ -44,7 +44,7 @@ def test_any_name_can_be_drawn() -> None:
 
 
 def test_a_long_name_fits_a_file_system_and_differs_from_its_neighbour() -> None:
-    rows = [row for end in "ab" for row in family("loop", model="m" * 159 + end)]
+    rows = [row for end in "ab" for row in family("loop", model="m" * 110 + end)]
     names = [picture.name for picture in throughput(to_frame(rows))]
     assert len(set(names)) == len(names) == 2
     assert max(map(len, names)) < 150
