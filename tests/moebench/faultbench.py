@@ -188,7 +188,7 @@ def write(rows: Sequence[str], path: Path = DOCUMENT) -> None:
 def main(show: Callable[[str], None] = print) -> None:
     """Examine every fault, and write the table."""
     rows = []
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context("spawn").Pool() as pool:
         for row in pool.imap(row_of, FAULTS):
             show(row)
             rows.append(row)
