@@ -142,13 +142,14 @@ def _changes(trial: Trial, num_tokens: int) -> Iterator[str]:
 def run_lines(lines: list[str], device: torch.device) -> Inputs:
     """Run the lines of `input_lines` on a device, and return what they draw. Torch's generators stay as they were."""
     names: dict[str, Any] = {"torch": torch}
-    with _generators_kept(device), device:
+    with generators_kept(device), device:
         exec("\n".join(lines), names)
     return Inputs(names["x"], names["mask"], names["w"], names["i"], names["dy"])
 
 
 @contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Within this context, draws do not change torch's random generators for what comes later."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
@@ -165,7 +166,7 @@ def parameters(trial: Trial, shapes: Shapes, number: int, device: torch.device) 
     Projections are drawn from N(0, 1/fan-in), and biases from N(0, 1/4).
     """
     names: dict[str, Any] = {"torch": torch, "shapes": shapes}
-    with _generators_kept(device), device:
+    with generators_kept(device), device:
         torch.manual_seed(parameter_seed(trial, number))
         drawn = eval(new_parameters(trial), names)
     return {name: tensor.to(getattr(torch, trial.params)) for name, tensor in drawn.items()}

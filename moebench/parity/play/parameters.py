@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moebench.parity.judge import TensorError
+from moebench.parity.play import draw
 from moebench.parity.play.player import Player, Stage, local, same_bits
 from moebench.parity.play.script import Script
 from moebench.parity.reference import Tensors
@@ -125,8 +126,12 @@ class ParameterSteps:
         if init is None:
             return
         self._zero_grad()
-        self.script.add(f"layer{self.player.number}.init_weights(torch.device({self.script.device!r}))")
-        init(self.stage.device)
+        seed = draw.parameter_seed(self.trial, self.num_parameters) + self.stage.rank
+        drawn = f"layer{self.player.number}.init_weights(torch.device({self.script.device!r}))"
+        self.script.add(f"torch.manual_seed({seed})", drawn)
+        with draw.generators_kept(self.stage.device):
+            torch.manual_seed(seed)
+            init(self.stage.device)
         found = self._state()
         for name, tensor in self.player.parameters.items():
             if tensor.shape != found[name].shape:

@@ -105,3 +105,27 @@ def test_biases_that_are_not_zero_after_init_are_wrong():
             torch.nn.init.ones_(self.down_proj_bias)
 
     assert played("init", kind=Ones)[1].worst.tensor == "down_proj_bias"
+
+
+def test_what_a_layer_draws_itself_is_the_same_in_every_process():
+    """Otherwise the command that a failure prints would try other parameters than those that failed."""
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        play, _ = played("init", "call", "backward")
+        drawn.append(play.player.parameters["down_projs"])
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("asked_through_a_parent", [False, True])
+def test_a_state_dict_is_compared_alone_and_as_a_parent_saves_it(asked_through_a_parent):
+    class Zeros(GroupedExperts):
+        def state_dict(self, *arguments, prefix="", **named):
+            right = super().state_dict(*arguments, prefix=prefix, **named)
+            if bool(prefix) is asked_through_a_parent:
+                right[f"{prefix}down_projs"] = torch.zeros_like(right[f"{prefix}down_projs"])
+            return right
+
+    _, verdict = played("save", kind=Zeros)
+    where = "in a parent's state dict" if asked_through_a_parent else "in the state dict"
+    assert (verdict.worst.tensor, verdict.worst.where) == ("down_projs", where)
