@@ -9,7 +9,6 @@ The exit codes are:
     130  interrupted
 """
 
-import io
 import json
 import os
 import sys
@@ -115,14 +114,14 @@ def main() -> None:
     messages_on_standard_error()
     try:
         _check_arguments(sys.argv[1:])
-        code = app(standalone_mode=False)
+        code = app(prog_name="moebench", standalone_mode=False)
     except MoebenchError as error:
         err.print(str(error))
         code = error.exit_code
-    except _TyperUsageError as error:  # typer would print what the user typed as it is, with controls of the terminal
-        message = io.StringIO()
-        error.show(file=message)
-        err.print(message.getvalue(), end="")
+    except _TyperUsageError as error:  # typer would print four lines, with controls of the terminal that the user typed
+        command = error.ctx.command_path if error.ctx is not None else "moebench"
+        told = error.format_message()
+        err.print(f"{told}{'' if told.endswith(('.', '?')) else '.'} See `{command} --help`.")
         code = error.exit_code
     except OSError as error:
         if error.filename is None and error.errno not in CANNOT_WRITE:

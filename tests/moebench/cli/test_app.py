@@ -82,3 +82,17 @@ def test_version_and_help(moebench):
     for command in ("run", "list", "doctor", "show", "plots"):
         assert command in moebench("--help").out
         assert moebench(command, "--help").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("shwo",), "No such command 'shwo'. Did you mean 'show'? See `moebench --help`."),
+        (("gate", "a"), "Missing argument 'candidate'. See `moebench gate --help`."),
+        (("run", "quick", "--nosuch\x1b[31m"), r"No such option: --nosuch\x1b[31m. See `moebench run --help`."),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(moebench, arguments, message):
+    found = moebench(*arguments)
+    assert (found.code, found.out) == (2, "")
+    assert found.err.strip() == message
