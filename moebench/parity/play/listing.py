@@ -27,6 +27,8 @@ def listing(backend: str, play: Play) -> list[str]:
 
 def _reading_of_grads(play: Play) -> list[str]:
     """Return the line that asks the layer for its gradients if the layer raises an error then."""
+    if not play.players:  # the layer could not be built
+        return []
     own: Callable[[], object] | None = getattr(play.player.layer, "stacked_grads", None)
     try:
         if own is not None:

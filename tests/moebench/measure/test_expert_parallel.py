@@ -120,11 +120,10 @@ def run(tmp_path_factory):
 
 @pytest.mark.certify
 def test_more_ranks_judge_and_measure_as_two_do(tmp_path, certify):
-    """Run four ranks, or eight under `make certify`.
-
-    Some ranks have few tokens or none, and one case has fewer tokens than ranks.
-    """
-    ranks = {"ep_size": 8 if certify else 4, "mode": "train"}
+    """Run eight ranks. Some ranks have few tokens or none, and one case has fewer tokens than ranks."""
+    if not certify:
+        pytest.skip("groups of many processes start slowly on few cores: make certify runs them")
+    ranks = {"ep_size": 8, "mode": "train"}
     jobs = [
         job("loop", "allgather", rank_load="one-empty", num_tokens=1, masked_share=0.0, **ranks),
         job("torch_mm", "alltoall", rank_load="uneven", **ranks),
