@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moebench.parity.poison import poisoned
+from moebench.workload.ranks import is_dtensor
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Held:
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
+    return sum((tensor.to_local() if is_dtensor(tensor) else tensor).nbytes for tensor in tensors)
 
 
 def _resident_bytes(name: str) -> int | None:

@@ -214,3 +214,11 @@ def test_the_block_blocks(tmp_path):
     done = python("import moebench.parity.judge", cwd=tmp_path)
     assert done.returncode != 0
     assert "torch is blocked" in done.stderr
+
+
+def test_a_worker_starts_without_what_one_rank_and_a_sweep_never_need() -> None:
+    """Each of these imports takes a second or more in every worker."""
+    code = "import sys, moebench.measure.worker; print([name for name in sys.argv[1:] if name in sys.modules])"
+    slow = ["torch.distributed.tensor", "hypothesis", "matplotlib", "pandas"]
+    done = subprocess.run([sys.executable, "-c", code, *slow], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
