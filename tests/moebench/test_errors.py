@@ -84,7 +84,7 @@ def test_the_command_line_prints_one_line_and_ends_with_its_code(
     """The line is printed unchanged: it is not wrapped, though it is long, and brackets do not colour a word."""
     message = f"out [1]/[red]: {'x' * 300} is not there; name another folder"
 
-    def fail(standalone_mode: bool) -> None:
+    def fail(**settings: object) -> None:
         raise kind([message]) if kind is SweepError else kind(message)
 
     monkeypatch.setattr(app, "app", fail)
@@ -95,7 +95,7 @@ def test_the_command_line_prints_one_line_and_ends_with_its_code(
 
 
 def test_a_mistake_of_moebench_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "app", lambda standalone_mode: 1 / 0)
+    monkeypatch.setattr(app, "app", lambda **settings: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["moebench"])
     with pytest.raises(ZeroDivisionError):
         app.main()
