@@ -69,7 +69,8 @@ BROKEN = [
     job("loop", seed=3),
     job("ranks:Leaves"),
 ]
-JOBS = [*RIGHT, *WRONG, *BROKEN]
+#: `make test` leaves these out, because a group takes long to start.
+CERTIFIED = ("ranks:RunsOutOfMemory", "ranks:Hangs", "ranks:Leaves")
 
 
 def workers_of(folder):
@@ -101,21 +102,22 @@ def is_zombie(process):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, certify):
     """Run all jobs in one run, and keep the processes that existed as each record came.
 
     All backends share groups of ranks, as if they were built in, because a group takes long to start.
     """
     folder = tmp_path_factory.mktemp("run")
     policy = Policy(time_cap_s=0.01, interval_target=0.9, timeout_s=TIMEOUT_S)
+    jobs = [one for one in (*RIGHT, *WRONG, *BROKEN) if certify or one.backend not in CERTIFIED]
     looks = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
         share_workers(patch)
-        plan = Plan(tuple(JOBS), policy, folder, "run", device="cpu")
+        plan = Plan(tuple(jobs), policy, folder, "run", device="cpu")
         outcome = execute(plan, on_record=lambda row: looks.append(workers_of(folder)))
-    return SimpleNamespace(folder=folder, records=outcome.records, outcome=outcome, looks=looks)
+    return SimpleNamespace(jobs=jobs, folder=folder, records=outcome.records, outcome=outcome, looks=looks)
 
 
 @pytest.mark.certify
@@ -150,7 +152,7 @@ def row_of(run, backend, **fields):
 
 
 def test_every_job_has_one_record_in_order(run):
-    assert [row.key for row in run.records] == [one.key for one in JOBS]
+    assert [row.key for row in run.records] == [one.key for one in run.jobs]
     assert (run.outcome.num_left, run.outcome.interrupted) == (0, False)
     assert list(Journal(run.folder / "journal.jsonl")) == list(run.records)
 
@@ -208,6 +210,7 @@ def test_fp8_is_judged_by_its_recipe_on_all_ranks(run):
     assert re.search(r"\(rank [01], expert [0-3]\)", row.detail)
 
 
+@pytest.mark.certify
 @pytest.mark.parametrize(
     ("name", "status", "detail"),
     [
@@ -219,6 +222,8 @@ def test_fp8_is_judged_by_its_recipe_on_all_ranks(run):
     ],
 )
 def test_what_breaks_one_rank_is_told_of_that_rank(run, name, status, detail):
+    if f"ranks:{name}" not in {one.backend for one in run.jobs}:
+        pytest.skip("a group takes long to start: make certify breaks more of them")
     row = row_of(run, f"ranks:{name}", status=status)
     assert re.search(detail, row.detail.replace("~", "")), row.detail
     assert all(getattr(row, field) is None for field in ONLY_IF_OK)
@@ -226,16 +231,18 @@ def test_what_breaks_one_rank_is_told_of_that_rank(run, name, status, detail):
 
 def test_jobs_after_broken_ones_are_measured_as_any_other(run):
     after = [row for row in run.records if row.backend == "loop" and row.seed]
-    assert [row.status.value for row in after] == ["ok", "ok", "ok"]
+    assert [row.seed for row in after] == [one.case.seed for one in run.jobs if one.case.seed]
+    assert {row.status.value for row in after} == {"ok"}
     assert all(row.skew_ms is not None for row in after)
 
 
 def test_a_group_is_used_as_long_as_all_its_ranks_live(run):
-    assert len(list((run.folder / "logs").glob("worker-*.log"))) == 5, "one, and one after each of four"
+    followed = [one for one in run.jobs[:-1] if one in BROKEN and one.backend != "loop"]
+    assert len(list((run.folder / "logs").glob("worker-*.log"))) == 1 + len(followed), "one, and one after each of them"
 
 
 def test_no_process_of_any_group_is_left(run):
-    looks = dict(zip([one.key for one in JOBS], run.looks, strict=True))
+    looks = dict(zip([one.key for one in run.jobs], run.looks, strict=True))
     for one in (RIGHT[0], BROKEN[4]):  # not the job before Dies, which may end the group too early
         assert len(looks[one.key]) == 3, "a launcher and two ranks"
     assert are_gone([process for look in run.looks for process in look])
