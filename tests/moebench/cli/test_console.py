@@ -94,8 +94,8 @@ def test_each_message_is_one_line_and_results_keep_their_lines(capsys):
 @pytest.mark.parametrize("dumb", [False, True])
 def test_without_a_terminal_a_progress_bar_prints_nothing(capsys, monkeypatch, dumb):
     if dumb:  # a terminal on which no line can be drawn again
-        monkeypatch.setattr(console, "err", console._Messages(stderr=True, force_terminal=True, soft_wrap=True))
         monkeypatch.setenv("TERM", "dumb")
+        monkeypatch.setattr(console, "err", console._Messages(stderr=True, force_terminal=True, soft_wrap=True))
     with pytest.raises(KeyError), console.progress_bar() as progress:
         progress.update(progress.add_task("x", total=2), advance=1)
         raise KeyError
