@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from experts.registry import get_backend
+from moebench.cli import console
 from moebench.cli.app import app
 from moebench.measure.cache import Workload
 from moebench.measure.trials import Trier
@@ -212,7 +213,7 @@ def test_the_advice_in_the_documents_is_what_the_command_prints(
     document: str, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The README leaves out the last lines."""
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(console.out, "width", 160)
     text = (ROOT / document).read_text()
     command, shown = re.search(r"^    moebench (advise .*?)\n.*?^```text\n(.*?)^```", text, re.DOTALL | re.M).groups()
     printed = CliRunner().invoke(app, shlex.split(command)).output

@@ -56,7 +56,8 @@ def assert_clean(text):
     ],
 )
 def test_no_command_prints_a_control_or_a_command_of_github(moebench, folder, monkeypatch, command, columns):
-    monkeypatch.setenv("COLUMNS", str(columns))
+    for its_console in (console.out, console.err):
+        monkeypatch.setattr(its_console, "width", columns)
     other = folder.with_name("::other")
     other.mkdir()
     (other / "journal.jsonl").write_bytes((folder / "journal.jsonl").read_bytes())
