@@ -35,8 +35,9 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def fixed(row):
-    """Return what a row has in every run."""
+    """Return what a row has in every run. Which kernel of an operator takes most of the time differs on a tiny case."""
     told = json.loads(row.to_json())
+    told["executed"] = str(told["executed"]).partition(" > ")[0]
     return {name: value for name, value in told.items() if not any(part in name for part in OF_A_RUN)}
 
 
