@@ -33,7 +33,7 @@ Launched = Callable[[int], Path]
 
 
 #: Numbers of ranks that only `make certify` launches.
-CERTIFIED = {4: pytest.mark.certify, 8: pytest.mark.certify}
+CERTIFIED = dict.fromkeys((4, 8), pytest.mark.certify(share=0))
 
 
 def _param(size: int, what: Case | str) -> Any:
@@ -47,15 +47,13 @@ FACTS = [_param(size, name) for size, names in parallel.FACTS.items() for name i
 
 
 @pytest.fixture(scope="session")
-def launched(tmp_path_factory: pytest.TempPathFactory, certify: bool) -> Launched:
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """Return a function that launches a number of ranks once for all test processes, and returns their folder."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
 
     def launch_once(num_ranks: int) -> Path:
-        if num_ranks in CERTIFIED and not certify:
-            pytest.skip(f"{num_ranks} ranks take long to start: `make certify` runs them")
         folder = shared / f"ranks{num_ranks}"
         with (shared / "ranks.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

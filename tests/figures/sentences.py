@@ -71,8 +71,8 @@ README = (
     ("use `deepep` for a forward of up to {few} tokens per rank. |", ranks.dispatchers),
     (
         """On two GPUs, `deepep` was the fastest dispatcher in every case measured. On four GPUs, it was the fastest in
-        {fastest} of {cases} cases. The others are `te` and `loop`, and
-        {except} tokens with `torch_mm`, where `allgather` and `deepep` are too close to call.""",
+        {fastest} of {cases} cases. With `te` and with `loop`, another dispatcher was the fastest. With `torch_mm` and
+        {except} tokens, `allgather` and `deepep` are too close to call.""",
         ranks.dispatchers,
     ),
     ("use `alltoall` or `allgather` for a forward of {many} tokens per rank. |", ranks.dispatchers),

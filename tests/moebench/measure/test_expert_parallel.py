@@ -123,11 +123,9 @@ def run(tmp_path_factory, certify):
     return SimpleNamespace(jobs=jobs, folder=folder, records=outcome.records, outcome=outcome, looks=looks)
 
 
-@pytest.mark.certify
-def test_more_ranks_judge_and_measure_as_two_do(tmp_path, certify):
+@pytest.mark.certify(share=0)  # groups of many processes start slowly on few cores
+def test_more_ranks_judge_and_measure_as_two_do(tmp_path):
     """Run eight ranks. Some ranks have few tokens or none, and one case has fewer tokens than ranks."""
-    if not certify:
-        pytest.skip("groups of many processes start slowly on few cores: make certify runs them")
     ranks = {"ep_size": 8, "mode": "train"}
     jobs = [
         job("loop", "allgather", rank_load="one-empty", num_tokens=1, masked_share=0.0, **ranks),
@@ -282,10 +280,8 @@ backend = ["loop", "ranks:Hangs"]
 NAMED = ["--backend", "loop", "--backend", "ranks:Hangs"]
 
 
-@pytest.mark.certify
-def test_ctrl_c_ends_all_ranks_of_a_group_and_keeps_what_was_measured(tmp_path, certify):
-    if not certify:
-        pytest.skip("two groups of ranks: make certify; test_run.py interrupts a run of one process")
+@pytest.mark.certify(share=0)  # two groups of ranks; test_run.py interrupts a run of one process
+def test_ctrl_c_ends_all_ranks_of_a_group_and_keeps_what_was_measured(tmp_path):
     (tmp_path / "ranks.toml").write_text(SWEEP)
     path = python_path(ROOT, ROOT / "tests" / "backends")
     process = subprocess.Popen(

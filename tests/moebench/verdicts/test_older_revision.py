@@ -33,16 +33,14 @@ def test_the_worker_runs_with_the_experts_of_an_older_revision(older, tmp_path, 
     assert list(unknown_backends(revision, ["loop", "triton", "no_such"])) == ["no_such"]
 
 
-@pytest.mark.certify
+@pytest.mark.certify(share=0)  # four processes take most of a minute
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("other", ["older", "renamed"])
-def test_another_revision_is_measured_beside_this_one(other, certify, request, capsys, monkeypatch, tmp_path):
+def test_another_revision_is_measured_beside_this_one(other, request, capsys, monkeypatch, tmp_path):
     """`ab` with one job and one round ends with a verdict, and the results of both revisions are right.
 
     The other revision is an older one, or this one with other names for all modules of `experts`.
     """
-    if not certify:
-        pytest.skip("four processes take most of a minute: make certify runs it")
     is_older = other == "older"
     revision = request.getfixturevalue("older") if is_older else str(renamed_experts(tmp_path / "renamed"))
     monkeypatch.chdir(ROOT)

@@ -75,10 +75,8 @@ def test_a_share_of_the_figures_is_simulated_again(certify, name):
         assert found.wrong_passes.count <= 1, found.wrong_passes
 
 
-@pytest.mark.certify
-def test_the_figures_are_what_the_program_prints(certify, capsys):
-    if not certify:
-        pytest.skip("24 simulations take minutes: make certify runs them")
+@pytest.mark.certify(share=0)  # 24 simulations take minutes
+def test_the_figures_are_what_the_program_prints(capsys):
     main(shlex.split(COMMAND))
     assert capsys.readouterr().out == FIGURES
 

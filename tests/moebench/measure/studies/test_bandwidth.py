@@ -55,7 +55,7 @@ def test_all_to_all_moves_no_more_than_every_token_to_every_rank(rows: list[dict
             assert 0 < row["gb_per_s"] * row["ms"] * 1e6 <= 2 * row["num_tokens"] * 2048 * 2 + 1
 
 
-def test_an_unknown_model_is_one_line() -> None:
+def test_an_unknown_model_is_named_with_the_known_ones() -> None:
     app = typer.Typer()
     app.command()(bandwidth.main)
     done = CliRunner().invoke(app, ["--model", "gpt-5"])

@@ -61,7 +61,7 @@ def test_everything_runs_and_has_a_speed(works: list[CountedCall]) -> None:
         (["--backend", "gmm", "--device", "cpu"], "--backend gmm: grouped_gemm"),
     ],
 )
-def test_bad_usage_is_one_line(arguments: list[str], said: str) -> None:
+def test_bad_usage_names_the_value_and_the_rule(arguments: list[str], said: str) -> None:
     app = typer.Typer()
     app.command()(steps.main)
     done = CliRunner().invoke(app, arguments)
