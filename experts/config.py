@@ -125,7 +125,8 @@ class BackendConfig:
     """The engine that computes the experts and the dispatcher that carries tokens between ranks.
 
     In `experts` and `dispatcher`, None means the default of the layer's class. "torch" is another name of the engine
-    "loop". `max_tokens_per_rank` and `capacity_factor` are options of the dispatcher "symm_mem". Raises ConfigError, with one line per mistake, for an invalid value.
+    "loop". `max_tokens_per_rank` and `capacity_factor` are options of the dispatcher "symm_mem". Raises ConfigError,
+    with one line per mistake, for an invalid value.
     """
 
     experts: Engine | None = _field("the name of an engine, or None for the module's default", "loop", default=None)

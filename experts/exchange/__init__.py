@@ -43,10 +43,10 @@ class Layout:
         return self.num_ranks * self.rows_per_slab
 
     @cached_property
-    def parts(self) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
+    def parts(self) -> dict[str, tuple[int, tuple[int, int], torch.dtype]]:
         """The first byte, the shape and the dtype of each part of a region, by the field's name in `Region`."""
         choices = self.num_rows, self.n_activated_experts
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        shapes: dict[str, tuple[tuple[int, int], torch.dtype]] = {
             "rows_RD": ((self.num_rows, self.dim), self.dtype),
             "weights_RK": (choices, self.weights_dtype),
             "indices_RK": (choices, torch.int32),

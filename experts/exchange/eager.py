@@ -6,6 +6,9 @@ from torch import Tensor
 from experts.activations import accumulation_dtype
 from experts.exchange import Slabs
 
+#: Larger indices become this one, which also is not an expert of any layer.
+MAX_INDEX = torch.iinfo(torch.int32).max
+
 
 def place(slabs: Slabs, indices_TK: Tensor, n_local_experts: int) -> Tensor:
     """As `Exchange.place`."""
@@ -27,7 +30,7 @@ def push(
         region.rows_RD[slabs.own_slab][:num_rows] = x_TD[token_N]
         if weights_TK is not None and indices_TK is not None:
             region.weights_RK[slabs.own_slab][:num_rows] = weights_TK[token_N]
-            region.indices_RK[slabs.own_slab][:num_rows] = indices_TK[token_N].int()
+            region.indices_RK[slabs.own_slab][:num_rows] = indices_TK[token_N].clamp(-1, MAX_INDEX).int()
 
 
 def take_choices(slabs: Slabs) -> tuple[Tensor, Tensor, Tensor]:

@@ -105,7 +105,8 @@ def _on_gpus(group: dist.ProcessGroup, device: torch.device, layout: Layout) -> 
         if any(reasons):
             raise Unsupported(next(filter(None, reasons)))
         # not symmetric_memory.empty: it takes memory from a pool, which counts it as memory of torch's allocator
-        memory = symmetric_memory._SymmetricMemory.empty_strided_p2p((layout.num_bytes,), (1,), torch.uint8, device)
+        allocate: Any = symmetric_memory._SymmetricMemory.empty_strided_p2p  # type: ignore[attr-defined]
+        memory = allocate((layout.num_bytes,), (1,), torch.uint8, device)
         handle = symmetric_memory.rendezvous(memory, group)
         memories = [handle.get_buffer(rank, (layout.num_bytes,), torch.uint8) for rank in range(group.size())]
     timeout_ms = _timeout_of(group, device) // timedelta(milliseconds=1)
