@@ -248,7 +248,8 @@ def cases(world_size: int) -> list[Case]:
     return grid + exact + coarse + fakes + symm_mem + (deep_ep if world_size == 2 else []) + loaded
 
 
-#: Facts that the ranks check themselves, by number of ranks: functions of parallel_facts.py and parallel_training.py.
+#: Facts that the ranks check themselves, by number of ranks: functions of parallel_facts.py, parallel_training.py
+#: and parallel_memory.py.
 FACTS = {
     1: ("refusals", "fresh_weights"),
     2: (
@@ -262,8 +263,17 @@ FACTS = {
         "num_sms",
         "parameters_of_others",
         "autocast",
+        *("interleaved", "shared_buffer", "too_many_tokens", "overflow", "buffers_made_again", "other_layouts"),
         *("checkpointed", "copied", "fully_sharded"),
     ),
-    4: ("refusals", "fresh_weights", "state_dict_tools", "two_meshes", "fully_sharded_experts"),
+    4: (
+        "refusals",
+        "fresh_weights",
+        "state_dict_tools",
+        "two_meshes",
+        "fully_sharded_experts",
+        "subgroups",
+        "overflow",
+    ),
     8: (),
 }
