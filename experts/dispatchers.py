@@ -68,13 +68,14 @@ def _module(name: str) -> Any:
     return importlib.import_module(_MODULES[name])
 
 
-def destroy_buffers() -> None:
-    """Free the buffers that dispatchers keep for a process group.
+def destroy_buffers(name: str | None = None) -> None:
+    """Free the buffers that dispatchers keep for a process group, or only those of the named dispatcher.
 
     All ranks must call this function before they destroy their process group. It imports no dispatcher: one that was
     not imported has no buffers.
     """
-    for module in filter(None, map(sys.modules.get, _MODULES.values())):
+    names = _MODULES if name is None else (name,)
+    for module in filter(None, (sys.modules.get(_MODULES[one]) for one in names)):
         destroy = getattr(module, "destroy_buffers", None)
         if destroy is not None:
             destroy()

@@ -38,7 +38,8 @@ def shared_slabs(group: dist.ProcessGroup, device: torch.device, layout: Layout)
     """
     key = group, device, layout
     if key not in _shared:
-        _shared[key] = (_on_gpus if device.type == "cuda" else _on_cpu)(group, device, layout)
+        with torch.inference_mode(mode=False):  # tensors of inference mode could not be written to outside of it
+            _shared[key] = (_on_gpus if device.type == "cuda" else _on_cpu)(group, device, layout)
     return _shared[key]
 
 
@@ -182,10 +183,10 @@ def _map(file: Path, num_bytes: int) -> Tensor:
 
 def _meet(group: dist.ProcessGroup) -> None:
     """Wait until all ranks have called this function. An all-reduce ends on no rank before all have begun it."""
-    dist.all_reduce(torch.zeros(1), group=group)
+    dist.all_reduce(torch.zeros(1, device="cpu"), group=group)
 
 
 def _over(memories: list[Tensor], layout: Layout, rank: int, barrier: Any, owner: object = None) -> Slabs:
-    addresses_P = torch.tensor([memory.data_ptr() for memory in memories]).to(memories[rank].device)
+    addresses_P = torch.tensor([memory.data_ptr() for memory in memories], device=memories[rank].device)
     regions = tuple(Region.over(memory, layout) for memory in memories)
     return Slabs(layout, rank, regions, addresses_P, barrier, owner)

@@ -50,9 +50,9 @@ from moebench.measure.state.process import State
 from moebench.measure.subject import Measured
 from moebench.measure.timing import TimingPolicy
 from moebench.results.record import Record, Status, record
-from moebench.workload.backends import is_built_in
+from moebench.workload.backends import is_built_in, reserves_rows
 from moebench.workload.case import Job
-from moebench.workload.driven import check_name
+from moebench.workload.driven import check_name, destroy_buffers
 from moebench.workload.ranks import Ranks, join, leave, someone_is_gone
 from moebench.workload.spec import Policy
 
@@ -150,6 +150,8 @@ def _measure_all(
             signal.pause()  # the launcher ends this rank, and its log says how that rank ended
         if ranks.rank == 0 or failed:
             events.emit("record", number=number, record=json.loads(row.to_json()))
+        if not failed and reserves_rows(job.dispatcher):
+            destroy_buffers(job.dispatcher)  # every job takes the memory that it needs, so its columns count it
         if failed:
             if ranks.size > 1:  # the other ranks wait for this one in a collective: only a new group can go on
                 os._exit(1)

@@ -233,8 +233,8 @@ class Measured(BaseModel):
         Bytes | None,
         Column(
             Rounds.WORST,
-            "GPU memory that is in use after the call and does not belong to torch: CUDA contexts, NCCL, DeepEP's "
-            "buffers, and every other process on that GPU",
+            "GPU memory that is in use after the call and does not belong to torch: CUDA contexts, NCCL, the "
+            "buffers of `deepep` and `symm_mem`, and every other process on that GPU",
             "bytes",
             null="on a CPU; unless ok",
         ),

@@ -55,7 +55,10 @@ class _Named(BaseModel):
         str, Column(Rounds.SAME, "name of the backend: one that `moebench list` prints, or `module:attribute`")
     ]
     dispatcher: Annotated[
-        str, Column(Rounds.SAME, "name of the dispatcher: `allgather`, `alltoall` or `deepep`; `local` at EP size 1")
+        str,
+        Column(
+            Rounds.SAME, "name of the dispatcher: `allgather`, `alltoall`, `deepep` or `symm_mem`; `local` at EP size 1"
+        ),
     ]
 
 

@@ -41,6 +41,8 @@ def test_defaults_are_those_of_nemo_automodel() -> None:
         "dispatcher": None,
         "te_fp8": None,
         "save": None,
+        "max_tokens_per_rank": None,
+        "capacity_factor": None,
     }
 
 
