@@ -27,8 +27,8 @@ from experts.exchange.memory import destroy_buffers, ranks_cannot_share, shared_
 
 __all__ = ["SymmMem", "destroy_buffers", "make", "unsupported"]
 
-#: A number of tokens that the ranks agree on is rounded up to a multiple of an eighth of the next power of two, and of
-#: this number. So layers with nearly the same number of tokens share their buffers.
+#: A number of tokens that the ranks agree on is rounded up to a multiple of this number and of a sixteenth of the next
+#: power of two. So layers with nearly the same number of tokens share their memory, and a few more tokens fit later.
 FEWEST_TOKENS = 16
 
 
@@ -153,7 +153,7 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
 
 def _rounded_up(num_tokens: int) -> int:
     next_power = 1 << max(num_tokens - 1, 0).bit_length()
-    step = max(FEWEST_TOKENS, next_power // 8)
+    step = max(FEWEST_TOKENS, next_power // 16)
     return max(1, math.ceil(num_tokens / step)) * step
 
 

@@ -5,6 +5,7 @@ a CPU in Triton's interpreter, which needs its own process (see test_fused_steps
 between processes.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -212,6 +213,38 @@ def test_an_index_that_is_no_expert_stays_no_expert(name: str, device: str, dtyp
     assert indices_RK[0].tolist() == [2**31 - 1, 0, 2**31 - 1]
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_between_conflicting_accesses_of_two_ranks_there_is_a_barrier(length: int) -> None:
+    """For every sequence of pushes and pulls, of which one rank may be as far ahead as the barriers allow.
+
+    All ranks pass the same barriers, so two accesses of different ranks are ordered if and only if the number of
+    barriers before them differs.
+    """
+    for sequence in itertools.product(("push", "pull"), repeat=length):
+        num_barriers = 0
+
+        def barrier() -> None:
+            nonlocal num_barriers
+            num_barriers += 1
+
+        slabs = Slabs(Layout(2, 4, 1, 1, F32, F32), 0, (), torch.empty(0), barrier)
+        # what a rank does, by the number of barriers before it: whose region it reads or writes ("all" has its own)
+        reads: list[tuple[int, str]] = []
+        writes: list[tuple[int, str]] = []
+        for exchange in sequence:
+            (slabs.begin_push if exchange == "push" else slabs.begin_pull)()
+            writes.append((num_barriers, "all" if exchange == "push" else "own"))
+            slabs.arrive()
+            reads.append((num_barriers, "own" if exchange == "push" else "all"))
+        for (written, whose), (read, from_whose) in itertools.product(writes, reads):
+            # another rank reads the region that this rank writes to, at the same time
+            if written == read:
+                assert (whose, from_whose) == ("own", "own"), f"{sequence}: a rank overwrites what another one reads"
+        for (one, whose), (other, its) in itertools.combinations(writes, 2):
+            if one == other:
+                assert (whose, its) == ("own", "own"), f"{sequence}: two ranks write to one region at the same time"
+
+
 @pytest.fixture
 def ptx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     """Return a dict that gets the PTX of each kernel that is launched from now on. No kernel runs."""
@@ -239,9 +272,9 @@ def test_the_kernels_compile_for_sm90_and_move_16_bytes_at_a_time(ptx: dict[str,
     ]
     for call in calls:
         call()
-    assert {*ptx} == {"_place", "_push", "_take_choices", "_copy_filled", "_pull"}
-    for kernel in ("_push", "_copy_filled", "_pull"):
+    assert {*ptx} == {"place", "push", "take_choices", "copy_filled", "pull"}
+    for kernel in ("push", "copy_filled", "pull"):
         moves = set(re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.[bu]16\b", ptx[kernel]))
         assert not moves, f"{kernel} moves single elements: {moves}"
-    assert ptx["_push"].count("st.global.v4.b32") >= 8  # one per rank
-    assert ptx["_pull"].count("ld.global.v4.b32") >= 8
+    assert ptx["push"].count("st.global.v4.b32") >= 8  # one per rank
+    assert ptx["pull"].count("ld.global.v4.b32") >= 8
