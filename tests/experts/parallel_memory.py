@@ -25,7 +25,7 @@ EVEN_CHOICES = {
 
 
 def layer(seed: int = 1, **options: object) -> ExpertLayer:
-    backend = BackendConfig(experts="loop", dispatcher="symm_mem", **options)  # type: ignore[arg-type]
+    backend = BackendConfig(experts="torch_mm", dispatcher="symm_mem", **options)  # type: ignore[arg-type]
     return sharded(GroupedExperts(SYMM_MEM.config, backend), random_parameters(SYMM_MEM.config, seed))
 
 
@@ -137,6 +137,8 @@ def buffers_made_again() -> None:
         assert not memory._shared
     output.backward(batch.grad)
     assert torch.equal(x.grad, right["x"])
+    with torch.inference_mode():  # makes the memory, which a later train step writes to
+        forward(made, batch)
     assert_same(run_stacked(made, batch), right)
 
 

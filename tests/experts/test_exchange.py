@@ -72,15 +72,18 @@ def functions(name: str) -> ModuleType:
 
 
 class Given:
-    """The tokens of all ranks, and for each rank its view of all regions. The memory is filled with NaN at first."""
+    """The tokens of all ranks, and for each rank its view of all regions. At first, the memory holds NaN and a valid index."""
 
     def __init__(self, num_tokens: tuple[int, ...], rows_per_slab: int, device: str, dtype: torch.dtype) -> None:
         self.num_ranks = len(num_tokens)
         generator = torch.Generator().manual_seed(6)
         weights_dtype = F64 if dtype is F64 else F32
         self.layout = Layout(self.num_ranks, rows_per_slab, DIM, CHOICES, dtype, weights_dtype)
-        memories = [torch.full((self.layout.num_bytes,), 0xFF, dtype=torch.uint8).to(device) for _ in num_tokens]
+        memories = [torch.zeros(self.layout.num_bytes, dtype=torch.uint8, device=device) for _ in num_tokens]
         self.regions = tuple(Region.over(memory, self.layout) for memory in memories)
+        for region in self.regions:
+            region.rows_RD.fill_(torch.nan), region.weights_RK.fill_(torch.nan)
+            region.indices_RK.fill_(1), region.counts_PP.fill_(7)
         addresses_P = torch.tensor([memory.data_ptr() for memory in memories]).to(device)
         self.slabs = [
             Slabs(self.layout, rank, self.regions, addresses_P, lambda: None, memories)
@@ -170,7 +173,7 @@ def test_a_pull_sums_the_rows_of_each_token_in_the_order_of_the_ranks(
     y_RD, weights_RK = given.of_region
     for slabs in given.slabs:
         _, indices_RK, counts_P = exchange.take_choices(slabs)
-        unfilled = (indices_RK == -1).all(dim=1) & slabs.own.rows_RD.isnan().all(dim=1)
+        unfilled = (indices_RK == -1).all(dim=1)
         mine = [(t * (slabs.rank + 1)).masked_fill(unfilled.unsqueeze(-1), torch.nan) for t in (y_RD, weights_RK)]
         exchange.put(slabs, mine[0], counts_P, mine[1])
     for source, slabs in enumerate(given.slabs):

@@ -182,6 +182,15 @@ def test_deepep_gives_the_bits_of_alltoall(num_ranks: int, scenario: str, launch
     assert_same(deepep, alltoall)
 
 
+@pytest.mark.parametrize("scenario", ["uneven", "masked", "one-expert-twice"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_symm_mem_gives_the_bits_of_alltoall(num_ranks: int, scenario: str, launched: Launched) -> None:
+    """An expert gets its rows in the same order, and rows that nobody filled change nothing."""
+    cases = [Case(scenario, "loop", dispatcher) for dispatcher in ("symm_mem", "alltoall")]
+    symm_mem, alltoall = (together(outcomes(launched(num_ranks), case.name, num_ranks)) for case in cases)
+    assert_same(symm_mem, alltoall)
+
+
 @pytest.mark.parametrize(("num_ranks", "name"), FACTS)
 def test_a_fact_that_the_ranks_check_holds(num_ranks: int, name: str, launched: Launched) -> None:
     outcomes(launched(num_ranks), name, num_ranks)
