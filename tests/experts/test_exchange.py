@@ -72,7 +72,7 @@ def functions(name: str) -> ModuleType:
 
 
 class Given:
-    """The tokens of all ranks, and for each rank its view of all regions. At first, the memory holds NaN and a valid index."""
+    """The tokens of all ranks, and for each rank its view of all regions, which hold NaN and a valid index at first."""
 
     def __init__(self, num_tokens: tuple[int, ...], rows_per_slab: int, device: str, dtype: torch.dtype) -> None:
         self.num_ranks = len(num_tokens)
