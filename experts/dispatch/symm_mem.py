@@ -7,6 +7,7 @@ GPUs of one host. On a CPU, the ranks are processes of one host.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +142,7 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     Whether the ranks reach each other's memory is not known here: `SymmMem` raises Unsupported if they do not.
     """
     if device.type == "cpu":
-        return None
+        return None if hasattr(os, "memfd_create") else Unsupported("symm_mem needs Linux on a CPU; use alltoall")
     if device.type != "cuda":
         return Unsupported(f"symm_mem runs on CUDA GPUs and on CPUs, the device is {device.type}; use alltoall")
     try:

@@ -1,7 +1,8 @@
 """Make memory that all ranks of a group read and write, and the barrier between them.
 
 On GPUs, torch's symmetric memory maps the memory of every rank into every process, and the barrier is a kernel that
-exchanges signals. On a CPU, the ranks map files in shared memory, and the barrier is an all-reduce over gloo.
+exchanges signals. On a CPU, the ranks map files that are only in memory and have no name, so that nothing is left if a
+rank is killed. There, the barrier is an all-reduce over gloo.
 """
 
 import atexit
@@ -9,7 +10,6 @@ import contextlib
 import mmap
 import os
 import platform
-import tempfile
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ from torch import Tensor
 from experts.errors import InputError, Unsupported
 from experts.exchange import Layout, Region, Slabs
 
-#: A folder of files that are only in memory, on Linux.
-SHARED_MEMORY = Path("/dev/shm")
 #: Each kernel has code for every rank, and a host has no more GPUs than this.
 MAX_RANKS = 64
 
@@ -69,7 +67,7 @@ def ranks_cannot_share(group: dist.ProcessGroup) -> Unsupported | None:
 
 
 def _host() -> tuple[str, str]:
-    """Return what differs between hosts, and between containers of one host, which may not share /dev/shm."""
+    """Return what differs between hosts, and between containers of one host, which do not see each other's files."""
     boot = ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -136,44 +134,24 @@ def _timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
 
 
 def _on_cpu(group: dist.ProcessGroup, device: torch.device, layout: Layout) -> Slabs:
-    file, problem = None, ""
+    descriptor, problem = os.memfd_create("experts"), ""
     try:
-        file = _make_file(layout.num_bytes)
-    except OSError as error:
-        problem = (
-            f"symm_mem needs {layout.num_bytes} bytes of shared memory on each rank: {error.strerror}; make "
-            f"{SHARED_MEMORY} larger, lower max_tokens_per_rank or capacity_factor, or use alltoall"
-        )
-    try:
-        told = _tell(group, (layout, problem, None if file is None else str(file)))
+        try:  # a file without its memory would end the process with a signal at its first write
+            os.posix_fallocate(descriptor, 0, layout.num_bytes)
+        except OSError as error:
+            problem = (
+                f"symm_mem needs {layout.num_bytes} bytes of shared memory on each rank: {error.strerror}; lower "
+                "max_tokens_per_rank or capacity_factor, or use alltoall"
+            )
+        told = _tell(group, (layout, problem, f"/proc/{os.getpid()}/fd/{descriptor}"))
         _check_layouts([its_layout for its_layout, _, _ in told])
         if problems := [its_problem for _, its_problem, _ in told if its_problem]:
             raise Unsupported(problems[0])
         memories = [_map(Path(path), layout.num_bytes) for _, _, path in told]
-        _meet(group)  # the files must stay until all ranks have mapped them
-    finally:
-        if file is not None:
-            file.unlink()
-    return _over(memories, layout, group.rank(), lambda: _meet(group))
-
-
-def _make_file(num_bytes: int) -> Path:
-    """Return a new file in shared memory. Raises OSError if there is not enough."""
-    descriptor, name = tempfile.mkstemp(prefix="experts-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
-    file = Path(name)
-    try:
-        # a file without its memory would end the process with a signal at its first write
-        getattr(os, "posix_fallocate", _extend)(descriptor, 0, num_bytes)
-    except OSError:
-        file.unlink()
-        raise
+        _meet(group)  # the descriptors must stay open until all ranks have mapped the files
     finally:
         os.close(descriptor)
-    return file
-
-
-def _extend(descriptor: int, start: int, num_bytes: int) -> None:
-    os.ftruncate(descriptor, start + num_bytes)
+    return _over(memories, layout, group.rank(), lambda: _meet(group))
 
 
 def _map(file: Path, num_bytes: int) -> Tensor:
