@@ -1,6 +1,6 @@
 """Define every error that a user may see. A message is one line: what is wrong, which value, the rule, the remedy.
 
-    MoebenchError          base; the command line prints the message and ends with `exit_code`
+    MoebenchError          base; the command line prints each of its `lines` and ends with `exit_code`
     ├── UsageError         2    the user asked for something that moebench cannot do
     ├── SweepError         2    a sweep, a filter or a backend's name is wrong; one line for each mistake
     ├── ResultsError       2    a file or folder cannot be opened as results
@@ -35,9 +35,17 @@ def first_mistake(error: ValidationError) -> str:
 
 
 class MoebenchError(Exception):
-    """The base of all errors that moebench raises on purpose."""
+    """The base of all errors that moebench raises on purpose. Each argument is one line of the message."""
 
     exit_code: ClassVar[int] = EXIT_USAGE
+
+    @property
+    def lines(self) -> Sequence[str]:
+        """The lines of the message. A name in a line may have a newline: whoever prints the line escapes it."""
+        return [str(line) for line in self.args]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 class UsageError(MoebenchError):
@@ -51,8 +59,9 @@ class SweepError(MoebenchError):
         super().__init__(mistakes)
         self.mistakes = list(mistakes)
 
-    def __str__(self) -> str:
-        return "\n".join(self.mistakes)
+    @property
+    def lines(self) -> Sequence[str]:
+        return self.mistakes
 
 
 class ResultsError(MoebenchError):

@@ -1,6 +1,8 @@
 """Settings of all tests: one thread per test process, GPU tests skipped without a GPU, and a fake of NVML."""
 
+import math
 import os
+import random
 import signal
 import sys
 from types import SimpleNamespace
@@ -28,7 +30,25 @@ def certify(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("certify"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _left_out(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return the cases of tests marked `certify(share=…)` that `make test` leaves out. The seed is the test's name."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        mark = item.get_closest_marker("certify")
+        if mark is not None and "share" in mark.kwargs:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out: set[pytest.Item] = set()
+    for name, some in cases.items():
+        share = some[0].get_closest_marker("certify").kwargs["share"]  # type: ignore[union-attr]
+        left_out |= set(some) - set(random.Random(name).sample(some, math.ceil(share * len(some))))
+    return left_out
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("certify"):
+        left_out = _left_out(items)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from experts.registry import get_backend
+from moebench.cli import console
 from moebench.cli.app import app
 from moebench.measure.cache import Workload
 from moebench.measure.trials import Trier
@@ -205,3 +206,18 @@ def test_targets_of_links_and_pictures_exist(document: Path) -> None:
     text = document.read_text()
     targets = [*re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text), *re.findall(r'src="([^"]+)"', text)]
     assert not [target for target in targets if not (document.parent / target).exists()]
+
+
+@pytest.mark.parametrize(("document", "whole"), [("README.md", False), ("docs/results.md", True)])
+def test_the_advice_in_the_documents_is_what_the_command_prints(
+    document: str, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README leaves out the last lines."""
+    monkeypatch.setattr(console.out, "width", 160)
+    text = (ROOT / document).read_text()
+    command, shown = re.search(r"^    moebench (advise .*?)\n.*?^```text\n(.*?)^```", text, re.DOTALL | re.M).groups()
+    printed = CliRunner().invoke(app, shlex.split(command)).output
+    lines = [line.rstrip() for line in printed.splitlines()]
+    told = shown.splitlines()
+    assert len(told) > 5
+    assert told == (lines if whole else lines[: len(told)])

@@ -116,7 +116,8 @@ def main() -> None:
         _check_arguments(sys.argv[1:])
         code = app(prog_name="moebench", standalone_mode=False)
     except MoebenchError as error:
-        err.print(str(error))
+        for line in error.lines:
+            err.print(line)
         code = error.exit_code
     except _TyperUsageError as error:  # typer would print four lines, with controls of the terminal that the user typed
         command = error.ctx.command_path if error.ctx is not None else "moebench"

@@ -7,7 +7,8 @@ direction of writing, or is a command of GitHub Actions. rich's markup in a text
 import io
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from json import dumps, loads
 from typing import IO, Any
 
@@ -55,8 +56,15 @@ class _Console(Console):
         self.file.write(table)
 
 
+class _Messages(_Console):
+    """A console for messages. Each text that it prints is one line: a newline in a name is escaped, too."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(escapes.line(text), **how)
+
+
 out = _Console(highlight=False, soft_wrap=False, markup=False, emoji=False)
-err = _Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+err = _Messages(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 class _OnStandardError(logging.Handler):
@@ -82,8 +90,12 @@ def messages_on_standard_error() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def progress_bar() -> Progress:
-    """Return a progress bar on standard error that disappears at the end."""
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Show a progress bar on standard error that disappears at the end.
+
+    If standard error is not a terminal, the bar is never started: at its end, rich would print an empty line there.
+    """
     columns = (
         SpinnerColumn(),
         BarColumn(20),
@@ -91,4 +103,6 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    return Progress(*columns, console=err, transient=True)
+    progress = Progress(*columns, console=err, transient=True)
+    with progress if err.is_interactive else nullcontext():
+        yield progress

@@ -138,7 +138,7 @@ def choose(device: str | None, wanted: str | None, share: bool) -> tuple[tuple[S
         else:
             notes.append(f"GPU {number} is {gpu.in_use}, so the run leaves it out; --share-gpus uses it anyway")
     if notes and not free:
-        raise UsageError("\n".join(notes))
+        raise UsageError(*notes)
     return tuple(free) or ANYWHERE, notes
 
 

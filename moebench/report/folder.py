@@ -26,7 +26,7 @@ class Written:
     def check(self) -> None:
         """Raise PictureError if a plot could not be drawn."""
         if self.failures:
-            raise PictureError("\n".join(self.failures))
+            raise PictureError(*self.failures)
 
 
 def finish(folder: Path) -> Written:

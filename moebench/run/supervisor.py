@@ -178,7 +178,7 @@ class WorkerProcess:
             case Ready() if self.environment is None:
                 self.environment = event.environment
             case Mistaken() if self.environment is None:
-                raise Refused("\n".join(map(told, event.mistakes)))
+                raise Refused(*map(told, event.mistakes))
             case Started(number=number) if self._running is None and number == self._num_done < len(self._given):
                 self._running, self._trial = number, None
                 if self._num_ranks > 1 and not number:
@@ -257,7 +257,8 @@ class WorkerProcess:
         if self._running is not None:
             yield self._end_job(status, detail)
         elif not self._num_done:
-            raise RunnerError(f"a worker ended before it measured anything: {detail}\nlog: {self._log}")
+            told_last = f"a worker ended before it measured anything: {detail}".splitlines()
+            raise RunnerError(*told_last, f"log: {self._log}")
 
     def _end_job(self, status: Status, detail: str) -> Record:
         """Return the record of the job that the worker was measuring."""

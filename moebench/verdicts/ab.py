@@ -138,7 +138,7 @@ def _plan(run: RunPlan, a: Revision, b: Revision, threshold: float) -> AbPlan:
     not_in_a, not_in_b = unknown_backends(a, names), unknown_backends(b, names)
     nowhere = [not_in_a[name] for name in not_in_a if name in not_in_b]
     if nowhere:
-        raise UsageError("\n".join(nowhere))
+        raise UsageError(*nowhere)
     if names <= not_in_a.keys() | not_in_b.keys():
         raise UsageError(f"{a} and {b} have no backend of this sweep in common: {', '.join(sorted(names))}")
     only_a = frozenset(job for job in run.jobs if job.backend in not_in_b)

@@ -44,7 +44,7 @@ Launched = Callable[[int], Path]
 
 
 #: Numbers of ranks that only `make certify` launches.
-CERTIFIED = {8: pytest.mark.certify}
+CERTIFIED = {4: pytest.mark.certify, 8: pytest.mark.certify}
 
 
 def _param(size: int, what: Case | str) -> Any:

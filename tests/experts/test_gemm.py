@@ -59,24 +59,26 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
 
 @pytest.mark.skipif(INTERPRETED, reason="it starts this process")
 @pytest.mark.parametrize(
-    "tests",
+    ("files", "whole", "part"),
     [
-        ["tests/experts/test_gemm.py", "-k", "cpu"],
-        [
-            *("tests/experts/test_corners.py", "tests/experts/test_engines.py", "-k"),
+        (
+            ["test_gemm.py"],
+            "cpu",
+            # products with small tiles, and activated ones of one plan with all their operands
+            "cpu and float16 and (16x16 or per-tile-both or bias-swiglu-before) or compiled",
+        ),
+        (
+            ["test_corners.py", "test_engines.py"],
             "triton-cpu-float16 and (every_gradient and bias and not geglu or zero_tokens or one_expert or window)",
-        ],
+            "triton-cpu-float16 and (every_gradient and quick_geglu-bias or zero_tokens or window and 1+4-bias)",
+        ),
     ],
     ids=["products", "layers"],
 )
 @pytest.mark.certify
 @pytest.mark.timeout(600)
-def test_in_tritons_interpreter(tests: list[str], certify: bool) -> None:
-    if not certify:  # products with small tiles, and activated ones of one plan with all their operands
-        tests = [
-            "cpu and float16 and (16x16 or per-tile-both or bias-swiglu-before) or compiled" if some == "cpu" else some
-            for some in tests
-        ]
+def test_in_tritons_interpreter(files: list[str], whole: str, part: str, certify: bool) -> None:
+    tests = [*(f"tests/experts/{name}" for name in files), "-k", whole if certify else part]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "EXPERTS_STEPS": "fused", "PYTHONPATH": str(ROOT)}
     # a tile reads past its group, where memory may hold infinities; numpy warns about them
     quiet = ["-W", "ignore:invalid value encountered:RuntimeWarning", "-W", "ignore:overflow:RuntimeWarning"]
@@ -263,6 +265,7 @@ def test_tilings_grow_with_the_rows() -> None:
         assert (heights[0], heights[-1]) == (16, 128)
 
 
+@pytest.mark.certify(share=0.5)
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
 @pytest.mark.parametrize("rows_per_expert", [4, 20, 50, 1000])
 def test_products_compile_for_sm90_with_wide_copies(

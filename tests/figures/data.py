@@ -13,8 +13,10 @@ from moebench.verdicts.findings import rounds_of
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "results" / "published"
-GPU, PEERS, TWO_GPUS = "h200-2026-11-23", "h200-peers-2026-11-23", "h200-ep2-2026-11-23"
-EARLIER_GPU, EARLIER_PEERS = "earlier/h200-2026-11-23-2", "earlier/h200-peers-2026-11-23"
+GPU, TWO_GPUS, FOUR_GPUS = "h200-2026-11-23", "h200-ep2-2026-11-23", "h200-ep4-2026-11-28"
+#: `moebench run peers`: many tokens with every library, few tokens, and the runs before with many tokens.
+PEERS, DECODE = "h200-peers-2026-11-28", "h200-peers-2026-11-23"
+EARLIER_GPU, EARLIER_PEERS = "earlier/h200-2026-11-23-2", (DECODE, "earlier/h200-peers-2026-11-23")
 #: Shapes (experts, top-k, dim, inter) and the token count that was measured for each.
 SHAPES = {(128, 8, 2048, 768): 16384, (32, 4, 2880, 2880): 8192, (32, 8, 7168, 2048): 4096}
 JOB = ["case_id", "backend", "dispatcher"]
@@ -30,6 +32,12 @@ def results(name: str) -> pd.DataFrame:
 
 def document(name: str) -> Any:
     return json.loads((PUBLISHED / name).read_text())
+
+
+def bandwidths(name: str) -> pd.DataFrame:
+    """The rows of the study `bandwidth`, from all its files in a folder of results/published."""
+    files = sorted((PUBLISHED / name).glob("bandwidth*.json"))
+    return pd.DataFrame([row for path in files for row in json.loads(path.read_text())["rows"]])
 
 
 def select(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
@@ -51,9 +59,8 @@ def of_shape(frame: pd.DataFrame, shape: tuple[int, ...]) -> pd.DataFrame:
 
 
 def peers_of(backend: str, shape: tuple[int, ...]) -> pd.DataFrame:
-    """The two jobs of a backend on a shape of `moebench run peers`, from the run in which it was installed."""
-    frames = (select(of_shape(results(name), shape), num_tokens=SHAPES[shape]) for name in (PEERS, EARLIER_PEERS))
-    return next(found for frame in frames if len(found := select(frame, backend=backend)))
+    """The two jobs of a backend on a shape of `moebench run peers`: the forward and the train step."""
+    return select(of_shape(results(PEERS), shape), num_tokens=SHAPES[shape], backend=backend)
 
 
 def samples_of(row: pd.Series) -> Any:

@@ -15,7 +15,7 @@ from moebench.run.footprint import pass_bytes
 from moebench.verdicts.noise import noises, noises_together
 from moebench.workload.case import Case, Job
 from tests.figures import data
-from tests.figures.data import GPU, JOB, PEERS, SHAPES, TWO_GPUS, results, select, the
+from tests.figures.data import DECODE, FOUR_GPUS, GPU, JOB, PEERS, TWO_GPUS, results, select, the
 
 WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 QWEN, MIXTRAL = "qwen3-30b-a3b", "mixtral-8x7b"
@@ -35,6 +35,14 @@ def environment(name: str = GPU) -> dict[str, str]:
     torch = ".".join(versions["torch"].split(".")[:2])
     python = ".".join(found["python"].split(".")[:2])
     return {"torch": torch, "cuda": versions["cuda"], "python": python, "gpu": gpu["name"], "date": name[-10:]}
+
+
+def environments() -> dict[str, str]:
+    """What all runs share, and their dates."""
+    found = [environment(name) for name in (GPU, DECODE, TWO_GPUS, PEERS, FOUR_GPUS)]
+    (shared,) = {tuple((key, one[key]) for key in one if key != "date") for one in found}
+    first, second = sorted({one["date"] for one in found})
+    return {**dict(shared), "first": first, "second": second}
 
 
 def counts(name: str) -> dict[str, Any]:
@@ -90,24 +98,13 @@ def libraries_take() -> dict[str, str]:
 
 
 def fp8_is_slower() -> dict[str, str]:
-    for name in (GPU, TWO_GPUS):
+    for name in (GPU, TWO_GPUS, FOUR_GPUS):
         times = results(name).pivot(index=["case_id", "dispatcher"], columns="backend", values="time_ms")
         for backend in times.filter(like="fp8"):
             both = times[[backend, "torch_mm"]].dropna()
             assert len(both), backend
             assert (both[backend] > both["torch_mm"]).all(), backend
     return {}
-
-
-def dispatchers() -> dict[str, int]:
-    forward = select(results(TWO_GPUS), mode="forward")
-    times = forward.pivot(index=["num_tokens", "backend"], columns="dispatcher", values="time_ms").reset_index()
-    is_fastest = times["deepep"] < times[["allgather", "alltoall"]].min(axis=1)
-    is_slowest = times["deepep"] > times[["allgather", "alltoall"]].max(axis=1)
-    most, fewest = times.loc[is_fastest, "num_tokens"].max(), times.loc[is_slowest, "num_tokens"].min()
-    assert is_fastest[times["num_tokens"] <= most].all()
-    assert is_slowest[times["num_tokens"] >= fewest].all()
-    return {"few": most, "many": fewest}
 
 
 def minutes() -> dict[str, str]:
@@ -126,24 +123,6 @@ def lines_of_the_picture() -> dict[str, str]:
 # measured.md
 
 
-def of_automodel() -> dict[str, str]:
-    found = {}
-    for backend in ("torch_mm", "triton"):
-        for number, shape in enumerate(SHAPES):
-            own, peer = (data.peers_of(name, shape) for name in (backend, "peer_automodel_torch_mm"))
-            times_ms = [the(frame, mode="train")["time_ms"] for frame in (own, peer)]
-            found[f"{backend}{number}"] = f"{times_ms[0] / times_ms[1]:.2f}"
-    ours = [float(found[f"triton{number}"]) for number in range(len(SHAPES))]
-    return {**found, "low": f"{min(ours):.2f}", "high": f"{max(ours):.2f}"}
-
-
-def two_peers_runs() -> dict[str, str]:
-    both = results(PEERS).merge(results(data.EARLIER_PEERS), on=JOB, suffixes=("", "_before"))
-    both = both[both["backend"].eq("torch_mm") & both["num_tokens"].isin(SHAPES.values())]
-    apart = {name: (both[name] / both[f"{name}_before"] - 1).abs().max() for name in ("time_ms", "grouped_ms")}
-    return {name: f"{share:.1%}" for name, share in apart.items()}
-
-
 def products_twice() -> dict[str, str]:
     of_case = results(GPU).groupby("case_id")["grouped_ms"]
     assert of_case.nunique().max() == 2
@@ -157,12 +136,6 @@ def listed_from() -> dict[str, int]:
 def te_forward() -> dict[str, str]:
     forward = select(results(GPU), model=QWEN, backend="te", mode="forward", routing="uniform")
     return {f"t{count}": f"{the(forward, num_tokens=count)['time_ms']:.1f}" for count in (512, 16384)}
-
-
-def allgather_waits() -> dict[str, str]:
-    rows = data.document(f"{TWO_GPUS}/bandwidth.json")["rows"]
-    dispatch = [row for row in rows if (row["dispatcher"], row["way"]) == ("allgather", "dispatch")]
-    return span([row["ms"] - row["raw_ms"] for row in dispatch], 2)
 
 
 def seconds_of_a_job() -> dict[str, str]:
@@ -201,17 +174,13 @@ def peaks_apart() -> dict[str, str]:
 
 def estimates() -> dict[str, Any]:
     ratios = []
-    for name in (GPU, TWO_GPUS, PEERS):
+    for name in (GPU, TWO_GPUS, DECODE, FOUR_GPUS, PEERS):
         for row in results(name).to_dict("records"):
             if not row["backend"].startswith("peer_"):
                 fields = {key: row[key] for key in Case.model_fields if key in row and not pd.isna(row[key])}
                 job = Job(case=Case.model_validate(fields), backend=row["backend"], dispatcher=row["dispatcher"])
                 ratios.append(pass_bytes(job) / row["peak_memory_bytes"])
     return {**span(ratios, 1), "median": f"{np.median(ratios):.1f}", "jobs": len(ratios)}
-
-
-def outside_torch() -> dict[str, str]:
-    return span([float(some) / 2**30 for some in results(TWO_GPUS)["outside_torch_bytes"]], 1)
 
 
 def gpus_differ() -> dict[str, str]:

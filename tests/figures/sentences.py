@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.figures import quoted
-from tests.figures.data import GPU, TWO_GPUS
+from tests.figures import peers, quoted, ranks
+from tests.figures.data import FOUR_GPUS, GPU, PEERS, TWO_GPUS
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,28 @@ README = (
         "{measured} jobs on {models} model shapes, all within their parity budgets.",
         lambda: quoted.counts(GPU),
     ),
-    ("holds {measured} of {jobs} jobs.", lambda: quoted.counts(TWO_GPUS)),
+    (
+        "This run has {measured} jobs on three shapes, also with the layers of other libraries.",
+        lambda: quoted.counts(PEERS),
+    ),
+    ("holds {measured} of {jobs} jobs,", lambda: quoted.counts(TWO_GPUS)),
+    ("holds all {measured} jobs,", lambda: quoted.counts(FOUR_GPUS)),
     (
         "A train step of `triton` takes {low} to {high} of the time that NeMo AutoModel's layer takes.",
-        quoted.of_automodel,
+        peers.of_automodel,
     ),
-    ("`triton` was the fastest in all {cases} cases in which another backend was measured beside it.", quoted.fastest),
+    (
+        """On a shape with {many} experts, a train step of SonicMoE takes {less}% less time than a train step of
+        `triton`. On two shapes with {few} experts, the two differ by at most {train_close}. A forward of SonicMoE takes
+        up to {forward_most} more time than a forward of `triton`, and its train step takes {peak_low} to {peak_high}
+        more memory.""",
+        peers.of_sonicmoe,
+    ),
+    (
+        """`triton` was the fastest backend of this project in all {cases} cases in which another backend was measured
+        beside it.""",
+        quoted.fastest,
+    ),
     (
         """For up to 2048 tokens of Qwen3-30B-A3B with uniform routing, the forward of `triton` takes {low} to {high}%
         less time than the forward of `torch_mm`. For 16384 tokens, the forward of `triton` takes {forward}% less time
@@ -52,22 +68,59 @@ README = (
         quoted.libraries_take,
     ),
     ("FP8 through Transformer Engine was slower than `torch_mm` in every case measured.", quoted.fp8_is_slower),
-    ("use `deepep` for a forward of up to {few} tokens per rank. |", quoted.dispatchers),
-    ("use `alltoall` or `allgather` for a forward of {many} tokens per rank. |", quoted.dispatchers),
+    ("use `deepep` for a forward of up to {few} tokens per rank. |", ranks.dispatchers),
+    (
+        """On two GPUs, `deepep` was the fastest dispatcher in every case measured. On four GPUs, it was the fastest in
+        {fastest} of {cases} cases. The others are `te` and `loop`, and
+        {except} tokens with `torch_mm`, where `allgather` and `deepep` are too close to call.""",
+        ranks.dispatchers,
+    ),
+    ("use `alltoall` or `allgather` for a forward of {many} tokens per rank. |", ranks.dispatchers),
+    ("`alltoall` and `allgather` were both faster than `deepep` in every case measured.", ranks.dispatchers),
+    ("The fastest dispatcher depends on the case.", ranks.dispatchers_of_train_steps),
+    (
+        """On two GPUs, `torch_mm` was the fastest in every case measured, but `triton` was not measured. On four GPUs,
+        `triton` took {low} to {high} times as long as `torch_mm` with the same dispatcher, and no other backend was
+        faster than both by more than 0.1%.""",
+        ranks.engines,
+    ),
     ("on a GPU node the GPU suite, about {gpu}", quoted.minutes),
 )
 
 MEASURED = (
-    ("on NVIDIA H200 GPUs on {date}, with torch {torch}, CUDA {cuda} and Python {python}.", quoted.environment),
     (
-        """The time of `torch_mm` differs by up to {time_ms} between the two runs, and the time of the matrix products
-        by up to {grouped_ms}.""",
-        quoted.two_peers_runs,
+        "on NVIDIA H200 GPUs on {first} or {second}, with torch {torch}, CUDA {cuda} and Python {python}.",
+        quoted.environments,
     ),
     (
-        """a train step of `torch_mm` takes {torch_mm0}, {torch_mm1} and {torch_mm2} of AutoModel's time on the three
+        """A train step of `torch_mm` takes {torch_mm0}, {torch_mm1} and {torch_mm2} of AutoModel's time on the three
         shapes. A train step of `triton` takes {triton0}, {triton1} and {triton2} of AutoModel's time.""",
-        quoted.of_automodel,
+        peers.of_automodel,
+    ),
+    (
+        """A train step of SonicMoE takes {train0}, {train1} and {train2} of the time of `triton` on the three shapes,
+        and a forward {forward0}, {forward1} and {forward2}. The peak of its train step is {peak_low} to {peak_high}
+        higher.""",
+        peers.of_sonicmoe,
+    ),
+    (
+        """The times of `torch_mm` and `peer_transformers` differ by up to {close} between the runs, and AutoModel's
+        times by up to {automodel}.""",
+        peers.earlier_peers,
+    ),
+    (
+        """In this run, the forward and the train step of SonicMoE together took {s0} s, {s1} s and {s2} s before they
+        were timed""",
+        peers.warmup_of_sonicmoe,
+    ),
+    (
+        "measured all {measured} jobs, and all were `ok`. The worst parity error was {worst} of its budget.",
+        lambda: quoted.counts(FOUR_GPUS),
+    ),
+    (
+        """All {jobs} jobs wait for the GPU (flag `synchronises`), and only {reach} of them reached the target for
+        the width of the interval""",
+        ranks.waits,
     ),
     (
         "measured the matrix products of some cases {times}, and the two times differ by up to {apart} where the GPU",
@@ -79,7 +132,11 @@ MEASURED = (
         {t512} ms for 512 tokens and {t16384} ms for 16384.""",
         quoted.te_forward,
     ),
-    ("its dispatch takes {low} to {high} ms longer than the raw call.", quoted.allgather_waits),
+    (
+        """its dispatch takes {two_low} to {two_high} ms longer than the raw call on two GPUs, and {four_low} to
+        {four_high} ms longer on four.""",
+        ranks.allgather_waits,
+    ),
     (
         """measured {measured} of {jobs} jobs before its time budget ended. All {measured} were `ok`. The worst parity
         error was {worst} of its budget.""",
@@ -108,13 +165,14 @@ MEASURED = (
 OTHERS = (
     (
         "docs/sweeps.md",
-        "{low} to {high} GiB on each of two H200s (2026-11-23).",
-        quoted.outside_torch,
+        """{two_low} to {two_high} GiB on each of two H200s (2026-11-23) and {four_low} to {four_high} GiB on each of
+        four (2026-11-28).""",
+        ranks.outside_torch,
     ),
     (
         "docs/sweeps.md",
         """The estimate for one call was {low} to {high} times the measured peak, and {median} times in the median,
-        over {jobs} jobs on H200s (2026-11-23)""",
+        over {jobs} jobs on H200s (2026-11-23 and 2026-11-28).""",
         quoted.estimates,
     ),
     (

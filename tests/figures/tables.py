@@ -28,7 +28,8 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def peers() -> str:
-    backends = ["torch_mm", "torch_mm_save_time", "triton", "gmm", "te", "peer_automodel_torch_mm", "peer_transformers"]
+    backends = ["torch_mm", "torch_mm_save_time", "triton", "gmm", "te"]
+    backends += ["peer_sonicmoe", "peer_automodel_torch_mm", "peer_transformers"]
     header = ["shape", "tokens", "backend", "forward, TFLOP/s", "share", "train, TFLOP/s", "share", "train peak, MiB"]
 
     def rows() -> Iterator[list[Any]]:
@@ -66,7 +67,7 @@ def steps() -> str:
 
 def decode() -> str:
     backends = ["torch_mm", "triton", "peer_transformers"]
-    frame = data.select(data.of_shape(data.results(data.PEERS), (128, 8, 2048, 768)), mode="forward")
+    frame = data.select(data.of_shape(data.results(data.DECODE), (128, 8, 2048, 768)), mode="forward")
 
     def rows() -> Iterator[list[str]]:
         for num_tokens in (1, 4, 16, 64, 128, 256):
@@ -78,9 +79,36 @@ def decode() -> str:
     return markdown(["tokens", "weights", "products", *(f"`{name}`" for name in backends)], rows())
 
 
+def four_gpus() -> str:
+    ways = ("allgather", "alltoall", "deepep")
+    layers = [(backend, way) for backend in ("torch_mm", "triton") for way in ways]
+    frame = data.select(data.results(data.FOUR_GPUS), model="qwen3-30b-a3b", routing="uniform", rank_load="even")
+
+    def rows() -> Iterator[list[Any]]:
+        for mode in ("forward", "train"):
+            for num_tokens in (16, 128, 1024, 4096, 16384):
+                case = data.select(frame, mode=mode, num_tokens=num_tokens)
+                times_ms = case.set_index(["backend", "dispatcher"])["time_ms"]
+                bare = data.the(case, backend="torch_mm", dispatcher="alltoall")[["grouped_ms", "collective_ms"]]
+                cells = [f"{times_ms[layer]:.2f}" if layer in times_ms else "–" for layer in layers]
+                over = f"{times_ms.min() / bare.sum():.1f}"
+                yield [mode, num_tokens, *(f"{ms:.2f}" for ms in bare), *cells, over]
+
+    columns = (f"`{backend}`, `{way}`" for backend, way in layers)
+    return markdown(["mode", "tokens", "products", "collectives", *columns, "ratio"], rows())
+
+
 def bandwidth() -> str:
+    return _bandwidth(data.TWO_GPUS)
+
+
+def bandwidth_of_four() -> str:
+    return _bandwidth(data.FOUR_GPUS)
+
+
+def _bandwidth(name: str) -> str:
     counts = (4096, 16384)
-    frame = pd.DataFrame(data.document("h200-ep2-2026-11-23/bandwidth.json")["rows"])
+    frame = data.bandwidths(name)
     columns = [(way, num_tokens) for way in ("dispatch", "combine") for num_tokens in counts]
 
     def cell(dispatcher: str, way: str, num_tokens: int) -> str:
@@ -123,7 +151,8 @@ def repeatability() -> str:
 
 #: The function that makes each table, by document and name of the table.
 TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
-    ("docs/measured.md", table.__name__): table for table in (peers, steps, decode, bandwidth, precision, repeatability)
+    ("docs/measured.md", table.__name__): table
+    for table in (peers, steps, decode, four_gpus, bandwidth, bandwidth_of_four, precision, repeatability)
 }
 
 

@@ -94,6 +94,26 @@ def test_the_command_line_prints_one_line_and_ends_with_its_code(
     assert (end.value.code, printed.out, printed.err) == (kind.exit_code, "", f"{message}\n")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [SweepError(["a\nb", "c\td\r"]), errors.PictureError("a\nb", "c\td\r"), errors.RunnerError("a\nb", "c\td\r")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_newline_in_a_name_makes_no_second_line(
+    error: MoebenchError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each mistake is one line. Whoever catches the error gets the text as it was."""
+
+    def fail(**settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr(app, "app", fail)
+    with pytest.raises(SystemExit):
+        app.main()
+    assert capsys.readouterr().err == "a\\nb\nc\\td\\r\n"
+    assert str(error) == "a\nb\nc\td\r"
+
+
 def test_a_mistake_of_moebench_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "app", lambda **settings: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["moebench"])

@@ -25,6 +25,11 @@ def test_a_device_that_cannot_be(sweep, moebench, command, device):
     )
 
 
+@pytest.mark.parametrize("command", [("show",), ("gate", "a"), ("report",), ("run",)])
+def test_a_name_with_a_newline_is_refused_in_one_line(moebench, command):
+    is_refused(moebench(*command, "no\nsuch"), r"no\nsuch")
+
+
 def test_options_that_would_change_nothing(sweep, moebench):
     is_refused(moebench("list", sweep, "--device", "cuda"), "--device cuda with SWEEP")
     is_refused(moebench("list", "--filter", "num_tokens=8"), "give a SWEEP")

@@ -56,7 +56,8 @@ def assert_clean(text):
     ],
 )
 def test_no_command_prints_a_control_or_a_command_of_github(moebench, folder, monkeypatch, command, columns):
-    monkeypatch.setenv("COLUMNS", str(columns))
+    for its_console in (console.out, console.err):
+        monkeypatch.setattr(its_console, "width", columns)
     other = folder.with_name("::other")
     other.mkdir()
     (other / "journal.jsonl").write_bytes((folder / "journal.jsonl").read_bytes())
@@ -82,6 +83,31 @@ def test_markup_in_a_text_is_text(capsys):
     console.out.print("[bold]z")
     printed = capsys.readouterr()
     assert ("[bold]y" in printed.err, printed.out) == (True, "[bold]z\n")
+
+
+def test_each_message_is_one_line_and_results_keep_their_lines(capsys):
+    console.err.print("a\nb\tc")
+    console.out.print("a\nb")
+    printed = capsys.readouterr()
+    assert (printed.err, printed.out) == ("a\\nb\\tc\n", "a\nb\n")
+
+
+@pytest.mark.parametrize("dumb", [False, True])
+def test_without_a_terminal_a_progress_bar_prints_nothing(capsys, monkeypatch, dumb):
+    if dumb:  # a terminal on which no line can be drawn again
+        monkeypatch.setenv("TERM", "dumb")
+        monkeypatch.setattr(console, "err", console._Messages(stderr=True, force_terminal=True, soft_wrap=True))
+    with console.progress_bar() as progress:
+        progress.update(progress.add_task("x", total=2), advance=1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_on_a_terminal_a_progress_bar_is_shown(capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(console, "err", console._Messages(stderr=True, force_terminal=True, force_interactive=True))
+    with console.progress_bar() as progress:
+        progress.update(progress.add_task("job", total=2), advance=1)
+    assert "job" in capsys.readouterr().err
 
 
 def test_our_own_colours_reach_a_terminal(monkeypatch, capsys):

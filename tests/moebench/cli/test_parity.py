@@ -57,6 +57,13 @@ def test_a_mistyped_backend_is_one_line(tmp_path):
     assert "did you mean 'loop'?" in found.err
 
 
+def test_a_backend_that_is_not_there_is_one_line_and_no_other(moebench):
+    found = moebench("parity", "nosuchmodule:X", "--device", "cpu")
+    assert (found.code, found.out) == (2, "")
+    (line,) = found.err.splitlines()
+    assert "nosuchmodule" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

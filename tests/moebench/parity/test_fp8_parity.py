@@ -67,6 +67,7 @@ FORMS = {
 DRAWS = (("train", 0), ("train", 1), ("forward", 2))
 
 
+@pytest.mark.certify(share=0.4)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("build", [fp8.Current, fp8.Block])
 def test_what_rounds_as_its_recipe_does_passes_with_margin(build, form):
@@ -75,6 +76,7 @@ def test_what_rounds_as_its_recipe_does_passes_with_margin(build, form):
         assert found.worst.over_budget <= MARGIN, str(found.worst)
 
 
+@pytest.mark.certify(share=0.4)
 @pytest.mark.parametrize("form", FORMS)
 def test_what_rounds_alike_but_to_other_values_passes_too(form):
     for mode, seed in DRAWS:
@@ -116,6 +118,7 @@ FAULTY_FORMS = {
 }
 
 
+@pytest.mark.certify(share=0.4)
 @pytest.mark.parametrize("recipe", ["current", "block"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_a_mismatch(fault, recipe):

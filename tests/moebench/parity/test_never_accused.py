@@ -41,6 +41,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.certify(share=0.5)
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_backend_passes_a_sample_of_the_covering_cases(name):
     """The sample is of the cheaper half of the cases. Each backend has a sample of its own."""

@@ -172,6 +172,28 @@ def test_the_committed_results_are_asked_by_default() -> None:
     assert advice["times_the_next"] == pytest.approx(expected.iloc[1] / expected.iloc[0])
 
 
+def test_four_ranks_are_asked_like_one() -> None:
+    """The answer is the fastest backend and dispatcher that was measured at just this count, on four GPUs."""
+    done = run("--model", "qwen3-30b-a3b", "--num-tokens", "4096", "--ep-size", "4", "--json")
+    assert done.exit_code == 0, done.output
+    (advice,) = json.loads(done.output)["advice"]
+    frame = load("results/published/h200-ep4-2026-11-28").query("num_tokens == 4096 and model == 'qwen3-30b-a3b'")
+    first, second, *_ = frame.query("mode == 'forward'").sort_values("time_ms").to_dict("records")
+    assert advice["backend"] == f"{first['backend']}+{first['dispatcher']}"
+    assert advice["times_the_next"] == pytest.approx(second["time_ms"] / first["time_ms"])
+    assert {tuple(one["measured_at"]) for one in advice["candidates"]} == {(4096,)}
+    assert advice["left_out"] == {}
+
+
+def test_of_two_runs_of_one_workload_the_newer_answers() -> None:
+    """Both runs of `peers` measured it. A backend that only the older run measured stays in the answer."""
+    done = run("--model", "e128k8d2048i768", "--num-tokens", "16384", "--mode", "train", "--json")
+    (advice,) = json.loads(done.output)["advice"]
+    runs = {one["backend"]: one["run_ids"] for one in advice["candidates"]}
+    assert runs["triton"] == runs["peer_sonicmoe"] == ["20261128-172013-peers"]
+    assert [name.partition("-")[0] for name in runs["loop"]] == ["20261123"]
+
+
 def test_the_table_is_read_in_80_columns() -> None:
     done = run("--model", "qwen3-30b-a3b", "--num-tokens", "4096", "--ep-size", "2", "--mode", "train")
     assert done.exit_code == 0

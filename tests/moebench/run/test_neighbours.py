@@ -28,8 +28,8 @@ OF_A_RUN = (
     "untracked",
     "deterministic",
 )
-#: `make test` has so many kinds, drawn by the names that there are.
-SHARE = 2
+#: `make test` has so many kinds, drawn by the number of kinds.
+SHARE = 1
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -102,7 +102,7 @@ def test_kills_drawn_by_seed_lose_nothing(certify, tmp_path, begin, moebench, mo
     """The supervisor or its worker is killed as soon as journal and events have a number of lines that is drawn."""
     without_pictures(monkeypatch)
     draw = random.Random(20261129)
-    for number in range(50 if certify else 5):
+    for number in range(50 if certify else 2):
         count, is_worker = draw.randrange(1, 20), draw.random() < 0.3
         process, out = begin(), tmp_path / "out"
         until(process, lambda out=out, count=count: lines(out) >= count)

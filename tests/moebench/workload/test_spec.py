@@ -18,6 +18,7 @@ from moebench.workload.spec import Policy, SweepSpec, available_sweeps, find_swe
 
 REPOSITORY = Path(__file__).parents[3]
 SUITES = sorted((REPOSITORY / "suites").glob("*.toml"))
+OF_RANKS = sorted((REPOSITORY / "suites").glob("gpu-ep*.toml"))
 
 SHAPE = "n_routed_experts = 8\nn_activated_experts = 2\ndim = 16\nmoe_inter_dim = 32\n"
 GRID = f'[[grid]]\n{SHAPE}num_tokens = 4\nbackend = "loop"\n'
@@ -222,6 +223,20 @@ def test_a_suite_of_ranks_has_every_engine_with_every_dispatcher_and_unkind_rank
     assert {job.case.model for job in found} >= {"deepseek-v3", "kimi-k2"}
     most = max(job.case.n_routed_experts // ep_size for job in found if job.dispatcher == "deepep")
     assert most <= 128, "deep_ep takes no more experts a rank"
+
+
+@pytest.mark.parametrize("path", OF_RANKS, ids=lambda path: path.stem)
+def test_a_suite_of_ranks_has_triton_beside_torch_mm_with_every_dispatcher(path: Path) -> None:
+    ways: dict[tuple[str, Case], set[str]] = {}
+    for job in load_sweep(path).jobs():
+        ways.setdefault((job.backend, job.case), set()).add(job.dispatcher)
+    cases = {case for backend, case in ways if backend == "torch_mm"}
+    assert cases == {case for backend, case in ways if backend == "triton"}
+    for case in cases:
+        everyone = {"local"} if case.ep_size == 1 else set(DISPATCHERS) - {"local"}
+        if path.stem == "gpu-ep2" and case.model == "kimi-k2":
+            everyone -= {"deepep"}  # deep_ep takes no more than 128 experts a rank, and here a rank has 192
+        assert ways["torch_mm", case] == ways["triton", case] == everyone
 
 
 def test_two_gpus_have_the_load_of_a_rank_of_eight() -> None:

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
+
+from moebench.measure.studies import bandwidth
 
 ROOT = Path(__file__).parents[4]
 TOKENS = (24, 40)
@@ -60,7 +64,8 @@ def test_all_to_all_moves_no_more_than_every_token_to_every_rank(rows: list[dict
 
 
 def test_an_unknown_model_is_one_line() -> None:
-    command = [sys.executable, "-m", "moebench.measure.studies.bandwidth", "--model", "gpt-5"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 2
+    app = typer.Typer()
+    app.command()(bandwidth.main)
+    done = CliRunner().invoke(app, ["--model", "gpt-5"])
+    assert done.exit_code == 2
     assert "--model gpt-5: it must be one of" in " ".join(done.stderr.split())

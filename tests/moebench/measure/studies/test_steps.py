@@ -1,11 +1,9 @@
 """moebench.measure.studies.steps measures every step, with the bytes and operations of the shape."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from experts.steps import Steps
 from moebench.measure.studies import steps
@@ -14,7 +12,6 @@ from moebench.measure.timing import TimingPolicy
 from moebench.workload.case import Case
 from moebench.workload.inputs import make_inputs, make_parameters, moe_config
 
-ROOT = Path(__file__).parents[4]
 CPU = torch.device("cpu")
 CASE = Case(
     num_tokens=24,
@@ -65,7 +62,8 @@ def test_everything_runs_and_has_a_speed(works: list[CountedCall]) -> None:
     ],
 )
 def test_bad_usage_is_one_line(arguments: list[str], said: str) -> None:
-    command = [sys.executable, "-m", "moebench.measure.studies.steps", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 2
+    app = typer.Typer()
+    app.command()(steps.main)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
     assert said in " ".join(done.stderr.replace("│", " ").split())

@@ -1,0 +1,66 @@
+"""The figures of sentences.py about layers of other libraries."""
+
+from typing import Any
+
+from tests.figures import data
+from tests.figures.data import JOB, PEERS, SHAPES, results, select, the
+from tests.figures.quoted import less
+
+
+def of_automodel() -> dict[str, str]:
+    found = {}
+    for backend in ("torch_mm", "triton"):
+        for number, shape in enumerate(SHAPES):
+            own, peer = (data.peers_of(name, shape) for name in (backend, "peer_automodel_torch_mm"))
+            times_ms = [the(frame, mode="train")["time_ms"] for frame in (own, peer)]
+            found[f"{backend}{number}"] = f"{times_ms[0] / times_ms[1]:.2f}"
+    ours = [float(found[f"triton{number}"]) for number in range(len(SHAPES))]
+    return {**found, "low": f"{min(ours):.2f}", "high": f"{max(ours):.2f}"}
+
+
+def of_sonicmoe() -> dict[str, Any]:
+    """What SonicMoE takes over what `triton` takes in the same run: times by shape, and peaks of train steps."""
+    ratios: dict[str, list[float]] = {"forward": [], "train": [], "peak": []}
+    for shape in SHAPES:
+        for mode in ("forward", "train"):
+            own, peer = (the(data.peers_of(name, shape), mode=mode) for name in ("triton", "peer_sonicmoe"))
+            ratios[mode].append(peer["time_ms"] / own["time_ms"])
+        ratios["peak"].append(peer["peak_memory_bytes"] / own["peak_memory_bytes"])
+    surely = float(earlier_peers()["close"].rstrip("%")) / 100
+    far = {
+        (mode, at) for mode in ("forward", "train") for at, ratio in enumerate(ratios[mode]) if _apart(ratio) > surely
+    }
+    assert far == {("train", 0), ("forward", 2)}, "the document names the leads that another run would show, too"
+    (many,), (few,) = {experts for experts, *_ in list(SHAPES)[:1]}, {experts for experts, *_ in list(SHAPES)[1:]}
+    return {
+        **{f"{mode}{number}": f"{ratio:.2f}" for mode in ratios for number, ratio in enumerate(ratios[mode])},
+        "many": many,
+        "few": few,
+        "less": less(ratios["train"][0], 1),
+        "train_close": f"{max(map(_apart, ratios['train'][1:])):.0%}",
+        "forward_most": f"{max(ratios['forward']) - 1:.0%}",
+        "peak_low": f"{min(ratios['peak']) - 1:.0%}".rstrip("%"),
+        "peak_high": f"{max(ratios['peak']) - 1:.0%}",
+    }
+
+
+def _apart(ratio: float) -> float:
+    return abs(ratio - 1)
+
+
+def earlier_peers() -> dict[str, str]:
+    """How far the times of layers that did not change are from those of earlier runs on other H200s."""
+    now = results(PEERS)
+
+    def apart(name: str, backends: list[str]) -> float:
+        both = select(now, backend=backends).merge(results(name), on=JOB, suffixes=("", "_before"))
+        return float((both["time_ms"] / both["time_ms_before"] - 1).abs().max())
+
+    close = max(apart(name, ["torch_mm", "peer_transformers"]) for name in data.EARLIER_PEERS)
+    return {"close": f"{close:.1%}", "automodel": f"{apart(data.EARLIER_PEERS[1], ['peer_automodel_torch_mm']):.1%}"}
+
+
+def warmup_of_sonicmoe() -> dict[str, str]:
+    """What the two jobs of each shape took before they were timed, in s."""
+    of_shapes = [data.peers_of("peer_sonicmoe", shape)["warmup_ms"].sum() / 1e3 for shape in SHAPES]
+    return {f"s{number}": f"{seconds:.0f}" for number, seconds in enumerate(of_shapes)}
