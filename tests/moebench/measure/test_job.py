@@ -19,7 +19,6 @@ from moebench.measure import job as job_module
 from moebench.measure.cache import Workload
 from moebench.measure.ceilings import Ceilings
 from moebench.measure.job import measure_job
-from moebench.measure.memory import Memory
 from moebench.measure.timing import TimingPolicy
 from moebench.results.record import ONLY_IF_OK, Record, Status
 from moebench.run.runner import Plan, execute
@@ -27,7 +26,6 @@ from moebench.workload.case import Case, Job
 from moebench.workload.spec import Policy
 from tests.backends.faulty import FAULTS
 from tests.moebench.executed import python_path, share_workers
-from tests.moebench.measure.two_ranks import Two
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -285,17 +283,3 @@ def test_what_an_engine_cannot_take_is_unsupported_with_the_rule():
     assert measured["status"] is Status.unsupported
     assert "float64" in measured["detail"]
     assert measured.keys() == {"status", "detail"}
-
-
-def test_memory_is_that_of_the_rank_that_needs_most_figure_by_figure():
-    told = job_module._largest(Memory(100, 7, None), None, Two(Memory(50, 30, None, None, 3)))
-    assert told == {
-        "peak_memory_bytes": 100,
-        "saved_memory_bytes": 30,
-        "reserved_memory_bytes": None,
-        "outside_torch_bytes": None,
-        "untracked_memory_bytes": 3,
-    }
-    assert (
-        job_module._largest(Memory(1, None, None, 5), None, Two(Memory(2, None, None, 4)))["outside_torch_bytes"] == 5
-    )
