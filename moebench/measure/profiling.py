@@ -91,11 +91,10 @@ class Busy:
     @property
     def columns(self) -> dict[str, Any]:
         """The columns of results that have the busy time or, if it is not known, the reason."""
-        if self.samples_ms:
-            names = ("busy_ms", "busy_ms_low", "busy_ms_high")
-            found = dict(zip(names, series_interval(self.samples_ms), strict=True))
-            return {**found, "busy_samples_ms": self.samples_ms}
-        return {"detail": f"busy_ms is not known: {self.unknown}"} if self.unknown else {}
+        found = series_interval(self.samples_ms) if self.samples_ms else (None, None, None)
+        columns = dict(zip(("busy_ms", "busy_ms_low", "busy_ms_high"), found, strict=True))
+        detail = {"detail": f"busy_ms is not known: {self.unknown}"} if self.unknown else {}
+        return {**columns, "busy_samples_ms": self.samples_ms or None, **detail}
 
     @property
     def flags(self) -> tuple[str, ...]:

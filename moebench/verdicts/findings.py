@@ -200,8 +200,8 @@ def of_pair(pair: Pair, time: TimeVerdict | None, busy: TimeVerdict | None = Non
     """Return the findings on time, on the GPU's own time, on memory and on parity of one job.
 
     If only the candidate is ok, the finding on time says that there is nothing to compare with. If the candidate is not
-    ok, the finding on parity says why. `time` is None if the times of the two rows must not be compared. `busy` is None
-    for the same reason, and if a side does not have the GPU's own time.
+    ok, the finding on parity says why. `time` and `busy` are None if the times of the two rows must not be compared.
+    `busy` is also None if a side does not have the GPU's own time.
     """
     if not is_ok(pair.candidate):
         return (_parity(pair),)
@@ -224,18 +224,18 @@ def _busy(pair: Pair, busy: TimeVerdict | None) -> tuple[Finding, ...]:
     """Return the finding on the GPU's own time, or none if no side has it."""
     before, after = (bool(busy_rounds_of(row)) for row in (pair.baseline, pair.candidate))
     if before and after:
-        if busy is None:
-            return (Finding("busy", Verdict.INCOMPARABLE, pair.why_incomparable),)
-        return (Finding("busy", busy.verdict, "; ".join(filter(None, (busy.reason, pair.clock_change)))),)
-    if after:
-        alone = "the baseline has no busy_ms, so nothing was compared; a new baseline has it"
-        return (Finding("busy", Verdict.UNMEASURED, alone),)
-    if before and "synchronises" in pair.candidate["flags"]:
-        return (Finding("busy", Verdict.INCONCLUSIVE, "only the baseline has busy_ms; measure the candidate again"),)
-    if before:
-        alone = "the candidate's call does not wait for the GPU and has no busy_ms, so nothing was compared"
-        return (Finding("busy", Verdict.UNMEASURED, alone),)
-    return ()
+        verdict, reason = Verdict.INCOMPARABLE, pair.why_incomparable
+        if busy is not None:
+            verdict, reason = busy.verdict, "; ".join(filter(None, (busy.reason, pair.clock_change)))
+    elif after:
+        verdict, reason = Verdict.UNMEASURED, "the baseline has no busy_ms, so nothing was compared; measure it again"
+    elif before and "synchronises" in pair.candidate["flags"]:
+        verdict, reason = Verdict.INCONCLUSIVE, "only the baseline has busy_ms; measure the candidate again"
+    elif before:
+        verdict, reason = Verdict.UNMEASURED, "the candidate's call does not wait for the GPU: nothing was compared"
+    else:
+        return ()
+    return (Finding("busy", verdict, reason),)
 
 
 def _parity(pair: Pair) -> Finding:
