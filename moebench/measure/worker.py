@@ -182,6 +182,8 @@ def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList
         _tell_changes(measured, of_torch, () if state is None else state.changes(), workload.ranks)
     if "samples_ms" in measured:
         measured["sample_rounds"] = (work_list.round,) * len(measured["samples_ms"])
+    if measured.get("busy_samples_ms"):
+        measured["busy_sample_rounds"] = (work_list.round,) * len(measured["busy_samples_ms"])
     ids: dict[str, Any] = {"run_id": work_list.run_id, "env_id": described.env_id}
     if measured.get("executed") is not None:
         measured["executed"] = told(measured["executed"])
