@@ -1,7 +1,7 @@
 """Provide the backends of a Mixture-of-Experts (MoE) expert layer as drop-in modules with the same parameter layout.
 
 The names of tensors end in dimension letters: T tokens, K experts per token, E experts, L local experts, D dim,
-I inter, N permuted rows.
+I inter, N permuted rows, R rows that a dispatcher brings, P ranks, C rows that one rank sends to one rank.
 """
 
 import importlib

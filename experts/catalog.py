@@ -87,17 +87,24 @@ class BackendEntry:
 
 @dataclass(frozen=True)
 class DispatcherEntry:
-    """One way to carry tokens between ranks. `module` has `make(group, config)` and `unsupported(device, config)`.
+    """One way to carry tokens between ranks.
+
+    `module` has `make(group, config, **options)` and `unsupported(device, config)`. `options` names the fields of
+    `BackendConfig` that the dispatcher takes, and `make` gets those that are set.
 
     `collective` is the collective that moves as many tokens as the dispatcher, so its speed bounds the dispatcher's
     speed. With "all_gather", every rank gets every token. With "all_to_all", a rank gets only the tokens that chose one
     of the rank's experts.
+
+    `reserves_rows` is true if a rank has room for every token of every rank, in memory that all ranks can reach.
     """
 
     name: str
     module: str
     collective: Collective
     library: str | None = None
+    options: tuple[str, ...] = ()
+    reserves_rows: bool = False
 
 
 _LOOP = EngineEntry("loop", "experts.compute.loop", counts_rows=True, one_by_one=True)
@@ -149,4 +156,11 @@ DISPATCHERS = (
     DispatcherEntry("allgather", "experts.dispatch.allgather", "all_gather"),
     DispatcherEntry("alltoall", "experts.dispatch.alltoall", "all_to_all"),
     DispatcherEntry("deepep", "experts.dispatch.deepep", "all_to_all", library="deep_ep"),
+    DispatcherEntry(
+        "symm_mem",
+        "experts.dispatch.symm_mem",
+        "all_to_all",
+        options=("max_tokens_per_rank", "capacity_factor"),
+        reserves_rows=True,
+    ),
 )

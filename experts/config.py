@@ -125,7 +125,8 @@ class BackendConfig:
     """The engine that computes the experts and the dispatcher that carries tokens between ranks.
 
     In `experts` and `dispatcher`, None means the default of the layer's class. "torch" is another name of the engine
-    "loop". Raises ConfigError, with one line per mistake, for an invalid value.
+    "loop". `max_tokens_per_rank` and `capacity_factor` are options of the dispatcher "symm_mem". Raises ConfigError,
+    with one line per mistake, for an invalid value.
     """
 
     experts: Engine | None = _field("the name of an engine, or None for the module's default", "loop", default=None)
@@ -136,6 +137,16 @@ class BackendConfig:
     save: Save | None = _field(
         "'memory' (backward needs less memory), 'time' (backward takes less time), or None for the default 'memory'",
         "time",
+        default=None,
+    )
+    max_tokens_per_rank: _Size | None = _field(
+        "the largest number of tokens of any rank, a positive integer, or None to take it from the first forward",
+        4096,
+        default=None,
+    )
+    capacity_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = _field(
+        "the room for rows between two ranks, relative to an even routing, a positive number, or None for all tokens",
+        1.25,
         default=None,
     )
 

@@ -2,15 +2,16 @@
 
 import importlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
 
 from experts import catalog
-from experts.config import MoEConfig
+from experts.config import BackendConfig, MoEConfig
 from experts.dispatch import Dispatcher
-from experts.errors import RegistryError, Unsupported
+from experts.errors import ConfigError, RegistryError, Unsupported
 
 _MODULES = {dispatcher.name: dispatcher.module for dispatcher in catalog.DISPATCHERS}
 
@@ -20,14 +21,35 @@ def dispatcher_names() -> tuple[str, ...]:
     return tuple(_MODULES)
 
 
-def make_dispatcher(name: str, group: ProcessGroup, config: MoEConfig) -> Dispatcher:
-    """Return the named dispatcher over a process group.
+def dispatcher_options(name: str, backend: BackendConfig) -> dict[str, Any]:
+    """Return the options of a dispatcher that the configuration sets.
+
+    Raises ConfigError if the configuration sets an option of another dispatcher.
+    """
+    options = {}
+    for option in dict.fromkeys(option for entry in catalog.DISPATCHERS for option in entry.options):
+        value = getattr(backend, option)
+        takers = [entry.name for entry in catalog.DISPATCHERS if option in entry.options]
+        if value is not None and name not in takers:
+            raise ConfigError(
+                f"{option} = {value!r}: the dispatcher {name} does not take it; use {', '.join(takers)}, or leave "
+                f"{option} out"
+            )
+        if value is not None:
+            options[option] = value
+    return options
+
+
+def make_dispatcher(
+    name: str, group: ProcessGroup, config: MoEConfig, options: Mapping[str, Any] | None = None
+) -> Dispatcher:
+    """Return the named dispatcher over a process group, with the options that `dispatcher_options` returns.
 
     Raises RegistryError for an unknown name, and Unsupported if the dispatcher cannot run over the group.
     """
     if name not in _MODULES:
         raise RegistryError(f"there is no dispatcher {name!r}; the dispatchers are {', '.join(_MODULES)}")
-    made: Dispatcher = _module(name).make(group, config)
+    made: Dispatcher = _module(name).make(group, config, **(options or {}))
     return made
 
 
@@ -46,13 +68,14 @@ def _module(name: str) -> Any:
     return importlib.import_module(_MODULES[name])
 
 
-def destroy_buffers() -> None:
-    """Free the buffers that dispatchers keep for a process group.
+def destroy_buffers(name: str | None = None) -> None:
+    """Free the buffers that dispatchers keep for a process group, or only those of the named dispatcher.
 
     All ranks must call this function before they destroy their process group. It imports no dispatcher: one that was
     not imported has no buffers.
     """
-    for module in filter(None, map(sys.modules.get, _MODULES.values())):
+    names = _MODULES if name is None else (name,)
+    for module in filter(None, (sys.modules.get(_MODULES[one]) for one in names)):
         destroy = getattr(module, "destroy_buffers", None)
         if destroy is not None:
             destroy()

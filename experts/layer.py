@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from experts.autocast import autocast_off
-from experts.config import DTYPES, MoEConfig
+from experts.config import DTYPES, BackendConfig, MoEConfig
 from experts.dispatch import Dispatcher, Local
-from experts.dispatchers import dispatcher_unsupported, make_dispatcher
+from experts.dispatchers import dispatcher_options, dispatcher_unsupported, make_dispatcher
 from experts.errors import ConfigError, InputError, Unsupported
 
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -21,12 +21,13 @@ class ExpertLayer(nn.Module, ABC):
     The layer runs on one process until `init_token_dispatcher` is called.
     """
 
-    def __init__(self, config: MoEConfig, engine_name: str, dispatcher_name: str) -> None:
+    def __init__(self, config: MoEConfig, backend: BackendConfig, engine_name: str, dispatcher_name: str) -> None:
         super().__init__()
         self.config = config
         self.n_routed_experts = config.n_routed_experts
         self.engine_name = engine_name
         self.dispatcher_name = dispatcher_name
+        self.dispatcher_options = dispatcher_options(dispatcher_name, backend)
         self.dispatcher: Dispatcher = Local()
         self.ep_mesh: DeviceMesh | None = None
         self.moe_mesh: DeviceMesh | None = None
@@ -114,7 +115,9 @@ class ExpertLayer(nn.Module, ABC):
             )
         dispatcher: Dispatcher = Local()
         if ep_mesh.size() > 1:  # first, as it may fail: a half-spread layer would be silently wrong
-            dispatcher = make_dispatcher(self.dispatcher_name, ep_mesh.get_group(), self.config)
+            dispatcher = make_dispatcher(
+                self.dispatcher_name, ep_mesh.get_group(), self.config, self.dispatcher_options
+            )
         self.ep_mesh = ep_mesh
         self.set_moe_mesh(moe_mesh)
         self._shard_parameters(ep_mesh)

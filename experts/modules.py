@@ -37,7 +37,8 @@ class GroupedExperts(ExpertLayer):
     `init_weights` or `load_state_dict`. Under expert parallelism the parameters are DTensors, sharded on dimension 0.
 
     Raises ConfigError for the engine "te" and for an FP8 recipe, because these need `GroupedExpertsTE`. Raises
-    ConfigError for `save` if the engine cannot choose what it keeps for backward.
+    ConfigError for `save` if the engine cannot choose what it keeps for backward, and for an option of another
+    dispatcher.
     """
 
     default_engine = "loop"
@@ -51,7 +52,11 @@ class GroupedExperts(ExpertLayer):
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
         backend = backend or BackendConfig()
         self._refuse_te(backend)
-        super().__init__(config, backend.experts or self.default_engine, backend.dispatcher or self.default_dispatcher)
+        engine_name, dispatcher_name = (
+            backend.experts or self.default_engine,
+            backend.dispatcher or self.default_dispatcher,
+        )
+        super().__init__(config, backend, engine_name, dispatcher_name)
         self.engine = get_engine(self.engine_name)
         if backend.save is not None and not self.engine.saves:
             raise ConfigError(

@@ -21,6 +21,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,9 +68,16 @@ class Backend:
     _unsupported: Callable[[torch.device, MoEConfig | None], str | Unsupported | None]
     fp8: str | None = None
 
-    def build(self, config: MoEConfig, dispatcher: str | None = None) -> nn.Module:
-        """Return an expert layer of the config. `dispatcher` is the dispatcher's name, or None for one process."""
-        return self._build(config) if dispatcher is None else self._build(config, dispatcher=dispatcher)
+    def build(self, config: MoEConfig, dispatcher: str | None = None, **options: Any) -> nn.Module:
+        """Return an expert layer of the config. `dispatcher` is the dispatcher's name, or None for one process.
+
+        `options` are options of the dispatcher, which are fields of `BackendConfig`. A third-party backend gets those
+        of them that it has as arguments.
+        """
+        if dispatcher is None:
+            return self._build(config)
+        taken = {name: value for name, value in options.items() if self._takes(name)}
+        return self._build(config, dispatcher=dispatcher, **taken)
 
     def unsupported(
         self, device: torch.device, config: MoEConfig | None = None, dispatcher: str | None = None
@@ -89,10 +97,13 @@ class Backend:
         return Unsupported(reason) if isinstance(reason, str) else reason
 
     def _single_process(self) -> str | None:
-        parameters = inspect.signature(self._build).parameters
-        if "dispatcher" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        if self._takes("dispatcher"):
             return None
         return "takes no argument `dispatcher`, so it runs on one process only; use ep_size = 1"
+
+    def _takes(self, argument: str) -> bool:
+        parameters = inspect.signature(self._build).parameters
+        return argument in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def backend_names() -> tuple[str, ...]:
@@ -137,16 +148,16 @@ def _te_unsupported(device: torch.device, config: MoEConfig | None, te_fp8: Fp8R
 
 
 def _build_grouped(
-    name: str, config: MoEConfig, dispatcher: Dispatcher | None = None, save: Save | None = None
+    name: str, config: MoEConfig, dispatcher: Dispatcher | None = None, save: Save | None = None, **options: Any
 ) -> nn.Module:
-    return GroupedExperts(config, BackendConfig(experts=name, dispatcher=dispatcher, save=save))
+    return GroupedExperts(config, BackendConfig(experts=name, dispatcher=dispatcher, save=save, **options))
 
 
 def _build_te(
-    recipe: Fp8Recipe | None, cached: bool, config: MoEConfig, dispatcher: Dispatcher | None = None
+    recipe: Fp8Recipe | None, cached: bool, config: MoEConfig, dispatcher: Dispatcher | None = None, **options: Any
 ) -> nn.Module:
     layer = CachedWeightsTE if cached else GroupedExpertsTE
-    return layer(config, BackendConfig(experts="te", te_fp8=recipe, dispatcher=dispatcher))
+    return layer(config, BackendConfig(experts="te", te_fp8=recipe, dispatcher=dispatcher, **options))
 
 
 def check_name(name: str) -> None:

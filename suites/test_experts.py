@@ -19,8 +19,8 @@ from moebench.workload.case import Job
 
 #: The columns that pytest-benchmark saves with the times. docs/results.md explains each column.
 EXTRA_INFO = (
-    *("gpu", "executed", "flags", "l2", "converged", "tokens_per_s", "tflops", "host_time_ms", "backward_ms"),
-    *("warmup_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst", "parity_worst_tensor"),
+    *("gpu", "executed", "flags", "l2", "converged", "tokens_per_s", "tflops", "host_time_ms", "busy_ms"),
+    *("backward_ms", "warmup_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst", "parity_worst_tensor"),
 )
 
 

@@ -48,7 +48,7 @@ class GroupedExpertsTE(ExpertLayer):
         missing = library.not_installed()
         if missing is not None:
             raise missing
-        super().__init__(config, "te", backend.dispatcher or "deepep")
+        super().__init__(config, backend, "te", backend.dispatcher or "deepep")
         self.te_fp8 = backend.te_fp8
         up = config.moe_inter_dim * (2 if is_gated_activation(config.expert_activation) else 1)
         self.gate_up_linear = self._make_linear(config.dim, up, torch.get_default_device())

@@ -13,7 +13,7 @@ from moebench.measure.breakdown import breakdown
 from moebench.measure.cache import Workload
 from moebench.measure.call import DRAWN, Call, NoSpeed, Samples
 from moebench.measure.ceilings import Ceilings
-from moebench.measure.profiling import executed, trace
+from moebench.measure.profiling import Busy, busy_of_calls, executed, trace
 from moebench.measure.protocol import PASSES
 from moebench.measure.samplers import captured
 from moebench.measure.subject import Measured, Subject, backend_of, make_subject, reason_of, verdict_fields
@@ -22,6 +22,7 @@ from moebench.measure.trials import examine
 from moebench.parity.judge import ParityVerdict, Unfit, are_identical, run_pass
 from moebench.parity.reference import Tensors
 from moebench.results.record import IMPOSSIBLE, Status
+from moebench.results.stats import MIN_SAMPLES
 from moebench.workload.case import Job
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import Ranks
@@ -34,6 +35,9 @@ WITHOUT_SPEED = ("warmup_ms", "deterministic", "parity_worst", "parity_worst_ten
 #: The timing of a CUDA graph may take this share of the time cap (the most seconds of sampling), because the times of
 #: the graph's replays differ little.
 GRAPH_SHARE = 0.25
+#: The most calls that are profiled for the GPU's own time, and the share of the time cap that more than MIN_SAMPLES
+#: calls may take.
+BUSY_CALLS, BUSY_SHARE = 20, 0.25
 #: A time that is impossibly short is measured again this many times, each time after its ceilings.
 REPEATS = 2
 
@@ -87,6 +91,7 @@ class _Timed:
 
     timing: Timing
     graph_time_ms: float | None
+    busy: Busy
     bounds: Ceilings
 
 
@@ -177,7 +182,7 @@ class _Job:
             trace(call.stages, call.clear, device, self.workload.trace)
         return {
             "executed": ran,
-            **_largest(weighed, held_bytes, ranks),
+            **memory.largest(weighed, held_bytes, ranks),
             **parts,
             "l2": ("cold" if self.policy.cold_l2 else "warm") if device.type == "cuda" else None,
             **self._speed(timed),
@@ -201,7 +206,8 @@ class _Job:
             if not reason:
                 with self.phases.of("timing_s"):
                     graph_time_ms = self._graph_time_ms(call, samples, timed)
-                return _Timed(timed, graph_time_ms, bounds)
+                    busy = self._busy(call, samples, timed)
+                return _Timed(timed, graph_time_ms, busy, bounds)
         raise NoSpeed(reason)
 
     def _impossible(self, timed: Timing, bounds: Ceilings) -> str:
@@ -238,11 +244,22 @@ class _Job:
                 return None
             return found.time_ms
 
+    def _busy(self, call: Call, samples: Samples, timed: Timing) -> Busy:
+        """Return the GPU's own time in a call that waits for the GPU. Another call is not profiled."""
+        if self.device.type != "cuda" or not self.ranks.tell("synchronises" in timed.flags)[0]:
+            return Busy()
+        affordable = int(BUSY_SHARE * self.policy.time_cap_s * 1e3 / timed.host_time_ms)
+        num_calls = min(BUSY_CALLS, max(MIN_SAMPLES, affordable))
+        found = busy_of_calls(call.stages, self.device, num_calls, self.policy.cold_l2, samples.prepare, self.ranks)
+        call.clear()
+        return found.within(timed.time_ms)
+
     def _speed(self, timed: _Timed) -> Measured:
         """Return the fields of the times, and of the ceilings that they are compared with."""
         found, bounds = timed.timing, timed.bounds
         return {
-            "flags": found.flags,
+            **timed.busy.columns,
+            "flags": found.flags + timed.busy.flags,
             "time_ms": found.time_ms,
             "time_ms_low": found.time_ms_low,
             "time_ms_high": found.time_ms_high,
@@ -272,24 +289,6 @@ def _fit(num_bytes: int, device: torch.device, ranks: Ranks) -> bool:
         return True
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return all(ranks.tell(num_bytes < free))
-
-
-def _largest(weighed: memory.Memory, held_bytes: int | None, ranks: Ranks) -> Measured:
-    """Return each memory figure of the rank where this figure is largest.
-
-    `held_bytes` is what no tensor holds since the first call. What later calls take besides counts as well.
-    """
-    if weighed.untracked_bytes is not None and held_bytes is not None:
-        weighed = dataclasses.replace(weighed, untracked_bytes=held_bytes + weighed.untracked_bytes)
-    by_rank = ranks.tell(weighed)
-    figures: dict[str, list[int | None]] = {
-        "peak_memory_bytes": [rank.peak_bytes for rank in by_rank],
-        "saved_memory_bytes": [rank.saved_bytes for rank in by_rank],
-        "reserved_memory_bytes": [rank.reserved_bytes for rank in by_rank],
-        "outside_torch_bytes": [rank.outside_bytes for rank in by_rank],
-        "untracked_memory_bytes": [rank.untracked_bytes for rank in by_rank],
-    }
-    return {name: max((figure for figure in row if figure is not None), default=None) for name, row in figures.items()}
 
 
 def _synchronize(device: torch.device) -> None:

@@ -5,6 +5,7 @@ The peak is counted above a floor, which is the memory in use before the call.
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moebench.parity.poison import poisoned
-from moebench.workload.ranks import is_dtensor
+from moebench.workload.ranks import Ranks, is_dtensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,24 @@ def measure_memory(
     operators make.
     """
     return (_measure_gpu if device.type == "cuda" else _measure_cpu)(forward, backward, device)
+
+
+def largest(weighed: Memory, held_bytes: int | None, ranks: Ranks) -> dict[str, int | None]:
+    """Return each column of memory, with the figure of the rank where this figure is largest.
+
+    `held_bytes` is what no tensor holds since the first call. What later calls take besides counts as well.
+    """
+    if weighed.untracked_bytes is not None and held_bytes is not None:
+        weighed = dataclasses.replace(weighed, untracked_bytes=held_bytes + weighed.untracked_bytes)
+    by_rank = ranks.tell(weighed)
+    figures: dict[str, list[int | None]] = {
+        "peak_memory_bytes": [rank.peak_bytes for rank in by_rank],
+        "saved_memory_bytes": [rank.saved_bytes for rank in by_rank],
+        "reserved_memory_bytes": [rank.reserved_bytes for rank in by_rank],
+        "outside_torch_bytes": [rank.outside_bytes for rank in by_rank],
+        "untracked_memory_bytes": [rank.untracked_bytes for rank in by_rank],
+    }
+    return {name: max((figure for figure in row if figure is not None), default=None) for name, row in figures.items()}
 
 
 def foreign_bytes(device: torch.device) -> int | None:

@@ -110,21 +110,12 @@ class _GpuSampler:
         read_clock: Callable[[], Clock],
     ) -> None:
         self._stages, self._device, self._prepare, self._keep, self._ranks = stages, device, prepare, keep, ranks
-        self._read_clock, self._persisting = read_clock, PersistingL2()
-        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device) if cold_l2 else None
+        self._read_clock, self._flush = read_clock, L2Flush(device, cold_l2)
         self._host_time_ms = self._median_on_host()
         enqueue_ms, synchronises = self._enqueue_behind_a_wait()
         self.flags = ("synchronises",) if synchronises else ()
         wait_ms = min(1.5 * enqueue_ms + MIN_WAIT_MS, MAX_WAIT_MS)
         self._wait_cycles = 0 if synchronises else int(wait_ms * CYCLES_PER_MS)
-
-    def _make_cold(self) -> None:
-        if self._flush is not None:
-            if self._persisting.set_aside_bytes():
-                clock.synchronize(self._device)  # an earlier call that still runs could write into this part again
-                self._persisting.reset()
-            self._flush.zero_()
 
     def _median_on_host(self) -> float:
         started, samples = clock.perf_counter(), [self._host_sample() for _ in range(3)]
@@ -134,7 +125,7 @@ class _GpuSampler:
     def _host_sample(self) -> float:
         """Return the milliseconds of a call on the host's clock, from an idle device to an idle device."""
         self._prepare()
-        self._make_cold()
+        self._flush()
         self._ranks.align(self._device)
         clock.synchronize(self._device)
         start = clock.perf_counter()
@@ -172,7 +163,7 @@ class _GpuSampler:
         rows: list[list[torch.cuda.Event]] = []
         for _ in range(count):
             self._prepare()
-            self._make_cold()
+            self._flush()
             if self._wait_cycles:
                 torch.cuda._sleep(self._wait_cycles)
             self._ranks.align(self._device)
@@ -185,6 +176,22 @@ class _GpuSampler:
 
     def host_time_ms(self) -> float:
         return self._host_time_ms
+
+
+class L2Flush:
+    """Makes a GPU's L2 cache cold by writing a buffer of twice its size. It does nothing if `cold_l2` is false."""
+
+    def __init__(self, device: torch.device, cold_l2: bool) -> None:
+        self._device, self._persisting = device, PersistingL2()
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device) if cold_l2 else None
+
+    def __call__(self) -> None:
+        if self._buffer is not None:
+            if self._persisting.set_aside_bytes():
+                clock.synchronize(self._device)  # an earlier call that still runs could write into this part again
+                self._persisting.reset()
+            self._buffer.zero_()
 
 
 class PersistingL2:

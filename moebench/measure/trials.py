@@ -18,10 +18,11 @@ from moebench.measure.subject import Measured, reason_of
 from moebench.parity.checks import SEARCH, Search, command
 from moebench.parity.judge import TensorError, Unfit
 from moebench.parity.play.listing import listing
-from moebench.parity.play.play import Play
+from moebench.parity.play.play import Play, most_tokens
 from moebench.parity.play.player import Stage
 from moebench.parity.space.trial import AXES, RANK_AXES, Trial
 from moebench.results.record import Status
+from moebench.workload.backends import reserves_rows
 from moebench.workload.case import DTYPES, Job
 from moebench.workload.driven import get_backend
 from moebench.workload.inputs import moe_config
@@ -148,7 +149,9 @@ class Trier:
     def _build(self, trial: Trial, ranks: Ranks) -> nn.Module:
         config = moe_config(trial.case).with_dtype(getattr(torch, trial.params))
         with self.workload.device:
-            layer = self.backend.build(config, self.dispatcher)
+            # a dispatcher that reserves rows would take their number from the first call, and later calls may have more
+            room = {"max_tokens_per_rank": most_tokens(trial)} if reserves_rows(self.dispatcher or "") else {}
+            layer = self.backend.build(config, self.dispatcher, **room)
         layer.to(self.workload.device)
         if ranks.mesh is not None:
             spread: Callable[[DeviceMesh], None] = layer.init_token_dispatcher  # type: ignore[assignment]

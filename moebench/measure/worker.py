@@ -50,9 +50,9 @@ from moebench.measure.state.process import State
 from moebench.measure.subject import Measured
 from moebench.measure.timing import TimingPolicy
 from moebench.results.record import Record, Status, record
-from moebench.workload.backends import is_built_in
+from moebench.workload.backends import is_built_in, reserves_rows
 from moebench.workload.case import Job
-from moebench.workload.driven import check_name
+from moebench.workload.driven import check_name, destroy_buffers
 from moebench.workload.ranks import Ranks, join, leave, someone_is_gone
 from moebench.workload.spec import Policy
 
@@ -150,6 +150,8 @@ def _measure_all(
             signal.pause()  # the launcher ends this rank, and its log says how that rank ended
         if ranks.rank == 0 or failed:
             events.emit("record", number=number, record=json.loads(row.to_json()))
+        if not failed and reserves_rows(job.dispatcher):
+            destroy_buffers(job.dispatcher)  # every job takes the memory that it needs, so its columns count it
         if failed:
             if ranks.size > 1:  # the other ranks wait for this one in a collective: only a new group can go on
                 os._exit(1)
@@ -180,6 +182,8 @@ def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList
         _tell_changes(measured, of_torch, () if state is None else state.changes(), workload.ranks)
     if "samples_ms" in measured:
         measured["sample_rounds"] = (work_list.round,) * len(measured["samples_ms"])
+    if measured.get("busy_samples_ms"):
+        measured["busy_sample_rounds"] = (work_list.round,) * len(measured["busy_samples_ms"])
     ids: dict[str, Any] = {"run_id": work_list.run_id, "env_id": described.env_id}
     if measured.get("executed") is not None:
         measured["executed"] = told(measured["executed"])

@@ -1,10 +1,11 @@
 """Write the numbers of a gate as text. The terminal table, the annotations and the summary use the same texts."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from moebench.verdicts.gate import GateResult, Judged
+from moebench.verdicts.times import TimeVerdict
 from moebench.verdicts.verdict import Severity, Verdict
 
 NONE = "-"
@@ -19,12 +20,26 @@ def total(result: GateResult) -> str:
 
 def change(job: Judged) -> str:
     """Return the change of the time with its interval, such as `+3.1% (+2.8 to +3.5)`. A change above 0 is slower."""
-    if job.time is None or math.isnan(job.time.ratio):
+    return _change(job.time)
+
+
+def busy_change(job: Judged) -> str:
+    """Return the change of the GPU's own time with its interval, as `change` does it."""
+    return _change(job.busy)
+
+
+def has_busy(jobs: Iterable[Judged]) -> bool:
+    """Whether the GPU's own time was compared in any of the jobs."""
+    return any(job.busy is not None for job in jobs)
+
+
+def _change(time: TimeVerdict | None) -> str:
+    if time is None or math.isnan(time.ratio):
         return NONE
-    low, high = (f"{some - 1:+.1%}".rstrip("%") for some in (job.time.low, job.time.high))
-    if job.time.high > _LARGEST or job.time.low < 1 / _LARGEST:
-        return f"{job.time.ratio - 1:+.1%}"
-    return f"{job.time.ratio - 1:+.1%} ({low} to {high})"
+    low, high = (f"{some - 1:+.1%}".rstrip("%") for some in (time.low, time.high))
+    if time.high > _LARGEST or time.low < 1 / _LARGEST:
+        return f"{time.ratio - 1:+.1%}"
+    return f"{time.ratio - 1:+.1%} ({low} to {high})"
 
 
 def smallest_effect(job: Judged) -> str:

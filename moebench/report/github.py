@@ -9,7 +9,9 @@ from collections.abc import Iterator
 
 from moebench import escapes
 from moebench.report.gatewords import (
+    busy_change,
     change,
+    has_busy,
     in_verdict_order,
     memory_change,
     parity_change,
@@ -47,7 +49,8 @@ def _command(level: str, title: str, message: str) -> str:
 def _sentence(job: Judged) -> str:
     decided = [finding for finding in job.findings if finding.verdict is job.verdict]
     found = "; ".join(f"{finding.measure}: {finding.reason}" for finding in decided)
-    return f"{job.backend} on {job.key.case_id} ({change(job)}): {found}"
+    busy = f", busy_ms {busy_change(job)}" if has_busy([job]) else ""
+    return f"{job.backend} on {job.key.case_id} ({change(job)}{busy}): {found}"
 
 
 def summary(result: GateResult) -> str:
@@ -68,25 +71,28 @@ def _summary(result: GateResult) -> Iterator[str]:
     passed = [job for job in result.jobs if job.verdict.severity is Severity.PASSED]
     if shown:
         yield ""
-        yield from _table(shown)
+        yield from _table(shown, has_busy(result.jobs))
     if passed:
         yield ""
         yield f"<details><summary>{len(passed)} PASS</summary>"
         yield ""
-        yield from _table(passed)
+        yield from _table(passed, has_busy(result.jobs))
         yield ""
         yield "</details>"
 
 
-def _table(jobs: list[Judged]) -> Iterator[str]:
-    yield "| verdict | backend | case | time | smallest slowdown found | memory | error / budget | why |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+def _table(jobs: list[Judged], busy: bool) -> Iterator[str]:
+    titles = ("verdict", "backend", "case", "time", "smallest slowdown found", *["GPU's own time"] * busy)
+    titles += ("memory", "error / budget", "why")
+    yield "| " + " | ".join(titles) + " |"
+    yield "| " + " | ".join(["---"] * len(titles)) + " |"
     for job in jobs:
         why = "; ".join(
             f"{some.measure}: {some.reason}" for some in job.findings if some.verdict.severity is not Severity.PASSED
         )
         cells = (
             *(job.verdict.value, job.backend, job.case, change(job), smallest_effect(job)),
+            *[busy_change(job)] * busy,
             *(memory_change(job), parity_change(job), why),
         )
         yield "| " + " | ".join(map(escapes.markdown, cells)) + " |"

@@ -7,7 +7,7 @@ read. The elements of the file are nested like this:
         testsuite
             properties      the settings of the gate
             testcase        the verdict on one measure of one job
-                properties  the numbers of a verdict on time
+                properties  the numbers of a verdict on time or on the GPU's own time
                 failure     if the verdict is a failure
                 skipped     if the gate could not decide, or if only the candidate has the job
 """
@@ -46,8 +46,9 @@ def _test_case(job: Judged, finding: Finding) -> xml.Element:
     case_id = job.key.case_id
     names = {"classname": escapes.xml(f"{job.backend}.{finding.measure}"), "name": escapes.xml(case_id)}
     case = xml.Element("testcase", names)
-    if finding.measure == "time" and job.time is not None:
-        numbers = {"ratio": job.time.ratio, "smallest_effect": job.time.smallest_effect}
+    time = {"time": job.time, "busy": job.busy}.get(finding.measure)
+    if time is not None:
+        numbers = {"ratio": time.ratio, "smallest_effect": time.smallest_effect}
         _properties(case, {name: f"{value:.4g}" for name, value in numbers.items() if math.isfinite(value)})
     why = {"message": escapes.xml(f"{finding.verdict.value}: {finding.reason}")}
     if finding.verdict.severity is Severity.FAILED:

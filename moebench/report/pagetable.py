@@ -123,6 +123,7 @@ _MEASURED: tuple[tuple[str, str, Callable[[Row], Cell]], ...] = (
     ("status", "status", _status),
     ("ms", "time_ms", _time),
     ("±", "time_ms", _interval),
+    ("GPU busy, ms", "busy_ms", _number("busy_ms", milliseconds)),
     ("tokens/s", "tokens_per_s", _number("tokens_per_s", human)),
     ("TFLOP/s", "tflops", _number("tflops", human)),
     ("of roofline", "roofline_fraction", _number("roofline_fraction", "{:.0%}".format)),

@@ -9,9 +9,9 @@ from moebench.results.labels import CASE_ORDER
 from moebench.workload.case import KEY, Case
 
 #: Measures that have one column for each result: `time_ms:NAME`.
-MEASURES = ("status", "time_ms", "tokens_per_s", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
+MEASURES = ("status", "time_ms", "busy_ms", "tokens_per_s", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
 #: The measures that also have a ratio to the first result: `time_ms_ratio:NAME`.
-RATIOS = ("time_ms", "tokens_per_s", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
+RATIOS = ("time_ms", "busy_ms", "tokens_per_s", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
 
 _CASE_COLUMNS = tuple(name for name in Case.model_fields if name not in KEY)
 

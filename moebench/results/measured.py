@@ -7,13 +7,20 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from moebench.results.columns import IN_JSON, LONGEST_MS, Bytes, Column, Count, Error, Part, Rate, Rounds, Time
+from moebench.results.columns import IN_JSON, LONGEST_MS, Bytes, Column, Count, Part, Rate, Rounds, Time
 
+#: An end of an interval may be infinite.
+Low = Annotated[float, Field(le=LONGEST_MS), IN_JSON]
+High = Annotated[float, Field(ge=0), IN_JSON]
+
+_NO_BUSY = (
+    "on a CPU; if the call does not wait for the GPU; if the profile is not complete (flag `no_busy_time`); unless ok"
+)
 _NO_PARTS = "at EP size 1; if the module has no attribute `dispatcher`; unless ok"
 
 
 class Measured(BaseModel):
-    """Times, ceilings, memory and parity, in the order of the columns."""
+    """Times, ceilings and memory, in the order of the columns."""
 
     time_ms: Annotated[
         Time | None,
@@ -25,7 +32,7 @@ class Measured(BaseModel):
         ),
     ] = None
     time_ms_low: Annotated[
-        Annotated[float, Field(le=LONGEST_MS), IN_JSON] | None,
+        Low | None,
         Column(
             Rounds.COMPUTED,
             "lower end of the 95% confidence interval of `time_ms`; it is wider if samples depend on each other",
@@ -33,8 +40,7 @@ class Measured(BaseModel):
         ),
     ] = None
     time_ms_high: Annotated[
-        Annotated[float, Field(ge=0), IN_JSON] | None,
-        Column(Rounds.COMPUTED, "upper end of the 95% confidence interval of `time_ms`", "ms"),
+        High | None, Column(Rounds.COMPUTED, "upper end of the 95% confidence interval of `time_ms`", "ms")
     ] = None
     converged: Annotated[
         bool | None,
@@ -62,6 +68,23 @@ class Measured(BaseModel):
             null="on a CPU; at an EP size above 1; if the call synchronises or cannot be captured, or if a replay that "
             "was judged gave a wrong result; unless ok",
         ),
+    ] = None
+    busy_ms: Annotated[
+        Time | None,
+        Column(
+            Rounds.COMPUTED,
+            "the GPU's own time in a call that waits for the GPU: how long a kernel, a copy or a memset of the call "
+            "runs, as the median of profiled calls; at an EP size above 1, kernels that communicate do not count; with "
+            "several rounds, the median of the rounds' medians",
+            "ms",
+            _NO_BUSY,
+        ),
+    ] = None
+    busy_ms_low: Annotated[
+        Low | None, Column(Rounds.COMPUTED, "lower end of the 95% confidence interval of `busy_ms`", "ms", _NO_BUSY)
+    ] = None
+    busy_ms_high: Annotated[
+        High | None, Column(Rounds.COMPUTED, "upper end of the 95% confidence interval of `busy_ms`", "ms", _NO_BUSY)
     ] = None
     backward_ms: Annotated[
         Part | None,
@@ -125,6 +148,12 @@ class Measured(BaseModel):
             "for each sample, whether the GPU ran at another clock than for most samples, or was slowed down; "
             "`samples_ms` keeps such samples, and the statistics leave them out",
         ),
+    ] = None
+    busy_samples_ms: Annotated[
+        tuple[Time, ...] | None, Column(Rounds.SAMPLES, "`busy_ms` of each profiled call, in order", "ms", _NO_BUSY)
+    ] = None
+    busy_sample_rounds: Annotated[
+        tuple[Count, ...] | None, Column(Rounds.SAMPLES, "round of each entry of `busy_samples_ms`", "", _NO_BUSY)
     ] = None
     sm_clock_mhz: Annotated[
         Count | None,
@@ -233,8 +262,8 @@ class Measured(BaseModel):
         Bytes | None,
         Column(
             Rounds.WORST,
-            "GPU memory that is in use after the call and does not belong to torch: CUDA contexts, NCCL, DeepEP's "
-            "buffers, and every other process on that GPU",
+            "GPU memory that is in use after the call and does not belong to torch: CUDA contexts, NCCL, the "
+            "buffers of `deepep` and `symm_mem`, and every other process on that GPU",
             "bytes",
             null="on a CPU; unless ok",
         ),
@@ -247,42 +276,5 @@ class Measured(BaseModel):
             "the peak of the call, on a GPU after it; coarse, see [concepts.md](concepts.md#memory)",
             "bytes",
             null="if the system does not report it; unless ok",
-        ),
-    ] = None
-
-    parity_worst: Annotated[
-        Error | None,
-        Column(
-            Rounds.WORST,
-            "the largest error divided by its budget; at most 1 is a pass; `inf` if a value is not finite, "
-            "or if a value must be zero and is not",
-            null="not compared",
-        ),
-    ] = None
-    parity_worst_tensor: Annotated[
-        str | None,
-        Column(
-            Rounds.OF_WORST,
-            "the tensor that has the error `parity_worst`: `output`, or the gradient of an input or a parameter",
-            null="not compared",
-        ),
-    ] = None
-    parity_errors: Annotated[
-        dict[str, Error] | None,
-        Column(
-            Rounds.WORST,
-            "JSON object: for each tensor, its error divided by its budget; "
-            "`moebench.results.frame.parity_errors(cell)` reads it",
-            null="not compared",
-        ),
-    ] = None
-    deterministic: Annotated[
-        bool | None,
-        Column(
-            Rounds.ALL,
-            "whether the two runs that moebench compared with the reference gave the same bits on every rank; on a "
-            "CPU, moebench switches torch's deterministic algorithms on; `false` is a property of the backend and "
-            "not a fault",
-            null="not compared; if memory holds the results of only one run",
         ),
     ] = None

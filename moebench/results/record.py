@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moebench.names import Name, Names
-from moebench.results.columns import Column, Count, Part, Rounds, columns_of
+from moebench.results.columns import Column, Count, Error, Part, Rounds, columns_of
 from moebench.results.measured import Measured
 from moebench.workload.case import CaseFields, Job, JobKey
 
@@ -55,7 +55,10 @@ class _Named(BaseModel):
         str, Column(Rounds.SAME, "name of the backend: one that `moebench list` prints, or `module:attribute`")
     ]
     dispatcher: Annotated[
-        str, Column(Rounds.SAME, "name of the dispatcher: `allgather`, `alltoall` or `deepep`; `local` at EP size 1")
+        str,
+        Column(
+            Rounds.SAME, "name of the dispatcher: `allgather`, `alltoall`, `deepep` or `symm_mem`; `local` at EP size 1"
+        ),
     ]
 
 
@@ -128,7 +131,48 @@ class _Outcome(BaseModel):
     ] = None
 
 
-class Record(Measured, _Outcome, CaseFields, _Named):
+class _Parity(BaseModel):
+    """The columns that say how far the results are from the reference."""
+
+    parity_worst: Annotated[
+        Error | None,
+        Column(
+            Rounds.WORST,
+            "the largest error divided by its budget; at most 1 is a pass; `inf` if a value is not finite, "
+            "or if a value must be zero and is not",
+            null="not compared",
+        ),
+    ] = None
+    parity_worst_tensor: Annotated[
+        str | None,
+        Column(
+            Rounds.OF_WORST,
+            "the tensor that has the error `parity_worst`: `output`, or the gradient of an input or a parameter",
+            null="not compared",
+        ),
+    ] = None
+    parity_errors: Annotated[
+        dict[str, Error] | None,
+        Column(
+            Rounds.WORST,
+            "JSON object: for each tensor, its error divided by its budget; "
+            "`moebench.results.frame.parity_errors(cell)` reads it",
+            null="not compared",
+        ),
+    ] = None
+    deterministic: Annotated[
+        bool | None,
+        Column(
+            Rounds.ALL,
+            "whether the two runs that moebench compared with the reference gave the same bits on every rank; on a "
+            "CPU, moebench switches torch's deterministic algorithms on; `false` is a property of the backend and "
+            "not a fault",
+            null="not compared; if memory holds the results of only one run",
+        ),
+    ] = None
+
+
+class Record(_Parity, Measured, _Outcome, CaseFields, _Named):
     """One row of results: a job, how it ended, and its measured values. A value that was not measured is None, not 0.
 
     The columns are in this order: the fields of the base classes, the last base class first, and then the fields below.
@@ -184,14 +228,17 @@ class Record(Measured, _Outcome, CaseFields, _Named):
 
     @model_validator(mode="after")
     def _times_agree(self) -> "Record":
-        low, high = self.time_ms_low, self.time_ms_high
-        if self.time_ms is not None and not (
-            (low is None or low <= self.time_ms) and (high is None or self.time_ms <= high)
-        ):
-            raise ValueError(f"time_ms {self.time_ms} does not lie between time_ms_low {low} and time_ms_high {high}")
-        lists = [some for some in (self.samples_ms, self.sample_rounds, self.sample_marked) if some is not None]
-        if len({len(some) for some in lists}) > 1:
-            raise ValueError("samples_ms, sample_rounds and sample_marked must have one entry for each sample")
+        for name in ("time_ms", "busy_ms"):
+            time_ms, low, high = (getattr(self, name + end) for end in ("", "_low", "_high"))
+            if time_ms is not None and not ((low is None or low <= time_ms) and (high is None or time_ms <= high)):
+                raise ValueError(f"{name} {time_ms} does not lie between {name}_low {low} and {name}_high {high}")
+        samples = ("samples_ms", "sample_rounds", "sample_marked")
+        for names in (samples, ("busy_samples_ms", "busy_sample_rounds")):
+            if len({len(some) for name in names if (some := getattr(self, name)) is not None}) > 1:
+                raise ValueError(f"{', '.join(names[:-1])} and {names[-1]} must have one entry for each sample")
+        unknown = sorted(set(self.busy_sample_rounds or ()) - set(self.sample_rounds or (0,)))
+        if unknown:
+            raise ValueError(f"busy_sample_rounds has the round {unknown[0]}, which sample_rounds does not have")
         return self
 
     @property

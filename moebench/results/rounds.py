@@ -47,6 +47,7 @@ def merged_rounds(rows: Sequence[Record]) -> Record:
     if row.status is Status.ok:
         together |= {name: _combined(name, rows) for name, column in COLUMN_OF.items() if column.rounds in COMBINE}
         together |= _speed(rows, [row.time_ms for row in rows if row.time_ms is not None])
+        together |= _busy(rows, [row.busy_ms for row in rows if row.busy_ms is not None])
     else:
         together |= {"detail": _detail(row, rows), "job_s": _combined("job_s", rows)}
     return Record.model_validate(row.model_dump(by_alias=True) | together)
@@ -74,21 +75,36 @@ def merged_sessions(rows: Sequence[Record]) -> Record:
         return worst
     together = {name: _combined(name, rows) for name, column in COLUMN_OF.items() if column.rounds in COMBINE}
     numbered: dict[str, list[int]] = {"sample_rounds": [], "sample_sessions": []}
+    busy_rounds: list[int] = []
     for row in rows:
         for name, so_far in numbered.items():
             own = getattr(row, name) or (0,) * len(row.samples_ms or ())
-            so_far += [number + max(so_far, default=-1) + 1 for number in _renumbered(own)]
+            new = _renumbered(own, max(so_far, default=-1) + 1)
+            so_far += [new[number] for number in own]
+            if name == "sample_rounds":
+                busy_rounds += [new[number] for number in _busy_rounds(row)]
     marks = [row.sample_marked or (False,) * len(row.samples_ms or ()) for row in rows]
     together |= {name: tuple(numbers) for name, numbers in numbered.items()}
+    together |= {"busy_sample_rounds": tuple(busy_rounds) or None}
     together |= {"sample_marked": tuple(chain.from_iterable(marks)), "num_rounds": sum(row.num_rounds for row in rows)}
     together |= _speed(rows, [median for row in rows for median in _medians(row)])
+    together |= _busy(rows, [median for row in rows for median in _busy_medians(row)])
     return Record.model_validate(worst.model_dump(by_alias=True) | together | {"round": None})
 
 
-def _renumbered(numbers: Sequence[int]) -> list[int]:
-    """Return 0 for the first number that occurs, 1 for the next, and so on."""
-    order = {number: position for position, number in enumerate(dict.fromkeys(numbers))}
-    return [order[number] for number in numbers]
+def _renumbered(numbers: Sequence[int], start: int) -> dict[int, int]:
+    """Return the new number of each number: `start` for the first number that occurs, `start` + 1 for the next."""
+    return {number: position for position, number in enumerate(dict.fromkeys(numbers), start)}
+
+
+def _busy_rounds(row: Record) -> Sequence[int]:
+    return row.busy_sample_rounds or (0,) * len(row.busy_samples_ms or ())
+
+
+def _busy_medians(row: Record) -> list[float]:
+    """Return the median of the GPU's own time of each round that has it."""
+    samples, rounds = np.asarray(row.busy_samples_ms or ()), np.asarray(_busy_rounds(row))
+    return [float(np.median(samples[rounds == number])) for number in np.unique(rounds)]
 
 
 def _medians(row: Record) -> list[float]:
@@ -116,6 +132,15 @@ def _speed(rows: Sequence[Record], medians: Sequence[float]) -> dict[str, Any]:
         work["roofline_fraction"] = bound_ms
     found = {"time_ms": time_ms, "time_ms_low": low, "time_ms_high": high}
     return {**found, **{name: amount / time_ms for name, amount in work.items()}}
+
+
+def _busy(rows: Sequence[Record], medians: Sequence[float]) -> dict[str, Any]:
+    """Return the GPU's own time over all rounds that have it. `medians` has one time per such round."""
+    names = ("busy_ms", "busy_ms_low", "busy_ms_high")
+    if len(medians) > 1:
+        return dict(zip(names, center_of_rounds(medians), strict=True))
+    only = next((row for row in rows if row.busy_ms is not None), rows[0])
+    return {name: getattr(only, name) for name in names}
 
 
 def _detail(worst: Record, rows: Sequence[Record]) -> str | None:

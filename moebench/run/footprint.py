@@ -3,13 +3,14 @@
 The estimate follows the three stages of moebench.measure.job. First the module is built. Then the module makes two
 passes (forward and, in mode train, backward), and the tensors of the two passes are kept. Then the passes are compared
 with the float64 reference. The estimate assumes that steps are not fused; fused steps need less memory. The estimate
-leaves out contexts, communication buffers, fragmentation, and the memory that moebench.measure.ceilings needs.
+leaves out contexts, fragmentation and the memory that moebench.measure.ceilings needs. It also leaves out communication
+buffers, except those of a dispatcher that reserves rows.
 """
 
 from dataclasses import dataclass
 
 from moebench.measure.protocol import PASSES
-from moebench.workload.backends import collective_of, described, engine_of
+from moebench.workload.backends import collective_of, described, engine_of, reserves_rows
 from moebench.workload.case import Case, Job
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -66,6 +67,7 @@ def footprint(job: Job) -> Footprint:
     kept = num_kept * sizes.num_tokens * token_bytes + (weights if case.mode == "train" else 0)
     whole = case.ep_size * weights  # the module has the experts of all ranks until they are spread over the ranks
     settled = 2 * weights + 2 * inputs  # the case's and the module's weights; the inputs and the copy of them
+    settled += _reserved_bytes(job, sizes)
     return Footprint(
         building=weights + inputs + whole + (weights if case.ep_size > 1 else 0),
         passes=int(settled + (PASSES - 1) * kept + pass_bytes(job)),
@@ -168,14 +170,23 @@ def _sizes(job: Job) -> _Sizes:
 def _reached(job: Job, most: int, all_tokens: int) -> int:
     """Return the number of tokens that the dispatcher brings to a rank.
 
-    All-gather brings all ranks' tokens, padded to `most`, the largest number of tokens of any rank. Other dispatchers
-    bring the tokens that chose an expert of the rank. With K choices spread evenly over the ranks, a token chooses at
-    least one expert of the rank with probability 1 − (1 − 1/ranks)^K.
+    All-gather brings all ranks' tokens, padded to `most`, the largest number of tokens of any rank. A dispatcher that
+    reserves rows brings as many rows, also if nobody filled them. Other dispatchers bring the tokens that chose an
+    expert of the rank. With K choices spread evenly over the ranks, a token chooses at least one expert of the rank
+    with probability 1 − (1 − 1/ranks)^K.
     """
     case = job.case
-    if collective_of(job.dispatcher) == "all_gather":
+    if collective_of(job.dispatcher) == "all_gather" or reserves_rows(job.dispatcher):
         return most * case.ep_size
     return round(all_tokens * min(1.0, _skew(case) * (1 - (1 - 1 / case.ep_size) ** case.n_activated_experts)))
+
+
+def _reserved_bytes(job: Job, sizes: _Sizes) -> int:
+    """Return the bytes of a dispatcher's memory: rows, float32 weights and int32 indices of all ranks' tokens."""
+    if not reserves_rows(job.dispatcher):
+        return 0
+    case = job.case
+    return sizes.reached * (case.dim * ITEMSIZE[case.dtype] + 8 * case.n_activated_experts)
 
 
 def _skew(case: Case) -> float:

@@ -11,7 +11,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -31,10 +31,11 @@ from moebench.run.runfile import SWEEP_NAME
 from moebench.run.runner import Outcome, Plan, execute
 from moebench.run.turns import execute_in_turns
 from moebench.verdicts.comparability import Comparability
-from moebench.verdicts.findings import Row, is_ok, rounds_of
-from moebench.verdicts.gate import GateResult, Judged, SelfComparison, gate, self_comparison, sides
+from moebench.verdicts.findings import BY_ROUND, Row, is_ok
+from moebench.verdicts.gate import GateResult, Judged, SelfComparison, gate, self_comparisons_of, sides
 from moebench.verdicts.looks import LOOK_FALSE_ALARMS, LOOK_WRONG_PASSES, RUNS_A_SIDE, block_of, schedule, until_decided
 from moebench.verdicts.revisions import Revision, copy_experts, unknown_backends
+from moebench.verdicts.times import Sides
 from moebench.verdicts.verdict import Verdict
 from moebench.workload.case import Job
 
@@ -189,15 +190,16 @@ def _note(plan: AbPlan) -> None:
 
 
 def _verdict_on_time(judged: Judged | None) -> Verdict:
-    """Return the verdict on time of a job, or the job's verdict if it has none on time.
+    """Return the worst verdict on a time of a job, or the job's verdict if it has none on a time.
 
-    Only the verdict on time can change with more rounds. Memory and parity stay the same. `judged` is None if not both
-    revisions have measured the job yet; the verdict is then INCONCLUSIVE.
+    The times are the time of the call and the GPU's own time. Only the verdicts on times can change with more rounds.
+    Memory and parity stay the same. `judged` is None if not both revisions have measured the job yet; the verdict is
+    then INCONCLUSIVE.
     """
     if judged is None:
         return Verdict.INCONCLUSIVE
-    time = judged.finding("time")
-    return judged.verdict if time is None else time.verdict
+    found = [finding.verdict for finding in judged.findings if finding.measure in BY_ROUND]
+    return min(found, key=lambda verdict: verdict.rank, default=judged.verdict)
 
 
 def _judge(plan: AbPlan) -> GateResult:
@@ -211,16 +213,16 @@ def _judge(plan: AbPlan) -> GateResult:
         threshold=plan.threshold,
         false_alarms=LOOK_FALSE_ALARMS,
         wrong_passes=LOOK_WRONG_PASSES,
-        self_comparisons=[_a_against_itself(before.frame.to_dict("records"), plan.threshold)],
+        self_comparisons=_a_against_itself(before.frame.to_dict("records"), plan.threshold),
         block_of=block_of,
     )
 
 
-def _a_against_itself(rows: Sequence[Row], threshold: float) -> SelfComparison:
+def _a_against_itself(rows: Sequence[Row], threshold: float) -> list[SelfComparison]:
     """Compare the first process of A in each round with the second process of A, job by job."""
-    family = {}
-    for number, row in enumerate(filter(is_ok, rows)):
-        rounds = rounds_of(row)
+
+    def split(rounds: Mapping[int, float]) -> Sides:
         first, second = ({run: rounds[run] for run in rounds if run % RUNS_A_SIDE == which} for which in (0, 1))
-        family[number] = sides(first, second, block_of)
-    return self_comparison("A against itself", family, threshold, LOOK_FALSE_ALARMS)
+        return sides(first, second, block_of)
+
+    return self_comparisons_of("A against itself", [*filter(is_ok, rows)], split, threshold, LOOK_FALSE_ALARMS)

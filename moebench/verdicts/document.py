@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moebench.errors import ResultsError, first_mistake
 from moebench.verdicts.gate import GateResult, Judged, SelfComparison
+from moebench.verdicts.times import TimeVerdict
 from moebench.verdicts.verdict import Severity, Verdict
 
 GATE_SCHEMA = 1
@@ -35,7 +36,7 @@ class GateFinding(_Part):
 
 
 class GateTime(_Part):
-    """The verdict on time in numbers. The fields are those of `moebench.verdicts.times.TimeVerdict`."""
+    """A verdict on a time in numbers. The fields are those of `moebench.verdicts.times.TimeVerdict`."""
 
     ratio: float | None
     low: float | None
@@ -46,6 +47,13 @@ class GateTime(_Part):
     rounds: tuple[int, int]
     sessions: tuple[int, int] | None = None
     correlation: float | None = None
+
+    @classmethod
+    def of(cls, time: TimeVerdict | None) -> Self | None:
+        if time is None:
+            return None
+        found = cls.model_validate(time)
+        return found if found.low else found.model_copy(update={"low": None})  # 0 stands for an end that is not known
 
     def __str__(self) -> str:
         if self.ratio is None:
@@ -65,6 +73,10 @@ class BothSides(_Part):
     candidate: CellValue
 
 
+#: A document that an older moebench wrote does not have the GPU's own time.
+_NEITHER = BothSides(baseline=None, candidate=None)
+
+
 class GateJob(_Part):
     """The verdict on one job, and the values that the baseline and the candidate measured."""
 
@@ -74,25 +86,25 @@ class GateJob(_Part):
     verdict: Verdict
     findings: tuple[GateFinding, ...]
     time: GateTime | None
+    busy: GateTime | None = None
     status: BothSides
     time_ms: BothSides
+    busy_ms: BothSides = _NEITHER
     peak_memory_bytes: BothSides
     saved_memory_bytes: BothSides
     parity_worst: BothSides
 
     @classmethod
     def of(cls, job: Judged) -> Self:
-        time = None if job.time is None else GateTime.model_validate(job.time)
-        if time is not None and not time.low:
-            time = time.model_copy(update={"low": None})  # a ratio of 0 stands for a lower end that is not known
-        columns = ("status", "time_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
+        columns = ("status", "time_ms", "busy_ms", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
         return cls(
             case_id=job.key.case_id,
             backend=job.key.backend,
             dispatcher=job.key.dispatcher,
             verdict=job.verdict,
             findings=tuple(GateFinding.model_validate(finding) for finding in job.findings),
-            time=time,
+            time=GateTime.of(job.time),
+            busy=GateTime.of(job.busy),
             **{name: BothSides(**dict(zip(BothSides.model_fields, job.cells(name), strict=True))) for name in columns},
         )
 

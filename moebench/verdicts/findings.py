@@ -8,7 +8,7 @@ status of the rows: a job with an error above its budget has the status `mismatc
 A measure that a side lacks has a finding which says so. Nothing passes because nothing was compared.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moebench.machine.comparability import MEMORY_CHANGES, TIME_CHANGES, Difference, clock_change
 from moebench.results.record import GOOD, Status
 from moebench.verdicts.times import TimeVerdict, round_medians
-from moebench.verdicts.verdict import Verdict
+from moebench.verdicts.verdict import Severity, Verdict
 from moebench.workload.case import Case, Job
 
 Row = Mapping[Hashable, Any]  # a row of a frame of results
@@ -33,14 +33,14 @@ _GPU_SLACK, _GPU_SLACK_BYTES = 0.01, 2 << 20
 _SPOILED = {"slowed_down": "slowed down by heat or a power brake", "impossibly_fast": "impossibly fast"}
 #: Flags that say how a backend behaves, and not under which conditions it was timed. Any other flag that only one side
 #: has forbids a comparison.
-_HARMLESS = frozenset({"synchronises", "clock_changed"})
+_HARMLESS = frozenset({"synchronises", "clock_changed", "no_busy_time"})
 
 
 @dataclass(frozen=True)
 class Finding:
     """The verdict on one measure of a job."""
 
-    measure: str  # "time", "memory" or "parity"; "job" if only one of the results has the job
+    measure: str  # "time", "busy", "memory" or "parity"; "job" if only one of the results has the job
     verdict: Verdict
     reason: str
 
@@ -145,6 +145,18 @@ def rounds_of(row: Row) -> dict[int, float]:
     return round_medians(np.asarray(samples)[kept], numbers[kept])
 
 
+def busy_rounds_of(row: Row) -> dict[int, float]:
+    """Return the median of `busy_samples_ms` of each round of a row that has them, by the round's number."""
+    samples, rounds = row["busy_samples_ms"], row["busy_sample_rounds"]
+    if is_null(samples):
+        return {}
+    return round_medians(samples, np.zeros(len(samples)) if is_null(rounds) else rounds)
+
+
+#: The measures that are compared round by round, each with the function that returns the median of each round of a row.
+BY_ROUND: Mapping[str, Callable[[Row], dict[int, float]]] = {"time": rounds_of, "busy": busy_rounds_of}
+
+
 def sessions_of(row: Row) -> dict[int, int]:
     """Return the session of each round of a row. All rounds are of session 0 if the row does not have their sessions.
 
@@ -184,21 +196,46 @@ def of_candidate_alone(row: Row) -> tuple[Finding, ...]:
     return (new, Finding("parity", Verdict.REGRESSED, _said(row))) if wrong else (new,)
 
 
-def of_pair(pair: Pair, time: TimeVerdict | None) -> tuple[Finding, ...]:
-    """Return the findings on time, memory and parity of one job.
+def of_pair(pair: Pair, time: TimeVerdict | None, busy: TimeVerdict | None = None) -> tuple[Finding, ...]:
+    """Return the findings on time, on the GPU's own time, on memory and on parity of one job.
 
     If only the candidate is ok, the finding on time says that there is nothing to compare with. If the candidate is not
-    ok, the finding on parity says why. `time` is None if the times of the two rows must not be compared.
+    ok, the finding on parity says why. `time` and `busy` are None if the times of the two rows must not be compared.
+    `busy` is also None if a side does not have the GPU's own time.
     """
     if not is_ok(pair.candidate):
         return (_parity(pair),)
     if not is_ok(pair.baseline):
         alone = f"the baseline has no time and no memory ({pair.baseline['status']}), so there was nothing to compare"
         return Finding("time", Verdict.UNMEASURED, alone), _parity(pair)
-    speed = Finding("time", Verdict.INCOMPARABLE, pair.why_incomparable)
-    if time is not None:
-        speed = Finding("time", time.verdict, "; ".join(filter(None, (time.reason, pair.clock_change))))
-    return speed, _memory(pair), _parity(pair)
+    return _time(pair, time, busy), *_busy(pair, busy), _memory(pair), _parity(pair)
+
+
+def _time(pair: Pair, time: TimeVerdict | None, busy: TimeVerdict | None) -> Finding:
+    if time is None:
+        return Finding("time", Verdict.INCOMPARABLE, pair.why_incomparable)
+    reasons = [time.reason, pair.clock_change]
+    if busy is not None and time.verdict.severity in (Severity.FAILED, Severity.UNDECIDED):
+        reasons.append(f"the GPU's own time (busy_ms): {busy.verdict}")
+    return Finding("time", time.verdict, "; ".join(filter(None, reasons)))
+
+
+def _busy(pair: Pair, busy: TimeVerdict | None) -> tuple[Finding, ...]:
+    """Return the finding on the GPU's own time, or none if no side has it."""
+    before, after = (bool(busy_rounds_of(row)) for row in (pair.baseline, pair.candidate))
+    if before and after:
+        verdict, reason = Verdict.INCOMPARABLE, pair.why_incomparable
+        if busy is not None:
+            verdict, reason = busy.verdict, "; ".join(filter(None, (busy.reason, pair.clock_change)))
+    elif after:
+        verdict, reason = Verdict.UNMEASURED, "the baseline has no busy_ms, so nothing was compared; measure it again"
+    elif before and "synchronises" in pair.candidate["flags"]:
+        verdict, reason = Verdict.INCONCLUSIVE, "only the baseline has busy_ms; measure the candidate again"
+    elif before:
+        verdict, reason = Verdict.UNMEASURED, "the candidate's call does not wait for the GPU: nothing was compared"
+    else:
+        return ()
+    return (Finding("busy", verdict, reason),)
 
 
 def _parity(pair: Pair) -> Finding:

@@ -1,7 +1,9 @@
 """Compare two results, and give a verdict on the time, the memory and the parity of every job.
 
-moebench.verdicts.times gives the verdicts on the times of all jobs together. moebench.verdicts.findings gives the
-verdicts on the memory and the parity of each job. docs/gating.md is the user's reference.
+A job whose call waits for the GPU also has a verdict on the GPU's own time (`busy_ms`). moebench.verdicts.times gives
+the verdicts on the times of all jobs together, on `time_ms` and on `busy_ms` in one family of tests.
+moebench.verdicts.findings gives the verdicts on the memory and the parity of each job. docs/gating.md is the user's
+reference.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ from moebench.results.labels import backend_labels, describe, machine
 from moebench.results.stats import THRESHOLD
 from moebench.verdicts import findings, times
 from moebench.verdicts.comparability import Comparability
-from moebench.verdicts.findings import Finding, Pair, Row, clock_mhz, is_null, rounds_of, sessions_of
+from moebench.verdicts.findings import BY_ROUND, Finding, Pair, Row, clock_mhz, is_null, sessions_of
 from moebench.verdicts.times import Sides, TimeVerdict
 from moebench.verdicts.verdict import Severity, Verdict
 from moebench.workload.case import KEY, JobKey, key_of
@@ -26,8 +28,8 @@ from moebench.workload.case import KEY, JobKey, key_of
 class Judged:
     """The verdict on a job, and its evidence.
 
-    `time` is None if the times were not compared. `baseline` and `candidate` are the rows of the job; a row is None if
-    that result does not have the job.
+    `time` and `busy` are None if the times, or the GPU's own times, were not compared. `baseline` and `candidate` are
+    the rows of the job; a row is None if that result does not have the job.
     """
 
     key: JobKey
@@ -35,6 +37,7 @@ class Judged:
     backend: str  # with its dispatcher, as in every table and plot
     findings: tuple[Finding, ...]
     time: TimeVerdict | None
+    busy: TimeVerdict | None
     baseline: Row | None
     candidate: Row | None
 
@@ -124,27 +127,28 @@ def gate(
     """
     before, after = _by_key(baseline), _by_key(candidate)
     pairs = _pairs(before, after, comparability, together=block_of is not None)
-    judged_times = times.judge_times(_family(pairs, block_of), threshold, false_alarms, wrong_passes)
+    judged = times.judge_times(_family(pairs, block_of), threshold, false_alarms, wrong_passes)
+    time, busy = ({key: judged.get((measure, key)) for key in before | after} for measure in ("time", "busy"))
     found = {key: findings.of_baseline_alone() for key in before}
     found |= {key: findings.of_candidate_alone(row) for key, row in after.items()}
-    found |= {key: findings.of_pair(pair, judged_times.get(key)) for key, pair in pairs.items()}
+    found |= {key: findings.of_pair(pair, time[key], busy[key]) for key, pair in pairs.items()}
     names = _names(baseline, candidate)
     if self_comparisons is None:
         self_comparisons = [
-            halves(f"{side}, earlier against later rounds", frame, threshold, false_alarms)
+            some
             for side, frame in (("baseline", baseline), ("candidate", candidate))
+            for some in halves(f"{side}, earlier against later rounds", frame, threshold, false_alarms)
         ]
     return GateResult(
         tuple(
-            Judged(key, *names[key], found[key], judged_times.get(key), before.get(key), after.get(key))
-            for key in found
+            Judged(key, *names[key], found[key], time[key], busy[key], before.get(key), after.get(key)) for key in found
         ),
         threshold,
         false_alarms,
         tuple(self_comparisons),
         tuple(dict.fromkeys(difference for pair in pairs.values() for difference in pair.differences)),
         _title(baseline, candidate),
-        tuple(_notes(judged_times.values())),
+        tuple(_notes([some for some in time.values() if some is not None])),
     )
 
 
@@ -175,26 +179,32 @@ def _pairs(
     return pairs
 
 
-def _family(pairs: Mapping[JobKey, Pair], block_of: Callable[[int], int] | None) -> dict[JobKey, Sides]:
-    """Return the round medians of both sides, for each job with times that may be compared."""
-    return {
-        key: sides(rounds_of(pair.baseline), rounds_of(pair.candidate), block_of)
-        if block_of is not None
-        else _apart(pair)
-        for key, pair in pairs.items()
-        if pair.both_ok and not pair.why_incomparable
-    }
+def _family(pairs: Mapping[JobKey, Pair], block_of: Callable[[int], int] | None) -> dict[tuple[str, JobKey], Sides]:
+    """Return the round medians of both sides, by measure and job, if both sides have the measure and are comparable."""
+    family = {}
+    for key, pair in pairs.items():
+        if not pair.both_ok or pair.why_incomparable:
+            continue
+        for measure, rounds_of in BY_ROUND.items():
+            one, two = rounds_of(pair.baseline), rounds_of(pair.candidate)
+            if measure == "time" or (one and two):
+                family[measure, key] = _apart(pair, one, two) if block_of is None else sides(one, two, block_of)
+    return family
 
 
 def sides(baseline: Mapping[int, float], candidate: Mapping[int, float], block_of: Callable[[int], int]) -> Sides:
-    """Return the sides of one job that were measured together. They have the median of each round by its number."""
+    """Return the sides of one job that were measured together. They have the median of each round by its number.
+
+    The sides are empty if they have no block in common.
+    """
     blocks = tuple(map(block_of, baseline)), tuple(map(block_of, candidate))
+    if not set(blocks[0]) & set(blocks[1]):
+        return Sides((), (), ((), ()))
     return Sides(tuple(baseline.values()), tuple(candidate.values()), blocks)
 
 
-def _apart(pair: Pair) -> Sides:
+def _apart(pair: Pair, one: Mapping[int, float], two: Mapping[int, float]) -> Sides:
     """Return the sides of one job that were measured apart, with the session of each round."""
-    one, two = (rounds_of(row) for row in (pair.baseline, pair.candidate))
     of_one, of_two = (sessions_of(row) for row in (pair.baseline, pair.candidate))
     sessions = tuple(of_one[number] for number in one), tuple(of_two[number] for number in two)
     return Sides(tuple(one.values()), tuple(two.values()), sessions=sessions)
@@ -231,12 +241,37 @@ def _title(baseline: pd.DataFrame, candidate: pd.DataFrame) -> str:
     return "\n".join(filter(None, (shared, places)))
 
 
-def halves(name: str, frame: pd.DataFrame, threshold: float, false_alarms: float) -> SelfComparison:
+def halves(name: str, frame: pd.DataFrame, threshold: float, false_alarms: float) -> list[SelfComparison]:
     """Compare the earlier rounds of a result with its later rounds. If the machine drifts, this raises false alarms."""
-    rounds = [tuple(rounds_of(row).values()) for row in frame.to_dict("records")]
-    enough = [some for some in rounds if len(some) >= 2 * times.MIN_ROUNDS]
-    family = {number: Sides(some[: len(some) // 2], some[len(some) // 2 :]) for number, some in enumerate(enough)}
-    return self_comparison(name, family, threshold, false_alarms)
+
+    def split(rounds: Mapping[int, float]) -> Sides:
+        some = tuple(rounds.values())
+        return Sides(some[: len(some) // 2], some[len(some) // 2 :])
+
+    rows = frame.to_dict("records")
+    return self_comparisons_of(name, rows, split, threshold, false_alarms, 2 * times.MIN_ROUNDS)
+
+
+def self_comparisons_of(
+    name: str,
+    rows: Sequence[Row],
+    split: Callable[[Mapping[int, float]], Sides],
+    threshold: float,
+    false_alarms: float,
+    min_rounds: int = 1,
+) -> list[SelfComparison]:
+    """Return the self-comparison of the times of a result and, if it has them, of the GPU's own times.
+
+    `split` makes two sides of the rounds of a row. Rows with fewer than `min_rounds` rounds are left out.
+    """
+    found = []
+    for measure, rounds_of in BY_ROUND.items():
+        rounds = [some for row in rows if len(some := rounds_of(row)) >= min_rounds]
+        if measure == "time" or rounds:
+            title = name if measure == "time" else f"{name}, {measure}_ms"
+            family = {number: split(some) for number, some in enumerate(rounds)}
+            found.append(self_comparison(title, family, threshold, false_alarms))
+    return found
 
 
 def self_comparison(name: str, family: Mapping[Any, Sides], threshold: float, false_alarms: float) -> SelfComparison:

@@ -32,6 +32,7 @@ _COLLECTIVES = (
     if catalog is None
     else {dispatcher.name: dispatcher.collective for dispatcher in catalog.DISPATCHERS}
 )
+_RESERVE_ROWS = [] if catalog is None else [d.name for d in catalog.DISPATCHERS if getattr(d, "reserves_rows", False)]
 
 #: The dispatchers between ranks. A sweep that names no dispatcher uses the first dispatcher.
 DISPATCHERS = tuple(_COLLECTIVES)
@@ -53,6 +54,11 @@ def engine_of(backend: str) -> "catalog.EngineEntry | None":
     """Return the engine of a backend; None for another library's layer (a peer) and for a name not in the catalog."""
     known = _BACKENDS.get(backend)
     return None if known is None else known.engine
+
+
+def reserves_rows(dispatcher: str) -> bool:
+    """Whether a dispatcher keeps room for the tokens of all ranks, in memory of its own that layers share."""
+    return dispatcher in _RESERVE_ROWS
 
 
 def collective_of(dispatcher: str) -> "catalog.Collective | None":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from experts import MoEConfig
-from tests.experts.layers import BF16, F32, F64, Batch, moe_config, random_batch
+from tests.experts.layers import BF16, F16, F32, F64, Batch, moe_config, random_batch
 
 SIZES = (1, 2, 4)  # numbers of ranks with the same scenarios
 LAUNCHED = (*SIZES, 8)
@@ -134,6 +134,11 @@ OTHERS = {
     "without-bias": Scenario(fields=(("expert_bias", False),)),
     "weight-after-down": Scenario(fields=(("apply_router_weight_after_down", True),)),
 }
+#: Sizes at which a layout in memory could go wrong.
+SIZED = {
+    "one-choice": Scenario(fields=(("n_activated_experts", 1),)),
+    "odd-dim": Scenario(fields=(("dim", 7),)),
+}
 
 
 def _of_eight(*counts: int, change: Change = lambda batch: batch, n_routed_experts: int = 16) -> Scenario:
@@ -153,7 +158,7 @@ OF_EIGHT = {
     "eight-masked": _of_eight(1, 2, 0, 3, 1, 2, 3, 1, change=_masked),
     "eight-all-ranks-without-tokens": _of_eight(0, 0, 0, 0, 0, 0, 0, 0),
 }
-SCENARIOS = ROUTINGS | ACTIVATIONS | OTHERS | OF_EIGHT
+SCENARIOS = ROUTINGS | ACTIVATIONS | OTHERS | SIZED | OF_EIGHT
 
 
 @dataclass(frozen=True)
@@ -205,6 +210,7 @@ def cases(world_size: int) -> list[Case]:
             *(Case(name, engine, way) for name in OF_EIGHT for way in two for engine in ("loop", "torch_mm")),
             *(Case("eight-uneven", "loop", way, dtype) for way in two for dtype in (F64, BF16)),
             *(Case(name, "loop", "deepep", BF16) for name in OF_EIGHT),
+            *(Case(name, "loop", "symm_mem") for name in OF_EIGHT),
             Case("eight-uneven", "torch_mm", "alltoall", made="saved-by-one"),
         ]
     grid = [
@@ -225,6 +231,13 @@ def cases(world_size: int) -> list[Case]:
         for engine in ("gmm", "te")
     ]
     deep_ep = [Case(name, engine, "deepep", BF16) for name in ROUTINGS for engine in ("loop", "gmm", "te")]
+    symm_mem = [
+        *(Case(name, "loop", "symm_mem") for name in ROUTINGS),
+        *(Case(name, engine, "symm_mem") for name in ("uneven", "masked") for engine in ("torch_mm", "gmm", "te")),
+        *(Case("masked", "loop", "symm_mem", dtype) for dtype in (F64, BF16, F16)),
+        *(Case(name, "torch_mm", "symm_mem") for name in ("all-to-one-expert", "weight-after-down", "without-bias")),
+        *(Case(name, "loop", "symm_mem") for name in ("one-choice", "odd-dim")),
+    ]
     loaded = [
         Case("uneven", engine, way, made=made)
         for made in LOADED + SAVED
@@ -232,10 +245,11 @@ def cases(world_size: int) -> list[Case]:
         if not (engine == "te" and made in ("named-by-dtensors", "dtensors"))  # its parameters are not DTensors
         and not (made == "saved-for-halves" and world_size < 4)
     ]
-    return grid + exact + coarse + fakes + (deep_ep if world_size == 2 else []) + loaded
+    return grid + exact + coarse + fakes + symm_mem + (deep_ep if world_size == 2 else []) + loaded
 
 
-#: Facts that the ranks check themselves, by number of ranks: functions of parallel_facts.py and parallel_training.py.
+#: Facts that the ranks check themselves, by number of ranks: functions of parallel_facts.py, parallel_training.py
+#: and parallel_memory.py.
 FACTS = {
     1: ("refusals", "fresh_weights"),
     2: (
@@ -249,8 +263,17 @@ FACTS = {
         "num_sms",
         "parameters_of_others",
         "autocast",
+        *("interleaved", "shared_buffer", "too_many_tokens", "overflow", "buffers_made_again", "other_layouts"),
         *("checkpointed", "copied", "fully_sharded"),
     ),
-    4: ("refusals", "fresh_weights", "state_dict_tools", "two_meshes", "fully_sharded_experts"),
+    4: (
+        "refusals",
+        "fresh_weights",
+        "state_dict_tools",
+        "two_meshes",
+        "fully_sharded_experts",
+        "subgroups",
+        "overflow",
+    ),
     8: (),
 }

@@ -179,7 +179,7 @@ def parameters_of_others() -> None:
 def autocast() -> None:
     """The layer and its dispatcher ignore torch.autocast in forward and backward."""
     batch = SOME.share(dist.get_rank(), dist.get_world_size())
-    for dispatcher in ("allgather", "alltoall"):
+    for dispatcher in ("allgather", "alltoall", "symm_mem"):
         for engine in ("loop", "torch_mm"):
             made = sharded(build(Case("uneven", engine, dispatcher)), random_parameters(SOME.config))
             right = {name: tensor.clone() for name, tensor in run_stacked(made, batch).items()}

@@ -34,7 +34,7 @@ def checkpointed() -> None:
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     for engine in ("loop", "torch_mm", "gmm", "te"):
-        for dispatcher in ("allgather", "alltoall"):
+        for dispatcher in ("allgather", "alltoall", "symm_mem"):
             case = Case("all-to-one-expert", engine, dispatcher)
             made, batch = sharded(build(case), random_parameters(case.config)), case.share(rank, size)
             right = run_stacked(made, batch)
@@ -47,7 +47,7 @@ def checkpointed() -> None:
 
 def copied() -> None:
     """A copy of a layer uses the same group and has its own parameters."""
-    for engine, dispatcher in (("loop", "allgather"), ("te", "alltoall"), ("loop", "deepep")):
+    for engine, dispatcher in (("loop", "allgather"), ("te", "alltoall"), ("loop", "deepep"), ("loop", "symm_mem")):
         case = Case("uneven", engine, dispatcher, BF16)
         made, batch = sharded(build(case), random_parameters(case.config)), case.share(dist.get_rank(), 2)
         right = {name: tensor.clone() for name, tensor in run_stacked(made, batch).items()}

@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from experts import GroupedExperts
-from experts.dispatch.deepep import destroy_buffers
+from experts import GroupedExperts, destroy_buffers
 from experts.layer import ExpertLayer
 from tests.experts import fakes, parallel
 from tests.experts.layers import Batch, Named, assert_same, random_batch, random_parameters, run_stacked
 from tests.experts.parallel import Case
 from tests.experts.parallel_facts import FACTS
 from tests.experts.parallel_layers import MAKERS
+from tests.experts.parallel_memory import IN_MEMORY
 from tests.experts.parallel_training import TRAINING
 
 PATIENCE = timedelta(seconds=60)  # eight ranks on two cores start at very different times
@@ -126,7 +126,7 @@ def main(folder: Path) -> None:
     for case in parallel.cases(run.size):
         run.attempt(case.name, lambda case=case: run_case(case, folder))
     for name in parallel.FACTS[run.size]:
-        run.attempt(name, (FACTS | TRAINING)[name])
+        run.attempt(name, (FACTS | TRAINING | IN_MEMORY)[name])
     destroy_buffers()
     dist.destroy_process_group()
 

@@ -20,7 +20,18 @@ import pytest
 import torch
 
 from tests.experts import parallel
-from tests.experts.layers import BF16, F32, F64, Named, assert_near, assert_same, expected, layer, random_parameters
+from tests.experts.layers import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    Named,
+    assert_near,
+    assert_same,
+    expected,
+    layer,
+    random_parameters,
+)
 from tests.experts.layers import run as run_alone
 from tests.experts.parallel import Case
 
@@ -147,7 +158,7 @@ def test_all_ranks_together_give_the_results_of_one_process(num_ranks: int, case
     """Output and every gradient match the oracle on all tokens. The loop gives the same bits as in one process.
 
     The bits are the same because an expert's rows come in the same order, and a token's two parts have the same sum in
-    either order. In bfloat16 each rank rounds its part, so the outputs and gradients of tokens are only near.
+    either order. In 16 bits each rank rounds its part, so the outputs and gradients of tokens are only near.
     """
     ranks = outcomes(launched(num_ranks), case.name, num_ranks)
     size = case.ep_size(num_ranks)
@@ -155,7 +166,7 @@ def test_all_ranks_together_give_the_results_of_one_process(num_ranks: int, case
         found = together(ranks[first : first + size])
         assert_near(found, right(case.scenario, case.dtype), case.dtype)
         if case.engine == "loop":
-            rounded = ("output", "x") if case.dtype is BF16 else ()
+            rounded = ("output", "x") if case.dtype in (BF16, F16) else ()
             same = {name: tensor for name, tensor in alone(case.scenario, case.dtype).items() if name not in rounded}
             assert_same({name: found[name] for name in same}, same)
 
@@ -167,6 +178,15 @@ def test_deepep_gives_the_bits_of_alltoall(num_ranks: int, scenario: str, launch
     cases = [Case(scenario, "loop", dispatcher, BF16) for dispatcher in ("deepep", "alltoall")]
     deepep, alltoall = (together(outcomes(launched(num_ranks), case.name, num_ranks)) for case in cases)
     assert_same(deepep, alltoall)
+
+
+@pytest.mark.parametrize("scenario", ["uneven", "masked", "one-expert-twice"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_symm_mem_gives_the_bits_of_alltoall(num_ranks: int, scenario: str, launched: Launched) -> None:
+    """An expert gets its rows in the same order, and rows that nobody filled change nothing."""
+    cases = [Case(scenario, "loop", dispatcher) for dispatcher in ("symm_mem", "alltoall")]
+    symm_mem, alltoall = (together(outcomes(launched(num_ranks), case.name, num_ranks)) for case in cases)
+    assert_same(symm_mem, alltoall)
 
 
 @pytest.mark.parametrize(("num_ranks", "name"), FACTS)

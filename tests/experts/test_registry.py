@@ -183,6 +183,20 @@ def test_a_backend_without_unsupported_runs_anywhere(third_party: str) -> None:
     assert backend.unsupported(torch.device("cuda"), moe_config(dtype=F64)) is None
 
 
+def test_a_backend_gets_the_options_of_its_dispatcher_that_it_takes() -> None:
+    options = {"max_tokens_per_rank": 64, "capacity_factor": 1.5}
+    made = get_backend("torch_mm").build(moe_config(), "symm_mem", **options)
+    assert made.dispatcher_options == options
+    got: list[dict[str, object]] = []
+    some = Backend("some", lambda config, dispatcher=None, capacity_factor=None: got.append(locals()), lambda *_: None)
+    some.build(moe_config(), "symm_mem", **options)
+    every = Backend("every", lambda config, **given: got.append(given), lambda *_: None)
+    every.build(moe_config(), "symm_mem", **options)
+    every.build(moe_config(), **options)
+    assert (got[0]["dispatcher"], got[0]["capacity_factor"]) == ("symm_mem", 1.5)
+    assert got[1:] == [{"dispatcher": "symm_mem", **options}, {}]
+
+
 def test_a_callable_without_the_argument_dispatcher_is_for_one_process() -> None:
     config = moe_config()
     spread = {

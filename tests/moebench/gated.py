@@ -49,6 +49,16 @@ def ok(job: Job, rounds: Sequence[float], **measured: Any) -> Record:
     return record(job, Status.ok, **fields)
 
 
+def waits(job: Job, rounds: Sequence[float], busy: Sequence[float], **measured: Any) -> Record:
+    """Return a row of a call that waits for the GPU. `busy` has the GPU's own time of the first rounds."""
+    fields = {"flags": ("synchronises",), **measured}
+    if busy:
+        fields["busy_ms"] = float(np.median(busy))
+        fields["busy_samples_ms"] = tuple(time * factor for time in busy for factor in (0.99, 1.0, 1.02))
+        fields["busy_sample_rounds"] = tuple(number for number in range(len(busy)) for _ in range(3))
+    return ok(job, rounds, **fields)
+
+
 def bad(job: Job, status: Status, detail: str = "why\nmore", **measured: Any) -> Record:
     fields = {"detail": detail, "device": "cuda", "gpu": "NVIDIA H200", "env_id": "e", "run_id": "20261123-000000-a"}
     if status is Status.mismatch:

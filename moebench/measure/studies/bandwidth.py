@@ -51,9 +51,10 @@ def raw_ways(
         return lambda: all_gather_rows(inputs.x_TD, ranks.group), lambda: reduce_scatter_rows(y_RD, ranks.group)
     send, receive = rows_between_ranks(inputs, config.n_routed_experts, ranks)
     rows_ND = torch.randn(sum(send), config.dim, device=y_RD.device).to(y_RD.dtype)
+    received_ND = y_RD[: sum(receive)]  # a dispatcher may bring more rows, which nobody filled
     return (
         lambda: all_to_all_rows(rows_ND, send, receive, ranks.group),
-        lambda: all_to_all_rows(y_RD, receive, send, ranks.group),
+        lambda: all_to_all_rows(received_ND, receive, send, ranks.group),
     )
 
 
@@ -70,7 +71,8 @@ def measure_dispatcher(name: str, case: Case, device: torch.device, ranks: Ranks
     ours = (lambda: dispatcher.dispatch(*arguments), lambda: dispatcher.combine(y_RD, sent))
     raw = raw_ways(name, dispatcher, inputs, sent, config, ranks)
     policy = TimingPolicy.default(device)
-    gigabytes = ranks.largest(sent.x_RD.nbytes) / 1e9
+    num_filled = int((sent.indices_RK >= 0).any(dim=1).sum())
+    gigabytes = ranks.largest(num_filled * sent.x_RD[:1].nbytes) / 1e9
     rows: list[dict[str, Any]] = []
     for way, our_call, raw_call in zip(("dispatch", "combine"), ours, raw, strict=True):
         our_ms, raw_ms = (_median_ms(call, device, policy, ranks) for call in (our_call, raw_call))

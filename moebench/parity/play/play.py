@@ -123,8 +123,8 @@ class Play(BackwardSteps, ParameterSteps):
         self.num_inputs += 1
         if how == "in-place":
             self._rewrite()
-        elif how != "other":
-            self.tokens = 2 * self.tokens + 3 if how == "more" else self.tokens // 3
+        else:
+            self.tokens = _changed_tokens(self.tokens, how)
 
     def _rewrite(self) -> None:
         """Write other values into the tensors of the last call that is done, and call the layer with them."""
@@ -203,6 +203,22 @@ def _other_configuration(trial: Trial) -> Trial:
     return dataclasses.replace(
         trial, limit=limit, apply_router_weight_after_down=not trial.apply_router_weight_after_down
     )
+
+
+def most_tokens(trial: Trial) -> int:
+    """Return the largest number of tokens of any call on any rank, at least 1."""
+    counts = [_tokens_of_rank(trial, rank) for rank in range(trial.ep_size)]
+    most = max(1, *counts)
+    for step in trial.steps:
+        name, _, how = step.partition(":")
+        if name == "tokens":
+            counts = [_changed_tokens(count, how) for count in counts]
+            most = max(most, *counts)
+    return most
+
+
+def _changed_tokens(num_tokens: int, how: str) -> int:
+    return {"more": 2 * num_tokens + 3, "fewer": num_tokens // 3}.get(how, num_tokens)
 
 
 def _tokens_of_rank(trial: Trial, rank: int) -> int:

@@ -50,7 +50,12 @@ _OTHER_MARKERS = ("h", "d", "8", "H", "*")
 #: Dashes, marker and scale of each dispatcher. The colour is the colour of the backend. Later dispatchers are drawn
 #: over earlier dispatchers and are smaller, so that the earlier dispatchers still show.
 _DISPATCHER_LOOKS: Mapping[str, tuple[Any, str, float]] = MappingProxyType(
-    {"allgather": ("-", "o", 1.1), "alltoall": ((0, (4, 1.5)), "s", 0.85), "deepep": ((0, (1, 1)), "^", 0.75)}
+    {
+        "allgather": ("-", "o", 1.1),
+        "alltoall": ((0, (4, 1.5)), "s", 0.85),
+        "deepep": ((0, (1, 1)), "^", 0.75),
+        "symm_mem": ((0, (3, 1, 1, 1)), "v", 0.65),
+    }
 )
 _OTHER_DISPATCHER_LOOK = ((0, (6, 1.5, 1, 1.5)), "D", 0.7)
 _SAVED_DASHES = (0, (3, 2))

@@ -19,6 +19,9 @@ from moebench.verdicts.findings import is_null
 
 _LEGEND = """\
 ms: median time; B/A: B's time divided by A's, below 1 is faster
+"""
+_BUSY = "busy B/A: the same of the GPU's own time, for calls that wait for the GPU\n"
+_LEGEND_END = """\
 mem B/A: B's peak memory divided by A's, below 1 is smaller
 A ratio may be noise. `moebench gate` tests for noise and gives a verdict."""
 
@@ -28,7 +31,7 @@ class ComparisonTable:
     """A table with one line per job.
 
     A line has the time in each result. For each result except the first, it also has the ratios of time and of memory
-    to the first result.
+    to the first result and, if any job has it, the ratio of the GPU's own time.
     """
 
     frame: pd.DataFrame  # as moebench.results.compare.compare returns it
@@ -40,7 +43,11 @@ class ComparisonTable:
         for number, name in enumerate(self.names):
             yield Text(f"{_letter(number)}: {name}")
         yield self._table(described.labels)
-        yield Text(_LEGEND, "dim")
+        yield Text(_LEGEND + _BUSY * self._has_busy + _LEGEND_END, "dim")
+
+    @property
+    def _has_busy(self) -> bool:
+        return any(self.frame[f"busy_ms_ratio:{name}"].notna().any() for name in self.names[1:])
 
     def _table(self, labels: "pd.Series[str]") -> Table:
         table = ruled()
@@ -48,7 +55,8 @@ class ComparisonTable:
             table.add_column(name, overflow="fold")
         for number in range(len(self.names)):
             letter = _letter(number)
-            for title in (f"{letter} ms", *((f"{letter}/A", f"mem {letter}/A") if number else ())):
+            ratios = [f"{letter}/A", *[f"busy {letter}/A"] * self._has_busy, f"mem {letter}/A"]
+            for title in (f"{letter} ms", *(ratios if number else ())):
                 table.add_column(title, justify="right")
         backends = backend_labels(self.frame)
         for backend, label, row in zip(backends, labels, self.frame.to_dict("records"), strict=True):
@@ -61,6 +69,8 @@ class ComparisonTable:
             yield milliseconds(time_ms) if not is_null(time_ms) else "-" if is_null(status) else str(status)
             if number:
                 yield _ratio(row[f"time_ms_ratio:{name}"])
+                if self._has_busy:
+                    yield _ratio(row[f"busy_ms_ratio:{name}"])
                 yield _ratio(row[f"peak_memory_bytes_ratio:{name}"])
 
 

@@ -7,7 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moebench.report.gatewords import (
+    busy_change,
     change,
+    has_busy,
     in_verdict_order,
     memory_change,
     parity_change,
@@ -29,6 +31,9 @@ _LEGEND = """\
 time: change from baseline to candidate, above 0 is slower; each end of the
   interval is wrong at most 1 time in 100
 sees: the smallest slowdown that would have been found 95 times in 100
+"""
+_BUSY = "busy: change of the GPU's own time in calls that wait for the GPU\n"
+_LEGEND_END = """\
 memory: change of peak memory, or of saved memory if the peak is equal
 err: parity error divided by its budget, at most 1 passes"""
 
@@ -47,7 +52,7 @@ class GateTable:
         yield Text(self.result.title, style="bold")
         yield _table(jobs, wide=options.max_width >= _WIDE)
         yield Text()
-        yield Text(_LEGEND, style="dim")
+        yield Text(_LEGEND + _BUSY * has_busy(jobs) + _LEGEND_END, style="dim")
         yield Text()
         for (verdict, why), whom in reasons(jobs, set(Severity) - {Severity.PASSED}).items():
             yield Text(f"{verdict} {why}: {whom}", style=_STYLES.get(verdict.severity, ""))
@@ -64,10 +69,13 @@ def _table(jobs: list[Judged], wide: bool) -> Table:
     table = ruled()
     for name in ("verdict", "backend", "case"):
         table.add_column(name, overflow="fold")
-    for name in ("time", "sees", "memory", "err"):
+    figures = {"time": change, "sees": smallest_effect, "memory": memory_change, "err": parity_change}
+    if has_busy(jobs):
+        figures = {"time": change, "sees": smallest_effect, "busy": busy_change, **figures}
+    for name in figures:
         table.add_column(name, justify="right", overflow="fold", no_wrap=wide)
     for job in jobs:
-        texts = (job.backend, job.case, change(job), smallest_effect(job), memory_change(job), parity_change(job))
+        texts = (job.backend, job.case, *(figure(job) for figure in figures.values()))
         verdict = Text(job.verdict.value, style=_STYLES.get(job.verdict.severity, ""), no_wrap=True)
         table.add_row(verdict, *map(Text, texts))
     return table

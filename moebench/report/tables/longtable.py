@@ -2,7 +2,7 @@
 
 The table has one heading per case, and below the heading one line per backend. Under expert parallelism a line also has
 the parts of a forward pass (dispatch, compute, combine) and the skew, which is the difference in time between the
-slowest and the fastest rank.
+slowest and the fastest rank. If any row has it, each line also has the GPU's own time.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,13 +43,15 @@ _PARTS: tuple[Column, ...] = (
     ("comb", 6, lambda row: part_milliseconds(row["combine_ms"])),
     ("skew", 6, lambda row: part_milliseconds(row["skew_ms"])),
 )
+_BUSY: Column = ("busy", 6, lambda row: part_milliseconds(row["busy_ms"]))
 _MARKS_WIDTH = 2
 _LEAST_LABEL = 16  # characters; if a backend's label would get fewer, the parts get a line of their own
 
 
 def long_table(rows: pd.DataFrame, described: Description, width: int, *, ascii_only: bool) -> Iterator[Text]:
     """Yield the lines of the table. `rows` are sorted and have the columns `label` and `fastest`."""
-    lines_of_columns = _lines_of_columns(width, has_parts=bool((rows["ep_size"] > 1).any()))
+    has_parts, has_busy = bool((rows["ep_size"] > 1).any()), bool(rows["busy_ms"].notna().any())
+    lines_of_columns = _lines_of_columns(width, (*_PARTS * has_parts, *[_BUSY] * has_busy))
     numbers = max(sum(size for _, size, _ in columns) for columns in lines_of_columns)
     longest = max(map(len, rows["label"]))
     label_width = max(1, min(longest, width - numbers - _MARKS_WIDTH - 1))
@@ -68,12 +70,10 @@ def long_table(rows: pd.DataFrame, described: Description, width: int, *, ascii_
             yield _line(row, label_width, lines_of_columns)
 
 
-def _lines_of_columns(width: int, *, has_parts: bool) -> list[tuple[Column, ...]]:
-    if not has_parts:
-        return [_SPEED]
-    one_line = (*_SPEED, *_PARTS)
+def _lines_of_columns(width: int, parts: tuple[Column, ...]) -> list[tuple[Column, ...]]:
+    one_line = (*_SPEED, *parts)
     fits = _LEAST_LABEL + 1 + _MARKS_WIDTH + sum(size for _, size, _ in one_line) <= width
-    return [one_line] if fits else [_SPEED, _PARTS]
+    return [one_line] if fits or not parts else [_SPEED, parts]
 
 
 def _title(title: str, ascii_only: bool) -> str:

@@ -23,6 +23,7 @@ from moebench.report.tables.cells import (
     marks,
     milliseconds,
     mismatch,
+    part_milliseconds,
     rate,
     status_text,
     style_of,
@@ -33,6 +34,7 @@ from moebench.results.record import GOOD, Status
 
 _SPEED_WIDTH = 20  # marks 2, time 6, interval 6, parity 5, flag 1
 _WORK_WIDTH = 16  # tokens/s 8, TFLOP/s 8
+_BUSY_WIDTH = 6  # the GPU's own time; only if a row has it
 _COLUMN_GAP = 1
 _CASE_WIDTH = 14  # the narrowest column of cases
 _TITLED_PARTS = ("experts", "tokens", "dtype", "mode", "routing", "activation")
@@ -57,7 +59,7 @@ class Summary:
             one_of_several = ["EP 1"] if ep_size == 1 < len(ep_sizes) else []
             title = ", ".join([described.title(), *one_of_several])
             yield Text("\n".join(filter(None, (title, machine(part)))), style="bold")
-            layout = _layout(options, len(backends), described)
+            layout = _layout(options, len(backends), described, bool(part["busy_ms"].notna().any()))
             if layout is None:
                 yield from long_table(part, described, options.max_width, ascii_only=options.ascii_only)
             else:
@@ -97,6 +99,10 @@ def legend(frame: pd.DataFrame) -> Text:
         "ms: median time; next to it, half of its 95% interval",
         "err: parity error divided by its budget, at most 1 passes",
         f"tok/s, TFLOP/s (TF/s): useful work per {per}",
+        *(
+            ["busy: median ms in which the GPU worked, in calls that wait for it"]
+            * bool(frame["busy_ms"].notna().any())
+        ),
         *(ranks if frame["ep_size"].gt(1).any() else ()),
         ";  ".join(mark for mark, present in explained.items() if present),
     )
@@ -117,19 +123,26 @@ class _Layout:
     case_width: int
     break_: str  # the text between the times and the rates of a cell; a line break if the terminal is narrow
     half: str  # the sign before half the width of an interval
+    has_busy: bool  # whether a cell has the GPU's own time
+
+    @property
+    def work_width(self) -> int:
+        return _WORK_WIDTH + _BUSY_WIDTH * self.has_busy
+
+    @property
+    def cell_width(self) -> int:
+        return max(_SPEED_WIDTH, self.work_width) if self.break_ else _SPEED_WIDTH + self.work_width
 
 
-def _layout(options: ConsoleOptions, num_backends: int, described: Description) -> _Layout | None:
+def _layout(options: ConsoleOptions, num_backends: int, described: Description, has_busy: bool) -> _Layout | None:
     """Return the layout, or None if the backends do not fit side by side."""
     longest_word = max(map(len, " ".join([*described.varying, *described.labels]).split()), default=0)
     half = "" if options.ascii_only else "±"
     width, least = options.max_width, max(_CASE_WIDTH, longest_word + 1)
-    one_line = _SPEED_WIDTH + _WORK_WIDTH + _COLUMN_GAP
-    if width >= num_backends * one_line + 2 * least:
-        return _Layout(width - num_backends * one_line, "", half)
-    two_lines = _SPEED_WIDTH + _COLUMN_GAP
-    if width >= num_backends * two_lines + least:
-        return _Layout(width - num_backends * two_lines, "\n", half)
+    for break_, least_of_cases in (("", 2 * least), ("\n", least)):
+        cells = num_backends * (_Layout(0, break_, half, has_busy).cell_width + _COLUMN_GAP)
+        if width >= cells + least_of_cases:
+            return _Layout(width - cells, break_, half, has_busy)
     return None
 
 
@@ -137,8 +150,9 @@ def _table(rows: pd.DataFrame, described: Description, backends: list[str], layo
     header, labels = _case_column(described, layout.case_width - 1)
     table = ruled(padding=0)
     table.add_column(Text(header), overflow="fold")
-    width = _SPEED_WIDTH if layout.break_ else _SPEED_WIDTH + _WORK_WIDTH
+    width = layout.cell_width
     units = f"  {'ms':>6} {layout.half or '+/-':>5} {'err':>4} {layout.break_}  {'tok/s':>6} {'TFLOP/s':>7}"
+    units += f"{'busy':>{_BUSY_WIDTH}}" * layout.has_busy
     folded = {backend: ["  " + line for line in wrap(backend, width - 3)] for backend in backends}
     tallest = max(map(len, folded.values()))
     for lines in folded.values():
@@ -182,6 +196,7 @@ def _cell(row: Row, layout: _Layout) -> Text:
     half = half if half == "-" else layout.half + half
     speed = f"{marks(row):>2}{milliseconds(row['time_ms']):>6} {half:>5} {row['parity_worst']:4.2f}{flag}"
     work = f"  {rate(row['tokens_per_s']):>6} {rate(row['tflops']):>7}"
+    work += f"{part_milliseconds(row['busy_ms']):>{_BUSY_WIDTH}}" * layout.has_busy
     return Text(speed + layout.break_ + work, style=style_of(row))
 
 

@@ -351,3 +351,15 @@ def test_faults_are_mismatches_and_breakdowns_what_they_are(rows):
         assert statuses["OutOfGpuMemory", dtype].detail.startswith("CUDA out of memory")
         assert statuses["BreaksTheGpu", dtype].status in (Status.error, Status.crash)
         assert "assert" in statuses["BreaksTheGpu", dtype].detail
+
+
+def test_a_row_has_the_gpus_own_time_where_the_call_waits_and_only_there(rows):
+    right = [row for row in rows if ":" not in row.backend]
+    assert [row for row in right if row.busy_ms is None and "synchronises" in row.flags] == []
+    for row in right:
+        if "synchronises" not in row.flags:
+            assert (row.busy_ms, row.busy_samples_ms) == (None, None)
+            continue
+        assert row.busy_ms_low <= row.busy_ms <= row.busy_ms_high
+        assert 0 < row.busy_ms <= 1.1 * row.time_ms
+        assert len(row.busy_samples_ms) == len(row.busy_sample_rounds) >= 6

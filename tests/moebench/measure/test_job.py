@@ -14,12 +14,14 @@ import torch
 
 from experts import GroupedExperts
 from experts.registry import Backend
-from moebench.measure import ceilings
+from moebench.machine import environment
+from moebench.measure import ceilings, worker
 from moebench.measure import job as job_module
 from moebench.measure.cache import Workload
 from moebench.measure.ceilings import Ceilings
 from moebench.measure.job import measure_job
-from moebench.measure.memory import Memory
+from moebench.measure.profiling import Busy
+from moebench.measure.protocol import WorkList
 from moebench.measure.timing import TimingPolicy
 from moebench.results.record import ONLY_IF_OK, Record, Status
 from moebench.run.runner import Plan, execute
@@ -27,7 +29,6 @@ from moebench.workload.case import Case, Job
 from moebench.workload.spec import Policy
 from tests.backends.faulty import FAULTS
 from tests.moebench.executed import python_path, share_workers
-from tests.moebench.measure.two_ranks import Two
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -287,15 +288,49 @@ def test_what_an_engine_cannot_take_is_unsupported_with_the_rule():
     assert measured.keys() == {"status", "detail"}
 
 
-def test_memory_is_that_of_the_rank_that_needs_most_figure_by_figure():
-    told = job_module._largest(Memory(100, 7, None), None, Two(Memory(50, 30, None, None, 3)))
-    assert told == {
-        "peak_memory_bytes": 100,
-        "saved_memory_bytes": 30,
-        "reserved_memory_bytes": None,
-        "outside_torch_bytes": None,
-        "untracked_memory_bytes": 3,
-    }
-    assert (
-        job_module._largest(Memory(1, None, None, 5), None, Two(Memory(2, None, None, 4)))["outside_torch_bytes"] == 5
-    )
+@pytest.mark.parametrize(
+    ("device", "flags", "host_time_ms", "num_calls"),
+    [
+        ("cuda", ("synchronises",), 1.0, 20),
+        ("cuda", ("clock_changed", "synchronises"), 50.0, 10),
+        ("cuda", ("synchronises",), 1e3, 6),
+        ("cuda", ("clock_changed",), 1.0, None),
+        ("cpu", ("synchronises",), 1.0, None),
+    ],
+)
+def test_the_gpus_own_time_is_profiled_only_where_a_call_waits_for_the_gpu(
+    monkeypatch, device, flags, host_time_ms, num_calls
+):
+    profiled, cleared = [], []
+
+    def stand_in(stages, device, num_calls, cold_l2, prepare, ranks):
+        profiled.append((stages, num_calls, cold_l2, prepare))
+        return Busy((1.5,) * num_calls)
+
+    monkeypatch.setattr(job_module, "busy_of_calls", stand_in)
+    policy = TimingPolicy(interval_target=0.005, time_cap_s=2.0)
+    one = job_module._Job(Job(case=case("bfloat16"), backend="loop"), Workload(torch.device(device)), policy)
+    call = SimpleNamespace(stages=["forward"], clear=lambda: cleared.append(None))
+    timed = SimpleNamespace(flags=flags, host_time_ms=host_time_ms, time_ms=1.5)
+    found = one._busy(call, SimpleNamespace(prepare="draw"), timed)
+    assert len(found.samples_ms) == (num_calls or 0)
+    assert profiled == ([(["forward"], num_calls, True, "draw")] if num_calls else [])
+    assert len(cleared) == len(profiled)
+    timed.time_ms = 1.0
+    assert one._busy(call, SimpleNamespace(prepare="draw"), timed).flags == (("no_busy_time",) if num_calls else ())
+
+
+@pytest.mark.parametrize("busy", [Busy((1.0, 1.5, 2.0)), Busy(unknown="lost"), Busy()])
+def test_the_columns_and_flags_of_the_gpus_own_time_are_in_the_record(monkeypatch, busy):
+    monkeypatch.setattr(job_module._Job, "_busy", lambda *given: busy)
+    one = Job(case=case("float32"), backend="loop")
+    measured = measure_job(one, Workload(CPU), POLICY)
+    assert measured["status"] is Status.ok
+    assert measured.get("busy_ms") == (1.5 if busy.samples_ms else None)
+    assert measured["flags"] == busy.flags
+    assert measured.get("detail") == ("busy_ms is not known: lost" if busy.unknown else None)
+    monkeypatch.setattr(worker, "run_job", lambda *given: measured)
+    described = environment.collect("cpu")
+    row = worker._row(one, Workload(CPU), POLICY, WorkList(policy=Policy(), run_id="r", round=3), described)
+    assert (row.status, row.busy_samples_ms) == (Status.ok, busy.samples_ms or None)
+    assert row.busy_sample_rounds == ((3, 3, 3) if busy.samples_ms else None)

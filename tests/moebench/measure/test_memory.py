@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from moebench.measure.memory import Held, StorageTracker, measure_memory
+from moebench.measure.memory import Held, Memory, StorageTracker, largest, measure_memory
+from tests.moebench.measure.two_ranks import Two
 
 CPU = torch.device("cpu")
 KIB = 1024
@@ -260,3 +261,14 @@ def test_what_is_held_does_not_count_tensors():
     assert held.bytes_beside(layer, tensors) < 64 * MIB
     array = np.ones(128 * MIB // 8)
     assert abs(held.bytes_beside(layer, tensors) - array.nbytes) < 64 * MIB
+
+
+def test_memory_is_that_of_the_rank_that_needs_most_figure_by_figure():
+    assert largest(Memory(100, 7, None), None, Two(Memory(50, 30, None, None, 3))) == {
+        "peak_memory_bytes": 100,
+        "saved_memory_bytes": 30,
+        "reserved_memory_bytes": None,
+        "outside_torch_bytes": None,
+        "untracked_memory_bytes": 3,
+    }
+    assert largest(Memory(1, None, None, 5), None, Two(Memory(2, None, None, 4)))["outside_torch_bytes"] == 5

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from moebench.report import github
-from tests.moebench.gated import gated, job_of, ok, one_of_each, steady
+from tests.moebench.gated import gated, job_of, ok, one_of_each, steady, waits
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +46,18 @@ def test_the_step_summary_is_a_table_that_nothing_breaks(result):
     assert len(rows) == 6 + 2 * 2
     assert "<b>" not in text
     assert "earlier against later rounds" in text
+
+
+def test_the_gpus_own_time_is_named_where_it_was_compared(result):
+    slow = gated([waits(job_of(), steady(), steady())], [waits(job_of(), steady(seed=1), steady(time_ms=1.05, seed=2))])
+    (line,) = github.annotations(slow)
+    assert ", busy_ms +5.0%25 (" in line
+    assert line.endswith("busy: slower")
+    header = (
+        "| verdict | backend | case | time | smallest slowdown found | GPU's own time | memory | error / budget | why |"
+    )
+    assert header in github.summary(slow).splitlines()
+    rows = [row for row in github.summary(slow).splitlines() if row.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {10}
+    assert "GPU's own time" not in github.summary(result)
+    assert "busy_ms" not in "".join(github.annotations(result))

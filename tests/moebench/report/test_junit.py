@@ -5,7 +5,7 @@ from xml.etree import ElementTree as xml
 import pytest
 
 from moebench.report import junit
-from tests.moebench.gated import JOBS, one_of_each
+from tests.moebench.gated import JOBS, gated, job_of, one_of_each, steady, waits
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +48,13 @@ def test_junit_fails_what_the_gate_fails(result):
 def test_junit_survives_any_reason(result):
     failure = cases(result)[JOBS["crash"].case.case_id, "loop.parity"].find("failure")
     assert failure.get("message") == "REGRESSED: crash: died \ufffd[31m100%\ufffd <b>|`x`, a:b\ufffd"
+
+
+def test_the_gpus_own_time_is_a_test_case_of_its_own():
+    result = gated(
+        [waits(job_of(), steady(), steady())], [waits(job_of(), steady(seed=1), steady(time_ms=1.05, seed=2))]
+    )
+    found = {case.get("classname"): case for case in parsed(result).iter("testcase")}
+    assert [name for name, case in found.items() if case.find("failure") is not None] == ["loop.busy"]
+    assert {some.get("name"): some.get("value") for some in found["loop.busy"].iter("property")}["ratio"] == "1.05"
+    assert {some.get("name"): some.get("value") for some in found["loop.time"].iter("property")}["ratio"] == "1"

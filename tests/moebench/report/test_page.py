@@ -22,6 +22,7 @@ from moebench.verdicts.document import GateDocument
 from moebench.verdicts.gate import gate
 from moebench.workload.selection import filter_jobs, select
 from tests.moebench.drawn import bad, case, family, ok
+from tests.moebench.gated import gated, job_of, one_of_each, steady, waits
 
 PUBLISHED = sorted(path.parent for path in Path("results/published").glob("*/environment.json"))
 PICTURES = sorted(Path("results/published").glob("h200-2026-11-23/plots/throughput-qwen3-*.svg"))
@@ -240,3 +241,16 @@ def test_an_empty_frame_has_a_page() -> None:
     html = page_of([])
     assert "No row of results" in html
     assert "<tr data-backend" not in html
+
+
+def test_the_gate_and_the_rows_have_the_gpus_own_time_where_it_was_measured() -> None:
+    row = waits(job_of(), steady(), steady(time_ms=0.625))
+    after = waits(job_of(), steady(seed=1), steady(time_ms=0.66, seed=2))
+    html = page(to_frame([row]), {}, Path("nowhere"), gate=GateDocument.of(gated([row], [after])))
+    assert '<td data-title="busy" class="number">+5.6% (' in html
+    assert "busy: change of the GPU's own time" in text_of(html)
+    assert "GPU busy, ms" in text_of(html)
+    assert "0.625" in text_of(html)
+    without = page(to_frame(family("loop")), {}, Path("nowhere"), gate=GateDocument.of(one_of_each()))
+    assert 'data-title="busy"' not in without
+    assert "GPU busy" not in without

@@ -8,7 +8,7 @@ import pytest
 from moebench.errors import ResultsError
 from moebench.results.compare import compare, names_of
 from moebench.results.record import Status
-from tests.moebench.gated import bad, frame, job_of, ok
+from tests.moebench.gated import bad, frame, job_of, ok, waits
 
 SMALL, LARGE, NEW = job_of(8), job_of(64, mode="train"), job_of(8, "torch_mm")
 
@@ -88,3 +88,10 @@ def test_names_are_as_short_as_they_can_be():
     assert names_of(["a/run", "b/run"]) == ["a/run", "b/run"]
     with pytest.raises(ResultsError, match="twice"):
         names_of(["a/run", "a/run"])
+
+
+def test_the_gpus_own_time_has_a_ratio_where_both_have_it():
+    before, after = frame(waits(SMALL, [2.0], [1.0]), ok(LARGE, [2.0])), frame(waits(SMALL, [2.0], [1.5]))
+    small = row(compare({"before": before, "after": after}), SMALL)
+    assert (small["busy_ms:before"], small["busy_ms:after"], small["busy_ms_ratio:after"]) == (1.0, 1.5, 1.5)
+    assert math.isnan(row(compare({"before": before, "after": before}), LARGE)["busy_ms_ratio:after"])

@@ -21,7 +21,8 @@ CASE = Case(
     expert_bias=True,
     masked_share=0.25,
 )
-VALUES = {"l2": "cold", "samples_ms": (1.0,), "sample_rounds": (0,), "sample_sessions": (0,), "sample_marked": (False,)}
+SAMPLES = {"samples_ms": (1.0,), "sample_rounds": (0,), "sample_sessions": (0,), "sample_marked": (False,)}
+VALUES = {"l2": "cold", **SAMPLES, "busy_samples_ms": (1.0,), "busy_sample_rounds": (0,)}
 
 
 def ok(backend: str = "loop", **measured: Any) -> Record:
@@ -80,6 +81,10 @@ def test_a_time_lies_between_a_femtosecond_and_31_years(time_ms: float) -> None:
         ok(time_ms=time_ms)
     with pytest.raises(ValidationError, match="samples_ms"):
         ok(samples_ms=(1.5, time_ms))
+    with pytest.raises(ValidationError, match="busy_ms"):
+        ok(busy_ms=time_ms)
+    with pytest.raises(ValidationError, match="busy_samples_ms"):
+        ok(busy_samples_ms=(1.5, time_ms))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +95,9 @@ def test_a_time_lies_in_its_interval(ends: dict[str, float]) -> None:
     assert ok(time_ms_low=-math.inf, time_ms_high=math.inf).time_ms == 1.5
     with pytest.raises(ValidationError, match="time_ms_"):
         ok(**ends)
+    busy = {name.replace("time", "busy"): end for name, end in ends.items()}
+    with pytest.raises(ValidationError, match="busy_ms_"):
+        ok(busy_ms=1.5, **busy)
 
 
 def test_every_sample_has_its_round_and_its_mark() -> None:
@@ -97,6 +105,18 @@ def test_every_sample_has_its_round_and_its_mark() -> None:
     for name, entries in {"sample_rounds": (0,), "sample_marked": (True,)}.items():
         with pytest.raises(ValidationError, match="one entry for each sample"):
             ok(samples_ms=(1.0, 2.0), **{name: entries})
+
+
+def test_every_sample_of_the_gpus_own_time_has_a_round_of_the_row() -> None:
+    found = ok(
+        samples_ms=(1.0, 2.0), sample_rounds=(3, 5), busy_ms=9.0, busy_samples_ms=(9.0,), busy_sample_rounds=(5,)
+    )
+    assert found.busy_ms == 9.0, "longer than the time: another call was profiled"
+    assert ok(busy_ms=1.0, busy_samples_ms=(1.0,)).busy_sample_rounds is None
+    with pytest.raises(ValidationError, match="busy_samples_ms and busy_sample_rounds must have one entry"):
+        ok(busy_samples_ms=(1.0, 2.0), busy_sample_rounds=(0,))
+    with pytest.raises(ValidationError, match="busy_sample_rounds has the round 4, which sample_rounds does not"):
+        ok(samples_ms=(1.0,), sample_rounds=(3,), busy_samples_ms=(1.0,), busy_sample_rounds=(4,))
 
 
 @pytest.mark.parametrize("name", ["case_id", "env_id", "run_id"])

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import t
 
 from moebench.results.record import ONLY_IF_OK, Record, Status, record
-from moebench.results.rounds import OTHER_ENVIRONMENT, merged_rounds
+from moebench.results.rounds import OTHER_ENVIRONMENT, merged_rounds, merged_sessions
 from moebench.workload.case import Case, Job
 
 SHAPE = {"n_routed_experts": 4, "n_activated_experts": 2, "moe_inter_dim": 8}
@@ -145,3 +145,47 @@ def test_rounds_of_two_environments_make_no_common_time():
     assert one.flags == (OTHER_ENVIRONMENT,)
     failed = merged_rounds([row(0, Status.crash), rows[-1]])
     assert (failed.status, failed.env_id, failed.flags) == (Status.crash, "e", ())
+
+
+# The GPU's own time
+
+
+def busy_row(number, samples, run="r", rounds=None, **measured):
+    """Return a row with a sample of time for each round, and the GPU's own time of each profiled call."""
+    rounds = (number,) * len(samples) if rounds is None else rounds
+    times = dict.fromkeys((number, *rounds), 2.0)
+    own = {}
+    if samples:
+        ends = {"busy_ms_low": min(samples), "busy_ms_high": max(samples)}
+        own = {"busy_ms": float(np.median(samples)), **ends, "busy_samples_ms": samples, "busy_sample_rounds": rounds}
+    fields = {"samples_ms": tuple(times.values()), "sample_rounds": tuple(times), **own, **measured}
+    return row(number, **fields).model_copy(update={"run_id": run})
+
+
+def test_the_gpus_own_time_is_the_median_of_the_medians_of_the_rounds_that_have_it():
+    rounds = [busy_row(0, (1.0, 1.2, 1.1)), busy_row(1, (), flags=("no_busy_time",)), busy_row(2, (1.4,) * 9)]
+    one = merged_rounds(rounds)
+    assert (one.busy_ms, one.time_ms) == (pytest.approx(1.25), 2.0)
+    assert 0 < one.busy_ms_low < 1.1 < 1.4 < one.busy_ms_high, "the interval is that of two rounds, not of 12 calls"
+    assert one.busy_sample_rounds == (0,) * 3 + (2,) * 9
+    assert one.busy_samples_ms == (1.0, 1.2, 1.1) + (1.4,) * 9
+    assert one.flags == ("no_busy_time",)
+
+
+def test_a_single_round_with_the_gpus_own_time_keeps_its_interval():
+    one = merged_rounds([busy_row(0, ()), busy_row(1, (1.0, 1.2, 1.1))])
+    assert (one.busy_ms, one.busy_ms_low, one.busy_ms_high) == (1.1, 1.0, 1.2)
+    none = merged_rounds([busy_row(0, ()), busy_row(1, ())])
+    assert (none.busy_ms, none.busy_samples_ms, none.busy_sample_rounds) == (None, None, None)
+
+
+def test_sessions_number_the_rounds_of_the_gpus_own_time_as_those_of_the_time():
+    """The first session has the rounds 4 and 7, and only 7 has the GPU's own time."""
+    first = busy_row(4, (1.5, 1.5), run="20261123-000000-a", rounds=(7, 7))
+    second = busy_row(0, (), run="20261124-000000-a")
+    third = busy_row(3, (1.0,), run="20261125-000000-a")
+    one = merged_sessions([first, second, third])
+    assert one.sample_rounds == (0, 1, 2, 3)
+    assert one.sample_sessions == (0, 0, 1, 2)
+    assert one.busy_sample_rounds == (1, 1, 3)
+    assert one.busy_ms == pytest.approx(1.25)

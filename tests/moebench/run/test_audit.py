@@ -118,11 +118,12 @@ def test_without_checks_two_ranks_are_tried_with_every_dispatcher_that_runs(jobs
     ran = jobs_run(lambda job: Status.unsupported if job.dispatcher == "deepep" else Status.ok)
     audit(["loop"], Request("standard", 6.0))
     on_ranks = [job for job in ran if job.case.ep_size == 2]
-    assert {job.dispatcher for job in on_ranks} == {"allgather", "alltoall", "deepep"}
+    assert {job.dispatcher for job in on_ranks} == {"allgather", "alltoall", "deepep", "symm_mem"}
     searched = {job.dispatcher: Search.parse(job.check) for job in on_ranks if job.check.startswith("search")}
     assert {name: (one.seconds, one.on_ranks) for name, one in searched.items()} == {
-        "allgather": (3.0, True),
-        "alltoall": (3.0, True),
+        "allgather": (2.0, True),
+        "alltoall": (2.0, True),
+        "symm_mem": (2.0, True),
     }
 
 

@@ -115,6 +115,15 @@ def test_memory_grows_with_what_reaches_a_rank() -> None:
     assert skewed > 4 * pass_bytes(job("te", "alltoall", **fields))
 
 
+def test_a_dispatcher_that_reserves_rows_takes_memory_for_the_tokens_of_all_ranks() -> None:
+    """Its own memory is there before the passes. In a pass, it brings as many rows as all-gather does."""
+    fields = {"model": "deepseek-v3", "num_tokens": 4096, "ep_size": 8, "mode": "train", "rank_load": "one-empty"}
+    reserving, gathering = (job("torch_mm", way, **fields) for way in ("symm_mem", "allgather"))
+    assert pass_bytes(reserving) == pass_bytes(gathering)
+    reserved = 8 * 4096 * (7168 * 2 + 8 * (4 + 4))
+    assert footprint(reserving).passes - footprint(gathering).passes == reserved
+
+
 @pytest.mark.parametrize("rank_load", ["even", "uneven", "one-empty"])
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_ranks_without_tokens_still_hold_their_experts(num_tokens: int, rank_load: str) -> None:

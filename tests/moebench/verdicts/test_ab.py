@@ -25,7 +25,9 @@ from moebench.run.lock import locked
 from moebench.run.runfile import Asked
 from moebench.run.runner import Outcome, Refused
 from moebench.verdicts import ab, times
-from tests.moebench.gated import bad, ok
+from moebench.verdicts.looks import block_of
+from moebench.verdicts.verdict import Verdict
+from tests.moebench.gated import bad, frame, gated, job_of, ok, steady, waits
 
 ROOT = Path(__file__).parents[3]
 SWEEP = """
@@ -319,3 +321,26 @@ def test_a_copy_too_many_and_a_buffer_too_large_are_found(moebench, monkeypatch,
     assert verdict_on[("loop", "parity")] == verdict_on[("torch_mm", "parity")] == "PASS"
     assert json.loads(found.out)["self_comparisons"][0]["num_alarms"] == 0
     assert set(load(tmp_path / "out" / "a")["num_rounds"]) == {8}
+
+
+@pytest.mark.parametrize(
+    ("time", "own", "verdict"),
+    [
+        (1.0, {}, Verdict.PASS),
+        (1.0, {"spread": 0.3}, Verdict.INCONCLUSIVE),
+        (1.0, {"time_ms": 1.5}, Verdict.REGRESSED),
+        (1.5, {"spread": 0.3}, Verdict.REGRESSED),
+    ],
+)
+def test_a_job_is_decided_when_its_time_and_the_gpus_own_time_are(time, own, verdict):
+    before = waits(job_of(), steady(20, 3.0), steady(20, spread=own.get("spread", 0.005)))
+    after = waits(job_of(), steady(20, 3.0 * time, seed=1), steady(20, seed=2, **own))
+    (judged,) = gated([before], [after], block_of=block_of).jobs
+    assert ab._verdict_on_time(judged) is verdict
+
+
+def test_a_against_itself_has_a_line_for_the_gpus_own_time_where_rows_have_it():
+    rows = [frame(waits(job_of(), steady(20), own)).to_dict("records")[0] for own in ([], steady(20))]
+    assert [some.name for some in ab._a_against_itself(rows[:1], 0.03)] == ["A against itself"]
+    names = {some.name: some.num_compared for some in ab._a_against_itself(rows, 0.03)}
+    assert names == {"A against itself": 2, "A against itself, busy_ms": 1}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from moebench.verdicts.document import GateDocument
-from tests.moebench.gated import JOBS, one_of_each
+from tests.moebench.gated import JOBS, gated, job_of, one_of_each, steady, waits
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +34,17 @@ def test_json_has_every_number_and_no_infinity(result):
     baseline, candidate = found["self_comparisons"]
     assert baseline["num_compared"] == 4
     assert (candidate["num_alarms"], candidate["false_alarm_rate"]) == (0, 0)
+
+
+def test_the_gpus_own_time_is_in_the_document_and_older_documents_lack_it(result, tmp_path):
+    after = waits(job_of(), steady(seed=1), steady(time_ms=0.6, seed=2))
+    found = json.loads(GateDocument.of(gated([waits(job_of(), steady(), steady(time_ms=0.5))], [after])).to_json())
+    (job,) = found["jobs"]
+    assert job["busy"]["ratio"] == pytest.approx(1.2, rel=1e-3)
+    assert job["busy_ms"] == {"baseline": pytest.approx(0.5), "candidate": pytest.approx(0.6)}
+    older = json.loads(GateDocument.of(result).to_json())
+    assert [(job.pop("busy"), job.pop("busy_ms")) for job in older["jobs"]] == [
+        (None, {"baseline": None, "candidate": None})
+    ] * len(older["jobs"])
+    (tmp_path / "gate.json").write_text(json.dumps(older))
+    assert GateDocument.read(tmp_path / "gate.json").to_json() == GateDocument.of(result).to_json()

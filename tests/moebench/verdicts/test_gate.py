@@ -8,7 +8,7 @@ from moebench.errors import ResultsError
 from moebench.results.record import Status
 from moebench.verdicts.comparability import Comparability
 from moebench.verdicts.verdict import Verdict
-from tests.moebench.gated import H200, bad, changed, gated, job_of, ok, steady
+from tests.moebench.gated import H200, bad, changed, gated, job_of, ok, steady, waits
 
 JOB, OTHER, THIRD = job_of(64), job_of(128), job_of(256)
 SLOW = steady(time_ms=1.05)
@@ -207,3 +207,118 @@ def test_one_session_a_side_is_said_and_several_count():
     assert only(gated(of(0.0, *large), of(0.03, 0.0))).verdict is Verdict.INCONCLUSIVE, "days differ by as much"
     few = only(gated(of(0.0, 0.0, 0.004), of(0.012, 0.0)))
     assert "2 and 1 sessions are too few" in few.finding("time").reason
+
+
+# The GPU's own time of calls that wait for the GPU
+
+NOISY = {"spread": 0.3}
+
+
+def busy(time, own, seed=0, job=JOB, **measured):
+    """Return a row with rounds of this time, and with the GPU's own time in each round."""
+    return waits(job, time, own, run_id=f"2026112{seed}-000000-a", **measured)
+
+
+def test_the_gate_judges_the_time_and_the_gpus_own_time():
+    before = busy(steady(time_ms=3.0), steady())
+    same = only(gated([before], [busy(steady(time_ms=3.0, seed=1), steady(seed=2))]))
+    assert verdicts(same) == dict.fromkeys(("time", "busy", "memory", "parity"), Verdict.PASS)
+    assert same.verdict is Verdict.PASS
+    slow = gated([before], [busy(steady(time_ms=3.0, seed=1), steady(time_ms=1.05, seed=2))])
+    assert (verdicts(only(slow))["time"], verdicts(only(slow))["busy"]) == (Verdict.PASS, Verdict.REGRESSED)
+    assert (only(slow).verdict, slow.exit_code) == (Verdict.REGRESSED, 1)
+    assert only(slow).busy.ratio == pytest.approx(1.05, rel=1e-3)
+    assert only(slow).finding("busy").reason == "slower"
+    fast = only(gated([before], [busy(steady(time_ms=3.0, seed=1), steady(time_ms=0.9, seed=2))]))
+    assert (fast.verdict, verdicts(fast)["busy"]) == (Verdict.IMPROVED, Verdict.IMPROVED)
+
+
+def test_a_quiet_gpu_does_not_make_a_noisy_time_green():
+    before = busy(steady(time_ms=3.0, **NOISY), steady())
+    result = gated([before], [busy(steady(time_ms=3.0, seed=1, **NOISY), steady(seed=2))])
+    assert (verdicts(only(result))["time"], verdicts(only(result))["busy"]) == (Verdict.INCONCLUSIVE, Verdict.PASS)
+    assert (only(result).verdict, result.exit_code) == (Verdict.INCONCLUSIVE, 3)
+    assert only(result).finding("time").reason.endswith("; the GPU's own time (busy_ms): PASS")
+
+
+def test_a_regression_of_the_gpus_own_time_is_found_where_the_time_is_too_noisy():
+    before = busy(steady(time_ms=3.0, **NOISY), steady())
+    result = gated([before], [busy(steady(time_ms=3.0, seed=1, **NOISY), steady(time_ms=1.06, seed=2))])
+    assert verdicts(only(result))["time"] is Verdict.INCONCLUSIVE
+    assert (only(result).verdict, result.exit_code) == (Verdict.REGRESSED, 1)
+
+
+def test_a_time_that_grows_on_the_host_is_a_regression_and_says_that_the_gpu_did_not_change():
+    before = busy(steady(time_ms=3.0), steady())
+    result = gated([before], [busy(steady(time_ms=3.2, seed=1), steady(seed=2))])
+    assert (only(result).verdict, result.exit_code) == (Verdict.REGRESSED, 1)
+    assert only(result).finding("time").reason == "slower; the GPU's own time (busy_ms): PASS"
+
+
+def test_a_quiet_time_does_not_make_a_noisy_gpu_green():
+    before = busy(steady(time_ms=3.0), steady(**NOISY))
+    result = gated([before], [busy(steady(time_ms=3.0, seed=1), steady(seed=2, **NOISY))])
+    assert (verdicts(only(result))["time"], verdicts(only(result))["busy"]) == (Verdict.PASS, Verdict.INCONCLUSIVE)
+    assert result.exit_code == 3
+
+
+def test_both_times_are_in_one_family_of_tests():
+    """Five blocks of two rounds a side allow a p-value of 6⁻⁵. It shows a change among 38 tests, and not among 76."""
+    jobs = [job_of(number) for number in range(1, 39)]
+
+    def of(own, seed, slow=1.0):
+        times = {job: steady(10, slow if job is jobs[0] else 1.0, 0.002, seed) for job in jobs}
+        return [busy(times[job], [2.0] * own, seed, job) for job in jobs]
+
+    for own, verdict in ((0, Verdict.REGRESSED), (10, Verdict.INCONCLUSIVE)):
+        result = gated(of(own, 1), of(own, 2, 1.5), block_of=lambda number: number // 2)
+        assert verdicts(result.jobs[0])["time"] is verdict
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "flags", "verdict", "reason"),
+    [
+        ([], steady(), ("synchronises",), Verdict.UNMEASURED, "the baseline has no busy_ms"),
+        (steady(), [], ("synchronises", "no_busy_time"), Verdict.INCONCLUSIVE, "only the baseline has busy_ms"),
+        (steady(), [], (), Verdict.UNMEASURED, "the candidate's call does not wait for the GPU"),
+        (steady(), [1.0], ("synchronises", "no_busy_time"), Verdict.INCONCLUSIVE, "10 and 1 rounds"),
+        ([], [], ("synchronises",), None, ""),
+    ],
+)
+def test_a_side_without_the_gpus_own_time_never_passes(before, after, flags, verdict, reason):
+    result = gated([busy(steady(), before)], [busy(steady(seed=1), after, 1, flags=flags)])
+    assert verdicts(only(result))["time"] is Verdict.PASS
+    assert verdicts(only(result)).get("busy") is verdict
+    if verdict is None:
+        assert only(result).verdict is Verdict.PASS
+    else:
+        assert only(result).verdict is verdict
+        assert reason in only(result).finding("busy").reason
+
+
+def test_what_forbids_to_compare_times_forbids_it_for_the_gpus_own_time():
+    job = only(gated([busy(steady(), steady())], [busy(steady(seed=1), steady(seed=2), l2="warm")]))
+    assert job.busy is None
+    assert (job.finding("busy").verdict, job.finding("busy").reason) == (Verdict.INCOMPARABLE, "L2 cold -> warm")
+
+
+def test_sessions_and_self_comparisons_are_those_of_both_times():
+    drifting = [1 + 0.01 * number for number in range(20)]
+    sessions = tuple(session for session in range(4) for _ in range(15))
+    before = busy(steady(20), drifting, sample_sessions=sessions)
+    result = gated([before], [busy(steady(20, seed=1), steady(19, seed=2), 1)])
+    assert only(result).busy.sessions == (4, 1)
+    assert only(result).busy.rounds == (20, 19), "a round may lack it"
+    names = {some.name: some.num_alarms for some in result.self_comparisons}
+    side = "baseline, earlier against later rounds"
+    assert (names[side], names[f"{side}, busy_ms"]) == (0, 1)
+    assert len(names) == 4
+
+
+def test_rounds_without_a_common_block_show_nothing():
+    before, after = busy(steady(4), [1.0, 1.0]), busy(steady(4, seed=1), [2.0, 2.0], 1)
+    late = after.model_copy(update={"busy_sample_rounds": (2, 2, 2, 3, 3, 3)})
+    job = only(gated([before], [late], block_of=lambda number: number // 2))
+    assert (job.finding("busy").verdict, job.busy.rounds) == (Verdict.INCONCLUSIVE, (0, 0))
+    both = only(gated([before], [after], block_of=lambda number: number // 2))
+    assert both.busy.rounds == (2, 2)

@@ -41,7 +41,7 @@ def test_the_groups_are_those_of_the_catalog_in_its_order() -> None:
     assert list(GROUPS["backend"]["@bf16"]) == BF16
     assert GROUPS["backend"]["@fp8"] == ("te_fp8_current", "te_fp8_delayed", "te_fp8_block")
     assert GROUPS["backend"]["@cpu"] == ("loop", "torch_mm")
-    assert GROUPS["dispatcher"] == {"@dispatchers": ("allgather", "alltoall", "deepep")}
+    assert GROUPS["dispatcher"] == {"@dispatchers": ("allgather", "alltoall", "deepep", "symm_mem")}
     of_some_group = {name for members in GROUPS["backend"].values() for name in members}
     assert of_some_group == {backend.name for backend in catalog.BACKENDS}
 
@@ -68,6 +68,7 @@ def test_a_group_in_the_defaults_and_of_dispatchers() -> None:
         (2, "allgather"),
         (2, "alltoall"),
         (2, "deepep"),
+        (2, "symm_mem"),
     ]
 
 
@@ -155,7 +156,7 @@ print(took("novel", "alltoall") == took("te_fp8_block", "alltoall") != took("tor
 def test_a_new_entry_of_the_catalog_is_in_suites_checks_and_estimates() -> None:
     """No other file has to name the entry."""
     dispatchers, *facts = run(NEW_ENTRIES)
-    assert dispatchers == "allgather alltoall deepep carrier"
+    assert dispatchers == "allgather alltoall deepep symm_mem carrier"
     assert facts == ["True"] * 3
 
 

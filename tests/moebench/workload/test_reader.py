@@ -143,7 +143,7 @@ def test_wrong_kind_of_table() -> None:
         ('routing = "zip"', 'routing = "zip": must be one of uniform, balanced, one-hot, zipf[:s], empty[:share], '),
         (
             'dispatcher = "alltoal"',
-            'dispatcher = "alltoal": must be one of local, allgather, alltoall, deepep; did you ',
+            'dispatcher = "alltoal": must be one of local, allgather, alltoall, deepep, symm_mem; did you ',
         ),
         ('rank_load = "unevn"', 'rank_load = "unevn": must be one of even, uneven, one-empty; did you mean "uneven"'),
         ('model = ["olmo"]', 'model[0] = "olmo": must be one of qwen3-30b-a3b, '),

@@ -214,7 +214,7 @@ def test_a_suite_of_ranks_has_every_engine_with_every_dispatcher_and_unkind_rank
     assert engines == {
         (backend, dispatcher, mode)
         for backend in ("loop", "torch_mm", "triton", "gmm", "te")
-        for dispatcher in ("allgather", "alltoall", "deepep")
+        for dispatcher in ("allgather", "alltoall", "deepep", "symm_mem")
         for mode in ("forward", "train")
     }
     assert {job.backend for job in found} >= {"te_fp8_current", "te_fp8_delayed", "te_fp8_block"}
@@ -280,7 +280,7 @@ def test_documented_example_is_right_and_every_axis_and_model_is_documented() ->
     layer = 'name = "groups"\n[[grid]]\nmodel = "olmoe"\nnum_tokens = 16\nep_size = 2\n'
     groups = parse_sweep(layer + of_groups, "docs").jobs()
     assert list(dict.fromkeys(job.backend for job in groups)) == ["loop", "torch_mm", "triton", "gmm", "te"]
-    assert list(dict.fromkeys(job.dispatcher for job in groups)) == ["allgather", "alltoall", "deepep"]
+    assert list(dict.fromkeys(job.dispatcher for job in groups)) == ["allgather", "alltoall", "deepep", "symm_mem"]
     assert len(parse_sweep(f'name = "ranks"\n{of_ranks}', "docs").jobs()) == 1 + 3 * 2
     values = [*MODELS, *ACTIVATIONS, *DTYPES, *get_args(RankLoad), *DISPATCHERS, *backend_names()]
     words = [*Case.model_fields, "backend", "dispatcher", *Policy.model_fields, *values]

@@ -32,7 +32,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def test_every_dispatcher_of_a_cpu_both_ways_at_every_count(rows: list[dict]) -> None:
     found = [(row["num_tokens"], row["dispatcher"], row["way"]) for row in rows]
-    names, ways = ("allgather", "alltoall"), ("dispatch", "combine")
+    names, ways = ("allgather", "alltoall", "symm_mem"), ("dispatch", "combine")
     assert found == [(count, name, way) for count in TOKENS for name in names for way in ways]
 
 
@@ -47,6 +47,14 @@ def test_all_gather_moves_every_ranks_rows(rows: list[dict]) -> None:
         if row["dispatcher"] == "allgather":
             num_bytes = 2 * row["num_tokens"] * 2048 * 2  # two ranks, olmoe's dim, bfloat16
             assert row["gb_per_s"] * row["ms"] * 1e6 == pytest.approx(num_bytes)
+
+
+def test_rows_that_nobody_filled_are_not_moved(rows: list[dict]) -> None:
+    """The dispatcher symm_mem brings more rows than alltoall, but fills as many."""
+    moved: dict[str, list[float]] = {}
+    for row in rows:
+        moved.setdefault(row["dispatcher"], []).append(row["gb_per_s"] * row["ms"])
+    assert moved["symm_mem"] == pytest.approx(moved["alltoall"])
 
 
 def test_all_to_all_moves_no_more_than_every_token_to_every_rank(rows: list[dict]) -> None:

@@ -8,7 +8,7 @@ import torch
 from experts import GroupedExperts
 from experts.config import DTYPES
 from moebench.parity.judge import Unfit
-from moebench.parity.play.play import Play
+from moebench.parity.play.play import Play, most_tokens
 from moebench.parity.play.player import Stage
 from moebench.parity.space.programs import PROGRAMS
 from moebench.parity.space.trial import Trial
@@ -92,6 +92,22 @@ def test_a_step_shows_its_fault(fault):
 def test_memory_that_nobody_wrote_is_nan_in_a_poisoned_trial():
     trial = replace(TRIAL, mask="some", num_tokens=15, memory="poisoned")
     assert not verdict(trial, faultbench.kind_of("UninitialisedOutput")).passed
+
+
+@pytest.mark.parametrize(
+    ("trial", "most"),
+    [
+        (Trial(num_tokens=0), 1),
+        (Trial(num_tokens=7), 7),
+        (Trial(num_tokens=7, steps=("call", "tokens:fewer", "call", "tokens:other")), 7),
+        (Trial(num_tokens=7, steps=("tokens:more", "call", "tokens:fewer", "tokens:more")), 17),
+        (Trial(num_tokens=7, steps=("tokens:more", "tokens:more")), 37),
+        (Trial(num_tokens=8, ep_size=2, rank_load="uneven", steps=("tokens:more",)), 19),
+    ],
+    ids=lambda value: value.text if isinstance(value, Trial) else str(value),
+)
+def test_the_most_tokens_of_any_call_and_rank_are_known_before_the_first(trial, most):
+    assert most_tokens(trial) == most
 
 
 def test_a_gradient_that_nobody_wanted_is_a_fault():

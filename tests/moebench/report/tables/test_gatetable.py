@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from moebench.report.tables.gatetable import GateTable
-from tests.moebench.gated import JOBS, one_of_each
+from tests.moebench.gated import JOBS, gated, job_of, one_of_each, steady, waits
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +46,15 @@ def test_the_table_says_what_was_measured_where(result):
 
 def test_80_columns_are_enough(result):
     assert max(map(len, printed(result, 80).splitlines())) <= 80
+
+
+def test_the_gpus_own_time_has_a_column_where_it_was_compared(result):
+    slow = gated([waits(job_of(), steady(), steady())], [waits(job_of(), steady(seed=1), steady(time_ms=1.05, seed=2))])
+    text = printed(slow, 160)
+    header, row = (next(line for line in text.splitlines() if line.startswith(some)) for some in ("verdict", "REGRE"))
+    assert header.split() == ["verdict", "backend", "case", "time", "sees", "busy", "memory", "err"]
+    assert "+5.0% (" in row[header.index("sees") :]
+    assert "REGRESSED busy: slower: loop on " in text
+    assert "busy: change of the GPU's own time" in text
+    assert max(map(len, printed(slow, 80).splitlines())) <= 80
+    assert "busy" not in printed(result, 160)

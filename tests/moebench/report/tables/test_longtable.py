@@ -146,3 +146,18 @@ def test_a_narrow_encoding_gets_only_its_characters() -> None:
 def test_a_case_that_only_others_differ_from_is_named_too() -> None:
     printed = lines(ep_rows() + ep_rows(rank_load="one-empty"))
     assert [line for line in printed if line in ("defaults", "one empty rank")] == ["defaults", "one empty rank"]
+
+
+def test_the_gpus_own_time_has_a_column_where_a_row_has_it() -> None:
+    rows = ep_rows()
+    rows[3] = ok(case(128, ep_size=2), "torch_mm", 9.0, "allgather", busy_ms=0.625, **PARTS)
+    printed = lines(rows, 100)
+    titles = next(line for line in printed if "skew" in line)
+    assert titles.split()[-2:] == ["skew", "busy"]
+    assert under(titles, next(line for line in printed if line.startswith("torch_mm+allgather")))["busy"] == "0.625"
+    assert under(titles, next(line for line in printed if line.startswith("torch_mm+deepep")))["busy"] == "-"
+    assert [line for line in printed if line.startswith("busy: median ms in which the GPU worked")]
+    assert not [line for line in lines(ep_rows(), 100) if "busy" in line]
+    alone = [ok(case(128), f"engine{number}", 9.0, busy_ms=0.5 + number) for number in range(6)]
+    (titles,) = {line for line in lines(alone) if " tok/s " in line and not line.startswith("tok/s")}
+    assert titles.split() == ["ms", "±", "tok/s", "TF/s", "err", "busy"]

@@ -1,0 +1,196 @@
+"""Exchange rows of tokens between ranks through memory that all ranks of a group read and write.
+
+Every rank has a region of memory. A region has P slabs, one for each rank, and each slab has room for C rows. A rank
+writes only into its own slab of each region, so it can send rows before it knows how many rows the other ranks send.
+Token t goes to row `row_TP[t, p]` of this rank's slab in the region of rank p. The rows of a slab are filled from the
+first row on, in the order of the tokens.
+
+Rows travel in two ways. A push sends tokens' rows out: each rank writes them into the regions of the other ranks. A
+pull brings rows back: each rank writes results into its own region, in place of the rows that were pushed there, and
+then each rank reads its tokens' rows in all regions and sums them.
+
+The functions that move rows have two implementations. `eager` is plain torch: it defines what each function does, and
+it runs on a CPU, where the ranks are processes that share memory. `fused` is Triton, for GPUs that reach each other's
+memory: no function waits for the device, and a captured CUDA graph can replay with another routing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+#: Parts of a region start at multiples of this number, which allows the widest loads and stores.
+ALIGNMENT_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes and dtypes of a region. It holds R = P·C rows, in P slabs of C rows."""
+
+    num_ranks: int
+    rows_per_slab: int
+    dim: int
+    n_activated_experts: int
+    dtype: torch.dtype
+    weights_dtype: torch.dtype
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of a region, R."""
+        return self.num_ranks * self.rows_per_slab
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[int, tuple[int, int], torch.dtype]]:
+        """The first byte, the shape and the dtype of each part of a region, by the field's name in `Region`."""
+        choices = self.num_rows, self.n_activated_experts
+        shapes: dict[str, tuple[tuple[int, int], torch.dtype]] = {
+            "rows_RD": ((self.num_rows, self.dim), self.dtype),
+            "weights_RK": (choices, self.weights_dtype),
+            "indices_RK": (choices, torch.int32),
+            "counts_PP": ((self.num_ranks, self.num_ranks), torch.int32),
+        }
+        parts, end = {}, 0
+        for name, ((height, width), dtype) in shapes.items():
+            parts[name] = end, (height, width), dtype
+            end += -(-height * width * dtype.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return parts
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of a region."""
+        start, shape, dtype = self.parts["counts_PP"]
+        return start + shape[0] * shape[1] * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Region:
+    """The memory of one rank, which all ranks can read and write.
+
+    `counts_PP[p, q]` is the number of tokens that rank p wants to send to rank q. The number may be larger than a slab.
+    """
+
+    rows_RD: Tensor
+    weights_RK: Tensor
+    indices_RK: Tensor  # int32
+    counts_PP: Tensor  # int32
+
+    @classmethod
+    def over(cls, memory: Tensor, layout: Layout) -> "Region":
+        """Return the region in `memory`, which is [layout.num_bytes] uint8."""
+        views = {}
+        for name, (start, (height, width), dtype) in layout.parts.items():
+            part = memory[start : start + height * width * dtype.itemsize]
+            views[name] = part.view(dtype).view(height, width)
+        return cls(**views)
+
+
+@dataclass
+class Slabs:
+    """The regions of all ranks, as one rank sees them, and the order in which the ranks use them.
+
+    `barrier` returns when all ranks have called it; on a GPU, the device waits and the host goes on.
+
+    Why no rank overwrites what another rank still reads: between the reads of one exchange and the writes of the next
+    exchange there is always a barrier, and a rank reaches the barrier only after its own reads, because the device runs
+    them in order.
+
+    - `begin_push` is a barrier. Before it, a rank has read the rows that an earlier push brought into its region, and
+      the rows that an earlier pull read in other regions. After it, ranks write into each other's regions.
+    - `begin_pull` is a barrier only if the exchange before was also a pull: then a slow rank may still read the region
+      that this rank is about to write. After a push, no other rank reads this rank's region, because the push began
+      with a barrier, and the barrier at the end of the push shows that no rank still writes into it.
+    - `arrive` is the barrier between the writes and the reads of one exchange.
+
+    The host knows the exchange before only if it made it. So a CUDA graph must contain a push together with its pull,
+    and no graph with exchanges may be replayed between a push and its pull.
+    """
+
+    layout: Layout
+    rank: int
+    regions: tuple[Region, ...]
+    addresses_P: Tensor  # int64: the address of each rank's region, as this rank's device sees it
+    barrier: Callable[[], None]
+    owner: object = None  # keeps the memory mapped
+    _last: Literal["push", "pull", None] = field(default=None, init=False)
+
+    @property
+    def own(self) -> Region:
+        """This rank's region."""
+        return self.regions[self.rank]
+
+    @property
+    def own_slab(self) -> slice:
+        """This rank's rows in every region."""
+        first = self.rank * self.layout.rows_per_slab
+        return slice(first, first + self.layout.rows_per_slab)
+
+    def begin_push(self) -> None:
+        """Wait until all ranks have ended what they did with the regions."""
+        self.barrier()
+        self._last = "push"
+
+    def begin_pull(self) -> None:
+        """Wait, if it is necessary, until no rank reads this rank's region."""
+        if self._last != "push":
+            self.barrier()
+        self._last = "pull"
+
+    def arrive(self) -> None:
+        """Wait until all ranks have written what this exchange carries."""
+        self.barrier()
+
+
+class Exchange(Protocol):
+    """The functions that move rows. T tokens of this rank, K choices, P ranks, C rows a slab, R = P·C rows a region."""
+
+    def place(self, slabs: Slabs, indices_TK: Tensor, n_local_experts: int) -> Tensor:
+        """Return `row_TP`, the row of each token in this rank's slab of each rank's region; −1: the token stays away.
+
+        A token goes once to each rank that holds one of its experts. The result is int32, and may be C or more if a
+        slab is too small. The function tells all ranks in `counts_PP` how many rows this rank wants to send.
+        """
+
+    def push(
+        self,
+        slabs: Slabs,
+        x_TD: Tensor,
+        row_TP: Tensor,
+        weights_TK: Tensor | None = None,
+        indices_TK: Tensor | None = None,
+    ) -> None:
+        """Write each token's row, and its routing weights and indices if given, into the regions of its ranks.
+
+        A row that does not fit into its slab is not written.
+        """
+
+    def take_choices(self, slabs: Slabs) -> tuple[Tensor, Tensor, Tensor]:
+        """Return routing weights [R, K], int64 indices [R, K] and counts [P] that were pushed into this rank's region.
+
+        A row that nobody filled has indices of −1 and weights of zero. The counts are the filled rows of each slab.
+        """
+
+    def take_rows(self, slabs: Slabs, counts_P: Tensor) -> Tensor:
+        """Return a copy [R, D] of the rows in this rank's region. Rows that nobody filled may hold anything."""
+
+    def put(self, slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
+        """Write results into the filled rows of this rank's region, for other ranks to pull."""
+
+    def pull(self, slabs: Slabs, row_TP: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the sum [T, D] of each token's rows over all regions and, if wanted, the sum [T, K] of the weights.
+
+        Sums are in float32 (float64 for float64), in the order of the ranks. A token without rows has zeros.
+        """
+
+
+def exchange_on(device: torch.device) -> Exchange:
+    """Return the functions for tensors on a device."""
+    if device.type == "cuda":
+        from experts.exchange import fused
+
+        return fused
+    from experts.exchange import eager
+
+    return eager

@@ -1,0 +1,85 @@
+"""Move rows between ranks in plain torch. These functions define what `fused` does."""
+
+import torch
+from torch import Tensor
+
+from experts.activations import accumulation_dtype
+from experts.exchange import Slabs
+
+#: Larger indices become this one, which also is not an expert of any layer.
+MAX_INDEX = torch.iinfo(torch.int32).max
+
+
+def place(slabs: Slabs, indices_TK: Tensor, n_local_experts: int) -> Tensor:
+    """As `Exchange.place`."""
+    ranks_P = torch.arange(slabs.layout.num_ranks, device=indices_TK.device)
+    rank_TK = indices_TK // n_local_experts  # −1 stays −1
+    wanted_TP = (rank_TK.unsqueeze(-1) == ranks_P).any(dim=1)
+    counts_P = wanted_TP.sum(dim=0, dtype=torch.int32)
+    for region in slabs.regions:
+        region.counts_PP[slabs.rank] = counts_P
+    return torch.where(wanted_TP, wanted_TP.cumsum(dim=0) - 1, -1).int()
+
+
+def push(
+    slabs: Slabs, x_TD: Tensor, row_TP: Tensor, weights_TK: Tensor | None = None, indices_TK: Tensor | None = None
+) -> None:
+    """As `Exchange.push`."""
+    for region, token_N in zip(slabs.regions, _tokens_of_ranks(slabs, row_TP), strict=True):
+        num_rows = token_N.shape[0]
+        region.rows_RD[slabs.own_slab][:num_rows] = x_TD[token_N]
+        if weights_TK is not None and indices_TK is not None:
+            region.weights_RK[slabs.own_slab][:num_rows] = weights_TK[token_N]
+            region.indices_RK[slabs.own_slab][:num_rows] = indices_TK[token_N].clamp(-1, MAX_INDEX).int()
+
+
+def take_choices(slabs: Slabs) -> tuple[Tensor, Tensor, Tensor]:
+    """As `Exchange.take_choices`."""
+    counts_P = slabs.own.counts_PP[:, slabs.rank].clamp(max=slabs.layout.rows_per_slab)
+    filled_R1 = _filled(slabs, counts_P).unsqueeze(-1)
+    weights_RK = torch.where(filled_R1, slabs.own.weights_RK, 0.0)
+    return weights_RK, torch.where(filled_R1, slabs.own.indices_RK, -1).long(), counts_P
+
+
+def take_rows(slabs: Slabs, counts_P: Tensor) -> Tensor:
+    """As `Exchange.take_rows`."""
+    rows_RD, filled_R = torch.empty_like(slabs.own.rows_RD), _filled(slabs, counts_P)
+    rows_RD[filled_R] = slabs.own.rows_RD[filled_R]
+    return rows_RD
+
+
+def put(slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
+    """As `Exchange.put`."""
+    filled_R = _filled(slabs, counts_P)
+    slabs.own.rows_RD[filled_R] = y_RD[filled_R]
+    if weights_RK is not None:
+        slabs.own.weights_RK[filled_R] = weights_RK[filled_R]
+
+
+def pull(slabs: Slabs, row_TP: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
+    """As `Exchange.pull`."""
+    tokens = _tokens_of_ranks(slabs, row_TP)
+    sums_TD = _sum([region.rows_RD[slabs.own_slab] for region in slabs.regions], tokens, row_TP.shape[0])
+    if not with_weights:
+        return sums_TD, None
+    return sums_TD, _sum([region.weights_RK[slabs.own_slab] for region in slabs.regions], tokens, row_TP.shape[0])
+
+
+def _tokens_of_ranks(slabs: Slabs, row_TP: Tensor) -> list[Tensor]:
+    """Return, for each rank, the tokens that have a row in its region, in the order of the rows."""
+    has_row_TP = (row_TP >= 0) & (row_TP < slabs.layout.rows_per_slab)
+    return [has_row_T.nonzero().squeeze(1) for has_row_T in has_row_TP.unbind(dim=1)]
+
+
+def _filled(slabs: Slabs, counts_P: Tensor) -> Tensor:
+    """Return whether each row of this rank's region was filled, [R] bool."""
+    rows_C = torch.arange(slabs.layout.rows_per_slab, device=counts_P.device)
+    return (rows_C < counts_P.unsqueeze(-1)).view(-1)
+
+
+def _sum(slabs_CX: list[Tensor], tokens: list[Tensor], num_tokens: int) -> Tensor:
+    dtype = slabs_CX[0].dtype
+    sums_TX = torch.zeros(num_tokens, slabs_CX[0].shape[1], dtype=accumulation_dtype(dtype), device=slabs_CX[0].device)
+    for slab_CX, token_N in zip(slabs_CX, tokens, strict=True):
+        sums_TX[token_N] += slab_CX[: token_N.shape[0]].to(sums_TX.dtype)
+    return sums_TX.to(dtype)

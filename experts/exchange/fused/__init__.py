@@ -1,0 +1,156 @@
+"""Move rows between ranks in Triton. The kernels read and write the other ranks' memory at its addresses.
+
+A program of push has one token and a stretch of the token's columns: it reads them once and writes them to each of the
+token's ranks. A program of pull reads the token's row of each rank and writes the sum once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from experts.exchange import Slabs
+from experts.exchange.fused import kernels
+from experts.steps.fused.launch import launch
+
+MAX_STRETCH = 1024  # columns of one token per program: 16 bytes of bfloat16 per thread
+TILE = 1024  # elements per program where a program copies several rows
+MAX_INDICES = 4096  # indices that a program of `kernels.place` reads at a time
+
+
+def place(slabs: Slabs, indices_TK: Tensor, n_local_experts: int) -> Tensor:
+    """As `Exchange.place`."""
+    num_tokens, num_choices = indices_TK.shape
+    num_ranks = slabs.layout.num_ranks
+    row_TP = torch.empty(num_tokens, num_ranks, dtype=torch.int32, device=indices_TK.device)
+    choices = triton.next_power_of_2(num_choices)
+    launch(
+        kernels.place,
+        (num_ranks,),
+        *(indices_TK, row_TP, slabs.addresses_P, num_tokens, slabs.rank, n_local_experts),
+        COUNTS_AT=_start(slabs, "counts_PP"),
+        P=num_ranks,
+        K=num_choices,
+        CHOICES=choices,
+        BLOCK=max(16, MAX_INDICES // choices),
+        num_warps=8,
+    )
+    return row_TP
+
+
+def push(
+    slabs: Slabs, x_TD: Tensor, row_TP: Tensor, weights_TK: Tensor | None = None, indices_TK: Tensor | None = None
+) -> None:
+    """As `Exchange.push`."""
+    layout = slabs.layout
+    launch(
+        kernels.push,
+        (x_TD.shape[0], triton.cdiv(layout.dim, _stretch(layout.dim))),
+        *(
+            x_TD,
+            row_TP,
+            weights_TK,
+            indices_TK,
+            slabs.addresses_P,
+            layout.dim,
+            slabs.own_slab.start,
+            layout.rows_per_slab,
+        ),
+        WITH_CHOICES=weights_TK is not None,
+        WEIGHTS_AT=_start(slabs, "weights_RK"),
+        INDICES_AT=_start(slabs, "indices_RK"),
+        P=layout.num_ranks,
+        K=layout.n_activated_experts,
+        CHOICES=triton.next_power_of_2(layout.n_activated_experts),
+        STRETCH=_stretch(layout.dim),
+    )
+
+
+def take_choices(slabs: Slabs) -> tuple[Tensor, Tensor, Tensor]:
+    """As `Exchange.take_choices`."""
+    own, layout = slabs.own, slabs.layout
+    weights_RK = torch.empty_like(own.weights_RK)
+    indices_RK = torch.empty_like(own.indices_RK, dtype=torch.int64)
+    counts_P = torch.empty_like(own.counts_PP[0])
+    rows, columns = _tile(layout.n_activated_experts)
+    launch(
+        kernels.take_choices,
+        (triton.cdiv(layout.num_rows, rows),),
+        *(own.weights_RK, own.indices_RK, own.counts_PP, weights_RK, indices_RK, counts_P),
+        *(slabs.rank, layout.rows_per_slab, layout.num_rows),
+        P=layout.num_ranks,
+        RANKS=triton.next_power_of_2(layout.num_ranks),
+        K=layout.n_activated_experts,
+        ROWS=rows,
+        CHOICES=columns,
+    )
+    return weights_RK, indices_RK, counts_P
+
+
+def take_rows(slabs: Slabs, counts_P: Tensor) -> Tensor:
+    """As `Exchange.take_rows`. Rows that nobody filled stay unwritten."""
+    rows_RD = torch.empty_like(slabs.own.rows_RD)
+    _copy(slabs, slabs.own.rows_RD, rows_RD, counts_P)
+    return rows_RD
+
+
+def put(slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
+    """As `Exchange.put`."""
+    _copy(slabs, y_RD, slabs.own.rows_RD, counts_P)
+    if weights_RK is not None:
+        _copy(slabs, weights_RK, slabs.own.weights_RK, counts_P)
+
+
+def pull(slabs: Slabs, row_TP: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
+    """As `Exchange.pull`."""
+    layout, num_tokens = slabs.layout, row_TP.shape[0]
+    sums_TD = torch.empty(num_tokens, layout.dim, dtype=layout.dtype, device=row_TP.device)
+    weights_TK = None
+    if with_weights:
+        shape = num_tokens, layout.n_activated_experts
+        weights_TK = torch.empty(shape, dtype=layout.weights_dtype, device=row_TP.device)
+    launch(
+        kernels.pull,
+        (num_tokens, triton.cdiv(layout.dim, _stretch(layout.dim))),
+        *(sums_TD, weights_TK, row_TP, slabs.addresses_P, layout.dim, slabs.own_slab.start, layout.rows_per_slab),
+        WITH_WEIGHTS=with_weights,
+        WEIGHTS_AT=_start(slabs, "weights_RK"),
+        SUM=_sum_type(layout.dtype),
+        WEIGHTS_SUM=_sum_type(layout.weights_dtype),
+        P=layout.num_ranks,
+        K=layout.n_activated_experts,
+        CHOICES=triton.next_power_of_2(layout.n_activated_experts),
+        STRETCH=_stretch(layout.dim),
+    )
+    return sums_TD, weights_TK
+
+
+def _copy(slabs: Slabs, source_RX: Tensor, target_RX: Tensor, counts_P: Tensor) -> None:
+    """Copy the filled rows."""
+    num_rows, width = source_RX.shape
+    rows, columns = _tile(width)
+    launch(
+        kernels.copy_filled,
+        (triton.cdiv(num_rows, rows), triton.cdiv(width, columns)),
+        *(source_RX, target_RX, counts_P, slabs.layout.rows_per_slab, num_rows, width),
+        ROWS=rows,
+        COLUMNS=columns,
+    )
+
+
+def _start(slabs: Slabs, part: str) -> int:
+    return slabs.layout.parts[part][0]
+
+
+def _stretch(dim: int) -> int:
+    stretch: int = min(MAX_STRETCH, triton.next_power_of_2(dim))
+    return stretch
+
+
+def _tile(width: int) -> tuple[int, int]:
+    columns = min(TILE, triton.next_power_of_2(width))
+    return TILE // columns, columns
+
+
+def _sum_type(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype is torch.float64 else tl.float32

@@ -1,0 +1,179 @@
+"""Define the Triton kernels that `experts.exchange.fused` launches."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _part(addresses, rank, START: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the pointer to a part of a rank's region. As its alignment is known, Triton moves 16 bytes at a time."""
+    return tl.multiple_of((tl.load(addresses + rank) + START).to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def place(
+    indices,
+    rows,
+    addresses,
+    num_tokens,
+    rank,
+    n_local_experts,
+    COUNTS_AT: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Number the tokens that go to one rank, and tell all ranks how many they are. Each program has one rank."""
+    to = tl.program_id(0)
+    choice = tl.arange(0, CHOICES)
+    count = tl.zeros([1], dtype=tl.int32)
+    start = 0
+    while start < num_tokens:
+        token = start + tl.arange(0, BLOCK)
+        valid = token < num_tokens
+        where = token.to(tl.int64)[:, None] * K + choice[None, :]
+        expert = tl.load(indices + where, mask=valid[:, None] & (choice < K)[None, :], other=-1)
+        local = expert - to.to(tl.int64) * n_local_experts
+        goes = tl.max(((local >= 0) & (local < n_local_experts)).to(tl.int32), axis=1)
+        row = tl.where(goes > 0, count + tl.cumsum(goes, 0) - 1, -1)
+        tl.store(rows + token.to(tl.int64) * P + to, row, mask=valid)
+        count += tl.sum(goes, 0)
+        start += BLOCK
+    for reader in tl.static_range(P):
+        counts = _part(addresses, reader, COUNTS_AT, tl.int32)
+        tl.store(counts + rank * P + to + tl.arange(0, 1), count)
+
+
+@triton.jit
+def push(
+    x,
+    rows,
+    weights,
+    indices,
+    addresses,
+    dim,
+    first_row,
+    rows_per_slab,
+    WITH_CHOICES: tl.constexpr,
+    WEIGHTS_AT: tl.constexpr,
+    INDICES_AT: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
+    values = tl.load(x + token * dim + columns, mask=columns < dim, other=0.0)
+    if WITH_CHOICES:
+        choice = tl.arange(0, CHOICES)
+        is_choice = (choice < K) & (tl.program_id(1) == 0)
+        weight = tl.load(weights + token * K + choice, mask=is_choice, other=0.0)
+        index = tl.load(indices + token * K + choice, mask=is_choice, other=-1)
+        index = tl.minimum(tl.maximum(index, -1), 0x7FFFFFFF).to(tl.int32)
+    for to in tl.static_range(P):
+        row = tl.load(rows + token * P + to)
+        fits = (row >= 0) & (row < rows_per_slab)
+        at = first_row + row.to(tl.int64)
+        target = _part(addresses, to, 0, x.dtype.element_ty)
+        tl.store(target + at * dim + columns, values, mask=(columns < dim) & fits)
+        if WITH_CHOICES:
+            target_weights = _part(addresses, to, WEIGHTS_AT, weights.dtype.element_ty)
+            tl.store(target_weights + at * K + choice, weight, mask=is_choice & fits)
+            target_indices = _part(addresses, to, INDICES_AT, tl.int32)
+            tl.store(target_indices + at * K + choice, index, mask=is_choice & fits)
+
+
+@triton.jit
+def pull(
+    sums,
+    weights,
+    rows,
+    addresses,
+    dim,
+    first_row,
+    rows_per_slab,
+    WITH_WEIGHTS: tl.constexpr,
+    WEIGHTS_AT: tl.constexpr,
+    SUM: tl.constexpr,
+    WEIGHTS_SUM: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
+    total = tl.zeros([STRETCH], dtype=SUM)
+    if WITH_WEIGHTS:
+        choice = tl.arange(0, CHOICES)
+        is_choice = (choice < K) & (tl.program_id(1) == 0)
+        weights_total = tl.zeros([CHOICES], dtype=WEIGHTS_SUM)
+    for source in tl.static_range(P):
+        row = tl.load(rows + token * P + source)
+        has = (row >= 0) & (row < rows_per_slab)
+        at = first_row + row.to(tl.int64)
+        part = _part(addresses, source, 0, sums.dtype.element_ty)
+        total += tl.load(part + at * dim + columns, mask=(columns < dim) & has, other=0.0).to(SUM)
+        if WITH_WEIGHTS:
+            weights_part = _part(addresses, source, WEIGHTS_AT, weights.dtype.element_ty)
+            weights_total += tl.load(weights_part + at * K + choice, mask=is_choice & has, other=0.0).to(WEIGHTS_SUM)
+    tl.store(sums + token * dim + columns, total.to(sums.dtype.element_ty), mask=columns < dim)
+    if WITH_WEIGHTS:
+        tl.store(weights + token * K + choice, weights_total.to(weights.dtype.element_ty), mask=is_choice)
+
+
+@triton.jit
+def take_choices(
+    weights,
+    indices,
+    counts,
+    weights_out,
+    indices_out,
+    counts_out,
+    rank,
+    rows_per_slab,
+    num_rows,
+    P: tl.constexpr,
+    RANKS: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHOICES: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    source = row // rows_per_slab
+    count = tl.load(counts + source * P + rank, mask=row < num_rows, other=0)
+    filled = (row - source * rows_per_slab < count)[:, None]
+    choice = tl.arange(0, CHOICES)[None, :]
+    where = row.to(tl.int64)[:, None] * K + choice
+    inside = (row < num_rows)[:, None] & (choice < K)
+    weight = tl.load(weights + where, mask=inside & filled, other=0.0)
+    index = tl.load(indices + where, mask=inside & filled, other=-1)
+    tl.store(weights_out + where, weight, mask=inside)
+    tl.store(indices_out + where, index.to(tl.int64), mask=inside)
+    if tl.program_id(0) == 0:
+        slab = tl.arange(0, RANKS)
+        filled_rows = tl.load(counts + slab * P + rank, mask=slab < P, other=0)
+        tl.store(counts_out + slab, tl.minimum(filled_rows, rows_per_slab), mask=slab < P)
+
+
+@triton.jit
+def copy_filled(
+    source,
+    target,
+    counts,
+    rows_per_slab,
+    num_rows,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slab = row // rows_per_slab
+    count = tl.load(counts + slab, mask=row < num_rows, other=0)
+    filled = row - slab * rows_per_slab < count
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = filled[:, None] & (columns < width)[None, :]
+    where = row.to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(target + where, tl.load(source + where, mask=inside, other=0.0), mask=inside)
