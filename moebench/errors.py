@@ -18,14 +18,15 @@ the exception never leaves the module.
 
 import reprlib
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNDECIDED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
-def first_mistake(error: ValidationError) -> str:
+def first_mistake(error: "ValidationError") -> str:
     """Return in one line the first mistake that pydantic found: the field, its value, and the rule."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))

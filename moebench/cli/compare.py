@@ -9,7 +9,7 @@ import typer
 from moebench.cli.console import err, out
 from moebench.cli.options import AsJson
 from moebench.errors import UsageError
-from moebench.report.plots.history import draw_history, kind_of
+from moebench.report.plots.settings import import_matplotlib
 from moebench.report.tables import comparetable
 from moebench.results import merge
 from moebench.results.compare import compare, names_of
@@ -76,6 +76,9 @@ def history_(
     The table is in order of time, oldest first. It has each backend's times and how they changed.
     """
     if plot is not None:
+        import_matplotlib()
+        from moebench.report.plots.history import draw_history, kind_of
+
         kind_of(plot)  # a wrong suffix is a mistake to tell before any work
     rows = history(case_id, {name: result.frame for name, result in _opened(results).items()})
     if as_json:

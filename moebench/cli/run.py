@@ -5,25 +5,23 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moebench.cli.console import err, out, progress_bar
 from moebench.cli.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, TimeBudget
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
-from moebench.report.folder import Written, finish
-from moebench.report.tables.forecasttable import ForecastTable
-from moebench.report.tables.tables import summary
-from moebench.results.folder import environments_beside
-from moebench.results.frame import load, to_json
+from moebench.report.plots.settings import import_matplotlib
 from moebench.results.record import GOOD, Record
 from moebench.run import request, start
-from moebench.run.forecast import forecast, measured_jobs
 from moebench.run.request import RunPlan
 from moebench.run.runfile import MOST_ROUNDS, Asked
 from moebench.run.runner import Outcome
 from moebench.workload.case import Job
+
+if TYPE_CHECKING:
+    from moebench.report.folder import Written
 
 commands = typer.Typer()
 
@@ -102,6 +100,9 @@ def _refuse_beside_resume(options: Mapping[str, object]) -> None:
 
 def _measure(plan: RunPlan, as_json: bool) -> None:
     """Measure, print the results and how the run ended, and exit."""
+    from moebench.report.tables.tables import summary
+    from moebench.results.frame import load
+
     with progress_bar() as progress:
         task = progress.add_task("", total=plan.num_jobs)
 
@@ -123,7 +124,10 @@ def _measure(plan: RunPlan, as_json: bool) -> None:
     _exit(outcome, plan.folder)
 
 
-def _finish(folder: Path) -> Written:
+def _finish(folder: Path) -> "Written":
+    import_matplotlib()
+    from moebench.report.folder import finish
+
     try:
         return finish(folder)
     except KeyboardInterrupt:
@@ -136,6 +140,8 @@ def _go_on(folder: Path) -> str:
 
 
 def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:
+    from moebench.results.frame import load, to_json
+
     return {
         "results": str(folder),
         "interrupted": outcome.interrupted,
@@ -146,6 +152,8 @@ def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:
 
 
 def _exit(outcome: Outcome, folder: Path) -> None:
+    from moebench.results.folder import environments_beside
+
     for note in outcome.notes:
         err.print(note)
     for problem in {some.git_problem: None for some in environments_beside(folder).values() if some.git_problem}:
@@ -161,6 +169,9 @@ def _exit(outcome: Outcome, folder: Path) -> None:
 
 def print_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
     """Print the jobs and estimates of their memory and time."""
+    from moebench.report.tables.forecasttable import ForecastTable
+    from moebench.run.forecast import forecast, measured_jobs
+
     expected = forecast(jobs, measured_jobs())
     if as_json:
         listed = [

@@ -1,15 +1,16 @@
 """Define the commands that show one results folder: `show`, `plots` and `report`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moebench.cli.console import out
 from moebench.cli.options import AsJson
-from moebench.report import folder as report_folder
-from moebench.report.tables.tables import summary
-from moebench.results.frame import load, to_json
+from moebench.report.plots.settings import import_matplotlib
+
+if TYPE_CHECKING:
+    from moebench.report.folder import Written
 
 commands = typer.Typer()
 
@@ -19,6 +20,9 @@ Folder = Annotated[Path, typer.Argument(help="a results folder, or its Parquet f
 @commands.command()
 def show(folder: Folder, as_json: AsJson = False) -> None:
     """Print the table of a results folder."""
+    from moebench.report.tables.tables import summary
+    from moebench.results.frame import load, to_json
+
     frame = load(folder)
     if as_json:
         out.print_json(to_json(frame))
@@ -29,7 +33,10 @@ def show(folder: Folder, as_json: AsJson = False) -> None:
 @commands.command()
 def plots(folder: Folder) -> None:
     """Draw the plots of a results folder again. Exit code 1: a plot could not be drawn."""
-    _print(report_folder.draw_plots(folder))
+    import_matplotlib()
+    from moebench.report.folder import draw_plots
+
+    _print(draw_plots(folder))
 
 
 @commands.command()
@@ -47,10 +54,13 @@ def report(
     The page has the verdict, plots, a table with filters, and commands that measure rows again. Exit code 1: a plot
     could not be drawn, and the page lacks it.
     """
-    _print(report_folder.write_report(folder, out_file, gate))
+    import_matplotlib()
+    from moebench.report.folder import write_report
+
+    _print(write_report(folder, out_file, gate))
 
 
-def _print(written: report_folder.Written) -> None:
+def _print(written: "Written") -> None:
     """Print the paths. Raises PictureError if a plot could not be drawn."""
     for path in written.paths:
         out.print(f"wrote {path}", soft_wrap=True)

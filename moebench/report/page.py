@@ -24,7 +24,6 @@ from moebench.results.labels import backend_labels, describe, in_case_order, mac
 from moebench.results.record import GOOD
 from moebench.verdicts.document import GateDocument
 
-REPORT_NAME = "report.html"
 _HEADLINE = ("torch", "cuda", "revision")  # the facts of the environment that the head of the page shows
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from moebench.errors import ResultsError
-from moebench.results.frame import PARQUET_NAME, load
+from moebench.results.files import PARQUET_NAME
+from moebench.results.frame import load
 from moebench.results.journal import JOURNAL_NAME
 from moebench.workload.spec import checkout
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,7 @@ class SweepReader:
         These mistakes are impossible combinations, excludes that match no job, and excludes that leave out every job.
         """
         dead, left = dict.fromkeys(excludes), 0
+        impossible: dict[tuple[object, ...], list[str]] = {}  # many combinations differ only in the backend
         for number, axes in enumerate(grids):
             for combination in combinations(axes):
                 matches = {place: is_match(exclude, combination) for place, exclude in excludes.items()}
@@ -181,12 +183,17 @@ class SweepReader:
                     continue
                 left += 1
                 spared = any(match is None and _DECISIVE & excludes[place].keys() for place, match in matches.items())
-                for message in () if spared else _impossible(combination):
+                if not spared and (case := _CASE_AND_DISPATCHER(combination)) not in impossible:
+                    impossible[case] = _impossible(combination)
+                for message in () if spared else impossible[case]:
                     self.wrong(f"grid[{number}]", message)
         for place in dead if grids else ():
             self.wrong(place, "matches no job of this sweep; correct it or remove it")
         if grids and not left:
             self.wrong("exclude", "the excludes leave out every job; remove an exclude or add a grid")
+
+
+_CASE_AND_DISPATCHER = itemgetter(*Case.model_fields, "dispatcher")
 
 
 def _impossible(combination: Mapping[str, object]) -> list[str]:
