@@ -17,16 +17,15 @@ Collective = Literal["all_gather", "all_to_all"]
 #: Installed packages name further backends under this group of entry points.
 ENTRY_POINT_GROUP = "experts.backends"
 
-_FROM_SOURCE = (
-    "run in the checkout, with nvcc: pip install 'setuptools>=77' ninja && pip install --no-build-isolation -e '.[{}]'"
-)
+_FROM_SOURCE = "with nvcc: pip install 'setuptools>=77' ninja && pip install --no-build-isolation 'moebench[{}]'"
 
 #: Importable name of a library -> how to install the library. `moebench doctor` prints this text, and reasons of
 #: `Unsupported` contain it. CUDA extensions are built against the installed torch, so pip must not isolate their build.
+#: Where moebench is installed, from a wheel or from a checkout, pip takes its extra from what is installed.
 LIBRARIES: dict[str, str] = {
     "transformer_engine": _FROM_SOURCE.format("te"),
     "grouped_gemm": _FROM_SOURCE.format("gmm"),
-    "deep_ep": "run in the checkout: pip install -e '.[deepep]'",
+    "deep_ep": "pip install 'moebench[deepep]'",
     "torchao": "pip install torchao",
     "triton": "install a CUDA build of torch, which brings triton",
     "transformers": "pip install 'transformers>=5.17'",

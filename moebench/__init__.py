@@ -32,7 +32,7 @@ docs/notebooks.md has an example of each name.
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Comparability",
     "ResultsError",

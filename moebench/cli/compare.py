@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moebench.cli.console import err, out
-from moebench.cli.options import AsJson
+from moebench.cli.options import AsJson, Results
 from moebench.errors import UsageError
 from moebench.report.plots.settings import import_matplotlib
 from moebench.report.tables import comparetable
@@ -20,7 +20,6 @@ from moebench.results.history import history
 
 commands = typer.Typer()
 
-Results = Annotated[list[Path], typer.Argument(help="results folders, or their Parquet files")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="print CSV on standard output")]
 
 

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moebench.cli.console import out
-from moebench.cli.options import AsJson
+from moebench.cli.options import AsJson, Folder
+from moebench.errors import UsageError
 from moebench.report.plots.settings import import_matplotlib
 
 if TYPE_CHECKING:
     from moebench.report.folder import Written
 
 commands = typer.Typer()
-
-Folder = Annotated[Path, typer.Argument(help="a results folder, or its Parquet file")]
 
 
 @commands.command()
@@ -35,7 +34,13 @@ def plots(folder: Folder) -> None:
     """Draw the plots of a results folder again. Exit code 1: a plot could not be drawn."""
     import_matplotlib()
     from moebench.report.folder import draw_plots
+    from moebench.results.published import is_packaged
 
+    if is_packaged(folder):
+        raise UsageError(
+            f"moebench plots {folder.name}: the results are a part of the installed package, where nothing is written; "
+            f"copy {folder} to a place of your own"
+        )
     _print(draw_plots(folder))
 
 
@@ -43,7 +48,7 @@ def plots(folder: Folder) -> None:
 def report(
     folder: Folder,
     out_file: Annotated[
-        Path | None, typer.Option("--out", help="the page to write; default: report.html beside the results")
+        Path | None, typer.Option("--out", help="the page to write; default: report.html beside your results, or here")
     ] = None,
     gate: Annotated[
         Path | None, typer.Option(help="a file with the output of `moebench gate --json`, to add its verdicts")
@@ -55,8 +60,11 @@ def report(
     could not be drawn, and the page lacks it.
     """
     import_matplotlib()
-    from moebench.report.folder import write_report
+    from moebench.report.folder import REPORT_NAME, write_report
+    from moebench.results.published import is_packaged
 
+    if out_file is None and is_packaged(folder):
+        out_file = Path(REPORT_NAME)
     _print(write_report(folder, out_file, gate))
 
 

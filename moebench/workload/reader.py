@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from moebench.workload.axes import (
     DISPATCHERS,
     FIXED_BY_MODEL,
     UNKNOWN,
+    case_key,
     combinations,
     cut,
     did_you_mean,
@@ -183,7 +183,7 @@ class SweepReader:
                     continue
                 left += 1
                 spared = any(match is None and _DECISIVE & excludes[place].keys() for place, match in matches.items())
-                if not spared and (case := _CASE_AND_DISPATCHER(combination)) not in impossible:
+                if not spared and (case := (*case_key(combination), combination["dispatcher"])) not in impossible:
                     impossible[case] = _impossible(combination)
                 for message in () if spared else impossible[case]:
                     self.wrong(f"grid[{number}]", message)
@@ -191,9 +191,6 @@ class SweepReader:
             self.wrong(place, "matches no job of this sweep; correct it or remove it")
         if grids and not left:
             self.wrong("exclude", "the excludes leave out every job; remove an exclude or add a grid")
-
-
-_CASE_AND_DISPATCHER = itemgetter(*Case.model_fields, "dispatcher")
 
 
 def _impossible(combination: Mapping[str, object]) -> list[str]:

@@ -72,7 +72,7 @@ def test_what_is_missing_comes_with_a_command_that_exists(fake_nvml, monkeypatch
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     for name, extra in {"transformer_engine": "te", "grouped_gemm": "gmm", "deep_ep": "deepep"}.items():
         assert extra in extras
-        assert f"'.[{extra}]'" in REMEDIES[name]
+        assert f"'moebench[{extra}]'" in REMEDIES[name]
 
 
 def test_an_idle_gpu_is_no_problem(h200):
