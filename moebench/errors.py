@@ -18,7 +18,7 @@ the exception never leaves the module.
 
 import reprlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -33,6 +33,13 @@ def first_mistake(error: "ValidationError") -> str:
     value = "" if isinstance(first["input"], dict) else f" = {reprlib.repr(first['input'])}"
     message = "; ".join(first["msg"].removeprefix("Value error, ").splitlines())
     return f"{field}{value}: {message}" if field else message
+
+
+def wrong_usage(error: Any, program: str) -> str:
+    """Return one line on typer's error about a command line. typer itself would print four lines."""
+    command = program if error.ctx is None else error.ctx.command_path
+    told = error.format_message()
+    return f"{told}{'' if told.endswith(('.', '?')) else '.'} See `{command} --help`."
 
 
 class MoebenchError(Exception):

@@ -21,7 +21,7 @@ from moebench import __version__
 from moebench.cli.console import err, messages_on_standard_error, out
 from moebench.cli.lazy import Entry, LazyGroup
 from moebench.cli.options import AsJson, Backends, Filters
-from moebench.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, MoebenchError, UsageError
+from moebench.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, MoebenchError, UsageError, wrong_usage
 from moebench.results.files import CANNOT_WRITE
 
 _TyperUsageError: Any = typer.BadParameter.__bases__[0]  # typer has no public name for it
@@ -151,10 +151,8 @@ def main() -> None:
         for line in error.lines:
             err.print(line)
         code = error.exit_code
-    except _TyperUsageError as error:  # typer would print four lines, with controls of the terminal that the user typed
-        command = error.ctx.command_path if error.ctx is not None else "moebench"
-        told = error.format_message()
-        err.print(f"{told}{'' if told.endswith(('.', '?')) else '.'} See `{command} --help`.")
+    except _TyperUsageError as error:  # typer would print controls of the terminal that the user typed
+        err.print(wrong_usage(error, "moebench"))
         code = error.exit_code
     except OSError as error:
         if error.filename is None and error.errno not in CANNOT_WRITE:
