@@ -235,7 +235,6 @@ finally:
         ("list", HEAVY),
         ("doctor", HEAVY),
         ("run --help", HEAVY),
-        ("show --help", HEAVY),
         ("nosuch", (*HEAVY, "psutil")),
     ],
 )

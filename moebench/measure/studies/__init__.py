@@ -40,7 +40,10 @@ def run(study: Callable[..., None], name: str) -> None:
 
 
 def places(device: str | None, out: Path | None) -> torch.device:
-    """Return the device that a study measures on. Raises UsageError if the device or the folder of `out` is not there."""
+    """Return the device that a study measures on.
+
+    Raises UsageError if the device or the folder of `out` is not there.
+    """
     try:
         gpu_numbers(device or "cpu")
     except ValueError as absent:
