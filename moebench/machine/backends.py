@@ -12,8 +12,6 @@ from pathlib import Path
 
 from experts import catalog
 from moebench.errors import UsageError
-from moebench.machine.gpus import visible_gpus
-from moebench.machine.nvml import NvmlUnavailable
 from moebench.machine.versions import torch_build
 
 #: The files of NVIDIA's driver, on Linux and on Windows' Linux. Without one of them, torch sees no GPU.
@@ -98,6 +96,9 @@ def gpus_of_torch() -> list[Capability]:
     build = torch_build()
     if build is None or build.cuda is None:
         return []
+    from moebench.machine.gpus import visible_gpus
+    from moebench.machine.nvml import NvmlUnavailable
+
     try:
         return [gpu.capability or (999, 0) for gpu in visible_gpus()]
     except NvmlUnavailable:

@@ -260,9 +260,21 @@ def test_the_block_blocks(tmp_path):
     assert "torch is blocked" in done.stderr
 
 
-def test_a_worker_starts_without_what_one_rank_and_a_sweep_never_need() -> None:
-    """Each of these imports takes a second or more in every worker."""
-    code = "import sys, moebench.measure.worker; print([name for name in sys.argv[1:] if name in sys.modules])"
-    slow = ["torch.distributed.tensor", "hypothesis", "matplotlib", "pandas"]
-    done = subprocess.run([sys.executable, "-c", code, *slow], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+CHECKED = """
+import sys
+import torch
+import moebench.measure.worker
+from moebench.measure.profiling import executed
+from moebench.parity.poison import poisoned
+print([name for name in sys.argv[1:] if name in sys.modules])
+with poisoned(torch.device("cpu")):
+    print(executed(lambda: torch.ones(2, 2) @ torch.ones(2, 2), torch.device("cpu")))
+print([name for name in sys.argv[1:] if name in sys.modules])
+"""
+
+
+def test_a_worker_does_without_what_one_rank_and_a_sweep_never_need() -> None:
+    """Each of these imports takes a second or more in every worker. The checks and the profile need none of them."""
+    slow = ["torch._dynamo", "torch.distributed.tensor", "hypothesis", "matplotlib", "pandas"]
+    done = subprocess.run([sys.executable, "-c", CHECKED, *slow], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "aten::matmul > aten::mm", "[]"]

@@ -42,7 +42,7 @@ def test_a_backend_that_cannot_be_imported_is_unavailable_and_says_why(monkeypat
         return get_backend(name)
 
     monkeypatch.setattr(registry, "get_backend", get)
-    table = Console(file=io.StringIO(), width=200)
+    table = Console(file=io.StringIO(), width=1000)
     table.print(backends(is_thorough=True))
     lines = dict(line.split(maxsplit=1) for line in table.file.getvalue().splitlines())
     assert (lines["te"].strip(), lines["loop"].strip()) == (
