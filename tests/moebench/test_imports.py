@@ -264,10 +264,11 @@ CHECKED = """
 import sys
 import torch
 import moebench.measure.worker
+from moebench.measure.memory import storage_tracker
 from moebench.measure.profiling import executed
 from moebench.parity.poison import poisoned
 print([name for name in sys.argv[1:] if name in sys.modules])
-with poisoned(torch.device("cpu")):
+with poisoned(torch.device("cpu")), storage_tracker():
     print(executed(lambda: torch.ones(2, 2) @ torch.ones(2, 2), torch.device("cpu")))
 print([name for name in sys.argv[1:] if name in sys.modules])
 """
