@@ -15,6 +15,7 @@ from moebench.names import Name, is_file
 from moebench.results.files import write_atomically
 from moebench.results.folder import ENVIRONMENT_NAME
 from moebench.workload.case import Job
+from moebench.workload.models import Model
 
 RUN_NAME = "run.json"
 SWEEP_NAME = "sweep.toml"
@@ -33,6 +34,7 @@ class Asked(BaseModel):
     device: str | None = None
     rounds: Annotated[int, Field(ge=1, le=MOST_ROUNDS)] = 1
     profile: bool = False
+    model: Model | None = None
 
 
 class RunFile(BaseModel):

@@ -14,7 +14,7 @@ from moebench.names import is_file
 from moebench.workload.backends import DISPATCHERS as BETWEEN_RANKS
 from moebench.workload.backends import GROUPS, is_group
 from moebench.workload.case import Case
-from moebench.workload.models import MODELS, SHAPE_AXES
+from moebench.workload.models import MODELS, SHAPE_AXES, Model
 
 DISPATCHERS = ("local", *BETWEEN_RANKS)
 BACKEND_PATTERN = r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$"
@@ -48,7 +48,7 @@ def _axis_types() -> dict[str, Any]:
     literal: Any = Literal
     annotated: Any = Annotated
     return fields | {
-        "model": literal[tuple(MODELS)],
+        "model": str,  # moebench.workload.modelconfig reads it
         "routing": annotated[fields["routing"], AfterValidator(_openable)],
         "backend": annotated[str, Field(pattern=BACKEND_PATTERN, max_length=LONGEST_BACKEND)],
         "dispatcher": literal[DISPATCHERS],
@@ -58,9 +58,8 @@ def _axis_types() -> dict[str, Any]:
 _TYPES = _axis_types()
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 AXES: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(type_, config=_STRICT) for name, type_ in _TYPES.items()}
-_NAMED = ("model", "mode", "dtype", "expert_activation", "rank_load", "dispatcher")
-_CHOICES = {name: get_args(_TYPES[name]) for name in _NAMED}
-_CHOICES["l2"] = ("cold", "warm")
+_NAMED = ("mode", "dtype", "expert_activation", "rank_load", "dispatcher")
+_CHOICES = {name: get_args(_TYPES[name]) for name in _NAMED} | {"model": tuple(MODELS), "l2": ("cold", "warm")}
 FIXED_BY_MODEL = tuple(dict.fromkeys(name for preset in MODELS.values() for name in preset))
 DEFAULTS = {name: field.default for name, field in Case.model_fields.items() if not field.is_required()}
 _RULES = {
@@ -130,21 +129,30 @@ def example(name: str) -> str:
 def combinations(axes: Mapping[str, Sequence[object]]) -> Iterator[dict[str, object]]:
     """Yield each combination of the axes as a dict with a value for every axis.
 
-    An axis that `axes` lacks takes its value from the model's shape or from Case's defaults. At ep_size 1 the
-    dispatcher is "local".
+    An axis that `axes` lacks takes its value from the model or from Case's defaults. At ep_size 1 the dispatcher is
+    "local". The value of `model` is a `Model` or None.
     """
     for values in product(*axes.values()):
         combination = {**DEFAULTS, "dispatcher": BETWEEN_RANKS[0], **dict(zip(axes, values, strict=True))}
         model = combination["model"]
         if model is UNKNOWN:
             combination |= dict.fromkeys(FIXED_BY_MODEL, UNKNOWN)
-        elif model is not None:
-            combination |= MODELS[str(model)]
+        elif isinstance(model, Model):
+            combination |= model.fields
+            if model.dtype is not None and "dtype" not in axes:
+                combination["dtype"] = model.dtype
         if combination["ep_size"] is UNKNOWN:
             combination["dispatcher"] = UNKNOWN
         elif combination["ep_size"] == 1:
             combination["dispatcher"] = "local"
         yield combination
+
+
+def case_values(combination: Mapping[str, object]) -> dict[str, object]:
+    """Return the values of a combination that are fields of a case; of a model, a case has the name."""
+    model = combination["model"]
+    values = {name: combination[name] for name in Case.model_fields}
+    return values | {"model": model.name if isinstance(model, Model) else model}
 
 
 def is_match(exclude: Mapping[str, Sequence[object]], combination: Mapping[str, object]) -> bool | None:

@@ -1,7 +1,7 @@
 """Read the routed experts of a model from its Hugging Face configuration, and find the model that a text names.
 
-Configurations name the same value by different keys. `KEYS` lists them, from the `configuration_*.py` of transformers and
-from published config.json files. The tests name the source of each configuration that they read.
+Configurations name the same value by different keys. `KEYS` lists them, from the `configuration_*.py` of transformers
+and from published config.json files. The tests name the source of each configuration that they read.
 """
 
 import json
@@ -81,8 +81,7 @@ class _Family:
 
 _LLAMA4 = (
     "the layer also has one shared expert: left out",
-    "the router's weight multiplies the input of an expert; moebench multiplies its inner values, which is as much "
-    "work, but gives other values",
+    "the router's weight multiplies an expert's input; moebench multiplies its inner values: same work, other values",
 )
 #: By the beginning of `model_type`.
 FAMILIES: Mapping[str, _Family] = MappingProxyType(
@@ -108,7 +107,7 @@ def read_model(text: str | Path | Mapping[str, Any] | Model, folder: Path | None
         return config_model(text, "the configuration")
     if isinstance(text, str):
         if text in MODELS:
-            return Model(text, MODELS[text])
+            return Model(text, dict(MODELS[text]))
         if (shape := shape_fields(text)) is not None:
             return Model(None, shape)
     elif not isinstance(text, Path):
@@ -123,10 +122,10 @@ def _config_file(text: str | Path, folder: Path) -> Path:
             return file
     if isinstance(text, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", text) and (cached := _in_cache(text)) is not None:
         return cached
-    hint = did_you_mean(text, MODELS) or f"the models are {listed(MODELS)}"
+    hint = did_you_mean(text, MODELS) or "take one of them"
     raise UsageError(
-        f"model {cut(str(text))}: must be a model of moebench, a shape such as e64k6d1024i512, a {CONFIG_NAME} or its "
-        f"folder, or the id of a model in the local cache of the Hugging Face hub (nothing is downloaded); {hint}"
+        f"model {cut(str(text))}: must be one of {listed(MODELS)}; or a shape such as e64k6d1024i512; or a "
+        f"{CONFIG_NAME} or its folder; or the id of a model in the hub's local cache (nothing is downloaded); {hint}"
     )
 
 
@@ -166,7 +165,7 @@ def config_model(config: Mapping[str, Any], origin: str) -> Model:
     fields = reader.shape() | reader.activation(family)
     dtype = reader.dtype()
     notes = (*reader.notes, *_left_out(tables), *family.notes)
-    return Model(_name(model_type, fields), MappingProxyType(fields), dtype, notes)
+    return Model(_name(model_type, fields), fields, dtype, notes)
 
 
 def _tables(path: tuple[Mapping[str, Any], ...]) -> Iterator[tuple[Mapping[str, Any], ...]]:
@@ -217,7 +216,10 @@ class _Reader:
         missing = [f"{name} in {listed(KEYS[name])}" for name, entry in found.items() if entry is None]
         if missing:
             raise self.wrong(f"no routed experts that moebench can read; it looked for {'; for '.join(missing)}")
-        return {name: self.size(*entry) for name, entry in found.items() if entry is not None}
+        shape = {name: self.size(*entry) for name, entry in found.items() if entry is not None}
+        if shape["n_activated_experts"] > shape["n_routed_experts"]:
+            raise self.wrong("a token chooses {n_activated_experts} experts of {n_routed_experts}".format_map(shape))
+        return shape
 
     def size(self, key: str, value: object) -> int:
         """Return a size. A list has one value for each layer; the value that most layers have counts."""
@@ -274,7 +276,7 @@ def _left_out(tables: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if shared:
         yield f"shared experts are left out ({', '.join(shared)})"
     if entry := _find(tables, ["zero_expert_num"]):
-        yield f"experts without work are left out (zero_expert_num = {shown(entry[1])}); a token may choose some of them"
+        yield f"experts without work are left out (zero_expert_num = {shown(entry[1])}); a token may choose some"
     if entry := _find(tables, ["moe_latent_size"]):
         yield f"the projections to and from moe_latent_size = {shown(entry[1])} are left out; dim is that size"
     if entry := _find(tables, ["quantization_config"]):

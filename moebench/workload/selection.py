@@ -21,6 +21,7 @@ from moebench.workload.axes import (
 )
 from moebench.workload.backends import GROUPS, is_group, names_of
 from moebench.workload.case import Case, Job
+from moebench.workload.models import MODELS
 from moebench.workload.spec import SweepSpec, find_sweep, load_sweep
 
 _NUMBERS = tuple(name for name, field in Case.model_fields.items() if field.annotation in (int, float))
@@ -70,7 +71,7 @@ def filter_jobs(jobs: Sequence[Job], filters: Sequence[str]) -> list[Job]:
     mistakes: list[str] = []
     for text in filters:
         try:
-            tests.append(_test(text))
+            tests.append(_test(text, jobs))
         except SweepError as error:
             mistakes += error.mistakes
     if mistakes:
@@ -78,7 +79,7 @@ def filter_jobs(jobs: Sequence[Job], filters: Sequence[str]) -> list[Job]:
     return [job for job in jobs if all(test(job) for test in tests)]
 
 
-def _test(text: str) -> Callable[[Job], bool]:
+def _test(text: str, jobs: Sequence[Job]) -> Callable[[Job], bool]:
     parts = re.fullmatch(r"\s*(\w+)\s*(!=|<=|>=|=|<|>)(.*)", text)
     keys = f"keys are {listed(AXES)}"
     if parts is None:
@@ -97,6 +98,11 @@ def _test(text: str) -> Callable[[Job], bool]:
         bound, compare = _number(text, written), _ORDERS[sign]
         return lambda job: compare(_value(job, key), bound)
     words = names_of(key, map(str.strip, written.split(",")))
+    models = dict.fromkeys([*MODELS, *(job.case.model for job in jobs if job.case.model is not None)])
+    for word in words if key == "model" else ():
+        if word not in models:
+            hint = did_you_mean(word, models) or "take one of them"
+            raise SweepError([f"filter {cut(text)!r}: {cut(word)!r}: must be one of {listed(models)}; {hint}"])
     values = [_filter_value(text, key, word) for word in words]
     return lambda job: (_value(job, key) in values) == (sign == "=")
 

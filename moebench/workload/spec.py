@@ -14,15 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field
 import moebench
 from moebench.errors import SweepError
 from moebench.names import MOST_CHARACTERS, NAME_PATTERN, is_file
-from moebench.workload.axes import combinations, cut, did_you_mean, is_match, listed
+from moebench.workload.axes import FIXED_BY_MODEL, case_values, combinations, cut, did_you_mean, is_match, listed
 from moebench.workload.case import Case, Job
+from moebench.workload.models import Model
 from moebench.workload.reader import SweepReader
 
 #: The name of the folder of sweeps. A checkout, the working folder and the package from a wheel may each have such a
 #: folder.
 SUITES = "suites"
 
-Value = bool | int | float | str
+Value = bool | int | float | str | Model
 Axes = dict[str, tuple[Value, ...]]
 
 
@@ -80,9 +81,29 @@ class SweepSpec(_Head):
         }
         return _in_order(found)
 
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """The models of all grids, each once."""
+        named = [value for axes in self.grids for value in axes.get("model", ()) if isinstance(value, Model)]
+        return tuple(model for number, model in enumerate(named) if model not in named[:number])
+
+    def with_model(self, model: Model) -> "SweepSpec":
+        """Return the sweep with this model in every grid, instead of the grid's own models or shape.
+
+        EP sizes that do not divide the model's experts are left out, because such a case is impossible.
+        """
+        fixed = {"model", *FIXED_BY_MODEL, *model.fields}
+        grids = [{name: values for name, values in axes.items() if name not in fixed} for axes in self.grids]
+        sizes = {size: None for axes in grids for size in axes.get("ep_size", ()) if isinstance(size, int)}
+        unfit = tuple(size for size in sizes if model.fields["n_routed_experts"] % size)
+        excludes = (*self.excludes, {"ep_size": unfit}) if unfit else self.excludes
+        return self.model_copy(
+            update={"grids": tuple({"model": (model,), **axes} for axes in grids), "excludes": excludes}
+        )
+
 
 def _job(combination: Mapping[str, object]) -> Job:
-    case = Case.model_validate({name: combination[name] for name in Case.model_fields})
+    case = Case.model_validate(case_values(combination))
     return Job(case=case, backend=str(combination["backend"]), dispatcher=str(combination["dispatcher"]))
 
 
