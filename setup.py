@@ -1,4 +1,4 @@
-"""Copies suites/*.toml into the wheel, as moebench/suites/. pyproject.toml describes the rest of the build."""
+"""Copies the sweeps and the routing of suites/ into the wheel, as moebench/suites/. pyproject.toml has the rest."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ class BuildWithSuites(build_py):
             return
         folder = Path(self.build_lib) / "moebench" / "suites"
         self.mkpath(str(folder))
-        for sweep in sorted(Path("suites").glob("*.toml")):
-            self.copy_file(str(sweep), str(folder / sweep.name))
+        for file in sorted(path for path in Path("suites").iterdir() if path.suffix in (".toml", ".npz")):
+            self.copy_file(str(file), str(folder / file.name))
 
 
 setup(cmdclass={"build_py": BuildWithSuites})

@@ -4,17 +4,16 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from moebench.names import is_file
 from moebench.workload.backends import DISPATCHERS as BETWEEN_RANKS
 from moebench.workload.backends import GROUPS, is_group
 from moebench.workload.case import Case
 from moebench.workload.models import MODELS, SHAPE_AXES, Model
+from moebench.workload.traces import Captured, find_trace
 
 DISPATCHERS = ("local", *BETWEEN_RANKS)
 BACKEND_PATTERN = r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$"
@@ -26,21 +25,18 @@ UNKNOWN: Final = object()  # stands in for a value that was wrong or missing
 # The values of the axes. Their types are the types of Case's fields.
 
 
-def _openable(routing: str, info: ValidationInfo) -> str:
-    """Return the routing trace:PATH with PATH relative to the working folder, or absolute for a file outside of it.
+def _openable(routing: str, info: ValidationInfo) -> str | Captured:
+    """Return the captured routing that trace:PATH names. Other kinds of routing stay as they are.
 
-    Other kinds of routing stay as they are. `info.context` is the sweep file's folder.
+    `info.context` is the sweep file's folder, where relative paths begin.
     """
     kind, _, written = routing.partition(":")
     if kind != "trace" or info.context is None:
         return routing
-    try:
-        path = (info.context / written).resolve()
-    except (OSError, ValueError, RuntimeError):  # NUL, a name that is too long, or links in a circle
-        path = info.context / written
-    if not is_file(path):
-        raise PydanticCustomError("no_trace", "there is no file {path}", {"path": cut(str(path))})
-    return f"trace:{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
+    captured = find_trace(routing, info.context)
+    if captured is None:
+        raise PydanticCustomError("no_trace", "there is no file {path}", {"path": cut(str(info.context / written))})
+    return captured
 
 
 def _axis_types() -> dict[str, Any]:
@@ -66,7 +62,7 @@ _RULES = {
     "name": 'must be letters, digits, ".", "_" and "-", a letter or digit first, at most 100 characters',
     "description": "must be one line of text",
     "backend": BACKEND_RULE,
-    "routing": "must be one of uniform, balanced, one-hot, zipf[:s], empty[:share], trace:FILE.npy",
+    "routing": "must be one of uniform, balanced, one-hot, zipf[:s], empty[:share], trace:PATH",
 }
 _EXAMPLES = {
     **DEFAULTS,
@@ -149,10 +145,13 @@ def combinations(axes: Mapping[str, Sequence[object]]) -> Iterator[dict[str, obj
 
 
 def case_values(combination: Mapping[str, object]) -> dict[str, object]:
-    """Return the values of a combination that are fields of a case; of a model, a case has the name."""
-    model = combination["model"]
+    """Return the values of a combination that are fields of a case: of a model its name, of a trace its content."""
+    model, routing = combination["model"], combination["routing"]
     values = {name: combination[name] for name in Case.model_fields}
-    return values | {"model": model.name if isinstance(model, Model) else model}
+    return values | {
+        "model": model.name if isinstance(model, Model) else model,
+        "routing": routing.text if isinstance(routing, Captured) else routing,
+    }
 
 
 def is_match(exclude: Mapping[str, Sequence[object]], combination: Mapping[str, object]) -> bool | None:

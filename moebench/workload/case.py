@@ -230,7 +230,8 @@ class Job(BaseModel):
     """One backend on one case. A row of results is about one job.
 
     Where `check` has the text of a case or a search of moebench.parity.checks, the worker tries it; otherwise it
-    measures the job.
+    measures the job. If the case's routing is a trace, `routing_file` is the file that has it. The file is no part of
+    what identifies the job.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -239,6 +240,7 @@ class Job(BaseModel):
     backend: str
     dispatcher: str = "local"
     check: str | None = None
+    routing_file: str | None = None
 
     @property
     def key(self) -> JobKey:

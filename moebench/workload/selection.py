@@ -4,6 +4,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,6 +24,7 @@ from moebench.workload.backends import GROUPS, is_group, names_of
 from moebench.workload.case import Case, Job
 from moebench.workload.models import MODELS
 from moebench.workload.spec import SweepSpec, find_sweep, load_sweep
+from moebench.workload.traces import find_trace
 
 _NUMBERS = tuple(name for name, field in Case.model_fields.items() if field.annotation in (int, float))
 _ORDERS: dict[str, Callable[[float, float], bool]] = {
@@ -123,7 +125,9 @@ def _number(text: str, written: str) -> float:
 
 def _filter_value(text: str, key: str, word: str) -> object:
     try:
-        return AXES[key].validate_strings(word)
+        value = AXES[key].validate_strings(word)
+        captured = find_trace(value, Path()) if key == "routing" and value.startswith("trace:") else None
+        return captured.text if captured else value
     except ValidationError as error:
         raise SweepError([f"filter {cut(text)!r}: {cut(word)!r}: {rule_for(key, word, error.errors()[0])}"]) from error
 
@@ -142,12 +146,12 @@ def select_backends(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
         raise SweepError([f"backend {cut(name)!r}: {groups if is_group('backend', name) else rule}" for name in wrong])
     if not names:
         return list(jobs)
-    dispatchers: dict[Case, dict[str, None]] = {}
+    dispatchers: dict[Case, dict[str, Job]] = {}
     for job in jobs:
-        dispatchers.setdefault(job.case, {})[job.dispatcher] = None
+        dispatchers.setdefault(job.case, {})[job.dispatcher] = job
     return [
-        Job(case=case, backend=name, dispatcher=dispatcher)
-        for case in dispatchers
+        job.model_copy(update={"backend": name})
+        for of_case in dispatchers.values()
         for name in dict.fromkeys(names)
-        for dispatcher in dispatchers[case]
+        for job in of_case.values()
     ]

@@ -18,12 +18,13 @@ from moebench.workload.axes import FIXED_BY_MODEL, case_values, combinations, cu
 from moebench.workload.case import Case, Job
 from moebench.workload.models import Model
 from moebench.workload.reader import SweepReader
+from moebench.workload.traces import Captured
 
 #: The name of the folder of sweeps. A checkout, the working folder and the package from a wheel may each have such a
 #: folder.
 SUITES = "suites"
 
-Value = bool | int | float | str | Model
+Value = bool | int | float | str | Model | Captured
 Axes = dict[str, tuple[Value, ...]]
 
 
@@ -73,13 +74,13 @@ class SweepSpec(_Head):
 
         Groups are in the order of the file.
         """
-        found = {
-            _job(combination): None
+        every = (
+            _job(combination)
             for axes in self.grids
             for combination in combinations(axes)
             if not any(is_match(exclude, combination) for exclude in self.excludes)
-        }
-        return _in_order(found)
+        )
+        return _in_order({(job.case, job.backend, job.dispatcher): job for job in every}.values())
 
     @property
     def models(self) -> tuple[Model, ...]:
@@ -104,7 +105,10 @@ class SweepSpec(_Head):
 
 def _job(combination: Mapping[str, object]) -> Job:
     case = Case.model_validate(case_values(combination))
-    return Job(case=case, backend=str(combination["backend"]), dispatcher=str(combination["dispatcher"]))
+    routing = combination["routing"]
+    file = routing.file if isinstance(routing, Captured) else None
+    backend, dispatcher = str(combination["backend"]), str(combination["dispatcher"])
+    return Job(case=case, backend=backend, dispatcher=dispatcher, routing_file=file)
 
 
 def _in_order(jobs: Iterable[Job]) -> list[Job]:

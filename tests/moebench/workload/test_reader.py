@@ -1,5 +1,6 @@
 """Reading a sweep file: it finds traces, and it reports every mistake in a wrong file and no false ones."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -29,16 +30,17 @@ def test_trace_is_found_beside_the_sweep_and_can_be_opened_from_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "suites").mkdir()
-    (tmp_path / "suites" / "t.npy").touch()
+    (tmp_path / "suites" / "t.npy").write_bytes(b"content")
     text = f'name = "x"\n{GRID}routing = ["trace:t.npy", "uniform"]\n[[exclude]]\nrouting = "uniform"\n'
     monkeypatch.chdir(tmp_path)
     for origin in ("suites/x.toml", str(tmp_path / "suites" / "x.toml")):
         (job,) = parse_sweep(text, origin).jobs()
-        assert job.case.routing == "trace:suites/t.npy"
+        assert job.case.routing == f"trace:{hashlib.sha256(b'content').hexdigest()[:16]}"
+        assert job.routing_file == "suites/t.npy"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (job,) = parse_sweep(text, "../suites/x.toml").jobs()
-    assert Path(job.case.routing.removeprefix("trace:")).is_file()
+    assert Path(str(job.routing_file)).is_file()
 
 
 # Each of these texts has one mistake, and the reader reports only that mistake
