@@ -60,7 +60,8 @@ class CaseFields(BaseModel):
     dim: Annotated[Positive, Field(description="width of a token")]
     moe_inter_dim: Annotated[Positive, Field(description="width of an expert's hidden layer")]
     model: Annotated[
-        Name | None, Field(description="preset that the shape comes from; null where the sweep writes out the shape")
+        Name | None,
+        Field(description="model that the shape comes from; null where the sweep writes out the shape"),
     ] = None
     dtype: Annotated[
         Dtype,
