@@ -122,10 +122,10 @@ def _config_file(text: str | Path, folder: Path) -> Path:
             return file
     if isinstance(text, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", text) and (cached := _in_cache(text)) is not None:
         return cached
-    hint = did_you_mean(text, MODELS) or "take one of them"
+    hint = did_you_mean(text, MODELS) or f"there are {listed(MODELS)}"
     raise UsageError(
-        f"model {cut(str(text))}: must be one of {listed(MODELS)}; or a shape such as e64k6d1024i512; or a "
-        f"{CONFIG_NAME} or its folder; or the id of a model in the hub's local cache (nothing is downloaded); {hint}"
+        f"model {cut(str(text))}: must be a model of moebench, or a shape such as e64k6d1024i512, a {CONFIG_NAME} of "
+        f"Hugging Face or its folder, or the id of a model in the hub's local cache (nothing is downloaded); {hint}"
     )
 
 
@@ -138,7 +138,7 @@ def _in_cache(repo: str) -> Path | None:
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
     there = hub / f"models--{repo.replace('/', '--')}"
     main = there / "refs" / "main"
-    revisions = [main.read_text().strip()] if is_file(main) else []
+    revisions = [main.read_text(errors="replace").strip()] if is_file(main) else []
     files = [there / "snapshots" / revision / CONFIG_NAME for revision in revisions]
     return next(filter(is_file, [*files, *sorted(there.glob(f"snapshots/*/{CONFIG_NAME}"))]), None)
 

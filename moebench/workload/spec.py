@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 import moebench
 from moebench.errors import SweepError
 from moebench.names import MOST_CHARACTERS, NAME_PATTERN, is_file
-from moebench.workload.axes import FIXED_BY_MODEL, case_values, combinations, cut, did_you_mean, is_match, listed
+from moebench.workload.axes import case_values, combinations, cut, did_you_mean, is_match, listed
 from moebench.workload.case import Case, Job
 from moebench.workload.models import Model
 from moebench.workload.reader import SweepReader
@@ -93,14 +93,11 @@ class SweepSpec(_Head):
 
         EP sizes that do not divide the model's experts are left out, because such a case is impossible.
         """
-        fixed = {"model", *FIXED_BY_MODEL, *model.fields}
-        grids = [{name: values for name, values in axes.items() if name not in fixed} for axes in self.grids]
-        sizes = {size: None for axes in grids for size in axes.get("ep_size", ()) if isinstance(size, int)}
+        sizes = {size: None for axes in self.grids for size in axes.get("ep_size", ()) if isinstance(size, int)}
         unfit = tuple(size for size in sizes if model.fields["n_routed_experts"] % size)
         excludes = (*self.excludes, {"ep_size": unfit}) if unfit else self.excludes
-        return self.model_copy(
-            update={"grids": tuple({"model": (model,), **axes} for axes in grids), "excludes": excludes}
-        )
+        grids = tuple({**axes, "model": (model,)} for axes in self.grids)  # what the model fixes comes from it
+        return self.model_copy(update={"grids": grids, "excludes": excludes})
 
 
 def _job(combination: Mapping[str, object]) -> Job:

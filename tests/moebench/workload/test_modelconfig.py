@@ -164,5 +164,7 @@ def test_a_file_that_is_no_configuration(content: str, message: str, tmp_path: P
 
 @pytest.mark.parametrize("text", ["nothing", "a/b", "\0", "x" * 5000, "../..", ""])
 def test_what_is_no_model_lists_the_ways_to_name_one(text: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"must be one of qwen3-30b-a3b, .*config.json or its folder"):
+    with pytest.raises(
+        UsageError, match=r"must be a model of moebench, or a shape .*config.json .*there are qwen3-30b-a3b, "
+    ):
         read_model(text, tmp_path)
