@@ -24,6 +24,7 @@ from moebench.run.plan import Plan, new_run_id
 from moebench.run.runfile import SWEEP_NAME, Asked, RunFile, digest, digest_jobs
 from moebench.workload.axes import cut
 from moebench.workload.case import Job
+from moebench.workload.models import Model
 from moebench.workload.selection import select_of
 from moebench.workload.spec import SweepSpec, find_sweep, parse_sweep, read_sweep
 
@@ -96,7 +97,7 @@ def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: 
         num_rounds=asked.rounds,
         asked=asked,
     )
-    rounds, notes = _rounds(run, jobs, spec, folder), _notes(spec, jobs)
+    rounds, notes = _rounds(run, jobs, spec, folder), _notes(spec, jobs, asked)
     return RunPlan(run, text.encode(), rounds, _seconds(time_budget_min), notes=notes)
 
 
@@ -177,9 +178,19 @@ def _of_model(spec: SweepSpec, asked: Asked) -> SweepSpec:
     return spec if asked.model is None else spec.with_model(asked.model)
 
 
-def _notes(spec: SweepSpec, jobs: Sequence[Job]) -> tuple[str, ...]:
+def _notes(spec: SweepSpec, jobs: Sequence[Job], asked: Asked) -> tuple[str, ...]:
     measured = {job.case.model for job in jobs}
-    return tuple(f"{model}: {note}" for model in spec.models if model.name in measured for note in model.notes)
+    notes = [f"{model}: {note}" for model in spec.models if model.name in measured for note in model.notes]
+    if asked.model is not None:
+        unfit = [
+            size for exclude in spec.excludes for size in exclude.get("ep_size", ()) if _is_unfit(size, asked.model)
+        ]
+        notes += [f"{asked.model}: EP size {size} is left out: it does not divide the experts" for size in unfit]
+    return tuple(notes)
+
+
+def _is_unfit(ep_size: object, model: Model) -> bool:
+    return isinstance(ep_size, int) and model.fields["n_routed_experts"] % ep_size != 0
 
 
 def _now() -> str:

@@ -120,7 +120,9 @@ def test_ep_sizes_that_do_not_divide_the_experts_are_left_out(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     write_sweep().write_text(f"{SWEEP}ep_size = [1, 2, 4]\n")
     model = read_model({**FAMILIES["qwen2-moe"].config, "num_experts": 62})
-    assert {job.case.ep_size for job in plan_(model=model).jobs} == {1, 2}
+    plan = plan_(model=model)
+    assert {job.case.ep_size for job in plan.jobs} == {1, 2}
+    assert plan.notes[-1].endswith("EP size 4 is left out: it does not divide the experts")
 
 
 def test_a_run_of_a_model_is_resumed_without_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
