@@ -6,6 +6,8 @@ many rows per expert, the grid has one program per multiprocessor, and the progr
 tiles are in the order expert, columns, rows. So the first tile of an expert's columns reads their weights from memory,
 and the tiles of the expert's other rows read the weights from the L2 cache. On GPUs with a tensor memory accelerator,
 the accelerator copies the weights. Gathered rows are read from the tokens in place. Sums are in float32.
+
+On Hopper GPUs, `experts.gemm.hopper` multiplies many rows that lie in permuted order.
 """
 
 import torch
@@ -16,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from experts.activations import ActivationForm, activation_form
 from experts.config import MoEConfig
 from experts.gemm import tiling
+from experts.gemm.gradients import runs_on_hopper
 from experts.gemm.kernels import TILE_FIELDS, grouped_gemm, list_tiles
 from experts.gemm.tiling import Tiling
 from experts.steps import Permutation
@@ -83,10 +86,12 @@ def _multiply(
     experts, depth, width = b_LPQ.shape if not transposed else b_LPQ.mT.shape
     activate, form = form is not None, form or _PLAIN
     out_width = width // 2 if form.gated else width
+    tile = tiling.tiling_for(rows_per_expert, form.gated)
+    if tile.listed and not gather and runs_on_hopper(a.device, permutation.num_rows):
+        return _multiply_on_hopper(a, b_LPQ, permutation, transposed)
     out = torch.empty(permutation.num_rows, out_width, dtype=a.dtype, device=a.device)
     if permutation.num_rows == 0:
         return out
-    tile = tiling.tiling_for(rows_per_expert, form.gated)
     read_columns = tile.columns * (2 if form.interleaved else 1)
     weights_block = [1, read_columns, tile.depth] if transposed else [1, tile.depth, read_columns]
     a = a.contiguous()
@@ -121,6 +126,17 @@ def _multiply(
         num_warps=tile.warps,
     )
     return out
+
+
+def _multiply_on_hopper(a_NP: Tensor, b_LPQ: Tensor, permutation: Permutation, transposed: bool) -> Tensor:
+    from experts.gemm import hopper
+
+    experts, _, width = b_LPQ.shape if not transposed else b_LPQ.mT.shape
+    if permutation.num_rows == 0:
+        return a_NP.new_empty(0, width)
+    tiles, programs = _tiles(permutation, experts, triton.cdiv(width, hopper.TILE.columns), hopper.TILE)
+    assert tiles is not None
+    return hopper.product(a_NP, b_LPQ, tiles, programs, transposed)
 
 
 def _described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
