@@ -174,7 +174,7 @@ def _replace(path: Path, document: Mapping[str, Any]) -> None:
             file.write(head + "\n" + ",\n".join(lines) + "\n]}\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        Path(part).replace(path)
     except BaseException:
         Path(part).unlink()
         raise

@@ -166,9 +166,9 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(monkeypatch: pytest.Monkey
     def no_space(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("fsync", "replace"):
+    for place, name in ((os, "fsync"), (Path, "replace")):
         with monkeypatch.context() as patched:
-            patched.setattr(os, name, no_space)
+            patched.setattr(place, name, no_space)
             with pytest.raises(OSError, match="No space"):
                 choices.store(HERE, {KEY: None})
         assert path.read_bytes() == before
