@@ -85,7 +85,7 @@ class GroupedExpertsTE(ExpertLayer):
         """
         permutation = sort_by_expert(indices_RK, self.first_local_expert, self.n_local_experts)
         sizes: Sizes = permutation.tokens_per_expert_L
-        if not self._takes_sizes_on_device(x_RD.dtype):
+        if not self.takes_sizes_on_device(x_RD.dtype):
             sizes = sizes.tolist()
             permutation = permutation.cut(sum(sizes))
         if permutation.num_rows == 0:
@@ -99,7 +99,7 @@ class GroupedExpertsTE(ExpertLayer):
             products = by(self.gate_up_linear), by(self.down_linear)
             return grouped_experts(x_RD, weights_RK, permutation, self.config, *products, *biases)
 
-    def _takes_sizes_on_device(self, dtype: torch.dtype) -> bool:
+    def takes_sizes_on_device(self, dtype: torch.dtype) -> bool:
         """Return whether TE gets the sizes of the groups on the device, so that the call does not wait for the device.
 
         FP8 pads groups, and TE's padding takes sizes on the host. With expert parallelism, only the host can leave out

@@ -145,9 +145,9 @@ def test_a_surrounding_autocast_gets_sizes_on_the_host_for_its_calls_only() -> N
 @pytest.mark.usefixtures("native")
 def test_ranks_leave_out_other_ranks_rows_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     made = layer(dtype=BF16)
-    assert made._takes_sizes_on_device(BF16)
+    assert made.takes_sizes_on_device(BF16)
     monkeypatch.setattr(made, "ep_mesh", SimpleNamespace(size=lambda: 2))
-    assert not made._takes_sizes_on_device(BF16)
+    assert not made.takes_sizes_on_device(BF16)
 
 
 def test_an_older_library_gets_sizes_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
