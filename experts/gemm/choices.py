@@ -44,11 +44,11 @@ class Key(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A tile that was measured to be faster than the rule's tile."""
+    """A tile that was measured to be faster than the one that `default` returns."""
 
     tile: Any
     time_ms: float
-    rule_time_ms: float
+    default_time_ms: float
 
 
 class Place(NamedTuple):
@@ -65,9 +65,17 @@ class Place(NamedTuple):
 
 def choose(kind: Kind, matrices: Tensor, rows_per_expert: float) -> Any:
     """Return the tile for a product with these matrices [L, P, Q], a `kind.tile`."""
+    if _asked is not None:
+        _asked[key_of(kind, matrices, rows_per_expert)] = Asked(kind, matrices, rows_per_expert)
     if kind.name in _forced:
         return _forced[kind.name]
     choice = _measured(matrices.device).get(key_of(kind, matrices, rows_per_expert))
+    return kind.rule(rows_per_expert) if choice is None else choice.tile
+
+
+def default(kind: Kind, matrices: Tensor, rows_per_expert: float) -> Any:
+    """Return the tile that `choose` would return without the user's own file."""
+    choice = _shipped(place_of(matrices.device)).get(key_of(kind, matrices, rows_per_expert))
     return kind.rule(rows_per_expert) if choice is None else choice.tile
 
 
@@ -77,12 +85,32 @@ def key_of(kind: Kind, matrices: Tensor, rows_per_expert: float) -> Key:
     return Key(kind.name, tuple(matrices.shape), str(matrices.dtype).removeprefix("torch."), rows)
 
 
+class Asked(NamedTuple):
+    """The arguments of a call of `choose`."""
+
+    kind: Kind
+    matrices: Tensor
+    rows_per_expert: float
+
+
+_asked: dict[Key, Asked] | None = None
 _forced: dict[str, Any] = {}
 
 
 @contextmanager
+def asked() -> Iterator[dict[Key, Asked]]:
+    """Yield a dictionary that gets what `choose` is asked in the block."""
+    global _asked
+    _asked = {}
+    try:
+        yield _asked
+    finally:
+        _asked = None
+
+
+@contextmanager
 def forced(kind: Kind, tile: Any) -> Iterator[None]:
-    """Let `choose` return `tile` for a kind, to measure it."""
+    """Let `choose` return `tile` for a kind in the block, to measure the tile."""
     _forced[kind.name] = tile
     try:
         yield
@@ -112,14 +140,20 @@ def own_file(place: Place) -> Path:
 
 
 @functools.cache
+def _shipped(place: Place) -> Mapping[Key, Choice]:
+    return read(SHIPPED / place.file_name, place)
+
+
+@functools.cache
 def _measured(device: torch.device) -> Mapping[Key, Choice]:
     place = place_of(device)
-    return {**read(SHIPPED / place.file_name, place), **read(own_file(place), place)}
+    return {**_shipped(place), **read(own_file(place), place)}
 
 
 def forget() -> None:
     """Let the next `choose` read the files again."""
     _measured.cache_clear()
+    _shipped.cache_clear()
 
 
 def read(path: Path, place: Place) -> dict[Key, Choice]:
@@ -146,7 +180,7 @@ def _choice(entry: dict[str, Any]) -> tuple[Key, Choice]:
     key = Key(entry["kind"], tuple(entry["matrices"]), entry["dtype"], float(entry["rows_per_expert"]))
     candidates = KINDS[key.kind].candidates(key.rows_per_expert)
     tile = next((tile for tile in candidates if dataclasses.asdict(tile) == entry["tile"]), None)
-    return key, Choice(tile, float(entry["time_ms"]), float(entry["rule_time_ms"]))
+    return key, Choice(tile, float(entry["time_ms"]), float(entry["default_time_ms"]))
 
 
 def store(place: Place, found: Mapping[Key, Choice | None]) -> Path:

@@ -86,7 +86,7 @@ class GroupedExpertsTE(ExpertLayer):
         permutation = sort_by_expert(indices_RK, self.first_local_expert, self.n_local_experts)
         sizes: Sizes = permutation.tokens_per_expert_L
         if not self.takes_sizes_on_device(x_RD.dtype):
-            sizes = sizes.tolist()
+            sizes = permutation.tokens_per_expert_L.tolist()
             permutation = permutation.cut(sum(sizes))
         if permutation.num_rows == 0:
             return no_rows(x_RD, (weights_RK, *self.parameters()))

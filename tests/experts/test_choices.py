@@ -48,7 +48,7 @@ def rule(rows_per_expert: float = 1024.0) -> Any:
 
 def write(path: Path, place: Place = HERE, **changed: Any) -> None:
     """Write a file that has the choice OTHER for KEY, with some entries of the file changed."""
-    entry = {**KEY._asdict(), "tile": vars(OTHER), "time_ms": 0.9, "rule_time_ms": 1.0}
+    entry = {**KEY._asdict(), "tile": vars(OTHER), "time_ms": 0.9, "default_time_ms": 1.0}
     whole = {"version": choices.VERSION, **place._asdict(), "choices": [entry], **changed}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole))
@@ -80,6 +80,8 @@ def test_the_users_choice_goes_before_the_shipped_one(own_folder: Path) -> None:
     third = Tiling(256, 128, 64, 3, 8, listed=True)
     choices.store(HERE, {KEY: Choice(third, 0.8, 1.0)})
     assert chosen() == third
+    assert choices.default(kinds.PRODUCT, DOWN, 1024.0) == OTHER
+    assert choices.default(kinds.PRODUCT, DOWN, 16.0) == rule(16.0)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_every_gpu_and_triton_has_a_file_of_its_own() -> None:
     ],
 )
 def test_a_tile_that_is_not_a_candidate_never_reaches_a_kernel(own_folder: Path, tile: Any) -> None:
-    entry = {**KEY._asdict(), "tile": tile, "time_ms": 0.9, "rule_time_ms": 1.0}
+    entry = {**KEY._asdict(), "tile": tile, "time_ms": 0.9, "default_time_ms": 1.0}
     write(own_folder / HERE.file_name, choices=[entry, {"kind": "of another version"}])
     assert chosen() == rule()
 
@@ -231,6 +233,17 @@ def test_every_product_asks_for_the_tile_of_its_kind(monkeypatch: pytest.MonkeyP
     assert found == heights
 
 
+def test_what_is_asked_is_recorded_once() -> None:
+    with choices.asked() as asked:
+        chosen()
+        chosen(1000.0)
+        chosen(kind=kinds.PRODUCT_BACK)
+    chosen(16.0)
+    assert list(asked) == [KEY, KEY._replace(kind="product_back")]
+    assert asked[KEY].matrices is DOWN
+    assert (asked[KEY].kind, asked[KEY].rows_per_expert) == (kinds.PRODUCT, 1000.0)
+
+
 @pytest.mark.parametrize("kind", kinds.KINDS.values(), ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows_per_expert", [0.0625, 1.0, 8.0, 16.0, 32.0, 64.0, 4096.0])
 def test_candidates_are_different_tiles_of_powers_of_two(kind: kinds.Kind, rows_per_expert: float) -> None:
@@ -250,4 +263,4 @@ def test_shipped_files_are_complete() -> None:
         assert path.name == place.file_name
         read = choices.read(path, place)
         assert len(read) == len(stored["choices"]) > 0
-        assert all(choice.time_ms < choice.rule_time_ms for choice in read.values())
+        assert all(choice.time_ms < choice.default_time_ms for choice in read.values())

@@ -132,11 +132,12 @@ def of_backend(
     """Yield a backend's products and its layer: first a forward pass without gradients, then a train step."""
     given = backend, inputs, parameters, config, rows
     own, other = alone(*given), alone_on_device(*given)
+    others = (None, None) if other is None else (other.forward, other.train)
     flops = 2 * rows.num_rows * (parameters["gate_and_up_projs"][0].numel() + parameters["down_projs"][0].numel())
     forward, train = passes(layer_of(backend, parameters, config), inputs)
-    yield CountedCall(f"{backend}: products, forward", own.forward, num_flops=flops, other=other and other.forward)
+    yield CountedCall(f"{backend}: products, forward", own.forward, num_flops=flops, other=others[0])
     yield CountedCall(f"{backend}: layer, forward", forward, num_flops=flops)
-    yield CountedCall(f"{backend}: products, train", own.train, num_flops=3 * flops, other=other and other.train)
+    yield CountedCall(f"{backend}: products, train", own.train, num_flops=3 * flops, other=others[1])
     yield CountedCall(f"{backend}: layer, train", train, num_flops=3 * flops)
 
 
