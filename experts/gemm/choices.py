@@ -9,6 +9,7 @@ nothing is measured while a layer runs.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -120,7 +121,7 @@ def forced(kind: Kind, tile: Any) -> Iterator[None]:
 
 def place_of(device: torch.device) -> Place:
     """Return the GPU's name, or "cpu", and the version of Triton."""
-    name = torch.cuda.get_device_properties(device).name if device.type == "cuda" else device.type
+    name = torch.cuda.get_device_properties(device.index).name if device.type == "cuda" else device.type
     return Place(name, triton.__version__)
 
 
@@ -148,6 +149,13 @@ def _shipped(place: Place) -> Mapping[Key, Choice]:
 def _measured(device: torch.device) -> Mapping[Key, Choice]:
     place = place_of(device)
     return {**_shipped(place), **read(own_file(place), place)}
+
+
+def fingerprint(device: torch.device) -> str | None:
+    """Return a hash of the choices in the user's own file, without their times; None if it has none for this device."""
+    own = read(own_file(place_of(device)), place_of(device))
+    tiles = sorted((key, dataclasses.astuple(choice.tile)) for key, choice in own.items())
+    return hashlib.sha256(json.dumps(tiles).encode()).hexdigest()[:12] if tiles else None
 
 
 def forget() -> None:

@@ -188,6 +188,18 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert choices.folder() == tmp_path / ".cache" / "moebench" / "tiles"
 
 
+def test_the_fingerprint_is_of_the_users_tiles_alone(own_folder: Path) -> None:
+    write(choices.SHIPPED / HERE.file_name)
+    assert choices.fingerprint(CPU) is None
+    choices.store(HERE, {KEY: Choice(OTHER, 0.9, 1.0)})
+    first = choices.fingerprint(CPU)
+    assert first is not None
+    choices.store(HERE, {KEY: Choice(OTHER, 0.8, 1.1)})
+    assert choices.fingerprint(CPU) == first, "times do not count"
+    choices.store(HERE, {KEY._replace(rows_per_expert=64.0): Choice(OTHER, 0.9, 1.0)})
+    assert choices.fingerprint(CPU) not in (first, None)
+
+
 def test_files_are_read_once(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(own_folder / HERE.file_name)
     assert chosen() == OTHER
