@@ -178,8 +178,8 @@ def test_tuning_on_a_gpu_stores_tiles_that_layers_use(monkeypatch: pytest.Monkey
     """The real rule and a few real candidates: every tile that is stored is faster, and choose returns it."""
     monkeypatch.undo()
     monkeypatch.setenv(choices.VARIABLE, str(own_folder))
-    some = tuple(tile for tile in kinds.candidates_for(512, False) if tile.listed)[:4]
-    monkeypatch.setattr(kinds, "candidates_for", lambda rows, pairs: some)
+    candidates_for = kinds.candidates_for
+    monkeypatch.setattr(kinds, "candidates_for", lambda rows, pairs: candidates_for(rows, pairs)[:6:2])
     shape = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 512, "moe_inter_dim": 512}
     case = Case(num_tokens=2048, dtype="bfloat16", **shape)
     found = list(tiles.tune([case], "cuda"))
