@@ -10,6 +10,6 @@ Importing this package imports Gluon.
 """
 
 from experts.gemm.hopper.gradients import outer
-from experts.gemm.hopper.rows import TILE, product
+from experts.gemm.hopper.rows import product
 
-__all__ = ["TILE", "outer", "product"]
+__all__ = ["outer", "product"]

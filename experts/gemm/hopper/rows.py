@@ -17,17 +17,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from experts.gemm.hopper.descriptors import MOST_ROWS, aligned, described, grouped_rows
 from experts.gemm.kernels import TILE_FIELDS
-from experts.gemm.tiling import Tiling
+from experts.gemm.tiling import LARGE
 from experts.steps.fused.launch import launch
-
-#: A fourth step's operands do not fit into shared memory beside the result.
-TILE = Tiling(rows=128, columns=256, depth=64, stages=3, warps=8, listed=True)
 
 
 def product(a_NP: Tensor, b_LPQ: Tensor, tiles: Tensor, programs: int, transposed: bool) -> Tensor:
     """Return [N, Q]: each row of a times its expert's matrix of b [L, P, Q], or its transpose of b [L, Q, P].
 
-    Both have the same 16-bit dtype. The tiles are those of `experts.gemm.products`, of `TILE`. Rows past the
+    Both have the same 16-bit dtype. The tiles are those of `experts.gemm.products`, of `LARGE`. Rows past the
     last group stay unwritten. Sums are in float32.
     """
     a_NP, b_LPQ = aligned(a_NP), aligned(b_LPQ)
@@ -36,19 +33,19 @@ def product(a_NP: Tensor, b_LPQ: Tensor, tiles: Tensor, programs: int, transpose
     launch(
         multiply_rows,
         (programs,),
-        described(a_NP, [TILE.rows, TILE.depth]),
-        described(b_LPQ, [1, TILE.columns, TILE.depth] if transposed else [1, TILE.depth, TILE.columns]),
-        grouped_rows(out, [TILE.rows, TILE.columns]),
+        described(a_NP, [LARGE.rows, LARGE.depth]),
+        described(b_LPQ, [1, LARGE.columns, LARGE.depth] if transposed else [1, LARGE.depth, LARGE.columns]),
+        grouped_rows(out, [LARGE.rows, LARGE.columns]),
         tiles,
         DEPTH=depth,
         TRANSPOSED=transposed,
-        num_warps=TILE.warps,
+        num_warps=LARGE.warps,
     )
     return out
 
 
-_ROWS, _COLUMNS = gl.constexpr(TILE.rows), gl.constexpr(TILE.columns)
-_STEP, _STAGES = gl.constexpr(TILE.depth), gl.constexpr(TILE.stages)
+_ROWS, _COLUMNS = gl.constexpr(LARGE.rows), gl.constexpr(LARGE.columns)
+_STEP, _STAGES = gl.constexpr(LARGE.depth), gl.constexpr(LARGE.stages)
 
 
 @gluon.jit
