@@ -110,7 +110,9 @@ def from_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Install
 
 def test_a_wheel_holds_sweeps_and_templates_and_no_tests(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {Path(name).stem for name in names if name.startswith("moebench/suites/")} == SWEEPS
+    beside = {Path(name) for name in names if name.startswith("moebench/suites/")}
+    assert {path.stem for path in beside if path.suffix == ".toml"} == SWEEPS
+    assert {path.name for path in beside if path.suffix != ".toml"} == {"sample-routing.npz"}
     templates = {path.name for path in (ROOT / "moebench" / "report" / "templates").iterdir()}
     assert {f"moebench/report/templates/{name}" for name in templates} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"experts", "moebench"}
