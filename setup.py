@@ -1,7 +1,7 @@
 """Copies the sweeps and the published results into the wheel. pyproject.toml describes the rest of the build.
 
-suites/*.toml becomes moebench/suites/, and the files of results/published/*/ that commands read become
-moebench/published/.
+The sweeps and the routing of suites/ become moebench/suites/, and the files of results/published/*/ that commands read
+become moebench/published/.
 """
 
 from pathlib import Path
@@ -20,8 +20,8 @@ class BuildWithData(build_py):
         super().run()
         if self.editable_mode:
             return
-        for sweep in sorted(Path("suites").glob("*.toml")):
-            self._copy(sweep, Path("suites"))
+        for file in sorted(path for path in Path("suites").iterdir() if path.suffix in (".toml", ".npz")):
+            self._copy(file, Path("suites"))
         for parquet in sorted(Path("results", "published").glob("*/results.parquet")):
             for name in READ:
                 self._copy(parquet.with_name(name), Path("published", parquet.parent.name))

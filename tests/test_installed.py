@@ -126,7 +126,9 @@ def contents(wheel: Path) -> dict[str, int]:
 
 def test_a_wheel_holds_sweeps_results_and_templates_and_no_tests(wheel: Path) -> None:
     names = set(contents(wheel))
-    assert {Path(name).stem for name in names if name.startswith("moebench/suites/")} == SWEEPS
+    beside = {Path(name) for name in names if name.startswith("moebench/suites/")}
+    assert {path.stem for path in beside if path.suffix == ".toml"} == SWEEPS
+    assert {path.name for path in beside if path.suffix != ".toml"} == {"sample-routing.npz"}
     files = ("results.parquet", "environment.json", "run.json", "sweep.toml")
     published = {f"moebench/published/{folder}/{file}" for folder in PUBLISHED for file in files}
     assert {name for name in names if name.startswith("moebench/published/")} == published

@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from moebench.cli.console import err, out
+from moebench.cli.options import MODEL_HELP
 from moebench.report.tables.advisetable import AdviceTable, advise_json, workload
 from moebench.results import advise
 from moebench.results.published import default_folders, load_all
 from moebench.workload.axes import listed
+from moebench.workload.modelconfig import read_model
 
 EXIT_NO_DATA = 3
 
@@ -19,11 +21,13 @@ commands = typer.Typer()
 
 @commands.command("advise")
 def advise_(
-    model: Annotated[str, typer.Option(help="a model's name, or a shape such as e64k6d1024i512")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     num_tokens: Annotated[int, typer.Option(help="tokens per rank")],
     ep_size: Annotated[int, typer.Option(help="ranks that share the experts")] = 1,
     mode: Annotated[str, typer.Option(help="forward or train")] = "forward",
-    dtype: Annotated[str, typer.Option(help="dtype of the layer, as in a sweep")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype of the layer, as in a sweep; default: the model's, or else bfloat16")
+    ] = None,
     routing: Annotated[str, typer.Option(help="routing, as in a sweep")] = "uniform",
     folders: Annotated[
         list[Path] | None, typer.Option("--results", help="a results folder; repeatable; default: results/published/*")
@@ -34,13 +38,17 @@ def advise_(
 
     Print how much faster it is than the next backend, and its memory. Exit code 3: no results are near the workload.
     """
-    asked = advise.question(model, num_tokens, ep_size=ep_size, mode=mode, dtype=dtype, routing=routing)
+    shape = read_model(model)
+    for note in shape.notes:
+        err.print(f"{shape}: {note}", soft_wrap=True)
+    dtypes = {} if dtype is None else {"dtype": dtype}
+    asked = advise.question(shape, num_tokens, ep_size=ep_size, mode=mode, routing=routing, **dtypes)
     frame = load_all(folders or default_folders())
     advices = advise.advise(frame, asked)
     if as_json:
         out.print_json(json.dumps(advise_json(asked, advices)))
     else:
-        out.print(workload(model, asked), soft_wrap=True)
+        out.print(workload(str(shape), asked), soft_wrap=True)
         for one in advices:
             out.print(AdviceTable(one))
     if any(one.candidates for one in advices):

@@ -45,6 +45,10 @@ class Commands(LazyGroup):
         "merge": Entry("moebench.cli.compare", "Merge results folders into one, with their environments."),
         "history": Entry("moebench.cli.compare", "Show the times of one case over many results."),
         "advise": Entry("moebench.cli.advise", "Name the fastest backend for a workload, by measured results."),
+        "tune": Entry(
+            "moebench.cli.tune",
+            "Measure tiles of the engine triton on this GPU, and store those that are faster than the default.",
+        ),
     }
 
 

@@ -15,6 +15,14 @@ Filters = Annotated[
     typer.Option("--filter", help="only jobs with KEY=V1,V2  KEY!=V  KEY<V  KEY<=V  KEY>V  or KEY>=V; repeatable"),
 ]
 CaseIds = Annotated[list[str] | None, typer.Option("--case", help="only the case with this case_id; repeatable")]
+MODEL_HELP = (
+    "a model's name, a shape such as e64k6d1024i512, a config.json of Hugging Face or its folder, or the id of a model "
+    "in the hub's local cache"
+)
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help=f"measure this model instead of the sweep's models and shapes: {MODEL_HELP}"),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one")]
 Gpus = Annotated[str | None, typer.Option(metavar="0,2|all", help="the GPUs to use; default: all free GPUs")]
 ShareGpus = Annotated[bool, typer.Option("--share-gpus", help="also use GPUs that other processes are using")]

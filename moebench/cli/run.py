@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moebench.cli.console import err, out, progress_bar
-from moebench.cli.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, TimeBudget
+from moebench.cli.options import (
+    AsJson,
+    Backends,
+    CaseIds,
+    Device,
+    Filters,
+    Gpus,
+    ModelOption,
+    Out,
+    ShareGpus,
+    TimeBudget,
+)
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from moebench.report.plots.settings import import_matplotlib
 from moebench.results.record import GOOD, Record
@@ -19,6 +30,7 @@ from moebench.run.request import RunPlan
 from moebench.run.runfile import MOST_ROUNDS, Asked
 from moebench.run.runner import Outcome
 from moebench.workload.case import Job
+from moebench.workload.modelconfig import read_model
 
 if TYPE_CHECKING:
     from moebench.report.folder import Written
@@ -37,6 +49,7 @@ def run(
         bool, typer.Option("--force", help="resume even if the sweep file or the environment changed")
     ] = False,
     backend: Backends = None,
+    model: ModelOption = None,
     device: Device = None,
     gpus: Gpus = None,
     share_gpus: ShareGpus = False,
@@ -63,7 +76,7 @@ def run(
     if resume is not None:
         _refuse_beside_resume(
             {"SWEEP": sweep, "--out": out_dir, "--device": device, "--filter": filters, "--case": case}
-            | {"--rounds": rounds, "--profile": profile or None}
+            | {"--rounds": rounds, "--profile": profile or None, "--model": model}
         )
         plan = request.plan_rest(resume, backends=backend or [], time_budget_min=time_budget, force=force)
     elif sweep is None:
@@ -78,8 +91,11 @@ def run(
             device=device,
             rounds=rounds or 1,
             profile=profile,
+            model=None if model is None else read_model(model),
         )
         plan = request.plan(sweep, asked, out=out_dir, time_budget_min=time_budget)
+    for note in plan.notes:
+        err.print(note, soft_wrap=True)
     if dry_run:
         print_plan(plan.jobs, as_json)
         return

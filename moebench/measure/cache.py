@@ -12,6 +12,7 @@ from moebench.measure.ceilings import Ceilings
 from moebench.workload.case import Case, Job, Weights
 from moebench.workload.inputs import Inputs, make_inputs, make_parameters
 from moebench.workload.ranks import ALONE, Ranks
+from moebench.workload.replay import Replay, replay
 
 
 @dataclass
@@ -19,13 +20,14 @@ class Workload:
     """The parameters and inputs of the current case, kept for the next backend.
 
     Parameters are also kept for the next case if it has the same weights. The current job writes its profiler trace to
-    the file `trace`; if `trace` is None, the job writes no trace. A job of
-    `moebench parity` tells `tell` each trial before it plays it.
+    the file `trace`; if `trace` is None, the job writes no trace. If its routing was captured, `routing_file` has it. A
+    job of `moebench parity` tells `tell` each trial before it plays it.
     """
 
     device: torch.device
     ranks: Ranks = ALONE
     trace: Path | None = None
+    routing_file: str | None = None
     tell: Callable[[str], None] = lambda trial: None
     _parameters: tuple[Weights, dict[str, Tensor]] | None = field(default=None, repr=False)
     _inputs: tuple[str, Inputs] | None = field(default=None, repr=False)
@@ -41,8 +43,13 @@ class Workload:
     def inputs(self, case: Case) -> Inputs:
         if self._inputs is None or self._inputs[0] != case.case_id:
             self._inputs = None
-            self._inputs = case.case_id, make_inputs(case, self.device, self.ranks.rank)
+            self._inputs = case.case_id, make_inputs(case, self.device, self.ranks.rank, self.routing_file)
         return self._inputs[1]
+
+    def begin(self, job: Job) -> Replay | None:
+        """Take the file of the job's captured routing. Return the steps of the trace; None for other routing."""
+        self.routing_file = job.routing_file
+        return replay(job.case, job.routing_file) if job.case.routing.startswith("trace:") else None
 
     def ceilings(self, job: Job, fp8: bool, cold: bool, *, anew: bool = False) -> Ceilings:
         """Return the case's ceilings for the job's dispatcher, with dense matrix products in FP8 if `fp8` is true.

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from moebench.measure.samplers import Stage
 from moebench.parity.judge import ParityVerdict, stacked_grads
 from moebench.parity.reference import Tensors
-from moebench.workload.inputs import Inputs, redraw
+from moebench.workload.inputs import Inputs, redraw, route
 from moebench.workload.ranks import Ranks, is_dtensor
+from moebench.workload.replay import Replay
 
 #: The number of samples that are kept and judged. A backend is faster by wrong results only if at least half of its
 #: samples are wrong, because times are medians. Each job then finds it with a probability of 3/4 or more.
@@ -106,9 +107,10 @@ def _of_subclass(name: str, tensor: object) -> str:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A copy of a sample's tensors, and the seed of the values that the sample read."""
+    """A copy of a sample's tensors, the seed of the values that the sample read, and the step of its routing."""
 
     seed: int
+    step: int
     tensors: Tensors
 
 
@@ -116,15 +118,18 @@ class Samples:
     """Gives each sample of a call new values to read, and has samples that are drawn at random judged.
 
     New values are drawn in place. This takes no memory, the values round as the case's own values do, and no backend
-    can have seen them before. Indices, token mask and parameters stay. A sample is drawn after its call has ended, so
-    that the backend cannot know. The seed comes from the operating system. All ranks share it, so that they draw the
-    same samples.
+    can have seen them before. Token mask and parameters stay. With `replay`, each sample has the routing of the next
+    step; without it, the indices stay. A sample is drawn after its call has ended, so that the backend cannot know. The
+    seed comes from the operating system. All ranks share it, so that they draw the same samples.
 
     `original` are the case's inputs, which the backend has never had. If `fits` is false, memory does not hold copies
     of DRAWN samples. Then one sample is judged where it is, and nothing is copied.
     """
 
-    def __init__(self, call: Call, original: Inputs, judge: Judge, ranks: Ranks, fits: bool) -> None:
+    def __init__(
+        self, call: Call, original: Inputs, judge: Judge, ranks: Ranks, fits: bool, replay: Replay | None = None
+    ) -> None:
+        self._replay, self._step, self._steps = replay, 0, list[int]()
         self._call, self._original, self._judge, self._ranks, self._fits = call, original, judge, ranks, fits
         self._random = random.Random(ranks.tell(secrets.randbits(64))[0])
         self._generator = torch.Generator(original.x_TD.device)
@@ -142,7 +147,13 @@ class Samples:
     def renew(self) -> None:
         """Draw the values of the next call."""
         self._seed = (self._random.getrandbits(31) + self._ranks.rank) % 2**31
-        redraw(self._call.inputs, self._generator.manual_seed(self._seed))
+        self._step = (self._step + 1) % len(self._replay.steps) if self._replay else 0
+        self._give(self._call.inputs, self._seed, self._step)
+
+    def _give(self, inputs: Inputs, seed: int, step: int) -> None:
+        redraw(inputs, self._generator.manual_seed(seed))
+        if self._replay is not None:
+            route(inputs, self._replay, step, self._ranks.rank)
 
     def keep(self) -> None:
         """Copy the tensors of the call that has just ended, if it is drawn (Vitter 1985, algorithm R).
@@ -151,23 +162,26 @@ class Samples:
         or another thread still writes is wrong. The smallest tensors come first, so that late work has little time.
         """
         self._count += 1
+        self._steps.append(self._step)
         if self._fits:
             place = len(self._kept) if len(self._kept) < DRAWN else self._random.randrange(self._count)
             if place < DRAWN:
                 ascending = sorted(self._call.result().items(), key=lambda item: item[1].nbytes)
-                kept = _Kept(self._seed, {name: tensor.clone() for name, tensor in ascending})
+                kept = _Kept(self._seed, self._step, {name: tensor.clone() for name, tensor in ascending})
                 self._kept[place : place + 1] = [kept]
         elif self._count == self._early + 1:
-            self._judge_one(_Kept(self._seed, self._call.result()))
+            self._judge_one(_Kept(self._seed, self._step, self._call.result()))
         self._complaint = self._complaint or self._call.complaint()
 
     def _judge_one(self, kept: _Kept) -> None:
         read = self._original.clone()
-        redraw(read, self._generator.manual_seed(kept.seed))
+        self._give(read, kept.seed, kept.step)
         self._verdicts.append(self._judge([kept.tensors], read))
 
-    def check(self) -> None:
+    def check(self) -> list[int]:
         """Judge the samples that were kept, and forget them. Raises NoSpeed if one is wrong; all ranks raise together.
+
+        Return the step of `replay` that each sample had since the last check.
 
         Call this after sampling, before the last sample's tensors are dropped.
         """
@@ -175,11 +189,13 @@ class Samples:
         if complaints:  # a mode that is still active could also change what the judge computes
             raise NoSpeed(complaints[0])
         if not self._fits and not self._verdicts:  # fewer than EARLY samples
-            self._kept = [_Kept(self._seed, self._call.result())]
+            self._kept = [_Kept(self._seed, self._step, self._call.result())]
         while self._kept:
             self._judge_one(self._kept.pop())
         self._count = 0
+        steps, self._steps = self._steps, []
         for verdict in self._verdicts:
             if not verdict.passed:
                 raise NoSpeed(f"{verdict.worst}, in a call that was timed", verdict)
         self._verdicts = []
+        return steps

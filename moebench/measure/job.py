@@ -93,13 +93,16 @@ class _Timed:
     graph_time_ms: float | None
     busy: Busy
     bounds: Ceilings
+    steps: list[int]  # of a trace, for each sample
 
 
 class _Job:
     """A job that is measured."""
 
     def __init__(self, job: Job, workload: Workload, policy: TimingPolicy) -> None:
-        self.job, self.case, self.workload, self.policy = job, job.case, workload, policy
+        self.job, self.case, self.workload = job, job.case, workload
+        self.replay = workload.begin(job)
+        self.policy = policy.sampling_each(self.replay.steps if self.replay else ())
         self.device, self.ranks = workload.device, workload.ranks
         self.phases = _Phases(workload.device)
 
@@ -174,7 +177,7 @@ class _Job:
         weighed = memory.measure_memory(call.forward, call.backward if case.mode == "train" else None, device)
         call.clear()
         fits = _fit(DRAWN * pass_bytes + weighed.peak_bytes, device, ranks)
-        samples = Samples(call, subject.inputs, lambda *given: self._judge(subject, *given), ranks, fits)
+        samples = Samples(call, subject.inputs, lambda *given: self._judge(subject, *given), ranks, fits, self.replay)
         timed = self._time(call, samples, bounds, subject.fp8 is not None)
         parts = breakdown(subject.module, call.forward, device, ranks, samples.prepare)
         call.clear()
@@ -200,14 +203,14 @@ class _Job:
             with self.phases.of("timing_s"):
                 stages, prepare, keep = call.stages, samples.prepare, samples.keep
                 timed = timing.time_stages(stages, self.device, self.policy, prepare, self.ranks, keep)
-                samples.check()
+                steps = samples.check()
                 call.clear()
             reason = self.ranks.tell(self._impossible(timed, bounds))[0]
             if not reason:
                 with self.phases.of("timing_s"):
                     graph_time_ms = self._graph_time_ms(call, samples, timed)
                     busy = self._busy(call, samples, timed)
-                return _Timed(timed, graph_time_ms, busy, bounds)
+                return _Timed(timed, graph_time_ms, busy, bounds, steps)
         raise NoSpeed(reason)
 
     def _impossible(self, timed: Timing, bounds: Ceilings) -> str:
@@ -258,6 +261,7 @@ class _Job:
         """Return the fields of the times, and of the ceilings that they are compared with."""
         found, bounds = timed.timing, timed.bounds
         return {
+            **(self.replay.columns(timed.steps, found.samples_ms, found.marked) if self.replay else {}),
             **timed.busy.columns,
             "flags": found.flags + timed.busy.flags,
             "time_ms": found.time_ms,

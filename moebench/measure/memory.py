@@ -155,7 +155,7 @@ def _measure_gpu(
 def _measure_cpu(
     forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: torch.device
 ) -> Memory:
-    with StorageTracker():
+    with storage_tracker():
         torch.zeros(1)  # the first use of the tracker loads modules
     before = foreign_bytes(device)
     restarted = _restart_peak()

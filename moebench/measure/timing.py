@@ -8,7 +8,7 @@ import gc
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import scipy.special  # noqa: F401  results.stats imports it on first use, which must not be while something is timed
 import torch
@@ -33,12 +33,18 @@ class TimingPolicy:
 
     Sampling stops when half the width of the median's 95% confidence interval is at most `interval_target` times the
     median, or when `time_cap_s` seconds are spent. The interval narrows with the square root of time. If this is too
-    slow to reach the target, sampling stops after a quarter of `time_cap_s`.
+    slow to reach the target, sampling stops after a quarter of `time_cap_s`. Before the time cap, sampling does not
+    stop with fewer than `least_samples` samples.
     """
 
     interval_target: float
     time_cap_s: float
     cold_l2: bool = True
+    least_samples: int = CONVERGED_SAMPLES
+
+    def sampling_each(self, steps: Sequence[object]) -> "TimingPolicy":
+        """Return the policy with at least one sample for each of these steps, unless the time cap is spent before."""
+        return replace(self, least_samples=max(self.least_samples, len(steps)))
 
     @staticmethod
     def default(device: torch.device) -> "TimingPolicy":
@@ -111,10 +117,10 @@ def _sample(sampler: Sampler, policy: TimingPolicy, ranks: Ranks, aside: _Aside)
         width = relative_half_width(median, low, high)
         # all ranks use one clock, so that they stop together
         spent = ranks.largest(clock.perf_counter() - start - aside.spent_s)
-        if width <= policy.interval_target and (num_samples >= CONVERGED_SAMPLES or spent >= policy.time_cap_s):
+        if width <= policy.interval_target and (num_samples >= policy.least_samples or spent >= policy.time_cap_s):
             return groups, True
         out_of_reach = spent * width**2 > OUT_OF_REACH * policy.time_cap_s * policy.interval_target**2
-        hopeless = out_of_reach and num_samples >= CONVERGED_SAMPLES and spent >= policy.time_cap_s / 4
+        hopeless = out_of_reach and num_samples >= policy.least_samples and spent >= policy.time_cap_s / 4
         if spent >= policy.time_cap_s or hopeless:
             return groups, False
         affordable = int((policy.time_cap_s - spent) / (spent / num_samples))

@@ -16,7 +16,7 @@ from moebench import escapes
 from moebench.machine.environment import Environment, Gpu
 from moebench.machine.units import size
 from moebench.report import pagetable
-from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, ROOFLINE, SCALING, THROUGHPUT
+from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, REPLAY, ROOFLINE, SCALING, THROUGHPUT
 from moebench.report.reproduce import Reproducer
 from moebench.report.tables.tables import details, fastest_rows
 from moebench.results.folder import environments_beside
@@ -108,7 +108,7 @@ def _plots(svgs: Mapping[str, bytes]) -> list[list[tuple[str, str]]]:
 
     The plots of the first group compare backends. The plots of the second group show why backends differ.
     """
-    groups = (THROUGHPUT, SCALING, MEMORY, PARITY), (ROOFLINE, BREAKDOWN)
+    groups = (THROUGHPUT, SCALING, MEMORY, PARITY), (ROOFLINE, BREAKDOWN, REPLAY)
     return [
         [(name, _data_uri(svg)) for kind in kinds for name, svg in svgs.items() if name.startswith(f"{kind.name}-")]
         for kinds in groups

@@ -9,6 +9,7 @@ the logarithm of the time lies on a straight line over the logarithm of the toke
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 from pydantic import ValidationError
@@ -17,9 +18,10 @@ from moebench.errors import UsageError, first_mistake
 from moebench.results.labels import backend_labels, machine, shape_names
 from moebench.results.record import Status
 from moebench.results.stats import THRESHOLD
-from moebench.workload.axes import cut, did_you_mean, listed
+from moebench.workload.axes import cut
 from moebench.workload.case import Case
-from moebench.workload.models import MODELS, SHAPE_AXES, shape_fields
+from moebench.workload.modelconfig import read_model
+from moebench.workload.models import SHAPE_AXES, Model
 
 #: The largest ratio of two token counts to interpolate between. Between counts that are further apart, the time may not
 #: follow a straight line.
@@ -86,28 +88,23 @@ class Advice:
         return self.candidates[0].time_ms_high >= self.candidates[1].time_ms_low or self.times_the_next < 1 + CLOSE
 
 
-def question(model: str, num_tokens: int, **more: object) -> Case:
+def question(model: str | Path | Model, num_tokens: int, **more: object) -> Case:
     """Return the workload that the user asks about, as a case.
 
-    `model` is the name of a model in `MODELS`, or a shape as tables name it: `e64k6d1024i512`. `more` are other fields
-    of the case. Raises UsageError for a model or a value that a case cannot have.
+    `model` is a model, or what `read_model` takes: a name, a shape, or a configuration. `more` are other fields of the
+    case. Raises UsageError for a model or a value that a case cannot have.
     """
-    shape = shape_fields(model)
-    if shape is None and model not in MODELS:
-        hint = did_you_mean(model, MODELS) or f"there are {listed(MODELS)}"
-        raise UsageError(
-            f"--model {cut(model)}: must be a model of moebench, or a shape such as e64k6d1024i512; {hint}"
-        )
-    fields = MODELS[model] if shape is None else shape
+    asked = read_model(model)
+    fields = asked.fields
     try:
-        return Case.model_validate({**fields, "num_tokens": num_tokens, **more})
+        return Case.model_validate(asked.values(num_tokens=num_tokens, **more))
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0]) if first["loc"] else ""
         if not field:
-            raise UsageError(f"--model {model} with these options: {first_mistake(error)}") from error
+            raise UsageError(f"--model {asked} with these options: {first_mistake(error)}") from error
         if field in fields:
-            raise UsageError(f"--model {model}: {first_mistake(error)}") from error
+            raise UsageError(f"--model {asked}: {first_mistake(error)}") from error
         rule = first_mistake(error).partition(": ")[2]
         raise UsageError(f"--{field.replace('_', '-')} {cut(str(first['input']))}: {rule}") from error
 

@@ -167,9 +167,18 @@ def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
 def write_csv(frame: pd.DataFrame, folder: Path) -> Path:
     """Write results.csv, which has no samples, into the existing `folder`. Return its path."""
     flat = frame[[name for name in COLUMNS if name not in SAMPLE_COLUMNS]]
-    flat = flat.assign(flags=[";".join(flags) for flags in frame["flags"]])
+    lists = [name for name in map(str, flat) if pa.types.is_list(ARROW_SCHEMA.field(name).type)]
+    joined = {
+        name: [None if cell is None else ";".join(map(str, cell)) for cell in _cells(frame[name])] for name in lists
+    }
+    flat = flat.assign(**{name: pd.Series(cells, flat.index, dtype=object) for name, cells in joined.items()})
     write_atomically(folder / CSV_NAME, to_csv(flat).encode())
     return folder / CSV_NAME
+
+
+def _cells(lists: "pd.Series[Any]") -> list[Any]:
+    """Return the cells of a column of lists, with None for null."""
+    return [None if null else cell for cell, null in zip(lists, lists.isna(), strict=True)]
 
 
 def to_csv(frame: pd.DataFrame) -> str:

@@ -19,6 +19,10 @@ _NO_BUSY = (
 _NO_PARTS = "at EP size 1; if the module has no attribute `dispatcher`; unless ok"
 
 
+def _of_steps(rounds: Rounds, means: str, unit: str = "") -> Column:
+    return Column(rounds, means, unit, "if the routing is not a trace; unless ok")
+
+
 class Measured(BaseModel):
     """Times, ceilings and memory, in the order of the columns."""
 
@@ -164,6 +168,19 @@ class Measured(BaseModel):
             null="on a CPU; if NVML does not report it; unless ok",
         ),
     ] = None
+    num_steps: Annotated[Count | None, _of_steps(Rounds.LOWER_MEDIAN, "steps of the trace that were timed")] = None
+    step_p50_ms: Annotated[
+        Time | None, _of_steps(Rounds.MEDIAN, "median of the times of the steps, each the median of its samples", "ms")
+    ] = None
+    step_p99_ms: Annotated[Time | None, _of_steps(Rounds.MEDIAN, "99th percentile of these times", "ms")] = None
+    expert_rows: Annotated[
+        tuple[Count, ...] | None, _of_steps(Rounds.SAME, "rows of each expert in all steps, before the token mask")
+    ] = None
+    rank_rows: Annotated[tuple[Count, ...] | None, _of_steps(Rounds.SAME, "rows of the experts of each rank")] = None
+    expert_skew: Annotated[
+        Rate | None, _of_steps(Rounds.SAME, "rows of a step's busiest expert divided by the average, mean over steps")
+    ] = None
+    rank_skew: Annotated[Rate | None, _of_steps(Rounds.SAME, "the same for the rows of ranks")] = None
     tokens_per_s: Annotated[
         Rate | None,
         Column(

@@ -23,6 +23,7 @@ from moebench.run.plan import Plan, new_run_id
 from moebench.run.runfile import SWEEP_NAME, Asked, RunFile, digest, digest_jobs
 from moebench.workload.axes import cut
 from moebench.workload.case import Job
+from moebench.workload.models import Model
 from moebench.workload.selection import select_of
 from moebench.workload.spec import SweepSpec, find_sweep, parse_sweep, read_sweep
 
@@ -34,7 +35,8 @@ DEVICES = ("cpu", "cuda")
 class RunPlan:
     """What a run has to do: the jobs that each round has left, and what the folder records about the run.
 
-    `earlier` has the records that are already in the folder of a run that is resumed.
+    `earlier` has the records that are already in the folder of a run that is resumed. `notes` say what the cases leave
+    out of the models that they come from.
     """
 
     run: RunFile
@@ -44,6 +46,7 @@ class RunPlan:
     earlier: tuple[Record, ...] = ()
     is_resumed: bool = False
     force: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -73,7 +76,7 @@ def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: 
     check_device(asked.device)
     sweep_file = find_sweep(sweep)
     text = read_sweep(sweep_file)
-    spec = parse_sweep(text, str(sweep_file))
+    spec = _of_model(parse_sweep(text, str(sweep_file)), asked)
     jobs = select_of(spec, sweep, asked.backends, asked.filters, asked.case_ids)
     check_named(jobs, asked.backends)
     run_id = new_run_id(spec.name)
@@ -93,7 +96,8 @@ def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: 
         num_rounds=asked.rounds,
         asked=asked,
     )
-    return RunPlan(run, text.encode(), _rounds(run, jobs, spec, folder), _seconds(time_budget_min))
+    rounds, notes = _rounds(run, jobs, spec, folder), _notes(spec, jobs, asked)
+    return RunPlan(run, text.encode(), rounds, _seconds(time_budget_min), notes=notes)
 
 
 def plan_rest(folder: Path, *, backends: Sequence[str], time_budget_min: float | None, force: bool = False) -> RunPlan:
@@ -106,7 +110,7 @@ def plan_rest(folder: Path, *, backends: Sequence[str], time_budget_min: float |
     run = RunFile.read(folder)
     asked = run.asked
     text = read_sweep(folder / SWEEP_NAME)
-    spec = parse_sweep(text, run.sweep_file)
+    spec = _of_model(parse_sweep(text, run.sweep_file), asked)
     jobs = select_of(spec, run.sweep, asked.backends, asked.filters, asked.case_ids)
     earlier = _earlier(folder)
     others = sorted({row.schema_version for row in earlier} - {SCHEMA})
@@ -167,6 +171,25 @@ def _rounds(run: RunFile, jobs: tuple[Job, ...], spec: SweepSpec, folder: Path) 
         return (whole,)
     numbers = range(run.asked.rounds)
     return tuple(replace(whole, jobs=shuffled(jobs, run.run_id, number), round=number) for number in numbers)
+
+
+def _of_model(spec: SweepSpec, asked: Asked) -> SweepSpec:
+    return spec if asked.model is None else spec.with_model(asked.model)
+
+
+def _notes(spec: SweepSpec, jobs: Sequence[Job], asked: Asked) -> tuple[str, ...]:
+    measured = {job.case.model for job in jobs}
+    notes = [f"{model}: {note}" for model in spec.models if model.name in measured for note in model.notes]
+    if asked.model is not None:
+        unfit = [
+            size for exclude in spec.excludes for size in exclude.get("ep_size", ()) if _is_unfit(size, asked.model)
+        ]
+        notes += [f"{asked.model}: EP size {size} is left out: it does not divide the experts" for size in unfit]
+    return tuple(notes)
+
+
+def _is_unfit(ep_size: object, model: Model) -> bool:
+    return isinstance(ep_size, int) and model.fields["n_routed_experts"] % ep_size != 0
 
 
 def _now() -> str:

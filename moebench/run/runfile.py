@@ -14,6 +14,7 @@ from moebench.machine.environment import Environment
 from moebench.names import Name, is_file
 from moebench.results.files import ENVIRONMENT_NAME, write_atomically
 from moebench.workload.case import Job
+from moebench.workload.models import Model
 
 RUN_NAME = "run.json"
 SWEEP_NAME = "sweep.toml"
@@ -32,6 +33,7 @@ class Asked(BaseModel):
     device: str | None = None
     rounds: Annotated[int, Field(ge=1, le=MOST_ROUNDS)] = 1
     profile: bool = False
+    model: Model | None = None
 
 
 class RunFile(BaseModel):

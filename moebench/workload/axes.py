@@ -5,17 +5,16 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from operator import itemgetter
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from moebench.names import is_file
 from moebench.workload.backends import DISPATCHERS as BETWEEN_RANKS
 from moebench.workload.backends import GROUPS, is_group
 from moebench.workload.case import Case
-from moebench.workload.models import MODELS, SHAPE_AXES
+from moebench.workload.models import MODELS, SHAPE_AXES, Model
+from moebench.workload.traces import Captured, find_trace
 
 DISPATCHERS = ("local", *BETWEEN_RANKS)
 BACKEND_PATTERN = r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$"
@@ -27,21 +26,18 @@ UNKNOWN: Final = object()  # stands in for a value that was wrong or missing
 # The values of the axes. Their types are the types of Case's fields.
 
 
-def _openable(routing: str, info: ValidationInfo) -> str:
-    """Return the routing trace:PATH with PATH relative to the working folder, or absolute for a file outside of it.
+def _openable(routing: str, info: ValidationInfo) -> str | Captured:
+    """Return the captured routing that trace:PATH names. Other kinds of routing stay as they are.
 
-    Other kinds of routing stay as they are. `info.context` is the sweep file's folder.
+    `info.context` is the sweep file's folder, where relative paths begin.
     """
     kind, _, written = routing.partition(":")
     if kind != "trace" or info.context is None:
         return routing
-    try:
-        path = (info.context / written).resolve()
-    except (OSError, ValueError, RuntimeError):  # NUL, a name that is too long, or links in a circle
-        path = info.context / written
-    if not is_file(path):
-        raise PydanticCustomError("no_trace", "there is no file {path}", {"path": cut(str(path))})
-    return f"trace:{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
+    captured = find_trace(routing, info.context)
+    if captured is None:
+        raise PydanticCustomError("no_trace", "there is no file {path}", {"path": cut(str(info.context / written))})
+    return captured
 
 
 def _axis_types() -> dict[str, Any]:
@@ -49,7 +45,7 @@ def _axis_types() -> dict[str, Any]:
     literal: Any = Literal
     annotated: Any = Annotated
     return fields | {
-        "model": literal[tuple(MODELS)],
+        "model": str,  # moebench.workload.modelconfig reads it
         "routing": annotated[fields["routing"], AfterValidator(_openable)],
         "backend": annotated[str, Field(pattern=BACKEND_PATTERN, max_length=LONGEST_BACKEND)],
         "dispatcher": literal[DISPATCHERS],
@@ -59,16 +55,15 @@ def _axis_types() -> dict[str, Any]:
 _TYPES = _axis_types()
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 AXES: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(type_, config=_STRICT) for name, type_ in _TYPES.items()}
-_NAMED = ("model", "mode", "dtype", "expert_activation", "rank_load", "dispatcher")
-_CHOICES = {name: get_args(_TYPES[name]) for name in _NAMED}
-_CHOICES["l2"] = ("cold", "warm")
+_NAMED = ("mode", "dtype", "expert_activation", "rank_load", "dispatcher")
+_CHOICES = {name: get_args(_TYPES[name]) for name in _NAMED} | {"model": tuple(MODELS), "l2": ("cold", "warm")}
 FIXED_BY_MODEL = tuple(dict.fromkeys(name for preset in MODELS.values() for name in preset))
 DEFAULTS = {name: field.default for name, field in Case.model_fields.items() if not field.is_required()}
 _RULES = {
     "name": 'must be letters, digits, ".", "_" and "-", a letter or digit first, at most 100 characters',
     "description": "must be one line of text",
     "backend": BACKEND_RULE,
-    "routing": "must be one of uniform, balanced, one-hot, zipf[:s], empty[:share], trace:FILE.npy",
+    "routing": "must be one of uniform, balanced, one-hot, zipf[:s], empty[:share], trace:PATH",
 }
 _EXAMPLES = {
     **DEFAULTS,
@@ -131,16 +126,18 @@ def example(name: str) -> str:
 def combinations(axes: Mapping[str, Sequence[object]]) -> Iterator[dict[str, object]]:
     """Yield each combination of the axes as a dict with a value for every axis.
 
-    An axis that `axes` lacks takes its value from the model's shape or from Case's defaults. At ep_size 1 the
-    dispatcher is "local".
+    An axis that `axes` lacks takes its value from the model or from Case's defaults. At ep_size 1 the dispatcher is
+    "local". The value of `model` is a `Model` or None.
     """
     for values in product(*axes.values()):
         combination = {**DEFAULTS, "dispatcher": BETWEEN_RANKS[0], **dict(zip(axes, values, strict=True))}
         model = combination["model"]
         if model is UNKNOWN:
             combination |= dict.fromkeys(FIXED_BY_MODEL, UNKNOWN)
-        elif model is not None:
-            combination |= MODELS[str(model)]
+        elif isinstance(model, Model):
+            combination |= model.fields
+            if model.dtype is not None and "dtype" not in axes:
+                combination["dtype"] = model.dtype
         if combination["ep_size"] is UNKNOWN:
             combination["dispatcher"] = UNKNOWN
         elif combination["ep_size"] == 1:
@@ -148,12 +145,22 @@ def combinations(axes: Mapping[str, Sequence[object]]) -> Iterator[dict[str, obj
         yield combination
 
 
-_CASE_BUT_MODEL = itemgetter(*(name for name in Case.model_fields if name != "model"))
+_CASE_BUT_OBJECTS = itemgetter(*(name for name in Case.model_fields if name not in ("model", "routing")))
 
 
 def case_key(combination: Mapping[str, object]) -> tuple[object, ...]:
     """Return what tells the case of a combination from the cases of others. It takes less time than to make a case."""
-    return str(combination["model"]), *_CASE_BUT_MODEL(combination)
+    return str(combination["model"]), str(combination["routing"]), *_CASE_BUT_OBJECTS(combination)
+
+
+def case_values(combination: Mapping[str, object]) -> dict[str, object]:
+    """Return the values of a combination that are fields of a case: of a model its name, of a trace its content."""
+    model, routing = combination["model"], combination["routing"]
+    values = {name: combination[name] for name in Case.model_fields}
+    return values | {
+        "model": model.name if isinstance(model, Model) else model,
+        "routing": routing.text if isinstance(routing, Captured) else routing,
+    }
 
 
 def is_match(exclude: Mapping[str, Sequence[object]], combination: Mapping[str, object]) -> bool | None:

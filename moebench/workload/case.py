@@ -60,7 +60,8 @@ class CaseFields(BaseModel):
     dim: Annotated[Positive, Field(description="width of a token")]
     moe_inter_dim: Annotated[Positive, Field(description="width of an expert's hidden layer")]
     model: Annotated[
-        Name | None, Field(description="preset that the shape comes from; null where the sweep writes out the shape")
+        Name | None,
+        Field(description="model that the shape comes from; null where the sweep writes out the shape"),
     ] = None
     dtype: Annotated[
         Dtype,
@@ -230,7 +231,8 @@ class Job(BaseModel):
     """One backend on one case. A row of results is about one job.
 
     Where `check` has the text of a case or a search of moebench.parity.checks, the worker tries it; otherwise it
-    measures the job.
+    measures the job. If the case's routing is a trace, `routing_file` is the file that has it. The file is no part of
+    what identifies the job.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -239,6 +241,7 @@ class Job(BaseModel):
     backend: str
     dispatcher: str = "local"
     check: str | None = None
+    routing_file: str | None = None
 
     @property
     def key(self) -> JobKey:

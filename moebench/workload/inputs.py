@@ -7,16 +7,14 @@ moebench.workload.case says why).
 
 import math
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from experts import MoEConfig
-from moebench.errors import InputsError
 from moebench.workload.case import Case
 from moebench.workload.driven import parameter_shapes
+from moebench.workload.replay import Replay, replay
 
 BIAS_STD = 0.5
 DEFAULT_ZIPF_EXPONENT = 1.0
@@ -72,9 +70,10 @@ def _seed(case: Case, rank: int) -> int:
     return (case.seed + 0x9E3779B1 * rank) % 2**32  # torch's generator on a CPU reads only 32 bits of a seed
 
 
-def make_inputs(case: Case, device: torch.device, rank: int = 0) -> Inputs:
+def make_inputs(case: Case, device: torch.device, rank: int = 0, routing_file: str | None = None) -> Inputs:
     """Return a rank's tokens, mask, routing and output gradient.
 
+    If the routing is a trace, `routing_file` is its file, and the routing is the one of the first step of `replay`.
     Raises InputsError for a trace that does not fit the case.
     """
     generator = torch.Generator(device).manual_seed(_seed(case, rank) + 1)
@@ -89,7 +88,7 @@ def make_inputs(case: Case, device: torch.device, rank: int = 0) -> Inputs:
     weights_TK = torch.randn(
         choices, dtype=torch.promote_types(dtype, torch.float32), device=device, generator=generator
     ).softmax(dim=-1)
-    indices_TK = draw_routing(case, generator, rank)
+    indices_TK = draw_routing(case, generator, rank, routing_file)
     order_T = torch.randperm(num_tokens, device=device, generator=generator)
     token_mask_T = order_T < case.active_tokens_of_rank(rank)
     x_TD.masked_fill_(~token_mask_T.unsqueeze(-1), math.nan)
@@ -107,7 +106,7 @@ def redraw(inputs: Inputs, generator: torch.Generator) -> None:
     inputs.x_TD.masked_fill_(~inputs.token_mask_T.unsqueeze(-1), math.nan)
 
 
-def draw_routing(case: Case, generator: torch.Generator, rank: int = 0) -> Tensor:
+def draw_routing(case: Case, generator: torch.Generator, rank: int = 0, routing_file: str | None = None) -> Tensor:
     """Return the expert indices [T, K] int64 of a rank's tokens.
 
     The experts of one token differ from each other, except in a recorded trace.
@@ -116,7 +115,7 @@ def draw_routing(case: Case, generator: torch.Generator, rank: int = 0) -> Tenso
     n_experts, num_tokens = case.n_routed_experts, case.tokens_of_rank(rank)
     device = generator.device
     if kind == "trace":
-        return _read_trace(Path(argument), case, num_tokens).to(device)
+        return torch.from_numpy(replay(case, routing_file).indices_of(0, rank)).to(device, torch.int64)
     if kind == "balanced":
         return _balanced(case, num_tokens, generator)
     # Experts are drawn without replacement in proportion to their popularity: take the K largest values of
@@ -145,22 +144,6 @@ def _balanced(case: Case, num_tokens: int, generator: torch.Generator) -> Tensor
     return indices_TK[torch.randperm(num_tokens, device=generator.device, generator=generator)]
 
 
-def _read_trace(path: Path, case: Case, num_tokens: int) -> Tensor:
-    try:
-        with path.open("rb") as file:
-            trace = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputsError(f"trace {path}: {error}; give a .npy file of integer expert indices [tokens, K]") from error
-    columns = case.n_activated_experts
-    if trace.ndim != 2 or trace.shape[0] == 0 or trace.shape[1] != columns or trace.dtype.kind not in "iu":
-        raise InputsError(
-            f"trace {path} is {trace.dtype} {list(trace.shape)}, but the case needs integers "
-            f"[tokens >= 1, n_activated_experts = {columns}]; record it from a model with that many"
-        )
-    if trace.min() < -1 or trace.max() >= case.n_routed_experts:
-        raise InputsError(
-            f"trace {path} names experts {trace.min()} to {trace.max()}, but the case has "
-            f"0 to {case.n_routed_experts - 1} (-1 for no expert); record it from a model with that many experts"
-        )
-    rows = np.arange(num_tokens) % trace.shape[0]  # a trace that is shorter than the case repeats
-    return torch.from_numpy(trace[rows].astype(np.int64))
+def route(inputs: Inputs, replay: Replay, step: int, rank: int) -> None:
+    """Give the tokens the routing of a step of a trace, in place."""
+    inputs.indices_TK.copy_(torch.from_numpy(replay.indices_of(step, rank)))

@@ -1,4 +1,4 @@
-"""Define the shapes of the routed experts of published models, for the `model` axis of a sweep.
+"""Define what a model fixes of a case, and the shapes of the routed experts of published models.
 
 Each preset fixes the fields of `Case` that the model's configuration fixes. Tokens, dtype, routing and mode stay free.
 The shapes come from the models' own configuration files, read 2026-11.
@@ -6,6 +6,7 @@ The shapes come from the models' own configuration files, read 2026-11.
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -64,3 +65,46 @@ MODELS: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "minimax-m2": _shape(256, 8, 3072, 1536),
     }
 )
+
+#: The `model_type` in the configuration file of each preset's model.
+MODEL_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "qwen3-30b-a3b": "qwen3_moe",
+        "qwen3-235b-a22b": "qwen3_moe",
+        "qwen3-next-80b": "qwen3_next",
+        "deepseek-v3": "deepseek_v3",
+        "deepseek-v2-lite": "deepseek_v2",
+        "deepseek-v4-flash": "deepseek_v4",
+        "gpt-oss-20b": "gpt_oss",
+        "gpt-oss-120b": "gpt_oss",
+        "mixtral-8x7b": "mixtral",
+        "olmoe": "olmoe",
+        "kimi-k2": "kimi_k2",
+        "glm-4.5-air": "glm4_moe",
+        "nemotron-3-nano": "nemotron_h",
+        "minimax-m2": "minimax_m2",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The routed experts of a model: the fields of `Case` that the model fixes, and what its layer has besides.
+
+    `name` names the fields, so it does not depend on where the model was read from. It is None for a shape that the
+    user wrote out. `dtype` is the dtype that the model's configuration gives; a caller may measure another one. It is
+    None if the configuration gives none. `notes` are sentences on what the case leaves out or cannot represent.
+    """
+
+    name: str | None
+    fields: Mapping[str, Any]
+    dtype: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def values(self, **more: object) -> dict[str, Any]:
+        """Return the fields of a case of this model: its name, its fields and its dtype, and then `more`."""
+        dtype = {} if self.dtype is None else {"dtype": self.dtype}
+        return {"model": self.name, **self.fields, **dtype, **more}
+
+    def __str__(self) -> str:
+        return self.name or shape_name(self.fields)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from moebench.errors import UsageError
 from moebench.workload.axes import (
     AXES,
     DEFAULTS,
@@ -14,6 +15,7 @@ from moebench.workload.axes import (
     FIXED_BY_MODEL,
     UNKNOWN,
     case_key,
+    case_values,
     combinations,
     cut,
     did_you_mean,
@@ -25,7 +27,8 @@ from moebench.workload.axes import (
 )
 from moebench.workload.backends import expanded
 from moebench.workload.case import Case
-from moebench.workload.models import SHAPE_AXES
+from moebench.workload.modelconfig import read_model
+from moebench.workload.models import SHAPE_AXES, Model
 
 Read = dict[str, tuple[object, ...]]  # axes as they were read; UNKNOWN stands for a wrong value
 
@@ -115,8 +118,13 @@ class SweepReader:
             at = f"{place}[{number}] = {shown(value)}" if isinstance(raw, list) else f"{place} = {shown(value)}"
             try:
                 valid = AXES[name].validate_python(value, context=self.folder)
+                if name == "model":
+                    valid = read_model(valid, self.folder)
             except ValidationError as error:
                 self.wrong(at, rule_for(name, value, error.errors()[0]))
+                valid = UNKNOWN
+            except UsageError as error:
+                self.wrong(at, str(error).removeprefix(f"model {cut(str(value))}: "))
                 valid = UNKNOWN
             if valid is not UNKNOWN and valid in read:
                 self.wrong(at, "is already in the list; remove it")
@@ -144,7 +152,9 @@ class SweepReader:
 
         `where` says which table each key is in.
         """
-        twice = [name for name in FIXED_BY_MODEL if name in where and "model" in where]
+        models = [model for model in axes.get("model", ()) if isinstance(model, Model)]
+        fixed = dict.fromkeys([*FIXED_BY_MODEL, *(name for model in models for name in model.fields)])
+        twice = [name for name in fixed if name in where and "model" in where]
         for name in twice:
             rule = f"{where['model']}.model fixes it; remove one of the two, because a grid has model or the shape axes"
             self.wrong(f"{where[name]}.{name}", rule)
@@ -205,7 +215,8 @@ def _impossible(combination: Mapping[str, object]) -> list[str]:
     if combination["n_routed_experts"] is UNKNOWN:
         return messages
     stand_ins = {**dict.fromkeys(Case.model_fields, 1), **DEFAULTS}
-    known = {name: stand_ins[name] if combination[name] is UNKNOWN else combination[name] for name in stand_ins}
+    values = case_values(combination)
+    known = {name: stand_ins[name] if values[name] is UNKNOWN else values[name] for name in stand_ins}
     try:
         Case.model_validate(known)
     except ValidationError as error:

@@ -4,6 +4,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,7 +22,9 @@ from moebench.workload.axes import (
 )
 from moebench.workload.backends import GROUPS, is_group, names_of
 from moebench.workload.case import Case, Job
+from moebench.workload.models import MODELS
 from moebench.workload.spec import SweepSpec, find_sweep, load_sweep
+from moebench.workload.traces import find_trace
 
 _NUMBERS = tuple(name for name, field in Case.model_fields.items() if field.annotation in (int, float))
 _ORDERS: dict[str, Callable[[float, float], bool]] = {
@@ -70,7 +73,7 @@ def filter_jobs(jobs: Sequence[Job], filters: Sequence[str]) -> list[Job]:
     mistakes: list[str] = []
     for text in filters:
         try:
-            tests.append(_test(text))
+            tests.append(_test(text, jobs))
         except SweepError as error:
             mistakes += error.mistakes
     if mistakes:
@@ -78,7 +81,7 @@ def filter_jobs(jobs: Sequence[Job], filters: Sequence[str]) -> list[Job]:
     return [job for job in jobs if all(test(job) for test in tests)]
 
 
-def _test(text: str) -> Callable[[Job], bool]:
+def _test(text: str, jobs: Sequence[Job]) -> Callable[[Job], bool]:
     parts = re.fullmatch(r"\s*(\w+)\s*(!=|<=|>=|=|<|>)(.*)", text)
     keys = f"keys are {listed(AXES)}"
     if parts is None:
@@ -97,6 +100,11 @@ def _test(text: str) -> Callable[[Job], bool]:
         bound, compare = _number(text, written), _ORDERS[sign]
         return lambda job: compare(_value(job, key), bound)
     words = names_of(key, map(str.strip, written.split(",")))
+    models = dict.fromkeys([*MODELS, *(job.case.model for job in jobs if job.case.model is not None)])
+    for word in words if key == "model" else ():
+        if word not in models:
+            hint = did_you_mean(word, models) or "take one of them"
+            raise SweepError([f"filter {cut(text)!r}: {cut(word)!r}: must be one of {listed(models)}; {hint}"])
     values = [_filter_value(text, key, word) for word in words]
     return lambda job: (_value(job, key) in values) == (sign == "=")
 
@@ -117,7 +125,9 @@ def _number(text: str, written: str) -> float:
 
 def _filter_value(text: str, key: str, word: str) -> object:
     try:
-        return AXES[key].validate_strings(word)
+        value = AXES[key].validate_strings(word)
+        captured = find_trace(value, Path()) if key == "routing" and value.startswith("trace:") else None
+        return captured.text if captured else value
     except ValidationError as error:
         raise SweepError([f"filter {cut(text)!r}: {cut(word)!r}: {rule_for(key, word, error.errors()[0])}"]) from error
 
@@ -136,12 +146,12 @@ def select_backends(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
         raise SweepError([f"backend {cut(name)!r}: {groups if is_group('backend', name) else rule}" for name in wrong])
     if not names:
         return list(jobs)
-    dispatchers: dict[Case, dict[str, None]] = {}
+    dispatchers: dict[Case, dict[str, Job]] = {}
     for job in jobs:
-        dispatchers.setdefault(job.case, {})[job.dispatcher] = None
+        dispatchers.setdefault(job.case, {})[job.dispatcher] = job
     return [
-        Job(case=case, backend=name, dispatcher=dispatcher)
-        for case in dispatchers
+        job.model_copy(update={"backend": name})
+        for of_case in dispatchers.values()
         for name in dict.fromkeys(names)
-        for dispatcher in dispatchers[case]
+        for job in of_case.values()
     ]

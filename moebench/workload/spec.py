@@ -14,15 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field
 import moebench
 from moebench.errors import SweepError
 from moebench.names import MOST_CHARACTERS, NAME_PATTERN, is_file
-from moebench.workload.axes import case_key, combinations, cut, did_you_mean, is_match, listed
+from moebench.workload.axes import case_key, case_values, combinations, cut, did_you_mean, is_match, listed
 from moebench.workload.case import Case, Job
+from moebench.workload.models import Model
 from moebench.workload.reader import SweepReader
+from moebench.workload.traces import Captured
 
 #: The name of the folder of sweeps. A checkout, the working folder and the package from a wheel may each have such a
 #: folder.
 SUITES = "suites"
 
-Value = bool | int | float | str
+Value = bool | int | float | str | Model | Captured
 Axes = dict[str, tuple[Value, ...]]
 
 
@@ -72,7 +74,8 @@ class SweepSpec(_Head):
 
         Groups are in the order of the file.
         """
-        return _in_order(dict.fromkeys(map(_job, self._combinations())))
+        every = map(_job, self._combinations())
+        return _in_order({(job.case, job.backend, job.dispatcher): job for job in every}.values())
 
     def num_jobs(self) -> int:
         """Return the number of jobs, in a tenth of the time that `jobs` takes."""
@@ -84,10 +87,30 @@ class SweepSpec(_Head):
                 if not any(is_match(exclude, combination) for exclude in self.excludes):
                     yield combination
 
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """The models of all grids, each once."""
+        named = [value for axes in self.grids for value in axes.get("model", ()) if isinstance(value, Model)]
+        return tuple(model for number, model in enumerate(named) if model not in named[:number])
+
+    def with_model(self, model: Model) -> "SweepSpec":
+        """Return the sweep with this model in every grid, instead of the grid's own models or shape.
+
+        EP sizes that do not divide the model's experts are left out, because such a case is impossible.
+        """
+        sizes = {size: None for axes in self.grids for size in axes.get("ep_size", ()) if isinstance(size, int)}
+        unfit = tuple(size for size in sizes if model.fields["n_routed_experts"] % size)
+        excludes = (*self.excludes, {"ep_size": unfit}) if unfit else self.excludes
+        grids = tuple({**axes, "model": (model,)} for axes in self.grids)  # what the model fixes comes from it
+        return self.model_copy(update={"grids": grids, "excludes": excludes})
+
 
 def _job(combination: Mapping[str, object]) -> Job:
-    case = Case.model_validate({name: combination[name] for name in Case.model_fields})
-    return Job(case=case, backend=str(combination["backend"]), dispatcher=str(combination["dispatcher"]))
+    case = Case.model_validate(case_values(combination))
+    routing = combination["routing"]
+    file = routing.file if isinstance(routing, Captured) else None
+    backend, dispatcher = str(combination["backend"]), str(combination["dispatcher"])
+    return Job(case=case, backend=backend, dispatcher=dispatcher, routing_file=file)
 
 
 def _in_order(jobs: Iterable[Job]) -> list[Job]:

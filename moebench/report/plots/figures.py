@@ -4,8 +4,9 @@ A workload family is all cases on one machine that differ only in tokens, mode, 
 Each family has one figure of throughput, one of memory and one of parity. Each of these figures has one panel per mode,
 routing and load, and a panel has one line per backend with two or more token counts in the panel. If a backend of a
 case is not on a line, an overview of the EP size shows the case, so that every measured case is visible. One roofline
-figure shows all cases of an EP size. At EP sizes above 1, more figures show the parts of a forward pass. Workloads that
-were measured at several EP sizes have a figure of throughput against the EP size.
+figure shows all cases of an EP size. A case with captured routing has a figure of its replay. At EP sizes above 1, more
+figures show the parts of a forward pass. Workloads that were measured at several EP sizes have a figure of throughput
+against the EP size.
 
 A function such as `throughput` plans pictures, and a picture is drawn when it is asked for: `draw` draws all of them,
 and one that fails does not keep others from being drawn. No figure belongs to pyplot, so that no display is needed and
@@ -25,17 +26,17 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moebench.report.plots import bars, lines
+from moebench.report.plots import bars, lines, replays
 from moebench.report.plots import roofline as rooflines
 from moebench.report.plots import scaling as scalings
-from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, ROOFLINE, SCALING, THROUGHPUT, Kind, Metric
+from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, REPLAY, ROOFLINE, SCALING, THROUGHPUT, Kind, Metric
 from moebench.report.plots.look import settle
 from moebench.report.plots.settings import settings
 from moebench.results.files import write_atomically
 from moebench.results.labels import backend_labels, describe, in_case_order
 from moebench.workload.case import Case
 
-_KINDS = (THROUGHPUT, SCALING, MEMORY, PARITY, ROOFLINE, BREAKDOWN)
+_KINDS = (THROUGHPUT, SCALING, MEMORY, PARITY, ROOFLINE, BREAKDOWN, REPLAY)
 _PREFIXES = tuple(f"{kind.name}-" for kind in _KINDS)  # every written file begins with one of them
 
 _PAGE_IN = 11.0  # the largest height in inches of an overview with more than one case
@@ -107,6 +108,17 @@ def breakdown(frame: pd.DataFrame) -> list[Picture]:
     return _figures(frame[frame["ep_size"] > 1], BREAKDOWN, drawing)
 
 
+def replay(frame: pd.DataFrame) -> list[Picture]:
+    """Return a picture of each case with captured routing: times of steps, load of experts and ranks."""
+    rows = in_case_order(frame)
+    rows["line"] = backend_labels(rows)
+    pictures = []
+    for _, case in rows.groupby(["case_id", "device", "gpu"], dropna=False, sort=False):
+        if _has_values(case, REPLAY):
+            pictures.append(Picture(_slug(REPLAY, case), partial(replays.case_figure, case)))
+    return _distinct(pictures)
+
+
 def roofline(frame: pd.DataFrame) -> list[Picture]:
     """Return pictures of TFLOP/s per GPU against arithmetic intensity, with ceilings if the run measured ceilings."""
     rows = in_case_order(frame)
@@ -125,7 +137,7 @@ def draw(frame: pd.DataFrame, formats: Sequence[str] = ("png", "svg")) -> Drawn:
     An error of one picture becomes a line in `failures`, whatever it is: results must not be lost for a picture.
     """
     drawn = Drawn()
-    for plan in (throughput, scaling, memory, parity, roofline, breakdown):
+    for plan in (throughput, scaling, memory, parity, roofline, breakdown, replay):
         try:
             pictures = plan(frame)
         except Exception as error:

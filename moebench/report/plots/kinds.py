@@ -70,6 +70,11 @@ def _points_of_breakdown(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rows.assign(curve=part, value=values[part]) for part in PARTS])
 
 
+def _points_of_replay(rows: pd.DataFrame) -> pd.DataFrame:
+    values = {part: rows[f"step_{part}_ms"].where(_is_ok(rows)) for part in ("p50", "p99")}
+    return pd.concat([rows.assign(curve=part, value=value) for part, value in values.items()])
+
+
 def _points_of_roofline(rows: pd.DataFrame) -> pd.DataFrame:
     value = rows["tflops"].where(_is_ok(rows) & (rows["tflops"] > 0))
     return rows.assign(curve="TFLOP/s", value=value, low=math.nan, high=math.nan)
@@ -117,6 +122,8 @@ ROOFLINE = Metric(
     *("roofline", "Roofline", "TFLOP/s per {per}", _points_of_roofline), combine="median", base=10, tick="{:g}".format
 )
 BREAKDOWN = Kind("breakdown", "Breakdown", "ms", _points_of_breakdown, combine="median", curves=PARTS)
+
+REPLAY = Kind("replay", "Replay", "ms", _points_of_replay, combine="median", curves=("p50", "p99"))
 
 
 def unit(rows: pd.DataFrame, metric: Kind) -> str:

@@ -64,6 +64,13 @@ ALL = {
     "busy_samples_ms": (1.125, 1 / 7),
     "busy_sample_rounds": (0, 1),
     "sm_clock_mhz": 1980,
+    "num_steps": 2,
+    "step_p50_ms": 1.375,
+    "step_p99_ms": 1.5,
+    "expert_rows": (3, 0, 1, 4),
+    "rank_rows": (3, 5),
+    "expert_skew": 2.0,
+    "rank_skew": 1.25,
     "tokens_per_s": 1e6,
     "tflops": 0.1,
     "roofline_fraction": 0.5,
@@ -119,7 +126,7 @@ def test_columns_are_the_fields_of_a_record_in_their_order_as_the_journal_names_
 def test_values_come_through() -> None:
     frame = to_frame(rows())
     full = frame.iloc[0]
-    lists = ("flags", *SAMPLE_COLUMNS)
+    lists = ("flags", "expert_rows", "rank_rows", *SAMPLE_COLUMNS)
     assert {name: tuple(full[name]) for name in lists} == {name: ALL[name] for name in lists}
     plain = [name for name in ALL if name not in (*lists, "parity_errors")]
     assert {name: full[name] for name in plain} == {name: ALL[name] for name in plain}
@@ -164,6 +171,7 @@ def test_csv_has_all_but_the_samples(tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / CSV_NAME, dtype={"peak_memory_bytes": "Int64"})
     assert list(table.columns) == [name for name in COLUMNS if name not in SAMPLE_COLUMNS]
     assert table["flags"].iloc[0] == "clocks;a;b"
+    assert table["expert_rows"].fillna("").tolist() == ["3;0;1;4", "", "", ""]
     assert table["detail"].iloc[2] == 'says, "no"\nin two lines'
     assert table["parity_worst"].iloc[2] == math.inf
     assert table["peak_memory_bytes"].iloc[0] == 2**53 + 1

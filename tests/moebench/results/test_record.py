@@ -23,6 +23,7 @@ CASE = Case(
 )
 SAMPLES = {"samples_ms": (1.0,), "sample_rounds": (0,), "sample_sessions": (0,), "sample_marked": (False,)}
 VALUES = {"l2": "cold", **SAMPLES, "busy_samples_ms": (1.0,), "busy_sample_rounds": (0,)}
+VALUES |= {"expert_rows": (1,), "rank_rows": (1,)}
 
 
 def ok(backend: str = "loop", **measured: Any) -> Record:

@@ -7,8 +7,12 @@ import pytest
 from moebench.errors import UsageError
 from moebench.machine.gpus import ANYWHERE, Slot
 from moebench.run.order import shuffled
-from moebench.run.request import check_device, in_own_folder, on_gpus
-from tests.moebench.planned import plan_, write_sweep
+from moebench.run.request import check_device, in_own_folder, on_gpus, plan_rest
+from moebench.run.request import plan as request_plan
+from moebench.run.runfile import Asked
+from moebench.workload.modelconfig import read_model
+from tests.moebench.families import FAMILIES
+from tests.moebench.planned import SWEEP, plan_, write_sweep
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +96,40 @@ def test_a_folder_that_the_user_names_is_not_made_before_the_run_begins():
 def test_a_time_budget_that_is_not_a_number():
     with pytest.raises(UsageError, match="--time-budget nan"):
         plan_(time_budget_min=float("nan"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sweep_is_measured_at_a_model_instead_of_its_own_shapes(family: str) -> None:
+    """Of `quick`, every job has the model's fields, and the sweep keeps what a model does not fix."""
+    model = read_model(FAMILIES[family].config)
+    plan = request_plan("quick", Asked(model=model))
+    assert all(getattr(job.case, name) == value for job in plan.jobs for name, value in model.fields.items())
+    assert {job.case.dtype for job in plan.jobs} == {"float32", "bfloat16"}  # the sweep names them
+    assert {job.case.num_tokens for job in plan.jobs} >= {16, 64, 256, 1024}
+    assert plan.notes == tuple(f"{model.name}: {note}" for note in model.notes)
+
+
+def test_a_sweep_without_a_dtype_takes_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = {**FAMILIES["mixtral"].config, "torch_dtype": "float16"}
+    write_sweep()
+    assert {job.case.dtype for job in plan_(model=read_model(config)).jobs} == {"float16"}
+
+
+def test_ep_sizes_that_do_not_divide_the_experts_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_sweep().write_text(f"{SWEEP}ep_size = [1, 2, 4]\n")
+    model = read_model({**FAMILIES["qwen2-moe"].config, "num_experts": 62})
+    plan = plan_(model=model)
+    assert {job.case.ep_size for job in plan.jobs} == {1, 2}
+    assert plan.notes[-1].endswith("EP size 4 is left out: it does not divide the experts")
+
+
+def test_a_run_of_a_model_is_resumed_without_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_sweep()
+    plan = plan_(model=read_model(FAMILIES["gpt-oss"].config))
+    plan.folder.mkdir(parents=True)
+    plan.run.write(plan.folder)
+    (plan.folder / "sweep.toml").write_bytes(plan.sweep_text)
+    assert plan_rest(plan.folder, backends=[], time_budget_min=None).jobs == plan.jobs

@@ -223,8 +223,9 @@ def test_a_trace_is_never_unpickled(tmp_path, monkeypatch, how):
 
 def test_a_trace_that_is_not_there_or_no_array_is_refused(tmp_path):
     (tmp_path / "text.npy").write_text("0 1\n")
-    np.savez(tmp_path / "archive.npz", np.zeros((5, 4), int))
-    for name in ("missing.npy", "text.npy", "archive.npz"):
+    np.savez(tmp_path / "archive", np.zeros((5, 4), int))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    for name in ("missing.npy", "text.npy", "archive.npy"):
         with pytest.raises(InputsError, match=name):
             make_inputs(case(routing=f"trace:{tmp_path / name}"), CPU)
 

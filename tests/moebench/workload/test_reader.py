@@ -1,12 +1,16 @@
 """Reading a sweep file: it finds traces, and it reports every mistake in a wrong file and no false ones."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from moebench.errors import SweepError
+from moebench.workload.selection import select_of
 from moebench.workload.spec import load_sweep, parse_sweep
+from tests.moebench.families import FAMILIES
 
 SHAPE = "n_routed_experts = 8\nn_activated_experts = 2\ndim = 16\nmoe_inter_dim = 32\n"
 GRID = f'[[grid]]\n{SHAPE}num_tokens = 4\nbackend = "loop"\n'
@@ -26,16 +30,17 @@ def test_trace_is_found_beside_the_sweep_and_can_be_opened_from_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "suites").mkdir()
-    (tmp_path / "suites" / "t.npy").touch()
+    (tmp_path / "suites" / "t.npy").write_bytes(b"content")
     text = f'name = "x"\n{GRID}routing = ["trace:t.npy", "uniform"]\n[[exclude]]\nrouting = "uniform"\n'
     monkeypatch.chdir(tmp_path)
     for origin in ("suites/x.toml", str(tmp_path / "suites" / "x.toml")):
         (job,) = parse_sweep(text, origin).jobs()
-        assert job.case.routing == "trace:suites/t.npy"
+        assert job.case.routing == f"trace:{hashlib.sha256(b'content').hexdigest()[:16]}"
+        assert job.routing_file == "suites/t.npy"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (job,) = parse_sweep(text, "../suites/x.toml").jobs()
-    assert Path(job.case.routing.removeprefix("trace:")).is_file()
+    assert Path(str(job.routing_file)).is_file()
 
 
 # Each of these texts has one mistake, and the reader reports only that mistake
@@ -146,7 +151,7 @@ def test_wrong_kind_of_table() -> None:
             'dispatcher = "alltoal": must be one of local, allgather, alltoall, deepep, symm_mem; did you ',
         ),
         ('rank_load = "unevn"', 'rank_load = "unevn": must be one of even, uneven, one-empty; did you mean "uneven"'),
-        ('model = ["olmo"]', 'model[0] = "olmo": must be one of qwen3-30b-a3b, '),
+        ('model = ["olmo"]', 'model[0] = "olmo": must be a model of moebench, or a shape '),
     ],
 )
 def test_wrong_axis(axis: str, mistake: str) -> None:
@@ -240,3 +245,24 @@ def test_every_mistake_is_in_one_answer() -> None:
         "grid[1]: n_routed_experts = 6 does not divide by ep_size = 4",
         # exclude[0] may mean grid[1]'s backend, exclude[1] the misspelled dtype: neither is yet known to match nothing
     ]
+
+
+def test_a_configuration_is_found_beside_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of a sweep may be the path of a config.json or its folder; excludes and filters know it."""
+    monkeypatch.chdir(tmp_path)
+    config = {**FAMILIES["gpt-oss"].config, "swiglu_limit": 5.0}
+    (tmp_path / "suites" / "oss").mkdir(parents=True)
+    (tmp_path / "suites" / "oss" / "config.json").write_text(json.dumps(config))
+    text = (
+        'name = "x"\n[[grid]]\nbackend = "loop"\nnum_tokens = [1, 2]\nmodel = ["oss/config.json", "olmoe"]\n'
+        '[[exclude]]\nmodel = "oss"\nnum_tokens = 1\n'
+    )
+    spec = parse_sweep(text, "suites/x.toml")
+    name = "gpt_oss-e128k4d2880i2880"
+    assert [(job.case.model, job.case.num_tokens) for job in spec.jobs()] == [("olmoe", 1), ("olmoe", 2), (name, 2)]
+    assert spec.jobs()[2].case.activation_limit == 5.0
+    assert [job.case.model for job in select_of(spec, "x", [], [f"model={name}"], [])] == [name]
+    with pytest.raises(SweepError, match="did you mean"):
+        select_of(spec, "x", [], ["model=gpt_oss-e128k4"], [])
+    with pytest.raises(SweepError, match=r"activation_limit: grid\[0\].model fixes it"):
+        parse_sweep(text.replace("[[exclude]]", "activation_limit = 7.0\n[[exclude]]"), "suites/x.toml")
