@@ -7,18 +7,19 @@ direction of writing, or is a command of GitHub Actions. rich's markup in a text
 import io
 import logging
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from json import dumps, loads
 from typing import IO, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.highlighter import JSONHighlighter
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.segment import Segment
 from rich.text import Text
 
 from moebench import escapes
+from moebench.report import progress
 
 
 class _Lines:
@@ -90,19 +91,11 @@ def messages_on_standard_error() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Show a progress bar on standard error that disappears at the end.
+def progress_bar() -> AbstractContextManager[Progress]:
+    """Show a progress bar on standard error that disappears at the end."""
+    return progress.progress_bar(err)
 
-    If standard error is not a terminal, the bar is never started: at its end, rich would print an empty line there.
-    """
-    columns = (
-        SpinnerColumn(),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    progress = Progress(*columns, console=err, transient=True)
-    with progress if err.is_interactive else nullcontext():
-        yield progress
+
+def job_progress() -> AbstractContextManager[progress.JobProgress]:
+    """Show the progress of jobs on standard error: a bar on a terminal, else one line every few jobs."""
+    return progress.job_progress(err)

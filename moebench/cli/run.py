@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moebench.cli.console import err, out, progress_bar
+from moebench.cli.console import err, job_progress, out
 from moebench.cli.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, TimeBudget
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from moebench.report.folder import Written, finish
@@ -17,7 +17,7 @@ from moebench.report.tables.forecasttable import ForecastTable
 from moebench.report.tables.tables import summary
 from moebench.results.folder import environments_beside
 from moebench.results.frame import load, to_json
-from moebench.results.record import GOOD, Record
+from moebench.results.record import GOOD
 from moebench.run import request, start
 from moebench.run.forecast import forecast, measured_jobs
 from moebench.run.request import RunPlan
@@ -102,21 +102,18 @@ def _refuse_beside_resume(options: Mapping[str, object]) -> None:
 
 def _measure(plan: RunPlan, as_json: bool) -> None:
     """Measure, print the results and how the run ended, and exit."""
-    with progress_bar() as progress:
-        task = progress.add_task("", total=plan.num_jobs)
-
-        def show(row: Record) -> None:
-            progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")
-
-        outcome = start.start_run(plan, show)
-    written = _finish(plan.folder)
+    with job_progress() as progress:
+        progress.plan(plan.num_jobs)
+        outcome = start.start_run(plan, progress.done)
+        progress.doing("writing tables, plots and the report")
+        written = _finish(plan.folder)
     if as_json:
         out.print_json(json.dumps(_report(outcome, plan.folder)))
     else:
         if outcome.records:
             out.print(summary(load(plan.folder)))
-        for path in written.paths:
-            out.print(f"wrote {path}", soft_wrap=True)
+        if written.paths:
+            out.print(written.sentence(plan.folder), soft_wrap=True)
         out.print(f"results: {plan.folder}", soft_wrap=True)
     for failure in written.failures:
         err.print(f"{failure}; draw it again with `moebench plots {shlex.quote(str(plan.folder))}`")
