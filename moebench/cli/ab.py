@@ -6,7 +6,19 @@ import typer
 
 from moebench.cli.console import err, job_progress
 from moebench.cli.gate import Github, Junit, Threshold, check_outputs, report, share
-from moebench.cli.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, Sweep, TimeBudget
+from moebench.cli.options import (
+    AsJson,
+    Backends,
+    CaseIds,
+    Device,
+    Filters,
+    Gpus,
+    Only,
+    Out,
+    ShareGpus,
+    Sweep,
+    TimeBudget,
+)
 from moebench.errors import UsageError
 from moebench.report.gatewords import total
 from moebench.results.stats import THRESHOLD
@@ -27,6 +39,7 @@ def ab_(
     sweep: Sweep,
     out_dir: Out = None,
     backend: Backends = None,
+    only: Only = None,
     device: Device = None,
     gpus: Gpus = None,
     share_gpus: ShareGpus = False,
@@ -50,7 +63,11 @@ def ab_(
     smallest = share("--threshold", threshold)
     check_outputs(for_github, as_json)
     asked = Asked(
-        backends=tuple(backend or ()), filters=tuple(filters or ()), case_ids=tuple(case or ()), device=device
+        backends=tuple(backend or ()),
+        only=tuple(only or ()),
+        filters=tuple(filters or ()),
+        case_ids=tuple(case or ()),
+        device=device,
     )
     run = request.plan(sweep, asked, out=out_dir, time_budget_min=time_budget)
     run, notes = request.on_gpus(run, gpus, share_gpus)

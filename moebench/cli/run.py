@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from moebench.cli.console import err, job_progress, out
-from moebench.cli.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, TimeBudget
+from moebench.cli.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Only, Out, ShareGpus, TimeBudget
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from moebench.report.folder import Written, finish
 from moebench.report.tables.forecasttable import ForecastTable
@@ -39,6 +39,7 @@ def run(
         bool, typer.Option("--force", help="resume even if the sweep file or the environment changed")
     ] = False,
     backend: Backends = None,
+    only: Only = None,
     device: Device = None,
     gpus: Gpus = None,
     share_gpus: ShareGpus = False,
@@ -67,7 +68,9 @@ def run(
             {"SWEEP": sweep, "--out": out_dir, "--device": device, "--filter": filters, "--case": case}
             | {"--rounds": rounds, "--profile": profile or None}
         )
-        plan = request.plan_rest(resume, backends=backend or [], time_budget_min=time_budget, force=force)
+        plan = request.plan_rest(
+            resume, backends=[*(backend or []), *(only or [])], time_budget_min=time_budget, force=force
+        )
     elif sweep is None:
         raise UsageError("moebench run: there is no sweep to measure; give a SWEEP, or --resume DIR")
     elif force:
@@ -75,6 +78,7 @@ def run(
     else:
         asked = Asked(
             backends=tuple(backend or ()),
+            only=tuple(only or ()),
             filters=tuple(filters or ()),
             case_ids=tuple(case or ()),
             device=device,

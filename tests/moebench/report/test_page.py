@@ -174,8 +174,8 @@ def _jobs(command: str) -> Any:
     program, run, sweep, *options = shlex.split(command)
     assert (program, run) == ("moebench", "run")
     given = dict(zip(options[::2], options[1::2], strict=True))
-    assert set(given) <= {"--case", "--backend", "--filter", "--device"}
-    jobs = select(sweep, [given["--backend"]], [], [given["--case"]])
+    assert set(given) <= {"--case", "--only", "--filter", "--device"}
+    jobs = select(sweep, [], [], [given["--case"]], [given["--only"]])
     return filter_jobs(jobs, [given["--filter"]] if "--filter" in given else [])
 
 
