@@ -22,7 +22,7 @@ from moebench.results.record import Record
 _BAR_WIDTH = 20
 _BESIDE = 45  # columns of the spinner, the bar, the counts and the time, with the gaps after them
 #: Without a terminal, a run prints about as many lines, and at most one for so many jobs.
-_LINES, _FEWEST_JOBS = 20, 5
+_LINES, _FEWEST_JOBS = 20, 10
 
 
 class _Description(ProgressColumn):
