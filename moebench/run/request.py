@@ -100,9 +100,10 @@ def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: 
 def plan_rest(folder: Path, *, backends: Sequence[str], time_budget_min: float | None, force: bool = False) -> RunPlan:
     """Plan what is left of the run in the folder.
 
-    `backends` are the names in this command's --backend and --only options; only a module among them may be imported. Raises
-    UsageError, SweepError or ResultsError where the folder is not the folder of a run. Raises UsageError where the
-    sweep or its jobs have changed since the run began, or where its rows have another schema, unless `force` is true.
+    `backends` are the names in this command's --backend and --only options; only a module among them may be imported.
+    Raises UsageError, SweepError or ResultsError where the folder is not the folder of a run. Raises UsageError where
+    the sweep or its jobs have changed since the run began, or where its rows have another schema, unless `force` is
+    true.
     """
     run = RunFile.read(folder)
     asked = run.asked
