@@ -65,6 +65,7 @@ def list_(
     device: Annotated[
         str | None, typer.Option(help="list what can run on this device; default: a GPU if there is one")
     ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="print the case_id of each case, too")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List sweeps and backends, or the jobs of one sweep.
@@ -73,10 +74,12 @@ def list_(
     """
     if sweep is not None and device is not None:
         raise UsageError(f"--device {device} with SWEEP: a sweep has the same jobs on every device; leave --device out")
-    if sweep is None and (backend or only or filters):
-        raise UsageError("--backend, --only and --filter select jobs of a sweep: give a SWEEP, or leave them out")
+    if sweep is None and (backend or only or filters or ids):
+        raise UsageError(
+            "--backend, --only, --filter and --ids are about jobs of a sweep: give a SWEEP, or leave them out"
+        )
     if sweep is not None:
-        run.print_plan(select(sweep, backend or [], filters or [], [], only or []), as_json)
+        run.print_plan(select(sweep, backend or [], filters or [], [], only or []), as_json, ids)
         return
     request.check_device(device)
     listed = listing.everything(device)

@@ -7,19 +7,18 @@ direction of writing, or is a command of GitHub Actions. rich's markup in a text
 import io
 import logging
 import sys
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from json import dumps, loads
 from typing import IO, Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console
 from rich.highlighter import JSONHighlighter
 from rich.progress import Progress
-from rich.segment import Segment
 from rich.text import Text
 
 from moebench import escapes
 from moebench.report import progress
+from moebench.report.console import EscapingConsole
 
 
 class _Lines:
@@ -35,17 +34,10 @@ class _Lines:
         return getattr(self._stream, name)
 
 
-class _Console(Console):
-    """A console that escapes what it prints. Only the styles that moebench gives reach the terminal as controls."""
+class _Console(EscapingConsole):
+    """A console for results. GitHub Actions takes none of its lines for a command."""
 
     file: Any = Console.file.getter(lambda self: _Lines(Console.file.fget(self)))  # type: ignore[attr-defined]
-
-    def render_str(self, text: str, **how: Any) -> Text:
-        return super().render_str(escapes.visible(text), **how)
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else escapes.visible(text), style, control)
 
     def print_json(self, json: str | None = None, **how: Any) -> None:
         """Print a JSON document. The text that a program reads from it is not changed."""

@@ -14,6 +14,7 @@ from moebench.cli.options import AsJson, Backends, CaseIds, Device, Filters, Gpu
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from moebench.report.folder import Written, finish
 from moebench.report.tables.forecasttable import ForecastTable
+from moebench.report.tables.jobtable import JobTable
 from moebench.report.tables.tables import summary
 from moebench.results.folder import environments_beside
 from moebench.results.frame import load, to_json
@@ -160,8 +161,8 @@ def _exit(outcome: Outcome, folder: Path) -> None:
         raise typer.Exit(EXIT_FAILED)
 
 
-def print_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
-    """Print the jobs and estimates of their memory and time."""
+def print_plan(jobs: tuple[Job, ...], as_json: bool, ids: bool = False) -> None:
+    """Print the jobs and estimates of their memory and time. With `ids`, each case has its case_id."""
     expected = forecast(jobs, measured_jobs())
     if as_json:
         listed = [
@@ -170,7 +171,5 @@ def print_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
         ]
         out.print_json(json.dumps({"jobs": listed, "forecast": expected.as_dict()}))
         return
-    for job in jobs:
-        out.print(f"{job.case.case_id}  {job.backend}  {job.dispatcher}", soft_wrap=True)
-    out.print(f"{len(jobs)} jobs")
+    out.print(JobTable(jobs, ids))
     out.print(ForecastTable(expected), soft_wrap=True)

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "run": LOWEST | {"results", "parity.checks", "parity.space", "measure.protocol"},
     "verdicts": LOWEST | {"results", "run"},
     "report": LOWEST | {"results", "run", "verdicts"},
+    "api": LOWEST | {"results", "run", "verdicts", "report"},
     "cli": LOWEST | {"results", "parity", "measure", "run", "verdicts", "report"},
 }
 #: Where a module may import torch, or `experts`, which imports torch: at module level, and only inside functions.

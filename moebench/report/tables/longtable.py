@@ -62,7 +62,7 @@ PARTS: tuple[tuple[str, Column], ...] = (
 #: A table has these columns if a row has a value, and if the terminal is wide enough.
 WIDE: tuple[tuple[str, Column], ...] = (
     ("tokens_per_s", ("tok/s", 7, lambda row: rate(row["tokens_per_s"]))),
-    ("tflops", ("TF/s", 7, lambda row: rate(row["tflops"]))),
+    ("tflops", ("TF/s", 8, lambda row: rate(row["tflops"]))),
     ("backward_ms", ("bwd", 7, lambda row: part_milliseconds(row["backward_ms"]))),
     ("saved_memory_bytes", ("saved", 9, lambda row: memory(row["saved_memory_bytes"]))),
     ("roofline_fraction", ("roof", 5, lambda row: percent(row["roofline_fraction"]))),

@@ -1,0 +1,59 @@
+"""Show the jobs of a sweep as a table in a terminal: the axes that vary, one row for each case."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from moebench.report.tables.boxes import ruled
+from moebench.report.tables.casecolumn import case_column
+from moebench.results.labels import describe
+from moebench.workload.case import Case, Job
+
+_LEAST_CASE = 24
+
+
+@dataclass(frozen=True)
+class JobTable:
+    """The jobs of a sweep, as an object that rich can print. With `ids`, each case has its `case_id`."""
+
+    jobs: Sequence[Job]
+    ids: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        of_case: dict[Case, list[Job]] = {}
+        for job in self.jobs:
+            of_case.setdefault(job.case, []).append(job)
+        described = describe(pd.DataFrame([{**dict(case), **_NOWHERE} for case in of_case]))
+        yield Text(described.title(), style="bold")
+        columns = {
+            "backends": [_listed(job.backend for job in jobs) for jobs in of_case.values()],
+            "dispatchers": [_listed(job.dispatcher for job in jobs) for jobs in of_case.values()],
+            "jobs": [str(len(jobs)) for jobs in of_case.values()],
+        }
+        shared = {title: cells[0] for title, cells in columns.items() if len(set(cells)) == 1 and title != "jobs"}
+        for title, text in shared.items():
+            if text != "local":
+                yield Text(f"{title}: {text}")
+        table = ruled()
+        if self.ids:
+            columns = {"case_id": [case.case_id for case in of_case], **columns}
+        header, cases = case_column(described, max(_LEAST_CASE, options.max_width // 2))
+        columns = {(header or "case"): list(cases.where(cases != "", "all")), **columns}
+        shown = {title: cells for title, cells in columns.items() if title not in shared}
+        for title in shown:
+            table.add_column(Text(title), justify="right" if title == "jobs" else "left", overflow="fold")
+        for row in zip(*shown.values(), strict=True):
+            table.add_row(*map(Text, row))
+        yield table
+        yield Text(f"{len(self.jobs)} jobs, {len(of_case)} cases")
+
+
+#: The columns of results that say where a row was measured. A sweep does not say it.
+_NOWHERE = {"gpu": None, "device": None, "run_id": ""}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
