@@ -152,7 +152,7 @@ def _sweep_text(backends: Sequence[str], models: Sequence[str], axes: Mapping[st
 
 def model_axes(model: str) -> dict[str, Any]:
     """Return the axes of a sweep that a model stands for."""
-    return shape_fields(model) or {"model": model}
+    return shape_fields(model) or {"model": str(Path(model).absolute()) if Path(model).exists() else model}
 
 
 def _plain(name: str, values: Any) -> Any:

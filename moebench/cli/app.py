@@ -75,9 +75,7 @@ def list_(
     if sweep is not None and device is not None:
         raise UsageError(f"--device {device} with SWEEP: a sweep has the same jobs on every device; leave --device out")
     if sweep is None and (backend or only or filters or ids):
-        raise UsageError(
-            "--backend, --only, --filter and --ids are about jobs of a sweep: give a SWEEP, or leave them out"
-        )
+        raise UsageError("--backend, --only, --filter and --ids need a SWEEP: give a SWEEP, or leave them out")
     if sweep is not None:
         run.print_plan(select(sweep, backend or [], filters or [], [], only or []), as_json, ids)
         return

@@ -179,5 +179,5 @@ def _by_case(jobs: Sequence[Job]) -> list[list[Job]]:
 
 def _crossed(of_case: Sequence[Job], names: Sequence[str]) -> list[Job]:
     """Return a job of each named backend with each dispatcher of one case."""
-    dispatchers = dict.fromkeys(job.dispatcher for job in of_case)
-    return [Job(case=of_case[0].case, backend=name, dispatcher=where) for name in names for where in dispatchers]
+    dispatchers = {job.dispatcher: job for job in of_case}
+    return [job.model_copy(update={"backend": name}) for name in names for job in dispatchers.values()]

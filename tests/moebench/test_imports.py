@@ -157,6 +157,7 @@ def test_no_public_name_hides_a_folder() -> None:
 def test_every_public_name_is_there(tmp_path: Path) -> None:
     names = (
         *("load", "pivot", "plot", "compare", "open_result", "Comparability", "parity_errors", "ResultsError"),
+        *("check", "bench", "run_sweep", "gate_results", "advise", "MoebenchError"),
         "__version__",
     )
     assert set(moebench.__all__) == set(names)

@@ -8,11 +8,19 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from moebench.report.decode import graph_times
 from moebench.report.ranking import TOO_CLOSE, best, ranked, wins
 from moebench.report.tables.boxes import ruled
 from moebench.report.tables.casecolumn import case_column
-from moebench.report.tables.cells import DIM, FASTEST, Row, memory, milliseconds, part_milliseconds, times_text
+from moebench.report.tables.cells import (
+    DIM,
+    FASTEST,
+    Row,
+    graph_times,
+    memory,
+    milliseconds,
+    part_milliseconds,
+    times_text,
+)
 from moebench.results.labels import describe, machine
 
 _NUMBERS_WIDTH = 26  # ms, memory and lead, with the gaps before them
@@ -90,6 +98,6 @@ def _numbers(row: Row, has_graph: bool) -> Iterator[str]:
 def _legend(rows: pd.DataFrame) -> Iterator[str]:
     yield "ms, memory: median time and peak memory of the fastest; lead: time of the next backend divided by its time"
     if graph_times(rows).notna().any():
-        yield "graph: ms when a CUDA graph replays the call, as engines do when they decode"
+        yield "graph: ms when a CUDA graph replays the call, as servers do when they decode"
     if rows["close"].any():
         yield f"A ~ B: {TOO_CLOSE}; the time, the memory and the lead are of the first"

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from moebench.machine.units import size
+from moebench.results.labels import is_decode
 from moebench.results.record import GOOD, Status
 
 Row = Mapping[Hashable, Any]  # a row of a frame with the columns `label` and `fastest`
@@ -81,6 +82,11 @@ def memory(num_bytes: float) -> str:
 def percent(share: float) -> str:
     """Return a share in at most four characters, or a dash if it was not measured."""
     return "-" if math.isnan(share) else f"{share:.0%}"
+
+
+def graph_times(rows: pd.DataFrame) -> "pd.Series[float]":
+    """Return the time of a replayed CUDA graph in ms of each row that is a step of decoding; null in all other rows."""
+    return rows["graph_time_ms"].where(is_decode(rows)).astype("float64")
 
 
 def mismatch(row: Row) -> tuple[str, str]:

@@ -12,7 +12,8 @@ from moebench.report.tables.casecolumn import case_column
 from moebench.results.labels import describe
 from moebench.workload.case import Case, Job
 
-_LEAST_CASE = 24
+_LEAST_CASE = 24  # characters
+_MOST_OTHER = 36  # characters of another column that keep their line, if the cases need the room
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ class JobTable:
                 yield Text(f"{title}: {text}")
         table = ruled()
         if self.ids:
-            columns = {"case_id": [case.case_id for case in of_case], **columns}
-        header, cases = case_column(described, max(_LEAST_CASE, options.max_width // 2))
-        columns = {(header or "case"): list(cases.where(cases != "", "all")), **columns}
+            columns["case_id"] = [case.case_id for case in of_case]
         shown = {title: cells for title, cells in columns.items() if title not in shared}
+        others = sum(min(_MOST_OTHER, max(map(len, [title, *cells]))) + 1 for title, cells in shown.items())
+        header, cases = case_column(described, max(_LEAST_CASE, options.max_width - others))
+        shown = {(header or "case"): list(cases.where(cases != "", "all")), **shown}
         for title in shown:
             table.add_column(Text(title), justify="right" if title == "jobs" else "left", overflow="fold")
         for row in zip(*shown.values(), strict=True):

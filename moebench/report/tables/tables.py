@@ -13,11 +13,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from moebench.errors import UsageError
-from moebench.report.decode import graph_times
 from moebench.report.flags import explained, own_flags, shared_flags
 from moebench.report.ranking import TOO_CLOSE, fastest_rows, ranked
 from moebench.report.tables.besttable import BestTable
-from moebench.report.tables.cells import DIM, STATUS_STYLES
+from moebench.report.tables.cells import DIM, STATUS_STYLES, graph_times
 from moebench.report.tables.longtable import SORTS, LongTable
 from moebench.results.advise import CLOSE
 from moebench.results.labels import describe, in_order, machine
@@ -55,7 +54,7 @@ class Summary:
             yield from table.lines()
             titles |= table.titles
             yield Text()
-        yield legend(rows, titles)
+        yield legend(rows, titles, ascii_only=options.ascii_only)
         reasons = list(details(rows))
         if reasons:
             yield Text()
@@ -80,18 +79,20 @@ def _has_several_cases(rows: pd.DataFrame) -> bool:
     return len(rows.loc[is_compared, ["run_id", "case_id"]].drop_duplicates()) > 1
 
 
-def legend(rows: pd.DataFrame, titles: Collection[str]) -> Text:
+def legend(rows: pd.DataFrame, titles: Collection[str], *, ascii_only: bool = False) -> Text:
     """Return the legend of tables of `rows` that have columns with these titles."""
+    signs = ("+/-", "x") if ascii_only else ("±", "×")
     per = "process" if rows["gpu"].isna().all() else "GPU"
     rates = [title for title in ("tok/s", "TF/s") if title in titles]
     parts = [title for title in ("disp", "comp", "comb") if title in titles]
     explained_columns = {
-        "ms": "ms: median time; ±: half of its 95% interval; ×fastest: time divided by the lowest time of the case",
+        "ms": f"ms: median time; {signs[0]}: half of its 95% interval",
+        "×fastest": f"{signs[1]}fastest: time divided by the lowest time of the case",
         "memory": "memory: peak memory of the call, without weights and inputs",
         "saved": "saved: memory that the forward pass keeps for the backward pass",
         "tok/s": f"{', '.join(rates)}: useful work per {per}, tokens and TFLOP per second",
         "err": "err: parity error divided by its budget, at most 1 passes",
-        "graph": "graph: ms when a CUDA graph replays the call, as engines do when they decode",
+        "graph": "graph: ms when a CUDA graph replays the call, as servers do when they decode",
         "busy": "busy: median ms in which the GPU worked, in calls that wait for it",
         "disp": f"{', '.join(parts)}: median ms of dispatch, compute and combine in a forward pass",
         "skew": "skew: median ms by which the slowest rank took longer than the fastest",

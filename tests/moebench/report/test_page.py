@@ -103,7 +103,7 @@ def test_every_reason_is_said_once_in_the_verdict() -> None:
     verdict = text_of(section(page_of(rows), "verdict"))
     assert verdict.count("needs SM100") == 1
     assert "te: unsupported x2: needs SM100" in verdict
-    assert "loop: flagged x1: synchronises" in verdict
+    assert "! synchronises: the call waits for the GPU, so its time includes host time (loop)" in verdict
     assert "The other jobs could not run; the reasons are below." in verdict
     verdict = text_of(section(page_of(failures), "verdict"))
     assert "No job could run; the reasons are below." in verdict
