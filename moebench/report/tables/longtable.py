@@ -5,6 +5,7 @@ that do not fit are left out or, if they are the parts of a forward pass, the GP
 graph, stand in a second line.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -209,5 +210,10 @@ def _folded(label: str, width: int) -> list[str]:
 
 
 def _pieces(name: str, width: int) -> list[str]:
-    """Return a name in lines of at most `width` characters, if possible each with whole words."""
-    return [line.replace("_ ", "_") for line in wrap(name.replace("_", "_ "), width, break_on_hyphens=False)]
+    """Return a name in lines of at most `width` characters. Lines end after an underscore where that is possible."""
+    lines = [""]
+    for word in re.findall("[^_]*_|[^_]+", name):
+        if lines[-1] and len(lines[-1] + word) > width:
+            lines.append("")
+        lines[-1] += word
+    return [line[start : start + width] for line in lines for start in range(0, len(line), width)]
