@@ -55,7 +55,7 @@ def importable(names: Sequence[str]) -> Iterator[None]:
     before = os.environ.get("PYTHONPATH")
     folders = [str(folder) for name in names if (folder := _folder_of(name.partition(":")[0])) is not None]
     if folders:
-        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*folders, *filter(None, [before])]))
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*filter(None, [before]), *folders]))
     try:
         yield
     finally:
@@ -66,9 +66,9 @@ def importable(names: Sequence[str]) -> Iterator[None]:
 
 
 def _folder_of(module: str) -> Path | None:
-    """Return the folder from which this process imported a module's top package; None if it did not."""
-    found = sys.modules.get(module.partition(".")[0])
-    file = getattr(found, "__file__", None)
-    if not module or file is None:
+    """Return the folder from which this process imported a module; None if it did not import it from a file."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
         return None
-    return Path(file).resolve().parents[1 if Path(file).name == "__init__.py" else 0]
+    path = Path(file).resolve()
+    return path.parents[module.count(".") + (path.name == "__init__.py")]
