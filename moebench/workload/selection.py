@@ -67,7 +67,7 @@ def select_of(
     if unknown:
         raise SweepError(
             [
-                f"case {cut(case_id)!r}: {sweep} has no case with that id; see `moebench list {sweep}`"
+                f"case {cut(case_id)!r}: {sweep} has no case with that id; see `moebench list {sweep} --ids`"
                 for case_id in unknown
             ]
         )

@@ -1,15 +1,16 @@
 """Show the jobs of a sweep as a table in a terminal: the axes that vary, one row for each case."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
 from rich.text import Text
 
 from moebench.report.tables.boxes import ruled
 from moebench.report.tables.casecolumn import case_column
-from moebench.results.labels import describe
+from moebench.results.labels import Description, describe
 from moebench.workload.case import Case, Job
 
 _LEAST_CASE = 24  # characters
@@ -34,23 +35,28 @@ class JobTable:
             "dispatchers": [_listed(job.dispatcher for job in jobs) for jobs in of_case.values()],
             "jobs": [str(len(jobs)) for jobs in of_case.values()],
         }
-        shared = {title: cells[0] for title, cells in columns.items() if len(set(cells)) == 1 and title != "jobs"}
-        for title, text in shared.items():
-            if text != "local":
-                yield Text(f"{title}: {text}")
-        table = ruled()
         if self.ids:
             columns["case_id"] = [case.case_id for case in of_case]
-        shown = {title: cells for title, cells in columns.items() if title not in shared}
-        others = sum(min(_MOST_OTHER, max(map(len, [title, *cells]))) + 1 for title, cells in shown.items())
-        header, cases = case_column(described, max(_LEAST_CASE, options.max_width - others))
-        shown = {(header or "case"): list(cases.where(cases != "", "all")), **shown}
-        for title in shown:
-            table.add_column(Text(title), justify="right" if title == "jobs" else "left", overflow="fold")
-        for row in zip(*shown.values(), strict=True):
-            table.add_row(*map(Text, row))
-        yield table
-        yield Text(f"{len(self.jobs)} jobs, {len(of_case)} cases")
+        for title in ("backends", "dispatchers"):
+            if len(set(columns[title])) == 1:  # all cases share it
+                text, *_ = columns.pop(title)
+                if text != "local":
+                    yield Text(f"{title}: {text}")
+        if len(of_case) > 1 or self.ids:
+            yield _table(described, columns, options.max_width)
+        yield Text(f"{_count(len(self.jobs), 'job')}, {_count(len(of_case), 'case')}")
+
+
+def _table(described: Description, columns: Mapping[str, Sequence[str]], width: int) -> Table:
+    others = sum(min(_MOST_OTHER, max(map(len, [title, *cells]))) + 1 for title, cells in columns.items())
+    header, cases = case_column(described, max(_LEAST_CASE, width - others))
+    shown = {(header or "case"): list(cases.where(cases != "", "all")), **columns}
+    table = ruled()
+    for title in shown:
+        table.add_column(Text(title), justify="right" if title == "jobs" else "left", overflow="fold")
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*map(Text, row))
+    return table
 
 
 #: The columns of results that say where a row was measured. A sweep does not say it.
@@ -59,3 +65,7 @@ _NOWHERE = {"gpu": None, "device": None, "run_id": ""}
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(names))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
