@@ -67,12 +67,12 @@ WIDE: tuple[tuple[str, Column], ...] = (
     ("backward_ms", ("bwd", 7, lambda row: part_milliseconds(row["backward_ms"]))),
     ("saved_memory_bytes", ("saved", 9, lambda row: memory(row["saved_memory_bytes"]))),
     ("roofline_fraction", ("roof", 5, lambda row: percent(row["roofline_fraction"]))),
-    ("host_time_ms", ("host", 7, lambda row: part_milliseconds(row["host_time_ms"]))),
+    ("gpu", ("host", 7, lambda row: part_milliseconds(row["host_time_ms"]))),
 )
 _MARKS_WIDTH = 2
 _GAP = 1
 _MOST_LABEL = 40  # a longer label is folded, however wide the terminal is
-_MOST_CASE = 1 / 3  # of the terminal's width; a case with a longer text is a heading
+_MOST_CASE = 0.4  # of the terminal's width; a case with a longer text is a heading
 _MANY = 3  # lines; if a case has more, an empty line follows each case
 
 
