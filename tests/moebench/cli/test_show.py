@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from moebench.report.plots import lines
+from moebench.results.journal import Journal
+from tests.moebench.gated import job_of, ok
 from tests.moebench.typed import is_refused
 
 
@@ -18,6 +20,47 @@ def test_the_results_can_be_shown_again(good_run, moebench):
     as_json = json.loads(moebench("show", folder, "--json").out)
     assert [row["backend"] for row in as_json] == good_run.backends
     assert as_json[0]["time_ms"] == pytest.approx(json.loads(good_run.out)["records"][0]["time_ms"])
+
+
+def best_of(tmp_path):
+    """Write results of two cases. `torch_mm` is the fastest of the first, and the second is too close to call."""
+    times = {64: {"loop": 3.0, "torch_mm": 1.0}, 8: {"loop": 1.01, "torch_mm": 1.0}}
+    rows = [ok(job_of(count, name), [time_ms]) for count, some in times.items() for name, time_ms in some.items()]
+    for row in rows:
+        Journal(tmp_path / "best" / "journal.jsonl").append(row)
+    return tmp_path / "best"
+
+
+def test_the_best_backend_of_each_case_can_be_shown_alone(moebench, tmp_path):
+    (tmp_path / "best").mkdir()
+    folder = best_of(tmp_path)
+    lines = [line.split() for line in moebench("show", folder, "--best").out.splitlines()]
+    assert ["64", "torch_mm", "1.000", "95.4", "MiB", "3.00x", "loop"] in lines
+    assert ["8", "torch_mm", "~", "loop", "1.000", "95.4", "MiB", "-"] in lines
+    assert lines.index(next(line for line in lines if line[:1] == ["8"])) < lines.index(
+        next(line for line in lines if line[:1] == ["64"])
+    ), "tokens in numeric order"
+    found = json.loads(moebench("show", folder, "--best", "--json").out)
+    assert [(row["num_tokens"], row["label"], row["close_to"], row["lead"]) for row in found] == [
+        (8, "torch_mm", "loop", None),
+        (64, "torch_mm", "", 3.0),
+    ]
+
+
+def test_rows_can_be_filtered_and_sorted(moebench, tmp_path):
+    (tmp_path / "best").mkdir()
+    folder = best_of(tmp_path)
+    one = moebench("show", folder, "--filter", "num_tokens=64", "--sort", "backend")
+    assert [line.split()[0] for line in one.out.splitlines() if line.startswith(("loop", "torch_mm"))] == [
+        "loop",
+        "torch_mm",
+    ]
+    assert len(json.loads(moebench("show", folder, "--json", "--filter", "backend=loop").out)) == 2
+    is_refused(moebench("show", folder, "--filter", "num_tokens=9"), "no row is left by --filter num_tokens=9")
+    is_refused(moebench("show", folder, "--filter", "tokens=9"), "there is no key 'tokens'")
+    is_refused(moebench("show", folder, "--sort", "speed"), "--sort speed: it must be one of time, memory, backend")
+    is_refused(moebench("show", folder, "--sort", "time", "--best"), "leave one of the two out")
+    is_refused(moebench("show", folder, "--sort", "time", "--json"), "leave one of the two out")
 
 
 def test_the_plots_can_be_drawn_again(good_run, moebench):
