@@ -104,7 +104,7 @@ def parity_errors(cell: str | None) -> dict[str, float]:
 
     The dictionary is empty if the cell is null. Raises ResultsError for anything that is not such a cell.
     """
-    if not (cell is None or cell is pd.NA or isinstance(cell, str | float)):
+    if not (cell is None or isinstance(cell, str | float | type(pd.NA))):
         raise ResultsError(
             f"cell is a {type(cell).__name__}: it must be one cell of the column parity_errors; give for example "
             "frame['parity_errors'].iloc[0]"

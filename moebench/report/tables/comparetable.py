@@ -47,6 +47,10 @@ class ComparisonTable:
         yield self._table(described.labels)
         yield Text(_LEGEND + _BUSY * self._has_busy + _LEGEND_END, "dim")
 
+    def _has_size(self, number: int) -> bool:
+        """Whether a result has its memory in bytes. The memory of a third result follows from its ratio."""
+        return number == 0 or len(self.names) == 2
+
     @property
     def _has_busy(self) -> bool:
         return any(self.frame[f"busy_ms_ratio:{name}"].notna().any() for name in self.names[1:])
@@ -58,8 +62,9 @@ class ComparisonTable:
         for number in range(len(self.names)):
             letter = _letter(number)
             ratios = [f"{letter}/A", *[f"busy {letter}/A"] * self._has_busy, f"mem {letter}/A"]
-            for title in (f"{letter} ms", f"{letter} mem", *(ratios if number else ())):
-                table.add_column(title, justify="right")
+            sizes = [f"{letter} mem"] * self._has_size(number)
+            for title in (f"{letter} ms", *sizes, *(ratios if number else ())):
+                table.add_column(title, justify="right", no_wrap=title in sizes)
         backends = backend_labels(self.frame)
         for backend, label, row in zip(backends, labels, self.frame.to_dict("records"), strict=True):
             table.add_row(Text(backend), Text(label or "all"), *map(Text, self._cells(row)))
@@ -69,7 +74,8 @@ class ComparisonTable:
         for number, name in enumerate(self.names):
             time_ms, status = row[f"time_ms:{name}"], row[f"status:{name}"]
             yield milliseconds(time_ms) if not is_null(time_ms) else "-" if is_null(status) else str(status)
-            yield memory(row[f"peak_memory_bytes:{name}"])
+            if self._has_size(number):
+                yield memory(row[f"peak_memory_bytes:{name}"])
             if number:
                 yield _ratio(row[f"time_ms_ratio:{name}"])
                 if self._has_busy:

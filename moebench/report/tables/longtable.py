@@ -67,7 +67,7 @@ WIDE: tuple[tuple[str, Column], ...] = (
     ("backward_ms", ("bwd", 7, lambda row: part_milliseconds(row["backward_ms"]))),
     ("saved_memory_bytes", ("saved", 9, lambda row: memory(row["saved_memory_bytes"]))),
     ("roofline_fraction", ("roof", 5, lambda row: percent(row["roofline_fraction"]))),
-    ("gpu", ("host", 7, lambda row: part_milliseconds(row["host_time_ms"]))),
+    ("host_ms", ("host", 7, lambda row: part_milliseconds(row["host_ms"]))),
 )
 _MARKS_WIDTH = 2
 _GAP = 1
@@ -80,8 +80,9 @@ _MANY = 3  # lines; if a case has more, an empty line follows each case
 class LongTable:
     """A table of rows with one EP size.
 
-    `rows` are as moebench.report.ranking.ranked returns them, with two more columns: `flagged` says whether a row has a
-    flag that not all rows share, and `graph_ms` is the time of a CUDA graph, where decoding is meant. `sort` is a key
+    `rows` are as moebench.report.ranking.ranked returns them, with three more columns: `flagged` says whether a row has
+    a flag that not all rows share, `graph_ms` is the time of a CUDA graph, where decoding is meant, and `host_ms` is
+    the time by the host's clock, where it is not that of `ms`. `sort` is a key
     of `SORTS`.
     """
 

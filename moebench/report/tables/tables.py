@@ -39,7 +39,11 @@ class Summary:
             yield Text("No rows of results yet.")
             return
         rows = ranked(self.frame)
-        rows = rows.assign(flagged=own_flags(rows, shared_flags(rows)), graph_ms=graph_times(rows))
+        rows = rows.assign(
+            flagged=own_flags(rows, shared_flags(rows)),
+            graph_ms=graph_times(rows),
+            host_ms=rows["host_time_ms"].where(rows["gpu"].notna()),  # on a CPU, the host's clock measures all times
+        )
         if _has_several_cases(rows):
             yield BestTable(self.frame)
             yield Text()
@@ -126,8 +130,9 @@ def details(rows: pd.DataFrame) -> Iterator[Text]:
         style = STATUS_STYLES.get(Status(str(status)), "red")
         yield Text(f"{_names(some)}: {status}{_times(some)}: {reason}", style=style)
     shared = shared_flags(rows)
-    for flag in shared:
-        yield Text(f"all {int((rows['status'] == Status.ok).sum())} rows: {explained(flag)}", style="yellow")
+    num_ok = int((rows["status"] == Status.ok).sum())
+    for name in shared:
+        yield Text(f"all {num_ok} rows: {explained(name)}", style="yellow")
     flagged = rows[["label", "flags"]].explode("flags").dropna()
     for flag, some in flagged[~flagged["flags"].isin(shared)].groupby("flags", sort=False):
         yield Text(f"! {explained(str(flag))} ({_names(some)}{_times(some)})", style="yellow")

@@ -78,6 +78,9 @@ def test_a_mismatch_is_exit_code_1_and_in_the_table(bad_run):
 
 def test_the_last_line_names_the_folder(bad_run):
     assert bad_run.out.splitlines()[-1] == "results: out [1] :x:"
+    assert re.fullmatch(
+        r"wrote results.parquet, results.csv, report.html and \d+ files in plots", bad_run.out.splitlines()[-2]
+    ), "the files have one line"
     assert (bad_run.cwd / "out [1] :x:" / "results.parquet").is_file()
 
 
