@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moebench.machine.comparability import MEMORY_CHANGES, TIME_CHANGES, Difference, clock_change
-from moebench.machine.units import size
+from moebench.machine.units import size_change
 from moebench.results.record import GOOD, Status
 from moebench.verdicts.times import TimeVerdict, round_medians
 from moebench.verdicts.verdict import Severity, Verdict
@@ -282,18 +282,12 @@ def _memory(pair: Pair) -> Finding:
         return Finding("memory", Verdict.INCOMPARABLE, why)
     on_gpu = not is_null(one["gpu"])
     changed = {name: sizes for name, sizes in bytes_of.items() if _differ(*sizes, on_gpu)}
-    reason = ", ".join(f"{name} {_sizes(before, after)}" for name, (before, after) in changed.items())
+    reason = ", ".join(f"{name} {size_change(before, after)}" for name, (before, after) in changed.items())
     verdict = Verdict.IMPROVED if changed else Verdict.PASS
     if any(after > before for before, after in changed.values()):
         verdict = Verdict.REGRESSED
     same = "the same within the allocator's usual variation" if on_gpu else "the same to the byte"
     return Finding("memory", verdict, reason or same)
-
-
-def _sizes(before: int, after: int) -> str:
-    """Return two sizes of memory in words, and their difference if the words do not show it."""
-    one, two = size(before), size(after)
-    return f"{one} -> {two}" if one != two else f"{one}, {abs(after - before)} B {'more' if after > before else 'less'}"
 
 
 def _differ(before: int, after: int, on_gpu: bool) -> bool:
