@@ -26,18 +26,31 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     - `close`: whether the row is too close to the fastest to call. In such a case, no row is the fastest.
     """
     rows = in_case_order(frame)
-    near, lowest = _near(rows), _lowest(rows)
     return rows.assign(
         label=backend_labels(rows),
-        times_fastest=(_times(rows) / lowest).astype("float64"),
-        fastest=_alone(rows, near),
-        close=near & (_near_of_case(rows, near) > 1),
+        times_fastest=(_times(rows) / _lowest(rows)).astype("float64"),
+        fastest=fastest_rows(rows),
+        close=close_rows(rows),
     )
 
 
 def fastest_rows(frame: pd.DataFrame) -> "pd.Series[bool]":
     """Return which rows are the fastest of their case. A case of one time, or too close to call, has no such row."""
-    return _alone(frame, _near(frame))
+    near = _near(frame)
+    num_timed = _times(frame).groupby([frame[name] for name in _CASE]).transform("count")
+    return near & (_near_of_case(frame, near) == 1) & (num_timed > 1)
+
+
+def close_rows(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows are too close to the fastest of their case to call, the row of the lowest time included."""
+    near = _near(frame)
+    return near & (_near_of_case(frame, near) > 1)
+
+
+def num_compared(frame: pd.DataFrame) -> int:
+    """Return the number of cases in which two or more backends have a time."""
+    timed = frame.loc[_times(frame).notna(), _CASE].value_counts()
+    return int((timed > 1).sum())
 
 
 def best(frame: pd.DataFrame) -> pd.DataFrame:
@@ -100,8 +113,3 @@ def _near(rows: pd.DataFrame) -> "pd.Series[bool]":
 
 def _near_of_case(rows: pd.DataFrame, near: "pd.Series[bool]") -> "pd.Series[int]":
     return near.astype(int).groupby([rows[name] for name in _CASE]).transform("sum")
-
-
-def _alone(rows: pd.DataFrame, near: "pd.Series[bool]") -> "pd.Series[bool]":
-    num_timed = _times(rows).groupby([rows[name] for name in _CASE]).transform("count")
-    return near & (_near_of_case(rows, near) == 1) & (num_timed > 1)

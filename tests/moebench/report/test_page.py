@@ -89,7 +89,7 @@ def test_a_row_shows_its_figures_and_a_failure_none() -> None:
     assert "2 ok" in verdict
     assert "1 mismatch" in verdict
     assert "Some jobs failed." in verdict
-    assert "were timed in 1 cases. The backend with the lowest median time: gmm in 1" in verdict
+    assert "were timed in 1 cases. The fastest backend, where noise does not blur it: gmm in 1" in verdict
 
 
 def _cells(html: str) -> list[list[str]]:

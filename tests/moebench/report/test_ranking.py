@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from moebench.report.ranking import best, ranked, wins
+from moebench.report.ranking import best, num_compared, ranked, wins
 from moebench.report.tables.besttable import wins_sentence
 from moebench.results.frame import to_frame
 from moebench.results.record import Record, Status
@@ -64,6 +64,7 @@ def test_the_best_of_each_case_has_its_lead_its_memory_and_what_is_too_close_to_
     ], "a case without a time has no row"
     assert wins_sentence(to_frame(rows)) == "wins in 2 cases: loop 1, too close to call 1"
     assert best(to_frame(rows[-1:])).empty
+    assert num_compared(to_frame(rows)) == 2
 
 
 def test_times_the_fastest_count_within_a_case_of_one_run() -> None:
