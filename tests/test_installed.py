@@ -124,7 +124,7 @@ def test_list_run_show_and_report_work_from_a_wheel(from_wheel: Installed, tmp_p
     assert quick == package / "suites" / "quick.toml"
     listed = json.loads(from_wheel.moebench("list", "--json", "--device", "cpu", cwd=tmp_path))
     assert {line["name"] for line in listed["sweeps"]} == SWEEPS
-    chosen = ("--filter", "num_tokens=16", "--filter", "mode=forward", "--backend", "loop", "--device", "cpu")
+    chosen = ("--filter", "num_tokens=16", "--filter", "mode=forward", "--only", "loop", "--device", "cpu")
     printed = from_wheel.moebench("run", "quick", *chosen, "--out", "out", cwd=tmp_path)
     assert printed.splitlines()[-1] == "results: out"
     (tmp_path / "out" / "report.html").unlink()
