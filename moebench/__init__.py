@@ -15,16 +15,24 @@ The folder `cli` has the command line and imports all folders:
     verdicts   whether a change made a job slower, larger or wrong
     report     tables, plots, pages
 
+    api        what scripts and notebooks call
+
 Scripts and notebooks use these names, which do not import torch:
 
+    check            search for a case on which a backend is wrong
+    bench            check and time backends on the layer of a model
+    run_sweep        measure a sweep
+    advise           the fastest backend for a workload, by results that are there
     load             results as a pandas DataFrame
     open_result      results together with the environments that they were measured in
     pivot            a table of cases and backends
     compare          several results side by side
+    gate_results     a verdict on each job of two results
     plot             one panel of a plot
     parity_errors    the parity errors of each row
     Comparability    which results may be gated against each other
-    ResultsError     raised for a file or folder that cannot be opened as results
+    MoebenchError    the base of all errors that moebench raises on purpose
+    ResultsError     raised for anything that is not what a function takes
 
 docs/notebooks.md has an example of each name.
 """
@@ -33,36 +41,41 @@ import importlib
 from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
+
+if TYPE_CHECKING:
+    from moebench.api.runs import bench, check, run_sweep
+    from moebench.api.views import advise, compare, gate_results, load, open_result, parity_errors, pivot, plot
+    from moebench.errors import MoebenchError, ResultsError
+    from moebench.verdicts.comparability import Comparability
+
 __all__ = [
     "Comparability",
+    "MoebenchError",
     "ResultsError",
     "__version__",
+    "advise",
+    "bench",
+    "check",
     "compare",
+    "gate_results",
     "load",
     "open_result",
     "parity_errors",
     "pivot",
     "plot",
+    "run_sweep",
 ]
 
-if TYPE_CHECKING:
-    from moebench.errors import ResultsError
-    from moebench.report.plots.notebook import pivot, plot
-    from moebench.results.compare import compare
-    from moebench.results.folder import open_result
-    from moebench.results.frame import load, parity_errors
-    from moebench.verdicts.comparability import Comparability
-
+_RUNS, _VIEWS = "moebench.api.runs", "moebench.api.views"
 #: The module of each public name. `__getattr__` imports it on first use, so that `import moebench` stays quick.
 _HOMES = {
     "Comparability": "moebench.verdicts.comparability",
+    "MoebenchError": "moebench.errors",
     "ResultsError": "moebench.errors",
-    "compare": "moebench.results.compare",
-    "load": "moebench.results.frame",
-    "open_result": "moebench.results.folder",
-    "parity_errors": "moebench.results.frame",
-    "pivot": "moebench.report.plots.notebook",
-    "plot": "moebench.report.plots.notebook",
+    **dict.fromkeys(("bench", "check", "run_sweep"), _RUNS),
+    **dict.fromkeys(
+        ("advise", "compare", "gate_results", "load", "open_result", "parity_errors", "pivot", "plot"), _VIEWS
+    ),
 }
 
 

@@ -30,7 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--sweep", help="a sweep file, or the name of a sweep; default: gpu if torch sees a GPU, else quick"
     )
     group.addoption(
-        "--backend", action="append", default=[], help="measure this backend instead of the sweep's; repeatable"
+        "--backend", action="append", default=[], help="also measure this backend, beside the sweep's; repeatable"
+    )
+    group.addoption(
+        "--only", action="append", default=[], help="measure this backend instead of the sweep's; repeatable"
     )
     group.addoption("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
 
@@ -49,8 +52,8 @@ def _choose(config: pytest.Config) -> None:
     request.check_device(config.option.device)
     device = pick_device(config.option.device)
     sweep = config.option.sweep or ("gpu" if device.type == "cuda" else "quick")
-    jobs = select(sweep, config.option.backend, [], [])
-    request.check_named(jobs, config.option.backend)
+    jobs = select(sweep, config.option.backend, [], [], config.option.only)
+    request.check_named(jobs, [*config.option.backend, *config.option.only])
     for name in dict.fromkeys(job.backend for job in jobs):
         check_name(name)
     config.stash[JOBS] = jobs

@@ -1,5 +1,6 @@
 """The examples in README and docs work as they are shown."""
 
+import inspect
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+import moebench
 from experts.registry import get_backend
 from moebench.cli import console
 from moebench.cli.app import app
@@ -138,7 +140,7 @@ def test_the_python_code_in_the_readme_runs() -> None:
 
 
 def test_the_notebook_functions_work_as_documented(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (source,) = blocks(ROOT / "docs" / "notebooks.md", "python")
+    _, source = blocks(ROOT / "docs" / "notebooks.md", "python")
     (tmp_path / "results").symlink_to(ROOT / "results")
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
@@ -147,6 +149,23 @@ def test_the_notebook_functions_work_as_documented(monkeypatch: pytest.MonkeyPat
     assert scope["slowdown"].min(axis=None) == 1.0
     assert (tmp_path / "throughput.png").stat().st_size > 10_000
     assert (scope["sides"]["time_ms_ratio:after"] == 1).all()
+
+
+def test_the_five_lines_of_python_work_as_documented(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The check is only asked for: its covering cases take minutes."""
+    source, _ = blocks(ROOT / "docs" / "notebooks.md", "python")
+    (tmp_path / "my_experts.py").write_text(
+        "from experts import GroupedExperts\n\nclass MyExperts(GroupedExperts): ...\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    signature, asked = inspect.signature(moebench.check), []
+    monkeypatch.setattr("moebench.api.runs.check", lambda *given, **more: asked.append(signature.bind(*given, **more)))
+    scope: dict = {}
+    exec(compile(source, "notebooks.md", "exec"), scope)
+    assert [one.arguments["backend"].__name__ for one in asked] == ["MyExperts"]
+    assert scope["run"].frame["status"].tolist() == ["ok"] * 4
+    assert scope["run"].best["num_tokens"].tolist() == [16, 256]
 
 
 WORKFLOWS = sorted((ROOT / "docs" / "ci").glob("*.yml"))

@@ -25,7 +25,7 @@ mode = "train"
 """
 
 
-BACKENDS = [f"--backend={name}" for name in ("loop", "torch_mm", "gmm", "faulty:SwappedExperts")]
+BACKENDS = [f"--only={name}" for name in ("loop", "torch_mm", "gmm", "faulty:SwappedExperts")]
 
 
 def suites(folder: Path, *arguments: str) -> tuple[int, str]:
@@ -94,7 +94,7 @@ def test_compare_finds_the_saved_run_and_reports_what_became_slower(autosaved: t
     for row in saved["benchmarks"]:  # pretend that the loop was fast in the saved run, and torch_mm slow
         row["stats"]["median"] *= 1e-3 if row["extra_info"]["backend"] == "loop" else 1e3
     file.write_text(json.dumps(saved))
-    arguments = ["--backend", "loop", "--backend", "torch_mm", "--benchmark-compare"]
+    arguments = ["--only", "loop", "--only", "torch_mm", "--benchmark-compare"]
     code, output = suites(folder, "--sweep", "small.toml", *arguments, "--benchmark-compare-fail", "median:50%")
     assert code == 1
     assert "machine_info is different" not in output
@@ -108,7 +108,7 @@ def test_compare_finds_the_saved_run_and_reports_what_became_slower(autosaved: t
 
 @pytest.mark.certify(share=0)  # two more runs of pytest
 def test_benchmark_disable_only_checks_and_a_wrong_sweep_name_is_one_line(autosaved: tuple[Path, int, str]) -> None:
-    code, output = suites(autosaved[0], "--sweep", "small.toml", "--benchmark-disable", "--backend", "loop")
+    code, output = suites(autosaved[0], "--sweep", "small.toml", "--benchmark-disable", "--only", "loop")
     assert code == 0, output
     assert "1 passed" in output
     code, output = suites(autosaved[0], "--sweep", "smal")

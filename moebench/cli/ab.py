@@ -4,12 +4,23 @@ from typing import Annotated
 
 import typer
 
-from moebench.cli.console import err, progress_bar
+from moebench.cli.console import err, job_progress
 from moebench.cli.gate import Github, Junit, Threshold, check_outputs, report, share
-from moebench.cli.options import AsJson, Backends, CaseIds, Device, Filters, Gpus, Out, ShareGpus, Sweep, TimeBudget
+from moebench.cli.options import (
+    AsJson,
+    Backends,
+    CaseIds,
+    Device,
+    Filters,
+    Gpus,
+    Only,
+    Out,
+    ShareGpus,
+    Sweep,
+    TimeBudget,
+)
 from moebench.errors import UsageError
 from moebench.report.gatewords import total
-from moebench.results.record import Record
 from moebench.results.stats import THRESHOLD
 from moebench.run import request
 from moebench.run.runfile import Asked
@@ -28,6 +39,7 @@ def ab_(
     sweep: Sweep,
     out_dir: Out = None,
     backend: Backends = None,
+    only: Only = None,
     device: Device = None,
     gpus: Gpus = None,
     share_gpus: ShareGpus = False,
@@ -51,7 +63,11 @@ def ab_(
     smallest = share("--threshold", threshold)
     check_outputs(for_github, as_json)
     asked = Asked(
-        backends=tuple(backend or ()), filters=tuple(filters or ()), case_ids=tuple(case or ()), device=device
+        backends=tuple(backend or ()),
+        only=tuple(only or ()),
+        filters=tuple(filters or ()),
+        case_ids=tuple(case or ()),
+        device=device,
     )
     run = request.plan(sweep, asked, out=out_dir, time_budget_min=time_budget)
     run, notes = request.on_gpus(run, gpus, share_gpus)
@@ -66,13 +82,8 @@ def ab_(
 
 def _measure(plan: ab.AbPlan) -> GateResult:
     """Return the verdicts of the last look. Print a line of totals after each look."""
-    with progress_bar() as progress:
-        task = progress.add_task("", total=None)
-
-        def show(row: Record) -> None:
-            progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")
-
-        for look in ab.compare_revisions(plan, show):
+    with job_progress() as progress:
+        for look in ab.compare_revisions(plan, progress.done):
             spent = f", time budget spent: {look.num_left} measurements left" if look.num_left else ""
             progress.print(f"after {look.num_rounds} rounds: {total(look.result)}{spent}")
             result = look.result

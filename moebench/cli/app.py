@@ -20,7 +20,7 @@ import typer
 from moebench import __version__
 from moebench.cli.console import err, messages_on_standard_error, out
 from moebench.cli.lazy import Entry, LazyGroup
-from moebench.cli.options import AsJson, Backends, Filters
+from moebench.cli.options import AsJson, Backends, Filters, Only
 from moebench.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, MoebenchError, UsageError, wrong_usage
 from moebench.results.files import CANNOT_WRITE
 
@@ -84,10 +84,12 @@ def list_(
         str | None, typer.Argument(help="list the jobs of this sweep; default: list sweeps and backends")
     ] = None,
     backend: Backends = None,
+    only: Only = None,
     filters: Filters = None,
     device: Annotated[
         str | None, typer.Option(help="list what can run on this device; default: a GPU if there is one")
     ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="print the case_id of each case, too")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List sweeps and backends, or the jobs of one sweep.
@@ -96,13 +98,13 @@ def list_(
     """
     if sweep is not None and device is not None:
         raise UsageError(f"--device {device} with SWEEP: a sweep has the same jobs on every device; leave --device out")
-    if sweep is None and (backend or filters):
-        raise UsageError("--backend and --filter select jobs of a sweep: give a SWEEP, or leave them out")
+    if sweep is None and (backend or only or filters or ids):
+        raise UsageError("--backend, --only, --filter and --ids need a SWEEP: give a SWEEP, or leave them out")
     if sweep is not None:
         from moebench.cli import run
         from moebench.workload.selection import select
 
-        run.print_plan(select(sweep, backend or [], filters or [], []), as_json)
+        run.print_plan(select(sweep, backend or [], filters or [], [], only or []), as_json, ids)
         return
     from moebench.cli import listing
 

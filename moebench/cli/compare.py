@@ -63,7 +63,7 @@ def merge_(
 
 @commands.command("history")
 def history_(
-    case_id: Annotated[str, typer.Argument(help="a case_id, as `moebench list SWEEP` prints it")],
+    case_id: Annotated[str, typer.Argument(help="a case_id, as `moebench list SWEEP --ids` prints it")],
     results: Results,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="also draw the history, as PNG or SVG")

@@ -7,18 +7,18 @@ direction of writing, or is a command of GitHub Actions. rich's markup in a text
 import io
 import logging
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from json import dumps, loads
 from typing import IO, Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console
 from rich.highlighter import JSONHighlighter
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.segment import Segment
+from rich.progress import Progress
 from rich.text import Text
 
 from moebench import escapes
+from moebench.report import progress
+from moebench.report.console import EscapingConsole
 
 
 class _Lines:
@@ -34,17 +34,10 @@ class _Lines:
         return getattr(self._stream, name)
 
 
-class _Console(Console):
-    """A console that escapes what it prints. Only the styles that moebench gives reach the terminal as controls."""
+class _Console(EscapingConsole):
+    """A console for results. GitHub Actions takes none of its lines for a command."""
 
     file: Any = Console.file.getter(lambda self: _Lines(Console.file.fget(self)))  # type: ignore[attr-defined]
-
-    def render_str(self, text: str, **how: Any) -> Text:
-        return super().render_str(escapes.visible(text), **how)
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else escapes.visible(text), style, control)
 
     def print_json(self, json: str | None = None, **how: Any) -> None:
         """Print a JSON document. The text that a program reads from it is not changed."""
@@ -90,19 +83,11 @@ def messages_on_standard_error() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Show a progress bar on standard error that disappears at the end.
+def progress_bar() -> AbstractContextManager[Progress]:
+    """Show a progress bar on standard error that disappears at the end."""
+    return progress.progress_bar(err)
 
-    If standard error is not a terminal, the bar is never started: at its end, rich would print an empty line there.
-    """
-    columns = (
-        SpinnerColumn(),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    progress = Progress(*columns, console=err, transient=True)
-    with progress if err.is_interactive else nullcontext():
-        yield progress
+
+def job_progress() -> AbstractContextManager[progress.JobProgress]:
+    """Show the progress of jobs on standard error: a bar on a terminal, else one line every few jobs."""
+    return progress.job_progress(err)

@@ -11,6 +11,7 @@ import typer
 
 from moebench.cli.console import err, out
 from moebench.cli.options import AsJson
+from moebench.cli.show import filtered
 from moebench.errors import UsageError
 from moebench.machine.comparability import CHANGES
 from moebench.report import github, junit
@@ -22,10 +23,8 @@ from moebench.verdicts import baseline as baselines
 from moebench.verdicts import times
 from moebench.verdicts.comparability import Comparability
 from moebench.verdicts.document import GateDocument
-from moebench.verdicts.findings import job_of
 from moebench.verdicts.gate import GateResult, gate
 from moebench.workload.axes import cut
-from moebench.workload.selection import filter_jobs
 
 #: The environment variable in which GitHub Actions names the file for a step's summary.
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
@@ -100,9 +99,7 @@ def _baseline(text: str, candidate: Result) -> Result:
 
 def _filtered(result: Result, filters: list[str]) -> Result:
     """Return the result with only the jobs that pass every filter. Raises SweepError for a wrong filter."""
-    jobs = [job_of(row) for row in result.frame.to_dict("records")]
-    kept = set(filter_jobs(jobs, filters))
-    return replace(result, frame=result.frame[[job in kept for job in jobs]])
+    return replace(result, frame=filtered(result.frame, filters))
 
 
 def _allowed(named: list[str]) -> frozenset[str]:

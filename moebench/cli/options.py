@@ -8,7 +8,10 @@ import typer
 Sweep = Annotated[str, typer.Argument(help="a sweep file, or the name of one in suites/")]
 Out = Annotated[Path | None, typer.Option("--out", help="results folder to write; default: a new one in results/runs/")]
 Backends = Annotated[
-    list[str] | None, typer.Option("--backend", help="use this backend instead of the sweep's backends; repeatable")
+    list[str] | None, typer.Option("--backend", help="also use this backend, beside the sweep's backends; repeatable")
+]
+Only = Annotated[
+    list[str] | None, typer.Option("--only", help="use this backend instead of the sweep's backends; repeatable")
 ]
 Filters = Annotated[
     list[str] | None,

@@ -6,14 +6,13 @@ from typing import Annotated
 import typer
 
 from moebench.cli import listing
-from moebench.cli.console import out, progress_bar
+from moebench.cli.console import job_progress, out
 from moebench.cli.options import AsJson, Device
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from moebench.parity.checks import CHECKS
 from moebench.parity.space.rules import limits
 from moebench.parity.space.trial import Trial
 from moebench.report.tables.audittable import AuditTable
-from moebench.results.record import Record
 from moebench.run.audit import Audit, Level, Request, audit, audit_case
 
 commands = typer.Typer()
@@ -82,17 +81,15 @@ def _one_case(backends: list[str], case: str, dispatcher: str | None, device: st
 
 def _all_cases(backends: list[str], request: Request) -> Audit:
     request.check()
-    with progress_bar() as progress:
-        task = progress.add_task("", total=None)
-
-        def plan(backend: str, num_jobs: int) -> None:
-            progress.update(task, total=num_jobs, completed=0, description=backend)
-
-        def show(row: Record) -> None:
-            progress.update(task, advance=1, description=f"{row.backend} {row.status.value}")
-
+    with job_progress() as progress:
         named = backends or listing.available_backends(request.device)
-        return audit(named, request, required=backends, on_plan=plan, on_record=show)
+        return audit(
+            named,
+            request,
+            required=backends,
+            on_plan=lambda backend, total: progress.plan(total, backend),
+            on_record=progress.done,
+        )
 
 
 def _print_checks(as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moebench.cli.console import err, out, progress_bar
+from moebench.cli.console import err, job_progress, out
 from moebench.cli.options import (
     AsJson,
     Backends,
@@ -18,13 +18,14 @@ from moebench.cli.options import (
     Filters,
     Gpus,
     ModelOption,
+    Only,
     Out,
     ShareGpus,
     TimeBudget,
 )
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from moebench.report.plots.settings import import_matplotlib
-from moebench.results.record import GOOD, Record
+from moebench.results.record import GOOD
 from moebench.run import request, start
 from moebench.run.request import RunPlan
 from moebench.run.runfile import MOST_ROUNDS, Asked
@@ -50,6 +51,7 @@ def run(
     ] = False,
     backend: Backends = None,
     model: ModelOption = None,
+    only: Only = None,
     device: Device = None,
     gpus: Gpus = None,
     share_gpus: ShareGpus = False,
@@ -78,7 +80,9 @@ def run(
             {"SWEEP": sweep, "--out": out_dir, "--device": device, "--filter": filters, "--case": case}
             | {"--rounds": rounds, "--profile": profile or None, "--model": model}
         )
-        plan = request.plan_rest(resume, backends=backend or [], time_budget_min=time_budget, force=force)
+        plan = request.plan_rest(
+            resume, backends=[*(backend or []), *(only or [])], time_budget_min=time_budget, force=force
+        )
     elif sweep is None:
         raise UsageError("moebench run: there is no sweep to measure; give a SWEEP, or --resume DIR")
     elif force:
@@ -86,6 +90,7 @@ def run(
     else:
         asked = Asked(
             backends=tuple(backend or ()),
+            only=tuple(only or ()),
             filters=tuple(filters or ()),
             case_ids=tuple(case or ()),
             device=device,
@@ -119,21 +124,18 @@ def _measure(plan: RunPlan, as_json: bool) -> None:
     from moebench.report.tables.tables import summary
     from moebench.results.frame import load
 
-    with progress_bar() as progress:
-        task = progress.add_task("", total=plan.num_jobs)
-
-        def show(row: Record) -> None:
-            progress.update(task, advance=1, description=f"{row.case_id} {row.backend} {row.status.value}")
-
-        outcome = start.start_run(plan, show)
-    written = _finish(plan.folder)
+    with job_progress() as progress:
+        progress.plan(plan.num_jobs)
+        outcome = start.start_run(plan, progress.done)
+        progress.doing("writing tables, plots and the report")
+        written = _finish(plan.folder)
     if as_json:
         out.print_json(json.dumps(_report(outcome, plan.folder)))
     else:
         if outcome.records:
             out.print(summary(load(plan.folder)))
-        for path in written.paths:
-            out.print(f"wrote {path}", soft_wrap=True)
+        if written.paths:
+            out.print(written.sentence(plan.folder), soft_wrap=True)
         out.print(f"results: {plan.folder}", soft_wrap=True)
     for failure in written.failures:
         err.print(f"{failure}; draw it again with `moebench plots {shlex.quote(str(plan.folder))}`")
@@ -183,9 +185,10 @@ def _exit(outcome: Outcome, folder: Path) -> None:
         raise typer.Exit(EXIT_FAILED)
 
 
-def print_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
-    """Print the jobs and estimates of their memory and time."""
+def print_plan(jobs: tuple[Job, ...], as_json: bool, ids: bool = False) -> None:
+    """Print the jobs and estimates of their memory and time. With `ids`, each case has its case_id."""
     from moebench.report.tables.forecasttable import ForecastTable
+    from moebench.report.tables.jobtable import JobTable
     from moebench.run.forecast import forecast, measured_jobs
 
     expected = forecast(jobs, measured_jobs())
@@ -196,7 +199,5 @@ def print_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
         ]
         out.print_json(json.dumps({"jobs": listed, "forecast": expected.as_dict()}))
         return
-    for job in jobs:
-        out.print(f"{job.case.case_id}  {job.backend}  {job.dispatcher}", soft_wrap=True)
-    out.print(f"{len(jobs)} jobs")
+    out.print(JobTable(jobs, ids))
     out.print(ForecastTable(expected), soft_wrap=True)

@@ -1,32 +1,69 @@
 """Define the commands that show one results folder: `show`, `plots` and `report`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import pandas as pd
 import typer
 
 from moebench.cli.console import out
 from moebench.cli.options import AsJson, Folder
-from moebench.errors import UsageError
+from moebench.errors import ResultsError, UsageError
 from moebench.report.plots.settings import import_matplotlib
+from moebench.report.ranking import best
+from moebench.report.tables.besttable import BestTable
+from moebench.report.tables.longtable import SORTS
+from moebench.report.tables.tables import summary
+from moebench.results.frame import load, to_json
+from moebench.verdicts.findings import job_of
+from moebench.workload.selection import filter_jobs
 
 if TYPE_CHECKING:
     from moebench.report.folder import Written
 
 commands = typer.Typer()
 
+RowFilters = Annotated[
+    list[str] | None,
+    typer.Option("--filter", help="only rows with KEY=V1,V2 …, as in moebench run; repeatable"),
+]
+
 
 @commands.command()
-def show(folder: Folder, as_json: AsJson = False) -> None:
-    """Print the table of a results folder."""
-    from moebench.report.tables.tables import summary
-    from moebench.results.frame import load, to_json
+def show(
+    folder: Folder,
+    only_best: Annotated[
+        bool, typer.Option("--best", help="print only the fastest backend of each case, with its lead and its memory")
+    ] = False,
+    filters: RowFilters = None,
+    sort: Annotated[
+        str | None, typer.Option(help=f"order of the backends of a case: {', '.join(SORTS)}; default: time")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the tables of a results folder.
 
-    frame = load(folder)
+    The first table has the best backend of each case. The others have all backends of each case, the fastest first.
+    """
+    if only_best and sort is not None:
+        raise UsageError(f"--sort {sort} with --best: there is one backend for each case; leave one of the two out")
+    if as_json and sort is not None:
+        raise UsageError(f"--sort {sort} with --json: JSON keeps the order of the results; leave one of the two out")
+    frame = filtered(load(folder), filters or [])
+    if frame.empty and filters:
+        raise ResultsError(f"{folder}: no row is left by --filter {' --filter '.join(filters)}; leave a filter out")
     if as_json:
-        out.print_json(to_json(frame))
+        out.print_json(to_json(best(frame) if only_best else frame))
     else:
-        out.print(summary(frame))
+        out.print(BestTable(frame) if only_best else summary(frame, sort or "time"))
+
+
+def filtered(frame: pd.DataFrame, filters: Sequence[str]) -> pd.DataFrame:
+    """Return the rows of the jobs that pass every filter. Raises SweepError for a wrong filter."""
+    jobs = [job_of(row) for row in frame.to_dict("records")]
+    kept = set(filter_jobs(jobs, filters))
+    return frame[[job in kept for job in jobs]].reset_index(drop=True)
 
 
 @commands.command()
@@ -69,7 +106,9 @@ def report(
 
 
 def _print(written: "Written") -> None:
-    """Print the paths. Raises PictureError if a plot could not be drawn."""
-    for path in written.paths:
-        out.print(f"wrote {path}", soft_wrap=True)
+    """Print what was written. Raises PictureError if a plot could not be drawn."""
+    if len(written.paths) == 1:
+        out.print(f"wrote {written.paths[0]}", soft_wrap=True)
+    elif written.paths:
+        out.print(written.sentence(), soft_wrap=True)
     written.check()

@@ -12,3 +12,9 @@ def size(num_bytes: float, spec: str | None = None) -> str:
             digits = f".{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f"
             return f"{scaled:{spec or digits}} {suffix}"
     return f"{num_bytes:g} B"
+
+
+def size_change(before: int, after: int) -> str:
+    """Return two numbers of bytes as text, and their difference if the texts of both are equal."""
+    one, two = size(before), size(after)
+    return f"{one} -> {two}" if one != two else f"{one}, {abs(after - before)} B {'more' if after > before else 'less'}"

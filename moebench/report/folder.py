@@ -30,6 +30,20 @@ class Written:
     paths: tuple[Path, ...] = ()
     failures: tuple[str, ...] = ()
 
+    def sentence(self, folder: Path | None = None) -> str:
+        """Return in one line what was written. Plots and traces are counted.
+
+        Paths are relative to `folder`. If it is None, the line names the folder of the plots.
+        """
+        counted = {kind: [path for path in self.paths if path.parent.name == kind] for kind in ("plots", "traces")}
+        texts = [
+            str(path.relative_to(folder) if folder else path) for path in self.paths if path.parent.name not in counted
+        ]
+        for kind, paths in counted.items():
+            if paths:
+                texts.append(f"{len(paths)} files in {kind if folder else paths[0].parent}")
+        return f"wrote {' and '.join(filter(None, (', '.join(texts[:-1]), texts[-1])))}"
+
     def check(self) -> None:
         """Raise PictureError if a plot could not be drawn."""
         if self.failures:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from moebench.machine.units import size
 from moebench.verdicts.gate import GateResult, Judged
 from moebench.verdicts.times import TimeVerdict
 from moebench.verdicts.verdict import Severity, Verdict
@@ -49,6 +50,12 @@ def smallest_effect(job: Judged) -> str:
     return f"{job.time.smallest_effect:.1%}" if job.time.smallest_effect < _LARGEST else "none"
 
 
+def labelled(job: Judged) -> str:
+    """Return the verdict on a job with the measures that have it, such as `REGRESSED time, memory`."""
+    measures = [one.measure for one in job.findings if one.verdict is job.verdict and one.measure != "job"]
+    return f"{job.verdict}{' ' * bool(measures)}{', '.join(measures)}" if job.verdict is not Verdict.PASS else "PASS"
+
+
 def memory_change(job: Judged) -> str:
     """Return the change of peak memory, or the change of saved memory if the peak is equal: `=` or `+1.20%`."""
     changes = [
@@ -62,7 +69,7 @@ def memory_change(job: Judged) -> str:
 def _relative(before: Any, after: Any) -> str:
     if before == after:
         return "="
-    return f"{after / before - 1:+.2%}" if before else f"+{after:,} B"
+    return f"{after / before - 1:+.2%}" if before else f"+{size(after)}"
 
 
 def parity_change(job: Judged) -> str:

@@ -17,6 +17,7 @@ from moebench.machine.environment import Environment, Gpu
 from moebench.machine.units import size
 from moebench.report import pagetable
 from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, REPLAY, ROOFLINE, SCALING, THROUGHPUT
+from moebench.report.ranking import close_rows, num_compared
 from moebench.report.reproduce import Reproducer
 from moebench.report.tables.tables import details, fastest_rows
 from moebench.results.folder import environments_beside
@@ -34,7 +35,9 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: Gat
     of an environment in `folder` is not valid.
     """
     rows = in_case_order(frame)
-    rows = rows.assign(label=backend_labels(rows), fastest=fastest_rows(rows), heading=describe(rows).headings)
+    rows = rows.assign(
+        label=backend_labels(rows), fastest=fastest_rows(rows), close=close_rows(rows), heading=describe(rows).headings
+    )
     environments = [environment_facts(found) for found in environments_beside(folder).values()]
     headline = [f"{name} {value}" for facts in environments for name, value in facts if name in _HEADLINE]
     return _template().render(
@@ -48,7 +51,7 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: Gat
         gate=gate,
         reasons=[text.plain for text in details(rows)],
         wins=_wins(rows),
-        num_compared=int(rows["fastest"].sum()),
+        num_compared=num_compared(rows),
         plots=_plots(svgs),
         has_ceilings=bool(rows["roofline_fraction"].notna().any()),
         table=pagetable.results_table(rows),
@@ -98,7 +101,7 @@ def _gpu_text(gpu: Gpu) -> str:
 
 
 def _wins(rows: pd.DataFrame) -> dict[str, int]:
-    """Return the number of cases in which each backend has the lowest median time, the largest number first."""
+    """Return the number of cases in which each backend is the fastest, by more than noise, the most first."""
     counts = Counter(map(str, rows.loc[rows["fastest"], "label"]))
     return dict(counts.most_common())
 

@@ -1,7 +1,8 @@
 """Make the tables of a report: all rows, the extreme rows with commands that measure them again, and the time spent.
 
 The frames `rows` in this module are sorted by `labels.in_case_order`. They also have the columns `label` (the backend
-with its dispatcher), `fastest` (whether the row has the lowest time of its case) and `heading` (the case in words).
+with its dispatcher), `fastest` (whether the row is the fastest of its case), `close` (whether it is too close to the
+fastest to call) and `heading` (the case in words).
 """
 
 import math

@@ -37,7 +37,7 @@ class Reproducer:
         sweep = next((name for name, ids in self.case_ids.items() if row["case_id"] in ids), None)
         if sweep is None:
             return None
-        words = ["moebench", "run", sweep, "--case", row["case_id"], "--backend", row["backend"]]
+        words = ["moebench", "run", sweep, "--case", row["case_id"], "--only", row["backend"]]
         if row["dispatcher"] != "local":
             words += ["--filter", f"dispatcher={row['dispatcher']}"]
         if row["device"] == "cpu":

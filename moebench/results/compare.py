@@ -34,10 +34,16 @@ def compare(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     The ratios of a job are null if the rows of the two results have different schemas, because moebench measured them
     differently. A ratio of times does not show whether the difference is noise. `moebench gate` tests whether it is.
 
-    Raises ResultsError for fewer than two results.
+    Raises ResultsError for fewer than two results, and if no other result has a job of the first.
     """
     if len(frames) < 2:
         raise ResultsError(f"{len(frames)} results to compare; give two or more")
+    if not any(num_common(frames).values()):
+        counts = ", ".join(f"{name} {len(frame)}" for name, frame in frames.items())
+        raise ResultsError(
+            f"no job in common: the results have these numbers of jobs: {counts}; but no other result has a job with "
+            "the same case, backend and dispatcher as the first; give results of one sweep"
+        )
     some = [frame[[*KEY, *_CASE_COLUMNS]] for frame in frames.values()]
     jobs = pd.concat(some, ignore_index=True).drop_duplicates(list(KEY))
     together = jobs.sort_values([*CASE_ORDER, "backend", "dispatcher"], kind="stable").set_index(list(KEY))
@@ -53,6 +59,12 @@ def compare(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             ratio = (over / under.where(under != 0)).astype("float64")
             together[f"{measure}_ratio:{name}"] = ratio.where(alike.fillna(False).astype(bool))
     return together.reset_index()
+
+
+def num_common(frames: Mapping[str, pd.DataFrame]) -> dict[str, int]:
+    """Return how many jobs of the first result each other result has, by the name of the other result."""
+    first, *others = ((name, set(map(tuple, frame[list(KEY)].to_numpy()))) for name, frame in frames.items())
+    return {name: len(jobs & first[1]) for name, jobs in others}
 
 
 def names_of(paths: list[str]) -> list[str]:

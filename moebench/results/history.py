@@ -31,7 +31,7 @@ def history(case_id: str, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """
     known = sorted({case for frame in frames.values() for case in frame["case_id"]})
     if case_id not in known:
-        hint = did_you_mean(case_id, known) or "run `moebench list SWEEP` for the cases of a sweep"
+        hint = did_you_mean(case_id, known) or "run `moebench list SWEEP --ids` for the cases of a sweep"
         raise ResultsError(f"{case_id}: none of {len(frames)} results has this case; {hint}")
     found = [frame[frame["case_id"] == case_id].assign(result=name) for name, frame in frames.items()]
     rows = pd.concat(found, ignore_index=True).sort_values("run_id", kind="stable", ignore_index=True)

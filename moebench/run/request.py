@@ -77,8 +77,8 @@ def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: 
     sweep_file = find_sweep(sweep)
     text = read_sweep(sweep_file)
     spec = _of_model(parse_sweep(text, str(sweep_file)), asked)
-    jobs = select_of(spec, sweep, asked.backends, asked.filters, asked.case_ids)
-    check_named(jobs, asked.backends)
+    jobs = select_of(spec, sweep, asked.backends, asked.filters, asked.case_ids, asked.only)
+    check_named(jobs, [*asked.backends, *asked.only])
     run_id = new_run_id(spec.name)
     folder = out or RUNS / run_id
     if out is not None:
@@ -103,15 +103,16 @@ def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: 
 def plan_rest(folder: Path, *, backends: Sequence[str], time_budget_min: float | None, force: bool = False) -> RunPlan:
     """Plan what is left of the run in the folder.
 
-    `backends` are the names in this command's --backend options; only a module among them may be imported. Raises
-    UsageError, SweepError or ResultsError where the folder is not the folder of a run. Raises UsageError where the
-    sweep or its jobs have changed since the run began, or where its rows have another schema, unless `force` is true.
+    `backends` are the names in this command's --backend and --only options; only a module among them may be imported.
+    Raises UsageError, SweepError or ResultsError where the folder is not the folder of a run. Raises UsageError where
+    the sweep or its jobs have changed since the run began, or where its rows have another schema, unless `force` is
+    true.
     """
     run = RunFile.read(folder)
     asked = run.asked
     text = read_sweep(folder / SWEEP_NAME)
     spec = _of_model(parse_sweep(text, run.sweep_file), asked)
-    jobs = select_of(spec, run.sweep, asked.backends, asked.filters, asked.case_ids)
+    jobs = select_of(spec, run.sweep, asked.backends, asked.filters, asked.case_ids, asked.only)
     earlier = _earlier(folder)
     others = sorted({row.schema_version for row in earlier} - {SCHEMA})
     changes = run.changes(folder, jobs)
@@ -223,7 +224,7 @@ def check_named(jobs: Sequence[Job], backends: Sequence[str]) -> None:
     names = list(dict.fromkeys(job.backend for job in jobs))
     unnamed = [name for name in names if ":" in name and name not in backends]
     if unnamed:
-        options = " ".join(f"--backend {name}" for name in names)
+        options = " ".join(f"--backend {name}" for name in unnamed)
         raise UsageError(
             f"backend {', '.join(unnamed)}: a module is imported only where the command line names it; "
             f"if you trust it, add {options}"

@@ -28,6 +28,7 @@ class Asked(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     backends: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     filters: tuple[str, ...] = ()
     case_ids: tuple[str, ...] = ()
     device: str | None = None

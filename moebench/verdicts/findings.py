@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moebench.machine.comparability import MEMORY_CHANGES, TIME_CHANGES, Difference, clock_change
+from moebench.machine.units import size_change
 from moebench.results.record import GOOD, Status
 from moebench.verdicts.times import TimeVerdict, round_medians
 from moebench.verdicts.verdict import Severity, Verdict
@@ -281,7 +282,7 @@ def _memory(pair: Pair) -> Finding:
         return Finding("memory", Verdict.INCOMPARABLE, why)
     on_gpu = not is_null(one["gpu"])
     changed = {name: sizes for name, sizes in bytes_of.items() if _differ(*sizes, on_gpu)}
-    reason = ", ".join(f"{name} {before:,} -> {after:,} bytes" for name, (before, after) in changed.items())
+    reason = ", ".join(f"{name} {size_change(before, after)}" for name, (before, after) in changed.items())
     verdict = Verdict.IMPROVED if changed else Verdict.PASS
     if any(after > before for before, after in changed.values()):
         verdict = Verdict.REGRESSED

@@ -14,7 +14,7 @@ import pandas as pd
 
 from moebench.errors import EXIT_FAILED, EXIT_OK, EXIT_UNDECIDED, ResultsError
 from moebench.machine.comparability import Difference, clock_difference
-from moebench.results.labels import backend_labels, describe, machine
+from moebench.results.labels import CASE_ORDER, backend_labels, describe, machine
 from moebench.results.stats import THRESHOLD
 from moebench.verdicts import findings, times
 from moebench.verdicts.comparability import Comparability
@@ -153,7 +153,8 @@ def gate(
 
 
 def _by_key(frame: pd.DataFrame) -> dict[JobKey, Row]:
-    return {key_of(row): row for row in frame.to_dict("records")}
+    in_order = frame.sort_values([*CASE_ORDER, "backend", "dispatcher"], kind="stable")
+    return {key_of(row): row for row in in_order.to_dict("records")}
 
 
 def _notes(judged: Collection[TimeVerdict]) -> Iterator[str]:

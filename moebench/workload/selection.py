@@ -35,24 +35,42 @@ _ORDERS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-def select(sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]) -> tuple[Job, ...]:
-    """Return the jobs that a command line selects. Raises SweepError for wrong options, and if no job is left."""
-    return select_of(load_sweep(find_sweep(sweep)), sweep, backends, filters, case_ids)
+def select(
+    sweep: str,
+    backends: Sequence[str],
+    filters: Sequence[str],
+    case_ids: Sequence[str],
+    only: Sequence[str] = (),
+) -> tuple[Job, ...]:
+    """Return the jobs that a command line selects. Raises SweepError for wrong options, and if no job is left.
+
+    `backends` are measured beside the backends of the sweep, and `only` instead of them.
+    """
+    return select_of(load_sweep(find_sweep(sweep)), sweep, backends, filters, case_ids, only)
 
 
 def select_of(
-    spec: SweepSpec, sweep: str, backends: Sequence[str], filters: Sequence[str], case_ids: Sequence[str]
+    spec: SweepSpec,
+    sweep: str,
+    backends: Sequence[str],
+    filters: Sequence[str],
+    case_ids: Sequence[str],
+    only: Sequence[str] = (),
 ) -> tuple[Job, ...]:
     """Return the selected jobs of `spec`, a sweep that has been read already. Messages name it by `sweep`.
 
     Raises SweepError as `select` does.
     """
-    jobs = select_backends(spec.jobs(), backends)
+    if backends and only:
+        raise SweepError(
+            ["--backend and --only exclude each other: --backend adds to the sweep's backends; choose one"]
+        )
+    jobs = select_backends(spec.jobs(), only) if only else add_backends(spec.jobs(), backends)
     unknown = sorted(set(case_ids) - {job.case.case_id for job in jobs})
     if unknown:
         raise SweepError(
             [
-                f"case {cut(case_id)!r}: {sweep} has no case with that id; see `moebench list {sweep}`"
+                f"case {cut(case_id)!r}: {sweep} has no case with that id; see `moebench list {sweep} --ids`"
                 for case_id in unknown
             ]
         )
@@ -138,20 +156,38 @@ def select_backends(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
     A name may be a group, which stands for its members. Without names the result is `jobs`. Raises SweepError if a
     name is not valid or a group does not exist.
     """
+    names = _valid(names)
+    return [job for some in _by_case(jobs) for job in _crossed(some, names)] if names else list(jobs)
+
+
+def add_backends(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
+    """Return the jobs and, for each case, jobs of the named backends that the case lacks, with its dispatchers.
+
+    Raises SweepError as `select_backends` does.
+    """
+    names = _valid(names)
+    return [job for some in _by_case(jobs) for job in dict.fromkeys([*some, *_crossed(some, names)])]
+
+
+def _valid(names: Sequence[str]) -> list[str]:
+    """Return the names, each once, with groups replaced by their members. Raises SweepError for a wrong name."""
     names = names_of("backend", names)
     wrong = [name for name in names if len(name) > LONGEST_BACKEND or not re.fullmatch(BACKEND_PATTERN, name)]
     if wrong:
         rule = f"{BACKEND_RULE}; for example my_module:MyExperts"
         groups = f"there is no such group; the groups are {listed(GROUPS['backend'])}"
         raise SweepError([f"backend {cut(name)!r}: {groups if is_group('backend', name) else rule}" for name in wrong])
-    if not names:
-        return list(jobs)
-    dispatchers: dict[Case, dict[str, Job]] = {}
+    return names
+
+
+def _by_case(jobs: Sequence[Job]) -> list[list[Job]]:
+    found: dict[Case, list[Job]] = {}
     for job in jobs:
-        dispatchers.setdefault(job.case, {})[job.dispatcher] = job
-    return [
-        job.model_copy(update={"backend": name})
-        for of_case in dispatchers.values()
-        for name in dict.fromkeys(names)
-        for job in of_case.values()
-    ]
+        found.setdefault(job.case, []).append(job)
+    return list(found.values())
+
+
+def _crossed(of_case: Sequence[Job], names: Sequence[str]) -> list[Job]:
+    """Return a job of each named backend with each dispatcher of one case."""
+    dispatchers = {job.dispatcher: job for job in of_case}
+    return [job.model_copy(update={"backend": name}) for name in names for job in dispatchers.values()]

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "run": LOWEST | {"results", "parity.checks", "parity.space", "measure.protocol"},
     "verdicts": LOWEST | {"results", "run"},
     "report": LOWEST | {"results", "run", "verdicts"},
+    "api": LOWEST | {"results", "run", "verdicts", "report"},
     "cli": LOWEST | {"results", "parity", "measure", "run", "verdicts", "report"},
 }
 #: Where a module may import torch, or `experts`, which imports torch: at module level, and only inside functions.
@@ -162,6 +163,7 @@ def test_no_public_name_hides_a_folder() -> None:
 def test_every_public_name_is_there(tmp_path: Path) -> None:
     names = (
         *("load", "pivot", "plot", "compare", "open_result", "Comparability", "parity_errors", "ResultsError"),
+        *("check", "bench", "run_sweep", "gate_results", "advise", "MoebenchError"),
         "__version__",
     )
     assert set(moebench.__all__) == set(names)

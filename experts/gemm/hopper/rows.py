@@ -122,11 +122,11 @@ def multiply_rows(a, b, out, tiles, DEPTH: gl.constexpr, TRANSPOSED: gl.constexp
     A_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, _STEP], dtype)
     a_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _ROWS, _STEP], A_LAYOUT)
     if TRANSPOSED:
-        B_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_COLUMNS, _STEP], dtype)
-        b_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _COLUMNS, _STEP], B_LAYOUT)
+        TURNED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_COLUMNS, _STEP], dtype)
+        b_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _COLUMNS, _STEP], TURNED)
     else:
-        B_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_STEP, _COLUMNS], dtype)
-        b_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _STEP, _COLUMNS], B_LAYOUT)
+        STRAIGHT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_STEP, _COLUMNS], dtype)
+        b_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _STEP, _COLUMNS], STRAIGHT)
     OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, _COLUMNS], dtype)
     result = gl.allocate_shared_memory(dtype, [_ROWS, _COLUMNS], OUT_LAYOUT)
     loaded = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())

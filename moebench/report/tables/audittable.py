@@ -1,5 +1,6 @@
 """Show the results of `moebench parity`: a table of backends, and below it the smallest case that fails of each."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def _result(one: Audited) -> Text:
 def covering_words(one: Audited) -> str:
     """Return how many covering cases ran, and how they ended."""
     counts = {status: sum(row.status is status for row in one.covering) for status in Status}
-    words = [f"{count} {status.value}" for status, count in counts.items() if count]
+    words = [f"{count} {_WORDS.get(status, status.value)}" for status, count in counts.items() if count]
     left = one.num_planned - len(one.covering)
     return ", ".join([*words, *([f"{left} not run"] if left else [])]) or "none"
 
@@ -67,12 +68,17 @@ def _details(one: Audited) -> Iterator[Text]:
         first, *lines = (failure.detail or "").splitlines()
         yield Text(f"{one.backend}: {first}", style="bold red")
         yield from (Text(f"  {line}") for line in lines)
-    reasons: dict[str, int] = {}
-    for row in one.records:
-        if row.status in (Status.unsupported, Status.oom):
-            reasons[_reason(row)] = reasons.get(_reason(row), 0) + 1
-    for reason, count in reasons.items():
-        yield Text(f"{one.backend}: {count} cases cannot run: {reason}", style=DIM)
+    reasons = Counter((row.status, _reason(row)) for row in one.records if row.status in _LEFT_OUT)
+    for (status, reason), count in reasons.items():
+        no_fault = "left out, which is no fault: " * one.could_run
+        yield Text(
+            f"{no_fault}{one.backend}: {count} of {len(one.records)} cases {_LEFT_OUT[status]}: {reason}", style=DIM
+        )
+
+
+#: What the statuses of cases that are no fault mean, in words.
+_WORDS = {Status.unsupported: "not applicable"}
+_LEFT_OUT = {Status.unsupported: "do not apply", Status.oom: "do not fit into memory"}
 
 
 def _reason(row: Record) -> str:

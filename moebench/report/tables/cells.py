@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from moebench.machine.units import size
+from moebench.results.labels import is_decode
 from moebench.results.record import GOOD, Status
 
 Row = Mapping[Hashable, Any]  # a row of a frame with the columns `label` and `fastest`
@@ -58,8 +60,33 @@ def half_interval(row: Row) -> str:
 
 
 def marks(row: Row) -> str:
-    """Return the marks before a time: `*` for the fastest time of its case, `~` for a time that did not converge."""
-    return f"{'*' * bool(row['fastest'])}{'~' * (row['converged'] is False)}"
+    """Return the marks before a time: `*` for the fastest of its case, `~` for a time too close to the fastest to call.
+
+    A row without the column `close` has no `~`.
+    """
+    return f"{'*' * bool(row['fastest'])}{'~' * bool(row.get('close', False))}"
+
+
+def times_text(times: float) -> str:
+    """Return how many times as long as the fastest a row takes, in at most five characters, or a dash if not known."""
+    if math.isnan(times):
+        return "-"
+    return f"{times:.{2 if times < 9.995 else 1 if times < 99.95 else 0}f}x"
+
+
+def memory(num_bytes: float) -> str:
+    """Return a number of bytes with a binary suffix, or a dash if it was not measured."""
+    return "-" if pd.isna(num_bytes) else size(num_bytes)
+
+
+def percent(share: float) -> str:
+    """Return a share in at most four characters, or a dash if it was not measured."""
+    return "-" if math.isnan(share) else f"{share:.0%}"
+
+
+def graph_times(rows: pd.DataFrame) -> "pd.Series[float]":
+    """Return the time of a replayed CUDA graph in ms of each row that is a step of decoding; null in all other rows."""
+    return rows["graph_time_ms"].where(is_decode(rows)).astype("float64")
 
 
 def mismatch(row: Row) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from moebench.report.gatewords import (
     change,
     has_busy,
     in_verdict_order,
+    labelled,
     memory_change,
     parity_change,
     reasons,
@@ -28,8 +29,9 @@ _STYLES = {
 }
 _WIDE = 100  # if the terminal has this many columns or more, no number is folded
 _LEGEND = """\
-time: change from baseline to candidate, above 0 is slower; each end of the
-  interval is wrong at most 1 time in 100
+time: change from baseline to candidate, above 0 is slower; it is the median
+  over all pairs of rounds, while `moebench compare` divides two medians;
+  each end of the interval is wrong at most 1 time in 100
 sees: the smallest slowdown that would have been found 95 times in 100
 """
 _BUSY = "busy: change of the GPU's own time in calls that wait for the GPU\n"
@@ -76,6 +78,6 @@ def _table(jobs: list[Judged], wide: bool) -> Table:
         table.add_column(name, justify="right", overflow="fold", no_wrap=wide)
     for job in jobs:
         texts = (job.backend, job.case, *(figure(job) for figure in figures.values()))
-        verdict = Text(job.verdict.value, style=_STYLES.get(job.verdict.severity, ""), no_wrap=True)
+        verdict = Text(labelled(job), style=_STYLES.get(job.verdict.severity, ""))
         table.add_row(verdict, *map(Text, texts))
     return table

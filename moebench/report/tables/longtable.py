@@ -1,96 +1,205 @@
-"""Show results as a long table, for more backends than fit side by side in a terminal.
+"""Show results as a long table: one line for each backend of a case, the fastest first.
 
-The table has one heading per case, and below the heading one line per backend. Under expert parallelism a line also has
-the parts of a forward pass (dispatch, compute, combine) and the skew, which is the difference in time between the
-slowest and the fastest rank. If any row has it, each line also has the GPU's own time.
+Where the terminal is wide enough, the case stands before its first line. Else it is a heading above its lines. Columns
+that do not fit are left out or, if they are the parts of a forward pass, the GPU's own time or the time of a CUDA
+graph, stand in a second line.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from textwrap import wrap
+from typing import Any
 
 import pandas as pd
 from rich.text import Text
 
+from moebench.report.tables.casecolumn import case_column
 from moebench.report.tables.cells import (
     DIM,
     Row,
     half_interval,
     marks,
+    memory,
     milliseconds,
     mismatch,
     part_milliseconds,
+    percent,
     rate,
     status_text,
     style_of,
+    times_text,
 )
 from moebench.results.labels import Description, in_order
 from moebench.results.record import Status
 
 Column = tuple[str, int, Callable[[Row], str]]  # title, width with the space before it, cell
 
-_SPEED: tuple[Column, ...] = (
+
+def _part(title: str, name: str) -> Column:
+    return title, 6, lambda row: part_milliseconds(row[name])
+
+
+#: Every table has these columns.
+SPEED: tuple[Column, ...] = (
     ("ms", 6, lambda row: milliseconds(row["time_ms"])),
-    ("+/-", 5, half_interval),
-    ("tok/s", 6, lambda row: rate(row["tokens_per_s"])),
-    ("TF/s", 6, lambda row: rate(row["tflops"])),
+    ("±", 5, half_interval),
+    ("×fastest", 9, lambda row: times_text(row["times_fastest"])),
+    ("memory", 9, lambda row: memory(row["peak_memory_bytes"])),
     ("err", 5, lambda row: f"{row['parity_worst']:.2f}"),
-    ("", 1, lambda row: "!" if len(row["flags"]) else ""),
+    ("", 1, lambda row: "!" if row["flagged"] else ""),
 )
-_PARTS: tuple[Column, ...] = (
-    ("disp", 6, lambda row: part_milliseconds(row["dispatch_ms"])),
-    ("comp", 6, lambda row: part_milliseconds(row["compute_ms"])),
-    ("comb", 6, lambda row: part_milliseconds(row["combine_ms"])),
-    ("skew", 6, lambda row: part_milliseconds(row["skew_ms"])),
+#: A table has these columns if a row has a value. Each needs the column of the frame that is named.
+PARTS: tuple[tuple[str, Column], ...] = (
+    ("graph_ms", _part("graph", "graph_ms")),
+    ("busy_ms", _part("busy", "busy_ms")),
+    ("dispatch_ms", _part("disp", "dispatch_ms")),
+    ("compute_ms", _part("comp", "compute_ms")),
+    ("combine_ms", _part("comb", "combine_ms")),
+    ("skew_ms", _part("skew", "skew_ms")),
 )
-_BUSY: Column = ("busy", 6, lambda row: part_milliseconds(row["busy_ms"]))
+#: A table has these columns if a row has a value, and if the terminal is wide enough.
+WIDE: tuple[tuple[str, Column], ...] = (
+    ("tokens_per_s", ("tok/s", 7, lambda row: rate(row["tokens_per_s"]))),
+    ("tflops", ("TF/s", 8, lambda row: rate(row["tflops"]))),
+    ("backward_ms", ("bwd", 7, lambda row: part_milliseconds(row["backward_ms"]))),
+    ("saved_memory_bytes", ("saved", 9, lambda row: memory(row["saved_memory_bytes"]))),
+    ("roofline_fraction", ("roof", 5, lambda row: percent(row["roofline_fraction"]))),
+    ("host_ms", ("host", 7, lambda row: part_milliseconds(row["host_ms"]))),
+)
 _MARKS_WIDTH = 2
-_LEAST_LABEL = 16  # characters; if a backend's label would get fewer, the parts get a line of their own
+_GAP = 1
+_MOST_LABEL = 40  # a longer label is folded, however wide the terminal is
+_MOST_CASE = 0.4  # of the terminal's width; a case with a longer text is a heading
+_MANY = 3  # lines; if a case has more, an empty line follows each case
 
 
-def long_table(rows: pd.DataFrame, described: Description, width: int, *, ascii_only: bool) -> Iterator[Text]:
-    """Yield the lines of the table. `rows` are sorted and have the columns `label` and `fastest`."""
-    has_parts, has_busy = bool((rows["ep_size"] > 1).any()), bool(rows["busy_ms"].notna().any())
-    lines_of_columns = _lines_of_columns(width, (*_PARTS * has_parts, *[_BUSY] * has_busy))
-    numbers = max(sum(size for _, size, _ in columns) for columns in lines_of_columns)
-    longest = max(map(len, rows["label"]))
-    label_width = max(1, min(longest, width - numbers - _MARKS_WIDTH - 1))
-    places = {label: place for place, label in enumerate(in_order(rows["label"]))}
-    rows = rows.assign(heading=described.headings)
-    for number, (_, group) in enumerate(rows.groupby(["run_id", "case_id"], sort=False)):
-        if number:
-            yield Text()
-        heading = group["heading"].iloc[0]
-        if heading:
-            yield Text(heading, style="bold")
-        for columns in lines_of_columns:
-            titles = "".join(_title(title, ascii_only).rjust(size) for title, size, _ in columns)
-            yield Text(" " * (label_width + 1 + _MARKS_WIDTH) + titles.rstrip(), style=DIM)
-        for row in sorted(group.to_dict("records"), key=lambda row: places[row["label"]]):
-            yield _line(row, label_width, lines_of_columns)
+@dataclass(frozen=True)
+class LongTable:
+    """A table of rows with one EP size.
+
+    `rows` are as moebench.report.ranking.ranked returns them, with three more columns: `flagged` says whether a row has
+    a flag that not all rows share, `graph_ms` is the time of a CUDA graph, where decoding is meant, and `host_ms` is
+    the time by the host's clock, where it is not that of `ms`. `sort` is a key
+    of `SORTS`.
+    """
+
+    rows: pd.DataFrame
+    described: Description
+    width: int
+    ascii_only: bool
+    sort: str = "time"
+
+    @property
+    def titles(self) -> set[str]:
+        """The titles of the table's columns."""
+        return {title for columns in self._layout.columns for title, _, _ in columns}
+
+    def lines(self) -> Iterator[Text]:
+        """Yield the lines of the table."""
+        layout, (header, cases) = self._layout, case_column(self.described, self.width)
+        if layout.is_flat:
+            yield from self._titles(header)
+            yield Text(("-" if self.ascii_only else "─") * layout.used_width, style=DIM)
+        texts = cases if layout.is_flat else self.described.headings
+        places = {label: place for place, label in enumerate(in_order(self.rows["label"]))}
+        rows = self.rows.assign(case_text=texts, place=self.rows["label"].map(places))
+        groups = [group for _, group in rows.groupby(["run_id", "case_id"], sort=False)]
+        is_spaced = not layout.is_flat or max(map(len, groups)) > _MANY
+        for number, group in enumerate(groups):
+            if number and is_spaced:
+                yield Text()
+            if not layout.is_flat:
+                yield Text(group["case_text"].iloc[0], style="bold")
+                yield from self._titles("")
+            for place, row in enumerate(sorted(group.to_dict("records"), key=SORTS[self.sort])):
+                yield _line(row, layout, "" if place else row["case_text"])
+
+    @cached_property
+    def _layout(self) -> "_Layout":
+        header, cases = case_column(self.described, self.width)
+        case_width = max(len(header), int(cases.str.len().max()))
+        return _layout(self.rows, case_width + _GAP if case_width else 0, self.width)
+
+    def _titles(self, header: str) -> Iterator[Text]:
+        before = self._layout.case_width + self._layout.label_width + _GAP + _MARKS_WIDTH
+        for number, columns in enumerate(self._layout.columns):
+            titles = "".join(self._title(title).rjust(size) for title, size, _ in columns)
+            yield Text(("" if number else header).ljust(before) + titles.rstrip(), style=DIM)
+
+    def _title(self, title: str) -> str:
+        return {"±": "+/-", "×fastest": "xfastest"}.get(title, title) if self.ascii_only else title
 
 
-def _lines_of_columns(width: int, parts: tuple[Column, ...]) -> list[tuple[Column, ...]]:
-    one_line = (*_SPEED, *parts)
-    fits = _LEAST_LABEL + 1 + _MARKS_WIDTH + sum(size for _, size, _ in one_line) <= width
-    return [one_line] if fits or not parts else [_SPEED, parts]
+@dataclass(frozen=True)
+class _Layout:
+    """The widths of a table, and the columns of each line of a backend.
+
+    `case_width` is 0 if the cases are headings.
+    """
+
+    is_flat: bool
+    case_width: int
+    label_width: int
+    columns: tuple[tuple[Column, ...], ...]
+
+    @property
+    def used_width(self) -> int:
+        return self.case_width + self.label_width + max(map(_numbers_width, self.columns))
 
 
-def _title(title: str, ascii_only: bool) -> str:
-    return "±" if title == "+/-" and not ascii_only else title
+def _layout(rows: pd.DataFrame, case_width: int, width: int) -> _Layout:
+    def present(columns: Sequence[tuple[str, Column]]) -> list[Column]:
+        return [column for name, column in columns if rows[name].notna().any()]
+
+    longest, parts = min(_MOST_LABEL, max(map(len, rows["label"]))), present(PARTS)
+    is_flat = case_width <= _MOST_CASE * width and case_width + longest + _numbers_width((*SPEED, *parts)) <= width
+    room = width - case_width * is_flat
+    first, *rest = [(*SPEED, *parts)] if longest + _numbers_width((*SPEED, *parts)) <= room else [SPEED, tuple(parts)]
+    label_width = max(1, min(longest, room - _numbers_width(first)))
+    for column in present(WIDE):
+        if label_width + _numbers_width((*first, column)) <= room:
+            first = (*first, column)
+    return _Layout(is_flat, case_width * is_flat, label_width, (first, *filter(None, rest)))
 
 
-def _line(row: Row, label_width: int, lines_of_columns: list[tuple[Column, ...]]) -> Text:
-    """Return the label and cells of a backend. A folded label, or two lines of cells, give several lines."""
+def _numbers_width(columns: Sequence[Column]) -> int:
+    return _GAP + _MARKS_WIDTH + sum(size for _, size, _ in columns)
+
+
+def _line(row: Row, layout: _Layout, case: str) -> Text:
+    """Return the case, the label and the cells of a backend. A folded label, or two lines of cells, give several."""
     status = Status(row["status"])
     if status is Status.ok:
-        cells = ["".join(cell(row).rjust(size) for _, size, cell in columns) for columns in lines_of_columns]
+        cells = ["".join(cell(row).rjust(size) for _, size, cell in columns) for columns in layout.columns]
         cells = [f"{mark:>{_MARKS_WIDTH}}{line}" for mark, line in zip_longest([marks(row)], cells, fillvalue="")]
     else:
         why = " ".join(mismatch(row)) if status is Status.mismatch else status_text(status)
         cells = [" " * _MARKS_WIDTH + why]
-    pieces = zip_longest(_folded(row["label"], label_width), cells, fillvalue="")
-    return Text("\n".join(f"{label:<{label_width}} {cell}".rstrip() for label, cell in pieces), style=style_of(row))
+    found, before = Text(), case if layout.is_flat else ""
+    for label, cell in zip_longest(_folded(row["label"], layout.label_width), cells, fillvalue=""):
+        found.append("\n" * bool(found) + before.ljust(layout.case_width))
+        found.append(f"{label:<{layout.label_width}} {cell}".rstrip(), style=style_of(row))
+        before = ""
+    return found
+
+
+def _by_time(row: Row) -> Any:
+    return row["status"] != Status.ok, row["time_ms"] if row["status"] == Status.ok else 0
+
+
+def _by_memory(row: Row) -> Any:
+    return pd.isna(row["peak_memory_bytes"]), 0 if pd.isna(row["peak_memory_bytes"]) else row["peak_memory_bytes"]
+
+
+def _by_backend(row: Row) -> Any:
+    return row["place"]
+
+
+#: How the lines of a case may be sorted, by the name that `moebench show --sort` takes.
+SORTS: dict[str, Callable[[Row], Any]] = {"time": _by_time, "memory": _by_memory, "backend": _by_backend}
 
 
 def _folded(label: str, width: int) -> list[str]:
@@ -98,4 +207,14 @@ def _folded(label: str, width: int) -> list[str]:
     if len(label) <= width:
         return [label]
     backend, plus, dispatcher = label.rpartition("+")
-    return [*wrap(backend or label, width), *wrap(" " + plus + dispatcher, width)] if plus else wrap(label, width)
+    return [*_pieces(backend, width), *wrap(" " + plus + dispatcher, width)] if plus else _pieces(label, width)
+
+
+def _pieces(name: str, width: int) -> list[str]:
+    """Return a name in lines of at most `width` characters. Lines end after an underscore where that is possible."""
+    lines = [""]
+    for word in re.findall("[^_]*_|[^_]+", name):
+        if lines[-1] and len(lines[-1] + word) > width:
+            lines.append("")
+        lines[-1] += word
+    return [line[start : start + width] for line in lines for start in range(0, len(line), width)]

@@ -1,43 +1,30 @@
-"""Show a frame of results as tables in a terminal, with one row per case and the backends side by side.
+"""Show a frame of results as tables in a terminal.
 
-The tables can be read without colour and in 80 columns. Each EP size has its own table. The title of a table has the
-settings that all its cases share. If the backends do not fit side by side, each backend has a line below its case.
-Below the tables, one line per reason says which jobs did not run.
+First comes the best backend of each case. Then each EP size has a table with one line for each backend of a case. The
+title of a table has the settings that all its cases share. Below the tables, a legend explains their columns and signs,
+one line per reason says which jobs did not run, and one line per flag explains it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from textwrap import wrap
 
 import pandas as pd
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
-from moebench.report.tables.boxes import ruled
-from moebench.report.tables.cells import (
-    DIM,
-    STATUS_STYLES,
-    Row,
-    half_interval,
-    marks,
-    milliseconds,
-    mismatch,
-    part_milliseconds,
-    rate,
-    status_text,
-    style_of,
-)
-from moebench.report.tables.longtable import long_table
-from moebench.results.labels import Description, backend_labels, describe, in_case_order, in_order, machine
+from moebench.errors import UsageError
+from moebench.report.flags import explained, own_flags, shared_flags
+from moebench.report.ranking import TOO_CLOSE, fastest_rows, ranked
+from moebench.report.tables.besttable import BestTable
+from moebench.report.tables.cells import DIM, STATUS_STYLES, graph_times
+from moebench.report.tables.longtable import SORTS, LongTable
+from moebench.results.advise import CLOSE
+from moebench.results.labels import describe, in_order, machine
 from moebench.results.record import GOOD, Status
 
-_SPEED_WIDTH = 20  # marks 2, time 6, interval 6, parity 5, flag 1
-_WORK_WIDTH = 16  # tokens/s 8, TFLOP/s 8
-_BUSY_WIDTH = 6  # the GPU's own time; only if a row has it
-_COLUMN_GAP = 1
-_CASE_WIDTH = 14  # the narrowest column of cases
-_TITLED_PARTS = ("experts", "tokens", "dtype", "mode", "routing", "activation")
+__all__ = ["Summary", "details", "fastest_rows", "legend", "summary"]
+
+_MOST_NAMES = 4  # of backends in one line of details
 
 
 @dataclass(frozen=True)
@@ -45,159 +32,89 @@ class Summary:
     """The tables of a run with the details below the tables, as an object that rich can print."""
 
     frame: pd.DataFrame
+    sort: str = "time"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.frame.empty:
             yield Text("No rows of results yet.")
             return
-        rows = in_case_order(self.frame)
-        rows = rows.assign(label=backend_labels(rows), fastest=fastest_rows(rows))
-        ep_sizes = sorted(rows["ep_size"].unique())
+        rows = ranked(self.frame)
+        rows = rows.assign(
+            flagged=own_flags(rows, shared_flags(rows)),
+            graph_ms=graph_times(rows),
+            host_ms=rows["host_time_ms"].where(rows["gpu"].notna()),  # on a CPU, the host's clock measures all times
+        )
+        if _has_several_cases(rows):
+            yield BestTable(self.frame)
+            yield Text()
+        ep_sizes, titles = sorted(rows["ep_size"].unique()), set()
         for ep_size in ep_sizes:
             part = rows[rows["ep_size"] == ep_size]
-            described, backends = describe(part), in_order(part["label"])
+            described = describe(part)
             one_of_several = ["EP 1"] if ep_size == 1 < len(ep_sizes) else []
             title = ", ".join([described.title(), *one_of_several])
             yield Text("\n".join(filter(None, (title, machine(part)))), style="bold")
-            layout = _layout(options, len(backends), described, bool(part["busy_ms"].notna().any()))
-            if layout is None:
-                yield from long_table(part, described, options.max_width, ascii_only=options.ascii_only)
-            else:
-                yield _table(part, described, backends, layout)
+            table = LongTable(part, described, options.max_width, options.ascii_only, self.sort)
+            yield from table.lines()
+            titles |= table.titles
             yield Text()
-        yield legend(rows)
+        yield legend(rows, titles, ascii_only=options.ascii_only)
         reasons = list(details(rows))
         if reasons:
             yield Text()
             yield from reasons
 
 
-def summary(frame: pd.DataFrame) -> Summary:
-    """Return tables of every case in `frame`, one table per EP size, for `rich.print` or a Console.
+def summary(frame: pd.DataFrame, sort: str = "time") -> Summary:
+    """Return the tables of `frame`, for `rich.print` or a Console.
 
-    For each backend, a table has the median time with half the width of its 95% confidence interval, the parity error
-    divided by its budget, tokens/s and TFLOP/s. A status other than ok replaces these numbers. The lowest median time
-    of a case has an asterisk.
+    For each backend of a case, a table has the median time with half the width of its 95% confidence interval, the time
+    divided by the lowest time of the case, peak memory, tokens/s, and the parity error divided by its budget. A status
+    other than ok replaces these numbers. `sort` is the order of the backends of a case, a key of `SORTS`. Raises
+    UsageError for another order.
     """
-    return Summary(frame)
+    if sort not in SORTS:
+        raise UsageError(f"--sort {sort}: it must be one of {', '.join(SORTS)}")
+    return Summary(frame, sort)
 
 
-def legend(frame: pd.DataFrame) -> Text:
-    """Return the legend of the tables of `frame`."""
-    per = "process" if frame["gpu"].isna().all() else "GPU"
-    explained = {
-        "* fastest of its case": fastest_rows(frame).any(),
-        "~ interval wider than the target": frame["converged"].eq(False).any(),
-        "! flagged, see below": frame["flags"].map(len).any(),
+def _has_several_cases(rows: pd.DataFrame) -> bool:
+    is_compared = rows["fastest"] | rows["close"]
+    return len(rows.loc[is_compared, ["run_id", "case_id"]].drop_duplicates()) > 1
+
+
+def legend(rows: pd.DataFrame, titles: Collection[str], *, ascii_only: bool = False) -> Text:
+    """Return the legend of tables of `rows` that have columns with these titles."""
+    signs = ("+/-", "x") if ascii_only else ("±", "×")
+    per = "process" if rows["gpu"].isna().all() else "GPU"
+    rates = [title for title in ("tok/s", "TF/s") if title in titles]
+    parts = [title for title in ("disp", "comp", "comb") if title in titles]
+    explained_columns = {
+        "ms": f"ms: median time; {signs[0]}: half of its 95% interval",
+        "×fastest": f"{signs[1]}fastest: time divided by the lowest time of the case",
+        "memory": "memory: peak memory of the call, without weights and inputs",
+        "saved": "saved: memory that the forward pass keeps for the backward pass",
+        "tok/s": f"{', '.join(rates)}: useful work per {per}, tokens and TFLOP per second",
+        "err": "err: parity error divided by its budget, at most 1 passes",
+        "graph": "graph: ms when a CUDA graph replays the call, as servers do when they decode",
+        "busy": "busy: median ms in which the GPU worked, in calls that wait for it",
+        "disp": f"{', '.join(parts)}: median ms of dispatch, compute and combine in a forward pass",
+        "skew": "skew: median ms by which the slowest rank took longer than the fastest",
+        "bwd": "bwd: median ms of the backward pass, which is a part of ms",
+        "roof": "roof: share of the speed that the machine allows at most",
+        "host": "host: ms of one call by the clock of the host",
     }
-    ranks = (
-        "EP: tokens are per rank; ms: the time of the slowest rank",
-        "disp, comp, comb: median ms of dispatch, compute and combine in a forward pass",
-        "skew: median ms by which the slowest rank took longer than the fastest",
-    )
-    lines = (
-        "ms: median time; next to it, half of its 95% interval",
-        "err: parity error divided by its budget, at most 1 passes",
-        f"tok/s, TFLOP/s (TF/s): useful work per {per}",
-        *(
-            ["busy: median ms in which the GPU worked, in calls that wait for it"]
-            * bool(frame["busy_ms"].notna().any())
+    lines = [text for title, text in explained_columns.items() if title in titles]
+    if rows["ep_size"].gt(1).any():
+        lines.append("EP: tokens are per rank; ms: the time of the slowest rank")
+    marks = {
+        "* fastest of its case": rows["fastest"].any(),
+        f"~ {TOO_CLOSE}: the interval reaches the fastest, or the times differ by less than {CLOSE:.0%}": (
+            rows["close"].any()
         ),
-        *(ranks if frame["ep_size"].gt(1).any() else ()),
-        ";  ".join(mark for mark, present in explained.items() if present),
-    )
-    return Text("\n".join(filter(None, lines)), style=DIM)
-
-
-def fastest_rows(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows have the lowest median time of their case. A case with fewer than two times has no such row."""
-    times = frame["time_ms"].where(frame["status"] == Status.ok)
-    groups = times.groupby([frame["run_id"], frame["case_id"]])
-    return (times == groups.transform("min")) & (groups.transform("count") > 1)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How a terminal table puts backends side by side."""
-
-    case_width: int
-    break_: str  # the text between the times and the rates of a cell; a line break if the terminal is narrow
-    half: str  # the sign before half the width of an interval
-    has_busy: bool  # whether a cell has the GPU's own time
-
-    @property
-    def work_width(self) -> int:
-        return _WORK_WIDTH + _BUSY_WIDTH * self.has_busy
-
-    @property
-    def cell_width(self) -> int:
-        return max(_SPEED_WIDTH, self.work_width) if self.break_ else _SPEED_WIDTH + self.work_width
-
-
-def _layout(options: ConsoleOptions, num_backends: int, described: Description, has_busy: bool) -> _Layout | None:
-    """Return the layout, or None if the backends do not fit side by side."""
-    longest_word = max(map(len, " ".join([*described.varying, *described.labels]).split()), default=0)
-    half = "" if options.ascii_only else "±"
-    width, least = options.max_width, max(_CASE_WIDTH, longest_word + 1)
-    for break_, least_of_cases in (("", 2 * least), ("\n", least)):
-        cells = num_backends * (_Layout(0, break_, half, has_busy).cell_width + _COLUMN_GAP)
-        if width >= cells + least_of_cases:
-            return _Layout(width - cells, break_, half, has_busy)
-    return None
-
-
-def _table(rows: pd.DataFrame, described: Description, backends: list[str], layout: _Layout) -> Table:
-    header, labels = _case_column(described, layout.case_width - 1)
-    table = ruled(padding=0)
-    table.add_column(Text(header), overflow="fold")
-    width = layout.cell_width
-    units = f"  {'ms':>6} {layout.half or '+/-':>5} {'err':>4} {layout.break_}  {'tok/s':>6} {'TFLOP/s':>7}"
-    units += f"{'busy':>{_BUSY_WIDTH}}" * layout.has_busy
-    folded = {backend: ["  " + line for line in wrap(backend, width - 3)] for backend in backends}
-    tallest = max(map(len, folded.values()))
-    for lines in folded.values():
-        name = "\n".join([""] * (tallest - len(lines)) + lines)
-        table.add_column(Text(name + "\n") + Text(units, style=DIM), width=width)
-
-    for _, group in rows.assign(case=labels).groupby(["run_id", "case_id"], sort=False):
-        cells = {row["label"]: _cell(row, layout) for row in group.to_dict("records")}
-        table.add_row(group["case"].iloc[0], *(cells.get(backend, Text("  -", style=DIM)) for backend in backends))
-    return table
-
-
-def _case_column(described: Description, width: int) -> tuple[str, "pd.Series[str]"]:
-    """Return header and labels of the parts that vary between cases. The parts are aligned if they fit in `width`."""
-    # the last parts, such as "25% masked" or "EP 8", need no title
-    titles = [str(name) if name in _TITLED_PARTS else "" for name in described.varying]
-    wide = [
-        max(len(title), int(texts.str.len().max()))
-        for title, (_, texts) in zip(titles, described.varying.items(), strict=True)
-    ]
-    if not titles or sum(wide) + len(wide) - 1 > width:
-        return " ".join(filter(None, titles)) or "case", described.labels
-
-    def straight(texts: Iterable[str]) -> str:
-        cells = zip(texts, titles, wide, strict=True)
-        return " ".join(text.rjust(size) if title == "tokens" else text.ljust(size) for text, title, size in cells)
-
-    labels = [straight(row) for row in described.varying.itertuples(index=False)]
-    return straight(titles), pd.Series(labels, index=described.varying.index, dtype="str")
-
-
-def _cell(row: Row, layout: _Layout) -> Text:
-    status = Status(row["status"])
-    if status is Status.mismatch:
-        text = f"{layout.break_}  ".join(mismatch(row))
-        return Text(f"  {text}", style=style_of(row))
-    if status is not Status.ok:
-        return Text(f"  {status_text(status)}", style=style_of(row))
-    flag = "!" if len(row["flags"]) else " "
-    half = half_interval(row)
-    half = half if half == "-" else layout.half + half
-    speed = f"{marks(row):>2}{milliseconds(row['time_ms']):>6} {half:>5} {row['parity_worst']:4.2f}{flag}"
-    work = f"  {rate(row['tokens_per_s']):>6} {rate(row['tflops']):>7}"
-    work += f"{part_milliseconds(row['busy_ms']):>{_BUSY_WIDTH}}" * layout.has_busy
-    return Text(speed + layout.break_ + work, style=style_of(row))
+        "! flagged, see below": rows["flagged"].any(),
+    }
+    return Text("\n".join([*lines, *(mark for mark, is_there in marks.items() if is_there)]), style=DIM)
 
 
 def details(rows: pd.DataFrame) -> Iterator[Text]:
@@ -212,13 +129,19 @@ def details(rows: pd.DataFrame) -> Iterator[Text]:
     ):
         style = STATUS_STYLES.get(Status(str(status)), "red")
         yield Text(f"{_names(some)}: {status}{_times(some)}: {reason}", style=style)
+    shared = shared_flags(rows)
+    num_ok = int((rows["status"] == Status.ok).sum())
+    for name in shared:
+        yield Text(f"all {num_ok} rows: {explained(name)}", style="yellow")
     flagged = rows[["label", "flags"]].explode("flags").dropna()
-    for flag, some in flagged.groupby("flags", sort=False):
-        yield Text(f"{_names(some)}: flagged x{len(some)}: {flag}", style="yellow")
+    for flag, some in flagged[~flagged["flags"].isin(shared)].groupby("flags", sort=False):
+        yield Text(f"! {explained(str(flag))} ({_names(some)}{_times(some)})", style="yellow")
 
 
 def _names(rows: pd.DataFrame) -> str:
-    return ", ".join(in_order(rows["label"]))
+    names = in_order(rows["label"])
+    rest = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + f" and {rest} more" * (rest > 0)
 
 
 def _times(rows: pd.DataFrame) -> str:

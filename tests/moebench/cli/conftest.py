@@ -25,7 +25,7 @@ def good_run(sweep, tmp_path_factory):
     """A run with `--json` and no failures. Its results include unsupported and out of memory."""
     cwd = tmp_path_factory.mktemp("good")
     backends = ["loop", "torch_mm", "broken:SaysUnsupported", "broken:OutOfMemory"]
-    chosen = [argument for name in backends for argument in ("--backend", name)]
+    chosen = [argument for name in backends for argument in ("--only", name)]
     asked = ["--json", "--filter", "num_tokens=8", *chosen, "--device", "cpu", "--profile"]
     found = finished("run", sweep, *asked, cwd=cwd)
     return SimpleNamespace(**vars(found), cwd=cwd, backends=backends)

@@ -13,10 +13,15 @@ def test_compare_shows_ratios_and_what_differs(moebench, folders):
     found = moebench("compare", "same", "slow", "other")
     assert found.code == 0
     assert "1.040" in found.out
+    assert "B's median time divided by A's" in found.out
+    assert "95.4 MiB" in found.out, "memory in every table"
+    assert "other against same: no job in common" in found.out
     assert "slow against same: cpu Intel(R) Xeon(R) Processor -> other" in found.out
     assert json.loads(moebench("compare", "same", "slow", "--json").out)[0]["time_ms_ratio:slow"] == pytest.approx(1.04)
     header, line = moebench("compare", "same", "slow", "--csv").out.splitlines()
     assert len(header.split(",")) == len(line.split(","))
+    nothing = moebench("compare", "same", "other")
+    assert (nothing.code, nothing.out, "no job in common" in nothing.err) == (2, "", True)
     assert moebench("compare", "same").code == moebench("compare", "same", "same").code == 2
 
 

@@ -49,7 +49,7 @@ def test_a_run_goes_to_a_new_folder_of_results(good_run, sweep):
     assert (good_run.cwd / folder / "sweep.toml").read_text() == sweep.read_text()
     asked = json.loads((good_run.cwd / folder / "run.json").read_text())
     assert (asked["sweep"], asked["num_jobs"], asked["moebench"]) == ("tiny", 4, __version__)
-    assert asked["command"].startswith(f"moebench run {sweep} --json --filter num_tokens=8 --backend loop")
+    assert asked["command"].startswith(f"moebench run {sweep} --json --filter num_tokens=8 --only loop")
 
 
 def test_profile_leaves_a_trace_of_each_job_that_ran(good_run):
@@ -65,7 +65,7 @@ def test_profile_leaves_a_trace_of_each_job_that_ran(good_run):
 def bad_run(sweep, case_ids, tmp_path_factory):
     """A run of a wrong backend, into a folder with a name that is hard to print."""
     cwd = tmp_path_factory.mktemp("bad")
-    arguments = ["--backend", "loop", "--backend", "faulty:DroppedToken", "--case", case_ids[1], "--out", "out [1] :x:"]
+    arguments = ["--only", "loop", "--only", "faulty:DroppedToken", "--case", case_ids[1], "--out", "out [1] :x:"]
     return SimpleNamespace(**vars(finished("run", sweep, *arguments, "--device", "cpu", cwd=cwd)), cwd=cwd)
 
 
@@ -78,6 +78,9 @@ def test_a_mismatch_is_exit_code_1_and_in_the_table(bad_run):
 
 def test_the_last_line_names_the_folder(bad_run):
     assert bad_run.out.splitlines()[-1] == "results: out [1] :x:"
+    assert re.fullmatch(
+        r"wrote results.parquet, results.csv, report.html and \d+ files in plots", bad_run.out.splitlines()[-2]
+    ), "the files have one line"
     assert (bad_run.cwd / "out [1] :x:" / "results.parquet").is_file()
 
 
@@ -109,7 +112,7 @@ def test_rounds_measure_every_job_again_in_fresh_processes(sweep, tmp_path):
 def hanging_run(sweep, cwd):
     """Return a run that has measured its first job and hangs in the second, and the second worker."""
     process = started(
-        *("run", sweep, "--out", "out", "--backend", "loop", "--backend", "broken:Hangs", "--device", "cpu"), cwd=cwd
+        *("run", sweep, "--out", "out", "--only", "loop", "--only", "broken:Hangs", "--device", "cpu"), cwd=cwd
     )
     journal, events = cwd / "out" / "journal.jsonl", cwd / "out" / "logs" / "worker-1.events.jsonl"
     deadline = time.monotonic() + 90
@@ -153,9 +156,7 @@ def test_a_worker_does_not_outlive_a_supervisor_that_is_killed(sweep, tmp_path):
 
 def test_what_is_not_there_is_refused_and_leaves_the_folder_free(sweep, moebench, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", python_path(ROOT))
-    found = moebench(
-        "run", sweep, "--out", "out", "--backend", "lopp", "--backend", "no_such:Thing", "--device", "cuda:99"
-    )
+    found = moebench("run", sweep, "--out", "out", "--only", "lopp", "--only", "no_such:Thing", "--device", "cuda:99")
     assert (found.code, found.out) == (2, "")
     backend, module, device = found.err.strip().splitlines()
     assert "there is no backend 'lopp'; did you mean 'loop'?" in backend
@@ -196,19 +197,18 @@ def test_a_sweep_with_mistakes(moebench):
 
 
 def test_a_case_a_filter_and_a_backend_that_cannot_be(sweep, moebench):
-    is_refused(moebench("run", sweep, "--case", "e4k2-nothing"), "'e4k2-nothing'", f"see `moebench list {sweep}`")
+    is_refused(moebench("run", sweep, "--case", "e4k2-nothing"), "'e4k2-nothing'", f"see `moebench list {sweep} --ids`")
     is_refused(moebench("run", sweep, "--filter", "tokens=8"), "'tokens=8'", "num_tokens")
     is_refused(moebench("run", sweep, "--filter", "num_tokens=9"), "no job is left")
     is_refused(moebench("run", sweep, "--backend", "my module"), "'my module'", "module:attribute")
 
 
 def test_dry_run_measures_nothing(sweep, case_ids, moebench):
-    found = moebench(
-        "run", sweep, "--dry-run", "--filter", "num_tokens=24", "--backend", "torch_mm", "--backend", "my:Own"
-    )
+    found = moebench("run", sweep, "--dry-run", "--filter", "num_tokens=24", "--only", "torch_mm", "--only", "my:Own")
     assert (found.code, found.err) == (0, "")
-    listed = [f"{case_ids[1]}  {name}  local" for name in ("torch_mm", "my:Own")] + ["2 jobs"]
-    assert found.out.splitlines()[:3] == listed
+    assert "backends: torch_mm, my:Own" in found.out.splitlines()
+    assert "2 jobs, 1 case" in found.out.splitlines()
+    assert case_ids[1] not in found.out, "a hash is for who asks for it"
     assert "Estimates, nothing was measured." in found.out
     assert list(Path().iterdir()) == []
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moebench.machine.units import size
+from moebench.machine.units import size, size_change
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,15 @@ from moebench.machine.units import size
 )
 def test_size(num_bytes: int, spec: str | None, text: str) -> None:
     assert size(num_bytes, spec) == text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        (2**20, 2**21, "1.00 MiB -> 2.00 MiB"),
+        (2**20, 2**20 + 64, "1.00 MiB, 64 B more"),
+        (2**20 + 64, 2**20, "1.00 MiB, 64 B less"),
+    ],
+)
+def test_a_change_is_visible_however_small(before: int, after: int, text: str) -> None:
+    assert size_change(before, after) == text

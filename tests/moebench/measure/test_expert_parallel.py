@@ -281,7 +281,7 @@ backend = ["loop", "ranks:Hangs"]
 """
 
 
-NAMED = ["--backend", "loop", "--backend", "ranks:Hangs"]
+NAMED = ["--only", "loop", "--only", "ranks:Hangs"]
 
 
 @pytest.mark.certify(share=0)  # two groups of ranks; test_run.py interrupts a run of one process

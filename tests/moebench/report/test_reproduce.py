@@ -39,7 +39,7 @@ def test_the_sweep_of_the_run_is_found_where_it_was_else_by_its_name(tmp_path: P
     own = tmp_path / "mine.toml"
     own.write_bytes(find_sweep("quick").read_bytes())
     (tmp_path / "run.json").write_text(run_json(sweep="quick", sweep_file=str(own)))
-    words = f"--case {row()['case_id']} --backend loop --device cpu"
+    words = f"--case {row()['case_id']} --only loop --device cpu"
     assert Reproducer.of(tmp_path).command(row()) == f"moebench run {own} {words}"
     own.unlink()
     assert Reproducer.of(tmp_path).command(row()) == f"moebench run quick {words}"

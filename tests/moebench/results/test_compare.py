@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from moebench.errors import ResultsError
-from moebench.results.compare import compare, names_of
+from moebench.results.compare import compare, names_of, num_common
 from moebench.results.record import Status
 from tests.moebench.gated import bad, frame, job_of, ok, waits
 
@@ -74,8 +74,19 @@ def test_rows_are_in_case_order(compared):
 
 
 def test_a_type_does_not_depend_on_what_is_there(compared):
-    nothing = compare({"before": frame(), "after": frame()})
+    failed = frame(bad(SMALL, Status.mismatch), bad(LARGE, Status.crash))
+    nothing = compare({"before": failed, "after": failed})
     assert compared.dtypes.to_dict() == nothing.dtypes.to_dict()
+
+
+def test_results_without_a_job_in_common_with_the_first_are_no_comparison():
+    one, two = frame(ok(SMALL, [1.0])), frame(ok(LARGE, [1.0]), ok(NEW, [1.0]))
+    for frames in ({"a": one, "b": two}, {"a": one, "b": two, "c": two}, {"a": frame(), "b": frame()}):
+        with pytest.raises(ResultsError, match="no job in common"):
+            compare(frames)
+    both = compare({"a": one, "b": two, "c": one})
+    assert num_common({"a": one, "b": two, "c": one}) == {"b": 0, "c": 1}
+    assert len(both) == 3
 
 
 def test_one_result_is_no_comparison():

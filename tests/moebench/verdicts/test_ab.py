@@ -170,7 +170,7 @@ def test_memory_is_judged_at_once_and_does_not_end_the_rounds_for_time(moebench,
         return ok(job, [time_ms**30], peak_memory_bytes=1_000_000 + (side == "b"), gpu=None)
 
     processes.row_of = row_of
-    found = moebench("--backend", "loop")
+    found = moebench("--only", "loop")
     assert found.code == 1
     assert "REGRESSED memory: peak 1,000,000 -> 1,000,001 bytes" in found.out
     assert len(processes.rounds("b", "loop")) > 2 * FIRST
@@ -190,7 +190,7 @@ def test_a_wrong_candidate_is_regressed(moebench, processes):
 def test_backends_of_one_side_are_new_or_missing_and_measured_once(moebench, processes, monkeypatch):
     lacks = {"a": {"torch_mm": "no torch_mm"}, "b": {"loop": "no loop"}}
     monkeypatch.setattr(ab, "unknown_backends", lambda revision, names: lacks[revision.folder.name])
-    found = moebench("--backend", "loop", "--backend", "torch_mm", "--backend", "gmm")
+    found = moebench("--only", "loop", "--only", "torch_mm", "--only", "gmm")
     assert found.code == 1
     assert found.out.splitlines()[-1] == "gate: 2 MISSING, 2 NEW, 2 PASS"
     assert processes.rounds("a", "loop") == processes.rounds("b", "torch_mm") == [0]
@@ -199,7 +199,7 @@ def test_backends_of_one_side_are_new_or_missing_and_measured_once(moebench, pro
 
 def test_a_backend_that_neither_has_is_bad_usage_and_leaves_nothing(moebench, processes, monkeypatch, tmp_path):
     monkeypatch.setattr(ab, "unknown_backends", lambda revision, names: {"loup": "there is no backend 'loup'"})
-    found = moebench("--backend", "loup")
+    found = moebench("--only", "loup")
     assert (found.code, found.err) == (2, "there is no backend 'loup'\n")
     assert not (tmp_path / "out").exists()
 

@@ -40,7 +40,8 @@ def test_one_byte_more_is_a_regression():
     assert memory((100, 50), (100, 51)).verdict is Verdict.REGRESSED
     assert memory((100, 50), (99, 50)).verdict is Verdict.IMPROVED
     assert memory((100, 50), (90, 51)).verdict is Verdict.REGRESSED, "less peak does not pay for more saved"
-    assert "peak 1,000 -> 2,000 bytes" in memory((1000, 50), (2000, 50)).reason
+    assert memory((25 << 20, 50), (50 << 20, 50)).reason == "peak 25.0 MiB -> 50.0 MiB"
+    assert memory((25 << 20, 50), ((25 << 20) + 64, 50)).reason == "peak 25.0 MiB, 64 B more"
 
 
 def test_on_a_gpu_what_the_allocator_varies_is_no_change():

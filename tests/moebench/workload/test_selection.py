@@ -6,7 +6,7 @@ import pytest
 
 from moebench.errors import SweepError
 from moebench.workload.case import Job
-from moebench.workload.selection import filter_jobs, select, select_backends
+from moebench.workload.selection import add_backends, filter_jobs, select, select_backends
 from moebench.workload.spec import parse_sweep
 from tests.moebench.planned import write_sweep
 
@@ -119,9 +119,23 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_selections_are_combined(sweep: str) -> None:
     jobs = select(sweep, ["my:Own", "loop"], ["num_tokens>8"], [])
-    assert [(job.case.num_tokens, job.backend) for job in jobs] == [(24, "my:Own"), (24, "loop")]
+    assert [(job.case.num_tokens, job.backend) for job in jobs] == [(24, "loop"), (24, "torch_mm"), (24, "my:Own")]
+    alone = select(sweep, [], ["num_tokens>8"], [], only=["my:Own", "loop"])
+    assert [(job.case.num_tokens, job.backend) for job in alone] == [(24, "my:Own"), (24, "loop")]
     chosen = select(sweep, [], [], [jobs[0].case.case_id])
     assert [job.backend for job in chosen] == ["loop", "torch_mm"]
+    with pytest.raises(SweepError, match="--backend and --only exclude each other"):
+        select(sweep, ["loop"], [], [], only=["my:Own"])
+
+
+def test_an_added_backend_gets_the_dispatchers_of_each_case_and_no_job_is_twice() -> None:
+    jobs = some_jobs()
+    more = add_backends(jobs, ["my:Own", "loop"])
+    assert [job for job in more if job.backend != "my:Own" and job in jobs] == jobs
+    assert len(set(more)) == len(more)
+    for case in {job.case for job in jobs}:
+        dispatchers = {job.dispatcher for job in jobs if job.case == case}
+        assert {job.dispatcher for job in more if job.case == case and job.backend == "my:Own"} == dispatchers
 
 
 def test_every_case_that_is_not_there_is_named(sweep: str) -> None:

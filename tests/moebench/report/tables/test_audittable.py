@@ -32,12 +32,12 @@ def test_the_table_says_where_a_backend_is_wrong_and_why_it_cannot():
         )
     )
     rows = words(text)
-    assert ["loop", "ok", "2", "ok,", "1", "unsupported", "–", "0.50"] in rows
+    assert ["loop", "ok", "2", "ok,", "1", "not", "applicable", "–", "0.50"] in rows
     assert ["bad:One", "MISMATCH", "1", "ok,", "1", "mismatch,", "5", "not", "run", "–", "0.25"] in rows
     assert ["bad:Two", "ERROR", "1", "error", "–", "–"] in rows
     assert "\nbad:One: output (token 3): error inf\n  the command\n" in text
     assert "\nbad:Two: ValueError: no\n  Traceback\n    there\n" in text
-    assert "\nloop: 1 cases cannot run: why\n" in text
+    assert "\nleft out, which is no fault: loop: 1 of 3 cases do not apply: why\n" in text
 
 
 def test_the_lines_that_a_user_copies_are_not_wrapped():
@@ -51,6 +51,8 @@ def test_who_could_not_run_at_all_is_told():
     whole = audit_of(audited("loop", Status.ok), audited("te", Status.unsupported, Status.oom))
     assert whole.not_examined == ("te",)
     assert words(printed(whole))[2][:3] == ["te", "not", "examined"]
+    assert "\nte: 1 of 2 cases do not apply: why\nte: 1 of 2 cases do not fit into memory: why\n" in printed(whole)
+    assert "no fault" not in printed(whole), "a backend that could not run at all was not examined"
     assert whole.as_dict()["not_examined"] == ("te",)
     assert whole.passed
     assert not replace(whole, required=("loop", "te")).passed

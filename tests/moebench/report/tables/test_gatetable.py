@@ -26,7 +26,10 @@ def test_the_table_has_the_worst_first_and_says_why(result):
     slow = next(line for line in lines if "+5.1%" in line)
     assert "+25.00%" in slow
     assert "0.25" in slow
+    assert slow.startswith("REGRESSED time, memory "), "the row says which measure regressed"
     text = "\n".join(lines)
+    assert "REGRESSED memory: peak 95.4 MiB -> 119 MiB" in text
+    assert "while `moebench compare` divides two medians" in text
     assert f"REGRESSED time: slower: loop on {JOBS['slow'].case.case_id}" in text
     assert "measure more with --rounds" in text
     assert lines[-1] == "gate: 2 REGRESSED, 1 MISSING, 1 INCONCLUSIVE, 1 NEW, 1 PASS"

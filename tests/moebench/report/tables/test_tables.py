@@ -2,16 +2,23 @@
 
 import io
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from moebench.report.tables.tables import fastest_rows, legend, summary
+from moebench.errors import UsageError
+from moebench.report.flags import FLAGS
+from moebench.report.ranking import fastest_rows
+from moebench.report.tables.longtable import SORTS
+from moebench.report.tables.tables import summary
 from moebench.results.frame import to_frame
 from moebench.results.record import Record, Status, record
 from moebench.workload.case import Case, Job
 
+ROOT = Path(__file__).parents[4]
 SHAPE: dict[str, Any] = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 256, "moe_inter_dim": 512}
 FULL = {"device": "cuda", "gpu": "NVIDIA H200", "l2": "cold", "tokens_per_s": 1_234_567.0, "tflops": 42.12}
 LONG = "acme_kernels.experiments.grouped:FancyGroupedExpertsWithEpilogueFusion"
@@ -47,19 +54,45 @@ def fastest(rows: list[Record]) -> list[tuple[str, int]]:
     return list(zip(marked["backend"], marked["num_tokens"], strict=True))
 
 
-def test_a_cell_has_time_interval_parity_tokens_and_flops() -> None:
-    text = printed([ok("loop", 1.2345), ok("torch_mm", 0.5, parity_worst=0.875)])
-    assert "1.234 ±1.0% 0.31" in text or "1.235 ±1.0% 0.31" in text
-    assert "* 0.500 ±1.0% 0.88" in text
-    assert "1.23M    42.1" in text
+def lines_of(rows: list[Record], width: int = 80) -> list[str]:
+    return [line.rstrip() for line in printed(rows, width).splitlines()]
+
+
+def cells(line: str) -> dict[str, str]:
+    """Return the columns of a line of one case, at 80 columns."""
+    return dict(zip(("label", "ms", "half", "times", "memory", "err", "tok/s", "TF/s"), line.split(), strict=False))
+
+
+def test_a_line_has_time_interval_ratio_memory_parity_tokens_and_flops() -> None:
+    rows = [ok("loop", 1.25, peak_memory_bytes=3 << 19), ok("torch_mm", 0.5, parity_worst=0.875)]
+    loop = next(line for line in lines_of(rows) if line.startswith("loop"))
+    assert cells(loop.replace(" MiB", "MiB")) == {
+        "label": "loop",
+        "ms": "1.250",
+        "half": "1.0%",
+        "times": "2.50x",
+        "memory": "1.50MiB",
+        "err": "0.31",
+        "tok/s": "1.23M",
+        "TF/s": "42.1",
+    }
+    fast = next(line for line in lines_of(rows) if line.startswith("torch_mm"))
+    assert fast.split() == ["torch_mm", "*", "0.500", "1.0%", "1.00x", "-", "0.88", "1.23M", "42.1"]
+
+
+def test_every_table_of_results_has_memory() -> None:
+    for rows in ([ok("loop", 1.0)], [ok("te", 1.0, case(ep_size=2), dispatcher="deepep")]):
+        for width in (60, 80, 120, 200):
+            text = printed([*rows, *[ok("gmm", 2.0, case(256))]], width)
+            assert text.count("memory") >= 2, "the title of a column, and the legend"
 
 
 def test_the_title_has_what_all_rows_share_and_the_rows_what_differs() -> None:
     lines = printed([ok("loop", 1.0, case(n, mode=m)) for n in (128, 4096) for m in ("forward", "train")]).splitlines()
     assert lines[0].rstrip() == "e8k2d256i512, bfloat16, uniform routing, swiglu"
     assert lines[1].rstrip() == "NVIDIA H200, L2 cold, 2026-11-23"
-    cases = [" ".join(line.split()[:2]) for line in lines if line.strip().startswith(("128 ", "4096 "))]
-    assert cases == ["128 forward", "4096 forward", "128 train", "4096 train"]
+    cases = [" ".join(line.split()[:3]) for line in lines if line.strip().startswith(("128 ", "4096 "))]
+    assert cases == ["128 forward loop", "4096 forward loop", "128 train loop", "4096 train loop"]
 
 
 def test_the_fastest_of_each_case_is_marked() -> None:
@@ -75,7 +108,7 @@ def test_the_fastest_of_each_case_is_marked() -> None:
 def test_the_mark_of_the_fastest_is_bold_and_green_where_there_is_colour() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=80)
     console.print(summary(to_frame([ok("loop", 3.0), ok("torch_mm", 2.0)])))
-    assert "\x1b[1;32m * 2.000" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b[1;32mtorch_mm  * 2.000" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_mismatch_is_never_the_fastest_and_has_no_speed() -> None:
@@ -114,15 +147,40 @@ def test_runs_are_not_compared_with_each_other() -> None:
     assert not fastest_rows(pd.concat([first, second], ignore_index=True)).any()
 
 
-def test_what_did_not_converge_or_is_flagged_is_marked_and_the_legend_says_so() -> None:
-    rows = [ok("loop", 3.0, converged=False), ok("torch_mm", 2.0, flags=("clocks dropped",))]
-    text = printed(rows)
-    assert " ~ 3.000" in text
+def test_a_tilde_marks_what_is_too_close_to_call_and_nothing_else() -> None:
+    wide = {"time_ms_low": 1.9, "time_ms_high": 9.0, "converged": False}
+    text = printed([ok("loop", 2.0), ok("gmm", 2.03, **wide), ok("te", 4.0, converged=False)])
+    marks = {line.split()[0]: line.split()[1] for line in text.splitlines() if line.startswith(("loop", "gmm", "te"))}
+    assert marks == {"loop": "~", "gmm": "~", "te": "4.000"}, "an interval that changes no place is not marked"
+    assert "~ too close to call: " in text
+    assert "*" not in text
+    alone = printed([ok("loop", 3.0, converged=False)])
+    assert not any(mark in alone for mark in ("*", "~", "!"))
+
+
+def test_a_flag_is_marked_and_explained_where_it_is_shown() -> None:
+    rows = [ok("loop", 3.0), ok("torch_mm", 2.0, flags=("clock_changed",)), ok("te", 4.0, flags=("own_flag",))]
+    text = printed(rows, 120)
     assert "0.31!" in text
-    assert "torch_mm: flagged x1: clocks dropped" in text
-    assert "~ interval wider" in text
-    plain = legend(to_frame([ok("loop", 3.0)])).plain
-    assert not any(mark in plain for mark in ("*", "~", "!"))
+    assert "! clock_changed: some samples ran at another GPU clock; the times leave them out (torch_mm)" in text
+    assert "! own_flag (te)" in text, "a flag that is not known is shown as it is"
+    assert "! flagged, see below" in text
+
+
+def test_a_flag_that_all_rows_share_is_said_once_and_marks_no_row() -> None:
+    cases = [case(n) for n in (8, 16, 32)]
+    rows = [ok(name, 1.0, of, flags=("synchronises",)) for of in cases for name in ("loop", "gmm")]
+    rows[3] = ok("gmm", 1.0, cases[1], flags=("synchronises", "clock_changed"))
+    rows.append(bad("te", Status.unsupported, "needs CUDA"))
+    text = printed(rows, 120)
+    assert text.count("synchronises") == 1
+    assert "all 6 rows: synchronises: the call waits for the GPU, so its time includes host time" in text
+    assert text.count("0.31!") == 1, "only the row with a flag of its own is marked"
+
+
+def test_every_flag_of_the_documents_has_an_explanation() -> None:
+    table = (ROOT / "docs" / "results.md").read_text().partition("| flag | meaning |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == set(FLAGS)
 
 
 def test_reasons_are_listed_once_with_their_count_failures_first() -> None:
@@ -145,34 +203,42 @@ def test_reasons_are_listed_once_with_their_count_failures_first() -> None:
 @pytest.mark.parametrize("backends", [["loop"], ["loop", "torch_mm", "gmm"], ["loop", LONG, "te", "gmm", "torch_mm"]])
 def test_no_line_is_wider_than_the_terminal_and_nothing_is_lost(width: int, backends: list[str]) -> None:
     cases = [case(n, expert_activation=a, expert_bias=True) for n in (128, 16384) for a in ("quick_geglu", "swiglu")]
-    rows = [ok(name, 10.0 + at, of) for of in cases for at, name in enumerate(backends)]
+    rows = [ok(name, 10.0 + at, of, roofline_fraction=0.5) for of in cases for at, name in enumerate(backends)]
     text = printed(rows, width)
     assert max(map(len, text.splitlines())) <= width
-    side_by_side = width >= 21 * len(backends) + 17
-    assert text.count("±1.0% 0.31" if side_by_side else "1.0% 1.23M  42.1 0.31") == len(rows)
+    assert text.count(" 1.0%") == len(rows)
     assert [name for name in backends if name not in text] in ([], [LONG])
     assert "quick_geglu+bias" in text, "words stay whole"
 
 
-def test_a_long_name_is_folded_whole_above_its_column() -> None:
-    lines = printed([ok(LONG, 1.0), ok("loop", 1.0)]).splitlines()
-    units = next(at for at, line in enumerate(lines) if " ms " in line)
-    assert lines[units - 1].split()[0] == "loop", "short names stand right above their numbers"
-    column = lines[units].index(" ms ", lines[units].index(" ms ") + 1) - 5
-    assert "".join(line[column:].strip() for line in lines[2:units]) == LONG
+def test_a_wider_terminal_shows_more_columns() -> None:
+    measured = {"roofline_fraction": 0.5, "host_time_ms": 3.0, "backward_ms": 1.0, "saved_memory_bytes": 5 << 20}
+    rows = [ok(name, 2.0, case(mode="train"), **measured) for name in ("loop", "te_fp8_block_cached")]
+    titles = {
+        width: next(line for line in printed(rows, width).splitlines() if " ms " in line).split()[1:]
+        for width in (60, 80, 120)
+    }
+    assert titles[60] == ["±", "×fastest", "memory", "err"]
+    assert titles[80] == ["±", "×fastest", "memory", "err", "tok/s", "TF/s", "bwd"]
+    assert titles[120] == ["±", "×fastest", "memory", "err", "tok/s", "TF/s", "bwd", "saved", "roof", "host"]
+    for width in (60, 80, 120):
+        legend_lines = printed(rows, width)
+        assert ("bwd: " in legend_lines) == (width > 60), "the legend explains the columns that are there"
 
 
-def test_backends_stand_side_by_side_as_long_as_they_fit() -> None:
-    names = ("loop", "te", "gmm", "torch_mm")
-    rows = [ok(name, 1.0) for name in names]
-    assert printed(rows, 98).splitlines()[2].split() == ["loop", "gmm", "te", "torch_mm"]
-    lines = printed(rows, 97).splitlines()
-    assert [line.split()[0] for line in lines if "1.0%" in line] == ["loop", "gmm", "te", "torch_mm"]
+def test_a_long_name_is_folded_whole() -> None:
+    lines = lines_of([ok(LONG, 1.0), ok("loop", 2.0)], 60)
+    start = next(at for at, line in enumerate(lines) if line.startswith("acme_"))
+    end = next(at for at, line in enumerate(lines) if line.startswith("loop"))
+    assert "".join(line.split()[0] for line in lines[start:end]) == LONG
+    assert "1.000" in lines[start]
 
 
 def test_a_narrow_encoding_gets_only_its_characters() -> None:
-    text = printed([ok("loop", 3.0), ok("torch_mm", 2.0)], encoding="ascii")
-    assert "* 2.000  1.0% 0.31" in text
+    text = printed([ok("loop", 3.0), ok("torch_mm", 2.0), ok("te", 1.0, case(256))], encoding="ascii")
+    assert "* 2.000" in text
+    assert "+/-" in text
+    assert "xfastest" in text
 
 
 def test_dispatchers_are_columns() -> None:
@@ -195,7 +261,7 @@ def test_each_ep_size_has_a_table_of_the_backends_that_it_has() -> None:
     tables = ["\n".join(lines[start:end]) for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
     for table, label in zip(tables, ("loop", "te+alltoall", "gmm+deepep"), strict=True):
         assert [name for name in ("loop", "te+alltoall", "gmm+deepep") if name in table] == [label]
-        assert table.count("±1.0% 0.31") == 2
+        assert table.count(" 1.0%") == 2
     assert printed(rows).count("ms: median time") == 1, "one legend"
 
 
@@ -209,16 +275,17 @@ def test_the_load_of_the_ranks_tells_cases_apart() -> None:
 
 
 def test_the_legend_explains_the_columns_of_ranks_where_there_are_ranks() -> None:
-    assert "skew" not in legend(to_frame([ok("loop", 3.0)])).plain
-    plain = legend(to_frame([ok("loop", 3.0, case(ep_size=2), dispatcher="alltoall")])).plain
-    assert all(word in plain for word in ("per rank", "slowest rank", "disp,", "comp,", "comb:", "skew:"))
-    assert max(map(len, plain.splitlines())) <= 80
+    assert "skew" not in printed([ok("loop", 3.0)])
+    parts = dict.fromkeys(("dispatch_ms", "compute_ms", "combine_ms", "skew_ms"), 0.5)
+    text = printed([ok("loop", 3.0, case(ep_size=2), dispatcher="alltoall", **parts)])
+    assert all(word in text for word in ("per rank", "slowest rank", "disp,", "comp,", "comb:", "skew:"))
 
 
 def test_what_was_not_measured_is_a_dash() -> None:
     missing = dict.fromkeys(("time_ms_low", "time_ms_high", "tokens_per_s", "tflops", "converged"))
     text = printed([ok("loop", 3.0, **missing), ok("torch_mm", 2.0, case(256))])
-    assert "3.000     - 0.31" in text
+    (line,) = (line for line in text.splitlines() if " loop" in line and "3.000" in line)
+    assert line.split()[1:] == ["loop", "3.000", "-", "1.00x", "-", "0.31", "-", "-"]
     assert "nan" not in text.lower()
     assert "<na>" not in text.lower()
 
@@ -227,15 +294,45 @@ def test_no_rows_are_said() -> None:
     assert printed([]).strip() == "No rows of results yet."
 
 
-@pytest.mark.parametrize(("share", "text"), [(0.004, "±0.4%"), (0.0996, " ±10%"), (1.2, "±120%")])
+@pytest.mark.parametrize(("share", "text"), [(0.004, "0.4%"), (0.0996, " 10%"), (1.2, "120%")])
 def test_an_interval_keeps_its_column(share: float, text: str) -> None:
     row = ok("loop", 1.0, time_ms_low=1 - share, time_ms_high=1 + share)
-    assert f"1.000 {text} 0.31" in printed([row])
+    assert f"1.000 {text}    1.00x" in printed([row])
 
 
 @pytest.mark.parametrize("time_ms", [0.00123, 0.0999, 9.9996, 99.996, 999.96, 12345.6])
 def test_a_time_keeps_its_column(time_ms: float) -> None:
     lines = printed([ok("loop", time_ms), ok("torch_mm", 5000.0)]).splitlines()
-    (line,) = (line for line in lines if "±1.0%" in line)
-    assert line.index("±1.0%") < line.rindex("±1.0%")
-    assert line.rindex("±1.0%") == next(one for one in lines if "ms" in one).rindex("±") - 4
+    ends = {line.index("1.0%") for line in lines if " 1.0% " in line}
+    assert len(ends) == 1
+
+
+def test_the_time_of_a_cuda_graph_is_shown_where_decoding_is_meant() -> None:
+    decode, prefill = case(8), case(4096)
+    rows = [ok("loop", 2.0, of, graph_time_ms=0.125) for of in (decode, prefill, case(8, mode="train"))]
+    text = printed(rows, 120)
+    assert text.count("0.125") == 1, "not for many tokens, and not for a train step"
+    assert "graph: ms when a CUDA graph replays the call" in text
+    assert "graph" not in printed(rows[1:], 120)
+
+
+def test_the_order_of_the_backends_of_a_case_can_be_chosen() -> None:
+    rows = [
+        ok("te", 1.0, peak_memory_bytes=3000),
+        ok("loop", 3.0, peak_memory_bytes=1000),
+        bad("gmm", Status.oom, "12 GiB wanted"),
+        ok("torch_mm", 2.0, peak_memory_bytes=None),
+    ]
+    orders = {}
+    for sort in SORTS:
+        console = Console(file=io.StringIO(), width=80)
+        console.print(summary(to_frame(rows), sort))
+        found = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        orders[sort] = [line.split()[0] for line in found if line.startswith(("te ", "loop ", "gmm ", "torch_mm "))]
+    assert orders == {
+        "time": ["te", "torch_mm", "loop", "gmm"],
+        "memory": ["loop", "te", "gmm", "torch_mm"],
+        "backend": ["loop", "gmm", "te", "torch_mm"],
+    }
+    with pytest.raises(UsageError, match="--sort speed: it must be one of time, memory, backend"):
+        summary(to_frame(rows), "speed")

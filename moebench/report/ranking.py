@@ -1,0 +1,115 @@
+"""Rank the backends of each case by their times, and say where noise blurs the ranking.
+
+Only rows of one run are ranked against each other. If the results cannot tell which of several backends is the fastest,
+they are too close to call, and none of them is the fastest: either their 95% intervals overlap, or their times differ
+by less than `CLOSE`. `moebench.results.advise` has the same rule.
+"""
+
+from collections import Counter
+
+import pandas as pd
+
+from moebench.results.advise import CLOSE
+from moebench.results.labels import backend_labels, in_case_order, in_order
+from moebench.results.record import Status
+
+TOO_CLOSE = "too close to call"
+_CASE = ["run_id", "case_id"]
+
+
+def ranked(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows in the order of cases, with four more columns.
+
+    - `label`: the backend with its dispatcher
+    - `times_fastest`: the time divided by the lowest time of the case; null for a row without a time
+    - `fastest`: whether the row is the fastest of its case, by more than noise
+    - `close`: whether the row is too close to the fastest to call. In such a case, no row is the fastest.
+    """
+    rows = in_case_order(frame)
+    return rows.assign(
+        label=backend_labels(rows),
+        times_fastest=(_times(rows) / _lowest(rows)).astype("float64"),
+        fastest=fastest_rows(rows),
+        close=close_rows(rows),
+    )
+
+
+def fastest_rows(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows are the fastest of their case. A case of one time, or too close to call, has no such row."""
+    near = _near(frame)
+    num_timed = _times(frame).groupby([frame[name] for name in _CASE]).transform("count")
+    return near & (_near_of_case(frame, near) == 1) & (num_timed > 1)
+
+
+def close_rows(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows are too close to the fastest of their case to call, the row of the lowest time included."""
+    near = _near(frame)
+    return near & (_near_of_case(frame, near) > 1)
+
+
+def num_compared(frame: pd.DataFrame) -> int:
+    """Return the number of cases in which two or more backends have a time."""
+    timed = frame.loc[_times(frame).notna(), _CASE].value_counts()
+    return int((timed > 1).sum())
+
+
+def best(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each case with a time: the row of its lowest time, with five more columns.
+
+    - `label`: the backend with its dispatcher
+    - `close`: whether the case is too close to call
+    - `close_to`: the labels of the other rows that are too close to the lowest time to call, separated by commas
+    - `next`: the label of the fastest of the others that are not in `close_to`; null if there is none
+    - `lead`: the time of `next` divided by the time of the row; null where `next` is null
+    """
+    rows = ranked(frame)
+    found = []
+    for _, group in rows[_times(rows).notna()].groupby(_CASE, sort=False):
+        group = group.sort_values("time_ms", kind="stable")
+        first, others = group.iloc[0], group[~group["close"]].iloc[0 if group["close"].any() else 1 :]
+        near = group["label"][group["close"]]
+        following = others.iloc[0] if len(others) else None
+        found.append(
+            {
+                **first.drop(["times_fastest", "fastest"]),
+                "close_to": ", ".join(near[1:]),
+                "next": None if following is None else following["label"],
+                "lead": None if following is None else following["time_ms"] / first["time_ms"],
+            }
+        )
+    columns = [name for name in rows if name not in ("times_fastest", "fastest")]
+    return pd.DataFrame(found, columns=[*columns, "close_to", "next", "lead"]).astype(
+        {name: rows[name].dtype for name in columns}
+    )
+
+
+def wins(rows: pd.DataFrame) -> tuple[dict[str, int], int]:
+    """Return in how many cases each backend is the fastest, the most first, and how many cases are too close to call.
+
+    `rows` are as `ranked` returns them.
+    """
+    counts = Counter(map(str, rows.loc[rows["fastest"], "label"]))
+    names = sorted(in_order(counts), key=lambda name: -counts[name])
+    return {name: counts[name] for name in names}, len(rows.loc[rows["close"], _CASE].drop_duplicates())
+
+
+def _times(rows: pd.DataFrame) -> "pd.Series[float]":
+    return rows["time_ms"].where(rows["status"] == Status.ok).astype("float64")
+
+
+def _lowest(rows: pd.DataFrame) -> "pd.Series[float]":
+    return _times(rows).groupby([rows[name] for name in _CASE]).transform("min")
+
+
+def _near(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows have the lowest time of their case, or a time that may be as low."""
+    times, lowest = _times(rows), _lowest(rows)
+    is_lowest = times == lowest
+    groups = [rows[name] for name in _CASE]
+    high = rows["time_ms_high"].where(is_lowest).astype("float64").groupby(groups).transform("max")
+    overlaps = rows["time_ms_low"].astype("float64") <= high
+    return times.notna() & (is_lowest | overlaps | (times < lowest * (1 + CLOSE)))
+
+
+def _near_of_case(rows: pd.DataFrame, near: "pd.Series[bool]") -> "pd.Series[int]":
+    return near.astype(int).groupby([rows[name] for name in _CASE]).transform("sum")

@@ -1,0 +1,103 @@
+"""Show the best backend of each case as a table in a terminal."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from moebench.report.ranking import TOO_CLOSE, best, ranked, wins
+from moebench.report.tables.boxes import ruled
+from moebench.report.tables.casecolumn import case_column
+from moebench.report.tables.cells import (
+    DIM,
+    FASTEST,
+    Row,
+    graph_times,
+    memory,
+    milliseconds,
+    part_milliseconds,
+    times_text,
+)
+from moebench.results.labels import describe, machine
+
+_NUMBERS_WIDTH = 26  # ms, memory and lead, with the gaps before them
+_GRAPH_WIDTH = 7
+_LEAST_CASE = 24  # characters; if the column of cases would get fewer, the next backend is left out
+
+
+@dataclass(frozen=True)
+class BestTable:
+    """The fastest backend of each case, its memory, and its lead over the next backend. A rich renderable."""
+
+    frame: pd.DataFrame
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        rows = best(self.frame)
+        if rows.empty:
+            yield Text("No case has a time.")
+            return
+        yield Text("\n".join(filter(None, (describe(rows).title(), machine(rows)))), style="bold")
+        yield _table(rows.assign(graph_ms=graph_times(rows)), options.max_width)
+        yield Text()
+        yield Text(wins_sentence(self.frame))
+        yield Text("\n".join(_legend(rows)), style=DIM)
+
+
+def wins_sentence(frame: pd.DataFrame) -> str:
+    """Return in how many cases each backend is the fastest. A case that is too close to call is a win for nobody."""
+    rows = ranked(frame)
+    counts, num_close = wins(rows)
+    total = sum(counts.values()) + num_close
+    texts = [f"{name} {count}" for name, count in counts.items()]
+    texts += [f"{TOO_CLOSE} {num_close}"] * bool(num_close)
+    return f"wins in {total} cases: {', '.join(texts)}" if total else "no case has times of several backends"
+
+
+def _table(rows: pd.DataFrame, width: int) -> Table:
+    has_graph = bool(rows["graph_ms"].notna().any())
+    fastest = [_fastest(row) for row in rows.to_dict("records")]
+    described, longest = describe(rows), max(map(len, fastest))
+    room = width - longest - _NUMBERS_WIDTH - _GRAPH_WIDTH * has_graph
+    following = int(rows["next"].fillna("").str.len().max()) + 1
+    header, cases = case_column(described, room)
+    has_next = room - following >= max(_LEAST_CASE, int(cases.str.len().max()))
+    table = ruled()
+    has_cases = bool(len(described.varying.columns))
+    if has_cases:
+        table.add_column(Text(header), overflow="fold")
+    table.add_column("fastest", overflow="fold")
+    for title in ("ms", *["graph"] * has_graph, "memory", "lead"):
+        table.add_column(title, justify="right", no_wrap=True)
+    if has_next:
+        table.add_column("over", overflow="fold")
+    for case, name, row in zip(cases, fastest, rows.to_dict("records"), strict=True):
+        cells = [*[Text(case)] * has_cases, name, *map(Text, _numbers(row, has_graph))]
+        table.add_row(*cells, *[Text("" if pd.isna(row["next"]) else row["next"])] * has_next)
+    return table
+
+
+def _fastest(row: Row) -> Text:
+    """Return the fastest backend, and at most one that is too close to it to call. Others are counted."""
+    close = row["close_to"].split(", ") if row["close_to"] else []
+    if not close:
+        return Text(row["label"], style="" if pd.isna(row["next"]) else FASTEST)
+    return Text(f"{row['label']} ~ {close[0]}" + f" and {len(close) - 1} more" * (len(close) > 1))
+
+
+def _numbers(row: Row, has_graph: bool) -> Iterator[str]:
+    yield milliseconds(row["time_ms"])
+    if has_graph:
+        yield part_milliseconds(row["graph_ms"])
+    yield memory(row["peak_memory_bytes"])
+    yield "-" if pd.isna(row["lead"]) else times_text(row["lead"])
+
+
+def _legend(rows: pd.DataFrame) -> Iterator[str]:
+    yield "ms, memory: median time and peak memory of the fastest; lead: time of the next backend divided by its time"
+    if graph_times(rows).notna().any():
+        yield "graph: ms when a CUDA graph replays the call, as servers do when they decode"
+    if rows["close"].any():
+        yield f"A ~ B: {TOO_CLOSE}; the time, the memory and the lead are of the first"
