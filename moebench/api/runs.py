@@ -72,9 +72,9 @@ def bench(
     """Check and time backends on the layer of a model, and return the results.
 
     `backends` is a backend or a list of backends, as in `check`. `model` is the name of a model, a shape such as
-    "e64k6d1024i512", or a config.json of Hugging Face (docs/sweeps.md). `axes` are other axes of sweeps (docs/sweeps.md), such as `mode`, `dtype`, `routing` and
-    `ep_size`. The values of an axis may be a list. Raises ResultsError for anything that is not a backend, and
-    SweepError for wrong axes.
+    "e64k6d1024i512", or a config.json of Hugging Face (docs/sweeps.md). `axes` are other axes of sweeps, such as
+    `mode`, `dtype`, `routing` and `ep_size`. The values of an axis may be a list. Raises ResultsError for anything that
+    is not a backend, and SweepError for wrong axes.
     """
     names = names_of(backends)
     text = _sweep_text(names, _texts("model", model), {"num_tokens": num_tokens, **axes})
