@@ -151,7 +151,7 @@ def test_everything_works_from_a_wheel_in_an_empty_folder(from_wheel: Installed,
     listed = json.loads(from_wheel.moebench("list", "--json", "--device", "cpu", cwd=tmp_path))
     assert {line["name"] for line in listed["sweeps"]} == SWEEPS
     chosen = ("--filter", "num_tokens=16", "--filter", "mode=forward", "--only", "loop", "--device", "cpu")
-    planned = from_wheel.moebench("run", "quick", *chosen, "--dry-run", "--ids", cwd=tmp_path)
+    planned = from_wheel.moebench("run", "quick", *chosen, "--dry-run", "--json", cwd=tmp_path)
     assert "estimated from the nearest of" in from_wheel.moebench("run", "gpu", "--dry-run", cwd=tmp_path)
     assert not list(tmp_path.iterdir()), "what measures nothing writes nothing"
     printed = from_wheel.moebench("run", "quick", *chosen, "--out", "out", cwd=tmp_path)

@@ -35,7 +35,7 @@ class Commands(LazyGroup):
         "parity": Entry(
             "moebench.cli.parity", "Search for a case on which a backend is wrong, and print the smallest one."
         ),
-        "show": Entry("moebench.cli.show", "Print the table of a results folder."),
+        "show": Entry("moebench.cli.show", "Print the tables of a results folder."),
         "plots": Entry("moebench.cli.show", "Draw the plots of a results folder again."),
         "report": Entry("moebench.cli.show", "Write one HTML page about a results folder."),
         "gate": Entry("moebench.cli.gate", "Judge new results against a baseline."),
