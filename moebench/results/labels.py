@@ -77,6 +77,15 @@ def panel_title(rows: pd.DataFrame, first: str, routing: str, rank_load: str) ->
 _RANK_LOADS = {"even": "", "uneven": "uneven ranks", "one-empty": "one empty rank"}
 
 
+#: A forward of at most this many tokens is a step of decoding. Servers replay such a step as a CUDA graph.
+DECODE_TOKENS = 512
+
+
+def is_decode(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows are a step of decoding: a forward of at most DECODE_TOKENS tokens."""
+    return frame["mode"].eq("forward") & frame["num_tokens"].le(DECODE_TOKENS)
+
+
 def shape_names(frame: pd.DataFrame) -> list[str]:
     """Return the name of the model of each row. Without a model, the name is made of the shape: `e64k6d1024i512`."""
     return [_shape_name(row) for row in frame.to_dict("records")]
