@@ -67,9 +67,8 @@ def plan_missing(answer: Answer, minutes: float, gpu: str | None) -> RunPlan | N
     not positive, and for more than MOST_MINUTES.
     """
     if math.isnan(minutes) or not 0 < minutes <= MOST_MINUTES:
-        raise UsageError(
-            f"--measure {minutes:g}: it must be a number of minutes, more than 0, at most {MOST_MINUTES:g}"
-        )
+        rule = f"it must be a number of minutes, more than 0, at most {MOST_MINUTES:g}; for example --measure 5"
+        raise UsageError(f"--measure {minutes:g}: {rule}")
     backends = missing(answer, gpu)
     if not backends:
         return None

@@ -106,8 +106,10 @@ def test_memory_is_a_sum_of_weights_pass_and_optimizer() -> None:
     assert (one.weight_bytes, one.pass_bytes, one.adam_bytes, one.step_bytes) == (6 * mib, 8 * mib, 36 * mib, 51 * mib)
     assert list(memory_lines(one)) == [
         "memory with gmm: weights 6.00 MiB + 2.00 MiB for the pass = 8.00 MiB",
-        "a train step with Adam in float32: weights 6.00 MiB + 9.00 MiB for forward, backward and gradients + "
-        "36.0 MiB for Adam = 51.0 MiB",
+        (
+            "a train step with Adam in float32: weights 6.00 MiB + 9.00 MiB for forward, backward and gradients + "
+            "36.0 MiB for Adam = 51.0 MiB"
+        ),
     ]
     (alone,) = ask(rows[:1], 256).candidates
     assert len(list(memory_lines(alone))) == 1, "no train step was measured, so nothing is said of one"

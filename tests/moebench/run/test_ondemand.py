@@ -59,7 +59,7 @@ def test_the_last_job_that_may_start_ends_within_the_time() -> None:
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
 def test_the_time_must_be_a_number_of_minutes(minutes: float) -> None:
-    with pytest.raises(UsageError, match="--measure .*: it must be a number of minutes"):
+    with pytest.raises(UsageError, match=r"--measure .*: it must be a number of minutes"):
         plan_missing(advise(to_frame([]), question("e8k2d256i512", 256)), minutes, None)
 
 
