@@ -99,8 +99,8 @@ class Measured(BaseModel):
         Part | None,
         Column(
             Rounds.MEDIAN,
-            "part of a forward pass: until the dispatcher has sent the tokens to the ranks of their experts; the three parts "
-            "are of one pass on its slowest rank, and add up to its time",
+            "part of a forward pass: until the dispatcher has sent the tokens to the ranks of their experts; the three "
+            "parts are of one pass on its slowest rank, and add up to its time",
             "ms",
             _NO_PARTS,
         ),

@@ -104,7 +104,9 @@ def panel(ax: Axes, rows: pd.DataFrame) -> None:
 
 
 def _entries() -> list[Artist]:
-    whole = Line2D([], [], color=_WHOLE, marker="|", markersize=11, markeredgewidth=2, linestyle="none", label=_OF_WHOLE)
+    whole = Line2D(
+        [], [], color=_WHOLE, marker="|", markersize=11, markeredgewidth=2, linestyle="none", label=_OF_WHOLE
+    )
     return [*(Patch(color=PART_COLORS[part], label=part) for part in PARTS), whole]
 
 

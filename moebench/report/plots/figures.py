@@ -3,10 +3,10 @@
 A workload family is all cases on one machine that differ only in tokens, mode, routing, load of the ranks and seed.
 Each family has one figure of throughput, one of the time against the fastest time, and one of memory. If its decoding
 steps were captured as CUDA graphs, it has one of decoding. Each of these figures has one panel per mode, routing and
-load, and a panel has one line per backend with two or more token counts in the panel. If a backend of a
-case is not on a line, an overview of the EP size shows the case, so that every measured case is visible. One small
-figure of parity shows all jobs. One roofline figure shows all cases of an EP size. At EP sizes above 1, more figures show the parts of a forward pass. Workloads that
-were measured at several EP sizes have a figure of throughput against the EP size.
+load, and a panel has one line per backend with two or more token counts in the panel. If a backend of a case is not on
+a line, an overview of the EP size shows the case, so that every measured case is visible. One roofline figure shows all
+cases of an EP size, and one small figure of parity shows all jobs. At EP sizes above 1, more figures show the parts of
+a pass. Workloads that were measured at several EP sizes have a figure of throughput against the EP size.
 
 A function such as `throughput` plans pictures, and a picture is drawn when it is asked for: `draw` draws all of them,
 and one that fails does not keep others from being drawn. No figure belongs to pyplot, so that no display is needed and
@@ -26,10 +26,9 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moebench.report.plots import bars, lines
+from moebench.report.plots import bars, lines, strip
 from moebench.report.plots import roofline as rooflines
 from moebench.report.plots import scaling as scalings
-from moebench.report.plots import strip
 from moebench.report.plots.kinds import (
     BREAKDOWN,
     DECODE,

@@ -130,7 +130,7 @@ SCALING = replace(THROUGHPUT, name="scaling", title="Scaling")
 RATES = (THROUGHPUT, SCALING)
 #: Times above three times the fastest are drawn at the edge, so that a difference of 5% can be seen.
 RATIO = Metric(
-    *("ratio", "Time against the fastest", "time / fastest (edge: over 3×)", _points_of_ratio),
+    *("ratio", "Time against the fastest, up to 3×", "time / fastest", _points_of_ratio),
     combine="median",
     base=10,
     tick="{:g}×".format,
@@ -182,11 +182,20 @@ def limits(points: pd.DataFrame, metric: Metric, with_ceilings: bool = False) ->
     values = [float(number) for number in numbers[(numbers >= least) & (numbers <= most)]]
     if metric.budget is not None:
         values += [metric.budget / 3, metric.budget * 3]
+    if metric.ticks and (numbers > most).any():
+        values.append(most)  # so that the edge says "more than this"
     low, high = (min(values), max(values)) if values else (1.0, 1.0)
     spare = max((high / low) ** 0.07, math.sqrt(metric.least_span * low / high))
-    edge = (high / low * metric.least_span) ** 0.1  # more room beyond the last number, for values that are drawn at the edge
+    edge = (
+        high / low * metric.least_span
+    ) ** 0.1  # more room beyond the last number, for values that are drawn at the edge
     low, high = low / spare, high * spare
     return low / edge if (numbers < least).any() else low, high * edge if (numbers > most).any() else high
+
+
+def edge_text(exact: float) -> str:
+    """Return the text beside a value that is drawn at the edge of the axis."""
+    return "∞" if exact == math.inf else f"{exact:.0e}" if exact else "0"
 
 
 def ticks_of(metric: Metric, low: float, high: float, most: int = MOST_TICKS) -> list[float]:

@@ -17,6 +17,7 @@ from moebench.report.plots.kinds import (
     RATES,
     RATIO,
     Metric,
+    edge_text,
     limits,
     round_ticks,
     set_ticks,
@@ -212,9 +213,8 @@ def _draw_line(ax: Axes, rows: pd.DataFrame, metric: Metric, look: dict[str, Any
     for place, value, exact in zip(edge.index, edge, at["value"][edge.index], strict=True):
         if metric is RATIO:
             break  # many backends may lie there, and the axis says how far it reaches
-        text = "∞" if exact == math.inf else f"{exact:.0e}" if exact else "0"
         where = (place, value) if upright else (value, place)
-        ax.annotate(text, where, (9, 0), textcoords="offset points", va="center", fontsize=NOTE_SIZE)
+        ax.annotate(edge_text(exact), where, (9, 0), textcoords="offset points", va="center", fontsize=NOTE_SIZE)
     if metric in RATES:
         wide = shown[at["converged"].eq(False).fillna(False).to_numpy(dtype=bool) & shown.notna()]
         put(wide.index, wide, **plain, markerfacecolor="white", label="not converged")

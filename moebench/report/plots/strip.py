@@ -5,7 +5,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from moebench.report.plots.kinds import MOST_TICKS_ALONG_X, PARITY, limits, round_ticks, set_ticks, unit
+from moebench.report.plots.kinds import MOST_TICKS_ALONG_X, PARITY, edge_text, limits, round_ticks, set_ticks, unit
 from moebench.report.plots.look import BAD, CROSS, NOTE_SIZE, sheet, shortened, style
 from moebench.results.labels import backend_labels, in_order
 from moebench.results.record import Status
@@ -37,6 +37,11 @@ def page_figure(rows: pd.DataFrame) -> Figure:
             ax.plot(good, [place] * len(good), marker, color=color, alpha=0.45, markersize=6.5, label=backend)
         if len(wrong):
             ax.plot(wrong, [place] * len(wrong), **CROSS, label="mismatch", clip_on=False)
+        for exact, at in zip(points["value"][here], shown[here], strict=True):
+            if exact != at:
+                ax.annotate(
+                    edge_text(exact), (at, place), (9, 0), textcoords="offset points", va="center", fontsize=NOTE_SIZE
+                )
     set_ticks(ax.xaxis, round_ticks(bottom, top, most=MOST_TICKS_ALONG_X), "{:g}".format)
     ax.set_yticks(range(len(backends)), [shortened(name, 32) for name in backends], fontsize=NOTE_SIZE)
     ax.set_ylim(len(backends) - 0.5, -0.5)

@@ -70,7 +70,7 @@ class Layer:
 
 
 class Others:
-    """One rank of two; the parts of the other rank are `others` in every sample, and it comes `late_ms` late to every start."""
+    """One rank of two. The other rank has the parts `others` in every sample, and comes `late_ms` late to every start."""
 
     size = 2
 
