@@ -16,11 +16,12 @@ from moebench import escapes
 from moebench.machine.environment import Environment, Gpu
 from moebench.machine.units import size
 from moebench.report import pagetable
-from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, ROOFLINE, SCALING, THROUGHPUT
+from moebench.report.besttable import best_table
+from moebench.report.plots.kinds import BREAKDOWN, DECODE, MEMORY, PARITY, RATIO, ROOFLINE, SCALING, THROUGHPUT
 from moebench.report.reproduce import Reproducer
 from moebench.report.tables.tables import details, fastest_rows
 from moebench.results.folder import environments_beside
-from moebench.results.labels import backend_labels, describe, in_case_order, machine
+from moebench.results.labels import DECODE_TOKENS, backend_labels, describe, in_case_order, machine, shape_names
 from moebench.results.record import GOOD
 from moebench.verdicts.document import GateDocument
 
@@ -35,7 +36,12 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: Gat
     of an environment in `folder` is not valid.
     """
     rows = in_case_order(frame)
-    rows = rows.assign(label=backend_labels(rows), fastest=fastest_rows(rows), heading=describe(rows).headings)
+    rows = rows.assign(
+        label=backend_labels(rows),
+        shape=shape_names(rows),
+        fastest=fastest_rows(rows),
+        heading=describe(rows).headings,
+    )
     environments = [environment_facts(found) for found in environments_beside(folder).values()]
     headline = [f"{name} {value}" for facts in environments for name, value in facts if name in _HEADLINE]
     return _template().render(
@@ -51,7 +57,9 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: Gat
         wins=_wins(rows),
         num_compared=int(rows["fastest"].sum()),
         plots=_plots(svgs),
+        decode_tokens=DECODE_TOKENS,
         has_ceilings=bool(rows["roofline_fraction"].notna().any()),
+        best=best_table(rows),
         table=pagetable.results_table(rows),
         extremes=pagetable.extremes(rows, Reproducer.of(folder)),
         spent=pagetable.time_spent(rows),
@@ -107,9 +115,10 @@ def _wins(rows: pd.DataFrame) -> dict[str, int]:
 def _plots(svgs: Mapping[str, bytes]) -> list[list[tuple[str, str]]]:
     """Return the name and data URI of every plot in two groups.
 
-    The plots of the first group compare backends. The plots of the second group show why backends differ.
+    The plots of the first group compare backends. The plots of the second group show why backends differ, and that
+    they are right.
     """
-    groups = (THROUGHPUT, SCALING, MEMORY, PARITY), (ROOFLINE, BREAKDOWN)
+    groups = (RATIO, THROUGHPUT, DECODE, SCALING, MEMORY), (ROOFLINE, BREAKDOWN, PARITY)
     return [
         [(name, _data_uri(svg)) for kind in kinds for name, svg in svgs.items() if name.startswith(f"{kind.name}-")]
         for kinds in groups

@@ -199,11 +199,14 @@ def edge_text(exact: float) -> str:
 
 
 def ticks_of(metric: Metric, low: float, high: float, most: int = MOST_TICKS) -> list[float]:
-    """Return the numbers on the axis of a metric: those of `metric.ticks`, thinned out from 1, or round numbers."""
+    """Return the numbers on the axis of a metric: round numbers, or those of `metric.ticks` that have room."""
     if not metric.ticks:
         return round_ticks(low, high, metric.base, most)
-    found = [tick for tick in metric.ticks if low <= tick <= high]
-    return found[:: math.ceil(len(found) / most)]
+    apart, found = math.log(high / low) / (most + 3), list[float]()
+    for tick in metric.ticks:
+        if low <= tick <= high and (not found or math.log(tick / found[-1]) > apart):
+            found.append(tick)
+    return found
 
 
 def round_ticks(low: float, high: float, base: int = 10, most: int = MOST_TICKS) -> list[float]:

@@ -70,7 +70,7 @@ class Layer:
 
 
 class Others:
-    """One rank of two. The other rank has the parts `others` in every sample, and comes `late_ms` late to every start."""
+    """One rank of two. The other rank has the parts `others` in every sample, and starts `late_ms` late each time."""
 
     size = 2
 

@@ -41,7 +41,7 @@ def test_a_ratio_is_the_time_over_the_fastest_of_its_case() -> None:
     (edge,) = {y for drawn in ax.lines if drawn.get_marker() == "D" for y in drawn.get_ydata() if y == y}
     assert 3.0 < edge < top
     assert [text.get_text() for text in ax.texts] == []
-    assert "1.1×" in [text.get_text() for text in ax.get_yticklabels()]
+    assert "1.2×" in [text.get_text() for text in ax.get_yticklabels()]
 
 
 def test_a_case_with_one_time_has_no_ratio() -> None:
