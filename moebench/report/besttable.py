@@ -25,7 +25,8 @@ def best_table(rows: pd.DataFrame) -> Table:
     """Return a table with one line for each case that two or more backends computed.
 
     Backends are named together if their times are too close to call: their intervals overlap, or the times differ by
-    less than 3%. A backend is not among them if a faster one is not. A step of decoding also has the backend that is the fastest as a CUDA graph.
+    less than 3%. A backend is not among them if a faster one is not. A step of decoding also has the backend that is
+    the fastest as a CUDA graph.
     """
     timed = rows[rows["status"].eq(Status.ok) & rows["time_ms"].notna()]
     titles, cells_of = case_columns(rows)

@@ -44,7 +44,7 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: Gat
     )
     environments = [environment_facts(found) for found in environments_beside(folder).values()]
     headline = [f"{name} {value}" for facts in environments for name, value in facts if name in _HEADLINE]
-    return _template().render(
+    return template("report.html").render(
         title=" and ".join(dict.fromkeys(rows["run_id"])) if rows["run_id"].nunique() < 3 else folder.name,
         where=machine(rows),
         shared=describe(rows).title(),
@@ -66,7 +66,8 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: Gat
     )
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """Return a template of this package. It escapes every text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("moebench.report", "templates"),
         autoescape=True,
@@ -75,7 +76,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html")
+    return environment.get_template(name)
 
 
 def environment_facts(found: Environment) -> list[tuple[str, str]]:
