@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores; torch reads this when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+#: A folder that does not exist: the tiles that the user has stored must not change what tests see.
+os.environ["EXPERTS_TILES"] = str(Path(__file__).parent / "no-tiles")
 
 # A shell's background jobs and nohup ignore these signals, and child processes inherit that. Restore the defaults.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

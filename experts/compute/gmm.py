@@ -1,7 +1,10 @@
 """Compute the local experts with the library grouped_gemm over rows sorted by expert, in bfloat16 on CUDA.
 
-This is the engine `gmm`. grouped_gemm takes the sizes of the groups on the host, so every call waits for the device.
+This is the engine `gmm`. grouped_gemm takes the sizes of the groups on the host, so every call waits for the device. If
+all experts are local, the host hands over the first gather of rows before it waits, and the device has work meanwhile.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -24,33 +27,67 @@ def compute(
     first: int,
     save: Save = "memory",
 ) -> Tensor:
-    """Return the local experts' sum [T, D]; see `Compute`. Computes only the rows of local experts."""
+    """Return the local experts' sum [T, D]; see `Compute`.
+
+    If some experts are on other ranks, computes only the rows of local experts.
+    """
     parameters = parameters.to(x_TD.dtype)
-    permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
-    rows_per_expert = permutation.tokens_per_expert_L.cpu()
-    num_rows = int(rows_per_expert.sum())
-    if num_rows == 0:
+    num_local_experts = parameters.down_projs.shape[0]
+    permutation = sort_by_expert(indices_TK, first, num_local_experts)
+    sizes = Sizes(permutation.tokens_per_expert_L)
+    if num_local_experts < config.n_routed_experts:
+        permutation = permutation.cut(sizes.total)
+    if permutation.num_rows == 0:
         return no_rows(x_TD, (weights_TK, *parameters))
-    plan = Plan(permutation.cut(num_rows), config, products(rows_per_expert), save)
+    plan = Plan(permutation, config, products(sizes), save)
     return whole_experts(x_TD, weights_TK, parameters, plan)
 
 
-def products(rows_per_expert: Tensor) -> Products:
-    """Return grouped_gemm's matrix products, for groups of `rows_per_expert` rows.
+class Sizes:
+    """The number of rows of each group. The copy to the host starts at once, and the first use waits for the copy."""
 
-    rows_per_expert: [L] int64 on the host, not all zero. The matrix products make their operands contiguous.
+    def __init__(self, sizes_L: Tensor) -> None:
+        waits_later = sizes_L.is_cuda and not torch.compiler.is_compiling()
+        self._sizes_L = sizes_L.to("cpu", non_blocking=waits_later)  # torch pins memory for a copy that does not wait
+        self._copied = torch.cuda.current_stream(sizes_L.device).record_event() if waits_later else None
+
+    @functools.cached_property
+    def on_host(self) -> Tensor:
+        """The sizes [L], int64."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._sizes_L
+
+    @functools.cached_property
+    def total(self) -> int:
+        """The number of rows of all groups."""
+        return int(self.on_host.sum())
+
+    @functools.cached_property
+    def empty(self) -> list[int]:
+        """The groups without rows."""
+        empty: list[int] = (self.on_host == 0).nonzero().flatten().tolist()
+        return empty
+
+
+def products(sizes: Sizes) -> Products:
+    """Return grouped_gemm's matrix products. They make their operands contiguous.
+
+    The library asserts that there are rows, so the products do not call it if every group is empty.
     """
     from grouped_gemm.backend import gmm
 
-    empty = (rows_per_expert == 0).nonzero().flatten().tolist()
-
-    def multiply(a: Tensor, b: Tensor, trans_a: bool = False, trans_b: bool = False) -> Tensor:
-        product: Tensor = gmm(a.contiguous(), b.contiguous(), rows_per_expert, trans_a, trans_b)
+    def multiply(a_NP: Tensor, b: Tensor, trans_b: bool = False) -> Tensor:
+        if sizes.total == 0:
+            return a_NP.new_empty(a_NP.shape[0], b.shape[1 if trans_b else 2])
+        product: Tensor = gmm(a_NP.contiguous(), b.contiguous(), sizes.on_host, False, trans_b)
         return product
 
     def outer(a_NP: Tensor, b_NQ: Tensor) -> Tensor:
-        product_LPQ = multiply(a_NP, b_NQ, trans_a=True)
-        for expert in empty:  # grouped_gemm does not write the matrix of an expert without rows
+        if sizes.total == 0:
+            return a_NP.new_zeros(len(sizes.empty), a_NP.shape[1], b_NQ.shape[1])
+        product_LPQ: Tensor = gmm(a_NP.contiguous(), b_NQ.contiguous(), sizes.on_host, True, False)
+        for expert in sizes.empty:  # grouped_gemm does not write the matrix of an expert without rows
             product_LPQ[expert].zero_()
         return product_LPQ
 
@@ -71,7 +108,7 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
 
 
 def _products(permutation: Permutation) -> Products:
-    return products(permutation.tokens_per_expert_L.cpu())
+    return products(Sizes(permutation.tokens_per_expert_L))
 
 
 ENGINE = Engine(compute, unsupported, saves=True, products=_products)

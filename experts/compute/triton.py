@@ -2,7 +2,8 @@
 
 This is the engine `triton`. The host does not wait for the device. The up projection reads the tokens in place. Without
 gradients, the up projection's kernel writes only the weighted activation. With gradients, it writes its output before
-the activation, which backward needs. torch's grouped_mm computes the gradients of the weights.
+the activation, which backward needs. On Hopper GPUs, backward reads the rows of the gradients of the weights in place.
+On other GPUs, torch's grouped_mm computes these gradients from gathered copies.
 """
 
 import functools
@@ -40,11 +41,18 @@ def compute(
 
 
 def products(permutation: Permutation, config: MoEConfig) -> Products:
-    """Return the matrix products: Triton's for the rows, and torch's grouped_mm for the gradients of the weights."""
+    """Return the matrix products: this package's, but torch's grouped_mm for gradients of weights where it must."""
     from experts import gemm
 
     rows = permutation, permutation.num_rows / config.n_routed_experts
-    return grouped_mm.products(permutation.offsets_L)._replace(
+    products = grouped_mm.products(permutation.offsets_L)
+    if gemm.runs_on_hopper(permutation.offsets_L.device, permutation.num_rows):
+        products = products._replace(
+            outer=lambda a_NP, b_NQ: gemm.outer(a_NP, b_NQ, permutation),
+            gathered_outer=lambda x_TP, b_NQ: gemm.gathered_outer(x_TP, b_NQ, permutation),
+            outer_gathered=lambda a_NP, x_TQ: gemm.outer_gathered(a_NP, x_TQ, permutation),
+        )
+    return products._replace(
         rows=lambda a_NP, b_LPQ: gemm.product(a_NP, b_LPQ, *rows),
         rows_back=lambda a_NQ, b_LPQ: gemm.product_back(a_NQ, b_LPQ, *rows),
         gathered=lambda x_TP, b_LPQ: gemm.gathered_product(x_TP, b_LPQ, *rows),

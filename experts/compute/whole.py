@@ -7,7 +7,8 @@ recomputed activation and the gradient over the memory that it reads, and frees 
 `torch.autograd.graph.saved_tensors_hooks` or checkpointing made the saved tensors, backward copies what it overwrites.
 `save` decides about the gathered rows:
 
-- "memory": backward gathers the tokens' rows and the rows of the output's gradient again each time it needs them.
+- "memory": backward reads the tokens' rows and the rows of the output's gradient in place, or gathers them again each
+  time that a product needs them.
 - "time": forward keeps the tokens' rows for backward, and backward keeps the rows of the output's gradient until it has
   used them for the last time.
 
@@ -36,8 +37,8 @@ class Products(NamedTuple):
     """The matrix products of rows that are grouped by expert.
 
     Rows past the last group may hold anything, in operands and in results. The products run outside of autograd. Each
-    product returns newly allocated memory. `outer` returns zeros for an expert without rows. `gathered`,
-    `gathered_back` and `activated` are None if the engine does not have the product.
+    product returns newly allocated memory. `outer` returns zeros for an expert without rows. A product that an engine
+    does not have is None.
     """
 
     rows: Callable[[Tensor, Tensor], Tensor]  # a [N, P], b [L, P, Q] -> [N, Q]: each row times its expert's matrix
@@ -47,6 +48,10 @@ class Products(NamedTuple):
     gathered: Callable[[Tensor, Tensor], Tensor] | None = None
     #: g [T, Q], b [L, P, Q] -> [N, P]: what `rows_back` returns for the tokens' rows; it reads g in place
     gathered_back: Callable[[Tensor, Tensor], Tensor] | None = None
+    #: x [T, P], b [N, Q] -> [L, P, Q]: what `outer` returns for the tokens' rows as a; it reads x in place
+    gathered_outer: Callable[[Tensor, Tensor], Tensor] | None = None
+    #: a [N, P], x [T, Q] -> [L, P, Q]: what `outer` returns for the tokens' rows as b; it reads x in place
+    outer_gathered: Callable[[Tensor, Tensor], Tensor] | None = None
     #: x [T, D], b [L, D, H], weights [T, K] or None, bias [L, H] or None -> [N, I]: the weighted activation of
     #: `gathered`'s result plus the bias
     activated: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor] | None = None
@@ -192,14 +197,14 @@ def _backward(
     if wanted.up_bias:
         grad_up_bias = steps.sum_by_expert(grad_h_NH, permutation)
     if wanted.gate_and_up:
-        grad_up = products.outer(_rows_of(tokens, plan, steps), grad_h_NH)
+        grad_up = _grad_up(tokens, grad_h_NH, plan, steps)
     if wanted.x:
         grad_x = steps.sum_rows(products.rows_back(grad_h_NH, gate_and_up), permutation)
     del grad_h_NH
     if not torch.compiler.is_compiling():  # compiled code frees its buffers itself
         h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
     if a_NI is not None and wanted.down:
-        grad_down = products.outer(a_NI, steps.gather_rows(grad_TD, permutation))
+        grad_down = _grad_down(a_NI, grad_TD, plan, steps)
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias
 
 
@@ -217,6 +222,17 @@ def _with_plain_strides(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if tensor.numel() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _rows_of(tokens: Tensor, plan: Plan, steps: Steps) -> Tensor:
-    """Return the tokens' rows [N, D], which forward kept or which this function gathers again."""
-    return tokens if plan.save == "time" else steps.gather_rows(tokens, plan.permutation)
+def _grad_up(tokens: Tensor, grad_h_NH: Tensor, plan: Plan, steps: Steps) -> Tensor:
+    """Return the gradient [L, D, H] of the up projection's weights. `tokens` are [T, D], or the rows that were kept."""
+    if plan.save == "time":
+        return plan.products.outer(tokens, grad_h_NH)
+    if plan.products.gathered_outer is not None:
+        return plan.products.gathered_outer(tokens, grad_h_NH)
+    return plan.products.outer(steps.gather_rows(tokens, plan.permutation), grad_h_NH)
+
+
+def _grad_down(a_NI: Tensor, grad_TD: Tensor, plan: Plan, steps: Steps) -> Tensor:
+    """Return the gradient [L, I, D] of the down projection's weights, from the output's gradient [T, D]."""
+    if plan.products.outer_gathered is not None:
+        return plan.products.outer_gathered(a_NI, grad_TD)
+    return plan.products.outer(a_NI, steps.gather_rows(grad_TD, plan.permutation))

@@ -1,8 +1,9 @@
 """Multiply rows by their experts' matrices in Triton. The GEMM can gather its rows and apply the weighted activation.
 
-Importing this package imports triton.
+On Hopper GPUs, the package also computes the gradients of the weights. Importing this package imports triton.
 """
 
+from experts.gemm.gradients import gathered_outer, outer, outer_gathered, runs_on_hopper
 from experts.gemm.products import (
     activated_product,
     gathered_product,
@@ -11,4 +12,14 @@ from experts.gemm.products import (
     product_back,
 )
 
-__all__ = ["activated_product", "gathered_product", "gathered_product_back", "product", "product_back"]
+__all__ = [
+    "activated_product",
+    "gathered_outer",
+    "gathered_product",
+    "gathered_product_back",
+    "outer",
+    "outer_gathered",
+    "product",
+    "product_back",
+    "runs_on_hopper",
+]

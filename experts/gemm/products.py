@@ -6,6 +6,8 @@ many rows per expert, the grid has one program per multiprocessor, and the progr
 tiles are in the order expert, columns, rows. So the first tile of an expert's columns reads their weights from memory,
 and the tiles of the expert's other rows read the weights from the L2 cache. On GPUs with a tensor memory accelerator,
 the accelerator copies the weights. Gathered rows are read from the tokens in place. Sums are in float32.
+
+On Hopper GPUs, `experts.gemm.hopper` multiplies many rows that lie in permuted order.
 """
 
 import torch
@@ -15,9 +17,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from experts.activations import ActivationForm, activation_form
 from experts.config import MoEConfig
-from experts.gemm import tiling
+from experts.gemm import choices, kinds
+from experts.gemm.gradients import runs_on_hopper
 from experts.gemm.kernels import TILE_FIELDS, grouped_gemm, list_tiles
-from experts.gemm.tiling import Tiling
+from experts.gemm.kinds import Kind
+from experts.gemm.tiling import LARGE, Tiling
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
@@ -29,7 +33,7 @@ _INTERPRETED_PROGRAMS = 3
 def product(a_NP: Tensor, b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float) -> Tensor:
     """Return [N, Q]: each row of a [N, P] times its expert's matrix of b [L, P, Q], in a's dtype.
 
-    `rows_per_expert` is the approximate average, which chooses the tiling. Rows past the last group stay unwritten.
+    The choice of tiles depends on the approximate average `rows_per_expert`. Rows past the last group stay unwritten.
     """
     return _multiply(a_NP, b_LPQ, permutation, rows_per_expert)
 
@@ -83,10 +87,12 @@ def _multiply(
     experts, depth, width = b_LPQ.shape if not transposed else b_LPQ.mT.shape
     activate, form = form is not None, form or _PLAIN
     out_width = width // 2 if form.gated else width
-    out = torch.empty(permutation.num_rows, out_width, dtype=a.dtype, device=a.device)
     if permutation.num_rows == 0:
-        return out
-    tile = tiling.tiling_for(rows_per_expert, form.gated)
+        return a.new_empty(0, out_width)
+    tile: Tiling = choices.choose(_kind(gather, transposed, activate, form), b_LPQ, rows_per_expert)
+    if tile == LARGE and not gather and runs_on_hopper(a.device, permutation.num_rows):
+        return _multiply_on_hopper(a, b_LPQ, permutation, transposed)
+    out = torch.empty(permutation.num_rows, out_width, dtype=a.dtype, device=a.device)
     read_columns = tile.columns * (2 if form.interleaved else 1)
     weights_block = [1, read_columns, tile.depth] if transposed else [1, tile.depth, read_columns]
     a = a.contiguous()
@@ -121,6 +127,26 @@ def _multiply(
         num_warps=tile.warps,
     )
     return out
+
+
+def _multiply_on_hopper(a_NP: Tensor, b_LPQ: Tensor, permutation: Permutation, transposed: bool) -> Tensor:
+    from experts.gemm import hopper
+
+    experts, _, width = b_LPQ.shape if not transposed else b_LPQ.mT.shape
+    tiles, programs = _tiles(permutation, experts, triton.cdiv(width, LARGE.columns), LARGE)
+    assert tiles is not None
+    return hopper.product(a_NP, b_LPQ, tiles, programs, transposed)
+
+
+def _kind(gather: bool, transposed: bool, activate: bool, form: ActivationForm) -> Kind:
+    """Return what `choices` calls this product."""
+    if form.gated:
+        return kinds.INTERLEAVED_PRODUCT if form.interleaved else kinds.GATED_PRODUCT
+    if transposed:
+        return kinds.GATHERED_PRODUCT_BACK if gather else kinds.PRODUCT_BACK
+    if activate:
+        return kinds.ACTIVATED_PRODUCT
+    return kinds.GATHERED_PRODUCT if gather else kinds.PRODUCT
 
 
 def _described(tensor: Tensor, block: list[int]) -> TensorDescriptor:

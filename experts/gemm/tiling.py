@@ -1,6 +1,6 @@
 """Choose the tiling of the grouped GEMM."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,10 @@ class Tiling:
     warps: int
     #: True if there is one program per multiprocessor, which goes through a list of tiles; else one program per tile.
     listed: bool = False
+
+
+#: The tile for many rows per expert. It needs the registers of a whole multiprocessor.
+LARGE = Tiling(128, 256, depth=64, stages=3, warps=8, listed=True)
 
 
 def tiling_for(rows_per_expert: float, pairs: bool) -> Tiling:
@@ -30,4 +34,4 @@ def tiling_for(rows_per_expert: float, pairs: bool) -> Tiling:
         return Tiling(16 if rows_per_expert <= 12 else 32, 64 if pairs else 128, depth=64, stages=4, warps=4)
     if rows_per_expert <= 56:
         return Tiling(64, 64 if pairs else 128, depth=64, stages=4, warps=4)
-    return Tiling(128, 128 if pairs else 256, depth=64, stages=3, warps=8, listed=True)
+    return replace(LARGE, columns=LARGE.columns // 2) if pairs else LARGE

@@ -19,6 +19,9 @@ from experts.permutation import sort_by_expert
 from experts.te import layout, library
 from experts.te.layout import LINEARS
 
+#: The number of rows of each group: on the host, or a tensor [L] int64 on the device.
+Sizes = list[int] | Tensor
+
 
 class GroupedExpertsTE(ExpertLayer):
     """The routed experts of one layer, computed by Transformer Engine. The default dispatcher is `deepep`.
@@ -78,21 +81,36 @@ class GroupedExpertsTE(ExpertLayer):
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         """Return what two GroupedLinears compute from rows sorted by expert; see `ExpertLayer.compute_local`.
 
-        TE takes the sizes of the groups on the host, so every call waits for the device.
+        If TE takes the sizes of the groups on the host, every call waits for the device.
         """
         permutation = sort_by_expert(indices_RK, self.first_local_expert, self.n_local_experts)
-        rows_per_expert: list[int] = permutation.tokens_per_expert_L.tolist()
-        if sum(rows_per_expert) == 0:
+        sizes: Sizes = permutation.tokens_per_expert_L
+        if not self.takes_sizes_on_device(x_RD.dtype):
+            sizes = permutation.tokens_per_expert_L.tolist()
+            permutation = permutation.cut(sum(sizes))
+        if permutation.num_rows == 0:
             return no_rows(x_RD, (weights_RK, *self.parameters()))
 
         def by(linear: nn.Module) -> GroupedProduct:
-            return lambda rows: self._multiply(linear, rows, rows_per_expert)
+            return lambda rows: self._multiply(linear, rows, sizes)
 
         biases = (layout.stacked(self, name) for name in ("gate_up_proj_bias", "down_proj_bias"))
-        rows = permutation.cut(sum(rows_per_expert))
         with self._autocast():
             products = by(self.gate_up_linear), by(self.down_linear)
-            return grouped_experts(x_RD, weights_RK, rows, self.config, *products, *biases)
+            return grouped_experts(x_RD, weights_RK, permutation, self.config, *products, *biases)
+
+    def takes_sizes_on_device(self, dtype: torch.dtype) -> bool:
+        """Return whether TE gets the sizes of the groups on the device, so that the call does not wait for the device.
+
+        FP8 pads groups, and TE's padding takes sizes on the host. With expert parallelism, only the host can leave out
+        the rows of other ranks' experts before it allocates memory. Rows must be multiples of 16 bytes.
+        """
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        aligned = self.config.dim % 8 == 0 and self.config.moe_inter_dim % 8 == 0
+        fp8 = self.te_fp8 is not None or FP8GlobalStateManager.is_fp8_enabled()
+        few = self.ep_mesh is None and self.n_local_experts <= library.MOST_EXPERTS
+        return few and aligned and not fp8 and library.takes_sizes_on_device(dtype)
 
     def _unsupported(self, device: torch.device, config: MoEConfig) -> Unsupported | None:
         """Return why TE cannot run with this layer's parameters and FP8 recipe, or None where it can."""
@@ -157,22 +175,22 @@ class GroupedExpertsTE(ExpertLayer):
         )
         return linear
 
-    def _multiply(self, linear: nn.Module, rows: Tensor, rows_per_expert: list[int]) -> Tensor:
+    def _multiply(self, linear: Any, rows: Tensor, sizes: Sizes) -> Tensor:
         import transformer_engine.pytorch as te
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-        fp8 = FP8GlobalStateManager.is_fp8_enabled()
-        sizes = rows_per_expert
-        if fp8:
+        padded = sizes
+        if FP8GlobalStateManager.is_fp8_enabled():
             alignment = library.alignment(FP8GlobalStateManager.get_fp8_recipe().mxfp8())
-            rows, sizes = te.Fp8Padding(len(sizes), alignment)(rows.contiguous(), sizes)
+            rows, padded = te.Fp8Padding(len(sizes), alignment)(rows.contiguous(), sizes)
+        linear.use_grouped_tensor = isinstance(sizes, Tensor)  # if true, TE refuses sizes on the host
         # TE casts parameters to the rows' dtype only under autocast
         other_dtype = rows.dtype is not linear.weight0.dtype
         with torch.autocast("cuda", dtype=rows.dtype, enabled=other_dtype):
-            result = linear(rows.contiguous(), sizes, is_first_microbatch=self._is_first_microbatch)
+            result = linear(rows.contiguous(), padded, is_first_microbatch=self._is_first_microbatch)
         product: Tensor = result[0] if isinstance(result, tuple) else result
-        if fp8 and sizes != rows_per_expert:
-            product = te.Fp8Unpadding(len(sizes), alignment)(product, rows_per_expert)
+        if padded is not sizes and padded != sizes:
+            product = te.Fp8Unpadding(len(sizes), alignment)(product, sizes)
         return product
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:

@@ -28,6 +28,24 @@ def alignment(is_mxfp8: bool) -> int:
     return 32 if is_mxfp8 else 16
 
 
+#: The most experts that one call of TE 2.20 takes with sizes on the device, if each expert's weights are a parameter.
+MOST_EXPERTS = 64
+
+
+@functools.cache
+def takes_sizes_on_device(dtype: torch.dtype) -> bool:
+    """Return whether TE can multiply groups whose sizes are on the device, in `dtype` without FP8.
+
+    TE 2.20 takes bfloat16 and float16 on SM90 with cuBLASLt 13.4 or later, and on SM100 to SM110 with 13.3 or later.
+    """
+    try:
+        from transformer_engine.pytorch.module.grouped_linear import is_module_grouped_tensor_path_supported
+    except ImportError:
+        return False
+    supported: bool = is_module_grouped_tensor_path_supported(None, dtype)
+    return supported
+
+
 @functools.cache
 def not_installed() -> Unsupported | None:
     """Return why Transformer Engine does not import, or None where it does."""

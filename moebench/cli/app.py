@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from moebench import __version__
-from moebench.cli import ab, advise, compare, gate, listing, parity, run, show
+from moebench.cli import ab, advise, compare, gate, listing, parity, run, show, tune
 from moebench.cli.console import err, messages_on_standard_error, out
 from moebench.cli.options import AsJson, Backends, Filters
 from moebench.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, MoebenchError, UsageError
@@ -101,7 +101,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 # `moebench --help` lists these commands in this order, after `list` and `doctor`.
-for module in (run, parity, show, gate, ab, compare, advise):
+for module in (run, parity, show, gate, ab, compare, advise, tune):
     app.add_typer(module.commands)
 
 

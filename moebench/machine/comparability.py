@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from moebench.machine.environment import TIMED_LIBRARIES, Environment
 from moebench.machine.units import size
 
-#: Names of the facts about hardware, driver and Python that a user may allow to differ. The names are keys of the
-#: result of `facts`, which also has the timed libraries.
-HARDWARE = ("device", "gpu", "driver", "power", "clocks", "cpu", "threads", "python")
+#: Names of the facts about hardware, driver, Python and the user's tiles that a user may allow to differ. The names are
+#: keys of the result of `facts`, which also has the timed libraries.
+HARDWARE = ("device", "gpu", "driver", "power", "clocks", "cpu", "threads", "python", "tiles")
 CHANGES = (*HARDWARE, *TIMED_LIBRARIES)
 #: A change of one of these facts changes allocations although the code is the same. Numbers of bytes are then not
 #: comparable, even if the user allows the change.
 MEMORY_CHANGES = frozenset({"device", "gpu", "torch", "env_id"})
 #: A change of one of these facts changes times but not memory.
-TIME_CHANGES = frozenset({"driver", "power", "clocks", "cpu", "threads", "python"})
+TIME_CHANGES = frozenset({"driver", "power", "clocks", "cpu", "threads", "python", "tiles"})
 #: The largest relative difference of two runs' clocks that a change of the code can explain. At its power limit, a GPU
 #: runs at a lower clock if a kernel draws more power.
 RUN_CLOCK_TOLERANCE = 0.1
@@ -51,6 +51,7 @@ def facts(environment: Environment) -> dict[str, str]:
         "cpu": environment.cpu_model,
         "threads": str(environment.num_threads) if environment.device == "cpu" else "any",
         "python": ".".join(environment.python.split(".")[:2]),
+        "tiles": environment.tiles or "default",
         **{name: environment.versions.get(name) or "none" for name in TIMED_LIBRARIES},
     }
 

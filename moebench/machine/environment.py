@@ -65,6 +65,7 @@ class Environment(BaseModel):
     moebench: str
     versions: dict[str, str | None]
     gpus: tuple[Gpu, ...] = ()
+    tiles: str | None = None  # a hash of the choices that `moebench tune` stored for this GPU; None without choices
     git_revision: str | None = None
     git_dirty: bool | None = None
     git_problem: str | None = None  # why git did not tell the revision of a checkout
@@ -72,9 +73,10 @@ class Environment(BaseModel):
     def comparable(self) -> dict[str, Any]:
         """Return the facts that two environments must share for their timings to be comparable.
 
-        `env_id` is a hash of these facts. They are the hardware, the limits of the GPUs, the driver, the Python version
-        and the libraries that run inside the timed region. The thread count is one of the facts only on a CPU. The
-        momentary clocks are left out. The revision is also left out, because a comparison is often about the revision.
+        `env_id` is a hash of these facts. They are the hardware, the limits of the GPUs, the driver, the Python
+        version, the libraries that run inside the timed region, and the user's tiles if there are any. The thread count
+        is one of the facts only on a CPU. The momentary clocks are left out. The revision is also left out, because a
+        comparison is often about the revision.
         """
         on_cpu = self.device == "cpu"
         gpus = {
@@ -88,6 +90,7 @@ class Environment(BaseModel):
             "python": ".".join(self.python.split(".")[:2]),
             "gpus": sorted([list(gpu) for gpu in gpus], key=repr),
             "libraries": {name: self.versions.get(name) for name in TIMED_LIBRARIES},
+            **({} if self.tiles is None else {"tiles": self.tiles}),
         }
 
     @property
@@ -139,6 +142,7 @@ def collect(device: str) -> Environment:
         moebench=moebench.__version__,
         versions=library_versions(),
         gpus=tuple(map(_gpu, gpu_numbers(device))),
+        tiles=_tiles(gpu_numbers(device)),
         git_revision=git.revision,
         git_dirty=git.is_dirty,
         git_problem=git.problem,
@@ -166,6 +170,18 @@ def gpu_numbers(device: str) -> range:
             "choose another device, or run `moebench doctor` to see why"
         )
     return range(int(index), int(index) + 1) if index else range(count)
+
+
+def _tiles(numbers: range) -> str | None:
+    if not numbers:
+        return None
+    import torch
+
+    try:
+        from experts.gemm import choices
+    except (ImportError, OSError):  # without Triton, and in older revisions of `experts`, nobody chooses tiles
+        return None
+    return choices.fingerprint(torch.device("cuda", numbers[0]))
 
 
 def _gpu(index: int) -> Gpu:

@@ -16,7 +16,7 @@ from moebench import escapes
 from moebench.machine.environment import Environment, Gpu
 from moebench.machine.units import size
 from moebench.report import pagetable
-from moebench.report.besttable import best_table
+from moebench.report.pagebest import best_table
 from moebench.report.plots.kinds import BREAKDOWN, DECODE, MEMORY, PARITY, RATIO, ROOFLINE, SCALING, THROUGHPUT
 from moebench.report.reproduce import Reproducer
 from moebench.report.tables.tables import details, fastest_rows

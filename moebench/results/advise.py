@@ -12,6 +12,7 @@ not supported, or wrong. `unmeasured` has those that no result answers.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from pydantic import ValidationError
@@ -198,17 +199,16 @@ def _advice(here: pd.DataFrame, steps: pd.DataFrame, asked: Case) -> Advice:
         values, reason = _judge(_newest(line), asked.num_tokens)
         if values is not None:
             train, _ = _judge(_newest(steps[of_steps == label]), asked.num_tokens)
-            candidates.append(
-                Candidate(
-                    *(str(label), *line[["backend", "dispatcher"]].iloc[0]),
-                    **values.numbers,
-                    train_peak_bytes=math.nan if train is None else train.numbers["peak_memory_bytes"],
-                    weight_bytes=weight_bytes(asked),
-                    adam_bytes=adam_bytes(asked),
-                    measured_at=values.measured_at,
-                    run_ids=values.run_ids,
-                )
-            )
+            name, dispatcher = (str(text) for text in line[["backend", "dispatcher"]].iloc[0])
+            found: dict[str, Any] = {
+                **values.numbers,
+                "train_peak_bytes": math.nan if train is None else train.numbers["peak_memory_bytes"],
+                "weight_bytes": weight_bytes(asked),
+                "adam_bytes": adam_bytes(asked),
+                "measured_at": values.measured_at,
+                "run_ids": values.run_ids,
+            }
+            candidates.append(Candidate(label=str(label), backend=name, dispatcher=dispatcher, **found))
         elif reason.startswith((NOT_INSTALLED, NOT_SUPPORTED, WRONG)):
             left_out[str(label)] = reason
         else:

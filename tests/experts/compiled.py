@@ -23,12 +23,14 @@ def compile_launches(monkeypatch: pytest.MonkeyPatch, folder: Path, *modules: An
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     compiled: dict[str, str] = {}
 
     def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+        options = {name: constants[name] for name in OPTIONS if name in constants}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         signature: dict[str, str] = {}
         fixed = dict(constants)
         divisible: dict[tuple[int], Any] = {}
@@ -42,7 +44,8 @@ def compile_launches(monkeypatch: pytest.MonkeyPatch, folder: Path, *modules: An
                 divisible[position,] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys(fixed, "constexpr")
         ordered = {name: signature[name] for name in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=ordered, constexprs=fixed, attrs=divisible)
+        made = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+        source = made(fn=kernel, signature=ordered, constexprs=fixed, attrs=divisible)
         result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert result.metadata.shared <= SHARED_MEMORY_BYTES
         compiled[kernel.__name__] = result.asm["ptx"]
@@ -57,4 +60,5 @@ def _type_of(argument: Any) -> str:
         return POINTERS[argument.dtype]
     if isinstance(argument, float | int):
         return "fp32" if isinstance(argument, float) else "i32"
-    return f"tensordesc<{POINTERS[argument.base.dtype][1:]}{argument.block_shape}>"
+    layout = f",{argument.layout!r}" if hasattr(argument, "layout") else ""  # Gluon's have one
+    return f"tensordesc<{POINTERS[argument.base.dtype][1:]}{argument.block_shape}{layout}>"

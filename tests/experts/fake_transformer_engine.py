@@ -98,6 +98,20 @@ class Call:
     m_splits: list[int]
     recipe: str | None
     is_first_microbatch: bool | None
+    sizes_on_device: bool = False
+
+
+class Gpu:
+    """What the libraries of a test's GPU can do."""
+
+    #: Whether cuBLASLt is as new as the native path of `use_grouped_tensor` needs it. A test sets it.
+    multiplies_groups = False
+
+
+def is_module_grouped_tensor_path_supported(recipe: Recipe | None, dtype: torch.dtype) -> bool:
+    """The real function also looks at the GPU and at the version of cuBLASLt."""
+    assert recipe is None
+    return Gpu.multiplies_groups and dtype in (torch.bfloat16, torch.float16)
 
 
 class GroupedLinear(nn.Module):
@@ -112,8 +126,10 @@ class GroupedLinear(nn.Module):
         return_bias: bool = False,
         params_dtype: torch.dtype | None = None,
         device: torch.device | str = "cuda",
+        use_grouped_tensor: bool = False,
     ) -> None:
         super().__init__()
+        self.use_grouped_tensor = use_grouped_tensor
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
         self.use_bias, self.return_bias = bias, return_bias
         self.calls: list[Call] = []
@@ -135,13 +151,27 @@ class GroupedLinear(nn.Module):
             nn.init.zeros_(real) if name.startswith("bias") else nn.init.normal_(real, std=0.023)
             setattr(self, name, nn.Parameter(real))
 
-    def forward(self, inp: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Any:
-        """Return [N, out]. With `return_bias`, the biases are not added but returned as a list beside it."""
+    def forward(self, inp: Tensor, m_splits: list[int] | Tensor, is_first_microbatch: bool | None = None) -> Any:
+        """Return [N, out]. With `return_bias`, the biases are not added but returned as a list beside it.
+
+        A tensor `m_splits` stands for sizes on the device. Then `inp` may have more rows than the groups.
+        """
         weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
         biases = [getattr(self, f"bias{index}") for index in range(self.num_gemms)]
         recipe = FP8GlobalStateManager.get_fp8_recipe() if FP8GlobalStateManager.is_fp8_enabled() else None
-        self._check(inp, m_splits, weights, recipe)
-        self.calls.append(Call(list(m_splits), recipe.name if recipe else None, is_first_microbatch))
+        on_device = isinstance(m_splits, Tensor)
+        if self.use_grouped_tensor and is_module_grouped_tensor_path_supported(None, inp.dtype):
+            assert isinstance(m_splits, Tensor), "The native grouped_tensor path requires CUDA m_splits"
+            assert recipe is None, "not in this fake"
+            assert self.num_gemms <= 64, f"A_list supports up to 64 tensors per kernel, got {self.num_gemms}"
+            assert m_splits.dtype is torch.int64
+            m_splits = m_splits.tolist()
+            self._check(inp[: sum(m_splits)], m_splits, weights, recipe)
+        else:
+            assert isinstance(m_splits, list)
+            assert sum(m_splits) == inp.shape[0] > 0
+            self._check(inp, m_splits, weights, recipe)
+        self.calls.append(Call(m_splits, recipe.name if recipe else None, is_first_microbatch, on_device))
         used = [weight.detach() for weight in weights]
         if recipe is not None:
             used = [self._quantized(i, weight, is_first_microbatch) for i, weight in enumerate(used)]
@@ -165,10 +195,8 @@ class GroupedLinear(nn.Module):
         return self._kept[index]
 
     def _check(self, inp: Tensor, m_splits: list[int], weights: list[Tensor], recipe: Recipe | None) -> None:
-        assert isinstance(m_splits, list)
         assert all(type(size) is int for size in m_splits)
         assert len(m_splits) == self.num_gemms
-        assert sum(m_splits) == inp.shape[0] > 0
         assert inp.shape[1:] == (self.in_features,)
         assert all(tensor.is_contiguous() for tensor in (inp, *weights)), (
             "tensors must be contiguous: TE ignores strides"
@@ -181,25 +209,39 @@ class GroupedLinear(nn.Module):
 
 
 class _MultiplyGroups(Function):
+    """Rows past the last group are NaN in the result and in the gradient: TE does not write them."""
+
     @staticmethod
     def forward(ctx: Any, inp: Tensor, m_splits: list[int], used: list[Tensor], *weights: Tensor) -> Tensor:
         ctx.save_for_backward(inp)
         ctx.m_splits, ctx.used = m_splits, used
-        return torch.cat([rows @ weight.t() for rows, weight in zip(inp.split(m_splits), used, strict=True)])
+        return _groups_times(inp, m_splits, [weight.t() for weight in used])
 
     @staticmethod
     @without_autocast  # TE's kernels take the dtypes that forward chose
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (inp,) = ctx.saved_tensors
-        grads = grad.contiguous().split(ctx.m_splits)
-        grad_inp = torch.cat([rows @ weight for rows, weight in zip(grads, ctx.used, strict=True)])
-        grad_weights = [g.t() @ rows for g, rows in zip(grads, inp.split(ctx.m_splits), strict=True)]
-        return grad_inp, None, None, *grad_weights
+        grad_inp = _groups_times(grad, ctx.m_splits, ctx.used)
+        groups = zip(_groups(grad, ctx.m_splits), _groups(inp, ctx.m_splits), strict=True)
+        return grad_inp, None, None, *(g.t() @ rows for g, rows in groups)
+
+
+def _groups(rows: Tensor, m_splits: list[int]) -> tuple[Tensor, ...]:
+    return rows[: sum(m_splits)].split(m_splits)
+
+
+def _groups_times(rows: Tensor, m_splits: list[int], matrices: list[Tensor]) -> Tensor:
+    products = [group @ matrix for group, matrix in zip(_groups(rows, m_splits), matrices, strict=True)]
+    past = rows.new_full((len(rows) - sum(m_splits), matrices[0].shape[1]), torch.nan)
+    return torch.cat([*products, past])
 
 
 def modules() -> dict[str, ModuleType]:
     """Return the fake modules by the name that `import` uses."""
-    names = ("", ".pytorch", ".pytorch.quantization", ".common", ".common.recipe")
+    names = (
+        *("", ".pytorch", ".pytorch.quantization", ".pytorch.module", ".pytorch.module.grouped_linear"),
+        *(".common", ".common.recipe"),
+    )
     made = {f"transformer_engine{name}": ModuleType(f"transformer_engine{name}") for name in names}
     for name, module in made.items():
         parent, _, child = name.rpartition(".")
@@ -207,6 +249,8 @@ def modules() -> dict[str, ModuleType]:
             setattr(made[parent], child, module)
     for thing in (GroupedLinear, Fp8Padding, Fp8Unpadding, autocast):
         setattr(made["transformer_engine.pytorch"], thing.__name__, thing)
+    linears = made["transformer_engine.pytorch.module.grouped_linear"]
+    linears.is_module_grouped_tensor_path_supported = is_module_grouped_tensor_path_supported  # type: ignore[attr-defined]
     made["transformer_engine.pytorch.quantization"].FP8GlobalStateManager = FP8GlobalStateManager  # type: ignore[attr-defined]
     for name in ("Float8CurrentScaling", "DelayedScaling", "Float8BlockScaling", "MXFP8BlockScaling"):
         setattr(made["transformer_engine.common.recipe"], name, lambda name=name: Recipe(name))

@@ -36,6 +36,7 @@ def remove(patch: pytest.MonkeyPatch) -> None:
         if name.partition(".")[0] in LIBRARIES:
             patch.setitem(sys.modules, name, None)
     library.not_installed.cache_clear()
+    library.takes_sizes_on_device.cache_clear()
 
 
 def install(patch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,13 @@ def misaligned(tensor: Tensor) -> Tensor:
     return view
 
 
+def poisoned(*shape: Any, **options: Any) -> Tensor:
+    """Return what `torch.empty` returns, filled with NaN, or with the largest integer."""
+    worst = torch.nan if options["dtype"].is_floating_point else torch.iinfo(options["dtype"]).max
+    sizes = shape[0] if isinstance(shape[0], tuple) else shape
+    return torch.full(sizes, worst, **options)
+
+
 @dataclass(frozen=True)
 class Batch:
     """The inputs of a layer, and the gradient of its output."""

@@ -204,6 +204,24 @@ def test_rows_travel_without_choices(name: str, device: str, dtype: torch.dtype)
 
 
 @on_every_setup
+def test_tokens_are_numbered_through_all_blocks(
+    name: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last row of one block and the first row of the next are neighbours. Here a fused block has 16 tokens."""
+    exchange = functions(name)
+    if name == "fused":
+        monkeypatch.setattr(exchange, "MAX_INDICES", 64)
+    given = Given((50, 0, 32), 64, device, dtype)
+    rows = given.pushed(exchange)
+    for source, to in itertools.product(range(3), range(3)):
+        tokens = given.goes(source, to)
+        right = torch.full((given.x[source].shape[0],), -1, dtype=torch.int32)
+        right[tokens] = torch.arange(len(tokens), dtype=torch.int32)
+        assert torch.equal(rows[source][:, to].cpu(), right)
+        assert [int(region.counts_PP[source, to]) for region in given.regions] == [len(tokens)] * 3
+
+
+@on_every_setup
 def test_an_index_that_is_no_expert_stays_no_expert(name: str, device: str, dtype: torch.dtype) -> None:
     """On a GPU nothing checks the indices."""
     given, exchange = Given((2, 2), 16, device, dtype), functions(name)

@@ -31,6 +31,7 @@ from tests.experts.layers import (
     layer,
     misaligned,
     moe_config,
+    poisoned,
     random_batch,
     random_parameters,
     run,
@@ -169,12 +170,6 @@ def test_products_are_right_and_write_only_their_rows(
     b_LHD = given.b_LDH.transpose(1, 2).contiguous()
     given.assert_near(gemm.product_back(x_ND, b_LHD, given.permutation, 9.0), right)
     given.assert_near(gemm.gathered_product_back(given.x_TD, b_LHD, given.permutation, 9.0), right)
-
-
-def poisoned(*shape: Any, **options: Any) -> Tensor:
-    worst = torch.nan if options["dtype"].is_floating_point else torch.iinfo(options["dtype"]).max
-    sizes = shape[0] if isinstance(shape[0], tuple) else shape
-    return torch.full(sizes, worst, **options)
 
 
 @on_every_setup

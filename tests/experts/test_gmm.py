@@ -3,7 +3,9 @@
 The fake has the assertions of the real one. What the real one leaves unwritten is NaN in the fake.
 """
 
+import functools
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from experts import GroupedExpertsDeepEP, Unsupported
 from experts.compute import ExpertParameters, gmm
 from experts.engines import get_engine
+from experts.steps import eager
 from tests.experts import fake_grouped_gemm
 from tests.experts.layers import (
     BF16,
@@ -107,18 +110,56 @@ def test_without_rows_the_library_is_not_called(why: str, monkeypatch: pytest.Mo
     assert not any(tensor.any() for tensor in check(batch).values())
 
 
-@fake_libraries
-def test_only_the_rows_of_local_experts_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows past the last group would be wasted work, and the library does not write their memory."""
-    multiplied = []
+@pytest.fixture
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
+    """Return a list that gets the number of rows and the sizes of the groups of each product."""
+    seen: list[tuple[int, list[int]]] = []
 
-    def seen(a: torch.Tensor, b: torch.Tensor, batch_sizes: torch.Tensor, *transposed: bool) -> torch.Tensor:
-        multiplied.append((a.shape[0], batch_sizes.tolist()))
+    def record(a: torch.Tensor, b: torch.Tensor, batch_sizes: torch.Tensor, *transposed: bool) -> torch.Tensor:
+        seen.append((a.shape[0], batch_sizes.tolist()))
         return fake_grouped_gemm.gmm(a, b, batch_sizes, *transposed)
 
-    monkeypatch.setattr(sys.modules["grouped_gemm.backend"], "gmm", seen)
+    monkeypatch.setattr(sys.modules["grouped_gemm.backend"], "gmm", record)
+    return seen
+
+
+@fake_libraries
+def test_the_library_gets_the_sizes_of_the_groups(multiplied: list[tuple[int, list[int]]]) -> None:
     check(random_batch(moe_config(), indices=[[3, 0], [-1, -1], [-1, 3]]))
-    assert multiplied == [(3, [1, 0, 0, 2])] * 6
+    assert [sizes for _, sizes in multiplied] == [[1, 0, 0, 2]] * 6
+
+
+@fake_libraries
+def test_only_the_rows_of_local_experts_are_multiplied(multiplied: list[tuple[int, list[int]]]) -> None:
+    """Rows of other ranks' experts would take memory."""
+    config = moe_config()
+    batch = random_batch(config, indices=[[3, 0], [1, -1], [2, 3]])
+    whole = random_parameters(config)
+    local = ExpertParameters(whole["gate_and_up_projs"][2:], whole["down_projs"][2:], None, None)
+    get_engine("gmm").compute(batch.x, batch.weights, batch.indices, local, config, 2)
+    assert multiplied == [(3, [1, 2])] * 2
+
+
+@fake_libraries
+def test_rows_are_gathered_before_the_host_waits_for_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    gather, on_host = eager.gather_rows, gmm.Sizes.on_host.func
+
+    def gathered(*arguments: Any) -> torch.Tensor:
+        happened.append("gather")
+        return gather(*arguments)
+
+    def waited(sizes: gmm.Sizes) -> torch.Tensor:
+        happened.append("wait")
+        return on_host(sizes)
+
+    monkeypatch.setattr(eager, "gather_rows", gathered)
+    once = functools.cached_property(waited)
+    once.__set_name__(gmm.Sizes, "on_host")
+    monkeypatch.setattr(gmm.Sizes, "on_host", once)
+    check(random_batch(moe_config()))
+    assert happened[:2] == ["gather", "wait"]
+    assert happened.count("wait") == 1, "backward does not wait"
 
 
 @fake_libraries
@@ -190,3 +231,20 @@ def test_parameters_may_have_another_dtype_than_x() -> None:
     found = run(layer("gmm", config, parameters), batch)
     assert_near(found, expected(config, parameters, batch), BF16)
     assert (found["output"].dtype, found["down_projs"].dtype) == (BF16, F32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", ["none", "some", "all"])
+def test_the_real_library_on_rows_that_are_not_cut(masked: str) -> None:
+    """Rows past the last group stay unwritten. Then they hold NaN here."""
+    pytest.importorskip("grouped_gemm")
+    config = moe_config(dtype=BF16, n_routed_experts=8, dim=128, moe_inter_dim=64, expert_bias=True)
+    batch = random_batch(config, num_tokens=300)
+    batch.indices[batch.indices == 5] = 6
+    batch.token_mask[:: 1 if masked == "all" else 3] = masked == "none"
+    right = expected(config, random_parameters(config), batch)
+    made = layer("gmm", config, device="cuda")
+    for _ in range(2):
+        blocks = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(8, 20) for _ in range(20)]
+        del blocks
+        assert_near(run(made, batch.map(lambda tensor: tensor.cuda())), right, BF16)

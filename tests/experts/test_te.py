@@ -1,7 +1,9 @@
 """GroupedExpertsTE with a fake of Transformer Engine that has the assertions of the real one, but not its kernels."""
 
 import copy
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 from experts import BackendConfig, ConfigError, GroupedExpertsTE, Unsupported
 from experts.registry import get_backend
+from experts.steps import Permutation
 from experts.te import library
 from tests.experts import fake_transformer_engine, fakes
 from tests.experts.layers import (
@@ -82,6 +85,77 @@ def test_group_sizes_are_in_the_order_of_the_experts() -> None:
     made = layer(n_activated_experts=1)
     check(made, random_batch(made.config, indices=[10, 2, 10, 0, -1, 10, 2, 11]))
     assert [call.m_splits for call in calls(made)] == [[1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3, 1]]
+
+
+# sizes on the device
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let TE multiply groups whose sizes are on the device, as with a new cuBLASLt."""
+    monkeypatch.setattr(fake_transformer_engine.Gpu, "multiplies_groups", True)
+    library.takes_sizes_on_device.cache_clear()
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("after", [False, True], ids=["before-down", "after-down"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_sizes_stay_on_the_device(dtype: torch.dtype, bias: bool, after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host never asks for the number of rows, and rows past the last group change nothing."""
+    made = layer(dtype=dtype, expert_bias=bias, apply_router_weight_after_down=after)
+    monkeypatch.setattr(Permutation, "cut", lambda *_: pytest.fail("the number of rows is known on the host"))
+    check(made, random_batch(made.config, indices=[[11, 0], [0, 0], [2, 10], [-1, -1], [-1, 2], [3, 2]]))
+    assert [call.sizes_on_device for call in calls(made)] == [True]
+    nobody = random_batch(made.config, indices=[[-1, -1]] * 3)
+    assert not any(tensor.any() for tensor in check(made, nobody).values())
+    assert not any(tensor.any() for tensor in check(made, random_batch(made.config, num_tokens=0)).values())
+    assert [sum(call.m_splits) for call in calls(made)] == [9, 0], "without tokens the library is not called"
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(
+    ("fields", "recipe"),
+    [
+        ({"dtype": F32}, None),
+        ({"dtype": BF16}, "current"),
+        ({"dtype": BF16, "dim": 12}, None),
+        ({"dtype": BF16, "moe_inter_dim": 20}, None),
+        ({"dtype": BF16, "n_routed_experts": 65}, None),
+    ],
+    ids=["float32", "fp8", "dim", "inter", "65-experts"],
+)
+def test_what_the_native_path_refuses_gets_sizes_on_the_host(fields: dict, recipe: Any) -> None:
+    made = layer(te_fp8=recipe, **fields)
+    check(made, random_batch(made.config))
+    assert [call.sizes_on_device for call in calls(made)] == [False]
+
+
+@pytest.mark.usefixtures("native")
+def test_a_surrounding_autocast_gets_sizes_on_the_host_for_its_calls_only() -> None:
+    made = layer(dtype=BF16, n_routed_experts=64)
+    batch = random_batch(made.config)
+    check(made, batch)
+    with fake_transformer_engine.autocast(recipe=fake_transformer_engine.Recipe("Float8BlockScaling")):
+        check(made, batch)
+    check(made, batch)
+    assert [call.sizes_on_device for call in calls(made)] == [True, False, True]
+
+
+@pytest.mark.usefixtures("native")
+def test_ranks_leave_out_other_ranks_rows_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = layer(dtype=BF16)
+    assert made.takes_sizes_on_device(BF16)
+    monkeypatch.setattr(made, "ep_mesh", SimpleNamespace(size=lambda: 2))
+    assert not made.takes_sizes_on_device(BF16)
+
+
+def test_an_older_library_gets_sizes_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    linears = sys.modules["transformer_engine.pytorch.module.grouped_linear"]
+    monkeypatch.delattr(linears, "is_module_grouped_tensor_path_supported")
+    made = layer(dtype=BF16)
+    check(made, random_batch(made.config))
+    assert [call.sizes_on_device for call in calls(made)] == [False]
 
 
 # FP8

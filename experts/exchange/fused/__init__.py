@@ -15,7 +15,7 @@ from experts.steps.fused.launch import launch
 
 MAX_STRETCH = 1024  # columns of one token per program: 16 bytes of bfloat16 per thread
 TILE = 1024  # elements per program where a program copies several rows
-MAX_INDICES = 4096  # indices that a program of `kernels.place` reads at a time
+MAX_INDICES = 8192  # indices that a program of `kernels.place` reads at a time
 
 
 def place(slabs: Slabs, indices_TK: Tensor, n_local_experts: int) -> Tensor:
@@ -24,16 +24,17 @@ def place(slabs: Slabs, indices_TK: Tensor, n_local_experts: int) -> Tensor:
     num_ranks = slabs.layout.num_ranks
     row_TP = torch.empty(num_tokens, num_ranks, dtype=torch.int32, device=indices_TK.device)
     choices = triton.next_power_of_2(num_choices)
+    block = max(16, MAX_INDICES // choices)
     launch(
         kernels.place,
-        (num_ranks,),
+        (max(1, triton.cdiv(num_tokens, block)), num_ranks),  # without tokens, the ranks must be told so
         *(indices_TK, row_TP, slabs.addresses_P, num_tokens, slabs.rank, n_local_experts),
         COUNTS_AT=_start(slabs, "counts_PP"),
         P=num_ranks,
         K=num_choices,
         CHOICES=choices,
-        BLOCK=max(16, MAX_INDICES // choices),
-        num_warps=8,
+        BLOCK=block,
+        num_warps=16,
     )
     return row_TP
 

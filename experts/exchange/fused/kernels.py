@@ -11,6 +11,16 @@ def _part(addresses, rank, START: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _goes(indices, token, num_tokens, to, n_local_experts, K: tl.constexpr, CHOICES: tl.constexpr):
+    """Return 1 for each token that chose an expert of a rank, and 0 for the others."""
+    choice = tl.arange(0, CHOICES)
+    where = token.to(tl.int64)[:, None] * K + choice[None, :]
+    expert = tl.load(indices + where, mask=(token < num_tokens)[:, None] & (choice < K)[None, :], other=-1)
+    local = expert - to.to(tl.int64) * n_local_experts
+    return tl.max(((local >= 0) & (local < n_local_experts)).to(tl.int32), axis=1)
+
+
+@triton.jit
 def place(
     indices,
     rows,
@@ -24,25 +34,25 @@ def place(
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Number the tokens that go to one rank, and tell all ranks how many they are. Each program has one rank."""
-    to = tl.program_id(0)
-    choice = tl.arange(0, CHOICES)
-    count = tl.zeros([1], dtype=tl.int32)
-    start = 0
-    while start < num_tokens:
-        token = start + tl.arange(0, BLOCK)
-        valid = token < num_tokens
-        where = token.to(tl.int64)[:, None] * K + choice[None, :]
-        expert = tl.load(indices + where, mask=valid[:, None] & (choice < K)[None, :], other=-1)
-        local = expert - to.to(tl.int64) * n_local_experts
-        goes = tl.max(((local >= 0) & (local < n_local_experts)).to(tl.int32), axis=1)
-        row = tl.where(goes > 0, count + tl.cumsum(goes, 0) - 1, -1)
-        tl.store(rows + token.to(tl.int64) * P + to, row, mask=valid)
-        count += tl.sum(goes, 0)
-        start += BLOCK
-    for reader in tl.static_range(P):
-        counts = _part(addresses, reader, COUNTS_AT, tl.int32)
-        tl.store(counts + rank * P + to + tl.arange(0, 1), count)
+    """Number the tokens of a block that go to one rank. Each program has one block and one rank.
+
+    A program itself counts the tokens in the blocks before its own. So programs do not wait for each other, and one
+    launch is enough. The program of the last block tells all ranks how many tokens go to its rank.
+    """
+    block, to = tl.program_id(0), tl.program_id(1)
+    place_in_block = tl.arange(0, BLOCK)
+    before = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, block * BLOCK, BLOCK):
+        before += _goes(indices, start + place_in_block, num_tokens, to, n_local_experts, K, CHOICES)
+    first = tl.sum(before, 0)
+    token = block * BLOCK + place_in_block
+    goes = _goes(indices, token, num_tokens, to, n_local_experts, K, CHOICES)
+    row = tl.where(goes > 0, first + tl.cumsum(goes, 0) - 1, -1)
+    tl.store(rows + token.to(tl.int64) * P + to, row, mask=token < num_tokens)
+    if block == tl.num_programs(0) - 1:
+        count = first + tl.sum(goes, 0)
+        for reader in tl.static_range(P):
+            tl.store(_part(addresses, reader, COUNTS_AT, tl.int32) + rank * P + to, count)
 
 
 @triton.jit

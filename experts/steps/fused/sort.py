@@ -1,8 +1,9 @@
-"""Sort choices by expert with a stable, deterministic counting sort in three passes.
+"""Sort choices by expert with a stable, deterministic counting sort in three passes, or in one for few choices.
 
 First, each block of choices counts its choices by expert. Second, a running sum over all (expert, block) pairs gives
 the row where each block's choices of each expert end. Third, a choice's row is that end minus the number of choices of
-the same expert from this choice to the end of its block.
+the same expert from this choice to the end of its block. With few choices, a single kernel does the same: every block
+counts all choices itself, so no block waits for another block's counts.
 """
 
 import torch
@@ -14,6 +15,8 @@ from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
 BLOCK = 128  # a block compares each pair of its choices, so work and registers grow with BLOCK²
+BLOCK_OF_FEW = 32  # smaller: with few choices, more programs than multiprocessors are never needed
+FEW_CHOICES = 1024  # with more choices, counting all of them in every block takes longer than two more kernels
 
 
 def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
@@ -31,6 +34,16 @@ def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
         )
     offsets_L = empty(torch.int32, count)
     indices_TK = indices_TK.contiguous()
+    if num_slots <= FEW_CHOICES:
+        launch(
+            _sort_few,
+            (triton.cdiv(num_slots, BLOCK_OF_FEW),),
+            *(indices_TK, row_to_slot, slot_to_row, row_to_expert, offsets_L, num_slots, first, count),
+            BINS=triton.next_power_of_2(count + 2),
+            ALL=max(32, triton.next_power_of_2(num_slots)),
+            BLOCK=BLOCK_OF_FEW,
+        )
+        return Permutation(row_to_slot, slot_to_row, row_to_expert, offsets_L, indices_TK.shape[1])
     counts = empty(torch.int32, count + 1, num_blocks)
     sizes = (num_slots, num_blocks, first, count)
     bins = triton.next_power_of_2(count + 2)  # the last bin is for places past the last choice
@@ -53,6 +66,40 @@ def _bin(indices, slots, num_slots, first, count):
     local = tl.load(indices + slots, mask=slots < num_slots, other=0).to(tl.int64) - first
     expert = tl.where((local >= 0) & (local < count), local, count)
     return tl.where(slots < num_slots, expert, count + 1).to(tl.int32)
+
+
+@triton.jit
+def _sort_few(
+    indices,
+    row_to_slot,
+    slot_to_row,
+    row_to_expert,
+    offsets,
+    num_slots,
+    first,
+    count,
+    BINS: tl.constexpr,
+    ALL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    every = tl.arange(0, ALL)
+    everyones = _bin(indices, every, num_slots, first, count)
+    counts = tl.histogram(everyones, BINS)
+    ends = tl.cumsum(counts, 0)
+    before = tl.histogram(tl.where(every < block * BLOCK, everyones, BINS - 1), BINS)
+    place = tl.arange(0, BLOCK)
+    slots = block * BLOCK + place
+    expert = _bin(indices, slots, num_slots, first, count)
+    precedes = (expert[:, None] == expert[None, :]) & (place[None, :] < place[:, None])
+    row = tl.gather(ends - counts + before, expert, 0) + tl.sum(precedes.to(tl.int32), axis=1)
+    inside = slots < num_slots
+    tl.store(row_to_slot + row, slots.to(tl.int64), mask=inside)
+    tl.store(slot_to_row + slots, row.to(tl.int64), mask=inside)
+    tl.store(row_to_expert + row, expert.to(tl.int64), mask=inside)
+    if block == 0:
+        bins = tl.arange(0, BINS)
+        tl.store(offsets + bins, ends, mask=bins < count)
 
 
 @triton.jit

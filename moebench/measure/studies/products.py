@@ -32,12 +32,16 @@ BACKENDS = tuple(backend.name for backend in catalog.BACKENDS if _has_products(b
 
 @dataclass(frozen=True)
 class CountedCall:
-    """A call, with the least bytes that it must read and write or with its floating-point operations."""
+    """A call, with the least bytes that it must read and write or with its floating-point operations.
+
+    `other` is another call of the library that computes the same, or None. The faster one counts.
+    """
 
     name: str
     call: Call
     num_bytes: int = 0
     num_flops: int = 0
+    other: Call | None = None
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,30 @@ class Alone:
 
 
 def alone(backend: str, inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, rows: Permutation) -> Alone:
-    """Return the products to compare a backend of BACKENDS with; for Transformer Engine, its two GroupedLinears."""
+    """Return the products to compare a backend of BACKENDS with; for Transformer Engine, its two GroupedLinears.
+
+    Transformer Engine gets the sizes of the groups on the host.
+    """
     x_ND = inputs.x_TD.index_select(0, rows.row_to_token_N)
     engine = engine_of(backend)
     products = get_engine(engine.name).products if engine is not None and engine.stacked else None
     if products is None:
         return _of_linears(x_ND, parameters, config, rows.tokens_per_expert_L.tolist())
     return _of_products(products(rows), x_ND, parameters, config)
+
+
+def alone_on_device(
+    backend: str, inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, rows: Permutation
+) -> Alone | None:
+    """Return Transformer Engine's products with the sizes on the device; None if it cannot, or for other backends."""
+    engine = engine_of(backend)
+    if engine is None or engine.stacked:
+        return None
+    layer: Any = layer_of(backend, parameters, config)
+    if not layer.takes_sizes_on_device(config.dtype):
+        return None
+    x_ND = inputs.x_TD.index_select(0, rows.row_to_token_N)
+    return _of_linears(x_ND, parameters, config, rows.tokens_per_expert_L)
 
 
 def _of_products(products: Products, x_ND: Tensor, parameters: dict[str, Tensor], config: MoEConfig) -> Alone:
@@ -77,10 +98,12 @@ def _of_products(products: Products, x_ND: Tensor, parameters: dict[str, Tensor]
     return Alone(forward, train)
 
 
-def _of_linears(x_ND: Tensor, parameters: dict[str, Tensor], config: MoEConfig, sizes: list[int]) -> Alone:
+def _of_linears(x_ND: Tensor, parameters: dict[str, Tensor], config: MoEConfig, sizes: list[int] | Tensor) -> Alone:
     layer = layer_of("te", parameters, config)
     up: Any = layer.gate_up_linear
     down: Any = layer.down_linear
+    for linear in (up, down):
+        linear.use_grouped_tensor = isinstance(sizes, Tensor)
     # a linear that has its own bias returns a pair
     h_NH = _first(up(x_ND, sizes))
     a_NI = h_NH[:, : config.moe_inter_dim].contiguous()
@@ -107,12 +130,14 @@ def of_backend(
     backend: str, inputs: Inputs, parameters: dict[str, Tensor], config: MoEConfig, rows: Permutation
 ) -> Iterator[CountedCall]:
     """Yield a backend's products and its layer: first a forward pass without gradients, then a train step."""
-    own = alone(backend, inputs, parameters, config, rows)
+    given = backend, inputs, parameters, config, rows
+    own, other = alone(*given), alone_on_device(*given)
+    others = (None, None) if other is None else (other.forward, other.train)
     flops = 2 * rows.num_rows * (parameters["gate_and_up_projs"][0].numel() + parameters["down_projs"][0].numel())
     forward, train = passes(layer_of(backend, parameters, config), inputs)
-    yield CountedCall(f"{backend}: products, forward", own.forward, num_flops=flops)
+    yield CountedCall(f"{backend}: products, forward", own.forward, num_flops=flops, other=others[0])
     yield CountedCall(f"{backend}: layer, forward", forward, num_flops=flops)
-    yield CountedCall(f"{backend}: products, train", own.train, num_flops=3 * flops)
+    yield CountedCall(f"{backend}: products, train", own.train, num_flops=3 * flops, other=others[1])
     yield CountedCall(f"{backend}: layer, train", train, num_flops=3 * flops)
 
 

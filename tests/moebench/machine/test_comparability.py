@@ -13,6 +13,7 @@ DIFFERENT = {
     "clocks": changed(gpu={"max_sm_clock_mhz": 1500}),
     "cpu": changed(cpu_model="another"),
     "python": changed(python="3.11.9"),
+    "tiles": changed(tiles="0123456789ab"),
     "torch": changed(versions={"torch": "2.13.0"}),
     "deep_ep": changed(versions={"deep_ep": None}),
 }

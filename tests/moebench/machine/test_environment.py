@@ -92,6 +92,20 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch):
         collect("cuda")
 
 
+def test_the_users_tiles_are_those_of_the_first_gpu(h200s, monkeypatch, tmp_path):
+    choices = pytest.importorskip("experts.gemm.choices")
+    monkeypatch.setenv(choices.VARIABLE, str(tmp_path))
+    assert collect("cuda").tiles is None
+    key = choices.Key("product", (8, 64, 128), "bfloat16", 1024.0)
+    tile = choices.KINDS["product"].candidates(1024.0)[0]
+    choices.store(choices.place_of(torch.device("cuda", 0)), {key: choices.Choice(tile, 0.9, 1.0)})
+    assert len(collect("cuda:1").tiles) == 12
+    assert collect("cpu").tiles is None
+    for gpu in h200s:
+        gpu.name = "NVIDIA B200"
+    assert collect("cuda").tiles is None, "the file is for another GPU"
+
+
 def change_gpu(gpus, nvml, monkeypatch, field, value):
     for gpu in gpus:
         setattr(gpu, field, value)
@@ -114,6 +128,7 @@ def change_function(gpus, nvml, monkeypatch, name, value):
 @pytest.mark.parametrize(
     ("change", "what", "value"),
     [
+        (change_function, "_tiles", "0123456789ab"),
         (change_gpu, "name", "NVIDIA H100"),
         (change_gpu, "multi_processor_count", 114),
         (change_nvml, "power_limit_mw", 500_000),

@@ -32,6 +32,7 @@ def fake_libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fakes.install(monkeypatch)
     yield
     fakes.library.not_installed.cache_clear()
+    fakes.library.takes_sizes_on_device.cache_clear()
 
 
 @torch.no_grad()
@@ -53,6 +54,19 @@ def test_calls_do_the_operations_that_they_are_timed_by(backend: str) -> None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             work.call()
         assert counter.get_total_flops() == work.num_flops
+
+
+def test_transformer_engine_is_called_in_both_ways_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(work.other is None for work in works_of("te")), "this cuBLASLt takes sizes on the host"
+    monkeypatch.setattr(fakes.fake_transformer_engine.Gpu, "multiplies_groups", True)
+    fakes.library.takes_sizes_on_device.cache_clear()
+    assert all(work.other is None for work in works_of("gmm"))
+    others = [work.other for work in works_of("te")]
+    assert [other is None for other in others] == [False, True] * 2, "only the products have two ways"
+    for other, flops in ((others[0], FORWARD_FLOPS), (others[2], 3 * FORWARD_FLOPS)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            other()
+        assert counter.get_total_flops() == flops
 
 
 @on_every_backend

@@ -1,5 +1,7 @@
 """moebench.measure.studies.steps measures every step, with the bytes and operations of the shape."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import typer
@@ -47,6 +49,21 @@ def test_everything_runs_and_has_a_speed(works: list[CountedCall]) -> None:
         row = steps.measure_step(work, CPU, TimingPolicy(0.5, time_cap_s=0.01))
         assert row["ms"] > 0
         assert row.get("gb_per_s", row.get("tflops")) > 0
+
+
+def test_the_faster_of_two_calls_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow() -> None: ...
+
+    def fast() -> None: ...
+
+    times = {slow: 4.0, fast: 2.0}
+    monkeypatch.setattr(steps.timing, "time_stages", lambda stages, *_: SimpleNamespace(time_ms=times[stages[0]]))
+    policy = TimingPolicy(0.5, time_cap_s=0.01)
+    for call, other in ((slow, fast), (fast, slow)):
+        row = steps.measure_step(CountedCall("te", call, num_flops=10**9, other=other), CPU, policy)
+        assert (row["ms"], row["tflops"]) == (2.0, 0.5)
+        assert row["ms_by_place_of_sizes"] == {"host": times[call], "device": times[other]}
+    assert "ms_by_place_of_sizes" not in steps.measure_step(CountedCall("gmm", slow, num_flops=1), CPU, policy)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,15 @@
+"""Multiply rows that are grouped by expert on Hopper GPUs (SM90), with kernels whose warps have different tasks.
+
+In these kernels, one group of warps only loads operands and the other warps only multiply and store. So a program loads
+the operands of its next tile while it stores the tile before. Triton's compiler does not divide the work of a kernel
+in this way for Hopper, so the kernels are written in Gluon, the language below Triton, which comes with Triton.
+
+The kernels replace the general ones where they are faster on an H200 (2026-11): in the gradients of the weights, and in
+products of rows that lie in permuted order. Products of gathered rows gain nothing and stay with the general kernel.
+Importing this package imports Gluon.
+"""
+
+from experts.gemm.hopper.gradients import outer
+from experts.gemm.hopper.rows import product
+
+__all__ = ["outer", "product"]

@@ -1,0 +1,180 @@
+"""The kernels for Hopper GPUs: their results on such a GPU, and their code for one, which is compiled without a GPU."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from experts.steps import Permutation, eager
+from tests.experts.compiled import compile_launches
+from tests.experts.layers import BF16, F16, INTERPRETED, layer, misaligned, moe_config, poisoned, random_batch
+
+pytest.importorskip("triton")
+
+dtypes = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+#: Rows of each expert. A step has 64 rows.
+GROUPS = [(64, 128), (1, 0, 63), (0, 65, 0, 0, 130, 7), (0, 0), (700, 0, 1)]
+#: Columns of the two operands. A tile has 128 and 256.
+WIDTHS = [(128, 256), (8, 16), (136, 264), (2880, 512)]
+
+
+@pytest.fixture
+def hopper() -> Any:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU (SM90)")
+    from experts import gemm
+
+    return gemm
+
+
+class Grouped:
+    """Tokens, and rows of experts in permuted order. Rows past the last group, and tokens without a row, are NaN."""
+
+    def __init__(self, rows: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(9)
+        num_rows, unused = sum(rows), 70
+        experts = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
+        choices = torch.cat([experts, torch.full((unused,), -1)])[
+            torch.randperm(num_rows + unused, generator=generator)
+        ]
+        self.permutation = eager.sort_by_expert(choices.view(-1, 1).cuda(), 0, len(rows))
+        self.x_TP, self.a_NP, self.b_NQ = (
+            torch.randn(num_rows + unused, width, generator=generator).to("cuda", dtype)
+            for width in (widths[0], widths[0], widths[1])
+        )
+        self.x_TP[choices.cuda() < 0] = torch.nan
+        self.a_NP[num_rows:], self.b_NQ[num_rows:] = torch.nan, torch.nan
+        self.rows = rows
+
+    def right(self, a_NP: Tensor, b_NQ: Tensor) -> Tensor:
+        """Return the sums in float64."""
+        pairs = zip(a_NP.double().split([*self.rows, 70]), b_NQ.double().split([*self.rows, 70]), strict=True)
+        return torch.stack([a.T @ b for a, b in list(pairs)[:-1]])
+
+
+def assert_sums(found: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    """Allow sums in float32 and one rounding. Sums without terms are exactly zero."""
+    assert (found.dtype, found.shape) == (dtype, right.shape)
+    eps = torch.finfo(dtype).eps
+    allowed = eps * right.abs() + 1e-5 * right.square().mean((1, 2), keepdim=True).sqrt()
+    assert ((found.double() - right).abs() <= allowed).all()
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("rows", GROUPS, ids=str)
+def test_weight_gradients_are_the_sums_of_each_group(
+    rows: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype, hopper: Any
+) -> None:
+    given = Grouped(rows, widths, dtype)
+    a, b, permutation = given.a_NP, given.b_NQ, given.permutation
+    tokens = eager.gather_rows(given.x_TP, permutation)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "empty", poisoned)
+        found = hopper.outer(a, b, permutation)
+        gathered = hopper.gathered_outer(given.x_TP, b, permutation)
+        turned = hopper.outer_gathered(b, given.x_TP, permutation)
+    assert_sums(found, given.right(a, b), dtype)
+    assert_sums(gathered, given.right(tokens, b), dtype)
+    assert_sums(turned, given.right(b, tokens), dtype)
+    assert torch.equal(hopper.outer(misaligned(a), misaligned(b), permutation), found)
+    for _ in range(3):
+        assert torch.equal(hopper.gathered_outer(given.x_TP, b, permutation), gathered)
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("rows", GROUPS, ids=str)
+def test_products_are_each_row_times_its_matrix(
+    rows: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype, hopper: Any
+) -> None:
+    given = Grouped(rows, widths, dtype)
+    b_LPQ = torch.randn(len(rows), *widths, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    exact = given.a_NP.double().split([*rows, 70])
+    right = torch.cat([a @ b for a, b in zip(exact, b_LPQ.double(), strict=False)])
+    many = 1000.0  # rows per expert, so that the kernel for Hopper is chosen
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "empty", poisoned)
+        found = hopper.product(given.a_NP, b_LPQ, given.permutation, many)
+        turned = hopper.product_back(given.a_NP, b_LPQ.mT.contiguous(), given.permutation, many)
+    for result in (found, turned):
+        assert result[sum(rows) :].isnan().all()
+        assert_sums(result[: sum(rows)][None], right[None], dtype)
+    assert torch.equal(found[: sum(rows)], turned[: sum(rows)])
+
+
+@pytest.mark.gpu
+def test_an_expert_is_not_touched_by_anothers_nan(hopper: Any) -> None:
+    """A step reads 64 rows, so the last step of a group reaches into the next group."""
+    given = Grouped((70, 70), (128, 256), BF16)
+    given.a_NP[70:140], given.b_NQ[70:140] = torch.nan, torch.inf
+    found = hopper.outer(given.a_NP, given.b_NQ, given.permutation)
+    assert_sums(found[:1], given.right(given.a_NP, given.b_NQ)[:1], BF16)
+    assert found[1].isnan().all()
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_with_another_routing(hopper: Any) -> None:
+    config = moe_config(n_routed_experts=8, n_activated_experts=2, dim=256, moe_inter_dim=128, dtype=BF16)
+    made = layer("triton", config, device="cuda")
+    inputs = [random_batch(config, 700, seed=seed).map(lambda tensor: tensor.cuda()) for seed in (1, 2)]
+    held = inputs[0].map(torch.clone)
+
+    def step() -> dict[str, Tensor]:
+        made.zero_grad(set_to_none=True)
+        made(held.x, held.token_mask, held.weights, held.indices).float().square().sum().backward()
+        return {name: parameter.grad for name, parameter in made.named_parameters()}
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for chosen in inputs:
+        for name in ("x", "token_mask", "weights", "indices"):
+            getattr(held, name).copy_(getattr(chosen, name))
+        graph.replay()
+        found = {name: tensor.clone() for name, tensor in captured.items()}
+        again = step()
+        assert found
+        assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+@pytest.mark.certify(share=0.5)
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("which", ["outer", "gathered_outer", "outer_gathered", "product", "product_back"])
+def test_kernels_compile_for_sm90_without_spilling(
+    which: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One group of warps loads: by the TMA, and for gathered rows by copies of 16 bytes. The others multiply."""
+    from experts import gemm
+    from experts.gemm import products
+    from experts.gemm.hopper import gradients, rows
+
+    monkeypatch.setattr(products, "runs_on_hopper", lambda device, num_rows: True)
+    ptx = compile_launches(monkeypatch, tmp_path, products, gradients, rows)
+    num_rows, k, experts, dim, inter = 512, 8, 128, 2048, 768
+    maps = [torch.zeros(num_rows, dtype=torch.int64) for _ in range(3)]
+    permutation = Permutation(*maps, torch.zeros(experts, dtype=torch.int32), k)
+    x_TD, a_NI = torch.zeros(num_rows // k, dim, dtype=dtype), torch.zeros(num_rows, inter, dtype=dtype)
+    y_ND, b_LID = torch.zeros(num_rows, dim, dtype=dtype), torch.zeros(experts, inter, dim, dtype=dtype)
+    calls = {
+        "outer": lambda: gemm.outer(a_NI, y_ND, permutation),
+        "gathered_outer": lambda: gemm.gathered_outer(x_TD, a_NI, permutation),
+        "outer_gathered": lambda: gemm.outer_gathered(a_NI, x_TD, permutation),
+        "product": lambda: gemm.product(a_NI, b_LID, permutation, 1000.0),
+        "product_back": lambda: gemm.product_back(y_ND, b_LID, permutation, 1000.0),
+    }
+    calls[which]()
+    code = ptx["multiply_rows" if which.startswith("product") else "sum_outer_products"]
+    assert "wgmma.mma_async.sync.aligned.m64n256k16" in code
+    assert "cp.async.bulk.tensor.4d" in code
+    assert ("cp.async.cg.shared.global" in code) == (not which.startswith("product"))
+    assert not re.search(r"cp\.async\.ca|(st|ld)\.local", code)
+    waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", code)
+    assert max(map(int, waits)) > 0, "a step waits for its own products, and nothing runs meanwhile"
