@@ -137,3 +137,9 @@ def test_a_folder_of_results_stands_for_the_results_in_it(tmp_path):
         tmp_path / "a" / "results.parquet",
         tmp_path / "empty",
     ]
+
+
+def test_a_result_that_happens_to_lie_below_those_before_it_is_not_where_the_change_is():
+    """The fourth time is a little below the first three. The change by a fifth comes after it."""
+    times = [1.0, 1.001, 1.002, 0.998, 0.8, 0.801, 0.8]
+    assert list(found(times, 0.0001)) == [4]
