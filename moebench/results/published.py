@@ -10,6 +10,18 @@ from moebench.results.frame import PARQUET_NAME, load
 from moebench.results.journal import JOURNAL_NAME
 from moebench.workload.spec import checkout
 
+#: Where `moebench advise --measure` keeps what it measured, below the current folder.
+KEPT = Path("results") / "advised"
+
+
+def kept_folders() -> list[Path]:
+    """Return the folders with results that `moebench advise --measure` has kept in the current folder."""
+    return [path for path in sorted(KEPT.glob("*/")) if _has_results(path)]
+
+
+def _has_results(path: Path) -> bool:
+    return any((path / name).is_file() for name in (JOURNAL_NAME, PARQUET_NAME))
+
 
 def default_folders() -> list[Path]:
     """Return the folders with results in results/published of the current folder, or else of the checkout.
@@ -18,7 +30,7 @@ def default_folders() -> list[Path]:
     """
     for root in (Path(), checkout()):
         folders = [] if root is None else sorted((root / "results" / "published").glob("*/"))
-        found = [path for path in folders if any((path / name).is_file() for name in (JOURNAL_NAME, PARQUET_NAME))]
+        found = [path for path in folders if _has_results(path)]
         if found:
             return found
     raise ResultsError("results/published: holds no results; name folders with --results")
