@@ -6,15 +6,17 @@ WORKERS ?= 2
 ifeq ($(NO_INSTALL),)
 RUN := .venv/bin/python
 READY := .venv/.installed
+DOCS_READY := .venv/.installed-docs
 else
 RUN := PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
 READY :=
+DOCS_READY :=
 endif
 
 SUITE_FOR_THIS_MACHINE := import torch; print("gpu" if torch.cuda.is_available() else "quick")
 
 .DEFAULT_GOAL := help
-.PHONY: bench test test-lowest test-pythons certify lint results clean help
+.PHONY: bench test test-lowest test-pythons certify lint results docs clean help
 
 # The tests that read and write results with every library that has a lower bound, without many processes.
 LIBRARY_TESTS := tests/moebench/test_escapes.py tests/moebench/results tests/moebench/report/tables \
@@ -58,6 +60,10 @@ results: $(READY) ## rewrite what follows from results/published/: CSV, plots, r
 	$(RUN) notebooks/execute.py
 	$(RUN) -m moebench.report.columntable docs/results.md
 
+docs: $(DOCS_READY) ## build the site of the documents in build/site; fail at a link that leads nowhere
+	$(RUN) docs/site/stage.py build/docs $(REPO_URL)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --config-file docs/site/mkdocs.yml
+
 clean: ## remove caches and builds, but not environments and results/runs/
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -66,6 +72,7 @@ help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12          make .venv with this Python (3.11 or later)"
+	@echo "  REPO_URL=https://...       make docs: where readers find the files that are not on the site"
 	@echo "  PYTHON=... NO_INSTALL=1    use the environment of this Python as it is; install nothing"
 
 .venv-lowest/.installed: pyproject.toml constraints.txt tests/lowest.py
@@ -80,4 +87,8 @@ help: ## print this list
 		% sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@

@@ -14,16 +14,18 @@ Save = Literal["memory", "time"]
 Group = Literal["bf16", "cpu", "save_time", "fp8", "cached", "mxfp8", "peers"]
 Collective = Literal["all_gather", "all_to_all"]
 
-_FROM_SOURCE = (
-    "run in the checkout, with nvcc: pip install 'setuptools>=77' ninja && pip install --no-build-isolation -e '.[{}]'"
-)
+#: Installed packages name further backends under this group of entry points.
+ENTRY_POINT_GROUP = "experts.backends"
+
+_FROM_SOURCE = "with nvcc: pip install 'setuptools>=77' ninja && pip install --no-build-isolation 'moebench[{}]'"
 
 #: Importable name of a library -> how to install the library. `moebench doctor` prints this text, and reasons of
 #: `Unsupported` contain it. CUDA extensions are built against the installed torch, so pip must not isolate their build.
+#: Where moebench is installed, from a wheel or from a checkout, pip takes its extra from what is installed.
 LIBRARIES: dict[str, str] = {
     "transformer_engine": _FROM_SOURCE.format("te"),
     "grouped_gemm": _FROM_SOURCE.format("gmm"),
-    "deep_ep": "run in the checkout: pip install -e '.[deepep]'",
+    "deep_ep": "pip install 'moebench[deepep]'",
     "torchao": "pip install torchao",
     "triton": "install a CUDA build of torch, which brings triton",
     "transformers": "pip install 'transformers>=5.17'",
@@ -73,6 +75,9 @@ class BackendEntry:
     `engine` is None for a peer. `cached` is true if the layer keeps quantised weights from call to call. `target` is
     the peer as `module:attribute`, and `library` is the key of `LIBRARIES` that the peer needs. Both are None if the
     backend is not a peer.
+
+    `capability` is the least compute capability of the CUDA GPUs on which the backend runs, as (major, minor). It is
+    None if the backend also runs on a CPU.
     """
 
     name: str
@@ -83,6 +88,7 @@ class BackendEntry:
     cached: bool = False
     target: str | None = None
     library: str | None = None
+    capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,18 +130,18 @@ REFERENCE = _LOOP.name
 BACKENDS = (
     BackendEntry("loop", _LOOP, ("cpu",)),
     BackendEntry("torch_mm", _TORCH_MM, ("bf16", "cpu")),
-    BackendEntry("torch_mm_mxfp8", _TORCH_MM_MXFP8, ("mxfp8",), fp8="mxfp8"),
-    BackendEntry("triton", _TRITON, ("bf16",)),
-    BackendEntry("gmm", _GMM, ("bf16",)),
+    BackendEntry("torch_mm_mxfp8", _TORCH_MM_MXFP8, ("mxfp8",), fp8="mxfp8", capability=(10, 0)),
+    BackendEntry("triton", _TRITON, ("bf16",), capability=(8, 0)),
+    BackendEntry("gmm", _GMM, ("bf16",), capability=(0, 0)),
     BackendEntry("torch_mm_save_time", _TORCH_MM, ("save_time",), save="time"),
-    BackendEntry("gmm_save_time", _GMM, ("save_time",), save="time"),
-    BackendEntry("te", _TE, ("bf16",)),
-    BackendEntry("te_fp8_current", _TE, ("fp8",), fp8="current"),
-    BackendEntry("te_fp8_delayed", _TE, ("fp8",), fp8="delayed"),
-    BackendEntry("te_fp8_block", _TE, ("fp8",), fp8="block"),
-    BackendEntry("te_fp8_current_cached", _TE, ("cached",), fp8="current", cached=True),
-    BackendEntry("te_fp8_block_cached", _TE, ("cached",), fp8="block", cached=True),
-    BackendEntry("te_mxfp8", _TE, ("mxfp8",), fp8="mxfp8"),
+    BackendEntry("gmm_save_time", _GMM, ("save_time",), save="time", capability=(0, 0)),
+    BackendEntry("te", _TE, ("bf16",), capability=(7, 0)),
+    BackendEntry("te_fp8_current", _TE, ("fp8",), fp8="current", capability=(8, 9)),
+    BackendEntry("te_fp8_delayed", _TE, ("fp8",), fp8="delayed", capability=(8, 9)),
+    BackendEntry("te_fp8_block", _TE, ("fp8",), fp8="block", capability=(8, 9)),
+    BackendEntry("te_fp8_current_cached", _TE, ("cached",), fp8="current", cached=True, capability=(8, 9)),
+    BackendEntry("te_fp8_block_cached", _TE, ("cached",), fp8="block", cached=True, capability=(8, 9)),
+    BackendEntry("te_mxfp8", _TE, ("mxfp8",), fp8="mxfp8", capability=(10, 0)),
     BackendEntry(
         "peer_transformers",
         groups=("peers",),
@@ -148,7 +154,13 @@ BACKENDS = (
         target="experts.peers.nemo_automodel:AutoModelTorchMm",
         library="nemo_automodel",
     ),
-    BackendEntry("peer_sonicmoe", groups=("peers",), target="experts.peers.sonicmoe:SonicMoE", library="sonicmoe"),
+    BackendEntry(
+        "peer_sonicmoe",
+        groups=("peers",),
+        target="experts.peers.sonicmoe:SonicMoE",
+        library="sonicmoe",
+        capability=(9, 0),
+    ),
 )
 
 #: The dispatchers. A sweep that names no dispatcher takes the first dispatcher.

@@ -35,7 +35,7 @@ from experts.modules import GroupedExperts
 from experts.te import library
 from experts.te.layer import CachedWeightsTE, GroupedExpertsTE
 
-ENTRY_POINT_GROUP = "experts.backends"
+ENTRY_POINT_GROUP = catalog.ENTRY_POINT_GROUP
 
 #: Name of each Transformer Engine backend -> its FP8 recipe, and whether it keeps quantised weights from call to call.
 TE_BACKENDS: dict[str, tuple[Fp8Recipe | None, bool]] = {

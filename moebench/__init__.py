@@ -40,7 +40,7 @@ docs/notebooks.md has an example of each name.
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from moebench.api.runs import bench, check, run_sweep

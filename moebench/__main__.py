@@ -1,6 +1,6 @@
 """Start the command line: `python -m moebench`, and the program `moebench`.
 
-The imports of the command line take half a second. Ctrl-C in this time ends like every other Ctrl-C.
+The imports of the command line take a quarter of a second. Ctrl-C in this time ends like every other Ctrl-C.
 """
 
 import sys

@@ -18,20 +18,28 @@ the exception never leaves the module.
 
 import reprlib
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNDECIDED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
-def first_mistake(error: ValidationError) -> str:
+def first_mistake(error: "ValidationError") -> str:
     """Return in one line the first mistake that pydantic found: the field, its value, and the rule."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))
     value = "" if isinstance(first["input"], dict) else f" = {reprlib.repr(first['input'])}"
     message = "; ".join(first["msg"].removeprefix("Value error, ").splitlines())
     return f"{field}{value}: {message}" if field else message
+
+
+def wrong_usage(error: Any, program: str) -> str:
+    """Return one line on typer's error about a command line. typer itself would print four lines."""
+    command = program if error.ctx is None else error.ctx.command_path
+    told = error.format_message()
+    return f"{told}{'' if told.endswith(('.', '?')) else '.'} See `{command} --help`."
 
 
 class MoebenchError(Exception):

@@ -95,6 +95,7 @@ class FakeNvml:
             "reasons": 0x001,
             "pids": [],
             "busy_percent": 0,
+            "capability": (9, 0),
         }
         self.gpus[uuid] = SimpleNamespace(**{**h200, **facts})
         return self.gpus[uuid]
@@ -139,6 +140,10 @@ class FakeNvml:
     def nvmlDeviceGetName(self, handle: SimpleNamespace) -> Any:
         self._ask("nvmlDeviceGetName")
         return handle.name
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: SimpleNamespace) -> Any:
+        self._ask("nvmlDeviceGetCudaComputeCapability")
+        return handle.capability
 
     def nvmlDeviceGetMemoryInfo(self, handle: SimpleNamespace) -> SimpleNamespace:
         self._ask("nvmlDeviceGetMemoryInfo")

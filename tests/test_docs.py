@@ -3,6 +3,7 @@
 import inspect
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from moebench.workload.spec import parse_sweep
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+OTHERS = [ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -182,15 +184,12 @@ def test_workflows_have_only_keys_that_github_reads(path: Path) -> None:
 
 
 def commands(path: Path) -> list[str]:
-    """Return every `moebench …` command in a workflow's steps or in the indented blocks of a document."""
+    """Return every `moebench …` command in the indented blocks of a document."""
     text = path.read_text()
-    if path.suffix == ".yml":
-        steps = [step for job in yaml.safe_load(text)["jobs"].values() for step in job["steps"]]
-        text = "\n".join("    " + step.get("run", "") for step in steps).replace("\\\n", " ").replace("\n", "\n    ")
     return re.findall(r"^ {4}\s*(?:\.venv/bin/)?(moebench [^#\n]*)", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", [*WORKFLOWS, ROOT / "docs" / "gating.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [ROOT / "docs" / "gating.md"], ids=lambda path: path.name)
 def test_commands_in_the_docs_exist_with_their_options(path: Path) -> None:
     """The help text of each command names every option that the document gives to it."""
     found = commands(path)
@@ -221,11 +220,61 @@ def test_the_looks_in_gating_md_are_those_of_ab() -> None:
         assert schedule(jobs) == tuple(looks)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(document: Path) -> set[str]:
+    """Return the names that GitHub and the site give to the headings of a document, and those that it gives itself."""
+    text = without_code(document.read_text())
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    named = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return named | set(re.findall(r' id="([^"]+)"', text))
+
+
+def broken_links(document: Path) -> list[str]:
+    """Return the links and pictures of a document whose file or heading does not exist."""
+    text = without_code(document.read_text())
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text)
+    found = []
+    for name, anchor in [*links, *((name, "") for name in re.findall(r'src="([^"]+)"', text))]:
+        target = document.parent / name if name else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            found.append(f"{name}#{anchor}")
+    return found
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *OTHERS], ids=lambda path: path.name)
 def test_targets_of_links_and_pictures_exist(document: Path) -> None:
-    text = document.read_text()
-    targets = [*re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text), *re.findall(r'src="([^"]+)"', text)]
-    assert not [target for target in targets if not (document.parent / target).exists()]
+    assert broken_links(document) == []
+
+
+def stage(folder: Path, *url: str) -> list[Path]:
+    """Write what `make docs` builds the site from. Return its documents."""
+    command = [sys.executable, ROOT / "docs" / "site" / "stage.py", folder, *url]
+    subprocess.run(command, check=True, timeout=100)
+    return sorted(folder.rglob("*.md"))
+
+
+def test_the_site_has_every_document_and_leaves_no_link_open(tmp_path: Path) -> None:
+    documents = stage(tmp_path / "site")
+    assert {path.name for path in (*DOCUMENTS, *OTHERS)} <= {path.name for path in documents}
+    for document in documents:
+        assert broken_links(document) == [], document.name
+    nav = re.findall(r": ([\w/-]+\.md)$", (ROOT / "docs" / "site" / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert {path.relative_to(ROOT).as_posix() for path in DOCUMENTS} <= set(nav)
+    assert not [name for name in nav if not (tmp_path / "site" / name).is_file()]
+
+
+def test_the_site_links_to_the_repository_for_what_it_does_not_show(tmp_path: Path) -> None:
+    stage(tmp_path / "alone")
+    stage(tmp_path / "linked", "https://example.org/moebench")
+    alone, linked = (tmp_path / name / "docs" / "measured.md" for name in ("alone", "linked"))
+    target = "results/published/h200-ep2-2026-11-23/bandwidth.json"
+    assert f"](../{target})" in (ROOT / "docs" / "measured.md").read_text()
+    assert f"](https://example.org/moebench/blob/main/{target})" in linked.read_text()
+    assert target not in alone.read_text()
+    assert "](../results/published/h200-peers-2026-11-28/README.md)" in alone.read_text()
 
 
 @pytest.mark.parametrize(("document", "whole"), [("README.md", False), ("docs/results.md", True)])

@@ -70,7 +70,8 @@ def test_every_pin_satisfies_the_requirements():
 
 def test_every_package_that_make_installs_is_pinned():
     named = {
-        canonicalize_name(requirement.name) for requirement in requirements(PROJECT["dependencies"], EXTRAS["dev"])
+        canonicalize_name(requirement.name)
+        for requirement in requirements(PROJECT["dependencies"], EXTRAS["dev"], EXTRAS["docs"])
     }
     assert named <= {canonicalize_name(pin.name) for pin in pins()}
 
@@ -80,10 +81,10 @@ def test_every_requirement_has_a_lower_bound(requirement):
     assert any(specifier.operator in (">=", "==", "~=") for specifier in requirement.specifier)
 
 
-def test_the_gpu_extra_names_every_extra_except_dev():
+def test_the_gpu_extra_names_every_extra_of_a_backend():
     (every,) = requirements(EXTRAS["gpu"])
     assert every.name == "moebench"
-    assert every.extras == set(EXTRAS) - {"gpu", "dev"}
+    assert every.extras == set(EXTRAS) - {"gpu", "dev", "docs"}
 
 
 def test_mypy_and_ruff_target_the_oldest_supported_python():
@@ -121,7 +122,7 @@ def test_every_import_is_declared(package):
 def test_make_and_make_help_list_every_target(arguments):
     done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  make ")]
-    named = ["bench", "test", "test-lowest", "test-pythons", "certify", "lint", "results", "clean", "help"]
+    named = ["bench", "test", "test-lowest", "test-pythons", "certify", "lint", "results", "docs", "clean", "help"]
     assert listed == named
 
 

@@ -13,27 +13,53 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from moebench import __version__
-from moebench.cli import ab, advise, compare, gate, listing, parity, run, show, tune
 from moebench.cli.console import err, messages_on_standard_error, out
+from moebench.cli.lazy import Entry, LazyGroup
 from moebench.cli.options import AsJson, Backends, Filters, Only
-from moebench.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, MoebenchError, UsageError
-from moebench.machine.doctor import doctor as examine
+from moebench.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, MoebenchError, UsageError, wrong_usage
 from moebench.results.files import CANNOT_WRITE
-from moebench.run import request
-from moebench.workload.selection import select
 
 _TyperUsageError: Any = typer.BadParameter.__bases__[0]  # typer has no public name for it
 
+
+class Commands(LazyGroup):
+    """The commands of `moebench`. `moebench --help` lists them in this order, after `list` and `doctor`."""
+
+    entries: ClassVar = {
+        "run": Entry("moebench.cli.run", "Measure a sweep: check every job and time it."),
+        "parity": Entry(
+            "moebench.cli.parity", "Search for a case on which a backend is wrong, and print the smallest one."
+        ),
+        "show": Entry("moebench.cli.show", "Print the table of a results folder."),
+        "plots": Entry("moebench.cli.show", "Draw the plots of a results folder again."),
+        "report": Entry("moebench.cli.show", "Write one HTML page about a results folder."),
+        "gate": Entry("moebench.cli.gate", "Judge new results against a baseline."),
+        "baseline": Entry("moebench.cli.gate", "Store and list the results that a gate compares with."),
+        "ab": Entry("moebench.cli.ab", "Measure two revisions in turn and judge the second."),
+        "compare": Entry("moebench.cli.compare", "Show results side by side, with ratios to the first."),
+        "merge": Entry("moebench.cli.compare", "Merge results folders into one, with their environments."),
+        "history": Entry(
+            "moebench.cli.compare", "Show the times of one case over many results, or write a page about all jobs."
+        ),
+        "advise": Entry("moebench.cli.advise", "Rank the backends for a workload, by measured results."),
+        "tune": Entry(
+            "moebench.cli.tune",
+            "Measure tiles of the engine triton on this GPU, and store those that are faster than the default.",
+        ),
+    }
+
+
 app = typer.Typer(
     name="moebench",
+    cls=Commands,
     help="Measure, check and compare the expert layers of Mixture-of-Experts models.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -77,9 +103,17 @@ def list_(
     if sweep is None and (backend or only or filters or ids):
         raise UsageError("--backend, --only, --filter and --ids need a SWEEP: give a SWEEP, or leave them out")
     if sweep is not None:
+        from moebench.cli import run
+        from moebench.workload.selection import select
+
         run.print_plan(select(sweep, backend or [], filters or [], [], only or []), as_json, ids)
         return
-    request.check_device(device)
+    from moebench.cli import listing
+
+    if device is not None:
+        from moebench.run.request import check_device
+
+        check_device(device)
     listed = listing.everything(device)
     if as_json:
         out.print_json(json.dumps(listed.as_dict()))
@@ -88,23 +122,27 @@ def list_(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    thorough: Annotated[
+        bool,
+        typer.Option("--thorough", help="also import torch and every library, and ask every backend: some seconds"),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show the machine, versions, and what is missing.
 
     For each missing package, print the command that installs it.
     """
-    findings = examine()
+    from moebench.cli import listing
+    from moebench.machine.doctor import doctor as examine
+
+    findings = examine(is_thorough=thorough)
     if as_json:
         out.print_json(json.dumps([vars(finding) for finding in findings]))
         return
     for finding in findings:
         out.print(str(finding), soft_wrap=True)
-    out.print(listing.backends(None), soft_wrap=True)
-
-
-# `moebench --help` lists these commands in this order, after `list` and `doctor`.
-for module in (run, parity, show, gate, ab, compare, advise, tune):
-    app.add_typer(module.commands)
+    out.print(listing.backends(thorough), soft_wrap=True)
 
 
 def main() -> None:
@@ -121,10 +159,8 @@ def main() -> None:
         for line in error.lines:
             err.print(line)
         code = error.exit_code
-    except _TyperUsageError as error:  # typer would print four lines, with controls of the terminal that the user typed
-        command = error.ctx.command_path if error.ctx is not None else "moebench"
-        told = error.format_message()
-        err.print(f"{told}{'' if told.endswith(('.', '?')) else '.'} See `{command} --help`.")
+    except _TyperUsageError as error:  # typer would print controls of the terminal that the user typed
+        err.print(wrong_usage(error, "moebench"))
         code = error.exit_code
     except OSError as error:
         if error.filename is None and error.errno not in CANNOT_WRITE:

@@ -7,10 +7,9 @@ from typing import Annotated
 import typer
 
 from moebench.cli.console import err, out
-from moebench.cli.options import AsJson
+from moebench.cli.options import AsJson, Results
 from moebench.errors import UsageError
-from moebench.report.dashboard import write_dashboard
-from moebench.report.plots.history import draw_history, kind_of
+from moebench.report.plots.settings import import_matplotlib
 from moebench.report.tables import comparetable
 from moebench.results import merge
 from moebench.results.compare import compare, names_of
@@ -21,7 +20,6 @@ from moebench.results.history import expanded, history
 
 commands = typer.Typer()
 
-Results = Annotated[list[Path], typer.Argument(help="results folders, or their Parquet files")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="print CSV on standard output")]
 
 
@@ -91,12 +89,17 @@ def history_(
     if page is not None:
         if plot is not None or as_json:
             raise UsageError("--page with --plot or --json: the page is of all jobs; leave the other option out")
+        from moebench.report.dashboard import write_dashboard
+
         write_dashboard(_opened(expanded([Path(case_id), *(results or [])])), page)
         out.print(f"wrote {page}", soft_wrap=True)
         return
     if not results:
         raise UsageError(f"moebench history {case_id}: there are no results; give results folders after the case_id")
     if plot is not None:
+        import_matplotlib()
+        from moebench.report.plots.history import draw_history, kind_of
+
         kind_of(plot)  # a wrong suffix is a mistake to tell before any work
     rows = history(case_id, {name: result.frame for name, result in _opened(expanded(results)).items()})
     if as_json:

@@ -8,21 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from moebench.errors import UsageError
-from moebench.machine.environment import gpu_numbers
-from moebench.parity.checks import CHECKS
+from moebench.machine.backends import BackendLine
+from moebench.machine.backends import backends as by_what_is_installed
 from moebench.report.tables.boxes import plain
 from moebench.workload.spec import available_sweeps, load_sweep
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class BackendLine:
-    """A backend. `unavailable` says why it cannot run on the given device; it is None if the backend can run."""
-
-    name: str
-    unavailable: str | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,7 @@ def _backend_table(lines: tuple[BackendLine, ...]) -> Table:
     table.add_column("backend")
     table.add_column("here")
     for line in lines:
-        table.add_row(line.name, f"unavailable: {line.unavailable}" if line.unavailable else "available")
+        table.add_row(line.name, line.here)
     return table
 
 
@@ -68,18 +60,21 @@ def everything(device: str | None) -> Listing:
     """Return all sweeps of suites/ and all backends, and whether each backend can run on `device`.
 
     If `device` is None, the device is a GPU if there is one, else the CPU. Raises UsageError if the device does not
-    exist.
+    exist. Nothing is imported to find out: see moebench.machine.backends.
     """
     sweeps = []
     for path in available_sweeps().values():
         sweep = load_sweep(path)
-        sweeps.append(SweepLine(path.stem, len(sweep.jobs()), sweep.description))
-    return Listing(tuple(sweeps), _backends(device))
+        sweeps.append(SweepLine(path.stem, sweep.num_jobs(), sweep.description))
+    return Listing(tuple(sweeps), by_what_is_installed(device))
 
 
-def backends(device: str | None) -> Table:
-    """Return a table of the backends, with the reason for each that cannot run on `device`."""
-    return _backend_table(_backends(device))
+def backends(is_thorough: bool = False) -> Table:
+    """Return a table of the backends, with the reason for each that cannot run on this machine's default device.
+
+    If `is_thorough` is true, every backend is imported and asked, which takes some seconds.
+    """
+    return _backend_table(_backends(None) if is_thorough else by_what_is_installed(None))
 
 
 def available_backends(device: str | None) -> list[str]:
@@ -91,6 +86,8 @@ def available_backends(device: str | None) -> list[str]:
 
 def checks() -> Table:
     """Return a table of the checks of `moebench parity`, with the fault that each check looks for."""
+    from moebench.parity.checks import CHECKS
+
     table = plain()
     table.add_column("check", no_wrap=True)
     table.add_column("looks for")
@@ -101,6 +98,7 @@ def checks() -> Table:
 
 def _backends(device: str | None) -> tuple[BackendLine, ...]:
     from experts.registry import backend_names  # imports torch, which commands that only open results must not import
+    from moebench.machine.environment import gpu_numbers
     from moebench.measure.worker import pick_device
 
     asked = pick_device(device)

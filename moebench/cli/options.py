@@ -1,7 +1,7 @@
 """Define the options and arguments that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,3 +33,18 @@ TimeBudget = Annotated[
     float | None, typer.Option("--time-budget", min=0, metavar="MIN", help="start no new job after this many minutes")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")]
+
+
+def _found(paths: Any) -> Any:
+    """Return the paths. The name of published results that is not a path here stands for their folder."""
+    from moebench.results.published import find
+
+    return [find(path) for path in paths] if isinstance(paths, list | tuple) else paths and find(paths)
+
+
+_ONE = "a results folder, its Parquet file, or the name of published results"
+Folder = Annotated[Path, typer.Argument(help=_ONE, callback=_found)]
+Results = Annotated[
+    list[Path],
+    typer.Argument(help="results folders, their Parquet files, or names of published results", callback=_found),
+]

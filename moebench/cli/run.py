@@ -5,7 +5,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,20 +24,17 @@ from moebench.cli.options import (
     TimeBudget,
 )
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
-from moebench.report.folder import Written, finish
-from moebench.report.tables.forecasttable import ForecastTable
-from moebench.report.tables.jobtable import JobTable
-from moebench.report.tables.tables import summary
-from moebench.results.folder import environments_beside
-from moebench.results.frame import load, to_json
+from moebench.report.plots.settings import import_matplotlib
 from moebench.results.record import GOOD
 from moebench.run import request, start
-from moebench.run.forecast import forecast, measured_jobs
 from moebench.run.request import RunPlan
 from moebench.run.runfile import MOST_ROUNDS, Asked
 from moebench.run.runner import Outcome
 from moebench.workload.case import Job
 from moebench.workload.modelconfig import read_model
+
+if TYPE_CHECKING:
+    from moebench.report.folder import Written
 
 commands = typer.Typer()
 
@@ -124,6 +121,9 @@ def _refuse_beside_resume(options: Mapping[str, object]) -> None:
 
 def _measure(plan: RunPlan, as_json: bool) -> None:
     """Measure, print the results and how the run ended, and exit."""
+    from moebench.report.tables.tables import summary
+    from moebench.results.frame import load
+
     with job_progress() as progress:
         progress.plan(plan.num_jobs)
         outcome = start.start_run(plan, progress.done)
@@ -142,7 +142,10 @@ def _measure(plan: RunPlan, as_json: bool) -> None:
     _exit(outcome, plan.folder)
 
 
-def _finish(folder: Path) -> Written:
+def _finish(folder: Path) -> "Written":
+    import_matplotlib()
+    from moebench.report.folder import finish
+
     try:
         return finish(folder)
     except KeyboardInterrupt:
@@ -155,6 +158,8 @@ def _go_on(folder: Path) -> str:
 
 
 def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:
+    from moebench.results.frame import load, to_json
+
     return {
         "results": str(folder),
         "interrupted": outcome.interrupted,
@@ -165,6 +170,8 @@ def _report(outcome: Outcome, folder: Path) -> dict[str, Any]:
 
 
 def _exit(outcome: Outcome, folder: Path) -> None:
+    from moebench.results.folder import environments_beside
+
     for note in outcome.notes:
         err.print(note)
     for problem in {some.git_problem: None for some in environments_beside(folder).values() if some.git_problem}:
@@ -180,6 +187,10 @@ def _exit(outcome: Outcome, folder: Path) -> None:
 
 def print_plan(jobs: tuple[Job, ...], as_json: bool, ids: bool = False) -> None:
     """Print the jobs and estimates of their memory and time. With `ids`, each case has its case_id."""
+    from moebench.report.tables.forecasttable import ForecastTable
+    from moebench.report.tables.jobtable import JobTable
+    from moebench.run.forecast import forecast, measured_jobs
+
     expected = forecast(jobs, measured_jobs())
     if as_json:
         listed = [

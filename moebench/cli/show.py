@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import pandas as pd
 import typer
 
 from moebench.cli.console import out
-from moebench.cli.options import AsJson
+from moebench.cli.options import AsJson, Folder
 from moebench.errors import ResultsError, UsageError
-from moebench.report import folder as report_folder
+from moebench.report.plots.settings import import_matplotlib
 from moebench.report.ranking import best
 from moebench.report.tables.besttable import BestTable
 from moebench.report.tables.longtable import SORTS
@@ -19,9 +19,11 @@ from moebench.results.frame import load, to_json
 from moebench.verdicts.findings import job_of
 from moebench.workload.selection import filter_jobs
 
+if TYPE_CHECKING:
+    from moebench.report.folder import Written
+
 commands = typer.Typer()
 
-Folder = Annotated[Path, typer.Argument(help="a results folder, or its Parquet file")]
 RowFilters = Annotated[
     list[str] | None,
     typer.Option("--filter", help="only rows with KEY=V1,V2 …, as in moebench run; repeatable"),
@@ -67,14 +69,23 @@ def filtered(frame: pd.DataFrame, filters: Sequence[str]) -> pd.DataFrame:
 @commands.command()
 def plots(folder: Folder) -> None:
     """Draw the plots of a results folder again. Exit code 1: a plot could not be drawn."""
-    _print(report_folder.draw_plots(folder))
+    import_matplotlib()
+    from moebench.report.folder import draw_plots
+    from moebench.results.published import is_packaged
+
+    if is_packaged(folder):
+        raise UsageError(
+            f"moebench plots {folder.name}: the results are a part of the installed package, where nothing is written; "
+            f"copy {folder} to a place of your own"
+        )
+    _print(draw_plots(folder))
 
 
 @commands.command()
 def report(
     folder: Folder,
     out_file: Annotated[
-        Path | None, typer.Option("--out", help="the page to write; default: report.html beside the results")
+        Path | None, typer.Option("--out", help="the page to write; default: report.html beside your results, or here")
     ] = None,
     gate: Annotated[
         Path | None, typer.Option(help="a file with the output of `moebench gate --json`, to add its verdicts")
@@ -85,10 +96,16 @@ def report(
     The page has the verdict, plots, a table with filters, and commands that measure rows again. Exit code 1: a plot
     could not be drawn, and the page lacks it.
     """
-    _print(report_folder.write_report(folder, out_file, gate))
+    import_matplotlib()
+    from moebench.report.folder import REPORT_NAME, write_report
+    from moebench.results.published import is_packaged
+
+    if out_file is None and is_packaged(folder):
+        out_file = Path(REPORT_NAME)
+    _print(write_report(folder, out_file, gate))
 
 
-def _print(written: report_folder.Written) -> None:
+def _print(written: "Written") -> None:
     """Print what was written. Raises PictureError if a plot could not be drawn."""
     if len(written.paths) == 1:
         out.print(f"wrote {written.paths[0]}", soft_wrap=True)

@@ -1,7 +1,8 @@
 """Report what this machine can measure, which parts are missing, and what would spoil a measurement.
 
-Each finding is one line. The line of a missing library says how to install the library. This module does not ask the
-backends; `moebench list` says why a backend is unavailable.
+Each finding is one line. The line of a missing library says how to install the library. The thorough examination also
+imports torch, so that it finds a torch that does not import or sees no GPU. This module does not ask the backends;
+`moebench list` says why a backend is unavailable.
 """
 
 import os
@@ -15,10 +16,11 @@ import psutil
 
 from experts import catalog
 from moebench.machine import nvml
+from moebench.machine.backends import gpus_of_torch
 from moebench.machine.environment import REVISION_VARIABLE, ROOT, cpu_cores_usable, cpu_model, git_state
 from moebench.machine.gpus import GPU_BUSY_PERCENT
 from moebench.machine.units import size
-from moebench.machine.versions import DISTRIBUTIONS, library_versions
+from moebench.machine.versions import DISTRIBUTIONS, library_versions, module_version, torch_build
 
 Level = Literal["ok", "missing", "problem"]
 
@@ -34,6 +36,8 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "numpy": "pip install numpy",
     }
 )
+
+_INSTALL_TORCH = "pip install torch"
 
 _CPU_BUSY_PERCENT = 25.0
 _GOVERNORS = Path("/sys/devices/system/cpu")
@@ -52,11 +56,15 @@ class Diagnosis:
         return f"{self.level:<8} {self.name}: {self.detail}" + (f" → {self.remedy}" if self.remedy else "")
 
 
-def doctor() -> list[Diagnosis]:
-    """Return every finding, hardware before software. Takes about a second and does not open a CUDA context."""
+def doctor(is_thorough: bool = False) -> list[Diagnosis]:
+    """Return every finding, hardware before software. Does not open a CUDA context.
+
+    If `is_thorough` is false, torch is not imported, and what only an import shows is not found.
+    """
     gpus = _gpu_findings()  # before any call into torch, so that this process is not yet a user of a GPU
     has_gpu = any(finding.level != "missing" for finding in gpus)
-    return [*_cpu_findings(), *gpus, *_torch_findings(has_gpu), *_library_findings(has_gpu), *_revision_findings()]
+    torch = _torch_findings(has_gpu) if is_thorough else _build_findings(has_gpu)
+    return [*_cpu_findings(), *gpus, *torch, *_library_findings(has_gpu, is_thorough), *_revision_findings()]
 
 
 def _cpu_findings() -> list[Diagnosis]:
@@ -85,21 +93,13 @@ def _gpu_findings() -> list[Diagnosis]:
     try:
         gpus = nvml.read_all()
     except nvml.NvmlUnavailable as reason:
-        if _torch_sees_gpu():
+        if gpus_of_torch():
             detail = f"torch sees a GPU, but its clocks, power and users cannot be read ({reason})"
             return [Diagnosis("problem", "gpu", detail, "make the driver's libnvidia-ml visible here")]
         return [Diagnosis("missing", "gpu", f"no NVIDIA GPU was found ({reason}); CPU sweeps run")]
     if not gpus:
         return [Diagnosis("missing", "gpu", "NVML finds no GPU; CPU sweeps run")]
     return [finding for index, (reading, use) in enumerate(gpus) for finding in _one_gpu(f"gpu {index}", reading, use)]
-
-
-def _torch_sees_gpu() -> bool:
-    try:
-        import torch
-    except (ImportError, OSError):  # _torch_findings reports it
-        return False
-    return torch.cuda.is_available()
 
 
 def _one_gpu(name: str, gpu: nvml.GpuReading, use: nvml.GpuUse) -> list[Diagnosis]:
@@ -123,25 +123,46 @@ def _one_gpu(name: str, gpu: nvml.GpuReading, use: nvml.GpuUse) -> list[Diagnosi
     return findings
 
 
+def _build_findings(has_gpu: bool) -> list[Diagnosis]:
+    """Return what the files of torch show."""
+    build = torch_build()
+    if build is None:
+        return [Diagnosis("problem", "torch", "not installed", _INSTALL_TORCH)]
+    if has_gpu and build.cuda is None:
+        return [_cpu_build(build.version)]
+    if has_gpu and not gpus_of_torch():
+        return [_sees_no_gpu(build.version, build.cuda)]
+    return [Diagnosis("ok", "torch", _built_for(build.version, build.cuda))]
+
+
 def _torch_findings(has_gpu: bool) -> list[Diagnosis]:
+    """Return what an import of torch shows."""
     try:
         import torch
     except (ImportError, OSError) as error:
-        return [Diagnosis("problem", "torch", f"does not import: {error}", "pip install -c constraints.txt torch")]
-    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    found = Diagnosis("ok", "torch", f"{torch.__version__}, built for {built_for}, {torch.get_num_threads()} threads")
+        return [Diagnosis("problem", "torch", f"does not import: {error}", _INSTALL_TORCH)]
+    version, cuda = str(torch.__version__), torch.version.cuda
     if not has_gpu or torch.cuda.is_available():
-        return [found]
-    if torch.version.cuda is None:
-        detail = f"{torch.__version__} is a CPU build, and this machine has an NVIDIA GPU"
-        remedy = f"pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}"
-        return [Diagnosis("problem", "torch", detail, remedy)]
-    detail = f"{torch.__version__} for CUDA {torch.version.cuda} sees no GPU, though this machine has one"
+        return [Diagnosis("ok", "torch", f"{_built_for(version, cuda)}, {torch.get_num_threads()} threads")]
+    return [_cpu_build(version) if cuda is None else _sees_no_gpu(version, cuda)]
+
+
+def _built_for(version: str, cuda: str | None) -> str:
+    return f"{version}, built for {'CPU only' if cuda is None else f'CUDA {cuda}'}"
+
+
+def _cpu_build(version: str) -> Diagnosis:
+    detail = f"{version} is a CPU build, and this machine has an NVIDIA GPU"
+    return Diagnosis("problem", "torch", detail, f"pip install --force-reinstall torch=={version.partition('+')[0]}")
+
+
+def _sees_no_gpu(version: str, cuda: str | None) -> Diagnosis:
+    detail = f"{version} for CUDA {cuda} sees no GPU, though this machine has one"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     remedy = (
         "update the driver" if hidden is None else f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it, or update the driver"
     )
-    return [Diagnosis("problem", "torch", detail, remedy)]
+    return Diagnosis("problem", "torch", detail, remedy)
 
 
 def _revision_findings() -> list[Diagnosis]:
@@ -152,14 +173,14 @@ def _revision_findings() -> list[Diagnosis]:
     return [Diagnosis("problem", "revision", f"results cannot name the revision of this checkout: {problem}", remedy)]
 
 
-def _library_findings(has_gpu: bool) -> list[Diagnosis]:
+def _library_findings(has_gpu: bool, is_thorough: bool) -> list[Diagnosis]:
     try:
-        versions = library_versions()
+        versions = library_versions() if is_thorough else {name: module_version(name) for name in DISTRIBUTIONS}
     except (ImportError, OSError):  # torch does not import; _torch_findings reports it
         return []
     findings = []
     for name in ("cudnn", "nccl", *DISTRIBUTIONS):
-        version = versions[name]
+        version = versions.get(name)
         if version is not None and version.startswith("unusable"):
             findings.append(Diagnosis("problem", name, version, "keep the system's libraries off LD_LIBRARY_PATH"))
         elif version is not None:

@@ -33,10 +33,14 @@ ANYWHERE: Place = (Slot(),)
 
 @dataclass(frozen=True)
 class VisibleGpu:
-    """A GPU that CUDA would see: its name in CUDA_VISIBLE_DEVICES, and who uses it (None if nobody does)."""
+    """A GPU that CUDA would see: its name in CUDA_VISIBLE_DEVICES, and who uses it (None if nobody does).
+
+    `capability` is its compute capability; None if NVML does not tell it.
+    """
 
     name: str
     in_use: str | None = None
+    capability: tuple[int, int] | None = None
 
 
 def places(slots: Sequence[Slot], ep_size: int) -> list[Place]:
@@ -73,7 +77,10 @@ def visible_gpus() -> list[VisibleGpu]:
     does.
     """
     found = nvml.read_all()
-    gpus = [VisibleGpu(reading.uuid or str(index), in_use(use)) for index, (reading, use) in enumerate(found)]
+    gpus = [
+        VisibleGpu(reading.uuid or str(index), in_use(use), use.capability)
+        for index, (reading, use) in enumerate(found)
+    ]
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
         return gpus

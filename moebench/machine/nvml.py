@@ -60,6 +60,8 @@ class GpuReading(BaseModel):
 class GpuUse(BaseModel):
     """Who else uses a GPU: the other processes that have a CUDA context on it, and how busy the GPU is.
 
+    `capability` is the compute capability, which decides what can use the GPU.
+
     None means that NVML does not report the value.
     """
 
@@ -67,6 +69,7 @@ class GpuUse(BaseModel):
 
     other_pids: tuple[int, ...] | None = None
     busy_percent: int | None = None
+    capability: tuple[int, int] | None = None
 
 
 class Clock(BaseModel):
@@ -191,6 +194,7 @@ def _use(library: Any, handle: Any) -> GpuUse:
     return GpuUse(
         other_pids=None if processes is None else tuple(p.pid for p in processes if p.pid != os.getpid()),
         busy_percent=None if busy is None else busy.gpu,
+        capability=_ask(library, library.nvmlDeviceGetCudaComputeCapability, handle),
     )
 
 

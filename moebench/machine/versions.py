@@ -3,6 +3,8 @@
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 #: Libraries that run code inside the timed region: importable name -> the distributions that ship it, by their names
@@ -28,6 +30,27 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "numpy": ("numpy",),
     }
 )
+
+
+@dataclass(frozen=True)
+class TorchBuild:
+    """The version of the installed torch, and the version of CUDA that it was built for; None for a build for CPUs."""
+
+    version: str
+    cuda: str | None
+
+
+def torch_build() -> TorchBuild | None:
+    """Return the build of torch without an import of torch; None if torch is not installed.
+
+    Whoever builds torch writes both versions into its file version.py, which imports nothing of torch.
+    """
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return None
+    described: dict[str, str | None] = {}
+    exec(compile((Path(found.origin).parent / "version.py").read_bytes(), "version.py", "exec"), described)
+    return TorchBuild(str(described["__version__"]), described.get("cuda"))
 
 
 def library_versions() -> dict[str, str | None]:

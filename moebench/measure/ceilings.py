@@ -91,7 +91,9 @@ def work_of(case: Case, inputs: Inputs, parameters: dict[str, Tensor], ranks: Ra
 
 def copy_gb_per_s(device: torch.device) -> float:
     """Return GB per second, bytes read plus bytes written, of a copy that is much larger than any cache."""
-    source = torch.empty(COPIED_BYTES[device.type], dtype=torch.uint8, device=device).random_()
+    source = torch.ones(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+    if device.type == "cuda":  # a GPU draws more power for changing bits; a CPU takes a second to draw the numbers
+        source.random_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / _median_ms([lambda: target.copy_(source)], device, True, ALONE) / 1e6
 

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -154,11 +155,11 @@ def _measure_gpu(
 def _measure_cpu(
     forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: torch.device
 ) -> Memory:
-    with StorageTracker():
+    with storage_tracker():
         torch.zeros(1)  # the first use of the tracker loads modules
     before = foreign_bytes(device)
     restarted = _restart_peak()
-    with StorageTracker() as tracker:
+    with storage_tracker() as tracker:
         output = forward()
         saved = None
         if backward is not None:
@@ -196,6 +197,11 @@ class StorageTracker(TorchDispatchMode):
     Storages may grow and shrink. A storage that existed before the mode was entered counts only by its growth. The mode
     does not see memory that an operator allocates and frees inside itself.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would import its compiler at the first operator, which takes seconds, to keep it out of the mode."""
+        return False
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,6 +246,22 @@ class StorageTracker(TorchDispatchMode):
 
     def _forget(self, identity: int) -> None:
         self.live_bytes -= self._followed.pop(identity).counted_bytes
+
+
+class _OutsideTheCompiler(StorageTracker):
+    """A tracker that torch keeps its compiler out of, for backends that are compiled."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def storage_tracker() -> StorageTracker:
+    """Return a tracker for a process that has imported torch's compiler, or for one that has not."""
+    return _OutsideTheCompiler() if "torch._dynamo" in sys.modules else StorageTracker()
 
 
 def _storages(leaves: list[Any]) -> list[torch.UntypedStorage]:

@@ -175,7 +175,8 @@ def _profiler(device: torch.device, record_shapes: bool = False, operators: bool
 
 def _profiled(call: Callable[[], object], device: torch.device) -> dict[str, float]:
     on_gpu = device.type == "cuda"
-    with _profiler(device) as profiler:
+    profiler: Any = _profiler(device) if on_gpu else clock.profile_operators(use_kineto=True, acc_events=True)
+    with profiler:
         call()
         if on_gpu:
             clock.synchronize(device)
@@ -200,7 +201,7 @@ def _gpu_kernels(profiler: Any) -> list[tuple[str, float]]:
 
 
 def _cpu_operators(profiler: Any) -> list[tuple[str, float]]:
-    chains = [(_operators(event), event.self_cpu_time_total) for event in profiler.events()]
+    chains = [(_operators(event), event.self_cpu_time_total) for event in profiler.function_events]
     return [(" > ".join(dict.fromkeys((chain[0], chain[-1]))), duration) for chain, duration in chains if chain]
 
 

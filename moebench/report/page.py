@@ -36,7 +36,6 @@ from moebench.results.labels import DECODE_TOKENS, backend_labels, describe, in_
 from moebench.results.record import GOOD
 from moebench.verdicts.document import GateDocument
 
-REPORT_NAME = "report.html"
 _HEADLINE = ("torch", "cuda", "revision")  # the facts of the environment that the head of the page shows
 
 

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from moebench.results.record import Record
+if TYPE_CHECKING:
+    from moebench.results.record import Record
 
 _BAR_WIDTH = 20
 _BESIDE = 45  # columns of the spinner, the bar, the counts and the time, with the gaps after them
@@ -64,7 +66,7 @@ class JobProgress:
         self._total, self._counts = total, Counter()
         self._progress.update(self._task, total=total, completed=0, description=doing)
 
-    def done(self, row: Record) -> None:
+    def done(self, row: "Record") -> None:
         """Count a job that has a record."""
         status = row.status.value
         self._counts[status] += 1

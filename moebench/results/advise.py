@@ -23,10 +23,9 @@ from moebench.results.labels import backend_labels, machine, shape_names
 from moebench.results.record import Status
 from moebench.results.stats import THRESHOLD
 from moebench.workload.axes import cut
-from moebench.workload.case import Case
+from moebench.workload.case import Case, adam_bytes, weight_bytes
 from moebench.workload.modelconfig import read_model
 from moebench.workload.models import SHAPE_AXES, Model
-from moebench.workload.weights import adam_bytes, weight_bytes
 
 #: The largest ratio of two token counts to interpolate between. Between counts that are further apart, the time may not
 #: follow a straight line.

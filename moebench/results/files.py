@@ -10,6 +10,12 @@ from pathlib import Path
 
 from moebench.errors import RunnerError, UsageError
 
+#: The files of a results folder that hold its rows and its environment.
+PARQUET_NAME = "results.parquet"
+ENVIRONMENT_NAME = "environment.json"
+#: The folder with one file per environment. Only results from several environments have it.
+ENVIRONMENTS_NAME = "environments"
+
 #: Error numbers that stop any writing: the disk or a quota is full, the file reached a size limit, the file system is
 #: read-only, or the disk fails.
 CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})

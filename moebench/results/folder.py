@@ -8,13 +8,8 @@ import pandas as pd
 
 from moebench.errors import ResultsError
 from moebench.machine.environment import Environment
+from moebench.results.files import ENVIRONMENT_NAME, ENVIRONMENTS_NAME
 from moebench.results.frame import load
-
-ENVIRONMENT_NAME = "environment.json"
-
-
-#: The folder with one file per environment. Only results from several environments have it.
-ENVIRONMENTS_NAME = "environments"
 
 
 def environments_beside(path: Path) -> dict[str, Environment]:

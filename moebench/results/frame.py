@@ -24,13 +24,12 @@ from pydantic import ValidationError
 from moebench import escapes
 from moebench.errors import ResultsError, first_mistake
 from moebench.results.columns import Rounds, jsonable
-from moebench.results.files import write_atomically
+from moebench.results.files import PARQUET_NAME, write_atomically
 from moebench.results.journal import JOURNAL_NAME, read_journal, record_of
 from moebench.results.record import COLUMN_OF, Record, Status
 from moebench.results.rounds import merged_rounds
 from moebench.workload.case import JobKey
 
-PARQUET_NAME = "results.parquet"
 CSV_NAME = "results.csv"
 
 #: Columns that the CSV leaves out: nobody reads thousands of numbers in one cell.

@@ -10,7 +10,8 @@ import pandas as pd
 
 from moebench.errors import ResultsError
 from moebench.results.folder import Result
-from moebench.results.frame import PARQUET_NAME
+from moebench.results.files import PARQUET_NAME
+from moebench.results.frame import 
 from moebench.results.journal import JOURNAL_NAME
 from moebench.results.labels import backend_labels
 from moebench.results.record import Status

@@ -9,8 +9,15 @@ import pandas as pd
 from moebench.errors import ResultsError
 from moebench.machine.comparability import differences
 from moebench.machine.environment import Environment
-from moebench.results.files import all_or_nothing, check_empty, writable, write_atomically
-from moebench.results.folder import ENVIRONMENT_NAME, ENVIRONMENTS_NAME, Result, open_result
+from moebench.results.files import (
+    ENVIRONMENT_NAME,
+    ENVIRONMENTS_NAME,
+    all_or_nothing,
+    check_empty,
+    writable,
+    write_atomically,
+)
+from moebench.results.folder import Result, open_result
 from moebench.results.frame import to_frame, to_records, write
 from moebench.results.record import Record
 from moebench.results.rounds import merged_sessions

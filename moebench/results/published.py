@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pandas as pd
 
+import moebench
 from moebench.errors import ResultsError
-from moebench.results.frame import PARQUET_NAME, load
+from moebench.results.files import PARQUET_NAME
+from moebench.results.frame import load
 from moebench.results.journal import JOURNAL_NAME
 from moebench.workload.spec import checkout
 
+#: The folder of published results in a checkout, and in the package from a wheel.
+PUBLISHED = Path("results") / "published"
+PACKAGED = Path(moebench.__file__).parent / "published"
 #: Where `moebench advise --measure` keeps what it measured, below the current folder.
 KEPT = Path("results") / "advised"
 
@@ -24,16 +29,31 @@ def _has_results(path: Path) -> bool:
 
 
 def default_folders() -> list[Path]:
-    """Return the folders with results in results/published of the current folder, or else of the checkout.
+    """Return the folders with results in results/published of the current folder, else of the checkout or the wheel.
 
-    Raises ResultsError if neither has a folder with results.
+    Raises ResultsError if none of them has a folder with results.
     """
-    for root in (Path(), checkout()):
-        folders = [] if root is None else sorted((root / "results" / "published").glob("*/"))
-        found = [path for path in folders if _has_results(path)]
+    for place in _places():
+        found = [path for path in sorted(place.glob("*/")) if _has_results(path)]
         if found:
             return found
-    raise ResultsError("results/published: holds no results; name folders with --results")
+    raise ResultsError(f"{PUBLISHED}: holds no results; name folders with --results")
+
+
+def find(path: Path) -> Path:
+    """Return the path itself if it exists, else the published results of that name, else the path itself."""
+    named = (place / path for place in _places()) if path.name == str(path) and not path.exists() else ()
+    return next((place for place in named if (place / PARQUET_NAME).is_file()), path)
+
+
+def is_packaged(path: Path) -> bool:
+    """Whether results lie in the installed package, where nothing should be written."""
+    return PACKAGED in path.parents
+
+
+def _places() -> list[Path]:
+    root = checkout()
+    return [PUBLISHED, *([] if root is None else [root / PUBLISHED]), PACKAGED]
 
 
 def load_all(folders: Iterable[Path]) -> pd.DataFrame:

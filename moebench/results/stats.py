@@ -1,13 +1,13 @@
 """Compute medians of samples, 95% confidence intervals of the medians, and how much samples depend on each other.
 
-In this module an interval is always a 95% confidence interval.
+In this module an interval is always a 95% confidence interval. scipy is imported on first use, because most commands
+only open results. Its module `stats` would take a second to import, so its module `special` is used.
 """
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import bdtr, stdtrit  # importing scipy.stats would cost every worker a second
 
 CONFIDENCE = 0.95
 #: The fewest samples that give a two-sided 95% interval of the median. Five are too few: 1 − 2·0.5⁵ < 0.95.
@@ -29,6 +29,8 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
 
 def _rank(count: int) -> int:
     """Return the rank at which the exact interval of `count` samples begins. The smallest sample has rank 1."""
+    from scipy.special import bdtr
+
     below = bdtr(np.arange(count), count, 0.5)  # P(fewer than k samples lie below the true median), k = 1 … count
     return int(np.searchsorted(below, (1 - CONFIDENCE) / 2, side="right"))
 
@@ -43,6 +45,8 @@ def center_of_rounds(medians: Sequence[float]) -> tuple[float, float, float]:
     """
     if len(medians) >= MIN_SAMPLES:
         return median_interval(medians)
+    from scipy.special import stdtrit
+
     median = float(np.median(medians))
     deviation = float(np.std(np.log(medians), ddof=1))
     factor = math.exp(float(stdtrit(len(medians) - 1, (1 + CONFIDENCE) / 2)) * deviation / math.sqrt(len(medians)))

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from moebench.measure.protocol import PASSES
 from moebench.workload.backends import collective_of, described, engine_of, reserves_rows
-from moebench.workload.case import Case, Job
-from moebench.workload.weights import ITEMSIZE, weight_bytes, width
+from moebench.workload.case import ITEMSIZE, Case, Job, weight_bytes, width
 
 #: Number of float32 buffers [N, I] that an activation holds at once: (forward, train). An activation that clamps or
 #: adds biases holds more buffers.

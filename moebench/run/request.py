@@ -14,8 +14,7 @@ from pathlib import Path
 from moebench import __version__
 from moebench.errors import UsageError
 from moebench.machine.gpus import choose
-from moebench.results.files import writable
-from moebench.results.frame import PARQUET_NAME
+from moebench.results.files import PARQUET_NAME, writable
 from moebench.results.journal import JOURNAL_NAME, Journal
 from moebench.results.record import SCHEMA, Record
 from moebench.run.lock import check_new

@@ -12,8 +12,7 @@ from moebench.errors import UsageError, first_mistake
 from moebench.machine.comparability import differences
 from moebench.machine.environment import Environment
 from moebench.names import Name, is_file
-from moebench.results.files import write_atomically
-from moebench.results.folder import ENVIRONMENT_NAME
+from moebench.results.files import ENVIRONMENT_NAME, write_atomically
 from moebench.workload.case import Job
 from moebench.workload.models import Model
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from moebench.errors import Refused, RunnerError
 from moebench.machine.environment import Environment
 from moebench.machine.gpus import places
-from moebench.results.files import write_again, write_atomically, writing_to
-from moebench.results.folder import ENVIRONMENT_NAME, ENVIRONMENTS_NAME
+from moebench.results.files import ENVIRONMENT_NAME, ENVIRONMENTS_NAME, write_again, write_atomically, writing_to
 from moebench.results.journal import JOURNAL_NAME, Journal
 from moebench.results.record import Record
 from moebench.run.backlog import Backlog, parts

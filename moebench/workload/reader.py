@@ -14,6 +14,7 @@ from moebench.workload.axes import (
     DISPATCHERS,
     FIXED_BY_MODEL,
     UNKNOWN,
+    case_key,
     case_values,
     combinations,
     cut,
@@ -183,6 +184,7 @@ class SweepReader:
         These mistakes are impossible combinations, excludes that match no job, and excludes that leave out every job.
         """
         dead, left = dict.fromkeys(excludes), 0
+        impossible: dict[tuple[object, ...], list[str]] = {}  # many combinations differ only in the backend
         for number, axes in enumerate(grids):
             for combination in combinations(axes):
                 matches = {place: is_match(exclude, combination) for place, exclude in excludes.items()}
@@ -191,7 +193,9 @@ class SweepReader:
                     continue
                 left += 1
                 spared = any(match is None and _DECISIVE & excludes[place].keys() for place, match in matches.items())
-                for message in () if spared else _impossible(combination):
+                if not spared and (case := (*case_key(combination), combination["dispatcher"])) not in impossible:
+                    impossible[case] = _impossible(combination)
+                for message in () if spared else impossible[case]:
                     self.wrong(f"grid[{number}]", message)
         for place in dead if grids else ():
             self.wrong(place, "matches no job of this sweep; correct it or remove it")

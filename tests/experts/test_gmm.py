@@ -51,7 +51,7 @@ def test_without_the_library_a_layer_can_be_made_and_its_forward_says_what_to_in
     assert (made.engine_name, made.dispatcher_name) == ("gmm", "deepep")
     made.load_state_dict(random_parameters(made.config))
     batch = random_batch(made.config)
-    with pytest.raises(Unsupported, match=r"^gmm: grouped_gemm does not import .*; run in the checkout.*'\.\[gmm\]'$"):
+    with pytest.raises(Unsupported, match=r"^gmm: grouped_gemm does not import .*; with nvcc: .*'moebench\[gmm\]'$"):
         made(batch.x, batch.token_mask, batch.weights, batch.indices)
 
 

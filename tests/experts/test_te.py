@@ -298,7 +298,7 @@ def test_the_engine_is_te_and_the_default_dispatcher_is_deepep() -> None:
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     fakes.remove(monkeypatch)
-    with pytest.raises(Unsupported, match=r"^transformer_engine does not import .*; run in the checkout.*'\.\[te\]'"):
+    with pytest.raises(Unsupported, match=r"^transformer_engine does not import .*; with nvcc: .*'moebench\[te\]'"):
         GroupedExpertsTE(config())
 
 

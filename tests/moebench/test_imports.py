@@ -49,7 +49,13 @@ TORCH_AT_IMPORT = ("parity", "measure", "workload.collectives", "workload.driven
 NEVER_TORCH_AT_IMPORT = ("parity.checks", "parity.space", "measure.protocol")
 #: What judges `experts` uses nothing of it, so that no fault of it can hide itself.
 NEVER_EXPERTS = ("parity.oracle", "parity.space", "parity.checks")
-TORCH_IN_FUNCTIONS = ("machine.doctor", "machine.environment", "machine.versions", "cli.listing")
+TORCH_IN_FUNCTIONS = (
+    "machine.backends",
+    "machine.doctor",
+    "machine.environment",
+    "machine.versions",
+    "cli.listing",
+)
 #: Modules of `experts` that do not import torch.
 TORCH_FREE_EXPERTS: tuple[str, ...] = ("experts.catalog",)
 MODULES = {
@@ -166,8 +172,8 @@ def test_every_public_name_is_there(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def python(code, *arguments, cwd):
-    command = [sys.executable, "-W", "error", "-c", BLOCKED + code, *map(str, arguments)]
+def python(code, *arguments, cwd, blocked=BLOCKED):
+    command = [sys.executable, "-W", "error", "-c", blocked + code, *map(str, arguments)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     variables = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False, timeout=100)
@@ -212,15 +218,66 @@ def test_results_are_opened_and_runs_planned_without_torch(folder, command):
     assert {"show": "gmm", "plots": "wrote", "report": "wrote", "dry-run": "jobs"}[command] in "\n".join(printed)
 
 
+#: What takes longest to import. A command starts without those of them that it does not use.
+HEAVY = ("torch", "matplotlib", "pandas", "pyarrow", "scipy", "numpy", "hypothesis", "jinja2")
+STARTED = """
+import sys
+from moebench.__main__ import main
+try:
+    main()
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "absent"),
+    [
+        ("--help", (*HEAVY, "pydantic", "psutil")),
+        ("list", HEAVY),
+        ("doctor", HEAVY),
+        ("run --help", HEAVY),
+        ("nosuch", (*HEAVY, "psutil")),
+    ],
+)
+def test_a_command_starts_without_what_it_does_not_use(tmp_path: Path, command: str, absent: tuple[str, ...]) -> None:
+    done = python(STARTED, *command.split(), cwd=tmp_path, blocked="")
+    assert done.returncode == (2 if command == "nosuch" else 0), done.stderr
+    imported = done.stderr.splitlines()[-1].split()
+    assert "moebench.cli.app" in imported
+    assert [name for name in absent if name in imported] == []
+
+
+def test_no_command_imports_matplotlib_before_it_draws(tmp_path: Path) -> None:
+    """The command that draws first sets aside what the user set of matplotlib (moebench.report.plots.settings)."""
+    commands = [name for name in MODULES if name.startswith("cli.")]
+    code = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(f'moebench.{name}')\n"
+    done = python(code + "print('matplotlib' in sys.modules)", *commands, cwd=tmp_path)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_the_block_blocks(tmp_path):
     done = python("import moebench.parity.judge", cwd=tmp_path)
     assert done.returncode != 0
     assert "torch is blocked" in done.stderr
 
 
-def test_a_worker_starts_without_what_one_rank_and_a_sweep_never_need() -> None:
-    """Each of these imports takes a second or more in every worker."""
-    code = "import sys, moebench.measure.worker; print([name for name in sys.argv[1:] if name in sys.modules])"
-    slow = ["torch.distributed.tensor", "hypothesis", "matplotlib", "pandas"]
-    done = subprocess.run([sys.executable, "-c", code, *slow], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+CHECKED = """
+import sys
+import torch
+import moebench.measure.worker
+from moebench.measure.memory import storage_tracker
+from moebench.measure.profiling import executed
+from moebench.parity.poison import poisoned
+print([name for name in sys.argv[1:] if name in sys.modules])
+with poisoned(torch.device("cpu")), storage_tracker():
+    print(executed(lambda: torch.ones(2, 2) @ torch.ones(2, 2), torch.device("cpu")))
+print([name for name in sys.argv[1:] if name in sys.modules])
+"""
+
+
+def test_a_worker_does_without_what_one_rank_and_a_sweep_never_need() -> None:
+    """Each of these imports takes a second or more in every worker. The checks and the profile need none of them."""
+    slow = ["torch._dynamo", "torch.distributed.tensor", "hypothesis", "matplotlib", "pandas"]
+    done = subprocess.run([sys.executable, "-c", CHECKED, *slow], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "aten::matmul > aten::mm", "[]"]

@@ -20,11 +20,12 @@ import typer
 from experts import MoEConfig
 from experts.dispatch import Dispatched, Dispatcher
 from experts.dispatchers import dispatcher_names, dispatcher_unsupported, make_dispatcher
+from moebench.errors import UsageError
 from moebench.machine import environment
 from moebench.measure import timing
 from moebench.measure.ceilings import rows_between_ranks
+from moebench.measure.studies import places, run
 from moebench.measure.timing import TimingPolicy
-from moebench.measure.worker import pick_device
 from moebench.workload.backends import collective_of
 from moebench.workload.case import Case
 from moebench.workload.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
@@ -97,8 +98,8 @@ def main(
 ) -> None:
     """Compare each dispatcher with its library's raw call, as one of the ranks that torchrun starts."""
     if model not in MODELS:
-        raise typer.BadParameter(f"--model {model}: it must be one of {', '.join(MODELS)}")
-    on = pick_device(device)
+        raise UsageError(f"--model {model}: it must be one of {', '.join(MODELS)}")
+    on = places(device, out)
     if on.type == "cuda":
         torch.cuda.set_device(on)
     ranks = join(on, timeout_s=120)
@@ -126,4 +127,4 @@ def _tell(rows: list[dict[str, Any]], device: torch.device, out: Path | None) ->
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main, "moebench.measure.studies.bandwidth")

@@ -22,11 +22,12 @@ from experts import MoEConfig
 from experts.config import is_gated_activation
 from experts.registry import get_backend
 from experts.steps import make_of_steps, steps_on
+from moebench.errors import UsageError
 from moebench.machine import environment
 from moebench.measure import timing
+from moebench.measure.studies import places, run
 from moebench.measure.studies.products import BACKENDS, Call, CountedCall, of_backend
 from moebench.measure.timing import TimingPolicy
-from moebench.measure.worker import pick_device
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs, make_inputs, make_parameters, moe_config
 from moebench.workload.models import MODELS, shape_fields
@@ -109,9 +110,9 @@ def main(
 ) -> None:
     """Measure the steps of one expert layer, only its matrix products, and the whole layer."""
     if model is not None and shape is not None:
-        raise typer.BadParameter(f"--model {model} and --shape {shape}: give one of them, not both")
+        raise UsageError(f"--model {model} and --shape {shape}: give one of them, not both")
     case = _case(model or "qwen3-30b-a3b", num_tokens) if shape is None else _case_of_shape(shape, num_tokens)
-    on = pick_device(device)
+    on = places(device, out)
     config = moe_config(case)
     for name in backend:
         _check_backend(name, on, config)
@@ -134,7 +135,7 @@ def main(
 
 def _case(model: str, num_tokens: int) -> Case:
     if model not in MODELS:
-        raise typer.BadParameter(f"--model {model}: it must be one of {', '.join(MODELS)}")
+        raise UsageError(f"--model {model}: it must be one of {', '.join(MODELS)}")
     return Case(model=model, num_tokens=num_tokens, **MODELS[model])  # type: ignore[arg-type]
 
 
@@ -143,15 +144,15 @@ def _case_of_shape(shape: str, num_tokens: int) -> Case:
         return Case.model_validate({"num_tokens": num_tokens, **(shape_fields(shape) or {})})
     except ValueError:
         rule = "it must be four positive numbers: experts, top-k, dim and inter, with top-k at most experts"
-        raise typer.BadParameter(f"--shape {shape}: {rule}; for example e128k8d2048i768") from None
+        raise UsageError(f"--shape {shape}: {rule}; for example e128k8d2048i768") from None
 
 
 def _check_backend(name: str, device: torch.device, config: MoEConfig) -> None:
     if name not in BACKENDS:
-        raise typer.BadParameter(f"--backend {name}: it must be one of {', '.join(BACKENDS)}")
+        raise UsageError(f"--backend {name}: it must be one of {', '.join(BACKENDS)}")
     reason = get_backend(name).unsupported(device, config)
     if reason is not None:
-        raise typer.BadParameter(f"--backend {name}: {reason.reason}")
+        raise UsageError(f"--backend {name}: {reason.reason}")
 
 
 def _tell(rows: list[dict[str, Any]], config: MoEConfig, device: torch.device, out: Path | None) -> None:
@@ -166,4 +167,4 @@ def _tell(rows: list[dict[str, Any]], config: MoEConfig, device: torch.device, o
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main, "moebench.measure.studies.steps")

@@ -7,12 +7,19 @@ import psutil
 import pytest
 import torch
 
+from moebench.machine import backends
 from moebench.machine import doctor as module
 from moebench.machine.doctor import REMEDIES, Diagnosis, doctor
-from moebench.machine.versions import DISTRIBUTIONS
+from moebench.machine.versions import DISTRIBUTIONS, TorchBuild
 
 UUID = "GPU-00000000-0000-0000-0000-000000000001"
 PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
+
+
+def set_build(monkeypatch, version, cuda):
+    """Let torch's files tell of this build."""
+    for place in (module, backends):
+        monkeypatch.setattr(place, "torch_build", lambda: TorchBuild(version, cuda))
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +32,7 @@ def quiet_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_GOVERNORS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
+    set_build(monkeypatch, "2.13.0+cpu", None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path
 
@@ -34,17 +42,18 @@ def h200(fake_nvml, monkeypatch):
     """Add an idle H200 that torch sees."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    set_build(monkeypatch, "2.13.0", "13.0")
     return fake_nvml.add_gpu(UUID)
 
 
-def problems():
-    return {finding.name: finding for finding in doctor() if finding.level == "problem"}
+def problems(is_thorough=True):
+    return {finding.name: finding for finding in doctor(is_thorough) if finding.level == "problem"}
 
 
 def test_a_machine_without_gpu_has_no_problem(fake_nvml):
     fake_nvml.init_error = "NVML Shared Library Not Found"
     found = {finding.name: finding for finding in doctor()}
-    assert problems() == {}
+    assert problems() == problems(is_thorough=False) == {}
     assert found["gpu"].level == "missing"
     assert found["torch"].level == "ok"
     assert found["numpy"] == Diagnosis("ok", "numpy", version("numpy"))
@@ -57,13 +66,13 @@ def test_every_line_is_one_line_and_starts_with_its_level(h200):
 
 
 def test_what_is_missing_comes_with_a_command_that_exists(fake_nvml, monkeypatch):
-    monkeypatch.setattr("moebench.machine.versions.module_version", lambda name: None)
+    monkeypatch.setattr(module, "module_version", lambda name: None)
     missing = {finding.name: finding.remedy for finding in doctor() if finding.level == "missing"}
     assert {name: missing[name] for name in DISTRIBUTIONS} == dict(REMEDIES)
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     for name, extra in {"transformer_engine": "te", "grouped_gemm": "gmm", "deep_ep": "deepep"}.items():
         assert extra in extras
-        assert f"'.[{extra}]'" in REMEDIES[name]
+        assert f"'moebench[{extra}]'" in REMEDIES[name]
 
 
 def test_an_idle_gpu_is_no_problem(h200):
@@ -98,20 +107,28 @@ def test_a_cpu_build_of_torch_beside_a_gpu(h200, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
-    found = problems()["torch"]
-    assert "CPU build" in found.detail
-    assert found.remedy == "pip install --force-reinstall torch==2.13.0"
+    set_build(monkeypatch, "2.13.0+cpu", None)
+    for is_thorough in (False, True):
+        found = problems(is_thorough)["torch"]
+        assert "CPU build" in found.detail
+        assert found.remedy == "pip install --force-reinstall torch==2.13.0"
 
 
 def test_a_cuda_build_that_sees_no_gpu(h200, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert problems()["torch"].remedy == "update the driver"
+    assert problems(is_thorough=False) == {}, "only an import shows it"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES is ''" in problems()["torch"].remedy
+    for is_thorough in (False, True):
+        assert "CUDA_VISIBLE_DEVICES is ''" in problems(is_thorough)["torch"].remedy
 
 
-def test_a_gpu_that_nvml_cannot_read_is_not_called_missing(h200, fake_nvml):
+def test_a_gpu_that_nvml_cannot_read_is_not_called_missing(h200, fake_nvml, monkeypatch, tmp_path):
     fake_nvml.init_error = "Driver Not Loaded"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(backends, "_DRIVERS", (tmp_path / "nvidiactl",))
     assert "Driver Not Loaded" in problems()["gpu"].detail
 
 
@@ -135,3 +152,9 @@ def test_a_cudnn_that_does_not_load(h200, monkeypatch):
 
     monkeypatch.setattr(torch.backends.cudnn, "version", mixed)
     assert "incompatibility" in problems()["cudnn"].detail
+
+
+def test_a_torch_that_is_not_installed(h200, monkeypatch):
+    for place in (module, backends):
+        monkeypatch.setattr(place, "torch_build", lambda: None)
+    assert problems(is_thorough=False)["torch"] == Diagnosis("problem", "torch", "not installed", "pip install torch")

@@ -109,7 +109,7 @@ def test_who_hides_all_gpus_cannot_have_one(node, monkeypatch):
 def test_numbers_are_those_of_what_is_visible(node, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1")
     assert names(choose(None, "0", share=False)) == ["GPU-c"]
-    assert visible_gpus()[1] == VisibleGpu("GPU-b", "in use by process 17, 18")
+    assert visible_gpus()[1] == VisibleGpu("GPU-b", "in use by process 17, 18", (9, 0))
 
 
 def test_places_are_as_large_as_groups_of_ranks():

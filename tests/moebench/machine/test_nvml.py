@@ -89,7 +89,10 @@ def test_use_counts_other_processes_alone(fake_nvml):
     fake_nvml.add_gpu(UUID, pids=[os.getpid(), 4242], busy_percent=87)
     fake_nvml.add_gpu("GPU-2", pids=[])
     uses = [use for _, use in nvml.read_all()]
-    assert uses == [nvml.GpuUse(other_pids=(4242,), busy_percent=87), nvml.GpuUse(other_pids=(), busy_percent=0)]
+    assert uses == [
+        nvml.GpuUse(other_pids=(4242,), busy_percent=87, capability=(9, 0)),
+        nvml.GpuUse(other_pids=(), busy_percent=0, capability=(9, 0)),
+    ]
 
 
 def test_a_lost_gpu_is_listed_with_its_error(fake_nvml):

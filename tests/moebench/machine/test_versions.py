@@ -1,7 +1,9 @@
+import sys
+
 import pytest
 import torch
 
-from moebench.machine.versions import library_versions, module_version
+from moebench.machine.versions import TorchBuild, library_versions, module_version, torch_build
 
 
 def install(folder, distribution, version):
@@ -26,6 +28,17 @@ def test_a_module_without_metadata_is_there_with_a_version_unknown(tmp_path, mon
 
 def test_torch_is_named_with_its_build():
     assert library_versions()["torch"] == torch.__version__
+
+
+def test_the_build_of_torch_is_read_from_its_files(tmp_path, monkeypatch):
+    assert torch_build() == TorchBuild(torch.__version__, torch.version.cuda)
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "torch")
+    assert torch_build() is None
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('it must not be imported')")
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.11.0+cu130'\ncuda: str = '13.0'\nhip = None\n")
+    assert torch_build() == TorchBuild("2.11.0+cu130", "13.0")
 
 
 @pytest.mark.parametrize(("number", "text"), [(None, None), (91900, "9.19.0"), (90805, "9.8.5"), (100203, "10.2.3")])

@@ -1,11 +1,13 @@
 """measure_memory finds known allocations to the byte."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from moebench.measure.memory import Held, Memory, StorageTracker, largest, measure_memory
+from moebench.measure.memory import Held, Memory, StorageTracker, largest, measure_memory, storage_tracker
 from tests.moebench.measure.two_ranks import Two
 
 CPU = torch.device("cpu")
@@ -272,3 +274,18 @@ def test_memory_is_that_of_the_rank_that_needs_most_figure_by_figure():
         "untracked_memory_bytes": 3,
     }
     assert largest(Memory(1, None, None, 5), None, Two(Memory(2, None, None, 4)))["outside_torch_bytes"] == 5
+
+
+def test_where_the_compiler_is_in_use_it_stays_out_of_the_tracker(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
+    monkeypatch.delitem(sys.modules, "torch._dynamo")
+    assert type(storage_tracker()) is StorageTracker
+    monkeypatch.undo()
+    import torch._dynamo
+
+    for tracker in (storage_tracker(), StorageTracker()):
+        with tracker:
+            torch.ones(64)
+        assert tracker.peak_bytes == 256
+    assert type(storage_tracker()) is not StorageTracker
+    assert storage_tracker()._should_skip_dynamo()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from moebench.errors import PictureError
-from moebench.report import folder
 from moebench.report.folder import draw_plots, finish, rewrite, write_report
+from moebench.report.plots import figures
 from moebench.report.plots.figures import Drawn
 from moebench.results import frame
 from moebench.results.journal import Journal
@@ -48,12 +48,12 @@ def test_results_are_written_before_any_plot_is_tried(monkeypatch):
     def end(frame):
         raise SystemExit
 
-    monkeypatch.setattr(folder, "draw", end)
+    monkeypatch.setattr(figures, "draw", end)
     with pytest.raises(SystemExit):
         finish(Path("out"))
     assert {path.name for path in Path("out").iterdir()} == {"journal.jsonl", "results.parquet", "results.csv"}
     failed = Drawn({}, ["plot a: cannot be drawn: why"])
-    monkeypatch.setattr(folder, "draw", lambda *arguments: failed)
+    monkeypatch.setattr(figures, "draw", lambda *arguments: failed)
     written = finish(Path("out"))
     assert Path("out/report.html") in written.paths
     assert written.failures == ("plot a: cannot be drawn: why",)
