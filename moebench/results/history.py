@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 
 from moebench.errors import ResultsError
-from moebench.results.folder import Result
 from moebench.results.files import PARQUET_NAME
-from moebench.results.frame import 
+from moebench.results.folder import Result
 from moebench.results.journal import JOURNAL_NAME
 from moebench.results.labels import backend_labels
 from moebench.results.record import Status
