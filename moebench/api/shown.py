@@ -1,6 +1,6 @@
 """Define what the functions for scripts and notebooks return. Each object shows itself in a terminal and a notebook."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,10 @@ from moebench.report.tables.advisetable import AdviceTable, workload
 from moebench.report.tables.audittable import AuditTable
 from moebench.report.tables.gatetable import GateTable
 from moebench.report.tables.tables import summary
-from moebench.results.advise import Advice
+from moebench.results.advise import Answer
 from moebench.results.frame import load, to_frame
 from moebench.run.audit import Audit
 from moebench.verdicts.gate import GateResult
-from moebench.workload.case import Case
 
 
 class Shown:
@@ -131,24 +130,23 @@ class Gated(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Advised(Shown):
-    """The advice on a workload. `advices` has one entry for each machine, and `frame` one row for each candidate."""
+    """The advice on a workload. `answer` has one advice for each machine, and `frame` one row for each candidate."""
 
     model: str
-    asked: Case
-    advices: Sequence[Advice]
+    answer: Answer
 
     @property
     def backend(self) -> str | None:
         """The fastest backend of the first machine; None if no result is near the workload."""
-        return next((one.candidates[0].label for one in self.advices if one.candidates), None)
+        return next((one.candidates[0].label for one in self.answer.advices if one.candidates), None)
 
     @cached_property
     def frame(self) -> pd.DataFrame:
         return pd.DataFrame(
-            {"machine": advice.machine, **vars(one)} for advice in self.advices for one in advice.candidates
+            {"machine": advice.machine, **vars(one)} for advice in self.answer.advices for one in advice.candidates
         )
 
     def _renderable(self) -> RenderableType:
-        known: list[RenderableType] = [AdviceTable(one) for one in self.advices]
+        known: list[RenderableType] = [AdviceTable(one, self.answer.asked) for one in self.answer.advices]
         nothing = Text("no result is near this workload; measure it with moebench.bench")
-        return Group(Text(workload(self.model, self.asked)), *(known or [nothing]))
+        return Group(Text(workload(self.model, self.answer.asked)), *(known or [nothing]))

@@ -159,4 +159,4 @@ def advise(model: str | os.PathLike[str], num_tokens: int, *, results: Any = Non
     except UsageError as error:  # it names the options of the command line
         raise UsageError(_OPTION.sub(lambda found: found[1].replace("-", "_"), str(error))) from error
     frame = frame_of(list(map(Path, default_folders())) if results is None else results)
-    return Advised(os.fspath(model), asked, advices.advise(frame, asked))
+    return Advised(os.fspath(model), advices.advise(frame, asked))

@@ -1,17 +1,25 @@
 """Define the command `moebench advise`, which parses, calls moebench.results.advise and prints."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import typer
 
-from moebench.cli.console import err, out
+from moebench.cli.console import err, job_progress, out
 from moebench.cli.options import MODEL_HELP
+from moebench.errors import ResultsError
+from moebench.report.fit import fits, gpu_memory
 from moebench.report.tables.advisetable import AdviceTable, advise_json, workload
 from moebench.results import advise
-from moebench.results.published import default_folders, load_all
+from moebench.results.frame import load, to_frame, write
+from moebench.results.published import default_folders, kept_folders, load_all
+from moebench.run import ondemand, request
+from moebench.run.start import start_run
 from moebench.workload.axes import listed
+from moebench.workload.case import Case
 from moebench.workload.modelconfig import read_model
 
 EXIT_NO_DATA = 3
@@ -32,31 +40,81 @@ def advise_(
     folders: Annotated[
         list[Path] | None, typer.Option("--results", help="a results folder; repeatable; default: results/published/*")
     ] = None,
+    measure: Annotated[
+        float | None,
+        typer.Option(
+            "--measure", metavar="MIN", help="measure here what no result answers, in MIN minutes, and keep it"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")] = False,
 ) -> None:
-    """Name the fastest backend for a workload, by measured results.
+    """Rank the backends for a workload, by measured results.
 
-    Print how much faster it is than the next backend, and its memory. Exit code 3: no results are near the workload.
+    Print the times and the memory of each, and how many such layers fit on the GPU. Exit code 3: no results are near
+    the workload.
     """
     shape = read_model(model)
     for note in shape.notes:
         err.print(f"{shape}: {note}", soft_wrap=True)
     dtypes = {} if dtype is None else {"dtype": dtype}
     asked = advise.question(shape, num_tokens, ep_size=ep_size, mode=mode, routing=routing, **dtypes)
-    frame = load_all(folders or default_folders())
-    advices = advise.advise(frame, asked)
+    opened, frame = _results(folders, can_be_empty=measure is not None)
+    answer = advise.advise(frame, asked)
+    if measure is not None:
+        folder = _measure(answer, measure)
+        if folder is not None:
+            opened, frame = [*opened, folder], load_all([*opened, folder])
+            answer = advise.advise(frame, asked)
     if as_json:
-        out.print_json(json.dumps(advise_json(asked, advices)))
+        out.print_json(json.dumps(advise_json(answer)))
     else:
         out.print(workload(str(shape), asked), soft_wrap=True)
-        for one in advices:
-            out.print(AdviceTable(one))
-    if any(one.candidates for one in advices):
+        _print(answer, frame, opened, asked)
+    if answer.has_candidates:
         return
-    others = listed(advise.elsewhere(frame, asked))
-    found = "" if advices else f"no result has this workload; the results have {others}; "
+    found = "" if answer.advices else f"no result has this workload; the results have {listed(answer.others)}; "
     err.print(
         f"no data near this workload: {found}moebench does not extrapolate; "
-        "measure it with your own sweep (docs/sweeps.md)"
+        "measure it with --measure MIN, or with your own sweep (docs/sweeps.md)"
     )
     raise typer.Exit(EXIT_NO_DATA)
+
+
+def _results(folders: list[Path] | None, can_be_empty: bool) -> tuple[list[Path], pd.DataFrame]:
+    """Return the folders with results and their rows. The kept results come with the published ones."""
+    if folders:
+        return folders, load_all(folders)
+    kept = kept_folders()
+    try:
+        found = [*default_folders(), *kept]
+    except ResultsError:
+        if not (kept or can_be_empty):
+            raise
+        found = kept
+    return found, load_all(found) if found else to_frame([])
+
+
+def _print(answer: advise.Answer, frame: pd.DataFrame, folders: Sequence[Path], asked: Case) -> None:
+    memory = gpu_memory(folders)
+    for one in answer.advices:
+        memory_bytes = None if one.gpu is None else memory.get(one.gpu)
+        out.print(AdviceTable(one, asked, fits(frame, asked, one) if memory_bytes else (), memory_bytes))
+
+
+def _measure(answer: advise.Answer, minutes: float) -> Path | None:
+    """Measure what no result of this machine answers, and return the folder with the results."""
+    plan = ondemand.plan_missing(answer, minutes, ondemand.gpu_here())
+    if plan is None:
+        err.print("every backend has an answer for this machine: nothing was measured")
+        return None
+    plan, notes = request.on_gpus(plan, None, share=False)
+    for note in notes:
+        err.print(note)
+    with job_progress() as progress:
+        progress.plan(plan.num_jobs)
+        outcome = start_run(plan, progress.done)
+    if not outcome.records:
+        return None
+    write(load(plan.folder), plan.folder)
+    err.print(f"kept in {plan.folder}" + f"; the time was over before {outcome.num_left} jobs" * bool(outcome.num_left))
+    return plan.folder

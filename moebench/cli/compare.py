@@ -16,7 +16,7 @@ from moebench.results.compare import compare, names_of
 from moebench.results.files import writable
 from moebench.results.folder import Result, open_result
 from moebench.results.frame import SAMPLE_COLUMNS, to_csv, to_json
-from moebench.results.history import history
+from moebench.results.history import expanded, history
 
 commands = typer.Typer()
 
@@ -63,23 +63,45 @@ def merge_(
 
 @commands.command("history")
 def history_(
-    case_id: Annotated[str, typer.Argument(help="a case_id, as `moebench list SWEEP --ids` prints it")],
-    results: Results,
+    case_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="[CASE_ID]", help="a case_id, as `moebench list SWEEP --ids` prints it; not with --page"
+        ),
+    ],
+    results: Annotated[
+        list[Path] | None,
+        typer.Argument(help="results folders, their Parquet files, or a folder of results folders"),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", metavar="FILE", help="write one HTML page about all jobs instead")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="also draw the history, as PNG or SVG")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the times of one case over many results.
+    """Show the times of one case over many results, or write a page about all jobs.
 
-    The table is in order of time, oldest first. It has each backend's times and how they changed.
+    The table is in order of time, oldest first. It has each backend's times and how they changed. The page of --page
+    has every job of a series of results by revision and date, and marks where a time changed for good.
     """
+    if page is not None:
+        if plot is not None or as_json:
+            raise UsageError("--page with --plot or --json: the page is of all jobs; leave the other option out")
+        from moebench.report.dashboard import write_dashboard
+
+        write_dashboard(_opened(expanded([Path(case_id), *(results or [])])), page)
+        out.print(f"wrote {page}", soft_wrap=True)
+        return
+    if not results:
+        raise UsageError(f"moebench history {case_id}: there are no results; give results folders after the case_id")
     if plot is not None:
         import_matplotlib()
         from moebench.report.plots.history import draw_history, kind_of
 
         kind_of(plot)  # a wrong suffix is a mistake to tell before any work
-    rows = history(case_id, {name: result.frame for name, result in _opened(results).items()})
+    rows = history(case_id, {name: result.frame for name, result in _opened(expanded(results)).items()})
     if as_json:
         out.print_json(to_json(rows.drop(columns=list(SAMPLE_COLUMNS))))
     else:

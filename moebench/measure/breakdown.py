@@ -1,7 +1,7 @@
 """Measure the time of each part of a forward pass under expert parallelism: dispatch, compute, combine."""
 
-import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +21,11 @@ def breakdown(
     ranks: Ranks,
     prepare: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Return the median time of each part, in milliseconds, on the rank where this part is slowest.
+    """Return the time of each part, in milliseconds. The parts add up to the time of a forward pass.
+
+    The time of a sample is the time of its slowest rank, as in moebench.measure.timing, and its parts are the parts of
+    that rank. The parts that are returned are those of the sample with the median time. What the layer does before it
+    calls the dispatcher belongs to dispatch, and what it does after the dispatcher's combine belongs to combine.
 
     `prepare` runs before each forward, untimed. The dict is empty for one rank, and for a module without a dispatcher.
     The marks between parts are in the stream that computes. If work runs in another stream, its time counts in the part
@@ -37,17 +41,16 @@ def breakdown(
         for _ in range(SAMPLES):
             prepare()
             ranks.align(device)
-            forward()
-            samples.append(listener.parts_ms())
+            samples.append(listener.parts_ms(forward))
     finally:
         module.dispatcher = dispatcher
-    medians = [statistics.median(part) for part in zip(*samples, strict=True)]
-    slowest = [max(part) for part in zip(*ranks.tell(medians), strict=True)]
-    return dict(zip(PART_COLUMNS, slowest, strict=True))
+    of_ranks = ranks.tell(samples)
+    slowest = [max(same, key=sum) for same in zip(*of_ranks, strict=True)]
+    return dict(zip(PART_COLUMNS, sorted(slowest, key=sum)[(SAMPLES - 1) // 2], strict=True))
 
 
 class _Listener:
-    """A dispatcher that calls another dispatcher and marks when each of its calls starts and ends."""
+    """A dispatcher that calls another dispatcher, and marks when its dispatch ends and when its combine starts."""
 
     def __init__(self, dispatcher: Any, device: torch.device) -> None:
         self._dispatcher = dispatcher
@@ -55,24 +58,23 @@ class _Listener:
         self._marks: list[Any] = []
 
     def dispatch(self, *tensors: Any) -> Any:
-        self._marks = [self._mark()]
         sent = self._dispatcher.dispatch(*tensors)
         self._marks.append(self._mark())
         return sent
 
     def combine(self, *tensors: Any) -> Any:
         self._marks.append(self._mark())
-        summed = self._dispatcher.combine(*tensors)
-        self._marks.append(self._mark())
-        return summed
+        return self._dispatcher.combine(*tensors)
 
-    def parts_ms(self) -> list[float]:
-        """Return the milliseconds of dispatch, compute and combine of the last forward pass."""
-        marks = self._marks
+    def parts_ms(self, forward: Callable[[], object]) -> list[float]:
+        """Call `forward`, and return the milliseconds of its dispatch, compute and combine."""
+        self._marks = [self._mark()]
+        forward()
+        marks = [*self._marks, self._mark()]
         if self._on_gpu:
             clock.wait_for(marks[-1])
-            return [clock.ms_between(marks[i], marks[i + 1]) for i in range(len(PART_COLUMNS))]
-        return [(marks[i + 1] - marks[i]) * 1e3 for i in range(len(PART_COLUMNS))]
+            return [clock.ms_between(*pair) for pair in pairwise(marks)]
+        return [(end - start) * 1e3 for start, end in pairwise(marks)]
 
     def _mark(self) -> Any:
         return clock.mark() if self._on_gpu else clock.perf_counter()

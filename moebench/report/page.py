@@ -16,12 +16,23 @@ from moebench import escapes
 from moebench.machine.environment import Environment, Gpu
 from moebench.machine.units import size
 from moebench.report import pagetable
-from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, REPLAY, ROOFLINE, SCALING, THROUGHPUT
+from moebench.report.pagebest import best_table
+from moebench.report.plots.kinds import (
+    BREAKDOWN,
+    DECODE,
+    MEMORY,
+    PARITY,
+    RATIO,
+    REPLAY,
+    ROOFLINE,
+    SCALING,
+    THROUGHPUT,
+)
 from moebench.report.ranking import close_rows, num_compared
 from moebench.report.reproduce import Reproducer
 from moebench.report.tables.tables import details, fastest_rows
 from moebench.results.folder import environments_beside
-from moebench.results.labels import backend_labels, describe, in_case_order, machine
+from moebench.results.labels import DECODE_TOKENS, backend_labels, describe, in_case_order, machine, shape_names
 from moebench.results.record import GOOD
 from moebench.verdicts.document import GateDocument
 
@@ -36,11 +47,15 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: Gat
     """
     rows = in_case_order(frame)
     rows = rows.assign(
-        label=backend_labels(rows), fastest=fastest_rows(rows), close=close_rows(rows), heading=describe(rows).headings
+        label=backend_labels(rows),
+        shape=shape_names(rows),
+        fastest=fastest_rows(rows),
+        close=close_rows(rows),
+        heading=describe(rows).headings,
     )
     environments = [environment_facts(found) for found in environments_beside(folder).values()]
     headline = [f"{name} {value}" for facts in environments for name, value in facts if name in _HEADLINE]
-    return _template().render(
+    return template("report.html").render(
         title=" and ".join(dict.fromkeys(rows["run_id"])) if rows["run_id"].nunique() < 3 else folder.name,
         where=machine(rows),
         shared=describe(rows).title(),
@@ -53,14 +68,17 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: Gat
         wins=_wins(rows),
         num_compared=num_compared(rows),
         plots=_plots(svgs),
+        decode_tokens=DECODE_TOKENS,
         has_ceilings=bool(rows["roofline_fraction"].notna().any()),
+        best=best_table(rows),
         table=pagetable.results_table(rows),
         extremes=pagetable.extremes(rows, Reproducer.of(folder)),
         spent=pagetable.time_spent(rows),
     )
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """Return a template of this package. It escapes every text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("moebench.report", "templates"),
         autoescape=True,
@@ -69,7 +87,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html")
+    return environment.get_template(name)
 
 
 def environment_facts(found: Environment) -> list[tuple[str, str]]:
@@ -109,9 +127,10 @@ def _wins(rows: pd.DataFrame) -> dict[str, int]:
 def _plots(svgs: Mapping[str, bytes]) -> list[list[tuple[str, str]]]:
     """Return the name and data URI of every plot in two groups.
 
-    The plots of the first group compare backends. The plots of the second group show why backends differ.
+    The plots of the first group compare backends. The plots of the second group show why backends differ, and that
+    they are right.
     """
-    groups = (THROUGHPUT, SCALING, MEMORY, PARITY), (ROOFLINE, BREAKDOWN, REPLAY)
+    groups = (RATIO, THROUGHPUT, DECODE, SCALING, MEMORY), (ROOFLINE, BREAKDOWN, PARITY, REPLAY)
     return [
         [(name, _data_uri(svg)) for kind in kinds for name, svg in svgs.items() if name.startswith(f"{kind.name}-")]
         for kinds in groups

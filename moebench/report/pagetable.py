@@ -1,8 +1,8 @@
 """Make the tables of a report: all rows, the extreme rows with commands that measure them again, and the time spent.
 
 The frames `rows` in this module are sorted by `labels.in_case_order`. They also have the columns `label` (the backend
-with its dispatcher), `fastest` (whether the row is the fastest of its case), `close` (whether it is too close to the
-fastest to call) and `heading` (the case in words).
+with its dispatcher), `shape` (the model's name, or its shape), `fastest` (whether the row is the fastest of its case),
+`close` (whether it is too close to the fastest to call) and `heading` (the case in words).
 """
 
 import math
@@ -15,7 +15,7 @@ import pandas as pd
 from moebench.machine.units import size
 from moebench.report.reproduce import Reproducer
 from moebench.report.tables.cells import Row, half_interval, human, marks, milliseconds, mismatch
-from moebench.results.labels import describe, in_order
+from moebench.results.labels import describe, in_order, is_decode
 from moebench.results.record import GOOD, Status
 
 _NUM_EXTREMES = 6
@@ -40,11 +40,19 @@ class Line:
 
     backend: str
     model: str
+    tokens: str
     mode: str
+    routing: str
     status: str
     case_id: str
     is_fastest: bool
     cells: tuple[Cell, ...]
+
+    @classmethod
+    def of(cls, row: Row, cells: tuple[Cell, ...]) -> "Line":
+        """Return the line of a row of results."""
+        names = (row["label"], row["shape"], str(row["num_tokens"]), row["mode"], row["routing"])
+        return cls(*names, row["status"], row["case_id"], bool(row["fastest"]), cells)
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,10 @@ class Table:
 
     @property
     def choices(self) -> dict[str, list[str]]:
-        names = ("backend", "model", "mode", "status")
+        names = ("backend", "model", "tokens", "mode", "routing", "status")
         found = {name: list(dict.fromkeys(getattr(line, name) for line in self.lines)) for name in names}
         found["backend"] = in_order(found["backend"])
+        found["tokens"] = sorted(found["tokens"], key=int)
         return found
 
 
@@ -91,72 +100,91 @@ class Spent:
     shares: dict[str, float]
 
 
-_MISSING = Cell("", math.inf, True)  # sorts last
+MISSING = Cell("", math.inf, True)  # sorts last
 
 
-def _number(column: str, form: Callable[[Any], str]) -> Callable[[Row], Cell]:
+def number(column: str, form: Callable[[Any], str]) -> Callable[[Row], Cell]:
+    """Return a function that makes a cell of a row's value in `column`."""
+
     def cell(row: Row) -> Cell:
         value: Any = row[column]
-        return _MISSING if pd.isna(value) else Cell(form(value), float(value), True)
+        return MISSING if pd.isna(value) else Cell(form(value), float(value), True)
 
     return cell
 
 
 def _interval(row: Row) -> Cell:
     share = (row["time_ms_high"] - row["time_ms_low"]) / row["time_ms"]
-    return _MISSING if math.isnan(share) else Cell(half_interval(row), share, True)
+    return MISSING if math.isnan(share) else Cell(half_interval(row), share, True)
 
 
 def _time(row: Row) -> Cell:
     if pd.isna(row["time_ms"]):
-        return _MISSING
-    return Cell(f"{marks(row)} {milliseconds(row['time_ms'])}".strip(), row["time_ms"], True)
+        return MISSING
+    signs = marks(row) + "!" * bool(len(row["flags"]))
+    return Cell(f"{signs} {milliseconds(row['time_ms'])}".strip(), row["time_ms"], True)
 
 
 def _status(row: Row) -> Cell:
-    flag = "!" if len(row["flags"]) else ""
-    return Cell(row["status"] + flag, row["status"])
+    return Cell(row["status"], row["status"])
 
 
 #: For each column: its title, the column of results that it needs, and the function that makes a cell. A column is left
 #: out if no row has the value that it needs.
 _MEASURED: tuple[tuple[str, str, Callable[[Row], Cell]], ...] = (
-    ("status", "status", _status),
+    ("status", "other_status", _status),
     ("ms", "time_ms", _time),
     ("±", "time_ms", _interval),
-    ("GPU busy, ms", "busy_ms", _number("busy_ms", milliseconds)),
-    ("tokens/s", "tokens_per_s", _number("tokens_per_s", human)),
-    ("TFLOP/s", "tflops", _number("tflops", human)),
-    ("of roofline", "roofline_fraction", _number("roofline_fraction", "{:.0%}".format)),
-    ("peak memory", "peak_memory_bytes", _number("peak_memory_bytes", size)),
-    ("saved", "saved_memory_bytes", _number("saved_memory_bytes", size)),
-    ("error", "parity_worst", _number("parity_worst", "{:.2g}".format)),
-    ("dispatch", "dispatch_ms", _number("dispatch_ms", milliseconds)),
-    ("compute", "compute_ms", _number("compute_ms", milliseconds)),
-    ("combine", "combine_ms", _number("combine_ms", milliseconds)),
+    ("× fastest", "times_fastest", number("times_fastest", "{:.2f}".format)),
+    ("graph ms", "decode_graph_ms", number("decode_graph_ms", milliseconds)),
+    ("GPU busy, ms", "busy_ms", number("busy_ms", milliseconds)),
+    ("tokens/s", "tokens_per_s", number("tokens_per_s", human)),
+    ("TFLOP/s", "tflops", number("tflops", human)),
+    ("of roofline", "roofline_fraction", number("roofline_fraction", "{:.0%}".format)),
+    ("peak memory", "peak_memory_bytes", number("peak_memory_bytes", size)),
+    ("saved", "saved_memory_bytes", number("saved_memory_bytes", size)),
+    ("error", "parity_worst", number("parity_worst", "{:.2g}".format)),
+    ("dispatch", "dispatch_ms", number("dispatch_ms", milliseconds)),
+    ("compute", "compute_ms", number("compute_ms", milliseconds)),
+    ("combine", "combine_ms", number("combine_ms", milliseconds)),
+    ("backward", "backward_ms", number("backward_ms", milliseconds)),
 )
 
 
 def results_table(rows: pd.DataFrame) -> Table:
     """Return a table with one line per row: the parts of the case that vary, the backend, and the measurements."""
+    rows = _beside_the_fastest(rows)
+    titles, cells_of = case_columns(rows)
+    measured = [(title, cell) for title, column, cell in _MEASURED if rows[column].notna().any()]
+    lines = [
+        Line.of(row, (*cells, _text(row["label"]), *(cell(row) for _, cell in measured)))
+        for row, cells in zip(rows.to_dict("records"), cells_of, strict=True)
+    ]
+    return Table((*titles, "backend", *(title for title, _ in measured)), tuple(lines))
+
+
+def _beside_the_fastest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add the time divided by the fastest time of the case, and the graph's time of each step of decoding.
+
+    Add also the status, if any row is not ok.
+    """
+    best_ms = rows.groupby(["run_id", "case_id"])["time_ms"].transform("min")
+    graph_ms = rows["graph_time_ms"].where(is_decode(rows))
+    status = rows["status"] if rows["status"].ne(Status.ok).any() else None
+    return rows.assign(times_fastest=rows["time_ms"] / best_ms, decode_graph_ms=graph_ms, other_status=status)
+
+
+def case_columns(rows: pd.DataFrame) -> tuple[tuple[str, ...], "pd.Series[Any]"]:
+    """Return the titles of the columns that say in words what varies between cases, and the cells of each row."""
     parts = describe(rows).varying
     own = [name for name in _OWN_COLUMNS if name in parts]
     settings = parts.drop(columns=own)
-    measured = [(title, cell) for title, column, cell in _MEASURED if rows[column].notna().any()]
-    lines = []
-    for row, part, setting in zip(
-        rows.to_dict("records"),
-        (dict(zip(own, some, strict=True)) for some in parts[own].to_numpy()),
-        settings.to_numpy(),
-        strict=True,
-    ):
-        texts = [*part.values(), *([", ".join(filter(None, setting))] if len(setting) else []), row["label"]]
-        cells = [_text(str(text)) for text in texts] + [cell(row) for _, cell in measured]
-        model = str(part.get("experts", ""))
-        names = (row["label"], model, row["mode"], row["status"], row["case_id"])
-        lines.append(Line(*names, bool(row["fastest"]), tuple(cells)))
-    titles = [*(_OWN_COLUMNS[name] for name in own), *(["setting"] if settings.shape[1] else []), "backend"]
-    return Table((*titles, *(title for title, _ in measured)), tuple(lines))
+    cells = []
+    for part, setting in zip(parts[own].to_numpy(), settings.to_numpy(), strict=True):
+        texts = [*map(str, part), *([", ".join(filter(None, setting))] if len(setting) else [])]
+        cells.append(tuple(map(_text, texts)))
+    titles = (*(_OWN_COLUMNS[name] for name in own), *(["setting"] if settings.shape[1] else []))
+    return titles, pd.Series(cells, index=rows.index, dtype=object)
 
 
 def _text(text: str) -> Cell:

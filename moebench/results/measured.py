@@ -103,7 +103,8 @@ class Measured(BaseModel):
         Part | None,
         Column(
             Rounds.MEDIAN,
-            "part of a forward pass: the dispatcher sends tokens to the ranks of their experts",
+            "part of a forward pass: until the dispatcher has sent the tokens to the ranks of their experts; the three "
+            "parts are of one pass on its slowest rank, and add up to its time",
             "ms",
             _NO_PARTS,
         ),
@@ -116,7 +117,7 @@ class Measured(BaseModel):
         Part | None,
         Column(
             Rounds.MEDIAN,
-            "part of a forward pass: the dispatcher sends the outputs back",
+            "part of a forward pass: the dispatcher sends the outputs back, until the pass ends",
             "ms",
             _NO_PARTS,
         ),

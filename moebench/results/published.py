@@ -15,6 +15,17 @@ from moebench.workload.spec import checkout
 #: The folder of published results in a checkout, and in the package from a wheel.
 PUBLISHED = Path("results") / "published"
 PACKAGED = Path(moebench.__file__).parent / "published"
+#: Where `moebench advise --measure` keeps what it measured, below the current folder.
+KEPT = Path("results") / "advised"
+
+
+def kept_folders() -> list[Path]:
+    """Return the folders with results that `moebench advise --measure` has kept in the current folder."""
+    return [path for path in sorted(KEPT.glob("*/")) if _has_results(path)]
+
+
+def _has_results(path: Path) -> bool:
+    return any((path / name).is_file() for name in (JOURNAL_NAME, PARQUET_NAME))
 
 
 def default_folders() -> list[Path]:
@@ -23,8 +34,7 @@ def default_folders() -> list[Path]:
     Raises ResultsError if none of them has a folder with results.
     """
     for place in _places():
-        folders = sorted(place.glob("*/"))
-        found = [path for path in folders if any((path / name).is_file() for name in (JOURNAL_NAME, PARQUET_NAME))]
+        found = [path for path in sorted(place.glob("*/")) if _has_results(path)]
         if found:
             return found
     raise ResultsError(f"{PUBLISHED}: holds no results; name folders with --results")

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from moebench.measure.protocol import PASSES
 from moebench.workload.backends import collective_of, described, engine_of, reserves_rows
-from moebench.workload.case import Case, Job
+from moebench.workload.case import ITEMSIZE, Case, Job, weight_bytes, width
 
-ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: Number of float32 buffers [N, I] that an activation holds at once: (forward, train). An activation that clamps or
 #: adds biases holds more buffers.
 _TEMPORARIES = {"plain": (4, 8), "clamped": (7, 11)}
@@ -86,9 +85,9 @@ def pass_bytes(job: Job) -> int:
     is_train = case.mode == "train"
     clamps = case.expert_bias or case.swiglu_limit > 0 or case.expert_activation in ("quick_geglu", "swigluoai")
     temporaries = _TEMPORARIES["clamped" if clamps else "plain"][is_train]
-    inter, width, acc = case.moe_inter_dim, _width(case), max(4, itemsize)
-    activating = width * itemsize + temporaries * inter * acc + is_train * (case.dim + inter) * itemsize
-    multiplying = (case.dim + width + inter) * itemsize + 2 * inter * acc
+    inter, wide, acc = case.moe_inter_dim, width(case), max(4, itemsize)
+    activating = wide * itemsize + temporaries * inter * acc + is_train * (case.dim + inter) * itemsize
+    multiplying = (case.dim + wide + inter) * itemsize + 2 * inter * acc
     quantised = sizes.parameter_bytes if is_train and _is_fp8(job) else 0
     tokens = (1 + is_train) * (sizes.num_tokens + sizes.reached) * case.dim * itemsize
     if _is_one_by_one(job):  # it adds the experts' outputs in float32
@@ -133,10 +132,10 @@ def _reference_bytes(case: Case, sizes: _Sizes) -> float:
     and of the comparison of the rank's own tokens.
     """
     gathered = 0 if case.ep_size == 1 else 2 * sizes.all_tokens * case.dim * ITEMSIZE[case.dtype]
-    numbers = max(2 * case.dim * _width(case), sizes.rows_of_expert * (case.dim * _width(case) / 32 + 8))
+    numbers = max(2 * case.dim * width(case), sizes.rows_of_expert * (case.dim * width(case) / 32 + 8))
     together = min(case.n_routed_experts / case.ep_size, max(1.0, TOGETHER // numbers))
     expert = together * (36 if case.mode == "train" else 21) * sizes.expert_numbers
-    rows = 12 * together * sizes.rows_of_expert * (4 * case.dim + 2 * _width(case) + 4 * case.moe_inter_dim)
+    rows = 12 * together * sizes.rows_of_expert * (4 * case.dim + 2 * width(case) + 4 * case.moe_inter_dim)
     sums = _SUMS * sizes.all_tokens * case.dim
     return gathered + sums + max(expert + rows, _COMPARED * sizes.num_tokens * case.dim)
 
@@ -152,8 +151,7 @@ def _sizes(job: Job) -> _Sizes:
     rows = local_rows if _counts_rows(job) else reached * case.n_activated_experts
     if _is_one_by_one(job) and case.mode == "forward":
         rows = rows_of_expert  # experts run one after the other, and each frees its rows
-    expert = case.dim * _width(case) + case.moe_inter_dim * case.dim
-    biases = (_width(case) + case.dim) if case.expert_bias else 0
+    expert = case.dim * width(case) + case.moe_inter_dim * case.dim
     choices = 16 * case.n_activated_experts  # bytes of a token's weights and int64 indices
     return _Sizes(
         num_tokens=max(counts),
@@ -161,7 +159,7 @@ def _sizes(job: Job) -> _Sizes:
         reached=reached,
         rows=rows,
         rows_of_expert=rows_of_expert,
-        parameter_bytes=num_local * (expert + biases) * itemsize,
+        parameter_bytes=weight_bytes(case),
         expert_numbers=expert,
         input_bytes=max(counts) * (2 * case.dim * itemsize + choices),
     )
@@ -198,8 +196,3 @@ def _skew(case: Case) -> float:
     if kind == "empty":
         return 1 / max(1 - float(argument or 0.5), 1 / case.n_routed_experts)
     return {"uniform": 1.0, "balanced": 1.0, "one-hot": float(case.n_routed_experts)}.get(kind, _SKEW)
-
-
-def _width(case: Case) -> int:
-    """Return the width of the first projection's output."""
-    return case.moe_inter_dim * (2 if case.is_gated else 1)

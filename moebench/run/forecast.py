@@ -18,8 +18,8 @@ from moebench.errors import ResultsError
 from moebench.results.labels import machine
 from moebench.results.published import default_folders, load_all
 from moebench.results.record import Status
-from moebench.run.footprint import ITEMSIZE, footprint
-from moebench.workload.case import Case, Job
+from moebench.run.footprint import footprint
+from moebench.workload.case import ITEMSIZE, Case, Job
 
 #: A measured job is near a job if the two differ by at most these factors: in bytes of parameters, in rows, in ranks.
 NEAR = {"parameters": 8.0, "rows": 16.0, "ranks": 4.0}

@@ -18,8 +18,7 @@ from moebench.results.files import PARQUET_NAME, writable
 from moebench.results.journal import JOURNAL_NAME, Journal
 from moebench.results.record import SCHEMA, Record
 from moebench.run.lock import check_new
-from moebench.run.order import shuffled
-from moebench.run.plan import Plan, new_run_id
+from moebench.run.plan import Plan, new_run_id, shuffled
 from moebench.run.runfile import SWEEP_NAME, Asked, RunFile, digest, digest_jobs
 from moebench.workload.axes import cut
 from moebench.workload.case import Job
@@ -73,10 +72,17 @@ def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: 
     Raises SweepError for a wrong sweep or selection of jobs. Raises UsageError for a wrong device, for a module that
     the command line does not name, and for a folder that is not empty.
     """
-    check_device(asked.device)
     sweep_file = find_sweep(sweep)
     text = read_sweep(sweep_file)
-    spec = _of_model(parse_sweep(text, str(sweep_file)), asked)
+    return plan_text(text, str(sweep_file), sweep, asked, out=out, time_budget_min=time_budget_min)
+
+
+def plan_text(
+    text: str, origin: str, sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: float | None = None
+) -> RunPlan:
+    """Plan a new run of the sweep in `text`, as `plan` does. Messages name `origin` and `sweep`."""
+    check_device(asked.device)
+    spec = _of_model(parse_sweep(text, origin), asked)
     jobs = select_of(spec, sweep, asked.backends, asked.filters, asked.case_ids, asked.only)
     check_named(jobs, [*asked.backends, *asked.only])
     run_id = new_run_id(spec.name)
@@ -89,7 +95,7 @@ def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: 
         started=_now(),
         command=_command(),
         sweep=spec.name,
-        sweep_file=str(sweep_file),
+        sweep_file=origin,
         sweep_sha256=digest(text.encode()),
         jobs_sha256=digest_jobs(jobs),
         num_jobs=len(jobs),

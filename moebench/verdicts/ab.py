@@ -25,7 +25,7 @@ from moebench.results.journal import JOURNAL_NAME
 from moebench.results.record import Record
 from moebench.results.stats import THRESHOLD
 from moebench.run.lock import locked
-from moebench.run.order import shuffled
+from moebench.run.plan import shuffled
 from moebench.run.request import RunPlan
 from moebench.run.runfile import SWEEP_NAME
 from moebench.run.runner import Outcome, Plan, execute

@@ -21,10 +21,6 @@ WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "
 QWEN, MIXTRAL = "qwen3-30b-a3b", "mixtral-8x7b"
 
 
-def less(time_ms: float, than_ms: float) -> str:
-    return f"{1 - time_ms / than_ms:.0%}".rstrip("%")
-
-
 def span(values: Sequence[float], digits: int) -> dict[str, str]:
     return {"low": f"{min(values):.{digits}f}", "high": f"{max(values):.{digits}f}"}
 
@@ -71,13 +67,15 @@ def fastest() -> dict[str, int]:
     return {"cases": len(others)}
 
 
-def triton_saves() -> dict[str, str]:
-    def saved(mode: str, num_tokens: list[int]) -> list[str]:
-        times = by_backend(model=QWEN, routing="uniform", mode=mode, num_tokens=num_tokens).dropna(subset="triton")
-        return sorted(less(row["triton"], row["torch_mm"]) for _, row in times.iterrows())
+def torch_mm_takes() -> dict[str, str]:
+    """How long `torch_mm` takes over the time of `triton`."""
 
-    few = saved("forward", [16, 128, 512, 2048])
-    (forward,), (train,) = saved("forward", [16384]), saved("train", [16384])
+    def over(mode: str, num_tokens: list[int]) -> list[str]:
+        times = by_backend(model=QWEN, routing="uniform", mode=mode, num_tokens=num_tokens).dropna(subset="triton")
+        return sorted(f"{ratio:.2f}" for ratio in times["torch_mm"] / times["triton"])
+
+    few = over("forward", [16, 128, 512, 2048])
+    (forward,), (train,) = over("forward", [16384]), over("train", [16384])
     return {"low": few[0], "high": few[-1], "forward": forward, "train": train}
 
 

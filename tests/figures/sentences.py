@@ -39,13 +39,13 @@ README = (
     ("holds {measured} of {jobs} jobs,", lambda: quoted.counts(TWO_GPUS)),
     ("holds all {measured} jobs,", lambda: quoted.counts(FOUR_GPUS)),
     (
-        "A train step of `triton` takes {low} to {high} of the time that NeMo AutoModel's layer takes.",
+        """A train step of NeMo AutoModel's layer takes {low} to {high} times as long as a train step of `triton`.""",
         peers.of_automodel,
     ),
     (
-        """On a shape with {many} experts, a train step of SonicMoE takes {less}% less time than a train step of
+        """On a shape with {many} experts, a train step of SonicMoE takes {train0} times as long as a train step of
         `triton`. On two shapes with {few} experts, the two differ by at most {train_close}. A forward of SonicMoE takes
-        up to {forward_most} more time than a forward of `triton`, and its train step takes {peak_low} to {peak_high}
+        up to {forward_most} times as long as a forward of `triton`, and its train step takes {peak_low} to {peak_high}
         more memory.""",
         peers.of_sonicmoe,
     ),
@@ -55,10 +55,10 @@ README = (
         quoted.fastest,
     ),
     (
-        """For up to 2048 tokens of Qwen3-30B-A3B with uniform routing, the forward of `triton` takes {low} to {high}%
-        less time than the forward of `torch_mm`. For 16384 tokens, the forward of `triton` takes {forward}% less time
-        and its train step {train}% less.""",
-        quoted.triton_saves,
+        """For up to 2048 tokens of Qwen3-30B-A3B with uniform routing, the forward of `torch_mm` takes {low} to {high}
+        times as long as the forward of `triton`. For 16384 tokens, the forward of `torch_mm` takes {forward} times as
+        long and its train step {train} times as long.""",
+        quoted.torch_mm_takes,
     ),
     (
         """With about a thousand tokens for each expert, `gmm` and `te` take {wide_low} to {wide_high} times as long as

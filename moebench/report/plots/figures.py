@@ -1,12 +1,13 @@
 """Draw a frame of results as matplotlib figures that are readable at a width of 400 px.
 
 A workload family is all cases on one machine that differ only in tokens, mode, routing, load of the ranks and seed.
-Each family has one figure of throughput, one of memory and one of parity. Each of these figures has one panel per mode,
-routing and load, and a panel has one line per backend with two or more token counts in the panel. If a backend of a
-case is not on a line, an overview of the EP size shows the case, so that every measured case is visible. One roofline
-figure shows all cases of an EP size. A case with captured routing has a figure of its replay. At EP sizes above 1, more
-figures show the parts of a forward pass. Workloads that were measured at several EP sizes have a figure of throughput
-against the EP size.
+Each family has one figure of throughput, one of the time against the fastest time, and one of memory. If its decoding
+steps were captured as CUDA graphs, it has one of decoding. Each of these figures has one panel per mode, routing and
+load, and a panel has one line per backend with two or more token counts in the panel. If a backend of a case is not on
+a line, an overview of the EP size shows the case, so that every measured case is visible. One roofline figure shows all
+cases of an EP size, and one small figure of parity shows all jobs. A case with captured routing has a figure of its
+replay. At EP sizes above 1, more figures show the parts of a pass. Workloads that were measured at several EP sizes
+have a figure of throughput against the EP size.
 
 A function such as `throughput` plans pictures, and a picture is drawn when it is asked for: `draw` draws all of them,
 and one that fails does not keep others from being drawn. No figure belongs to pyplot, so that no display is needed and
@@ -14,7 +15,6 @@ matplotlib's state does not change.
 """
 
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,17 +26,29 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moebench.report.plots import bars, lines, replays
+from moebench.report.plots import bars, lines, replays, strip
 from moebench.report.plots import roofline as rooflines
 from moebench.report.plots import scaling as scalings
-from moebench.report.plots.kinds import BREAKDOWN, MEMORY, PARITY, REPLAY, ROOFLINE, SCALING, THROUGHPUT, Kind, Metric
-from moebench.report.plots.look import settle
-from moebench.report.plots.settings import settings
+from moebench.report.plots.kinds import (
+    BREAKDOWN,
+    DECODE,
+    MEMORY,
+    PARITY,
+    RATIO,
+    REPLAY,
+    ROOFLINE,
+    SCALING,
+    THROUGHPUT,
+    Kind,
+    Metric,
+    with_fastest,
+)
+from moebench.report.plots.rendering import failure, images
 from moebench.results.files import write_atomically
-from moebench.results.labels import backend_labels, describe, in_case_order
+from moebench.results.labels import backend_labels, describe, in_case_order, is_decode
 from moebench.workload.case import Case
 
-_KINDS = (THROUGHPUT, SCALING, MEMORY, PARITY, ROOFLINE, BREAKDOWN, REPLAY)
+_KINDS = (THROUGHPUT, RATIO, DECODE, SCALING, MEMORY, PARITY, ROOFLINE, BREAKDOWN, REPLAY)
 _PREFIXES = tuple(f"{kind.name}-" for kind in _KINDS)  # every written file begins with one of them
 
 _PAGE_IN = 11.0  # the largest height in inches of an overview with more than one case
@@ -72,6 +84,24 @@ def throughput(frame: pd.DataFrame) -> list[Picture]:
     return _metric_figures(frame, THROUGHPUT)
 
 
+def ratio(frame: pd.DataFrame) -> list[Picture]:
+    """Return pictures of each time divided by the fastest time of its case, against tokens.
+
+    A case with fewer than two times has no ratio.
+    """
+    return _metric_figures(with_fastest(frame), RATIO)
+
+
+def decode(frame: pd.DataFrame) -> list[Picture]:
+    """Return pictures of the time of decoding steps: replayed as a CUDA graph (solid), and called (dashed).
+
+    They show the cases in which a backend was captured as a graph.
+    """
+    steps = frame[is_decode(frame)]
+    captured = steps.loc[steps["graph_time_ms"].notna(), "case_id"]
+    return _metric_figures(steps[steps["case_id"].isin(captured)], DECODE)
+
+
 def scaling(frame: pd.DataFrame) -> list[Picture]:
     """Return pictures of tokens/s per GPU against the EP size. All points of a line have equal tokens per rank.
 
@@ -95,11 +125,16 @@ def memory(frame: pd.DataFrame) -> list[Picture]:
 
 
 def parity(frame: pd.DataFrame) -> list[Picture]:
-    """Return pictures of the worst error divided by its budget, against tokens.
+    """Return one small picture for each machine: the worst error of each job divided by its budget, by backend.
 
     A line marks the budget, and a cross marks each mismatch.
     """
-    return _metric_figures(frame, PARITY)
+    pictures = [
+        Picture(f"{PARITY.name}-overview", partial(strip.page_figure, some))
+        for _, some in in_case_order(frame).groupby(["device", "gpu"], dropna=False, sort=False)
+        if _has_values(some, PARITY)
+    ]
+    return _distinct(pictures)
 
 
 def breakdown(frame: pd.DataFrame) -> list[Picture]:
@@ -137,7 +172,7 @@ def draw(frame: pd.DataFrame, formats: Sequence[str] = ("png", "svg")) -> Drawn:
     An error of one picture becomes a line in `failures`, whatever it is: results must not be lost for a picture.
     """
     drawn = Drawn()
-    for plan in (throughput, scaling, memory, parity, roofline, breakdown, replay):
+    for plan in (throughput, ratio, decode, scaling, memory, parity, roofline, breakdown, replay):
         try:
             pictures = plan(frame)
         except Exception as error:
@@ -149,25 +184,6 @@ def draw(frame: pd.DataFrame, formats: Sequence[str] = ("png", "svg")) -> Drawn:
             except Exception as error:
                 drawn.failures.append(failure(picture.name, error))
     return drawn
-
-
-def images(make: Callable[[], Figure], formats: Sequence[str]) -> dict[str, bytes]:
-    """Draw a figure with moebench's settings, and return it in each of the formats "png" and "svg"."""
-    found = {}
-    with settings():
-        figure = make()
-        settle(figure)
-        for kind in formats:
-            content = io.BytesIO()
-            figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
-            found[kind] = content.getvalue()
-    return found
-
-
-def failure(name: str, error: Exception) -> str:
-    """Return the line that says which picture failed and why."""
-    why = next(iter(str(error).splitlines()), "")
-    return f"plot {name}: cannot be drawn: {type(error).__name__}: {why}; everything else is written"
 
 
 def write_plots(drawn: Drawn, folder: Path) -> list[Path]:

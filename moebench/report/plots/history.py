@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moebench.errors import PictureError, ResultsError
-from moebench.report.plots.figures import failure, images
 from moebench.report.plots.kinds import Metric
 from moebench.report.plots.look import line_legends, line_look, sheet
+from moebench.report.plots.rendering import failure, images
 from moebench.results.files import writable, write_atomically
 from moebench.results.history import when
 from moebench.results.labels import in_order

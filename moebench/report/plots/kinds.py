@@ -10,9 +10,10 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from moebench.machine.units import size
+from moebench.results.labels import is_decode
 from moebench.results.record import Status
 
-PARTS = ("dispatch", "compute", "combine")  # the parts of a forward pass under expert parallelism, in order
+PARTS = ("dispatch", "compute", "combine", "backward")  # the parts of a pass under expert parallelism, in order
 #: The upper bounds of a rate: the name of each bound in a figure, and the column with its time.
 CEILINGS = {"grouped GEMMs only": "grouped_ms", "roofline": "roofline_ms"}
 #: The most labels that stay readable on an axis. Long labels such as "128 MiB" need more room on a horizontal axis.
@@ -46,6 +47,8 @@ class Metric(Kind):
     tick: Callable[[float], str]
     budget: float | None = None  # the largest value that passes
     window: tuple[float, float] = (sys.float_info.min, sys.float_info.max)  # a value outside is drawn at the edge
+    least_span: float = 8.0  # the least factor between the ends of the axis
+    ticks: tuple[float, ...] = ()  # the numbers that may stand on the axis; any round numbers if it is empty
 
 
 def _points_of_throughput(rows: pd.DataFrame) -> pd.DataFrame:
@@ -58,6 +61,33 @@ def _points_of_throughput(rows: pd.DataFrame) -> pd.DataFrame:
 def _points_of_memory(rows: pd.DataFrame) -> pd.DataFrame:
     curves = {"peak": "peak_memory_bytes", "saved for backward": "saved_memory_bytes"}
     values = {curve: rows[column].astype("float64").where(_is_ok(rows)) for curve, column in curves.items()}
+    return pd.concat([rows.assign(curve=curve, value=values[curve], low=math.nan, high=math.nan) for curve in curves])
+
+
+def with_fastest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add the column `fastest_ms`: the lowest time of any backend on the row's case in the row's run.
+
+    It is null for a case with fewer than two times.
+    """
+    times = rows["time_ms"].where(_is_ok(rows)).astype("float64")
+    case = times.groupby([rows[name] for name in ("case_id", "device", "gpu", "run_id")], dropna=False)
+    return rows.assign(fastest_ms=case.transform("min").where(case.transform("count") > 1))
+
+
+def _points_of_ratio(rows: pd.DataFrame) -> pd.DataFrame:
+    """The frame must come from `with_fastest`. No interval reaches below 0.97, so that the axis begins near 1."""
+    values = {
+        name: rows[column].astype("float64") / rows["fastest_ms"]
+        for name, column in (("value", "time_ms"), ("low", "time_ms_low"), ("high", "time_ms_high"))
+    }
+    shown = {name: some.where(_is_ok(rows)).clip(lower=0.97) for name, some in values.items()}
+    return rows.assign(curve="time / fastest", **shown)
+
+
+def _points_of_decoding(rows: pd.DataFrame) -> pd.DataFrame:
+    ok = _is_ok(rows) & is_decode(rows)
+    curves = {"CUDA graph": "graph_time_ms", "call": "time_ms"}
+    values = {curve: rows[column].astype("float64").where(ok) for curve, column in curves.items()}
     return pd.concat([rows.assign(curve=curve, value=values[curve], low=math.nan, high=math.nan) for curve in curves])
 
 
@@ -103,6 +133,23 @@ THROUGHPUT = Metric(
 )
 SCALING = replace(THROUGHPUT, name="scaling", title="Scaling")
 RATES = (THROUGHPUT, SCALING)
+#: Times above three times the fastest are drawn at the edge, so that a difference of 5% can be seen.
+RATIO = Metric(
+    *("ratio", "Time against the fastest, up to 3×", "time / fastest", _points_of_ratio),
+    combine="median",
+    base=10,
+    tick="{:g}×".format,
+    window=(0.9, 3.0),
+    least_span=1.25,
+    ticks=(1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 2.5, 3.0),
+)
+DECODE = Metric(
+    *("decode", "Decoding", "ms", _points_of_decoding),
+    combine="median",
+    base=10,
+    tick="{:g}".format,
+    curves=("CUDA graph", "call"),
+)
 MEMORY = Metric(
     *("memory", "Memory", "memory per {per}", _points_of_memory),
     combine="max",
@@ -134,7 +181,7 @@ def unit(rows: pd.DataFrame, metric: Kind) -> str:
 def limits(points: pd.DataFrame, metric: Metric, with_ceilings: bool = False) -> tuple[float, float]:
     """Return the limits of a logarithmic axis for all values and the budget, with a margin.
 
-    The limits are at least a factor of 8 apart.
+    The limits are at least a factor of `metric.least_span` apart.
     """
     ceilings = CEILINGS if with_ceilings and metric in RATES else ()
     numbers = points[["value", "low", "high", *ceilings]].to_numpy(dtype="float64")
@@ -142,11 +189,31 @@ def limits(points: pd.DataFrame, metric: Metric, with_ceilings: bool = False) ->
     values = [float(number) for number in numbers[(numbers >= least) & (numbers <= most)]]
     if metric.budget is not None:
         values += [metric.budget / 3, metric.budget * 3]
+    if metric.ticks and (numbers > most).any():
+        values.append(most)  # so that the edge says "more than this"
     low, high = (min(values), max(values)) if values else (1.0, 1.0)
-    spare = max((high / low) ** 0.07, math.sqrt(8 * low / high))
-    edge = (high / low * 8) ** 0.1  # more room beyond the last number, for values that are drawn at the edge
+    spare = max((high / low) ** 0.07, math.sqrt(metric.least_span * low / high))
+    edge = (
+        high / low * metric.least_span
+    ) ** 0.1  # more room beyond the last number, for values that are drawn at the edge
     low, high = low / spare, high * spare
     return low / edge if (numbers < least).any() else low, high * edge if (numbers > most).any() else high
+
+
+def edge_text(exact: float) -> str:
+    """Return the text beside a value that is drawn at the edge of the axis."""
+    return "∞" if exact == math.inf else f"{exact:.0e}" if exact else "0"
+
+
+def ticks_of(metric: Metric, low: float, high: float, most: int = MOST_TICKS) -> list[float]:
+    """Return the numbers on the axis of a metric: round numbers, or those of `metric.ticks` that have room."""
+    if not metric.ticks:
+        return round_ticks(low, high, metric.base, most)
+    apart, found = math.log(high / low) / (most + 3), list[float]()
+    for tick in metric.ticks:
+        if low <= tick <= high and (not found or math.log(tick / found[-1]) > apart):
+            found.append(tick)
+    return found
 
 
 def round_ticks(low: float, high: float, base: int = 10, most: int = MOST_TICKS) -> list[float]:

@@ -15,10 +15,13 @@ from moebench.report.plots.kinds import (
     MOST_TICKS,
     MOST_TICKS_ALONG_X,
     RATES,
+    RATIO,
     Metric,
+    edge_text,
     limits,
     round_ticks,
     set_ticks,
+    ticks_of,
     tokens_text,
     unit,
 )
@@ -163,7 +166,7 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> N
     (ax.set_yscale if upright else ax.set_xscale)("log", base=metric.base)
     (ax.set_ylim if upright else ax.set_xlim)(bottom, top)
     most = MOST_TICKS if upright else MOST_TICKS_ALONG_X
-    set_ticks(value_axis, round_ticks(bottom, top, metric.base, most), metric.tick)
+    set_ticks(value_axis, ticks_of(metric, bottom, top, most), metric.tick)
     if metric.budget is not None:
         (ax.axhline if upright else ax.axvline)(metric.budget, color=BAD, linewidth=1.6, label="budget")
         (ax.axhspan if upright else ax.axvspan)(metric.budget, top, color=BAD, alpha=0.06, linewidth=0)
@@ -208,9 +211,10 @@ def _draw_line(ax: Axes, rows: pd.DataFrame, metric: Metric, look: dict[str, Any
     edge = shown[~drawable & shown.notna()]
     put(edge.index, edge, **plain)
     for place, value, exact in zip(edge.index, edge, at["value"][edge.index], strict=True):
-        text = "∞" if exact == math.inf else f"{exact:.0e}" if exact else "0"
+        if metric is RATIO:
+            break  # many backends may lie there, and the axis says how far it reaches
         where = (place, value) if upright else (value, place)
-        ax.annotate(text, where, (9, 0), textcoords="offset points", va="center", fontsize=NOTE_SIZE)
+        ax.annotate(edge_text(exact), where, (9, 0), textcoords="offset points", va="center", fontsize=NOTE_SIZE)
     if metric in RATES:
         wide = shown[at["converged"].eq(False).fillna(False).to_numpy(dtype=bool) & shown.notna()]
         put(wide.index, wide, **plain, markerfacecolor="white", label="not converged")

@@ -1,7 +1,8 @@
 "use strict";
-// This script filters and sorts the table of results. Without it, the table has all rows in the order of their cases.
+// This script filters both tables and sorts the table of results. Without it, they have all rows in order of cases.
 const body = document.querySelector("#rows tbody");
 const rows = Array.from(body.rows);
+const filtered = Array.from(document.querySelectorAll("table.filtered tbody tr"));
 const titles = Array.from(document.querySelectorAll("#rows thead th"));
 const form = document.getElementById("filters");
 const text = document.getElementById("text");
@@ -12,11 +13,11 @@ function show() {
   const words = text.value.toLowerCase().split(/\s+/).filter(Boolean);
   const chosen = Array.from(form.querySelectorAll("[data-filter]")).filter((select) => select.value !== "");
   let shown = 0;
-  for (const row of rows) {
+  for (const row of filtered) {
     const searched = (row.textContent + " " + row.dataset.case).toLowerCase();
     const fits = chosen.every((select) => row.dataset[select.dataset.filter] === select.value);
     row.hidden = !(fits && words.every((word) => searched.includes(word)));
-    shown += row.hidden ? 0 : 1;
+    shown += row.hidden || row.parentNode !== body ? 0 : 1;
   }
   document.getElementById("count").textContent = `${shown} of ${rows.length} rows`;
 }

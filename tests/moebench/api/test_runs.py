@@ -124,7 +124,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "no count": (lambda: moebench.bench("loop", model="olmoe", num_tokens=object()), "it must be a number or a text"),
     "a text as count": (lambda: moebench.bench("loop", model="olmoe", num_tokens="x"), "^num_tokens.* must be a valid"),
     "no such axis": (lambda: moebench.bench("loop", mood=1, **BENCH), '^mood.*did you mean "mode"'),
-    "no such model": (lambda: moebench.bench("loop", model="qwen", num_tokens=8), '^model.* = "qwen": must be one of'),
+    "no such model": (
+        lambda: moebench.bench("loop", model="qwen", num_tokens=8),
+        '^model.* = "qwen": must be a model of moebench',
+    ),
     "a frame as model": (lambda: moebench.bench("loop", model=3, num_tokens=8), "model = 3: it must be a text"),
     "no rounds": (lambda: moebench.bench("loop", rounds=0, **BENCH), "rounds = 0: it must be a whole number"),
     "no such sweep": (lambda: moebench.run_sweep("nothing"), "no such file, and no sweep has that name"),

@@ -52,7 +52,7 @@ def test_the_page_of_published_results_stands_alone_and_is_small(folder: Path) -
     assert "url(" not in html
     assert "@import" not in html
     assert "default-src 'none'" in html
-    assert html.count("<tr data-backend") == len(frame)
+    assert section(html, "results").count("<tr data-backend") == len(frame)
     assert "torch 2." in section(html, "environment").replace("</dt><dd>", " ")
 
 
@@ -75,12 +75,12 @@ def test_a_row_shows_its_figures_and_a_failure_none() -> None:
     wrong = bad(case(256), Status.mismatch, parity_worst=37.0, parity_worst_tensor="output")
     rows = [ok(case(256), "loop", 4.0, peak_memory_bytes=3 * 2**29), ok(case(256), "gmm", 2.0), wrong]
     html = page_of(rows)
-    titles = re.findall(r'<th scope="col">([^<]*)</th>', html)
-    lines = [dict(zip(titles, cells, strict=True)) for cells in _cells(html)]
+    lines = table_of(html, "results")
     loop, gmm, torch_mm = (
         next(line for line in lines if line["backend"] == name) for name in ("loop", "gmm", "torch_mm")
     )
     assert (loop["ms"], gmm["ms"]) == ("4.000", "* 2.000")
+    assert (loop["× fastest"], gmm["× fastest"]) == ("2.00", "1.00")
     assert loop["±"] == "15%"
     assert loop["peak memory"] == "1.50 GiB"
     assert loop["tokens/s"] == "64.0K"
@@ -92,9 +92,60 @@ def test_a_row_shows_its_figures_and_a_failure_none() -> None:
     assert "were timed in 1 cases. The fastest backend, where noise does not blur it: gmm in 1" in verdict
 
 
-def _cells(html: str) -> list[list[str]]:
-    rows = re.findall(r"<tr data-backend.*?</tr>", html, re.DOTALL)
-    return [[unescape(cell) for cell in re.findall(r"<td [^>]*>([^<]*)</td>", row)] for row in rows]
+def titles_of(html: str, name: str) -> list[str]:
+    return re.findall(r'<th scope="col">([^<]*)</th>', section(html, name))
+
+
+def table_of(html: str, name: str) -> list[dict[str, str]]:
+    """Return the rows of a section's table, with the text of each cell by the title of its column."""
+    rows = re.findall(r"<tr data-backend.*?</tr>", section(html, name), re.DOTALL)
+    cells = [[unescape(cell) for cell in re.findall(r"<td [^>]*>([^<]*)</td>", row)] for row in rows]
+    return [dict(zip(titles_of(html, name), some, strict=True)) for some in cells]
+
+
+def test_the_best_backend_of_each_case_has_its_lead_and_its_memory() -> None:
+    exact = {"time_ms_low": 1.0, "time_ms_high": 1.0}
+    rows = [
+        ok(case(64), "gmm", 1.0, **exact, peak_memory_bytes=2**20, graph_time_ms=0.9),
+        ok(case(64), "te", 1.02, time_ms_low=1.02, time_ms_high=1.02, peak_memory_bytes=2**30),
+        ok(case(64), "loop", 3.0, time_ms_low=3.0, time_ms_high=3.0, graph_time_ms=0.5),
+        *(ok(case(1024, mode="train"), name, ms) for name, ms in (("te", 2.0), ("gmm", 9.0))),
+        bad(case(1024, mode="train"), Status.mismatch, "loop", parity_worst=9.0),
+        ok(case(128), "alone", 1.0),
+    ]
+    few, many = table_of(page_of(rows), "best")
+    assert (few["tokens"], few["mode"], few["fastest"], few["ms"]) == ("64", "forward", "gmm or te", "1.000")
+    assert (few["next"], few["× fastest"], few["peak memory"]) == ("loop", "3.00×", "1.00 MiB")
+    assert (few["fastest as CUDA graph"], few["graph ms"]) == ("loop", "0.500")
+    assert (many["tokens"], many["fastest"], many["next"], many["× fastest"]) == ("1024", "te", "gmm", "4.50×")
+    assert many["graph ms"] == ""
+    assert "graph ms" not in titles_of(page_of(rows[3:]), "best"), "no step of decoding was captured"
+    assert "No case was timed with two or more backends." in page_of(rows[-1:])
+
+
+def test_a_noisy_backend_behind_a_clear_second_is_no_tie() -> None:
+    rows = [ok(case(64), name, ms, time_ms_low=ms, time_ms_high=ms) for name, ms in (("a", 1.0), ("b", 1.2))]
+    (best,) = table_of(page_of([*rows, ok(case(64), "c", 2.5, time_ms_low=0.9, time_ms_high=9.0)]), "best")
+    assert (best["fastest"], best["next"]) == ("a", "b")
+
+
+def test_both_tables_have_what_the_filters_read() -> None:
+    html = page_of([ok(case(count, routing=routing), name) for count, routing, name in TWO_AND_TWO])
+    for name, most in (("best", 2), ("results", 4)):
+        found = re.findall(r'data-tokens="(\d+)" data-mode="\w+" data-routing="(\w+)"', section(html, name))
+        assert len(found) == most
+        assert set(found) == {("64", "uniform"), ("1024", "zipf")}
+    chosen = re.findall(r'<option value="(\w+)">', html.partition('data-filter="tokens"')[2].partition("</select>")[0])
+    assert chosen == ["64", "1024"], "in numeric order"
+
+
+TWO_AND_TWO = [(count, routing, name) for count, routing in ((64, "uniform"), (1024, "zipf")) for name in "ab"]
+
+
+def test_a_step_of_decoding_has_its_time_as_a_graph() -> None:
+    rows = [ok(case(count), "a", 2.0, graph_time_ms=1.5) for count in (64, 1024)]
+    few, many = table_of(page_of(rows), "results")
+    assert (few["graph ms"], many["graph ms"]) == ("1.500", "")
 
 
 def test_every_reason_is_said_once_in_the_verdict() -> None:
@@ -112,16 +163,16 @@ def test_every_reason_is_said_once_in_the_verdict() -> None:
 
 def test_the_parts_that_vary_are_columns_and_filters() -> None:
     html = page_of(family("loop") + family("torch_mm", mode="train") + family("loop", routing="zipf"))
-    assert re.findall(r'<th scope="col">([^<]*)</th>', html)[:4] == ["tokens", "mode", "setting", "backend"]
+    assert titles_of(html, "results")[:4] == ["tokens", "mode", "setting", "backend"]
     filters = re.findall(r'data-filter="(\w+)"', html)
-    assert filters == ["backend", "mode"], "a filter of one value is none"
+    assert filters == ["backend", "tokens", "mode", "routing"], "a filter of one value is none"
 
 
 @pytest.mark.parametrize("measured", [False, True])
 def test_the_page_says_whether_there_are_ceilings(measured: bool) -> None:
     html = page_of([ok(case(256), roofline_fraction=0.5 if measured else None)])
     assert ("measured no ceilings" in html) is not measured
-    assert ("of roofline" in re.findall(r'<th scope="col">([^<]*)</th>', html)) is measured
+    assert ("of roofline" in titles_of(html, "results")) is measured
 
 
 def test_each_environment_of_merged_results_is_shown(tmp_path: Path) -> None:

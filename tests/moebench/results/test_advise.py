@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from experts import catalog
 from moebench.cli.app import app
 from moebench.errors import UsageError
-from moebench.report.tables.advisetable import sentence
+from moebench.report.tables.advisetable import memory_lines, sentence, without_answer
 from moebench.results.advise import Advice, Candidate, advise, elsewhere, matching, question
 from moebench.results.frame import load, to_frame
 from moebench.results.published import default_folders
@@ -20,7 +21,7 @@ SHAPE = "e8k2d256i512"  # a model that tests.moebench.drawn defines
 
 
 def ask(rows: list[Record], num_tokens: int, **more: object) -> Advice:
-    (advice,) = advise(to_frame(rows), question(SHAPE, num_tokens, **more))
+    (advice,) = advise(to_frame(rows), question(SHAPE, num_tokens, **more)).advices
     return advice
 
 
@@ -37,10 +38,7 @@ def test_what_was_measured_at_the_count_is_taken_as_it_is() -> None:
     assert (best.peak_memory_bytes, best.measured_at, best.is_interpolated) == (7, (256,), False)
     assert advice.times_the_next == pytest.approx(2.5)
     assert not advice.is_close
-    assert (
-        sentence(advice)
-        == "Take gmm: it is 2.50 times as fast as te, the second fastest. It takes 2.000 ms, peak memory 7 B."
-    )
+    assert sentence(advice) == "Take gmm: 2.000 ms. te, the second fastest, takes 2.50 times as long (1.88 to 3.33)."
 
 
 def test_between_neighbours_times_follow_a_line_in_logarithms() -> None:
@@ -58,18 +56,69 @@ def test_between_neighbours_times_follow_a_line_in_logarithms() -> None:
 def test_nothing_is_extrapolated_and_no_wide_gap_bridged(counts: tuple[int, ...], asked: int) -> None:
     advice = ask([ok(case(count), "gmm", 1.0) for count in counts], asked)
     assert advice.candidates == ()
-    assert advice.left_out["gmm"] == f"measured at {' and '.join(map(str, counts))} tokens"
+    assert advice.left_out == {}
+    assert advice.unmeasured == {"gmm": f"{' and '.join(map(str, counts))} tokens"}
 
 
-def test_who_is_wrong_or_cannot_is_left_out_with_the_reason() -> None:
-    rows = [
-        *(row for name in ("gmm", "te") for row in family(name)),
-        bad(case(512), Status.oom, "te", detail="out of memory\nmore"),
-    ]
+@pytest.mark.parametrize(
+    ("status", "detail", "reason"),
+    [
+        (Status.oom, "17 GiB\nmore", "not supported: out of memory: 17 GiB"),
+        (Status.unsupported, "needs SM100, this is SM90", "not supported: needs SM100, this is SM90"),
+        (Status.unsupported, catalog.missing("torchao"), f"not installed: {catalog.missing('torchao')}"),
+        (Status.unsupported, catalog.missing("deep_ep", OSError("x")), "not installed: deep_ep does not import (x)"),
+        (Status.mismatch, "output", "wrong: mismatch: output"),
+        (Status.crash, "SIGSEGV", "wrong: crash: SIGSEGV"),
+    ],
+)
+def test_who_is_left_out_has_one_of_three_words(status: Status, detail: str, reason: str) -> None:
+    measured = {"parity_worst": 2.0} if status is Status.mismatch else {}
+    rows = [*(row for name in ("gmm", "te") for row in family(name)), bad(case(512), status, "te", **measured)]
+    rows[-1] = rows[-1].model_copy(update={"detail": detail})
     advice = ask(rows, 512)
     assert by_label(advice).keys() == {"gmm"}
-    assert advice.left_out == {"te": "oom: out of memory"}
+    assert advice.left_out["te"].startswith(reason)
+    assert advice.unmeasured == {}
     assert sentence(advice).startswith("gmm is the only backend")
+    first, *_ = without_answer(advice, question(SHAPE, 512))
+    assert first == f"left out, {reason.partition(':')[0]}: te"
+
+
+def test_who_took_too_long_is_not_called_wrong() -> None:
+    advice = ask([*family("gmm"), bad(case(512), Status.timeout, "te", detail="no result in 3 s")], 512)
+    assert advice.left_out == {}
+    assert advice.unmeasured == {"te": "no result within the time: no result in 3 s"}
+
+
+def test_places_are_shared_by_who_is_too_close_to_the_first_of_the_place() -> None:
+    times = {"a": 1.0, "b": 1.02, "c": 1.04, "d": 2.0, "e": 2.05}
+    rows = [ok(case(256), name, time_ms, time_ms_low=time_ms, time_ms_high=time_ms) for name, time_ms in times.items()]
+    assert ask(rows, 256).places == (1, 1, 3, 4, 4)
+    assert "Take a or b: about 1.000 ms, too close to call." in sentence(ask(rows, 256))
+
+
+def test_memory_is_a_sum_of_weights_pass_and_optimizer() -> None:
+    """A layer of 8 experts with dim 256 and inter 512 has 8·3·256·512 = 3 Mi weights: 6 MiB in bfloat16."""
+    mib = 2**20
+    rows = [ok(case(256), "gmm", 1.0, peak_memory_bytes=2 * mib)]
+    rows += [ok(case(256, mode="train"), "gmm", 3.0, peak_memory_bytes=9 * mib)]
+    (one,) = ask(rows, 256).candidates
+    assert (one.weight_bytes, one.pass_bytes, one.adam_bytes, one.step_bytes) == (6 * mib, 8 * mib, 36 * mib, 51 * mib)
+    assert list(memory_lines(one)) == [
+        "memory with gmm: weights 6.00 MiB + 2.00 MiB for the pass = 8.00 MiB",
+        (
+            "a train step with Adam in float32: weights 6.00 MiB + 9.00 MiB for forward, backward and gradients + "
+            "36.0 MiB for Adam = 51.0 MiB"
+        ),
+    ]
+    (alone,) = ask(rows[:1], 256).candidates
+    assert len(list(memory_lines(alone))) == 1, "no train step was measured, so nothing is said of one"
+
+
+def test_the_train_step_is_that_of_the_same_machine() -> None:
+    rows = [ok(case(256), "gmm", 1.0), ok(case(256, mode="train"), "gmm", 3.0, device="cpu", gpu=None)]
+    (one,) = ask(rows, 256).candidates
+    assert math.isnan(one.train_peak_bytes)
 
 
 def test_the_newest_run_counts() -> None:
@@ -77,7 +126,7 @@ def test_the_newest_run_counts() -> None:
         ok(case(256), "gmm", time).model_copy(update={"run_id": run})
         for time, run in ((1.0, "20260101-a"), (3.0, "20261101-a"))
     )
-    (advice,) = advise(pd.concat([to_frame([new]), to_frame([old])]), question(SHAPE, 256))
+    (advice,) = advise(pd.concat([to_frame([new]), to_frame([old])]), question(SHAPE, 256)).advices
     assert advice.candidates[0].time_ms == 3.0
     assert advice.candidates[0].run_ids == ("20261101-a",)
 
@@ -109,7 +158,7 @@ def test_a_small_advantage_is_none() -> None:
 
 def test_machines_are_advised_apart() -> None:
     rows = [ok(case(256), "gmm", 1.0), ok(case(256), "te", 1.0, device="cpu", gpu=None)]
-    found = advise(to_frame(rows), question(SHAPE, 256))
+    found = advise(to_frame(rows), question(SHAPE, 256)).advices
     assert {one.machine.partition(",")[0]: one.candidates[0].label for one in found} == {
         "NVIDIA H200": "gmm",
         "CPU": "te",

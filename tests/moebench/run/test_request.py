@@ -6,7 +6,7 @@ import pytest
 
 from moebench.errors import UsageError
 from moebench.machine.gpus import ANYWHERE, Slot
-from moebench.run.order import shuffled
+from moebench.run.plan import shuffled
 from moebench.run.request import check_device, in_own_folder, on_gpus, plan_rest
 from moebench.run.request import plan as request_plan
 from moebench.run.runfile import Asked

@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from moebench.workload.case import ACTIVATIONS, DTYPES, UNGATED, Case, Job, key_of
+from moebench.workload.case import (
+    ACTIVATIONS,
+    DTYPES,
+    UNGATED,
+    Case,
+    Job,
+    adam_bytes,
+    key_of,
+    num_weights,
+    weight_bytes,
+)
 from moebench.workload.models import MODELS
 
 
@@ -194,3 +204,25 @@ def test_a_row_has_the_key_of_its_job() -> None:
     row = {**case().model_dump(), "backend": "te", "dispatcher": "deepep", "case_id": job.case.case_id, "time_ms": 1.0}
     assert key_of(row) == job.key
     assert (key_of(row).case_id, key_of(row).dispatcher) == (job.case.case_id, "deepep")
+
+
+WEIGHED = {"num_tokens": 1, "n_routed_experts": 8, "n_activated_experts": 2, "dim": 10, "moe_inter_dim": 3}
+
+
+@pytest.mark.parametrize(
+    ("more", "number"),
+    [
+        ({}, 8 * (10 * 6 + 3 * 10)),
+        ({"expert_activation": "relu2"}, 8 * (10 * 3 + 3 * 10)),
+        ({"expert_bias": True}, 8 * (10 * 6 + 3 * 10 + 6 + 10)),
+        ({"ep_size": 4}, 2 * (10 * 6 + 3 * 10)),
+    ],
+)
+def test_a_rank_has_the_weights_of_its_experts(more: dict, number: int) -> None:
+    assert num_weights(Case(**WEIGHED, **more)) == number
+
+
+@pytest.mark.parametrize(("dtype", "size", "adam"), [("bfloat16", 2, 12), ("float32", 4, 8), ("float64", 8, 8)])
+def test_adam_keeps_a_copy_only_of_weights_narrower_than_float32(dtype: str, size: int, adam: int) -> None:
+    case = Case(**WEIGHED, dtype=dtype)
+    assert (weight_bytes(case), adam_bytes(case)) == (720 * size, 720 * adam)

@@ -69,7 +69,7 @@ def test_in_a_folder_the_names_count_because_they_name_the_ranks(tmp_path: Path)
 def test_the_job_has_the_path_with_every_backend(tmp_path: Path) -> None:
     file = sweep(tmp_path, '"trace:t.npy"')
     np.save(tmp_path / "t.npy", ROUTING[0, :, 0])
-    jobs = select(str(file), ["loop", "gmm"], [], [])
+    jobs = select(str(file), [], [], [], ["loop", "gmm"])
     assert [(job.backend, Path(str(job.routing_file))) for job in jobs] == [
         (name, tmp_path / "t.npy") for name in ("loop", "gmm")
     ]
@@ -88,7 +88,7 @@ def test_a_filter_takes_the_path_or_the_content(tmp_path: Path, monkeypatch: pyt
     np.save(tmp_path / "t.npy", ROUTING[0, :, 0])
     spec = load_sweep(sweep(tmp_path, '["trace:t.npy", "uniform"]'))
     for text in ("trace:t.npy", f"trace:{digest(tmp_path / 't.npy')}"):
-        chosen = select_of(spec, "x", ["loop"], [f"routing={text}"], [])
+        chosen = select_of(spec, "x", [], [f"routing={text}"], [], ["loop"])
         assert [job.case.routing for job in chosen] == [f"trace:{digest(tmp_path / 't.npy')}"]
 
 

@@ -1,4 +1,4 @@
-"""The bars show the columns dispatch_ms, compute_ms and combine_ms, at the counts that compare the most backends."""
+"""The bars show dispatch, compute, combine and backward beside the whole time, at the counts that compare the most."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ from moebench.results.frame import to_frame
 from moebench.results.record import Record, Status
 from tests.moebench.drawn import bad, case, family, figures_of, legend, ok, only, panels, texts
 
-PARTS = ("dispatch", "compute", "combine")
+PARTS = ("dispatch", "compute", "combine", "backward")
+WHOLE = "time of the pass; red: over 10% apart"
 COUNTS = (16, 128, 1024, 4096, 16384)
 
 
 def row(count: int, backend: str = "te", dispatcher: str = "deepep", scale: float = 1.0, **fields: Any) -> Record:
     parts = {"dispatch_ms": 0.5 * scale, "compute_ms": 2.0 * scale, "combine_ms": 0.75 * scale}
-    return ok(case(count, ep_size=2, **fields), backend, 3.5 * scale, dispatcher, **parts)
+    is_train = fields.get("mode") == "train"
+    parts |= {"backward_ms": 4.0 * scale} if is_train else {}
+    return ok(case(count, ep_size=2, **fields), backend, (7.5 if is_train else 3.5) * scale, dispatcher, **parts)
 
 
 def rows(counts: tuple[int, ...] = COUNTS, **fields: Any) -> list[Record]:
@@ -49,12 +52,12 @@ def test_bars_are_dispatch_compute_and_combine_end_to_end_at_a_middle_and_the_la
     assert list(shown) == ["1K tokens per rank", "16K tokens per rank"]
     drawn = bars(shown["16K tokens per rank"])
     assert list(drawn) == ["loop+alltoall", "loop+deepep", "te+alltoall", "te+deepep"]
-    assert drawn["te+deepep"] == [(0, 128.0), (128.0, 512.0), (640.0, 192.0)]
-    assert drawn["loop+alltoall"] == [(0, 129.5), (129.5, 518.0), (647.5, 194.25)]
+    assert drawn["te+deepep"] == [(0, 128.0), (128.0, 512.0), (640.0, 192.0), (832.0, 0)]
+    assert drawn["loop+alltoall"] == [(0, 129.5), (129.5, 518.0), (647.5, 194.25), (841.75, 0)]
     assert [text.get_text() for text in shown["1K tokens per rank"].texts] == ["61.8", "58.5", "55.2", "52.0"]
-    assert legend(figure) == list(PARTS)
+    assert legend(figure) == [*PARTS, WHOLE]
     assert texts(figure)[0] == "Breakdown: e8k2d256i512, bfloat16, swiglu, EP 2"
-    assert shown["16K tokens per rank"].get_xlabel() == "ms of a forward pass, on the slowest rank"
+    assert shown["16K tokens per rank"].get_xlabel() == "ms on the slowest rank"
 
 
 def test_the_middle_count_is_one_that_most_backends_have() -> None:
@@ -71,7 +74,7 @@ def test_one_process_has_no_breakdown() -> None:
     assert breakdown(to_frame(unheard)) == [], "a module of others may have no dispatcher to listen to"
 
 
-def test_routings_and_loads_have_panels_and_train_only_what_forward_lacks() -> None:
+def test_modes_routings_and_loads_have_panels() -> None:
     some = rows((128, 1024)) + rows((128, 1024), mode="train") + rows((128, 1024), routing="zipf", rank_load="uneven")
     some += [row(1024, "te_fp8_block", mode="train")]
     shown = panels(only(breakdown(to_frame(some))))
@@ -80,9 +83,32 @@ def test_routings_and_loads_have_panels_and_train_only_what_forward_lacks() -> N
         "1K tokens per rank, uniform, forward",
         "128 tokens per rank, zipf, uneven ranks, forward",
         "1K tokens per rank, zipf, uneven ranks, forward",
+        "128 tokens per rank, uniform, train",
         "1K tokens per rank, uniform, train",
     ]
-    assert list(bars(shown["1K tokens per rank, uniform, train"])) == ["te_fp8_block+deepep"]
+    assert "te_fp8_block+deepep" in bars(shown["1K tokens per rank, uniform, train"])
+    assert "te_fp8_block+deepep" not in bars(shown["1K tokens per rank, uniform, forward"])
+
+
+def test_a_train_step_ends_with_its_backward() -> None:
+    shown = panels(only(breakdown(to_frame(rows((64, 128), mode="train")))))
+    drawn = bars(shown["64 tokens per rank"])
+    assert drawn["te+deepep"] == [(0, 0.5), (0.5, 2.0), (2.5, 0.75), (3.25, 4.0)]
+
+
+def test_the_whole_time_stands_beside_the_parts_and_a_sum_that_is_over_10_percent_apart_is_red() -> None:
+    """The parts are 3.25 ms together. A time of 3 ms is 8% away, and a time of 2.9 ms is 12% away."""
+    times = {"loop": 3.0, "te": 2.9, "gmm": 3.7}
+    some = [
+        row(count, name).model_copy(update={"time_ms": time, "time_ms_low": time, "time_ms_high": time})
+        for count in (64, 128)
+        for name, time in times.items()
+    ]
+    ax = panels(only(breakdown(to_frame(some))))["64 tokens per rank"]
+    assert [text.get_text() for text in ax.texts] == ["3.25", "3.25 ≠ 3.70", "3.25 ≠ 2.90"]
+    assert len({text.get_color() for text in ax.texts}) == 2
+    (marks,) = ax.collections
+    assert [segment[0][0] for segment in marks.get_segments()] == [3.0, 3.7, 2.9]
 
 
 def test_a_run_of_train_alone_is_shown() -> None:
@@ -97,6 +123,7 @@ def test_what_failed_is_a_gap_and_is_named() -> None:
     figure = only(breakdown(to_frame([*some, wrong])))
     drawn = bars(panels(figure)["1K tokens per rank"])
     assert np.isnan([length for _, length in drawn["te+deepep"]]).all()
+    assert not panels(figure)["1K tokens per rank"].texts[-1].get_text().startswith("nan")
     assert not np.isnan([length for _, length in drawn["te+alltoall"]]).any()
     assert "Not drawn: te+deepep mismatch ×1" in texts(figure)
 
@@ -104,7 +131,7 @@ def test_what_failed_is_a_gap_and_is_named() -> None:
 def test_several_seeds_meet_in_their_median() -> None:
     some = [row(count, scale=scale, seed=seed) for count in (128, 256) for seed, scale in enumerate((1.0, 2.0, 9.0))]
     shown = panels(only(breakdown(to_frame(some))))
-    assert bars(shown["256 tokens per rank"])["te+deepep"] == [(0, 1.0), (1.0, 4.0), (5.0, 1.5)]
+    assert bars(shown["256 tokens per rank"])["te+deepep"] == [(0, 1.0), (1.0, 4.0), (5.0, 1.5), (6.5, 0)]
 
 
 def test_a_case_of_its_own_has_a_panel_in_the_overview_of_its_ep_size() -> None:

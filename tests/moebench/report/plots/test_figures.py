@@ -83,17 +83,6 @@ def test_memory_draws_peak_and_saved_bytes() -> None:
     assert not line(ax, "loop peak").is_dashed()
 
 
-def test_parity_draws_the_error_with_the_budget_and_crosses_a_mismatch() -> None:
-    wrong = bad(case(512), Status.mismatch, parity_worst=37.0)
-    figure = only(parity(to_frame([*family("torch_mm"), wrong])))
-    (ax,) = figure.axes
-    drawn = line(ax, "torch_mm error")
-    assert dict(zip(drawn.get_xdata(), drawn.get_ydata(), strict=True)) == {128: 0.25, 256: 0.25, 512: 37.0, 1024: 0.25}
-    assert set(line(ax, "budget").get_ydata()) == {1.0}
-    assert list(zip(*line(ax, "mismatch").get_data(), strict=True)) == [(512, 37.0)]
-    assert {"budget", "mismatch"} <= set(legend(figure))
-
-
 @pytest.mark.parametrize("status", [Status.mismatch, Status.oom, Status.crash])
 @pytest.mark.parametrize("draw", [throughput, memory])
 def test_what_failed_is_a_gap_and_is_named(status: Status, draw: Any) -> None:
@@ -208,14 +197,11 @@ def test_backends_of_one_case_stand_at_places_of_their_own_and_cases_do_not_mix(
     assert [round(a, 3) for a in np.diff(places[1:])] == [0.16] * 8
 
 
-@pytest.mark.parametrize("draw", [throughput, memory, parity])
+@pytest.mark.parametrize("draw", [throughput, memory])
 def test_every_value_of_an_overview_stands_at_its_case(draw: Any) -> None:
-    rows = [
-        ok(case(8 * (at + 1), seed=at, dim=64 + 8 * at), time_ms=at + 1.0, parity_worst=0.01 * (at + 1))
-        for at in range(30)
-    ]
+    rows = [ok(case(8 * (at + 1), seed=at, dim=64 + 8 * at), time_ms=at + 1.0) for at in range(30)]
     frame = to_frame(rows)
-    column = {throughput: "tokens_per_s", memory: "peak_memory_bytes", parity: "parity_worst"}[draw]
+    column = {throughput: "tokens_per_s", memory: "peak_memory_bytes"}[draw]
     shown = figures_of(draw(frame))
     assert len(shown) == 2, "30 cases need two pages"
     seen = {}
@@ -229,11 +215,13 @@ def test_every_value_of_an_overview_stands_at_its_case(draw: Any) -> None:
 
 
 def test_several_seeds_meet_in_their_median_and_worst() -> None:
-    rows = [ok(case(n, seed=s), time_ms=t, parity_worst=t / 10) for n in (128, 256) for s, t in enumerate((1, 2, 4))]
+    rows = [
+        ok(case(n, seed=s), time_ms=t, peak_memory_bytes=t * 10) for n in (128, 256) for s, t in enumerate((1, 2, 4))
+    ]
     (ax,) = only(throughput(to_frame(rows))).axes
     np.testing.assert_allclose(line(ax, "loop tokens/s").get_ydata(), [128 / 2e-3, 256 / 2e-3])
-    (ax,) = only(parity(to_frame(rows))).axes
-    np.testing.assert_allclose(line(ax, "loop error").get_ydata(), [0.4, 0.4])
+    (ax,) = only(memory(to_frame(rows))).axes
+    np.testing.assert_allclose(line(ax, "loop peak").get_ydata(), [40, 40])
 
 
 @pytest.mark.parametrize("draw", [throughput, memory, parity])
@@ -248,7 +236,7 @@ def test_written_svg_is_the_same_every_time(tmp_path: Path) -> None:
     first = write_plots(draw_all(frame, ("svg",)), tmp_path / "a" / "plots")
     second = write_plots(draw_all(frame, ("svg",)), tmp_path / "b")
     assert [path.name for path in first] == [path.name for path in second]
-    assert len(first) == 7, "a figure and an overview of each of throughput, memory and parity, and a roofline"
+    assert len(first) == 7, "a figure and an overview of each of throughput and memory, a ratio, parity and a roofline"
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
@@ -268,7 +256,7 @@ def test_plots_of_families_that_are_gone_are_removed_and_nothing_else(tmp_path: 
         (tmp_path / name).write_bytes(b"mine")
     (tmp_path / "memory-folder.png").mkdir()
     new = write_plots(draw_all(to_frame(family("loop", dtype="float32")), ("svg",)), tmp_path)
-    kept = {path for path in old if "float32" in path.name or path.stem == "roofline-overview"}
+    kept = {path for path in old if "float32" in path.name or path.stem in ("roofline-overview", "parity-overview")}
     assert set(new) < kept, "a plot of a family that is still there stays, in whatever format"
     assert set(tmp_path.iterdir()) == kept | {tmp_path / name for name in (*others, "memory-folder.png")}
     assert write_plots(draw_all(to_frame([])), tmp_path) == []

@@ -4,28 +4,66 @@ import math
 
 import pytest
 
-from moebench.report.plots.figures import memory, parity, roofline, throughput
+from moebench.report.plots.figures import decode, memory, parity, ratio, roofline, throughput
 from moebench.report.plots.kinds import MOST_TICKS, MOST_TICKS_ALONG_X, round_ticks
 from moebench.results.frame import to_frame
 from moebench.results.record import Status
-from tests.moebench.drawn import bad, case, family, figures_of, line, ok, only
+from tests.moebench.drawn import bad, case, family, figures_of, labels, line, ok, only
 
 
 @pytest.mark.parametrize(("worst", "says"), [(math.inf, "∞"), (1e9, "1e+09")])
-def test_an_error_off_the_axis_stands_above_all_others(worst: float, says: str) -> None:
+def test_an_error_off_the_axis_stands_beyond_all_others(worst: float, says: str) -> None:
     wrong = {512: worst, 768: 37.0}
     rows = [bad(case(count), Status.mismatch, parity_worst=error) for count, error in wrong.items()]
     (ax,) = only(parity(to_frame(family("torch_mm") + rows))).axes
-    crosses = dict(zip(*line(ax, "mismatch").get_data(), strict=True))
-    assert crosses[768] == 37.0
-    assert 1.5 * 37 < crosses[512] < ax.get_ylim()[1] < 1e6
+    edge, inside = line(ax, "mismatch").get_xdata()
+    assert inside == 37.0
+    assert 1.5 * 37 < edge < ax.get_xlim()[1] < 1e6
     assert [text.get_text() for text in ax.texts] == [says]
 
 
-def test_an_error_of_zero_stands_below_all_others() -> None:
+def test_an_error_of_zero_stands_before_all_others() -> None:
     (ax,) = only(parity(to_frame([*family("loop"), ok(case(512), parity_worst=0.0)]))).axes
     assert [text.get_text() for text in ax.texts] == ["0"]
-    assert ax.get_ylim()[0] < ax.texts[0].xy[1] < 0.25
+    assert ax.get_xlim()[0] < ax.texts[0].xy[0] < 0.25
+
+
+def test_a_ratio_is_the_time_over_the_fastest_of_its_case() -> None:
+    """At each count, `loop` is the fastest, and `gmm` takes 1.2 times as long. `te` takes 9 times as long."""
+    scales = {"loop": 1.0, "gmm": 1.2, "te": 9.0}
+    rows = [ok(case(count), name, time_ms=by * count) for count in (128, 512) for name, by in scales.items()]
+    (ax,) = only(ratio(to_frame(rows))).axes
+    assert list(line(ax, "gmm time / fastest").get_ydata()) == pytest.approx([1.2, 1.2])
+    assert list(line(ax, "loop time / fastest").get_ydata()) == pytest.approx([1.0, 1.0])
+    bottom, top = ax.get_ylim()
+    assert 0.8 < bottom < 0.97, "the interval of the fastest does not reach below"
+    assert 3.0 < top < 4.0
+    (edge,) = {y for drawn in ax.lines if drawn.get_marker() == "D" for y in drawn.get_ydata() if y == y}
+    assert 3.0 < edge < top
+    assert [text.get_text() for text in ax.texts] == []
+    assert "1.2×" in [text.get_text() for text in ax.get_yticklabels()]
+
+
+def test_a_case_with_one_time_has_no_ratio() -> None:
+    alone = [ok(case(128)), ok(case(512)), bad(case(512), Status.crash, "te")]
+    assert ratio(to_frame(alone)) == []
+    other_run = ok(case(128), "te").model_copy(update={"run_id": "20270101-later"})
+    assert ratio(to_frame([*alone, other_run])) == [], "two runs are not compared"
+
+
+def test_decoding_draws_the_graph_beside_the_call() -> None:
+    rows = [ok(case(count), "triton", 2.0, graph_time_ms=1.0) for count in (1, 64, 512)]
+    rows += [ok(case(count), "gmm", 5.0) for count in (1, 64, 512)]
+    more = [
+        ok(case(count, **how), "triton", 2.0, graph_time_ms=1.0) for count, how in ((1024, {}), (64, {"mode": "train"}))
+    ]
+    (ax,) = only(decode(to_frame(rows + more))).axes
+    drawn = line(ax, "triton CUDA graph")
+    assert dict(zip(*drawn.get_data(), strict=True)) == {1: 1.0, 64: 1.0, 512: 1.0}, "forwards of few tokens alone"
+    assert list(line(ax, "triton call").get_ydata()) == [2.0, 2.0, 2.0]
+    assert list(line(ax, "gmm call").get_ydata()) == [5.0, 5.0, 5.0]
+    assert "gmm CUDA graph" not in labels(ax)
+    assert decode(to_frame(rows[3:])) == [], "nothing was captured"
 
 
 def test_ticks_are_few_and_in_the_words_of_the_axis() -> None:

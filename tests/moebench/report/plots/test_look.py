@@ -1,9 +1,10 @@
 """A backend looks the same everywhere, and the text says what was measured without covering anything."""
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -38,6 +39,37 @@ def test_every_backend_there_is_has_a_look_of_its_own() -> None:
     from experts.registry import backend_names
 
     assert set(backend_names()) <= set(BACKEND_STYLES)
+
+
+#: Linear RGB as people without red cones and without green cones see it (Viénot, Brettel and Mollon, 1999).
+EYES = (
+    np.eye(3),
+    np.array([[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]]),
+    np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]),
+)
+#: From linear RGB to Oklab, where equal distances look equally large (Ottosson, 2020).
+TO_CONES = np.array([[0.41222, 0.53633, 0.05145], [0.2119, 0.68070, 0.1074], [0.0883, 0.28172, 0.62998]])
+TO_LAB = np.array([[0.21045, 0.79362, -0.00407], [1.978, -2.42859, 0.45059], [0.0259, 0.78277, -0.80868]])
+
+
+def distance(one: str, two: str) -> float:
+    """Return the least distance of two colours for any of three kinds of eyes. Black and white are 1 apart."""
+
+    def lab(color: str, eyes: Any) -> Any:
+        rgb = np.array([int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return TO_LAB @ np.cbrt(TO_CONES @ np.clip(eyes @ linear, 0, 1))
+
+    return min(float(np.linalg.norm(lab(one, eyes) - lab(two, eyes))) for eyes in EYES)
+
+
+def test_torch_mm_save_time_and_triton_are_told_apart_by_colour() -> None:
+    names = ("torch_mm", "torch_mm_save_time", "triton")
+    colors = [BACKEND_STYLES[name][0] for name in names]
+    assert distance("#000000", "#FFFFFF") == pytest.approx(1, abs=0.01)
+    assert min(distance(*pair) for pair in combinations(colors, 2)) > 0.2
+    before = "#0072B2", "#004E7A", "#332288"
+    assert min(distance(*pair) for pair in combinations(before, 2)) < 0.1, "they were taken for each other"
 
 
 ENGINES, DISPATCHERS = ("loop", "torch_mm", "gmm", "te"), ("allgather", "alltoall", "deepep")

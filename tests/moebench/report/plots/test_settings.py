@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 import moebench
 from moebench.report.plots import figures, settings
-from moebench.report.plots.figures import breakdown, draw, images, throughput
+from moebench.report.plots.figures import breakdown, draw, throughput
+from moebench.report.plots.rendering import images
 from moebench.results.frame import to_frame
 from tests.moebench.drawn import case, family, legend, ok, only, texts
 

@@ -2,7 +2,7 @@
 
 import itertools
 
-from moebench.run.order import shuffled
+from moebench.run.plan import shuffled
 from moebench.workload.case import Case, Job
 
 SHAPE = {"n_routed_experts": 4, "n_activated_experts": 2, "moe_inter_dim": 8}
