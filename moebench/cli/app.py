@@ -43,7 +43,9 @@ class Commands(LazyGroup):
         "ab": Entry("moebench.cli.ab", "Measure two revisions in turn and judge the second."),
         "compare": Entry("moebench.cli.compare", "Show results side by side, with ratios to the first."),
         "merge": Entry("moebench.cli.compare", "Merge results folders into one, with their environments."),
-        "history": Entry("moebench.cli.compare", "Show one case over many results, or write a page about all jobs."),
+        "history": Entry(
+            "moebench.cli.compare", "Show the times of one case over many results, or write a page about all jobs."
+        ),
         "advise": Entry("moebench.cli.advise", "Rank the backends for a workload, by measured results."),
         "tune": Entry(
             "moebench.cli.tune",

@@ -129,8 +129,10 @@ def combinations(axes: Mapping[str, Sequence[object]]) -> Iterator[dict[str, obj
     An axis that `axes` lacks takes its value from the model or from Case's defaults. At ep_size 1 the dispatcher is
     "local". The value of `model` is a `Model` or None.
     """
+    defaults = {**DEFAULTS, "dispatcher": BETWEEN_RANKS[0]}
     for values in product(*axes.values()):
-        combination = {**DEFAULTS, "dispatcher": BETWEEN_RANKS[0], **dict(zip(axes, values, strict=True))}
+        combination = {**defaults}
+        combination.update(zip(axes, values, strict=True))
         model = combination["model"]
         if model is UNKNOWN:
             combination |= dict.fromkeys(FIXED_BY_MODEL, UNKNOWN)

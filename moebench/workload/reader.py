@@ -193,9 +193,12 @@ class SweepReader:
                     continue
                 left += 1
                 spared = any(match is None and _DECISIVE & excludes[place].keys() for place, match in matches.items())
-                if not spared and (case := (*case_key(combination), combination["dispatcher"])) not in impossible:
+                if spared:
+                    continue
+                case = (*case_key(combination), combination["dispatcher"])
+                if case not in impossible:
                     impossible[case] = _impossible(combination)
-                for message in () if spared else impossible[case]:
+                for message in impossible[case]:
                     self.wrong(f"grid[{number}]", message)
         for place in dead if grids else ():
             self.wrong(place, "matches no job of this sweep; correct it or remove it")
