@@ -33,6 +33,7 @@ def ptx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
 
 def test_steps_compile_for_sm90_and_move_16_bytes_at_a_time(ptx: dict[str, str]) -> None:
     from experts.steps import fused
+    from experts.steps.fused import sort as fused_sort
 
     def zeros(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -42,15 +43,17 @@ def test_steps_compile_for_sm90_and_move_16_bytes_at_a_time(ptx: dict[str, str])
     x_TD, y_ND, bias_LD = zeros(TOKENS, DIM), zeros(ROWS, DIM), zeros(EXPERTS, DIM)
     weights_TK = zeros(TOKENS, K, dtype=F32)
     fused.sort_by_expert(maps[0].view(TOKENS, K), 0, EXPERTS)
+    many = 1 + fused_sort.FEW_CHOICES // K
+    fused.sort_by_expert(zeros(many, K, dtype=torch.int64), 0, EXPERTS)
     fused.gather_rows(x_TD, permutation, weights_TK)
     fused.sum_rows(y_ND, permutation, weights_TK, bias_LD)
     fused.sum_by_expert(y_ND, permutation, weights_TK)
     fused.dot_rows(x_TD, permutation, None, bias_LD)
-    assert {*ptx} == {"_count", "_place", "_gather", "_sum", "_sum_parts", "_dot"}
+    assert {*ptx} == {"_sort_few", "_count", "_place", "_gather", "_sum", "_sum_parts", "_dot"}
     check_activation(fused, permutation, weights_TK, ptx)
     for name, code in ptx.items():
         assert not re.search(r"(ld|st)\.global(\.\w+)*\.[bu]16\b", code), f"{name} moves single elements"
-        if name not in ("_count", "_place"):
+        if name not in ("_sort_few", "_count", "_place"):
             assert "ld.global.v4.b32" in code, f"{name} reads less than 16 bytes at a time"
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from moebench.cli import run
 from moebench.errors import UsageError
+from moebench.report import folder as folder_report
 from moebench.results.folder import environments_beside
 from moebench.results.frame import load
 from moebench.results.journal import Journal
@@ -56,7 +56,7 @@ def test_a_signal_while_results_are_written_is_one_line_too(folder, moebench, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "finish", interrupted)
+        patch.setattr(folder_report, "finish", interrupted)
         found = moebench("run", "--resume", "out")
     line = "interrupted: everything measured so far is in the journal; go on with `moebench run --resume out`"
     assert (found.code, found.out, found.err) == (130, "", line)
@@ -248,7 +248,7 @@ def test_what_is_left_of_later_rounds_is_shown(folder, moebench):
     ]
     journal.write_text("".join(kept))
     found = moebench("run", "--resume", "out", "--dry-run")
-    assert "2 jobs" in found.out.splitlines()
+    assert "2 jobs, 2 cases" in found.out.splitlines()
     assert moebench("run", "--resume", "out").code == 0
     assert is_whole(folder / "out", ["loop"], rounds=2)
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from moebench import __main__
-from moebench.cli import run as command
+from moebench.report import folder as report
 from moebench.report.folder import Written
 from tests.moebench import stand_in
 from tests.moebench.executed import pid_of
@@ -73,7 +73,7 @@ def resumed(moebench, folder):
 
 
 def without_pictures(monkeypatch):
-    monkeypatch.setattr(command, "finish", lambda folder: Written())
+    monkeypatch.setattr(report, "finish", lambda folder: Written())
 
 
 @pytest.mark.certify

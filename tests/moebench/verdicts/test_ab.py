@@ -172,7 +172,7 @@ def test_memory_is_judged_at_once_and_does_not_end_the_rounds_for_time(moebench,
     processes.row_of = row_of
     found = moebench("--only", "loop")
     assert found.code == 1
-    assert "REGRESSED memory: peak 1,000,000 -> 1,000,001 bytes" in found.out
+    assert "REGRESSED memory: peak 977 KiB, 1 B more: loop on" in found.out
     assert len(processes.rounds("b", "loop")) > 2 * FIRST
 
 
