@@ -1,18 +1,16 @@
 """Make the table of a report's top: for each case the fastest backend, its lead over the next one, and its memory.
 
-The frames `rows` in this module are sorted by `labels.in_case_order` and have the column `label`: the backend with its
-dispatcher.
+The frames `rows` in this module are sorted by `labels.in_case_order`. They have the columns `label` (the backend with
+its dispatcher) and `close` (whether the row is too close to the fastest to call; see `report.ranking`).
 """
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 import pandas as pd
 
 from moebench.machine.units import size
 from moebench.report.pagetable import MISSING, Cell, Line, Table, case_columns, number
 from moebench.report.tables.cells import Row, milliseconds
-from moebench.results.advise import CLOSE
 from moebench.results.labels import is_decode
 from moebench.results.record import Status
 
@@ -24,8 +22,7 @@ _GRAPH = ("fastest as CUDA graph", "graph ms")
 def best_table(rows: pd.DataFrame) -> Table:
     """Return a table with one line for each case that two or more backends computed.
 
-    Backends are named together if their times are too close to call: their intervals overlap, or the times differ by
-    less than 3%. A backend is not among them if a faster one is not. A step of decoding also has the backend that is
+    Backends are named together if their times are too close to call. A step of decoding also has the backend that is
     the fastest as a CUDA graph.
     """
     timed = rows[rows["status"].eq(Status.ok) & rows["time_ms"].notna()]
@@ -43,7 +40,7 @@ def best_table(rows: pd.DataFrame) -> Table:
 
 def _cells(ranked: Sequence[Row]) -> tuple[Cell, ...]:
     best = ranked[0]
-    ties = list(takewhile(lambda row: _is_close(row, best), ranked))
+    ties = [row for row in ranked if row["close"]] or [best]
     after = ranked[len(ties) :]
     names = " or ".join(row["label"] for row in ties)
     lead = (Cell(after[0]["label"], after[0]["label"]), _ratio(after[0], best)) if after else (Cell("", ""), MISSING)
@@ -54,10 +51,6 @@ def _cells(ranked: Sequence[Row]) -> tuple[Cell, ...]:
 def _ratio(row: Row, best: Row) -> Cell:
     ratio = row["time_ms"] / best["time_ms"]
     return Cell(f"{ratio:.2f}×", ratio, True)
-
-
-def _is_close(row: Row, best: Row) -> bool:
-    return bool(best["time_ms_high"] >= row["time_ms_low"] or row["time_ms"] / best["time_ms"] < 1 + CLOSE)
 
 
 def _graph_cells(case: pd.DataFrame) -> tuple[Cell, Cell]:

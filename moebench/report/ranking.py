@@ -102,13 +102,19 @@ def _lowest(rows: pd.DataFrame) -> "pd.Series[float]":
 
 
 def _near(rows: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows have the lowest time of their case, or a time that may be as low."""
+    """Return which rows have the lowest time of their case, or a time that may be as low.
+
+    A row behind a clearly slower one is not among them, however noisy its time is.
+    """
     times, lowest = _times(rows), _lowest(rows)
     is_lowest = times == lowest
     groups = [rows[name] for name in _CASE]
     high = rows["time_ms_high"].where(is_lowest).astype("float64").groupby(groups).transform("max")
     overlaps = rows["time_ms_low"].astype("float64") <= high
-    return times.notna() & (is_lowest | overlaps | (times < lowest * (1 + CLOSE)))
+    near = (times.notna() & (is_lowest | overlaps | (times < lowest * (1 + CLOSE)))).astype(int)
+    fastest_first = near.loc[times.sort_values(kind="stable").index]
+    unbroken = fastest_first.groupby([rows.loc[fastest_first.index, name] for name in _CASE]).cummin()
+    return unbroken.reindex(near.index).astype(bool)
 
 
 def _near_of_case(rows: pd.DataFrame, near: "pd.Series[bool]") -> "pd.Series[int]":

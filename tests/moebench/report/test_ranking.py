@@ -41,6 +41,13 @@ def test_what_noise_blurs_is_a_win_for_nobody(second: Record) -> None:
     assert wins(ranked(to_frame(rows))) == ({}, 1)
 
 
+def test_a_noisy_backend_behind_a_clear_second_blurs_nothing() -> None:
+    rows = timed("a", 0.99, 1.0, 1.01), timed("b", 1.19, 1.2, 1.21), timed("c", 0.9, 2.5, 9.0)
+    assert marks(*rows) == {"a": "*", "b": "", "c": ""}
+    (first,) = best(to_frame(rows)).to_dict("records")
+    assert (first["label"], first["close_to"], first["next"]) == ("a", "", "b")
+
+
 def test_a_backend_alone_and_a_failure_win_nothing() -> None:
     alone = (timed("loop", 1.9, 2.0, 2.1), bad(case(128), Status.crash, "te"))
     assert marks(*alone) == {"loop": "", "te": ""}
