@@ -1,14 +1,21 @@
-"""Two ranks capture a call together, or not at all, and replay it equally often. graph_ranks.py is one of the ranks."""
+"""Ranks start every sample together; they capture a call together or not at all, and replay it equally often.
+
+graph_ranks.py is one of the ranks that capture.
+"""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from moebench.machine.nvml import Clock
+from moebench.measure import samplers
 from moebench.measure.samplers import WARMUP_CALLS
 from moebench.measure.timing import CONVERGED_SAMPLES
 from tests.moebench.measure import graph_ranks
@@ -33,6 +40,32 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_ranks_of_gpus_start_together_behind_the_wait(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """No host's work lies between the common start and the end of a call that does not wait for the device."""
+    done: list[str] = []
+
+    def does(name: str, result: object = None) -> Any:
+        return lambda *given: done.append(name) or result
+
+    ranks: Any = SimpleNamespace(align=does("align"), largest=lambda value: value)
+    faked = {"mark": does("mark"), "synchronize": does("synchronize"), "ms_between": lambda a, b: 1.0}
+    faked |= {"perf_counter": lambda: 0.0, "is_past": lambda event: waits}
+    monkeypatch.setattr(samplers, "clock", SimpleNamespace(**faked))
+    monkeypatch.setattr(samplers, "L2Flush", lambda device, cold: does("flush"))
+    monkeypatch.setattr(torch.cuda, "_sleep", does("wait"))
+    stages = [does("forward"), does("backward")]
+    sampler = samplers._GpuSampler(
+        stages, torch.device("cuda"), True, does("prepare"), does("keep"), ranks, lambda: Clock()
+    )
+    assert sampler.flags == (("synchronises",) if waits else ())
+    done.clear()
+    group = sampler.sample(2)
+    before = ["prepare", "flush", *(["wait"] if not waits else []), "align"]
+    assert done == 2 * [*before, "mark", "forward", "mark", "backward", "mark", "keep"] + ["synchronize"]
+    assert group.totals_ms == [2.0, 2.0]
 
 
 def both(ranks: list[dict[str, Any]], name: str) -> dict[str, Any]:
