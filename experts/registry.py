@@ -76,8 +76,10 @@ class Backend:
         """Return an expert layer of the config. `dispatcher` is the dispatcher's name, or None for one process.
 
         `options` are options of the dispatcher, which are fields of `BackendConfig`. A third-party backend gets those
-        of them that it has as arguments.
+        of them that it has as arguments. Raises Unsupported if the backend does not run with the dispatcher.
         """
+        if (reason := self._without_dispatcher(dispatcher)) is not None:
+            raise Unsupported(reason)
         if dispatcher is None:
             return self._build(config)
         taken = {name: value for name, value in options.items() if self._takes(name)}

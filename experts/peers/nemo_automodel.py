@@ -1,9 +1,9 @@
 """Make peers (other libraries' layers) of the expert layers of NeMo AutoModel.
 
 AutoModel has three layers with this package's interface and state dict. `GroupedExperts` runs on one process, or
-gathers the tokens of all ranks. `GroupedExpertsDeepEP` and `GroupedExpertsTE` send tokens with DeepEP, and run on two or
-more ranks only. The dispatcher belongs to the layer: AutoModel's code moves the tokens. In AutoModel, "gmm" is another
-name of "torch_mm", and "torch" is the name of the dispatcher that gathers.
+gathers the tokens of all ranks. `GroupedExpertsDeepEP` and `GroupedExpertsTE` send tokens with DeepEP, and run on two
+or more ranks only. AutoModel's own code moves the tokens. In AutoModel, "gmm" is another name of the engine "torch_mm",
+and "torch" is the name of the dispatcher that gathers.
 """
 
 import atexit

@@ -1,9 +1,10 @@
-"""One rank of two over gloo, for test_automodel.py: NeMo AutoModel's layers with a fake of deep_ep.
+"""One rank of two, for test_nemo_automodel.py: NeMo AutoModel's layers under expert parallelism.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/experts/automodel_ranks.py FOLDER fake|real
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/experts/automodel_ranks.py FOLDER
 
-With `fake`, a fake also replaces AutoModel. With `real`, its own code runs, which the fakes of Transformer Engine and of
-deep_ep serve. Each rank writes the traceback of each fact into a file, or nothing if the fact holds.
+The environment variable AUTOMODEL is the mode. In the mode `fake`, fakes replace AutoModel, Transformer Engine and
+deep_ep, over gloo. In the mode `real`, AutoModel's own code runs with the other two fakes. In the mode `gpu`, nothing
+is a fake, and each rank has a GPU. Each rank writes the traceback of each fact into a file, or nothing if it holds.
 """
 
 import os
@@ -39,25 +40,27 @@ from tests.experts.layers import (
 )
 
 BY_DEEPEP = "peer_automodel_torch_mm", "peer_automodel_te"
-REAL = sys.argv[2:] == ["real"]
+MODE = os.environ.get("AUTOMODEL", "fake")
+DEVICE = "cuda" if MODE == "gpu" else "cpu"
+SIZES = {"n_routed_experts": 6, "dtype": BF16, **({"dim": 256, "moe_inter_dim": 128} if MODE == "gpu" else {})}
 
 
 def mesh() -> DeviceMesh:
-    return init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    return init_device_mesh(DEVICE, (2,), mesh_dim_names=("ep",))
 
 
 def spread(name: str, dispatcher: str, config: MoEConfig, parameters: Named) -> PeerExperts:
     """Build the peer as moebench does: shards of the parameters are loaded after the experts are spread."""
-    made: Any = get_backend(name).build(config, dispatcher)
+    made: Any = get_backend(name).build(config, dispatcher).to(DEVICE)
     made.init_token_dispatcher(mesh())
-    if REAL and dispatcher == "deepep":  # the fused functions of Transformer Engine need a GPU
+    if MODE == "real" and dispatcher == "deepep":  # the fused functions of Transformer Engine need a GPU
         made.peer.token_dispatcher._comm_manager.permute_fusion = False
     made.load_state_dict(shards(parameters))
     return made
 
 
 def shards(parameters: Named) -> dict[str, DTensor]:
-    return {name: sharded(local_share(whole, mesh()), mesh()) for name, whole in parameters.items()}
+    return {name: sharded(local_share(whole.to(DEVICE), mesh()), mesh()) for name, whole in parameters.items()}
 
 
 def run(made: PeerExperts, batch: Batch) -> Named:
@@ -75,11 +78,11 @@ def of_ranks(config: MoEConfig, counts: tuple[int, int]) -> tuple[Batch, Batch]:
     whole.indices[whole.indices[:, 0] == whole.indices[:, 1], 1] = -1
     whole.token_mask[::7] = False
     first = sum(counts[: dist.get_rank()])
-    return whole, whole.map(lambda tensor: tensor[first : first + counts[dist.get_rank()]])
+    return whole, whole.map(lambda tensor: tensor[first : first + counts[dist.get_rank()]].to(DEVICE))
 
 
 def check(name: str, dispatcher: str, counts: tuple[int, int], **fields: Any) -> None:
-    config = moe_config(**{"n_routed_experts": 6, "dtype": BF16, **fields})
+    config = moe_config(**{**SIZES, **fields})
     parameters = random_parameters(config)
     made = spread(name, dispatcher, config, parameters)
     whole, own = of_ranks(config, counts)
@@ -102,22 +105,26 @@ def matches_the_oracle() -> None:
         for bias in (False, True):
             check(name, "deepep", (9, 9), expert_bias=bias)
         check(name, "deepep", (11, 4))
-        check(name, "deepep", (0, 12))
         check(name, "deepep", (8, 8), expert_activation="geglu")
     check("peer_automodel_torch_mm", "deepep", (7, 5), apply_router_weight_after_down=True)
     check("peer_automodel_torch_mm", "allgather", (9, 9), expert_bias=True)
     check("peer_automodel_torch_mm", "allgather", (11, 4))
 
 
+def a_rank_has_no_tokens() -> None:
+    for name in BY_DEEPEP:
+        check(name, "deepep", (0, 12))
+
+
 def state_dict_has_the_stacked_layout() -> None:
-    config = moe_config(n_routed_experts=6, dtype=BF16, expert_bias=True)
+    config = moe_config(**SIZES, expert_bias=True)
     parameters = random_parameters(config)
     for name in BY_DEEPEP:
         made = spread(name, "deepep", config, parameters)
         state = made.state_dict()
         assert list(state) == list(parameters)
         assert all(isinstance(tensor, DTensor) for tensor in state.values())
-        own = {name: local_share(whole, mesh()) for name, whole in parameters.items()}
+        own = {name: local_share(whole.to(DEVICE), mesh()) for name, whole in parameters.items()}
         assert_same({name: as_local(tensor) for name, tensor in state.items()}, own)
         inside = torch.nn.Sequential(made)
         inside.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()})
@@ -158,14 +165,15 @@ def _refuses(size: int) -> None:
     raise AssertionError
 
 
-FACTS = (matches_the_oracle, state_dict_has_the_stacked_layout, layers_of_other_shapes_follow_each_other, refusals)
+FACTS = (matches_the_oracle, a_rank_has_no_tokens, state_dict_has_the_stacked_layout)
+WITH_FAKES = (layers_of_other_shapes_follow_each_other, refusals)
 
 
 def install() -> None:
     patch = pytest.MonkeyPatch()
     own = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "nemo_automodel"}
     fakes.install(patch)
-    if not REAL:
+    if MODE == "fake":
         fake_nemo_automodel.install(patch)
         return
     patch.delitem(sys.modules, "nemo_automodel")  # `fakes.install` blocks its import
@@ -183,9 +191,15 @@ def install() -> None:
 
 
 def main(folder: Path) -> None:
-    install()
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for fact in FACTS:
+    timeout = timedelta(seconds=60)
+    if DEVICE == "cuda":
+        device = torch.device("cuda", int(os.environ["RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        install()
+        dist.init_process_group("gloo", timeout=timeout)
+    for fact in FACTS if DEVICE == "cuda" else FACTS + WITH_FAKES:
         error = ""
         try:
             fact()

@@ -1,4 +1,4 @@
-"""A fake of NeMo AutoModel 0.7's three expert layers in plain torch: their arguments, parameters, state dict and limits.
+"""A fake of NeMo AutoModel 0.7's three expert layers in plain torch: arguments, parameters, state dict and limits.
 
 Its DeepEP layers call `deep_ep`, and its layer on Transformer Engine has `GroupedLinear`s, so other fakes must be
 installed with it. A test that has AutoModel runs AutoModel's own layers in the same way.
@@ -107,7 +107,8 @@ class GroupedExpertsTE(nn.Module):
     def __init__(self, config: MoEConfig, backend: Any, dispatcher_share_token_dispatcher: bool = True) -> None:
         assert not config.apply_router_weight_after_down
         super().__init__()
-        assert not (backend.benchmark_static_routing or backend.te_grouped_tensor)
+        assert not backend.benchmark_static_routing
+        assert not backend.te_grouped_tensor
         self.config, self.shares = config, dispatcher_share_token_dispatcher
         self._make(config.n_routed_experts)
 
