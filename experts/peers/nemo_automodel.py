@@ -117,9 +117,9 @@ class AutoModelTE(PeerExperts):
         """
         found = {}
         for name in self.layout:
-            linear = self.peer.gate_up_linear if name.startswith("gate") else self.peer.down_linear
+            linear: Any = self.peer.gate_up_linear if name.startswith("gate") else self.peer.down_linear
             kind = "bias" if name.endswith("bias") else "weight"
-            grads = [getattr(linear, f"{kind}{index}").grad for index in range(linear.num_gemms)]  # type: ignore[arg-type]
+            grads = [getattr(linear, f"{kind}{index}").grad for index in range(linear.num_gemms)]
             if all(grad is not None for grad in grads):
                 stacked = torch.stack(grads)
                 found[name] = stacked if kind == "bias" else stacked.mT

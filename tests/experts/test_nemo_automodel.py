@@ -1,7 +1,7 @@
-"""NeMo AutoModel's layers under expert parallelism: results, layout, and what they refuse. test_peers.py has one process.
+"""NeMo AutoModel's layers under expert parallelism: results, layout, and refusals. test_peers.py has one process.
 
-Two ranks over gloo (automodel_ranks.py) run a fake of AutoModel with AutoModel's interface, and AutoModel itself where it
-is installed. On two GPUs nothing is a fake.
+Two ranks over gloo (automodel_ranks.py) run a fake with AutoModel's interface, and AutoModel itself where it is
+installed. On two GPUs nothing is a fake.
 """
 
 import importlib.util
@@ -152,5 +152,5 @@ def test_a_module_of_automodel_that_does_not_import_is_one_reason(name: str, mon
 def test_without_transformer_engine_the_layers_on_deepep_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """AutoModel sorts rows by expert with functions of Transformer Engine."""
     fakes.remove(monkeypatch)
-    with pytest.raises(Unsupported, match="^transformer_engine does not import"):
+    with pytest.raises(Unsupported, match=r"^transformer_engine does not import"):
         nemo_automodel._check_deepep(None, moe_config())  # type: ignore[arg-type]

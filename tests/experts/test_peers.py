@@ -31,9 +31,9 @@ from tests.experts.layers import (
     random_parameters,
 )
 
+BETWEEN_RANKS = {"peer_automodel_torch_mm", "peer_automodel_te"}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 #: Some experts have no token, one token has no expert, and one token has only one expert.
-BETWEEN_RANKS = {"peer_automodel_torch_mm", "peer_automodel_te"}
 INDICES = [[3, 0], [1, 0], [-1, -1], [-1, 3], [0, 1]]
 
 
