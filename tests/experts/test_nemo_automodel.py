@@ -42,14 +42,14 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     def launch(mode: str) -> Path:
         if mode not in folders:
             folder = folders[mode] = tmp_path_factory.mktemp(mode)
-            # on a CPU, AutoModel's activations are not compiled, which would take a minute
-            eager = {} if mode == "gpu" else {"TORCHDYNAMO_DISABLE": "1"}
+            # AutoModel's activations are not compiled: each layer would compile them again
+            variables = {"OMP_NUM_THREADS": "1", "AUTOMODEL": mode, "TORCHDYNAMO_DISABLE": "1"}
             path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
             done = subprocess.run(
                 [*command, str(ROOT / "tests/experts/automodel_ranks.py"), str(folder)],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "AUTOMODEL": mode, **eager},
+                env={**os.environ, "PYTHONPATH": path, **variables},
                 capture_output=True,
                 text=True,
                 check=False,
