@@ -4,6 +4,7 @@ The backward of all-gather is reduce-scatter, and the backward of reduce-scatter
 functions of these two collectives and warns about the old names. torch 2.11 has only the old names.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from experts.messages import messages_on
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -77,8 +80,9 @@ class AllGatherChoices(Function):
     @staticmethod
     def forward(ctx: Any, weights_TK: Tensor, indices_TK: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         ctx.group = group
-        gathered = all_gather_rows(pack_choices(weights_TK, indices_TK), group)
-        weights_RK, indices_RK = unpack_choices(gathered, weights_TK.dtype)
+        messages, (num_rows, num_choices) = messages_on(weights_TK.device), weights_TK.shape
+        gathered = all_gather_rows(messages.pack_choices(weights_TK, indices_TK, num_rows), group)
+        weights_RK, indices_RK = messages.unpack_choices(gathered, num_rows, num_choices, weights_TK.dtype)
         ctx.mark_non_differentiable(indices_RK)
         return weights_RK, indices_RK
 
@@ -88,33 +92,23 @@ class AllGatherChoices(Function):
         return reduce_scatter_rows(grad_RK, ctx.group), None, None
 
 
-def pack_choices(weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-    """Return the routing weights and indices of each row as bytes, so that one message carries both.
-
-    A small message costs only its latency, so one message costs half as much as two messages. Indices are sent as
-    int32. An index that does not fit is clamped to the largest int32, which also is not an expert of any layer.
-    """
-    indices_RK = indices_RK.clamp(-1, torch.iinfo(torch.int32).max).int()
-    return torch.cat([_dense(one).view(torch.uint8) for one in (indices_RK, weights_RK)], dim=1)
-
-
-def unpack_choices(packed: Tensor, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the routing weights [R, K] and int64 indices [R, K] that `pack_choices` packed."""
-    index_bytes = packed.shape[1] // (torch.int32.itemsize + weights_dtype.itemsize) * torch.int32.itemsize
-    indices, weights = packed.tensor_split([index_bytes], dim=1)
-    return _dense(weights).view(weights_dtype), _dense(indices).view(torch.int32).long()
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Return a dense copy, which can be viewed in any dtype.
-
-    `contiguous()` would return a tensor with a single row or column unchanged, whatever the tensor's strides are.
-    """
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
 def largest(count: int, group: dist.ProcessGroup, device: torch.device) -> int:
     """Return the largest count of all ranks. Waits for the device."""
     counts = torch.full((1,), count, device=device)  # on the device: a copy from the host would wait
     dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
     return int(counts)
+
+
+def on_host(numbers: Tensor) -> Callable[[], list[Any]]:
+    """Begin to copy a tensor to the host. Returns a function that waits for the copy, and not for later work."""
+    if not numbers.is_cuda:
+        return numbers.tolist
+    copy = numbers.to("cpu", non_blocking=True)  # to pinned memory
+    copied = torch.cuda.current_stream(numbers.device).record_event()
+
+    def arrived() -> list[Any]:
+        copied.synchronize()
+        values: list[Any] = copy.tolist()
+        return values
+
+    return arrived
