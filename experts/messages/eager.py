@@ -84,9 +84,7 @@ def unpack_choices(
     return torch.cat([weights for weights, _ in both]), torch.cat([indices for _, indices in both])
 
 
-def _choices(
-    packed: Tensor, count: int, n_activated_experts: int, weights_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _choices(packed: Tensor, count: int, n_activated_experts: int, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     start, end = choices_bytes(count, n_activated_experts, weights_dtype)
     weights = packed[: count * n_activated_experts * weights_dtype.itemsize].clone().view(weights_dtype)
     indices = packed[start:end].clone().view(torch.int32)  # copies: views of bytes must be aligned

@@ -205,9 +205,7 @@ def test_rows_that_come_back_are_summed_in_the_order_of_the_ranks(
 
 
 @on_every_setup
-def test_rows_travel_without_choices(
-    name: str, device: str, dtype: torch.dtype, weights_dtype: torch.dtype
-) -> None:
+def test_rows_travel_without_choices(name: str, device: str, dtype: torch.dtype, weights_dtype: torch.dtype) -> None:
     """The gradient of a combine goes to the rows that dispatch has chosen."""
     given = Given((5, 0, 9), 3, 20, name, device, dtype, weights_dtype)
     for source, (x_TD, (row_TP, sizes_2P)) in enumerate(zip(given.x, given.plans, strict=True)):
