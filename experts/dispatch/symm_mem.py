@@ -172,10 +172,12 @@ class _Dispatch(Function):
         exchange = exchange_on(x_TD.device)
         slabs.begin_push()
         row_TP = exchange.place(slabs, indices_TK, n_local_experts)
-        exchange.push(slabs, x_TD, row_TP, weights_TK, indices_TK)
+        x_RD = torch.empty_like(slabs.own.rows_RD) if copied else slabs.own.rows_RD[:]
+        exchange.push(slabs, x_TD, row_TP, x_RD, weights_TK, indices_TK)
         slabs.arrive()
         weights_RK, indices_RK, counts_P = exchange.take_choices(slabs)
-        x_RD = exchange.take_rows(slabs, counts_P) if copied else slabs.own.rows_RD[:]
+        if copied:
+            exchange.take_rows(slabs, counts_P, x_RD)
         ctx.route = route = _Route(slabs, row_TP, counts_P)
         ctx.mark_non_differentiable(indices_RK)
         return x_RD, weights_RK, indices_RK, route
@@ -203,16 +205,18 @@ class _Combine(Function):
         route: _Route = ctx.route
         exchange, slabs = exchange_on(grad_TD.device), route.slabs
         slabs.begin_push()
-        exchange.push(slabs, grad_TD.contiguous(), route.row_TP)
+        grad_y_RD = torch.empty_like(slabs.own.rows_RD)
+        exchange.push(slabs, grad_TD.contiguous(), route.row_TP, grad_y_RD)
         slabs.arrive()
-        return exchange.take_rows(slabs, route.counts_P), None
+        exchange.take_rows(slabs, route.counts_P, grad_y_RD)
+        return grad_y_RD, None
 
 
 def _bring_back(route: _Route, y_RD: Tensor, weights_RK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Return the sums of each token's rows [T, D], and of its weights [T, K] if weights are given."""
     exchange, slabs = exchange_on(y_RD.device), route.slabs
     slabs.begin_pull()
-    weights_RK = None if weights_RK is None else weights_RK.contiguous()
-    exchange.put(slabs, y_RD.contiguous(), route.counts_P, weights_RK)
+    y_RD, weights_RK = y_RD.contiguous(), None if weights_RK is None else weights_RK.contiguous()
+    exchange.put(slabs, y_RD, route.counts_P, weights_RK)
     slabs.arrive()
-    return exchange.pull(slabs, route.row_TP, weights_RK is not None)
+    return exchange.pull(slabs, route.row_TP, y_RD, weights_RK)

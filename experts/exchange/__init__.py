@@ -7,7 +7,9 @@ first row on, in the order of the tokens.
 
 Rows travel in two ways. A push sends tokens' rows out: each rank writes them into the regions of the other ranks. A
 pull brings rows back: each rank writes results into its own region, in place of the rows that were pushed there, and
-then each rank reads its tokens' rows in all regions and sums them.
+then each rank reads its tokens' rows in the regions of the other ranks and sums them. The rows that a rank sends to
+itself need not go through its region: a push writes them where the rank wants them, and a pull reads them where the
+rank has them.
 
 The functions that move rows have two implementations. `eager` is plain torch: it defines what each function does, and
 it runs on a CPU, where the ranks are processes that share memory. `fused` is Triton, for GPUs that reach each other's
@@ -158,12 +160,14 @@ class Exchange(Protocol):
         slabs: Slabs,
         x_TD: Tensor,
         row_TP: Tensor,
+        rows_RD: Tensor,
         weights_TK: Tensor | None = None,
         indices_TK: Tensor | None = None,
     ) -> None:
         """Write each token's row, and its routing weights and indices if given, into the regions of its ranks.
 
-        A row that does not fit into its slab is not written.
+        The rows for this rank itself go into `rows_RD`, which may be the rows of its region. A row that does not fit
+        into its slab is not written.
         """
 
     def take_choices(self, slabs: Slabs) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,16 +176,19 @@ class Exchange(Protocol):
         A row that nobody filled has indices of −1 and weights of zero. The counts are the filled rows of each slab.
         """
 
-    def take_rows(self, slabs: Slabs, counts_P: Tensor) -> Tensor:
-        """Return a copy [R, D] of the rows in this rank's region. Rows that nobody filled may hold anything."""
+    def take_rows(self, slabs: Slabs, counts_P: Tensor, rows_RD: Tensor) -> None:
+        """Copy the rows that other ranks pushed from this rank's region into `rows_RD`. Other rows stay as they are."""
 
     def put(self, slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
-        """Write results into the filled rows of this rank's region, for other ranks to pull."""
+        """Write the results of other ranks' rows into this rank's region, for these ranks to pull."""
 
-    def pull(self, slabs: Slabs, row_TP: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the sum [T, D] of each token's rows over all regions and, if wanted, the sum [T, K] of the weights.
+    def pull(
+        self, slabs: Slabs, row_TP: Tensor, y_RD: Tensor, weights_RK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the sum [T, D] of each token's rows over all ranks and, with weights, the sum [T, K] of the weights.
 
-        Sums are in float32 (float64 for float64), in the order of the ranks. A token without rows has zeros.
+        `y_RD` and `weights_RK` are what this rank has put: the rows of its own tokens are read there. Sums are in
+        float32 (float64 for float64), in the order of the ranks. A token without rows has zeros.
         """
 
 

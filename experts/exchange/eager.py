@@ -22,12 +22,18 @@ def place(slabs: Slabs, indices_TK: Tensor, n_local_experts: int) -> Tensor:
 
 
 def push(
-    slabs: Slabs, x_TD: Tensor, row_TP: Tensor, weights_TK: Tensor | None = None, indices_TK: Tensor | None = None
+    slabs: Slabs,
+    x_TD: Tensor,
+    row_TP: Tensor,
+    rows_RD: Tensor,
+    weights_TK: Tensor | None = None,
+    indices_TK: Tensor | None = None,
 ) -> None:
     """As `Exchange.push`."""
-    for region, token_N in zip(slabs.regions, _tokens_of_ranks(slabs, row_TP), strict=True):
+    targets = _with_own(slabs, [region.rows_RD for region in slabs.regions], rows_RD)
+    for region, target_RD, token_N in zip(slabs.regions, targets, _tokens_of_ranks(slabs, row_TP), strict=True):
         num_rows = token_N.shape[0]
-        region.rows_RD[slabs.own_slab][:num_rows] = x_TD[token_N]
+        target_RD[slabs.own_slab][:num_rows] = x_TD[token_N]
         if weights_TK is not None and indices_TK is not None:
             region.weights_RK[slabs.own_slab][:num_rows] = weights_TK[token_N]
             region.indices_RK[slabs.own_slab][:num_rows] = indices_TK[token_N].clamp(-1, MAX_INDEX).int()
@@ -41,28 +47,36 @@ def take_choices(slabs: Slabs) -> tuple[Tensor, Tensor, Tensor]:
     return weights_RK, torch.where(filled_R1, slabs.own.indices_RK, -1).long(), counts_P
 
 
-def take_rows(slabs: Slabs, counts_P: Tensor) -> Tensor:
+def take_rows(slabs: Slabs, counts_P: Tensor, rows_RD: Tensor) -> None:
     """As `Exchange.take_rows`."""
-    rows_RD, filled_R = torch.empty_like(slabs.own.rows_RD), _filled(slabs, counts_P)
-    rows_RD[filled_R] = slabs.own.rows_RD[filled_R]
-    return rows_RD
+    of_others_R = _of_others(slabs, counts_P)
+    rows_RD[of_others_R] = slabs.own.rows_RD[of_others_R]
 
 
 def put(slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
     """As `Exchange.put`."""
-    filled_R = _filled(slabs, counts_P)
-    slabs.own.rows_RD[filled_R] = y_RD[filled_R]
+    of_others_R = _of_others(slabs, counts_P)
+    slabs.own.rows_RD[of_others_R] = y_RD[of_others_R]
     if weights_RK is not None:
-        slabs.own.weights_RK[filled_R] = weights_RK[filled_R]
+        slabs.own.weights_RK[of_others_R] = weights_RK[of_others_R]
 
 
-def pull(slabs: Slabs, row_TP: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
+def pull(slabs: Slabs, row_TP: Tensor, y_RD: Tensor, weights_RK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """As `Exchange.pull`."""
     tokens = _tokens_of_ranks(slabs, row_TP)
-    sums_TD = _sum([region.rows_RD[slabs.own_slab] for region in slabs.regions], tokens, row_TP.shape[0])
-    if not with_weights:
+
+    def total(regions_RX: list[Tensor], own_RX: Tensor) -> Tensor:
+        return _sum([rows[slabs.own_slab] for rows in _with_own(slabs, regions_RX, own_RX)], tokens, row_TP.shape[0])
+
+    sums_TD = total([region.rows_RD for region in slabs.regions], y_RD)
+    if weights_RK is None:
         return sums_TD, None
-    return sums_TD, _sum([region.weights_RK[slabs.own_slab] for region in slabs.regions], tokens, row_TP.shape[0])
+    return sums_TD, total([region.weights_RK for region in slabs.regions], weights_RK)
+
+
+def _with_own(slabs: Slabs, regions_RX: list[Tensor], own_RX: Tensor) -> list[Tensor]:
+    """Return the tensors of all ranks' regions, with another tensor in place of this rank's."""
+    return [own_RX if rank == slabs.rank else rows for rank, rows in enumerate(regions_RX)]
 
 
 def _tokens_of_ranks(slabs: Slabs, row_TP: Tensor) -> list[Tensor]:
@@ -75,6 +89,13 @@ def _filled(slabs: Slabs, counts_P: Tensor) -> Tensor:
     """Return whether each row of this rank's region was filled, [R] bool."""
     rows_C = torch.arange(slabs.layout.rows_per_slab, device=counts_P.device)
     return (rows_C < counts_P.unsqueeze(-1)).view(-1)
+
+
+def _of_others(slabs: Slabs, counts_P: Tensor) -> Tensor:
+    """Return whether another rank filled each row of this rank's region, [R] bool."""
+    filled_R = _filled(slabs, counts_P)
+    filled_R[slabs.own_slab] = False
+    return filled_R
 
 
 def _sum(slabs_CX: list[Tensor], tokens: list[Tensor], num_tokens: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moebench.measure import clock
+from moebench.measure.samplers import keep_busy
 from moebench.workload.ranks import Ranks
 
 SAMPLES = 10
@@ -20,6 +21,7 @@ def breakdown(
     device: torch.device,
     ranks: Ranks,
     prepare: Callable[[], None] = lambda: None,
+    hidden_ms: float = 0.0,
 ) -> dict[str, float]:
     """Return the time of each part, in milliseconds. The parts add up to the time of a forward pass.
 
@@ -27,9 +29,10 @@ def breakdown(
     that rank. The parts that are returned are those of the sample with the median time. What the layer does before it
     calls the dispatcher belongs to dispatch, and what it does after the dispatcher's combine belongs to combine.
 
-    `prepare` runs before each forward, untimed. The dict is empty for one rank, and for a module without a dispatcher.
-    The marks between parts are in the stream that computes. If work runs in another stream, its time counts in the part
-    that waits for it.
+    `prepare` runs before each forward, untimed. After it, a GPU is kept busy for `hidden_ms`. If the host hands over
+    the whole forward in this time, the parts have only the time of the GPU. The dict is empty for one rank, and for a
+    module without a dispatcher. The marks between parts are in the stream that computes. If work runs in another
+    stream, its time counts in the part that waits for it.
     """
     dispatcher: Any = getattr(module, "dispatcher", None)
     if dispatcher is None or ranks.size == 1:
@@ -40,6 +43,8 @@ def breakdown(
         samples = []
         for _ in range(SAMPLES):
             prepare()
+            if device.type == "cuda":
+                keep_busy(hidden_ms)
             ranks.align(device)
             samples.append(listener.parts_ms(forward))
     finally:

@@ -179,7 +179,7 @@ class _Job:
         fits = _fit(DRAWN * pass_bytes + weighed.peak_bytes, device, ranks)
         samples = Samples(call, subject.inputs, lambda *given: self._judge(subject, *given), ranks, fits, self.replay)
         timed = self._time(call, samples, bounds, subject.fp8 is not None)
-        parts = breakdown(subject.module, call.forward, device, ranks, samples.prepare)
+        parts = breakdown(subject.module, call.forward, device, ranks, samples.prepare, timed.timing.hidden_ms)
         call.clear()
         if self.workload.trace is not None:
             trace(call.stages, call.clear, device, self.workload.trace)

@@ -114,8 +114,7 @@ class _GpuSampler:
         self._host_time_ms = self._median_on_host()
         enqueue_ms, synchronises = self._enqueue_behind_a_wait()
         self.flags = ("synchronises",) if synchronises else ()
-        wait_ms = min(1.5 * enqueue_ms + MIN_WAIT_MS, MAX_WAIT_MS)
-        self._wait_cycles = 0 if synchronises else int(wait_ms * CYCLES_PER_MS)
+        self._wait_ms = 0.0 if synchronises else 1.5 * enqueue_ms + MIN_WAIT_MS
 
     def _median_on_host(self) -> float:
         started, samples = clock.perf_counter(), [self._host_sample() for _ in range(3)]
@@ -142,7 +141,7 @@ class _GpuSampler:
         """
         self._prepare()
         clock.synchronize(self._device)
-        torch.cuda._sleep(int((2 * self._host_time_ms + 1.0) * CYCLES_PER_MS))
+        torch.cuda._sleep(int((2 * self._host_time_ms + 1.0) * CYCLES_PER_MS))  # longer than MAX_WAIT_MS if need be
         free = clock.mark()
         start = clock.perf_counter()
         self._enqueue()
@@ -164,8 +163,7 @@ class _GpuSampler:
         for _ in range(count):
             self._prepare()
             self._flush()
-            if self._wait_cycles:
-                torch.cuda._sleep(self._wait_cycles)
+            keep_busy(self._wait_ms)
             self._ranks.align(self._device)
             rows.append(self._enqueue())
             self._keep()
@@ -176,6 +174,12 @@ class _GpuSampler:
 
     def host_time_ms(self) -> float:
         return self._host_time_ms
+
+
+def keep_busy(wait_ms: float) -> None:
+    """Let the current stream wait for `wait_ms`, but at most `MAX_WAIT_MS`."""
+    if wait_ms > 0:
+        torch.cuda._sleep(int(min(wait_ms, MAX_WAIT_MS) * CYCLES_PER_MS))
 
 
 class L2Flush:

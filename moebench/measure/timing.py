@@ -74,6 +74,11 @@ class Timing:
     sm_clock_mhz: int | None
     flags: tuple[str, ...]
 
+    @property
+    def hidden_ms(self) -> float:
+        """How long a GPU must be busy so that the host can hand over the call meanwhile; 0 if the call waits for it."""
+        return 0.0 if "synchronises" in self.flags else 1.5 * self.host_time_ms
+
 
 def time_stages(
     stages: Sequence[Stage],

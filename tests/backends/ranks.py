@@ -107,7 +107,35 @@ class Dies(_LastRankFails):
     def break_down(self) -> None:
         self.num_calls += 1
         if self.num_calls == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.die()
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DiesInCompute(Dies):
+    """The last rank dies in its second call, between dispatch and combine."""
+
+    def break_down(self) -> None:
+        self.num_calls += 1
+
+    def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+        if self.num_calls == 2:
+            self.die()
+        return super().compute_local(x_RD, weights_RK, indices_RK)
+
+
+class DiesInBackward(Dies):
+    """The last rank dies in the backward of its first call that has one, before the backward of combine."""
+
+    def break_down(self) -> None:
+        """Let forward go on."""
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        output = super().forward(x, token_mask, weights, indices)
+        if self.is_last and output.requires_grad:
+            output.register_hook(lambda gradient: self.die())
+        return output
 
 
 class Leaves(_LastRankFails):

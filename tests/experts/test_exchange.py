@@ -115,9 +115,21 @@ class Given:
         rows = []
         for slabs, x_TD, weights_TK, indices_TK in zip(self.slabs, self.x, self.weights, self.indices, strict=True):
             row_TP = exchange.place(slabs, indices_TK, LOCAL)
-            exchange.push(slabs, x_TD, row_TP, weights_TK, indices_TK)
+            exchange.push(slabs, x_TD, row_TP, slabs.own.rows_RD, weights_TK, indices_TK)
             rows.append(row_TP)
         return rows
+
+    def taken(self, exchange: ModuleType, slabs: Slabs, counts_P: Tensor) -> Tensor:
+        """Return what a rank has after a push: its own rows where they are, and copies of the other ranks' rows."""
+        x_RD = torch.full_like(slabs.own.rows_RD, torch.nan)
+        x_RD[slabs.own_slab] = slabs.own.rows_RD[slabs.own_slab]
+        exchange.take_rows(slabs, counts_P, x_RD)
+        return x_RD
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """Return a copy that does not start at a multiple of 16 bytes."""
+    return tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
 
 
 @on_every_setup
@@ -130,7 +142,7 @@ def test_a_push_fills_each_slab_from_its_first_row_on(
     rows = given.pushed(exchange)
     for to, slabs in enumerate(given.slabs):
         weights_RK, indices_RK, counts_P = exchange.take_choices(slabs)
-        x_RD = exchange.take_rows(slabs, counts_P)
+        x_RD = given.taken(exchange, slabs, counts_P)
         assert (weights_RK.dtype, indices_RK.dtype) == (given.layout.weights_dtype, torch.int64)
         for source in range(given.num_ranks):
             tokens, slab = given.goes(source, to), given.slab(source)
@@ -167,18 +179,25 @@ def test_all_ranks_see_how_many_rows_each_rank_wants_to_send(
 def test_a_pull_sums_the_rows_of_each_token_in_the_order_of_the_ranks(
     name: str, device: str, dtype: torch.dtype, num_tokens: tuple[int, ...], rows_per_slab: int
 ) -> None:
-    """Only filled rows are put into a region, and only those are summed. Unfilled rows are NaN."""
+    """Only filled rows are put into a region, and only those are summed. Unfilled rows are NaN.
+
+    The sums have a rank's own rows from what the rank has put, wherever it is in memory. The region's rows of the rank
+    itself are not used.
+    """
     given, exchange = Given(num_tokens, rows_per_slab, device, dtype), functions(name)
     rows = given.pushed(exchange)
     y_RD, weights_RK = given.of_region
+    put = []
     for slabs in given.slabs:
         _, indices_RK, counts_P = exchange.take_choices(slabs)
         unfilled = (indices_RK == -1).all(dim=1)
         mine = [(t * (slabs.rank + 1)).masked_fill(unfilled.unsqueeze(-1), torch.nan) for t in (y_RD, weights_RK)]
+        slabs.own.rows_RD[slabs.own_slab], slabs.own.weights_RK[slabs.own_slab] = torch.nan, torch.nan
         exchange.put(slabs, mine[0], counts_P, mine[1])
+        put.append([misaligned(tensor) for tensor in mine])
     for source, slabs in enumerate(given.slabs):
-        found = exchange.pull(slabs, rows[source], True)
-        assert exchange.pull(slabs, rows[source], False)[1] is None
+        found = exchange.pull(slabs, rows[source], *put[source])
+        assert exchange.pull(slabs, rows[source], put[source][0])[1] is None
         for sums, whole in zip(found, (y_RD, weights_RK), strict=True):
             right = torch.zeros_like(sums, dtype=accumulation_dtype(whole.dtype))
             for to in range(given.num_ranks):
@@ -188,15 +207,30 @@ def test_a_pull_sums_the_rows_of_each_token_in_the_order_of_the_ranks(
 
 
 @on_every_setup
+def test_the_rows_of_a_rank_itself_do_not_go_through_its_region(name: str, device: str, dtype: torch.dtype) -> None:
+    """A push writes them to the given memory, and no copy of the other ranks' rows touches them."""
+    given, exchange = Given((5, 3, 9), 16, device, dtype), functions(name)
+    for rank, (slabs, x_TD, indices_TK) in enumerate(zip(given.slabs, given.x, given.indices, strict=True)):
+        row_TP, tokens = exchange.place(slabs, indices_TK, LOCAL), given.goes(rank, rank)
+        x_RD = torch.full_like(slabs.own.rows_RD, torch.nan)
+        exchange.push(slabs, x_TD, row_TP, x_RD)
+        assert x_RD[slabs.own_slab].isnan().logical_not().sum() == len(tokens) * DIM
+        assert torch.equal(x_RD[slabs.own_slab][: len(tokens)], x_TD[tokens])
+        assert slabs.own.rows_RD[slabs.own_slab].isnan().all()
+        exchange.take_rows(slabs, slabs.own.counts_PP[:, rank].clamp(max=16), x_RD)
+        assert torch.equal(x_RD[slabs.own_slab][: len(tokens)], x_TD[tokens])
+
+
+@on_every_setup
 def test_rows_travel_without_choices(name: str, device: str, dtype: torch.dtype) -> None:
     """The gradient of a combine is pushed to the rows that dispatch has chosen. The choices stay as they are."""
     given, exchange = Given((5, 0, 9), 16, device, dtype), functions(name)
     rows = given.pushed(exchange)
     before = [exchange.take_choices(slabs) for slabs in given.slabs]
     for slabs, x_TD, row_TP in zip(given.slabs, given.x, rows, strict=True):
-        exchange.push(slabs, -2 * x_TD, row_TP)
+        exchange.push(slabs, -2 * x_TD, row_TP, slabs.own.rows_RD)
     for to, (slabs, taken) in enumerate(zip(given.slabs, before, strict=True)):
-        x_RD = exchange.take_rows(slabs, taken[2])
+        x_RD = given.taken(exchange, slabs, taken[2])
         for source in range(given.num_ranks):
             tokens = given.goes(source, to)
             assert torch.equal(x_RD[given.slab(source)][: len(tokens)], -2 * given.x[source][tokens])
@@ -282,19 +316,19 @@ def test_the_kernels_compile_for_sm90_and_move_16_bytes_at_a_time(ptx: dict[str,
     layout = Layout(8, 64, 2048, 8, BF16, F32)
     memory = torch.zeros(layout.num_bytes, dtype=torch.uint8)
     slabs = Slabs(layout, 3, (Region.over(memory, layout),) * 8, torch.zeros(8, dtype=torch.int64), lambda: None)
-    x_TD, weights_TK = torch.zeros(64, 2048, dtype=BF16), torch.zeros(64, 8)
+    x_TD, rows_RD, weights_TK = torch.zeros(64, 2048, dtype=BF16), slabs.own.rows_RD, torch.zeros(64, 8)
     indices_TK, row_TP = torch.zeros(64, 8, dtype=torch.int64), torch.zeros(64, 8, dtype=torch.int32)
     calls: list[Callable[[], Any]] = [
         lambda: fused.place(slabs, indices_TK, 16),
-        lambda: fused.push(slabs, x_TD, row_TP, weights_TK, indices_TK),
+        lambda: fused.push(slabs, x_TD, row_TP, rows_RD, weights_TK, indices_TK),
         lambda: fused.take_choices(slabs),
-        lambda: fused.take_rows(slabs, row_TP[0]),
-        lambda: fused.pull(slabs, row_TP, True),
+        lambda: fused.take_rows(slabs, row_TP[0], rows_RD),
+        lambda: fused.pull(slabs, row_TP, rows_RD, weights_TK),
     ]
     for call in calls:
         call()
-    assert {*ptx} == {"place", "push", "take_choices", "copy_filled", "pull"}
-    for kernel in ("push", "copy_filled", "pull"):
+    assert {*ptx} == {"place", "push", "take_choices", "copy_of_others", "pull"}
+    for kernel in ("push", "copy_of_others", "pull"):
         moves = set(re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.[bu]16\b", ptx[kernel]))
         assert not moves, f"{kernel} moves single elements: {moves}"
     assert ptx["push"].count("st.global.v4.b32") >= 8  # one per rank

@@ -1,7 +1,8 @@
 """Move rows between ranks in Triton. The kernels read and write the other ranks' memory at its addresses.
 
 A program of push has one token and a stretch of the token's columns: it reads them once and writes them to each of the
-token's ranks. A program of pull reads the token's row of each rank and writes the sum once.
+token's ranks. A program of pull reads the token's row of each rank and writes the sum once. Both kernels use other
+memory than the region for the rows of their own rank.
 """
 
 import torch
@@ -40,23 +41,20 @@ def place(slabs: Slabs, indices_TK: Tensor, n_local_experts: int) -> Tensor:
 
 
 def push(
-    slabs: Slabs, x_TD: Tensor, row_TP: Tensor, weights_TK: Tensor | None = None, indices_TK: Tensor | None = None
+    slabs: Slabs,
+    x_TD: Tensor,
+    row_TP: Tensor,
+    rows_RD: Tensor,
+    weights_TK: Tensor | None = None,
+    indices_TK: Tensor | None = None,
 ) -> None:
     """As `Exchange.push`."""
     layout = slabs.layout
     launch(
         kernels.push,
         (x_TD.shape[0], triton.cdiv(layout.dim, _stretch(layout.dim))),
-        *(
-            x_TD,
-            row_TP,
-            weights_TK,
-            indices_TK,
-            slabs.addresses_P,
-            layout.dim,
-            slabs.own_slab.start,
-            layout.rows_per_slab,
-        ),
+        *(x_TD, row_TP, rows_RD, weights_TK, indices_TK, slabs.addresses_P),
+        *(slabs.rank, layout.dim, layout.rows_per_slab),
         WITH_CHOICES=weights_TK is not None,
         WEIGHTS_AT=_start(slabs, "weights_RK"),
         INDICES_AT=_start(slabs, "indices_RK"),
@@ -88,11 +86,9 @@ def take_choices(slabs: Slabs) -> tuple[Tensor, Tensor, Tensor]:
     return weights_RK, indices_RK, counts_P
 
 
-def take_rows(slabs: Slabs, counts_P: Tensor) -> Tensor:
-    """As `Exchange.take_rows`. Rows that nobody filled stay unwritten."""
-    rows_RD = torch.empty_like(slabs.own.rows_RD)
+def take_rows(slabs: Slabs, counts_P: Tensor, rows_RD: Tensor) -> None:
+    """As `Exchange.take_rows`."""
     _copy(slabs, slabs.own.rows_RD, rows_RD, counts_P)
-    return rows_RD
 
 
 def put(slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
@@ -102,19 +98,20 @@ def put(slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None 
         _copy(slabs, weights_RK, slabs.own.weights_RK, counts_P)
 
 
-def pull(slabs: Slabs, row_TP: Tensor, with_weights: bool) -> tuple[Tensor, Tensor | None]:
+def pull(slabs: Slabs, row_TP: Tensor, y_RD: Tensor, weights_RK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """As `Exchange.pull`."""
     layout, num_tokens = slabs.layout, row_TP.shape[0]
     sums_TD = torch.empty(num_tokens, layout.dim, dtype=layout.dtype, device=row_TP.device)
     weights_TK = None
-    if with_weights:
+    if weights_RK is not None:
         shape = num_tokens, layout.n_activated_experts
         weights_TK = torch.empty(shape, dtype=layout.weights_dtype, device=row_TP.device)
     launch(
         kernels.pull,
         (num_tokens, triton.cdiv(layout.dim, _stretch(layout.dim))),
-        *(sums_TD, weights_TK, row_TP, slabs.addresses_P, layout.dim, slabs.own_slab.start, layout.rows_per_slab),
-        WITH_WEIGHTS=with_weights,
+        *(sums_TD, weights_TK, row_TP, _aligned(y_RD), _aligned(weights_RK), slabs.addresses_P),
+        *(slabs.rank, layout.dim, layout.rows_per_slab),
+        WITH_WEIGHTS=weights_RK is not None,
         WEIGHTS_AT=_start(slabs, "weights_RK"),
         SUM=_sum_type(layout.dtype),
         WEIGHTS_SUM=_sum_type(layout.weights_dtype),
@@ -127,16 +124,21 @@ def pull(slabs: Slabs, row_TP: Tensor, with_weights: bool) -> tuple[Tensor, Tens
 
 
 def _copy(slabs: Slabs, source_RX: Tensor, target_RX: Tensor, counts_P: Tensor) -> None:
-    """Copy the filled rows."""
+    """Copy the rows that other ranks filled."""
     num_rows, width = source_RX.shape
     rows, columns = _tile(width)
     launch(
-        kernels.copy_filled,
+        kernels.copy_of_others,
         (triton.cdiv(num_rows, rows), triton.cdiv(width, columns)),
-        *(source_RX, target_RX, counts_P, slabs.layout.rows_per_slab, num_rows, width),
+        *(source_RX, target_RX, counts_P, slabs.rank, slabs.layout.rows_per_slab, num_rows, width),
         ROWS=rows,
         COLUMNS=columns,
     )
+
+
+def _aligned(rows_RX: Tensor | None) -> Tensor | None:
+    """Return rows in memory that starts at a multiple of 16 bytes, as the region's parts do."""
+    return rows_RX if rows_RX is None or rows_RX.data_ptr() % 16 == 0 else rows_RX.clone()
 
 
 def _start(slabs: Slabs, part: str) -> int:

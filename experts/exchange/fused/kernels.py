@@ -11,6 +11,14 @@ def _part(addresses, rank, START: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _part_or_own(addresses, rank, own_rank, own, START: tl.constexpr):
+    """Return the pointer to a part of another rank's region, or for this rank itself the pointer `own`."""
+    address = tl.load(addresses + rank) + START
+    address = tl.where(rank == own_rank, own.to(tl.int64, bitcast=True), address)
+    return tl.multiple_of(address.to(tl.pointer_type(own.dtype.element_ty)), 16)
+
+
+@triton.jit
 def _goes(indices, token, num_tokens, to, n_local_experts, K: tl.constexpr, CHOICES: tl.constexpr):
     """Return 1 for each token that chose an expert of a rank, and 0 for the others."""
     choice = tl.arange(0, CHOICES)
@@ -59,11 +67,12 @@ def place(
 def push(
     x,
     rows,
+    own,
     weights,
     indices,
     addresses,
+    rank,
     dim,
-    first_row,
     rows_per_slab,
     WITH_CHOICES: tl.constexpr,
     WEIGHTS_AT: tl.constexpr,
@@ -85,8 +94,8 @@ def push(
     for to in tl.static_range(P):
         row = tl.load(rows + token * P + to)
         fits = (row >= 0) & (row < rows_per_slab)
-        at = first_row + row.to(tl.int64)
-        target = _part(addresses, to, 0, x.dtype.element_ty)
+        at = row.to(tl.int64) + rank * rows_per_slab
+        target = _part_or_own(addresses, to, rank, own, 0)
         tl.store(target + at * dim + columns, values, mask=(columns < dim) & fits)
         if WITH_CHOICES:
             target_weights = _part(addresses, to, WEIGHTS_AT, weights.dtype.element_ty)
@@ -100,9 +109,11 @@ def pull(
     sums,
     weights,
     rows,
+    own,
+    own_weights,
     addresses,
+    rank,
     dim,
-    first_row,
     rows_per_slab,
     WITH_WEIGHTS: tl.constexpr,
     WEIGHTS_AT: tl.constexpr,
@@ -123,11 +134,11 @@ def pull(
     for source in tl.static_range(P):
         row = tl.load(rows + token * P + source)
         has = (row >= 0) & (row < rows_per_slab)
-        at = first_row + row.to(tl.int64)
-        part = _part(addresses, source, 0, sums.dtype.element_ty)
+        at = row.to(tl.int64) + rank * rows_per_slab
+        part = _part_or_own(addresses, source, rank, own, 0)
         total += tl.load(part + at * dim + columns, mask=(columns < dim) & has, other=0.0).to(SUM)
         if WITH_WEIGHTS:
-            weights_part = _part(addresses, source, WEIGHTS_AT, weights.dtype.element_ty)
+            weights_part = _part_or_own(addresses, source, rank, own_weights, WEIGHTS_AT)
             weights_total += tl.load(weights_part + at * K + choice, mask=is_choice & has, other=0.0).to(WEIGHTS_SUM)
     tl.store(sums + token * dim + columns, total.to(sums.dtype.element_ty), mask=columns < dim)
     if WITH_WEIGHTS:
@@ -169,10 +180,11 @@ def take_choices(
 
 
 @triton.jit
-def copy_filled(
+def copy_of_others(
     source,
     target,
     counts,
+    rank,
     rows_per_slab,
     num_rows,
     width,
@@ -182,8 +194,8 @@ def copy_filled(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slab = row // rows_per_slab
     count = tl.load(counts + slab, mask=row < num_rows, other=0)
-    filled = row - slab * rows_per_slab < count
+    wanted = (row - slab * rows_per_slab < count) & (slab != rank)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = filled[:, None] & (columns < width)[None, :]
+    inside = wanted[:, None] & (columns < width)[None, :]
     where = row.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(target + where, tl.load(source + where, mask=inside, other=0.0), mask=inside)

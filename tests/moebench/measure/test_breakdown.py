@@ -151,6 +151,20 @@ def test_the_dispatcher_is_back_in_its_place_after_an_error(clock, monkeypatch, 
     assert layer.dispatcher is dispatcher
 
 
+def test_on_a_gpu_the_pass_is_handed_over_while_the_gpu_is_busy(clock, monkeypatch):
+    """The wait is behind `prepare` and before the ranks start together."""
+    happened = []
+    monkeypatch.setattr(module, "keep_busy", lambda wait_ms: happened.append(wait_ms))
+    monkeypatch.setattr(clock, "mark", clock.perf_counter, raising=False)
+    monkeypatch.setattr(clock, "ms_between", lambda start, end: (end - start) * 1e3, raising=False)
+    monkeypatch.setattr(clock, "wait_for", lambda mark: None, raising=False)
+    ranks, layer = Others([0.0, 0.0, 0.0]), Layer(clock)
+    monkeypatch.setattr(ranks, "align", lambda device: happened.append("start"))
+    cuda, prepare = torch.device("cuda"), lambda: happened.append("prepare")
+    assert breakdown(layer, layer.forward, cuda, ranks, prepare, hidden_ms=3.5) == parts(1.125, 2.0, 0.625)
+    assert happened == ["prepare", 3.5, "start"] * SAMPLES
+
+
 def test_alone_and_without_a_dispatcher_there_are_no_parts_and_no_call(clock):
     layer = Layer(clock)
     assert breakdown(layer, layer.forward, CPU, ALONE) == {}

@@ -73,10 +73,14 @@ BROKEN = [
     job("loop", seed=2),
     job("ranks:Hangs"),
     job("loop", seed=3),
+    job("ranks:DiesInCompute", "symm_mem"),  # the other rank waits in a combine
+    job("ranks:DiesInBackward", "symm_mem", mode="train"),  # the other rank waits in the backward of a combine
     job("ranks:Leaves"),
 ]
 #: `make test` leaves these out, because a group takes long to start.
-CERTIFIED = ("ranks:RunsOutOfMemory", "ranks:Hangs", "ranks:Leaves")
+CERTIFIED = tuple(
+    f"ranks:{name}" for name in ("RunsOutOfMemory", "Hangs", "DiesInCompute", "DiesInBackward", "Leaves")
+)
 
 
 def workers_of(folder):
@@ -222,13 +226,18 @@ def test_fp8_is_judged_by_its_recipe_on_all_ranks(run):
     assert re.search(r"\(rank [01], expert [0-3]\)", row.detail)
 
 
+KILLED = r"^its process exited with 1\n[^~]*rank +: 1 [^~]*SIGKILL"
+
+
 @pytest.mark.certify
 @pytest.mark.parametrize(
     ("name", "status", "detail"),
     [
         ("Raises", "error", r"^rank 1: ZeroDivisionError: no tokens for this rank\nTraceback[^~]* in forward\n"),
         ("RunsOutOfMemory", "oom", r"^rank 1: this rank has no memory left$"),
-        ("Dies", "crash", r"^its process exited with 1\n[^~]*rank +: 1 [^~]*SIGKILL"),
+        ("Dies", "crash", KILLED),
+        ("DiesInCompute", "crash", KILLED),
+        ("DiesInBackward", "crash", KILLED),
         ("Leaves", "crash", r"^a rank ended, as if all were well, before the group's work was done"),
         ("Hangs", "timeout", r"^no result after 10 s \(policy timeout_s\); the worker was killed$"),
     ],
