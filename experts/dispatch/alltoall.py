@@ -2,7 +2,7 @@
 
 This is the dispatcher `alltoall`. The ranks first exchange the numbers of tokens (the sizes), then one message between
 each pair of ranks carries rows, routing weights and indices (`experts.messages`). While the host waits for the sizes,
-the device packs the messages.
+the device packs the messages. While the messages travel, the device writes the message of the rank to itself.
 """
 
 from dataclasses import dataclass
@@ -17,29 +17,36 @@ from torch.autograd.function import once_differentiable
 from experts.autocast import without_autocast
 from experts.config import MoEConfig
 from experts.dispatch import Dispatched, OverGroup
-from experts.dispatch.collectives import all_to_all_rows, on_host
+from experts.dispatch.collectives import begin_all_to_all, on_host
 from experts.errors import Unsupported
-from experts.messages import Form, messages_on
+from experts.messages import Form, Plan, messages_on
 
 
 @dataclass(frozen=True)
 class _Route:
     """What combine and both backward passes need to move the rows of one dispatch.
 
-    `row_TP` and `counts_P` are those of `experts.messages`, on the device. `send` and `receive` have the number of rows
-    of the message to each rank and from each rank.
+    `send` and `receive` have the number of rows of the message to each rank and from each rank. A message to this rank
+    itself is not sent, so its number in `send` is 0.
     """
 
-    form: Form
-    row_TP: Tensor
-    counts_P: Tensor
+    plan: Plan
     send: list[int]
     receive: list[int]
     group: dist.ProcessGroup
 
-    def out(self, packed_SD: Tensor) -> Tensor:
-        """Send this rank's messages, and return the messages that it receives. Rows past the messages are not sent."""
-        return all_to_all_rows(packed_SD[: sum(self.send)], self.send, self.receive, self.group)
+    def out(self, packed_SD: Tensor, *tokens: Tensor) -> Tensor:
+        """Send the packed messages, and return the messages that this rank receives, also from itself.
+
+        `tokens` are x [T, D], and routing weights and indices [T, K] if they are in the messages.
+        """
+        received_RD = packed_SD.new_empty(sum(self.receive), packed_SD.shape[1])
+        sent, received = packed_SD[: sum(self.send)].split(self.send), [*received_RD.split(self.receive)]
+        own_SD, received[self.plan.own] = received[self.plan.own], sent[self.plan.own]
+        travel = begin_all_to_all(received, [*sent], self.group)
+        messages_on(packed_SD.device).pack_own(self.plan, own_SD, *tokens)
+        travel()
+        return received_RD
 
     def back(self, rows_RD: Tensor, weights_RK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Send rows, and weights if given, back to the ranks that they came from.
@@ -47,9 +54,17 @@ class _Route:
         Returns the sums over the ranks for each token of this rank, [T, D] and [T, K]. The rows must be in the order in
         which this rank received the tokens.
         """
-        rows_SD = all_to_all_rows(rows_RD, self.receive, self.send, self.group)
-        weights_SK = None if weights_RK is None else all_to_all_rows(weights_RK, self.receive, self.send, self.group)
-        return messages_on(rows_RD.device).sum_rows(rows_SD, self.row_TP, self.counts_P, self.form, weights_SK)
+        rows = self._come_back(rows_RD)
+        weights = None if weights_RK is None else self._come_back(weights_RK)
+        return messages_on(rows_RD.device).sum_rows(self.plan, rows, weights)
+
+    def _come_back(self, rows_RX: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows that other ranks send back, and those of this rank's message to itself, which stay here."""
+        back_SX = rows_RX.new_empty(sum(self.send), rows_RX.shape[1])
+        back, rows = back_SX.split(self.send), [*rows_RX.contiguous().split(self.receive)]
+        own_SX, rows[self.plan.own] = rows[self.plan.own], back[self.plan.own]
+        begin_all_to_all([*back], rows, self.group)()
+        return back_SX, own_SX
 
 
 class AllToAll(OverGroup):
@@ -101,16 +116,18 @@ class _Dispatch(Function):
         group: dist.ProcessGroup,
         n_local_experts: int,
     ) -> tuple[Tensor, Tensor, Tensor, _Route]:
-        messages = messages_on(x_TD.device)
+        messages, own = messages_on(x_TD.device), group.rank()
         form = Form(x_TD.shape[1], weights_TK.shape[1], x_TD.dtype, weights_TK.dtype)
         row_TP, sizes_2P = messages.plan(indices_TK, group.size(), n_local_experts)
         sent_P, received_P = sizes_2P
         dist.all_to_all_single(received_P, sent_P, group=group)
         sizes = on_host(sizes_2P)  # packing comes after the copy, and the host waits only for the copy
-        packed_SD = messages.pack(x_TD, row_TP, sent_P, form, weights_TK, indices_TK)
+        plan = Plan(form, row_TP, sent_P, own)
+        packed_SD = messages.pack(plan, x_TD, weights_TK, indices_TK)
         send, receive = ([form.length(count) for count in counts] for counts in sizes())
-        ctx.route = route = _Route(form, row_TP, sent_P, send, receive, group)
-        x_RD = route.out(packed_SD)
+        send[own] = 0
+        ctx.route = route = _Route(plan, send, receive, group)
+        x_RD = route.out(packed_SD, x_TD, weights_TK, indices_TK)
         weights_RK, indices_RK = messages.take_choices(x_RD, received_P, max(receive), form)
         ctx.mark_non_differentiable(indices_RK)
         return x_RD, weights_RK, indices_RK, route
@@ -136,5 +153,5 @@ class _Combine(Function):
     @without_autocast
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         route: _Route = ctx.route
-        packed_SD = messages_on(grad_TD.device).pack(grad_TD, route.row_TP, route.counts_P, route.form)
-        return route.out(packed_SD), None
+        packed_SD = messages_on(grad_TD.device).pack(route.plan, grad_TD)
+        return route.out(packed_SD, grad_TD), None

@@ -33,14 +33,21 @@ def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return share
 
 
-def all_to_all_rows(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send `send[r]` consecutive rows to each rank r, and receive `receive[r]` rows from each rank r.
+def begin_all_to_all(received: list[Tensor], sent: list[Tensor], group: dist.ProcessGroup) -> Callable[[], object]:
+    """Begin to send a tensor to each rank, and to receive one from each rank, into the tensors of `received`.
 
-    Returns the received rows, in the order of the ranks. No autograd.
+    Returns a function that waits for that; on a GPU, the device waits, and the host goes on. No autograd. gloo has no
+    such call for lists, so on a CPU the tensors are copied.
     """
-    received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
-    return received
+    if sent[0].is_cuda:
+        work = dist.all_to_all(received, sent, group=group, async_op=True)
+        return work.wait
+    whole = torch.cat(received)
+    sizes = ([len(one) for one in part] for part in (received, sent))
+    dist.all_to_all_single(whole, torch.cat(sent), *sizes, group=group)
+    for one, part in zip(received, whole.split([len(one) for one in received]), strict=True):
+        one.copy_(part)
+    return lambda: None
 
 
 class AllGatherRows(Function):

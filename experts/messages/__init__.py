@@ -1,13 +1,14 @@
 """Pack tokens into one message per rank, and sum the rows that come back.
 
-A buffer [S, D] holds one message for each of P ranks, in the order of the ranks. A message has the rows of its tokens,
-in the order of the tokens, and then the routing weights and the int32 indices of these rows. Weights and indices are
-bytes in the place of a few more rows, so that one message carries all, and the rows of all messages are one tensor.
-The engine takes them as they arrive: the rows that hold weights and indices get indices of −1.
+A message has the rows of its tokens, in the order of the tokens, and then the routing weights and the int32 indices of
+these rows. Weights and indices are bytes in the place of a few more rows, so that one message carries all, and the
+messages from all ranks, one after another, are one tensor of rows. The engine takes them as they arrive: the rows that
+hold weights and indices get indices of −1.
 
-Token t is row `row_TP[t, p]` of the message to rank p; −1: the token does not go there. `counts_P` has the number of
-tokens of each message. Both are on the device, and so no function here needs to know a size on the host before the
-rows travel.
+A buffer to send has the messages to the other ranks, in their order. The message of a rank to itself does not travel:
+it is written where the rank receives the messages, and is read there when the results come back.
+
+All numbers of tokens are on the device. So the messages can be packed before the host knows how long they are.
 
 The functions have two implementations. `eager` is plain torch: it defines what each function does. `fused` is Triton:
 each function is one kernel, and none waits for the device. As for `experts.steps`, the fused functions run on CUDA with
@@ -16,6 +17,7 @@ Triton, and EXPERTS_STEPS chooses otherwise.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -52,12 +54,12 @@ class Form:
     dtype: torch.dtype
     weights_dtype: torch.dtype
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """The size of a row."""
         return self.dim * self.dtype.itemsize
 
-    @property
+    @cached_property
     def unit(self) -> int:
         """The number of rows after which bytes are aligned again. Messages, and the choices in them, start there."""
         return ALIGNMENT_BYTES // math.gcd(ALIGNMENT_BYTES, self.row_bytes)
@@ -72,10 +74,24 @@ class Form:
         return self.choices_row(count) + rounded_up(-(-end // self.row_bytes), self.unit)
 
     def most_rows(self, num_tokens: int, num_ranks: int) -> int:
-        """Return a number of rows that is enough for the messages to all ranks, for any routing of the tokens."""
+        """Return a number of rows that is enough for the messages to some ranks, for any routing of the tokens."""
         count = num_tokens * min(num_ranks, self.n_activated_experts)
         alignment = 2 * self.unit + -(-ALIGNMENT_BYTES // self.row_bytes)  # of each message, at most
         return self.length(count) + num_ranks * alignment if num_tokens else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which token of this rank is in which message.
+
+    Token t is row `row_TP[t, p]` of the message to rank p; −1: the token does not go there. `counts_P` has the number
+    of tokens of each message. Both are int32, on the device. `own` is this rank.
+    """
+
+    form: Form
+    row_TP: Tensor
+    counts_P: Tensor
+    own: int
 
 
 class Messages(Protocol):
@@ -88,15 +104,19 @@ class Messages(Protocol):
         """
 
     def pack(
+        self, plan: Plan, x_TD: Tensor, weights_TK: Tensor | None = None, indices_TK: Tensor | None = None
+    ) -> Tensor:
+        """Return the messages to the other ranks, with weights and indices if they are given: [`form.most_rows`, D]."""
+
+    def pack_own(
         self,
+        plan: Plan,
+        message_SD: Tensor,
         x_TD: Tensor,
-        row_TP: Tensor,
-        counts_P: Tensor,
-        form: Form,
         weights_TK: Tensor | None = None,
         indices_TK: Tensor | None = None,
-    ) -> Tensor:
-        """Return the messages to all ranks, [`form.most_rows`, D], with weights and indices if they are given."""
+    ) -> None:
+        """Write the message of this rank to itself, with weights and indices if they are given."""
 
     def take_choices(self, received_RD: Tensor, counts_P: Tensor, longest: int, form: Form) -> tuple[Tensor, Tensor]:
         """Return routing weights [R, K] and int64 indices [R, K] of the messages that this rank has received.
@@ -105,11 +125,12 @@ class Messages(Protocol):
         """
 
     def sum_rows(
-        self, rows_SD: Tensor, row_TP: Tensor, counts_P: Tensor, form: Form, weights_SK: Tensor | None = None
+        self, plan: Plan, rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the sum [T, D] of each token's rows in all messages and, if given, the sum [T, K] of its weights.
 
-        Here the weights come as rows, [S, K]. Sums are in float32 (float64 for float64), in the order of the ranks. A
+        `rows` are the messages from the other ranks [S, D] and the message of this rank to itself. The weights come in
+        the same way, as rows of K columns. Sums are in float32 (float64 for float64), in the order of the ranks. A
         token without rows has zeros.
         """
 

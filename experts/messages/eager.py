@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from experts.activations import accumulation_dtype
-from experts.messages import ALIGNMENT_BYTES, MAX_INDEX, Form, choices_bytes, rounded_up
+from experts.messages import ALIGNMENT_BYTES, MAX_INDEX, Form, Plan, choices_bytes, rounded_up
 
 
 def plan(indices_TK: Tensor, num_ranks: int, n_local_experts: int) -> tuple[Tensor, Tensor]:
@@ -17,25 +17,38 @@ def plan(indices_TK: Tensor, num_ranks: int, n_local_experts: int) -> tuple[Tens
     return torch.where(goes_TP, goes_TP.cumsum(dim=0) - 1, -1).int(), sizes_2P
 
 
-def pack(
+def pack(plan: Plan, x_TD: Tensor, weights_TK: Tensor | None = None, indices_TK: Tensor | None = None) -> Tensor:
+    """As `Messages.pack`."""
+    num_tokens, num_ranks = plan.row_TP.shape
+    rows_SD = x_TD.new_empty(plan.form.most_rows(num_tokens, num_ranks - 1), plan.form.dim)
+    for to, (start, _) in enumerate(_spans(plan.counts_P, plan.form, plan.own)):
+        if to != plan.own:
+            _pack(plan, to, rows_SD[start:], x_TD, weights_TK, indices_TK)
+    return rows_SD
+
+
+def pack_own(
+    plan: Plan,
+    message_SD: Tensor,
     x_TD: Tensor,
-    row_TP: Tensor,
-    counts_P: Tensor,
-    form: Form,
     weights_TK: Tensor | None = None,
     indices_TK: Tensor | None = None,
-) -> Tensor:
-    """As `Messages.pack`."""
-    rows_SD = x_TD.new_empty(form.most_rows(*row_TP.shape), form.dim)
-    for (start, count), row_T in zip(_spans(counts_P, form), row_TP.unbind(dim=1), strict=True):
-        token_N = (row_T >= 0).nonzero().squeeze(1)
-        rows_SD[start : start + count] = x_TD[token_N]
-        if weights_TK is not None and indices_TK is not None:
-            choices = pack_choices(weights_TK[token_N], indices_TK[token_N], count)
-            first = (start + form.choices_row(count)) * form.row_bytes
-            end = choices_bytes(count, form.n_activated_experts, form.weights_dtype)[1]
-            rows_SD.view(-1).view(torch.uint8)[first : first + end] = choices[:end]
-    return rows_SD
+) -> None:
+    """As `Messages.pack_own`."""
+    _pack(plan, plan.own, message_SD, x_TD, weights_TK, indices_TK)
+
+
+def _pack(
+    plan: Plan, to: int, message_SD: Tensor, x_TD: Tensor, weights_TK: Tensor | None, indices_TK: Tensor | None
+) -> None:
+    form, token_N = plan.form, (plan.row_TP[:, to] >= 0).nonzero().squeeze(1)
+    count = token_N.shape[0]
+    message_SD[:count] = x_TD[token_N]
+    if weights_TK is not None and indices_TK is not None:
+        choices = pack_choices(weights_TK[token_N], indices_TK[token_N], count)
+        first = form.choices_row(count) * form.row_bytes
+        end = choices_bytes(count, form.n_activated_experts, form.weights_dtype)[1]
+        message_SD.view(-1).view(torch.uint8)[first : first + end] = choices[:end]
 
 
 def take_choices(received_RD: Tensor, counts_P: Tensor, longest: int, form: Form) -> tuple[Tensor, Tensor]:
@@ -53,11 +66,10 @@ def take_choices(received_RD: Tensor, counts_P: Tensor, longest: int, form: Form
 
 
 def sum_rows(
-    rows_SD: Tensor, row_TP: Tensor, counts_P: Tensor, form: Form, weights_SK: Tensor | None = None
+    plan: Plan, rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """As `Messages.sum_rows`."""
-    sums_TD = _sum(rows_SD, row_TP, counts_P, form)
-    return sums_TD, None if weights_SK is None else _sum(weights_SK, row_TP, counts_P, form)
+    return _sum(plan, *rows), None if weights is None else _sum(plan, *weights)
 
 
 def pack_choices(weights_TK: Tensor, indices_TK: Tensor, num_rows: int) -> Tensor:
@@ -91,18 +103,19 @@ def _choices(packed: Tensor, count: int, n_activated_experts: int, weights_dtype
     return weights.view(count, n_activated_experts), indices.view(count, n_activated_experts).long()
 
 
-def _spans(counts_P: Tensor, form: Form) -> list[tuple[int, int]]:
-    """Return the first row and the number of tokens of each message."""
+def _spans(counts_P: Tensor, form: Form, absent: int = -1) -> list[tuple[int, int]]:
+    """Return the first row and the number of tokens of each message. The message of a rank may be absent."""
     spans, start = [], 0
-    for count in counts_P.tolist():
+    for rank, count in enumerate(counts_P.tolist()):
         spans.append((start, count))
-        start += form.length(count)
+        start += form.length(count) if rank != absent else 0
     return spans
 
 
-def _sum(rows_SX: Tensor, row_TP: Tensor, counts_P: Tensor, form: Form) -> Tensor:
+def _sum(plan: Plan, rows_SX: Tensor, own_SX: Tensor) -> Tensor:
     acc = accumulation_dtype(rows_SX.dtype)
-    sums_TX = torch.zeros(row_TP.shape[0], rows_SX.shape[1], dtype=acc, device=rows_SX.device)
-    for (start, count), row_T in zip(_spans(counts_P, form), row_TP.unbind(dim=1), strict=True):
-        sums_TX[row_T >= 0] += rows_SX[start : start + count].to(acc)
+    sums_TX = torch.zeros(plan.row_TP.shape[0], rows_SX.shape[1], dtype=acc, device=rows_SX.device)
+    for source, (start, count) in enumerate(_spans(plan.counts_P, plan.form, plan.own)):
+        part_NX = own_SX[:count] if source == plan.own else rows_SX[start : start + count]
+        sums_TX[plan.row_TP[:, source] >= 0] += part_NX.to(acc)
     return sums_TX.to(rows_SX.dtype)

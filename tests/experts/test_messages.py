@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from experts.activations import accumulation_dtype
-from experts.messages import Form, eager, messages_on
+from experts.messages import Form, Plan, eager, messages_on
 from tests.experts.compiled import compile_launches
 from tests.experts.layers import BF16, F16, F32, F64, INTERPRETED
 
@@ -94,7 +94,8 @@ class Given:
             torch.randint(-1, self.num_ranks * LOCAL, (count, num_choices), generator=self.generator).to(device)
             for count in num_tokens
         ]
-        self.plans = [self.messages.plan(indices, self.num_ranks, LOCAL) for indices in self.indices]
+        self.sizes = [self.messages.plan(indices, self.num_ranks, LOCAL) for indices in self.indices]
+        self.plans = [Plan(self.form, row_TP, sizes_2P[0], own) for own, (row_TP, sizes_2P) in enumerate(self.sizes)]
 
     def random(self, count: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(count, width, generator=self.generator).to(self.device, dtype)
@@ -108,16 +109,23 @@ class Given:
         """Return the length of the message of one rank to each rank."""
         return [self.form.length(len(self.goes(source, to))) for to in range(self.num_ranks)]
 
-    def message(self, source: int, to: int) -> slice:
-        """Return the rows of a message among all messages of its source."""
-        first = sum(self.lengths(source)[:to])
-        return slice(first, first + self.lengths(source)[to])
+    def sent(self, source: int, with_choices: bool) -> list[Tensor]:
+        """Return the messages of one rank to each rank."""
+        choices = (self.weights[source], self.indices[source]) if with_choices else ()
+        lengths, plan = self.lengths(source), self.plans[source]
+        own = torch.full((lengths[source], self.form.dim), torch.nan, dtype=self.form.dtype, device=self.device)
+        lengths[source] = 0
+        packed = self.messages.pack(plan, self.x[source], *choices)
+        messages = [*packed[: sum(lengths)].split(lengths)]
+        self.messages.pack_own(plan, own, self.x[source], *choices)
+        messages[source] = own
+        return messages
 
-    def arrived(self, packed: list[Tensor], to: int) -> tuple[Tensor, Tensor, int]:
+    def arrived(self, sent: list[list[Tensor]], to: int) -> tuple[Tensor, Tensor, int]:
         """Return what a rank receives: the messages, their numbers of tokens, and the longest one's length."""
         sources = range(self.num_ranks)
         counts = torch.tensor([len(self.goes(source, to)) for source in sources], dtype=torch.int32)
-        received = torch.cat([packed[source][self.message(source, to)] for source in sources])
+        received = torch.cat([sent[source][to] for source in sources])
         return received, counts.to(self.device), max(self.lengths(source)[to] for source in sources)
 
 
@@ -128,16 +136,10 @@ def test_every_rank_gets_the_tokens_that_chose_its_experts(
 ) -> None:
     """With their weights and indices, bit by bit. A row that is no token has indices of −1 and weights of zero."""
     given = Given(num_tokens, num_choices, dim, name, device, dtype, weights_dtype)
-    pack, take = given.messages.pack, given.messages.take_choices
-    packed = [
-        pack(x_TD, row_TP, sizes_2P[0], given.form, weights_TK, indices_TK)
-        for x_TD, weights_TK, indices_TK, (row_TP, sizes_2P) in zip(
-            given.x, given.weights, given.indices, given.plans, strict=True
-        )
-    ]
+    sent = [given.sent(source, with_choices=True) for source in range(given.num_ranks)]
     for to in range(given.num_ranks):
-        received, counts_P, longest = given.arrived(packed, to)
-        weights_RK, indices_RK = take(received, counts_P, longest, given.form)
+        received, counts_P, longest = given.arrived(sent, to)
+        weights_RK, indices_RK = given.messages.take_choices(received, counts_P, longest, given.form)
         assert (weights_RK.dtype, indices_RK.dtype) == (weights_dtype, torch.int64)
         assert weights_RK.shape[0] == indices_RK.shape[0] == received.shape[0]
         first = 0
@@ -159,7 +161,7 @@ def test_a_plan_numbers_the_tokens_of_each_message(
     num_tokens: tuple[int, ...], num_choices: int, dim: int, name: str, device: str, dtype: Any, weights_dtype: Any
 ) -> None:
     given = Given(num_tokens, num_choices, dim, name, device, dtype, weights_dtype)
-    for source, (row_TP, sizes_2P) in enumerate(given.plans):
+    for source, (row_TP, sizes_2P) in enumerate(given.sizes):
         assert (row_TP.dtype, sizes_2P.dtype, sizes_2P.shape) == (torch.int32, torch.int32, (2, given.num_ranks))
         for to in range(given.num_ranks):
             tokens = given.goes(source, to)
@@ -184,35 +186,32 @@ def test_rows_that_come_back_are_summed_in_the_order_of_the_ranks(
 ) -> None:
     """Rows that are no tokens are NaN here, and are not summed. A token without rows has zeros."""
     given = Given(num_tokens, num_choices, dim, name, device, dtype, weights_dtype)
-    for source, (row_TP, sizes_2P) in enumerate(given.plans):
-        num_rows = sum(given.lengths(source))
-        both = given.random(num_rows, dim, dtype), given.random(num_rows, num_choices, weights_dtype)
-        right = [torch.zeros(num_tokens[source], part.shape[1], device=device) for part in both]
-        right = [part.to(accumulation_dtype(rows.dtype)) for part, rows in zip(right, both, strict=True)]
-        for to in range(given.num_ranks):
-            tokens, message = given.goes(source, to), given.message(source, to)
-            for part, rows in zip(right, both, strict=True):
-                part[tokens] += rows[message][: len(tokens)].to(part.dtype)
-                rows[message][len(tokens) :] = torch.nan
-        weights_SK = both[1] if with_weights else None
-        sums_TD, weights_TK = given.messages.sum_rows(both[0], row_TP, sizes_2P[0], given.form, weights_SK)
-        assert torch.equal(sums_TD, right[0].to(dtype))
-        if with_weights:
-            assert weights_TK is not None
-            assert torch.equal(weights_TK, right[1].to(weights_dtype))
-        else:
-            assert weights_TK is None
+    for source, plan in enumerate(given.plans):
+        right, both = [], []
+        for width, its_dtype in ((dim, dtype), (num_choices, weights_dtype)):
+            sums = torch.zeros(num_tokens[source], width, dtype=accumulation_dtype(its_dtype), device=device)
+            messages = [given.random(length, width, its_dtype) for length in given.lengths(source)]
+            for to, message in enumerate(messages):
+                tokens = given.goes(source, to)
+                sums[tokens] += message[: len(tokens)].to(sums.dtype)
+                message[len(tokens) :] = torch.nan
+            own = messages.pop(source)
+            right.append(sums.to(its_dtype))
+            both.append((torch.cat([*messages, own[:0]]), own))
+        sums_TD, weights_TK = given.messages.sum_rows(plan, both[0], both[1] if with_weights else None)
+        assert torch.equal(sums_TD, right[0])
+        assert (weights_TK is None) == (not with_weights)
+        assert weights_TK is None or torch.equal(weights_TK, right[1])
 
 
 @on_every_setup
 def test_rows_travel_without_choices(name: str, device: str, dtype: torch.dtype, weights_dtype: torch.dtype) -> None:
     """The gradient of a combine goes to the rows that dispatch has chosen."""
     given = Given((5, 0, 9), 3, 20, name, device, dtype, weights_dtype)
-    for source, (x_TD, (row_TP, sizes_2P)) in enumerate(zip(given.x, given.plans, strict=True)):
-        packed = given.messages.pack(x_TD, row_TP, sizes_2P[0], given.form)
-        for to in range(given.num_ranks):
+    for source, x_TD in enumerate(given.x):
+        for to, message in enumerate(given.sent(source, with_choices=False)):
             tokens = given.goes(source, to)
-            assert torch.equal(packed[given.message(source, to)][: len(tokens)], x_TD[tokens])
+            assert torch.equal(message[: len(tokens)], x_TD[tokens])
 
 
 @on_every_setup
@@ -223,7 +222,7 @@ def test_tokens_are_numbered_through_all_blocks(
     if name == "fused":
         monkeypatch.setattr(functions(name), "MAX_INDICES", 64)
     given = Given((50, 32), 3, 5, name, device, dtype, weights_dtype)
-    for source, (row_TP, sizes_2P) in enumerate(given.plans):
+    for source, (row_TP, sizes_2P) in enumerate(given.sizes):
         for to in range(2):
             tokens = given.goes(source, to)
             assert row_TP[tokens, to].tolist() == list(range(len(tokens)))
@@ -239,8 +238,8 @@ def test_an_index_that_is_no_expert_stays_no_expert(
     wrong = torch.tensor([[1 << 40, 0, (1 << 32) + 2], [-(1 << 40), -7, 5]], device=device)
     row_TP, sizes_2P = given.messages.plan(wrong, 2, LOCAL)
     assert row_TP.tolist() == [[0, -1], [-1, -1]]  # only index 0 is an expert of the four
-    packed = given.messages.pack(given.x[0], row_TP, sizes_2P[0], given.form, given.weights[0], wrong)
-    length = given.form.length(1)
+    plan, length = Plan(given.form, row_TP, sizes_2P[0], 1), given.form.length(1)
+    packed = given.messages.pack(plan, given.x[0], given.weights[0], wrong)
     _, indices_RK = given.messages.take_choices(packed[:length], sizes_2P[0, :1], length, given.form)
     assert indices_RK[0].tolist() == [2**31 - 1, 0, 2**31 - 1]
 
@@ -317,9 +316,10 @@ def test_the_kernels_compile_for_sm90_and_move_16_bytes_at_a_time(ptx: dict[str,
     x_TD, weights_TK = torch.zeros(64, 2048, dtype=BF16), torch.zeros(64, 8)
     indices_TK = torch.zeros(64, 8, dtype=torch.int64)
     row_TP, sizes_2P = messages.plan(indices_TK, 8, 16)
-    packed = messages.pack(x_TD, row_TP, sizes_2P[0], form, weights_TK, indices_TK)
+    plan = Plan(form, row_TP, sizes_2P[0], 3)
+    packed = messages.pack(plan, x_TD, weights_TK, indices_TK)
     messages.take_choices(packed, sizes_2P[1], 64, form)
-    messages.sum_rows(packed, row_TP, sizes_2P[0], form, torch.zeros(packed.shape[0], 8))
+    messages.sum_rows(plan, (packed, packed), (torch.zeros(packed.shape[0], 8),) * 2)
     messages.unpack_choices(messages.pack_choices(weights_TK, indices_TK, 64), 64, 8, F32)
     assert {*ptx} == {"plan", "pack", "take_choices", "sum_rows", "pack_choices", "unpack_choices"}
     for kernel in ("pack", "sum_rows"):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from experts.messages import ALIGNMENT_BYTES, INDEX_BYTES, Form, choices_bytes, rounded_up
+from experts.messages import ALIGNMENT_BYTES, INDEX_BYTES, Form, Plan, choices_bytes, rounded_up
 from experts.messages.fused import kernels
 from experts.steps.fused.launch import launch
 
@@ -41,30 +41,51 @@ def plan(indices_TK: Tensor, num_ranks: int, n_local_experts: int) -> tuple[Tens
     return row_TP, sizes_2P
 
 
-def pack(
+def pack(plan: Plan, x_TD: Tensor, weights_TK: Tensor | None = None, indices_TK: Tensor | None = None) -> Tensor:
+    """As `Messages.pack`."""
+    num_tokens, num_ranks = plan.row_TP.shape
+    num_rows = plan.form.most_rows(num_tokens, num_ranks - 1)
+    rows_SD = torch.empty(num_rows, plan.form.dim, dtype=x_TD.dtype, device=x_TD.device)
+    _pack(plan, rows_SD, x_TD, weights_TK, indices_TK, first=0, last=num_ranks, absent=plan.own)
+    return rows_SD
+
+
+def pack_own(
+    plan: Plan,
+    message_SD: Tensor,
     x_TD: Tensor,
-    row_TP: Tensor,
-    counts_P: Tensor,
-    form: Form,
     weights_TK: Tensor | None = None,
     indices_TK: Tensor | None = None,
-) -> Tensor:
-    """As `Messages.pack`."""
-    num_tokens, num_ranks = row_TP.shape
-    rows_SD = torch.empty(form.most_rows(num_tokens, num_ranks), form.dim, dtype=x_TD.dtype, device=x_TD.device)
+) -> None:
+    """As `Messages.pack_own`."""
+    _pack(plan, message_SD, x_TD, weights_TK, indices_TK, first=plan.own, last=plan.own + 1, absent=-1)
+
+
+def _pack(
+    plan: Plan,
+    packed_SD: Tensor,
+    x_TD: Tensor,
+    weights_TK: Tensor | None,
+    indices_TK: Tensor | None,
+    first: int,
+    last: int,
+    absent: int,
+) -> None:
+    """Write the messages to the ranks `first` … `last − 1` without `absent`."""
+    (num_tokens, num_ranks), dim = plan.row_TP.shape, plan.form.dim
     weights_TK = None if weights_TK is None else weights_TK.contiguous()
     indices_TK = None if indices_TK is None else indices_TK.contiguous()
-    stretch = _stretch(form.dim)
+    stretch = _stretch(dim)
     launch(
         kernels.pack,
-        (num_tokens, triton.cdiv(form.dim, stretch)),
-        *(x_TD.contiguous(), rows_SD, row_TP, counts_P, weights_TK, indices_TK, form.dim),
+        (num_tokens, triton.cdiv(dim, stretch)),
+        *(x_TD.contiguous(), packed_SD, plan.row_TP, plan.counts_P, weights_TK, indices_TK, dim, first, absent),
         WITH_CHOICES=weights_TK is not None,
+        TARGETS=last - first,
         P=num_ranks,
         STRETCH=stretch,
-        **_constants(form),
+        **_constants(plan.form),
     )
-    return rows_SD
 
 
 def take_choices(received_RD: Tensor, counts_P: Tensor, longest: int, form: Form) -> tuple[Tensor, Tensor]:
@@ -86,23 +107,25 @@ def take_choices(received_RD: Tensor, counts_P: Tensor, longest: int, form: Form
 
 
 def sum_rows(
-    rows_SD: Tensor, row_TP: Tensor, counts_P: Tensor, form: Form, weights_SK: Tensor | None = None
+    plan: Plan, rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """As `Messages.sum_rows`."""
-    num_tokens, num_ranks = row_TP.shape
-    sums_TD = torch.empty(num_tokens, form.dim, dtype=rows_SD.dtype, device=rows_SD.device)
+    (num_tokens, num_ranks), form = plan.row_TP.shape, plan.form
+    sums_TD = torch.empty(num_tokens, form.dim, dtype=rows[0].dtype, device=rows[0].device)
     weights_TK = None
-    if weights_SK is not None:
+    if weights is not None:
         shape = num_tokens, form.n_activated_experts
-        weights_TK = torch.empty(shape, dtype=weights_SK.dtype, device=rows_SD.device)
+        weights_TK = torch.empty(shape, dtype=weights[0].dtype, device=rows[0].device)
     stretch = _stretch(form.dim)
     launch(
         kernels.sum_rows,
         (num_tokens, triton.cdiv(form.dim, stretch)),
-        *(rows_SD.contiguous(), sums_TD, row_TP, counts_P, weights_SK, weights_TK, form.dim),
-        WITH_WEIGHTS=weights_SK is not None,
-        SUM=_sum_type(rows_SD.dtype),
-        WEIGHTS_SUM=_sum_type(form.weights_dtype if weights_SK is None else weights_SK.dtype),
+        *rows,
+        *(weights or (None, None)),
+        *(sums_TD, weights_TK, plan.row_TP, plan.counts_P, form.dim, plan.own),
+        WITH_WEIGHTS=weights is not None,
+        SUM=_sum_type(rows[0].dtype),
+        WEIGHTS_SUM=_sum_type(form.weights_dtype if weights is None else weights[0].dtype),
         P=num_ranks,
         STRETCH=stretch,
         **_constants(form),

@@ -65,7 +65,10 @@ def pack(
     weights,
     indices,
     dim,
+    first,
+    absent,
     WITH_CHOICES: tl.constexpr,
+    TARGETS: tl.constexpr,
     P: tl.constexpr,
     K: tl.constexpr,
     CHOICES: tl.constexpr,
@@ -75,6 +78,7 @@ def pack(
     UNIT: tl.constexpr,
     STRETCH: tl.constexpr,
 ):
+    """Write the messages to TARGETS ranks from the rank `first` on. The message to the rank `absent` is left out."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
     values = tl.load(x + token * dim + columns, mask=columns < dim, other=0.0)
@@ -85,10 +89,11 @@ def pack(
         index = tl.load(indices + token * K + choice, mask=is_choice, other=-1)
         index = tl.minimum(tl.maximum(index, -1), 0x7FFFFFFF).to(tl.int32)
     start = 0
-    for to in tl.static_range(P):
+    for target in tl.static_range(TARGETS):
+        to = first + target
         count = tl.load(counts + to)
         row = tl.load(rows + token * P + to)
-        goes = row >= 0
+        goes = (row >= 0) & (to != absent)
         at = start + row.to(tl.int64)
         tl.store(packed + at * dim + columns, values, mask=(columns < dim) & goes)
         if WITH_CHOICES:
@@ -98,7 +103,7 @@ def pack(
             where = row.to(tl.int64) * K + choice
             tl.store(its_weights + where, weight, mask=is_choice & goes)
             tl.store(its_indices + where, index, mask=is_choice & goes)
-        start += _length(count, WEIGHTS_BYTES, INDICES_BYTES, ROW_BYTES, UNIT)
+        start += tl.where(to == absent, 0, _length(count, WEIGHTS_BYTES, INDICES_BYTES, ROW_BYTES, UNIT))
 
 
 @triton.jit
@@ -141,12 +146,15 @@ def take_choices(
 @triton.jit
 def sum_rows(
     packed,
+    packed_own,
+    packed_weights,
+    packed_own_weights,
     sums,
+    weights,
     rows,
     counts,
-    packed_weights,
-    weights,
     dim,
+    own,
     WITH_WEIGHTS: tl.constexpr,
     SUM: tl.constexpr,
     WEIGHTS_SUM: tl.constexpr,
@@ -169,13 +177,17 @@ def sum_rows(
     start = 0
     for source in tl.static_range(P):
         row = tl.load(rows + token * P + source)
-        has = row >= 0
-        at = start + row.to(tl.int64)
-        total += tl.load(packed + at * dim + columns, mask=(columns < dim) & has, other=0.0).to(SUM)
+        here, there = (row >= 0) & (source == own), (row >= 0) & (source != own)
+        row = row.to(tl.int64)
+        at = start + row
+        value = tl.load(packed + at * dim + columns, mask=(columns < dim) & there, other=0.0).to(SUM)
+        total += value + tl.load(packed_own + row * dim + columns, mask=(columns < dim) & here, other=0.0).to(SUM)
         if WITH_WEIGHTS:
-            weight = tl.load(packed_weights + at * K + choice, mask=is_choice & has, other=0.0)
-            weights_total += weight.to(WEIGHTS_SUM)
-        start += _length(tl.load(counts + source), WEIGHTS_BYTES, INDICES_BYTES, ROW_BYTES, UNIT)
+            weight = tl.load(packed_weights + at * K + choice, mask=is_choice & there, other=0.0).to(WEIGHTS_SUM)
+            weight += tl.load(packed_own_weights + row * K + choice, mask=is_choice & here, other=0.0).to(WEIGHTS_SUM)
+            weights_total += weight
+        length = _length(tl.load(counts + source), WEIGHTS_BYTES, INDICES_BYTES, ROW_BYTES, UNIT)
+        start += tl.where(source == own, 0, length)
     tl.store(sums + token * dim + columns, total.to(sums.dtype.element_ty), mask=columns < dim)
     if WITH_WEIGHTS:
         tl.store(weights + token * K + choice, weights_total.to(weights.dtype.element_ty), mask=is_choice)

@@ -78,9 +78,7 @@ BROKEN = [
     job("ranks:Leaves"),
 ]
 #: `make test` leaves these out, because a group takes long to start.
-CERTIFIED = tuple(
-    f"ranks:{name}" for name in ("RunsOutOfMemory", "Hangs", "DiesInCompute", "DiesInBackward", "Leaves")
-)
+CERTIFIED = tuple(f"ranks:{name}" for name in ("RunsOutOfMemory", "Hangs", "DiesInCompute", "DiesInBackward", "Leaves"))
 
 
 def workers_of(folder):
