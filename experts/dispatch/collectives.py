@@ -37,15 +37,15 @@ def begin_all_to_all(received: list[Tensor], sent: list[Tensor], group: dist.Pro
     """Begin to send a tensor to each rank, and to receive one from each rank, into the tensors of `received`.
 
     Returns a function that waits for that; on a GPU, the device waits, and the host goes on. No autograd. gloo has no
-    such call for lists, so on a CPU the tensors are copied.
+    such call for lists, so with gloo the tensors are copied.
     """
-    if sent[0].is_cuda:
-        work = dist.all_to_all(received, sent, group=group, async_op=True)
-        return work.wait
+    if dist.get_backend(group) != "gloo":
+        wait: Callable[[], object] = dist.all_to_all(received, sent, group=group, async_op=True).wait
+        return wait
+    lengths = [len(one) for one in received]
     whole = torch.cat(received)
-    sizes = ([len(one) for one in part] for part in (received, sent))
-    dist.all_to_all_single(whole, torch.cat(sent), *sizes, group=group)
-    for one, part in zip(received, whole.split([len(one) for one in received]), strict=True):
+    dist.all_to_all_single(whole, torch.cat(sent), lengths, [len(one) for one in sent], group=group)
+    for one, part in zip(received, whole.split(lengths), strict=True):
         one.copy_(part)
     return lambda: None
 
