@@ -39,7 +39,7 @@ def begin_all_to_all(received: list[Tensor], sent: list[Tensor], group: dist.Pro
     Returns a function that waits for that; on a GPU, the device waits, and the host goes on. No autograd. gloo has no
     such call for lists, so with gloo the tensors are copied.
     """
-    if dist.get_backend(group) != "gloo":
+    if sent[0].is_cuda and dist.get_backend(group) != "gloo":
         wait: Callable[[], object] = dist.all_to_all(received, sent, group=group, async_op=True).wait
         return wait
     lengths = [len(one) for one in received]

@@ -107,7 +107,7 @@ def equal_tokens() -> None:
         assert_same(run(made, batch), right)
     more = random_batch(config, 51).map(lambda tensor: tensor.cuda())
     if dist.get_rank() == 1:
-        with pytest.raises(InputError, match="^x has 51 tokens, and had 50 in the first call"):
+        with pytest.raises(InputError, match=r"^x has 51 tokens, and had 50 in the first call"):
             run(made, more)
     assert_same(run(made, batch), right)
     uneven = layer("torch_mm", config, "allgather", equal_tokens=True)
