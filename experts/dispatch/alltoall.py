@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from experts.autocast import without_autocast
 from experts.config import MoEConfig
 from experts.dispatch import Dispatched, OverGroup
-from experts.dispatch.collectives import begin_all_to_all, on_host
+from experts.dispatch.collectives import begin_all_to_all, begin_sizes
 from experts.errors import Unsupported
 from experts.messages import Form, Plan, messages_on
 
@@ -41,7 +41,8 @@ class _Route:
         `tokens` are x [T, D], and routing weights and indices [T, K] if they are in the messages.
         """
         received_RD = packed_SD.new_empty(sum(self.receive), packed_SD.shape[1])
-        sent, received = packed_SD[: sum(self.send)].split(self.send), [*received_RD.split(self.receive)]
+        sent = packed_SD[: sum(self.send)].split_with_sizes(self.send)
+        received = [*received_RD.split_with_sizes(self.receive)]
         own_SD, received[self.plan.own] = received[self.plan.own], sent[self.plan.own]
         travel = begin_all_to_all(received, [*sent], self.group)
         messages_on(packed_SD.device).pack_own(self.plan, own_SD, *tokens)
@@ -61,7 +62,8 @@ class _Route:
     def _come_back(self, rows_RX: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows that other ranks send back, and those of this rank's message to itself, which stay here."""
         back_SX = rows_RX.new_empty(sum(self.send), rows_RX.shape[1])
-        back, rows = back_SX.split(self.send), [*rows_RX.contiguous().split(self.receive)]
+        back = back_SX.split_with_sizes(self.send)
+        rows = [*rows_RX.contiguous().split_with_sizes(self.receive)]
         own_SX, rows[self.plan.own] = rows[self.plan.own], back[self.plan.own]
         begin_all_to_all([*back], rows, self.group)()
         return back_SX, own_SX
@@ -119,16 +121,14 @@ class _Dispatch(Function):
         messages, own = messages_on(x_TD.device), group.rank()
         form = Form(x_TD.shape[1], weights_TK.shape[1], x_TD.dtype, weights_TK.dtype)
         row_TP, sizes_2P = messages.plan(indices_TK, group.size(), n_local_experts)
-        sent_P, received_P = sizes_2P
-        dist.all_to_all_single(received_P, sent_P, group=group)
-        sizes = on_host(sizes_2P)  # packing comes after the copy, and the host waits only for the copy
-        plan = Plan(form, row_TP, sent_P, own)
+        sizes = begin_sizes(sizes_2P, group)
+        plan = Plan(form, row_TP, sizes_2P[0], own)
         packed_SD = messages.pack(plan, x_TD, weights_TK, indices_TK)
         send, receive = ([form.length(count) for count in counts] for counts in sizes())
         send[own] = 0
         ctx.route = route = _Route(plan, send, receive, group)
         x_RD = route.out(packed_SD, x_TD, weights_TK, indices_TK)
-        weights_RK, indices_RK = messages.take_choices(x_RD, received_P, max(receive), form)
+        weights_RK, indices_RK = messages.take_choices(x_RD, sizes_2P[1], max(receive), form)
         ctx.mark_non_differentiable(indices_RK)
         return x_RD, weights_RK, indices_RK, route
 

@@ -4,7 +4,9 @@ The backward of all-gather is reduce-scatter, and the backward of reduce-scatter
 functions of these two collectives and warns about the old names. torch 2.11 has only the old names.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,28 @@ def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return share
 
 
+def begin_sizes(sizes_2P: Tensor, group: dist.ProcessGroup) -> Callable[[], list[list[int]]]:
+    """Begin to send one number to each rank, and to receive one from each rank: `sizes_2P[0]` and `sizes_2P[1]`.
+
+    Returns a function that waits for both on the host, and returns them. It does not wait for later work.
+    """
+    sent_P, received_P = sizes_2P
+    if not sizes_2P.is_cuda:
+        dist.all_to_all_single(received_P, sent_P, group=group)
+        return sizes_2P.tolist
+    with _beside(sizes_2P.device) as stream:
+        dist.all_to_all_single(received_P, sent_P, group=group)
+        copy = sizes_2P.to("cpu", non_blocking=True)  # to pinned memory
+        copied = stream.record_event()
+
+    def arrived() -> list[list[int]]:
+        copied.synchronize()
+        sizes: list[list[int]] = copy.tolist()
+        return sizes
+
+    return arrived
+
+
 def begin_all_to_all(received: list[Tensor], sent: list[Tensor], group: dist.ProcessGroup) -> Callable[[], object]:
     """Begin to send a tensor to each rank, and to receive one from each rank, into the tensors of `received`.
 
@@ -40,14 +64,34 @@ def begin_all_to_all(received: list[Tensor], sent: list[Tensor], group: dist.Pro
     such call for lists, so with gloo the tensors are copied.
     """
     if sent[0].is_cuda and dist.get_backend(group) != "gloo":
-        wait: Callable[[], object] = dist.all_to_all(received, sent, group=group, async_op=True).wait
-        return wait
+        with _beside(sent[0].device) as stream:
+            dist.all_to_all(received, sent, group=group)
+        return lambda: torch.cuda.current_stream(stream.device).wait_stream(stream)
     lengths = [len(one) for one in received]
     whole = torch.cat(received)
     dist.all_to_all_single(whole, torch.cat(sent), lengths, [len(one) for one in sent], group=group)
     for one, part in zip(received, whole.split(lengths), strict=True):
         one.copy_(part)
     return lambda: None
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """Run what follows on another stream, after the work so far, at the same time as later work.
+
+    The stream has a high priority: a collective needs few multiprocessors, but kernels that were enqueued at the same
+    time would take all of them first, and the other ranks would wait. Tensors that are used there must stay alive until
+    the current stream has waited for the stream.
+    """
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield stream
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class AllGatherRows(Function):
@@ -111,18 +155,3 @@ def largest(count: int, group: dist.ProcessGroup, device: torch.device) -> int:
     counts = torch.full((1,), count, device=device)  # on the device: a copy from the host would wait
     dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
     return int(counts)
-
-
-def on_host(numbers: Tensor) -> Callable[[], list[Any]]:
-    """Begin to copy a tensor to the host. Returns a function that waits for the copy, and not for later work."""
-    if not numbers.is_cuda:
-        return numbers.tolist
-    copy = numbers.to("cpu", non_blocking=True)  # to pinned memory
-    copied = torch.cuda.current_stream(numbers.device).record_event()
-
-    def arrived() -> list[Any]:
-        copied.synchronize()
-        values: list[Any] = copy.tolist()
-        return values
-
-    return arrived
