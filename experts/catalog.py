@@ -172,9 +172,9 @@ BACKENDS = (
 
 #: The dispatchers. A sweep that names no dispatcher takes the first dispatcher.
 DISPATCHERS = (
-    DispatcherEntry("allgather", "experts.dispatch.allgather", "all_gather"),
+    DispatcherEntry("allgather", "experts.dispatch.allgather", "all_gather", options=("equal_tokens",)),
     DispatcherEntry("alltoall", "experts.dispatch.alltoall", "all_to_all"),
-    DispatcherEntry("deepep", "experts.dispatch.deepep", "all_to_all", library="deep_ep"),
+    DispatcherEntry("deepep", "experts.dispatch.deepep", "all_to_all", library="deep_ep", options=("num_sms",)),
     DispatcherEntry(
         "symm_mem",
         "experts.dispatch.symm_mem",

@@ -125,8 +125,8 @@ class BackendConfig:
     """The engine that computes the experts and the dispatcher that carries tokens between ranks.
 
     In `experts` and `dispatcher`, None means the default of the layer's class. "torch" is another name of the engine
-    "loop". `max_tokens_per_rank` and `capacity_factor` are options of the dispatcher "symm_mem". Raises ConfigError,
-    with one line per mistake, for an invalid value.
+    "loop". `max_tokens_per_rank` and `capacity_factor` are options of the dispatcher "symm_mem", `equal_tokens` of
+    "allgather" and `num_sms` of "deepep". Raises ConfigError, with one line per mistake, for an invalid value.
     """
 
     experts: Engine | None = _field("the name of an engine, or None for the module's default", "loop", default=None)
@@ -147,6 +147,16 @@ class BackendConfig:
     capacity_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = _field(
         "the room for rows between two ranks, relative to an even routing, a positive number, or None for all tokens",
         1.25,
+        default=None,
+    )
+    equal_tokens: bool | None = _field(
+        "True if every rank passes the same number of tokens in every call, or None if the ranks must compare them",
+        True,
+        default=None,
+    )
+    num_sms: Annotated[int, Field(gt=0, multiple_of=2)] | None = _field(
+        "the number of multiprocessors that move rows, a positive even integer, or None for the default 20",
+        24,
         default=None,
     )
 

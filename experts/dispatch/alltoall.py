@@ -1,8 +1,8 @@
 """Send each token once to every rank that holds one of the token's experts, and sum the results that come back.
 
-This is the dispatcher `alltoall`. The ranks first exchange the numbers of rows (the sizes), then the rows. The
-functions of `experts.steps` sort, gather and sum the rows, with ranks in place of experts. Before the host waits for
-the sizes, it enqueues all work that does not need the sizes.
+This is the dispatcher `alltoall`. The ranks first exchange the numbers of tokens (the sizes), then one message between
+each pair of ranks carries rows, routing weights and indices (`experts.messages`). While the host waits for the sizes,
+the device packs the messages. While the messages travel, the device writes the message of the rank to itself.
 """
 
 from dataclasses import dataclass
@@ -17,37 +17,56 @@ from torch.autograd.function import once_differentiable
 from experts.autocast import without_autocast
 from experts.config import MoEConfig
 from experts.dispatch import Dispatched, OverGroup
-from experts.dispatch.collectives import all_to_all_rows, pack_choices, unpack_choices
+from experts.dispatch.collectives import begin_all_to_all, begin_sizes
 from experts.errors import Unsupported
-from experts.steps import Permutation, steps_on
+from experts.messages import Form, Plan, messages_on
 
 
 @dataclass(frozen=True)
 class _Route:
-    """The numbers that one dispatch uses to send rows, and that combine and backward use to send rows back.
+    """What combine and both backward passes need to move the rows of one dispatch.
 
-    `by_rank` sorts the rows by rank. `send` and `receive` hold the number of rows that this rank sends to, and receives
-    from, each rank.
+    `send` and `receive` have the number of rows of the message to each rank and from each rank. A message to this rank
+    itself is not sent, so its number in `send` is 0.
     """
 
-    by_rank: Permutation
+    plan: Plan
     send: list[int]
     receive: list[int]
     group: dist.ProcessGroup
 
-    def out(self, rows: Tensor) -> Tensor:
-        """Send rows that are sorted by rank to the ranks, and return the rows that this rank receives.
+    def out(self, packed_SD: Tensor, *tokens: Tensor) -> Tensor:
+        """Send the packed messages, and return the messages that this rank receives, also from itself.
 
-        Rows past the last rank's group are not sent.
+        `tokens` are x [T, D], and routing weights and indices [T, K] if they are in the messages.
         """
-        return all_to_all_rows(rows[: sum(self.send)], self.send, self.receive, self.group)
+        received_RD = packed_SD.new_empty(sum(self.receive), packed_SD.shape[1])
+        sent = packed_SD[: sum(self.send)].split_with_sizes(self.send)
+        received = [*received_RD.split_with_sizes(self.receive)]
+        own_SD, received[self.plan.own] = received[self.plan.own], sent[self.plan.own]
+        travel = begin_all_to_all(received, [*sent], self.group)
+        messages_on(packed_SD.device).pack_own(self.plan, own_SD, *tokens)
+        travel()
+        return received_RD
 
-    def back(self, rows: Tensor) -> Tensor:
-        """Send rows back to the ranks that sent them, and return the rows that come back to this rank, sorted by rank.
+    def back(self, rows_RD: Tensor, weights_RK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Send rows, and weights if given, back to the ranks that they came from.
 
-        The rows must be in the order in which this rank received them.
+        Returns the sums over the ranks for each token of this rank, [T, D] and [T, K]. The rows must be in the order in
+        which this rank received the tokens.
         """
-        return all_to_all_rows(rows, self.receive, self.send, self.group)
+        rows = self._come_back(rows_RD)
+        weights = None if weights_RK is None else self._come_back(weights_RK)
+        return messages_on(rows_RD.device).sum_rows(self.plan, rows, weights)
+
+    def _come_back(self, rows_RX: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows that other ranks send back, and those of this rank's message to itself, which stay here."""
+        back_SX = rows_RX.new_empty(sum(self.send), rows_RX.shape[1])
+        back = back_SX.split_with_sizes(self.send)
+        rows = [*rows_RX.contiguous().split_with_sizes(self.receive)]
+        own_SX, rows[self.plan.own] = rows[self.plan.own], back[self.plan.own]
+        begin_all_to_all([*back], rows, self.group)()
+        return back_SX, own_SX
 
 
 class AllToAll(OverGroup):
@@ -61,7 +80,10 @@ class AllToAll(OverGroup):
         self._n_local_experts = n_local_experts
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
-        """Return the tokens that chose an expert of this rank. Waits once for the device, to get the sizes."""
+        """Return the tokens that chose an expert of this rank, and a few rows that are no tokens, with indices of −1.
+
+        Waits once for the device, to get the sizes.
+        """
         x_RD, weights_RK, indices_RK, route = _Dispatch.apply(
             x_TD, weights_TK, indices_TK, self._group, self._n_local_experts
         )
@@ -86,23 +108,6 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return None
 
 
-def _sort_by_rank(indices_TK: Tensor, num_ranks: int, n_local_experts: int) -> Permutation:
-    """Return the permutation that groups tokens by destination rank. A token goes to a rank at most once."""
-    ranks_R = torch.arange(num_ranks, device=indices_TK.device)
-    rank_TK = indices_TK // n_local_experts  # −1 stays −1
-    wanted_TR = (rank_TK.unsqueeze(-1) == ranks_R).any(dim=1)
-    return steps_on(indices_TK.device).sort_by_expert(torch.where(wanted_TR, ranks_R, -1), 0, num_ranks)
-
-
-def _exchange_sizes(by_rank: Permutation, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
-    """Return the number of rows to send to each rank, and to receive from each rank. Waits for the device."""
-    sizes_2R = by_rank.offsets_L.new_empty(2, group.size())
-    torch.diff(by_rank.offsets_L, prepend=by_rank.offsets_L.new_zeros(1), out=sizes_2R[0])
-    dist.all_to_all_single(sizes_2R[1], sizes_2R[0], group=group)
-    send, receive = sizes_2R.tolist()
-    return send, receive
-
-
 class _Dispatch(Function):
     @staticmethod
     def forward(
@@ -113,13 +118,17 @@ class _Dispatch(Function):
         group: dist.ProcessGroup,
         n_local_experts: int,
     ) -> tuple[Tensor, Tensor, Tensor, _Route]:
-        steps = steps_on(x_TD.device, x_TD.dtype)
-        by_rank = _sort_by_rank(indices_TK, group.size(), n_local_experts)
-        x_ND = steps.gather_rows(x_TD, by_rank)
-        choices_NB = pack_choices(weights_TK, indices_TK).index_select(0, by_rank.row_to_token_N)
-        ctx.route = route = _Route(by_rank, *_exchange_sizes(by_rank, group), group)
-        x_RD = route.out(x_ND)
-        weights_RK, indices_RK = unpack_choices(route.out(choices_NB), weights_TK.dtype)
+        messages, own = messages_on(x_TD.device), group.rank()
+        form = Form(x_TD.shape[1], weights_TK.shape[1], x_TD.dtype, weights_TK.dtype)
+        row_TP, sizes_2P = messages.plan(indices_TK, group.size(), n_local_experts)
+        sizes = begin_sizes(sizes_2P, group)
+        plan = Plan(form, row_TP, sizes_2P[0], own)
+        packed_SD = messages.pack(plan, x_TD, weights_TK, indices_TK)
+        send, receive = ([form.length(count) for count in counts] for counts in sizes())
+        send[own] = 0
+        ctx.route = route = _Route(plan, send, receive, group)
+        x_RD = route.out(packed_SD, x_TD, weights_TK, indices_TK)
+        weights_RK, indices_RK = messages.take_choices(x_RD, sizes_2P[1], max(receive), form)
         ctx.mark_non_differentiable(indices_RK)
         return x_RD, weights_RK, indices_RK, route
 
@@ -128,22 +137,21 @@ class _Dispatch(Function):
     @without_autocast
     def backward(ctx: Any, grad_x_RD: Tensor, grad_weights_RK: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         route: _Route = ctx.route
-        grads = []
-        for grad_RC, wanted in zip((grad_x_RD, grad_weights_RK), ctx.needs_input_grad, strict=False):
-            steps = steps_on(grad_RC.device, grad_RC.dtype)
-            grads.append(steps.sum_rows(route.back(grad_RC), route.by_rank) if wanted else None)
-        return *grads, None, None, None
+        of_x, of_weights = ctx.needs_input_grad[:2]
+        grad_x_TD, grad_weights_TK = route.back(grad_x_RD, grad_weights_RK if of_weights else None)
+        return grad_x_TD if of_x else None, grad_weights_TK, None, None, None
 
 
 class _Combine(Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, route: _Route) -> Tensor:
         ctx.route = route
-        return steps_on(y_RD.device, y_RD.dtype).sum_rows(route.back(y_RD), route.by_rank)
+        return route.back(y_RD)[0]
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         route: _Route = ctx.route
-        return route.out(steps_on(grad_TD.device, grad_TD.dtype).gather_rows(grad_TD, route.by_rank)), None
+        packed_SD = messages_on(grad_TD.device).pack(route.plan, grad_TD)
+        return route.out(packed_SD, grad_TD), None

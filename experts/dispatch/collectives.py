@@ -4,6 +4,9 @@ The backward of all-gather is reduce-scatter, and the backward of reduce-scatter
 functions of these two collectives and warns about the old names. torch 2.11 has only the old names.
 """
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from experts.messages import messages_on
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -30,14 +35,63 @@ def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return share
 
 
-def all_to_all_rows(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send `send[r]` consecutive rows to each rank r, and receive `receive[r]` rows from each rank r.
+def begin_sizes(sizes_2P: Tensor, group: dist.ProcessGroup) -> Callable[[], list[list[int]]]:
+    """Begin to send one number to each rank, and to receive one from each rank: `sizes_2P[0]` and `sizes_2P[1]`.
 
-    Returns the received rows, in the order of the ranks. No autograd.
+    Returns a function that waits for both on the host, and returns them. It does not wait for later work.
     """
-    received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
-    return received
+    sent_P, received_P = sizes_2P
+    if not sizes_2P.is_cuda:
+        dist.all_to_all_single(received_P, sent_P, group=group)
+        return sizes_2P.tolist
+    with _beside(sizes_2P.device) as stream:
+        dist.all_to_all_single(received_P, sent_P, group=group)
+        copy = sizes_2P.to("cpu", non_blocking=True)  # to pinned memory
+        copied = stream.record_event()
+
+    def arrived() -> list[list[int]]:
+        copied.synchronize()
+        sizes: list[list[int]] = copy.tolist()
+        return sizes
+
+    return arrived
+
+
+def begin_all_to_all(received: list[Tensor], sent: list[Tensor], group: dist.ProcessGroup) -> Callable[[], object]:
+    """Begin to send a tensor to each rank, and to receive one from each rank, into the tensors of `received`.
+
+    Returns a function that waits for that; on a GPU, the device waits, and the host goes on. No autograd. gloo has no
+    such call for lists, so with gloo the tensors are copied.
+    """
+    if sent[0].is_cuda and dist.get_backend(group) != "gloo":
+        with _beside(sent[0].device) as stream:
+            dist.all_to_all(received, sent, group=group)
+        return lambda: torch.cuda.current_stream(stream.device).wait_stream(stream)
+    lengths = [len(one) for one in received]
+    whole = torch.cat(received)
+    dist.all_to_all_single(whole, torch.cat(sent), lengths, [len(one) for one in sent], group=group)
+    for one, part in zip(received, whole.split(lengths), strict=True):
+        one.copy_(part)
+    return lambda: None
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """Run what follows on another stream, after the work so far, at the same time as later work.
+
+    The stream has a high priority: a collective needs few multiprocessors, but kernels that were enqueued at the same
+    time would take all of them first, and the other ranks would wait. Tensors that are used there must stay alive until
+    the current stream has waited for the stream.
+    """
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield stream
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class AllGatherRows(Function):
@@ -71,46 +125,29 @@ class ReduceScatterRows(Function):
 class AllGatherChoices(Function):
     """Every rank's routing weights and indices, gathered in one message, with autograd for the routing weights.
 
+    A small message costs only its latency, so one message costs half as much as two messages. All ranks pass the same
+    `num_rows`. A rank with fewer tokens fills up with weights of zero and indices of −1. Indices are sent as int32. An
+    index that does not fit is clamped to the largest int32, which also is not an expert of any layer.
+
     Backward sums the gradients of a routing weight on the rank that the weight came from.
     """
 
     @staticmethod
-    def forward(ctx: Any, weights_TK: Tensor, indices_TK: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-        ctx.group = group
-        gathered = all_gather_rows(pack_choices(weights_TK, indices_TK), group)
-        weights_RK, indices_RK = unpack_choices(gathered, weights_TK.dtype)
+    def forward(
+        ctx: Any, weights_TK: Tensor, indices_TK: Tensor, group: dist.ProcessGroup, num_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        num_tokens, num_choices = weights_TK.shape
+        ctx.group, ctx.num_tokens = group, num_tokens
+        messages = messages_on(weights_TK.device)
+        gathered = all_gather_rows(messages.pack_choices(weights_TK, indices_TK, num_rows), group)
+        weights_RK, indices_RK = messages.unpack_choices(gathered, num_rows, num_choices, weights_TK.dtype)
         ctx.mark_non_differentiable(indices_RK)
         return weights_RK, indices_RK
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RK: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        return reduce_scatter_rows(grad_RK, ctx.group), None, None
-
-
-def pack_choices(weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-    """Return the routing weights and indices of each row as bytes, so that one message carries both.
-
-    A small message costs only its latency, so one message costs half as much as two messages. Indices are sent as
-    int32. An index that does not fit is clamped to the largest int32, which also is not an expert of any layer.
-    """
-    indices_RK = indices_RK.clamp(-1, torch.iinfo(torch.int32).max).int()
-    return torch.cat([_dense(one).view(torch.uint8) for one in (indices_RK, weights_RK)], dim=1)
-
-
-def unpack_choices(packed: Tensor, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the routing weights [R, K] and int64 indices [R, K] that `pack_choices` packed."""
-    index_bytes = packed.shape[1] // (torch.int32.itemsize + weights_dtype.itemsize) * torch.int32.itemsize
-    indices, weights = packed.tensor_split([index_bytes], dim=1)
-    return _dense(weights).view(weights_dtype), _dense(indices).view(torch.int32).long()
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Return a dense copy, which can be viewed in any dtype.
-
-    `contiguous()` would return a tensor with a single row or column unchanged, whatever the tensor's strides are.
-    """
-    return tensor.clone(memory_format=torch.contiguous_format)
+    def backward(ctx: Any, grad_RK: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        return reduce_scatter_rows(grad_RK, ctx.group)[: ctx.num_tokens], None, None, None
 
 
 def largest(count: int, group: dist.ProcessGroup, device: torch.device) -> int:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from experts import catalog
 from experts.config import MoEConfig, dtype_name
 from experts.dispatch import Dispatched, OverGroup
-from experts.errors import Unsupported
+from experts.errors import ConfigError, Unsupported
 
 ROW_ALIGNMENT_BYTES = 16
 MAX_RANKS_A_NODE = 8
@@ -103,8 +103,9 @@ atexit.register(destroy_buffers)
 class DeepEP(OverGroup):
     """The dispatcher over one NCCL process group of at least two ranks.
 
-    `num_sms`, an even number, is the number of multiprocessors (SMs) that move rows. Raises Unsupported for more than
-    128 experts per rank, and for a number of ranks for which `shared_buffer` raises it.
+    `num_sms`, an even number, is the number of multiprocessors (SMs) that move rows. Raises ConfigError for more than
+    the GPU has. Raises Unsupported for more than 128 experts per rank, and for a number of ranks for which
+    `shared_buffer` raises it.
     """
 
     def __init__(self, group: dist.ProcessGroup, config: MoEConfig, num_sms: int = DEFAULT_NUM_SMS) -> None:
@@ -114,6 +115,7 @@ class DeepEP(OverGroup):
                 f"deep_ep dispatches to at most {MAX_EXPERTS_A_RANK} experts per rank, but n_routed_experts = "
                 f"{config.n_routed_experts} on {group.size()} ranks is {n_local_experts}; use more ranks, or alltoall"
             )
+        _check_sms(num_sms)
         super().__init__(group)
         self._n_routed_experts = config.n_routed_experts
         self._first = group.rank() * n_local_experts
@@ -165,9 +167,16 @@ class DeepEP(OverGroup):
         )
 
 
-def make(group: dist.ProcessGroup, config: MoEConfig) -> DeepEP:
+def make(group: dist.ProcessGroup, config: MoEConfig, num_sms: int = DEFAULT_NUM_SMS) -> DeepEP:
     """Return the dispatcher over a group, for the config's experts."""
-    return DeepEP(group, config)
+    return DeepEP(group, config, num_sms)
+
+
+def _check_sms(num_sms: int) -> None:
+    """Raise ConfigError for more SMs than the GPU has: DeepEP's blocks wait for each other, so all must run at once."""
+    most = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else num_sms
+    if num_sms > most:
+        raise ConfigError(f"num_sms = {num_sms}: the GPU has {most} multiprocessors; give an even number up to {most}")
 
 
 def _send(buffer: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, n_routed_experts: int) -> Any:

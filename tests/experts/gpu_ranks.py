@@ -11,12 +11,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from experts import BackendConfig, GroupedExperts, MoEConfig, destroy_buffers
+from experts import BackendConfig, GroupedExperts, InputError, MoEConfig, destroy_buffers
 from tests.experts.layers import (
     BF16,
     F16,
@@ -78,7 +79,8 @@ def matches_the_oracle() -> None:
             tokens, experts = slice(sum(counts[:rank]), sum(counts[: rank + 1])), slice(8 * rank, 8 * rank + 8)
             mine = {n: t[tokens if n in ("output", "x", "weights") else experts] for n, t in right.items()}
             for engine in ("loop", *(("torch_mm",) if dtype is BF16 else ())):
-                assert_near(run(layer(engine, config), own(both)), mine, dtype)
+                for dispatcher in ("symm_mem", "alltoall", "allgather"):
+                    assert_near(run(layer(engine, config, dispatcher), own(both)), mine, dtype)
 
 
 def has_the_bits_of_alltoall() -> None:
@@ -96,6 +98,23 @@ def has_the_bits_of_alltoall() -> None:
             assert_same(run(made, batch), right)
 
 
+def equal_tokens() -> None:
+    """allgather with declared counts has the bits of allgather without, and a rank that breaks its word is refused."""
+    config = moe_config(dtype=BF16, **SIZES)
+    made, batch = layer("torch_mm", config, "allgather", equal_tokens=True), own(batches(config, (50, 50)))
+    right = run(layer("torch_mm", config, "allgather"), batch)
+    for _ in range(2):
+        assert_same(run(made, batch), right)
+    more = random_batch(config, 51).map(lambda tensor: tensor.cuda())
+    if dist.get_rank() == 1:
+        with pytest.raises(InputError, match=r"^x has 51 tokens, and had 50 in the first call"):
+            run(made, more)
+    assert_same(run(made, batch), right)
+    uneven = layer("torch_mm", config, "allgather", equal_tokens=True)
+    with pytest.raises(InputError, match="from 33 to 70 on all ranks"):
+        run(uneven, own(batches(config)))
+
+
 def two_forwards_before_two_backwards() -> None:
     config = moe_config(dtype=BF16, **SIZES)
     made, given = layer("torch_mm", config), [own(batches(config, seed=seed)) for seed in (3, 5)]
@@ -109,10 +128,14 @@ def two_forwards_before_two_backwards() -> None:
 
 
 def never_waits_for_the_device() -> None:
-    """After the first forward, no operation of forward and backward waits, and nothing of it is a copy to the host."""
-    for engine in ("torch_mm", "triton"):
-        config = moe_config(dtype=BF16, **SIZES)
-        made, batch = layer(engine, config), own(batches(config))
+    """After the first forward, no operation of forward and backward waits, and nothing of it is a copy to the host.
+
+    alltoall waits for the copy of its sizes, and that is an event: it waits neither for the device nor in a copy.
+    """
+    config, equal = moe_config(dtype=BF16, **SIZES), (50, 50)
+    cases = [layer("torch_mm", config), layer("triton", config), layer("torch_mm", config, "alltoall")]
+    for made in (*cases, layer("torch_mm", config, "allgather", equal_tokens=True)):
+        batch = own(batches(config, equal))
         run(made, batch)
         x, weights = batch.x.clone().requires_grad_(), batch.weights.clone().requires_grad_()
         torch.cuda.synchronize()
@@ -140,17 +163,18 @@ def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 def replayed_forward() -> None:
     """A captured forward replays with other tokens and routings, also twice in turn, and eager calls go on."""
-    config = moe_config(dtype=BF16, **SIZES)
-    for engine in ("torch_mm", "triton"):
-        made, static = layer(engine, config), own(batches(config))
+    config, equal = moe_config(dtype=BF16, **SIZES), (50, 50)
+    layers = [(layer(engine, config), (70, 33)) for engine in ("torch_mm", "triton")]
+    for made, counts in (*layers, (layer("torch_mm", config, "allgather", equal_tokens=True), equal)):
+        static = own(batches(config, counts))
         with torch.no_grad():
             graph, output = captured(lambda made=made, static=static: made(*(getattr(static, n) for n in INPUTS)))
-            for batch in others(config):
+            for batch in others(config, counts):
                 right = made(*(getattr(batch, name) for name in INPUTS)).clone()
                 write(static, batch)
                 for _ in range(2):
                     graph.replay()
-                    assert torch.equal(output, right), engine
+                    assert torch.equal(output, right), made
 
 
 def replayed_train_step() -> None:
@@ -178,9 +202,9 @@ def replayed_train_step() -> None:
                 assert_same(dict(zip(names, (t.detach() for t in local), strict=True)), {n: right[n] for n in names})
 
 
-def others(config: MoEConfig) -> list[Batch]:
+def others(config: MoEConfig, counts: tuple[int, int] = (70, 33)) -> list[Batch]:
     """Return batches with other routings: all to the second rank's first expert, all to nobody, and random ones."""
-    one, nobody, again = (batches(config, seed=seed) for seed in (21, 22, 23))
+    one, nobody, again = (batches(config, counts, seed) for seed in (21, 22, 23))
     for batch in one:
         batch.indices[:] = 8
     for batch in nobody:
@@ -246,6 +270,7 @@ FACTS: dict[str, Callable[[], None]] = {
     for fact in (
         matches_the_oracle,
         has_the_bits_of_alltoall,
+        equal_tokens,
         two_forwards_before_two_backwards,
         never_waits_for_the_device,
         replayed_forward,

@@ -262,6 +262,7 @@ FACTS = {
         "replaced_buffer",
         "num_sms",
         "parameters_of_others",
+        "equal_tokens",
         "autocast",
         *("interleaved", "shared_buffer", "too_many_tokens", "overflow", "buffers_made_again", "other_layouts"),
         *("checkpointed", "copied", "fully_sharded"),

@@ -11,8 +11,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from experts import BackendConfig, ConfigError, GroupedExperts, Unsupported, catalog
+from experts import BackendConfig, ConfigError, GroupedExperts, InputError, Unsupported, catalog
 from experts.dispatch.deepep import destroy_buffers
+from experts.layer import ExpertLayer
 from tests.experts import fakes
 from tests.experts.fake_deep_ep import Buffer
 from tests.experts.layers import F64, assert_same, moe_config, random_batch, random_parameters, run_stacked
@@ -110,9 +111,10 @@ def two_meshes() -> None:
         assert made.moe_mesh is None
 
 
-def deepep_layer(dim: int = DEEPEP.config.dim) -> GroupedExperts:
+def deepep_layer(dim: int = DEEPEP.config.dim, **options: int) -> GroupedExperts:
     config = dataclasses.replace(DEEPEP.config, dim=dim)
-    return sharded(GroupedExperts(config, BackendConfig(dispatcher="deepep")), random_parameters(config))
+    backend = BackendConfig(dispatcher="deepep", **options)  # type: ignore[arg-type]
+    return sharded(GroupedExperts(config, backend), random_parameters(config))
 
 
 def buffers() -> None:
@@ -150,8 +152,7 @@ def replaced_buffer() -> None:
 
 def num_sms() -> None:
     """Each layer uses its own number of SMs in forward and backward, even if another layer set its own in between."""
-    few, many = deepep_layer(), deepep_layer()
-    few.dispatcher.num_sms = 8
+    few, many = deepep_layer(num_sms=8), deepep_layer()
     batch = DEEPEP.share(dist.get_rank(), dist.get_world_size())
     outputs = [made(batch.x, batch.token_mask, batch.weights, batch.indices) for made in (few, many)]
     assert Buffer.num_sms == 20
@@ -174,6 +175,41 @@ def parameters_of_others() -> None:
     spread.init_token_dispatcher(DeviceMesh("cpu", [dist.get_rank()]))
     with pytest.raises(ConfigError, match="parameters hold 6 experts, but need 12 of the layer's 12; shard them once"):
         spread(*inputs)
+
+
+def equal_tokens() -> None:
+    """Ranks that declare equal numbers of tokens compare them once. After that, no size is exchanged.
+
+    The results stay the same, bit by bit. A rank that breaks its word is refused before it sends anything.
+    """
+    rank, reduced = dist.get_rank(), []
+    config, all_reduce = SOME.config, dist.all_reduce
+
+    def layer(**options: bool) -> ExpertLayer:
+        backend = BackendConfig(experts="torch_mm", dispatcher="allgather", **options)  # type: ignore[arg-type]
+        return sharded(GroupedExperts(config, backend), random_parameters(config))
+
+    def forward(num_tokens: int) -> None:
+        batch = random_batch(config, num_tokens, seed=rank)
+        made(batch.x, batch.token_mask, batch.weights, batch.indices)
+
+    made, asked, given = layer(equal_tokens=True), layer(), random_batch(config, 5, seed=10 + rank)
+    right = {name: tensor.clone() for name, tensor in run_stacked(asked, given).items()}
+    with pytest.raises(InputError, match=f"^x has {3 + rank} tokens on this rank, and from 3 to 4 on all ranks, but "):
+        forward(3 + rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", lambda *args, **named: reduced.append(args) or all_reduce(*args, **named))
+        assert_same(run_stacked(made, given), right)
+        assert len(reduced) == 2
+        assert_same(run_stacked(made, given), right)
+        if rank == 1:
+            with pytest.raises(InputError, match=r"^x has 4 tokens, and had 5 in the first call, but with "):
+                forward(4)
+        assert_same(run_stacked(made, given), right)
+        assert len(reduced) == 2
+        forward(5)
+        run_stacked(asked, given)
+        assert len(reduced) == 3
 
 
 def autocast() -> None:
@@ -200,6 +236,7 @@ FACTS: dict[str, Callable[[], None]] = {
         replaced_buffer,
         num_sms,
         parameters_of_others,
+        equal_tokens,
         autocast,
     )
 }

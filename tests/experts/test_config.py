@@ -43,6 +43,8 @@ def test_defaults_are_those_of_nemo_automodel() -> None:
         "save": None,
         "max_tokens_per_rank": None,
         "capacity_factor": None,
+        "equal_tokens": None,
+        "num_sms": None,
     }
 
 
@@ -79,6 +81,8 @@ def test_the_error_for_a_wrong_value_is_one_line_with_field_value_rule_and_remed
         *[("experts", value) for value in ("cuda", "Loop", "", 3, ["loop"], True)],
         *[("max_tokens_per_rank", value) for value in (0, -1, 1.5, "16", True)],
         *[("capacity_factor", value) for value in (0.0, -1.0, math.nan, math.inf, "1.25", True)],
+        *[("equal_tokens", value) for value in (1, "yes")],
+        *[("num_sms", value) for value in (0, -2, 7, 20.0, "20", True)],
         *[("dispatcher", value) for value in ("local", "nccl", 3)],
         *[("te_fp8", value) for value in ("e4m3", True, "")],
     ],
@@ -90,6 +94,7 @@ def test_the_error_for_a_wrong_backend_is_one_line_that_lists_the_names(field: s
     assert message.startswith(f"BackendConfig.{field} = {value!r}: ")
     some_names = {"experts": "'loop', 'torch_mm'", "dispatcher": "'allgather'", "te_fp8": "'current', 'delayed'"}
     some_names |= {"max_tokens_per_rank": "e.g. 4096", "capacity_factor": "e.g. 1.25"}
+    some_names |= {"equal_tokens": "e.g. True", "num_sms": "a positive even integer, or None for the default 20"}
     assert some_names[field] in message
     assert "; give " in message
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experts import Unsupported, catalog
+from experts import BackendConfig, ConfigError, GroupedExperts, Unsupported, catalog
 from experts.dispatch import deepep
 from tests.experts import fakes
 from tests.experts.layers import BF16, F16, F32, moe_config
@@ -73,3 +73,20 @@ def test_unsupported_numbers_of_ranks_are_refused(size: int, reason: str) -> Non
     with pytest.raises(Unsupported) as caught:
         deepep.DeepEP(group(size), moe_config(n_routed_experts=12, dtype=BF16))
     assert str(caught.value) == reason
+
+
+@pytest.mark.usefixtures("fake_libraries")
+def test_no_more_sms_than_the_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more, DeepEP's blocks would wait for blocks that never start."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(multi_processor_count=132))
+    with pytest.raises(ConfigError) as caught:
+        deepep.make(group(2), moe_config(n_routed_experts=12, dtype=BF16), num_sms=134)
+    assert str(caught.value) == ("num_sms = 134: the GPU has 132 multiprocessors; give an even number up to 132")
+
+
+def test_the_number_of_sms_is_an_option_of_deepep() -> None:
+    made = GroupedExperts(moe_config(), BackendConfig(dispatcher="deepep", num_sms=24))
+    assert made.dispatcher_options == {"num_sms": 24}
+    with pytest.raises(ConfigError, match="num_sms = 24: the dispatcher alltoall does not take it; use deepep, or "):
+        GroupedExperts(moe_config(), BackendConfig(dispatcher="alltoall", num_sms=24))

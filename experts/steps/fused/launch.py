@@ -15,5 +15,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if 0 in grid:
         return
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
-    with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    with torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext():
         kernel[grid](*arguments, **constants)
