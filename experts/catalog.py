@@ -11,7 +11,7 @@ from typing import Literal
 Fp8Recipe = Literal["current", "delayed", "block", "mxfp8"]
 Save = Literal["memory", "time"]
 #: Names of groups of backends. A sweep names a group as "@bf16".
-Group = Literal["bf16", "cpu", "save_time", "fp8", "cached", "mxfp8", "peers"]
+Group = Literal["bf16", "cpu", "save_time", "fp8", "cached", "mxfp8", "peers", "ep_peers"]
 Collective = Literal["all_gather", "all_to_all"]
 
 #: Installed packages name further backends under this group of entry points.
@@ -150,9 +150,16 @@ BACKENDS = (
     ),
     BackendEntry(
         "peer_automodel_torch_mm",
-        groups=("peers",),
+        groups=("peers", "ep_peers"),
         target="experts.peers.nemo_automodel:AutoModelTorchMm",
         library="nemo_automodel",
+    ),
+    BackendEntry(
+        "peer_automodel_te",
+        groups=("ep_peers",),
+        target="experts.peers.nemo_automodel:AutoModelTE",
+        library="nemo_automodel",
+        capability=(7, 0),
     ),
     BackendEntry(
         "peer_sonicmoe",

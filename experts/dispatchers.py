@@ -69,13 +69,14 @@ def _module(name: str) -> Any:
 
 
 def destroy_buffers(name: str | None = None) -> None:
-    """Free the buffers that dispatchers keep for a process group, or only those of the named dispatcher.
+    """Free the buffers that dispatchers and peers keep for a process group, or only those of the named dispatcher.
 
-    All ranks must call this function before they destroy their process group. It imports no dispatcher: one that was
-    not imported has no buffers.
+    All ranks must call this function before they destroy their process group. It imports no dispatcher and no peer: one
+    that was not imported has no buffers.
     """
-    names = _MODULES if name is None else (name,)
-    for module in filter(None, (sys.modules.get(_MODULES[one]) for one in names)):
+    peers = [backend.target.partition(":")[0] for backend in catalog.BACKENDS if backend.target is not None]
+    modules = dict.fromkeys([*_MODULES.values(), *peers]) if name is None else (_MODULES[name],)
+    for module in filter(None, map(sys.modules.get, modules)):
         destroy = getattr(module, "destroy_buffers", None)
         if destroy is not None:
             destroy()

@@ -15,6 +15,17 @@ from experts.errors import ConfigError, InputError, Unsupported
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def check_mesh(ep_mesh: DeviceMesh, n_routed_experts: int) -> None:
+    """Raise ConfigError unless the mesh has one dimension, and its size divides the number of experts."""
+    if ep_mesh.ndim != 1:
+        raise ConfigError(f"ep_mesh has {ep_mesh.ndim} dimensions, but must have 1; pass the expert-parallel one")
+    if n_routed_experts % ep_mesh.size():
+        raise ConfigError(
+            f"n_routed_experts = {n_routed_experts} is not a multiple of the EP size {ep_mesh.size()}; every "
+            "rank holds the same number of experts, so choose an EP size that divides it"
+        )
+
+
 class ExpertLayer(nn.Module, ABC):
     """An expert layer: a dispatcher sends tokens to the ranks, and `compute_local` computes the experts of one rank.
 
@@ -106,13 +117,7 @@ class ExpertLayer(nn.Module, ABC):
         multiple of the number of ranks. Raises Unsupported if the dispatcher cannot run over the mesh. After an error
         the layer is unchanged.
         """
-        if ep_mesh.ndim != 1:
-            raise ConfigError(f"ep_mesh has {ep_mesh.ndim} dimensions, but must have 1; pass the expert-parallel one")
-        if self.n_routed_experts % ep_mesh.size():
-            raise ConfigError(
-                f"n_routed_experts = {self.n_routed_experts} is not a multiple of the EP size {ep_mesh.size()}; every "
-                "rank holds the same number of experts, so choose an EP size that divides it"
-            )
+        check_mesh(ep_mesh, self.n_routed_experts)
         dispatcher: Dispatcher = Local()
         if ep_mesh.size() > 1:  # first, as it may fail: a half-spread layer would be silently wrong
             dispatcher = make_dispatcher(

@@ -1,11 +1,13 @@
 """Find a backend by name, build its layer, and return why it cannot run here.
 
 A backend is a callable `(config: MoEConfig) -> nn.Module`. The module has the interface of `experts.GroupedExperts`:
-the same forward, and parameters in the stacked layout. A backend may have two attributes:
+the same forward, and parameters in the stacked layout. A backend may have three attributes:
 
 - `unsupported(device, config) -> str | Unsupported | None` returns why the backend cannot run the config on the device.
   With config None, it returns why the backend cannot run any config on the device.
 - `fp8` is the name of the FP8 recipe that the backend computes in.
+- `dispatchers` has the names of the dispatchers that the backend runs with, and "local" if it runs on one process. A
+  backend without this attribute runs with every dispatcher.
 
 Under expert parallelism the registry calls the backend with `dispatcher=`, and the module that the backend returns must
 have `init_token_dispatcher`.
@@ -61,19 +63,23 @@ class Backend:
     """A named backend, which builds an expert layer and returns why it cannot run a config.
 
     `fp8` is the name of the FP8 recipe that the backend computes in, or None if it does not compute in FP8.
+    `dispatchers` has the names of the dispatchers that the backend runs with, or None if it runs with every dispatcher.
     """
 
     name: str
     _build: Callable[..., nn.Module]
     _unsupported: Callable[[torch.device, MoEConfig | None], str | Unsupported | None]
     fp8: str | None = None
+    dispatchers: tuple[str, ...] | None = None
 
     def build(self, config: MoEConfig, dispatcher: str | None = None, **options: Any) -> nn.Module:
         """Return an expert layer of the config. `dispatcher` is the dispatcher's name, or None for one process.
 
         `options` are options of the dispatcher, which are fields of `BackendConfig`. A third-party backend gets those
-        of them that it has as arguments.
+        of them that it has as arguments. Raises Unsupported if the backend does not run with the dispatcher.
         """
+        if (reason := self._without_dispatcher(dispatcher)) is not None:
+            raise Unsupported(reason)
         if dispatcher is None:
             return self._build(config)
         taken = {name: value for name, value in options.items() if self._takes(name)}
@@ -84,11 +90,14 @@ class Backend:
     ) -> Unsupported | None:
         """Return why this backend cannot run `config` on `device` with the dispatcher, or None where it can.
 
-        If `config` is None, return why the backend cannot run any config on the device.
+        `dispatcher` is None for one process. If `config` is None, return why the backend cannot run any config on the
+        device.
         """
         reason = self._unsupported(device, config)
+        if reason is None and config is not None:
+            reason = self._without_dispatcher(dispatcher)
         if reason is None and dispatcher is not None and config is not None:
-            reason = self._single_process() or dispatcher_unsupported(dispatcher, device, config)
+            reason = dispatcher_unsupported(dispatcher, device, config)
         if reason is not None and not isinstance(reason, str | Unsupported):
             kind = type(reason).__name__
             raise TypeError(
@@ -96,10 +105,16 @@ class Backend:
             )
         return Unsupported(reason) if isinstance(reason, str) else reason
 
-    def _single_process(self) -> str | None:
-        if self._takes("dispatcher"):
+    def _without_dispatcher(self, dispatcher: str | None) -> str | None:
+        """Return why the backend does not run with the dispatcher, or None where it does."""
+        if dispatcher is not None and not self._takes("dispatcher"):
+            return "takes no argument `dispatcher`, so it runs on one process only; use ep_size = 1"
+        if self.dispatchers is None or (dispatcher or "local") in self.dispatchers:
             return None
-        return "takes no argument `dispatcher`, so it runs on one process only; use ep_size = 1"
+        between = " or ".join(name for name in self.dispatchers if name != "local")
+        if dispatcher is None:
+            return f"runs on two or more ranks only; use ep_size = 2 or more, with the dispatcher {between}"
+        return f"brings its own way to send tokens, which is not {dispatcher}; use the dispatcher {between}"
 
     def _takes(self, argument: str) -> bool:
         parameters = inspect.signature(self._build).parameters
@@ -197,7 +212,8 @@ def _third_party(name: str, target: str) -> Backend:
         raise RegistryError(
             f"backend {name!r}: {target!r} is not callable; it must take a MoEConfig and return a module"
         )
-    return Backend(name, build, getattr(build, "unsupported", _runs_anywhere), getattr(build, "fp8", None))
+    dispatchers = getattr(build, "dispatchers", None)
+    return Backend(name, build, getattr(build, "unsupported", _runs_anywhere), getattr(build, "fp8", None), dispatchers)
 
 
 def _runs_anywhere(device: torch.device, config: MoEConfig | None) -> None:

@@ -183,6 +183,7 @@ CROSS_CUTTING = {
     "measure/test_cheats.py",  # backends that look faster than they are: job, call, samplers, clock, canary and worker
     "measure/test_expert_parallel.py",  # groups of real processes: worker, samplers, judge and runner
     "measure/test_gpu.py",  # facts of timing, memory, poison and a run that only a CUDA GPU can show
+    "measure/test_graphs_gpu.py",  # CUDA graphs of two ranks in a run: job, samplers, worker and runner
     "measure/test_profiling_gpu.py",  # facts of a profile that only a CUDA GPU can show
     "measure/test_trials_gpu.py",  # faults of trials that only a CUDA GPU can show
     "parity/test_faults.py",  # trials, checks and judge find the planted faults

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from experts import catalog
 from experts.config import MoEConfig
 from experts.errors import Unsupported
+from experts.state_dict import as_local
 
 R = TypeVar("R")
 
@@ -37,10 +38,11 @@ class Kept:
 
 
 class PeerExperts(nn.Module):
-    """The module `peer` of another library, on one process.
+    """The module `peer` of another library.
 
-    `layout` maps the name of each stacked parameter to its place in `peer`. An optimizer trains the parameters of
-    `peer`, which have the other library's layout. State dicts and `stacked_grads` have the stacked layout.
+    A peer runs on one process, unless it has `init_token_dispatcher`. `layout` maps the name of each stacked parameter
+    to its place in `peer`. An optimizer trains the parameters of `peer`, which have the other library's layout. State
+    dicts and `stacked_grads` have the stacked layout.
     """
 
     def __init__(self, config: MoEConfig, peer: nn.Module, layout: Mapping[str, Kept]) -> None:
@@ -53,9 +55,9 @@ class PeerExperts(nn.Module):
         self.register_load_state_dict_pre_hook(_peer_keys)
 
     def stacked_grads(self) -> dict[str, Tensor]:
-        """Return the peer's gradients in the stacked layout. A parameter without a gradient has no entry."""
+        """Return the gradients of this rank's experts, stacked. A parameter without a gradient has no entry."""
         grads = {name: getattr(self.peer, kept.name).grad for name, kept in self.layout.items()}
-        return {name: self.layout[name].to_stacked(grad) for name, grad in grads.items() if grad is not None}
+        return {name: self.layout[name].to_stacked(as_local(grad)) for name, grad in grads.items() if grad is not None}
 
 
 def _stack_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

@@ -130,7 +130,7 @@ class Samples:
         self, call: Call, original: Inputs, judge: Judge, ranks: Ranks, fits: bool, replay: Replay | None = None
     ) -> None:
         self._replay, self._step, self._steps = replay, 0, list[int]()
-        self._call, self._original, self._judge, self._ranks, self._fits = call, original, judge, ranks, fits
+        self._call, self._original, self._judge, self._ranks, self.fits = call, original, judge, ranks, fits
         self._random = random.Random(ranks.tell(secrets.randbits(64))[0])
         self._generator = torch.Generator(original.x_TD.device)
         self._seed = self._count = 0
@@ -163,7 +163,7 @@ class Samples:
         """
         self._count += 1
         self._steps.append(self._step)
-        if self._fits:
+        if self.fits:
             place = len(self._kept) if len(self._kept) < DRAWN else self._random.randrange(self._count)
             if place < DRAWN:
                 ascending = sorted(self._call.result().items(), key=lambda item: item[1].nbytes)
@@ -188,7 +188,7 @@ class Samples:
         complaints = [complaint for complaint in self._ranks.tell(self._complaint) if complaint is not None]
         if complaints:  # a mode that is still active could also change what the judge computes
             raise NoSpeed(complaints[0])
-        if not self._fits and not self._verdicts:  # fewer than EARLY samples
+        if not self.fits and not self._verdicts:  # fewer than EARLY samples
             self._kept = [_Kept(self._seed, self._step, self._call.result())]
         while self._kept:
             self._judge_one(self._kept.pop())

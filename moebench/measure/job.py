@@ -229,18 +229,18 @@ class _Job:
         )
 
     def _graph_time_ms(self, call: Call, samples: Samples, timed: Timing) -> float | None:
-        """Return the milliseconds of a replay of the call in a CUDA graph.
+        """Return the milliseconds of a replay of the call in a CUDA graph. All ranks return the same.
 
-        The result is None on a CPU, with several ranks, for a call that synchronises, for a call that cannot be
-        captured, and for a graph with wrong results.
+        The result is None on a CPU, where memory is short, for a call that synchronises or cannot be captured on a
+        rank, and for a graph with wrong results.
         """
-        if self.device.type != "cuda" or self.ranks.size > 1 or "synchronises" in timed.flags:
+        if self.device.type != "cuda" or not samples.fits or any(self.ranks.tell("synchronises" in timed.flags)):
             return None
         shorter = dataclasses.replace(self.policy, time_cap_s=GRAPH_SHARE * self.policy.time_cap_s)
-        with captured(call.stages, call.clear, self.device) as replay:
+        with captured(call.stages, call.clear, self.device, self.ranks) as replay:
             if replay is None:
                 return None
-            found = timing.time_stages([replay], self.device, shorter, samples.renew, keep=samples.keep)
+            found = timing.time_stages([replay], self.device, shorter, samples.renew, self.ranks, samples.keep)
             try:
                 samples.check()
             except NoSpeed:

@@ -25,7 +25,7 @@ import torch
 from moebench.machine import nvml
 from moebench.machine.nvml import Clock
 from moebench.measure import clock
-from moebench.workload.ranks import Ranks
+from moebench.workload.ranks import ALONE, Ranks
 
 Stage = Callable[[], object]
 CPU = torch.device("cpu")
@@ -248,14 +248,17 @@ WARMUP_CALLS = 2
 
 
 @contextmanager
-def captured(stages: Sequence[Stage], prepare: Stage, device: torch.device) -> Iterator[Stage | None]:
-    """Yield the replay of all stages in one CUDA graph, or None if the call cannot be captured.
+def captured(
+    stages: Sequence[Stage], prepare: Stage, device: torch.device, ranks: Ranks = ALONE
+) -> Iterator[Stage | None]:
+    """Yield the replay of all stages in one CUDA graph, or None if a rank cannot capture the call.
 
-    `prepare` runs before each call and never in the graph. The memory of the graph is freed at the end.
+    `prepare` runs before each call and never in the graph. The memory of the graph is freed at the end. A graph may
+    wait for the same graph of the other ranks, so all ranks must replay it equally often.
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        yield graph.replay if _capture(graph, stages, prepare, device) else None
+        yield graph.replay if all(ranks.tell(_capture(graph, stages, prepare, device))) else None
     finally:
         graph.reset()
         prepare()
@@ -270,6 +273,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _capture(graph: torch.cuda.CUDAGraph, stages: Sequence[Stage], prepare: Stage, device: torch.device) -> bool:
+    """Capture the stages, and return whether this succeeded. No rank waits in a capture, because nothing of it runs."""
     stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -283,6 +287,6 @@ def _capture(graph: torch.cuda.CUDAGraph, stages: Sequence[Stage], prepare: Stag
         with torch.cuda.graph(graph, stream=stream):
             for stage in stages:
                 stage()
-    except RuntimeError:  # torch has ended the capture; the graph's reset frees what the call allocated in it
+    except Exception:  # torch has ended the capture; the graph's reset frees what the call allocated in it
         return False
     return True

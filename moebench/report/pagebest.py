@@ -10,8 +10,7 @@ import pandas as pd
 
 from moebench.machine.units import size
 from moebench.report.pagetable import MISSING, Cell, Line, Table, case_columns, number
-from moebench.report.tables.cells import Row, milliseconds
-from moebench.results.labels import is_decode
+from moebench.report.tables.cells import Row, graph_times, milliseconds
 from moebench.results.record import Status
 
 _CASE = ("run_id", "case_id", "device", "gpu")
@@ -22,12 +21,12 @@ _GRAPH = ("fastest as CUDA graph", "graph ms")
 def best_table(rows: pd.DataFrame) -> Table:
     """Return a table with one line for each case that two or more backends computed.
 
-    Backends are named together if their times are too close to call. A step of decoding also has the backend that is
-    the fastest as a CUDA graph.
+    Backends are named together if their times are too close to call. Steps of decoding and cases of several ranks
+    also have the backend that is the fastest as a CUDA graph.
     """
     timed = rows[rows["status"].eq(Status.ok) & rows["time_ms"].notna()]
     titles, cells_of = case_columns(rows)
-    has_graphs = bool(timed.loc[is_decode(timed), "graph_time_ms"].notna().any())
+    has_graphs = bool(graph_times(timed).notna().any())
     lines = []
     for _, case in timed.groupby(list(_CASE), dropna=False, sort=False):
         if len(case) < 2:
@@ -54,8 +53,8 @@ def _ratio(row: Row, best: Row) -> Cell:
 
 
 def _graph_cells(case: pd.DataFrame) -> tuple[Cell, Cell]:
-    graphs = case[is_decode(case)].dropna(subset="graph_time_ms").sort_values("graph_time_ms")
+    graphs = case.assign(graph_ms=graph_times(case)).dropna(subset="graph_ms").sort_values("graph_ms")
     if graphs.empty:
         return Cell("", ""), MISSING
-    label, time_ms = graphs[["label", "graph_time_ms"]].iloc[0]
+    label, time_ms = graphs[["label", "graph_ms"]].iloc[0]
     return Cell(label, label), Cell(milliseconds(time_ms), float(time_ms), True)

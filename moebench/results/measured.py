@@ -67,10 +67,11 @@ class Measured(BaseModel):
         Part | None,
         Column(
             Rounds.MEDIAN,
-            "median time of the call when a CUDA graph replays it; host time does not count",
+            "median time of the call when a CUDA graph replays it; host time does not count; with several ranks, all "
+            "ranks replay the call together, and each sample is the time of the slowest rank",
             "ms",
-            null="on a CPU; at an EP size above 1; if the call synchronises or cannot be captured, or if a replay that "
-            "was judged gave a wrong result; unless ok",
+            null="on a CPU; if memory is short; if the call synchronises or cannot be captured, on any rank; if a "
+            "replay that was judged gave a wrong result; unless ok",
         ),
     ] = None
     busy_ms: Annotated[

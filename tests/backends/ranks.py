@@ -14,8 +14,11 @@ from experts import BackendConfig, GroupedExperts, MoEConfig
 
 
 class _LastRankFails(GroupedExperts):
+    engine_name = "loop"
+
     def __init__(self, config: MoEConfig, dispatcher: str | None = None) -> None:
-        super().__init__(config, BackendConfig(experts="loop", dispatcher=dispatcher))  # type: ignore[arg-type]
+        backend = BackendConfig(experts=self.engine_name, dispatcher=dispatcher)  # type: ignore[arg-type]
+        super().__init__(config, backend)
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         if self.is_last:
@@ -146,3 +149,30 @@ class Leaves(_LastRankFails):
 class Hangs(_LastRankFails):
     def break_down(self) -> None:
         threading.Event().wait()
+
+
+class _LastRankLeavesGraphs(_LastRankFails):
+    """Right and without a wait for the GPU, but the last rank cannot be captured in a CUDA graph.
+
+    It fails between dispatch and combine, when it has recorded a part of what the ranks do together.
+    """
+
+    engine_name = "torch_mm"
+
+    def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+        if self.is_last and torch.cuda.is_current_stream_capturing():
+            self.leave_graph()
+        return super().compute_local(x_RD, weights_RK, indices_RK)
+
+    def leave_graph(self) -> None:
+        raise NotImplementedError
+
+
+class RefusesGraphs(_LastRankLeavesGraphs):
+    def leave_graph(self) -> None:
+        raise ValueError("not in a graph")
+
+
+class WaitsInGraphs(_LastRankLeavesGraphs):
+    def leave_graph(self) -> None:
+        torch.cuda.synchronize()

@@ -73,8 +73,15 @@ class Buffer:
         assert num_ranks in RANKS, f"Unsupported number of EP ranks: {num_ranks}"
         return Config(128)
 
-    def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, None, Tensor, Tensor, None]:
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        return True
+
+    def get_dispatch_layout(
+        self, topk_idx: Tensor, num_experts: int, **events: Any
+    ) -> tuple[Tensor, None, Tensor, Tensor, None]:
         """Return tokens per rank, None (RDMA), tokens per expert, is_token_in_rank [T, ranks], and None (event)."""
+        _check_events(**events)
         assert self.runtime is not None
         assert topk_idx.dtype is torch.int64
         assert topk_idx.ndim == 2
@@ -96,12 +103,14 @@ class Buffer:
         num_tokens_per_expert: Tensor | None = None,
         topk_idx: Tensor | None = None,
         topk_weights: Tensor | None = None,
+        **events: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, list[int] | None, Handle | None, None]:
         """Return received rows, local expert indices (−1: not local), weights, tokens per local expert, handle, None.
 
         With a handle, only the rows are sent, by the same way as in the dispatch that returned the handle.
         """
         self._check(x)
+        _check_events(**events)
         if handle is not None:
             assert topk_idx is topk_weights is None
             assert x.shape[0] == handle.is_token_in_rank.shape[0]
@@ -125,10 +134,11 @@ class Buffer:
         return self._send(x, handle), local, weights, per_expert.tolist(), handle, None
 
     def combine(
-        self, x: Tensor, handle: Handle, topk_weights: Tensor | None = None
+        self, x: Tensor, handle: Handle, topk_weights: Tensor | None = None, **events: Any
     ) -> tuple[Tensor, Tensor | None, None]:
         """Return each token's rows and weights, summed in float32 over the ranks that it went to, and None (event)."""
         self._check(x)
+        _check_events(**events)
         assert x.shape[0] == sum(handle.receive)
         assert handle.num_sms == Buffer.num_sms, "the handle has as many channels as there were SMs"
         if topk_weights is None:
@@ -164,8 +174,16 @@ class Buffer:
         return total.to(rows.dtype)
 
 
+def _check_events(
+    previous_event: Any = None, async_finish: bool = False, allocate_on_comm_stream: bool = False
+) -> None:
+    assert (previous_event, async_finish, allocate_on_comm_stream) == (None, False, False), "not in this fake"
+
+
 def modules() -> dict[str, ModuleType]:
     """Return the fake modules by the name that `import` uses."""
     module: Any = ModuleType("deep_ep")
     module.Buffer, module.Config = Buffer, Config
-    return {"deep_ep": module}
+    module.utils = utils = ModuleType("deep_ep.utils")
+    utils.EventHandle = utils.EventOverlap = None  # for asynchronous calls, which are not in this fake
+    return {"deep_ep": module, "deep_ep.utils": utils}

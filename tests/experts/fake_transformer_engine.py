@@ -65,7 +65,7 @@ def _aligned(sizes: list[int], alignment: int) -> list[int]:
 class Fp8Padding(nn.Module):
     """(rows, sizes) -> rows with zeros at the end of each group, and the padded sizes."""
 
-    def __init__(self, num_gemms: int, align_size: int) -> None:
+    def __init__(self, num_gemms: int, align_size: int = 16) -> None:
         super().__init__()
         self.num_gemms, self.align_size = num_gemms, align_size
 
@@ -81,7 +81,7 @@ class Fp8Padding(nn.Module):
 class Fp8Unpadding(nn.Module):
     """(padded rows, sizes before the padding) -> rows without the padding."""
 
-    def __init__(self, num_gemms: int, align_size: int) -> None:
+    def __init__(self, num_gemms: int, align_size: int = 16) -> None:
         super().__init__()
         self.num_gemms, self.align_size = num_gemms, align_size
 

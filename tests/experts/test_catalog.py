@@ -73,7 +73,8 @@ def test_a_backend_config_accepts_every_engine_and_dispatcher() -> None:
 
 def test_a_backend_is_an_engine_or_a_peer() -> None:
     for backend in catalog.BACKENDS:
-        assert (backend.engine is None) == (backend.target is not None) == ("peers" in backend.groups)
+        is_peer = not {"peers", "ep_peers"}.isdisjoint(backend.groups)
+        assert (backend.engine is None) == (backend.target is not None) == is_peer
         assert backend.engine is None or backend.engine in catalog.ENGINES
         assert (backend.save == "time") == ("save_time" in backend.groups)
 

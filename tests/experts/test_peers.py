@@ -31,6 +31,7 @@ from tests.experts.layers import (
     random_parameters,
 )
 
+BETWEEN_RANKS = {"peer_automodel_torch_mm", "peer_automodel_te"}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 #: Some experts have no token, one token has no expert, and one token has only one expert.
 INDICES = [[3, 0], [1, 0], [-1, -1], [-1, 3], [0, 1]]
@@ -136,13 +137,13 @@ def test_routing_is_translated_once_for_unchanged_tensors() -> None:
 def test_the_reason_for_a_missing_library_says_how_to_install_it(name: str) -> None:
     reason = get_backend(name).unsupported(CUDA)
     assert reason is not None
-    library = {"peer_transformers": "transformers", "peer_automodel_torch_mm": "nemo_automodel"}.get(name, "sonicmoe")
+    library = {"peer_transformers": "transformers", "peer_sonicmoe": "sonicmoe"}.get(name, "nemo_automodel")
     assert reason.reason.startswith(f"{library} is not installed; pip install ")
     with pytest.raises(Unsupported, match=f"(?i){library.split('_')[0]}.*pip install "):
-        get_backend(name).build(moe_config())
+        get_backend(name).build(moe_config(), "deepep" if name in BETWEEN_RANKS else None)
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", PEERS.keys() - BETWEEN_RANKS)
 def test_a_peer_refuses_a_dispatcher(name: str) -> None:
     backend = dataclasses.replace(get_backend(name), _unsupported=lambda *_: None)
     reason = backend.unsupported(CPU, moe_config(), "allgather")

@@ -30,6 +30,7 @@ BUILT_IN = (
     "te_mxfp8",
     "peer_transformers",
     "peer_automodel_torch_mm",
+    "peer_automodel_te",
     "peer_sonicmoe",
 )
 

@@ -22,7 +22,7 @@ from moebench.results.record import Status
 
 #: Colour and marker of each known backend. Most colours are Okabe and Ito's or Tol's, which colour-blind readers can
 #: distinguish. A time that did not converge has an empty marker, so every marker must be one that can be filled.
-#: Matplotlib has 15 such markers. Two layers of other libraries (peers) therefore share their markers with backends
+#: Matplotlib has 15 such markers. Three layers of other libraries (peers) therefore share their markers with backends
 #: that are not in the same figures.
 BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -42,6 +42,7 @@ BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "triton": ("#000000", "p"),
         "peer_transformers": ("#B03060", "h"),
         "peer_automodel_torch_mm": ("#117733", "d"),
+        "peer_automodel_te": ("#332288", "P"),
         "peer_sonicmoe": ("#DDAA33", "X"),
     }
 )

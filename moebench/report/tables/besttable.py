@@ -14,6 +14,7 @@ from moebench.report.tables.casecolumn import case_column
 from moebench.report.tables.cells import (
     DIM,
     FASTEST,
+    GRAPH_LEGEND,
     Row,
     graph_times,
     memory,
@@ -98,6 +99,6 @@ def _numbers(row: Row, has_graph: bool) -> Iterator[str]:
 def _legend(rows: pd.DataFrame) -> Iterator[str]:
     yield "ms, memory: median time and peak memory of the fastest; lead: time of the next backend divided by its time"
     if graph_times(rows).notna().any():
-        yield "graph: ms when a CUDA graph replays the call, as servers do when they decode"
+        yield GRAPH_LEGEND
     if rows["close"].any():
         yield f"A ~ B: {TOO_CLOSE}; the time, the memory and the lead are of the first"

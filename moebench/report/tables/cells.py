@@ -12,6 +12,7 @@ from moebench.results.record import GOOD, Status
 
 Row = Mapping[Hashable, Any]  # a row of a frame with the columns `label` and `fastest`
 
+GRAPH_LEGEND = "graph: ms when a CUDA graph replays the call, in decoding and with several ranks"
 FASTEST, DIM = "bold green", "dim"
 STATUS_STYLES = {Status.unsupported: DIM, Status.oom: "yellow"}
 
@@ -85,8 +86,12 @@ def percent(share: float) -> str:
 
 
 def graph_times(rows: pd.DataFrame) -> "pd.Series[float]":
-    """Return the time of a replayed CUDA graph in ms of each row that is a step of decoding; null in all other rows."""
-    return rows["graph_time_ms"].where(is_decode(rows)).astype("float64")
+    """Return the time of a replayed CUDA graph in ms, in the rows whose readers need it; null in all other rows.
+
+    These are steps of decoding, which servers replay, and layers on several ranks, which launch so many kernels that
+    the host is often slower than the GPU.
+    """
+    return rows["graph_time_ms"].where(is_decode(rows) | rows["ep_size"].gt(1)).astype("float64")
 
 
 def mismatch(row: Row) -> tuple[str, str]:

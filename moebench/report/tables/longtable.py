@@ -81,9 +81,8 @@ class LongTable:
     """A table of rows with one EP size.
 
     `rows` are as moebench.report.ranking.ranked returns them, with three more columns: `flagged` says whether a row has
-    a flag that not all rows share, `graph_ms` is the time of a CUDA graph, where decoding is meant, and `host_ms` is
-    the time by the host's clock, where it is not that of `ms`. `sort` is a key
-    of `SORTS`.
+    a flag that not all rows share, `graph_ms` is the time of a CUDA graph (see cells.graph_times), and `host_ms` is the
+    time by the host's clock, where it is not that of `ms`. `sort` is a key of `SORTS`.
     """
 
     rows: pd.DataFrame

@@ -16,7 +16,7 @@ from moebench.errors import UsageError
 from moebench.report.flags import explained, own_flags, shared_flags
 from moebench.report.ranking import TOO_CLOSE, fastest_rows, ranked
 from moebench.report.tables.besttable import BestTable
-from moebench.report.tables.cells import DIM, STATUS_STYLES, graph_times
+from moebench.report.tables.cells import DIM, GRAPH_LEGEND, STATUS_STYLES, graph_times
 from moebench.report.tables.longtable import SORTS, LongTable
 from moebench.results.advise import CLOSE
 from moebench.results.labels import describe, in_order, machine
@@ -96,7 +96,7 @@ def legend(rows: pd.DataFrame, titles: Collection[str], *, ascii_only: bool = Fa
         "saved": "saved: memory that the forward pass keeps for the backward pass",
         "tok/s": f"{', '.join(rates)}: useful work per {per}, tokens and TFLOP per second",
         "err": "err: parity error divided by its budget, at most 1 passes",
-        "graph": "graph: ms when a CUDA graph replays the call, as servers do when they decode",
+        "graph": GRAPH_LEGEND,
         "busy": "busy: median ms in which the GPU worked, in calls that wait for it",
         "disp": f"{', '.join(parts)}: median ms of dispatch, compute and combine in a forward pass",
         "skew": "skew: median ms by which the slowest rank took longer than the fastest",

@@ -148,6 +148,14 @@ def test_a_step_of_decoding_has_its_time_as_a_graph() -> None:
     assert (few["graph ms"], many["graph ms"]) == ("1.500", "")
 
 
+def test_several_ranks_have_their_time_as_a_graph() -> None:
+    rows = [ok(case(1024, ep_size=2), "a", 2.0, "symm_mem", graph_time_ms=1.5), ok(case(1024, ep_size=2), "a", 3.0)]
+    html = page_of(rows)
+    (best,) = table_of(html, "best")
+    assert (best["fastest as CUDA graph"], best["graph ms"]) == ("a+symm_mem", "1.500")
+    assert [row["graph ms"] for row in table_of(html, "results")] == ["1.500", ""]
+
+
 def test_every_reason_is_said_once_in_the_verdict() -> None:
     failures = [bad(case(count), Status.unsupported, "te", detail="needs SM100\nmore") for count in (8, 16)]
     rows = [*failures, ok(case(8), "loop", flags=("synchronises",))]

@@ -316,6 +316,19 @@ def test_the_time_of_a_cuda_graph_is_shown_where_decoding_is_meant() -> None:
     assert "graph" not in printed(rows[1:], 120)
 
 
+def test_the_time_of_a_cuda_graph_is_shown_for_several_ranks() -> None:
+    times = {("symm_mem", "forward"): 0.25, ("symm_mem", "train"): 0.125, ("alltoall", "train"): None}
+    rows = [
+        ok("triton", 2.0, case(4096, mode=mode, ep_size=2), dispatcher, graph_time_ms=time_ms)
+        for (dispatcher, mode), time_ms in times.items()
+    ]
+    lines = [line.split() for line in printed(rows, 120).splitlines()]
+    (titles,) = (line for line in lines if "×fastest" in line)
+    place = titles.index("graph") - len(titles)
+    found = [line[place] for line in lines if any(word.startswith("triton+") for word in line)]
+    assert found == ["0.250", "0.125", "-"]
+
+
 def test_the_order_of_the_backends_of_a_case_can_be_chosen() -> None:
     rows = [
         ok("te", 1.0, peak_memory_bytes=3000),
