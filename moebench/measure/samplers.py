@@ -272,6 +272,12 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def _free_generator() -> None:
+    """Let torch's generator leave a capture that CUDA itself has ended. A copy of its state takes part in no capture."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
 def _capture(graph: torch.cuda.CUDAGraph, stages: Sequence[Stage], prepare: Stage, device: torch.device) -> bool:
     """Capture the stages, and return whether this succeeded. No rank waits in a capture, because nothing of it runs."""
     stream = _stream(device)
@@ -288,5 +294,6 @@ def _capture(graph: torch.cuda.CUDAGraph, stages: Sequence[Stage], prepare: Stag
             for stage in stages:
                 stage()
     except Exception:  # torch has ended the capture; the graph's reset frees what the call allocated in it
+        _free_generator()
         return False
     return True

@@ -138,9 +138,13 @@ def parity(frame: pd.DataFrame) -> list[Picture]:
 
 
 def breakdown(frame: pd.DataFrame) -> list[Picture]:
-    """Return pictures with bars of dispatch, compute and combine under expert parallelism, at two token counts."""
+    """Return pictures with bars of dispatch, compute and combine under expert parallelism, at two token counts.
+
+    The layers of other libraries have no parts, and no bars.
+    """
     drawing = _Drawing(bars.in_family, bars.family_figure, bars.page_figure, bars.case_in)
-    return _figures(frame[frame["ep_size"] > 1], BREAKDOWN, drawing)
+    has_parts = frame["dispatch_ms"].notna() | frame["status"].ne(Status.ok)
+    return _figures(frame[(frame["ep_size"] > 1) & has_parts], BREAKDOWN, drawing)
 
 
 def replay(frame: pd.DataFrame) -> list[Picture]:

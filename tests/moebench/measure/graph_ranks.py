@@ -130,6 +130,7 @@ class Rank:
         for module in (timing, samplers):
             patch.setattr(module, "clock", now)
         patch.setattr(samplers, "_stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
+        patch.setattr(samplers, "_free_generator", lambda: None)
         patch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
         patch.setattr(torch.cuda, "graph", self.graph)
         patch.setattr(torch.cuda, "stream", nullcontext)
