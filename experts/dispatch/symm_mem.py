@@ -1,9 +1,9 @@
-"""Write each token once into the memory of every rank that holds one of its experts, and read the results back.
+"""Write each token once into the memory of every rank that holds one of its experts, and the results back.
 
-This is the dispatcher `symm_mem`. `experts.exchange` moves the rows: dispatch and the backward of combine are a push,
-combine and the backward of dispatch are a pull. Every rank has room for the rows that any routing can bring, so the
-number of rows is only on the device, and the host does not wait. On GPUs this needs torch's symmetric memory between
-GPUs of one host. On a CPU, the ranks are processes of one host.
+This is the dispatcher `symm_mem`. `experts.exchange` moves the rows: dispatch and the backward of combine push rows to
+the experts, combine and the backward of dispatch push rows back. Every rank has room for the rows that any routing can
+bring, so the number of rows is only on the device, and the host does not wait. On GPUs this needs torch's symmetric
+memory between GPUs of one host. On a CPU, the ranks are processes of one host.
 """
 
 import math
@@ -170,11 +170,11 @@ class _Dispatch(Function):
         copied: bool,
     ) -> tuple[Tensor, Tensor, Tensor, _Route]:
         exchange = exchange_on(x_TD.device)
-        slabs.begin_push()
+        slabs.barrier()
         row_TP = exchange.place(slabs, indices_TK, n_local_experts)
         x_RD = torch.empty_like(slabs.own.rows_RD) if copied else slabs.own.rows_RD[:]
         exchange.push(slabs, x_TD, row_TP, x_RD, weights_TK, indices_TK)
-        slabs.arrive()
+        slabs.barrier()
         weights_RK, indices_RK, counts_P = exchange.take_choices(slabs)
         if copied:
             exchange.take_rows(slabs, counts_P, x_RD)
@@ -204,10 +204,10 @@ class _Combine(Function):
         """Return the gradients in memory of their own: autograd may keep them while the slabs are used again."""
         route: _Route = ctx.route
         exchange, slabs = exchange_on(grad_TD.device), route.slabs
-        slabs.begin_push()
+        slabs.barrier()
         grad_y_RD = torch.empty_like(slabs.own.rows_RD)
         exchange.push(slabs, grad_TD.contiguous(), route.row_TP, grad_y_RD)
-        slabs.arrive()
+        slabs.barrier()
         exchange.take_rows(slabs, route.counts_P, grad_y_RD)
         return grad_y_RD, None
 
@@ -215,8 +215,8 @@ class _Combine(Function):
 def _bring_back(route: _Route, y_RD: Tensor, weights_RK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Return the sums of each token's rows [T, D], and of its weights [T, K] if weights are given."""
     exchange, slabs = exchange_on(y_RD.device), route.slabs
-    slabs.begin_pull()
     y_RD, weights_RK = y_RD.contiguous(), None if weights_RK is None else weights_RK.contiguous()
-    exchange.put(slabs, y_RD, route.counts_P, weights_RK)
-    slabs.arrive()
-    return exchange.pull(slabs, route.row_TP, y_RD, weights_RK)
+    slabs.barrier()
+    exchange.push_back(slabs, y_RD, route.counts_P, weights_RK)
+    slabs.barrier()
+    return exchange.sum_rows(slabs, route.row_TP, y_RD, weights_RK)

@@ -1,15 +1,16 @@
 """Exchange rows of tokens between ranks through memory that all ranks of a group read and write.
 
 Every rank has a region of memory. A region has P slabs, one for each rank, and each slab has room for C rows. A rank
-writes only into its own slab of each region, so it can send rows before it knows how many rows the other ranks send.
-Token t goes to row `row_TP[t, p]` of this rank's slab in the region of rank p. The rows of a slab are filled from the
-first row on, in the order of the tokens.
+writes only into its own slab of each other rank's region, so it can send rows before it knows how many rows the other
+ranks send. Token t goes to row `row_TP[t, p]` of this rank's slab in the region of rank p. The rows of a slab are
+filled from the first row on, in the order of the tokens.
 
-Rows travel in two ways. A push sends tokens' rows out: each rank writes them into the regions of the other ranks. A
-pull brings rows back: each rank writes results into its own region, in place of the rows that were pushed there, and
-then each rank reads its tokens' rows in the regions of the other ranks and sums them. The rows that a rank sends to
-itself need not go through its region: a push writes them where the rank wants them, and a pull reads them where the
-rank has them.
+Rows travel in two ways. A push sends tokens' rows out. A push back returns a row for each row that came: rank p writes
+the result of row r of rank q's slab to row r of its own slab in the region of rank q. Then rank q sums the rows of each
+of its tokens. The rows that a rank sends to itself do not travel: a push writes them where the rank wants them, and the
+sum reads them where the rank has them.
+
+Ranks write into each other's regions, and each rank reads only its own: over NVLink, writing is faster than reading.
 
 The functions that move rows have two implementations. `eager` is plain torch: it defines what each function does, and
 it runs on a CPU, where the ranks are processes that share memory. `fused` is Triton, for GPUs that reach each other's
@@ -17,9 +18,9 @@ memory: no function waits for the device, and a captured CUDA graph can replay w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -89,25 +90,14 @@ class Region:
         return cls(**views)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Slabs:
-    """The regions of all ranks, as one rank sees them, and the order in which the ranks use them.
+    """The regions of all ranks, as one rank sees them.
 
-    `barrier` returns when all ranks have called it; on a GPU, the device waits and the host goes on.
-
-    Why no rank overwrites what another rank still reads: between the reads of one exchange and the writes of the next
-    exchange there is always a barrier, and a rank reaches the barrier only after its own reads, because the device runs
-    them in order.
-
-    - `begin_push` is a barrier. Before it, a rank has read the rows that an earlier push brought into its region, and
-      the rows that an earlier pull read in other regions. After it, ranks write into each other's regions.
-    - `begin_pull` is a barrier only if the exchange before was also a pull: then a slow rank may still read the region
-      that this rank is about to write. After a push, no other rank reads this rank's region, because the push began
-      with a barrier, and the barrier at the end of the push shows that no rank still writes into it.
-    - `arrive` is the barrier between the writes and the reads of one exchange.
-
-    The host knows the exchange before only if it made it. So a CUDA graph must contain a push together with its pull,
-    and no graph with exchanges may be replayed between a push and its pull.
+    `barrier` returns when all ranks have called it; on a GPU, the device waits and the host goes on. Every exchange has
+    two barriers. Before the first one, no rank writes. Between the two, ranks write into each other's regions, and no
+    rank reads. After the second one, each rank reads its own region. So no rank overwrites what another rank still
+    reads: a rank reaches the first barrier of the next exchange only after its own reads.
     """
 
     layout: Layout
@@ -116,33 +106,21 @@ class Slabs:
     addresses_P: Tensor  # int64: the address of each rank's region, as this rank's device sees it
     barrier: Callable[[], None]
     owner: object = None  # keeps the memory mapped
-    _last: Literal["push", "pull", None] = field(default=None, init=False)
 
     @property
     def own(self) -> Region:
         """This rank's region."""
         return self.regions[self.rank]
 
-    @property
-    def own_slab(self) -> slice:
-        """This rank's rows in every region."""
-        first = self.rank * self.layout.rows_per_slab
+    def slab(self, rank: int) -> slice:
+        """The rows of a rank's slab in every region."""
+        first = rank * self.layout.rows_per_slab
         return slice(first, first + self.layout.rows_per_slab)
 
-    def begin_push(self) -> None:
-        """Wait until all ranks have ended what they did with the regions."""
-        self.barrier()
-        self._last = "push"
-
-    def begin_pull(self) -> None:
-        """Wait, if it is necessary, until no rank reads this rank's region."""
-        if self._last != "push":
-            self.barrier()
-        self._last = "pull"
-
-    def arrive(self) -> None:
-        """Wait until all ranks have written what this exchange carries."""
-        self.barrier()
+    @property
+    def own_slab(self) -> slice:
+        """The rows of this rank's slab in every region."""
+        return self.slab(self.rank)
 
 
 class Exchange(Protocol):
@@ -179,16 +157,16 @@ class Exchange(Protocol):
     def take_rows(self, slabs: Slabs, counts_P: Tensor, rows_RD: Tensor) -> None:
         """Copy the rows that other ranks pushed from this rank's region into `rows_RD`. Other rows stay as they are."""
 
-    def put(self, slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
-        """Write the results of other ranks' rows into this rank's region, for these ranks to pull."""
+    def push_back(self, slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
+        """Write the results of other ranks' rows, and weights if given, into this rank's slabs of their regions."""
 
-    def pull(
+    def sum_rows(
         self, slabs: Slabs, row_TP: Tensor, y_RD: Tensor, weights_RK: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the sum [T, D] of each token's rows over all ranks and, with weights, the sum [T, K] of the weights.
 
-        `y_RD` and `weights_RK` are what this rank has put: the rows of its own tokens are read there. Sums are in
-        float32 (float64 for float64), in the order of the ranks. A token without rows has zeros.
+        `y_RD` and `weights_RK` are what this rank has pushed back: the rows of its own tokens are read there. Sums are
+        in float32 (float64 for float64), in the order of the ranks. A token without rows has zeros.
         """
 
 

@@ -30,9 +30,8 @@ def push(
     indices_TK: Tensor | None = None,
 ) -> None:
     """As `Exchange.push`."""
-    targets = _with_own(slabs, [region.rows_RD for region in slabs.regions], rows_RD)
-    for region, target_RD, token_N in zip(slabs.regions, targets, _tokens_of_ranks(slabs, row_TP), strict=True):
-        num_rows = token_N.shape[0]
+    for rank, (region, token_N) in enumerate(zip(slabs.regions, _tokens_of_ranks(slabs, row_TP), strict=True)):
+        num_rows, target_RD = token_N.shape[0], rows_RD if rank == slabs.rank else region.rows_RD
         target_RD[slabs.own_slab][:num_rows] = x_TD[token_N]
         if weights_TK is not None and indices_TK is not None:
             region.weights_RK[slabs.own_slab][:num_rows] = weights_TK[token_N]
@@ -53,30 +52,27 @@ def take_rows(slabs: Slabs, counts_P: Tensor, rows_RD: Tensor) -> None:
     rows_RD[of_others_R] = slabs.own.rows_RD[of_others_R]
 
 
-def put(slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
-    """As `Exchange.put`."""
-    of_others_R = _of_others(slabs, counts_P)
-    slabs.own.rows_RD[of_others_R] = y_RD[of_others_R]
-    if weights_RK is not None:
-        slabs.own.weights_RK[of_others_R] = weights_RK[of_others_R]
+def push_back(slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
+    """As `Exchange.push_back`."""
+    for rank, (region, count) in enumerate(zip(slabs.regions, counts_P.tolist(), strict=True)):
+        if rank != slabs.rank:
+            region.rows_RD[slabs.own_slab][:count] = y_RD[slabs.slab(rank)][:count]
+            if weights_RK is not None:
+                region.weights_RK[slabs.own_slab][:count] = weights_RK[slabs.slab(rank)][:count]
 
 
-def pull(slabs: Slabs, row_TP: Tensor, y_RD: Tensor, weights_RK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """As `Exchange.pull`."""
+def sum_rows(
+    slabs: Slabs, row_TP: Tensor, y_RD: Tensor, weights_RK: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """As `Exchange.sum_rows`."""
     tokens = _tokens_of_ranks(slabs, row_TP)
 
-    def total(regions_RX: list[Tensor], own_RX: Tensor) -> Tensor:
-        return _sum([rows[slabs.own_slab] for rows in _with_own(slabs, regions_RX, own_RX)], tokens, row_TP.shape[0])
+    def total(region_RX: Tensor, own_RX: Tensor) -> Tensor:
+        rows = [own_RX if rank == slabs.rank else region_RX for rank in range(slabs.layout.num_ranks)]
+        return _sum([rows_RX[slabs.slab(rank)] for rank, rows_RX in enumerate(rows)], tokens, row_TP.shape[0])
 
-    sums_TD = total([region.rows_RD for region in slabs.regions], y_RD)
-    if weights_RK is None:
-        return sums_TD, None
-    return sums_TD, total([region.weights_RK for region in slabs.regions], weights_RK)
-
-
-def _with_own(slabs: Slabs, regions_RX: list[Tensor], own_RX: Tensor) -> list[Tensor]:
-    """Return the tensors of all ranks' regions, with another tensor in place of this rank's."""
-    return [own_RX if rank == slabs.rank else rows for rank, rows in enumerate(regions_RX)]
+    sums_TD = total(slabs.own.rows_RD, y_RD)
+    return sums_TD, None if weights_RK is None else total(slabs.own.weights_RK, weights_RK)
 
 
 def _tokens_of_ranks(slabs: Slabs, row_TP: Tensor) -> list[Tensor]:

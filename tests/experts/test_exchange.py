@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from experts.activations import accumulation_dtype
+from experts.dispatch import symm_mem
 from experts.exchange import Layout, Region, Slabs, eager
 from tests.experts.compiled import compile_launches
 from tests.experts.layers import BF16, F16, F32, F64, INTERPRETED
@@ -176,28 +177,30 @@ def test_all_ranks_see_how_many_rows_each_rank_wants_to_send(
 
 @on_every_setup
 @of_every_size
-def test_a_pull_sums_the_rows_of_each_token_in_the_order_of_the_ranks(
+def test_what_is_pushed_back_is_summed_in_the_order_of_the_ranks(
     name: str, device: str, dtype: torch.dtype, num_tokens: tuple[int, ...], rows_per_slab: int
 ) -> None:
-    """Only filled rows are put into a region, and only those are summed. Unfilled rows are NaN.
+    """Only filled rows are pushed back, and only those are summed. Unfilled rows are NaN.
 
-    The sums have a rank's own rows from what the rank has put, wherever it is in memory. The region's rows of the rank
-    itself are not used.
+    The sums have a rank's own rows from what the rank has pushed back, wherever it is in memory. The region's rows of
+    the rank itself are not used.
     """
     given, exchange = Given(num_tokens, rows_per_slab, device, dtype), functions(name)
     rows = given.pushed(exchange)
     y_RD, weights_RK = given.of_region
+    taken = [exchange.take_choices(slabs) for slabs in given.slabs]
+    for region in given.regions:
+        region.rows_RD[:], region.weights_RK[:] = torch.nan, torch.nan
     put = []
-    for slabs in given.slabs:
-        _, indices_RK, counts_P = exchange.take_choices(slabs)
+    for slabs, (_, indices_RK, counts_P) in zip(given.slabs, taken, strict=True):
         unfilled = (indices_RK == -1).all(dim=1)
         mine = [(t * (slabs.rank + 1)).masked_fill(unfilled.unsqueeze(-1), torch.nan) for t in (y_RD, weights_RK)]
-        slabs.own.rows_RD[slabs.own_slab], slabs.own.weights_RK[slabs.own_slab] = torch.nan, torch.nan
-        exchange.put(slabs, mine[0], counts_P, mine[1])
+        exchange.push_back(slabs, mine[0], counts_P, mine[1])
         put.append([misaligned(tensor) for tensor in mine])
     for source, slabs in enumerate(given.slabs):
-        found = exchange.pull(slabs, rows[source], *put[source])
-        assert exchange.pull(slabs, rows[source], put[source][0])[1] is None
+        assert slabs.own.rows_RD[slabs.own_slab].isnan().all()
+        found = exchange.sum_rows(slabs, rows[source], *put[source])
+        assert exchange.sum_rows(slabs, rows[source], put[source][0])[1] is None
         for sums, whole in zip(found, (y_RD, weights_RK), strict=True):
             right = torch.zeros_like(sums, dtype=accumulation_dtype(whole.dtype))
             for to in range(given.num_ranks):
@@ -268,36 +271,53 @@ def test_an_index_that_is_no_expert_stays_no_expert(name: str, device: str, dtyp
     assert indices_RK[0].tolist() == [2**31 - 1, 0, 2**31 - 1]
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4])
-def test_between_conflicting_accesses_of_two_ranks_there_is_a_barrier(length: int) -> None:
-    """For every sequence of pushes and pulls, of which one rank may be as far ahead as the barriers allow.
+class Accesses:
+    """Functions that move no rows. They keep what a rank does to memory, and how many barriers it has passed before."""
 
-    All ranks pass the same barriers, so two accesses of different ranks are ordered if and only if the number of
-    barriers before them differs.
+    def __init__(self) -> None:
+        self.num_barriers = 0
+        self.reads: set[int] = set()
+        self.writes: set[int] = set()
+
+    def barrier(self) -> None:
+        self.num_barriers += 1
+
+    def writes_to_all(self, *results: Tensor) -> Callable[..., Any]:
+        return lambda *_: (self.writes.add(self.num_barriers), *map(torch.clone, results))[1:]
+
+    def reads_its_own(self, *results: Tensor) -> Callable[..., Any]:
+        return lambda *_: (self.reads.add(self.num_barriers), *map(torch.clone, results))[1:]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_rank_writes_into_a_region_while_its_owner_may_read_it(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks pass the same barriers. So if no rank reads and writes behind the same one, all accesses are in order.
+
+    Without gradients, the experts read the rows in the region itself.
     """
-    for sequence in itertools.product(("push", "pull"), repeat=length):
-        num_barriers = 0
-
-        def barrier() -> None:
-            nonlocal num_barriers
-            num_barriers += 1
-
-        slabs = Slabs(Layout(2, 4, 1, 1, F32, F32), 0, (), torch.empty(0), barrier)
-        # what a rank does, by the number of barriers before it: whose region it reads or writes ("all" has its own)
-        reads: list[tuple[int, str]] = []
-        writes: list[tuple[int, str]] = []
-        for exchange in sequence:
-            (slabs.begin_push if exchange == "push" else slabs.begin_pull)()
-            writes.append((num_barriers, "all" if exchange == "push" else "own"))
-            slabs.arrive()
-            reads.append((num_barriers, "own" if exchange == "push" else "all"))
-        for (written, whose), (read, from_whose) in itertools.product(writes, reads):
-            # another rank reads the region that this rank writes to, at the same time
-            if written == read:
-                assert (whose, from_whose) == ("own", "own"), f"{sequence}: a rank overwrites what another one reads"
-        for (one, whose), (other, its) in itertools.combinations(writes, 2):
-            if one == other:
-                assert (whose, its) == ("own", "own"), f"{sequence}: two ranks write to one region at the same time"
+    seen, layout = Accesses(), Layout(1, 4, DIM, CHOICES, F32, F32)
+    region = Region.over(torch.zeros(layout.num_bytes, dtype=torch.uint8), layout)
+    slabs = Slabs(layout, 0, (region,), torch.empty(0), seen.barrier)
+    x_RD, weights_RK, indices_RK = torch.zeros(4, DIM), torch.zeros(4, CHOICES), torch.full((4, CHOICES), -1)
+    moves = SimpleNamespace(
+        place=seen.writes_to_all(torch.zeros(4, 1)),
+        push=seen.writes_to_all(),
+        push_back=seen.writes_to_all(),
+        take_choices=seen.reads_its_own(weights_RK, indices_RK, torch.zeros(1)),
+        take_rows=seen.reads_its_own(),
+        sum_rows=seen.reads_its_own(x_RD, weights_RK),
+    )
+    monkeypatch.setattr(symm_mem, "exchange_on", lambda device: moves)
+    for _ in range(2):
+        x_TD, weights_TK = x_RD.clone().requires_grad_(grad), weights_RK.clone().requires_grad_(grad)
+        with torch.set_grad_enabled(grad):
+            *sent, route = symm_mem._Dispatch.apply(x_TD, weights_TK, indices_RK, slabs, 1, grad)
+            seen.reads_its_own()()
+            y_TD = symm_mem._Combine.apply(sent[0] * sent[1].sum(), route)
+        if grad:
+            y_TD.sum().backward()
+    assert seen.num_barriers == (16 if grad else 8)
+    assert not seen.reads & seen.writes
 
 
 @pytest.fixture
@@ -323,13 +343,15 @@ def test_the_kernels_compile_for_sm90_and_move_16_bytes_at_a_time(ptx: dict[str,
         lambda: fused.push(slabs, x_TD, row_TP, rows_RD, weights_TK, indices_TK),
         lambda: fused.take_choices(slabs),
         lambda: fused.take_rows(slabs, row_TP[0], rows_RD),
-        lambda: fused.pull(slabs, row_TP, rows_RD, weights_TK),
+        lambda: fused.push_back(slabs, rows_RD, row_TP[0], torch.zeros(512, 8)),
+        lambda: fused.sum_rows(slabs, row_TP, rows_RD, torch.zeros(512, 8)),
     ]
     for call in calls:
         call()
-    assert {*ptx} == {"place", "push", "take_choices", "copy_of_others", "pull"}
-    for kernel in ("push", "copy_of_others", "pull"):
+    assert {*ptx} == {"place", "push", "take_choices", "take_rows", "push_back", "sum_rows"}
+    for kernel in ("push", "take_rows", "push_back", "sum_rows"):
         moves = set(re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.[bu]16\b", ptx[kernel]))
         assert not moves, f"{kernel} moves single elements: {moves}"
     assert ptx["push"].count("st.global.v4.b32") >= 8  # one per rank
-    assert ptx["pull"].count("ld.global.v4.b32") >= 8
+    assert ptx["push_back"].count("st.global.v4.b32") >= 1
+    assert ptx["sum_rows"].count("ld.global.v4.b32") >= 8

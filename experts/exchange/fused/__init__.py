@@ -1,8 +1,8 @@
 """Move rows between ranks in Triton. The kernels read and write the other ranks' memory at its addresses.
 
-A program of push has one token and a stretch of the token's columns: it reads them once and writes them to each of the
-token's ranks. A program of pull reads the token's row of each rank and writes the sum once. Both kernels use other
-memory than the region for the rows of their own rank.
+A program of `push` has one token and a stretch of the token's columns: it reads them once and writes them to each of
+the token's ranks. A program of `push_back` has one row and a stretch of its columns. A program of `sum_rows` reads the
+row of each of a token's ranks and writes the sum once.
 """
 
 import torch
@@ -88,18 +88,36 @@ def take_choices(slabs: Slabs) -> tuple[Tensor, Tensor, Tensor]:
 
 def take_rows(slabs: Slabs, counts_P: Tensor, rows_RD: Tensor) -> None:
     """As `Exchange.take_rows`."""
-    _copy(slabs, slabs.own.rows_RD, rows_RD, counts_P)
+    num_rows, width = rows_RD.shape
+    rows, columns = _tile(width)
+    launch(
+        kernels.take_rows,
+        (triton.cdiv(num_rows, rows), triton.cdiv(width, columns)),
+        *(slabs.own.rows_RD, rows_RD, counts_P, slabs.rank, slabs.layout.rows_per_slab, num_rows, width),
+        ROWS=rows,
+        COLUMNS=columns,
+    )
 
 
-def put(slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
-    """As `Exchange.put`."""
-    _copy(slabs, y_RD, slabs.own.rows_RD, counts_P)
-    if weights_RK is not None:
-        _copy(slabs, weights_RK, slabs.own.weights_RK, counts_P)
+def push_back(slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
+    """As `Exchange.push_back`."""
+    layout = slabs.layout
+    launch(
+        kernels.push_back,
+        (layout.num_rows, triton.cdiv(layout.dim, _stretch(layout.dim))),
+        *(y_RD, weights_RK, counts_P, slabs.addresses_P, slabs.rank, layout.dim, layout.rows_per_slab),
+        WITH_WEIGHTS=weights_RK is not None,
+        WEIGHTS_AT=_start(slabs, "weights_RK"),
+        K=layout.n_activated_experts,
+        CHOICES=triton.next_power_of_2(layout.n_activated_experts),
+        STRETCH=_stretch(layout.dim),
+    )
 
 
-def pull(slabs: Slabs, row_TP: Tensor, y_RD: Tensor, weights_RK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """As `Exchange.pull`."""
+def sum_rows(
+    slabs: Slabs, row_TP: Tensor, y_RD: Tensor, weights_RK: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """As `Exchange.sum_rows`."""
     layout, num_tokens = slabs.layout, row_TP.shape[0]
     sums_TD = torch.empty(num_tokens, layout.dim, dtype=layout.dtype, device=row_TP.device)
     weights_TK = None
@@ -107,12 +125,11 @@ def pull(slabs: Slabs, row_TP: Tensor, y_RD: Tensor, weights_RK: Tensor | None =
         shape = num_tokens, layout.n_activated_experts
         weights_TK = torch.empty(shape, dtype=layout.weights_dtype, device=row_TP.device)
     launch(
-        kernels.pull,
+        kernels.sum_rows,
         (num_tokens, triton.cdiv(layout.dim, _stretch(layout.dim))),
-        *(sums_TD, weights_TK, row_TP, _aligned(y_RD), _aligned(weights_RK), slabs.addresses_P),
+        *(sums_TD, weights_TK, row_TP, _aligned(y_RD), _aligned(weights_RK), slabs.own.rows_RD, slabs.own.weights_RK),
         *(slabs.rank, layout.dim, layout.rows_per_slab),
         WITH_WEIGHTS=weights_RK is not None,
-        WEIGHTS_AT=_start(slabs, "weights_RK"),
         SUM=_sum_type(layout.dtype),
         WEIGHTS_SUM=_sum_type(layout.weights_dtype),
         P=layout.num_ranks,
@@ -121,19 +138,6 @@ def pull(slabs: Slabs, row_TP: Tensor, y_RD: Tensor, weights_RK: Tensor | None =
         STRETCH=_stretch(layout.dim),
     )
     return sums_TD, weights_TK
-
-
-def _copy(slabs: Slabs, source_RX: Tensor, target_RX: Tensor, counts_P: Tensor) -> None:
-    """Copy the rows that other ranks filled."""
-    num_rows, width = source_RX.shape
-    rows, columns = _tile(width)
-    launch(
-        kernels.copy_of_others,
-        (triton.cdiv(num_rows, rows), triton.cdiv(width, columns)),
-        *(source_RX, target_RX, counts_P, slabs.rank, slabs.layout.rows_per_slab, num_rows, width),
-        ROWS=rows,
-        COLUMNS=columns,
-    )
 
 
 def _aligned(rows_RX: Tensor | None) -> Tensor | None:

@@ -11,11 +11,10 @@ def _part(addresses, rank, START: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _part_or_own(addresses, rank, own_rank, own, START: tl.constexpr):
-    """Return the pointer to a part of another rank's region, or for this rank itself the pointer `own`."""
-    address = tl.load(addresses + rank) + START
-    address = tl.where(rank == own_rank, own.to(tl.int64, bitcast=True), address)
-    return tl.multiple_of(address.to(tl.pointer_type(own.dtype.element_ty)), 16)
+def _either(condition, one, other):
+    """Return the pointer `one` if the condition holds, else `other`. Both are aligned as the parts of a region are."""
+    address = tl.where(condition, one.to(tl.int64, bitcast=True), other.to(tl.int64, bitcast=True))
+    return tl.multiple_of(address.to(tl.pointer_type(one.dtype.element_ty)), 16)
 
 
 @triton.jit
@@ -95,7 +94,7 @@ def push(
         row = tl.load(rows + token * P + to)
         fits = (row >= 0) & (row < rows_per_slab)
         at = row.to(tl.int64) + rank * rows_per_slab
-        target = _part_or_own(addresses, to, rank, own, 0)
+        target = _either(to == rank, own, _part(addresses, to, 0, x.dtype.element_ty))
         tl.store(target + at * dim + columns, values, mask=(columns < dim) & fits)
         if WITH_CHOICES:
             target_weights = _part(addresses, to, WEIGHTS_AT, weights.dtype.element_ty)
@@ -105,18 +104,49 @@ def push(
 
 
 @triton.jit
-def pull(
-    sums,
+def push_back(
+    y,
     weights,
-    rows,
-    own,
-    own_weights,
+    counts,
     addresses,
     rank,
     dim,
     rows_per_slab,
     WITH_WEIGHTS: tl.constexpr,
     WEIGHTS_AT: tl.constexpr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    row = tl.program_id(0)
+    to = row // rows_per_slab
+    row_of_slab = row - to * rows_per_slab
+    wanted = (to != rank) & (row_of_slab < tl.load(counts + to))
+    at = row_of_slab.to(tl.int64) + rank * rows_per_slab
+    columns = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
+    inside = (columns < dim) & wanted
+    values = tl.load(y + row.to(tl.int64) * dim + columns, mask=inside, other=0.0)
+    tl.store(_part(addresses, to, 0, y.dtype.element_ty) + at * dim + columns, values, mask=inside)
+    if WITH_WEIGHTS:
+        choice = tl.arange(0, CHOICES)
+        is_choice = (choice < K) & (tl.program_id(1) == 0) & wanted
+        weight = tl.load(weights + row.to(tl.int64) * K + choice, mask=is_choice, other=0.0)
+        tl.store(_part(addresses, to, WEIGHTS_AT, weights.dtype.element_ty) + at * K + choice, weight, mask=is_choice)
+
+
+@triton.jit
+def sum_rows(
+    sums,
+    weights,
+    rows,
+    own,
+    own_weights,
+    region,
+    region_weights,
+    rank,
+    dim,
+    rows_per_slab,
+    WITH_WEIGHTS: tl.constexpr,
     SUM: tl.constexpr,
     WEIGHTS_SUM: tl.constexpr,
     P: tl.constexpr,
@@ -134,11 +164,11 @@ def pull(
     for source in tl.static_range(P):
         row = tl.load(rows + token * P + source)
         has = (row >= 0) & (row < rows_per_slab)
-        at = row.to(tl.int64) + rank * rows_per_slab
-        part = _part_or_own(addresses, source, rank, own, 0)
+        at = row.to(tl.int64) + source * rows_per_slab
+        part = _either(source == rank, own, region)
         total += tl.load(part + at * dim + columns, mask=(columns < dim) & has, other=0.0).to(SUM)
         if WITH_WEIGHTS:
-            weights_part = _part_or_own(addresses, source, rank, own_weights, WEIGHTS_AT)
+            weights_part = _either(source == rank, own_weights, region_weights)
             weights_total += tl.load(weights_part + at * K + choice, mask=is_choice & has, other=0.0).to(WEIGHTS_SUM)
     tl.store(sums + token * dim + columns, total.to(sums.dtype.element_ty), mask=columns < dim)
     if WITH_WEIGHTS:
@@ -180,7 +210,7 @@ def take_choices(
 
 
 @triton.jit
-def copy_of_others(
+def take_rows(
     source,
     target,
     counts,
