@@ -46,6 +46,7 @@ from moebench.report.plots.kinds import (
 from moebench.report.plots.rendering import failure, images
 from moebench.results.files import write_atomically
 from moebench.results.labels import backend_labels, describe, in_case_order, is_decode
+from moebench.results.record import Status
 from moebench.workload.case import Case
 
 _KINDS = (THROUGHPUT, RATIO, DECODE, SCALING, MEMORY, PARITY, ROOFLINE, BREAKDOWN, REPLAY)

@@ -64,6 +64,7 @@ def test_a_call_that_waits_cannot_be_captured_and_the_gpu_goes_on(gpu):
     with captured([lambda: torch.ones(1, device=gpu).item()], lambda: None, gpu) as replay:
         assert replay is None
     assert float(torch.ones(2, device=gpu).sum()) == 2.0
+    assert 0 <= float(torch.rand(1, device=gpu)) < 1, "torch's generator is in no capture any more"
 
 
 def test_a_clock_is_read(gpu):

@@ -71,7 +71,10 @@ def test_one_process_has_no_breakdown() -> None:
     assert breakdown(to_frame(family("loop") + family("te"))) == []
     assert breakdown(to_frame([])) == []
     unheard = [ok(case(count, ep_size=2), "mine:Own", dispatcher="alltoall") for count in COUNTS]
+    unheard += [ok(case(1024, ep_size=2, mode="train"), "peer_automodel_te", 3.0, "deepep", backward_ms=2.0)]
     assert breakdown(to_frame(unheard)) == [], "a module of others may have no dispatcher to listen to"
+    both = panels(only(breakdown(to_frame([*unheard, row(1024, mode="train")]))))
+    assert [list(bars(ax)) for ax in both.values()] == [["te+deepep"]]
 
 
 def test_modes_routings_and_loads_have_panels() -> None:
