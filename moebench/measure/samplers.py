@@ -273,7 +273,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _free_generator() -> None:
-    """Let torch's generator leave a capture that CUDA itself has ended. A copy of its state takes part in no capture."""
+    """Let torch's generator leave a capture that CUDA itself has ended. A copy of its state is in no capture."""
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     generator.graphsafe_set_state(generator.clone_state())
 
