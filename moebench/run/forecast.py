@@ -58,7 +58,7 @@ class ForecastLine:
 
 
 class KnownTimes:
-    """The seconds that measured jobs took. The method `time_s` looks up the nearest measured job."""
+    """The seconds that a round of measured jobs took. The method `time_s` looks up the nearest measured job."""
 
     def __init__(self, frame: pd.DataFrame) -> None:
         """Take the rows of the results `frame` that have status ok and a time."""
@@ -69,10 +69,11 @@ class KnownTimes:
         for key, some in rows.groupby(list(_GROUP)):
             cases = [Case.model_validate(row) for row in some[list(Case.model_fields)].to_dict("records")]
             places = np.array([_place(case) for case in cases])
-            self._groups[key] = places, some["dispatcher"].to_numpy(dtype=str), some["job_s"].to_numpy(dtype=float)
+            of_a_round_s = (some["job_s"] / some["num_rounds"]).to_numpy(dtype=float)
+            self._groups[key] = places, some["dispatcher"].to_numpy(dtype=str), of_a_round_s
 
     def time_s(self, job: Job) -> float | None:
-        """Return the seconds of the nearest measured job; None where no measured job is near."""
+        """Return the seconds that one round of the nearest measured job took; None where no measured job is near."""
         key = job.backend, job.case.mode, job.case.dtype
         if key not in self._groups:
             return None
