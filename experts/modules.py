@@ -11,7 +11,7 @@ from experts.config import BackendConfig, MoEConfig, is_gated_activation
 from experts.engines import engine_names, get_engine
 from experts.errors import ConfigError, Unsupported
 from experts.layer import ExpertLayer
-from experts.state_dict import as_local, is_dtensor, local_share, sharded, sharded_like
+from experts.state_dict import as_local, is_dtensor, let_fsdp_shard, local_share, sharded, sharded_like
 from experts.steps import make_of_steps
 
 
@@ -157,6 +157,7 @@ def _engines_that_save() -> list[str]:
 
 def _take_local_share(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Shard plain tensors of all experts like the parameters, so that each rank loads its own experts (a load hook)."""
+    let_fsdp_shard(module)
     for name, parameter in module.named_parameters(recurse=False):
         value = state_dict.get(prefix + name)
         if not is_dtensor(parameter) or not isinstance(value, Tensor) or is_dtensor(value):

@@ -58,8 +58,8 @@ class GroupedExpertsTE(ExpertLayer):
         self.down_linear = self._make_linear(config.moe_inter_dim, config.dim, torch.get_default_device())
         self._is_first_microbatch: bool | None = None
         self.register_state_dict_post_hook(layout.stack_keys)
-        self.register_load_state_dict_pre_hook(layout.split_keys)
-        self.register_load_state_dict_post_hook(layout.name_missing_keys)
+        self._loaded_prefix = ""
+        self.register_load_state_dict_post_hook(_forget_own_names)
 
     def forward(
         self,
@@ -143,6 +143,22 @@ class GroupedExpertsTE(ExpertLayer):
         """The bias [E, D], or None without `expert_bias`; a DTensor under expert parallelism."""
         return layout.sharded(self, "down_proj_bias")
 
+    @gate_and_up_projs.setter
+    def gate_and_up_projs(self, value: Tensor) -> None:
+        self._assign("gate_and_up_projs", value)
+
+    @down_projs.setter
+    def down_projs(self, value: Tensor) -> None:
+        self._assign("down_projs", value)
+
+    @gate_up_proj_bias.setter
+    def gate_up_proj_bias(self, value: Tensor | None) -> None:
+        self._assign("gate_up_proj_bias", value)
+
+    @down_proj_bias.setter
+    def down_proj_bias(self, value: Tensor | None) -> None:
+        self._assign("down_proj_bias", value)
+
     def stacked_grads(self) -> dict[str, Tensor]:
         """Return TE's gradients, stacked. A parameter has no entry if any expert has no gradient."""
         return layout.stacked_grads(self)
@@ -159,6 +175,42 @@ class GroupedExpertsTE(ExpertLayer):
                 getattr(self, name).reset_parameters()
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(wanted[name])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. A stacked parameter is set by its property, also if the value is an nn.Parameter."""
+        if name in layout.KEPT_IN:
+            object.__setattr__(self, name, value)  # nn.Module would register the nn.Parameter
+        else:
+            super().__setattr__(name, value)
+
+    def _assign(self, name: str, value: Tensor | None) -> None:
+        layout.assign(self, name, value)
+        self._weights_changed()
+
+    def _weights_changed(self) -> None:
+        """Do what is needed after the parameters have got other values."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any] | None,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the parameters of this layer, both linears included, from the stacked entries of a state dict.
+
+        Callers that load one module at a time, as NeMo AutoModel's do, call this method without `load_state_dict`.
+        """
+        metadata, missing = local_metadata or {}, missing_keys if strict else []
+        error_msgs += layout.load(self, state_dict, prefix, metadata, missing)
+        self._loaded_prefix = prefix
+        self._weights_changed()
+        known = [prefix + name for name in layout.names(self)]
+        others = {key: value for key, value in state_dict.items() if key not in known}
+        super()._load_from_state_dict(others, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _make_linear(self, in_features: int, out_features: int, device: torch.device) -> nn.Module:
         import transformer_engine.pytorch as te
@@ -232,11 +284,13 @@ class CachedWeightsTE(GroupedExpertsTE):
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
         super().__init__(config, backend)
         self._kept = False
-        self.register_load_state_dict_post_hook(_forget_kept)
 
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
         """Reset as `GroupedExpertsTE.init_weights` does. The next call quantises the weights again."""
         super().init_weights(buffer_device, init_std)
+        self._weights_changed()
+
+    def _weights_changed(self) -> None:
         self._kept = False
 
     def forward(
@@ -253,6 +307,8 @@ class CachedWeightsTE(GroupedExpertsTE):
         return super().forward(x, token_mask, weights, indices, first)
 
 
-def _forget_kept(module: nn.Module, _: Any) -> None:
-    assert isinstance(module, CachedWeightsTE)
-    module._kept = False
+def _forget_own_names(layer: nn.Module, incompatible: Any) -> None:
+    """Take the keys of TE's own parameters, which the layer has loaded, out of the missing keys (a load hook)."""
+    assert isinstance(layer, GroupedExpertsTE)
+    own = tuple(f"{layer._loaded_prefix}{linear}." for linear in LINEARS)
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(own)]

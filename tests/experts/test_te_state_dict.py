@@ -153,5 +153,5 @@ def test_unexpected_keys_are_errors_or_reported() -> None:
 def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     made = layer()
     state = {**made.state_dict(), "gate_and_up_projs": torch.ones(shape)}
-    with pytest.raises(RuntimeError, match=r"size mismatch for gate_up|Missing key.*gate_and_up|Unexpected key.*gate"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for gate_and_up_projs: the value has shape"):
         made.load_state_dict(state)
