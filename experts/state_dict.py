@@ -66,8 +66,8 @@ def joined(*meshes: DeviceMesh) -> DeviceMesh:
         return DeviceMesh._concatenate([*meshes])
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(
-            f"the meshes {' and '.join(map(str, meshes))} cannot be joined; take FSDP's mesh and the expert-parallel mesh from one "
-            'init_device_mesh(…, mesh_dim_names=("dp", "ep"))'
+            f"the meshes {' and '.join(map(str, meshes))} cannot be joined; take FSDP's mesh and the expert-parallel "
+            'mesh from one init_device_mesh(…, mesh_dim_names=("dp", "ep"))'
         ) from error
 
 

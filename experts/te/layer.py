@@ -42,6 +42,13 @@ class GroupedExpertsTE(ExpertLayer):
     gate_up_linear: Any
     down_linear: Any
 
+    # The weights and biases, stacked from TE's. A bias is None without `expert_bias`. Under expert parallelism and FSDP
+    # they are DTensors of all experts. They take new values as `layout.assign` does.
+    gate_and_up_projs: Any = layout.stacked_property("gate_and_up_projs", "[E, D, 2I] ([E, D, I] ungated)")
+    down_projs: Any = layout.stacked_property("down_projs", "[E, I, D]")
+    gate_up_proj_bias: Any = layout.stacked_property("gate_up_proj_bias", "[E, 2I] ([E, I] ungated)")
+    down_proj_bias: Any = layout.stacked_property("down_proj_bias", "[E, D]")
+
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
         backend = backend or BackendConfig()
         if backend.experts not in (None, "te"):
@@ -119,46 +126,6 @@ class GroupedExpertsTE(ExpertLayer):
             return Unsupported(f"Transformer Engine computes float32 with float32 parameters, these are {kept}; cast x")
         return library.unsupported(device, config, self.te_fp8)
 
-    @property
-    def gate_and_up_projs(self) -> Tensor:
-        """The weights [E, D, 2I] ([E, D, I] ungated), stacked from TE's weights; a DTensor under expert parallelism."""
-        stacked = layout.sharded(self, "gate_and_up_projs")
-        assert stacked is not None
-        return stacked
-
-    @property
-    def down_projs(self) -> Tensor:
-        """The weights [E, I, D], stacked from TE's weights; a DTensor under expert parallelism."""
-        stacked = layout.sharded(self, "down_projs")
-        assert stacked is not None
-        return stacked
-
-    @property
-    def gate_up_proj_bias(self) -> Tensor | None:
-        """The bias [E, 2I] ([E, I] ungated), or None without `expert_bias`; a DTensor under expert parallelism."""
-        return layout.sharded(self, "gate_up_proj_bias")
-
-    @property
-    def down_proj_bias(self) -> Tensor | None:
-        """The bias [E, D], or None without `expert_bias`; a DTensor under expert parallelism."""
-        return layout.sharded(self, "down_proj_bias")
-
-    @gate_and_up_projs.setter
-    def gate_and_up_projs(self, value: Tensor) -> None:
-        self._assign("gate_and_up_projs", value)
-
-    @down_projs.setter
-    def down_projs(self, value: Tensor) -> None:
-        self._assign("down_projs", value)
-
-    @gate_up_proj_bias.setter
-    def gate_up_proj_bias(self, value: Tensor | None) -> None:
-        self._assign("gate_up_proj_bias", value)
-
-    @down_proj_bias.setter
-    def down_proj_bias(self, value: Tensor | None) -> None:
-        self._assign("down_proj_bias", value)
-
     def stacked_grads(self) -> dict[str, Tensor]:
         """Return TE's gradients, stacked. A parameter has no entry if any expert has no gradient."""
         return layout.stacked_grads(self)
@@ -183,11 +150,7 @@ class GroupedExpertsTE(ExpertLayer):
         else:
             super().__setattr__(name, value)
 
-    def _assign(self, name: str, value: Tensor | None) -> None:
-        layout.assign(self, name, value)
-        self._weights_changed()
-
-    def _weights_changed(self) -> None:
+    def weights_changed(self) -> None:
         """Do what is needed after the parameters have got other values."""
 
     def _load_from_state_dict(
@@ -207,7 +170,7 @@ class GroupedExpertsTE(ExpertLayer):
         metadata, missing = local_metadata or {}, missing_keys if strict else []
         error_msgs += layout.load(self, state_dict, prefix, metadata, missing)
         self._loaded_prefix = prefix
-        self._weights_changed()
+        self.weights_changed()
         known = [prefix + name for name in layout.names(self)]
         others = {key: value for key, value in state_dict.items() if key not in known}
         super()._load_from_state_dict(others, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -288,9 +251,9 @@ class CachedWeightsTE(GroupedExpertsTE):
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
         """Reset as `GroupedExpertsTE.init_weights` does. The next call quantises the weights again."""
         super().init_weights(buffer_device, init_std)
-        self._weights_changed()
+        self.weights_changed()
 
-    def _weights_changed(self) -> None:
+    def weights_changed(self) -> None:
         self._kept = False
 
     def forward(

@@ -50,6 +50,16 @@ def sharded(layer: ExpertLayer, name: str) -> Tensor | None:
     return _of_all_ranks(layer, _stack(parts), parts[0])
 
 
+def stacked_property(name: str, shape: str) -> property:
+    """Return a layer's property whose value is what `sharded` returns, and which `assign` sets."""
+
+    def set_to(layer: Any, value: Tensor | None) -> None:
+        assign(layer, name, value)
+        layer.weights_changed()
+
+    return property(lambda layer: sharded(layer, name), set_to, doc=f"{name} {shape}, stacked from TE's parameters.")
+
+
 def stacked_grads(layer: ExpertLayer) -> dict[str, Tensor]:
     """Return TE's gradients, stacked. A parameter has no entry if any expert has no gradient."""
     grads = {}
@@ -163,7 +173,7 @@ def _where(layer: ExpertLayer, part: Tensor) -> "tuple[DeviceMesh | None, list[P
     if not is_dtensor(part):
         return layer.ep_mesh, [*of_experts]
     # [out, in] becomes [E, in, out], and [out] becomes [E, out]
-    of_part = [Shard(part.ndim - placed.dim) if placed.is_shard() else placed for placed in part.placements]
+    of_part = [Shard(part.ndim - placed.dim) if isinstance(placed, Shard) else placed for placed in part.placements]
     mesh = part.device_mesh if layer.ep_mesh is None else joined(part.device_mesh, layer.ep_mesh)
     return mesh, [*of_part, *of_experts]
 

@@ -271,7 +271,7 @@ FACTS = {
         "equal_tokens",
         "autocast",
         *("interleaved", "shared_buffer", "too_many_tokens", "overflow", "buffers_made_again", "other_layouts"),
-        *("checkpointed", "copied", "fully_sharded"),
+        *("checkpointed", "copied", "gradients_on_one_rank", "frozen_in_inference", "fully_sharded"),
         *CHECKPOINTS,
     ),
     4: (
