@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from experts.adopt import backend_config, moe_config
 from experts.compute.grouped import GroupedProduct, grouped_experts, no_rows
 from experts.config import BackendConfig, MoEConfig, dtype_name, is_gated_activation
 from experts.errors import ConfigError, Unsupported
@@ -50,7 +51,7 @@ class GroupedExpertsTE(ExpertLayer):
     down_proj_bias: Any = layout.stacked_property("down_proj_bias", "[E, D]")
 
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
-        backend = backend or BackendConfig()
+        config, backend = moe_config(config), backend_config(backend)
         if backend.experts not in (None, "te"):
             raise ConfigError(f"GroupedExpertsTE computes with te, not {backend.experts!r}; use GroupedExperts for it")
         if backend.save is not None:
