@@ -270,6 +270,7 @@ FACTS = {
         "parameters_of_others",
         "equal_tokens",
         "autocast",
+        "memory_may_start_anywhere",
         *("interleaved", "shared_buffer", "too_many_tokens", "overflow", "buffers_made_again", "other_layouts"),
         *("checkpointed", "copied", "gradients_on_one_rank", "frozen_in_inference", "fully_sharded"),
         *CHECKPOINTS,

@@ -1,7 +1,9 @@
 """Layers take the configurations of NeMo AutoModel, and refuse other objects with one sentence."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ from experts import (
     GroupedExperts,
     GroupedExpertsDeepEP,
     GroupedExpertsTE,
+    InputError,
     MoEConfig,
     get_expert_activation_for_deepep,
 )
@@ -165,3 +168,40 @@ def test_dispatchers_that_only_automodel_has_are_refused(name: str) -> None:
 
 def test_torch_is_another_name_of_allgather() -> None:
     assert BackendConfig(dispatcher="torch") == BackendConfig(dispatcher="allgather")  # type: ignore[arg-type]
+
+
+PAGE = (Path(__file__).parents[2] / "docs/automodel.md").read_text()
+
+
+@EACH_CLASS
+@pytest.mark.usefixtures("fake_libraries")
+def test_the_page_lists_the_attributes_that_our_layers_have_and_have_not(layer: Any) -> None:
+    made = layer(OURS)
+    lacking = PAGE.split("```text\n")[1].split("```")[0].split()
+    assert len(lacking) > 10
+    assert [name for name in lacking if hasattr(made, name)] == []
+    ours = re.findall(r"`(\w+)`", PAGE.split("They have ")[1].split(". AutoModel's")[0])
+    assert len(ours) == 9
+    assert [name for name in ours if not hasattr(made, name)] == []
+
+
+def test_the_page_is_right_about_calls() -> None:
+    made, batch = GroupedExperts(OURS), random_batch(OURS)
+    made.load_state_dict(random_parameters(OURS))
+    with pytest.raises(InputError, match=r"must have shape \[tokens, n_activated_experts\]"):
+        made(batch.x, batch.token_mask, batch.weights[:, :1], batch.indices[:, :1])
+    with pytest.raises(InputError, match=r"indices run from \d to 4, but must be from -1 \(no expert\) to 3"):
+        made(batch.x, batch.token_mask, batch.weights, batch.indices.masked_fill(batch.indices == 3, 4))
+
+
+@pytest.mark.usefixtures("fake_libraries")
+def test_the_page_is_right_about_engines() -> None:
+    backend: Any = TheirBackendConfig()
+    assert GroupedExpertsDeepEP(OURS, backend).engine_name == "loop"
+    backend.experts = "te"
+    with pytest.raises(ConfigError, match="GroupedExperts cannot use the engine 'te'"):
+        GroupedExperts(OURS, backend)
+    backend.experts, backend.dispatcher = "torch_mm", "deepep"
+    with pytest.raises(ConfigError, match="GroupedExpertsTE computes with te, not 'torch_mm'"):
+        GroupedExpertsTE(OURS, backend)
+    assert GroupedExperts(OURS, backend).dispatcher_name == "deepep"
