@@ -270,7 +270,7 @@ def test_the_site_links_to_the_repository_for_what_it_does_not_show(tmp_path: Pa
     stage(tmp_path / "alone")
     stage(tmp_path / "linked", "https://example.org/moebench")
     alone, linked = (tmp_path / name / "docs" / "measured.md" for name in ("alone", "linked"))
-    target = "results/published/h200-ep2-2026-11-23/bandwidth.json"
+    target = "results/published/h200-peers-ep2-2026-11-29/bandwidth-deepseek-v3.json"
     assert f"](../{target})" in (ROOT / "docs" / "measured.md").read_text()
     assert f"](https://example.org/moebench/blob/main/{target})" in linked.read_text()
     assert target not in alone.read_text()

@@ -143,7 +143,7 @@ def test_the_reason_for_a_missing_library_says_how_to_install_it(name: str) -> N
         get_backend(name).build(moe_config(), "deepep" if name in BETWEEN_RANKS else None)
 
 
-@pytest.mark.parametrize("name", PEERS.keys() - BETWEEN_RANKS)
+@pytest.mark.parametrize("name", sorted(PEERS.keys() - BETWEEN_RANKS))
 def test_a_peer_refuses_a_dispatcher(name: str) -> None:
     backend = dataclasses.replace(get_backend(name), _unsupported=lambda *_: None)
     reason = backend.unsupported(CPU, moe_config(), "allgather")

@@ -14,6 +14,9 @@ from moebench.verdicts.findings import rounds_of
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "results" / "published"
 GPU, TWO_GPUS, FOUR_GPUS = "h200-2026-11-23", "h200-ep2-2026-11-23", "h200-ep4-2026-11-28"
+#: Two GPUs on 2026-11-29: the dispatchers that wait, and `symm_mem` in three rounds with the layers of NeMo AutoModel.
+WAITING, SYMM_MEM = "h200-ep2-2026-11-29", "h200-peers-ep2-2026-11-29"
+CASE = ["model", "mode", "num_tokens"]
 #: `moebench run peers`: many tokens with every library, few tokens, and the runs before with many tokens.
 PEERS, DECODE = "h200-peers-2026-11-28", "h200-peers-2026-11-23"
 EARLIER_GPU, EARLIER_PEERS = "earlier/h200-2026-11-23-2", (DECODE, "earlier/h200-peers-2026-11-23")

@@ -15,7 +15,19 @@ from moebench.run.footprint import pass_bytes
 from moebench.verdicts.noise import noises, noises_together
 from moebench.workload.case import Case, Job
 from tests.figures import data
-from tests.figures.data import DECODE, FOUR_GPUS, GPU, JOB, PEERS, TWO_GPUS, results, select, the
+from tests.figures.data import (
+    DECODE,
+    FOUR_GPUS,
+    GPU,
+    JOB,
+    PEERS,
+    SYMM_MEM,
+    TWO_GPUS,
+    WAITING,
+    results,
+    select,
+    the,
+)
 
 WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 QWEN, MIXTRAL = "qwen3-30b-a3b", "mixtral-8x7b"
@@ -35,10 +47,10 @@ def environment(name: str = GPU) -> dict[str, str]:
 
 def environments() -> dict[str, str]:
     """What all runs share, and their dates."""
-    found = [environment(name) for name in (GPU, DECODE, TWO_GPUS, PEERS, FOUR_GPUS)]
+    found = [environment(name) for name in (GPU, DECODE, TWO_GPUS, PEERS, FOUR_GPUS, WAITING, SYMM_MEM)]
     (shared,) = {tuple((key, one[key]) for key in one if key != "date") for one in found}
-    first, second = sorted({one["date"] for one in found})
-    return {**dict(shared), "first": first, "second": second}
+    first, second, third = sorted({one["date"] for one in found})
+    return {**dict(shared), "first": first, "second": second, "third": third}
 
 
 def counts(name: str) -> dict[str, Any]:

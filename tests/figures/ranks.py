@@ -6,7 +6,7 @@ import pandas as pd
 
 from moebench.results.stats import relative_half_width, series_interval
 from tests.figures import data
-from tests.figures.data import FOUR_GPUS, TWO_GPUS, results, select, the
+from tests.figures.data import FOUR_GPUS, SYMM_MEM, TWO_GPUS, results, select, the
 from tests.figures.quoted import WORDS, span
 
 
@@ -71,8 +71,8 @@ def waits() -> dict[str, Any]:
 
 def allgather_waits() -> dict[str, str]:
     found = {}
-    for name, rows in (("two", data.bandwidths(TWO_GPUS)), ("four", data.bandwidths(FOUR_GPUS))):
-        dispatch = select(rows, dispatcher="allgather", way="dispatch")
+    for name, rows in (("two", data.bandwidths(SYMM_MEM)), ("four", data.bandwidths(FOUR_GPUS))):
+        dispatch = select(rows, dispatcher="allgather", way="dispatch", model="deepseek-v3")
         later = span((dispatch["ms"] - dispatch["raw_ms"]).to_list(), 2)
         found |= {f"{name}_{end}": value for end, value in later.items()}
     return found

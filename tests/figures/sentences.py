@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.figures import peers, quoted, ranks
-from tests.figures.data import FOUR_GPUS, GPU, PEERS, TWO_GPUS
+from tests.figures import peers, quoted, ranks, two_gpus
+from tests.figures.data import FOUR_GPUS, GPU, PEERS, SYMM_MEM, TWO_GPUS, WAITING
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,18 @@ README = (
     ),
     ("holds {measured} of {jobs} jobs,", lambda: quoted.counts(TWO_GPUS)),
     ("holds all {measured} jobs,", lambda: quoted.counts(FOUR_GPUS)),
+    ("This run holds all {measured} jobs in three rounds", lambda: quoted.counts(SYMM_MEM)),
+    ("dispatchers with the same engines in {measured} jobs.", lambda: quoted.counts(WAITING)),
+    (
+        """With `symm_mem`, `triton` was faster than `torch_mm` in all {all} cases measured. In {cases} cases, other
+        dispatchers were measured too. The fastest of them took {low} to {high} times as long.""",
+        two_gpus.fastest,
+    ),
+    (
+        """A train step of 4096 tokens of Qwen3-30B-A3B with `triton` and `symm_mem` takes {ratio} times as long as a
+        train step of AutoModel's layer ({low} to {high} over the rounds).""",
+        two_gpus.of_automodel,
+    ),
     (
         """A train step of NeMo AutoModel's layer takes {low} to {high} times as long as a train step of `triton`.""",
         peers.of_automodel,
@@ -70,17 +82,15 @@ README = (
     ("FP8 through Transformer Engine was slower than `torch_mm` in every case measured.", quoted.fp8_is_slower),
     ("use `deepep` for a forward of up to {few} tokens per rank. |", ranks.dispatchers),
     (
-        """On two GPUs, `deepep` was the fastest dispatcher in every case measured. On four GPUs, it was the fastest in
-        {fastest} of {cases} cases. With `te` and with `loop`, another dispatcher was the fastest. With `torch_mm` and
-        {except} tokens, `allgather` and `deepep` are too close to call.""",
+        """`deepep` was the fastest in {fastest} of {cases} cases. With `te` and with `loop`, another dispatcher was the
+        fastest. With `torch_mm` and {except} tokens, `allgather` and `deepep` are too close to call.""",
         ranks.dispatchers,
     ),
     ("use `alltoall` or `allgather` for a forward of {many} tokens per rank. |", ranks.dispatchers),
     ("`alltoall` and `allgather` were both faster than `deepep` in every case measured.", ranks.dispatchers),
     ("The fastest dispatcher depends on the case.", ranks.dispatchers_of_train_steps),
     (
-        """On two GPUs, `torch_mm` was the fastest in every case measured, but `triton` was not measured. On four GPUs,
-        `triton` took {low} to {high} times as long as `torch_mm` with the same dispatcher, and no other backend was
+        """`triton` took {low} to {high} times as long as `torch_mm` with the same dispatcher, and no other backend was
         faster than both by more than 0.1%.""",
         ranks.engines,
     ),
@@ -89,7 +99,7 @@ README = (
 
 MEASURED = (
     (
-        "on NVIDIA H200 GPUs on {first} or {second}, with torch {torch}, CUDA {cuda} and Python {python}.",
+        "on NVIDIA H200 GPUs on {first}, {second} or {third}, with torch {torch}, CUDA {cuda} and Python {python}.",
         quoted.environments,
     ),
     (
@@ -116,6 +126,33 @@ MEASURED = (
     (
         "measured all {measured} jobs, and all were `ok`. The worst parity error was {worst} of its budget.",
         lambda: quoted.counts(FOUR_GPUS),
+    ),
+    (
+        """measured all {measured} jobs in three rounds of fresh processes. All jobs were `ok`, and the worst parity
+        error was {worst} of its budget.""",
+        lambda: quoted.counts(SYMM_MEM),
+    ),
+    (
+        """None of the {jobs} jobs with `symm_mem` waits for the GPU. {reach} of them reached the target for the width
+        of the interval ([how precise](#how-precise)), and the three rounds of a job differ by at most {apart}.""",
+        two_gpus.precision,
+    ),
+    (
+        """A train step of 4096 tokens of Qwen3-30B-A3B with `triton` and `symm_mem` takes {ratio} times as long as a
+        train step of NeMo AutoModel's layer on DeepEP ({low} to {high} over the rounds). AutoModel's layer on
+        Transformer Engine takes {slow} times as long as its other layer.""",
+        two_gpus.of_automodel,
+    ),
+    (
+        """for 4096 tokens, four forwards with a quarter of the tokens take {few} ms longer than one forward with all
+        tokens, and for 16384 tokens {many} ms longer. Each part reads all weights again. The exposed communication,
+        which is all that could be hidden, is {few_exposed} and {many_exposed} ms.""",
+        two_gpus.pieces,
+    ),
+    (
+        """With 1024 tokens of Qwen3-30B-A3B, its dispatch takes {dispatch} times as long as the raw call, and its
+        combine {combine} times as long.""",
+        two_gpus.small_messages,
     ),
     (
         """All {jobs} jobs wait for the GPU (flag `synchronises`), and only {reach} of them reached the target for

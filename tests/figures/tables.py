@@ -12,7 +12,7 @@ import pandas as pd
 
 from moebench.results.stats import relative_half_width, series_interval
 from moebench.workload.models import SHAPE_AXES, shape_name
-from tests.figures import data
+from tests.figures import data, two_gpus
 
 _BEGIN, _END = "<!-- table {}, written by `make results` -->", "<!-- end of table {} -->"
 
@@ -79,6 +79,23 @@ def decode() -> str:
     return markdown(["tokens", "weights", "products", *(f"`{name}`" for name in backends)], rows())
 
 
+def two_gpus_with_symm_mem() -> str:
+    header = ["model", "mode", "tokens", "products", "collectives", "`triton`", "`torch_mm`", "`triton` over the limit"]
+    header += ["exposed in a forward", "fastest other dispatcher"]
+
+    def rows() -> Iterator[list[Any]]:
+        for one in two_gpus.compared():
+            limits = (f"{one.triton[column]:.2f}" for column in ("grouped_ms", "collective_ms"))
+            times = (f"{row['time_ms']:.2f}" for row in (one.triton, one.torch_mm))
+            other = "–"
+            if one.other is not None:
+                other = f"{one.other['time_ms']:.2f} (`{one.other['backend']}`, `{one.other['dispatcher']}`)"
+            over = two_gpus.range_of(one.over_limit)
+            yield [one.model, one.mode, one.num_tokens, *limits, *times, over, f"{one.exposed_ms:.2f}", other]
+
+    return markdown(header, rows())
+
+
 def four_gpus() -> str:
     ways = ("allgather", "alltoall", "deepep")
     layers = [(backend, way) for backend in ("torch_mm", "triton") for way in ways]
@@ -99,7 +116,7 @@ def four_gpus() -> str:
 
 
 def bandwidth() -> str:
-    return _bandwidth(data.TWO_GPUS)
+    return _bandwidth(data.SYMM_MEM)
 
 
 def bandwidth_of_four() -> str:
@@ -116,7 +133,7 @@ def _bandwidth(name: str) -> str:
         return f"{row['fraction']:.2f} ({row['gb_per_s']:.0f} GB/s)"
 
     header = ["dispatcher", *(f"{way}, {num_tokens} tokens" for way, num_tokens in columns)]
-    rows = ([f"`{name}`", *(cell(name, *column) for column in columns)] for name in ("allgather", "alltoall", "deepep"))
+    rows = ([f"`{name}`", *(cell(name, *column) for column in columns)] for name in frame["dispatcher"].unique())
     return markdown(header, rows)
 
 
@@ -152,7 +169,10 @@ def repeatability() -> str:
 #: The function that makes each table, by document and name of the table.
 TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
     ("docs/measured.md", table.__name__): table
-    for table in (peers, steps, decode, four_gpus, bandwidth, bandwidth_of_four, precision, repeatability)
+    for table in (
+        *(peers, steps, decode, two_gpus_with_symm_mem, four_gpus),
+        *(bandwidth, bandwidth_of_four, precision, repeatability),
+    )
 }
 
 

@@ -58,6 +58,10 @@ def _fields(one: Candidate) -> dict[str, Any]:
     return {**known, "is_interpolated": one.is_interpolated}
 
 
+#: In a narrower terminal, the dispatcher stands below the engine, so that no name is broken.
+WIDE = 120
+
+
 @dataclass(frozen=True)
 class AdviceTable:
     """The advice from the results of one machine, as sentences and tables. A rich renderable.
@@ -80,7 +84,7 @@ class AdviceTable:
         if self.advice.candidates:
             yield Text(sentence(self.advice))
             has_graphs = self.is_decode and any(not pd.isna(one.graph_time_ms) for one in self.advice.candidates)
-            yield _table(self.advice, has_graphs)
+            yield _table(self.advice, has_graphs, is_narrow=options.max_width < WIDE)
             yield Text(_LEGEND + _GRAPH_LEGEND * has_graphs, style=DIM)
             if any(one.is_interpolated for one in self.advice.candidates):
                 yield Text("two token counts in a row: interpolated between the results at these counts", style=DIM)
@@ -140,7 +144,7 @@ def memory_lines(one: Candidate) -> Iterator[str]:
         )
 
 
-def _table(advice: Advice, has_graphs: bool) -> Table:
+def _table(advice: Advice, has_graphs: bool, is_narrow: bool) -> Table:
     table = plain()
     candidates, shared = advice.candidates, Counter(advice.places)
     table.add_column("#")
@@ -150,7 +154,7 @@ def _table(advice: Advice, has_graphs: bool) -> Table:
     for place, one in zip(advice.places, candidates, strict=True):
         table.add_row(
             f"{place}{'=' * (shared[place] > 1)}",
-            one.label,
+            one.label.replace("+", "\n+") if is_narrow else one.label,
             milliseconds(one.time_ms),
             f"{milliseconds(one.time_ms_low)} to {milliseconds(one.time_ms_high)}",
             "{:.2f} ({:.2f} to {:.2f})".format(*one.times(candidates[0])) if one is not candidates[0] else "1.00",

@@ -30,7 +30,7 @@ def test_run_files_of_old_folders_are_read_and_reproduce_what_they_can(path: Pat
     if "merged" in json.loads(path.read_text()):
         assert reproducer.case_ids == {}
     else:
-        assert sweeps_of(path.parent)[-1] in ("gpu", "gpu-ep2", "gpu-ep4", "peers", "quick")
+        assert sweeps_of(path.parent)[-1] in ("gpu", "gpu-ep2", "gpu-ep4", "peers", "peers-ep2", "quick")
         rows = load(path.parent).to_dict("records")
         assert None not in [reproducer.command(row) for row in rows]
 
