@@ -16,7 +16,7 @@ def moe_config(given: Any) -> MoEConfig:
     """
     if isinstance(given, MoEConfig):
         return given
-    fields = dataclasses.fields(MoEConfig)  # type: ignore[arg-type]
+    fields = dataclasses.fields(MoEConfig)
     values = {field.name: getattr(given, field.name) for field in fields if hasattr(given, field.name)}
     needed = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
     _check_has(given, [name for name in needed if name not in values], "MoEConfig")
@@ -33,7 +33,7 @@ def backend_config(given: Any) -> BackendConfig:
     """
     if given is None or isinstance(given, BackendConfig):
         return given or BackendConfig()
-    fields = dataclasses.fields(BackendConfig)  # type: ignore[arg-type]
+    fields = dataclasses.fields(BackendConfig)
     values = {field.name: getattr(given, field.name) for field in fields if hasattr(given, field.name)}
     _check_has(given, [name for name in ("experts", "dispatcher") if name not in values], "BackendConfig")
     if not isinstance(values.get("te_fp8"), str):
