@@ -1,8 +1,9 @@
 """Compute the weighted activations: the function between the two projections, multiplied by the routing weight.
 
 Every activation takes x [N, 2I] ([N, I] for `relu2`) and the routing weights [N] or [N, 1] in permuted order. It
-computes in float32 (float64 for float64) and returns [N, I] in x's dtype. Gradients flow to x and to the routing
-weights.
+computes in float32 (float64 for float64) and returns [N, I] in x's dtype. N stands for any number of dimensions, also
+for none. Gradients flow to x and to the routing weights. Raises InputError for routing weights of another shape, and
+for an odd number of columns where half of them are the gate.
 
 Each formula and its column layout come from a model that uses the activation. docs/concepts.md lists the activations
 with their models.
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from experts.adopt import moe_config
 from experts.config import MoEConfig
+from experts.errors import InputError
 
 WeightedActivation = Callable[[Tensor, Tensor], Tensor]
 
@@ -27,12 +30,38 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _weighted(value: Tensor, permuted_probs: Tensor, dtype: torch.dtype) -> Tensor:
-    probs = permuted_probs.reshape(-1, 1).to(value.dtype)
-    return (value * probs).to(dtype)
+    probs = permuted_probs.unsqueeze(-1) if permuted_probs.ndim < value.ndim else permuted_probs
+    rows = list(value.shape[:-1])
+    if probs.shape != (*rows, 1):
+        raise InputError(
+            f"permuted_probs has shape {list(permuted_probs.shape)}, but must be {rows} or {[*rows, 1]}: one routing "
+            "weight for each row of x; reshape it"
+        )
+    return (value * probs.to(value.dtype)).to(dtype)
 
 
 def _upcast(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype))
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_even(x)
+    gate, up = _upcast(x).chunk(2, dim=-1)
+    return gate, up
+
+
+def _alternating(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_even(x)
+    x_acc = _upcast(x)
+    return x_acc[..., ::2], x_acc[..., 1::2]
+
+
+def _check_even(x: Tensor) -> None:
+    if x.shape[-1] % 2:
+        raise InputError(
+            f"x has {x.shape[-1]} columns, but needs an even number: one half is the gate, the other half is up; use "
+            "relu2 for an activation without a gate"
+        )
 
 
 def swiglu_deepep(x: Tensor, permuted_probs: Tensor, limit: float = 0.0) -> Tensor:
@@ -40,7 +69,7 @@ def swiglu_deepep(x: Tensor, permuted_probs: Tensor, limit: float = 0.0) -> Tens
 
     With limit > 0, clamp gate to at most `limit` and up to ±`limit`, before silu.
     """
-    gate, up = _upcast(x).chunk(2, dim=-1)
+    gate, up = _halves(x)
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return _weighted(F.silu(gate) * up, permuted_probs, x.dtype)
@@ -51,7 +80,7 @@ def swigluoai_deepep(x: Tensor, permuted_probs: Tensor, alpha: float = 1.702, li
 
     Gate is first clamped to at most `limit` and up to ±`limit`.
     """
-    gate, up = _upcast(x).chunk(2, dim=-1)
+    gate, up = _halves(x)
     return _weighted(_clamped_sigmoid_glu(gate, up, alpha, limit, 1.0), permuted_probs, x.dtype)
 
 
@@ -62,14 +91,13 @@ def quick_geglu_deepep(
 
     Gate is first clamped to at most `limit` and up to ±`limit`.
     """
-    x_acc = _upcast(x)
-    gate, up = x_acc[..., ::2], x_acc[..., 1::2]
+    gate, up = _alternating(x)
     return _weighted(_clamped_sigmoid_glu(gate, up, alpha, limit, linear_offset), permuted_probs, x.dtype)
 
 
 def geglu_deepep(x: Tensor, permuted_probs: Tensor) -> Tensor:
     """Return gelu_tanh(gate)·up, where x holds the halves [gate | up]."""
-    gate, up = _upcast(x).chunk(2, dim=-1)
+    gate, up = _halves(x)
     return _weighted(F.gelu(gate, approximate="tanh") * up, permuted_probs, x.dtype)
 
 
@@ -117,7 +145,11 @@ def activation_form(config: MoEConfig) -> ActivationForm:
 
 
 def get_expert_activation_for_deepep(config: MoEConfig) -> WeightedActivation:
-    """Return the config's weighted activation, a function (x, permuted_probs) -> [N, I] with alpha and limits bound."""
+    """Return the config's weighted activation, a function (x, permuted_probs) -> [N, I] with alpha and limits bound.
+
+    The config may be of another class with the fields of MoEConfig (`experts.adopt`).
+    """
+    config = moe_config(config)
     match config.expert_activation:
         case "swiglu":
             return functools.partial(swiglu_deepep, limit=config.swiglu_limit)

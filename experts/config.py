@@ -125,8 +125,9 @@ class BackendConfig:
     """The engine that computes the experts and the dispatcher that carries tokens between ranks.
 
     In `experts` and `dispatcher`, None means the default of the layer's class. "torch" is another name of the engine
-    "loop". `max_tokens_per_rank` and `capacity_factor` are options of the dispatcher "symm_mem", `equal_tokens` of
-    "allgather" and `num_sms` of "deepep". Raises ConfigError, with one line per mistake, for an invalid value.
+    "loop" and of the dispatcher "allgather". `max_tokens_per_rank` and `capacity_factor` are options of the dispatcher
+    "symm_mem", `equal_tokens` of "allgather" and `num_sms` of "deepep". Raises ConfigError, with one line per
+    mistake, for an invalid value.
     """
 
     experts: Engine | None = _field("the name of an engine, or None for the module's default", "loop", default=None)
@@ -164,6 +165,11 @@ class BackendConfig:
     @classmethod
     def _alias(cls, value: object) -> object:
         return "loop" if value == "torch" else value
+
+    @field_validator("dispatcher", mode="before")
+    @classmethod
+    def _dispatcher_alias(cls, value: object) -> object:
+        return "allgather" if value == "torch" else value
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -26,6 +26,19 @@ def check_mesh(ep_mesh: DeviceMesh, n_routed_experts: int) -> None:
         )
 
 
+def join_backward(tensor: Tensor) -> Tensor:
+    """Return x or the routing weights so that this rank takes part in the dispatcher's backward.
+
+    A backward of another rank waits for all ranks. This rank does not know whether another rank's tensors require
+    gradients. So in grad mode both tensors require gradients inside of the layer, also if the caller does not want
+    them, and even if all parameters are frozen.
+    """
+    if tensor.requires_grad or not torch.is_grad_enabled():
+        return tensor
+    own = tensor.clone() if tensor.is_inference() else tensor.detach()
+    return own.requires_grad_()
+
+
 class ExpertLayer(nn.Module, ABC):
     """An expert layer: a dispatcher sends tokens to the ranks, and `compute_local` computes the experts of one rank.
 
@@ -53,7 +66,8 @@ class ExpertLayer(nn.Module, ABC):
         weights: [T, K] routing weights of any float dtype.
         indices: [T, K] expert indices: int64, int32, int16, int8 or uint8. An index of −1 contributes nothing.
         Under expert parallelism the tensors hold this rank's tokens, and T may differ between ranks. The indices count
-        the experts of all ranks.
+        the experts of all ranks. In grad mode the output requires a gradient on every rank, whatever the inputs and
+        parameters require, because every rank must take part in backward.
 
         Raises InputError for tensors that do not fit the layer. Raises Unsupported if the engine or the dispatcher
         cannot run x's dtype on x's device.
@@ -63,23 +77,12 @@ class ExpertLayer(nn.Module, ABC):
         indices = indices.long().masked_fill(~token_mask.unsqueeze(-1), -1)
         if x.device.type == "cpu":  # on a GPU the check would wait for the device; there a wrong index adds nothing
             self._check_indices(indices)
-        if self.ep_mesh is not None:
-            x, weights = self._join_backward(x), self._join_backward(weights)
+        if not isinstance(self.dispatcher, Local):
+            x, weights = join_backward(x), join_backward(weights)
         with autocast_off(x):
             sent = self.dispatcher.dispatch(x, weights, indices)
             y = self.compute_local(sent.x_RD, sent.weights_RK, sent.indices_RK)
             return self.dispatcher.combine(y, sent)
-
-    def _join_backward(self, tensor: Tensor) -> Tensor:
-        """Return x or the routing weights so that this rank takes part in the dispatcher's backward.
-
-        If the gradient of another rank's tensor is wanted, its backward waits for all ranks. So where parameters
-        require gradients, x and weights also do inside of the layer, also if the caller does not want their gradients.
-        """
-        if tensor.requires_grad or not torch.is_grad_enabled():
-            return tensor
-        wanted = any(parameter.requires_grad for parameter in self.parameters())
-        return tensor.detach().requires_grad_() if wanted else tensor
 
     @abstractmethod
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from experts.adopt import backend_config, moe_config
 from experts.compute import PARAMETER_NAMES, ExpertParameters
 from experts.config import BackendConfig, MoEConfig, is_gated_activation
 from experts.engines import engine_names, get_engine
 from experts.errors import ConfigError, Unsupported
 from experts.layer import ExpertLayer
-from experts.state_dict import as_local, is_dtensor, local_share, sharded, sharded_like
+from experts.state_dict import as_local, is_dtensor, let_fsdp_shard, local_share, sharded, sharded_like
 from experts.steps import make_of_steps
 
 
@@ -36,6 +37,8 @@ class GroupedExperts(ExpertLayer):
     `down_proj_bias` [E, D]. Without `expert_bias`, the two biases are None. The parameters are uninitialised until
     `init_weights` or `load_state_dict`. Under expert parallelism the parameters are DTensors, sharded on dimension 0.
 
+    Both configurations may be of other classes with the same fields, such as NeMo AutoModel's (`experts.adopt`).
+
     Raises ConfigError for the engine "te" and for an FP8 recipe, because these need `GroupedExpertsTE`. Raises
     ConfigError for `save` if the engine cannot choose what it keeps for backward, and for an option of another
     dispatcher.
@@ -50,7 +53,7 @@ class GroupedExperts(ExpertLayer):
     down_proj_bias: nn.Parameter | None
 
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
-        backend = backend or BackendConfig()
+        config, backend = moe_config(config), backend_config(backend)
         self._refuse_te(backend)
         engine_name, dispatcher_name = (
             backend.experts or self.default_engine,
@@ -157,6 +160,7 @@ def _engines_that_save() -> list[str]:
 
 def _take_local_share(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Shard plain tensors of all experts like the parameters, so that each rank loads its own experts (a load hook)."""
+    let_fsdp_shard(module)
     for name, parameter in module.named_parameters(recurse=False):
         value = state_dict.get(prefix + name)
         if not is_dtensor(parameter) or not isinstance(value, Tensor) or is_dtensor(value):

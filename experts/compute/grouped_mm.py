@@ -27,17 +27,27 @@ def products(offsets_L: Tensor) -> Products:
         )
     multiply = functools.partial(torch.nn.functional.grouped_mm, offs=offsets_L)
     return Products(
-        rows=lambda a_NP, b_LPQ: multiply(a_NP, _aligned(b_LPQ)),
-        rows_back=lambda a_NQ, b_LPQ: multiply(a_NQ, _aligned(b_LPQ).transpose(-2, -1)),
-        outer=lambda a_NP, b_NQ: multiply(a_NP.t(), b_NQ),
+        rows=lambda a_NP, b_LPQ: multiply(_readable(a_NP), _readable(b_LPQ)),
+        rows_back=lambda a_NQ, b_LPQ: multiply(_readable(a_NQ), _readable(b_LPQ).transpose(-2, -1)),
+        outer=lambda a_NP, b_NQ: multiply(_readable(a_NP).t(), _readable(b_NQ)),
     )
 
 
-def _aligned(b_LPQ: Tensor) -> Tensor:
-    """Return the matrices in memory that starts at a multiple of 16 bytes, as the kernels need it."""
-    if torch.compiler.is_compiling() or b_LPQ.data_ptr() % ROW_ALIGNMENT_BYTES == 0:  # the compiler sees no memory
-        return b_LPQ
-    return b_LPQ.clone()
+def _readable(matrices: Tensor) -> Tensor:
+    """Return the rows [N, P] or matrices [L, P, Q] in a layout that the kernels read: a copy, or the tensor itself.
+
+    The kernels read matrices by rows or by columns that lie one after another, without overlap. Memory, and every row,
+    column and matrix, must start at a multiple of 16 bytes. Tensors sliced from a larger one may not.
+    """
+    height, width = matrices.shape[-2:]
+    down, across = matrices.stride()[-2:]
+    dense = (across == 1 and down >= width) or (down == 1 and across >= height)
+    multiple = ROW_ALIGNMENT_BYTES // matrices.element_size()
+    if not dense or any(stride % multiple for stride in matrices.stride() if stride != 1):
+        return matrices.clone(memory_format=torch.contiguous_format)
+    if torch.compiler.is_compiling() or matrices.data_ptr() % ROW_ALIGNMENT_BYTES == 0:  # the compiler sees no memory
+        return matrices
+    return matrices.clone()
 
 
 def unaligned(config: MoEConfig, who: str = "grouped_mm") -> Unsupported | None:

@@ -134,13 +134,13 @@ class DeepEP(OverGroup):
             raise Unsupported(f"deep_ep dispatches bfloat16, x is {x_TD.dtype}; use alltoall")
         route = _Route(self.buffer, self._n_routed_experts)
         weights_TK, indices_TK = weights_TK.float().contiguous(), indices_TK.contiguous()
-        x_RD, weights_RK, local_RK = _Dispatch.apply(x_TD.contiguous(), weights_TK, indices_TK, route)
+        x_RD, weights_RK, local_RK = _Dispatch.apply(_packed(x_TD), weights_TK, indices_TK, route)
         # −1 becomes the previous rank's last expert, which contributes nothing here
         return Dispatched(x_RD, weights_RK, local_RK + self._first, route)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """Return this rank's tokens [T, D], which DeepEP sums over the ranks."""
-        combined: Tensor = _Combine.apply(y_RD.contiguous(), dispatched.origin)
+        combined: Tensor = _Combine.apply(_packed(y_RD), dispatched.origin)
         return combined
 
     def buffer(self) -> Any:
@@ -194,6 +194,12 @@ def _send(buffer: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, n_r
     )
 
 
+def _packed(rows: Tensor) -> Tensor:
+    """Return the rows without gaps, from a multiple of 16 bytes on: DeepEP moves 16 bytes at a time."""
+    rows = rows.contiguous()
+    return rows.clone() if rows.data_ptr() % ROW_ALIGNMENT_BYTES else rows
+
+
 class _Route:
     """The handle of one dispatch, and the function that returns the group's buffer.
 
@@ -224,7 +230,7 @@ class _Dispatch(Function):
     def backward(ctx: Any, grad_x_RD: Tensor, grad_weights_RK: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         route: _Route = ctx.route
         grad_x_TD, grad_weights_TK, _event = route.buffer().combine(
-            grad_x_RD.contiguous(), route.handle, topk_weights=grad_weights_RK.contiguous()
+            _packed(grad_x_RD), route.handle, topk_weights=grad_weights_RK.contiguous()
         )
         return grad_x_TD, grad_weights_TK, None, None
 
@@ -240,4 +246,4 @@ class _Combine(Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         route: _Route = ctx.route
-        return route.buffer().dispatch(grad_TD.contiguous(), handle=route.handle)[0], None
+        return route.buffer().dispatch(_packed(grad_TD), handle=route.handle)[0], None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from experts.adopt import backend_config, moe_config
 from experts.compute.grouped import GroupedProduct, grouped_experts, no_rows
 from experts.config import BackendConfig, MoEConfig, dtype_name, is_gated_activation
 from experts.errors import ConfigError, Unsupported
@@ -42,8 +43,15 @@ class GroupedExpertsTE(ExpertLayer):
     gate_up_linear: Any
     down_linear: Any
 
+    # The weights and biases, stacked from TE's. A bias is None without `expert_bias`. Under expert parallelism and FSDP
+    # they are DTensors of all experts. They take new values as `layout.assign` does.
+    gate_and_up_projs: Any = layout.stacked_property("gate_and_up_projs", "[E, D, 2I] ([E, D, I] ungated)")
+    down_projs: Any = layout.stacked_property("down_projs", "[E, I, D]")
+    gate_up_proj_bias: Any = layout.stacked_property("gate_up_proj_bias", "[E, 2I] ([E, I] ungated)")
+    down_proj_bias: Any = layout.stacked_property("down_proj_bias", "[E, D]")
+
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
-        backend = backend or BackendConfig()
+        config, backend = moe_config(config), backend_config(backend)
         if backend.experts not in (None, "te"):
             raise ConfigError(f"GroupedExpertsTE computes with te, not {backend.experts!r}; use GroupedExperts for it")
         if backend.save is not None:
@@ -58,8 +66,8 @@ class GroupedExpertsTE(ExpertLayer):
         self.down_linear = self._make_linear(config.moe_inter_dim, config.dim, torch.get_default_device())
         self._is_first_microbatch: bool | None = None
         self.register_state_dict_post_hook(layout.stack_keys)
-        self.register_load_state_dict_pre_hook(layout.split_keys)
-        self.register_load_state_dict_post_hook(layout.name_missing_keys)
+        self._loaded_prefix = ""
+        self.register_load_state_dict_post_hook(_forget_own_names)
 
     def forward(
         self,
@@ -119,30 +127,6 @@ class GroupedExpertsTE(ExpertLayer):
             return Unsupported(f"Transformer Engine computes float32 with float32 parameters, these are {kept}; cast x")
         return library.unsupported(device, config, self.te_fp8)
 
-    @property
-    def gate_and_up_projs(self) -> Tensor:
-        """The weights [E, D, 2I] ([E, D, I] ungated), stacked from TE's weights; a DTensor under expert parallelism."""
-        stacked = layout.sharded(self, "gate_and_up_projs")
-        assert stacked is not None
-        return stacked
-
-    @property
-    def down_projs(self) -> Tensor:
-        """The weights [E, I, D], stacked from TE's weights; a DTensor under expert parallelism."""
-        stacked = layout.sharded(self, "down_projs")
-        assert stacked is not None
-        return stacked
-
-    @property
-    def gate_up_proj_bias(self) -> Tensor | None:
-        """The bias [E, 2I] ([E, I] ungated), or None without `expert_bias`; a DTensor under expert parallelism."""
-        return layout.sharded(self, "gate_up_proj_bias")
-
-    @property
-    def down_proj_bias(self) -> Tensor | None:
-        """The bias [E, D], or None without `expert_bias`; a DTensor under expert parallelism."""
-        return layout.sharded(self, "down_proj_bias")
-
     def stacked_grads(self) -> dict[str, Tensor]:
         """Return TE's gradients, stacked. A parameter has no entry if any expert has no gradient."""
         return layout.stacked_grads(self)
@@ -159,6 +143,38 @@ class GroupedExpertsTE(ExpertLayer):
                 getattr(self, name).reset_parameters()
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(wanted[name])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. A stacked parameter is set by its property, also if the value is an nn.Parameter."""
+        if name in layout.KEPT_IN:
+            object.__setattr__(self, name, value)  # nn.Module would register the nn.Parameter
+        else:
+            super().__setattr__(name, value)
+
+    def weights_changed(self) -> None:
+        """Do what is needed after the parameters have got other values."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any] | None,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the parameters of this layer, both linears included, from the stacked entries of a state dict.
+
+        Callers that load one module at a time, as NeMo AutoModel's do, call this method without `load_state_dict`.
+        """
+        metadata, missing = local_metadata or {}, missing_keys if strict else []
+        error_msgs += layout.load(self, state_dict, prefix, metadata, missing)
+        self._loaded_prefix = prefix
+        self.weights_changed()
+        known = [prefix + name for name in layout.names(self)]
+        others = {key: value for key, value in state_dict.items() if key not in known}
+        super()._load_from_state_dict(others, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _make_linear(self, in_features: int, out_features: int, device: torch.device) -> nn.Module:
         import transformer_engine.pytorch as te
@@ -232,11 +248,13 @@ class CachedWeightsTE(GroupedExpertsTE):
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
         super().__init__(config, backend)
         self._kept = False
-        self.register_load_state_dict_post_hook(_forget_kept)
 
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
         """Reset as `GroupedExpertsTE.init_weights` does. The next call quantises the weights again."""
         super().init_weights(buffer_device, init_std)
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
         self._kept = False
 
     def forward(
@@ -253,6 +271,8 @@ class CachedWeightsTE(GroupedExpertsTE):
         return super().forward(x, token_mask, weights, indices, first)
 
 
-def _forget_kept(module: nn.Module, _: Any) -> None:
-    assert isinstance(module, CachedWeightsTE)
-    module._kept = False
+def _forget_own_names(layer: nn.Module, incompatible: Any) -> None:
+    """Take the keys of TE's own parameters, which the layer has loaded, out of the missing keys (a load hook)."""
+    assert isinstance(layer, GroupedExpertsTE)
+    own = tuple(f"{layer._loaded_prefix}{linear}." for linear in LINEARS)
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(own)]

@@ -151,6 +151,7 @@ class Buffer:
         assert self.runtime is not None, "the buffer was destroyed"
         assert x.dtype is torch.bfloat16
         assert x.is_contiguous()
+        assert x.data_ptr() % 16 == 0, "the kernels read 16 bytes at a time: a misaligned address is an error of CUDA"
         row_bytes = x.shape[1] * x.element_size()
         assert row_bytes % 16 == 0
         for config in (self.get_dispatch_config(self.group.size()), self.get_combine_config(self.group.size())):

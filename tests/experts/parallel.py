@@ -248,8 +248,14 @@ def cases(world_size: int) -> list[Case]:
     return grid + exact + coarse + fakes + symm_mem + (deep_ep if world_size == 2 else []) + loaded
 
 
-#: Facts that the ranks check themselves, by number of ranks: functions of parallel_facts.py, parallel_training.py
-#: and parallel_memory.py.
+#: Facts of parallel_checkpoints.py that hold for any number of ranks.
+CHECKPOINTS = (
+    *("resharded", "trains_from_a_checkpoint", "loaded_from_other_layouts", "of_a_layer_on_another_mesh"),
+    *("set_as_attributes", "state_dict_options"),
+)
+
+#: Facts that the ranks check themselves, by number of ranks: functions of parallel_facts.py, parallel_training.py,
+#: parallel_memory.py and parallel_checkpoints.py.
 FACTS = {
     1: ("refusals", "fresh_weights"),
     2: (
@@ -264,8 +270,10 @@ FACTS = {
         "parameters_of_others",
         "equal_tokens",
         "autocast",
+        "memory_may_start_anywhere",
         *("interleaved", "shared_buffer", "too_many_tokens", "overflow", "buffers_made_again", "other_layouts"),
-        *("checkpointed", "copied", "fully_sharded"),
+        *("checkpointed", "copied", "gradients_on_one_rank", "frozen_in_inference", "fully_sharded"),
+        *CHECKPOINTS,
     ),
     4: (
         "refusals",
@@ -275,6 +283,8 @@ FACTS = {
         "fully_sharded_experts",
         "subgroups",
         "overflow",
+        *CHECKPOINTS,
+        *("spread_over_two_meshes", "replicas_are_saved_once"),
     ),
     8: (),
 }

@@ -16,7 +16,7 @@ from experts.dispatch.deepep import destroy_buffers
 from experts.layer import ExpertLayer
 from tests.experts import fakes
 from tests.experts.fake_deep_ep import Buffer
-from tests.experts.layers import F64, assert_same, moe_config, random_batch, random_parameters, run_stacked
+from tests.experts.layers import F64, assert_same, misaligned, moe_config, random_batch, random_parameters, run_stacked
 from tests.experts.parallel import Case
 from tests.experts.parallel_layers import all_ranks, build, gathered, other_weights, sharded
 
@@ -223,6 +223,16 @@ def autocast() -> None:
                 assert_same(run_stacked(made, batch), right)
 
 
+def memory_may_start_anywhere() -> None:
+    """Every dispatcher carries tensors that do not start at a multiple of 16 bytes, as slices of larger ones may."""
+    for dispatcher in ("allgather", "alltoall", "symm_mem", "deepep"):
+        case = Case("uneven", "loop", dispatcher, torch.bfloat16)
+        made = sharded(build(case), random_parameters(case.config))
+        batch = case.share(dist.get_rank(), dist.get_world_size())
+        right = {name: tensor.clone() for name, tensor in run_stacked(made, batch).items()}
+        assert_same(run_stacked(made, batch.map(misaligned)), right)
+
+
 FACTS: dict[str, Callable[[], None]] = {
     fact.__name__: fact
     for fact in (
@@ -238,5 +248,6 @@ FACTS: dict[str, Callable[[], None]] = {
         parameters_of_others,
         equal_tokens,
         autocast,
+        memory_may_start_anywhere,
     )
 }

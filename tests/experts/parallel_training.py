@@ -1,6 +1,7 @@
 """Facts of a layer in training that the ranks of a group check: checkpointing, FSDP, copies."""
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,7 @@ from tests.experts.parallel import Case
 from tests.experts.parallel_layers import all_ranks, build, gathered, sharded
 
 CPU = torch.device("cpu")
+SOME = Case("uneven", "loop", "allgather")
 
 
 def checkpointed() -> None:
@@ -57,6 +59,41 @@ def copied() -> None:
                 parameter.zero_()
         assert_same(run_stacked(other, batch), right)
         assert not run_stacked(made, batch)["output"].any()
+
+
+def gradients_on_one_rank() -> None:
+    """Backward runs on every rank, and is right, whatever requires a gradient there: here never what rank 0 does."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ways = [(dispatcher, F32) for dispatcher in ("allgather", "alltoall", "symm_mem")] + [("deepep", BF16)]
+    for engine, (dispatcher, dtype) in itertools.product(("loop", "torch_mm", "te"), ways):
+        case = Case("uneven", engine, dispatcher, dtype)
+        made, batch = sharded(build(case), random_parameters(case.config)), case.share(rank, size)
+        right = {name: tensor.clone() for name, tensor in run_stacked(made, batch).items()}
+        for frozen, of_x, of_weights in ((True, 0, 1), (True, 1, 1), (True, None, 0), (rank == 0, 0, None)):
+            made.zero_grad()
+            made.requires_grad_(not frozen)
+            x, weights = (
+                t.clone().requires_grad_(rank == of_) for t, of_ in ((batch.x, of_x), (batch.weights, of_weights))
+            )
+            made(x, batch.token_mask, weights, batch.indices).backward(batch.grad)
+            wanted = {"x": x.grad} if rank == of_x else {}
+            wanted |= {"weights": weights.grad} if rank == of_weights else {}
+            assert_same(wanted | made.stacked_grads(), {name: right[name] for name in wanted | made.stacked_grads()})
+            assert bool(made.stacked_grads()) is not frozen
+            assert (x.grad is None) is (rank != of_x)
+
+
+def frozen_in_inference() -> None:
+    """Without grad mode nothing requires a gradient. Tensors made in inference mode may go through in grad mode."""
+    made = sharded(build(SOME), random_parameters(SOME.config)).requires_grad_(False)
+    with torch.inference_mode():
+        batch = SOME.share(dist.get_rank(), dist.get_world_size())
+        tokens = batch.x * 1
+        output = made(tokens, batch.token_mask, batch.weights, batch.indices)
+    assert not output.requires_grad
+    assert torch.equal(made(tokens, batch.token_mask, batch.weights, batch.indices), output)
+    with torch.no_grad():
+        assert not made(batch.x, batch.token_mask, batch.weights, batch.indices).requires_grad
 
 
 def fully_sharded() -> None:
@@ -101,5 +138,6 @@ def assert_trains_fully_sharded(made: GroupedExperts) -> None:
 
 
 TRAINING: dict[str, Callable[[], None]] = {
-    fact.__name__: fact for fact in (checkpointed, copied, fully_sharded, fully_sharded_experts)
+    fact.__name__: fact
+    for fact in (checkpointed, copied, gradients_on_one_rank, frozen_in_inference, fully_sharded, fully_sharded_experts)
 }

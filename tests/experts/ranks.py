@@ -26,6 +26,7 @@ from experts.layer import ExpertLayer
 from tests.experts import fakes, parallel
 from tests.experts.layers import Batch, Named, assert_same, random_batch, random_parameters, run_stacked
 from tests.experts.parallel import Case
+from tests.experts.parallel_checkpoints import CHECKPOINTS
 from tests.experts.parallel_facts import FACTS
 from tests.experts.parallel_layers import MAKERS
 from tests.experts.parallel_memory import IN_MEMORY
@@ -126,7 +127,7 @@ def main(folder: Path) -> None:
     for case in parallel.cases(run.size):
         run.attempt(case.name, lambda case=case: run_case(case, folder))
     for name in parallel.FACTS[run.size]:
-        run.attempt(name, (FACTS | TRAINING | IN_MEMORY)[name])
+        run.attempt(name, (FACTS | TRAINING | IN_MEMORY | CHECKPOINTS)[name])
     destroy_buffers()
     dist.destroy_process_group()
 

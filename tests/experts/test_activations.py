@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experts import MoEConfig, get_expert_activation_for_deepep, quick_geglu_deepep, relu2_deepep
+from experts import InputError, MoEConfig, get_expert_activation_for_deepep, quick_geglu_deepep, relu2_deepep
 from experts.activations import accumulation_dtype, geglu_deepep, swiglu_deepep, swigluoai_deepep
 from tests.experts import oracle
 from tests.experts.layers import BF16, F16, F32, F64, TOLERANCE
@@ -199,3 +199,30 @@ def test_signatures_are_those_of_nemo_automodel() -> None:
 
 def test_the_accumulation_dtype_is_at_least_float32() -> None:
     assert [accumulation_dtype(dtype) for dtype in (F64, F32, BF16, F16)] == [F64, F32, F32, F32]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("lead", [(), (1,), (3, 1), (1, 3), (2, 3, 4), (0,), (2, 0)], ids=str)
+def test_any_leading_dimensions_are_rows(name: str, lead: tuple[int, ...]) -> None:
+    """The result has x's leading dimensions, and every row its own routing weight, also if its last dimension is 1."""
+    x_ND, probs_N = rows(name, math.prod(lead))
+    right = limited(name)(x_ND, probs_N).reshape(*lead, INTER)
+    for probs in (probs_N.reshape(lead), probs_N.reshape(*lead, 1)):
+        found = limited(name)(x_ND.reshape(*lead, x_ND.shape[-1]), probs)
+        assert found.shape == right.shape
+        assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (4, 1), (3, 6), (1, 3), (3, 1, 1), ()], ids=str)
+def test_routing_weights_of_another_shape_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    """Nothing is broadcast: one weight for all rows, or one per column, is a mistake."""
+    with pytest.raises(InputError, match=r"permuted_probs has shape .*, but must be \[3\] or \[3, 1\]: one routing"):
+        activation(name)(rows(name, 3)[0], torch.rand(shape))
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_an_odd_number_of_columns_is_refused(name: str) -> None:
+    """With three columns, gate would have two and up one, and torch would broadcast up."""
+    with pytest.raises(InputError, match="x has 3 columns, but needs an even number"):
+        activation(name)(torch.rand(2, 3), torch.rand(2))

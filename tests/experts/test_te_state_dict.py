@@ -1,13 +1,16 @@
 """The state dict of GroupedExpertsTE has the stacked layout and torch's semantics."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from experts import GroupedExperts, GroupedExpertsTE
+from experts import BackendConfig, GroupedExperts, GroupedExpertsTE, InputError
+from experts.te.layer import CachedWeightsTE
 from tests.experts.layers import (
+    Named,
     assert_same,
     random_batch,
     random_parameters,
@@ -153,5 +156,87 @@ def test_unexpected_keys_are_errors_or_reported() -> None:
 def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     made = layer()
     state = {**made.state_dict(), "gate_and_up_projs": torch.ones(shape)}
-    with pytest.raises(RuntimeError, match=r"size mismatch for gate_up|Missing key.*gate_and_up|Unexpected key.*gate"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for gate_and_up_projs: the value has shape"):
         made.load_state_dict(state)
+
+
+def load_alone(made: GroupedExpertsTE, state: Any, prefix: str = "", strict: bool = True) -> list[Any]:
+    """Call the method that loads one module as NeMo AutoModel does, and return the keys and messages it reports."""
+    missing, unexpected, mistakes = [], [], []  # type: ignore[var-annotated]
+    made._load_from_state_dict(state, prefix, None, strict, missing, unexpected, mistakes)
+    return [missing, unexpected, mistakes]
+
+
+@pytest.mark.parametrize("prefix", ["", "mlp.experts."])
+def test_the_layer_alone_loads_its_part_of_a_state_dict(prefix: str) -> None:
+    """Both linears are loaded, and the caller's state dict stays as it was."""
+    made, parameters = layer(), random_parameters(config(), seed=8)
+    state = {prefix + name: tensor for name, tensor in parameters.items()}
+    given = dict(state)
+    assert load_alone(made, state, prefix) == [[], [], []]
+    assert state.items() == given.items()
+    assert_same(made.state_dict(), parameters)
+
+
+@pytest.mark.parametrize("missing", [PARAMETERS, ("down_projs",), ("gate_and_up_projs", "down_proj_bias")], ids=str)
+def test_the_layer_alone_reports_what_is_missing(missing: tuple[str, ...]) -> None:
+    """What is there is loaded, the rest keeps its values and is reported once, by its stacked name."""
+    made, before, parameters = layer(), layer().state_dict(), random_parameters(config(), seed=8)
+    state = {name: tensor for name, tensor in parameters.items() if name not in missing}
+    assert load_alone(made, state) == [[*missing], [], []]
+    assert_same(made.state_dict(), {**parameters, **{name: before[name] for name in missing}})
+    assert load_alone(made, {}, strict=False) == [[], [], []]
+
+
+def test_the_layer_alone_reports_other_shapes_and_unexpected_keys() -> None:
+    made, parameters = layer(expert_bias=False), random_parameters(config(), seed=8)
+    state = {**parameters, "down_projs": torch.ones(12, 16, 17)}
+    missing, unexpected, (mistake,) = load_alone(made, state)
+    assert (missing, sorted(unexpected)) == ([], ["down_proj_bias", "gate_up_proj_bias"])
+    assert mistake == "size mismatch for down_projs: the value has shape [12, 16, 17], but the layer has [12, 16, 16]"
+
+
+def test_tes_own_entries_do_not_replace_stacked_entries() -> None:
+    """If a state dict has both, the stacked entries count. Own entries alone are loaded as well."""
+    made, parameters = layer(), random_parameters(config(), seed=8)
+    own = {name: torch.zeros_like(parameter) for name, parameter in made.named_parameters()}
+    assert not made.load_state_dict({**own, **parameters}).missing_keys
+    assert_same(made.state_dict(), parameters)
+    assert not made.load_state_dict(own).missing_keys
+    assert not any(tensor.any() for tensor in made.state_dict().values())
+
+
+def test_properties_can_be_set() -> None:
+    """The values are copied into TE's parameters, which stay the same objects. An nn.Parameter is no exception."""
+    made, parameters = layer(), random_parameters(config(), seed=8)
+    before = dict(made.named_parameters())
+    for name, tensor in parameters.items():
+        setattr(made, name, nn.Parameter(tensor) if name == "down_projs" else tensor)
+    assert all(parameter is before[name] for name, parameter in made.named_parameters())
+    check(made, random_batch(made.config), parameters)
+
+
+def test_properties_refuse_what_does_not_fit() -> None:
+    made = layer(expert_bias=False)
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    made.down_proj_bias = None
+    with pytest.raises(InputError, match=r"down_proj_bias cannot become \[12, 16\]: this layer has None"):
+        made.down_proj_bias = torch.ones(12, 16)
+    with pytest.raises(InputError, match=r"down_projs cannot become None: this layer has \[12, 16, 16\]"):
+        made.down_projs = None
+    with pytest.raises(InputError, match=r"down_projs: the value has shape \[1, 16, 16\], but the layer has \[12, 16"):
+        made.down_projs = torch.ones(1, 16, 16)
+    assert_same(made.state_dict(), before)
+
+
+def test_kept_weights_are_quantised_again_after_every_kind_of_load() -> None:
+    made = CachedWeightsTE(config(), BackendConfig(te_fp8="block"))
+    for seed, load in enumerate((made.load_state_dict, lambda state: load_alone(made, state), partial(set_all, made))):
+        parameters = random_parameters(made.config, seed=20 + seed)
+        load(parameters)
+        check(made, random_batch(made.config), parameters)
+
+
+def set_all(made: GroupedExpertsTE, parameters: Named) -> None:
+    for name, tensor in parameters.items():
+        setattr(made, name, tensor)

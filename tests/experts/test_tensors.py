@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from experts.compute.grouped_mm import _readable, products
 from tests.experts.layers import (
     BF16,
     F16,
@@ -63,6 +64,59 @@ def test_parameters_may_be_transposed_views(setup: Setup) -> None:
     made.load_state_dict(transposed, assign=True)
     assert not made.down_projs.is_contiguous()
     assert_near(run(made, batch), expected(config, parameters, batch), config.dtype)
+
+
+def _with_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor as the first columns of a tensor with one more column: rows start at odd places."""
+    wide = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)
+    wide[..., :-1] = tensor
+    return wide[..., :-1]
+
+
+def _every_other(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def _columns_with_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    return _with_gaps(tensor.transpose(-2, -1)).transpose(-2, -1)
+
+
+LAYOUTS = {"rows-with-gaps": _with_gaps, "columns-with-gaps": _columns_with_gaps, "reversed": strided}
+LAYOUTS["every-other-column"] = _every_other
+
+
+@on_every_setup
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("names", [("x", "grad"), ("gate_and_up_projs",), ("down_projs",)], ids=str)
+def test_tensors_may_be_sliced_from_larger_ones(setup: Setup, layout: str, names: tuple[str, ...]) -> None:
+    """grouped_mm refuses rows, columns and matrices that do not start at a multiple of 16 bytes."""
+    config = setup.config(expert_bias=True)
+    sliced = LAYOUTS[layout]
+    batch = random_batch(config).map(lambda tensor: tensor.to(setup.device))
+    batch = batch.with_(**{name: sliced(getattr(batch, name)) for name in names if hasattr(batch, name)})
+    parameters = {name: p.to(setup.device) for name, p in random_parameters(config).items()}
+    made = setup.layer(config)
+    given = {name: sliced(p) if name in names else p for name, p in parameters.items()}
+    made.load_state_dict(given, assign=True)
+    assert_near(run(made, batch), expected(config, parameters, batch), config.dtype)
+
+
+def test_products_of_grouped_mm_take_operands_of_any_layout() -> None:
+    """Every product, with each operand in each layout, equals that of contiguous operands. Others are not copied."""
+    offsets = torch.tensor([3, 3, 7, 8], dtype=torch.int32)
+    rows, others = torch.randn(8, 8), torch.randn(8, 16)
+    matrices = torch.randn(4, 8, 16)
+    multiply = products(offsets)
+    for sliced in (*LAYOUTS.values(), misaligned):
+        for change_a, change_b in ((sliced, torch.clone), (torch.clone, sliced)):
+            for product, a, b in (
+                (multiply.rows, rows, matrices),
+                (multiply.rows_back, others, matrices),
+                (multiply.outer, rows, others),
+            ):
+                assert torch.equal(product(change_a(a), change_b(b)), product(a, b))
+    for taken in (rows, matrices, matrices.transpose(-2, -1), rows[2:5], matrices[1:]):
+        assert _readable(taken) is taken
 
 
 @on_every_setup
