@@ -79,9 +79,9 @@ def begin_all_to_all(received: list[Tensor], sent: list[Tensor], group: dist.Pro
 def _beside(device: torch.device) -> Iterator[torch.cuda.Stream]:
     """Run what follows on another stream, after the work so far, at the same time as later work.
 
-    The stream has a high priority: a collective needs few multiprocessors, but kernels that were enqueued at the same
-    time would take all of them first, and the other ranks would wait. Tensors that are used there must stay alive until
-    the current stream has waited for the stream.
+    The stream has a high priority, so that the GPU starts a collective before kernels that wait at the same time: other
+    ranks wait for the collective. Tensors that are used there must stay alive until the current stream has waited for
+    the stream.
     """
     stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

@@ -27,6 +27,8 @@ from torch import Tensor
 
 #: Parts of a region start at multiples of this number, which allows the widest loads and stores.
 ALIGNMENT_BYTES = 256
+#: Indices travel as int32. Larger indices become this one, which also is not an expert of any layer.
+MAX_INDEX = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True)

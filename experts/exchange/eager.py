@@ -4,21 +4,23 @@ import torch
 from torch import Tensor
 
 from experts.activations import accumulation_dtype
-from experts.exchange import Slabs
-
-#: Larger indices become this one, which also is not an expert of any layer.
-MAX_INDEX = torch.iinfo(torch.int32).max
+from experts.exchange import MAX_INDEX, Slabs
 
 
 def place(slabs: Slabs, indices_TK: Tensor, n_local_experts: int) -> Tensor:
     """As `Exchange.place`."""
-    ranks_P = torch.arange(slabs.layout.num_ranks, device=indices_TK.device)
-    rank_TK = indices_TK // n_local_experts  # −1 stays −1
-    wanted_TP = (rank_TK.unsqueeze(-1) == ranks_P).any(dim=1)
-    counts_P = wanted_TP.sum(dim=0, dtype=torch.int32)
+    row_TP, counts_P = number_tokens(indices_TK, slabs.layout.num_ranks, n_local_experts)
     for region in slabs.regions:
         region.counts_PP[slabs.rank] = counts_P
-    return torch.where(wanted_TP, wanted_TP.cumsum(dim=0) - 1, -1).int()
+    return row_TP
+
+
+def number_tokens(indices_TK: Tensor, num_ranks: int, n_local_experts: int) -> tuple[Tensor, Tensor]:
+    """Number the tokens that go to each rank: [T, P], −1 if a token stays away, and counts [P]. Both are int32."""
+    ranks_P = torch.arange(num_ranks, device=indices_TK.device)
+    rank_TK = indices_TK // n_local_experts  # −1 stays −1
+    goes_TP = (rank_TK.unsqueeze(-1) == ranks_P).any(dim=1)
+    return torch.where(goes_TP, goes_TP.cumsum(dim=0) - 1, -1).int(), goes_TP.sum(dim=0, dtype=torch.int32)
 
 
 def push(

@@ -28,8 +28,6 @@ from experts.steps import make_of_steps
 #: Weights and indices start at multiples of this number of bytes, which any dtype accepts.
 ALIGNMENT_BYTES = 16
 INDEX_BYTES = torch.int32.itemsize
-#: Larger indices become this one, which also is not an expert of any layer.
-MAX_INDEX = torch.iinfo(torch.int32).max
 
 _N = TypeVar("_N", int, Tensor)
 

@@ -4,17 +4,15 @@ import torch
 from torch import Tensor
 
 from experts.activations import accumulation_dtype
-from experts.messages import ALIGNMENT_BYTES, MAX_INDEX, Form, Plan, choices_bytes, rounded_up
+from experts.exchange import MAX_INDEX
+from experts.exchange.eager import number_tokens
+from experts.messages import ALIGNMENT_BYTES, Form, Plan, choices_bytes, rounded_up
 
 
 def plan(indices_TK: Tensor, num_ranks: int, n_local_experts: int) -> tuple[Tensor, Tensor]:
     """As `Messages.plan`."""
-    ranks_P = torch.arange(num_ranks, device=indices_TK.device)
-    rank_TK = indices_TK // n_local_experts  # −1 stays −1
-    goes_TP = (rank_TK.unsqueeze(-1) == ranks_P).any(dim=1)
-    sizes_2P = torch.empty(2, num_ranks, dtype=torch.int32, device=indices_TK.device)
-    sizes_2P[0] = goes_TP.sum(dim=0)
-    return torch.where(goes_TP, goes_TP.cumsum(dim=0) - 1, -1).int(), sizes_2P
+    row_TP, counts_P = number_tokens(indices_TK, num_ranks, n_local_experts)
+    return row_TP, torch.stack([counts_P, torch.empty_like(counts_P)])
 
 
 def pack(plan: Plan, x_TD: Tensor, weights_TK: Tensor | None = None, indices_TK: Tensor | None = None) -> Tensor:

@@ -28,6 +28,35 @@ def _goes(indices, token, num_tokens, to, n_local_experts, K: tl.constexpr, CHOI
 
 
 @triton.jit
+def number_tokens(
+    indices,
+    rows,
+    num_tokens,
+    n_local_experts,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Number the tokens of a block that go to one rank, and return how many go there up to the end of the block.
+
+    Each program has one block and one rank. It counts the tokens in the blocks before its own itself. So programs do
+    not wait for each other, and one launch is enough.
+    """
+    block, to = tl.program_id(0), tl.program_id(1)
+    place_in_block = tl.arange(0, BLOCK)
+    before = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, block * BLOCK, BLOCK):
+        before += _goes(indices, start + place_in_block, num_tokens, to, n_local_experts, K, CHOICES)
+    first = tl.sum(before, 0)
+    token = block * BLOCK + place_in_block
+    goes = _goes(indices, token, num_tokens, to, n_local_experts, K, CHOICES)
+    row = tl.where(goes > 0, first + tl.cumsum(goes, 0) - 1, -1)
+    tl.store(rows + token.to(tl.int64) * P + to, row, mask=token < num_tokens)
+    return first + tl.sum(goes, 0)
+
+
+@triton.jit
 def place(
     indices,
     rows,
@@ -41,25 +70,11 @@ def place(
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Number the tokens of a block that go to one rank. Each program has one block and one rank.
-
-    A program itself counts the tokens in the blocks before its own. So programs do not wait for each other, and one
-    launch is enough. The program of the last block tells all ranks how many tokens go to its rank.
-    """
-    block, to = tl.program_id(0), tl.program_id(1)
-    place_in_block = tl.arange(0, BLOCK)
-    before = tl.zeros([BLOCK], dtype=tl.int32)
-    for start in range(0, block * BLOCK, BLOCK):
-        before += _goes(indices, start + place_in_block, num_tokens, to, n_local_experts, K, CHOICES)
-    first = tl.sum(before, 0)
-    token = block * BLOCK + place_in_block
-    goes = _goes(indices, token, num_tokens, to, n_local_experts, K, CHOICES)
-    row = tl.where(goes > 0, first + tl.cumsum(goes, 0) - 1, -1)
-    tl.store(rows + token.to(tl.int64) * P + to, row, mask=token < num_tokens)
-    if block == tl.num_programs(0) - 1:
-        count = first + tl.sum(goes, 0)
+    """Number the tokens of a block. The program of the last block tells all ranks how many tokens go to its rank."""
+    count = number_tokens(indices, rows, num_tokens, n_local_experts, P, K, CHOICES, BLOCK)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
         for reader in tl.static_range(P):
-            tl.store(_part(addresses, reader, COUNTS_AT, tl.int32) + rank * P + to, count)
+            tl.store(_part(addresses, reader, COUNTS_AT, tl.int32) + rank * P + tl.program_id(1), count)
 
 
 @triton.jit

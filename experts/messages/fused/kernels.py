@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from experts.exchange.fused.kernels import _goes
+from experts.exchange.fused.kernels import number_tokens
 
 
 @triton.jit
@@ -41,19 +41,10 @@ def plan(
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Number the tokens of a block that go to one rank, as `place` of `experts.exchange` does."""
-    block, to = tl.program_id(0), tl.program_id(1)
-    place = tl.arange(0, BLOCK)
-    before = tl.zeros([BLOCK], dtype=tl.int32)
-    for start in range(0, block * BLOCK, BLOCK):
-        before += _goes(indices, start + place, num_tokens, to, n_local_experts, K, CHOICES)
-    first = tl.sum(before, 0)
-    token = block * BLOCK + place
-    goes = _goes(indices, token, num_tokens, to, n_local_experts, K, CHOICES)
-    row = tl.where(goes > 0, first + tl.cumsum(goes, 0) - 1, -1)
-    tl.store(rows + token.to(tl.int64) * P + to, row, mask=token < num_tokens)
-    if block == tl.num_programs(0) - 1:
-        tl.store(counts + to, first + tl.sum(goes, 0))
+    """Number the tokens of a block. The program of the last block stores how many tokens go to its rank."""
+    count = number_tokens(indices, rows, num_tokens, n_local_experts, P, K, CHOICES, BLOCK)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.store(counts + tl.program_id(1), count)
 
 
 @triton.jit
