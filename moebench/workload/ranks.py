@@ -41,24 +41,58 @@ def sharded(local: Tensor, mesh: DeviceMesh) -> "DTensor":
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process as one of the `size` ranks of expert parallelism. All ranks must call each method together."""
+    """This process as one of the `size` ranks that run a case. All ranks must call each method together.
+
+    `mesh` are the ranks that share the experts; None if each rank has all of them. `dp_mesh` are the ranks that hold
+    the same experts, one of each group of expert parallelism; None for one group. Rank r is rank r modulo `ep_size` of
+    its group.
+    """
 
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    dp_mesh: DeviceMesh | None = None
+
+    @property
+    def ep_size(self) -> int:
+        """The number of ranks that share the experts."""
+        return self.size if self.dp_mesh is None else self.size // self.dp_mesh.size()
+
+    @property
+    def ep_rank(self) -> int:
+        """This process among the ranks that share the experts."""
+        return self.rank % self.ep_size
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no process group, because this process is the only one."""
+        return self.mesh is None and self.dp_mesh is None
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The process group. Only a process with a mesh has one."""
+        """The process group of the ranks that share the experts. Only a process with a mesh has one."""
         assert self.mesh is not None
         return self.mesh.get_group()
 
+    @property
+    def everyone(self) -> dist.ProcessGroup:
+        """The process group of all ranks."""
+        if self.dp_mesh is None:
+            return self.group
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
+    @property
+    def sharing(self) -> "Ranks":
+        """This process as one of the ranks that share the experts, without the other groups."""
+        return self if self.dp_mesh is None else Ranks(self.ep_rank, self.ep_size, self.mesh)
+
     def tell(self, value: _T) -> list[_T]:
         """Return every rank's value, in the order of the ranks."""
-        if self.mesh is None:
+        if self.is_alone:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=self.everyone)
         return values
 
     def largest(self, value: float) -> float:
@@ -67,27 +101,34 @@ class Ranks:
 
     def rows(self, rows: Tensor) -> Tensor:
         """Return every rank's rows, in the order of the ranks. Ranks may have different numbers of rows."""
-        if self.mesh is None:
-            return rows
-        counts = self.tell(rows.shape[0])
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: rows.shape[0]] = rows
-        parts = all_gather_rows(padded, self.group).split(max(counts)) if max(counts) else [padded] * self.size
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return rows if self.is_alone else _gathered(rows, self.everyone, self.size)
+
+    def unsharded(self, rows: Tensor) -> Tensor:
+        """Return the rows of the ranks that hold the same experts, in the order of these ranks."""
+        return rows if self.dp_mesh is None else _gathered(rows, self.dp_mesh.get_group(), self.dp_mesh.size())
 
     def sum(self, tensor: Tensor) -> None:
-        """Replace the tensor, in place, by its sum over all ranks."""
+        """Replace the tensor, in place, by its sum over the ranks that share the experts."""
         if self.mesh is not None:
             dist.all_reduce(tensor, group=self.group)
 
     def align(self, device: torch.device) -> None:
         """Wait until all ranks have made this call. On a GPU the device waits, and the host goes on."""
-        if self.mesh is None:
+        if self.is_alone:
             return
         if device.type == "cuda":
-            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+            dist.all_reduce(torch.zeros(1, device=device), group=self.everyone)
         else:
-            dist.barrier(group=self.group)
+            dist.barrier(group=self.everyone)
+
+
+def _gathered(rows: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:
+    counts: list[Any] = [None] * size
+    dist.all_gather_object(counts, rows.shape[0], group=group)
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: rows.shape[0]] = rows
+    parts = all_gather_rows(padded, group).split(max(counts)) if max(counts) else [padded] * size
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 ALONE = Ranks()
@@ -95,10 +136,11 @@ ALONE = Ranks()
 GONE_WITHIN_S = 2.0
 
 
-def join(device: torch.device, timeout_s: float) -> Ranks:
+def join(device: torch.device, timeout_s: float, dp_size: int = 1) -> Ranks:
     """Join the group that torch.distributed's launcher started this process in: gloo on a CPU, NCCL on GPUs.
 
-    In a process without a launcher, return Ranks(), which is one rank without a mesh.
+    The processes are `dp_size` groups of ranks that share the experts. In a process without a launcher, return Ranks(),
+    which is one rank without a mesh.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -106,13 +148,21 @@ def join(device: torch.device, timeout_s: float) -> Ranks:
     on_gpu = device.type == "cuda"
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
-    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("ep",))
-    return Ranks(dist.get_rank(), size, mesh)
+    return ranks_of(device, dp_size)
+
+
+def ranks_of(device: torch.device, dp_size: int = 1) -> Ranks:
+    """Return this process as a rank among all processes, in `dp_size` groups of ranks that share the experts."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if dp_size == 1:
+        return Ranks(rank, size, init_device_mesh(device.type, (size,), mesh_dim_names=("ep",)))
+    both = init_device_mesh(device.type, (dp_size, size // dp_size), mesh_dim_names=("dp", "ep"))
+    return Ranks(rank, size, both["ep"] if size > dp_size else None, both["dp"])
 
 
 def leave(ranks: Ranks) -> None:
     """Free the buffers and the process group that the ranks share."""
-    if ranks.mesh is not None:
+    if not ranks.is_alone:
         from moebench.workload.driven import destroy_buffers
 
         destroy_buffers()
