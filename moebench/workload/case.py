@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from moebench.names import Name
-from moebench.workload.context import PLAIN, Context, canonical
+from moebench.workload.context import PLAIN, Context, Processes, canonical
 from moebench.workload.models import shape_name
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -186,9 +186,9 @@ class Case(CaseFields):
         return 1.0
 
     @property
-    def num_ranks(self) -> int:
+    def processes(self) -> Processes:
         """The processes that run the case together."""
-        return self.ep_size * self.dp_size
+        return Processes(self.ep_size * self.dp_size, self.dp_size)
 
     @property
     def is_gated(self) -> bool:

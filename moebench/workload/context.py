@@ -5,10 +5,20 @@ A context is `plain`, or parts joined with `+`. moebench.measure.context puts a 
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pydantic_core import PydanticCustomError
 
 PLAIN = "plain"
+
+
+class Processes(NamedTuple):
+    """The processes that run a case together: `dp_size` groups of ranks that share the experts."""
+
+    num_ranks: int
+    dp_size: int
+
+
 #: Part -> what it does, in the order of a context's text.
 PARTS = {
     "fsdp2": "`fully_shard` of torch.distributed.fsdp over `dp_size` ranks",

@@ -24,6 +24,7 @@ def fully_sharded(layer: nn.Module, ranks: Ranks, dtype: torch.dtype, main_dtype
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=main_dtype, cast_forward_inputs=False)
     sharded = fully_shard(layer, mesh=ranks.dp_mesh, reshard_after_forward=True, mp_policy=policy)
     sharded.set_gradient_divide_factor(1.0)
+    sharded.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that multiplies
     return layer
 
 
