@@ -16,9 +16,8 @@ from moebench.measure import timing
 from moebench.measure.timing import TimingPolicy
 from moebench.workload.backends import collective_of
 from moebench.workload.case import Case
-from moebench.workload.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 from moebench.workload.inputs import Inputs
-from moebench.workload.ranks import ALONE, Ranks
+from moebench.workload.ranks import ALONE, Ranks, all_gather_rows, all_to_all_rows, reduce_scatter_rows
 
 #: Precise enough for a bound, and cheap: all backends of a case share one measurement.
 INTERVAL_TARGET, TIME_CAP_S = 0.01, 0.15

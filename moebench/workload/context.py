@@ -91,8 +91,8 @@ class Context:
         trains = [part for part in self.text.split("+") if part not in (PLAIN, "fsdp2", "compile")]
         if mode == "forward" and trains:
             found.append(
-                f"context = {self.text} in mode forward: {' and '.join(trains)} need a backward; take mode train, or "
-                "exclude the pair"
+                f"context = {self.text} in mode forward: it has no backward for {' and '.join(trains)}; take mode "
+                "train, or exclude the pair"
             )
         if self.fsdp2 and dp_size == 1:
             found.append(f"context = {self.text} at dp_size = 1: fsdp2 shards over dp_size ranks; take dp_size = 2")
