@@ -1,21 +1,22 @@
 """Compute the local experts as one operator of torch, so that torch.compile makes one graph of the code around a layer.
 
-torch's compiler does not look into the operators. Traced, the engines would break the graph: it cannot trace this
-package's Triton kernels, the loop's rows depend on the routing, torch's fake grouped_mm refuses float32 and float16, and
-a loop over 4 experts takes over a minute to compile (CPU, torch 2.13, 2026-11-29). So a compiled layer runs the same
-kernels as without the compiler and gives the same bits. Only compiled layers use the operators, because torch's
-dispatcher takes tens of microseconds per call, which a forward of few tokens would feel.
+torch's compiler does not look into the operators. If it traced the engines, it would break the graph: it cannot trace
+this package's Triton kernels, the loop's rows depend on the routing, and torch's fake grouped_mm refuses float32 and
+float16 (torch 2.13). A traced loop over 4 experts took over a minute to compile (CPU, 2026-11-29). With the operators,
+a compiled layer runs the same kernels as a layer without the compiler, and gives the same bits.
 
-An operator takes only tensors and plain values, so the engine comes by name and the configuration as text
-(`described`). `compute` is for every engine; in backward it computes forward again. `compute_and_keep` is for engines
-with `Engine.own_products`, where autograd needs a gradient; it keeps for backward what the engine keeps without the
-compiler.
+`compute` is for every engine. In backward, it computes forward again. `compute_and_keep` is for an engine with
+`Engine.own_products`, if autograd needs a gradient. It keeps for backward what the engine keeps without the compiler.
+Only compiled layers use the operators: a call of one takes tens of microseconds, which a forward of few tokens feels.
+
+An operator takes only tensors and plain values. So an engine is given by its name, and a configuration as text.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,17 +53,13 @@ def compute_local(
 ) -> Tensor:
     """Return what the engine's `Compute` returns, by an operator that torch's compiler does not look into.
 
-    `config` is what `described` returned. `keep` is whether the engine has `own_products`. When the operator runs, it raises InputError for wrong indices on a CPU, and
-    Unsupported if the engine cannot run.
+    `config` is what `described` returned. `keep` is whether the engine has `own_products`. When the operator runs, it
+    raises InputError for wrong indices on a CPU, and Unsupported if the engine cannot run.
     """
     tensors = x_TD, weights_TK, *parameters.to(x_TD.dtype)
     given = *tensors, indices_TK, engine, config, first, save
     wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    result: Tensor
-    if wanted and keep:
-        result = torch.ops.experts.compute_and_keep(*given)[0]
-    else:
-        result = torch.ops.experts.compute(*given)
+    result: Tensor = compute_and_keep(*given)[0] if wanted and keep else compute(*given)
     return result
 
 
@@ -114,21 +111,19 @@ def _for_autograd(grads: list[Tensor], wanted: list[bool], num_inputs: int) -> t
     return found + (None,) * (num_inputs - len(found))
 
 
-def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function an operator of torch, `torch.ops.experts.NAME`. It must not return or change its inputs.
+@contextlib.contextmanager
+def _with_autograd() -> Iterator[None]:
+    """Let autograd work inside of an operator. torch calls operators with the dispatch keys of autograd left out.
 
-    `torch.library.custom_op` would do the same, but it runs functions where autograd cannot work, and the backwards
-    below use autograd.
+    The loop and the eager steps get gradients from autograd. They would raise that no tensor requires a gradient.
     """
-    name = f"experts::{function.__name__}"
-    torch.library.define(
-        name, torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag
-    )
-    torch.library.impl(name, "default", function)
-    return function
+    with torch._C._PreserveDispatchKeyGuard():
+        for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
 
 
-@_operator
+@torch.library.custom_op("experts::compute", mutates_args=())
 def compute(
     x_TD: Tensor,
     weights_TK: Tensor,
@@ -147,12 +142,12 @@ def compute(
     return _engines_result(tensors, indices_TK, engine, config, first, save)
 
 
-@torch.library.register_fake("experts::compute")
+@compute.register_fake
 def _(x_TD: Tensor, *_: Any) -> Tensor:
     return x_TD.new_empty(x_TD.shape)
 
 
-@_operator
+@torch.library.custom_op("experts::compute_again", mutates_args=())
 def compute_again(
     grad_TD: Tensor,
     x_TD: Tensor,
@@ -171,14 +166,14 @@ def compute_again(
     """Compute `compute` again with autograd, and return the wanted gradients of its first six inputs."""
     given = x_TD, weights_TK, gate_and_up, down, up_bias, down_bias
     tensors = tuple(None if t is None else t.detach().requires_grad_(w) for t, w in zip(given, wanted, strict=True))
-    with torch.enable_grad():
-        output_TD = _engines_result(tensors, indices_TK, engine, config, first, save)
     asked = [tensor for tensor, wants in zip(tensors, wanted, strict=True) if tensor is not None and wants]
-    grads = iter(torch.autograd.grad(output_TD, asked, grad_TD))
+    with _with_autograd(), torch.enable_grad():
+        output_TD = _engines_result(tensors, indices_TK, engine, config, first, save)
+        grads = iter(torch.autograd.grad(output_TD, asked, grad_TD))
     return _gradients([next(grads) if wants else None for wants in wanted], tensors)
 
 
-@torch.library.register_fake("experts::compute_again")
+@compute_again.register_fake
 def _(grad_TD: Tensor, *given: Any) -> list[Tensor]:
     return _fake_gradients(given[:NUM_DIFFERENTIABLE], given[-1])
 
@@ -191,14 +186,14 @@ def _set_up_compute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _compute_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
     settings = ctx.engine, ctx.config, ctx.first, ctx.save
-    grads = torch.ops.experts.compute_again(grad_TD, *ctx.saved_tensors, *settings, wanted)
+    grads = compute_again(grad_TD, *ctx.saved_tensors, *settings, wanted)
     return _for_autograd(grads, wanted, len(ctx.needs_input_grad))
 
 
-torch.library.register_autograd("experts::compute", _compute_backward, setup_context=_set_up_compute)
+compute.register_autograd(_compute_backward, setup_context=_set_up_compute)
 
 
-@_operator
+@torch.library.custom_op("experts::compute_and_keep", mutates_args=())
 def compute_and_keep(
     x_TD: Tensor,
     weights_TK: Tensor,
@@ -231,28 +226,17 @@ def compute_and_keep(
     return out_TD.contiguous(), rows, h_NH.contiguous(), *maps
 
 
-@torch.library.register_fake("experts::compute_and_keep")
-def _(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    gate_and_up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    indices_TK: Tensor,
-    engine: str,
-    config: str,
-    first: int,
-    save: str | None,
-) -> tuple[Tensor, ...]:
-    num_rows = indices_TK.shape[0] * indices_TK.shape[1]
+@compute_and_keep.register_fake
+def _(x_TD: Tensor, weights_TK: Tensor, gate_and_up: Tensor, down: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    save = given[-1]
+    num_rows = weights_TK.shape[0] * weights_TK.shape[1]
     rows = x_TD.new_empty(num_rows if save == "time" else 0, x_TD.shape[1])
-    maps = (indices_TK.new_empty(num_rows, dtype=torch.int64) for _ in range(3))
-    offsets_L = indices_TK.new_empty(down.shape[0], dtype=torch.int32)
+    maps = (x_TD.new_empty(num_rows, dtype=torch.int64) for _ in range(3))
+    offsets_L = x_TD.new_empty(down.shape[0], dtype=torch.int32)
     return x_TD.new_empty(x_TD.shape), rows, x_TD.new_empty(num_rows, gate_and_up.shape[2]), *maps, offsets_L
 
 
-@_operator
+@torch.library.custom_op("experts::compute_backward", mutates_args=())
 def compute_backward(
     grad_TD: Tensor,
     x_TD: Tensor,
@@ -277,21 +261,14 @@ def compute_backward(
     permutation = Permutation(row_to_slot_N, slot_to_row_S, row_to_expert_N, offsets_L, weights_TK.shape[1])
     plan = _plan(get_engine(engine), permutation, settings, save)
     parameters = ExpertParameters(gate_and_up, down, up_bias, down_bias)
-    with autocast_off(x_TD):
+    with _with_autograd(), autocast_off(x_TD):
         # a copy, because h is overwritten: an operator may not write to what autograd keeps for another backward
-        found = run_backward(
-            grad_TD,
-            rows if plan.save == "time" else x_TD,
-            h_NH.clone(),
-            weights_TK,
-            parameters,
-            plan,
-            Wanted(*wanted),
-        )
+        tokens, own_h_NH = rows if plan.save == "time" else x_TD, h_NH.clone()
+        found = run_backward(grad_TD, tokens, own_h_NH, weights_TK, parameters, plan, Wanted(*wanted))
     return _gradients([grad if wants else None for grad, wants in zip(found, wanted, strict=True)], (x_TD,))
 
 
-@torch.library.register_fake("experts::compute_backward")
+@compute_backward.register_fake
 def _(grad_TD: Tensor, *given: Any) -> list[Tensor]:
     return _fake_gradients(given[:NUM_DIFFERENTIABLE], given[-1])
 
@@ -304,11 +281,11 @@ def _set_up_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _keep_backward(ctx: Any, grad_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
-    grads = torch.ops.experts.compute_backward(grad_TD, *ctx.saved_tensors, ctx.engine, ctx.config, ctx.save, wanted)
+    grads = compute_backward(grad_TD, *ctx.saved_tensors, ctx.engine, ctx.config, ctx.save, wanted)
     return _for_autograd(grads, wanted, len(ctx.needs_input_grad))
 
 
-torch.library.register_autograd("experts::compute_and_keep", _keep_backward, setup_context=_set_up_keep)
+compute_and_keep.register_autograd(_keep_backward, setup_context=_set_up_keep)
 
 
 def _plan(engine: Engine, permutation: Permutation, config: MoEConfig, save: str | None) -> Plan:
