@@ -26,6 +26,21 @@ def check_mesh(ep_mesh: DeviceMesh, n_routed_experts: int) -> None:
         )
 
 
+def check_indices(indices_TK: Tensor, n_routed_experts: int) -> None:
+    """Raise InputError unless int64 indices on a CPU are from −1 (no expert) to `n_routed_experts` − 1.
+
+    On a GPU the check would wait for the device. A wrong index adds nothing there.
+    """
+    if indices_TK.device.type != "cpu" or not indices_TK.numel():
+        return
+    least, most = int(indices_TK.min()), int(indices_TK.max())
+    if least < -1 or most >= n_routed_experts:
+        raise InputError(
+            f"indices run from {least} to {most}, but must be from -1 (no expert) to {n_routed_experts - 1} "
+            "(n_routed_experts - 1); correct the routing"
+        )
+
+
 def join_backward(tensor: Tensor) -> Tensor:
     """Return x or the routing weights so that this rank takes part in the dispatcher's backward.
 
@@ -75,8 +90,8 @@ class ExpertLayer(nn.Module, ABC):
         self._check_inputs(x, token_mask, weights, indices)
         # convert to int64 first: in uint8, −1 would be expert 255
         indices = indices.long().masked_fill(~token_mask.unsqueeze(-1), -1)
-        if x.device.type == "cpu":  # on a GPU the check would wait for the device; there a wrong index adds nothing
-            self._check_indices(indices)
+        if not torch.compiler.is_compiling():  # a compiled layer's engine checks them when it runs
+            check_indices(indices, self.n_routed_experts)
         if not isinstance(self.dispatcher, Local):
             x, weights = join_backward(x), join_backward(weights)
         with autocast_off(x):
@@ -189,10 +204,3 @@ class ExpertLayer(nn.Module, ABC):
             reason = dispatcher_unsupported(self.dispatcher_name, x.device, config)
             if reason is not None:
                 raise Unsupported(f"{self.dispatcher_name}: {reason.reason}")
-
-    def _check_indices(self, indices: Tensor) -> None:
-        if indices.numel() and not (int(indices.min()) >= -1 and int(indices.max()) < self.n_routed_experts):
-            raise InputError(
-                f"indices run from {int(indices.min())} to {int(indices.max())}, but must be from -1 (no expert) to "
-                f"{self.n_routed_experts - 1} (n_routed_experts - 1); correct the routing"
-            )
