@@ -10,7 +10,6 @@ from experts import compiled
 from experts.adopt import backend_config, moe_config
 from experts.compute import PARAMETER_NAMES, ExpertParameters
 from experts.config import BackendConfig, MoEConfig, is_gated_activation
-from experts.dispatch import Local
 from experts.engines import engine_names, get_engine
 from experts.errors import ConfigError, Unsupported
 from experts.layer import ExpertLayer
@@ -112,9 +111,8 @@ class GroupedExperts(ExpertLayer):
         return self.engine.unsupported(device, config)
 
     def _check_supported(self, x: Tensor) -> None:
-        if torch.compiler.is_compiling() and isinstance(self.dispatcher, Local):
-            return  # the compiler cannot trace the check; `experts.compiled` makes it when the layer runs
-        super()._check_supported(x)
+        if not torch.compiler.is_compiling():  # a compiled layer's engine checks it when it runs
+            super()._check_supported(x)
 
     def expert_parameters(self) -> ExpertParameters:
         """Return the stacked parameters of this rank's experts.

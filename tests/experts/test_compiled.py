@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import experts.layer
 from experts import BackendConfig, GroupedExperts, InputError, MoEConfig, Unsupported, compiled
 from experts.compute import PARAMETER_NAMES
+from experts.dispatch import Dispatched, Local
 from tests.experts.layers import (
     BF16,
     F32,
@@ -197,6 +199,29 @@ def test_a_compiled_layer_refuses_what_the_layer_refuses(engine: str) -> None:
         right = random_batch(made.config)
         with pytest.raises(Unsupported, match="torch_mm: grouped_mm takes float32, bfloat16 and float16, not float64"):
             made(right.x.to(F64), right.token_mask, right.weights, right.indices)
+
+
+class OfRanks(Local):
+    """Stands for the dispatcher of several ranks, and notes where the compiler is when it is called."""
+
+    def __init__(self) -> None:
+        self.traced: list[bool] = []
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
+        self.traced.append(torch.compiler.is_compiling())
+        return super().dispatch(x_TD, weights_TK, indices_TK)
+
+
+def test_a_layer_of_several_ranks_runs_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's compiler fails in some dispatchers (torch 2.13)."""
+    monkeypatch.setattr(experts.layer, "Local", type(None))
+    made = layer("torch_mm", moe_config())
+    made.dispatcher = OfRanks()
+    batch = random_batch(made.config)
+    right = run(made, batch)
+    made.compile(backend="eager")
+    assert_same(run(made, batch), right)
+    assert made.dispatcher.traced == [False, False]
 
 
 class Operators(TorchDispatchMode):
