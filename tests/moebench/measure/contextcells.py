@@ -15,7 +15,7 @@ from moebench.results.record import Record
 from moebench.run.runner import Plan, execute
 from moebench.workload.case import Case, Job
 from moebench.workload.spec import Policy
-from tests.moebench.executed import python_path
+from tests.moebench.executed import python_path, share_workers
 
 ROOT = Path(__file__).parents[3]
 DISPATCHERS = ("allgather", "alltoall", "symm_mem")
@@ -53,7 +53,7 @@ class Cell(NamedTuple):
         unkind = {"masked_share": 0.2, "routing": "zipf", "rank_load": "uneven" if self.ep_size > 1 else "even"}
         bias = {"expert_bias": self.backend != "triton"}
         of = {"ep_size": self.ep_size, "dp_size": self.dp_size, "context": self.context}
-        case = Case.model_validate({**fields, **unkind, **bias, **of, "mode": "train", "dtype": DTYPES[self.backend]})
+        case = Case.model_validate({**fields, **unkind, **bias, **of, "mode": "train", "dtype": DTYPES.get(self.backend, "float32")})
         return Job(case=case, backend=self.backend, dispatcher=self.dispatcher)
 
     def __str__(self) -> str:
@@ -69,6 +69,15 @@ CELLS = [
 SEED = 3
 
 
+#: Faults and the context that shows them, and the same backends where they are right.
+FAULTS = {
+    Cell(2, 1, "ranks:GradTwice", "allgather", "checkpoint"): "gradients",
+    Cell(1, 1, "faulty_contexts:RecomputesOtherRows", "local", "checkpoint"): "rows",
+    Cell(1, 1, "faulty_contexts:ScaleLostInAccumulation", "local", "accumulate:3"): "gradients",
+}
+RIGHT_ELSEWHERE = [cell._replace(ep_size=1, dispatcher="local", context="plain") for cell in FAULTS]
+
+
 def some(count_of_size: dict[tuple[int, int], int]) -> list[Cell]:
     """Return as many cells of each size, drawn with a seed, without those that are compiled: they take long."""
     drawn = []
@@ -82,9 +91,10 @@ def run(cells: Iterable[Cell], folder: Path) -> list[Record]:
     """Measure the cells as `moebench run` does."""
     jobs = tuple(cell.job for cell in cells)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", python_path(ROOT))
+        patch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("TRITON_INTERPRET", "1")
+        share_workers(patch)
         policy = Policy(time_cap_s=0.01, interval_target=0.9, timeout_s=200.0)
         return execute(Plan(jobs, policy, folder, "run", device="cpu")).records
 

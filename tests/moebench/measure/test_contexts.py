@@ -6,7 +6,17 @@ The cells run as users run them: in groups of ranks over gloo, which `moebench r
 import pytest
 
 from moebench.results.record import Record, Status
-from tests.moebench.measure.contextcells import CELLS, NEEDS_GPUS, Cell, cell_of, run, some, summary
+from tests.moebench.measure.contextcells import (
+    CELLS,
+    FAULTS,
+    NEEDS_GPUS,
+    RIGHT_ELSEWHERE,
+    Cell,
+    cell_of,
+    run,
+    some,
+    summary,
+)
 
 pytestmark = pytest.mark.timeout(0)  # groups start slowly where processes share few cores
 
@@ -15,9 +25,15 @@ FEW = {(1, 1): 4, (2, 1): 3, (2, 2): 3}
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory, certify: bool) -> dict[Cell, Record]:
-    found = run(CELLS if certify else some(FEW), tmp_path_factory.mktemp("run"))
-    return {cell_of(row): row for row in found}
+def measured(tmp_path_factory: pytest.TempPathFactory, certify: bool) -> dict[Cell, Record]:
+    cells = [*(CELLS if certify else some(FEW)), *FAULTS, *RIGHT_ELSEWHERE]
+    return {cell_of(row): row for row in run(cells, tmp_path_factory.mktemp("run"))}
+
+
+@pytest.fixture
+def rows(measured: dict[Cell, Record]) -> dict[Cell, Record]:
+    """Return the rows of the matrix."""
+    return {cell: row for cell, row in measured.items() if cell in CELLS}
 
 
 @pytest.mark.certify
@@ -53,3 +69,18 @@ def test_what_did_not_run_is_listed(rows: dict[Cell, Record], record_property) -
     not_run = [line for line in lines if line.startswith("  not run: ")]
     assert len(not_run) == len(CELLS) - len(rows) + len(NEEDS_GPUS)
     assert all(f"  not run: {cell}" in not_run for cell in CELLS if cell not in rows)
+
+
+@pytest.mark.parametrize("cell", FAULTS, ids=str)
+def test_a_fault_is_found_in_the_context_that_shows_it(measured: dict[Cell, Record], cell: Cell) -> None:
+    row = measured[cell]
+    assert (row.status, row.time_ms) == (Status.mismatch, None), row.detail
+    assert row.parity_errors is not None
+    wrong = {name for name, error in row.parity_errors.items() if error > 1}
+    parameters = {name for name in row.parity_errors if name.endswith(("projs.grad", "bias.grad"))}
+    assert wrong == parameters if FAULTS[cell] == "gradients" else "rows" in wrong
+
+
+@pytest.mark.parametrize("cell", RIGHT_ELSEWHERE, ids=str)
+def test_the_fault_of_a_context_passes_elsewhere(measured: dict[Cell, Record], cell: Cell) -> None:
+    assert measured[cell].status is Status.ok, measured[cell].detail
