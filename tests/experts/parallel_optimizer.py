@@ -12,9 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from experts import GroupedExperts
 from experts.layer import ExpertLayer
-from tests.experts.layers import F32, Named, assert_near, assert_same, expected, random_batch
+from tests.experts.layers import F32, Named, assert_near, expected, random_batch
 from tests.experts.parallel_checkpoints import Shape, shapes, shared_folder, the_parameters
 from tests.experts.parallel_layers import gathered
 
