@@ -1,4 +1,4 @@
-"""Facts of a training step that the ranks of a group check: clipping, AdamW, and checkpoints with the optimizer's state.
+"""Facts of a step of the optimizer that ranks check: clipping, AdamW, and checkpoints with the optimizer's state.
 
 Each layer is spread over expert-parallel and FSDP ranks. What a step makes of it is what the step makes of one process.
 """
