@@ -70,9 +70,11 @@ def _bare(annotation: Any) -> Any:
     return annotation
 
 
+#: The name of each field of Record in the journal and in frames.
+_ALIASES = {name: field.alias or name for name, field in Record.model_fields.items()}
 #: The Arrow schema of all results: Record's fields in their order, with the names that the journal uses.
 ARROW_SCHEMA = pa.schema(
-    [(field.alias or name, _ARROW_TYPES[_bare(field.annotation)]) for name, field in Record.model_fields.items()]
+    [(_ALIASES[name], _ARROW_TYPES[_bare(field.annotation)]) for name, field in Record.model_fields.items()]
 )
 COLUMNS: tuple[str, ...] = tuple(ARROW_SCHEMA.names)
 #: Columns that a Parquet file may lack, with the value that `load` then puts into each of their cells.
@@ -91,11 +93,13 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
     jobs: dict[Hashable, list[Record]] = {}
     for row in latest.values():
         jobs.setdefault(row.key, []).append(row)
-    dumped = [merged_rounds(rounds).model_dump(by_alias=True) for rounds in jobs.values()]
-    for cells in dumped:
-        errors = cells["parity_errors"]
-        cells["parity_errors"] = errors and json.dumps({name: jsonable(error) for name, error in errors.items()})
-    return _to_pandas(pa.Table.from_pylist(dumped, schema=ARROW_SCHEMA))
+    merged = [merged_rounds(rounds) for rounds in jobs.values()]
+    columns = {alias: [getattr(row, name) for row in merged] for name, alias in _ALIASES.items()}
+    columns["parity_errors"] = [
+        errors and json.dumps({name: jsonable(error) for name, error in errors.items()})
+        for errors in columns["parity_errors"]
+    ]
+    return _to_pandas(pa.table(columns, schema=ARROW_SCHEMA))
 
 
 def to_records(frame: pd.DataFrame) -> list[Record]:
@@ -109,6 +113,16 @@ def to_json(frame: pd.DataFrame) -> str:
     rows = pa.Table.from_pandas(frame, preserve_index=False).to_pylist()
     cells = ({name: jsonable(cell) if isinstance(cell, float) else cell for name, cell in row.items()} for row in rows)
     return json.dumps(list(cells), allow_nan=False)
+
+
+def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return each row of a frame as a dictionary, without the columns of samples.
+
+    Most readers of rows need no samples, and to make Python numbers of them takes most of the time.
+    """
+    names = [str(name) for name in frame if name not in SAMPLE_COLUMNS]
+    columns = (frame[name].tolist() for name in names)
+    return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def parity_errors(cell: str | None) -> dict[str, float]:
