@@ -63,7 +63,7 @@ def records(of: list[Job], num_rounds: int, seed: int) -> Iterator[Record]:
     for number in range(num_rounds):
         for job, speed, ending in zip(of, speeds, endings, strict=True):
             template = templates.get((job.backend, job.case.mode)) or templates["torch_mm", job.case.mode]
-            cells = _cells(template, job, speed * noise.lognormvariate(0, 0.01), noise)
+            cells = _cells(template, job, number, speed * noise.lognormvariate(0, 0.01), noise)
             if ending is not Status.ok:
                 cells = {name: cell for name, cell in cells.items() if name not in ONLY_IF_OK}
                 cells |= {"detail": _DETAILS[ending], "flags": ()}
@@ -85,7 +85,7 @@ def _templates() -> dict[tuple[str, str], Record]:
     return {(row.backend, row.mode): row for row in found if row.status is Status.ok}
 
 
-def _cells(template: Record, job: Job, speed: float, noise: random.Random) -> dict[str, Any]:
+def _cells(template: Record, job: Job, number: int, speed: float, noise: random.Random) -> dict[str, Any]:
     """Return the measured columns of a job that takes as long as the template, scaled by its work and by `speed`."""
     template_case = type(job.case).model_validate({name: getattr(template, name) for name in type(job.case).model_fields})
     factor = speed * max(1e-3, job.case.flops() / template_case.flops())
@@ -93,7 +93,7 @@ def _cells(template: Record, job: Job, speed: float, noise: random.Random) -> di
     cells |= {name: None if (ms := getattr(template, name)) is None else ms * factor for name in _LENGTHS}
     assert template.samples_ms is not None, "a template is ok"
     cells["samples_ms"] = tuple(ms * factor * (1 + 0.001 * noise.random()) for ms in template.samples_ms)
-    cells["sample_rounds"] = (0,) * len(template.samples_ms)
+    cells["sample_rounds"] = (number,) * len(template.samples_ms)
     seconds = cells["time_ms"] / 1e3
     cells["tokens_per_s"] = job.case.num_active_tokens / seconds
     cells["tflops"] = job.case.flops() / seconds / 1e12
