@@ -123,7 +123,8 @@ def _joined(
             together = ""
         else:
             together += gap + (lines[number] if number < len(lines) else column.blank)
-    yield Segment(f"{together}\n")
+    yield Segment(together)
+    yield Segment.line()
 
 
 #: Between two columns of `ruled`: the padding of a cell, and the line between cells, which is a space.
