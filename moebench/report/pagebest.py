@@ -31,7 +31,7 @@ def best_table(rows: pd.DataFrame) -> Table:
     titles, cells_of = case_columns(rows)
     has_graphs = bool(graph_times(timed).notna().any())
     lines = []
-    timed = timed.assign(graph_ms=graph_times(timed), cells=cells_of)
+    timed = timed.assign(graph_ms=graph_times(timed), cells=cells_of[timed.index])
     cases: dict[Hashable, list[Row]] = {}
     for row in rows_of(timed):
         cases.setdefault(tuple(None if pd.isna(row[name]) else row[name] for name in _CASE), []).append(row)

@@ -134,11 +134,10 @@ def rows_of(frame: pd.DataFrame, *, samples: bool = False) -> list[dict[str, Any
 def _arrays(lists: "pd.Series[Any]") -> list[Any]:
     """Return the cells of a column of lists as arrays, with None for null."""
     cells = pa.chunked_array(pa.array(lists, from_pandas=True)).combine_chunks()
-    numbers, ends = cells.flatten().to_numpy(zero_copy_only=False), np.cumsum(pc.list_value_length(cells).fill_null(0))
-    return [
-        numbers[start:end] if valid else None
-        for start, end, valid in zip([0, *ends[:-1]], ends, cells.is_valid().to_pylist(), strict=True)
-    ]
+    numbers, lengths = cells.flatten().to_numpy(zero_copy_only=False), pc.list_value_length(cells).fill_null(0)
+    ends = np.cumsum(lengths)
+    places = zip(ends - lengths, ends, cells.is_valid().to_pylist(), strict=True)
+    return [numbers[start:end] if is_valid else None for start, end, is_valid in places]
 
 
 def parity_errors(cell: str | None) -> dict[str, float]:
