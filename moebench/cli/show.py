@@ -16,7 +16,6 @@ from moebench.report.tables.besttable import BestTable
 from moebench.report.tables.longtable import SORTS
 from moebench.report.tables.tables import summary
 from moebench.results.frame import load, rows_of, to_json
-from moebench.verdicts.findings import job_of
 from moebench.workload.selection import filter_jobs
 
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ def filtered(frame: pd.DataFrame, filters: Sequence[str]) -> pd.DataFrame:
     """Return the rows of the jobs that pass every filter. Raises SweepError for a wrong filter."""
     if not filters:
         return frame
+    from moebench.verdicts.findings import job_of  # imports scipy
+
     jobs = [job_of(row) for row in rows_of(frame)]
     kept = set(filter_jobs(jobs, filters))
     return frame[[job in kept for job in jobs]].reset_index(drop=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from moebench.results.files import ENVIRONMENT_NAME, PARQUET_NAME
-from moebench.results.frame import load, to_frame, to_records, write
+from moebench.results.frame import load, to_records, write
 from moebench.results.journal import JOURNAL_NAME
 from moebench.results.record import ONLY_IF_OK, Record, Status, record
-from moebench.workload.case import Job
+from moebench.workload.case import Case, Job
 from moebench.workload.spec import parse_sweep
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published" / "h200-2026-11-23"
@@ -68,7 +68,9 @@ def records(of: list[Job], num_rounds: int, seed: int) -> Iterator[Record]:
                 cells = {name: cell for name, cell in cells.items() if name not in ONLY_IF_OK}
                 cells |= {"detail": _DETAILS[ending], "flags": ()}
                 cells |= {"parity_worst": 3.1} if ending is Status.mismatch else dict.fromkeys(("parity_worst",))
-            yield record(job, ending, run_id=f"20261129-{seed:06}-scaling", env_id=template.env_id, round=number, **cells)
+            yield record(
+                job, ending, run_id=f"20261129-{seed:06}-scaling", env_id=template.env_id, round=number, **cells
+            )
 
 
 _LENGTHS = ("time_ms", "time_ms_low", "time_ms_high", "host_time_ms", "graph_time_ms", "backward_ms", "roofline_ms")
@@ -87,7 +89,9 @@ def _templates() -> dict[tuple[str, str], Record]:
 
 def _cells(template: Record, job: Job, number: int, speed: float, noise: random.Random) -> dict[str, Any]:
     """Return the measured columns of a job that takes as long as the template, scaled by its work and by `speed`."""
-    template_case = type(job.case).model_validate({name: getattr(template, name) for name in type(job.case).model_fields})
+    template_case = type(job.case).model_validate(
+        {name: getattr(template, name) for name in type(job.case).model_fields}
+    )
     factor = speed * max(1e-3, job.case.flops() / template_case.flops())
     cells = {name: getattr(template, name) for name in _KEPT}
     cells |= {name: None if (ms := getattr(template, name)) is None else ms * factor for name in _LENGTHS}

@@ -77,7 +77,12 @@ def _table(rows: pd.DataFrame, width: int) -> LongRuled:
     if has_next:
         table.add_column("over", overflow="fold")
     cells = (
-        [*[Text(case)] * has_cases, name, *map(Text, _numbers(row, has_graph)), *[Text(_or_empty(row["next"]))] * has_next]
+        [
+            *[Text(case)] * has_cases,
+            name,
+            *map(Text, _numbers(row, has_graph)),
+            *[Text(_or_empty(row["next"]))] * has_next,
+        ]
         for case, name, row in zip(cases, fastest, lines, strict=True)
     )
     return LongRuled(table, list(cells))

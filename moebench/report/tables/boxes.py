@@ -105,6 +105,8 @@ class _ColumnOfCells:
 
     def _lines(self, text: str) -> list[str]:
         width, column = len(self.blank), self._column
+        if not width:
+            return [""]  # the terminal is so narrow that rich leaves the column empty
         how: Any = {"justify": column.justify, "overflow": column.overflow, "no_wrap": column.no_wrap}
         folded = Text(text).wrap(self._console, width, **how)
         return [line.plain + " " * (width - line.cell_len) for line in folded]
