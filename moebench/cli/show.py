@@ -15,7 +15,8 @@ from moebench.report.ranking import best
 from moebench.report.tables.besttable import BestTable
 from moebench.report.tables.longtable import SORTS
 from moebench.report.tables.tables import summary
-from moebench.results.frame import load, rows_of, to_json
+from moebench.results.folder import rows_of
+from moebench.results.frame import load, to_json
 from moebench.workload.selection import filter_jobs
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import pandas as pd
 from moebench.machine.units import size
 from moebench.report.pagetable import MISSING, Cell, Line, Table, case_columns, number
 from moebench.report.tables.cells import Row, graph_times, milliseconds
-from moebench.results.frame import rows_of
+from moebench.results.folder import rows_of
 from moebench.results.record import Status
 
 _CASE = ("run_id", "case_id", "device", "gpu")

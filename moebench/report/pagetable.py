@@ -15,7 +15,7 @@ import pandas as pd
 from moebench.machine.units import size
 from moebench.report.reproduce import Reproducer
 from moebench.report.tables.cells import Row, graph_times, half_interval, human, marks, milliseconds, mismatch
-from moebench.results.frame import rows_of
+from moebench.results.folder import rows_of
 from moebench.results.labels import describe, in_order
 from moebench.results.record import GOOD, Status
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
@@ -118,26 +117,6 @@ def to_json(frame: pd.DataFrame) -> str:
     rows = pa.Table.from_pandas(frame, preserve_index=False).to_pylist()
     cells = ({name: jsonable(cell) if isinstance(cell, float) else cell for name, cell in row.items()} for row in rows)
     return json.dumps(list(cells), allow_nan=False)
-
-
-def rows_of(frame: pd.DataFrame, *, samples: bool = False) -> list[dict[str, Any]]:
-    """Return each row of a frame as a dictionary, with the samples as arrays, or else without the columns of samples.
-
-    pandas would take ten times as long, above all to make Python numbers of samples.
-    """
-    columns = {str(name): frame[name].tolist() for name in frame if name not in SAMPLE_COLUMNS}
-    if samples:
-        columns |= {name: _arrays(frame[name]) for name in SAMPLE_COLUMNS}
-    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-
-
-def _arrays(lists: "pd.Series[Any]") -> list[Any]:
-    """Return the cells of a column of lists as arrays, with None for null."""
-    cells = pa.chunked_array(pa.array(lists, from_pandas=True)).combine_chunks()
-    numbers, lengths = cells.flatten().to_numpy(zero_copy_only=False), pc.list_value_length(cells).fill_null(0)
-    ends = np.cumsum(lengths)
-    places = zip(ends - lengths, ends, cells.is_valid().to_pylist(), strict=True)
-    return [numbers[start:end] if is_valid else None for start, end, is_valid in places]
 
 
 def parity_errors(cell: str | None) -> dict[str, float]:
@@ -265,7 +244,7 @@ def _without_samples(table: Any) -> Any:
     """Return the table with an empty list for each list of samples, if all lists are valid; else the table as it is.
 
     A valid list has numbers within the limits of its column, is as long as the other lists of its row, and has no round
-    that they lack. The columns are checked as a whole. Record would take twenty times as long for the lists of all rows.
+    that they lack. The columns are checked as a whole. Record would take twenty times as long for the lists of rows.
     """
     lists = {name: table[name].combine_chunks() for name in SAMPLE_COLUMNS}
     if not (all(_has_valid_numbers(name, some) for name, some in lists.items()) and _agree(lists)):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import reprlib
 import shlex
@@ -12,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moebench.errors import ResultsError, UnreadableError, first_mistake
-from moebench.results.files import write_again
+from moebench.results.files import CANNOT_WRITE, content_of, write_again
 from moebench.results.record import READABLE, Record
 
 LOG = logging.getLogger(__name__)
@@ -34,30 +35,53 @@ class Journal:
         self.path = path
         self._place = path.parent.resolve() / path.name  # the working folder may change
         self._held: bytearray | None = None
-        self._seen: tuple[int, ...] = ()
+        self._seen: tuple[int, ...] | None = None  # the file that certainly holds `_held`
         self.num_restored = 0
 
     def append(self, row: Record) -> None:
-        """Write the record's line. Raises OSError if it cannot be written, and RunnerError as `keep` does."""
+        """Write the record's line. Raises an OSError in `CANNOT_WRITE`, and RunnerError as `keep` does."""
         self.keep()
         if self._held is None:
-            self._held = bytearray(self._place.read_bytes() if self._place.is_file() else b"")
+            self._held = bytearray(content_of(self._place) or b"")
         line = row.to_json().encode() + b"\n"
         if self._held and not self._held.endswith(b"\n"):
             line = b"\n" + line  # the file ends with a torn line: do not append to that line
-        with self._place.open("ab") as file:
-            file.write(line)
+        try:
+            self._add(line)
+        except OSError as error:
+            if error.errno in CANNOT_WRITE:
+                raise
+            self._seen = None
         self._held += line
-        self._seen = _identity(self._place)
+        if self._seen is None:
+            self.keep()
+
+    def _add(self, line: bytes) -> None:
+        """Write the line to the file, and note the file if it certainly holds all lines.
+
+        Another process may replace the file at any moment, by a pipe that nobody reads too. So this never waits, and it
+        looks at the file that it has opened, not at what the path names before or after.
+        """
+        file = os.open(self._place, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        with os.fdopen(file, "ab") as opened:
+            is_known = _identity(os.fstat(file)) == self._seen
+            if is_known or self._seen is None:
+                opened.write(line)
+                opened.flush()
+            self._seen = _identity(os.fstat(file)) if is_known else None
 
     def keep(self) -> None:
         """Write the file again if it is no longer what `append` wrote. Raises RunnerError if this is not possible."""
-        if self._held is None or _identity(self._place) == self._seen:
+        if self._held is None:
             return
-        if not (self._place.is_file() and self._place.read_bytes() == self._held):
+        now = _identity_of(self._place)
+        if now is not None and now == self._seen:
+            return
+        self._seen = now
+        if content_of(self._place) != bytes(self._held):
             self.num_restored += 1
             write_again(self._place, bytes(self._held))
-        self._seen = _identity(self._place)
+            self._seen = None
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.read()[0])
@@ -87,18 +111,21 @@ class Journal:
         return rows, torn
 
 
-#: The end of a line that `append` writes, with a schema that this moebench reads. pydantic reads such a line in half the
-#: time, but its messages do not tell a torn line from a wrong record.
+#: The end of a line that `append` writes, with a schema that this moebench reads. pydantic reads such a line in half
+#: the time, but its messages do not tell a torn line from a wrong record.
 _WRITTEN = re.compile(rb'"schema":(%s)\}$' % b"|".join(str(schema).encode() for schema in READABLE))
 
 
-def _identity(path: Path) -> tuple[int, ...]:
-    """Return what changes if another process replaces or writes the file; empty if there is no file."""
+def _identity_of(path: Path) -> tuple[int, ...] | None:
     try:
-        now = path.stat()
+        return _identity(path.stat())
     except OSError:
-        return ()
-    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
+        return None
+
+
+def _identity(file: os.stat_result) -> tuple[int, ...]:
+    """Return what changes if another process replaces or writes the file."""
+    return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
 
 
 JOURNAL_NAME = "journal.jsonl"

@@ -4,6 +4,7 @@ This module decides which job runs where, until every job is measured. Backends 
 that breaks its process cannot break this one. Only this process writes the journal.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,7 +14,14 @@ from pathlib import Path
 from moebench.errors import Refused, RunnerError
 from moebench.machine.environment import Environment
 from moebench.machine.gpus import places
-from moebench.results.files import ENVIRONMENT_NAME, ENVIRONMENTS_NAME, write_again, write_atomically, writing_to
+from moebench.results.files import (
+    ENVIRONMENT_NAME,
+    ENVIRONMENTS_NAME,
+    content_of,
+    write_again,
+    write_atomically,
+    writing_to,
+)
 from moebench.results.journal import JOURNAL_NAME, Journal
 from moebench.results.record import Record
 from moebench.run.backlog import Backlog, parts
@@ -21,6 +29,7 @@ from moebench.run.plan import Plan, new_run_id
 from moebench.run.stop import Stop
 from moebench.run.supervisor import WorkerProcess
 from moebench.workload.case import Job
+from moebench.workload.context import Processes
 
 __all__ = ["Outcome", "Plan", "Refused", "RunnerError", "execute", "new_run_id", "writing_to"]
 
@@ -60,8 +69,8 @@ def execute(
         for plan in plans:
             with writing_to(plan.folder):
                 (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
-                for ep_size in sorted({job.case.ep_size for job in plan.jobs}):
-                    _Crew(plan, ep_size, run).work()
+                for processes in sorted({job.case.processes for job in plan.jobs}):
+                    _Crew(plan, processes, run).work()
     return run.outcome
 
 
@@ -93,14 +102,17 @@ class Run:
         self._keep_environments()
         self.on_environment(environment)
         file = _file_of(environment, plan.folder)
-        if not file.exists():
+        content = content_of(file)
+        if content is None:
+            content = environment.to_json().encode()
             file.parent.mkdir(exist_ok=True)
-            write_atomically(file, environment.to_json().encode())
-        self.environments.setdefault(file, file.read_bytes())
+            write = write_again if os.path.lexists(file) else write_atomically
+            write(file, content)
+        self.environments.setdefault(file, content)
 
     def _keep_environments(self) -> None:
         for file, content in self.environments.items():
-            if not file.is_file() or file.read_bytes() != content:
+            if content_of(file) != content:
                 self.notes.append(f"{file}: another process changed or removed it; moebench wrote it again")
                 write_again(file, content)
 
@@ -148,21 +160,21 @@ def _file_of(environment: Environment, folder: Path) -> Path:
 
 @dataclass
 class _Crew:
-    """The workers of one plan for the jobs of one EP size, one worker at each place.
+    """The workers of one plan for the jobs of as many processes, one worker at each place.
 
     `due` has what is left of the case that a place measures, in parts, each for one worker.
     """
 
     plan: Plan
-    ep_size: int
+    processes: Processes
     run: Run
     workers: dict[int, WorkerProcess] = field(default_factory=dict)  # by the number of their place
     due: dict[int, list[tuple[Job, ...]]] = field(default_factory=dict)  # by the number of the place
     met: bool = False
 
     def __post_init__(self) -> None:
-        self.backlog = Backlog(job for job in self.plan.jobs if job.case.ep_size == self.ep_size)
-        self.places = dict(enumerate(places(self.plan.slots, self.ep_size)))
+        self.backlog = Backlog(job for job in self.plan.jobs if job.case.processes == self.processes)
+        self.places = dict(enumerate(places(self.plan.slots, self.processes.num_ranks)))
 
     def work(self) -> None:
         """Look at every place in turn until no job is left or the run should end. Then end the workers."""
@@ -217,7 +229,7 @@ class _Crew:
         has_work = bool(len(self.backlog) or self.due.get(number))
         if place is None or self.run.stop() or not has_work or (self.workers and not self.met):
             return False
-        self.workers[number] = WorkerProcess(self.plan, place, self.ep_size, len(self.places))
+        self.workers[number] = WorkerProcess(self.plan, place, self.processes, len(self.places))
         return True
 
     def _meet(self, environment: Environment) -> None:

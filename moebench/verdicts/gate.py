@@ -15,7 +15,7 @@ import pandas as pd
 
 from moebench.errors import EXIT_FAILED, EXIT_OK, EXIT_UNDECIDED, ResultsError
 from moebench.machine.comparability import Difference, clock_difference
-from moebench.results.frame import rows_of
+from moebench.results.folder import rows_of
 from moebench.results.labels import CASE_ORDER, backend_labels, describe, machine
 from moebench.results.stats import THRESHOLD
 from moebench.verdicts import findings, times

@@ -1,8 +1,8 @@
 """Make sweeps and results of any size, to measure how moebench's commands scale.
 
 A sweep has ten backends on five published models, both modes and two routings: 200 jobs for each number of tokens.
-The results of a sweep have one row for each job. A row has the values of a row that was measured on an H200: of the same
-backend and mode where there is one. Its times are scaled by the work of the job, with noise from one job to the next.
+The results of a sweep have one row for each job. A row has the values of a row that was measured on an H200, of the
+same backend and mode if there is one. Its times are scaled by the work of the job, with noise from one job to the next.
 A few jobs did not run, ran out of memory, or are wrong.
 """
 
@@ -67,10 +67,9 @@ def records(of: list[Job], num_rounds: int, seed: int) -> Iterator[Record]:
             if ending is not Status.ok:
                 cells = {name: cell for name, cell in cells.items() if name not in ONLY_IF_OK}
                 cells |= {"detail": _DETAILS[ending], "flags": ()}
-                cells |= {"parity_worst": 3.1} if ending is Status.mismatch else dict.fromkeys(("parity_worst",))
-            yield record(
-                job, ending, run_id=f"20261129-{seed:06}-scaling", env_id=template.env_id, round=number, **cells
-            )
+                cells["parity_worst"] = 3.1 if ending is Status.mismatch else None
+            cells |= {"run_id": f"20261129-{seed:06}-scaling", "env_id": template.env_id, "round": number}
+            yield record(job, ending, **cells)
 
 
 _LENGTHS = ("time_ms", "time_ms_low", "time_ms_high", "host_time_ms", "graph_time_ms", "backward_ms", "roofline_ms")
@@ -89,10 +88,8 @@ def _templates() -> dict[tuple[str, str], Record]:
 
 def _cells(template: Record, job: Job, number: int, speed: float, noise: random.Random) -> dict[str, Any]:
     """Return the measured columns of a job that takes as long as the template, scaled by its work and by `speed`."""
-    template_case = type(job.case).model_validate(
-        {name: getattr(template, name) for name in type(job.case).model_fields}
-    )
-    factor = speed * max(1e-3, job.case.flops() / template_case.flops())
+    measured = Case.model_validate({name: getattr(template, name) for name in Case.model_fields})
+    factor = speed * max(1e-3, job.case.flops() / measured.flops())
     cells = {name: getattr(template, name) for name in _KEPT}
     cells |= {name: None if (ms := getattr(template, name)) is None else ms * factor for name in _LENGTHS}
     assert template.samples_ms is not None, "a template is ok"

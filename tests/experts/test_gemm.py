@@ -41,6 +41,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_tritons_interpreter")
+LAYERS = "triton-cpu-float16"
 ACTIVATIONS = ("swiglu", "quick_geglu", "swigluoai", "geglu", "relu2")
 
 
@@ -66,12 +67,12 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
             ["test_gemm.py"],
             "cpu",
             # products with small tiles, and activated ones of one plan with all their operands
-            "cpu and float16 and (16x16 or per-tile-both or bias-swiglu-before) or compiled",
+            "cpu and float16 and (16x16 or bias-swiglu-before)",
         ),
         (
-            ["test_corners.py", "test_engines.py"],
-            "triton-cpu-float16 and (every_gradient and bias and not geglu or zero_tokens or one_expert or window)",
-            "triton-cpu-float16 and (every_gradient and quick_geglu-bias or zero_tokens or window and 1+4-bias)",
+            ["test_corners.py", "test_engines.py", "test_compiled.py"],
+            f"{LAYERS} and (every_gradient and bias and not geglu or zero_tokens or one_expert or window or compiled)",
+            f"{LAYERS} and (every_gradient and quick_geglu-bias or zero_tokens or window and 1+4-bias or any_number)",
         ),
     ],
     ids=["products", "layers"],
@@ -214,18 +215,6 @@ def test_a_layer_without_gradients_is_right(
     assert_near({"output": output_of("triton", config, batch, device)}, right, dtype)
 
 
-@in_interpreter
-@pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself
-def test_a_compiled_layer_gives_the_same_result_on_a_cpu() -> None:
-    """torch's compiler must stop at these kernels. It fails if it tries to compile them."""
-    config = moe_config(dtype=F16)
-    made, compiled = layer("triton", config), layer("triton", config)
-    compiled.compile(backend="aot_eager")
-    for num_tokens in (9, 6):
-        batch = random_batch(config, num_tokens)
-        assert_near(run(compiled, batch), run(made, batch), F16)
-
-
 def output_of(engine: str, config: MoEConfig, batch: Batch, device: str) -> Tensor:
     made = layer(engine, config, device=device)
     on_device = batch.map(lambda tensor: tensor.to(device))
@@ -260,7 +249,7 @@ def test_tilings_grow_with_the_rows() -> None:
         assert (heights[0], heights[-1]) == (16, 128)
 
 
-@pytest.mark.certify(share=0.5)
+@pytest.mark.certify(share=0.25)
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
 @pytest.mark.parametrize("rows_per_expert", [4, 20, 50, 1000])
 def test_products_compile_for_sm90_with_wide_copies(

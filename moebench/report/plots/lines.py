@@ -185,7 +185,7 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> N
     for line, curve in product(in_order(points["line"]), curves):
         at = of_line.get((line, curve))
         if at is not None and at["value"].notna().any():
-            backend, dispatcher = lines.loc[line]
+            backend, dispatcher = map(str, lines.loc[line])
             above = backends.index(backend) / max(1, len(backends) - 1)
             look = line_look(backend, dispatcher, secondary=curve in metric.curves[1:], above=above)
             _draw_line(ax, at, metric, {**look, "label": f"{line} {curve}"}, upright)

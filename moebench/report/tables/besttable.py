@@ -22,7 +22,7 @@ from moebench.report.tables.cells import (
     part_milliseconds,
     times_text,
 )
-from moebench.results.frame import rows_of
+from moebench.results.folder import rows_of
 from moebench.results.labels import describe, machine
 
 _NUMBERS_WIDTH = 26  # ms, memory and lead, with the gaps before them

@@ -32,7 +32,7 @@ from moebench.report.tables.cells import (
     style_of,
     times_text,
 )
-from moebench.results.frame import rows_of
+from moebench.results.folder import rows_of
 from moebench.results.labels import Description, in_order
 from moebench.results.record import Status
 
@@ -106,8 +106,8 @@ class LongTable:
         texts = cases if layout.is_flat else self.described.headings
         places = {label: place for place, label in enumerate(in_order(self.rows["label"]))}
         cases_of: dict[Hashable, list[Row]] = {}
-        for row in rows_of(self.rows.assign(case_text=texts, place=self.rows["label"].map(places))):
-            cases_of.setdefault((row["run_id"], row["case_id"]), []).append(row)
+        for one in rows_of(self.rows.assign(case_text=texts, place=self.rows["label"].map(places))):
+            cases_of.setdefault((one["run_id"], one["case_id"]), []).append(one)
         groups = list(cases_of.values())
         is_spaced = not layout.is_flat or max(map(len, groups)) > _MANY
         for number, group in enumerate(groups):
