@@ -69,7 +69,12 @@ BESIDE_PLAIN = {
     "saved_memory_bytes": "saved_of_plain",
 }
 #: Two rows with equal values here differ in nothing but the context, and the data-parallel ranks that it needs.
-_BUT_CONTEXT = ("run_id", "backend", "dispatcher", *(name for name in _CASE_COLUMNS if name not in ("context", "dp_size")))
+_BUT_CONTEXT = (
+    "run_id",
+    "backend",
+    "dispatcher",
+    *(name for name in _CASE_COLUMNS if name not in ("context", "dp_size")),
+)
 
 
 def beside_plain(frame: pd.DataFrame) -> pd.DataFrame:
