@@ -69,7 +69,7 @@ def footprint(job: Job) -> Footprint:
     settled += _reserved_bytes(job, sizes)
     return Footprint(
         building=weights + inputs + whole + (weights if case.ep_size > 1 else 0),
-        passes=int(settled + (PASSES - 1) * kept + pass_bytes(job)),
+        passes=int(settled + (PASSES - 1) * kept + _pass_bytes(job, sizes)),
         parity=int(settled + PASSES * kept + _reference_bytes(case, sizes)),
     )
 
@@ -81,7 +81,11 @@ def pass_bytes(job: Job) -> int:
     a backward, the activation's gradient), or while it writes the gradients of parameters. FP8 keeps its copies of the
     parameters from forward to backward.
     """
-    case, sizes, itemsize = job.case, _sizes(job), ITEMSIZE[job.case.dtype]
+    return _pass_bytes(job, _sizes(job))
+
+
+def _pass_bytes(job: Job, sizes: _Sizes) -> int:
+    case, itemsize = job.case, ITEMSIZE[job.case.dtype]
     is_train = case.mode == "train"
     clamps = case.expert_bias or case.swiglu_limit > 0 or case.expert_activation in ("quick_geglu", "swigluoai")
     temporaries = _TEMPORARIES["clamped" if clamps else "plain"][is_train]
