@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from experts import Unsupported
 from moebench.measure.cache import Workload
 from moebench.measure.protocol import told
+from moebench.parity.adapters import Lora, lora_of, make_adapters
 from moebench.parity.judge import ParityVerdict, check, run_pass
 from moebench.parity.poison import poisoned
 from moebench.parity.reference import Tensors
@@ -33,7 +34,8 @@ class Subject:
     """A backend's module with the case's parameters, and the case's inputs.
 
     With several ranks, the module, the parameters and the inputs are those of this rank. `fp8` is the backend's FP8
-    recipe; None for a backend without FP8.
+    recipe; None for a backend without FP8. `lora` has the rank and alpha of its adapters; None without adapters. The
+    adapters are among the parameters.
     """
 
     case: Case
@@ -41,6 +43,7 @@ class Subject:
     inputs: Inputs
     parameters: Mapping[str, Tensor]
     fp8: str | None
+    lora: Lora | None
     device: torch.device
     ranks: Ranks
 
@@ -66,7 +69,13 @@ class Subject:
         If the passes did not use the subject's own inputs, parameters or case, the arguments say what they used.
         """
         return check(
-            case or self.case, inputs or self.inputs, parameters or self.parameters, passes, self.fp8, self.ranks
+            case or self.case,
+            inputs or self.inputs,
+            parameters or self.parameters,
+            passes,
+            self.fp8,
+            self.ranks,
+            lora_scale=0.0 if self.lora is None else self.lora.scale,
         )
 
 
@@ -86,9 +95,11 @@ def reason_of(unsupported: Unsupported) -> str:
 
 def make_subject(backend: Backend, job: Job, workload: Workload) -> Subject:
     """Build the backend's module for the job's case. Errors of the backend are not caught."""
-    inputs, parameters = workload.inputs(job.case), workload.parameters(job.case)
+    inputs, parameters, lora = workload.inputs(job.case), workload.parameters(job.case), lora_of(backend)
+    if lora is not None:
+        parameters = parameters | make_adapters(job.case, lora, parameters, workload.ranks.rank)
     module = _build(backend, job.case, _dispatcher(job, workload), parameters, workload)
-    return Subject(job.case, module, inputs, parameters, backend.fp8, workload.device, workload.ranks)
+    return Subject(job.case, module, inputs, parameters, backend.fp8, lora, workload.device, workload.ranks)
 
 
 def _dispatcher(job: Job, workload: Workload) -> str | None:

@@ -9,7 +9,8 @@ therefore counts as at least the share TAIL of gate·up.
 
 from torch import Tensor
 
-from moebench.parity.oracle import Formula, Values, arguments
+from moebench.parity.adapters import ADAPTERS, effective, trained
+from moebench.parity.oracle import PARAMETER_NAMES, Formula, Values, arguments
 from moebench.parity.rounding import Operands
 
 #: sigmoid(gate) is below this share where gate is below about -1.
@@ -24,7 +25,8 @@ def sizes_by_chance(
     The sizes of `output` and `x` are [G, M, D], and those of `weights` are [G, M]. All of them are squared, because a
     token adds up several experts. The sizes of parameters are [G], and are not squared.
     """
-    up_GDH, down_GID = operands.experts["gate_and_up_projs"], operands.experts["down_projs"]
+    experts, scale = operands.experts, formula.lora_scale
+    up_GDH, down_GID = (effective(experts, name, scale) for name in PARAMETER_NAMES[:2])
     weights_GM1 = operands.weights_GM.unsqueeze(-1)
     gate_GMI, up_GMI = arguments(formula, values.h)
     a_GMI = values.a.square().maximum((TAIL * gate_GMI * up_GMI).square())
@@ -48,4 +50,13 @@ def sizes_by_chance(
         "gate_up_proj_bias": grad_h,
         "down_proj_bias": operands.weights_GM.square() * grad_y,
     }
-    return sizes | {name: sums[name].sum(1).sqrt() for name in operands.experts}
+    if scale:
+        grad_y_GMD, weighted_GMI = operands.grad_GMD.square(), a_GMI * weights_GM1.square()
+        rows = {"gate_and_up_projs": (operands.x_GMD.square(), grad_h_GMH), "down_projs": (weighted_GMI, grad_y_GMD)}
+        for projection, (name_A, name_B) in ADAPTERS.items():
+            inputs, grads_of_rows = rows[projection]
+            thin = inputs @ experts[name_A].square()
+            grad_thin = grads_of_rows @ experts[name_B].square().transpose(1, 2)
+            sums[name_A] = scale**2 * inputs.sum(-1) * grad_thin.sum(-1)
+            sums[name_B] = scale**2 * thin.sum(-1) * grads_of_rows.sum(-1)
+    return sizes | {name: sums[name].sum(1).sqrt() for name in trained(experts)}

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moebench.parity.adapters import ADAPTER_NAMES, trained
 from moebench.parity.oracle import PARAMETER_NAMES, wide
 from moebench.parity.quantization import fp8_product
 from moebench.parity.reference import GroupErrors, Tensors, group_errors
@@ -125,7 +126,7 @@ def stacked_grads(module: nn.Module) -> dict[str, Tensor]:
     own: Callable[[], dict[str, Tensor]] | None = getattr(module, "stacked_grads", None)
     if own is not None:
         return own()
-    parameters = {name: getattr(module, name) for name in PARAMETER_NAMES}
+    parameters = {name: getattr(module, name, None) for name in (*PARAMETER_NAMES, *ADAPTER_NAMES)}
     return {name: p.grad for name, p in parameters.items() if p is not None and p.grad is not None}
 
 
@@ -143,25 +144,27 @@ def check(
     wanted: Collection[str] | None = None,
     rounds_to: torch.dtype | None = None,
     partly: bool = False,
+    lora_scale: float = 0.0,
 ) -> ParityVerdict:
     """Compare every pass of a backend with the reference on the same inputs and parameters.
 
     All passes must have used these inputs and parameters. Inputs, parameters and passes are those of this rank, and the
     verdict is over all ranks. `fp8` names the recipe that the backend computes in; the budget then comes from this
     recipe's rounding. `wanted` names the tensors whose gradients a pass in mode train must have ("x", "weights" and
-    parameters); None means all. `rounds_to` is the dtype whose rounding sets the budget; None means x's dtype. A
+    parameters); None means all that are trained. `lora_scale` is the factor of adapters among the parameters. `rounds_to` is the dtype whose rounding sets the budget; None means x's dtype. A
     gradient that is missing, that nobody wanted, or that has another shape or dtype than its tensor, is an infinite
     error.
 
     Raises Unfit if the case is at fault: its values overflow in its dtype, or vanish in its rounding. If `partly` is
     true, only an overflow is a fault of the case, and a tensor that vanishes in the rounding must only be finite.
     """
+    wanted = ("x", "weights", *trained(parameters)) if wanted is None else wanted
     malformed = [error for tensors in passes for error in _malformed(case, inputs, parameters, tensors, wanted)]
     found = [error for rank in ranks.tell(malformed) for error in rank]
     if not found:
         product = torch.matmul if fp8 is None else fp8_product(fp8)
         dtype = rounds_to or inputs.x_TD.dtype
-        errors = group_errors(case, inputs, parameters, passes, product, ranks, dtype)
+        errors = group_errors(case, inputs, parameters, passes, product, ranks, dtype, lora_scale)
         own = {(one.tensor, one.group): _largest(_ratios(one.rounding_G, one.scale_G)) for one in errors}
         everywhere = ranks.tell(own)  # ranks may want the gradients of other tensors
         roundings = {key: max(rank.get(key, 0.0) for rank in everywhere) for rank in everywhere for key in rank}
@@ -239,12 +242,12 @@ def _malformed(
     inputs: Inputs,
     parameters: Mapping[str, Tensor],
     tensors: Tensors,
-    wanted: Collection[str] | None,
+    wanted: Collection[str],
 ) -> Iterator[TensorError]:
     expected = {"output": inputs.x_TD}
     if case.mode == "train":
         of = {"x": inputs.x_TD, "weights": inputs.weights_TK, **parameters}
-        expected |= {f"{name}.grad": like for name, like in of.items() if wanted is None or name in wanted}
+        expected |= {f"{name}.grad": like for name, like in of.items() if name in wanted}
     for name in tensors.keys() - expected.keys():
         yield TensorError(name, "is a gradient that nobody wanted", math.inf, 1.0)
     for name, like in expected.items():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebench.parity.adapters import effective, trained
 from moebench.workload.case import Case
 
 #: The names of the parameters, in the order in which documents list them.
@@ -23,19 +24,24 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Formula:
-    """The choices of a case that change the formula. A limit of 0 means that nothing is clamped."""
+    """The choices of a case that change the formula. A limit of 0 means that nothing is clamped.
+
+    `lora_scale` is the factor of A @ B in a layer with adapters, and 0 in other layers.
+    """
 
     activation: str
     alpha: float
     limit: float
     weight_after_down: bool
+    lora_scale: float = 0.0
 
     @classmethod
-    def of(cls, case: Case) -> "Formula":
+    def of(cls, case: Case, lora_scale: float = 0.0) -> "Formula":
         """Return the formula of a case's layer."""
         limits = {"swiglu": case.swiglu_limit, "swigluoai": case.activation_limit, "quick_geglu": case.activation_limit}
         limit = limits.get(case.expert_activation, 0.0)
-        return cls(case.expert_activation, case.activation_alpha, limit, case.apply_router_weight_after_down)
+        after_down = case.apply_router_weight_after_down
+        return cls(case.expert_activation, case.activation_alpha, limit, after_down, lora_scale)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -93,18 +99,19 @@ def experts_values(
 ) -> Values:
     """Return what G experts compute for their rows x [G, M, D] with the routing weights [G, M].
 
-    `experts` has each parameter of these experts by name, stacked on G, in x's dtype. Matrix products run in x's dtype,
+    `experts` has each parameter of these experts by name, stacked on G, in x's dtype; adapters count as parameters. Matrix products run in x's dtype,
     activations and sums in the wide dtype of x. `product` multiplies two stacks of matrices.
     """
     dtype = x_GMD.dtype
     inner = wide(dtype)
     weights_GM1 = weights_GM.to(inner).unsqueeze(-1)
-    h_GMH = product(x_GMD, experts["gate_and_up_projs"])
+    up_GDH, down_GID = (effective(experts, name, formula.lora_scale) for name in PARAMETER_NAMES[:2])
+    h_GMH = product(x_GMD, up_GDH)
     if "gate_up_proj_bias" in experts:
         h_GMH = h_GMH + experts["gate_up_proj_bias"].unsqueeze(1)
     a_GMI = activation(formula, h_GMH.to(inner))
     weighted_GMI = a_GMI if formula.weight_after_down else a_GMI * weights_GM1
-    y_GMD = product(weighted_GMI.to(dtype), experts["down_projs"]).to(inner)
+    y_GMD = product(weighted_GMI.to(dtype), down_GID).to(inner)
     if "down_proj_bias" in experts:
         bias_G1D = experts["down_proj_bias"].to(inner).unsqueeze(1)
         y_GMD = y_GMD + (bias_G1D if formula.weight_after_down else bias_G1D * weights_GM1)
@@ -119,13 +126,13 @@ def gradients(
     grad_GMD: Tensor,
     product: Product = torch.matmul,
 ) -> tuple[Values, dict[str, Tensor]]:
-    """Return the values of `experts_values`, and the gradients of `x`, `weights`, `h` and each parameter by name.
+    """Return the values of `experts_values`, and the gradients of `x`, `weights`, `h` and each trained parameter.
 
     Autograd differentiates the formulas, from the output's gradient [G, M, D].
     """
-    leaves = {"x": x_GMD, "weights": weights_GM, **experts}
+    leaves = {"x": x_GMD, "weights": weights_GM, **{name: experts[name] for name in trained(experts)}}
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-    inner = {name: leaves[name] for name in experts}
+    inner = {name: leaves.get(name, stacked) for name, stacked in experts.items()}
     values = experts_values(formula, leaves["x"], leaves["weights"], inner, product)
     of = {**leaves, "h": values.h}
     grads = torch.autograd.grad(values.y, list(of.values()), grad_GMD.to(values.y.dtype))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from moebench.parity.adapters import ADAPTER_NAMES
 from moebench.parity.judge import TensorError
 from moebench.parity.play import draw
 from moebench.parity.play.player import Player, Stage, local, same_bits
@@ -141,8 +142,8 @@ class ParameterSteps:
         self.player.parameters = {name: found[name] for name in self.player.parameters}
 
     def _is_drawn(self, name: str, stacked: Tensor) -> bool:
-        """Whether biases are zeros, and no two experts of any rank have the same projection."""
-        if "bias" in name:
+        """Whether biases and B of adapters are zeros, and no two experts of any rank have the same projection or A."""
+        if "bias" in name or (name in ADAPTER_NAMES and name.endswith("_B")):
             return not stacked.any()
         experts = [one.cpu().flatten().view(torch.uint8).numpy().tobytes() for one in stacked]
         everywhere = [one for rank in self.stage.ranks.tell(experts) for one in rank]
