@@ -42,7 +42,7 @@ class GroupedExpertsLoRA(GroupedExperts):
     There is no dropout. peft refuses it for stacked weights, too: dropout of an adapter's input would have to draw for
     every choice of a token, and the adapters could not be merged.
 
-    Raises ConfigError for a rank that is not a positive integer, for an alpha that is not a finite number, for an
+    Raises ConfigError for a rank that is not a positive integer, for an alpha that is not positive and finite, for an
     engine that does not compute with adapters, and for `save`: the layer keeps what "memory" keeps.
     """
 
@@ -67,7 +67,7 @@ class GroupedExpertsLoRA(GroupedExperts):
         self.rank, self.alpha = rank, float(alpha)
         dtype = self.config.dtype if lora_dtype is None else DTYPES.get(str(lora_dtype).removeprefix("torch."))
         if dtype is None:
-            raise ConfigError(f"lora_dtype = {lora_dtype!r} is not a dtype of adapters; give one of {', '.join(DTYPES)}")
+            raise ConfigError(f"lora_dtype = {lora_dtype!r} is no dtype of adapters; give one of {', '.join(DTYPES)}")
         self.requires_grad_(False)
         for name, shape in adapter_shapes(self.config, rank).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
@@ -110,13 +110,13 @@ class GroupedExpertsLoRA(GroupedExperts):
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         """Return what the engine computes with this rank's weights and adapters; see `ExpertLayer.compute_local`."""
-        adapters = {} if self.merged else {"adapters": self.expert_adapters()}
-        parameters = self.expert_parameters()
-        return self.engine.compute(x_RD, weights_RK, indices_RK, parameters, self.config, self.first_local_expert, **adapters)
+        options = {} if self.merged else {"adapters": self.expert_adapters()}
+        parameters, first = self.expert_parameters(), self.first_local_expert
+        return self.engine.compute(x_RD, weights_RK, indices_RK, parameters, self.config, first, **options)
 
     def expert_adapters(self) -> Adapters:
         """Return the stacked adapters of this rank's experts, and their scale."""
-        return Adapters(*(as_local(getattr(self, name)) for name in ADAPTER_NAMES), scale=self.scale)
+        return Adapters(self.scale, *(as_local(getattr(self, name)) for name in ADAPTER_NAMES))
 
     @torch.no_grad()
     def init_lora_weights(self) -> None:
@@ -184,8 +184,8 @@ class GroupedExpertsLoRA(GroupedExperts):
     def _check(self, rank: int, alpha: float) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ConfigError(f"rank = {rank!r} must be a positive integer, for example 16")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise ConfigError(f"alpha = {alpha!r} must be a finite number, for example 32.0")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise ConfigError(f"alpha = {alpha!r} must be a positive finite number, for example 32.0")
         if not self.engine.adapts:
             able = ", ".join(name for name in engine_names() if get_engine(name).adapts)
             raise ConfigError(f"the engine {self.engine_name} does not compute with adapters; use one of {able}")

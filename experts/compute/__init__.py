@@ -35,31 +35,32 @@ PARAMETER_NAMES = ExpertParameters._fields
 
 
 class Adapters(NamedTuple):
-    """The low-rank adapters (LoRA) of L experts, of rank R. The adapters of a single expert do not have the dimension L.
+    """The low-rank adapters (LoRA) of L experts, of rank R. The adapters of one expert do not have the dimension L.
 
     With adapters, a projection multiplies by weight + scale · A @ B. The sum is not computed: rows x give
     x @ weight + (scale · x @ A) @ B.
     """
 
+    scale: float
     gate_and_up_A: Tensor  # [L, D, R]
     gate_and_up_B: Tensor  # [L, R, 2I], ungated [L, R, I]
     down_A: Tensor  # [L, I, R]
     down_B: Tensor  # [L, R, D]
-    scale: float
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four matrices, without the scale."""
-        return self[:4]
+        return self[1:]
 
     def to(self, dtype: torch.dtype) -> "Adapters":
         """Return the adapters in another dtype."""
-        return Adapters(*(tensor.to(dtype) for tensor in self.tensors), scale=self.scale)
+        return Adapters(self.scale, *(tensor.to(dtype) for tensor in self.tensors))
+
 
 #: (x [T, D], weights [T, K], indices [T, K], parameters, config, first local expert) -> [T, D] in x's dtype: for each
 #: token, the weighted sum of the outputs of the local experts that the token chose. Choices of other ranks' experts and
-#: of −1 contribute nothing. An engine with `saves` also takes `save=`, the value of `BackendConfig.save`. An engine with
-#: `adapts` also takes `adapters=`, the adapters of the local experts; the parameters then get no gradients.
+#: of −1 contribute nothing. An engine with `saves` also takes `save=`, the value of `BackendConfig.save`. An engine
+#: with `adapts` also takes `adapters=`, the adapters of the local experts; the parameters then get no gradients.
 Compute = Callable[..., Tensor]
 
 

@@ -1,4 +1,4 @@
-"""Compute the local experts with low-rank adapters (LoRA) as one autograd function. The experts' own weights are frozen.
+"""Compute the local experts with low-rank adapters (LoRA) as one autograd function. The weights beside them are frozen.
 
 The weight + scale · A @ B of an expert is never computed. Each projection is the product with the weight, plus two thin
 products over the same sorted rows: rows @ A, times the scale, @ B. The engine supplies the products, as for
@@ -61,7 +61,7 @@ def _filled_up(adapters: Adapters) -> Adapters:
     if missing == 0:
         return adapters
     columns, rows = (0, missing), (0, 0, 0, missing)
-    return Adapters(pad(up_A, columns), pad(up_B, rows), pad(down_A, columns), pad(down_B, rows), adapters.scale)
+    return Adapters(adapters.scale, pad(up_A, columns), pad(up_B, rows), pad(down_A, columns), pad(down_B, rows))
 
 
 def _forward(
@@ -101,7 +101,7 @@ class _AdaptedExperts(Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, *arguments: Any) -> Tensor:
         *matrices, gate_and_up, down, up_bias, down_bias, scale, plan = arguments
-        adapters = Adapters(*matrices, scale=scale)
+        adapters = Adapters(scale, *matrices)
         parameters = ExpertParameters(gate_and_up, down, up_bias, down_bias)
         out_TD, h_NH, u_NR = _forward(x_TD, weights_TK, parameters, adapters, plan)
         ctx.save_for_backward(x_TD, h_NH, u_NR, weights_TK, *adapters.tensors, *parameters)
@@ -114,7 +114,7 @@ class _AdaptedExperts(Function):
     @without_autocast
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, h_NH, u_NR, weights_TK, *others = ctx.saved_tensors
-        adapters, parameters = Adapters(*others[:4], scale=ctx.scale), ExpertParameters(*others[4:])
+        adapters, parameters = Adapters(ctx.scale, *others[:4]), ExpertParameters(*others[4:])
         plan: Plan = ctx.plan
         made = memory_of(h_NH, ctx.storage_of_h)
         if made is None:  # a hook made h and may need its values again
@@ -151,7 +151,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weights and the adapters. Overwrites h and frees h's memory."""
     x_TD, h_NH, u_NR, weights_TK = kept
-    up_A, up_B, down_A, down_B = adapters.tensors
+    up_A, up_B, down_A, _ = adapters.tensors
     permutation, products, scale = plan.permutation, plan.products, adapters.scale
     steps = steps_on(grad_TD.device, grad_TD.dtype)
     grad_x = grad_up_A = grad_up_B = grad_down_A = grad_down_B = None

@@ -60,7 +60,7 @@ def split_experts(parameters: ExpertParameters) -> list[ExpertParameters]:
 def split_adapters(adapters: Adapters) -> list[Adapters]:
     """Return the adapters of each expert as views of the stacked adapters; see `split_experts`."""
     columns = [unbind(tensor) for tensor in adapters.tensors]
-    return [Adapters(*expert, scale=adapters.scale) for expert in zip(*columns, strict=True)]
+    return [Adapters(adapters.scale, *expert) for expert in zip(*columns, strict=True)]
 
 
 def compute(

@@ -1,6 +1,6 @@
 """Know layers with low-rank adapters (LoRA): their adapters, what of them is trained, and what they compute.
 
-The weights of such a layer are frozen. A projection multiplies by weight + scale · A @ B, where the scale is alpha / rank.
+The weights of such a layer are frozen. A projection multiplies by weight + scale · A @ B. The scale is alpha / rank.
 """
 
 import math
@@ -13,8 +13,8 @@ from torch import Tensor
 from moebench.workload.case import Case, width
 from moebench.workload.driven import Backend
 
-#: Projection -> the names of its adapters A and B. The shapes are [E, rows, rank] and [E, rank, columns] for a projection
-#: [E, rows, columns].
+#: Projection -> the names of its adapters A and B. Beside a projection [E, rows, columns], their shapes are
+#: [E, rows, rank] and [E, rank, columns].
 ADAPTERS = {
     "gate_and_up_projs": ("lora_gate_and_up_A", "lora_gate_and_up_B"),
     "down_projs": ("lora_down_A", "lora_down_B"),
@@ -45,7 +45,7 @@ def lora_of(backend: Backend) -> Lora | None:
 
 def adapter_shapes(shapes: Mapping[str, tuple[int, ...]], rank: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the adapters beside projections of these shapes, by name."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for projection, (name_A, name_B) in ADAPTERS.items():
         experts, rows, columns = shapes[projection]
         found |= {name_A: (experts, rows, rank), name_B: (experts, rank, columns)}
@@ -79,7 +79,7 @@ def trained(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def effective(experts: Mapping[str, Tensor], projection: str, scale: float) -> Tensor:
-    """Return the matrices [G, rows, columns] that experts multiply by: the projection, plus scale · A @ B if they have it."""
+    """Return the matrices [G, rows, columns] that experts multiply by: the projection, with its adapters if any."""
     name_A, name_B = ADAPTERS[projection]
     weights = experts[projection]
     return weights + scale * (experts[name_A] @ experts[name_B]) if name_A in experts else weights

@@ -151,9 +151,9 @@ def check(
     All passes must have used these inputs and parameters. Inputs, parameters and passes are those of this rank, and the
     verdict is over all ranks. `fp8` names the recipe that the backend computes in; the budget then comes from this
     recipe's rounding. `wanted` names the tensors whose gradients a pass in mode train must have ("x", "weights" and
-    parameters); None means all that are trained. `lora_scale` is the factor of adapters among the parameters. `rounds_to` is the dtype whose rounding sets the budget; None means x's dtype. A
-    gradient that is missing, that nobody wanted, or that has another shape or dtype than its tensor, is an infinite
-    error.
+    parameters); None means all that are trained. `rounds_to` is the dtype whose rounding sets the budget; None means
+    x's dtype. `lora_scale` is the factor of adapters among the parameters. A gradient that is missing, that nobody
+    wanted, or that has another shape or dtype than its tensor, is an infinite error.
 
     Raises Unfit if the case is at fault: its values overflow in its dtype, or vanish in its rounding. If `partly` is
     true, only an overflow is a fault of the case, and a tensor that vanishes in the rounding must only be finite.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebench.parity.adapters import effective, trained
+from moebench.parity.adapters import ADAPTERS, effective, trained
 from moebench.workload.case import Case
 
 #: The names of the parameters, in the order in which documents list them.
@@ -26,7 +26,8 @@ Product = Callable[[Tensor, Tensor], Tensor]
 class Formula:
     """The choices of a case that change the formula. A limit of 0 means that nothing is clamped.
 
-    `lora_scale` is the factor of A @ B in a layer with adapters, and 0 in other layers.
+    `lora_scale` is the factor of A @ B in a layer with adapters, and 0 in other layers. With `adds_rows`, the adapters'
+    rows are added to the projection's rows; else their matrices are added. In exact numbers both are the same.
     """
 
     activation: str
@@ -34,6 +35,7 @@ class Formula:
     limit: float
     weight_after_down: bool
     lora_scale: float = 0.0
+    adds_rows: bool = False
 
     @classmethod
     def of(cls, case: Case, lora_scale: float = 0.0) -> "Formula":
@@ -99,23 +101,32 @@ def experts_values(
 ) -> Values:
     """Return what G experts compute for their rows x [G, M, D] with the routing weights [G, M].
 
-    `experts` has each parameter of these experts by name, stacked on G, in x's dtype; adapters count as parameters. Matrix products run in x's dtype,
-    activations and sums in the wide dtype of x. `product` multiplies two stacks of matrices.
+    `experts` has each parameter of these experts by name, stacked on G, in x's dtype. Adapters count as parameters.
+    Matrix products run in x's dtype, activations and sums in the wide dtype of x. `product` multiplies two stacks of matrices.
     """
     dtype = x_GMD.dtype
     inner = wide(dtype)
     weights_GM1 = weights_GM.to(inner).unsqueeze(-1)
-    up_GDH, down_GID = (effective(experts, name, formula.lora_scale) for name in PARAMETER_NAMES[:2])
-    h_GMH = product(x_GMD, up_GDH)
+    h_GMH = _project(formula, x_GMD, experts, "gate_and_up_projs", product)
     if "gate_up_proj_bias" in experts:
         h_GMH = h_GMH + experts["gate_up_proj_bias"].unsqueeze(1)
     a_GMI = activation(formula, h_GMH.to(inner))
     weighted_GMI = a_GMI if formula.weight_after_down else a_GMI * weights_GM1
-    y_GMD = product(weighted_GMI.to(dtype), down_GID).to(inner)
+    y_GMD = _project(formula, weighted_GMI.to(dtype), experts, "down_projs", product).to(inner)
     if "down_proj_bias" in experts:
         bias_G1D = experts["down_proj_bias"].to(inner).unsqueeze(1)
         y_GMD = y_GMD + (bias_G1D if formula.weight_after_down else bias_G1D * weights_GM1)
     return Values(h_GMH, a_GMI, y_GMD * weights_GM1 if formula.weight_after_down else y_GMD)
+
+
+def _project(
+    formula: Formula, rows: Tensor, experts: Mapping[str, Tensor], projection: str, product: Product
+) -> Tensor:
+    """Return the projection of the rows [G, M, …], with the adapters beside it if it has any."""
+    if not formula.adds_rows:
+        return product(rows, effective(experts, projection, formula.lora_scale))
+    a, b = (experts[name] for name in ADAPTERS[projection])
+    return product(rows, experts[projection]) + product(formula.lora_scale * product(rows, a), b)
 
 
 def gradients(

@@ -224,7 +224,9 @@ def wanted(trial: Trial, names: tuple[str, ...], is_last_rank: bool = True) -> W
     Adapters stand for the projections beside them, whose gradients nobody gets.
     """
     kind, names = trial.wanted, trained(names)
-    of = {projection: tuple(one for one in names if one in (projection, *pair)) for projection, pair in ADAPTERS.items()}
+    of = {
+        projection: tuple(one for one in names if one in (projection, *pair)) for projection, pair in ADAPTERS.items()
+    }
     if kind == "parameters-on-last":
         kind = "parameters" if is_last_rank else "all"
     chosen = {
