@@ -4,6 +4,7 @@ import errno
 import os
 import shlex
 import shutil
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def content_of(path: Path) -> bytes | None:
+    """Return the content of a file. Return None if there is no file that can be read, such as a pipe in its place.
+
+    It never waits: another process may put a pipe in the file's place at any moment.
+    """
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            return file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+    except OSError:  # a folder too
+        return None
 
 
 def write_again(path: Path, content: bytes) -> None:

@@ -2,15 +2,17 @@
 
 import json
 import logging
+import os
 import reprlib
 import shlex
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from moebench.errors import ResultsError, UnreadableError, first_mistake
-from moebench.results.files import write_again
+from moebench.results.files import CANNOT_WRITE, content_of, write_again
 from moebench.results.record import READABLE, Record
 
 LOG = logging.getLogger(__name__)
@@ -32,30 +34,55 @@ class Journal:
         self.path = path
         self._place = path.parent.resolve() / path.name  # the working folder may change
         self._held: bytearray | None = None
-        self._seen: tuple[int, ...] = ()
+        self._seen: tuple[int, ...] | None = None  # the file that certainly holds `_held`
         self.num_restored = 0
 
     def append(self, row: Record) -> None:
         """Write the record's line. Raises OSError if it cannot be written, and RunnerError as `keep` does."""
         self.keep()
+        first = self._held is None
         if self._held is None:
-            self._held = bytearray(self._place.read_bytes() if self._place.is_file() else b"")
+            self._held = bytearray(content_of(self._place) or b"")
         line = row.to_json().encode() + b"\n"
         if self._held and not self._held.endswith(b"\n"):
             line = b"\n" + line  # the file ends with a torn line: do not append to that line
-        with self._place.open("ab") as file:
-            file.write(line)
+        try:
+            self._add(line)
+        except OSError as error:
+            if first or error.errno in CANNOT_WRITE:
+                raise
+            self._seen = None
         self._held += line
-        self._seen = _identity(self._place)
+        if self._seen is None:
+            self.keep()
+
+    def _add(self, line: bytes) -> None:
+        """Write the line to the file, and note the file if it certainly holds all lines.
+
+        Another process may replace the file at any moment, by a pipe that nobody reads too. So this never waits, and it
+        looks at the file that it has opened, not at what the path names before or after.
+        """
+        file = os.open(self._place, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        with os.fdopen(file, "ab") as opened:
+            before = os.fstat(file)
+            known = _identity(before) == self._seen
+            if known or (self._seen is None and stat.S_ISREG(before.st_mode)):
+                opened.write(line)
+                opened.flush()
+            self._seen = _identity(os.fstat(file)) if known else None
 
     def keep(self) -> None:
         """Write the file again if it is no longer what `append` wrote. Raises RunnerError if this is not possible."""
-        if self._held is None or _identity(self._place) == self._seen:
+        if self._held is None:
             return
-        if not (self._place.is_file() and self._place.read_bytes() == self._held):
+        now = _identity_of(self._place)
+        if now is not None and now == self._seen:
+            return
+        self._seen = now
+        if content_of(self._place) != bytes(self._held):
             self.num_restored += 1
             write_again(self._place, bytes(self._held))
-        self._seen = _identity(self._place)
+            self._seen = None
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.read()[0])
@@ -81,13 +108,16 @@ class Journal:
         return rows, torn
 
 
-def _identity(path: Path) -> tuple[int, ...]:
-    """Return what changes if another process replaces or writes the file; empty if there is no file."""
+def _identity_of(path: Path) -> tuple[int, ...] | None:
     try:
-        now = path.stat()
+        return _identity(path.stat())
     except OSError:
-        return ()
-    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
+        return None
+
+
+def _identity(file: os.stat_result) -> tuple[int, ...]:
+    """Return what changes if another process replaces or writes the file."""
+    return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
 
 
 JOURNAL_NAME = "journal.jsonl"

@@ -4,6 +4,7 @@ This module decides which job runs where, until every job is measured. Backends 
 that breaks its process cannot break this one. Only this process writes the journal.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,7 +14,14 @@ from pathlib import Path
 from moebench.errors import Refused, RunnerError
 from moebench.machine.environment import Environment
 from moebench.machine.gpus import places
-from moebench.results.files import ENVIRONMENT_NAME, ENVIRONMENTS_NAME, write_again, write_atomically, writing_to
+from moebench.results.files import (
+    ENVIRONMENT_NAME,
+    ENVIRONMENTS_NAME,
+    content_of,
+    write_again,
+    write_atomically,
+    writing_to,
+)
 from moebench.results.journal import JOURNAL_NAME, Journal
 from moebench.results.record import Record
 from moebench.run.backlog import Backlog, parts
@@ -93,14 +101,17 @@ class Run:
         self._keep_environments()
         self.on_environment(environment)
         file = _file_of(environment, plan.folder)
-        if not file.exists():
+        content = content_of(file)
+        if content is None:
+            content = environment.to_json().encode()
             file.parent.mkdir(exist_ok=True)
-            write_atomically(file, environment.to_json().encode())
-        self.environments.setdefault(file, file.read_bytes())
+            write = write_again if os.path.lexists(file) else write_atomically
+            write(file, content)
+        self.environments.setdefault(file, content)
 
     def _keep_environments(self) -> None:
         for file, content in self.environments.items():
-            if not file.is_file() or file.read_bytes() != content:
+            if content_of(file) != content:
                 self.notes.append(f"{file}: another process changed or removed it; moebench wrote it again")
                 write_again(file, content)
 

@@ -20,6 +20,7 @@ from tests.experts.layers import (
     F64,
     Batch,
     Named,
+    assert_near,
     assert_same,
     moe_config,
     random_batch,
@@ -87,7 +88,10 @@ HOOKS = {
 @pytest.mark.parametrize("hooks", HOOKS)
 @on_every_layer
 def test_backwards_of_one_graph_with_several_gradients(name: str, hooks: str, num_tokens: int) -> None:
-    """Each backward gives what a graph of its own gives, whatever a hook returns for the saved tensors."""
+    """Each backward gives what a graph of its own gives, whatever a hook returns for the saved tensors.
+
+    A CPU's float32 product may have other last bits if the memory of an operand has another alignment.
+    """
     if hooks == "strided tensors" and name not in ("torch_mm", "torch_mm-time", "gmm", "gmm-time"):
         hooks = "new tensors"
     made = build(name)
@@ -97,8 +101,13 @@ def test_backwards_of_one_graph_with_several_gradients(name: str, hooks: str, nu
     right = [run(made, batch.with_(grad=grad)) for grad in gradients]
     with HOOKS[hooks]():
         call = Call(made, batch)
+    is_moved = name == "loop" and hooks not in ("none", "the given tensors")
     for grad, expected in zip(gradients, right, strict=True):
-        assert_same(call.backward(grad, retain_graph=True), expected)
+        found = call.backward(grad, retain_graph=True)
+        if is_moved:
+            assert_near(found, expected, made.config.dtype)
+        else:
+            assert_same(found, expected)
 
 
 @on_every_layer

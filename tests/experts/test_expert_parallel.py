@@ -181,7 +181,7 @@ def test_deepep_gives_the_bits_of_alltoall(num_ranks: int, scenario: str, launch
 
 
 @pytest.mark.parametrize("scenario", ["uneven", "masked", "one-expert-twice"])
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=CERTIFIED[4])])
 def test_symm_mem_gives_the_bits_of_alltoall(num_ranks: int, scenario: str, launched: Launched) -> None:
     """An expert gets its rows in the same order, and rows that nobody filled change nothing."""
     cases = [Case(scenario, "loop", dispatcher) for dispatcher in ("symm_mem", "alltoall")]

@@ -162,6 +162,7 @@ def relu2_backward(
     return (grad * weight * 2 * value).to(h.dtype), (value.square() * weight).to(h.dtype), grad_weights
 
 
+@pytest.mark.certify(share=0.5)
 @pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself
 @on_every_save
 def test_a_compiled_layer_gives_the_same_bits(save: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.moebench.fuzzed import COMMANDS, DRAWS, call, call_afresh, exit_codes, files_in, make, mistakes, spoil
 
 #: How many spoiled files `make test` and `make certify` try, and how many of them in a process of its own.
-PART, WHOLE = (80, 1), (2000, 100)
+PART, WHOLE = (40, 1), (2000, 100)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from tests.backends.cheats import CHEATS, CLOCK_CHEATS
 from tests.moebench.executed import CASE, python_path, share_workers
 
 ROOT = Path(__file__).parents[3]
-#: Each trick with a clock ends its worker, so `make test` tries these alone.
-PART = ("SlowsPerfCounter", "PatchesProfiler")
+#: Each trick with a clock ends its worker, so `make test` tries this one alone.
+PART = ("SlowsPerfCounter",)
 
 pytestmark = pytest.mark.timeout(400)  # one worker for each trick with the clock, on a machine that may be busy
 

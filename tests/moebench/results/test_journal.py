@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,45 @@ def test_every_row_is_on_disk_when_append_returns(journal: Journal) -> None:
     for number in range(1, 4):
         journal.append(ok())
         assert len(Journal(journal.path).read()[0]) == number
+
+
+#: What another process may do between two steps of `append`.
+CHANGES = {
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "no folder": lambda path: shutil.rmtree(path.parent),
+    "another file": lambda path: (path.unlink(), path.write_bytes(b"x")),
+    "a link": lambda path: (path.unlink(), path.symlink_to("/dev/full")),
+}
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+@pytest.mark.parametrize("step", ["before it looks", "before it writes", "after it wrote"])
+def test_no_row_is_lost_whenever_the_file_is_replaced(
+    tmp_path: Path, change: str, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`append` neither waits for a reader of the pipe nor believes the file that is there after its writing."""
+    journal = Journal(tmp_path / "run" / "journal.jsonl")
+    journal.path.parent.mkdir()
+    journal.append(ok("a"))
+    journal.append(ok("b"))
+    add = Journal._add
+
+    def adding(self: Journal, line: bytes) -> None:
+        monkeypatch.undo()
+        if step == "before it writes":
+            CHANGES[change](self.path)
+        add(self, line)
+        if step == "after it wrote":
+            CHANGES[change](self.path)
+
+    if step == "before it looks":
+        CHANGES[change](journal.path)
+    else:
+        monkeypatch.setattr(Journal, "_add", adding)
+    journal.append(ok("c"))
+    journal.append(ok("d"))
+    assert [row.backend for row in journal.read()[0]] == ["a", "b", "c", "d"]
+    assert journal.num_restored == 1
 
 
 @pytest.mark.parametrize("kept", [1, 40, -3, -2])

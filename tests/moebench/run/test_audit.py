@@ -144,6 +144,7 @@ def test_an_interruption_ends_the_whole(monkeypatch):
     assert found.backends[0].records == ()
 
 
+@pytest.mark.certify(share=0.3)
 @pytest.mark.parametrize(
     ("backend", "status", "words"),
     [
