@@ -102,7 +102,8 @@ def experts_values(
     """Return what G experts compute for their rows x [G, M, D] with the routing weights [G, M].
 
     `experts` has each parameter of these experts by name, stacked on G, in x's dtype. Adapters count as parameters.
-    Matrix products run in x's dtype, activations and sums in the wide dtype of x. `product` multiplies two stacks of matrices.
+    Matrix products run in x's dtype, activations and sums in the wide dtype of x. `product` multiplies two stacks of
+    matrices.
     """
     dtype = x_GMD.dtype
     inner = wide(dtype)
