@@ -131,13 +131,12 @@ _TRITON = EngineEntry("triton", "experts.compute.triton", library="triton")
 _GMM = EngineEntry("gmm", "experts.compute.gmm", library="grouped_gemm", counts_rows=True)
 _TE = EngineEntry("te", "experts.te.layer", library="transformer_engine", stacked=False, counts_rows=True)
 
-#: The adapters of the backends with adapters.
-LORA = Lora(rank=16, alpha=32.0)
-
 #: The engines, in the order in which lists show them.
 ENGINES = (_LOOP, _TORCH_MM, _TORCH_MM_MXFP8, _TRITON, _GMM, _TE)
 #: The name of the engine and of the backend that results are compared with.
 REFERENCE = _LOOP.name
+#: The adapters of the backends with adapters.
+LORA = Lora(rank=16, alpha=32.0)
 
 #: The built-in backends. Peers are listed here and are not entry points, so that a user can name a peer even where this
 #: package is only on the path and not installed.

@@ -71,7 +71,7 @@ def run(made: GroupedExperts, batch: Batch) -> Named:
 
 
 def right(config: MoEConfig, parameters: Named, batch: Batch) -> Named:
-    """Return what weight + scale · A @ B gives, in float64: the oracle's gradients of it, and from them the adapters'."""
+    """Return what weight + scale · A @ B gives: the oracle's gradients of it, and from them those of the adapters."""
     exact = {name: tensor.to(F64) for name, tensor in parameters.items()}
     scale = ALPHA / exact["lora_down_A"].shape[2]
     weights = {name: tensor for name, tensor in exact.items() if name not in ADAPTER_NAMES}
