@@ -51,7 +51,7 @@ def adapted_experts(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         whole: Tensor = _AdaptedExperts.apply(*tensors, *parameters, adapters.scale, plan)
         return whole
-    return _forward(x_TD, weights_TK, parameters, adapters, plan)[0]
+    return _forward(x_TD, weights_TK, parameters, adapters, plan, keep=False)[0]
 
 
 def _filled_up(adapters: Adapters) -> Adapters:
@@ -65,14 +65,16 @@ def _filled_up(adapters: Adapters) -> Adapters:
 
 
 def _forward(
-    x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, adapters: Adapters, plan: Plan
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output [T, D], the up projection [N, 2I] (ungated [N, I]), and its thin product [N, R]."""
+    x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, adapters: Adapters, plan: Plan, keep: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Return the output [T, D] and, with `keep`, what `_project_up` returns."""
     _, down, up_bias, down_bias = parameters
     permutation, rows = plan.permutation, plan.products.rows
     steps = steps_on(x_TD.device, x_TD.dtype)
     h_NH, u_NR = _project_up(x_TD, parameters, adapters, plan, steps)
+    kept = (h_NH, u_NR) if keep else None
     a_NI = steps.activate(h_NH, permutation, None if plan.after else weights_TK, up_bias, plan.config)
+    del h_NH, u_NR
     v_NR = rows(a_NI, adapters.down_A).mul_(adapters.scale)
     y_ND = rows(a_NI, down)
     del a_NI
@@ -81,7 +83,7 @@ def _forward(
     del y_ND
     inside = weights_TK if plan.after else None
     out_TD += steps.sum_rows(rows(v_NR, adapters.down_B), permutation, inside, None, plan.after)
-    return out_TD, h_NH, u_NR
+    return out_TD, kept
 
 
 def _project_up(
@@ -103,10 +105,11 @@ class _AdaptedExperts(Function):
         *matrices, gate_and_up, down, up_bias, down_bias, scale, plan = arguments
         adapters = Adapters(scale, *matrices)
         parameters = ExpertParameters(gate_and_up, down, up_bias, down_bias)
-        out_TD, h_NH, u_NR = _forward(x_TD, weights_TK, parameters, adapters, plan)
-        ctx.save_for_backward(x_TD, h_NH, u_NR, weights_TK, *adapters.tensors, *parameters)
+        out_TD, kept = _forward(x_TD, weights_TK, parameters, adapters, plan, keep=True)
+        assert kept is not None
+        ctx.save_for_backward(x_TD, *kept, weights_TK, *adapters.tensors, *parameters)
         ctx.scale, ctx.plan = scale, plan
-        ctx.storage_of_h = weak_memory(h_NH)
+        ctx.storage_of_h = weak_memory(kept[0])
         return out_TD
 
     @staticmethod

@@ -69,9 +69,11 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
             "cpu and float16 and (16x16 or bias-swiglu-before) or compiled",
         ),
         (
-            ["test_corners.py", "test_engines.py"],
-            "triton-cpu-float16 and (every_gradient and bias and not geglu or zero_tokens or one_expert or window)",
-            "triton-cpu-float16 and (every_gradient and quick_geglu-bias or zero_tokens or window and 1+4-bias)",
+            ["test_corners.py", "test_engines.py", "test_lora.py"],
+            "triton-cpu-float16 and (every_gradient and bias and not geglu or zero_tokens or one_expert or window)"
+            " or test_lora and triton",
+            "triton-cpu-float16 and (every_gradient and quick_geglu-bias or zero_tokens or window and 1+4-bias)"
+            " or scale_times_a_b and 3-triton",
         ),
     ],
     ids=["products", "layers"],
