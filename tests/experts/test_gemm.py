@@ -70,10 +70,14 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
         ),
         (
             ["test_corners.py", "test_engines.py", "test_lora.py"],
-            "triton-cpu-float16 and (every_gradient and bias and not geglu or zero_tokens or one_expert or window)"
-            " or test_lora and triton",
-            "triton-cpu-float16 and (every_gradient and quick_geglu-bias or zero_tokens or window and 1+4-bias)"
-            " or scale_times_a_b and 3-triton",
+            (
+                "triton-cpu-float16 and (every_gradient and bias and not geglu or zero_tokens or one_expert or window)"
+                " or test_lora and triton"
+            ),
+            (
+                "triton-cpu-float16 and (every_gradient and quick_geglu-bias or zero_tokens or window and 1+4-bias)"
+                " or scale_times_a_b and 3-triton"
+            ),
         ),
     ],
     ids=["products", "layers"],
