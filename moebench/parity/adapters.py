@@ -6,12 +6,15 @@ The weights of such a layer are frozen. A projection multiplies by weight + scal
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moebench.workload.case import Case, width
-from moebench.workload.driven import Backend
+
+if TYPE_CHECKING:  # the oracle imports this module, and must not import what it judges
+    from moebench.workload.driven import Backend
 
 #: Projection -> the names of its adapters A and B. Beside a projection [E, rows, columns], their shapes are
 #: [E, rows, rank] and [E, rank, columns].
@@ -37,7 +40,7 @@ class Lora:
         return self.alpha / self.rank
 
 
-def lora_of(backend: Backend) -> Lora | None:
+def lora_of(backend: "Backend") -> Lora | None:
     """Return the rank and alpha of a backend's adapters; None if it has no adapters."""
     told = getattr(backend, "lora", None)  # backends of older revisions do not have the attribute
     return None if told is None else Lora(told.rank, told.alpha)
