@@ -128,18 +128,19 @@ class ParameterSteps:
             return
         self._zero_grad()
         seed = draw.parameter_seed(self.trial, self.num_parameters) + self.stage.rank
-        drawn = f"layer{self.player.number}.init_weights(torch.device({self.script.device!r}))"
-        self.script.add(f"torch.manual_seed({seed})", drawn)
+        call = f"layer{self.player.number}.init_weights(torch.device({self.script.device!r}))"
+        self.script.add(f"torch.manual_seed({seed})", call)
         with draw.generators_kept(self.stage.device):
             torch.manual_seed(seed)
             init(self.stage.device)
         found = self._state()
         for name, tensor in self.player.parameters.items():
-            if tensor.shape != found[name].shape:
-                raise ValueError(f"init_weights gave {name} the shape {list(found[name].shape)}")
-            error = 0.0 if self._is_drawn(name, found[name]) else math.inf
+            drawn = found.get(name)
+            if drawn is not None and tensor.shape != drawn.shape:
+                raise ValueError(f"init_weights gave {name} the shape {list(drawn.shape)}")
+            error = 0.0 if drawn is not None and self._is_drawn(name, drawn) else math.inf
             self.errors.append(TensorError(name, "after init_weights", error, 1.0))
-        self.player.parameters = {name: found[name] for name in self.player.parameters}
+        self.player.parameters = {name: found.get(name, tensor) for name, tensor in self.player.parameters.items()}
 
     def _is_drawn(self, name: str, stacked: Tensor) -> bool:
         """Whether biases and B of adapters are zeros, and no two experts of any rank have the same projection or A."""
