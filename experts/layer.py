@@ -1,6 +1,8 @@
 """Define the base class of the expert layers, with forward, the checks of the inputs, and expert parallelism."""
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,21 @@ def check_mesh(ep_mesh: DeviceMesh, n_routed_experts: int) -> None:
         )
 
 
+def check_indices(indices_TK: Tensor, n_routed_experts: int) -> None:
+    """Raise InputError unless int64 indices on a CPU are from −1 (no expert) to `n_routed_experts` − 1.
+
+    On a GPU the check would wait for the device. A wrong index adds nothing there.
+    """
+    if indices_TK.device.type != "cpu" or not indices_TK.numel():
+        return
+    least, most = int(indices_TK.min()), int(indices_TK.max())
+    if least < -1 or most >= n_routed_experts:
+        raise InputError(
+            f"indices run from {least} to {most}, but must be from -1 (no expert) to {n_routed_experts - 1} "
+            "(n_routed_experts - 1); correct the routing"
+        )
+
+
 def join_backward(tensor: Tensor) -> Tensor:
     """Return x or the routing weights so that this rank takes part in the dispatcher's backward.
 
@@ -37,6 +54,14 @@ def join_backward(tensor: Tensor) -> Tensor:
         return tensor
     own = tensor.clone() if tensor.is_inference() else tensor.detach()
     return own.requires_grad_()
+
+
+@functools.cache
+def uncompiled_forward() -> Callable[..., Tensor]:
+    """Return `ExpertLayer.forward` so that torch's compiler runs it as it is. The first call imports the compiler."""
+    reason = "the ranks of an expert layer exchange tokens"
+    hidden: Callable[..., Tensor] = torch.compiler.disable(ExpertLayer.forward, reason=reason)
+    return hidden
 
 
 class ExpertLayer(nn.Module, ABC):
@@ -72,11 +97,14 @@ class ExpertLayer(nn.Module, ABC):
         Raises InputError for tensors that do not fit the layer. Raises Unsupported if the engine or the dispatcher
         cannot run x's dtype on x's device.
         """
+        if torch.compiler.is_compiling() and not isinstance(self.dispatcher, Local):
+            output: Tensor = uncompiled_forward()(self, x, token_mask, weights, indices)
+            return output
         self._check_inputs(x, token_mask, weights, indices)
         # convert to int64 first: in uint8, −1 would be expert 255
         indices = indices.long().masked_fill(~token_mask.unsqueeze(-1), -1)
-        if x.device.type == "cpu":  # on a GPU the check would wait for the device; there a wrong index adds nothing
-            self._check_indices(indices)
+        if not torch.compiler.is_compiling():  # a compiled layer's engine checks them when it runs
+            check_indices(indices, self.n_routed_experts)
         if not isinstance(self.dispatcher, Local):
             x, weights = join_backward(x), join_backward(weights)
         with autocast_off(x):
@@ -189,10 +217,3 @@ class ExpertLayer(nn.Module, ABC):
             reason = dispatcher_unsupported(self.dispatcher_name, x.device, config)
             if reason is not None:
                 raise Unsupported(f"{self.dispatcher_name}: {reason.reason}")
-
-    def _check_indices(self, indices: Tensor) -> None:
-        if indices.numel() and not (int(indices.min()) >= -1 and int(indices.max()) < self.n_routed_experts):
-            raise InputError(
-                f"indices run from {int(indices.min())} to {int(indices.max())}, but must be from -1 (no expert) to "
-                f"{self.n_routed_experts - 1} (n_routed_experts - 1); correct the routing"
-            )

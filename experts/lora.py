@@ -12,6 +12,7 @@ from experts.compute import PARAMETER_NAMES, Adapters
 from experts.config import DTYPES, BackendConfig, MoEConfig
 from experts.engines import engine_names, get_engine
 from experts.errors import ConfigError
+from experts.layer import uncompiled_forward
 from experts.modules import GroupedExperts, parameter_shapes
 from experts.state_dict import as_local, is_dtensor
 
@@ -91,7 +92,8 @@ class GroupedExpertsLoRA(GroupedExperts):
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Return what `ExpertLayer.forward` returns.
 
-        Raises ConfigError if a frozen weight requires a gradient. Raises ConfigError in grad mode if the adapters are
+        torch's compiler does not look into a layer with adapters that are not merged: it breaks the graph there. Raises
+        ConfigError if a frozen weight requires a gradient. Raises ConfigError in grad mode if the adapters are
         merged and require gradients, because they would get none.
         """
         for name in PARAMETER_NAMES:
@@ -106,13 +108,17 @@ class GroupedExpertsLoRA(GroupedExperts):
                 "the adapters are merged into the weights and would get no gradients; call unmerge() before training, "
                 "or run forward under torch.no_grad()"
             )
+        if torch.compiler.is_compiling() and not self.merged:
+            output: Tensor = uncompiled_forward()(self, x, token_mask, weights, indices)
+            return output
         return super().forward(x, token_mask, weights, indices)
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         """Return what the engine computes with this rank's weights and adapters; see `ExpertLayer.compute_local`."""
-        options = {} if self.merged else {"adapters": self.expert_adapters()}
-        parameters, first = self.expert_parameters(), self.first_local_expert
-        return self.engine.compute(x_RD, weights_RK, indices_RK, parameters, self.config, first, **options)
+        if self.merged:
+            return super().compute_local(x_RD, weights_RK, indices_RK)
+        parameters, adapters, first = self.expert_parameters(), self.expert_adapters(), self.first_local_expert
+        return self.engine.compute(x_RD, weights_RK, indices_RK, parameters, self.config, first, adapters=adapters)
 
     def expert_adapters(self) -> Adapters:
         """Return the stacked adapters of this rank's experts, and their scale."""

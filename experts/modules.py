@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from experts import compiled
 from experts.adopt import backend_config, moe_config
 from experts.compute import PARAMETER_NAMES, ExpertParameters
 from experts.config import BackendConfig, MoEConfig, is_gated_activation
@@ -67,6 +68,7 @@ class GroupedExperts(ExpertLayer):
                 f"one of {', '.join(_engines_that_save())}, or leave save out"
             )
         self.engine_options = {} if backend.save is None else {"save": backend.save}
+        self._described_config = compiled.described(config)
         shapes = parameter_shapes(config)
         for name in PARAMETER_NAMES:
             empty = torch.empty(shapes[name], dtype=config.dtype) if name in shapes else None
@@ -93,6 +95,13 @@ class GroupedExperts(ExpertLayer):
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
         """Return what the engine computes from this rank's parameters; see `ExpertLayer.compute_local`."""
         parameters = self.expert_parameters()
+        if torch.compiler.is_compiling():
+            return compiled.compute_local(
+                *(x_RD, weights_RK, indices_RK, parameters, self.engine_name, self._described_config),
+                first=self.first_local_expert,
+                save=self.engine_options.get("save"),
+                keep=self.engine.own_products is not None,
+            )
         return self.engine.compute(
             x_RD, weights_RK, indices_RK, parameters, self.config, self.first_local_expert, **self.engine_options
         )
@@ -100,6 +109,10 @@ class GroupedExperts(ExpertLayer):
     def _unsupported(self, device: torch.device, config: MoEConfig) -> Unsupported | None:
         """Return the engine's reason, or None."""
         return self.engine.unsupported(device, config)
+
+    def _check_supported(self, x: Tensor) -> None:
+        if not torch.compiler.is_compiling():  # a compiled layer's engine checks it when it runs
+            super()._check_supported(x)
 
     def expert_parameters(self) -> ExpertParameters:
         """Return the stacked parameters of this rank's experts.

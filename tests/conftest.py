@@ -189,3 +189,11 @@ def fake_nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     library = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", library)
     return library
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests recorded under the name `summary`: for example the cells of a matrix that were not run."""
+    for report in [one for key in ("passed", "failed") for one in terminalreporter.stats.get(key, [])]:
+        for name, text in report.user_properties:
+            if name == "summary":
+                terminalreporter.write_line(text)

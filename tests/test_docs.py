@@ -18,7 +18,7 @@ from moebench.cli import console
 from moebench.cli.app import app
 from moebench.measure.cache import Workload
 from moebench.measure.trials import Trier
-from moebench.parity import judge
+from moebench.parity import judge, passes
 from moebench.parity.checks import case_job
 from moebench.parity.play.backwards import REPEATS
 from moebench.parity.space.covering import covering
@@ -70,7 +70,7 @@ def test_the_backend_in_the_docs_is_right(my_backend: str, dtype: str, routing: 
     backend, inputs, parameters = get_backend(my_backend), make_inputs(case, CPU), make_parameters(case, CPU)
     layer = backend.build(moe_config(case))
     layer.load_state_dict(parameters)
-    verdict = judge.check(case, inputs, parameters, [judge.run_pass(layer, inputs, "train")])
+    verdict = judge.check(case, inputs, parameters, [passes.run_pass(layer, inputs, "train")])
     assert verdict.passed, verdict.worst
 
 

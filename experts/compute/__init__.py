@@ -80,6 +80,10 @@ class Engine:
     `products` takes rows sorted by expert (a `Permutation`) and returns a library's grouped matrix products over these
     rows. moebench compares the engine's time with the time of these products. `products` is None if moebench has
     nothing to compare the engine's time with.
+
+    `own_products(permutation, config)` returns the products with which `compute` calls `whole_experts`, on rows sorted
+    by expert. It is None if `compute` does anything else. Under torch.compile, an engine with `own_products` keeps for
+    backward what it keeps without; another engine computes forward again in backward (`experts.compiled`).
     """
 
     compute: Compute
@@ -87,3 +91,4 @@ class Engine:
     saves: bool = False
     adapts: bool = False
     products: "Callable[[Permutation], Products] | None" = None
+    own_products: "Callable[[Permutation, MoEConfig], Products] | None" = None

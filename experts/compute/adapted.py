@@ -12,6 +12,7 @@ made.
 """
 
 import math
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,6 @@ from experts.compute.whole import (
     grad_of_up,
     memory_of,
     project_up,
-    weak_memory,
     with_plain_strides,
 )
 from experts.steps import Steps, steps_on
@@ -109,7 +109,7 @@ class _AdaptedExperts(Function):
         assert kept is not None
         ctx.save_for_backward(x_TD, *kept, weights_TK, *adapters.tensors, *parameters)
         ctx.scale, ctx.plan = scale, plan
-        ctx.storage_of_h = weak_memory(kept[0])
+        ctx.storage_of_h = weakref.ref(kept[0].untyped_storage())
         return out_TD
 
     @staticmethod
@@ -181,8 +181,7 @@ def _backward(
         grad_x = steps.sum_rows(products.rows_back(grad_h_NH, parameters.gate_and_up_projs), permutation)
         grad_x += steps.sum_rows(products.rows_back(grad_u_NR, up_A), permutation)
     del grad_h_NH
-    if not torch.compiler.is_compiling():  # compiled code frees its buffers itself
-        h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
+    h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
     if wanted.up_A:
         grad_up_A = grad_of_up(x_TD, grad_u_NR, plan, steps)
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up_A, grad_up_B, grad_down_A, grad_down_B

@@ -47,7 +47,7 @@ class Sizes:
     """The number of rows of each group. The copy to the host starts at once, and the first use waits for the copy."""
 
     def __init__(self, sizes_L: Tensor) -> None:
-        waits_later = sizes_L.is_cuda and not torch.compiler.is_compiling()
+        waits_later = sizes_L.is_cuda
         self._sizes_L = sizes_L.to("cpu", non_blocking=waits_later)  # torch pins memory for a copy that does not wait
         self._copied = torch.cuda.current_stream(sizes_L.device).record_event() if waits_later else None
 

@@ -45,9 +45,7 @@ def _readable(matrices: Tensor) -> Tensor:
     multiple = ROW_ALIGNMENT_BYTES // matrices.element_size()
     if not dense or any(stride % multiple for stride in matrices.stride() if stride != 1):
         return matrices.clone(memory_format=torch.contiguous_format)
-    if torch.compiler.is_compiling() or matrices.data_ptr() % ROW_ALIGNMENT_BYTES == 0:  # the compiler sees no memory
-        return matrices
-    return matrices.clone()
+    return matrices.clone() if matrices.data_ptr() % ROW_ALIGNMENT_BYTES else matrices
 
 
 def unaligned(config: MoEConfig, who: str = "grouped_mm") -> Unsupported | None:

@@ -49,4 +49,8 @@ def _products(permutation: Permutation) -> Products:
     return products(permutation.offsets_L)
 
 
-ENGINE = Engine(compute, unsupported, saves=True, adapts=True, products=_products)
+def _own_products(permutation: Permutation, config: MoEConfig) -> Products:
+    return _products(permutation)
+
+
+ENGINE = Engine(compute, unsupported, saves=True, adapts=True, products=_products, own_products=_own_products)

@@ -6,10 +6,6 @@ the activation, which backward needs. On Hopper GPUs, backward reads the rows of
 On other GPUs, torch's grouped_mm computes these gradients from gathered copies.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -96,19 +92,8 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return grouped_mm.unaligned(config, "the triton engine")
 
 
-def _compute_uncompiled(*arguments: Any, **options: Any) -> Tensor:
-    """Run `compute` without torch's compiler, because the compiler cannot trace this package's kernels."""
-    return _uncompiled()(*arguments, **options)
-
-
-@functools.cache
-def _uncompiled() -> Callable[..., Tensor]:
-    hidden: Callable[..., Tensor] = torch.compiler.disable(compute)  # at first use: it imports the compiler
-    return hidden
-
-
 def _products(permutation: Permutation) -> Products:
     return grouped_mm.products(permutation.offsets_L)  # Triton's do more than multiply
 
 
-ENGINE = Engine(_compute_uncompiled, unsupported, saves=True, adapts=True, products=_products)
+ENGINE = Engine(compute, unsupported, saves=True, adapts=True, products=_products, own_products=products)

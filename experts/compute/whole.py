@@ -82,13 +82,16 @@ def whole_experts(x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         whole: Tensor = _WholeExperts.apply(*tensors, plan)
         return whole
-    return _forward(x_TD, weights_TK, parameters, plan, keep=False)[0]
+    return run_forward(x_TD, weights_TK, parameters, plan, keep=False)[0]
 
 
-def _forward(
+def run_forward(
     x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, plan: Plan, keep: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Return the output [T, D] and, with `keep`, what backward needs: tokens or their rows, and the up projection."""
+    """Return the output [T, D] and, with `keep`, what backward needs: tokens or their rows, and the up projection.
+
+    Runs outside of autograd. With `save` = "time", backward needs the rows, and otherwise the tokens.
+    """
     gate_and_up, down, up_bias, down_bias = parameters
     permutation = plan.permutation
     steps = steps_on(x_TD.device, x_TD.dtype)
@@ -123,11 +126,11 @@ class _WholeExperts(Function):
         plan: Plan,
     ) -> Tensor:
         parameters = ExpertParameters(gate_and_up, down, up_bias, down_bias)
-        out_TD, kept = _forward(x_TD, weights_TK, parameters, plan, keep=True)
+        out_TD, kept = run_forward(x_TD, weights_TK, parameters, plan, keep=True)
         assert kept is not None
         ctx.save_for_backward(*kept, weights_TK, *parameters)
         ctx.plan = plan
-        ctx.storage_of_h = weak_memory(kept[1])
+        ctx.storage_of_h = weakref.ref(kept[1].untyped_storage())
         return out_TD
 
     @staticmethod
@@ -142,22 +145,17 @@ class _WholeExperts(Function):
         elif made.nbytes() == 0:  # an earlier backward of the same graph (retain_graph) freed h
             steps = steps_on(grad_TD.device, grad_TD.dtype)
             h_NH = project_up(tokens, plan.save == "time", parameters[0], plan, steps)
-        wanted = _Wanted(*ctx.needs_input_grad[:6])
-        return *_backward(grad_TD, tokens, h_NH, weights_TK, ExpertParameters(*parameters), plan, wanted), None
+        wanted = Wanted(*ctx.needs_input_grad[:6])
+        return *run_backward(grad_TD, tokens, h_NH, weights_TK, ExpertParameters(*parameters), plan, wanted), None
 
 
-def weak_memory(made: Tensor) -> "weakref.ref[torch.UntypedStorage] | None":
-    """Return a weak reference to the memory of a tensor that forward made; None in compiled code."""
-    return None if torch.compiler.is_compiling() else weakref.ref(made.untyped_storage())
-
-
-def memory_of(saved: Tensor, made: "weakref.ref[torch.UntypedStorage] | None") -> torch.UntypedStorage | None:
-    """Return the memory of a saved tensor if forward made it, as `weak_memory` says; None if a hook made the tensor."""
-    storage = None if made is None or torch.compiler.is_compiling() else made()
+def memory_of(saved: Tensor, made: "weakref.ref[torch.UntypedStorage]") -> torch.UntypedStorage | None:
+    """Return the memory of a saved tensor if it is still the memory that forward made; None if a hook made it."""
+    storage = made()
     return storage if storage is not None and storage is saved.untyped_storage() else None
 
 
-class _Wanted(NamedTuple):
+class Wanted(NamedTuple):
     """Whether autograd needs the gradient of each tensor."""
 
     x: bool
@@ -168,14 +166,14 @@ class _Wanted(NamedTuple):
     down_bias: bool
 
 
-def _backward(
+def run_backward(
     grad_TD: Tensor,
     tokens: Tensor,
     h_NH: Tensor,
     weights_TK: Tensor,
     parameters: ExpertParameters,
     plan: Plan,
-    wanted: _Wanted,
+    wanted: Wanted,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weights and the parameters. Overwrites h and frees h's memory."""
     gate_and_up, down, up_bias, down_bias = parameters
@@ -212,8 +210,7 @@ def _backward(
     if wanted.x:
         grad_x = steps.sum_rows(products.rows_back(grad_h_NH, gate_and_up), permutation)
     del grad_h_NH
-    if not torch.compiler.is_compiling():  # compiled code frees its buffers itself
-        h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
+    h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
     if a_NI is not None and wanted.down:
         grad_down = grad_of_down(a_NI, grad_TD, plan, steps)
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias

@@ -11,8 +11,9 @@ from moebench.cli.options import AsJson, Results
 from moebench.errors import UsageError
 from moebench.report.plots.settings import import_matplotlib
 from moebench.report.tables import comparetable
+from moebench.report.tables.contexttable import ContextTable
 from moebench.results import merge
-from moebench.results.compare import compare, names_of
+from moebench.results.compare import beside_plain, compare, names_of
 from moebench.results.files import writable
 from moebench.results.folder import Result, open_result
 from moebench.results.frame import SAMPLE_COLUMNS, to_csv, to_json
@@ -37,6 +38,10 @@ def compare_(results: Results, as_json: AsJson = False, as_csv: AsCsv = False) -
         out.print_csv(to_csv(frame))
     else:
         out.print(comparetable.ComparisonTable(frame, tuple(opened)))
+        for name, result in opened.items():
+            if len(contexts := beside_plain(result.frame)):
+                out.print(f"\n{name}", soft_wrap=True)
+                out.print(ContextTable(contexts))
         for line in comparetable.environment_lines(opened):
             out.print(line, soft_wrap=True)
 

@@ -35,7 +35,7 @@ def breakdown(
     stream, its time counts in the part that waits for it.
     """
     dispatcher: Any = getattr(module, "dispatcher", None)
-    if dispatcher is None or ranks.size == 1:
+    if dispatcher is None or ranks.ep_size == 1:
         return {}
     listener: Any = _Listener(dispatcher, device)
     module.dispatcher = listener

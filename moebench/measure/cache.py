@@ -37,7 +37,7 @@ class Workload:
     def parameters(self, case: Case) -> dict[str, Tensor]:
         if self._parameters is None or self._parameters[0] != case.weights:
             self._parameters = None  # free the old ones before the new ones are made
-            self._parameters = case.weights, make_parameters(case, self.device, self.ranks.rank)
+            self._parameters = case.weights, make_parameters(case, self.device, self.ranks.ep_rank)
         return self._parameters[1]
 
     def inputs(self, case: Case) -> Inputs:

@@ -16,7 +16,8 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from moebench.measure.samplers import Stage
-from moebench.parity.judge import ParityVerdict, stacked_grads
+from moebench.parity.judge import ParityVerdict
+from moebench.parity.passes import grads_of, micro_batches, step
 from moebench.parity.reference import Tensors
 from moebench.workload.inputs import Inputs, redraw, route
 from moebench.workload.ranks import Ranks, is_dtensor
@@ -43,26 +44,35 @@ class NoSpeed(Exception):
 
 
 class Call:
-    """The call that is timed and whose memory is measured: forward and, in mode train, the backward of its output."""
+    """The call that is timed and whose memory is measured: forward and, in mode train, the backward of its output.
 
-    def __init__(self, module: nn.Module, inputs: Inputs, mode: str) -> None:
+    With several micro-batches, the call is a step: forward and backward of each micro-batch in turn.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Inputs, mode: str, num_micro_batches: int = 1) -> None:
         self.inputs = inputs
         self._module, self._train = module, mode == "train"
         self._parameters = tuple(module.parameters())
-        self._x_TD = inputs.x_TD.detach().requires_grad_(self._train)
-        self._weights_TK = inputs.weights_TK.detach().requires_grad_(self._train)
+        self._batches = micro_batches(inputs, num_micro_batches, self._train)
         self._output_TD: Tensor | None = None
 
     @property
+    def is_step(self) -> bool:
+        """Whether the call is a step of several micro-batches, whose backward is no stage of its own."""
+        return len(self._batches) > 1
+
+    @property
     def stages(self) -> list[Stage]:
-        return [self.forward, self.backward] if self._train else [self.forward]
+        return [self.forward, self.backward] if self._train and not self.is_step else [self.forward]
 
     def forward(self) -> Tensor:
-        inputs = self.inputs
+        """Run forward, or the whole step, and return the output."""
+        if self.is_step:
+            self._output_TD = step(self._module, self._batches)
+            return self._output_TD
         with torch.set_grad_enabled(self._train):
-            output: Tensor = self._module(self._x_TD, inputs.token_mask_T, self._weights_TK, inputs.indices_TK)
-        self._output_TD = output
-        return output
+            self._output_TD = self._batches[0].forward(self._module)
+        return self._output_TD
 
     def backward(self, output_TD: Tensor | None = None) -> None:
         output_TD = self._output_TD if output_TD is None else output_TD
@@ -72,17 +82,15 @@ class Call:
     def clear(self) -> None:
         """Drop the last call's output and gradients, so that the next backward does not add to these gradients."""
         self._output_TD = None
-        self._x_TD.grad = self._weights_TK.grad = None
+        for batch in self._batches:
+            batch.x_TD.grad = batch.weights_TK.grad = None
         self._module.zero_grad(set_to_none=True)
 
     def result(self) -> Tensors:
-        """Return the tensors of the last call by name, as `moebench.parity.judge.run_pass` names them."""
+        """Return the tensors of the last call by name, as `moebench.parity.passes.run_pass` names them."""
         assert self._output_TD is not None
         output = {"output": self._output_TD.detach()}
-        if not self._train:
-            return output
-        grads = {"x": self._x_TD.grad, "weights": self._weights_TK.grad, **stacked_grads(self._module)}
-        return output | {f"{name}.grad": grad for name, grad in grads.items() if grad is not None}
+        return output | grads_of(self._module, self._batches) if self._train else output
 
     def complaint(self) -> str | None:
         """Return why the last call may not have computed its tensors yet, or None if nothing speaks for it.
@@ -92,7 +100,8 @@ class Call:
         """
         if type(self._output_TD) is not Tensor:
             return _of_subclass("output", self._output_TD)
-        for grad in (self._x_TD.grad, self._weights_TK.grad, *(parameter.grad for parameter in self._parameters)):
+        leaves = [leaf for batch in self._batches for leaf in (batch.x_TD, batch.weights_TK)]
+        for grad in (leaf.grad for leaf in (*leaves, *self._parameters)):
             if grad is not None and type(grad) is not Tensor and not is_dtensor(grad):
                 return _of_subclass("a gradient", grad)
         functions = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]

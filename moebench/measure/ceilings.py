@@ -16,9 +16,8 @@ from moebench.measure import timing
 from moebench.measure.timing import TimingPolicy
 from moebench.workload.backends import collective_of
 from moebench.workload.case import Case
-from moebench.workload.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 from moebench.workload.inputs import Inputs
-from moebench.workload.ranks import ALONE, Ranks
+from moebench.workload.ranks import ALONE, Ranks, all_gather_rows, all_to_all_rows, reduce_scatter_rows
 
 #: Precise enough for a bound, and cheap: all backends of a case share one measurement.
 INTERVAL_TARGET, TIME_CAP_S = 0.01, 0.15
@@ -82,6 +81,7 @@ def work_of(
     """Return the rows that this rank's experts get, sorted by expert."""
     up_LDF, down_LID = parameters["gate_and_up_projs"], parameters["down_projs"]
     n_local_experts = up_LDF.shape[0]
+    ranks = ranks.sharing
     local_RK = ranks.rows(inputs.active_indices_TK) - ranks.rank * n_local_experts
     expert_N = torch.where((local_RK >= 0) & (local_RK < n_local_experts), local_RK, n_local_experts).flatten()
     counts = expert_N.bincount(minlength=n_local_experts + 1)[:n_local_experts]
@@ -115,7 +115,7 @@ def measure_ceilings(
     dense = (_dense_fp8 if fp8 else _dense)(work) if work.rows_ND.shape[0] else None
     grouped = _grouped(work) if work.rows_ND.shape[0] else None
     dense_ms, grouped_ms = (_slowest_ms(products, device, cold, ranks) for products in (dense, grouped))
-    collective = _collective(work.case, inputs, dispatcher, ranks)
+    collective = _collective(work.case, inputs, dispatcher, ranks.sharing)
     return Ceilings(
         dense_ms=dense_ms,
         grouped_ms=grouped_ms,

@@ -8,6 +8,7 @@ A backend runs in the process that measures it. It can still change this process
 import inspect
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +48,32 @@ def wait_for(event: torch.cuda.Event) -> None:
 def is_past(event: torch.cuda.Event) -> bool:
     """Whether the GPU has passed the event."""
     return bool(_is_past(event))
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has done its work. A CPU always has."""
+    if device.type == "cuda":
+        synchronize(device)
+
+
+class Phases:
+    """The wall-clock seconds of a job's parts, by the name of their column. A part inside another counts once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._inside_s = 0.0
+        self.spent_s: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        started, before_s, self._inside_s = perf_counter(), self._inside_s, 0.0
+        try:
+            yield
+        finally:
+            finish(self._device)
+            whole_s = perf_counter() - started
+            self.spent_s[name] = self.spent_s.get(name, 0.0) + whole_s - self._inside_s
+            self._inside_s = before_s + whole_s
 
 
 def replaced() -> tuple[str, ...]:

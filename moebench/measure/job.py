@@ -1,8 +1,6 @@
 """Measure one job in this process: build, check and time a backend, measure its memory, return the record's fields."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +18,13 @@ from moebench.measure.subject import Measured, Subject, backend_of, make_subject
 from moebench.measure.timing import Timing, TimingPolicy
 from moebench.measure.trials import examine
 from moebench.parity.adapters import flops, lora_of
-from moebench.parity.judge import ParityVerdict, Unfit, are_identical, run_pass
+from moebench.parity.judge import ParityVerdict, Unfit, are_identical
+from moebench.parity.passes import run_pass
 from moebench.parity.reference import Tensors
 from moebench.results.record import IMPOSSIBLE, Status
 from moebench.results.stats import MIN_SAMPLES
 from moebench.workload.case import Job
+from moebench.workload.context import PLAIN
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import Ranks
 
@@ -66,26 +66,6 @@ def _without_speed(measured: Measured, detail: str) -> Measured:
     return kept | {"status": Status.mismatch, "detail": detail}
 
 
-class _Phases:
-    """The wall-clock seconds of a job's parts, by the name of their column. A part inside another counts once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._inside_s = 0.0
-        self.spent_s: Measured = {}
-
-    @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        started, before_s, self._inside_s = clock.perf_counter(), self._inside_s, 0.0
-        try:
-            yield
-        finally:
-            _synchronize(self._device)
-            whole_s = clock.perf_counter() - started
-            self.spent_s[name] = self.spent_s.get(name, 0.0) + whole_s - self._inside_s
-            self._inside_s = before_s + whole_s
-
-
 @dataclass(frozen=True)
 class _Timed:
     """The times of a call, and the ceilings that they were compared with."""
@@ -105,7 +85,7 @@ class _Job:
         self.replay = workload.begin(job)
         self.policy = policy.sampling_each(self.replay.steps if self.replay else ())
         self.device, self.ranks = workload.device, workload.ranks
-        self.phases = _Phases(workload.device)
+        self.phases = clock.Phases(workload.device)
 
     def measure(self) -> Measured:
         """Return the fields of the record. Raises Unsupported, and all errors of the backend."""
@@ -121,7 +101,7 @@ class _Job:
         started = clock.perf_counter()
         subject.settle(handed)
         passes = [subject.run(handed)]
-        _synchronize(self.device)
+        clock.finish(self.device)
         measured: Measured = {"warmup_ms": (clock.perf_counter() - started) * 1e3}
         held_bytes = held.bytes_beside(subject.module, passes[0].values())
         pass_bytes = sum(tensor.nbytes for tensor in passes[0].values())
@@ -171,13 +151,14 @@ class _Job:
     ) -> Measured:
         """Return the fields of a right backend. Raises NoSpeed if its times must not be believed."""
         case, device, ranks = self.case, self.device, self.ranks
-        call = Call(subject.module, handed, case.mode)
+        call = Call(subject.module, handed, case.mode, case.surroundings.num_micro_batches)
         ran = executed(call.forward, device)
         call.clear()
-        weighed = memory.measure_memory(call.forward, call.backward if case.mode == "train" else None, device)
-        call.clear()
-        fits = _fit(DRAWN * pass_bytes + weighed.peak_bytes, device, ranks)
+        weighed = self._weigh(call, subject)
+        fits = _fit(DRAWN * pass_bytes + (weighed.peak_bytes or 0), device, ranks)
         samples = Samples(call, subject.inputs, lambda *given: self._judge(subject, *given), ranks, fits, self.replay)
+        if subject.graphs is not None:
+            subject.graphs.end_warm_calls()
         timed = self._time(call, samples, bounds, subject)
         parts = breakdown(subject.module, call.forward, device, ranks, samples.prepare, timed.timing.hidden_ms)
         call.clear()
@@ -187,9 +168,28 @@ class _Job:
             "executed": ran,
             **memory.largest(weighed, held_bytes, ranks),
             **parts,
+            **self._compiler(subject),
             "l2": ("cold" if self.policy.cold_l2 else "warm") if device.type == "cuda" else None,
             **self._speed(timed, flops(case, subject.lora)),
         }
+
+    def _weigh(self, call: Call, subject: Subject) -> memory.Memory:
+        """Return the memory of a call. Nobody counts the memory that compiled code takes on a CPU."""
+        if subject.graphs is not None and self.device.type == "cpu":
+            return memory.Memory(None, None)
+        weighed = memory.measure_memory(call.forward, call.backward if len(call.stages) > 1 else None, self.device)
+        call.clear()
+        return weighed
+
+    def _compiler(self, subject: Subject) -> Measured:
+        """Return the columns about the compiler, after a call with one token less. Raises NoSpeed if it is wrong."""
+        if subject.graphs is None:
+            return {}
+        shorter = subject.inputs.without_last()
+        verdict = self._judge(subject, [subject.pass_on(shorter.clone())], shorter)
+        if not verdict.passed:
+            raise NoSpeed(f"{verdict.worst}, in a call with one token less", verdict)
+        return subject.graphs.columns
 
     def _time(self, call: Call, samples: Samples, bounds: Ceilings, subject: Subject) -> _Timed:
         """Time the call. If the time is impossibly short, measure the ceilings and the time again.
@@ -231,10 +231,15 @@ class _Job:
     def _graph_time_ms(self, call: Call, samples: Samples, timed: Timing) -> float | None:
         """Return the milliseconds of a replay of the call in a CUDA graph. All ranks return the same.
 
-        The result is None on a CPU, where memory is short, for a call that synchronises or cannot be captured on a
-        rank, and for a graph with wrong results.
+        The result is None on a CPU, outside of the context `plain`, where memory is short, for a call that synchronises
+        or cannot be captured on a rank, and for a graph with wrong results.
         """
-        if self.device.type != "cuda" or not samples.fits or any(self.ranks.tell("synchronises" in timed.flags)):
+        if (
+            self.case.context != PLAIN
+            or self.device.type != "cuda"
+            or not samples.fits
+            or any(self.ranks.tell("synchronises" in timed.flags))
+        ):
             return None
         shorter = dataclasses.replace(self.policy, time_cap_s=GRAPH_SHARE * self.policy.time_cap_s)
         with captured(call.stages, call.clear, self.device, self.ranks) as replay:
@@ -270,7 +275,7 @@ class _Job:
             "converged": found.converged,
             "host_time_ms": found.host_time_ms,
             "graph_time_ms": timed.graph_time_ms,
-            "backward_ms": found.stage_ms[1] if self.case.mode == "train" else None,
+            "backward_ms": found.stage_ms[1] if len(found.stage_ms) > 1 else None,
             "skew_ms": found.skew_ms,
             "num_samples": len(found.samples_ms),
             "samples_ms": found.samples_ms,
@@ -293,8 +298,3 @@ def _fit(num_bytes: int, device: torch.device, ranks: Ranks) -> bool:
         return True
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return all(ranks.tell(num_bytes < free))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        clock.synchronize(device)

@@ -38,7 +38,7 @@ class Memory:
     system does not tell.
     """
 
-    peak_bytes: int
+    peak_bytes: int | None
     saved_bytes: int | None
     reserved_bytes: int | None = None
     outside_bytes: int | None = None

@@ -51,9 +51,10 @@ def told(text: object, most: int = TEXT_CHARS) -> str:
 class WorkList(BaseModel):
     """The jobs that a worker must measure, and their round.
 
-    If `jobs` is empty, the supervisor adds jobs later. `backends` are the backends of all jobs. `are_checks` is true if
-    all jobs are checks, and false if no job is a check. If `experts_folder` is not None, the package `experts` must be
-    imported from that folder. If `traces` is not None, each job writes a profiler trace to that folder.
+    If `jobs` is empty, the supervisor adds jobs later. `backends` are the backends of all jobs, and `dp_size` is the
+    same for all jobs. `are_checks` is true if all jobs are checks, and false if no job is a check. If `experts_folder`
+    is not None, the package `experts` must be imported from that folder. If `traces` is not None, each job writes a
+    profiler trace to that folder.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,6 +65,7 @@ class WorkList(BaseModel):
     backends: tuple[str, ...] = ()
     are_checks: bool = False
     round: int = 0
+    dp_size: int = 1
     experts_folder: Path | None = None
     traces: Path | None = None
 

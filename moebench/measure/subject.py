@@ -1,7 +1,7 @@
 """Build a backend for one case, run the backend's passes, and compare the passes with the reference."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,13 +10,17 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from experts import Unsupported
 from moebench.measure.cache import Workload
+from moebench.measure.context.compiled import Graphs
+from moebench.measure.context.layer import LayerInContext, in_context
 from moebench.measure.protocol import told
 from moebench.parity.adapters import Lora, lora_of, make_adapters
-from moebench.parity.judge import ParityVerdict, check, run_pass
+from moebench.parity.judge import ParityVerdict, TensorError, check
+from moebench.parity.passes import run_pass
 from moebench.parity.poison import poisoned
 from moebench.parity.reference import Tensors
 from moebench.results.record import Status
 from moebench.workload.case import Case, Job
+from moebench.workload.context import PLAIN
 from moebench.workload.driven import Backend, get_backend
 from moebench.workload.inputs import Inputs, moe_config
 from moebench.workload.ranks import Ranks, sharded
@@ -46,16 +50,45 @@ class Subject:
     lora: Lora | None
     device: torch.device
     ranks: Ranks
+    #: What backward computed again in the passes of `run`: errors of its rows, and outputs that differ from forward's.
+    again: list[TensorError] = field(default_factory=list)
+    outputs_again: list[Tensor] = field(default_factory=list)
 
     def settle(self, handed: Inputs) -> None:
         """Run the passes that the backend's recipe needs before its passes can be checked."""
         for _ in range(SETTLING_PASSES.get(self.fp8 or "", 0)):
             run_pass(self.module, handed, "train")
 
+    @property
+    def graphs(self) -> Graphs | None:
+        """The compiler's counts; None if the layer is not compiled."""
+        return self.module.graphs if isinstance(self.module, LayerInContext) else None
+
     def run(self, handed: Inputs) -> Tensors:
-        """Run one pass in poisoned memory. The backend may write into `handed`, so pass a clone."""
+        """Run one pass in poisoned memory. The backend may write into `handed`, so pass a clone.
+
+        A compiled layer has its memory as it is: on a CPU, poisoned memory is a mode of torch, for which torch would
+        compile the layer anew.
+        """
+        if not isinstance(self.module, LayerInContext):
+            return self._pass(handed)
+        watch = self.module.watch
+        with watch.on():
+            tensors = self._pass(handed) if self.graphs is None else self.pass_on(handed)
+        if self.graphs is not None:
+            self.graphs.end_pass()
+        self.again.extend(watch.errors())
+        if outputs := watch.outputs_again():
+            self.outputs_again.append(torch.cat(outputs))
+        return tensors
+
+    def pass_on(self, handed: Inputs) -> Tensors:
+        """Run one pass. The backend may write into `handed`."""
+        return run_pass(self.module, handed, self.case.mode, self.case.surroundings.num_micro_batches)
+
+    def _pass(self, handed: Inputs) -> Tensors:
         with poisoned(self.device):
-            return run_pass(self.module, handed, self.case.mode)
+            return self.pass_on(handed)
 
     def judge(
         self,
@@ -66,17 +99,22 @@ class Subject:
     ) -> ParityVerdict:
         """Compare passes with the reference, and return the verdict.
 
-        If the passes did not use the subject's own inputs, parameters or case, the arguments say what they used.
+        If the passes did not use the subject's own inputs, parameters or case, the arguments say what they used. What
+        backward computed again in the passes of `run` since the last verdict is judged as well.
         """
-        return check(
-            case or self.case,
-            inputs or self.inputs,
-            parameters or self.parameters,
-            passes,
-            self.fp8,
-            self.ranks,
-            lora_scale=0.0 if self.lora is None else self.lora.scale,
-        )
+        parameters, fp8, ranks = parameters or self.parameters, self.fp8, self.ranks
+        scale = 0.0 if self.lora is None else self.lora.scale
+        found = check(case or self.case, inputs or self.inputs, parameters, passes, fp8, ranks, lora_scale=scale)
+        errors = [*found.tensor_errors, *(error for rank in ranks.tell(self.again) for error in rank)]
+        outputs = [{"output": output} for output in self.outputs_again]
+        if any(ranks.tell(len(outputs))):  # on a rank without different outputs, its pass has the right ones
+            forward = self.case.model_copy(update={"mode": "forward", "context": PLAIN})
+            outputs = (outputs or [{"output": passes[0]["output"]}])[:1]
+            again = check(forward, self.inputs, self.parameters, outputs, fp8, ranks, lora_scale=scale).tensor_errors
+            errors += [replace(one, tensor="recomputed output") for one in again]
+        self.again.clear()
+        self.outputs_again.clear()
+        return ParityVerdict(tuple(errors))
 
 
 def backend_of(job: Job, workload: Workload) -> Backend:
@@ -98,7 +136,8 @@ def make_subject(backend: Backend, job: Job, workload: Workload) -> Subject:
     inputs, parameters, lora = workload.inputs(job.case), workload.parameters(job.case), lora_of(backend)
     if lora is not None:
         parameters = parameters | make_adapters(job.case, lora, parameters, workload.ranks.rank)
-    module = _build(backend, job.case, _dispatcher(job, workload), parameters, workload)
+    layer = _build(backend, job.case, _dispatcher(job, workload), parameters, workload)
+    module = in_context(layer, job.case, workload.device, workload.ranks)
     return Subject(job.case, module, inputs, parameters, backend.fp8, lora, workload.device, workload.ranks)
 
 

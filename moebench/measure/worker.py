@@ -1,9 +1,9 @@
 """Run a worker process, in which untrusted code runs: it measures the jobs that its supervisor gives it, one by one.
 
     python -m moebench.measure.worker --jobs FILE --events FILE [--device cpu|cuda|cuda:N]
-    torchrun --nproc-per-node EP_SIZE -m moebench.measure.worker …
+    torchrun --nproc-per-node RANKS -m moebench.measure.worker …
 
-A job with `ep_size` above 1 needs as many ranks, on one machine or on several (`torchrun --nnodes`).
+A job of several ranks needs as many processes, on one machine or on several (`torchrun --nnodes`).
 
 The jobs file has a `WorkList` in its first line. Then it has one `Job` per line, as the supervisor hands them out.
 The worker appends events to the events file, one JSON object per line:
@@ -130,7 +130,9 @@ def work(work_list: WorkList, events: Events, device: torch.device, jobs: Iterab
             _tell_unsupported(work_list, jobs, events, described.env_id)
             return
         torch.cuda.set_device(device)
-    ranks = join(device, 2 * work_list.policy.timeout_s)  # the supervisor ends ranks that wait for one that hangs
+    ranks = join(
+        device, 2 * work_list.policy.timeout_s, work_list.dp_size
+    )  # the supervisor ends ranks that wait for one that hangs
     _measure_all(jobs, work_list, events, Workload(device, ranks), described)
     leave(ranks)
 
@@ -220,7 +222,9 @@ def _tell_unsupported(work_list: WorkList, jobs: Iterable[Job], events: Events, 
         if os.environ["RANK"] != "0":
             continue
         events.emit("start", number=number)
-        detail = f"ep_size = {job.case.ep_size} needs one GPU per rank, this run has {torch.cuda.device_count()}"
+        dp = f", dp_size = {job.case.dp_size}" if job.case.dp_size > 1 else ""
+        has = f"this run has {torch.cuda.device_count()}"
+        detail = f"ep_size = {job.case.ep_size}{dp} needs one GPU per rank, {has}"
         ids: dict[str, Any] = {"run_id": work_list.run_id, "env_id": env_id, "round": work_list.round}
         row = record(job, Status.unsupported, detail=detail, device="cuda", **ids)
         events.emit("record", number=number, record=json.loads(row.to_json()))

@@ -19,14 +19,14 @@ comparison by expert comes out at one rounding unit of E4M3, 1/16.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moebench.parity.adapters import ADAPTER_NAMES, trained
-from moebench.parity.oracle import PARAMETER_NAMES, wide
+from moebench.parity.adapters import trained
+from moebench.parity.oracle import wide
 from moebench.parity.quantization import fp8_product
 from moebench.parity.reference import GroupErrors, Tensors, group_errors
 from moebench.parity.rounding import REFERENCE_ROUNDS
@@ -96,38 +96,6 @@ class ParityVerdict:
         ascending = sorted(self.tensor_errors, key=lambda one: one.over_budget)
         worst = {one.tensor: one.over_budget for one in ascending}
         return {one.tensor: worst[one.tensor] for one in self.tensor_errors}
-
-
-def run_pass(module: nn.Module, inputs: Inputs, mode: str) -> Tensors:
-    """Run one pass of a backend (forward and, in mode train, backward), and return its tensors by name.
-
-    The tensor `output` is always there. In mode train, the dict also has the gradients `x.grad`, `weights.grad` and
-    `<parameter>.grad`. If the backend leaves a gradient None, its name is absent.
-    """
-    arguments = inputs.token_mask_T, inputs.indices_TK
-    if mode == "forward":
-        with torch.no_grad():
-            return {"output": module(inputs.x_TD, arguments[0], inputs.weights_TK, arguments[1])}
-    x_TD = inputs.x_TD.detach().requires_grad_()
-    weights_TK = inputs.weights_TK.detach().requires_grad_()
-    module.zero_grad(set_to_none=True)
-    output = module(x_TD, arguments[0], weights_TK, arguments[1])
-    output.backward(inputs.grad_TD)
-    grads = {"x": x_TD.grad, "weights": weights_TK.grad, **stacked_grads(module)}
-    module.zero_grad(set_to_none=True)
-    return {"output": output.detach(), **{f"{name}.grad": grad for name, grad in grads.items() if grad is not None}}
-
-
-def stacked_grads(module: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients of the module's local experts, stacked by expert.
-
-    They come from the module's method `stacked_grads` if it has one, else from its parameters of the usual names.
-    """
-    own: Callable[[], dict[str, Tensor]] | None = getattr(module, "stacked_grads", None)
-    if own is not None:
-        return own()
-    parameters = {name: getattr(module, name, None) for name in (*PARAMETER_NAMES, *ADAPTER_NAMES)}
-    return {name: p.grad for name, p in parameters.items() if p is not None and p.grad is not None}
 
 
 class Unfit(Exception):
@@ -254,9 +222,15 @@ def _malformed(
         found = tensors.get(name)
         if found is None:
             yield TensorError(name, "is None", math.inf, 1.0)
-        elif found.shape != like.shape or found.dtype != like.dtype:
-            what = f"is {found.dtype} {list(found.shape)} instead of {like.dtype} {list(like.shape)}"
+        elif found.shape != like.shape or found.dtype != (dtype := _stored(case, name, like)):
+            what = f"is {found.dtype} {list(found.shape)} instead of {dtype} {list(like.shape)}"
             yield TensorError(name, what, math.inf, 1.0)
+
+
+def _stored(case: Case, name: str, like: Tensor) -> torch.dtype:
+    """Return the dtype of a pass's tensor: its own, and at least float32 for what micro-batches add up."""
+    is_sum = case.surroundings.num_micro_batches > 1 and name not in ("output", "x.grad", "weights.grad")
+    return wide(like.dtype) if is_sum else like.dtype
 
 
 def _ratios(errors: Tensor, scale: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class _Run:
     ) -> None:
         self.case, self.inputs, self.parameters, self.ranks = case, inputs, parameters, ranks
         num_local, dim, width = parameters["gate_and_up_projs"].shape
-        first = ranks.rank * num_local
+        first = ranks.ep_rank * num_local
         by_itself = product is not torch.matmul  # FP8 scales the tensors of each expert by themselves
         self.batches = list(batches(inputs.active_indices_TK, first, num_local, 2 * dim * width, by_itself))
         num_perturbed = PERTURBED_RUNS if len(self.batches) <= 1 else 2

@@ -7,6 +7,7 @@ import pandas as pd
 from moebench.errors import ResultsError
 from moebench.results.labels import CASE_ORDER
 from moebench.workload.case import KEY, Case
+from moebench.workload.context import PLAIN
 
 #: Measures that have one column for each result: `time_ms:NAME`.
 MEASURES = ("status", "time_ms", "busy_ms", "tokens_per_s", "peak_memory_bytes", "saved_memory_bytes", "parity_worst")
@@ -59,6 +60,45 @@ def compare(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             ratio = (over / under.where(under != 0)).astype("float64")
             together[f"{measure}_ratio:{name}"] = ratio.where(alike.fillna(False).astype(bool))
     return together.reset_index()
+
+
+#: What a context changes, and the column of the ratio to plain.
+BESIDE_PLAIN = {
+    "time_ms": "time_of_plain",
+    "peak_memory_bytes": "peak_of_plain",
+    "saved_memory_bytes": "saved_of_plain",
+}
+#: Two rows with equal values here differ in nothing but the context, and the data-parallel ranks that it needs.
+_BUT_CONTEXT = (
+    "run_id",
+    "backend",
+    "dispatcher",
+    *(name for name in _CASE_COLUMNS if name not in ("context", "dp_size")),
+)
+
+
+def beside_plain(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of each context beside those of `plain`: of the same backend, on a case that is else the same.
+
+    The rows have status `ok`. Contexts without such a row of `plain` are left out. Rows are sorted by case, then by
+    backend and dispatcher; `plain` comes first. The columns are those of `frame` and of `BESIDE_PLAIN`: the row's time,
+    peak memory and saved memory, divided by those of plain. A ratio is null where one of the two values is.
+    """
+    timed = frame[frame["time_ms"].notna()].reset_index(drop=True)
+    key = timed[list(_BUT_CONTEXT)].astype(object).where(timed[list(_BUT_CONTEXT)].notna(), None)
+    keys = pd.Series(list(map(tuple, key.to_numpy())), dtype=object)
+    is_plain = timed["context"] == PLAIN
+    rows_of_plain = dict(zip(keys[is_plain], timed.index[is_plain], strict=True))
+    places = keys.map(rows_of_plain)
+    has_both = keys.isin(set(keys[~is_plain])) & places.notna()
+    rows, plain = timed[has_both], timed.loc[places[has_both].astype(int)].set_axis(timed.index[has_both])
+    for name, ratio in BESIDE_PLAIN.items():
+        over, under = rows[name].astype("Float64"), plain[name].astype("Float64")
+        rows = rows.assign(**{ratio: (over / under.where(under != 0)).astype("float64")})
+    order = [name for name in CASE_ORDER if name not in ("context", "dp_size", "case_id")]
+    rows = rows.assign(is_context=rows["context"] != PLAIN)
+    by = ["run_id", *order, "backend", "dispatcher", "is_context", "context", "dp_size"]
+    return rows.sort_values(by, kind="stable", ignore_index=True).drop(columns="is_context")
 
 
 def num_common(frames: Mapping[str, pd.DataFrame]) -> dict[str, int]:

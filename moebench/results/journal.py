@@ -5,7 +5,6 @@ import logging
 import os
 import reprlib
 import shlex
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,9 +37,8 @@ class Journal:
         self.num_restored = 0
 
     def append(self, row: Record) -> None:
-        """Write the record's line. Raises OSError if it cannot be written, and RunnerError as `keep` does."""
+        """Write the record's line. Raises an OSError in `CANNOT_WRITE`, and RunnerError as `keep` does."""
         self.keep()
-        first = self._held is None
         if self._held is None:
             self._held = bytearray(content_of(self._place) or b"")
         line = row.to_json().encode() + b"\n"
@@ -49,7 +47,7 @@ class Journal:
         try:
             self._add(line)
         except OSError as error:
-            if first or error.errno in CANNOT_WRITE:
+            if error.errno in CANNOT_WRITE:
                 raise
             self._seen = None
         self._held += line
@@ -64,12 +62,11 @@ class Journal:
         """
         file = os.open(self._place, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
         with os.fdopen(file, "ab") as opened:
-            before = os.fstat(file)
-            known = _identity(before) == self._seen
-            if known or (self._seen is None and stat.S_ISREG(before.st_mode)):
+            is_known = _identity(os.fstat(file)) == self._seen
+            if is_known or self._seen is None:
                 opened.write(line)
                 opened.flush()
-            self._seen = _identity(os.fstat(file)) if known else None
+            self._seen = _identity(os.fstat(file)) if is_known else None
 
     def keep(self) -> None:
         """Write the file again if it is no longer what `append` wrote. Raises RunnerError if this is not possible."""

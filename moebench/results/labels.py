@@ -126,6 +126,8 @@ _TEXTS = {
     "apply_router_weight_after_down": "weight after down",
     "masked_share": "{:.0%} masked",
     "ep_size": "EP {}",
+    "context": "{}",
+    "dp_size": "DP {}",
     "seed": "seed {}",
 }
 

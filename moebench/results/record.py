@@ -172,7 +172,25 @@ class _Parity(BaseModel):
     ] = None
 
 
-class Record(_Parity, Measured, _Outcome, CaseFields, _Named):
+_NOT_COMPILED = "without `compile` in the context; unless ok"
+
+
+class _Compiled(BaseModel):
+    """The columns about the context `compile`."""
+
+    compiled_graphs: Annotated[
+        Count | None, Column(Rounds.WORST, "graphs that `torch.compile` made in the first pass", "", _NOT_COMPILED)
+    ] = None
+    graph_breaks: Annotated[
+        Count | None, Column(Rounds.WORST, "places where it went back to Python in that pass", "", _NOT_COMPILED)
+    ] = None
+    recompiled_graphs: Annotated[
+        Count | None,
+        Column(Rounds.WORST, "graphs that it made in timed calls, and for one token less", "", _NOT_COMPILED),
+    ] = None
+
+
+class Record(_Compiled, _Parity, Measured, _Outcome, CaseFields, _Named):
     """One row of results: a job, how it ended, and its measured values. A value that was not measured is None, not 0.
 
     The columns are in this order: the fields of the base classes, the last base class first, and then the fields below.

@@ -50,7 +50,7 @@ def importing_from(experts_folder: Path) -> dict[str, str]:
 def shuffled(jobs: Iterable[Job], run_id: str, number: int) -> tuple[Job, ...]:
     """Return the jobs of one round in a random order that depends only on the run's id and the round's number.
 
-    Jobs of one EP size stay together, in ascending order of the EP size. Within one EP size, the cases with the same
+    Jobs of as many processes stay together, those of few processes first. Within them, the cases with the same
     weights stay together, so that a worker makes the weights once. The order is random among these groups, among the
     cases of a group, and among the backends of a case.
     """
@@ -71,4 +71,4 @@ def shuffled(jobs: Iterable[Job], run_id: str, number: int) -> tuple[Job, ...]:
         for of_case in grouped(of_weights, lambda job: job.case)
         for (job,) in grouped(of_case, lambda job: job.key)
     )
-    return tuple(sorted(in_turn, key=lambda job: job.case.ep_size))
+    return tuple(sorted(in_turn, key=lambda job: job.case.processes))

@@ -29,6 +29,7 @@ from moebench.run.plan import Plan, new_run_id
 from moebench.run.stop import Stop
 from moebench.run.supervisor import WorkerProcess
 from moebench.workload.case import Job
+from moebench.workload.context import Processes
 
 __all__ = ["Outcome", "Plan", "Refused", "RunnerError", "execute", "new_run_id", "writing_to"]
 
@@ -68,8 +69,8 @@ def execute(
         for plan in plans:
             with writing_to(plan.folder):
                 (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
-                for ep_size in sorted({job.case.ep_size for job in plan.jobs}):
-                    _Crew(plan, ep_size, run).work()
+                for processes in sorted({job.case.processes for job in plan.jobs}):
+                    _Crew(plan, processes, run).work()
     return run.outcome
 
 
@@ -159,21 +160,21 @@ def _file_of(environment: Environment, folder: Path) -> Path:
 
 @dataclass
 class _Crew:
-    """The workers of one plan for the jobs of one EP size, one worker at each place.
+    """The workers of one plan for the jobs of as many processes, one worker at each place.
 
     `due` has what is left of the case that a place measures, in parts, each for one worker.
     """
 
     plan: Plan
-    ep_size: int
+    processes: Processes
     run: Run
     workers: dict[int, WorkerProcess] = field(default_factory=dict)  # by the number of their place
     due: dict[int, list[tuple[Job, ...]]] = field(default_factory=dict)  # by the number of the place
     met: bool = False
 
     def __post_init__(self) -> None:
-        self.backlog = Backlog(job for job in self.plan.jobs if job.case.ep_size == self.ep_size)
-        self.places = dict(enumerate(places(self.plan.slots, self.ep_size)))
+        self.backlog = Backlog(job for job in self.plan.jobs if job.case.processes == self.processes)
+        self.places = dict(enumerate(places(self.plan.slots, self.processes.num_ranks)))
 
     def work(self) -> None:
         """Look at every place in turn until no job is left or the run should end. Then end the workers."""
@@ -228,7 +229,7 @@ class _Crew:
         has_work = bool(len(self.backlog) or self.due.get(number))
         if place is None or self.run.stop() or not has_work or (self.workers and not self.met):
             return False
-        self.workers[number] = WorkerProcess(self.plan, place, self.ep_size, len(self.places))
+        self.workers[number] = WorkerProcess(self.plan, place, self.processes, len(self.places))
         return True
 
     def _meet(self, environment: Environment) -> None:

@@ -39,6 +39,7 @@ from moebench.run.backlog import own_backend
 from moebench.run.plan import Plan, importing_from
 from moebench.run.processes import Ranks, kernel_kills, kill_all, tail, unused_name
 from moebench.workload.case import CaseFields, Job, Weights
+from moebench.workload.context import Processes
 
 #: A worker that has not reported `ready` within this time counts as failed: importing torch and opening a GPU take
 #: seconds.
@@ -56,8 +57,9 @@ class WorkerProcess:
     true once the worker can take no more jobs. `end` ends the worker and all processes that it started.
     """
 
-    def __init__(self, plan: Plan, place: Place, num_ranks: int, at_once: int) -> None:
-        self._plan, self._place, self._num_ranks, self._at_once = plan, place, num_ranks, at_once
+    def __init__(self, plan: Plan, place: Place, processes: Processes, at_once: int) -> None:
+        self._plan, self._place, self._at_once = plan, place, at_once
+        self._num_ranks, self._dp_size = processes
         self.environment: Environment | None = None
         self.over = False
         self._given: list[Job] = []
@@ -86,6 +88,7 @@ class WorkerProcess:
             backends=tuple(dict.fromkeys(job.backend for job in plan.jobs)),
             are_checks=any(job.check for job in plan.jobs),
             round=plan.round,
+            dp_size=self._dp_size,
             experts_folder=plan.experts_folder and plan.experts_folder.resolve(),
             traces=plan.folder.resolve() / "traces" if plan.profile else None,
         )

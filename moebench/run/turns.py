@@ -51,12 +51,12 @@ class _Turns:
         """Measure every job in all plans that have it, then end the workers."""
         draw = random.Random(f"{self.plans[0].run_id} {self.plans[0].round}")
         jobs = dict.fromkeys(job for plan in self.plans for job in plan.jobs)
-        ep_size = 0
+        processes = None
         try:
-            for job in sorted(jobs, key=lambda job: job.case.ep_size):
-                if job.case.ep_size != ep_size:
+            for job in sorted(jobs, key=lambda job: job.case.processes):
+                if job.case.processes != processes:
                     self._end_all()  # a worker has as many ranks as its jobs
-                    ep_size = job.case.ep_size
+                    processes = job.case.processes
                 have_it = [number for number, plan in enumerate(self.plans) if job in plan.jobs]
                 for number in draw.sample(have_it, len(have_it)):
                     if self.run.stop():
@@ -83,8 +83,8 @@ class _Turns:
                 return
 
     def _start(self, number: int, job: Job) -> WorkerProcess:
-        place = places(self.plans[number].slots, job.case.ep_size)[0]
-        self.workers[number] = WorkerProcess(self.plans[number], place, job.case.ep_size, at_once=1)
+        place = places(self.plans[number].slots, job.case.processes.num_ranks)[0]
+        self.workers[number] = WorkerProcess(self.plans[number], place, job.case.processes, at_once=1)
         return self.workers[number]
 
     def _hear(self, number: int, worker: WorkerProcess) -> None:

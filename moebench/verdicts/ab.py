@@ -78,13 +78,13 @@ class AbPlan:
         """Return the plans of the four processes of round `number`, in random order.
 
         Each process writes its records under a round number of its own. `looks.block_of` turns that number back into
-        `number`. The processes use only as many GPUs as the largest EP size needs, so that all processes measure on the
-        same GPUs.
+        `number`. The processes use only as many GPUs as the job with most ranks needs, so that all processes
+        measure on the same GPUs.
         """
         both, (folder_a, folder_b) = set(jobs), self.folders
         alone_a, alone_b = (self.only_a, self.only_b) if number == 0 else ((), ())  # nothing to compare: measure once
         whole = self.run.rounds[0]
-        base = replace(whole, slots=whole.slots[: max(job.case.ep_size for job in self.run.jobs)])
+        base = replace(whole, slots=whole.slots[: max(job.case.processes.num_ranks for job in self.run.jobs)])
 
         def process(revision: Revision, folder: Path, its_round: int, alone: Collection[Job]) -> Plan:
             order = shuffled(both.union(alone), self.run.run_id, number)

@@ -5,9 +5,10 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from moebench.names import Name
+from moebench.workload.context import PLAIN, Context, Processes, canonical
 from moebench.workload.models import shape_name
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -111,6 +112,14 @@ class CaseFields(BaseModel):
             "([sweeps.md](sweeps.md#expert-parallelism)); always `even` at EP size 1"
         ),
     ] = "even"
+    context: Annotated[
+        str,
+        AfterValidator(canonical),
+        Field(description="what surrounds the layer: `plain`, `checkpoint`, … ([sweeps.md](sweeps.md#contexts))"),
+    ] = PLAIN
+    dp_size: Annotated[
+        Positive, Field(description="groups of `ep_size` ranks, over which `fsdp2` shards the layer")
+    ] = 1
     seed: Annotated[int, Field(ge=0, lt=2**31, description="seed of weights, tokens and routing")] = 0
 
     @model_validator(mode="after")
@@ -130,9 +139,15 @@ class CaseFields(BaseModel):
             mistakes.append(
                 f"rank_load = {self.rank_load} needs several ranks, but ep_size = 1; raise ep_size, or exclude the pair"
             )
+        mistakes += self.surroundings.mistakes(self.mode, self.num_tokens, self.dp_size, self.routing)
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+    @property
+    def surroundings(self) -> Context:
+        """The parts of the context."""
+        return Context.parse(self.context)
 
 
 class Case(CaseFields):
@@ -157,10 +172,7 @@ class Case(CaseFields):
 
     @property
     def weights(self) -> Weights:
-        """The values that `moebench.workload.inputs.make_parameters` reads.
-
-        Two cases with equal values have the same weights.
-        """
+        """The values that `moebench.workload.inputs.make_parameters` reads: equal for cases with the same weights."""
         shape = (self.n_routed_experts, self.dim, self.moe_inter_dim, self.is_gated)
         return (*shape, self.dtype, self.expert_bias, self.seed, self.ep_size, self.gain)
 
@@ -172,6 +184,11 @@ class Case(CaseFields):
         if self.expert_activation == "swiglu" and self.swiglu_limit > 0:
             return self.swiglu_limit / LIMIT_IN_STDS
         return 1.0
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that run the case together."""
+        return Processes(self.ep_size * self.dp_size, self.dp_size)
 
     @property
     def is_gated(self) -> bool:
@@ -191,9 +208,11 @@ class Case(CaseFields):
     def tokens_of_rank(self, rank: int) -> int:
         """Return the number of tokens of a rank.
 
-        All ranks have num_tokens, with two exceptions. With `rank_load` "uneven", the number rises in equal steps,
-        rounded up, to num_tokens on the last rank. With `rank_load` "one-empty", the last rank has no tokens.
+        All ranks have num_tokens, with two exceptions, alike in each of the dp_size groups of ranks. With `rank_load`
+        "uneven", the number rises in equal steps, rounded up, to num_tokens on the last rank. With `rank_load`
+        "one-empty", the last rank has no tokens.
         """
+        rank %= self.ep_size
         if self.rank_load == "uneven":
             return -(-self.num_tokens * (rank + 1) // self.ep_size)
         return 0 if self.rank_load == "one-empty" and rank == self.ep_size - 1 else self.num_tokens

@@ -39,6 +39,10 @@ class Inputs:
     def clone(self) -> "Inputs":
         return Inputs(*(getattr(self, field.name).clone() for field in fields(self)))
 
+    def without_last(self) -> "Inputs":
+        """Return the inputs without the last token. Without tokens, the inputs are unchanged."""
+        return Inputs(*(getattr(self, field.name)[: max(0, len(self.x_TD) - 1)] for field in fields(self)))
+
 
 def moe_config(case: Case) -> MoEConfig:
     """Return the configuration of a case's expert layer."""

@@ -33,7 +33,8 @@ from moebench.workload.models import SHAPE_AXES, Model
 Read = dict[str, tuple[object, ...]]  # axes as they were read; UNKNOWN stands for a wrong value
 
 # axes with values that can make a combination impossible
-_DECISIVE = {*SHAPE_AXES, "model", "ep_size", "rank_load", "dispatcher"}
+_OF_CONTEXT = ("context", "dp_size", "mode", "num_tokens", "routing")
+_DECISIVE = {*SHAPE_AXES, "model", "ep_size", "rank_load", "dispatcher", *_OF_CONTEXT}
 
 
 class SweepReader:
@@ -220,6 +221,8 @@ def _impossible(combination: Mapping[str, object]) -> list[str]:
     stand_ins = {**dict.fromkeys(Case.model_fields, 1), **DEFAULTS}
     values = case_values(combination)
     known = {name: stand_ins[name] if values[name] is UNKNOWN else values[name] for name in stand_ins}
+    if any(values[name] is UNKNOWN for name in _OF_CONTEXT):
+        known |= {name: DEFAULTS[name] for name in ("context", "dp_size")}
     try:
         Case.model_validate(known)
     except ValidationError as error:

@@ -126,7 +126,9 @@ def _in_order(jobs: Iterable[Job]) -> list[Job]:
     def weights(case: Case) -> Hashable:
         return case.model_copy(update={"ep_size": 1}).weights
 
-    return sorted(jobs, key=lambda job: (rank(weights(job.case)), job.case.ep_size, rank(job.case), rank(job.backend)))
+    return sorted(
+        jobs, key=lambda job: (rank(weights(job.case)), job.case.processes, rank(job.case), rank(job.backend))
+    )
 
 
 # Reading a file

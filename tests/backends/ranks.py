@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from experts import BackendConfig, GroupedExperts, MoEConfig
+from experts.compute import ExpertParameters
 
 
 class _LastRankFails(GroupedExperts):
@@ -176,3 +177,15 @@ class RefusesGraphs(_LastRankLeavesGraphs):
 class WaitsInGraphs(_LastRankLeavesGraphs):
     def leave_graph(self) -> None:
         torch.cuda.synchronize()
+
+
+class GradTwice(_LastRankFails):
+    """The gradients of parameters are as many times too large as ranks share the experts: a reduction too many."""
+
+    def expert_parameters(self) -> ExpertParameters:
+        own, count = super().expert_parameters(), 1 if self.ep_mesh is None else self.ep_mesh.size()
+        return ExpertParameters(*(None if one is None else count * one - (count - 1) * one.detach() for one in own))
+
+    @property
+    def is_last(self) -> bool:
+        return False  # every rank has the fault

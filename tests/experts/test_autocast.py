@@ -96,13 +96,10 @@ def test_the_product_can_be_differentiated_twice() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself
-@pytest.mark.parametrize("engine", ["torch_mm", pytest.param("loop", marks=pytest.mark.certify)])
-def test_a_compiled_layer_ignores_autocast(engine: str, certify: bool) -> None:
-    """The compiler's backend aot_eager runs the plain operators of the loop's backward in autocast."""
-    if engine == "loop" and not certify:
-        pytest.skip("the compiler takes long for the loop: `make certify` runs it")
+@pytest.mark.parametrize("engine", ["loop", "torch_mm"])
+def test_a_compiled_layer_ignores_autocast(engine: str) -> None:
     made = build(engine, dtype=BF16)
-    made.compile(backend="aot_eager")
     right = run(made, False, False)
-    for forward, backward in [(True, False)] + [(False, True), (True, True)] * (engine == "torch_mm"):
+    made.compile(backend="aot_eager", fullgraph=True)
+    for forward, backward in [(False, False), (True, False), (False, True), (True, True)]:
         assert_same(run(made, forward, backward), right)

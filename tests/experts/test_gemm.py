@@ -41,6 +41,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_tritons_interpreter")
+LAYERS = "triton-cpu-float16"
 ACTIVATIONS = ("swiglu", "quick_geglu", "swigluoai", "geglu", "relu2")
 
 
@@ -66,21 +67,20 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
             ["test_gemm.py"],
             "cpu",
             # products with small tiles, and activated ones of one plan with all their operands
-            "cpu and float16 and (16x16 or bias-swiglu-before) or compiled",
+            "cpu and float16 and (16x16 or bias-swiglu-before)",
         ),
         (
-            ["test_corners.py", "test_engines.py", "test_lora.py"],
-            (
-                "triton-cpu-float16 and (every_gradient and bias and not geglu or zero_tokens or one_expert or window)"
-                " or test_lora and triton"
-            ),
-            (
-                "triton-cpu-float16 and (every_gradient and quick_geglu-bias or zero_tokens or window and 1+4-bias)"
-                " or scale_times_a_b and 3-triton"
-            ),
+            ["test_corners.py", "test_engines.py", "test_compiled.py", "test_lora.py"],
+            f"{LAYERS} and (every_gradient and bias and not geglu or zero_tokens or one_expert or window or compiled)",
+            f"{LAYERS} and (every_gradient and quick_geglu-bias or zero_tokens or window and 1+4-bias or any_number)",
+        ),
+        (
+            ["test_lora.py"],
+            "triton",
+            "scale_times_a_b and 3-triton",
         ),
     ],
-    ids=["products", "layers"],
+    ids=["products", "layers", "adapters"],
 )
 @pytest.mark.certify
 @pytest.mark.timeout(600)
@@ -218,18 +218,6 @@ def test_a_layer_without_gradients_is_right(
     parameters = random_parameters(config)
     right = {"output": expected(config, parameters, batch)["output"]}
     assert_near({"output": output_of("triton", config, batch, device)}, right, dtype)
-
-
-@in_interpreter
-@pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself
-def test_a_compiled_layer_gives_the_same_result_on_a_cpu() -> None:
-    """torch's compiler must stop at these kernels. It fails if it tries to compile them."""
-    config = moe_config(dtype=F16)
-    made, compiled = layer("triton", config), layer("triton", config)
-    compiled.compile(backend="aot_eager")
-    for num_tokens in (9, 6):
-        batch = random_batch(config, num_tokens)
-        assert_near(run(compiled, batch), run(made, batch), F16)
 
 
 def output_of(engine: str, config: MoEConfig, batch: Batch, device: str) -> Tensor:

@@ -135,13 +135,13 @@ def test_a_replayed_cuda_graph_gives_the_bits_of_a_normal_forward(engine: str, n
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@without_sync
+@on_every_engine
 def test_a_compiled_layer_gives_the_same_result(engine: str, bias: bool) -> None:
-    """A train step under torch.compile is near the one without it, for several numbers of tokens."""
+    """A train step under torch.compile is one graph, and near the one without it, for several numbers of tokens."""
     needs_sm90()
     config = moe_config(dtype=BF16, expert_bias=bias)
     made, compiled = (layer(engine, config, device="cuda") for _ in range(2))
-    compiled.compile()
+    compiled.compile(fullgraph=True)
     for num_tokens in (64, 48, 80):
         batch = corner_batch(made, num_tokens)
         assert_near(run(compiled, batch), run(made, batch), BF16)

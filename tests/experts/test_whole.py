@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from experts import BackendConfig, ConfigError, GroupedExperts, GroupedExpertsTE, MoEConfig
+from experts import BackendConfig, ConfigError, GroupedExperts, GroupedExpertsTE
 from experts.compute import whole
-from experts.steps import Permutation, eager
 from moebench.measure import memory
 from tests.experts.layers import (
     BF16,
@@ -149,32 +148,6 @@ def test_torchs_ways_to_save_less_change_no_bit(save: str, way: Callable[..., Te
     output.backward(batch.grad)
     found: Named = {"output": output.detach(), "x": x.grad, "weights": weights.grad}
     assert_same(found | {name: p.grad for name, p in made.named_parameters()}, right)
-
-
-def relu2_backward(
-    h: Tensor, grad: Tensor, permutation: Permutation, weights: Tensor, bias: None, config: MoEConfig, again: bool
-) -> tuple[Tensor, ...]:
-    """Compute relu2's `Steps.activate_backward` by formulas, as kernels do. torch's compiler stops at autograd.grad."""
-    value, weight = h.float().relu(), weights.reshape(-1)[permutation.row_to_slot_N].unsqueeze(1)
-    weight = torch.where(permutation.row_to_expert_N.unsqueeze(1) < len(permutation.offsets_L), weight, 0.0)
-    by_weight = (grad * value.square()).sum(1)[permutation.slot_to_row_S].view(weights.shape)
-    grad_weights = torch.where(permutation.is_local_TK, by_weight, 0.0)
-    return (grad * weight * 2 * value).to(h.dtype), (value.square() * weight).to(h.dtype), grad_weights
-
-
-@pytest.mark.certify(share=0.5)
-@pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself
-@on_every_save
-def test_a_compiled_layer_gives_the_same_bits(save: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward compile as one graph, for several numbers of tokens."""
-    monkeypatch.setattr(eager, "activate_backward", relu2_backward)
-    monkeypatch.setattr(GroupedExperts, "_check_indices", lambda *_: None)  # only the forward on a CPU has this check
-    fields = {"dtype": BF16, "expert_activation": "relu2", "expert_bias": False}
-    made, compiled = layer(save, **fields), layer(save, **fields)
-    compiled.compile(backend="aot_eager", fullgraph=True)
-    for num_tokens in (7, 5, 9):
-        batch = random_batch(made.config, num_tokens)
-        assert_same(run(compiled, batch), run(made, batch))
 
 
 @pytest.mark.parametrize("engine", ["loop", "torch_mm_mxfp8"])

@@ -46,6 +46,7 @@ MODULES = (
     "faulty_modes",
     "faulty_state",
     "faulty_lora",
+    "faulty_contexts",
 )
 #: Classes from which faulty layers inherit. They are right.
 RIGHT_BASES = ("Act", "Cached", "Hooked", "Loads", "Nth", "OnOutputGrad", "Race")

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "cli": LOWEST | {"results", "parity", "measure", "run", "verdicts", "report"},
 }
 #: Where a module may import torch, or `experts`, which imports torch: at module level, and only inside functions.
-TORCH_AT_IMPORT = ("parity", "measure", "workload.collectives", "workload.driven", "workload.inputs", "workload.ranks")
+TORCH_AT_IMPORT = ("parity", "measure", "workload.driven", "workload.inputs", "workload.ranks")
 NEVER_TORCH_AT_IMPORT = ("parity.checks", "parity.space", "measure.protocol")
 #: What judges `experts` uses nothing of it, so that no fault of it can hide itself.
 NEVER_EXPERTS = ("parity.oracle", "parity.space", "parity.checks")

@@ -28,10 +28,9 @@ from moebench.measure.studies import places, run
 from moebench.measure.timing import TimingPolicy
 from moebench.workload.backends import collective_of
 from moebench.workload.case import Case
-from moebench.workload.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 from moebench.workload.inputs import Inputs, make_inputs, moe_config
 from moebench.workload.models import MODELS
-from moebench.workload.ranks import Ranks, join, leave
+from moebench.workload.ranks import Ranks, all_gather_rows, all_to_all_rows, join, leave, reduce_scatter_rows
 
 Way = Callable[[], object]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moebench.parity import judge
 from moebench.parity.adapters import Lora
 from moebench.parity.judge import TensorError
+from moebench.parity.passes import stacked_grads
 from moebench.parity.play import draw
 from moebench.parity.reference import Tensors
 from moebench.parity.space.trial import Trial
@@ -129,7 +130,7 @@ class Player:
 
     def grads(self) -> Tensors:
         """Return the gradients of the parameters, under the names of a pass."""
-        return {f"{name}.grad": grad for name, grad in judge.stacked_grads(self.layer).items()}
+        return {f"{name}.grad": grad for name, grad in stacked_grads(self.layer).items()}
 
     def compare(self, stage: Stage) -> Iterator["Compared"]:
         """Yield the comparisons of the passes since the last one."""

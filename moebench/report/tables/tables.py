@@ -1,6 +1,6 @@
 """Show a frame of results as tables in a terminal.
 
-First comes the best backend of each case. Then each EP size has a table with one line for each backend of a case. The
+First comes the best backend of each case. Contexts of training have a table beside `plain`. Then each EP size has a table with one line for each backend of a case. The
 title of a table has the settings that all its cases share. Below the tables, a legend explains their columns and signs,
 one line per reason says which jobs did not run, and one line per flag explains it.
 """
@@ -17,8 +17,10 @@ from moebench.report.flags import explained, own_flags, shared_flags
 from moebench.report.ranking import TOO_CLOSE, fastest_rows, ranked
 from moebench.report.tables.besttable import BestTable
 from moebench.report.tables.cells import DIM, GRAPH_LEGEND, STATUS_STYLES, graph_times
+from moebench.report.tables.contexttable import ContextTable
 from moebench.report.tables.longtable import SORTS, LongTable
 from moebench.results.advise import CLOSE
+from moebench.results.compare import beside_plain
 from moebench.results.labels import describe, in_order, machine
 from moebench.results.record import GOOD, Status
 
@@ -46,6 +48,10 @@ class Summary:
         )
         if _has_several_cases(rows):
             yield BestTable(self.frame)
+            yield Text()
+        contexts = beside_plain(self.frame)
+        if len(contexts):
+            yield ContextTable(contexts)
             yield Text()
         ep_sizes, titles = sorted(rows["ep_size"].unique()), set()
         for ep_size in ep_sizes:

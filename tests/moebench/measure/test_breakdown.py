@@ -72,7 +72,7 @@ class Layer:
 class Others:
     """One rank of two. The other rank has the parts `others` in every sample, and starts `late_ms` late each time."""
 
-    size = 2
+    size = ep_size = 2
 
     def __init__(self, others, clock=None, late_ms=0.0):
         self.others, self.clock, self.late_ms, self.num_aligned = others, clock, late_ms, 0

@@ -10,7 +10,7 @@ import torch
 from moebench.measure import memory, samplers, timing
 from moebench.measure.samplers import captured
 from moebench.measure.timing import TimingPolicy
-from moebench.parity import judge
+from moebench.parity import passes
 from moebench.parity.poison import poisoned
 from moebench.results.record import Status
 from moebench.run.runner import Plan, execute
@@ -254,7 +254,7 @@ def test_a_row_that_is_never_written_is_found(gpu):
     inputs = Inputs(x, torch.ones(64, dtype=torch.bool, device=gpu), *(torch.ones(64, 1, device=gpu),) * 2, x)
     torch.zeros(64, 128, device=gpu)
     with poisoned(gpu):
-        assert judge.run_pass(Layer(), inputs, "forward")["output"][-1].isnan().all()
+        assert passes.run_pass(Layer(), inputs, "forward")["output"][-1].isnan().all()
 
 
 # a run

@@ -260,7 +260,7 @@ def test_what_is_a_limit(device, cold, dtype, is_limit):
 def test_a_part_inside_another_counts_once(monkeypatch):
     now = iter([0.0, 10.0, 13.0, 20.0])
     monkeypatch.setattr(job_module.clock, "perf_counter", lambda: next(now))
-    phases = job_module._Phases(CPU)
+    phases = job_module.clock.Phases(CPU)
     with phases.of("timing_s"), phases.of("parity_s"):
         pass
     assert phases.spent_s == {"parity_s": 3.0, "timing_s": 17.0}

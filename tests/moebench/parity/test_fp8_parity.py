@@ -10,7 +10,8 @@ from moebench.measure import job as job_module
 from moebench.measure import subject
 from moebench.measure.cache import Workload
 from moebench.measure.timing import TimingPolicy
-from moebench.parity.judge import FP8_UNIT, check, run_pass
+from moebench.parity.judge import FP8_UNIT, check
+from moebench.parity.passes import run_pass
 from moebench.parity.quantization import fp8_product
 from moebench.parity.reference import group_errors
 from moebench.workload.case import Case, Job

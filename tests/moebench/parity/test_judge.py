@@ -12,7 +12,8 @@ import torch
 
 from experts import GroupedExperts
 from experts.registry import get_backend
-from moebench.parity.judge import CEILING, ParityVerdict, TensorError, Unfit, are_identical, check, judge, run_pass
+from moebench.parity.judge import CEILING, ParityVerdict, TensorError, Unfit, are_identical, check, judge
+from moebench.parity.passes import run_pass
 from moebench.parity.reference import GroupErrors
 from moebench.workload.case import ACTIVATIONS, Case
 from moebench.workload.inputs import make_inputs, make_parameters, moe_config

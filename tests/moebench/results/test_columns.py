@@ -22,7 +22,8 @@ def test_only_these_need_the_status_ok() -> None:
     ceilings = ("roofline_fraction", "roofline_ms", "dense_ms", "grouped_ms", "collective_ms", "copy_gb_per_s")
     memory = ("peak_memory_bytes", "saved_memory_bytes", "reserved_memory_bytes", "outside_torch_bytes")
     sizes = (*memory, "untracked_memory_bytes")
-    measured = (*times, *busy, *parts, "num_samples", *samples, *speeds, *ceilings, *sizes)
+    compiler = ("compiled_graphs", "graph_breaks", "recompiled_graphs")
+    measured = (*times, *busy, *parts, "num_samples", *samples, *speeds, *ceilings, *sizes, *compiler)
     assert ("sample_sessions", "l2", *measured) == ONLY_IF_OK
     assert ("sample_sessions", *samples) == SAMPLE_COLUMNS
 

@@ -112,6 +112,12 @@ def test_no_row_is_lost_whenever_the_file_is_replaced(
     assert journal.num_restored == 1
 
 
+def test_the_first_row_is_not_lost_to_a_pipe(journal: Journal) -> None:
+    os.mkfifo(journal.path)
+    journal.append(ok("a"))
+    assert [row.backend for row in journal.read()[0]] == ["a"]
+
+
 @pytest.mark.parametrize("kept", [1, 40, -3, -2])
 def test_torn_last_line_is_passed_over(journal: Journal, kept: int) -> None:
     journal.append(ok("loop"))

@@ -52,10 +52,12 @@ def test_no_two_cases_are_described_alike(field: str) -> None:
         "masked_share": 0.5,
         "ep_size": 2,
         "rank_load": "uneven",
+        "context": "compile",
+        "dp_size": 3,
         "seed": 5,
     }
-    ranks = {"ep_size": 2} if field == "rank_load" else {}
-    described = describe(to_frame([ok(of=case(**ranks)), ok(of=case(**ranks, **{field: other[field]}))]))
+    ranks = {"rank_load": {"ep_size": 2}, "dp_size": {"context": "fsdp2", "dp_size": 2}}.get(field, {})
+    described = describe(to_frame([ok(of=case(**ranks)), ok(of=case(**{**ranks, field: other[field]}))]))
     assert described.labels.nunique() == described.headings.nunique() == 2
     assert "" not in set(described.headings)
 

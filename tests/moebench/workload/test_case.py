@@ -128,10 +128,12 @@ def test_case_id_tells_every_field_apart() -> None:
         "masked_share": 0.5,
         "ep_size": 2,
         "rank_load": "uneven",
+        "context": "compile",
+        "dp_size": 2,
         "seed": 1,
     }
     assert others.keys() == Case.model_fields.keys()
-    needed = {"rank_load": {"ep_size": 2}}
+    needed = {"rank_load": {"ep_size": 2}, "dp_size": {"context": "fsdp2"}}
     ids = {case().case_id, *(case(**needed.get(name, {}), **{name: value}).case_id for name, value in others.items())}
     assert len(ids) == len(others) + 1
     assert case(ep_size=2, rank_load="one-empty").case_id not in ids

@@ -241,7 +241,7 @@ OTHERS = (
         {"expert_activation": "quick_geglu", "activation_limit": 5.0},
         {"expert_activation": "geglu", "swiglu_limit": 9.0},
     ),
-    {"apply_router_weight_after_down": True},
+    *({"apply_router_weight_after_down": True}, {"context": "compile"}, {"context": "fsdp2", "dp_size": 2}),
 )
 
 

@@ -275,15 +275,19 @@ def test_suites_have_rows_that_torch_mm_takes(path: Path) -> None:
 
 def test_documented_example_is_right_and_every_axis_and_model_is_documented() -> None:
     text = (REPOSITORY / "docs" / "sweeps.md").read_text()
-    first, of_groups, of_ranks = (block.partition("```")[0] for block in text.split("```toml\n")[1:])
+    first, of_groups, of_ranks, of_contexts = (block.partition("```")[0] for block in text.split("```toml\n")[1:])
     assert len(parse_sweep(first, "docs").jobs()) == 2 * 2 * 2 - 1
     layer = 'name = "groups"\n[[grid]]\nmodel = "olmoe"\nnum_tokens = 16\nep_size = 2\n'
     groups = parse_sweep(layer + of_groups, "docs").jobs()
     assert list(dict.fromkeys(job.backend for job in groups)) == ["loop", "torch_mm", "triton", "gmm", "te"]
     assert list(dict.fromkeys(job.dispatcher for job in groups)) == ["allgather", "alltoall", "deepep", "symm_mem"]
     assert len(parse_sweep(f'name = "ranks"\n{of_ranks}', "docs").jobs()) == 1 + 3 * 2
+    contexts = parse_sweep(f'name = "contexts"\n{of_contexts}', "docs").jobs()
+    assert [(job.case.context, job.case.processes) for job in contexts] == [
+        (context, (4, 2)) for context in ("fsdp2", "fsdp2+checkpoint")
+    ]
     values = [*MODELS, *ACTIVATIONS, *DTYPES, *get_args(RankLoad), *DISPATCHERS, *backend_names()]
-    words = [*Case.model_fields, "backend", "dispatcher", *Policy.model_fields, *values]
+    words = [*Case.model_fields, "backend", "dispatcher", *Policy.model_fields, *values, "plain", "accumulate:N"]
     assert [word for word in words if f"`{word}`" not in text] == []
 
 

@@ -1,0 +1,1 @@
+"""Put a layer into the context of a case: checkpointing, compilation, FSDP, offloading, main gradients."""

@@ -1,0 +1,39 @@
+"""Shard a layer with FSDP over data-parallel ranks, and gather its gradients."""
+
+import torch
+from torch import Tensor, nn
+
+from moebench.parity.passes import stacked_grads
+from moebench.workload.ranks import Ranks
+
+
+def fully_sharded(layer: nn.Module, ranks: Ranks, dtype: torch.dtype, main_dtype: torch.dtype) -> nn.Module:
+    """Return the layer with its parameters sharded over the data-parallel ranks.
+
+    Gradients are sums over these ranks, and not means, which FSDP takes by default: the gradient of the output has the
+    scale of all tokens already. If `main_dtype` is wider than `dtype`, the shards and their gradients are in
+    `main_dtype`, and the layer computes in `dtype`. Parameters are sharded again after forward, as in a model of many
+    layers.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    assert ranks.dp_mesh is not None
+    policy = MixedPrecisionPolicy()
+    if main_dtype is not dtype:
+        layer.to(main_dtype)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=main_dtype, cast_forward_inputs=False)
+    sharded = fully_shard(layer, mesh=ranks.dp_mesh, reshard_after_forward=True, mp_policy=policy)
+    sharded.set_gradient_divide_factor(1.0)
+    sharded.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that multiplies
+    return layer
+
+
+def unsharded_grads(layer: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """Return the stacked gradients of this rank's experts, gathered from the data-parallel ranks."""
+    local = stacked_grads(layer)
+    found = {}
+    for name, entry in layer.state_dict().items():
+        if name in local:
+            dim = entry.placements[0].dim  # FSDP's mesh comes before the expert-parallel mesh
+            found[name] = ranks.unsharded(local[name].movedim(dim, 0)).movedim(0, dim)
+    return found
