@@ -1,6 +1,8 @@
 """Define `GroupedExpertsLoRA`: experts with frozen weights and trainable low-rank adapters (LoRA, arXiv 2106.09685)."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +14,6 @@ from experts.compute import PARAMETER_NAMES, Adapters
 from experts.config import DTYPES, BackendConfig, MoEConfig
 from experts.engines import engine_names, get_engine
 from experts.errors import ConfigError
-from experts.layer import uncompiled_forward
 from experts.modules import GroupedExperts, parameter_shapes
 from experts.state_dict import as_local, is_dtensor
 
@@ -109,7 +110,7 @@ class GroupedExpertsLoRA(GroupedExperts):
                 "or run forward under torch.no_grad()"
             )
         if torch.compiler.is_compiling() and not self.merged:
-            output: Tensor = uncompiled_forward()(self, x, token_mask, weights, indices)
+            output: Tensor = _uncompiled_forward()(self, x, token_mask, weights, indices)
             return output
         return super().forward(x, token_mask, weights, indices)
 
@@ -198,6 +199,15 @@ class GroupedExpertsLoRA(GroupedExperts):
         if self.engine_options:
             options = ", ".join(f"{name} = {value!r}" for name, value in self.engine_options.items())
             raise ConfigError(f"{options}: a layer with adapters keeps what save = 'memory' keeps; leave save out")
+
+
+@functools.cache
+def _uncompiled_forward() -> Callable[..., Tensor]:
+    """Return `GroupedExperts.forward` so that torch's compiler runs it as it is. The first call imports the compiler."""
+    hidden: Callable[..., Tensor] = torch.compiler.disable(
+        GroupedExperts.forward
+    )  # at first use: it imports the compiler
+    return hidden
 
 
 def _show_unmerged(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -251,6 +251,21 @@ def test_only_wanted_gradients_are_there(engine: str, wanted: tuple[str, ...]) -
     assert_same(found, {name: alone[name] for name in ("output", "x", "weights", *wanted)})
 
 
+def test_a_compiled_layer_gives_the_same_bits_and_trains_the_adapters() -> None:
+    config = moe_config(expert_bias=True)
+    batch, made = random_batch(config), layer("torch_mm", config)
+    alone = run(made, batch)
+    compiled = torch.compile(made, backend="eager")
+    made.zero_grad()
+    x, weights = batch.x.clone().requires_grad_(), batch.weights.clone().requires_grad_()
+    output = compiled(x, batch.token_mask, weights, batch.indices)
+    output.backward(batch.grad)
+    assert x.grad is not None
+    assert weights.grad is not None
+    found = {"output": output.detach(), "x": x.grad, "weights": weights.grad, **made.stacked_grads()}
+    assert_same(found, alone)
+
+
 # merging
 
 
