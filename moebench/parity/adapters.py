@@ -1,28 +1,19 @@
-"""Know layers with low-rank adapters (LoRA): their adapters, what of them is trained, and what they compute.
+"""Know the backends with low-rank adapters (LoRA): the sizes of their adapters, adapters to try, and operations.
 
 The weights of such a layer are frozen. A projection multiplies by weight + scale · A @ B. The scale is alpha / rank.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from moebench.parity.oracle import ADAPTERS
 from moebench.workload.case import Case, width
+from moebench.workload.driven import Backend
 
-if TYPE_CHECKING:  # the oracle imports this module, and must not import what it judges
-    from moebench.workload.driven import Backend
-
-#: Projection -> the names of its adapters A and B. Beside a projection [E, rows, columns], their shapes are
-#: [E, rows, rank] and [E, rank, columns].
-ADAPTERS = {
-    "gate_and_up_projs": ("lora_gate_and_up_A", "lora_gate_and_up_B"),
-    "down_projs": ("lora_down_A", "lora_down_B"),
-}
-ADAPTER_NAMES = tuple(name for pair in ADAPTERS.values() for name in pair)
 #: The standard deviation that the adapters of a measured job add, relative to that of the projection beside them.
 ADDED_STD = 0.5
 
@@ -40,7 +31,7 @@ class Lora:
         return self.alpha / self.rank
 
 
-def lora_of(backend: "Backend") -> Lora | None:
+def lora_of(backend: Backend) -> Lora | None:
     """Return the rank and alpha of a backend's adapters; None if it has no adapters."""
     told = getattr(backend, "lora", None)  # backends of older revisions do not have the attribute
     return None if told is None else Lora(told.rank, told.alpha)
@@ -73,19 +64,6 @@ def make_adapters(case: Case, lora: Lora, weights: Mapping[str, Tensor], rank: i
         )
         for name, shape in shapes.items()
     }
-
-
-def trained(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names of the parameters that get gradients: the adapters if there are any, else all."""
-    found = tuple(names)
-    return tuple(name for name in found if name in ADAPTER_NAMES) or found
-
-
-def effective(experts: Mapping[str, Tensor], projection: str, scale: float) -> Tensor:
-    """Return the matrices [G, rows, columns] that experts multiply by: the projection, with its adapters if any."""
-    name_A, name_B = ADAPTERS[projection]
-    weights = experts[projection]
-    return weights + scale * (experts[name_A] @ experts[name_B]) if name_A in experts else weights
 
 
 def flops(case: Case, lora: Lora | None) -> float:

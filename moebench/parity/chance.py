@@ -11,8 +11,7 @@ A projection with adapters is a sum, too: of the frozen weights and the products
 
 from torch import Tensor
 
-from moebench.parity.adapters import ADAPTERS, effective, trained
-from moebench.parity.oracle import PARAMETER_NAMES, Formula, Values, arguments
+from moebench.parity.oracle import ADAPTERS, PARAMETER_NAMES, Formula, Values, arguments, effective, trained
 from moebench.parity.rounding import Operands
 
 #: sigmoid(gate) is below this share where gate is below about -1.

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebench.parity.adapters import trained
-from moebench.parity.oracle import wide
+from moebench.parity.oracle import trained, wide
 from moebench.parity.quantization import fp8_product
 from moebench.parity.reference import GroupErrors, Tensors, group_errors
 from moebench.parity.rounding import REFERENCE_ROUNDS

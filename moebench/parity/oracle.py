@@ -7,17 +7,24 @@ G is a number of experts that are computed together, M the number of rows of eac
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moebench.parity.adapters import ADAPTERS, effective, trained
 from moebench.workload.case import Case
 
 #: The names of the parameters, in the order in which documents list them.
 PARAMETER_NAMES = ("gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias")
+
+#: Projection -> the names of its adapters A and B. Beside a projection [E, rows, columns], their shapes are
+#: [E, rows, rank] and [E, rank, columns].
+ADAPTERS = {
+    "gate_and_up_projs": ("lora_gate_and_up_A", "lora_gate_and_up_B"),
+    "down_projs": ("lora_down_A", "lora_down_B"),
+}
+ADAPTER_NAMES = tuple(name for pair in ADAPTERS.values() for name in pair)
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -81,6 +88,19 @@ def activation(formula: Formula, h: Tensor) -> Tensor:
         return 0.5 * gate * (1 + torch.tanh(inner)) * up
     assert formula.activation in ("swigluoai", "quick_geglu"), formula.activation
     return gate * torch.sigmoid(formula.alpha * gate) * up
+
+
+def trained(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the parameters that get gradients: the adapters if there are any, else all."""
+    found = tuple(names)
+    return tuple(name for name in found if name in ADAPTER_NAMES) or found
+
+
+def effective(experts: Mapping[str, Tensor], projection: str, scale: float) -> Tensor:
+    """Return the matrices [G, rows, columns] that experts multiply by: the projection, with its adapters if any."""
+    name_A, name_B = ADAPTERS[projection]
+    weights = experts[projection]
+    return weights + scale * (experts[name_A] @ experts[name_B]) if name_A in experts else weights
 
 
 @dataclass(frozen=True)

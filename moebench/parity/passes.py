@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moebench.parity.adapters import ADAPTER_NAMES
-from moebench.parity.oracle import PARAMETER_NAMES
+from moebench.parity.oracle import ADAPTER_NAMES, PARAMETER_NAMES
 from moebench.parity.reference import Tensors
 from moebench.workload.inputs import Inputs
 

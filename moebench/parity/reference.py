@@ -14,10 +14,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from moebench.parity.adapters import trained
 from moebench.parity.batches import Batch, batches
 from moebench.parity.chance import sizes_by_chance
-from moebench.parity.oracle import Formula, Product, Values, experts_values, gradients, wide
+from moebench.parity.oracle import Formula, Product, Values, experts_values, gradients, trained, wide
 from moebench.parity.rounding import Operands, Rounding, roundings
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs

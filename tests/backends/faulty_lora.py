@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from experts import GroupedExperts, GroupedExpertsLoRA
-from experts.compute import Adapters, ExpertParameters
+from experts.compute import PARAMETER_NAMES, Adapters, ExpertParameters
+from experts.lora import ADAPTER_NAMES
 
 
 class InertAdapters(GroupedExpertsLoRA):
@@ -229,15 +230,16 @@ def _with_sums(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) ->
         state_dict[prefix + name] = (state_dict[prefix + name] + module.scale * (A @ B)).to(A.dtype)
 
 
+GRADIENTS = {f"{name}.grad" for name in ADAPTER_NAMES}
 #: Fault -> the tensors, one of which a measured job must name. A measured job does not find the other faults.
 FAULTS: dict[type[GroupedExpertsLoRA], set[str]] = {
-    InertAdapters: {"output", "lora_down_B.grad"},
-    ForgottenAdapters: {f"{name}.grad" for name in ("lora_gate_and_up_A", "lora_gate_and_up_B")},
-    InertDownAdapter: {"output", "lora_down_A.grad"},
-    TrainedWeights: {"gate_and_up_projs.grad", "down_projs.grad"},
-    ScaleIsAlpha: {"output", "x.grad", "weights.grad", *(f"lora_{one}.grad" for one in ("gate_and_up_A", "down_A"))},
-    ScaleInForwardAlone: {f"lora_{one}_{which}.grad" for one in ("gate_and_up", "down") for which in "AB"},
-    SwappedAdapters: {"output", *(f"lora_{one}_{which}.grad" for one in ("gate_and_up", "down") for which in "AB")},
+    InertAdapters: {"output", *GRADIENTS},
+    ForgottenAdapters: GRADIENTS,
+    InertDownAdapter: {"output", *GRADIENTS},
+    TrainedWeights: {f"{name}.grad" for name in PARAMETER_NAMES},
+    ScaleIsAlpha: {"output", "x.grad", "weights.grad", *GRADIENTS},
+    ScaleInForwardAlone: GRADIENTS,
+    SwappedAdapters: {"output", "x.grad", "weights.grad", *GRADIENTS},
     FrozenA: {"lora_gate_and_up_A.grad", "lora_down_A.grad"},
     TokensWithoutAdapterGradient: {"x.grad"},
 }

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebench.parity.adapters import ADAPTERS, Lora, adapter_shapes, trained
+from moebench.parity.adapters import Lora, adapter_shapes
+from moebench.parity.oracle import ADAPTERS, trained
 from moebench.parity.space.trial import Trial
 from moebench.workload.inputs import Inputs
 

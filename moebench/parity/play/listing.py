@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebench.parity.adapters import ADAPTER_NAMES
 from moebench.parity.judge import TensorError
+from moebench.parity.oracle import ADAPTER_NAMES
 from moebench.parity.play.play import Play
 from moebench.parity.play.player import Compared
 from moebench.parity.reference import exact_pass

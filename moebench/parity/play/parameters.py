@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moebench.parity.adapters import ADAPTER_NAMES
 from moebench.parity.judge import TensorError
+from moebench.parity.oracle import ADAPTER_NAMES
 from moebench.parity.play import draw
 from moebench.parity.play.player import Player, Stage, local, same_bits
 from moebench.parity.play.script import Script

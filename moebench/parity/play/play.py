@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moebench.parity.adapters import trained
 from moebench.parity.judge import ParityVerdict, TensorError
+from moebench.parity.oracle import trained
 from moebench.parity.play import draw
 from moebench.parity.play.backwards import BackwardSteps
 from moebench.parity.play.parameters import ParameterSteps

@@ -8,18 +8,9 @@ import torch
 from moebench.measure.cache import Workload
 from moebench.measure.subject import make_subject
 from moebench.parity import adapters
-from moebench.parity.adapters import (
-    ADAPTER_NAMES,
-    ADAPTERS,
-    Lora,
-    adapter_shapes,
-    flops,
-    lora_of,
-    make_adapters,
-    trained,
-)
+from moebench.parity.adapters import Lora, adapter_shapes, flops, lora_of, make_adapters
 from moebench.parity.chance import sizes_by_chance
-from moebench.parity.oracle import Formula, gradients
+from moebench.parity.oracle import ADAPTER_NAMES, ADAPTERS, Formula, gradients, trained
 from moebench.parity.rounding import Operands, roundings
 from moebench.workload.case import Case, Job
 from moebench.workload.driven import get_backend
