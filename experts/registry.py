@@ -35,7 +35,7 @@ from experts.config import BackendConfig, Dispatcher, Fp8Recipe, MoEConfig, Save
 from experts.dispatchers import dispatcher_unsupported
 from experts.engines import get_engine
 from experts.errors import RegistryError, Unsupported
-from experts.lora import GroupedExpertsLoRA
+from experts.lora.layer import GroupedExpertsLoRA
 from experts.modules import GroupedExperts
 from experts.te import library
 from experts.te.layer import CachedWeightsTE, GroupedExpertsTE

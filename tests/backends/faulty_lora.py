@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from experts import GroupedExperts, GroupedExpertsLoRA
 from experts.compute import PARAMETER_NAMES, Adapters, ExpertParameters
-from experts.lora import ADAPTER_NAMES
+from experts.lora.layer import ADAPTER_NAMES
 
 
 class InertAdapters(GroupedExpertsLoRA):

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from experts import BackendConfig, GroupedExpertsLoRA, MoEConfig
 from experts.layer import ExpertLayer
-from experts.lora import ADAPTER_NAMES, adapter_shapes
+from experts.lora.layer import ADAPTER_NAMES, adapter_shapes
 from tests.experts.layers import F32, Batch, Named, assert_near, assert_same, random_parameters
 from tests.experts.parallel import Case
 from tests.experts.parallel_layers import all_ranks, gathered

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from experts import BackendConfig, ConfigError, GroupedExperts, GroupedExpertsLoRA, InputError, MoEConfig
-from experts.lora import ADAPTER_NAMES, adapter_shapes
+from experts.lora.layer import ADAPTER_NAMES, adapter_shapes
 from moebench.measure import memory
 from tests.experts.layers import (
     BF16,
@@ -251,11 +251,12 @@ def test_only_wanted_gradients_are_there(engine: str, wanted: tuple[str, ...]) -
     assert_same(found, {name: alone[name] for name in ("output", "x", "weights", *wanted)})
 
 
-def test_a_compiled_layer_gives_the_same_bits_and_trains_the_adapters() -> None:
+@on_every_engine
+def test_a_compiled_layer_is_one_graph_gives_the_same_bits_and_trains_the_adapters(engine: str) -> None:
     config = moe_config(expert_bias=True)
-    batch, made = random_batch(config), layer("torch_mm", config)
+    batch, made = random_batch(config), layer(engine, config)
     alone = run(made, batch)
-    compiled = torch.compile(made, backend="eager")
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     made.zero_grad()
     x, weights = batch.x.clone().requires_grad_(), batch.weights.clone().requires_grad_()
     output = compiled(x, batch.token_mask, weights, batch.indices)

@@ -1,8 +1,6 @@
 """Define `GroupedExpertsLoRA`: experts with frozen weights and trainable low-rank adapters (LoRA, arXiv 2106.09685)."""
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from experts.compute import PARAMETER_NAMES, Adapters
 from experts.config import DTYPES, BackendConfig, MoEConfig
 from experts.engines import engine_names, get_engine
 from experts.errors import ConfigError
+from experts.lora import compiled
 from experts.modules import GroupedExperts, parameter_shapes
 from experts.state_dict import as_local, is_dtensor
 
@@ -93,8 +92,7 @@ class GroupedExpertsLoRA(GroupedExperts):
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Return what `ExpertLayer.forward` returns.
 
-        torch's compiler does not look into a layer with adapters that are not merged: it breaks the graph there. Raises
-        ConfigError if a frozen weight requires a gradient. Raises ConfigError in grad mode if the adapters are
+        Raises ConfigError if a frozen weight requires a gradient. Raises ConfigError in grad mode if the adapters are
         merged and require gradients, because they would get none.
         """
         for name in PARAMETER_NAMES:
@@ -109,9 +107,6 @@ class GroupedExpertsLoRA(GroupedExperts):
                 "the adapters are merged into the weights and would get no gradients; call unmerge() before training, "
                 "or run forward under torch.no_grad()"
             )
-        if torch.compiler.is_compiling() and not self.merged:
-            output: Tensor = _uncompiled_forward()(self, x, token_mask, weights, indices)
-            return output
         return super().forward(x, token_mask, weights, indices)
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
@@ -119,6 +114,9 @@ class GroupedExpertsLoRA(GroupedExperts):
         if self.merged:
             return super().compute_local(x_RD, weights_RK, indices_RK)
         parameters, adapters, first = self.expert_parameters(), self.expert_adapters(), self.first_local_expert
+        if torch.compiler.is_compiling():
+            settings = self.engine_name, self._described_config, first
+            return compiled.compute_local(x_RD, weights_RK, indices_RK, parameters, adapters, *settings)
         return self.engine.compute(x_RD, weights_RK, indices_RK, parameters, self.config, first, adapters=adapters)
 
     def expert_adapters(self) -> Adapters:
@@ -199,14 +197,6 @@ class GroupedExpertsLoRA(GroupedExperts):
         if self.engine_options:
             options = ", ".join(f"{name} = {value!r}" for name, value in self.engine_options.items())
             raise ConfigError(f"{options}: a layer with adapters keeps what save = 'memory' keeps; leave save out")
-
-
-@functools.cache
-def _uncompiled_forward() -> Callable[..., Tensor]:
-    """Return `GroupedExperts.forward` so that torch's compiler runs it as it is. The first call imports it."""
-    reason = "torch's compiler does not look into adapters"
-    hidden: Callable[..., Tensor] = torch.compiler.disable(GroupedExperts.forward, reason=reason)
-    return hidden
 
 
 def _show_unmerged(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
