@@ -62,10 +62,10 @@ class ActivationInDtype(SumInDtype):
 
 
 class SummedAdapters(GroupedExpertsLoRA):
-    """Each weight is added to scale · A @ B in its dtype, as peft does, and the loop computes with the sum."""
+    """Each weight is added to scale · A @ B in the tokens' dtype, and the loop computes with the sum."""
 
     def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
-        parameters, adapters = self.expert_parameters(), self.expert_adapters()
+        parameters, adapters = _in_dtype(self, x_RD.dtype), self.expert_adapters().to(x_RD.dtype)
         up_A, up_B, down_A, down_B = adapters.tensors
         summed = parameters._replace(
             gate_and_up_projs=parameters.gate_and_up_projs + adapters.scale * (up_A @ up_B),
