@@ -135,7 +135,7 @@ def make_subject(backend: Backend, job: Job, workload: Workload) -> Subject:
     """Build the backend's module for the job's case. Errors of the backend are not caught."""
     inputs, parameters, lora = workload.inputs(job.case), workload.parameters(job.case), lora_of(backend)
     if lora is not None:
-        parameters = parameters | make_adapters(job.case, lora, parameters, workload.ranks.rank)
+        parameters = parameters | make_adapters(job.case, lora, parameters, workload.ranks.ep_rank)
     layer = _build(backend, job.case, _dispatcher(job, workload), parameters, workload)
     module = in_context(layer, job.case, workload.device, workload.ranks)
     return Subject(job.case, module, inputs, parameters, backend.fp8, lora, workload.device, workload.ranks)
