@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from experts import BackendConfig, ConfigError, GroupedExperts, GroupedExpertsLoRA, InputError, MoEConfig
 from experts.lora.layer import ADAPTER_NAMES, adapter_shapes
+from experts.lora.peft import from_peft, to_peft
 from moebench.measure import memory
 from tests.experts.layers import (
     BF16,
@@ -323,6 +324,21 @@ def test_adapters_are_saved_and_loaded_alone() -> None:
         other.load_lora_state_dict(layer("loop", config, rank=2).lora_state_dict())
     with pytest.raises(RuntimeError, match="Missing key"):
         other.load_state_dict(weights)
+
+
+def test_pefts_matrices_hold_the_same_products() -> None:
+    """peft multiplies `lora_B` [out, R, E] and `lora_A` [E, R, in] so: "o r e, e r i -> e i o"."""
+    a, b = (drawn(moe_config(), 3)[name] for name in ADAPTER_NAMES[:2])
+    weight_A, weight_B = to_peft(a, b)
+    assert (tuple(weight_A.shape), tuple(weight_B.shape)) == ((4 * 3, 16), (16, 3 * 4))
+    delta = torch.einsum("ore,eri->eio", weight_B.reshape(16, 3, 4), weight_A.reshape(4, 3, 16))
+    torch.testing.assert_close(delta, a @ b)
+    again_a, again_b = from_peft(weight_A, weight_B, 4)
+    assert_same({"A": again_a, "B": again_b}, {"A": a, "B": b})
+    assert "pass the two adapters of one projection" in refusal(
+        lambda: to_peft(a, drawn(moe_config(), 2)["lora_down_B"])
+    )
+    assert "of 5 experts; pass the two weights" in refusal(lambda: from_peft(weight_A, weight_B, 5))
 
 
 def test_float32_adapters_beside_bfloat16_weights_get_float32_gradients() -> None:
