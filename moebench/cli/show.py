@@ -15,8 +15,8 @@ from moebench.report.ranking import best
 from moebench.report.tables.besttable import BestTable
 from moebench.report.tables.longtable import SORTS
 from moebench.report.tables.tables import summary
+from moebench.results.folder import rows_of
 from moebench.results.frame import load, to_json
-from moebench.verdicts.findings import job_of
 from moebench.workload.selection import filter_jobs
 
 if TYPE_CHECKING:
@@ -61,7 +61,11 @@ def show(
 
 def filtered(frame: pd.DataFrame, filters: Sequence[str]) -> pd.DataFrame:
     """Return the rows of the jobs that pass every filter. Raises SweepError for a wrong filter."""
-    jobs = [job_of(row) for row in frame.to_dict("records")]
+    if not filters:
+        return frame
+    from moebench.verdicts.findings import job_of  # imports scipy
+
+    jobs = [job_of(row) for row in rows_of(frame)]
     kept = set(filter_jobs(jobs, filters))
     return frame[[job in kept for job in jobs]].reset_index(drop=True)
 

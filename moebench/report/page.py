@@ -32,6 +32,7 @@ from moebench.report.ranking import close_rows, num_compared
 from moebench.report.reproduce import Reproducer
 from moebench.report.tables.tables import details, fastest_rows
 from moebench.results.folder import environments_beside
+from moebench.results.frame import SAMPLE_COLUMNS
 from moebench.results.labels import DECODE_TOKENS, backend_labels, describe, in_case_order, machine, shape_names
 from moebench.results.record import GOOD
 from moebench.verdicts.document import GateDocument
@@ -45,20 +46,21 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: Gat
     `svgs` has the plots by name. `gate` has the verdicts of a gate to show, or is None. Raises ResultsError if a file
     of an environment in `folder` is not valid.
     """
-    rows = in_case_order(frame)
+    rows = in_case_order(frame.drop(columns=list(SAMPLE_COLUMNS)))
+    described = describe(rows)
     rows = rows.assign(
         label=backend_labels(rows),
         shape=shape_names(rows),
         fastest=fastest_rows(rows),
         close=close_rows(rows),
-        heading=describe(rows).headings,
+        heading=described.headings,
     )
     environments = [environment_facts(found) for found in environments_beside(folder).values()]
     headline = [f"{name} {value}" for facts in environments for name, value in facts if name in _HEADLINE]
     return template("report.html").render(
         title=" and ".join(dict.fromkeys(rows["run_id"])) if rows["run_id"].nunique() < 3 else folder.name,
         where=machine(rows),
-        shared=describe(rows).title(),
+        shared=described.title(),
         environments=environments,
         software=", ".join(dict.fromkeys(headline)),
         statuses=Counter(map(str, rows["status"])),

@@ -4,13 +4,16 @@ The frames `rows` in this module are sorted by `labels.in_case_order`. They have
 its dispatcher) and `close` (whether the row is too close to the fastest to call; see `report.ranking`).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
+from operator import itemgetter
 
 import pandas as pd
 
 from moebench.machine.units import size
 from moebench.report.pagetable import MISSING, Cell, Line, Table, case_columns, number
 from moebench.report.tables.cells import Row, graph_times, milliseconds
+from moebench.results.folder import rows_of
 from moebench.results.record import Status
 
 _CASE = ("run_id", "case_id", "device", "gpu")
@@ -28,12 +31,15 @@ def best_table(rows: pd.DataFrame) -> Table:
     titles, cells_of = case_columns(rows)
     has_graphs = bool(graph_times(timed).notna().any())
     lines = []
-    for _, case in timed.groupby(list(_CASE), dropna=False, sort=False):
-        if len(case) < 2:
-            continue
-        ranked = case.sort_values("time_ms").to_dict("records")
-        cells = (*cells_of[case.index[0]], *_cells(ranked), *(_graph_cells(case) if has_graphs else ()))
-        lines.append(Line.of(ranked[0], cells))
+    timed = timed.assign(graph_ms=graph_times(timed), cells=cells_of[timed.index])
+    cases: dict[Hashable, list[Row]] = {}
+    for row in rows_of(timed):
+        cases.setdefault(tuple(None if pd.isna(row[name]) else row[name] for name in _CASE), []).append(row)
+    for case in cases.values():
+        if len(case) > 1:
+            ranked = sorted(case, key=itemgetter("time_ms"))
+            cells = (*case[0]["cells"], *_cells(ranked), *(_graph_cells(case) if has_graphs else ()))
+            lines.append(Line.of(ranked[0], cells))
     return Table((*titles, *_MEASURED, *(_GRAPH if has_graphs else ())), tuple(lines))
 
 
@@ -52,9 +58,9 @@ def _ratio(row: Row, best: Row) -> Cell:
     return Cell(f"{ratio:.2f}×", ratio, True)
 
 
-def _graph_cells(case: pd.DataFrame) -> tuple[Cell, Cell]:
-    graphs = case.assign(graph_ms=graph_times(case)).dropna(subset="graph_ms").sort_values("graph_ms")
-    if graphs.empty:
+def _graph_cells(case: Sequence[Row]) -> tuple[Cell, Cell]:
+    graphs = [row for row in case if not math.isnan(row["graph_ms"])]
+    if not graphs:
         return Cell("", ""), MISSING
-    label, time_ms = graphs[["label", "graph_ms"]].iloc[0]
-    return Cell(label, label), Cell(milliseconds(time_ms), float(time_ms), True)
+    best = min(graphs, key=itemgetter("graph_ms"))
+    return Cell(best["label"], best["label"]), Cell(milliseconds(best["graph_ms"]), best["graph_ms"], True)

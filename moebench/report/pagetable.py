@@ -15,6 +15,7 @@ import pandas as pd
 from moebench.machine.units import size
 from moebench.report.reproduce import Reproducer
 from moebench.report.tables.cells import Row, graph_times, half_interval, human, marks, milliseconds, mismatch
+from moebench.results.folder import rows_of
 from moebench.results.labels import describe, in_order
 from moebench.results.record import GOOD, Status
 
@@ -158,7 +159,7 @@ def results_table(rows: pd.DataFrame) -> Table:
     measured = [(title, cell) for title, column, cell in _MEASURED if rows[column].notna().any()]
     lines = [
         Line.of(row, (*cells, _text(row["label"]), *(cell(row) for _, cell in measured)))
-        for row, cells in zip(rows.to_dict("records"), cells_of, strict=True)
+        for row, cells in zip(rows_of(rows), cells_of, strict=True)
     ]
     return Table((*titles, "backend", *(title for title, _ in measured)), tuple(lines))
 
@@ -202,7 +203,7 @@ def extremes(rows: pd.DataFrame, reproducer: Reproducer) -> dict[str, list[Extre
     def listed(some: pd.DataFrame, figure: Callable[[Row], str], detail: Callable[[Row], str]) -> list[Extreme]:
         return [
             Extreme(row["heading"], row["label"], figure(row), detail(row), reproducer.command(row))
-            for row in some.to_dict("records")
+            for row in rows_of(some)
         ]
 
     return {

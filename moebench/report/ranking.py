@@ -7,6 +7,7 @@ by less than `CLOSE`. `moebench.results.advise` has the same rule.
 
 from collections import Counter
 
+import numpy as np
 import pandas as pd
 
 from moebench.results.advise import CLOSE
@@ -63,24 +64,23 @@ def best(frame: pd.DataFrame) -> pd.DataFrame:
     - `lead`: the time of `next` divided by the time of the row; null where `next` is null
     """
     rows = ranked(frame)
-    found = []
-    for _, group in rows[_times(rows).notna()].groupby(_CASE, sort=False):
-        group = group.sort_values("time_ms", kind="stable")
-        first, others = group.iloc[0], group[~group["close"]].iloc[0 if group["close"].any() else 1 :]
-        near = group["label"][group["close"]]
-        following = others.iloc[0] if len(others) else None
-        found.append(
-            {
-                **first.drop(["times_fastest", "fastest"]),
-                "close_to": ", ".join(near[1:]),
-                "next": None if following is None else following["label"],
-                "lead": None if following is None else following["time_ms"] / first["time_ms"],
-            }
-        )
-    columns = [name for name in rows if name not in ("times_fastest", "fastest")]
-    return pd.DataFrame(found, columns=[*columns, "close_to", "next", "lead"]).astype(
-        {name: rows[name].dtype for name in columns}
+    timed = rows[_times(rows).notna()]
+    case = timed.groupby(_CASE, sort=False).ngroup()
+    timed = timed.iloc[np.lexsort((timed["time_ms"], case))]  # the fastest of a case first, equal times in their order
+    case = case[timed.index]
+    is_first = ~case.duplicated()
+    first = timed[is_first].drop(columns=["times_fastest", "fastest"])
+    near = timed[timed["close"] & ~is_first]
+    close_to = near["label"].groupby(case[near.index]).agg(", ".join)
+    others = timed[~timed["close"] & ~is_first]
+    following = others[["label", "time_ms"]].groupby(case[others.index]).first()
+    found = first.set_index(case[is_first])
+    found = found.assign(
+        close_to=close_to.reindex(found.index, fill_value=""),
+        next=following["label"].reindex(found.index),
+        lead=following["time_ms"].reindex(found.index) / found["time_ms"],
     )
+    return found.reset_index(drop=True)
 
 
 def wins(rows: pd.DataFrame) -> tuple[dict[str, int], int]:

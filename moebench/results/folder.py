@@ -1,15 +1,22 @@
-"""Open a results folder: read its rows, and the environments in which the rows were measured."""
+"""Open a results folder: read its rows, and the environments in which the rows were measured.
 
-from collections.abc import Mapping
+A frame gives its rows as dictionaries.
+"""
+
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from moebench.errors import ResultsError
 from moebench.machine.environment import Environment
 from moebench.results.files import ENVIRONMENT_NAME, ENVIRONMENTS_NAME
-from moebench.results.frame import load
+from moebench.results.frame import SAMPLE_COLUMNS, load
 
 
 def environments_beside(path: Path) -> dict[str, Environment]:
@@ -46,3 +53,23 @@ def open_result(path: Path) -> Result:
     if frame.empty:
         raise ResultsError(f"{path}: no rows of results yet; let `moebench run` finish a job first")
     return Result(frame, environments_beside(path))
+
+
+def rows_of(frame: pd.DataFrame, *, samples: bool = False) -> list[dict[Hashable, Any]]:
+    """Return each row of a frame as a dictionary, with the samples as arrays, or else without the columns of samples.
+
+    pandas would take ten times as long, above all to make Python numbers of samples.
+    """
+    columns: dict[Hashable, list[Any]] = {name: frame[name].tolist() for name in frame if name not in SAMPLE_COLUMNS}
+    if samples:
+        columns |= {name: _arrays(frame[name]) for name in SAMPLE_COLUMNS}
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _arrays(lists: "pd.Series[Any]") -> list[Any]:
+    """Return the cells of a column of lists as arrays, with None for null."""
+    cells = pa.chunked_array(pa.array(lists, from_pandas=True)).combine_chunks()
+    numbers, lengths = cells.flatten().to_numpy(zero_copy_only=False), pc.list_value_length(cells).fill_null(0)
+    ends = np.cumsum(lengths)
+    places = zip(ends - lengths, ends, cells.is_valid().to_pylist(), strict=True)
+    return [numbers[start:end] if is_valid else None for start, end, is_valid in places]

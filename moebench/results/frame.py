@@ -11,15 +11,17 @@ import os
 import reprlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pandas.api.types import is_numeric_dtype
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from moebench import escapes
 from moebench.errors import ResultsError, first_mistake
@@ -34,6 +36,8 @@ CSV_NAME = "results.csv"
 
 #: Columns that the CSV leaves out: nobody reads thousands of numbers in one cell.
 SAMPLE_COLUMNS = tuple(name for name, column in COLUMN_OF.items() if column.rounds is Rounds.SAMPLES)
+
+_SAMPLES = {name: TypeAdapter[Any](Record.model_fields[name].rebuild_annotation()) for name in SAMPLE_COLUMNS}
 
 _ARROW_TYPES: Mapping[Hashable, Any] = {
     str: pa.string(),
@@ -70,9 +74,11 @@ def _bare(annotation: Any) -> Any:
     return annotation
 
 
+#: The name of each field of Record in the journal and in frames.
+_ALIASES = {name: field.alias or name for name, field in Record.model_fields.items()}
 #: The Arrow schema of all results: Record's fields in their order, with the names that the journal uses.
 ARROW_SCHEMA = pa.schema(
-    [(field.alias or name, _ARROW_TYPES[_bare(field.annotation)]) for name, field in Record.model_fields.items()]
+    [(_ALIASES[name], _ARROW_TYPES[_bare(field.annotation)]) for name, field in Record.model_fields.items()]
 )
 COLUMNS: tuple[str, ...] = tuple(ARROW_SCHEMA.names)
 #: Columns that a Parquet file may lack, with the value that `load` then puts into each of their cells.
@@ -91,11 +97,13 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
     jobs: dict[Hashable, list[Record]] = {}
     for row in latest.values():
         jobs.setdefault(row.key, []).append(row)
-    dumped = [merged_rounds(rounds).model_dump(by_alias=True) for rounds in jobs.values()]
-    for cells in dumped:
-        errors = cells["parity_errors"]
-        cells["parity_errors"] = errors and json.dumps({name: jsonable(error) for name, error in errors.items()})
-    return _to_pandas(pa.Table.from_pylist(dumped, schema=ARROW_SCHEMA))
+    merged = [merged_rounds(rounds) for rounds in jobs.values()]
+    columns = {alias: [getattr(row, name) for row in merged] for name, alias in _ALIASES.items()}
+    columns["parity_errors"] = [
+        errors and json.dumps({name: jsonable(error) for name, error in errors.items()})
+        for errors in columns["parity_errors"]
+    ]
+    return _to_pandas(pa.table(columns, schema=ARROW_SCHEMA))
 
 
 def to_records(frame: pd.DataFrame) -> list[Record]:
@@ -218,7 +226,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         )
     try:
         table = table.select(COLUMNS).cast(ARROW_SCHEMA)
-        rows = table.to_pylist()
+        rows = _without_samples(table).to_pylist()
     except (pa.ArrowException, ValueError) as error:
         raise ResultsError(
             f"{path}: a column has another type than this moebench reads ({_first_line(error)}); {give}"
@@ -230,6 +238,44 @@ def _read_parquet(path: Path) -> pd.DataFrame:
             raise ResultsError(f"{path}: the rows {jobs[key]} and {number} are of the same job; {give}")
         jobs[key] = number
     return _to_pandas(table)
+
+
+def _without_samples(table: Any) -> Any:
+    """Return the table with an empty list for each list of samples, if all lists are valid; else the table as it is.
+
+    A valid list has numbers within the limits of its column, is as long as the other lists of its row, and has no round
+    that they lack. The columns are checked as a whole. Record would take twenty times as long for the lists of rows.
+    """
+    lists = {name: table[name].combine_chunks() for name in SAMPLE_COLUMNS}
+    if not (all(_has_valid_numbers(name, some) for name, some in lists.items()) and _agree(lists)):
+        return table
+    for name, some in lists.items():
+        empty = pa.ListArray.from_arrays([0] * (len(some) + 1), some.values[:0], mask=some.is_null())
+        table = table.set_column(table.column_names.index(name), ARROW_SCHEMA.field(name), empty)
+    return table
+
+
+def _has_valid_numbers(name: str, lists: Any) -> bool:
+    """Return whether the numbers of all lists of a column are valid. They are if the least and the largest are."""
+    numbers = lists.flatten()
+    if numbers.null_count or (pa.types.is_floating(numbers.type) and pc.any(pc.is_nan(numbers)).as_py()):
+        return False
+    try:
+        _SAMPLES[name].validate_python(tuple(pc.min_max(numbers).as_py().values()) if len(numbers) else ())
+    except ValidationError:
+        return False
+    return True
+
+
+def _agree(lists: Mapping[str, Any]) -> bool:
+    """Return whether the lists of each row have equal lengths and rounds, as Record demands it."""
+    for names in (("samples_ms", "sample_rounds", "sample_marked"), ("busy_samples_ms", "busy_sample_rounds")):
+        lengths = [pc.list_value_length(lists[name]) for name in names]
+        if not all(pc.all(pc.equal(one, two)).as_py() in (True, None) for one, two in combinations(lengths, 2)):
+            return False
+    has_busy = lists["busy_sample_rounds"].is_valid()
+    busy, rounds = (lists[name].filter(has_busy).to_pylist() for name in ("busy_sample_rounds", "sample_rounds"))
+    return all(set(some) <= set(of or (0,)) for some, of in zip(busy, rounds, strict=True))
 
 
 def _checked(cells: dict[str, Any], place: str) -> Record:

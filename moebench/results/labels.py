@@ -1,8 +1,9 @@
 """Name cases, backends and machines in words. Tables, plots and pages all use the names from this module."""
 
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import pandas as pd
@@ -46,12 +47,19 @@ class Description:
 
 def describe(frame: pd.DataFrame) -> Description:
     """Describe the case of each row, and separate the parts that all rows share from the parts that differ."""
-    parts = pd.DataFrame([_parts(row) for row in frame.to_dict("records")], index=frame.index, dtype="str")
+    texts = {name: _texts(frame, columns, text) for name, (columns, text) in _PARTS.items()}
+    parts = pd.DataFrame(texts, index=frame.index, dtype="str")
     values = {str(name): parts[name].unique() for name in parts}
     shared = {name: _in_words(name, found[0]) for name, found in values.items() if len(found) == 1 and found[0]}
     for place in ("machine", "run"):
         shared.pop(place, None)  # the function `machine` below writes the machine and the date
     return Description(shared, parts[[name for name, found in values.items() if len(found) > 1]])
+
+
+def _texts(frame: pd.DataFrame, columns: Sequence[str], text: Callable[..., str]) -> list[str]:
+    """Return the text of each row. `text` makes it of the row's values in `columns`, once for equal values."""
+    made = cache(lambda *values: escapes.line(text(*values)))
+    return list(map(made, *(frame[name].tolist() for name in columns)))
 
 
 def _in_words(part: str, text: str) -> str:
@@ -88,31 +96,19 @@ def is_decode(frame: pd.DataFrame) -> "pd.Series[bool]":
 
 def shape_names(frame: pd.DataFrame) -> list[str]:
     """Return the name of the model of each row. Without a model, the name is made of the shape: `e64k6d1024i512`."""
-    return [_shape_name(row) for row in frame.to_dict("records")]
+    columns = (frame[name].tolist() for name in _SHAPE)
+    return list(map(cache(_shape_name), *columns))
 
 
-def _shape_name(row: Mapping[Hashable, Any]) -> str:
-    return shape_name(row) if pd.isna(row["model"]) else str(row["model"])
+_SHAPE = (*SHAPE_AXES, "model")
 
 
-def _parts(row: Mapping[Hashable, Any]) -> dict[str, str]:
-    """Return the parts of a case's description by name. A setting at its default has an empty text."""
-    parts = {
-        "experts": _shape_name(row),
-        "tokens": str(row["num_tokens"]),
-        "dtype": row["dtype"],
-        "mode": row["mode"],
-        "routing": row["routing"],
-        "activation": row["expert_activation"] + ("+bias" if row["expert_bias"] else ""),
-        **{name: _setting(name, row[name]) for name in _SETTINGS},
-        "rank_load": rank_load_text(row["rank_load"]),
-        "machine": _machine_name(row["gpu"], row["device"]),
-        "run": row["run_id"],
-    }
-    return {name: escapes.line(text) for name, text in parts.items()}
+def _shape_name(*values: Any) -> str:
+    *shape, model = values
+    return shape_name(dict(zip(SHAPE_AXES, shape, strict=True))) if pd.isna(model) else str(model)
 
 
-#: Fields of a case that `_parts` lists by hand.
+#: Fields of a case that `_PARTS` lists by hand.
 _NAMED = (
     *(*SHAPE_AXES, "model", "num_tokens", "dtype", "mode", "routing", "expert_activation", "expert_bias"),
     "rank_load",
@@ -152,6 +148,24 @@ def _machine_name(gpu: Any, device: Any) -> str:
     return {"cpu": "CPU"}.get(names[0], escapes.line(str(names[0]))) if names else ""
 
 
+def _activation(name: str, has_bias: bool) -> str:
+    return name + ("+bias" if has_bias else "")
+
+
+#: The parts of a description: the columns that each part is made of, and the function that makes its text of their
+#: values. A setting at its default has an empty text.
+_PARTS: Mapping[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "experts": (_SHAPE, _shape_name),
+    "tokens": (("num_tokens",), str),
+    **{name: ((name,), str) for name in ("dtype", "mode", "routing")},
+    "activation": (("expert_activation", "expert_bias"), _activation),
+    **{name: ((name,), partial(_setting, name)) for name in _SETTINGS},
+    "rank_load": (("rank_load",), rank_load_text),
+    "machine": (("gpu", "device"), _machine_name),
+    "run": (("run_id",), str),
+}
+
+
 _FIRST = ("model", "n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim", "dtype", "expert_activation")
 _LAST = ("expert_bias", "masked_share", "ep_size", "routing", "rank_load", "mode", "num_tokens", "seed", "case_id")
 CASE_ORDER = (*_FIRST, *(name for name in Case.model_fields if name not in (*_FIRST, *_LAST)), *_LAST)
@@ -169,8 +183,11 @@ def in_case_order(frame: pd.DataFrame) -> pd.DataFrame:
 
 def backend_labels(frame: pd.DataFrame) -> "pd.Series[str]":
     """Return the backend of each row, with its dispatcher if it is not `local`: `te+deepep`."""
-    dispatchers = frame["dispatcher"].map(lambda name: "" if name == "local" else f"+{name}")
-    return (frame["backend"] + dispatchers).map(escapes.line).astype("str")
+    return pd.Series(_texts(frame, ("backend", "dispatcher"), _label), index=frame.index, dtype="str")
+
+
+def _label(backend: str, dispatcher: str) -> str:
+    return backend if dispatcher == "local" else f"{backend}+{dispatcher}"
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
@@ -180,9 +197,9 @@ def in_order(labels: Iterable[str]) -> list[str]:
 
 def machine(frame: pd.DataFrame) -> str:
     """Return where and when rows were measured: GPU or CPU, cold or warm L2 cache, and the dates of their runs."""
-    places = dict.fromkeys(map(_machine_name, frame["gpu"], frame["device"]))
+    places = dict.fromkeys(map(_machine_name, *(frame[name].tolist() for name in ("gpu", "device"))))
     caches = [f"L2 {state}" for state in frame["l2"].dropna().unique()]
-    dates = sorted({"-".join(found.groups()) for run in frame["run_id"] if (found := _DATE.match(run))})
+    dates = sorted({"-".join(found.groups()) for run in frame["run_id"].unique() if (found := _DATE.match(run))})
     span = dates if len(dates) < 3 else [f"{dates[0]} to {dates[-1]}"]
     return ", ".join(text for text in [*places, *caches, *span] if text)
 

@@ -23,6 +23,7 @@ from moebench.workload.case import ITEMSIZE, Case, Job
 
 #: A measured job is near a job if the two differ by at most these factors: in bytes of parameters, in rows, in ranks.
 NEAR = {"parameters": 8.0, "rows": 16.0, "ranks": 4.0}
+_NEAR = np.log2(list(NEAR.values()))
 #: A different dispatcher adds as much distance as a difference by this factor in the rows.
 _OTHER_DISPATCHER = 1.5
 
@@ -79,7 +80,7 @@ class KnownTimes:
             return None
         places, dispatchers, times_s = self._groups[key]
         apart = np.abs(places - np.array(_place(job.case)))
-        is_near = (apart <= np.log2(list(NEAR.values()))).all(axis=1)
+        is_near = (apart <= _NEAR).all(axis=1)
         if not is_near.any():
             return None
         distance = apart.sum(axis=1) + np.where(dispatchers == job.dispatcher, 0.0, math.log2(_OTHER_DISPATCHER))

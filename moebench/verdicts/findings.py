@@ -141,7 +141,9 @@ def rounds_of(row: Row) -> dict[int, float]:
     samples, marked, numbers = row["samples_ms"], row["sample_marked"], _round_of_each_sample(row)
     if not len(numbers):
         return {}
-    usual = np.ones(len(samples), bool) if is_null(marked) else ~np.asarray(marked, bool)
+    if is_null(marked) or not any(marked):
+        return round_medians(samples, numbers)
+    usual = ~np.asarray(marked, bool)
     kept = usual | ~np.isin(numbers, numbers[usual])
     return round_medians(np.asarray(samples)[kept], numbers[kept])
 
@@ -164,8 +166,9 @@ def sessions_of(row: Row) -> dict[int, int]:
     A session is one run. A row of several sessions is made by `moebench merge --sessions` and by `moebench baseline`.
     """
     numbers, sessions = _round_of_each_sample(row), row["sample_sessions"]
-    known = np.zeros(len(numbers)) if is_null(sessions) else sessions
-    return {int(number): int(session) for number, session in zip(numbers, known, strict=True)}
+    if is_null(sessions):
+        return dict.fromkeys(np.unique(numbers).astype(int).tolist(), 0)
+    return {int(number): int(session) for number, session in zip(numbers, sessions, strict=True)}
 
 
 def _round_of_each_sample(row: Row) -> NDArray[Any]:
@@ -175,10 +178,11 @@ def _round_of_each_sample(row: Row) -> NDArray[Any]:
     return np.zeros(len(samples)) if is_null(rounds) else np.asarray(rounds)
 
 
-def _samples_of_rounds(row: Row) -> dict[int, tuple[float, ...]]:
+def _samples_of_rounds(row: Row) -> dict[int, bytes]:
     """Return all samples of each round of a row, by the round's number."""
-    numbers, samples = _round_of_each_sample(row), row["samples_ms"]
-    return {int(some): tuple(np.asarray(samples)[numbers == some].tolist()) for some in np.unique(numbers)}
+    numbers = _round_of_each_sample(row)
+    samples = np.asarray(row["samples_ms"], float)
+    return {int(some): samples[numbers == some].tobytes() for some in np.unique(numbers)}
 
 
 def _is_part(some: Sequence[Any], all_: Sequence[Any]) -> bool:

@@ -8,12 +8,14 @@ reference.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
 from moebench.errors import EXIT_FAILED, EXIT_OK, EXIT_UNDECIDED, ResultsError
 from moebench.machine.comparability import Difference, clock_difference
+from moebench.results.folder import rows_of
 from moebench.results.labels import CASE_ORDER, backend_labels, describe, machine
 from moebench.results.stats import THRESHOLD
 from moebench.verdicts import findings, times
@@ -41,7 +43,7 @@ class Judged:
     baseline: Row | None
     candidate: Row | None
 
-    @property
+    @cached_property
     def verdict(self) -> Verdict:
         """The worst verdict of all findings."""
         return min((finding.verdict for finding in self.findings), key=lambda verdict: verdict.rank)
@@ -154,7 +156,7 @@ def gate(
 
 def _by_key(frame: pd.DataFrame) -> dict[JobKey, Row]:
     in_order = frame.sort_values([*CASE_ORDER, "backend", "dispatcher"], kind="stable")
-    return {key_of(row): row for row in in_order.to_dict("records")}
+    return {key_of(row): row for row in rows_of(in_order, samples=True)}
 
 
 def _notes(judged: Collection[TimeVerdict]) -> Iterator[str]:
@@ -233,7 +235,7 @@ def _names(*frames: pd.DataFrame) -> dict[JobKey, tuple[str, str]]:
     rows = pd.concat(frames, ignore_index=True)
     cases = describe(rows.assign(run_id="", device="", gpu="")).labels
     texts = zip(cases.where(cases != "", rows["case_id"]), backend_labels(rows), strict=True)
-    return dict(zip(map(key_of, rows[list(KEY)].to_dict("records")), texts, strict=True))
+    return dict(zip(map(key_of, rows_of(rows[list(KEY)])), texts, strict=True))
 
 
 def _title(baseline: pd.DataFrame, candidate: pd.DataFrame) -> str:
@@ -249,7 +251,7 @@ def halves(name: str, frame: pd.DataFrame, threshold: float, false_alarms: float
         some = tuple(rounds.values())
         return Sides(some[: len(some) // 2], some[len(some) // 2 :])
 
-    rows = frame.to_dict("records")
+    rows = rows_of(frame, samples=True)
     return self_comparisons_of(name, rows, split, threshold, false_alarms, 2 * times.MIN_ROUNDS)
 
 

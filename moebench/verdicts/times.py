@@ -132,7 +132,12 @@ class TimeVerdict:
 def round_medians(samples_ms: ArrayLike, sample_rounds: ArrayLike) -> dict[int, float]:
     """Return the median of each round's samples by the round's number, ascending."""
     samples, rounds = np.asarray(samples_ms, float), np.asarray(sample_rounds)
-    return {int(number): float(np.median(samples[rounds == number])) for number in np.unique(rounds)}
+    order = np.lexsort((samples, rounds))
+    samples, rounds = samples[order], rounds[order]
+    starts = np.flatnonzero(np.concatenate([[True], rounds[1:] != rounds[:-1]])) if len(rounds) else np.arange(0)
+    ends = np.concatenate([starts[1:], [len(rounds)]])
+    medians = (samples[(starts + ends - 1) // 2] + samples[(starts + ends) // 2]) / 2
+    return dict(zip(rounds[starts].astype(int).tolist(), medians.tolist(), strict=True))
 
 
 def holm(p_values: Sequence[float], level: float) -> list[bool]:

@@ -258,7 +258,7 @@ CHECKPOINTS = (
 OPTIMIZER = ("clips_and_steps", "optimizer_resharded")
 
 #: Facts that the ranks check themselves, by number of ranks: functions of parallel_facts.py, parallel_training.py,
-#: parallel_memory.py, parallel_checkpoints.py and parallel_optimizer.py.
+#: parallel_memory.py, parallel_lora.py, parallel_checkpoints.py and parallel_optimizer.py.
 FACTS = {
     1: ("refusals", "fresh_weights"),
     2: (
@@ -276,6 +276,7 @@ FACTS = {
         "memory_may_start_anywhere",
         *("interleaved", "shared_buffer", "too_many_tokens", "overflow", "buffers_made_again", "other_layouts"),
         *("checkpointed", "copied", "gradients_on_one_rank", "frozen_in_inference", "fully_sharded"),
+        *("with_adapters", "adapters_of_ranks", "adapters_under_fsdp"),
         *CHECKPOINTS,
         *OPTIMIZER,
     ),

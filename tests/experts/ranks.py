@@ -29,6 +29,7 @@ from tests.experts.parallel import Case
 from tests.experts.parallel_checkpoints import CHECKPOINTS
 from tests.experts.parallel_facts import FACTS
 from tests.experts.parallel_layers import MAKERS
+from tests.experts.parallel_lora import LORA
 from tests.experts.parallel_memory import IN_MEMORY
 from tests.experts.parallel_optimizer import OPTIMIZER
 from tests.experts.parallel_training import TRAINING
@@ -128,7 +129,7 @@ def main(folder: Path) -> None:
     for case in parallel.cases(run.size):
         run.attempt(case.name, lambda case=case: run_case(case, folder))
     for name in parallel.FACTS[run.size]:
-        run.attempt(name, (FACTS | TRAINING | IN_MEMORY | CHECKPOINTS | OPTIMIZER)[name])
+        run.attempt(name, (FACTS | TRAINING | IN_MEMORY | CHECKPOINTS | OPTIMIZER | LORA)[name])
     destroy_buffers()
     dist.destroy_process_group()
 

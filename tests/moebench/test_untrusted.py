@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -14,11 +15,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
-from moebench.results.frame import PARQUET_NAME, load, write
+from moebench.errors import ResultsError, first_mistake
+from moebench.results.frame import ARROW_SCHEMA, PARQUET_NAME, load, to_frame, write
 from moebench.results.journal import Journal
+from moebench.results.record import Record
 from tests.moebench.fuzzed import files_in
-from tests.moebench.gated import H200, job_of, ok, steady
+from tests.moebench.gated import H200, job_of, ok, steady, waits
 
 ROOT = Path(__file__).parents[2]
 CASE = job_of(64).case.case_id
@@ -320,3 +324,36 @@ def test_infinity_is_one_word_in_every_document(results, moebench):
     (line,) = (results / "same" / "journal.jsonl").read_text().splitlines()
     assert [(some["time_ms_low"], some["time_ms_high"]) for some in (shown, json.loads(line))] == [("-inf", "inf")] * 2
     assert Journal(results / "same" / "journal.jsonl").read() == ([row], 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("samples_ms", [1.25, 0.0, 1.0]),
+        ("samples_ms", [1.25, math.nan, 1.0]),
+        ("samples_ms", [1.25, None, 1.0]),
+        ("samples_ms", [1.25, math.inf, 1.0]),
+        ("samples_ms", [1.25]),
+        ("sample_rounds", [0, 0, -1]),
+        ("sample_rounds", [0]),
+        ("sample_marked", [False] * 2),
+        ("sample_sessions", [-1, 0, 0]),
+        ("busy_samples_ms", [1.0, 1.0, -1.0]),
+        ("busy_sample_rounds", [0, 0, 2]),
+        ("busy_sample_rounds", [0]),
+    ],
+)
+def test_a_wrong_list_of_samples_is_refused_as_record_refuses_it(tmp_path, name, cell):
+    """A Parquet file's lists are checked by columns. A wrong one has the message that Record has for its row."""
+    rows = [ok(job_of(64), [1.0]), waits(job_of(128), [1.0], [0.5], sample_marked=(False, True, False))]
+    table = pa.Table.from_pandas(to_frame(rows), schema=ARROW_SCHEMA, preserve_index=False)
+    pq.write_table(table, tmp_path / "right.parquet")
+    assert len(load(tmp_path / "right.parquet")) == 2
+    lists = pa.array([table[name][0].as_py(), cell], ARROW_SCHEMA.field(name).type)
+    wrong = table.set_column(table.column_names.index(name), ARROW_SCHEMA.field(name), lists)
+    pq.write_table(wrong, tmp_path / "wrong.parquet")
+    with pytest.raises(ValidationError) as expected:
+        Record.model_validate(wrong.to_pylist()[1])
+    with pytest.raises(ResultsError) as caught:
+        load(tmp_path / "wrong.parquet")
+    assert str(caught.value).startswith(f"{tmp_path / 'wrong.parquet'}: row 2: {first_mistake(expected.value)}; ")

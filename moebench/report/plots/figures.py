@@ -45,6 +45,7 @@ from moebench.report.plots.kinds import (
 )
 from moebench.report.plots.rendering import failure, images
 from moebench.results.files import write_atomically
+from moebench.results.frame import SAMPLE_COLUMNS
 from moebench.results.labels import backend_labels, describe, in_case_order, is_decode
 from moebench.results.record import Status
 from moebench.workload.case import Case
@@ -153,6 +154,7 @@ def replay(frame: pd.DataFrame) -> list[Picture]:
     rows = in_case_order(frame)
     rows["line"] = backend_labels(rows)
     pictures = []
+    rows = rows[rows["case_id"].isin(rows.loc[rows["num_steps"].notna(), "case_id"])]  # most runs have no replay
     for _, case in rows.groupby(["case_id", "device", "gpu"], dropna=False, sort=False):
         if _has_values(case, REPLAY):
             pictures.append(Picture(_slug(REPLAY, case), partial(replays.case_figure, case)))
@@ -177,6 +179,7 @@ def draw(frame: pd.DataFrame, formats: Sequence[str] = ("png", "svg")) -> Drawn:
     An error of one picture becomes a line in `failures`, whatever it is: results must not be lost for a picture.
     """
     drawn = Drawn()
+    frame = frame.drop(columns=list(SAMPLE_COLUMNS))  # no picture shows them, and it takes long to move them
     for plan in (throughput, ratio, decode, scaling, memory, parity, roofline, breakdown, replay):
         try:
             pictures = plan(frame)

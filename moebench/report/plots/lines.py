@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from statistics import fmean
 from textwrap import wrap
 from typing import Any
@@ -171,17 +171,33 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> N
         (ax.axhline if upright else ax.axvline)(metric.budget, color=BAD, linewidth=1.6, label="budget")
         (ax.axhspan if upright else ax.axvspan)(metric.budget, top, color=BAD, alpha=0.06, linewidth=0)
     backends = in_order(points["backend"])
-    for line in in_order(points["line"]):
-        for curve, rows in points[points["line"] == line].groupby("curve", sort=False):
-            secondary = curve in metric.curves[1:]
-            backend, dispatcher = rows[["backend", "dispatcher"]].iloc[0]
+    curves = list(points["curve"].unique())
+    points = points[[*_OF_A_LINE]].assign(wrong=points["status"] == Status.mismatch)
+    lines = points.drop_duplicates("line").set_index("line")[["backend", "dispatcher"]]
+    drawn = points.groupby(["line", "curve", "place"]).agg(
+        value=("value", metric.combine),
+        low=("low", "min"),
+        high=("high", "max"),
+        converged=("converged", "min"),
+        wrong=("wrong", "max"),
+    )
+    of_line = {key: some.droplevel(["line", "curve"]) for key, some in drawn.groupby(["line", "curve"], sort=False)}
+    for line, curve in product(in_order(points["line"]), curves):
+        at = of_line.get((line, curve))
+        if at is not None and at["value"].notna().any():
+            backend, dispatcher = map(str, lines.loc[line])
             above = backends.index(backend) / max(1, len(backends) - 1)
-            look = line_look(backend, dispatcher, secondary=secondary, above=above)
-            if rows["value"].notna().any():
-                _draw_line(ax, rows, metric, {**look, "label": f"{line} {curve}"}, upright)
+            look = line_look(backend, dispatcher, secondary=curve in metric.curves[1:], above=above)
+            _draw_line(ax, at, metric, {**look, "label": f"{line} {curve}"}, upright)
 
 
-def _draw_line(ax: Axes, rows: pd.DataFrame, metric: Metric, look: dict[str, Any], upright: bool) -> None:
+#: The columns of points from which a line is drawn.
+_OF_A_LINE = ("line", "backend", "dispatcher", "curve", "place", "value", "low", "high", "converged")
+
+
+def _draw_line(ax: Axes, at: pd.DataFrame, metric: Metric, look: dict[str, Any], upright: bool) -> None:
+    """Draw one line. `at` has a row for each place, with the values there."""
+
     def put(places: Any, values: Any, **how: Any) -> None:
         if len(values):  # matplotlib's layout would count an empty line, at the origin
             ax.plot(*((places, values) if upright else (values, places)), **how)
@@ -189,9 +205,6 @@ def _draw_line(ax: Axes, rows: pd.DataFrame, metric: Metric, look: dict[str, Any
     if not upright:
         look = {**look, "linestyle": "none", "markersize": _MARK_SIZE}  # so that no mark covers another
     bottom, top = (ax.get_ylim if upright else ax.get_xlim)()
-    at = rows.groupby("place").agg(
-        value=("value", metric.combine), low=("low", "min"), high=("high", "max"), converged=("converged", "min")
-    )
     places = at.index.to_numpy(dtype="float64")
     drawable = at["value"].between(bottom, top)
     put(places, at["value"].where(drawable), **look)
@@ -219,7 +232,7 @@ def _draw_line(ax: Axes, rows: pd.DataFrame, metric: Metric, look: dict[str, Any
         wide = shown[at["converged"].eq(False).fillna(False).to_numpy(dtype=bool) & shown.notna()]
         put(wide.index, wide, **plain, markerfacecolor="white", label="not converged")
     if metric.budget is not None:
-        wrong = shown[shown.index.isin(rows.loc[rows["status"] == Status.mismatch, "place"])]
+        wrong = shown[at["wrong"].to_numpy(dtype=bool)]
         put(wrong.index, wrong, **CROSS, label="mismatch", clip_on=False, zorder=4)
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
 from moebench.report.ranking import TOO_CLOSE, best, ranked, wins
-from moebench.report.tables.boxes import ruled
+from moebench.report.tables.boxes import LongRuled, ruled
 from moebench.report.tables.casecolumn import case_column
 from moebench.report.tables.cells import (
     DIM,
@@ -22,6 +22,7 @@ from moebench.report.tables.cells import (
     part_milliseconds,
     times_text,
 )
+from moebench.results.folder import rows_of
 from moebench.results.labels import describe, machine
 
 _NUMBERS_WIDTH = 26  # ms, memory and lead, with the gaps before them
@@ -57,9 +58,10 @@ def wins_sentence(frame: pd.DataFrame) -> str:
     return f"wins in {total} cases: {', '.join(texts)}" if total else "no case has times of several backends"
 
 
-def _table(rows: pd.DataFrame, width: int) -> Table:
+def _table(rows: pd.DataFrame, width: int) -> LongRuled:
     has_graph = bool(rows["graph_ms"].notna().any())
-    fastest = [_fastest(row) for row in rows.to_dict("records")]
+    lines = rows_of(rows)
+    fastest = [_fastest(row) for row in lines]
     described, longest = describe(rows), max(map(len, fastest))
     room = width - longest - _NUMBERS_WIDTH - _GRAPH_WIDTH * has_graph
     following = int(rows["next"].fillna("").str.len().max()) + 1
@@ -74,10 +76,20 @@ def _table(rows: pd.DataFrame, width: int) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     if has_next:
         table.add_column("over", overflow="fold")
-    for case, name, row in zip(cases, fastest, rows.to_dict("records"), strict=True):
-        cells = [*[Text(case)] * has_cases, name, *map(Text, _numbers(row, has_graph))]
-        table.add_row(*cells, *[Text("" if pd.isna(row["next"]) else row["next"])] * has_next)
-    return table
+    cells = (
+        [
+            *[Text(case)] * has_cases,
+            name,
+            *map(Text, _numbers(row, has_graph)),
+            *[Text(_or_empty(row["next"]))] * has_next,
+        ]
+        for case, name, row in zip(cases, fastest, lines, strict=True)
+    )
+    return LongRuled(table, list(cells))
+
+
+def _or_empty(text: Any) -> str:
+    return "" if pd.isna(text) else str(text)
 
 
 def _fastest(row: Row) -> Text:

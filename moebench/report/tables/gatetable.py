@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
 from moebench.report.gatewords import (
@@ -18,7 +17,7 @@ from moebench.report.gatewords import (
     smallest_effect,
     total,
 )
-from moebench.report.tables.boxes import ruled
+from moebench.report.tables.boxes import LongRuled, ruled
 from moebench.verdicts.gate import GateResult, Judged
 from moebench.verdicts.verdict import Severity
 
@@ -67,7 +66,7 @@ class GateTable:
         yield Text(f"gate: {total(self.result)}", style="bold")
 
 
-def _table(jobs: list[Judged], wide: bool) -> Table:
+def _table(jobs: list[Judged], wide: bool) -> LongRuled:
     table = ruled()
     for name in ("verdict", "backend", "case"):
         table.add_column(name, overflow="fold")
@@ -76,8 +75,9 @@ def _table(jobs: list[Judged], wide: bool) -> Table:
         figures = {"time": change, "sees": smallest_effect, "busy": busy_change, **figures}
     for name in figures:
         table.add_column(name, justify="right", overflow="fold", no_wrap=wide)
+    rows = []
     for job in jobs:
         texts = (job.backend, job.case, *(figure(job) for figure in figures.values()))
         verdict = Text(labelled(job), style=_STYLES.get(job.verdict.severity, ""))
-        table.add_row(verdict, *map(Text, texts))
-    return table
+        rows.append([verdict, *map(Text, texts)])
+    return LongRuled(table, rows)

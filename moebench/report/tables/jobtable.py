@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
-from moebench.report.tables.boxes import ruled
+from moebench.report.tables.boxes import LongRuled, ruled
 from moebench.report.tables.casecolumn import case_column
 from moebench.results.labels import Description, describe
 from moebench.workload.case import Case, Job
@@ -47,16 +46,14 @@ class JobTable:
         yield Text(f"{_count(len(self.jobs), 'job')}, {_count(len(of_case), 'case')}")
 
 
-def _table(described: Description, columns: Mapping[str, Sequence[str]], width: int) -> Table:
+def _table(described: Description, columns: Mapping[str, Sequence[str]], width: int) -> LongRuled:
     others = sum(min(_MOST_OTHER, max(map(len, [title, *cells]))) + 1 for title, cells in columns.items())
     header, cases = case_column(described, max(_LEAST_CASE, width - others))
     shown = {(header or "case"): list(cases.where(cases != "", "all")), **columns}
     table = ruled()
     for title in shown:
         table.add_column(Text(title), justify="right" if title == "jobs" else "left", overflow="fold")
-    for row in zip(*shown.values(), strict=True):
-        table.add_row(*map(Text, row))
-    return table
+    return LongRuled(table, [list(map(Text, row)) for row in zip(*shown.values(), strict=True)])
 
 
 #: The columns of results that say where a row was measured. A sweep does not say it.

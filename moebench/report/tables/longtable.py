@@ -6,7 +6,7 @@ graph, stand in a second line.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -32,6 +32,7 @@ from moebench.report.tables.cells import (
     style_of,
     times_text,
 )
+from moebench.results.folder import rows_of
 from moebench.results.labels import Description, in_order
 from moebench.results.record import Status
 
@@ -104,17 +105,19 @@ class LongTable:
             yield Text(("-" if self.ascii_only else "─") * layout.used_width, style=DIM)
         texts = cases if layout.is_flat else self.described.headings
         places = {label: place for place, label in enumerate(in_order(self.rows["label"]))}
-        rows = self.rows.assign(case_text=texts, place=self.rows["label"].map(places))
-        groups = [group for _, group in rows.groupby(["run_id", "case_id"], sort=False)]
+        cases_of: dict[Hashable, list[Row]] = {}
+        for one in rows_of(self.rows.assign(case_text=texts, place=self.rows["label"].map(places))):
+            cases_of.setdefault((one["run_id"], one["case_id"]), []).append(one)
+        groups = list(cases_of.values())
         is_spaced = not layout.is_flat or max(map(len, groups)) > _MANY
         for number, group in enumerate(groups):
             if number and is_spaced:
                 yield Text()
             if not layout.is_flat:
-                yield Text(group["case_text"].iloc[0], style="bold")
+                yield Text(group[0]["case_text"], style="bold")
                 yield from self._titles("")
-            for place, row in enumerate(sorted(group.to_dict("records"), key=SORTS[self.sort])):
-                yield _line(row, layout, "" if place else row["case_text"])
+            for place, row in enumerate(sorted(group, key=SORTS[self.sort])):
+                yield from _lines(row, layout, "" if place else row["case_text"])
 
     @cached_property
     def _layout(self) -> "_Layout":
@@ -168,8 +171,8 @@ def _numbers_width(columns: Sequence[Column]) -> int:
     return _GAP + _MARKS_WIDTH + sum(size for _, size, _ in columns)
 
 
-def _line(row: Row, layout: _Layout, case: str) -> Text:
-    """Return the case, the label and the cells of a backend. A folded label, or two lines of cells, give several."""
+def _lines(row: Row, layout: _Layout, case: str) -> Iterator[Text]:
+    """Yield the case, the label and the cells of a backend. A folded label, or two lines of cells, give several."""
     status = Status(row["status"])
     if status is Status.ok:
         cells = ["".join(cell(row).rjust(size) for _, size, cell in columns) for columns in layout.columns]
@@ -177,12 +180,11 @@ def _line(row: Row, layout: _Layout, case: str) -> Text:
     else:
         why = " ".join(mismatch(row)) if status is Status.mismatch else status_text(status)
         cells = [" " * _MARKS_WIDTH + why]
-    found, before = Text(), case if layout.is_flat else ""
+    before = case if layout.is_flat else ""
     for label, cell in zip_longest(_folded(row["label"], layout.label_width), cells, fillvalue=""):
-        found.append("\n" * bool(found) + before.ljust(layout.case_width))
-        found.append(f"{label:<{layout.label_width}} {cell}".rstrip(), style=style_of(row))
+        line = Text(before.ljust(layout.case_width))
+        yield line.append(f"{label:<{layout.label_width}} {cell}".rstrip(), style=style_of(row))
         before = ""
-    return found
 
 
 def _by_time(row: Row) -> Any:

@@ -17,6 +17,7 @@ from moebench.errors import UsageError
 from moebench.report.flags import explained, own_flags, shared_flags
 from moebench.report.ranking import TOO_CLOSE, fastest_rows, ranked
 from moebench.report.tables.besttable import BestTable
+from moebench.report.tables.boxes import Lines
 from moebench.report.tables.cells import DIM, GRAPH_LEGEND, STATUS_STYLES, graph_times
 from moebench.report.tables.contexttable import ContextTable
 from moebench.report.tables.longtable import SORTS, LongTable
@@ -62,7 +63,7 @@ class Summary:
             title = ", ".join([described.title(), *one_of_several])
             yield Text("\n".join(filter(None, (title, machine(part)))), style="bold")
             table = LongTable(part, described, options.max_width, options.ascii_only, self.sort)
-            yield from table.lines()
+            yield Lines(table.lines())
             titles |= table.titles
             yield Text()
         yield legend(rows, titles, ascii_only=options.ascii_only)

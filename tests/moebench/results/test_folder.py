@@ -2,12 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from moebench.errors import ResultsError
-from moebench.results.folder import environments_beside, open_result
+from moebench.results.folder import environments_beside, open_result, rows_of
+from moebench.results.frame import SAMPLE_COLUMNS, to_frame
 from moebench.results.journal import Journal
-from tests.moebench.gated import H200, job_of, ok, steady
+from moebench.results.record import Status
+from moebench.verdicts.findings import is_null
+from tests.moebench.gated import H200, bad, job_of, ok, steady, waits
 
 JOB = job_of(64)
 
@@ -34,3 +38,15 @@ def test_results_without_rows_are_refused(tmp_path):
     (tmp_path / "journal.jsonl").touch()
     with pytest.raises(ResultsError, match="no rows"):
         open_result(tmp_path)
+
+
+def test_rows_of_a_frame_are_those_of_pandas():
+    frame = to_frame([waits(JOB, [1.5, 1.25], [0.5]), bad(job_of(128), Status.oom)])
+    for row, other in zip(rows_of(frame, samples=True), frame.to_dict("records"), strict=True):
+        assert row.keys() == other.keys()
+        for name, cell in row.items():
+            expected = list(other[name]) if isinstance(cell, np.ndarray) else other[name]
+            found = cell.tolist() if isinstance(cell, np.ndarray) else cell
+            assert (is_null(found) and is_null(expected)) or found == expected, name
+    assert rows_of(frame)[0].keys() == set(frame) - set(SAMPLE_COLUMNS)
+    assert rows_of(frame[:0], samples=True) == []

@@ -176,3 +176,17 @@ def test_a_line_that_is_no_object_is_refused_with_its_place(journal: Journal, li
     with pytest.raises(ResultsError, match=r"journal\.jsonl:2: .*a line holds one record, a JSON object") as caught:
         journal.read()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("schema", "says"), [('"2"', "schema '2'"), ("3", "schema 3"), ("null", "schema None")])
+def test_a_schema_is_a_number_that_this_moebench_reads(journal: Journal, schema: str, says: str) -> None:
+    journal.path.write_text(ok().to_json().replace('"schema":2}', f'"schema":{schema}}}') + "\n")
+    with pytest.raises(ResultsError, match=says):
+        journal.read()
+
+
+def test_a_line_that_another_program_wrote_is_read_as_one_of_ours(journal: Journal) -> None:
+    row = ok(samples_ms=(1 / 3, 1e-12, 12345678.9012345678), parity_errors={"output": 0.1 + 0.2})
+    reordered = json.dumps(dict(reversed(json.loads(row.to_json()).items())))
+    journal.path.write_text(f"{row.to_json()}\n{reordered}\n")
+    assert journal.read() == ([row, row], 0)
