@@ -15,6 +15,7 @@ __all__ = [
     "ExpertsError",
     "GroupedExperts",
     "GroupedExpertsDeepEP",
+    "GroupedExpertsLoRA",
     "GroupedExpertsTE",
     "InputError",
     "MoEConfig",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from experts.config import BackendConfig, MoEConfig, is_gated_activation
     from experts.dispatchers import destroy_buffers
     from experts.errors import ConfigError, ExpertsError, InputError, RegistryError, Unsupported
+    from experts.lora.layer import GroupedExpertsLoRA
     from experts.modules import GroupedExperts, GroupedExpertsDeepEP, parameter_shapes
     from experts.registry import Backend, backend_names, check_name, get_backend
     from experts.te.layer import GroupedExpertsTE
@@ -52,6 +54,7 @@ _HOMES = {
     "ExpertsError": "experts.errors",
     "GroupedExperts": "experts.modules",
     "GroupedExpertsDeepEP": "experts.modules",
+    "GroupedExpertsLoRA": "experts.lora.layer",
     "GroupedExpertsTE": "experts.te.layer",
     "InputError": "experts.errors",
     "MoEConfig": "experts.config",

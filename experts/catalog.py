@@ -11,7 +11,7 @@ from typing import Literal
 Fp8Recipe = Literal["current", "delayed", "block", "mxfp8"]
 Save = Literal["memory", "time"]
 #: Names of groups of backends. A sweep names a group as "@bf16".
-Group = Literal["bf16", "cpu", "save_time", "fp8", "cached", "mxfp8", "peers", "ep_peers"]
+Group = Literal["bf16", "cpu", "save_time", "fp8", "cached", "mxfp8", "lora", "peers", "ep_peers"]
 Collective = Literal["all_gather", "all_to_all"]
 
 #: Installed packages name further backends under this group of entry points.
@@ -69,12 +69,22 @@ class EngineEntry:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """The size of low-rank adapters, and alpha: A @ B counts alpha / rank times."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
 class BackendEntry:
     """A named way to build an expert layer: an engine with its options, or a peer (another library's layer).
 
     `engine` is None for a peer. `cached` is true if the layer keeps quantised weights from call to call. `target` is
     the peer as `module:attribute`, and `library` is the key of `LIBRARIES` that the peer needs. Both are None if the
     backend is not a peer.
+
+    `lora` is the size of the layer's adapters. It is None if the layer has no adapters and its weights are trained.
 
     `capability` is the least compute capability of the CUDA GPUs on which the backend runs, as (major, minor). It is
     None if the backend also runs on a CPU.
@@ -89,6 +99,7 @@ class BackendEntry:
     target: str | None = None
     library: str | None = None
     capability: tuple[int, int] | None = None
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,8 @@ _TE = EngineEntry("te", "experts.te.layer", library="transformer_engine", stacke
 ENGINES = (_LOOP, _TORCH_MM, _TORCH_MM_MXFP8, _TRITON, _GMM, _TE)
 #: The name of the engine and of the backend that results are compared with.
 REFERENCE = _LOOP.name
+#: The adapters of the backends with adapters.
+LORA = Lora(rank=16, alpha=32.0)
 
 #: The built-in backends. Peers are listed here and are not entry points, so that a user can name a peer even where this
 #: package is only on the path and not installed.
@@ -142,6 +155,9 @@ BACKENDS = (
     BackendEntry("te_fp8_current_cached", _TE, ("cached",), fp8="current", cached=True, capability=(8, 9)),
     BackendEntry("te_fp8_block_cached", _TE, ("cached",), fp8="block", cached=True, capability=(8, 9)),
     BackendEntry("te_mxfp8", _TE, ("mxfp8",), fp8="mxfp8", capability=(10, 0)),
+    BackendEntry("loop_lora", _LOOP, ("lora",), lora=LORA),
+    BackendEntry("torch_mm_lora", _TORCH_MM, ("lora",), lora=LORA),
+    BackendEntry("triton_lora", _TRITON, ("lora",), lora=LORA, capability=(8, 0)),
     BackendEntry(
         "peer_transformers",
         groups=("peers",),

@@ -64,11 +64,11 @@ def compute_local(
 
 
 @functools.cache
-def _config(text: str) -> MoEConfig:
+def config_of(text: str) -> MoEConfig:
     return MoEConfig(**json.loads(text))
 
 
-def _checked(engine: str, config: MoEConfig, x_TD: Tensor, indices_TK: Tensor) -> Engine:
+def checked(engine: str, config: MoEConfig, x_TD: Tensor, indices_TK: Tensor) -> Engine:
     """Return the engine, after the checks that a layer without the compiler makes before it dispatches."""
     check_indices(indices_TK, config.n_routed_experts)
     found = get_engine(engine)
@@ -82,8 +82,8 @@ def _engines_result(
     tensors: tuple[Any, ...], indices_TK: Tensor, engine: str, config: str, first: int, save: str | None
 ) -> Tensor:
     x_TD, weights_TK, *parameters = tensors
-    settings = _config(config)
-    found = _checked(engine, settings, x_TD, indices_TK)
+    settings = config_of(config)
+    found = checked(engine, settings, x_TD, indices_TK)
     options = {} if save is None else {"save": save}
     with autocast_off(x_TD):
         return found.compute(
@@ -91,28 +91,28 @@ def _engines_result(
         ).contiguous()
 
 
-def _gradients(found: list[Tensor | None], like: tuple[Tensor | None, ...]) -> list[Tensor]:
+def gradients(found: list[Tensor | None], like: tuple[Tensor | None, ...]) -> list[Tensor]:
     """Return contiguous gradients. An operator cannot return None: an empty tensor stands for no gradient."""
     x_TD = like[0]
     assert x_TD is not None
     return [x_TD.new_empty(0) if grad is None else grad.contiguous() for grad in found]
 
 
-def _fake_gradients(tensors: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor]:
+def fake_gradients(tensors: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor]:
     x_TD = tensors[0]
     assert x_TD is not None
     pairs = zip(tensors, wanted, strict=True)
     return [t.new_empty(t.shape) if t is not None and wants else x_TD.new_empty(0) for t, wants in pairs]
 
 
-def _for_autograd(grads: list[Tensor], wanted: list[bool], num_inputs: int) -> tuple[Tensor | None, ...]:
+def for_autograd(grads: list[Tensor], wanted: list[bool], num_inputs: int) -> tuple[Tensor | None, ...]:
     """Return one value for each input of an operator."""
     found = tuple(grad if wants else None for grad, wants in zip(grads, wanted, strict=True))
     return found + (None,) * (num_inputs - len(found))
 
 
 @contextlib.contextmanager
-def _with_autograd() -> Iterator[None]:
+def with_autograd() -> Iterator[None]:
     """Let autograd work inside of an operator. torch calls operators with the dispatch keys of autograd left out.
 
     The loop and the eager steps get gradients from autograd. They would raise that no tensor requires a gradient.
@@ -167,15 +167,15 @@ def compute_again(
     given = x_TD, weights_TK, gate_and_up, down, up_bias, down_bias
     tensors = tuple(None if t is None else t.detach().requires_grad_(w) for t, w in zip(given, wanted, strict=True))
     asked = [tensor for tensor, wants in zip(tensors, wanted, strict=True) if tensor is not None and wants]
-    with _with_autograd(), torch.enable_grad():
+    with with_autograd(), torch.enable_grad():
         output_TD = _engines_result(tensors, indices_TK, engine, config, first, save)
         grads = iter(torch.autograd.grad(output_TD, asked, grad_TD))
-    return _gradients([next(grads) if wants else None for wants in wanted], tensors)
+    return gradients([next(grads) if wants else None for wants in wanted], tensors)
 
 
 @compute_again.register_fake
 def _(grad_TD: Tensor, *given: Any) -> list[Tensor]:
-    return _fake_gradients(given[:NUM_DIFFERENTIABLE], given[-1])
+    return fake_gradients(given[:NUM_DIFFERENTIABLE], given[-1])
 
 
 def _set_up_compute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -187,7 +187,7 @@ def _compute_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
     settings = ctx.engine, ctx.config, ctx.first, ctx.save
     grads = compute_again(grad_TD, *ctx.saved_tensors, *settings, wanted)
-    return _for_autograd(grads, wanted, len(ctx.needs_input_grad))
+    return for_autograd(grads, wanted, len(ctx.needs_input_grad))
 
 
 compute.register_autograd(_compute_backward, setup_context=_set_up_compute)
@@ -211,8 +211,8 @@ def compute_and_keep(
 
     rows: [N, D] with `save` = "time", else [0, D], because backward takes x; h: [N, H], the up projection.
     """
-    settings = _config(config)
-    found = _checked(engine, settings, x_TD, indices_TK)
+    settings = config_of(config)
+    found = checked(engine, settings, x_TD, indices_TK)
     permutation = sort_by_expert(indices_TK, first, down.shape[0])
     plan = _plan(found, permutation, settings, save)
     with autocast_off(x_TD):
@@ -257,20 +257,20 @@ def compute_backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     """Return the wanted gradients of the first six inputs of `compute_and_keep`, from what it kept."""
-    settings = _config(config)
+    settings = config_of(config)
     permutation = Permutation(row_to_slot_N, slot_to_row_S, row_to_expert_N, offsets_L, weights_TK.shape[1])
     plan = _plan(get_engine(engine), permutation, settings, save)
     parameters = ExpertParameters(gate_and_up, down, up_bias, down_bias)
-    with _with_autograd(), autocast_off(x_TD):
+    with with_autograd(), autocast_off(x_TD):
         # a copy, because h is overwritten: an operator may not write to what autograd keeps for another backward
         tokens, own_h_NH = rows if plan.save == "time" else x_TD, h_NH.clone()
         found = run_backward(grad_TD, tokens, own_h_NH, weights_TK, parameters, plan, Wanted(*wanted))
-    return _gradients([grad if wants else None for grad, wants in zip(found, wanted, strict=True)], (x_TD,))
+    return gradients([grad if wants else None for grad, wants in zip(found, wanted, strict=True)], (x_TD,))
 
 
 @compute_backward.register_fake
 def _(grad_TD: Tensor, *given: Any) -> list[Tensor]:
-    return _fake_gradients(given[:NUM_DIFFERENTIABLE], given[-1])
+    return fake_gradients(given[:NUM_DIFFERENTIABLE], given[-1])
 
 
 def _set_up_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -282,7 +282,7 @@ def _set_up_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _keep_backward(ctx: Any, grad_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
     grads = compute_backward(grad_TD, *ctx.saved_tensors, ctx.engine, ctx.config, ctx.save, wanted)
-    return _for_autograd(grads, wanted, len(ctx.needs_input_grad))
+    return for_autograd(grads, wanted, len(ctx.needs_input_grad))
 
 
 compute_and_keep.register_autograd(_keep_backward, setup_context=_set_up_keep)

@@ -141,14 +141,23 @@ class GroupedExperts(ExpertLayer):
         if any(parameter.is_meta for parameter in self.parameters()):
             self.to_empty(device=buffer_device)
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif is_dtensor(parameter) and parameter.device.type == "cpu":
-                # on a CPU mesh, DTensor's normal_ warns and draws the same numbers on every rank
-                whole = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=init_std)
-                parameter.to_local().copy_(sharded_like(whole, parameter).to_local())
-            else:
-                parameter.normal_(std=init_std)
+            self._draw_parameter(name, parameter, init_std)
+
+    def _draw_parameter(self, name: str, parameter: Tensor, init_std: float) -> None:
+        if is_dtensor(parameter) and parameter.device.type == "cpu":
+            # on a CPU mesh, DTensor's normal_ warns and draws the same numbers on every rank
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+            self._draw(name, whole, init_std)
+            parameter.to_local().copy_(sharded_like(whole, parameter).to_local())
+        else:
+            self._draw(name, parameter, init_std)
+
+    def _draw(self, name: str, tensor: Tensor, init_std: float) -> None:
+        """Fill the parameter of a name, or a plain tensor of its shape."""
+        if name.endswith("bias"):
+            tensor.zero_()
+        else:
+            tensor.normal_(std=init_std)
 
     def _refuse_te(self, backend: BackendConfig) -> None:
         if backend.experts == "te":

@@ -1,11 +1,13 @@
 """Find a backend by name, build its layer, and return why it cannot run here.
 
 A backend is a callable `(config: MoEConfig) -> nn.Module`. The module has the interface of `experts.GroupedExperts`:
-the same forward, and parameters in the stacked layout. A backend may have three attributes:
+the same forward, and parameters in the stacked layout. A backend may have four attributes:
 
 - `unsupported(device, config) -> str | Unsupported | None` returns why the backend cannot run the config on the device.
   With config None, it returns why the backend cannot run any config on the device.
 - `fp8` is the name of the FP8 recipe that the backend computes in.
+- `lora` has the rank and alpha of the layer's adapters, whose names and shapes are those of
+  `experts.GroupedExpertsLoRA`. The other parameters of such a layer are frozen.
 - `dispatchers` has the names of the dispatchers that the backend runs with, and "local" if it runs on one process. A
   backend without this attribute runs with every dispatcher.
 
@@ -33,6 +35,7 @@ from experts.config import BackendConfig, Dispatcher, Fp8Recipe, MoEConfig, Save
 from experts.dispatchers import dispatcher_unsupported
 from experts.engines import get_engine
 from experts.errors import RegistryError, Unsupported
+from experts.lora.layer import GroupedExpertsLoRA
 from experts.modules import GroupedExperts
 from experts.te import library
 from experts.te.layer import CachedWeightsTE, GroupedExpertsTE
@@ -64,6 +67,7 @@ class Backend:
 
     `fp8` is the name of the FP8 recipe that the backend computes in, or None if it does not compute in FP8.
     `dispatchers` has the names of the dispatchers that the backend runs with, or None if it runs with every dispatcher.
+    `lora` has the rank and alpha of the layer's adapters, or None if the layer has no adapters.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Backend:
     _unsupported: Callable[[torch.device, MoEConfig | None], str | Unsupported | None]
     fp8: str | None = None
     dispatchers: tuple[str, ...] | None = None
+    lora: catalog.Lora | None = None
 
     def build(self, config: MoEConfig, dispatcher: str | None = None, **options: Any) -> nn.Module:
         """Return an expert layer of the config. `dispatcher` is the dispatcher's name, or None for one process.
@@ -148,8 +153,8 @@ def _built_in(described: catalog.BackendEntry) -> Backend:
     if engine is None:
         return _third_party(name, str(described.target))
     if engine.stacked:
-        build = functools.partial(_build_grouped, engine.name, save=described.save)
-        return Backend(name, build, get_engine(engine.name).unsupported, fp8)
+        build = functools.partial(_build_grouped, engine.name, described.lora, save=described.save)
+        return Backend(name, build, get_engine(engine.name).unsupported, fp8, lora=described.lora)
     build = functools.partial(_build_te, fp8, described.cached)
     return Backend(name, build, functools.partial(_te_unsupported, te_fp8=fp8), fp8)
 
@@ -163,9 +168,15 @@ def _te_unsupported(device: torch.device, config: MoEConfig | None, te_fp8: Fp8R
 
 
 def _build_grouped(
-    name: str, config: MoEConfig, dispatcher: Dispatcher | None = None, save: Save | None = None, **options: Any
+    name: str,
+    lora: catalog.Lora | None,
+    config: MoEConfig,
+    dispatcher: Dispatcher | None = None,
+    save: Save | None = None,
+    **options: Any,
 ) -> nn.Module:
-    return GroupedExperts(config, BackendConfig(experts=name, dispatcher=dispatcher, save=save, **options))
+    backend = BackendConfig(experts=name, dispatcher=dispatcher, save=save, **options)
+    return GroupedExperts(config, backend) if lora is None else GroupedExpertsLoRA(config, backend, **vars(lora))
 
 
 def _build_te(
@@ -212,8 +223,8 @@ def _third_party(name: str, target: str) -> Backend:
         raise RegistryError(
             f"backend {name!r}: {target!r} is not callable; it must take a MoEConfig and return a module"
         )
-    dispatchers = getattr(build, "dispatchers", None)
-    return Backend(name, build, getattr(build, "unsupported", _runs_anywhere), getattr(build, "fp8", None), dispatchers)
+    own = {attribute: getattr(build, attribute, None) for attribute in ("fp8", "dispatchers", "lora")}
+    return Backend(name, build, getattr(build, "unsupported", _runs_anywhere), **own)
 
 
 def _runs_anywhere(device: torch.device, config: MoEConfig | None) -> None:

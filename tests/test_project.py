@@ -180,6 +180,7 @@ CROSS_CUTTING = {
     "test_imports.py",  # which module imports which, for all modules
     "test_new_axis.py",  # a new field of a case appears in tables, pages, files, filters and gates
     "test_older_run.py",  # every reader of a results folder opens one of an older revision
+    "measure/test_contexts.py",  # the matrix of contexts in real groups: context, subject, job, ranks and worker
     "measure/test_cheats.py",  # backends that look faster than they are: job, call, samplers, clock, canary and worker
     "measure/test_expert_parallel.py",  # groups of real processes: worker, samplers, judge and runner
     "measure/test_gpu.py",  # facts of timing, memory, poison and a run that only a CUDA GPU can show

@@ -33,9 +33,34 @@ class ExpertParameters(NamedTuple):
 
 PARAMETER_NAMES = ExpertParameters._fields
 
+
+class Adapters(NamedTuple):
+    """The low-rank adapters (LoRA) of L experts, of rank R. The adapters of one expert do not have the dimension L.
+
+    With adapters, a projection multiplies by weight + scale · A @ B. The sum is not computed: rows x give
+    x @ weight + (scale · x @ A) @ B.
+    """
+
+    scale: float
+    gate_and_up_A: Tensor  # [L, D, R]
+    gate_and_up_B: Tensor  # [L, R, 2I], ungated [L, R, I]
+    down_A: Tensor  # [L, I, R]
+    down_B: Tensor  # [L, R, D]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four matrices, without the scale."""
+        return self[1:]
+
+    def to(self, dtype: torch.dtype) -> "Adapters":
+        """Return the adapters in another dtype."""
+        return Adapters(self.scale, *(tensor.to(dtype) for tensor in self.tensors))
+
+
 #: (x [T, D], weights [T, K], indices [T, K], parameters, config, first local expert) -> [T, D] in x's dtype: for each
 #: token, the weighted sum of the outputs of the local experts that the token chose. Choices of other ranks' experts and
-#: of −1 contribute nothing. An engine with `saves` also takes `save=`, the value of `BackendConfig.save`.
+#: of −1 contribute nothing. An engine with `saves` also takes `save=`, the value of `BackendConfig.save`. An engine
+#: with `adapts` also takes `adapters=`, the adapters of the local experts; the parameters then get no gradients.
 Compute = Callable[..., Tensor]
 
 
@@ -50,6 +75,8 @@ class Engine:
 
     `saves` is true if the caller can choose what the engine keeps for backward.
 
+    `adapts` is true if the engine computes experts with low-rank adapters.
+
     `products` takes rows sorted by expert (a `Permutation`) and returns a library's grouped matrix products over these
     rows. moebench compares the engine's time with the time of these products. `products` is None if moebench has
     nothing to compare the engine's time with.
@@ -62,5 +89,6 @@ class Engine:
     compute: Compute
     unsupported: Callable[[torch.device, MoEConfig | None], Unsupported | None]
     saves: bool = False
+    adapts: bool = False
     products: "Callable[[Permutation], Products] | None" = None
     own_products: "Callable[[Permutation, MoEConfig], Products] | None" = None

@@ -6,7 +6,8 @@ This is the engine `torch_mm`. For bfloat16 on SM90 and later, the host does not
 import torch
 from torch import Tensor
 
-from experts.compute import Engine, ExpertParameters
+from experts.compute import Adapters, Engine, ExpertParameters
+from experts.compute.adapted import adapted_experts
 from experts.compute.grouped_mm import products, unaligned
 from experts.compute.whole import Plan, Products, whole_experts
 from experts.config import MoEConfig, Save
@@ -22,10 +23,13 @@ def compute(
     config: MoEConfig,
     first: int,
     save: Save = "memory",
+    adapters: Adapters | None = None,
 ) -> Tensor:
     """Return the local experts' sum [T, D]; see `Compute`. grouped_mm does not read rows past the last offset."""
     permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
     plan = Plan(permutation, config, products(permutation.offsets_L), save)
+    if adapters is not None:
+        return adapted_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), adapters.to(x_TD.dtype), plan)
     return whole_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), plan)
 
 
@@ -49,4 +53,4 @@ def _own_products(permutation: Permutation, config: MoEConfig) -> Products:
     return _products(permutation)
 
 
-ENGINE = Engine(compute, unsupported, saves=True, products=_products, own_products=_own_products)
+ENGINE = Engine(compute, unsupported, saves=True, adapts=True, products=_products, own_products=_own_products)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from experts import catalog
-from experts.compute import Engine, ExpertParameters, grouped_mm
+from experts.compute import Adapters, Engine, ExpertParameters, grouped_mm
+from experts.compute.adapted import adapted_experts
 from experts.compute.whole import Plan, Products, whole_experts
 from experts.config import MoEConfig, Save, dtype_name
 from experts.errors import Unsupported
@@ -29,10 +30,13 @@ def compute(
     config: MoEConfig,
     first: int,
     save: Save = "memory",
+    adapters: Adapters | None = None,
 ) -> Tensor:
     """Return the local experts' sum [T, D]; see `Compute`."""
     permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
     plan = Plan(permutation, config, products(permutation, config), save)
+    if adapters is not None:
+        return adapted_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), adapters.to(x_TD.dtype), plan)
     return whole_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), plan)
 
 
@@ -92,4 +96,4 @@ def _products(permutation: Permutation) -> Products:
     return grouped_mm.products(permutation.offsets_L)  # Triton's do more than multiply
 
 
-ENGINE = Engine(compute, unsupported, saves=True, products=_products, own_products=products)
+ENGINE = Engine(compute, unsupported, saves=True, adapts=True, products=_products, own_products=products)

@@ -102,7 +102,7 @@ def run_forward(
     else:
         are_rows = keep and plan.save == "time"
         tokens = steps.gather_rows(x_TD, permutation) if are_rows else x_TD
-        h_NH = _project_up(tokens, are_rows, gate_and_up, plan, steps)
+        h_NH = project_up(tokens, are_rows, gate_and_up, plan, steps)
         kept = (tokens, h_NH) if keep else None
         del tokens
         a_NI = steps.activate(h_NH, permutation, inside_TK, up_bias, plan.config)
@@ -139,14 +139,20 @@ class _WholeExperts(Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         tokens, h_NH, weights_TK, *parameters = ctx.saved_tensors
         plan: Plan = ctx.plan
-        made = ctx.storage_of_h()
-        if made is None or made is not h_NH.untyped_storage():  # a hook made h and may need its values again
-            h_NH, tokens = h_NH.clone(memory_format=torch.contiguous_format), _with_plain_strides(tokens)
+        made = memory_of(h_NH, ctx.storage_of_h)
+        if made is None:  # a hook made h and may need its values again
+            h_NH, tokens = h_NH.clone(memory_format=torch.contiguous_format), with_plain_strides(tokens)
         elif made.nbytes() == 0:  # an earlier backward of the same graph (retain_graph) freed h
             steps = steps_on(grad_TD.device, grad_TD.dtype)
-            h_NH = _project_up(tokens, plan.save == "time", parameters[0], plan, steps)
+            h_NH = project_up(tokens, plan.save == "time", parameters[0], plan, steps)
         wanted = Wanted(*ctx.needs_input_grad[:6])
         return *run_backward(grad_TD, tokens, h_NH, weights_TK, ExpertParameters(*parameters), plan, wanted), None
+
+
+def memory_of(saved: Tensor, made: "weakref.ref[torch.UntypedStorage]") -> torch.UntypedStorage | None:
+    """Return the memory of a saved tensor if it is still the memory that forward made; None if a hook made it."""
+    storage = made()
+    return storage if storage is not None and storage is saved.untyped_storage() else None
 
 
 class Wanted(NamedTuple):
@@ -200,17 +206,17 @@ def run_backward(
     if wanted.up_bias:
         grad_up_bias = steps.sum_by_expert(grad_h_NH, permutation)
     if wanted.gate_and_up:
-        grad_up = _grad_up(tokens, grad_h_NH, plan, steps)
+        grad_up = grad_of_up(tokens, grad_h_NH, plan, steps)
     if wanted.x:
         grad_x = steps.sum_rows(products.rows_back(grad_h_NH, gate_and_up), permutation)
     del grad_h_NH
     h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
     if a_NI is not None and wanted.down:
-        grad_down = _grad_down(a_NI, grad_TD, plan, steps)
+        grad_down = grad_of_down(a_NI, grad_TD, plan, steps)
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias
 
 
-def _project_up(tokens: Tensor, are_rows: bool, gate_and_up: Tensor, plan: Plan, steps: Steps) -> Tensor:
+def project_up(tokens: Tensor, are_rows: bool, gate_and_up: Tensor, plan: Plan, steps: Steps) -> Tensor:
     """Return the up projection [N, H] of the tokens [T, D] or, with `are_rows`, of the tokens' rows [N, D]."""
     if are_rows:
         return plan.products.rows(tokens, gate_and_up)
@@ -219,12 +225,12 @@ def _project_up(tokens: Tensor, are_rows: bool, gate_and_up: Tensor, plan: Plan,
     return plan.products.rows(steps.gather_rows(tokens, plan.permutation), gate_and_up)
 
 
-def _with_plain_strides(tensor: Tensor) -> Tensor:
+def with_plain_strides(tensor: Tensor) -> Tensor:
     """Return the values with the strides of a new tensor. `contiguous` leaves those of an empty tensor."""
     return tensor.contiguous() if tensor.numel() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _grad_up(tokens: Tensor, grad_h_NH: Tensor, plan: Plan, steps: Steps) -> Tensor:
+def grad_of_up(tokens: Tensor, grad_h_NH: Tensor, plan: Plan, steps: Steps) -> Tensor:
     """Return the gradient [L, D, H] of the up projection's weights. `tokens` are [T, D], or the rows that were kept."""
     if plan.save == "time":
         return plan.products.outer(tokens, grad_h_NH)
@@ -233,7 +239,7 @@ def _grad_up(tokens: Tensor, grad_h_NH: Tensor, plan: Plan, steps: Steps) -> Ten
     return plan.products.outer(steps.gather_rows(tokens, plan.permutation), grad_h_NH)
 
 
-def _grad_down(a_NI: Tensor, grad_TD: Tensor, plan: Plan, steps: Steps) -> Tensor:
+def grad_of_down(a_NI: Tensor, grad_TD: Tensor, plan: Plan, steps: Steps) -> Tensor:
     """Return the gradient [L, I, D] of the down projection's weights, from the output's gradient [T, D]."""
     if plan.products.outer_gathered is not None:
         return plan.products.outer_gathered(a_NI, grad_TD)

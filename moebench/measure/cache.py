@@ -31,7 +31,7 @@ class Workload:
     tell: Callable[[str], None] = lambda trial: None
     _parameters: tuple[Weights, dict[str, Tensor]] | None = field(default=None, repr=False)
     _inputs: tuple[str, Inputs] | None = field(default=None, repr=False)
-    _ceilings: dict[tuple[str, str, bool], Ceilings] = field(default_factory=dict, repr=False)
+    _ceilings: dict[tuple[str, str, bool, bool], Ceilings] = field(default_factory=dict, repr=False)
     _copy_gb_per_s: float | None = field(default=None, repr=False)
 
     def parameters(self, case: Case) -> dict[str, Tensor]:
@@ -51,13 +51,15 @@ class Workload:
         self.routing_file = job.routing_file
         return replay(job.case, job.routing_file) if job.case.routing.startswith("trace:") else None
 
-    def ceilings(self, job: Job, fp8: bool, cold: bool, *, anew: bool = False) -> Ceilings:
+    def ceilings(self, job: Job, fp8: bool, cold: bool, *, is_frozen: bool = False, anew: bool = False) -> Ceilings:
         """Return the case's ceilings for the job's dispatcher, with dense matrix products in FP8 if `fp8` is true.
+
+        If `is_frozen` is true, the gradients of the parameters are not part of the work.
 
         Each such set of ceilings is measured once per case. The speed of a copy is measured once for all cases. If
         `anew` is true, both are measured again.
         """
-        case, key = job.case, (job.case.case_id, job.dispatcher, fp8)
+        case, key = job.case, (job.case.case_id, job.dispatcher, fp8, is_frozen)
         if anew:
             self._copy_gb_per_s = None
             self._ceilings.pop(key, None)
@@ -66,7 +68,7 @@ class Workload:
                 self._copy_gb_per_s = ceilings.copy_gb_per_s(self.device)
             self._ceilings = {known: each for known, each in self._ceilings.items() if known[0] == case.case_id}
             inputs = self.inputs(case)
-            work = ceilings.work_of(case, inputs, self.parameters(case), self.ranks)
+            work = ceilings.work_of(case, inputs, self.parameters(case), self.ranks, is_frozen)
             found = ceilings.measure_ceilings(work, inputs, job.dispatcher, fp8, self._copy_gb_per_s, cold, self.ranks)
             self._ceilings[key] = found
         return self._ceilings[key]

@@ -72,9 +72,12 @@ class ExpertWork:
     bytes_of_expert: int  # of all parameters of one expert
     num_tokens: int
     num_active: int  # the tokens that have an expert
+    is_frozen: bool  # whether the gradients of the projections are not computed, because only adapters are trained
 
 
-def work_of(case: Case, inputs: Inputs, parameters: dict[str, Tensor], ranks: Ranks = ALONE) -> ExpertWork:
+def work_of(
+    case: Case, inputs: Inputs, parameters: dict[str, Tensor], ranks: Ranks = ALONE, is_frozen: bool = False
+) -> ExpertWork:
     """Return the rows that this rank's experts get, sorted by expert."""
     up_LDF, down_LID = parameters["gate_and_up_projs"], parameters["down_projs"]
     n_local_experts = up_LDF.shape[0]
@@ -86,7 +89,8 @@ def work_of(case: Case, inputs: Inputs, parameters: dict[str, Tensor], ranks: Ra
     rows_ND = ranks.rows(inputs.x_TD).index_select(0, slots_N // case.n_activated_experts)
     bytes_of_expert = sum(stacked[0].nbytes for stacked in parameters.values())
     num_active = int((inputs.active_indices_TK >= 0).any(dim=1).sum())
-    return ExpertWork(case, rows_ND, counts, up_LDF, down_LID, bytes_of_expert, inputs.x_TD.shape[0], num_active)
+    num_tokens = inputs.x_TD.shape[0]
+    return ExpertWork(case, rows_ND, counts, up_LDF, down_LID, bytes_of_expert, num_tokens, num_active, is_frozen)
 
 
 def copy_gb_per_s(device: torch.device) -> float:
@@ -138,25 +142,29 @@ def _least_bytes(work: ExpertWork, fp8: bool) -> int:
 
     Forward reads each parameter of the experts with rows once, and the rows of x of tokens that have an expert. It
     writes every row of the output, also the zeros. Backward reads the gradient of the output of tokens that have an
-    expert, and writes the gradients of all tokens and of all parameters. Backward's second read of parameters and of x
-    does not count, because a cache may have kept them. A backend in FP8 may keep its parameters in one byte per number.
+    expert, and writes the gradients of all tokens and, if they are trained, of all parameters. Adapters do not count.
+    Backward's second read of parameters and of x does not count either, because a cache may have kept them. A backend
+    in FP8 may keep its parameters in one byte per number.
     """
     row_bytes = work.case.dim * work.rows_ND.itemsize
     touched = int((work.tokens_per_expert_L > 0).sum()) * work.bytes_of_expert
     forward = (touched // work.rows_ND.itemsize if fp8 else touched) + (work.num_active + work.num_tokens) * row_bytes
     if work.case.mode == "forward":
         return forward
-    gradients = len(work.tokens_per_expert_L) * work.bytes_of_expert + work.num_tokens * row_bytes
+    of_parameters = 0 if work.is_frozen else len(work.tokens_per_expert_L) * work.bytes_of_expert
+    gradients = of_parameters + work.num_tokens * row_bytes
     return forward + work.num_active * row_bytes + gradients
 
 
 def _dense(work: ExpertWork) -> list[Call]:
-    """Return the products of all rows with the first expert's matrices; in mode train also those of both gradients."""
+    """Return the products of all rows with the first expert's matrices; in mode train also those of the gradients."""
     x_ND, up_DF, down_ID = work.rows_ND, work.up_LDF[0], work.down_LID[0]
     h_NF, a_NI = _like_rows(work, up_DF.shape[1]), _like_rows(work, down_ID.shape[0])
     products: list[Call] = [lambda: x_ND @ up_DF, lambda: a_NI @ down_ID]
     if work.case.mode == "train":
-        products += [lambda: x_ND @ down_ID.T, lambda: h_NF @ up_DF.T, lambda: a_NI.T @ x_ND, lambda: x_ND.T @ h_NF]
+        products += [lambda: x_ND @ down_ID.T, lambda: h_NF @ up_DF.T]
+    if work.case.mode == "train" and not work.is_frozen:
+        products += [lambda: a_NI.T @ x_ND, lambda: x_ND.T @ h_NF]
     return products
 
 
@@ -192,7 +200,9 @@ def _grouped(work: ExpertWork) -> list[Call] | None:
 
     products = [product(x_ND, up_LDF), product(a_NI, down_LID)]
     if work.case.mode == "train":
-        products += [product(x_ND, down_LID.mT), product(h_NF, up_LDF.mT), product(a_NI.T, x_ND), product(x_ND.T, h_NF)]
+        products += [product(x_ND, down_LID.mT), product(h_NF, up_LDF.mT)]
+    if work.case.mode == "train" and not work.is_frozen:
+        products += [product(a_NI.T, x_ND), product(x_ND.T, h_NF)]
     return products
 
 

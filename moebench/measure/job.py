@@ -17,6 +17,7 @@ from moebench.measure.samplers import captured
 from moebench.measure.subject import Measured, Subject, backend_of, make_subject, reason_of, verdict_fields
 from moebench.measure.timing import Timing, TimingPolicy
 from moebench.measure.trials import examine
+from moebench.parity.adapters import flops, lora_of
 from moebench.parity.judge import ParityVerdict, Unfit, are_identical
 from moebench.parity.passes import run_pass
 from moebench.parity.reference import Tensors
@@ -89,10 +90,9 @@ class _Job:
     def measure(self) -> Measured:
         """Return the fields of the record. Raises Unsupported, and all errors of the backend."""
         backend = backend_of(self.job, self.workload)
-        is_fp8 = backend.fp8 is not None
         with self.phases.of("setup_s"):
             self.workload.inputs(self.case), self.workload.parameters(self.case)
-        bounds = self._ceilings(is_fp8)  # before the module takes its part of the memory
+        bounds = self._ceilings(backend.fp8 is not None, lora_of(backend) is not None)  # before the module's memory
         with self.phases.of("setup_s"):
             # a backend may write into its inputs: the next one needs the originals
             handed = self.workload.inputs(self.case).clone()
@@ -125,10 +125,10 @@ class _Job:
             return _without_speed(measured | self.phases.spent_s | found, str(reason))
         return measured | self.phases.spent_s | verdict_fields(verdict)
 
-    def _ceilings(self, is_fp8: bool, *, anew: bool = False) -> Ceilings:
+    def _ceilings(self, is_fp8: bool, is_frozen: bool, *, anew: bool = False) -> Ceilings:
         cold = self.policy.cold_l2 and self.device.type == "cuda"
         with self.phases.of("ceilings_s"):
-            return self.workload.ceilings(self.job, is_fp8, cold, anew=anew)
+            return self.workload.ceilings(self.job, is_fp8, cold, is_frozen=is_frozen, anew=anew)
 
     def _judge(
         self, subject: Subject, passes: list[Tensors], inputs: Inputs | None = None, mode: str | None = None
@@ -159,7 +159,7 @@ class _Job:
         samples = Samples(call, subject.inputs, lambda *given: self._judge(subject, *given), ranks, fits, self.replay)
         if subject.graphs is not None:
             subject.graphs.end_warm_calls()
-        timed = self._time(call, samples, bounds, subject.fp8 is not None)
+        timed = self._time(call, samples, bounds, subject)
         parts = breakdown(subject.module, call.forward, device, ranks, samples.prepare, timed.timing.hidden_ms)
         call.clear()
         if self.workload.trace is not None:
@@ -170,7 +170,7 @@ class _Job:
             **parts,
             **self._compiler(subject),
             "l2": ("cold" if self.policy.cold_l2 else "warm") if device.type == "cuda" else None,
-            **self._speed(timed),
+            **self._speed(timed, flops(case, subject.lora)),
         }
 
     def _weigh(self, call: Call, subject: Subject) -> memory.Memory:
@@ -191,7 +191,7 @@ class _Job:
             raise NoSpeed(f"{verdict.worst}, in a call with one token less", verdict)
         return subject.graphs.columns
 
-    def _time(self, call: Call, samples: Samples, bounds: Ceilings, is_fp8: bool) -> _Timed:
+    def _time(self, call: Call, samples: Samples, bounds: Ceilings, subject: Subject) -> _Timed:
         """Time the call. If the time is impossibly short, measure the ceilings and the time again.
 
         Raises NoSpeed if a sample is wrong, or if the time stays impossibly short.
@@ -199,7 +199,7 @@ class _Job:
         reason = ""
         for repeat in range(REPEATS + 1):
             if repeat:
-                bounds = self._ceilings(is_fp8, anew=True)
+                bounds = self._ceilings(subject.fp8 is not None, subject.lora is not None, anew=True)
             with self.phases.of("timing_s"):
                 stages, prepare, keep = call.stages, samples.prepare, samples.keep
                 timed = timing.time_stages(stages, self.device, self.policy, prepare, self.ranks, keep)
@@ -262,7 +262,7 @@ class _Job:
         call.clear()
         return found.within(timed.time_ms)
 
-    def _speed(self, timed: _Timed) -> Measured:
+    def _speed(self, timed: _Timed, num_flops: float) -> Measured:
         """Return the fields of the times, and of the ceilings that they are compared with."""
         found, bounds = timed.timing, timed.bounds
         return {
@@ -282,7 +282,7 @@ class _Job:
             "sample_marked": found.marked,
             "sm_clock_mhz": found.sm_clock_mhz,
             "tokens_per_s": self.case.num_active_tokens / found.time_ms * 1e3,
-            "tflops": self.case.flops() / found.time_ms / 1e9,
+            "tflops": num_flops / found.time_ms / 1e9,
             "roofline_ms": bounds.roofline_ms,
             "roofline_fraction": bounds.roofline_ms / found.time_ms,
             "dense_ms": bounds.dense_ms,

@@ -13,6 +13,7 @@ from moebench.measure.cache import Workload
 from moebench.measure.context.compiled import Graphs
 from moebench.measure.context.layer import LayerInContext, in_context
 from moebench.measure.protocol import told
+from moebench.parity.adapters import Lora, lora_of, make_adapters
 from moebench.parity.judge import ParityVerdict, TensorError, check
 from moebench.parity.passes import run_pass
 from moebench.parity.poison import poisoned
@@ -37,7 +38,8 @@ class Subject:
     """A backend's module with the case's parameters, and the case's inputs.
 
     With several ranks, the module, the parameters and the inputs are those of this rank. `fp8` is the backend's FP8
-    recipe; None for a backend without FP8.
+    recipe; None for a backend without FP8. `lora` has the rank and alpha of its adapters; None without adapters. The
+    adapters are among the parameters.
     """
 
     case: Case
@@ -45,6 +47,7 @@ class Subject:
     inputs: Inputs
     parameters: Mapping[str, Tensor]
     fp8: str | None
+    lora: Lora | None
     device: torch.device
     ranks: Ranks
     #: What backward computed again in the passes of `run`: errors of its rows, and outputs that differ from forward's.
@@ -100,13 +103,14 @@ class Subject:
         backward computed again in the passes of `run` since the last verdict is judged as well.
         """
         parameters, fp8, ranks = parameters or self.parameters, self.fp8, self.ranks
-        found = check(case or self.case, inputs or self.inputs, parameters, passes, fp8, ranks)
+        scale = 0.0 if self.lora is None else self.lora.scale
+        found = check(case or self.case, inputs or self.inputs, parameters, passes, fp8, ranks, lora_scale=scale)
         errors = [*found.tensor_errors, *(error for rank in ranks.tell(self.again) for error in rank)]
         outputs = [{"output": output} for output in self.outputs_again]
         if any(ranks.tell(len(outputs))):  # on a rank without different outputs, its pass has the right ones
             forward = self.case.model_copy(update={"mode": "forward", "context": PLAIN})
-            outputs = outputs or [{"output": passes[0]["output"]}]
-            again = check(forward, self.inputs, self.parameters, outputs[:1], fp8, ranks).tensor_errors
+            outputs = (outputs or [{"output": passes[0]["output"]}])[:1]
+            again = check(forward, self.inputs, self.parameters, outputs, fp8, ranks, lora_scale=scale).tensor_errors
             errors += [replace(one, tensor="recomputed output") for one in again]
         self.again.clear()
         self.outputs_again.clear()
@@ -129,10 +133,12 @@ def reason_of(unsupported: Unsupported) -> str:
 
 def make_subject(backend: Backend, job: Job, workload: Workload) -> Subject:
     """Build the backend's module for the job's case. Errors of the backend are not caught."""
-    inputs, parameters = workload.inputs(job.case), workload.parameters(job.case)
+    inputs, parameters, lora = workload.inputs(job.case), workload.parameters(job.case), lora_of(backend)
+    if lora is not None:
+        parameters = parameters | make_adapters(job.case, lora, parameters, workload.ranks.ep_rank)
     layer = _build(backend, job.case, _dispatcher(job, workload), parameters, workload)
     module = in_context(layer, job.case, workload.device, workload.ranks)
-    return Subject(job.case, module, inputs, parameters, backend.fp8, workload.device, workload.ranks)
+    return Subject(job.case, module, inputs, parameters, backend.fp8, lora, workload.device, workload.ranks)
 
 
 def _dispatcher(job: Job, workload: Workload) -> str | None:

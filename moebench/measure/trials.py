@@ -15,6 +15,7 @@ from experts import Unsupported
 from moebench.measure.cache import Workload
 from moebench.measure.protocol import told
 from moebench.measure.subject import Measured, reason_of
+from moebench.parity.adapters import lora_of
 from moebench.parity.checks import SEARCH, Search, command
 from moebench.parity.judge import TensorError, Unfit
 from moebench.parity.play.listing import listing
@@ -137,7 +138,8 @@ class Trier:
         if ranks.mesh is not None and trial.group == "alone":
             ranks = Ranks(0, 1, self._mesh_alone())
         device = self.workload.device
-        return Stage(lambda one: self._build(one, ranks), device, self.backend.fp8, ranks, self.ranks.rank)
+        lora = lora_of(self.backend)
+        return Stage(lambda one: self._build(one, ranks), device, self.backend.fp8, lora, ranks, self.ranks.rank)
 
     def _mesh_alone(self) -> DeviceMesh:
         """Return a mesh in which each rank is a group of its own."""

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebench.parity.oracle import wide
+from moebench.parity.oracle import trained, wide
 from moebench.parity.quantization import fp8_product
 from moebench.parity.reference import GroupErrors, Tensors, group_errors
 from moebench.parity.rounding import REFERENCE_ROUNDS
@@ -111,25 +111,27 @@ def check(
     wanted: Collection[str] | None = None,
     rounds_to: torch.dtype | None = None,
     partly: bool = False,
+    lora_scale: float = 0.0,
 ) -> ParityVerdict:
     """Compare every pass of a backend with the reference on the same inputs and parameters.
 
     All passes must have used these inputs and parameters. Inputs, parameters and passes are those of this rank, and the
     verdict is over all ranks. `fp8` names the recipe that the backend computes in; the budget then comes from this
     recipe's rounding. `wanted` names the tensors whose gradients a pass in mode train must have ("x", "weights" and
-    parameters); None means all. `rounds_to` is the dtype whose rounding sets the budget; None means x's dtype. A
-    gradient that is missing, that nobody wanted, or that has another shape or dtype than its tensor, is an infinite
-    error.
+    parameters); None means all that are trained. `rounds_to` is the dtype whose rounding sets the budget; None means
+    x's dtype. `lora_scale` is the factor of adapters among the parameters. A gradient that is missing, that nobody
+    wanted, or that has another shape or dtype than its tensor, is an infinite error.
 
     Raises Unfit if the case is at fault: its values overflow in its dtype, or vanish in its rounding. If `partly` is
     true, only an overflow is a fault of the case, and a tensor that vanishes in the rounding must only be finite.
     """
+    wanted = ("x", "weights", *trained(parameters)) if wanted is None else wanted
     malformed = [error for tensors in passes for error in _malformed(case, inputs, parameters, tensors, wanted)]
     found = [error for rank in ranks.tell(malformed) for error in rank]
     if not found:
         product = torch.matmul if fp8 is None else fp8_product(fp8)
         dtype = rounds_to or inputs.x_TD.dtype
-        errors = group_errors(case, inputs, parameters, passes, product, ranks, dtype)
+        errors = group_errors(case, inputs, parameters, passes, product, ranks, dtype, lora_scale)
         own = {(one.tensor, one.group): _largest(_ratios(one.rounding_G, one.scale_G)) for one in errors}
         everywhere = ranks.tell(own)  # ranks may want the gradients of other tensors
         roundings = {key: max(rank.get(key, 0.0) for rank in everywhere) for rank in everywhere for key in rank}
@@ -207,12 +209,12 @@ def _malformed(
     inputs: Inputs,
     parameters: Mapping[str, Tensor],
     tensors: Tensors,
-    wanted: Collection[str] | None,
+    wanted: Collection[str],
 ) -> Iterator[TensorError]:
     expected = {"output": inputs.x_TD}
     if case.mode == "train":
         of = {"x": inputs.x_TD, "weights": inputs.weights_TK, **parameters}
-        expected |= {f"{name}.grad": like for name, like in of.items() if wanted is None or name in wanted}
+        expected |= {f"{name}.grad": like for name, like in of.items() if name in wanted}
     for name in tensors.keys() - expected.keys():
         yield TensorError(name, "is a gradient that nobody wanted", math.inf, 1.0)
     for name, like in expected.items():

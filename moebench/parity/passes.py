@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moebench.parity.oracle import PARAMETER_NAMES
+from moebench.parity.oracle import ADAPTER_NAMES, PARAMETER_NAMES
 from moebench.parity.reference import Tensors
 from moebench.workload.inputs import Inputs
 
@@ -95,5 +95,5 @@ def stacked_grads(module: nn.Module) -> dict[str, Tensor]:
     own: Callable[[], dict[str, Tensor]] | None = getattr(module, "stacked_grads", None)
     if own is not None:
         return own()
-    parameters = {name: getattr(module, name) for name in PARAMETER_NAMES}
+    parameters = {name: getattr(module, name, None) for name in (*PARAMETER_NAMES, *ADAPTER_NAMES)}
     return {name: p.grad for name, p in parameters.items() if p is not None and p.grad is not None}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moebench.parity.batches import Batch, batches
 from moebench.parity.chance import sizes_by_chance
-from moebench.parity.oracle import Formula, Product, Values, experts_values, gradients, wide
+from moebench.parity.oracle import Formula, Product, Values, experts_values, gradients, trained, wide
 from moebench.parity.rounding import Operands, Rounding, roundings
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
@@ -61,15 +61,16 @@ def group_errors(
     product: Product = torch.matmul,
     ranks: Ranks = ALONE,
     rounds_to: torch.dtype | None = None,
+    lora_scale: float = 0.0,
 ) -> list[GroupErrors]:
     """Return the errors of every tensor of the passes: `output`, and in mode train the gradients that the passes have.
 
     Inputs, parameters and passes are those of this rank. `product` is the matrix product of the run that sets the
     budget. If `product` rounds to FP8, the result also has the errors of `output` by expert. `rounds_to` is the dtype
-    whose rounding the oracle shows; None means x's dtype.
+    whose rounding the oracle shows; None means x's dtype. `lora_scale` is the factor of adapters among the parameters.
     """
     everyone = _gathered(inputs, ranks)
-    run = _Run(case, everyone, parameters, product, ranks, rounds_to or inputs.x_TD.dtype)
+    run = _Run(case, everyone, parameters, product, ranks, rounds_to or inputs.x_TD.dtype, lora_scale)
     by_expert = run.experts(passes)
     run.add_ranks()
     own = _own_rows(inputs, ranks)
@@ -87,11 +88,14 @@ def group_errors(
     return errors
 
 
-def exact_pass(case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], ranks: Ranks = ALONE) -> Tensors:
+def exact_pass(
+    case: Case, inputs: Inputs, parameters: Mapping[str, Tensor], ranks: Ranks = ALONE, lora_scale: float = 0.0
+) -> Tensors:
     """Return `output` and every gradient of a pass in mode train in float64, for this rank's tokens and experts."""
     everyone = _gathered(inputs, ranks)
-    run = _Run(case.model_copy(update={"mode": "train"}), everyone, parameters, torch.matmul, ranks, torch.float32)
-    grads = {name: torch.zeros_like(stacked, dtype=torch.float64) for name, stacked in parameters.items()}
+    case = case.model_copy(update={"mode": "train"})
+    run = _Run(case, everyone, parameters, torch.matmul, ranks, torch.float32, lora_scale)
+    grads = {name: torch.zeros_like(parameters[name], dtype=torch.float64) for name in trained(parameters)}
     for batch in run.batches:
         found = run.reference_of(batch).grads
         for name, grad in grads.items():
@@ -124,6 +128,7 @@ class _Run:
         product: Product,
         ranks: Ranks,
         rounds_to: torch.dtype,
+        lora_scale: float,
     ) -> None:
         self.case, self.inputs, self.parameters, self.ranks = case, inputs, parameters, ranks
         num_local, dim, width = parameters["gate_and_up_projs"].shape
@@ -131,7 +136,7 @@ class _Run:
         by_itself = product is not torch.matmul  # FP8 scales the tensors of each expert by themselves
         self.batches = list(batches(inputs.active_indices_TK, first, num_local, 2 * dim * width, by_itself))
         num_perturbed = PERTURBED_RUNS if len(self.batches) <= 1 else 2
-        self.reference = Rounding(Formula.of(case), torch.float64)
+        self.reference = Rounding(Formula.of(case, lora_scale), torch.float64)
         self.roundings = roundings(self.reference.formula, rounds_to, product, num_perturbed, max(dim, width))
         self.generator = torch.Generator(inputs.x_TD.device).manual_seed(case.seed)
         self.exact, self.chance = self._zeros(torch.float64), self._zeros(torch.float64)

@@ -1,6 +1,6 @@
 """Define the runs of the oracle that show what rounding costs in a dtype. None of them runs code of a backend.
 
-* The plain run computes in the dtype itself.
+* The plain run computes in the dtype itself. A layer with adapters has two: they add matrices, or they add rows.
 * The perturbed runs change every operand by a random amount, up to the dtype's rounding unit, and compute in a wider
   dtype. Such a change has the same effect as another right order of a sum, or as another right place of rounding.
 """
@@ -70,7 +70,7 @@ class Rounding:
 def roundings(
     formula: Formula, dtype: torch.dtype, product: Product, num_perturbed: int, longest: int
 ) -> list[Rounding]:
-    """Return the runs for a dtype: the plain run, then the perturbed runs.
+    """Return the runs for a dtype: the plain run (with adapters two), then the perturbed runs.
 
     `longest` is the number of terms of the longest dot product. The sum of its terms, one after the other, rounds as if
     each operand was changed by about √longest/2 units of the sum's dtype.
@@ -97,4 +97,7 @@ def roundings(
         )
         for number in range(num_perturbed)
     ]
-    return perturbed if dtype is double else [Rounding(formula, dtype), *perturbed]
+    plain = [Rounding(formula, dtype)]
+    if formula.lora_scale:
+        plain.append(Rounding(dataclasses.replace(formula, adds_rows=True), dtype))
+    return perturbed if dtype is double else [*plain, *perturbed]

@@ -23,6 +23,7 @@ from moebench.results.labels import backend_labels, machine, shape_names
 from moebench.results.record import Status
 from moebench.results.stats import THRESHOLD
 from moebench.workload.axes import cut
+from moebench.workload.backends import adapters_of
 from moebench.workload.case import Case, adam_bytes, weight_bytes
 from moebench.workload.modelconfig import read_model
 from moebench.workload.models import SHAPE_AXES, Model
@@ -168,9 +169,13 @@ def question(model: str | Path | Model, num_tokens: int, **more: object) -> Case
 
 
 def matching(frame: pd.DataFrame, asked: Case) -> pd.DataFrame:
-    """Return the rows of `frame` that measured the workload `asked`, at any token count."""
+    """Return the rows of `frame` that measured the workload `asked`, at any token count.
+
+    Backends that train adapters are left out, because their step is another one.
+    """
     wanted = asked.model_dump(exclude=set(_FREE))
-    return frame[frame[list(wanted)].eq(pd.Series(wanted)).all(axis=1)]
+    is_whole = frame["backend"].map(lambda name: adapters_of(str(name)) is None).astype(bool)
+    return frame[frame[list(wanted)].eq(pd.Series(wanted)).all(axis=1) & is_whole]
 
 
 def advise(frame: pd.DataFrame, asked: Case) -> Answer:

@@ -196,8 +196,8 @@ class Measured(BaseModel):
         Column(
             Rounds.COMPUTED,
             "useful work divided by `time_ms`, per GPU: 6·T·K·dim·inter in mode `forward` (4 instead of 6 for ungated "
-            "activations), three times as much in mode `train`; T: tokens that the mask keeps, as the mean over ranks; "
-            "K: experts per token",
+            "activations), three times as much in mode `train`, another number with adapters (`@lora`); T: tokens that "
+            "the mask keeps, as the mean over ranks; K: experts per token",
             "10¹² FLOP/s",
         ),
     ] = None

@@ -10,7 +10,7 @@ buffers, except those of a dispatcher that reserves rows.
 from dataclasses import dataclass
 
 from moebench.measure.protocol import PASSES
-from moebench.workload.backends import collective_of, described, engine_of, reserves_rows
+from moebench.workload.backends import adapters_of, collective_of, described, engine_of, reserves_rows
 from moebench.workload.case import ITEMSIZE, Case, Job, weight_bytes, width
 
 #: Number of float32 buffers [N, I] that an activation holds at once: (forward, train). An activation that clamps or
@@ -50,6 +50,7 @@ class _Sizes:
     rows: float
     rows_of_expert: float
     parameter_bytes: int
+    trained_bytes: int  # of the parameters that get gradients
     expert_numbers: int  # parameters of one expert
     input_bytes: int
 
@@ -63,7 +64,7 @@ def footprint(job: Job) -> Footprint:
     weights, inputs = sizes.parameter_bytes, sizes.input_bytes
     token_bytes = case.dim * ITEMSIZE[case.dtype]
     num_kept = 2 if case.mode == "train" else 1  # tensors [T, D] of a pass: the output, and in train the gradient of x
-    kept = num_kept * sizes.num_tokens * token_bytes + (weights if case.mode == "train" else 0)
+    kept = num_kept * sizes.num_tokens * token_bytes + (sizes.trained_bytes if case.mode == "train" else 0)
     whole = case.ep_size * weights  # the module has the experts of all ranks until they are spread over the ranks
     settled = 2 * weights + 2 * inputs  # the case's and the module's weights; the inputs and the copy of them
     settled += _reserved_bytes(job, sizes)
@@ -97,7 +98,7 @@ def _pass_bytes(job: Job, sizes: _Sizes) -> int:
     if _is_one_by_one(job):  # it adds the experts' outputs in float32
         tokens += sizes.reached * case.dim * (acc + itemsize)
     at_activation = sizes.rows * activating + quantised
-    at_gradients = sizes.rows * multiplying + _weight_copies(job) * sizes.parameter_bytes
+    at_gradients = sizes.rows * multiplying + _weight_copies(job) * sizes.trained_bytes
     return int(tokens + max(at_activation, at_gradients))
 
 
@@ -156,6 +157,9 @@ def _sizes(job: Job) -> _Sizes:
     if _is_one_by_one(job) and case.mode == "forward":
         rows = rows_of_expert  # experts run one after the other, and each frees its rows
     expert = case.dim * width(case) + case.moe_inter_dim * case.dim
+    lora = adapters_of(job.backend)
+    thin = 0 if lora is None else lora.rank * (2 * case.dim + width(case) + case.moe_inter_dim)
+    adapter_bytes = num_local * thin * itemsize
     choices = 16 * case.n_activated_experts  # bytes of a token's weights and int64 indices
     return _Sizes(
         num_tokens=max(counts),
@@ -163,7 +167,8 @@ def _sizes(job: Job) -> _Sizes:
         reached=reached,
         rows=rows,
         rows_of_expert=rows_of_expert,
-        parameter_bytes=weight_bytes(case),
+        parameter_bytes=weight_bytes(case) + adapter_bytes,
+        trained_bytes=adapter_bytes or weight_bytes(case),
         expert_numbers=expert,
         input_bytes=max(counts) * (2 * case.dim * itemsize + choices),
     )

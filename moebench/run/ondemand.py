@@ -45,7 +45,10 @@ def missing(answer: Answer, gpu: str | None) -> list[str]:
     here = [advice for advice in answer.advices if advice.gpu == gpu]
     known = {one.backend for advice in here for one in advice.candidates}
     known |= {label.partition("+")[0] for advice in here for label in advice.left_out}
-    ranked = sorted(catalog.BACKENDS, key=lambda one: min(map(_GROUPS.index, one.groups), default=len(_GROUPS)))
+    ranked = sorted(
+        (one for one in catalog.BACKENDS if one.lora is None),
+        key=lambda one: min(map(_GROUPS.index, one.groups), default=len(_GROUPS)),
+    )
     fitting = [one for one in ranked if answer.asked.mode == "train" or one.save is None]
     return [one.name for one in fitting if one.name not in known]
 

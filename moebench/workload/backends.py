@@ -56,6 +56,14 @@ def engine_of(backend: str) -> "catalog.EngineEntry | None":
     return None if known is None else known.engine
 
 
+def adapters_of(backend: str) -> "catalog.Lora | None":
+    """Return the rank and alpha of a backend that trains low-rank adapters; None for another backend.
+
+    The catalog must have the backend.
+    """
+    return getattr(_BACKENDS.get(backend), "lora", None)  # older revisions have no such backends
+
+
 def reserves_rows(dispatcher: str) -> bool:
     """Whether a dispatcher keeps room for the tokens of all ranks, in memory of its own that layers share."""
     return dispatcher in _RESERVE_ROWS

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from experts import GroupedExperts
+from experts import GroupedExperts, GroupedExpertsLoRA
 from experts.compute import ExpertParameters
 from experts.compute.loop import expert_forward, split_experts
 
@@ -59,3 +59,16 @@ class ActivationInDtype(SumInDtype):
         gate_NI, up_NI = h_NI.chunk(2, dim=-1)
         y_ND = (F.silu(gate_NI) * up_NI * weights_N1) @ expert.down_projs
         return y_ND if expert.down_proj_bias is None else y_ND + expert.down_proj_bias * weights_N1
+
+
+class SummedAdapters(GroupedExpertsLoRA):
+    """Each weight is added to scale · A @ B in the tokens' dtype, and the loop computes with the sum."""
+
+    def compute_local(self, x_RD: Tensor, weights_RK: Tensor, indices_RK: Tensor) -> Tensor:
+        parameters, adapters = _in_dtype(self, x_RD.dtype), self.expert_adapters().to(x_RD.dtype)
+        up_A, up_B, down_A, down_B = adapters.tensors
+        summed = parameters._replace(
+            gate_and_up_projs=parameters.gate_and_up_projs + adapters.scale * (up_A @ up_B),
+            down_projs=parameters.down_projs + adapters.scale * (down_A @ down_B),
+        )
+        return self.engine.compute(x_RD, weights_RK, indices_RK, summed, self.config, self.first_local_expert)

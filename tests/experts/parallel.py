@@ -254,8 +254,11 @@ CHECKPOINTS = (
     *("set_as_attributes", "state_dict_options"),
 )
 
+#: Facts of parallel_optimizer.py.
+OPTIMIZER = ("clips_and_steps", "optimizer_resharded")
+
 #: Facts that the ranks check themselves, by number of ranks: functions of parallel_facts.py, parallel_training.py,
-#: parallel_memory.py and parallel_checkpoints.py.
+#: parallel_memory.py, parallel_lora.py, parallel_checkpoints.py and parallel_optimizer.py.
 FACTS = {
     1: ("refusals", "fresh_weights"),
     2: (
@@ -273,7 +276,9 @@ FACTS = {
         "memory_may_start_anywhere",
         *("interleaved", "shared_buffer", "too_many_tokens", "overflow", "buffers_made_again", "other_layouts"),
         *("checkpointed", "copied", "gradients_on_one_rank", "frozen_in_inference", "fully_sharded"),
+        *("with_adapters", "adapters_of_ranks", "adapters_under_fsdp"),
         *CHECKPOINTS,
+        *OPTIMIZER,
     ),
     4: (
         "refusals",
@@ -284,6 +289,7 @@ FACTS = {
         "subgroups",
         "overflow",
         *CHECKPOINTS,
+        *OPTIMIZER,
         *("spread_over_two_meshes", "replicas_are_saved_once"),
     ),
     8: (),

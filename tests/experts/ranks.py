@@ -29,7 +29,9 @@ from tests.experts.parallel import Case
 from tests.experts.parallel_checkpoints import CHECKPOINTS
 from tests.experts.parallel_facts import FACTS
 from tests.experts.parallel_layers import MAKERS
+from tests.experts.parallel_lora import LORA
 from tests.experts.parallel_memory import IN_MEMORY
+from tests.experts.parallel_optimizer import OPTIMIZER
 from tests.experts.parallel_training import TRAINING
 
 PATIENCE = timedelta(seconds=60)  # eight ranks on two cores start at very different times
@@ -127,7 +129,7 @@ def main(folder: Path) -> None:
     for case in parallel.cases(run.size):
         run.attempt(case.name, lambda case=case: run_case(case, folder))
     for name in parallel.FACTS[run.size]:
-        run.attempt(name, (FACTS | TRAINING | IN_MEMORY | CHECKPOINTS)[name])
+        run.attempt(name, (FACTS | TRAINING | IN_MEMORY | CHECKPOINTS | OPTIMIZER | LORA)[name])
     destroy_buffers()
     dist.destroy_process_group()
 

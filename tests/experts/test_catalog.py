@@ -77,6 +77,7 @@ def test_a_backend_is_an_engine_or_a_peer() -> None:
         assert (backend.engine is None) == (backend.target is not None) == is_peer
         assert backend.engine is None or backend.engine in catalog.ENGINES
         assert (backend.save == "time") == ("save_time" in backend.groups)
+        assert (backend.lora is not None) == (backend.groups == ("lora",)) == backend.name.endswith("_lora")
 
 
 def test_the_registry_has_the_backends_of_the_catalog_in_its_order() -> None:

@@ -70,12 +70,17 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
             "cpu and float16 and (16x16 or bias-swiglu-before)",
         ),
         (
-            ["test_corners.py", "test_engines.py", "test_compiled.py"],
+            ["test_corners.py", "test_engines.py", "test_compiled.py", "test_lora.py"],
             f"{LAYERS} and (every_gradient and bias and not geglu or zero_tokens or one_expert or window or compiled)",
             f"{LAYERS} and (every_gradient and quick_geglu-bias or zero_tokens or window and 1+4-bias or any_number)",
         ),
+        (
+            ["test_lora.py"],
+            "triton",
+            "scale_times_a_b and 3-triton",
+        ),
     ],
-    ids=["products", "layers"],
+    ids=["products", "layers", "adapters"],
 )
 @pytest.mark.certify
 @pytest.mark.timeout(600)

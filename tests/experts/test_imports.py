@@ -195,6 +195,7 @@ def test_the_public_names_are_documented() -> None:
         "ExpertsError",
         "GroupedExperts",
         "GroupedExpertsDeepEP",
+        "GroupedExpertsLoRA",
         "GroupedExpertsTE",
         "InputError",
         "MoEConfig",

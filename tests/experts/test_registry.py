@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from experts import GroupedExperts, RegistryError, Unsupported
+from experts import GroupedExperts, GroupedExpertsLoRA, RegistryError, Unsupported
 from experts.registry import ENTRY_POINT_GROUP, Backend, backend_names, check_name, get_backend
 from tests.experts.layers import BF16, F64, assert_near, expected, moe_config, random_batch, random_parameters, run
 
@@ -28,6 +28,9 @@ BUILT_IN = (
     "te_fp8_current_cached",
     "te_fp8_block_cached",
     "te_mxfp8",
+    "loop_lora",
+    "torch_mm_lora",
+    "triton_lora",
     "peer_transformers",
     "peer_automodel_torch_mm",
     "peer_automodel_te",
@@ -110,7 +113,7 @@ def test_a_built_in_backend_is_found_without_its_library(name: str) -> None:
         recipe = fp8 if f"te_fp8_{fp8}" in name else recipe
     assert (backend.name, backend.fp8) == (name, recipe)
     reason = backend.unsupported(CPU, moe_config(dtype=BF16))
-    assert (reason is None) == (name in ("loop", "torch_mm", "torch_mm_save_time"))
+    assert (reason is None) == (name in ("loop", "torch_mm", "torch_mm_save_time", "loop_lora", "torch_mm_lora"))
 
 
 @pytest.mark.parametrize("name", ["loop", "torch_mm"])
@@ -121,6 +124,16 @@ def test_a_built_in_backend_builds_its_engine(name: str) -> None:
     assert isinstance(made, GroupedExperts)
     assert made.engine_name == name
     assert_it_works(backend)
+
+
+@pytest.mark.parametrize("engine", ["loop", "torch_mm", "triton"])
+def test_a_backend_with_adapters_is_its_engine_with_adapters(engine: str) -> None:
+    backend = get_backend(f"{engine}_lora")
+    made = backend.build(moe_config(dtype=BF16), dispatcher="alltoall")
+    assert isinstance(made, GroupedExpertsLoRA)
+    assert (made.engine_name, made.dispatcher_name) == (engine, "alltoall")
+    assert (made.rank, made.alpha) == (backend.lora.rank, backend.lora.alpha) == (16, 32.0)
+    assert get_backend(engine).lora is None
 
 
 def test_a_built_in_backend_gives_the_reason_of_a_refusal() -> None:

@@ -83,8 +83,8 @@ def test_two_backwards_of_one_graph_give_the_same_bits(save: str) -> None:
 def test_backward_frees_only_what_forward_itself_saved(save: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second backward computes again what the first one freed. What a hook saved is still there."""
     calls = []
-    project_up = whole._project_up
-    monkeypatch.setattr(whole, "_project_up", lambda *arguments: calls.append(1) or project_up(*arguments))
+    project_up = whole.project_up
+    monkeypatch.setattr(whole, "project_up", lambda *arguments: calls.append(1) or project_up(*arguments))
     made, batch = layer(save), random_batch(CONFIG)
     for hooks, count in ((contextlib.nullcontext(), 2), (saved_tensors_hooks(torch.clone, torch.clone), 1)):
         calls.clear()

@@ -45,6 +45,7 @@ MODULES = (
     "faulty_grads",
     "faulty_modes",
     "faulty_state",
+    "faulty_lora",
     "faulty_contexts",
 )
 #: Classes from which faulty layers inherit. They are right.

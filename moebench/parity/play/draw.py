@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebench.parity.adapters import Lora, adapter_shapes
+from moebench.parity.oracle import ADAPTERS, trained
 from moebench.parity.space.trial import Trial
 from moebench.workload.inputs import Inputs
 
@@ -177,14 +179,17 @@ def parameter_seed(trial: Trial, number: int) -> int:
     return trial.seed + PARAMETER_SEED + SEEDS_APART * number
 
 
-def shapes(trial: Trial) -> Shapes:
-    """Return the shapes of the parameters of a trial's layer by name, in the order of its state dict."""
+def shapes(trial: Trial, lora: Lora | None = None) -> Shapes:
+    """Return the shapes of the parameters of a trial's layer by name, in the order of its state dict.
+
+    Adapters come last.
+    """
     width = trial.moe_inter_dim * (1 if trial.expert_activation == "relu2" else 2)
     experts, dim, inter = trial.n_routed_experts, trial.dim, trial.moe_inter_dim
     found: Shapes = {"gate_and_up_projs": (experts, dim, width), "down_projs": (experts, inter, dim)}
     if trial.expert_bias:
         found |= {"gate_up_proj_bias": (experts, width), "down_proj_bias": (experts, dim)}
-    return found
+    return found if lora is None else found | adapter_shapes(found, lora.rank)
 
 
 def laid_out(trial: Trial, p: Tensor) -> Tensor:
@@ -215,14 +220,19 @@ class Wanted:
 
 
 def wanted(trial: Trial, names: tuple[str, ...], is_last_rank: bool = True) -> Wanted:
-    """Return the gradients that a trial wants, of a layer with the parameters `names`."""
-    kind = trial.wanted
+    """Return the gradients that a trial wants, of a layer with the parameters `names`.
+
+    Adapters stand for the projections beside them, whose gradients nobody gets.
+    """
+    kind, names = trial.wanted, trained(names)
+    of = {
+        projection: tuple(one for one in names if one in (projection, *pair)) for projection, pair in ADAPTERS.items()
+    }
     if kind == "parameters-on-last":
         kind = "parameters" if is_last_rank else "all"
     chosen = {
-        "gate_and_up_projs": names[:1],
-        "down_projs": names[1:2],
-        "biases": names[2:],
+        **of,
+        "biases": tuple(one for one in names if one.endswith("bias")),
         "x": (),
         "weights": (),
         "x+weights": (),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moebench.parity.judge import TensorError
+from moebench.parity.oracle import ADAPTER_NAMES
 from moebench.parity.play.play import Play
 from moebench.parity.play.player import Compared
 from moebench.parity.reference import exact_pass
@@ -93,7 +94,8 @@ def _of_values(compared: Compared, play: Play) -> str | None:
     name = worst.tensor
     if worst.where.startswith("is "):
         return _of_form(worst, compared, play)
-    exact = exact_pass(compared.case, compared.inputs, compared.parameters, play.stage.ranks)[name]
+    stage = play.stage
+    exact = exact_pass(compared.case, compared.inputs, compared.parameters, stage.ranks, stage.lora_scale)[name]
     best: tuple[float, Tensor, Tensor] | None = None
     for tensors in compared.tensors:
         error = (tensors[name].double() - exact).abs().nan_to_num(nan=math.inf)
@@ -176,7 +178,7 @@ def _of_bits(worst: TensorError, play: Play) -> str | None:
         return f"assert {layer}.get_parameter({name!r}).grad is None, 'autograd.grad wrote it'"
     if worst.where == "after init_weights":
         stacked = f"{layer}.state_dict()[{worst.tensor!r}]"
-        if "bias" in worst.tensor:
+        if "bias" in worst.tensor or (worst.tensor in ADAPTER_NAMES and worst.tensor.endswith("_B")):
             return f"assert not {stacked}.any()"
         return f"assert {stacked}.isfinite().all() and len({stacked}.flatten(1).unique(dim=0)) == len({stacked})"
     if play.changed is None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moebench.parity.judge import TensorError
+from moebench.parity.oracle import ADAPTER_NAMES
 from moebench.parity.play import draw
 from moebench.parity.play.player import Player, Stage, local, same_bits
 from moebench.parity.play.script import Script
@@ -127,22 +128,23 @@ class ParameterSteps:
             return
         self._zero_grad()
         seed = draw.parameter_seed(self.trial, self.num_parameters) + self.stage.rank
-        drawn = f"layer{self.player.number}.init_weights(torch.device({self.script.device!r}))"
-        self.script.add(f"torch.manual_seed({seed})", drawn)
+        call = f"layer{self.player.number}.init_weights(torch.device({self.script.device!r}))"
+        self.script.add(f"torch.manual_seed({seed})", call)
         with draw.generators_kept(self.stage.device):
             torch.manual_seed(seed)
             init(self.stage.device)
         found = self._state()
         for name, tensor in self.player.parameters.items():
-            if tensor.shape != found[name].shape:
-                raise ValueError(f"init_weights gave {name} the shape {list(found[name].shape)}")
-            error = 0.0 if self._is_drawn(name, found[name]) else math.inf
+            drawn = found.get(name)
+            if drawn is not None and tensor.shape != drawn.shape:
+                raise ValueError(f"init_weights gave {name} the shape {list(drawn.shape)}")
+            error = 0.0 if drawn is not None and self._is_drawn(name, drawn) else math.inf
             self.errors.append(TensorError(name, "after init_weights", error, 1.0))
-        self.player.parameters = {name: found[name] for name in self.player.parameters}
+        self.player.parameters = {name: found.get(name, tensor) for name, tensor in self.player.parameters.items()}
 
     def _is_drawn(self, name: str, stacked: Tensor) -> bool:
-        """Whether biases are zeros, and no two experts of any rank have the same projection."""
-        if "bias" in name:
+        """Whether biases and B of adapters are zeros, and no two experts of any rank have the same projection or A."""
+        if "bias" in name or (name in ADAPTER_NAMES and name.endswith("_B")):
             return not stacked.any()
         experts = [one.cpu().flatten().view(torch.uint8).numpy().tobytes() for one in stacked]
         everywhere = [one for rank in self.stage.ranks.tell(experts) for one in rank]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moebench.parity.judge import ParityVerdict, TensorError
+from moebench.parity.oracle import trained
 from moebench.parity.play import draw
 from moebench.parity.play.backwards import BackwardSteps
 from moebench.parity.play.parameters import ParameterSteps
@@ -34,7 +35,7 @@ class Play(BackwardSteps, ParameterSteps):
         self.num_calls = 0
         self.deterministic: bool | None = None
         self.errors: list[TensorError] = []
-        self.script = Script(trial, stage.device.type)
+        self.script = Script(trial, stage.device.type, stage.lora)
         self.failed: Compared | None = None
         self.changed: Call | None = None
         self.players: list[Player] = []
@@ -154,12 +155,13 @@ class Play(BackwardSteps, ParameterSteps):
 
     def _draw_parameters(self) -> Tensors:
         """Return this rank's share of new parameters."""
-        shapes = draw.shapes(self.trial)
+        shapes = draw.shapes(self.trial, self.stage.lora)
         return self.stage.share(draw.parameters(self.trial, shapes, self.num_parameters, self.stage.device))
 
     def _new_player(self, trial: Trial) -> Player:
         number = len(self.players)
-        wanted = draw.wanted(trial, tuple(draw.shapes(trial)), is_last_rank=self.stage.rank == trial.ep_size - 1)
+        names = tuple(draw.shapes(trial, self.stage.lora))
+        wanted = draw.wanted(trial, names, is_last_rank=self.stage.rank == trial.ep_size - 1)
         self.script.build(number, trial, self.num_parameters, wanted)
         layer = self.stage.build(trial)
         parameters = self._draw_parameters()
@@ -172,6 +174,8 @@ class Play(BackwardSteps, ParameterSteps):
         if not is_stacked and wanted.parameters:  # parameters of its own have gradients all together
             wanted = dataclasses.replace(wanted, parameters=tuple(parameters))
         for name, parameter in named.items():
+            if name in parameters and name not in trained(parameters):
+                continue  # the layer itself must freeze the weights beside its adapters
             parameter.requires_grad_(name in wanted.parameters or (name not in parameters and bool(wanted.parameters)))
         player = Player(number, trial, layer, parameters, wanted)
         self.players.append(player)

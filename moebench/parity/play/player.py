@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moebench.parity import judge
+from moebench.parity.adapters import Lora
 from moebench.parity.judge import TensorError
 from moebench.parity.passes import stacked_grads
 from moebench.parity.play import draw
@@ -29,14 +30,21 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Inputs))
 class Stage:
     """Where a trial is played. `build` returns the trial's layer with parameters that nobody has set.
 
+    `lora` has the rank and alpha of the layer's adapters, if it has any.
     `ranks` are the ranks that share the layer's experts, and `rank` is this process among all that play the trial.
     """
 
     build: Callable[[Trial], nn.Module]
     device: torch.device
     fp8: str | None = None
+    lora: Lora | None = None
     ranks: Ranks = ALONE
     rank: int = 0
+
+    @property
+    def lora_scale(self) -> float:
+        """The factor of the layer's adapters; 0 without adapters."""
+        return 0.0 if self.lora is None else self.lora.scale
 
     def share(self, whole: Tensors) -> Tensors:
         """Return this rank's experts of stacked parameters."""
@@ -155,6 +163,7 @@ class Player:
             # under autocast a layer may compute in autocast's dtype
             torch.bfloat16 if any(call.autocast for call in self.calls) else None,
             partly=True,
+            lora_scale=stage.lora_scale,
         )
         return Compared(verdict.tensor_errors, self, tuple(passes), case, inputs, parameters, tensors)
 

@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from moebench.parity.adapters import Lora
 from moebench.parity.play import draw
 from moebench.parity.space.trial import Trial
 
@@ -25,11 +26,12 @@ class Script:
 
     Layers are called `layer0`, `layer1`, … The call number n reads `x{n}` and `w{n}` and returns `y{n}`. The gradients
     after the backward number n are in `g{n}`, a dict with "x" and "weights". `loop` repeats the calls `repeated`
-    in turn.
+    in turn. `lora` has the rank and alpha of the layers' adapters, if they have any.
     """
 
     trial: Trial
     device: str = "cpu"
+    lora: Lora | None = None
     lines: list[str] = field(default_factory=list)
     num_backwards: int = 0
     loop: str | None = None
@@ -52,10 +54,12 @@ class Script:
         self.add(f"{own} = Layer(MoEConfig({_config(trial)}))")
         self.add(*self._state(layer, parameters), f"{own}.load_state_dict(state)", *draw.layout_lines(self.trial, own))
         if not wanted.is_all:
-            self.add(f"[p.requires_grad_(n in {wanted.parameters!r}) for n, p in {own}.named_parameters()]")
+            trained = "" if self.lora is None else " if n.startswith('lora_')"
+            named = f"{own}.named_parameters(){trained}"
+            self.add(f"[p.requires_grad_(n in {wanted.parameters!r}) for n, p in {named}]")
 
     def _state(self, layer: int, parameters: int) -> list[str]:
-        shapes = f"shapes = {draw.shapes(self.trial)}"
+        shapes = f"shapes = {draw.shapes(self.trial, self.lora)}"
         return [
             shapes,
             f"torch.manual_seed({draw.parameter_seed(self.trial, parameters)})",

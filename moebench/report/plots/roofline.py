@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from moebench.report.plots.kinds import MOST_TICKS_ALONG_X, ROOFLINE, limits, round_ticks, set_ticks, unit
 from moebench.report.plots.look import legend_below, line_legends, line_look, sheet
 from moebench.results.labels import in_order
+from moebench.workload.backends import adapters_of
 from moebench.workload.case import UNGATED
 
 _PANEL_IN = 3.0
@@ -31,7 +32,8 @@ def least_bytes(rows: pd.DataFrame) -> "pd.Series[float]":
     """Return the bytes per rank that every implementation must move even with perfect caches, in the case's dtype.
 
     In mode forward, an implementation must read once the parameters of the experts that have tokens, read the rows of
-    tokens that the mask keeps, and write all rows of the output. In mode train, it must also move all gradients.
+    tokens that the mask keeps, and write all rows of the output. In mode train, it must also move all gradients; with
+    adapters, parameters have none.
     moebench.measure.ceilings counts these bytes, and those of biases. A row does not say how many experts have tokens,
     so this function assumes the average number under uniform routing.
     """
@@ -42,7 +44,8 @@ def least_bytes(rows: pd.DataFrame) -> "pd.Series[float]":
     with_tokens = experts * (1 - idle_share)
     matrices = rows["expert_activation"].isin(UNGATED).map({True: 2, False: 3})
     train = rows["mode"].eq("train").astype("int64")
-    parameters = (with_tokens + train * experts) * matrices * rows["dim"] * rows["moe_inter_dim"]
+    trained = train * rows["backend"].map(lambda name: adapters_of(str(name)) is None).astype("int64")
+    parameters = (with_tokens + trained * experts) * matrices * rows["dim"] * rows["moe_inter_dim"]
     numbers = parameters + (1 + train) * (kept + num_tokens) * rows["dim"]
     num_bytes: pd.Series[float] = numbers * rows["dtype"].map(_DTYPE_BYTES).astype("float64")
     return num_bytes

@@ -1,8 +1,9 @@
 """Show a frame of results as tables in a terminal.
 
-First comes the best backend of each case. Contexts of training have a table beside `plain`. Then each EP size has a table with one line for each backend of a case. The
-title of a table has the settings that all its cases share. Below the tables, a legend explains their columns and signs,
-one line per reason says which jobs did not run, and one line per flag explains it.
+First comes the best backend of each case. Contexts of training have a table beside `plain`. Then each EP size has a
+table with one line for each backend of a case. The title of a table has the settings that all its cases share. Below
+the tables, a legend explains their columns and signs, one line per reason says which jobs did not run, and one line per
+flag explains it.
 """
 
 from collections.abc import Collection, Iterator

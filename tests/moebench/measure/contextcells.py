@@ -53,7 +53,9 @@ class Cell(NamedTuple):
         unkind = {"masked_share": 0.2, "routing": "zipf", "rank_load": "uneven" if self.ep_size > 1 else "even"}
         bias = {"expert_bias": self.backend != "triton"}
         of = {"ep_size": self.ep_size, "dp_size": self.dp_size, "context": self.context}
-        case = Case.model_validate({**fields, **unkind, **bias, **of, "mode": "train", "dtype": DTYPES.get(self.backend, "float32")})
+        case = Case.model_validate(
+            {**fields, **unkind, **bias, **of, "mode": "train", "dtype": DTYPES.get(self.backend, "float32")}
+        )
         return Job(case=case, backend=self.backend, dispatcher=self.dispatcher)
 
     def __str__(self) -> str:

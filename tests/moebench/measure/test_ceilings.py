@@ -46,6 +46,15 @@ def test_least_bytes_are_parameters_of_experts_with_rows_and_rows_that_must_be_r
     assert ceilings._least_bytes(trained, fp8=False) == (4 + 8) * expert + 2 * (30 + 40) * token
 
 
+def test_frozen_weights_have_no_gradients_to_compute_or_write():
+    case = Case(num_tokens=40, mode="train", **SHAPE)
+    inputs, parameters = make_inputs(case, CPU), make_parameters(case, CPU)
+    trained, frozen = (work_of(case, inputs, parameters, is_frozen=is_frozen) for is_frozen in (False, True))
+    assert (len(ceilings._dense(trained)), len(ceilings._dense(frozen))) == (6, 4)
+    gradients = sum(tensor.nbytes for tensor in parameters.values())
+    assert ceilings._least_bytes(trained, fp8=False) - ceilings._least_bytes(frozen, fp8=False) == gradients
+
+
 def test_a_token_without_an_expert_need_not_be_read():
     case = Case(num_tokens=40, **SHAPE)
     inputs = make_inputs(case, CPU)

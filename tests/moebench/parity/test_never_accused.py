@@ -22,7 +22,8 @@ from moebench.parity.space.trial import Trial
 from tests.moebench.faultbench import covering_cases
 
 hooked, right, coarse = (importlib.import_module(name) for name in ("hooked", "right", "coarse"))
-RIGHT = {"loop": "loop", "torch_mm": "torch_mm", "Hooked": "hooked:Hooked"} | {
+BUILT_IN = ("loop", "torch_mm", "loop_lora", "torch_mm_lora")
+RIGHT = {**{name: name for name in BUILT_IN}, "Hooked": "hooked:Hooked"} | {
     name: f"{module.__name__}:{name}"
     for module in (coarse, right)
     for name, kind in vars(module).items()

@@ -165,6 +165,12 @@ def test_machines_are_advised_apart() -> None:
     }
 
 
+def test_a_backend_that_trains_adapters_is_no_candidate() -> None:
+    """Its train step is another one, which is shorter."""
+    rows = [ok(case(256, mode="train"), "torch_mm", 2.0), ok(case(256, mode="train"), "torch_mm_lora", 1.0)]
+    assert [one.backend for one in ask(rows, 256, mode="train").candidates] == ["torch_mm"]
+
+
 def test_a_preset_is_a_shape() -> None:
     frame = load("results/published/h200-2026-11-23")
     named, shaped = (matching(frame, question(name, 1)) for name in ("qwen3-30b-a3b", "e128k8d2048i768"))

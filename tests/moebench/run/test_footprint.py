@@ -90,6 +90,16 @@ def test_a_job_takes_about_what_its_tensors_are(fields: dict[str, Any], mode: st
     assert 0.85 < footprint(one).peak_bytes / tracker.peak_bytes < 1.4
 
 
+def test_frozen_weights_have_no_gradients_but_adapters_have() -> None:
+    shape = {"model": "qwen3-30b-a3b", "num_tokens": 16, "mode": "train"}
+    whole, adapted = footprint(job("torch_mm", **shape)), footprint(job("torch_mm_lora", **shape))
+    weights = 128 * 3 * 2048 * 768 * 2
+    adapters = 128 * 16 * (2 * 2048 + 3 * 768) * 2
+    assert adapted.building == whole.building + 2 * adapters
+    assert whole.passes - adapted.passes == pytest.approx(2 * weights - 4 * adapters, rel=0.01)
+    assert footprint(job("torch_mm_lora", **shape | {"mode": "forward"})).passes < whole.passes - weights
+
+
 def test_ranks_share_parameters_but_build_the_whole_layer() -> None:
     one, eight = (
         footprint(job("gmm", dispatcher, model="kimi-k2", num_tokens=16, ep_size=size, mode="train"))

@@ -20,8 +20,12 @@ from tests.moebench.drawn import COUNTS, LONG, bad, case, family, figures_of, le
 def test_known_backends_look_different_and_unknown_ones_the_same_every_time() -> None:
     assert len({color for color, _ in BACKEND_STYLES.values()}) == len(BACKEND_STYLES)
     assert {marker for _, marker in BACKEND_STYLES.values()} <= set(MarkerStyle.filled_markers)
-    ours = [marker for name, (_, marker) in BACKEND_STYLES.items() if not name.startswith("peer_")]
+    ours = [
+        marker for name, (_, marker) in BACKEND_STYLES.items() if not name.startswith("peer_") and "_lora" not in name
+    ]
     assert len(set(ours)) == len(ours)
+    for name in ("loop", "torch_mm", "triton"):
+        assert BACKEND_STYLES[f"{name}_lora"][1] == BACKEND_STYLES[name][1]
     assert style("loop") == ("#5A5A5A", "o")
     assert style("torch_mm") == ("#0072B2", "s")
     # Literals, so that a changed rule fails here. Published pictures keep their colours.

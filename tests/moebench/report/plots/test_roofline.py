@@ -34,6 +34,12 @@ def test_an_expert_without_tokens_is_not_read_but_has_a_gradient() -> None:
     assert list(least_bytes(rows)) == [2 * (K * EXPERT + 2 * D), 2 * ((K + E) * EXPERT + 4 * D)]
 
 
+def test_frozen_parameters_have_no_gradients_that_move() -> None:
+    rows = to_frame([ok(case(64, mode="train"), backend) for backend in ("torch_mm", "torch_mm_lora")])
+    trained, frozen = least_bytes(rows)
+    assert trained - frozen == pytest.approx(2 * E * EXPERT)
+
+
 def test_intensity_is_useful_work_over_bytes() -> None:
     row = ok(case(64, mode="train", masked_share=0.5), time_ms=7.0)
     found = with_intensity(to_frame([row]))

@@ -1,0 +1,1 @@
+"""Experts with frozen weights and trainable low-rank adapters (LoRA)."""
