@@ -16,7 +16,7 @@ from moebench import escapes
 from moebench.machine.environment import Environment, Gpu
 from moebench.machine.units import size
 from moebench.report import pagetable
-from moebench.report.pagebest import best_table
+from moebench.report.pagebest import best_table, context_table
 from moebench.report.plots.kinds import (
     BREAKDOWN,
     DECODE,
@@ -73,6 +73,7 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: Gat
         decode_tokens=DECODE_TOKENS,
         has_ceilings=bool(rows["roofline_fraction"].notna().any()),
         best=best_table(rows),
+        contexts=context_table(rows),
         table=pagetable.results_table(rows),
         extremes=pagetable.extremes(rows, Reproducer.of(folder)),
         spent=pagetable.time_spent(rows),

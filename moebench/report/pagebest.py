@@ -1,4 +1,7 @@
-"""Make the table of a report's top: for each case the fastest backend, its lead over the next one, and its memory.
+"""Make the tables of a report's top.
+
+The first table has for each case the fastest backend, its lead over the next one, and its memory. The second has each
+context of training beside `plain`.
 
 The frames `rows` in this module are sorted by `labels.in_case_order`. They have the columns `label` (the backend with
 its dispatcher) and `close` (whether the row is too close to the fastest to call; see `report.ranking`).
@@ -13,11 +16,14 @@ import pandas as pd
 from moebench.machine.units import size
 from moebench.report.pagetable import MISSING, Cell, Line, Table, case_columns, number
 from moebench.report.tables.cells import Row, graph_times, milliseconds
+from moebench.results.compare import BESIDE_PLAIN, beside_plain
 from moebench.results.folder import rows_of
 from moebench.results.record import Status
+from moebench.workload.context import PLAIN
 
 _CASE = ("run_id", "case_id", "device", "gpu")
 _MEASURED = ("fastest", "ms", "next", "× fastest", "peak memory")
+_BESIDE = ("ms", "× plain", "peak memory", "peak × plain", "saved", "saved × plain")
 _GRAPH = ("fastest as CUDA graph", "graph ms")
 
 
@@ -41,6 +47,23 @@ def best_table(rows: pd.DataFrame) -> Table:
             cells = (*case[0]["cells"], *_cells(ranked), *(_graph_cells(case) if has_graphs else ()))
             lines.append(Line.of(ranked[0], cells))
     return Table((*titles, *_MEASURED, *(_GRAPH if has_graphs else ())), tuple(lines))
+
+
+def context_table(rows: pd.DataFrame) -> Table:
+    """Return a table with a line for each backend in each context, beside `plain`. It may have no lines."""
+    frame = beside_plain(rows)
+    if frame.empty:
+        return Table((), ())
+    titles, cells_of = case_columns(frame.assign(context=PLAIN, dp_size=1))
+    measures = [number("time_ms", milliseconds), number("peak_memory_bytes", size), number("saved_memory_bytes", size)]
+    ratios = [number(ratio, "{:.2f}×".format) for ratio in BESIDE_PLAIN.values()]
+    columns = [column for pair in zip(measures, ratios, strict=True) for column in pair]
+    lines = []
+    for index, row in zip(frame.index, frame.to_dict("records"), strict=True):
+        context = row["context"] + (f" DP {row['dp_size']}" if row["dp_size"] > 1 else "")
+        named = Cell(row["label"], row["label"]), Cell(context, context)
+        lines.append(Line.of(row, (*cells_of[index], *named, *(column(row) for column in columns))))
+    return Table((*titles, "backend", "context", *_BESIDE), tuple(lines))
 
 
 def _cells(ranked: Sequence[Row]) -> tuple[Cell, ...]:

@@ -20,6 +20,7 @@ from moebench.results.published import default_folders, load_all
 from moebench.results.record import Status
 from moebench.run.footprint import footprint
 from moebench.workload.case import ITEMSIZE, Case, Job
+from moebench.workload.context import PLAIN
 
 #: A measured job is near a job if the two differ by at most these factors: in bytes of parameters, in rows, in ranks.
 NEAR = {"parameters": 8.0, "rows": 16.0, "ranks": 4.0}
@@ -27,7 +28,7 @@ _NEAR = np.log2(list(NEAR.values()))
 #: A different dispatcher adds as much distance as a difference by this factor in the rows.
 _OTHER_DISPATCHER = 1.5
 
-_GROUP = ("backend", "mode", "dtype")
+_GROUP = ("backend", "mode", "dtype", "context")
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,12 @@ class KnownTimes:
             self._groups[key] = places, some["dispatcher"].to_numpy(dtype=str), of_a_round_s
 
     def time_s(self, job: Job) -> float | None:
-        """Return the seconds that one round of the nearest measured job took; None where no measured job is near."""
-        key = job.backend, job.case.mode, job.case.dtype
+        """Return the seconds that one round of the nearest measured job took; None where no measured job is near.
+
+        If the job's context was never measured, jobs in the context `plain` stand for it.
+        """
+        own = job.backend, job.case.mode, job.case.dtype, job.case.context
+        key = own if own in self._groups else (*own[:-1], PLAIN)
         if key not in self._groups:
             return None
         places, dispatchers, times_s = self._groups[key]

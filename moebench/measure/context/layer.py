@@ -109,6 +109,8 @@ def in_context(layer: nn.Module, case: Case, device: torch.device, ranks: Ranks)
     if context.fsdp2:
         layer = fully_sharded(layer, ranks, dtype, main_dtype)
     elif main_dtype is not dtype:
+        if not hasattr(torch.Tensor, "grad_dtype"):
+            raise Unsupported(f"float32 main gradients need Tensor.grad_dtype, which torch {torch.__version__} lacks")
         for parameter in layer.parameters():
             parameter.grad_dtype = main_dtype
     return LayerInContext(layer, context, device, ranks)

@@ -1,10 +1,13 @@
 """Shard a layer with FSDP over data-parallel ranks, and gather its gradients."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from experts import Unsupported
 from moebench.parity.passes import stacked_grads
-from moebench.workload.ranks import Ranks
+from moebench.workload.ranks import Ranks, is_dtensor
 
 
 def fully_sharded(layer: nn.Module, ranks: Ranks, dtype: torch.dtype, main_dtype: torch.dtype) -> nn.Module:
@@ -33,7 +36,12 @@ def unsharded_grads(layer: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     local = stacked_grads(layer)
     found = {}
     for name, entry in layer.state_dict().items():
+        if not is_dtensor(entry):
+            raise Unsupported(
+                f"fsdp2: the state dict of {type(layer).__name__} does not show how FSDP has sharded {name}"
+            )
         if name in local:
-            dim = entry.placements[0].dim  # FSDP's mesh comes before the expert-parallel mesh
+            over_dp: Any = entry.placements[0]  # FSDP's mesh comes before the expert-parallel mesh
+            dim = over_dp.dim
             found[name] = ranks.unsharded(local[name].movedim(dim, 0)).movedim(0, dim)
     return found

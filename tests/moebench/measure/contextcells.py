@@ -58,8 +58,12 @@ class Cell(NamedTuple):
         )
         return Job(case=case, backend=self.backend, dispatcher=self.dispatcher)
 
+    @property
+    def where(self) -> str:
+        return f"EP {self.ep_size} x DP {self.dp_size} {self.backend}+{self.dispatcher}"
+
     def __str__(self) -> str:
-        return f"EP {self.ep_size} x DP {self.dp_size} {self.backend}+{self.dispatcher} {self.context}"
+        return f"{self.where} {self.context}"
 
 
 CELLS = [
@@ -110,5 +114,9 @@ def summary(rows: Sequence[Record]) -> list[str]:
     ran = {cell_of(row): row.status.value for row in rows}
     ends = ", ".join(f"{list(ran.values()).count(status)} {status}" for status in dict.fromkeys(ran.values()))
     lines = [f"contexts: {len(ran)} of {len(CELLS)} cells ran on a CPU over gloo: {ends}"]
-    lines += [f"  not run: {cell}" for cell in CELLS if cell not in ran]
+    left: dict[str, list[str]] = {}
+    for cell in CELLS:
+        if cell not in ran:
+            left.setdefault(cell.where, []).append(cell.context)
+    lines += [f"  not run: {where}: {', '.join(contexts)}" for where, contexts in left.items()]
     return lines + [f"  not run: {what}, which {why}" for what, why in NEEDS_GPUS.items()]

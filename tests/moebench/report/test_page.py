@@ -129,6 +129,17 @@ def test_a_noisy_backend_behind_a_clear_second_is_no_tie() -> None:
     assert (best["fastest"], best["next"]) == ("a", "b")
 
 
+def test_each_context_of_training_is_beside_plain() -> None:
+    memory = {"peak_memory_bytes": 2**30, "saved_memory_bytes": 2**20}
+    plain = ok(case(64, mode="train"), "te", 2.0, **memory)
+    other = ok(case(64, mode="train", context="checkpoint"), "te", 3.0, peak_memory_bytes=2**29, saved_memory_bytes=0)
+    first, second = table_of(page_of([other, plain]), "contexts")
+    assert [first[name] for name in ("backend", "context", "ms", "× plain")] == ["te", "plain", "2.000", "1.00×"]
+    assert [second[name] for name in ("context", "ms", "× plain")] == ["checkpoint", "3.000", "1.50×"]
+    assert (second["peak memory"], second["peak × plain"], second["saved × plain"]) == ("512 MiB", "0.50×", "0.00×")
+    assert 'id="contexts"' not in page_of([plain])
+
+
 def test_both_tables_have_what_the_filters_read() -> None:
     html = page_of([ok(case(count, routing=routing), name) for count, routing, name in TWO_AND_TWO])
     for name, most in (("best", 2), ("results", 4)):

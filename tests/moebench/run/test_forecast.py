@@ -70,6 +70,14 @@ def test_without_a_near_job_there_is_no_time(other: dict[str, Any]) -> None:
     assert forecast([asked(**other)], measured).time_s is None
 
 
+def test_a_context_takes_as_long_as_the_context_or_else_as_plain() -> None:
+    plain, checkpoint = took(1.0, mode="train"), took(2.0, mode="train", context="checkpoint")
+    assert of(plain, checkpoint).time_s(asked(mode="train", context="checkpoint")) == 2.0
+    assert of(plain, checkpoint).time_s(asked(mode="train")) == 1.0
+    assert of(plain, checkpoint).time_s(asked(mode="train", context="offload")) == 1.0
+    assert of(checkpoint).time_s(asked(mode="train")) is None
+
+
 def test_a_job_of_several_rounds_tells_the_time_of_one() -> None:
     row = to_frame([took(9.0)]).assign(num_rounds=3)
     assert KnownTimes(row).time_s(asked()) == 3.0
