@@ -74,6 +74,7 @@ class ExpertLayer(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.n_routed_experts = config.n_routed_experts
+        self.expert_bias = config.expert_bias  # NeMo AutoModel's model reads it to initialise its layers
         self.engine_name = engine_name
         self.dispatcher_name = dispatcher_name
         self.dispatcher_options = dispatcher_options(dispatcher_name, backend)

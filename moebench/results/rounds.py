@@ -45,12 +45,12 @@ def merged_rounds(rows: Sequence[Record]) -> Record:
     schema = min(row.schema_version for row in rows)  # they differ if a later moebench resumed the run
     together: dict[str, Any] = {"round": None, "num_rounds": len(rows), "schema": schema}
     if row.status is Status.ok:
-        together |= {name: _combined(name, rows) for name, column in COLUMN_OF.items() if column.rounds in COMBINE}
+        together |= _all_combined(rows)
         together |= _speed(rows, [row.time_ms for row in rows if row.time_ms is not None])
         together |= _busy(rows, [row.busy_ms for row in rows if row.busy_ms is not None])
     else:
         together |= {"detail": _detail(row, rows), "job_s": _combined("job_s", rows)}
-    return Record.model_validate(row.model_dump(by_alias=True) | together)
+    return Record.model_validate(row.model_dump(by_alias=True, exclude=set(together)) | together)
 
 
 def merged_sessions(rows: Sequence[Record]) -> Record:
@@ -73,7 +73,7 @@ def merged_sessions(rows: Sequence[Record]) -> Record:
     worst = min(rows, key=lambda row: (WORST_ROUND_FIRST.index(row.status), -(row.parity_worst or 0.0)))
     if worst.status is not Status.ok:
         return worst
-    together = {name: _combined(name, rows) for name, column in COLUMN_OF.items() if column.rounds in COMBINE}
+    together = _all_combined(rows)
     numbered: dict[str, list[int]] = {"sample_rounds": [], "sample_sessions": []}
     busy_rounds: list[int] = []
     for row in rows:
@@ -114,6 +114,20 @@ def _medians(row: Record) -> list[float]:
     usual = ~np.asarray(row.sample_marked or (False,) * len(samples))
     kept = usual | ~np.isin(rounds, rounds[usual])
     return [float(np.median(samples[kept & (rounds == number)])) for number in np.unique(rounds)]
+
+
+#: The function that makes one value of the rounds' values, for each column that declares one.
+_COMBINE = {name: COMBINE[column.rounds] for name, column in COLUMN_OF.items() if column.rounds in COMBINE}
+
+
+def _all_combined(rows: Sequence[Record]) -> dict[str, Any]:
+    """Return one value for each column that declares how the rounds' values combine, as `_combined` does."""
+    cells = [vars(row) for row in rows]
+    found = {}
+    for name, combine in _COMBINE.items():
+        values = [value for of_row in cells if (value := of_row[name]) is not None]
+        found[name] = combine(values) if values else None
+    return found
 
 
 def _combined(name: str, rows: Sequence[Record]) -> Any:

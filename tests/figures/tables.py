@@ -166,6 +166,22 @@ def repeatability() -> str:
     return markdown(header, ([text, *cells(rows)] for text, rows in compared.items()))
 
 
+def scaling() -> str:
+    rows = pd.DataFrame(data.document("scaling/commands-2026-11-29.json")["rows"])
+
+    def cells() -> Iterator[list[Any]]:
+        for (size, command), some in rows.groupby(["size", "command"], sort=False):
+            now, before = (select_one(some, revision) for revision in ("after", "before"))
+            past = "–" if before is None else f"{before['cpu_s']:.1f}"
+            yield [f"`{command}`", f"{size:,}", past, f"{now['cpu_s']:.1f}", f"{now['peak_bytes'] / 2**20:.0f}"]
+
+    def select_one(some: pd.DataFrame, revision: str) -> Any:
+        found = data.select(some, revision=revision).to_dict("records")
+        return found[0] if found else None
+
+    return markdown(["command", "size", "before, s of CPU", "now, s of CPU", "now, MiB"], cells())
+
+
 #: The function that makes each table, by document and name of the table.
 TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
     ("docs/measured.md", table.__name__): table
@@ -173,7 +189,7 @@ TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
         *(peers, steps, decode, two_gpus_with_symm_mem, four_gpus),
         *(bandwidth, bandwidth_of_four, precision, repeatability),
     )
-}
+} | {("docs/scaling.md", "scaling"): scaling}
 
 
 def written(text: str, name: str, table: str) -> str:

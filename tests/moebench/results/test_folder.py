@@ -41,7 +41,8 @@ def test_results_without_rows_are_refused(tmp_path):
 
 
 def test_rows_of_a_frame_are_those_of_pandas():
-    frame = to_frame([waits(JOB, [1.5, 1.25], [0.5]), bad(job_of(128), Status.oom)])
+    rows = [waits(JOB, [1.5, 1.25], [0.5]), bad(job_of(128), Status.oom), ok(job_of(256), [2.5])]
+    frame = to_frame(rows)
     for row, other in zip(rows_of(frame, samples=True), frame.to_dict("records"), strict=True):
         assert row.keys() == other.keys()
         for name, cell in row.items():
