@@ -58,12 +58,17 @@ def open_result(path: Path) -> Result:
 def rows_of(frame: pd.DataFrame, *, samples: bool = False) -> list[dict[Hashable, Any]]:
     """Return each row of a frame as a dictionary, with the samples as arrays, or else without the columns of samples.
 
+    As in `DataFrame.to_dict`, a missing value is None, or NaN in a column of floats.
     pandas would take ten times as long, above all to make Python numbers of samples.
     """
-    columns: dict[Hashable, list[Any]] = {name: frame[name].tolist() for name in frame if name not in SAMPLE_COLUMNS}
+    columns: dict[Hashable, list[Any]] = {name: _cells(frame[name]) for name in frame if name not in SAMPLE_COLUMNS}
     if samples:
         columns |= {name: _arrays(frame[name]) for name in SAMPLE_COLUMNS}
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _cells(column: "pd.Series[Any]") -> list[Any]:
+    return [None if cell is pd.NA else cell for cell in column.tolist()]
 
 
 def _arrays(lists: "pd.Series[Any]") -> list[Any]:

@@ -58,6 +58,8 @@ def describe(frame: pd.DataFrame) -> Description:
 
 def _texts(frame: pd.DataFrame, columns: Sequence[str], text: Callable[..., str]) -> list[str]:
     """Return the text of each row. `text` makes it of the row's values in `columns`, once for equal values."""
+    if frame.empty:  # a frame of no rows may have no columns
+        return []
     made = cache(lambda *values: escapes.line(text(*values)))
     return list(map(made, *(frame[name].tolist() for name in columns)))
 

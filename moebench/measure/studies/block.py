@@ -57,7 +57,8 @@ def _sigmoid(route_scale: float, shared: int, groups: int = 1, limited: int = 1)
     return BlockConfig(router=router, n_shared_experts=shared)
 
 
-#: Routers and shared experts of models in moebench.workload.models, from the models' configuration files (2026-11).
+#: Routers and shared experts of models in moebench.workload.models, as their authors published them by 2026-11. They
+#: decide which steps a block takes. `route_scale` is there for the result and changes no time.
 BLOCKS: Mapping[str, BlockConfig] = MappingProxyType(
     {
         "qwen3-30b-a3b": _RENORMALISED,

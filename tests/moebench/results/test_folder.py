@@ -48,6 +48,7 @@ def test_rows_of_a_frame_are_those_of_pandas():
         for name, cell in row.items():
             expected = list(other[name]) if isinstance(cell, np.ndarray) else other[name]
             found = cell.tolist() if isinstance(cell, np.ndarray) else cell
+            assert (found is None) == (expected is None), name
             assert (is_null(found) and is_null(expected)) or found == expected, name
     assert rows_of(frame)[0].keys() == set(frame) - set(SAMPLE_COLUMNS)
     assert rows_of(frame[:0], samples=True) == []

@@ -113,7 +113,7 @@ def test_a_run_killed_between_rounds_of_real_workers_is_completed_exactly(folder
 def test_a_full_disk_is_one_line_and_no_jobs_fault(folder, moebench, who):
     """A real limit on the size of files stops the supervisor at the journal, or the worker at its events file."""
     lifted = "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n" * (who == "supervisor")
-    grows = ALL if who == "supervisor" else ALL.replace("ready()", "ready(versions={'torch': '1' * 1500})")
+    grows = ALL if who == "supervisor" else ALL.replace("ready()", "ready(versions={'torch': '1' * 1000})")
     stand_in.write(folder / "fills", lifted + grows)
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))}
     process = stand_in.started(folder / "fills", "run", "tiny.toml", "--out", "out", cwd=folder, **limit)
