@@ -18,7 +18,13 @@ R = TypeVar("R")
 
 
 def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which autocast is off for the tensor's device."""
+    """Return a context in which autocast is off for the tensor's device.
+
+    The compiler of torch 2.11 cannot trace the question. The operators of a compiled layer (`experts.compiled`) turn
+    autocast off themselves.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
     device_type = tensor.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)

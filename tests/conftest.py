@@ -191,7 +191,7 @@ def fake_nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     return library
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:  # pytest names its class since 9
     """Print what tests recorded under the name `summary`: for example the cells of a matrix that were not run."""
     for report in [one for key in ("passed", "failed") for one in terminalreporter.stats.get(key, [])]:
         for name, text in report.user_properties:
