@@ -11,6 +11,7 @@ import pandas as pd
 from moebench import escapes
 from moebench.workload.backends import REFERENCE
 from moebench.workload.case import Case
+from moebench.workload.context import PLAIN
 from moebench.workload.models import SHAPE_AXES, shape_name
 
 
@@ -48,6 +49,8 @@ class Description:
 def describe(frame: pd.DataFrame) -> Description:
     """Describe the case of each row, and separate the parts that all rows share from the parts that differ."""
     texts = {name: _texts(frame, columns, text) for name, (columns, text) in _PARTS.items()}
+    if any(texts["context"]):  # where contexts differ, the default has its name too
+        texts["context"] = [text or PLAIN for text in texts["context"]]
     parts = pd.DataFrame(texts, index=frame.index, dtype="str")
     values = {str(name): parts[name].unique() for name in parts}
     shared = {name: _in_words(name, found[0]) for name, found in values.items() if len(found) == 1 and found[0]}

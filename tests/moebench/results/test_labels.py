@@ -81,6 +81,13 @@ def test_headings_stand_alone() -> None:
     assert describe(to_frame([ok()])).headings.tolist() == [""]
 
 
+def test_the_plain_context_has_its_name_beside_others_only() -> None:
+    of = [case(mode="train", context=context) for context in ("plain", "checkpoint")]
+    assert describe(to_frame([ok(of=one) for one in of])).headings.tolist() == ["plain", "checkpoint"]
+    assert "plain" not in describe(to_frame([ok(of=of[0])])).title()
+    assert describe(to_frame([ok(of=of[1])])).title().endswith("checkpoint")
+
+
 def test_a_panel_is_titled_with_what_differs_in_its_figure() -> None:
     frame = to_frame([ok(of=case(ep_size=2)), ok(of=case(ep_size=2, rank_load="uneven"))])
     assert panel_title(frame, "train", "uniform", "uneven") == "train, uneven ranks"
