@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experts import catalog
+from experts import catalog, compiled
 from experts.activations import accumulation_dtype
 from experts.compute import PARAMETER_NAMES, Adapters
 from experts.config import DTYPES, BackendConfig, MoEConfig
 from experts.engines import engine_names, get_engine
 from experts.errors import ConfigError
-from experts.lora import compiled
 from experts.modules import GroupedExperts, parameter_shapes
 from experts.state_dict import as_local, is_dtensor
 
@@ -116,7 +115,7 @@ class GroupedExpertsLoRA(GroupedExperts):
         parameters, adapters, first = self.expert_parameters(), self.expert_adapters(), self.first_local_expert
         if torch.compiler.is_compiling():
             settings = self.engine_name, self._described_config, first
-            return compiled.compute_local(x_RD, weights_RK, indices_RK, parameters, adapters, *settings)
+            return compiled.compute_local(x_RD, weights_RK, indices_RK, parameters, *settings, adapters=adapters)
         return self.engine.compute(x_RD, weights_RK, indices_RK, parameters, self.config, first, adapters=adapters)
 
     def expert_adapters(self) -> Adapters:

@@ -153,22 +153,31 @@ def some_masked(batch: Batch) -> Batch:
 
 def run(made: ExpertLayer, batch: Batch) -> Named:
     """Return `output` and the gradients of x, weights and the parameters by name, in their own dtypes and devices."""
+    found = _step(made, batch)
+    gradients = {name: parameter.grad for name, parameter in made.named_parameters()}
+    missing = [name for name, gradient in gradients.items() if gradient is None]
+    assert not missing, f"no gradient for {missing}"
+    return found | {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+
+def run_stacked(made: ExpertLayer, batch: Batch) -> Named:
+    """Do as `run`, but return the gradients of this rank's experts in the stacked layout for every module.
+
+    A parameter without a gradient, such as a frozen one, has no entry.
+    """
+    return _step(made, batch) | made.stacked_grads()
+
+
+def _step(made: ExpertLayer, batch: Batch) -> Named:
     made.zero_grad()
-    device = made.down_projs.device
+    device = next(made.parameters()).device
     batch = batch.map(lambda tensor: tensor.detach() if tensor.device == device else tensor.detach().to(device))
     x, weights = batch.x.requires_grad_(), batch.weights.requires_grad_()
     output = made(x, batch.token_mask, weights, batch.indices)
     output.backward(batch.grad)
-    gradients = {"x": x.grad, "weights": weights.grad, **{name: p.grad for name, p in made.named_parameters()}}
-    missing = [name for name, gradient in gradients.items() if gradient is None]
-    assert not missing, f"no gradient for {missing}"
-    return {"output": output.detach(), **{name: g for name, g in gradients.items() if g is not None}}
-
-
-def run_stacked(made: ExpertLayer, batch: Batch) -> Named:
-    """Do as `run`, but return the gradients of this rank's experts in the stacked layout for every module."""
-    found = run(made, batch)
-    return {name: found[name] for name in ("output", "x", "weights")} | made.stacked_grads()
+    assert x.grad is not None
+    assert weights.grad is not None
+    return {"output": output.detach(), "x": x.grad, "weights": weights.grad}
 
 
 def expected(config: MoEConfig, parameters: Named, batch: Batch) -> Named:

@@ -10,9 +10,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from experts import BackendConfig, GroupedExpertsLoRA, MoEConfig
-from experts.layer import ExpertLayer
 from experts.lora.layer import ADAPTER_NAMES, adapter_shapes
-from tests.experts.layers import F32, Batch, Named, assert_near, assert_same, random_parameters
+from tests.experts.layers import F32, Named, assert_near, assert_same, random_parameters, run_stacked
 from tests.experts.parallel import Case
 from tests.experts.parallel_layers import all_ranks, gathered
 
@@ -41,23 +40,12 @@ def _sharded(case: Case) -> GroupedExpertsLoRA:
     return made
 
 
-def _run(made: ExpertLayer, batch: Batch) -> Named:
-    """Return the output and all gradients that there are."""
-    made.zero_grad()
-    x, weights = batch.x.detach().requires_grad_(), batch.weights.detach().requires_grad_()
-    output = made(x, batch.token_mask, weights, batch.indices)
-    output.backward(batch.grad)
-    assert x.grad is not None
-    assert weights.grad is not None
-    return {"output": output.detach(), "x": x.grad, "weights": weights.grad, **made.stacked_grads()}
-
-
 def _of_this_rank(case: Case) -> Named:
     """Return what the loop gives on one process with the tokens of all ranks: this rank's rows, and its experts."""
     rank, size = dist.get_rank(), dist.get_world_size()
     made = _build(Case(case.scenario, "loop", "allgather"))
     made.load_state_dict(_drawn(case.config))
-    whole = _run(made, case.batch())
+    whole = run_stacked(made, case.batch())
     first = sum(case.share(before, size).x.shape[0] for before in range(rank))
     count, experts = case.share(rank, size).x.shape[0], case.config.n_routed_experts // size
 
@@ -76,7 +64,7 @@ def with_adapters() -> None:
     ):
         case = Case(scenario, engine, way)
         made = _sharded(case)
-        found = _run(made, case.share(dist.get_rank(), dist.get_world_size()))
+        found = run_stacked(made, case.share(dist.get_rank(), dist.get_world_size()))
         assert found.keys() == {"output", "x", "weights", *ADAPTER_NAMES}
         assert_near(found, _of_this_rank(case), F32)
         assert {name for name, p in made.named_parameters() if p.grad is not None} == set(ADAPTER_NAMES)
@@ -104,7 +92,7 @@ def adapters_of_ranks() -> None:
     assert not torch.equal(made.down_projs.to_local(), before["down_projs"])
     made.unmerge()
     assert_same({name: p.detach().to_local() for name, p in made.named_parameters()}, before)
-    assert_near(_run(made, batch), right, F32)
+    assert_near(run_stacked(made, batch), right, F32)
 
 
 def adapters_under_fsdp() -> None:
@@ -114,7 +102,7 @@ def adapters_under_fsdp() -> None:
     batch = case.share(rank, size)
     alone = _build(case)
     alone.load_state_dict(_drawn(case.config))
-    right = _run(alone, batch)
+    right = run_stacked(alone, batch)
     made = _build(case)
     made.load_state_dict(_drawn(case.config))
     fully_shard(made)

@@ -165,8 +165,18 @@ def test_torch_accepts_the_operators(setup: Setup, bias: bool) -> None:
     wanted = [tensor is not None for tensor in tensors]
     settings = setup.engine, compiled.described(config), 0
     operators = torch.ops.experts
-    torch.library.opcheck(operators.compute.default, (*tensors, batch.indices, *settings, None))
-    torch.library.opcheck(operators.compute_again.default, (batch.grad, *plain, batch.indices, *settings, None, wanted))
+    # without and with adapters
+    up, down = (made.gate_and_up_projs.shape, made.down_projs.shape)
+    shapes = [(shape[0], *size) for shape in (up, down) for size in ((shape[1], 8), (8, shape[2]))]
+    drawn = [torch.randn(shape, device=setup.device, dtype=config.dtype) for shape in shapes]
+    for adapters in ([None] * 4, drawn):
+        given = [None if one is None else one.clone().requires_grad_() for one in adapters]
+        own = tensors if adapters[0] is None else [*tensors[:2], *plain[2:]]  # the weights beside adapters are frozen
+        first = *own, *given, batch.indices, *settings, None, 0.5
+        torch.library.opcheck(operators.compute.default, first)
+        again = batch.grad, *plain, *adapters, batch.indices, *settings, None, 0.5
+        wants = [one is not None and one.requires_grad for one in (*own, *given)]
+        torch.library.opcheck(operators.compute_again.default, (*again, wants))
     if setup.engine == "loop":
         return
     for save in ("memory", "time"):

@@ -29,6 +29,7 @@ from tests.experts.layers import (
     moe_config,
     random_batch,
     random_parameters,
+    run_stacked,
     some_masked,
     takes,
 )
@@ -60,17 +61,6 @@ def layer(engine: str, config: MoEConfig, rank: int = 3, **options: Any) -> Grou
     return made
 
 
-def run(made: GroupedExperts, batch: Batch) -> Named:
-    """Return the output and all gradients that there are."""
-    made.zero_grad()
-    x, weights = batch.x.detach().requires_grad_(), batch.weights.detach().requires_grad_()
-    output = made(x, batch.token_mask, weights, batch.indices)
-    output.backward(batch.grad)
-    assert x.grad is not None
-    assert weights.grad is not None
-    return {"output": output.detach(), "x": x.grad, "weights": weights.grad, **made.stacked_grads()}
-
-
 def right(config: MoEConfig, parameters: Named, batch: Batch) -> Named:
     """Return what weight + scale · A @ B gives: the oracle's gradients of it, and from them those of the adapters."""
     exact = {name: tensor.to(F64) for name, tensor in parameters.items()}
@@ -97,7 +87,7 @@ def test_adapters_add_scale_times_a_b_to_the_weights(engine: str, dtype: torch.d
     """A rank of 3 is filled up with zeros where rows must have a multiple of 16 bytes."""
     config = moe_config(dtype=dtype, dim=16, moe_inter_dim=16, expert_bias=True)
     batch = some_masked(random_batch(config, indices=INDICES))
-    assert_near(run(layer(engine, config, rank), batch), right(config, drawn(config, rank), batch), dtype)
+    assert_near(run_stacked(layer(engine, config, rank), batch), right(config, drawn(config, rank), batch), dtype)
 
 
 ACTIVATIONS = ("swiglu", "swigluoai", "quick_geglu", "geglu", "relu2")
@@ -114,7 +104,7 @@ def test_with_every_activation_and_place_of_the_routing_weight(
     fields = {"expert_activation": activation, "apply_router_weight_after_down": after, "expert_bias": bias}
     config = moe_config(dtype=dtype, moe_inter_dim=16, activation_limit=1.5, swiglu_limit=1.5, **fields)
     batch = random_batch(config, indices=INDICES)
-    assert_near(run(layer(engine, config), batch), right(config, drawn(config, 3), batch), dtype)
+    assert_near(run_stacked(layer(engine, config), batch), right(config, drawn(config, 3), batch), dtype)
 
 
 @on_every_engine
@@ -126,7 +116,7 @@ def test_a_new_adapter_changes_nothing_and_learns(engine: str) -> None:
     whole = GroupedExperts(config, BackendConfig(experts=engine))
     whole.load_state_dict(random_parameters(config))
     batch = random_batch(config)
-    found, alone = run(made, batch), run(whole, batch)
+    found, alone = run_stacked(made, batch), run_stacked(whole, batch)
     assert torch.equal(found["output"], alone["output"])
     assert_near({name: found[name] for name in ("x", "weights")}, {name: alone[name] for name in ("x", "weights")}, F32)
     for name_A, name_B in PAIRS.values():
@@ -173,7 +163,7 @@ def test_no_gradient_of_a_frozen_weight_is_computed(engine: str) -> None:
     config = moe_config(dim=24, moe_inter_dim=40, expert_bias=True)
     batch, made = random_batch(config), layer(engine, config, rank=4)
     with MatrixShapes() as shapes:
-        found = run(made, batch)
+        found = run_stacked(made, batch)
     assert found.keys() == {"output", "x", "weights", *ADAPTER_NAMES}
     frozen = {(24, 80), (80, 24), (40, 24), (24, 40)}
     assert not shapes.found & frozen
@@ -181,7 +171,7 @@ def test_no_gradient_of_a_frozen_weight_is_computed(engine: str) -> None:
     whole = GroupedExperts(config, BackendConfig(experts=engine))
     whole.load_state_dict(random_parameters(config))
     with MatrixShapes() as shapes:
-        run(whole, batch)
+        run_stacked(whole, batch)
     assert shapes.found & frozen, "the test sees gradients of weights that are trained"
 
 
@@ -202,7 +192,7 @@ def test_weights_that_are_not_frozen_are_refused(engine: str) -> None:
     made, batch = layer(engine, moe_config()), random_batch(moe_config())
     made.down_projs.requires_grad_(True)
     with pytest.raises(ConfigError) as caught:
-        run(made, batch)
+        run_stacked(made, batch)
     assert str(caught.value) == (
         "down_projs requires a gradient, but the weights beside adapters are frozen; call "
         "down_projs.requires_grad_(False), or train a GroupedExperts"
@@ -216,7 +206,7 @@ def test_weights_that_are_not_frozen_are_refused(engine: str) -> None:
 def test_hooks_checkpoints_and_a_second_backward_give_the_same_bits(engine: str) -> None:
     config = moe_config(expert_bias=True)
     batch, made = random_batch(config, indices=INDICES), layer(engine, config)
-    alone = run(made, batch)
+    alone = run_stacked(made, batch)
 
     def gradients(output: Tensor, x: Tensor, weights: Tensor, again: bool = False) -> Named:
         wanted = {"x": x, "weights": weights, **{name: getattr(made, name) for name in ADAPTER_NAMES}}
@@ -245,10 +235,10 @@ def test_hooks_checkpoints_and_a_second_backward_give_the_same_bits(engine: str)
 def test_only_wanted_gradients_are_there(engine: str, wanted: tuple[str, ...]) -> None:
     config = moe_config()
     batch, made = random_batch(config), layer(engine, config)
-    alone = run(made, batch)
+    alone = run_stacked(made, batch)
     for name in ADAPTER_NAMES:
         getattr(made, name).requires_grad_(name in wanted)
-    found = run(made, batch)
+    found = run_stacked(made, batch)
     assert_same(found, {name: alone[name] for name in ("output", "x", "weights", *wanted)})
 
 
@@ -256,7 +246,7 @@ def test_only_wanted_gradients_are_there(engine: str, wanted: tuple[str, ...]) -
 def test_a_compiled_layer_is_one_graph_gives_the_same_bits_and_trains_the_adapters(engine: str) -> None:
     config = moe_config(expert_bias=True)
     batch, made = random_batch(config), layer(engine, config)
-    alone = run(made, batch)
+    alone = run_stacked(made, batch)
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     made.zero_grad()
     x, weights = batch.x.clone().requires_grad_(), batch.weights.clone().requires_grad_()
@@ -285,7 +275,7 @@ def test_merging_gives_the_same_outputs_and_unmerging_the_same_bits(engine: str,
     assert_same(copy.deepcopy(made).state_dict(), before)
     made.unmerge()
     assert_same(dict(made.named_parameters()), before)
-    assert_near(run(made, batch), right(config, before, batch), dtype)
+    assert_near(run_stacked(made, batch), right(config, before, batch), dtype)
 
 
 def refusal(call: Any) -> str:
@@ -300,7 +290,7 @@ def test_merged_adapters_are_not_trained_merged_twice_or_loaded() -> None:
     assert refusal(made.unmerge) == "the adapters are not merged; call merge() first"
     made.merge()
     assert refusal(made.merge) == "the adapters are merged already; call unmerge() first"
-    assert "would get no gradients; call unmerge() before training" in refusal(lambda: run(made, batch))
+    assert "would get no gradients; call unmerge() before training" in refusal(lambda: run_stacked(made, batch))
     assert "call unmerge() first" in refusal(lambda: made.load_state_dict(drawn(moe_config(), 3)))
     made.requires_grad_(False)
     x = batch.x.requires_grad_()
@@ -344,7 +334,7 @@ def test_pefts_matrices_hold_the_same_products() -> None:
 def test_float32_adapters_beside_bfloat16_weights_get_float32_gradients() -> None:
     config = moe_config(dtype=BF16)
     made, batch = layer("torch_mm", config, lora_dtype="float32"), random_batch(config)
-    found = run(made, batch)
+    found = run_stacked(made, batch)
     assert {found[name].dtype for name in ADAPTER_NAMES} == {F32}
     assert made.down_projs.dtype is BF16
     assert_near(found, right(config, drawn(config, 3), batch), BF16)

@@ -1,0 +1,1 @@
+"""The operators of torch that compiled layers use; see `experts.compiled`."""
