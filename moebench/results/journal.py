@@ -57,10 +57,10 @@ class Journal:
             self.keep()
 
     def _add(self, line: bytes) -> None:
-        """Write the line to the file, and note the file if it certainly holds all lines.
+        """Write the line to the file. Remember the file only if it holds all lines for certain.
 
-        Another process may replace the file at any moment, by a pipe that nobody reads too. So this never waits, and it
-        looks at the file that it has opened, not at what the path names before or after.
+        Another process may replace the file at any moment, even by a pipe that nobody reads. So it never waits.
+        It looks at the file that it has opened, and not at what the path names before or after.
         """
         file = os.open(self._place, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
         with os.fdopen(file, "ab") as opened:
