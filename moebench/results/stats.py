@@ -43,14 +43,23 @@ def center_of_rounds(medians: Sequence[float]) -> tuple[float, float, float]:
     returns the exact interval (`median_interval`). With fewer rounds it returns Student's interval of the logarithms.
     Student's interval assumes that the logarithms are normally distributed, and it is wide for two rounds.
     """
-    if len(medians) >= MIN_SAMPLES:
-        return median_interval(medians)
+    median, low, high = centers_of_rounds(np.asarray([medians], dtype=float))
+    return float(median[0]), float(low[0]), float(high[0])
+
+
+def centers_of_rounds(medians: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what `center_of_rounds` returns, for each row of `medians`. A row has one number per round."""
+    num_rounds = medians.shape[1]
+    center = np.median(medians, axis=1)
+    if num_rounds >= MIN_SAMPLES:
+        rank, ordered = _rank(num_rounds), np.sort(medians, axis=1)
+        return center, ordered[:, rank - 1], ordered[:, -rank]
     from scipy.special import stdtrit
 
-    median = float(np.median(medians))
-    deviation = float(np.std(np.log(medians), ddof=1))
-    factor = math.exp(float(stdtrit(len(medians) - 1, (1 + CONFIDENCE) / 2)) * deviation / math.sqrt(len(medians)))
-    return median, median / factor, median * factor
+    deviations = np.std(np.log(medians), axis=1, ddof=1)
+    student = float(stdtrit(num_rounds - 1, (1 + CONFIDENCE) / 2))
+    factors = np.array([math.exp(student * some / math.sqrt(num_rounds)) for some in deviations.tolist()])
+    return center, center / factors, center * factors
 
 
 def series_interval(samples: Sequence[float]) -> tuple[float, float, float]:
