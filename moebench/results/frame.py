@@ -24,8 +24,9 @@ from pydantic import ValidationError
 
 from moebench import escapes
 from moebench.errors import ResultsError, first_mistake
+from moebench.results.bulk.errors import cell_of_errors
 from moebench.results.bulk.lines import table_of_lines
-from moebench.results.bulk.rounds import can_combine, combined, errors_text, rows_of_jobs
+from moebench.results.bulk.rounds import can_combine, combined, rows_of_jobs
 from moebench.results.bulk.schema import ALIASES, ARROW_SCHEMA, ARROW_TYPES, COLUMNS, SAMPLE_COLUMNS
 from moebench.results.bulk.valid import are_records
 from moebench.results.columns import jsonable
@@ -66,7 +67,7 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
 def _to_arrow(records: Sequence[Record]) -> Any:
     """Return a table with one row per record."""
     columns = {alias: [getattr(row, name) for row in records] for name, alias in ALIASES.items()}
-    columns["parity_errors"] = [errors_text(errors) for errors in columns["parity_errors"]]
+    columns["parity_errors"] = [cell_of_errors(errors) for errors in columns["parity_errors"]]
     return pa.table(columns, schema=ARROW_SCHEMA)
 
 
@@ -81,28 +82,29 @@ def _merged(table: Any) -> Any:
     for job, rows in enumerate(jobs):
         is_usual = can[rows].all() and len({environments[row] for row in rows}) == 1 and len(set(has_busy[rows])) == 1
         groups.setdefault(len(rows) if is_usual or len(rows) == 1 else 0, []).append(job)
-    table, parts = table.combine_chunks(), []
+    parts = []
     for num_rounds, some in groups.items():
         ordered = [sorted(jobs[job], key=lambda row: numbers[row] or 0) if num_rounds else jobs[job] for job in some]
-        rows_of_some = table.take(pa.array(chain.from_iterable(ordered), pa.int64()))
         if num_rounds > 1:
-            rows_of_some = _of_rounds(rows_of_some, num_rounds)
-        elif not num_rounds:
-            rows_of_some = _one_by_one(rows_of_some, list(map(len, ordered)))
-        parts.append(rows_of_some)
+            parts.append(_of_rounds(table, np.array(ordered)))
+        else:
+            rows = table.take(pa.array(chain.from_iterable(ordered), pa.int64()))
+            parts.append(rows if num_rounds else _one_by_one(rows, list(map(len, ordered))))
+    if len(parts) == 1:
+        return parts[0]
     order = np.argsort(list(chain.from_iterable(groups.values())))
     return pa.concat_tables(parts).combine_chunks().take(pa.array(order))
 
 
-def _of_rounds(table: Any, num_rounds: int) -> Any:
-    """Merge the rounds of jobs; `table` is as moebench.results.bulk.rounds.combined takes it."""
+def _of_rounds(table: Any, rows: np.ndarray) -> Any:
+    """Merge the rounds of jobs; `rows` is as moebench.results.bulk.rounds.combined takes it."""
     try:
-        merged = combined(table, num_rounds)
+        merged = combined(table, rows)
     except (pa.ArrowException, OverflowError):  # a sum that no column holds
         merged = None
-    if merged is not None and are_records(merged):
+    if merged is not None and are_records(merged, has_checked_errors=True):
         return merged
-    return _one_by_one(table, [num_rounds] * (len(table) // num_rounds))
+    return _one_by_one(table.take(pa.array(rows.ravel())), [rows.shape[1]] * len(rows))
 
 
 def _one_by_one(table: Any, counts: Sequence[int]) -> Any:
@@ -164,7 +166,7 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
 def _of_journal(path: Path) -> pd.DataFrame:
     table = table_of_lines(path)
     try:
-        if table is not None and are_records(table):
+        if table is not None and are_records(table, has_checked_errors=True):
             return _to_pandas(_merged(table))
         return to_frame(read_journal(path))
     except ValidationError as error:

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from moebench.results.bulk.schema import ARROW_SCHEMA
-from moebench.results.columns import COMBINE, Rounds, jsonable
+from moebench.results.bulk.errors import cell_of_errors
+from moebench.results.bulk.schema import ALIASES, ARROW_SCHEMA
+from moebench.results.columns import COMBINE, Rounds
 from moebench.results.record import COLUMN_OF, Status
 from moebench.results.stats import centers_of_rounds
 from moebench.workload.case import KEY
@@ -40,39 +41,49 @@ def can_combine(table: Any) -> np.ndarray:
     return is_ok & table["time_ms"].is_valid().to_numpy() & table["parity_worst"].is_valid().to_numpy()
 
 
-def combined(table: Any, num_rounds: int) -> Any:
-    """Return a table with one row for each job. `table` has `num_rounds` rows of each job, one job after the other.
+def combined(table: Any, rows: np.ndarray) -> Any:
+    """Return a table with one row for each job. `rows` has the numbers of a job's rows in each of its rows.
 
     The rows of a job are in the order of rounds, of one environment, and as `can_combine` demands. Either all rows of a
     job have the GPU's own time, or none has it.
     """
-    shape = (-1, num_rounds)
-    table = table.combine_chunks()
-    worst = table["parity_worst"].to_numpy().reshape(shape).argmax(axis=1)
-    base = table.take(pa.array(worst + np.arange(len(worst)) * num_rounds))
-    found = {name: base[name].combine_chunks() for name in ARROW_SCHEMA.names}
+    shape = rows.shape
+
+    def cells_of(name: str) -> Any:
+        return table[name].combine_chunks().take(pa.array(rows.ravel()))
+
+    def numbers_of(name: str) -> np.ndarray:
+        numbers: np.ndarray = cells_of(name).to_numpy(zero_copy_only=False).astype(float).reshape(shape)
+        return numbers
+
+    worst = numbers_of("parity_worst").argmax(axis=1)
+    worst_rows = pa.array(rows[np.arange(len(rows)), worst])
+    found = {}
     for name, column in COLUMN_OF.items():
         if column.rounds in COMBINE:
-            found[name] = _combined(name, column.rounds, table[name].combine_chunks(), num_rounds)
-    found["round"] = pa.nulls(len(base), pa.int64())
-    found["num_rounds"] = pa.array(np.full(len(base), num_rounds))
-    found["schema"] = pa.array(table["schema"].to_numpy().reshape(shape).min(axis=1))
-    times = table["time_ms"].to_numpy().reshape(shape)
+            found[name] = _combined(name, column.rounds, cells_of(name), shape[1])
+        else:
+            found[ALIASES[name]] = table[ALIASES[name]].combine_chunks().take(worst_rows)
+    found["round"] = pa.nulls(len(rows), pa.int64())
+    found["num_rounds"] = pa.array(np.full(len(rows), shape[1]))
+    found["schema"] = pa.array(cells_of("schema").to_numpy().reshape(shape).min(axis=1))
+    times = numbers_of("time_ms")
     centers = centers_of_rounds(times)
     found |= dict(zip(("time_ms", "time_ms_low", "time_ms_high"), map(pa.array, centers), strict=True))
     for name in _WORK:
-        first = table[name].to_numpy().astype(float).reshape(shape)[:, 0]
+        first = numbers_of(name)[:, 0]
         has_work = ~np.isnan(first) & (first != 0)
-        found[name] = _where(has_work, first * times[:, 0] / centers[0], base[name].to_numpy())
+        found[name] = _where(has_work, first * times[:, 0] / centers[0], found[name])
     bound_ms = found["roofline_ms"].to_numpy(zero_copy_only=False).astype(float)
-    found["roofline_fraction"] = _where(~np.isnan(bound_ms), bound_ms / centers[0], base["roofline_fraction"].to_numpy())
-    found |= _busy(table["busy_ms"].to_numpy().astype(float).reshape(shape))
-    return pa.table(found, schema=ARROW_SCHEMA)
+    found["roofline_fraction"] = _where(~np.isnan(bound_ms), bound_ms / centers[0], found["roofline_fraction"])
+    found |= _busy(numbers_of("busy_ms"))
+    return pa.table([found[name] for name in ARROW_SCHEMA.names], schema=ARROW_SCHEMA)
 
 
-def _where(condition: np.ndarray, values: np.ndarray, others: np.ndarray) -> Any:
-    """Return an Arrow array of floats, where NaN stands for null."""
-    return pa.array(np.where(condition, values, others.astype(float)), pa.float64(), from_pandas=True)
+def _where(condition: np.ndarray, values: np.ndarray, others: Any) -> Any:
+    """Return an Arrow array with those of the values for which the condition holds, else with those of the others."""
+    numbers = np.where(condition, values, others.to_numpy(zero_copy_only=False).astype(float))
+    return pa.array(numbers, pa.float64(), from_pandas=True)
 
 
 def _busy(times: np.ndarray) -> dict[str, Any]:
@@ -163,14 +174,6 @@ def _joined(lists: Any, num_rounds: int) -> Any:
 
 def _of_errors(texts: list[str | None], num_rounds: int) -> Any:
     """Return the largest error of each tensor for each job."""
-    errors = [None if text is None else {name: float(error) for name, error in json.loads(text).items()} for text in texts]
+    errors = [text and {name: float(error) for name, error in json.loads(text).items()} for text in texts]
     found = _one_by_one(Rounds.WORST, _groups(errors, num_rounds))
-    return pa.array(map(errors_text, found), pa.string())
-
-
-def errors_text(errors: dict[str, float] | None) -> str | None:
-    """Return errors as a cell of the column `parity_errors`, a JSON object."""
-    if not errors:
-        return None
-    is_finite = max(map(abs, errors.values())) < float("inf")
-    return json.dumps(errors if is_finite else {name: jsonable(error) for name, error in errors.items()})
+    return pa.array(map(cell_of_errors, found), pa.string())
