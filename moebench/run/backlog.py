@@ -1,7 +1,9 @@
 """Hold the jobs that are left, and give them to workers case by case."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from moebench.workload.backends import is_built_in
 from moebench.workload.case import Job, Weights
@@ -25,32 +27,48 @@ class Backlog:
     """Jobs in their order. One place takes all backends of a case, so that the backends are compared on one GPU."""
 
     def __init__(self, jobs: Iterable[Job]) -> None:
-        self._units = [tuple(unit) for _, unit in itertools.groupby(jobs, key=lambda job: job.case)]
+        self._num_jobs = 0
+        self._groups: dict[Weights, deque[_Unit]] = {}  # cases with the same weights, in their order
+        for number, (_, unit) in enumerate(itertools.groupby(jobs, key=lambda job: job.case)):
+            self._add(_Unit(number, tuple(unit)), deque.append)
+        self._front = 0  # the number of the first case
+
+    def _add(self, unit: "_Unit", put: Callable[[deque["_Unit"], "_Unit"], None]) -> None:
+        put(self._groups.setdefault(unit.jobs[0].case.weights, deque()), unit)
+        self._num_jobs += len(unit.jobs)
 
     def __len__(self) -> int:
         """Return how many jobs are left."""
-        return sum(map(len, self._units))
+        return self._num_jobs
 
-    def take(self, mine: Weights | None = None, others: Sequence[Weights] = ()) -> tuple[Job, ...]:
+    def take(self, mine: Weights | None = None, others: Collection[Weights] = ()) -> tuple[Job, ...]:
         """Return the next case's jobs for a worker that holds the weights `mine`; empty if no job is left.
 
         The result is the first case with the weights `mine`, else the first case with weights that no other worker
         holds (`others`), else the first case. A worker makes weights once, so it should keep its weights as
         long as it can.
         """
-        if not self._units:
+        if not self._groups:
             return ()
-        unit = next(
-            itertools.chain(
-                (unit for unit in self._units if unit[0].case.weights == mine),
-                (unit for unit in self._units if unit[0].case.weights not in others),
-                self._units,
-            )
-        )
-        self._units.remove(unit)
-        return unit
+        if mine is None or mine not in self._groups:
+            held = set(others)
+            mine = min(self._groups, key=lambda weights: (weights in held, self._groups[weights][0].number))
+        unit = self._groups[mine].popleft()
+        if not self._groups[mine]:
+            del self._groups[mine]
+        self._num_jobs -= len(unit.jobs)
+        return unit.jobs
 
     def put_back(self, jobs: Sequence[Job]) -> None:
         """Put jobs back at the front, because their worker ended before it measured them."""
         if jobs:
-            self._units.insert(0, tuple(jobs))
+            self._front -= 1
+            self._add(_Unit(self._front, tuple(jobs)), deque.appendleft)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """The jobs of a case that are left, and the number of the case in the order of cases."""
+
+    number: int
+    jobs: tuple[Job, ...]

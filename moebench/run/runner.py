@@ -89,7 +89,8 @@ class Run:
 
     def keep(self, plan: Plan, row: Record) -> None:
         """Write the record to the plan's journal, and only then pass it on."""
-        journal = self.journals.setdefault(plan.folder, Journal(plan.folder / JOURNAL_NAME))
+        journal = self.journals.get(plan.folder) or Journal(plan.folder / JOURNAL_NAME)
+        self.journals[plan.folder] = journal
         journal.append(row)
         self.records.append(row)
         self.on_record(row)

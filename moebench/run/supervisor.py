@@ -66,6 +66,7 @@ class WorkerProcess:
         self._num_done = 0
         self._running: int | None = None  # number of the job that the worker is measuring
         self._trial: str | None = None  # the trial that the job is playing
+        self._weights: Weights | None = None
         self._kills_before = 0
         self._ranks = Ranks()
         self._token = secrets.token_hex(16)
@@ -85,8 +86,8 @@ class WorkerProcess:
         head = WorkList(
             run_id=plan.run_id,
             policy=plan.policy,
-            backends=tuple(dict.fromkeys(job.backend for job in plan.jobs)),
-            are_checks=any(job.check for job in plan.jobs),
+            backends=plan.backends,
+            are_checks=plan.are_checks,
             round=plan.round,
             dp_size=self._dp_size,
             experts_folder=plan.experts_folder and plan.experts_folder.resolve(),
@@ -127,7 +128,7 @@ class WorkerProcess:
     @property
     def weights(self) -> Weights | None:
         """The weights of the last case that the worker was given; None before it was given any."""
-        return self._given[-1].case.weights if self._given else None
+        return self._weights
 
     def may_take(self, jobs: Sequence[Job]) -> bool:
         """Whether the worker may measure these jobs. A backend that is not built in has its worker for itself."""
@@ -143,6 +144,7 @@ class WorkerProcess:
         self._kills_before = kernel_kills()
         self._write_jobs(*(job.model_dump_json() for job in jobs))
         self._since = time.monotonic()
+        self._weights = self._given[-1].case.weights if self._given else None
 
     def watch(self, enough: Callable[[], bool]) -> Iterator[Record]:
         """Yield the records that the worker reported since the last call, and a record for a job that died or hung.

@@ -8,6 +8,7 @@ which a job takes that long on average. At 0 seconds, the workers answer at once
 """
 
 import argparse
+import itertools
 import json
 import resource
 import signal
@@ -27,6 +28,7 @@ from synthetic import jobs
 
 from moebench.machine.gpus import Slot
 from moebench.results.journal import JOURNAL_NAME
+from moebench.results.record import Record
 from moebench.run import supervisor
 from moebench.run.plan import Plan
 from moebench.run.runner import execute
@@ -42,8 +44,8 @@ class Measured:
 
     `jobs_per_s` and `cpu_share` are those of the time in which all workers work, and `cpu_share` is the part of one
     core that the supervisor uses. `wait_ms` is how long a worker waited from the end of a job to the next, in the
-    median, and `wait_99_ms` is how long the slowest hundredth waited at least. `start_s` is the time until all workers
-    have begun.
+    median, and `wait_99_ms` is how long the slowest hundredth waited at least. `start_s` is the time until each
+    worker has ended two jobs.
     """
 
     revision: str
@@ -84,28 +86,34 @@ def measure(folder: Path, num_workers: int, num_jobs: int, job_s: float, revisio
     supervisor.sys = SimpleNamespace(executable=str(program))  # type: ignore[attr-defined]
     slots = tuple(Slot(f"GPU-{number}") for number in range(num_workers))
     plan = Plan(tuple(jobs(num_jobs)), _POLICY, folder / "run", "supervisor", slots=slots)
-    marks: list[tuple[float, float]] = []  # the time and the CPU time at each record
     waits: list[float] = []
+    marks: list[tuple[int, float, float]] = []  # after every so many records: their number, the time, the CPU time
+    every = max(1, num_jobs // 200)
+
+    def count(row: Record, so_far: Iterator[int] = itertools.count(1)) -> None:
+        if not (number := next(so_far)) % every:
+            marks.append((number, time.monotonic(), time.process_time()))
+
     with _servers(folder, job_s, waits):
         began = time.monotonic()
-        outcome = execute(plan, on_record=lambda row: marks.append((time.monotonic(), time.process_time())))
+        outcome = execute(plan, on_record=count)
     num_lines = (plan.folder / JOURNAL_NAME).read_bytes().count(b"\n")
     if {len(outcome.records), num_lines} != {num_jobs}:
         raise SystemExit(f"{num_jobs} jobs, but {len(outcome.records)} records and {num_lines} lines in the journal")
-    first, last = marks[min(num_jobs // 3, 2 * num_workers)], marks[-min(num_jobs // 3, 2 * num_workers) - 1]
-    count = marks.index(last) - marks.index(first)
-    wall_s, cpu_s = (end - start for start, end in zip(first, last, strict=True))
+    begun = next(mark for mark in marks if mark[0] >= min(2 * num_workers, num_jobs // 3))
+    last = next(mark for mark in reversed(marks) if mark[0] <= num_jobs - min(2 * num_workers, num_jobs // 3))
+    num_done, wall_s, cpu_s = (end - start for start, end in zip(begun, last, strict=True))
     return Measured(
         revision,
         num_workers,
         num_jobs,
         job_s,
-        round(count / wall_s, 1),
+        round(num_done / wall_s, 1),
         round(cpu_s / wall_s, 3),
-        round(1e3 * cpu_s / count, 3),
+        round(1e3 * cpu_s / num_done, 3),
         round(1e3 * float(np.median(waits)), 2),
         round(1e3 * float(np.quantile(waits, 0.99)), 2),
-        round(marks[num_workers][0] - began, 1),
+        round(begun[1] - began, 1),
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
