@@ -108,5 +108,6 @@ def unused_name(logs: Path) -> str:
     The files of an earlier worker hold jobs and events that must not be read again. The number is above all others, so
     that the order of the names is the order of the workers.
     """
-    found = (re.match(r"worker-(\d+)\.", name) for name in os.listdir(logs))
-    return f"worker-{max((int(name[1]) for name in found if name), default=-1) + 1}"
+    with os.scandir(logs) as entries:
+        found = [name for entry in entries if (name := re.match(r"worker-(\d+)\.", entry.name))]
+    return f"worker-{max((int(name[1]) for name in found), default=-1) + 1}"

@@ -5,15 +5,15 @@ worker has, and then only waits until the supervisor ends it. A server reads the
 job as measured after a time, in the events that a real worker writes.
 """
 
+import itertools
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
 
 from synthetic import PUBLISHED
 
@@ -41,19 +41,18 @@ def launcher(folder: Path, num_servers: int) -> Path:
     return path
 
 
-@dataclass(eq=False)
 class _Worker:
     """A worker as its server sees it: its files, its job, and since when it waits for one."""
 
-    token: str
-    jobs: TextIO
-    events: TextIO
-    head: dict[str, Any]
-    waits_since: float
-    number: int = 0
-    _num_events: int = 0
-    _line: str = ""
-    _row: str = ""
+    def __init__(self, token: str, jobs: Path, events: Path) -> None:
+        self.token = token
+        self.jobs = jobs.open(encoding="utf-8")
+        self.events = events.open("a", encoding="utf-8")
+        self.head = json.loads(self.jobs.readline())
+        self.waits_since = time.monotonic()
+        self.number = 0
+        self._num_events = 0
+        self._line = self._row = ""
 
     def say(self, kind: str, fields: str) -> None:
         whose = f'"kind":"{kind}","token":"{self.token}","rank":0,"count":{self._num_events}'
@@ -113,9 +112,8 @@ class _Server:
             return
         for line in lines:
             token, *arguments = line.split()
-            option = dict(zip(arguments, arguments[1:], strict=False))
-            jobs, events = open(option["--jobs"]), open(option["--events"], "a")
-            worker = _Worker(token, jobs, events, json.loads(jobs.readline()), time.monotonic())
+            option = dict(itertools.pairwise(arguments))
+            worker = _Worker(token, Path(option["--jobs"]), Path(option["--events"]))
             worker.say("ready", f'"environment":{self._environment.model_dump_json()}')
             yield worker
 
@@ -138,7 +136,8 @@ class _Server:
 
 
 def main() -> None:
-    """Serve workers until Ctrl-C; then print how long workers waited for a job, in seconds."""
+    """Serve workers until SIGTERM; then print how long workers waited for a job, in seconds."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     pipe, seconds = sys.argv[1:]
     server = _Server(pipe, float(seconds))
     print("ready", flush=True)

@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -76,7 +75,7 @@ def _servers(folder: Path, seconds: float, waits: list[float]) -> Iterator[None]
         yield
     finally:
         for server in servers:
-            server.send_signal(signal.SIGINT)
+            server.terminate()
             waits += json.loads(server.communicate()[0] or "[]")
 
 
@@ -88,10 +87,10 @@ def measure(folder: Path, num_workers: int, num_jobs: int, job_s: float, revisio
     plan = Plan(tuple(jobs(num_jobs)), _POLICY, folder / "run", "supervisor", slots=slots)
     waits: list[float] = []
     marks: list[tuple[int, float, float]] = []  # after every so many records: their number, the time, the CPU time
-    every = max(1, num_jobs // 200)
+    numbers, every = itertools.count(1), max(1, num_jobs // 200)
 
-    def count(row: Record, so_far: Iterator[int] = itertools.count(1)) -> None:
-        if not (number := next(so_far)) % every:
+    def count(row: Record) -> None:
+        if not (number := next(numbers)) % every:
             marks.append((number, time.monotonic(), time.process_time()))
 
     with _servers(folder, job_s, waits):

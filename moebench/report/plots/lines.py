@@ -183,9 +183,12 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> N
         converged=("converged", "min"),
         wrong=("wrong", "max"),
     )
+    numbers = drawn[["value", "low", "high"]].astype("float64").to_numpy(na_value=math.nan)
     values = _Values(
         drawn.index.get_level_values("place").to_numpy(dtype="float64"),
-        *(drawn[name].to_numpy(dtype="float64", na_value=math.nan) for name in ("value", "low", "high")),
+        numbers[:, 0],
+        numbers[:, 1],
+        numbers[:, 2],
         drawn["converged"].eq(False).fillna(False).to_numpy(dtype=bool),
         drawn["wrong"].to_numpy(dtype=bool),
     )

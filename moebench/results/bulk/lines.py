@@ -58,7 +58,7 @@ def _column(name: str, kind: Any, values: list[Any]) -> Any:
     if pa.types.is_list(kind):
         _demand(types <= {list, NoneType})
         return _lists(kind, values)
-    elif pa.types.is_floating(kind):
+    if pa.types.is_floating(kind):
         _demand(types <= {float, str, NoneType})
         if str in types:
             values = [_INFINITE[value] if type(value) is str else value for value in values]

@@ -38,7 +38,9 @@ def rows_of_jobs(table: Any) -> list[list[int]]:
 def can_combine(table: Any) -> np.ndarray:
     """Return which rows `combined` takes: those with status ok and a time."""
     is_ok: np.ndarray = pc.equal(table["status"], Status.ok.value).to_numpy()
-    return is_ok & table["time_ms"].is_valid().to_numpy() & table["parity_worst"].is_valid().to_numpy()
+    for name in ("time_ms", "parity_worst"):
+        is_ok = is_ok & table[name].is_valid().to_numpy()
+    return is_ok
 
 
 def combined(table: Any, rows: np.ndarray) -> Any:
@@ -133,7 +135,7 @@ _OF_ALL: dict[Rounds, Callable[[np.ndarray], np.ndarray]] = {
     Rounds.WORST: lambda numbers: numbers.max(axis=1),
     Rounds.MEDIAN: _median,
     Rounds.LOWER_MEDIAN: _lower_median,
-    Rounds.ALL: lambda numbers: numbers.all(axis=1),
+    Rounds.ALL: lambda numbers: np.asarray(numbers.all(axis=1)),
 }
 
 
