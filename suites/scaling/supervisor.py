@@ -61,12 +61,12 @@ class Measured:
 
 
 @contextmanager
-def _servers(folder: Path, seconds: float, waits: list[float]) -> Iterator[None]:
+def _servers(folder: Path, num_servers: int, seconds: float, waits: list[float]) -> Iterator[None]:
     """Serve the workers in the block. At its end, add the time that each worker waited for each job to `waits`."""
     command = [sys.executable, str(Path(__file__).with_name("standins.py"))]
     servers = [
         subprocess.Popen([*command, str(folder / str(number)), str(seconds)], stdout=subprocess.PIPE, text=True)
-        for number in range(_SERVERS)
+        for number in range(num_servers)
     ]
     try:
         for server in servers:
@@ -79,9 +79,11 @@ def _servers(folder: Path, seconds: float, waits: list[float]) -> Iterator[None]
             waits += json.loads(server.communicate()[0] or "[]")
 
 
-def measure(folder: Path, num_workers: int, num_jobs: int, job_s: float, revision: str) -> Measured:
-    """Run the jobs with stand-ins. Raises SystemExit unless the journal has a line for each job."""
-    program = launcher(folder, _SERVERS)
+def measure(
+    folder: Path, num_workers: int, num_jobs: int, job_s: float, revision: str = "this", num_servers: int = _SERVERS
+) -> Measured:
+    """Run the jobs with stand-ins. Raises SystemExit unless the journal has each job once."""
+    program = launcher(folder, num_servers)
     supervisor.sys = SimpleNamespace(executable=str(program))  # type: ignore[attr-defined]
     slots = tuple(Slot(f"GPU-{number}") for number in range(num_workers))
     plan = Plan(tuple(jobs(num_jobs)), _POLICY, folder / "run", "supervisor", slots=slots)
@@ -93,12 +95,12 @@ def measure(folder: Path, num_workers: int, num_jobs: int, job_s: float, revisio
         if not (number := next(numbers)) % every:
             marks.append((number, time.monotonic(), time.process_time()))
 
-    with _servers(folder, job_s, waits):
+    with _servers(folder, num_servers, job_s, waits):
         began = time.monotonic()
-        outcome = execute(plan, on_record=count)
-    num_lines = (plan.folder / JOURNAL_NAME).read_bytes().count(b"\n")
-    if {len(outcome.records), num_lines} != {num_jobs}:
-        raise SystemExit(f"{num_jobs} jobs, but {len(outcome.records)} records and {num_lines} lines in the journal")
+        rows = execute(plan, on_record=count).records
+    num_lines, num_measured = (plan.folder / JOURNAL_NAME).read_bytes().count(b"\n"), len({row.key for row in rows})
+    if {num_measured, num_lines} != {num_jobs}:
+        raise SystemExit(f"{num_jobs} jobs, but {num_measured} are measured, and the journal has {num_lines} lines")
     begun = next(mark for mark in marks if mark[0] >= min(2 * num_workers, num_jobs // 3))
     last = next(mark for mark in reversed(marks) if mark[0] <= num_jobs - min(2 * num_workers, num_jobs // 3))
     num_done, wall_s, cpu_s = (end - start for start, end in zip(begun, last, strict=True))
@@ -121,13 +123,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=500)
     parser.add_argument("--jobs", type=int, default=100_000, help="a multiple of 200")
+    parser.add_argument("--servers", type=int, default=_SERVERS, help="processes that serve the workers")
     parser.add_argument("--seconds", type=float, nargs="+", default=[0.0], help="how long a job takes on average")
     parser.add_argument("--revision", default="this", help="the name of the measured revision in the document")
     parser.add_argument("--out", type=Path, help="add the measurements to this JSON file")
     asked = parser.parse_args()
     for job_s in asked.seconds:
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(Path(folder), asked.workers, asked.jobs, job_s, asked.revision)
+            found = measure(Path(folder), asked.workers, asked.jobs, job_s, asked.revision, asked.servers)
         print(json.dumps(asdict(found)), flush=True)
         if asked.out is not None:
             rows = json.loads(asked.out.read_text())["rows"] if asked.out.exists() else []
