@@ -57,6 +57,7 @@ lint: $(READY) ## check style and types
 results: $(READY) ## rewrite what follows from results/published/: CSV, plots, reports, tables in documents, notebooks
 	$(RUN) results/rewrite.py
 	$(RUN) -m tests.figures
+	$(RUN) suites/scaling/curves.py
 	$(RUN) notebooks/execute.py
 	$(RUN) -m moebench.report.columntable docs/results.md
 

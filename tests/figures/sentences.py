@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.figures import peers, quoted, ranks, two_gpus
+from tests.figures import peers, quoted, ranks, scaled, two_gpus
 from tests.figures.data import FOUR_GPUS, GPU, PEERS, SYMM_MEM, TWO_GPUS, WAITING
 
 
@@ -241,11 +241,33 @@ OTHERS = (
     ),
 )
 
+SCALING = (
+    (
+        """From {small} to {large} records, five times as many, `show` takes {show} times as long, `report` {report},
+        and `gate` {gate}. `list` takes {list} times as long, and `run --dry-run` {dry_run}.""",
+        scaled.growth,
+    ),
+    ("each row needs {cost} ms of the supervisor's CPU time when {workers} workers answer at once", scaled.saturated),
+    ("A supervisor that has a core for itself would therefore be saturated at {most} jobs/s.", scaled.saturated),
+    ("For {jobs} jobs it needs {gib} GiB", scaled.saturated),
+    (
+        """In the results `h200-2026-11-23`, a job takes {mean} s on average, so 1,000 GPUs end {rate} such jobs in a
+        second.""",
+        scaled.thousand_gpus,
+    ),
+    (
+        """At {cost} ms for each job, as with jobs of one second, the supervisor needs {share} of a core for
+        that.""",
+        scaled.thousand_gpus,
+    ),
+)
+
 SENTENCES = tuple(
     Sentence(*fields)
     for fields in (
         *(("README.md", *rest) for rest in README),
         *(("docs/measured.md", *rest) for rest in MEASURED),
+        *(("docs/scaling.md", *rest) for rest in SCALING),
         *OTHERS,
     )
 )

@@ -12,7 +12,7 @@ import pandas as pd
 
 from moebench.results.stats import relative_half_width, series_interval
 from moebench.workload.models import SHAPE_AXES, shape_name
-from tests.figures import data, two_gpus
+from tests.figures import data, scaled, two_gpus
 
 _BEGIN, _END = "<!-- table {}, written by `make results` -->", "<!-- end of table {} -->"
 
@@ -167,19 +167,39 @@ def repeatability() -> str:
 
 
 def scaling() -> str:
-    rows = pd.DataFrame(data.document("scaling/commands-2026-11-29.json")["rows"])
+    rows = scaled.rows(scaled.COMMANDS)
 
     def cells() -> Iterator[list[Any]]:
         for (size, command), some in rows.groupby(["size", "command"], sort=False):
             now, before = (select_one(some, revision) for revision in ("after", "before"))
-            past = "–" if before is None else f"{before['cpu_s']:.1f}"
-            yield [f"`{command}`", f"{size:,}", past, f"{now['cpu_s']:.1f}", f"{now['peak_bytes'] / 2**20:.0f}"]
+            past = ["–", "–"] if before is None else [f"{before['cpu_s']:.1f}", f"{before['cpu_s'] / now['cpu_s']:.1f}"]
+            yield [f"`{command}`", f"{size:,}", past[0], f"{now['cpu_s']:.1f}", past[1], mebibytes(now)]
 
-    def select_one(some: pd.DataFrame, revision: str) -> Any:
-        found = data.select(some, revision=revision).to_dict("records")
-        return found[0] if found else None
+    return markdown(["command", "size", "before, s of CPU", "now, s of CPU", "ratio", "now, MiB"], cells())
 
-    return markdown(["command", "size", "before, s of CPU", "now, s of CPU", "now, MiB"], cells())
+
+def supervisor() -> str:
+    header = ["revision", "workers", "jobs", "a job takes, s", "jobs/s", "share of a core", "CPU per job, ms"]
+    header += ["wait, ms", "longest 1%, ms", "MiB"]
+
+    def cells() -> Iterator[list[Any]]:
+        for row in scaled.rows(scaled.SUPERVISOR).to_dict("records"):
+            revision = "now" if row["revision"] == "after" else row["revision"]
+            speed = [f"{row['jobs_per_s']:.0f}", f"{row['cpu_share']:.0%}", f"{row['cpu_ms_per_job']:.2f}"]
+            waits = [f"{row[name]:.1f}" for name in ("wait_ms", "wait_99_ms")]
+            counts = [row["num_workers"], f"{row['num_jobs']:,}", f"{row['job_s']:g}"]
+            yield [revision, *counts, *speed, *waits, mebibytes(row)]
+
+    return markdown(header, cells())
+
+
+def mebibytes(row: Mapping[str, Any]) -> str:
+    return f"{row['peak_bytes'] / 2**20:.0f}"
+
+
+def select_one(some: pd.DataFrame, revision: str) -> Any:
+    found = data.select(some, revision=revision).to_dict("records")
+    return found[0] if found else None
 
 
 #: The function that makes each table, by document and name of the table.
@@ -189,7 +209,7 @@ TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
         *(peers, steps, decode, two_gpus_with_symm_mem, four_gpus),
         *(bandwidth, bandwidth_of_four, precision, repeatability),
     )
-} | {("docs/scaling.md", "scaling"): scaling}
+} | {("docs/scaling.md", table.__name__): table for table in (scaling, supervisor)}
 
 
 def written(text: str, name: str, table: str) -> str:
