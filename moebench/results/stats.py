@@ -12,6 +12,9 @@ import numpy as np
 CONFIDENCE = 0.95
 #: The fewest samples that give a two-sided 95% interval of the median. Five are too few: 1 − 2·0.5⁵ < 0.95.
 MIN_SAMPLES = 6
+#: Student's quantile at (1 + CONFIDENCE) / 2, as `scipy.special.stdtrit` returns it, by the number of rounds.
+#: The import of scipy would take longer than all else that `show` does with rounds.
+_STUDENT = {2: 12.706204736174694, 3: 4.302652729749462, 4: 3.1824463052837078, 5: 2.7764451051977934}
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -54,10 +57,7 @@ def centers_of_rounds(medians: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     if num_rounds >= MIN_SAMPLES:
         rank, ordered = _rank(num_rounds), np.sort(medians, axis=1)
         return center, ordered[:, rank - 1], ordered[:, -rank]
-    from scipy.special import stdtrit
-
-    deviations = np.std(np.log(medians), axis=1, ddof=1)
-    student = float(stdtrit(num_rounds - 1, (1 + CONFIDENCE) / 2))
+    deviations, student = np.std(np.log(medians), axis=1, ddof=1), _STUDENT[num_rounds]
     factors = np.array([math.exp(student * some / math.sqrt(num_rounds)) for some in deviations.tolist()])
     return center, center / factors, center * factors
 

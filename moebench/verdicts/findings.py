@@ -78,12 +78,13 @@ class Pair:
         Rows are one measurement if the rounds that both have by number are equal to the last sample, or if all rounds
         of one row follow each other in the other row. The second case is a run that is also a session of the baseline.
         """
-        if self.together:
+        samples = [set(np.ravel(row["samples_ms"]).tolist()) for row in (self.baseline, self.candidate)]
+        if self.together or samples[0].isdisjoint(samples[1]):  # quicker than a look at each round
             return ""
-        one, two = (_samples_of_rounds(row) for row in (self.baseline, self.candidate))
+        one, two = map(_samples_of_rounds, (self.baseline, self.candidate))
         common = one.keys() & two.keys()
-        equal = bool(common) and all(one[number] == two[number] for number in common)
-        if equal or _is_part([*two.values()], [*one.values()]) or _is_part([*one.values()], [*two.values()]):
+        is_equal = bool(common) and all(one[number] == two[number] for number in common)
+        if is_equal or _is_part([*two.values()], [*one.values()]) or _is_part([*one.values()], [*two.values()]):
             return f"both sides are the same measurement (run {self.candidate['run_id']}); give results of two runs"
         return ""
 
@@ -167,7 +168,7 @@ def sessions_of(row: Row) -> dict[int, int]:
     """
     numbers, sessions = _round_of_each_sample(row), row["sample_sessions"]
     if is_null(sessions):
-        return dict.fromkeys(np.unique(numbers).astype(int).tolist(), 0)
+        return dict.fromkeys(sorted(set(numbers.astype(int).tolist())), 0)
     return {int(number): int(session) for number, session in zip(numbers, sessions, strict=True)}
 
 
