@@ -7,7 +7,7 @@ tiles are in the order expert, columns, rows. So the first tile of an expert's c
 and the tiles of the expert's other rows read the weights from the L2 cache. On GPUs with a tensor memory accelerator,
 the accelerator copies the weights. Gathered rows are read from the tokens in place. Sums are in float32.
 
-On Hopper GPUs, `experts.gemm.hopper` multiplies many rows that lie in permuted order.
+On Hopper GPUs, `experts.gemm.hopper` multiplies where there are many rows and no activation follows.
 """
 
 import torch
@@ -90,8 +90,8 @@ def _multiply(
     if permutation.num_rows == 0:
         return a.new_empty(0, out_width)
     tile: Tiling = choices.choose(_kind(gather, transposed, activate, form), b_LPQ, rows_per_expert)
-    if tile == LARGE and not gather and runs_on_hopper(a.device, permutation.num_rows):
-        return _multiply_on_hopper(a, b_LPQ, permutation, transposed)
+    if tile == LARGE and not activate and runs_on_hopper(a.device, permutation.num_rows):
+        return _multiply_on_hopper(a, b_LPQ, permutation, gather, transposed)
     out = torch.empty(permutation.num_rows, out_width, dtype=a.dtype, device=a.device)
     read_columns = tile.columns * (2 if form.interleaved else 1)
     weights_block = [1, read_columns, tile.depth] if transposed else [1, tile.depth, read_columns]
@@ -129,13 +129,13 @@ def _multiply(
     return out
 
 
-def _multiply_on_hopper(a_NP: Tensor, b_LPQ: Tensor, permutation: Permutation, transposed: bool) -> Tensor:
+def _multiply_on_hopper(a: Tensor, b_LPQ: Tensor, permutation: Permutation, gather: bool, transposed: bool) -> Tensor:
     from experts.gemm import hopper
 
     experts, _, width = b_LPQ.shape if not transposed else b_LPQ.mT.shape
     tiles, programs = _tiles(permutation, experts, triton.cdiv(width, LARGE.columns), LARGE)
     assert tiles is not None
-    return hopper.product(a_NP, b_LPQ, tiles, programs, transposed)
+    return hopper.product(a, b_LPQ, permutation, tiles, programs, gather, transposed)
 
 
 def _kind(gather: bool, transposed: bool, activate: bool, form: ActivationForm) -> Kind:
