@@ -13,9 +13,11 @@ def rounded(sums, dtype: gl.constexpr):
     the one before. Inline assembly is not moved.
     """
     if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
+        values = gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [sums], dtype=gl.bfloat16, is_pure=False, pack=2
         )
-    return gl.inline_asm_elementwise(
-        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [sums], dtype=gl.float16, is_pure=False, pack=2
-    )
+    else:
+        values = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [sums], dtype=gl.float16, is_pure=False, pack=2
+        )
+    return values
