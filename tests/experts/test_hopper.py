@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 PRODUCTS = [
     *("outer", "gathered_outer", "outer_gathered"),
-    *("product", "product_back", "gathered_product", "gathered_product_back"),
+    *("product", "product_back", "gathered_product", "gathered_product_back", "activated_product"),
 ]
 dtypes = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 #: Rows of each expert. A step has 64 rows.
@@ -136,6 +136,35 @@ def test_each_of_many_tiles_is_stored_at_its_place(hopper: Any) -> None:
 
 
 @pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("widths", [(128, 128), (136, 96), (2880, 512)], ids=str)
+@pytest.mark.parametrize("rows", GROUPS, ids=str)
+def test_the_activated_product_is_silu_of_gate_times_up(
+    rows: tuple[int, ...], widths: tuple[int, int], weighted: bool, dtype: torch.dtype, hopper: Any
+) -> None:
+    given = Grouped(rows, widths, dtype)
+    dim, inter = widths
+    config = moe_config(
+        n_routed_experts=len(rows), n_activated_experts=1, dim=dim, moe_inter_dim=inter, dtype=dtype, expert_bias=False
+    )
+    generator = torch.Generator().manual_seed(1)
+    b_LDH = (torch.randn(len(rows), dim, 2 * inter, generator=generator) * dim**-0.5).to("cuda", dtype)
+    weights_TK = torch.rand(given.x_TP.shape[0], 1, generator=generator).cuda() if weighted else None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "empty", poisoned)
+        found = hopper.activated_product(given.x_TP, b_LDH, given.permutation, 1000.0, weights_TK, None, config)
+    assert found[sum(rows) :].isnan().all()
+    tokens = eager.gather_rows(given.x_TP, given.permutation)[: sum(rows)].double().split(rows)
+    gate, up = torch.cat([x @ b for x, b in zip(tokens, b_LDH.double(), strict=True)]).chunk(2, dim=1)
+    right = torch.nn.functional.silu(gate) * up
+    if weights_TK is not None:
+        right *= weights_TK[given.permutation.row_to_token_N[: sum(rows)]]
+    error = (found[: sum(rows)].double() - right).abs()
+    assert (error <= torch.finfo(dtype).eps * right.abs() + 1e-4 * right.square().mean().sqrt()).all()
+
+
+@pytest.mark.gpu
 def test_an_expert_is_not_touched_by_anothers_nan(hopper: Any) -> None:
     """A step reads 64 rows, so the last step of a group reaches into the next group."""
     given = Grouped((70, 70), (128, 256), BF16)
@@ -190,6 +219,7 @@ def test_kernels_compile_for_sm90_without_spilling(
     permutation = Permutation(*maps, torch.zeros(experts, dtype=torch.int32), k)
     x_TD, a_NI = torch.zeros(num_rows // k, dim, dtype=dtype), torch.zeros(num_rows, inter, dtype=dtype)
     y_ND, b_LID = torch.zeros(num_rows, dim, dtype=dtype), torch.zeros(experts, inter, dim, dtype=dtype)
+    config, b_LDH = moe_config(dtype=dtype), torch.zeros(experts, dim, 2 * inter, dtype=dtype)
     calls = {
         "outer": lambda: gemm.outer(a_NI, y_ND, permutation),
         "gathered_outer": lambda: gemm.gathered_outer(x_TD, a_NI, permutation),
@@ -198,6 +228,9 @@ def test_kernels_compile_for_sm90_without_spilling(
         "product_back": lambda: gemm.product_back(y_ND, b_LID, permutation, 1000.0),
         "gathered_product": lambda: gemm.gathered_product(x_TD, b_LID.mT, permutation, 1000.0),
         "gathered_product_back": lambda: gemm.gathered_product_back(x_TD, b_LID, permutation, 1000.0),
+        "activated_product": lambda: gemm.activated_product(
+            x_TD, b_LDH, permutation, 1000.0, torch.zeros(num_rows // k, k), None, config
+        ),
     }
     calls[which]()
     code = ptx["multiply_rows" if "product" in which else "sum_outer_products"]
