@@ -1,6 +1,6 @@
 """Make a small table of what Nsight Compute counted: one row for each kernel.
 
-    ncu --clock-control none --section SpeedOfLight --section SpeedOfLight_RooflineChart --page details --csv \
+    ncu --clock-control none --section SpeedOfLight --page details --print-details all --print-units base --csv
         python step.py > counted.csv
     python -m moebench.measure.studies.counters counted.csv --out counters.csv
 
@@ -43,12 +43,16 @@ def table(text: str) -> pd.DataFrame:
     try:
         found = pd.read_csv(io.StringIO("".join(lines)), usecols=_NEEDED, thousands=",")
     except ValueError as error:
-        raise UsageError(f"this is not CSV of ncu's page details: {error}; run ncu with --page details --csv") from error
+        raise UsageError(
+            f"this is not CSV of ncu's page details: {error}; run ncu with --page details --csv"
+        ) from error
     found = found[found["Metric Name"].isin([name for name, _ in METRICS.values()])]
     for name, unit in _UNITS.items():
         others = set(found.loc[found["Metric Name"] == name, "Metric Unit"]) - {unit}
         if others:
-            raise UsageError(f"{name}: its unit is {', '.join(sorted(map(str, others)))}; run ncu with --print-units base")
+            raise UsageError(
+                f"{name}: its unit is {', '.join(sorted(map(str, others)))}; run ncu with --print-units base"
+            )
     by_kernel = found.groupby(["ID", "Kernel Name", "Metric Name"])["Metric Value"].first().unstack()
     absent = [name for name, _ in METRICS.values() if name not in by_kernel or by_kernel[name].isna().any()]
     if absent or by_kernel.empty:

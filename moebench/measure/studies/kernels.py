@@ -10,6 +10,7 @@ and `idle_ms` are longer than in a call that nobody profiles, and a kernel that 
 import gzip
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
         if event.get("cat") == "user_annotation" and (found := _CALL.fullmatch(event["name"]))
     )
     if not calls:
-        raise UsageError(f"{path}: the trace has no calls; take a file from the folder traces of `moebench run --profile`")
+        raise UsageError(f"{path}: the trace has no calls; take one that `moebench run --profile` wrote")
     for start, end, number in calls:
         within = [event for event in events if "dur" in event and start <= event["ts"] < end]
         yield {"trace": path.name.partition(".json")[0], "call": number, **_row(within)}
@@ -71,7 +72,7 @@ def _row(events: list[dict[str, Any]]) -> dict[str, Any]:
     on_gpu = [event for event in events if event.get("cat") in ON_GPU]
     spans = [(event["ts"], event["ts"] + event["dur"]) for event in on_gpu]
     span_us = max(end for _, end in spans) - min(start for start, _ in spans) if spans else 0.0
-    sums = Counter({group: 0.0 for group in (*GROUPS, OTHER)})
+    sums = Counter(dict.fromkeys((*GROUPS, OTHER), 0.0))
     for event in on_gpu:
         sums[group_of(event["name"])] += event["dur"]
     num_kernels = sum(event["cat"] == "kernel" for event in on_gpu)
@@ -94,11 +95,13 @@ def _events(path: Path) -> list[dict[str, Any]]:
         return [event for event in json.loads(text)["traceEvents"] if event.get("ph") == "X"]
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}; name a trace") from error
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error) as error:
         raise UsageError(f"{path}: it is not a trace in JSON; name a file of the folder traces") from error
 
 
-def main(traces: Annotated[list[Path], typer.Argument(help="traces (.json or .json.gz)")], out: Path | None = None) -> None:
+def main(
+    traces: Annotated[list[Path], typer.Argument(help="traces (.json or .json.gz)")], out: Path | None = None
+) -> None:
     """Print what the GPU does in each call of traces."""
     places("cpu", out)
     rows = [row for path in traces for row in rows_of(path)]
