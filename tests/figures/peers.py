@@ -90,3 +90,15 @@ def of_sonicmoe_again() -> dict[str, str]:
     close = earlier_peers()["close"]
     assert all(_apart(float(found[f"{mode}0"])) < float(close.rstrip("%")) / 100 for mode in ("forward", "train"))
     return {**found, "close": close}
+
+
+def no_copy() -> dict[str, str]:
+    """How much lower the peak of `triton` is on the last shape, which is the size of its rows in bfloat16."""
+    *_, shape = SHAPES_AGAIN
+    peaks = [
+        the(data.peers_of("triton", shape, run), mode="train")["peak_memory_bytes"] for run in (PEERS, PEERS_AGAIN)
+    ]
+    (_, top, dim, _), num_tokens = shape, SHAPES_AGAIN[shape]
+    lower = f"{(peaks[0] - peaks[1]) / 2**20:.0f}"
+    assert lower == f"{num_tokens * top * dim * 2 / 2**20:.0f}"
+    return {"lower": lower}

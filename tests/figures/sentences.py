@@ -146,6 +146,11 @@ MEASURED = (
         repeat: unchanged layers differed by up to {close} between earlier runs.""",
         peers.of_sonicmoe_again,
     ),
+    (
+        """the peak of a train step of `triton` is {lower} MiB lower than two days before, which is the size of the
+        gathered copy of the rows""",
+        peers.no_copy,
+    ),
     ("The table has all kernels that take {shortest} ms or more,", lambda: {"shortest": kernels.SHORTEST_MS}),
     (
         """The products keep the tensor cores busy for {tensor_low} to {tensor_high}% of the cycles, and the gradients
@@ -171,9 +176,9 @@ MEASURED = (
     ("The table has one train step of 4096 tokens of Qwen3-30B-A3B with `triton`, on rank 0:",),
     (
         """a timed step takes {low} to {high} times as long as its kernels without barriers. The rest is time in which
-        the GPU waits for the host. With `symm_mem`, the step takes {after} times as long as its kernels: nothing waits
-        for the host, so the host launches the kernels ahead. `symm_mem` has the most kernels, {kernels}, and `deepep`
-        the fewest, {fewest},""",
+        the GPU waits for the host or for the other rank. With `symm_mem`, the step takes {after} times as
+        long as its kernels: nothing waits for the host, so the host launches the kernels ahead. `symm_mem`
+        has the most kernels, {kernels}, and `deepep` the fewest, {fewest},""",
         kernels.before_and_after,
     ),
     (
