@@ -22,9 +22,9 @@ from moebench.errors import UsageError
 from moebench.measure.profiling import COMMUNICATION, PRODUCT, busy_us
 from moebench.measure.studies import places, run
 
-#: The groups of kernels, by patterns of their names. The first pattern that matches gives the group. `waiting` has kernels
-#: that do little but wait for other ranks, `communication` those that send rows, and `rows` those that gather rows, add
-#: them up or activate them.
+#: The groups of kernels, by patterns of their names. The first pattern that matches gives the group. `waiting` has
+#: kernels that do little but wait for other ranks, `communication` those that send rows, and `rows` those that gather
+#: rows, add them up or activate them.
 GROUPS = {
     "waiting": re.compile(r"symmetric_memory::barrier|deep_ep::\w+::\w*notify"),
     "communication": re.compile(rf"{COMMUNICATION.pattern}|^push(_back)?$", re.IGNORECASE),
