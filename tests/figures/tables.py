@@ -5,26 +5,21 @@ To add one, write a function here and add it to TABLES.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
 
 from moebench.results.stats import relative_half_width, series_interval
 from moebench.workload.models import SHAPE_AXES, shape_name
-from tests.figures import data, scaled, two_gpus
+from tests.figures import data, kernels, scaled, training, two_gpus
+from tests.figures.markdown import markdown
 
 _BEGIN, _END = "<!-- table {}, written by `make results` -->", "<!-- end of table {} -->"
 
 
 def _named(shape: tuple[int, ...]) -> str:
     return shape_name(dict(zip(SHAPE_AXES, shape, strict=True)))
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
-    cells.insert(1, ["---"] * len(cells[0]))
-    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 def peers() -> str:
@@ -42,6 +37,23 @@ def peers() -> str:
                     cells += [f"{row['tflops']:.0f}", f"{row['grouped_ms'] / row['time_ms']:.2f}"]
                 peak = data.the(found, mode="train")["peak_memory_bytes"] / 2**20
                 yield [_named(shape), num_tokens, f"`{backend}`", *cells, f"{peak:.0f}"]
+
+    return markdown(header, rows())
+
+
+def peers_again() -> str:
+    backends = ["torch_mm", "triton", "peer_sonicmoe", "peer_automodel_torch_mm", "peer_transformers"]
+    header = ["shape", "tokens", "backend", "forward, ms", "train, ms", "train, over `triton`", "train peak, MiB"]
+
+    def rows() -> Iterator[list[Any]]:
+        for shape, num_tokens in data.SHAPES_AGAIN.items():
+            own_ms = data.the(data.peers_of("triton", shape, data.PEERS_AGAIN), mode="train")["time_ms"]
+            for backend in backends:
+                found = data.peers_of(backend, shape, data.PEERS_AGAIN)
+                forward, train = (data.the(found, mode=mode) for mode in ("forward", "train"))
+                times = (f"{row['time_ms']:.3f}" for row in (forward, train))
+                over, peak = f"{train['time_ms'] / own_ms:.3f}", f"{train['peak_memory_bytes'] / 2**20:.0f}"
+                yield [_named(shape), num_tokens, f"`{backend}`", *times, over, peak]
 
     return markdown(header, rows())
 
@@ -206,10 +218,15 @@ def select_one(some: pd.DataFrame, revision: str) -> Any:
 TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
     ("docs/measured.md", table.__name__): table
     for table in (
-        *(peers, steps, decode, two_gpus_with_symm_mem, four_gpus),
-        *(bandwidth, bandwidth_of_four, precision, repeatability),
+        *(peers, peers_again, steps, kernels.counters, decode, two_gpus_with_symm_mem, kernels.profiles, four_gpus),
+        *(bandwidth, kernels.vdev, bandwidth_of_four, precision, repeatability),
     )
-} | {("docs/scaling.md", table.__name__): table for table in (scaling, supervisor)}
+} | {
+    ("docs/scaling.md", "scaling"): scaling,
+    ("docs/scaling.md", "supervisor"): supervisor,
+    ("docs/training.md", "contexts"): training.contexts,
+    ("docs/training.md", "adapters"): training.adapters,
+}
 
 
 def written(text: str, name: str, table: str) -> str:
