@@ -168,7 +168,8 @@ class EventReader:
             return []
         if not now.st_nlink:
             self.fault = "the file of its events was deleted"  # what it has can still be read
-        found = self._file.read(MOST_BYTES) or b""
+        # to read at most so many bytes would make room for them at every look
+        found = self._file.read(min(MOST_BYTES, now.st_size - self._num_bytes)) or b""
         self._num_bytes += len(found)
         *lines, self._torn = (self._torn + found).split(b"\n")
         events: list[Event] = []

@@ -180,8 +180,7 @@ def _notes(judged: Collection[TimeVerdict]) -> Iterator[str]:
 def _pairs(
     before: Mapping[JobKey, Row], after: Mapping[JobKey, Row], comparability: Comparability, *, together: bool
 ) -> dict[JobKey, Pair]:
-    between = cache(comparability.between)
-    pairs = {}
+    between, pairs = cache(comparability.between), {}
     for key in (key for key in before if key in after):
         differences = between(before[key]["env_id"], after[key]["env_id"])
         pairs[key] = _pair(before[key], after[key], differences, comparability, together)

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moebench.report.plots.kinds import round_ticks, set_ticks
 from moebench.report.plots.look import BACKEND_STYLES, CEILING_LOOKS
 from moebench.report.plots.rendering import images
 from moebench.results.files import write_atomically
@@ -31,7 +32,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def figure(commands: Rows, supervisor: Rows) -> Figure:
     """Return a figure of two panels: CPU time against the size of results, and of the supervisor against its load."""
-    drawn = Figure(figsize=(6.4, 6.6), layout="constrained")
+    drawn = Figure(figsize=(6.4, 5.6), layout="constrained")
     above, below = drawn.subplots(2)
     _draw_commands(above, [row for row in commands if row["revision"] == "after"])
     _draw_supervisor(below, supervisor)
@@ -46,20 +47,27 @@ def _draw_commands(ax: Axes, rows: Rows) -> None:
         linear = [(size, at[0][1] * size / at[0][0]) for size, _ in at]
         ax.plot(*zip(*linear, strict=True), **_LINEAR, label="" if name != names[-1] else "linear")
     ax.set(title="Commands", xlabel="records, or jobs of list and dry run", ylabel="CPU time, s")
-    ax.loglog()
-    ax.legend(ncols=3)
+    _finish(ax, sorted({row["size"] for row in rows}))
 
 
 def _draw_supervisor(ax: Axes, rows: Rows) -> None:
     """Draw the supervisor's CPU time for each job. A supervisor that uses a whole core is saturated."""
-    after = sorted((row["jobs_per_s"], row["cpu_ms_per_job"]) for row in rows if row["revision"] == "after")
+    measured = [row for row in rows if (row["revision"], row["num_workers"]) == ("after", 500)]
+    after = sorted((row["jobs_per_s"], row["cpu_ms_per_job"]) for row in measured)
     color, marker = _LOOKS[0]
-    ax.plot(*zip(*after, strict=True), color=color, marker=marker, label="measured")
+    ax.plot(*zip(*after, strict=True), color=color, marker=marker, label="500 workers")
     ends = [min(rate for rate, _ in after), max(1000 / cost for _, cost in after)]
     ax.plot(ends, [1000 / rate for rate in ends], **_LINEAR, label="a whole core")
     ax.set(title="Supervisor", xlabel="jobs per second", ylabel="its CPU time for a job, ms")
+    _finish(ax, [100, 200, 500, 1000, 2000])
+
+
+def _finish(ax: Axes, places: Sequence[float]) -> None:
+    """Make the axes logarithmic, with labels at the places and at round values, and put a legend beside them."""
     ax.loglog()
-    ax.legend()
+    set_ticks(ax.xaxis, places, "{:,.0f}".format)
+    set_ticks(ax.yaxis, round_ticks(*ax.get_ylim()), "{:g}".format)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def main() -> None:
