@@ -351,10 +351,12 @@ SCALING = (
         scaled.thousand_gpus,
     ),
     (
-        """The last line of the table is such a run. With 1,000 workers the supervisor needed {cost} ms of CPU time for
-        each job, which is {share} of a core for {rate} jobs/s.""",
+        """The last line of the table has 1,000 workers with such jobs: the machine managed {measured} jobs/s, and the
+        supervisor needed {cost} ms of CPU time for each, which is {share} of a core at {rate} jobs/s.""",
         scaled.thousand_gpus,
     ),
+    ("So one supervisor is enough for 1,000 GPUs, if", dict),
+    ("### What 1,000 GPUs need", dict),
 )
 
 SENTENCES = tuple(
