@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from experts import catalog
 from moebench import __version__
 from moebench.errors import UsageError
 from moebench.machine.gpus import choose
@@ -223,11 +224,13 @@ def check_device(device: str | None) -> None:
 
 
 def check_named(jobs: Sequence[Job], backends: Sequence[str]) -> None:
-    """Raise UsageError for a module that a file names but the command line does not.
+    """Raise UsageError for a backend that does not exist, and for a module that only a file names.
 
-    Importing a module runs its code, so the user must name it.
+    Importing a module runs its code, so the user must name it on the command line.
     """
     names = list(dict.fromkeys(job.backend for job in jobs))
+    for reason in filter(None, map(catalog.unknown, names)):
+        raise UsageError(reason)
     unnamed = [name for name in names if ":" in name and name not in backends]
     if unnamed:
         options = " ".join(f"--backend {name}" for name in unnamed)
