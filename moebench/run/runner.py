@@ -28,6 +28,8 @@ from moebench.run.backlog import Backlog, parts
 from moebench.run.plan import Plan, new_run_id
 from moebench.run.stop import Stop
 from moebench.run.supervisor import WorkerProcess
+from moebench.run.workers.group import Place
+from moebench.run.workers.local import LocalPlace
 from moebench.workload.case import Job
 from moebench.workload.context import Processes
 
@@ -174,7 +176,8 @@ class _Crew:
 
     def __post_init__(self) -> None:
         self.backlog = Backlog(job for job in self.plan.jobs if job.case.processes == self.processes)
-        self.places = dict(enumerate(places(self.plan.slots, self.processes.num_ranks)))
+        found = places(self.plan.slots, self.processes.num_ranks)
+        self.places: dict[int, Place] = {n: LocalPlace(slots, len(found)) for n, slots in enumerate(found)}
 
     def work(self) -> None:
         """Look at every place in turn until no job is left or the run should end. Then end the workers."""
@@ -214,7 +217,7 @@ class _Crew:
         if is_free and not worker.over:
             worker.give(self._next_for(number, worker))
             is_free = not worker.unfinished
-        if worker.over or is_free or (self.run.stop() and not worker.at_a_job):
+        if worker.over or is_free or (self.run.stop() and worker.job is None):
             self._end(number)
             return True
         return heard
@@ -229,7 +232,7 @@ class _Crew:
         has_work = bool(len(self.backlog) or self.due.get(number))
         if place is None or self.run.stop() or not has_work or (self.workers and not self.met):
             return False
-        self.workers[number] = WorkerProcess(self.plan, place, self.processes, len(self.places))
+        self.workers[number] = WorkerProcess(self.plan, place, self.processes)
         return True
 
     def _meet(self, environment: Environment) -> None:
@@ -265,5 +268,4 @@ class _Crew:
         self._end(number)
         for part in reversed(self.due.pop(number, [])):
             self.backlog.put_back(part)
-        gpus = ", ".join(slot.gpu for slot in self.places.pop(number) if slot.gpu is not None)
-        self.run.notes.append(f"{gpus or 'a slot'}: no longer used, because {failure}")
+        self.run.notes.append(f"{self.places.pop(number).name}: no longer used, because {failure}")
