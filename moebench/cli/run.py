@@ -20,6 +20,7 @@ from moebench.cli.options import (
     ModelOption,
     Only,
     Out,
+    Ray,
     ShareGpus,
     TimeBudget,
 )
@@ -55,6 +56,7 @@ def run(
     device: Device = None,
     gpus: Gpus = None,
     share_gpus: ShareGpus = False,
+    ray: Ray = None,
     filters: Filters = None,
     case: CaseIds = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the jobs and estimates; measure nothing")] = False,
@@ -104,9 +106,12 @@ def run(
     if dry_run:
         print_plan(plan.jobs, as_json)
         return
-    plan, notes = request.on_gpus(plan, gpus, share_gpus)
-    for note in notes:
-        err.print(note)
+    if ray is not None:
+        plan = request.on_ray(plan, ray, gpus, share_gpus)
+    else:
+        plan, notes = request.on_gpus(plan, gpus, share_gpus)
+        for note in notes:
+            err.print(note)
     with request.in_own_folder(plan) as plan:
         _measure(plan, as_json)
 

@@ -147,7 +147,7 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="k
 
 
 class Source(Protocol):
-    """A file of events as the supervisor reads it. `fault` says what is wrong with the file; it is empty if all is well."""
+    """A file of events as the supervisor reads it. `fault` says what is wrong with it, and is empty if all is well."""
 
     fault: str
 

@@ -1,10 +1,10 @@
 """Hold the jobs that are left, and give them to workers case by case."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from moebench.workload.backends import is_built_in
-from moebench.workload.case import Job, Weights
+from moebench.workload.case import Case, Job, Weights
 
 
 def own_backend(job: Job) -> str | None:
@@ -31,20 +31,32 @@ class Backlog:
         """Return how many jobs are left."""
         return sum(map(len, self._units))
 
-    def take(self, mine: Weights | None = None, others: Sequence[Weights] = ()) -> tuple[Job, ...]:
+    def has_for(self, may: Callable[[Case], bool]) -> bool:
+        """Whether a case is left that `may` allows."""
+        return any(may(unit[0].case) for unit in self._units)
+
+    def take(
+        self,
+        mine: Weights | None = None,
+        others: Sequence[Weights] = (),
+        may: Callable[[Case], bool] = lambda case: True,
+    ) -> tuple[Job, ...]:
         """Return the next case's jobs for a worker that holds the weights `mine`; empty if no job is left.
+
+        Only cases that `may` allows are taken.
 
         The result is the first case with the weights `mine`, else the first case with weights that no other worker
         holds (`others`), else the first case. A worker makes weights once, so it should keep its weights as
         long as it can.
         """
-        if not self._units:
+        units = [unit for unit in self._units if may(unit[0].case)]
+        if not units:
             return ()
         unit = next(
             itertools.chain(
-                (unit for unit in self._units if unit[0].case.weights == mine),
-                (unit for unit in self._units if unit[0].case.weights not in others),
-                self._units,
+                (unit for unit in units if unit[0].case.weights == mine),
+                (unit for unit in units if unit[0].case.weights not in others),
+                units,
             )
         )
         self._units.remove(unit)

@@ -20,6 +20,7 @@ from moebench.results.record import SCHEMA, Record
 from moebench.run.lock import check_new
 from moebench.run.plan import Plan, new_run_id, shuffled
 from moebench.run.runfile import SWEEP_NAME, Asked, RunFile, digest, digest_jobs
+from moebench.run.workers.ray import check_ray
 from moebench.workload.axes import cut
 from moebench.workload.case import Job
 from moebench.workload.models import Model
@@ -35,7 +36,8 @@ class RunPlan:
     """What a run has to do: the jobs that each round has left, and what the folder records about the run.
 
     `earlier` has the records that are already in the folder of a run that is resumed. `notes` say what the cases leave
-    out of the models that they come from.
+    out of the models that they come from. `ray` is the address of the Ray cluster that runs the workers; None for this
+    machine.
     """
 
     run: RunFile
@@ -46,6 +48,7 @@ class RunPlan:
     is_resumed: bool = False
     force: bool = False
     notes: tuple[str, ...] = ()
+    ray: str | None = None
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -248,3 +251,18 @@ def on_gpus(run_plan: RunPlan, wanted: str | None, share: bool) -> tuple[RunPlan
         device = "cuda"  # each worker sees only its own GPUs
     rounds = tuple(replace(one, slots=slots, device=device) for one in run_plan.rounds)
     return replace(run_plan, rounds=rounds), notes
+
+
+def on_ray(run_plan: RunPlan, address: str, wanted: str | None, share: bool) -> RunPlan:
+    """Return the plan with its workers on a Ray cluster.
+
+    Raises UsageError where Ray is not installed, where the address is not one, and where other options choose GPUs.
+    """
+    check_ray()
+    if not re.fullmatch(r"auto|[^/\s]+:[0-9]{1,5}", address):
+        raise UsageError(f"--ray {cut(address)}: it must be HOST:PORT of the cluster's head, or auto")
+    _, _, index = (run_plan.run.asked.device or "").partition(":")
+    others = {f"--gpus {wanted}": wanted is not None, "--share-gpus": share, f"--device cuda:{index}": bool(index)}
+    for option in [option for option, is_given in others.items() if is_given]:
+        raise UsageError(f"{option} with --ray: Ray chooses the GPUs; leave {option.split()[0]} out")
+    return replace(run_plan, ray=address)

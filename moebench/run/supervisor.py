@@ -238,6 +238,10 @@ class WorkerProcess:
             told_last = f"a worker ended before it measured anything: {detail}".splitlines()
             raise RunnerError(*told_last, f"log: {self._log}")
 
+    def blamed(self, detail: str) -> Record:
+        """Return the record of a crash for the job that the worker was measuring. No other worker gets the job."""
+        return self._end_job(Status.crash, detail)
+
     def _end_job(self, status: Status, detail: str) -> Record:
         """Return the record of the job that the worker was measuring."""
         assert self._running is not None

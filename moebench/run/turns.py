@@ -14,9 +14,10 @@ from moebench.results.files import writing_to
 from moebench.results.record import Record
 from moebench.run.backlog import own_backend
 from moebench.run.plan import Plan
-from moebench.run.runner import POLL_S, Outcome, Run
+from moebench.run.runner import Outcome, Run
 from moebench.run.stop import Stop
 from moebench.run.supervisor import WorkerProcess
+from moebench.run.workers.crew import POLL_S
 from moebench.run.workers.local import LocalPlace
 from moebench.workload.case import Job
 

@@ -55,8 +55,11 @@ class Group(Protocol):
     it is empty as long as they can.
     """
 
-    sources: Sequence[Source]
-    lost: str
+    @property
+    def sources(self) -> Sequence[Source]: ...
+
+    @property
+    def lost(self) -> str: ...
 
     def write_jobs(self, lines: Iterable[str]) -> None:
         """Add lines to the file of jobs."""
@@ -92,12 +95,33 @@ class Place(Protocol):
     `lost` says why the place cannot be used any more; it is empty as long as it can.
     """
 
-    name: str
-    node: str | None
-    lost: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def node(self) -> str | None: ...
+
+    @property
+    def lost(self) -> str: ...
 
     def is_ready(self) -> bool:
         """Whether a worker can be started here now."""
 
     def start(self, work: Work, files: Files) -> Group:
         """Start a worker. The files are the supervisor's."""
+
+
+class Site(Protocol):
+    """Where the workers of a run may run: this machine, or a cluster, whose places change.
+
+    On a cluster, machines may differ, so a case that was begun in one environment is finished in the same environment.
+    """
+
+    @property
+    def is_cluster(self) -> bool: ...
+
+    def places(self, num_ranks: int) -> Mapping[int, Place]:
+        """Return the places that can take workers of `num_ranks` ranks, by number. No number comes back."""
+
+    def give_up(self, number: int) -> None:
+        """Never use the place again, because no worker starts there."""

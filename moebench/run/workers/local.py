@@ -1,10 +1,8 @@
 """Start the processes of a worker on this machine."""
 
 import os
-import signal
 import subprocess
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +108,17 @@ class LocalGroup:
     def tail(self) -> str:
         return tail(self._log.fileno())
 
+    def printed(self, since: int, most: int) -> tuple[bytes, int]:
+        """Return what the processes printed from the byte `since` on, at most `most` bytes, and the byte after it.
+
+        If the processes have ended, return the last bytes.
+        """
+        log = self._log.fileno()
+        if self.process.returncode is not None:
+            since = max(since, os.fstat(log).st_size - most)
+        found = os.pread(log, most, since)
+        return found, since + len(found)
+
     def kill(self) -> None:
         kill_all(self.process, self._work.token)
 
@@ -138,3 +147,20 @@ class LocalPlace:
 
     def start(self, work: Work, files: Files) -> LocalGroup:
         return LocalGroup(work, files, self.slots, self.at_once)
+
+
+class Here:
+    """The places of this machine, which stay the same."""
+
+    is_cluster = False
+
+    def __init__(self, slots: Sequence[gpus.Slot]) -> None:
+        self._slots = slots
+
+    def places(self, num_ranks: int) -> Mapping[int, LocalPlace]:
+        """Return the places that can take workers of `num_ranks` ranks, by number."""
+        found = gpus.places(self._slots, num_ranks)
+        return {number: LocalPlace(slots, len(found)) for number, slots in enumerate(found)}
+
+    def give_up(self, number: int) -> None:
+        """Nothing has to end: the caller remembers that it gave up the place."""
