@@ -33,6 +33,7 @@ Ray = Annotated[
     str | None,
     typer.Option("--ray", metavar="HOST:PORT|auto", help="run the workers on the nodes of this Ray cluster"),
 ]
+Slurm = Annotated[bool, typer.Option("--slurm", help="run the workers on the nodes of this Slurm job")]
 TimeBudget = Annotated[
     float | None, typer.Option("--time-budget", min=0, metavar="MIN", help="start no new job after this many minutes")
 ]

@@ -22,6 +22,7 @@ from moebench.cli.options import (
     Out,
     Ray,
     ShareGpus,
+    Slurm,
     TimeBudget,
 )
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
@@ -57,6 +58,7 @@ def run(
     gpus: Gpus = None,
     share_gpus: ShareGpus = False,
     ray: Ray = None,
+    slurm: Slurm = False,
     filters: Filters = None,
     case: CaseIds = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the jobs and estimates; measure nothing")] = False,
@@ -106,8 +108,8 @@ def run(
     if dry_run:
         print_plan(plan.jobs, as_json)
         return
-    if ray is not None:
-        plan = request.on_ray(plan, ray, gpus, share_gpus)
+    if ray is not None or slurm:
+        plan = request.on_cluster(plan, ray, slurm, gpus, share_gpus)
     else:
         plan, notes = request.on_gpus(plan, gpus, share_gpus)
         for note in notes:

@@ -191,6 +191,7 @@ class EventReader:
         self._sources, self._token = sources, token
         self._torn = [b""] * len(sources)
         self._counts: dict[int, int] = {}  # rank -> number of its lines
+        self.source_of: dict[int, int] = {}  # rank -> number of the file with its lines
         self.fault = ""
 
     def read(self) -> list[Event]:
@@ -206,7 +207,7 @@ class EventReader:
         *lines, self._torn[number] = (self._torn[number] + found).split(b"\n")
         events: list[Event] = []
         for line in lines:
-            event = self._checked(line)
+            event = self._checked(line, number)
             if event is None:
                 beginning = told(line[:200].decode(errors="replace"))
                 self.fault = f"the file of its events has a line that the worker did not write: {beginning}"
@@ -216,13 +217,14 @@ class EventReader:
             self.fault = f"the file of its events has a line of more than {MOST_BYTES} bytes"
         return events
 
-    def _checked(self, line: bytes) -> Event | None:
+    def _checked(self, line: bytes, number: int) -> Event | None:
         try:
             event = _EVENT.validate_json(line)
         except ValidationError:
             return None
         due = self._counts.get(event.rank, 0)
-        if event.token != self._token or event.count != due:
+        whence = self.source_of.setdefault(event.rank, number)
+        if event.token != self._token or event.count != due or whence != number:
             return None
         self._counts[event.rank] = due + 1
         return event

@@ -17,6 +17,7 @@ from moebench.run.runfile import RUN_NAME, SWEEP_NAME, environment_changes
 from moebench.run.runner import Outcome, execute
 from moebench.run.workers.group import Site
 from moebench.run.workers.ray import ray_cluster
+from moebench.run.workers.slurm import slurm_cluster
 
 
 def start_run(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome:
@@ -60,10 +61,14 @@ def start_run(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome
 @contextmanager
 def _site(run_plan: RunPlan) -> Iterator[Site | None]:
     """Yield the cluster that runs the workers, and end at the end what was started there; None for this machine."""
-    if run_plan.ray is None:
+    device, logs = run_plan.run.asked.device, run_plan.folder / "logs"
+    if run_plan.ray is not None:
+        cluster = ray_cluster(run_plan.ray, device, logs)
+    elif run_plan.slurm:
+        cluster = slurm_cluster(device, logs)
+    else:
         yield None
         return
-    cluster = ray_cluster(run_plan.ray, run_plan.run.asked.device, run_plan.folder / "logs")
     try:
         yield cluster
     finally:

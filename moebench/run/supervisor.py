@@ -165,7 +165,11 @@ class WorkerProcess:
             case Tries() if self._running is not None:
                 self._trial = event.trial
             case Recorded(number=number) if number == self._running:
-                return self._believed(event.record)
+                row = self._believed(event.record)
+                if self._is_broken_by(row) and self._group.died_elsewhere(self._events.source_of[event.rank]):
+                    return None  # a consequence: what died elsewhere tells of itself
+                self._end_of_job()
+                return row
             case Recorded(number=number) if self._num_ranks > 1 and number == self._num_done - 1:
                 pass  # where several ranks fail, only the first one's record counts
             case _:
@@ -180,12 +184,14 @@ class WorkerProcess:
         same = {name: getattr(row, name) for name in CaseFields.model_fields} == dict(job.case) and row.key == job.key
         if not same or (row.run_id, row.round, row.env_id) != (plan.run_id, plan.round, self.environment.env_id):
             raise _Unbelievable("reported a record of another job")
-        self._running = None
-        self._num_done += 1
-        self._kills_before = self._group.kernel_kills()
         most = {"detail": TEXT_CHARS if job.check is None else LISTING_CHARS, "executed": TEXT_CHARS}
         texts = {name: told(getattr(row, name), chars) for name, chars in most.items() if getattr(row, name)}
         return row.model_copy(update=texts | {"node": self._node})
+
+    def _end_of_job(self) -> None:
+        self._running = None
+        self._num_done += 1
+        self._kills_before = self._group.kernel_kills()
 
     def _is_broken_by(self, row: Record) -> bool:
         """Whether a rank of a group failed. The other ranks would wait for it forever, so the whole group must end."""
@@ -246,8 +252,8 @@ class WorkerProcess:
         """Return the record of the job that the worker was measuring."""
         assert self._running is not None
         assert self.environment is not None, "a job starts after the worker has reported its environment"
-        job, self._running = self._given[self._running], None
-        self._num_done += 1
+        job = self._given[self._running]
+        self._end_of_job()
         if self._trial is not None:
             detail = f"{detail}\n{command(job, self._trial)}"
         return record(

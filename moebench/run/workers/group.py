@@ -73,6 +73,9 @@ class Group(Protocol):
     def follow_ranks(self) -> None:
         """From now on, notice if a rank ends before the others. All ranks have begun."""
 
+    def died_elsewhere(self, source: int) -> bool:
+        """Whether processes on another machine than that of this source have died."""
+
     def a_rank_has_left(self) -> bool:
         """Whether a rank has ended as if all were well, although the others go on."""
 

@@ -99,6 +99,9 @@ class LocalGroup:
         if self._has_launcher:
             self._ranks = Ranks(self.process.pid, self._work.num_ranks)
 
+    def died_elsewhere(self, source: int) -> bool:
+        return False
+
     def a_rank_has_left(self) -> bool:
         return self._ranks.have_left()
 

@@ -149,6 +149,9 @@ class RemoteGroup:
         for part in self._parts:
             part.link.send(do="follow")
 
+    def died_elsewhere(self, source: int) -> bool:
+        return any(part.code is not None for number, part in enumerate(self._parts) if number != source)
+
     def a_rank_has_left(self) -> bool:
         return any(part.has_left for part in self._parts)
 
