@@ -71,6 +71,7 @@ def execute(
                 (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
                 for processes in sorted({job.case.processes for job in plan.jobs}):
                     Crew(plan, processes, run, site or Here(plan.slots)).work()
+    run.notes += [] if site is None else site.notes
     return run.outcome
 
 

@@ -123,6 +123,10 @@ class Site(Protocol):
     @property
     def is_cluster(self) -> bool: ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of places that the run could not use."""
+
     def places(self, num_ranks: int) -> Mapping[int, Place]:
         """Return the places that can take workers of `num_ranks` ranks, by number. No number comes back."""
 

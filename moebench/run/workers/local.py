@@ -156,6 +156,7 @@ class Here:
     """The places of this machine, which stay the same."""
 
     is_cluster = False
+    notes = ()
 
     def __init__(self, slots: Sequence[gpus.Slot]) -> None:
         self._slots = slots
