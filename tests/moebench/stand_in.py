@@ -99,7 +99,7 @@ def write(path: Path, script: str) -> Path:
 
 
 def program(worker: Path) -> str:
-    """Return the text of a program `moebench` that starts `worker` in place of Python for its workers. It draws nothing."""
+    """Return the text of a program `moebench` that draws nothing and starts `worker` in place of Python."""
     without_pictures = "from moebench.report import folder\nfolder.finish = lambda results: folder.Written()\n"
     return f"#!{sys.executable}\nimport sys\nsys.argv.insert(1, {str(worker)!r})\n{without_pictures}{_COMMAND_LINE}"
 

@@ -153,7 +153,7 @@ class RemoteGroup:
         return any(part.code is not None for number, part in enumerate(self._parts) if number != source)
 
     def a_rank_has_left(self) -> bool:
-        return any(part.has_left for part in self._parts)
+        return all(part.code is None for part in self._parts) and any(part.has_left for part in self._parts)
 
     def kernel_kills(self) -> int:
         return sum(part.num_kills for part in self._parts)
