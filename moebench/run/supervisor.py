@@ -245,7 +245,8 @@ class WorkerProcess:
             raise RunnerError(*told_last, f"log: {self._log}")
 
     def blamed(self, detail: str) -> Record:
-        """Return the record of a crash for the job that the worker was measuring. No other worker gets the job."""
+        """Return the record of a crash for the first job that is not finished. No other worker gets the job."""
+        self._running = self._num_done
         return self._end_job(Status.crash, detail)
 
     def _end_job(self, status: Status, detail: str) -> Record:

@@ -183,8 +183,10 @@ class Crew:
 
     def _lose(self, number: int, worker: WorkerProcess) -> None:
         """Give the jobs of a place whose node is gone to the other places."""
-        job = worker.job
-        if job is not None:
+        if worker.environment is None:
+            self.site.give_up(number)  # starting a worker may be what ends the node
+        if worker.unfinished:
+            job = worker.job or worker.unfinished[0]  # the node may have died before it could say that the job began
             self.losses[job.key] += 1
             if self.losses[job.key] >= MOST_LOSSES:
                 detail = f"{MOST_LOSSES} nodes were lost while they ran this job; the last: {worker.lost}"

@@ -112,6 +112,7 @@ class Switchboard:
         self._server = socket.create_server(("", 0), backlog=128)
         self.port: int = self._server.getsockname()[1]
         self._arrived: dict[str, Link] = {}
+        self._is_closed = False
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -129,9 +130,12 @@ class Switchboard:
             answer_challenge(connection, self.key)
             _notice_silence(connection)
             hello = receive(connection)
-            self._arrived[str(hello["seat"])] = Link(connection, hello)
+            self._arrived[str(hello["seat"])] = link = Link(connection, hello)
         except Exception:  # a stranger without the key
             connection.close()
+            return
+        if self._is_closed:  # in the meantime
+            link.close()
 
     def arrived(self, seat: str, within_s: float = 0.0) -> Link | None:
         """Return the connection of the program in this seat; None if it has not connected yet."""
@@ -141,6 +145,7 @@ class Switchboard:
         return found
 
     def close(self) -> None:
+        self._is_closed = True
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._server.close()

@@ -16,7 +16,7 @@ from moebench.run.runner import execute
 from moebench.run.workers.ray import ray_cluster
 from moebench.workload.case import Job
 from tests.moebench import stand_in
-from tests.moebench.executed import CASE, plan_of, share_workers
+from tests.moebench.executed import CASE, plan_of
 from tests.moebench.resumed import is_whole
 from tests.moebench.run.workers.rayed import RayCluster
 
@@ -69,12 +69,6 @@ def until(is_so, what):
     while not is_so():
         assert time.monotonic() < deadline, what
         time.sleep(0.005)
-
-
-@pytest.fixture
-def worker(custom_stand_in, monkeypatch):
-    share_workers(monkeypatch)
-    return custom_stand_in
 
 
 def test_a_sweep_over_three_nodes_has_the_jobs_of_one_machine(site, tmp_path, worker):

@@ -6,7 +6,6 @@ A group of ranks over two nodes is measured and judged as on one node. What fail
 import re
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 import pytest
@@ -15,38 +14,11 @@ from moebench.results.journal import Journal
 from moebench.results.record import ONLY_IF_OK
 from moebench.run.runner import Plan, execute
 from moebench.run.workers import remote
-from moebench.run.workers.slurm import slurm_cluster
 from moebench.workload.case import Case, Job
 from moebench.workload.spec import Policy
-from tests.moebench.executed import CASE, jobs_of, plan_of, python_path, share_workers
-from tests.moebench.run.workers import slurmed
+from tests.moebench.executed import CASE, jobs_of, plan_of, share_workers
 
-ROOT = Path(__file__).parents[4]
 pytestmark = pytest.mark.timeout(400)
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A function that returns the places of a Slurm job with that many nodes and CPUs on each."""
-    (tmp_path / "bin").mkdir()
-    sites = []
-
-    def start(count=2, cpus=1):
-        for name, value in slurmed.job(tmp_path / "bin", count, cpus).items():
-            monkeypatch.setenv(name, value)
-        sites.append(slurm_cluster("cpu", tmp_path / "logs"))
-        return sites[-1]
-
-    monkeypatch.setenv("PYTHONPATH", python_path(ROOT, ROOT / "tests" / "backends"))
-    yield start
-    for some in sites:
-        some.end()
-
-
-@pytest.fixture
-def worker(custom_stand_in, monkeypatch):
-    share_workers(monkeypatch)
-    return custom_stand_in
 
 
 def test_a_worker_on_a_node_breaks_and_is_told_as_here(tmp_path, site, worker):
