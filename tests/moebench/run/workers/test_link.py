@@ -28,7 +28,10 @@ def test_messages_go_both_ways(switchboard):
         assert link.hello == HELLO
         send(other, {"text": "ä\x00" * 100_000})
         send(other, {"number": 1})
-        assert [*link.hear(30), *link.hear(30)] == [{"text": "ä\x00" * 100_000}, {"number": 1}] or link.lost == ""
+        heard = []
+        while len(heard) < 2:
+            heard += link.hear(30)
+        assert heard == [{"text": "ä\x00" * 100_000}, {"number": 1}]
         link.send(do="kill")
         assert receive(other) == {"do": "kill"}
         assert own_address(other) == "127.0.0.1"
@@ -58,7 +61,7 @@ def test_what_is_no_message_ends_the_connection(switchboard):
 def test_nobody_arrives_at_a_closed_switchboard():
     closed = Switchboard()
     closed.close()
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionRefusedError):
         connect(address(closed), closed.key, HELLO)
 
 
