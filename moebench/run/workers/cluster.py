@@ -75,11 +75,12 @@ class Cluster:
             place.lose("it has left the cluster")
         if self._ranks[number] != num_ranks:
             place.lose("it is needed for other jobs")
-        has_come = place.is_ready() or place.links
-        if place.lost:
-            if why and not has_come:
-                self._unfit.add(place.seats)
-                self.notes.append(f"{place.name}: not used, because no host starts there: {why}")
+        place.is_ready()  # asks who has come
+        unfit = place.other_version or (f"no host starts there: {why}" if why and not place.links else "")
+        if unfit:
+            self._unfit.add(place.seats)
+            self.notes.append(f"{place.name}: not used, because {unfit}")
+        if unfit or place.lost:
             self._close(number)
 
     def _open_at(self, asked: Seats, num_ranks: int) -> None:

@@ -47,6 +47,7 @@ class _Ray:
         self._address, self._device = address, device
         self._nodes: list[Message] = []
         self._over: dict[str, str] = {}
+        self._gone = ""  # why the cluster is not there any more
         logs.mkdir(parents=True, exist_ok=True)
         self._log = (logs / "ray.log").open("ab+")
         command = [sys.executable, "-m", "moebench.run.workers.ray_side"]
@@ -80,10 +81,9 @@ class _Ray:
         while not self._nodes:
             if time.monotonic() > deadline:
                 raise Refused(f"--ray {self._address}: the cluster does not answer within {CONNECT_TIMEOUT_S:g} s")
-            try:
-                self._hear(0.2)
-            except RunnerError as error:
-                raise Refused(*error.lines) from error
+            self._hear(0.2)
+            if self._gone:
+                raise Refused(f"--ray {self._address}: {self._gone}")
         if not self._usable():
             raise Refused(
                 f"--ray {self._address}: no node of the cluster has a GPU; leave --device cuda out, or add one"
@@ -97,12 +97,9 @@ class _Ray:
                 case "over":
                     self._over[message["name"]] = message["why"]
                 case "gone":
-                    raise RunnerError(
-                        f"the Ray cluster {self._address} cannot be reached: {message['why']}; "
-                        "--resume goes on, with this cluster or another"
-                    )
-        if self._link.lost:
-            raise RunnerError(f"the connection with Ray has ended; log: {self._log.name}", tail(self._log.fileno()))
+                    self._gone = message["why"]
+        if self._link.lost and not self._gone:
+            self._gone = f"the process that speaks with Ray has ended; log: {self._log.name}"
 
     def _usable(self) -> list[Node]:
         """Return the nodes with GPUs; if there are none and the run may use CPUs, all nodes with a CPU."""
@@ -117,6 +114,11 @@ class _Ray:
 
     def nodes(self) -> Sequence[Node]:
         self._hear()
+        if self._gone:
+            raise RunnerError(
+                f"the Ray cluster {self._address} cannot be reached: {self._gone}; "
+                "--resume goes on, with this cluster or another"
+            )
         return self._usable()
 
     def open(self, name: str, asked: Seats) -> None:

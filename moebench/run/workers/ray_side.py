@@ -11,6 +11,8 @@ import argparse
 import os
 import socket
 import sys
+import threading
+import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,6 +24,8 @@ from moebench.run.workers.link import Message, connect, receive, send
 LOOK_S = 0.5
 #: A head that does not accept a connection within this time is gone.
 HEAD_TIMEOUT_S = 10.0
+#: A host ends within moments of the end of its connection. One that does not is killed after this time.
+END_TIMEOUT_S = 5.0
 NODE_ID = "ray.io/node-id"
 
 
@@ -36,8 +40,11 @@ class _Cluster:
         self._supervisor = f"{ray.util.get_node_ip_address()}:{supervisor_port}"
         self._groups: dict[str, Any] = {}  # name of seats -> placement group
         self._hosts: dict[Any, str] = {}  # a host's task -> name of its seats
+        self._closing: dict[str, float] = {}  # name of seats -> when their hosts are killed
         self._nodes: list[Message] | None = None
         self._remote: Any = ray.remote(serve)
+        self._lock = threading.Lock()
+        threading.Thread(target=self._watch_head, daemon=True).start()
 
     def work(self) -> None:
         """Do what the supervisor says, until it ends or the cluster is gone."""
@@ -46,14 +53,24 @@ class _Cluster:
                 message = receive(self._connection)
                 if message["do"] == "open":
                     self._start(message["name"], message["nodes"], message["num_slots"], message["on_gpu"])
-                else:
-                    self._close(message["name"])
-            try:
-                socket.create_connection(self._head, timeout=HEAD_TIMEOUT_S).close()  # a call of Ray would wait longer
-            except OSError as error:
-                send(self._connection, {"tell": "gone", "why": f"its head {self._head[0]}:{self._head[1]}: {error}"})
-                os._exit(1)  # Ray's own shutdown would wait for the head
+                elif message["name"] in self._groups:
+                    self._closing[message["name"]] = time.monotonic() + END_TIMEOUT_S
             self._tell()
+            self._close()
+
+    def _watch_head(self) -> None:
+        """End this process when the head does not answer: a call of Ray, and its shutdown, would wait a minute."""
+        while True:
+            try:
+                socket.create_connection(self._head, timeout=HEAD_TIMEOUT_S).close()
+            except OSError as error:
+                self._say(tell="gone", why=f"its head {self._head[0]}:{self._head[1]}: {error}")
+                os._exit(1)
+            time.sleep(LOOK_S)
+
+    def _say(self, **message: Any) -> None:
+        with self._lock:
+            send(self._connection, message)
 
     def _tell(self) -> None:
         import ray
@@ -61,7 +78,7 @@ class _Cluster:
         nodes = [_described(node) for node in ray.nodes() if node["Alive"]]
         if nodes != self._nodes:
             self._nodes = nodes
-            send(self._connection, {"tell": "nodes", "nodes": nodes})
+            self._say(tell="nodes", nodes=nodes)
         ended, _ = ray.wait(list(self._hosts), num_returns=len(self._hosts), timeout=0) if self._hosts else ([], [])
         for task in ended:
             try:
@@ -69,7 +86,7 @@ class _Cluster:
                 why = "its host has ended"
             except Exception as error:  # of whatever kind: Ray passes on what the host raised
                 why = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
-            send(self._connection, {"tell": "over", "name": self._hosts.pop(task), "why": why})
+            self._say(tell="over", name=self._hosts.pop(task), why=why)
 
     def _start(self, name: str, nodes: list[list[str]], num_slots: int, on_gpu: bool) -> None:
         from ray.util.placement_group import placement_group
@@ -85,12 +102,22 @@ class _Cluster:
             host = self._remote.options(max_retries=0, scheduling_strategy=where, **options)
             self._hosts[host.remote(self._supervisor, self._key, f"{name}/{number}", node)] = name
 
-    def _close(self, name: str) -> None:
+    def _close(self) -> None:
+        """Give back the resources of seats that are closed and whose hosts have ended, or should have ended."""
         from ray.util.placement_group import remove_placement_group
 
-        self._hosts = {task: of for task, of in self._hosts.items() if of != name}
-        if name in self._groups:
-            remove_placement_group(self._groups.pop(name))  # Ray kills hosts that have not ended by themselves
+        for name, deadline in list(self._closing.items()):
+            if name not in self._hosts.values() or time.monotonic() > deadline:
+                self._hosts = {task: of for task, of in self._hosts.items() if of != name}
+                remove_placement_group(self._groups.pop(name))  # Ray kills a host that has not ended
+                del self._closing[name]
+
+    def end(self) -> None:
+        """Wait until the hosts have ended. What they hold, Ray takes back when this process ends."""
+        import ray
+
+        if self._hosts:
+            ray.wait(list(self._hosts), num_returns=len(self._hosts), timeout=END_TIMEOUT_S)
 
 
 def _described(node: dict[str, Any]) -> Message:
@@ -123,8 +150,9 @@ def main() -> None:
     except Exception as error:  # what Ray raises where there is no cluster, or one of another version
         send(connection, {"tell": "gone", "why": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
         sys.exit(1)
-    with suppress(EOFError, ConnectionError):  # the supervisor has ended, and Ray ends what this process started
+    with suppress(EOFError, ConnectionError):  # the supervisor has ended
         cluster.work()
+    cluster.end()
 
 
 if __name__ == "__main__":

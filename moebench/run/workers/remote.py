@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from moebench import __version__
 from moebench.measure.protocol import TOKEN
 from moebench.run.processes import KILL_TIMEOUT_S, tail
 from moebench.run.workers.group import Files, Work
@@ -198,6 +199,12 @@ class RemotePlace:
     @property
     def lost(self) -> str:
         return self._why_lost or next((link.lost for link in self.links if link.lost), "")
+
+    @property
+    def other_version(self) -> str:
+        """Why the nodes do not have this moebench; empty if they have it, or have not told."""
+        found = {str(link.hello["moebench"]) for link in self.links} - {__version__}
+        return f"it has moebench {', '.join(sorted(found))}, and this is {__version__}" if found else ""
 
     def is_ready(self) -> bool:
         if not self.links:

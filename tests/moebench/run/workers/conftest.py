@@ -23,6 +23,7 @@ def site(tmp_path, monkeypatch):
         sites.append(slurm_cluster("cpu", tmp_path / "logs"))
         return sites[-1]
 
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a host that is killed leaves its folder
     monkeypatch.setenv("PYTHONPATH", python_path(ROOT, ROOT / "tests" / "backends"))
     yield start
     for some in sites:

@@ -43,7 +43,7 @@ class RayCluster:
         with (self.folder / f"{name}.log").open("wb") as log:
             self.nodes[name] = subprocess.Popen(
                 [*program, f"--num-cpus={cpus}", f"--node-name={name}", f"--temp-dir={temporary}", *arguments],
-                env={**os.environ, "PYTHONPATH": python_path(ROOT), "RAY_worker_niceness": "0"},
+                env={**os.environ, "PYTHONPATH": python_path(ROOT), "RAY_worker_niceness": "0", "TMPDIR": self.folder},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -79,16 +79,16 @@ ON_TWO_NODES = {
 
 def test_what_dies_on_one_node_is_told_and_not_what_follows_on_another(tmp_path, site, worker, monkeypatch):
     """The first node's rank fails because the other's is gone, and says so in a record of its own."""
-    monkeypatch.setattr(remote, "SETTLED_S", 1.0)
+    monkeypatch.setattr(remote, "SETTLED_S", 0.8)
     worker(
         "begun = f'begun-{number_of_worker}'\n"
         "if os.environ['SLURM_NODEID'] == '1':\n"
         "    while not os.path.exists(begun): time.sleep(0.001)\n"
         "    next_job()\n"
-        "    time.sleep(0.5)\n"  # a rank that fails waits even longer
+        "    time.sleep(0.3)\n"  # a rank that fails waits even longer
         f"    exec({list(ON_TWO_NODES)!r}[number_of_worker])\n"
         "ready()\nstart(0)\nopen(begun, 'w')\n"
-        "time.sleep(1)\n"
+        "time.sleep(0.7)\n"
         "say(told(0, 'rank 0: the connection was closed', 'error'))\nhang()\n"
     )
     monkeypatch.chdir(tmp_path)
