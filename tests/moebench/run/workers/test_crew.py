@@ -12,6 +12,13 @@ from moebench.run.runner import execute
 from moebench.workload.case import Job
 from tests.moebench.executed import CASE, jobs_of, plan_of
 
+#: A node dies at once. Or it shuts down, and its worker's processes are killed first.
+AT_ONCE = "def die(): os.kill(os.getppid(), signal.SIGKILL)\n"
+SHUTS_DOWN = """
+import subprocess
+def die():
+    subprocess.Popen(["sh", "-c", f"kill -9 {os.getpid()}; sleep 0.3; kill -9 {os.getppid()}"], start_new_session=True)
+"""
 #: A worker whose node dies in the job with this backend, once, when the supervisor has the record of `a`.
 DIES = """
 def die_at(backend, number):
@@ -20,7 +27,7 @@ def die_at(backend, number):
         while not (os.path.exists("run/journal.jsonl") and '"backend":"a"' in open("run/journal.jsonl").read()):
             time.sleep(0.001)
         open("died", "w")
-        os.kill(os.getppid(), signal.SIGKILL)
+        die()
         hang()
 """
 #: Each node has an environment of its own.
@@ -40,9 +47,10 @@ def two_cases():
     return (*jobs_of("a", "b", "c"), *(Job(case=other, backend=name) for name in "de"))
 
 
-def test_a_case_that_a_dead_node_began_is_finished_in_its_environment(tmp_path, site, worker, monkeypatch):
+@pytest.mark.parametrize("how", [AT_ONCE, SHUTS_DOWN], ids=["at once", "shuts down"])
+def test_a_case_that_a_dead_node_began_is_finished_in_its_environment(tmp_path, site, worker, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
-    worker(UNLIKE)
+    worker(how + UNLIKE)
     outcome = execute(plan_of(tmp_path / "run", two_cases()), site=site())
     assert sorted(row.key for row in outcome.records) == sorted(job.key for job in two_cases())
     assert {row.status.value for row in outcome.records} == {"unsupported"}
@@ -55,7 +63,7 @@ def test_a_case_that_a_dead_node_began_is_finished_in_its_environment(tmp_path, 
 def test_where_no_node_has_the_environment_any_more_the_case_waits_for_resume(tmp_path, site, worker, monkeypatch):
     monkeypatch.chdir(tmp_path)
     down = f"open({str(tmp_path / 'bin')!r} + '/' + os.environ['SLURMD_NODENAME'] + '-is-down', 'w')"
-    worker(UNLIKE.replace('open("died", "w")', f'open("died", "w"); {down}'))
+    worker(AT_ONCE + UNLIKE.replace('open("died", "w")', f'open("died", "w"); {down}'))
     plan = plan_of(tmp_path / "run", two_cases())
     with pytest.raises(RunnerError, match="2 jobs are left, and their cases were begun in an environment that no node"):
         execute(plan, site=site())
@@ -73,7 +81,8 @@ def test_where_no_node_has_the_environment_any_more_the_case_waits_for_resume(tm
 def test_a_job_that_ends_three_nodes_is_a_crash(tmp_path, site, worker, monkeypatch):
     monkeypatch.chdir(tmp_path)
     worker(
-        DIES.replace(' and not os.path.exists("died")', "")
+        AT_ONCE
+        + DIES.replace(' and not os.path.exists("died")', "")
         + "ready()\nfor number in range(9): die_at('b', number); done(number)\n"
     )
     rows = execute(plan_of(tmp_path / "run", jobs_of("a", "b", "c")), site=site(count=1)).records
