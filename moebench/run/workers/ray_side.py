@@ -35,8 +35,7 @@ class _Cluster:
 
         self._connection, self._key = connection, key
         context: Any = ray.get_runtime_context()
-        host, _, port = context.gcs_address.rpartition(":")
-        self._head = (host, int(port))
+        self._head = _parsed(context.gcs_address)
         self._supervisor = f"{ray.util.get_node_ip_address()}:{supervisor_port}"
         self._groups: dict[str, Any] = {}  # name of seats -> placement group
         self._hosts: dict[Any, str] = {}  # a host's task -> name of its seats
@@ -120,6 +119,11 @@ class _Cluster:
             ray.wait(list(self._hosts), num_returns=len(self._hosts), timeout=END_TIMEOUT_S)
 
 
+def _parsed(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
 def _described(node: dict[str, Any]) -> Message:
     """Return what the supervisor needs of a node, as `ray.nodes` describes it. A node may have a name of its own."""
     has = node["Resources"]
@@ -145,6 +149,8 @@ def main() -> None:
     try:
         import ray
 
+        if options.ray != "auto":
+            socket.create_connection(_parsed(options.ray), timeout=HEAD_TIMEOUT_S).close()  # Ray would try for minutes
         ray.init(address=options.ray, log_to_driver=False)
         cluster = _Cluster(connection, options.supervisor, key)
     except Exception as error:  # what Ray raises where there is no cluster, or one of another version

@@ -4,6 +4,7 @@ The nodes are processes of this machine. The workers are stand-ins, which start 
 """
 
 import importlib.util
+import re
 import threading
 import time
 
@@ -13,6 +14,7 @@ from moebench.report import folder as report
 from moebench.report.folder import Written
 from moebench.results.journal import Journal
 from moebench.run.runner import execute
+from moebench.run.workers.link import free_port
 from moebench.run.workers.ray import ray_cluster
 from moebench.workload.case import Job
 from tests.moebench import stand_in
@@ -87,6 +89,28 @@ def test_a_sweep_over_three_nodes_has_the_jobs_of_one_machine(site, tmp_path, wo
         assert len({row.node for row in over.records if row.num_tokens == tokens}) == 1, "one node has the whole case"
 
 
+def over_two_nodes(**fields):
+    return Job(case=CASE.model_copy(update={"ep_size": 2, **fields}), backend="loop", dispatcher="allgather")
+
+
+def test_ranks_that_no_node_holds_run_on_two(site, tmp_path, worker):
+    worker("if '--rdzv-conf=is_host=true' not in sys.argv: hang()\nready()\ndone(0, detail=' '.join(sys.argv))\n")
+    (row,) = execute(plan_of(tmp_path / "run", [over_two_nodes()]), site=site).records
+    assert len(set(row.node.split(", "))) == 2
+    assert "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=" in row.detail
+    assert "--nproc-per-node=1" in row.detail
+
+
+@pytest.mark.certify(share=0)  # a group of two ranks and two launchers starts slowly on few cores
+def test_real_ranks_on_two_nodes_meet(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    job = over_two_nodes(rank_load="uneven", mode="train", num_tokens=24)
+    (row,) = execute(plan_of(tmp_path / "run", [job]), site=site).records
+    assert (row.status.value, row.detail) == ("ok", None)
+    assert len(set(row.node.split(", "))) == 2
+    assert row.skew_ms >= 0
+
+
 def killed_at(moment, cluster, folder, spare):
     """Wait for the moment in a worker's file, then kill the worker's node. Return a list that gets the node's name."""
     text, end = MOMENTS[moment]
@@ -134,6 +158,13 @@ def test_a_node_that_is_killed_loses_no_job_and_none_is_measured_twice(certify, 
         if certify:
             replaced = {cluster.add()}
             until(lambda new=replaced: new <= {place.node for place in site.places(1).values()}, "a node in its place")
+
+
+def test_without_a_cluster_nothing_begins(folder, moebench):
+    found = moebench("run", "tiny.toml", "--out", "out", "--ray", f"127.0.0.1:{free_port()}")
+    assert (found.code, found.out) == (2, "")
+    assert re.fullmatch(r"--ray 127.0.0.1:\d+: ConnectionRefusedError: .*", found.err)
+    assert not (folder / "out").exists()
 
 
 def test_a_head_that_is_killed_ends_the_run_and_resume_goes_on(cluster, site, folder, moebench, monkeypatch):
