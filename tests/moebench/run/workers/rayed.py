@@ -51,9 +51,12 @@ class RayCluster:
             )
         return name
 
-    def add(self, cpus=1):
-        """Start a further node. Return its name; the node joins the cluster soon after."""
-        return self._start(f"--address={self.address}", cpus=cpus)
+    def add(self, cpus=1, gpus=0):
+        """Start a further node. Return its name; the node joins the cluster soon after.
+
+        Ray counts and numbers the GPUs that it is told of, whether they exist or not.
+        """
+        return self._start(f"--address={self.address}", f"--num-gpus={gpus}", cpus=cpus)
 
     def _head_answers(self):
         with suppress(OSError):

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -52,8 +53,8 @@ def jobs(count):
 @pytest.fixture(scope="module")
 def cluster():
     found = RayCluster()
-    for _ in range(2):
-        found.add()
+    found.add(gpus=2)
+    found.add()
     yield found
     found.end()
 
@@ -87,6 +88,32 @@ def test_a_sweep_over_three_nodes_has_the_jobs_of_one_machine(site, tmp_path, wo
     assert {row.node for row in here.records} == {None}
     for tokens in {row.num_tokens for row in over.records}:
         assert len({row.node for row in over.records if row.num_tokens == tokens}) == 1, "one node has the whole case"
+
+
+@pytest.mark.certify(share=0)  # hosts start slowly where processes share few cores
+def test_a_worker_has_the_gpus_that_ray_gives_it(site, cluster, tmp_path, worker):
+    """Only node-1 has GPUs. Without a device, jobs run on GPUs if any node has some."""
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    worker(
+        "gpus = os.environ['CUDA_VISIBLE_DEVICES']\n"
+        "ready(device='cuda:0')\nstart(0)\n"
+        f"open({str(begun)!r} + '/' + gpus, 'w')\n"
+        f"while not len(os.listdir({str(begun)!r})) > 1: time.sleep(0.001)\n"
+        "for number in itertools.count(): done(number, detail=gpus + ' ' + option['--device'])\n"
+    )
+    both = [*jobs(2)]
+    both += [Job(case=CASE.model_copy(update={"ep_size": 2}), backend="a", dispatcher="allgather")]
+    on_gpus = ray_cluster(cluster.address, None, tmp_path / "logs")
+    try:
+        plan = replace(plan_of(tmp_path / "run", tuple(both)), device=None)
+        rows = execute(plan, site=on_gpus).records
+    finally:
+        on_gpus.end()
+    assert {row.node for row in rows} == {"node-1"}
+    by_case = {(row.ep_size, row.num_tokens): row.detail for row in rows}
+    assert sorted(by_case.values()) == ["0 cuda", "0,1 cuda", "1 cuda"]
+    assert by_case[2, 8] == "0,1 cuda"
 
 
 def over_two_nodes(**fields):
