@@ -22,8 +22,8 @@ from moebench.run.workers.link import BYTES, Message, connect, free_port, own_ad
 from moebench.run.workers.local import LocalGroup, Meeting
 
 POLL_S = 0.02
-#: A host passes on at most this many bytes of a log at once.
-MOST_LOG_BYTES = 1 << 20
+#: A host passes on at most this many bytes of a log at once. When the worker has ended, these are the last bytes.
+MOST_LOG_BYTES = 1 << 17
 #: The environment variable with the key, in hexadecimal. The processes of a worker do not inherit it.
 KEY = "MOEBENCH_KEY"
 #: What Ray sets for each of its own processes, and what must not reach a worker.

@@ -16,6 +16,8 @@ from typing import Any
 Message = dict[str, Any]
 #: TCP gives up a connection whose other end does not answer for this time, for example because its machine is off.
 SILENT_AFTER_S = 20
+#: The supervisor takes at most this many messages of a program at once, so that none keeps it from the others.
+MOST_MESSAGES = 100
 #: A text of bytes, one character per byte.
 BYTES = "latin-1"
 
@@ -86,10 +88,12 @@ class Link:
             self._lose(error)
 
     def hear(self, within_s: float = 0.0) -> list[Message]:
-        """Return the messages that have come. If there is none, wait at most `within_s` for the first."""
+        """Return the messages that have come, at most MOST_MESSAGES. If there is none, wait at most `within_s` for one."""
         messages: list[Message] = []
         try:
-            while not self.lost and self._connection.poll(0.0 if messages else within_s):
+            while (
+                not self.lost and len(messages) < MOST_MESSAGES and self._connection.poll(0.0 if messages else within_s)
+            ):
                 messages.append(receive(self._connection))
         except (OSError, EOFError, ValueError) as error:
             self._lose(error)

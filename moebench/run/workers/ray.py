@@ -17,8 +17,6 @@ from moebench.run.workers.link import Link, Message, Switchboard
 
 #: Ray takes seconds to connect with a cluster.
 CONNECT_TIMEOUT_S = 120.0
-#: What `device` of a run asks for, by the resource that Ray counts.
-ANY, CPU, GPU = None, "cpu", "cuda"
 
 
 def check_ray() -> None:
@@ -108,7 +106,7 @@ class _Ray:
             for one in self._nodes
             if one["num_gpus"]
         ]
-        if self._device == GPU or (self._device is ANY and on_gpu):
+        if self._device == "cuda" or (self._device is None and on_gpu):
             return on_gpu
         return [Node(one["id"], one["name"], one["num_cpus"]) for one in self._nodes if one["num_cpus"]]
 
