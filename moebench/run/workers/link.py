@@ -88,7 +88,7 @@ class Link:
             self._lose(error)
 
     def hear(self, within_s: float = 0.0) -> list[Message]:
-        """Return the messages that have come, at most MOST_MESSAGES. If there is none, wait at most `within_s` for one."""
+        """Return the messages that have come, or the first MOST_MESSAGES. Wait at most `within_s` for the first."""
         messages: list[Message] = []
         try:
             while (
