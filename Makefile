@@ -87,7 +87,7 @@ help: ## print this list
 	@$(PYTHON) -c 'import sys; sys.exit("moebench needs Python 3.11 or later, this is %s: make PYTHON=..." \
 		% sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
 	@touch $@
 
 .venv/.installed-docs: .venv/.installed

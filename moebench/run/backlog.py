@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from moebench.workload.backends import is_built_in
-from moebench.workload.case import Job, Weights
+from moebench.workload.case import Case, Job, Weights
 
 
 def own_backend(job: Job) -> str | None:
@@ -34,30 +34,47 @@ class Backlog:
         self._front = 0  # the number of the first case
 
     def _add(self, unit: "_Unit", put: Callable[[deque["_Unit"], "_Unit"], None]) -> None:
-        put(self._groups.setdefault(unit.jobs[0].case.weights, deque()), unit)
+        put(self._groups.setdefault(unit.case.weights, deque()), unit)
         self._num_jobs += len(unit.jobs)
 
     def __len__(self) -> int:
         """Return how many jobs are left."""
         return self._num_jobs
 
-    def take(self, mine: Weights | None = None, others: Collection[Weights] = ()) -> tuple[Job, ...]:
+    def has_for(self, may: Callable[[Case], bool]) -> bool:
+        """Whether a case is left that `may` allows."""
+        return any(may(unit.case) for group in self._groups.values() for unit in group)
+
+    def take(
+        self,
+        mine: Weights | None = None,
+        others: Collection[Weights] = (),
+        may: Callable[[Case], bool] = lambda case: True,
+    ) -> tuple[Job, ...]:
         """Return the next case's jobs for a worker that holds the weights `mine`; empty if no job is left.
+
+        Only cases that `may` allows are taken.
 
         The result is the first case with the weights `mine`, else the first case with weights that no other worker
         holds (`others`), else the first case. A worker makes weights once, so it should keep its weights as
         long as it can.
         """
-        if not self._groups:
-            return ()
-        if mine is None or mine not in self._groups:
+        first = self._first_of(mine, may) if mine is not None else None
+        if first is None:
             held = set(others)
-            mine = min(self._groups, key=lambda weights: (weights in held, self._groups[weights][0].number))
-        unit = self._groups[mine].popleft()
-        if not self._groups[mine]:
-            del self._groups[mine]
-        self._num_jobs -= len(unit.jobs)
-        return unit.jobs
+            allowed = [unit for weights in self._groups if (unit := self._first_of(weights, may)) is not None]
+            if not allowed:
+                return ()
+            first = min(allowed, key=lambda unit: (unit.case.weights in held, unit.number))
+        group = self._groups[first.case.weights]
+        group.remove(first)
+        if not group:
+            del self._groups[first.case.weights]
+        self._num_jobs -= len(first.jobs)
+        return first.jobs
+
+    def _first_of(self, weights: Weights, may: Callable[[Case], bool]) -> "_Unit | None":
+        return next((unit for unit in self._groups.get(weights, ()) if may(unit.case)), None)
 
     def put_back(self, jobs: Sequence[Job]) -> None:
         """Put jobs back at the front, because their worker ended before it measured them."""
@@ -72,3 +89,7 @@ class _Unit:
 
     number: int
     jobs: tuple[Job, ...]
+
+    @property
+    def case(self) -> Case:
+        return self.jobs[0].case
