@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experts import catalog
 from moebench import __version__
-from moebench.errors import UsageError
+from moebench.errors import SweepError, UsageError
 from moebench.machine.gpus import choose
 from moebench.results.files import PARQUET_NAME, writable
 from moebench.results.journal import JOURNAL_NAME, Journal
@@ -229,13 +229,14 @@ def check_device(device: str | None) -> None:
 
 
 def check_named(jobs: Sequence[Job], backends: Sequence[str]) -> None:
-    """Raise UsageError for a backend that does not exist, and for a module that only a file names.
+    """Raise SweepError for backends that do not exist, and UsageError for a module that only a file names.
 
     Importing a module runs its code, so the user must name it on the command line.
     """
     names = list(dict.fromkeys(job.backend for job in jobs))
-    for reason in filter(None, map(catalog.unknown, names)):
-        raise UsageError(reason)
+    mistakes = [reason for name in names if (reason := catalog.unknown(name)) is not None]
+    if mistakes:
+        raise SweepError(mistakes)
     unnamed = [name for name in names if ":" in name and name not in backends]
     if unnamed:
         options = " ".join(f"--backend {name}" for name in unnamed)

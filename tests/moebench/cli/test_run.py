@@ -156,12 +156,21 @@ def test_a_worker_does_not_outlive_a_supervisor_that_is_killed(sweep, tmp_path):
 
 def test_what_is_not_there_is_refused_and_leaves_the_folder_free(sweep, moebench, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", python_path(ROOT))
-    found = moebench("run", sweep, "--out", "out", "--only", "lopp", "--only", "no_such:Thing", "--device", "cuda:99")
+    found = moebench("run", sweep, "--out", "out", "--only", "loop", "--only", "no_such:Thing", "--device", "cuda:99")
     assert (found.code, found.out) == (2, "")
-    backend, module, device = found.err.strip().splitlines()
-    assert "there is no backend 'lopp'; did you mean 'loop'?" in backend
+    module, device = found.err.strip().splitlines()
     assert "there is no module 'no_such'" in module
     assert "cuda:99" in device
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_unknown_backends_are_refused_before_anything_starts(sweep, moebench, options):
+    found = moebench("run", sweep, "--out", "out", "--only", "lopp", "--only", "loop", "--backend", "zzz", *options)
+    assert (found.code, found.out) == (2, "")
+    first, second = found.err.strip().splitlines()
+    assert first.startswith("there is no backend 'lopp'; did you mean 'loop'? the backends are loop, torch_mm")
+    assert second.startswith("there is no backend 'zzz'; the backends are loop")
     assert not Path("out").exists()
 
 
