@@ -69,7 +69,7 @@ def ab_(
         case_ids=tuple(case or ()),
         device=device,
     )
-    run = request.plan(sweep, asked, out=out_dir, time_budget_min=time_budget)
+    run = request.plan(sweep, asked, out=out_dir, time_budget_min=time_budget, other_experts=True)
     run, notes = request.on_gpus(run, gpus, share_gpus)
     for note in notes:
         err.print(note)

@@ -72,24 +72,43 @@ class RunPlan:
         return self.rounds[0].run_id
 
 
-def plan(sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: float | None = None) -> RunPlan:
+def plan(
+    sweep: str,
+    asked: Asked,
+    *,
+    out: Path | None = None,
+    time_budget_min: float | None = None,
+    other_experts: bool = False,
+) -> RunPlan:
     """Plan a new run into the folder `out` (default: a new folder in RUNS).
 
-    Raises SweepError for a wrong sweep or selection of jobs. Raises UsageError for a wrong device, for a module that
+    With `other_experts`, workers import other packages `experts`, which may have other backends. Raises SweepError for
+    a wrong sweep or selection of jobs, and for an unknown backend of this package. Raises UsageError for a wrong device, for a module that
     the command line does not name, and for a folder that is not empty.
     """
     sweep_file = find_sweep(sweep)
     text = read_sweep(sweep_file)
-    return plan_text(text, str(sweep_file), sweep, asked, out=out, time_budget_min=time_budget_min)
+    return plan_text(
+        text, str(sweep_file), sweep, asked, out=out, time_budget_min=time_budget_min, other_experts=other_experts
+    )
 
 
 def plan_text(
-    text: str, origin: str, sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: float | None = None
+    text: str,
+    origin: str,
+    sweep: str,
+    asked: Asked,
+    *,
+    out: Path | None = None,
+    time_budget_min: float | None = None,
+    other_experts: bool = False,
 ) -> RunPlan:
     """Plan a new run of the sweep in `text`, as `plan` does. Messages name `origin` and `sweep`."""
     check_device(asked.device)
     spec = _of_model(parse_sweep(text, origin), asked)
     jobs = select_of(spec, sweep, asked.backends, asked.filters, asked.case_ids, asked.only)
+    if not other_experts:
+        _check_known(jobs)
     check_named(jobs, [*asked.backends, *asked.only])
     run_id = new_run_id(spec.name)
     folder = out or RUNS / run_id
@@ -133,6 +152,7 @@ def plan_rest(folder: Path, *, backends: Sequence[str], time_budget_min: float |
         raise UsageError(
             f"--resume {folder}: {'; '.join(changes)}; --force resumes with {folder / SWEEP_NAME} as it is"
         )
+    _check_known(jobs)
     check_named(jobs, backends)
     done = {(row.key, row.round) for row in earlier}
     plans = (
@@ -228,15 +248,19 @@ def check_device(device: str | None) -> None:
         raise UsageError(f"--device {cut(device)}: it must be cpu, cuda or cuda:N")
 
 
-def check_named(jobs: Sequence[Job], backends: Sequence[str]) -> None:
-    """Raise SweepError for backends that do not exist, and UsageError for a module that only a file names.
-
-    Importing a module runs its code, so the user must name it on the command line.
-    """
-    names = list(dict.fromkeys(job.backend for job in jobs))
+def _check_known(jobs: Sequence[Job]) -> None:
+    names = dict.fromkeys(job.backend for job in jobs)
     mistakes = [reason for name in names if (reason := catalog.unknown(name)) is not None]
     if mistakes:
         raise SweepError(mistakes)
+
+
+def check_named(jobs: Sequence[Job], backends: Sequence[str]) -> None:
+    """Raise UsageError for a module that a file names but the command line does not.
+
+    Importing a module runs its code, so the user must name it.
+    """
+    names = list(dict.fromkeys(job.backend for job in jobs))
     unnamed = [name for name in names if ":" in name and name not in backends]
     if unnamed:
         options = " ".join(f"--backend {name}" for name in unnamed)

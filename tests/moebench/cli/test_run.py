@@ -166,7 +166,7 @@ def test_what_is_not_there_is_refused_and_leaves_the_folder_free(sweep, moebench
 
 @pytest.mark.parametrize("options", [(), ("--dry-run",)], ids=["run", "dry run"])
 def test_unknown_backends_are_refused_before_anything_starts(sweep, moebench, options):
-    found = moebench("run", sweep, "--out", "out", "--only", "lopp", "--only", "loop", "--backend", "zzz", *options)
+    found = moebench("run", sweep, "--out", "out", "--only", "lopp", "--only", "loop", "--only", "zzz", *options)
     assert (found.code, found.out) == (2, "")
     first, second = found.err.strip().splitlines()
     assert first.startswith("there is no backend 'lopp'; did you mean 'loop'? the backends are loop, torch_mm")

@@ -41,7 +41,7 @@ ALL = {
     "device": "cuda",
     "gpu": "NVIDIA H200",
     "gpu_uuid": "GPU-1",
-    "node": "node-1",
+    "node": "n1",
     "l2": "cold",
     "time_ms_low": 1.4,
     "time_ms_high": 1.6,
