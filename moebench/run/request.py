@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from experts import catalog
 from moebench import __version__
-from moebench.errors import SweepError, UsageError
+from moebench.errors import UsageError
 from moebench.machine.gpus import choose
 from moebench.results.files import PARQUET_NAME, writable
 from moebench.results.journal import JOURNAL_NAME, Journal
@@ -24,6 +23,7 @@ from moebench.run.runfile import SWEEP_NAME, Asked, RunFile, digest, digest_jobs
 from moebench.run.workers.ray import check_ray
 from moebench.run.workers.slurm import slurm_nodes
 from moebench.workload.axes import cut
+from moebench.workload.backends import check_known
 from moebench.workload.case import Job
 from moebench.workload.models import Model
 from moebench.workload.selection import select_of
@@ -82,33 +82,26 @@ def plan(
 ) -> RunPlan:
     """Plan a new run into the folder `out` (default: a new folder in RUNS).
 
-    With `other_experts`, workers import other packages `experts`, which may have other backends. Raises SweepError for
-    a wrong sweep or selection of jobs, and for an unknown backend of this package. Raises UsageError for a wrong device, for a module that
-    the command line does not name, and for a folder that is not empty.
+    With `other_experts`, workers import other packages `experts`, which may have other backends than this one.
+
+    Raises SweepError for a wrong sweep, selection of jobs or name of a backend. Raises UsageError for a wrong device, for
+    a module that the command line does not name, and for a folder that is not empty.
     """
     sweep_file = find_sweep(sweep)
     text = read_sweep(sweep_file)
-    return plan_text(
-        text, str(sweep_file), sweep, asked, out=out, time_budget_min=time_budget_min, other_experts=other_experts
-    )
+    planned = plan_text(text, str(sweep_file), sweep, asked, out=out, time_budget_min=time_budget_min)
+    if not other_experts:
+        check_known(planned.jobs)
+    return planned
 
 
 def plan_text(
-    text: str,
-    origin: str,
-    sweep: str,
-    asked: Asked,
-    *,
-    out: Path | None = None,
-    time_budget_min: float | None = None,
-    other_experts: bool = False,
+    text: str, origin: str, sweep: str, asked: Asked, *, out: Path | None = None, time_budget_min: float | None = None
 ) -> RunPlan:
     """Plan a new run of the sweep in `text`, as `plan` does. Messages name `origin` and `sweep`."""
     check_device(asked.device)
     spec = _of_model(parse_sweep(text, origin), asked)
     jobs = select_of(spec, sweep, asked.backends, asked.filters, asked.case_ids, asked.only)
-    if not other_experts:
-        _check_known(jobs)
     check_named(jobs, [*asked.backends, *asked.only])
     run_id = new_run_id(spec.name)
     folder = out or RUNS / run_id
@@ -152,7 +145,7 @@ def plan_rest(folder: Path, *, backends: Sequence[str], time_budget_min: float |
         raise UsageError(
             f"--resume {folder}: {'; '.join(changes)}; --force resumes with {folder / SWEEP_NAME} as it is"
         )
-    _check_known(jobs)
+    check_known(jobs)
     check_named(jobs, backends)
     done = {(row.key, row.round) for row in earlier}
     plans = (
@@ -246,13 +239,6 @@ def check_device(device: str | None) -> None:
     kind, colon, index = device.partition(":")
     if kind not in DEVICES or (colon and not (kind == "cuda" and re.fullmatch("[0-9]{1,9}", index))):
         raise UsageError(f"--device {cut(device)}: it must be cpu, cuda or cuda:N")
-
-
-def _check_known(jobs: Sequence[Job]) -> None:
-    names = dict.fromkeys(job.backend for job in jobs)
-    mistakes = [reason for name in names if (reason := catalog.unknown(name)) is not None]
-    if mistakes:
-        raise SweepError(mistakes)
 
 
 def check_named(jobs: Sequence[Job], backends: Sequence[str]) -> None:

@@ -9,8 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moebench.errors import SweepError
+
 if TYPE_CHECKING:
     from experts import catalog
+    from moebench.workload.case import Job
 else:
     try:
         from experts import catalog
@@ -113,3 +116,11 @@ def expanded(axis: str, values: Sequence[object]) -> list[tuple[int, object]]:
 def names_of(axis: str, words: Iterable[str]) -> list[str]:
     """Return the names on a command line, each once, with groups replaced by their members."""
     return list(dict.fromkeys(str(name) for _, name in expanded(axis, list(words))))
+
+
+def check_known(jobs: "Iterable[Job]") -> None:
+    """Raise SweepError if a job names a backend that does not exist, one line for each such backend."""
+    names = dict.fromkeys(job.backend for job in jobs)
+    mistakes = [reason for name in names if (reason := catalog.unknown(name)) is not None]
+    if mistakes:
+        raise SweepError(mistakes)
