@@ -106,6 +106,11 @@ class BackendEntry:
     capability: tuple[int, int] | None = None
     lora: Lora | None = None
 
+    @property
+    def te_fp8(self) -> Fp8Recipe | None:
+        """The recipe as Transformer Engine knows it; None for another engine's recipe."""
+        return self.fp8 if self.fp8 in ("current", "delayed", "block", "mxfp8") else None
+
 
 @dataclass(frozen=True)
 class DispatcherEntry:
@@ -151,9 +156,7 @@ BACKENDS = (
     BackendEntry("torch_mm", _TORCH_MM, ("bf16", "cpu")),
     BackendEntry("torch_mm_mxfp8", _TORCH_MM_MXFP8, ("mxfp8",), fp8="mxfp8", capability=(10, 0)),
     BackendEntry("triton", _TRITON, ("bf16",), capability=(8, 0)),
-    BackendEntry(
-        "triton_fp8", _TRITON_FP8, ("fp8", "own_fp8"), fp8="block_float32", cached=True, capability=(8, 9)
-    ),
+    BackendEntry("triton_fp8", _TRITON_FP8, ("fp8", "own_fp8"), fp8="block_float32", cached=True, capability=(8, 9)),
     BackendEntry(
         "triton_fp8_e5m2",
         _TRITON_FP8,

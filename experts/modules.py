@@ -13,7 +13,7 @@ from experts.compute import PARAMETER_NAMES, ExpertParameters
 from experts.config import BackendConfig, MoEConfig, is_gated_activation
 from experts.engines import engine_names, get_engine
 from experts.errors import ConfigError, Unsupported
-from experts.fp8.weights import WeightCache
+from experts.fp8.cache import WeightCache
 from experts.layer import ExpertLayer
 from experts.state_dict import as_local, is_dtensor, let_fsdp_shard, local_share, sharded, sharded_like
 from experts.steps import make_of_steps
@@ -73,8 +73,8 @@ class GroupedExperts(ExpertLayer):
         if backend.fp8_gradients is not None:
             if not self.engine.fp8:
                 raise ConfigError(
-                    f"fp8_gradients = {backend.fp8_gradients!r}: the engine {self.engine_name} does not compute in FP8; "
-                    "use triton_fp8, or leave fp8_gradients out"
+                    f"fp8_gradients = {backend.fp8_gradients!r}: the engine {self.engine_name} does not compute in "
+                    "FP8; use triton_fp8, or leave fp8_gradients out"
                 )
             self.engine_options["fp8_gradients"] = backend.fp8_gradients
         self.weight_cache = WeightCache() if self.engine.fp8 else None
@@ -112,7 +112,9 @@ class GroupedExperts(ExpertLayer):
                 save=self.engine_options.get("save"),
                 keep=self.engine.own_products is not None,
             )
-        options = self.engine_options if self.weight_cache is None else self.engine_options | {"cache": self.weight_cache}
+        options = (
+            self.engine_options if self.weight_cache is None else self.engine_options | {"cache": self.weight_cache}
+        )
         return self.engine.compute(
             x_RD, weights_RK, indices_RK, parameters, self.config, self.first_local_expert, **options
         )
@@ -131,8 +133,13 @@ class GroupedExperts(ExpertLayer):
         """Whether the layer keeps quantised weights from call to call, until `weights_changed` is called."""
         return self.weight_cache is not None
 
+    @property
+    def cached_weight_bytes(self) -> int:
+        """The bytes of the quantised weights that the layer keeps."""
+        return 0 if self.weight_cache is None else self.weight_cache.num_bytes
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "GroupedExperts":
-        moved: GroupedExperts = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved: GroupedExperts = super()._apply(fn, recurse)
         self.weights_changed()
         return moved
 

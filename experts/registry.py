@@ -44,7 +44,7 @@ ENTRY_POINT_GROUP = catalog.ENTRY_POINT_GROUP
 
 #: Name of each Transformer Engine backend -> its FP8 recipe, and whether it keeps quantised weights from call to call.
 TE_BACKENDS: dict[str, tuple[Fp8Recipe | None, bool]] = {
-    backend.name: (backend.fp8, backend.cached)
+    backend.name: (backend.te_fp8, backend.cached)
     for backend in catalog.BACKENDS
     if backend.engine is not None and not backend.engine.stacked
 }
@@ -157,8 +157,8 @@ def _built_in(described: catalog.BackendEntry) -> Backend:
             _build_grouped, engine.name, described.lora, save=described.save, fp8_gradients=described.fp8_gradients
         )
         return Backend(name, build, get_engine(engine.name).unsupported, fp8, lora=described.lora)
-    build = functools.partial(_build_te, fp8, described.cached)
-    return Backend(name, build, functools.partial(_te_unsupported, te_fp8=fp8), fp8)
+    build = functools.partial(_build_te, described.te_fp8, described.cached)
+    return Backend(name, build, functools.partial(_te_unsupported, te_fp8=described.te_fp8), fp8)
 
 
 def _te_unsupported(device: torch.device, config: MoEConfig | None, te_fp8: Fp8Recipe | None) -> Unsupported | None:
@@ -178,9 +178,7 @@ def _build_grouped(
     fp8_gradients: catalog.Fp8Gradients | None = None,
     **options: Any,
 ) -> nn.Module:
-    backend = BackendConfig(
-        experts=name, dispatcher=dispatcher, save=save, fp8_gradients=fp8_gradients, **options
-    )
+    backend = BackendConfig(experts=name, dispatcher=dispatcher, save=save, fp8_gradients=fp8_gradients, **options)
     return GroupedExperts(config, backend) if lora is None else GroupedExpertsLoRA(config, backend, **vars(lora))
 
 

@@ -61,7 +61,7 @@ class Adapters(NamedTuple):
 #: token, the weighted sum of the outputs of the local experts that the token chose. Choices of other ranks' experts and
 #: of −1 contribute nothing. An engine with `saves` also takes `save=`, the value of `BackendConfig.save`. An engine
 #: with `adapts` also takes `adapters=`, the adapters of the local experts; the parameters then get no gradients. An
-#: engine with `fp8` also takes `cache=`, an `experts.fp8.weights.WeightCache`, and `fp8_gradients=`, the value of
+#: engine with `fp8` also takes `cache=`, an `experts.fp8.cache.WeightCache`, and `fp8_gradients=`, the value of
 #: `BackendConfig.fp8_gradients`.
 Compute = Callable[..., Tensor]
 

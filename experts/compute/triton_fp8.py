@@ -16,7 +16,7 @@ from experts.compute.whole import Plan, Products
 from experts.config import MoEConfig, dtype_name
 from experts.errors import Unsupported
 from experts.fp8.blocks import E4M3, E5M2
-from experts.fp8.weights import FreshWeights, WeightCache
+from experts.fp8.cache import WeightCache
 from experts.permutation import Permutation, sort_by_expert
 
 NEEDED_CAPABILITY = (8, 9)
@@ -41,6 +41,7 @@ def compute(
     `fp8_gradients` is the format of gradients of rows. `cache` keeps the weights in FP8. Without it, each product
     quantises its weights.
     """
+    from experts.fp8.weights import FreshWeights
     from experts.fp8.whole import Fp8Plan, fp8_experts
 
     permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])

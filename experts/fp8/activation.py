@@ -235,8 +235,8 @@ def activate_rows_backward(
             both = tl.interleave(weighted * by_gate, weighted * by_up)
             store_tile(h, both, row, valid, pairs, 0, 2 * INTER, 2 * INTER)
             _store_quantised(
-                values, scales, both, row, valid, pairs, 2 * block, 0, 2 * INTER, tl.cdiv(2 * INTER, _BLOCK), num_rows, 2 * INTER, ROWS,
-                2, LARGEST, EXACT,
+                values, scales, both, row, valid, pairs, 2 * block, 0, 2 * INTER, tl.cdiv(2 * INTER, _BLOCK), num_rows,
+                2 * INTER, ROWS, 2, LARGEST, EXACT,
             )  # fmt: skip
         else:
             dgate, dup = weighted * by_gate, weighted * by_up

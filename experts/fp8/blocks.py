@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from experts.activations import activation_form
+from experts.config import MoEConfig
+
 #: Values of a row, and of each side of a weight, that share a scale.
 BLOCK = 128
 #: The smallest scale: that of a block of zeros. A smaller one would have an infinite reciprocal.
@@ -20,6 +23,12 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 def num_blocks(size: int) -> int:
     """Return how many blocks a dimension has, the last one possibly partial."""
     return -(-size // BLOCK)
+
+
+def up_halves(config: MoEConfig) -> int:
+    """Return 2 if the up projection has gate and up in halves, which have blocks of their own, else 1."""
+    form = activation_form(config)
+    return 2 if form.gated and not form.interleaved else 1
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ sum 128 products, in a precision of about 14 bits. The group then adds the sums,
 While one group adds, the tensor cores multiply for the other group. The TMA copies operands and results.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -153,7 +152,7 @@ def _multiply(
     tiles,
     a_tiles,
     b_tiles,
-    result,
+    results,
     loaded,
     free,
     num_scales,
@@ -167,6 +166,7 @@ def _multiply(
     Q_BLOCKS: gl.constexpr = (Q_WIDTH + _BLOCK - 1) // _BLOCK * Q_HALVES
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
     rows = gl.arange(0, _SLAB, layout=gl.SliceLayout(1, layout))
+    result = results.index(WHICH)
     zeros = gl.zeros([_SLAB, _BLOCK], gl.float32, layout)
     num_tiles = gl.load(tiles)
     step = 0
@@ -178,7 +178,9 @@ def _multiply(
             right_sums = gl.zeros([_SLAB, _BLOCK], gl.float32, layout)
             a_where = a_scales + gl.minimum(first_row + rows, num_scales - 1)  # later rows are not stored
             left_where = b_scales + (expert.to(gl.int64) * Q_BLOCKS + 2 * pair) * P_BLOCKS
-            right_where = b_scales + (expert.to(gl.int64) * Q_BLOCKS + gl.minimum(2 * pair + 1, Q_BLOCKS - 1)) * P_BLOCKS
+            right_where = (
+                b_scales + (expert.to(gl.int64) * Q_BLOCKS + gl.minimum(2 * pair + 1, Q_BLOCKS - 1)) * P_BLOCKS
+            )
             a_scale = gl.load(a_where)
             left_scale, right_scale = gl.load(left_where), gl.load(right_where)
             for block in range(P_BLOCKS):
@@ -205,7 +207,7 @@ def _multiply(
             if 2 * pair + 1 < Q_BLOCKS:
                 _store(out, right_sums, result, first_row, end, 2 * pair + 1, Q_WIDTH)
         else:  # no row of the group is in this slab
-            for block in range(P_BLOCKS):
+            for _ in range(P_BLOCKS):
                 stage = step % _STAGES
                 mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
                 mbarrier.arrive(free.index(stage))
@@ -243,13 +245,43 @@ def multiply_fp8(
         [
             (
                 _multiply,
-                (a_scales, b_scales, out, tiles, a_tiles, b_tiles, results.index(0), loaded, free, num_scales,
-                 P_WIDTH, P_HALVES, Q_WIDTH, Q_HALVES, 0),
+                (
+                    a_scales,
+                    b_scales,
+                    out,
+                    tiles,
+                    a_tiles,
+                    b_tiles,
+                    results,
+                    loaded,
+                    free,
+                    num_scales,
+                    P_WIDTH,
+                    P_HALVES,
+                    Q_WIDTH,
+                    Q_HALVES,
+                    0,
+                ),
             ),
             (
                 _multiply,
-                (a_scales, b_scales, out, tiles, a_tiles, b_tiles, results.index(1), loaded, free, num_scales,
-                 P_WIDTH, P_HALVES, Q_WIDTH, Q_HALVES, 1),
+                (
+                    a_scales,
+                    b_scales,
+                    out,
+                    tiles,
+                    a_tiles,
+                    b_tiles,
+                    results,
+                    loaded,
+                    free,
+                    num_scales,
+                    P_WIDTH,
+                    P_HALVES,
+                    Q_WIDTH,
+                    Q_HALVES,
+                    1,
+                ),
             ),
             (_load, (a, b, tiles, a_tiles, b_tiles, loaded, free, P_WIDTH, P_HALVES, Q_WIDTH, Q_HALVES)),
         ],

@@ -19,7 +19,7 @@ _INTERPRETED_PROGRAMS = 3
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is computed: rows of a tile of 128 columns, stages, warps, and whether programs go through a list."""
+    """How a product is computed, in tiles of 128 columns. See `experts.gemm.tiling.Tiling`."""
 
     rows: int
     stages: int = 3
@@ -68,6 +68,7 @@ def product(
         from experts.fp8 import hopper
 
         tiles, programs = list_of_tiles(permutation, experts, triton.cdiv(blocks, 2), tiling)
+        assert tiles is not None
         hopper.multiply(rows, matrices, out, tiles, programs)
         return out
     tiles, programs = list_of_tiles(permutation, experts, blocks, tiling)

@@ -76,7 +76,8 @@ def quantise_weights(b_LPQ: Tensor, halves: int, into: Matrices | None = None) -
 
 def quantise_weights_back(b_LPQ: Tensor, halves: int) -> Matrices:
     """Return weights [L, P, Q], whose Q has `halves` parts, in FP8 as they are, to multiply gradients [N, Q] by."""
-    into = _empty_matrices(*b_LPQ.shape, 1, halves, b_LPQ.device)
+    experts, p, q = b_LPQ.shape
+    into = _empty_matrices(experts, p, q, 1, halves, b_LPQ.device)
     _quantise_matrices(b_LPQ, halves, into, None)
     return into
 

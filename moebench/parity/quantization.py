@@ -10,6 +10,12 @@ transformer_engine.common.recipe (2.20):
 * `block` scales blocks by powers of two, all in E4M3. A block is 1 × 128 values of an activation or gradient, along the
   reduction, or 128 × 128 values of a weight.
 * `mxfp8` also scales by powers of two in E4M3. A block is 32 values along the reduction, in every operand.
+
+The recipes of the engine `triton_fp8` are not Transformer Engine's. docs/concepts.md defines them:
+
+* `block_float32` has the blocks of `block`. The scale takes the largest magnitude of a block to the largest number of
+  the format, and is a number of float32. The gradients of weights are not in FP8.
+* `block_float32_e5m2` is the same with gradients of activations in E5M2.
 """
 
 from typing import Any
@@ -22,12 +28,23 @@ from torch.nn import functional as F
 
 from moebench.parity.oracle import Product
 
-RECIPES = ("current", "delayed", "block", "mxfp8")
+RECIPES = ("current", "delayed", "block", "mxfp8", "block_float32", "block_float32_e5m2")
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 #: The shape of a block that shares a scale: in an activation or gradient, then in a weight. In a recipe that is not in
 #: this table, a whole tensor shares a scale.
-BLOCKS = {"block": ((1, 128), (128, 128)), "mxfp8": ((1, 32), (32, 1))}
+BLOCKS = {
+    "block": ((1, 128), (128, 128)),
+    "mxfp8": ((1, 32), (32, 1)),
+    "block_float32": ((1, 128), (128, 128)),
+    "block_float32_e5m2": ((1, 128), (128, 128)),
+}
+#: The recipes whose scales are powers of two.
+POWERS_OF_TWO = ("block", "mxfp8")
+#: The recipes whose gradients of activations are in E5M2.
+E5M2_GRADIENTS = ("current", "delayed", "block_float32_e5m2")
+#: The recipes that multiply unquantised operands for the gradients of weights.
+EXACT_WEIGHT_GRADIENTS = ("block_float32", "block_float32_e5m2")
 #: The largest power of two in float32. Zeros would get an infinite scale, and an infinite scale turns zeros into NaN.
 LARGEST_SCALE = 2.0**127
 
@@ -63,8 +80,10 @@ class _Fp8Product(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         a, b = ctx.saved_tensors
         recipe = ctx.recipe
-        gradient_format = E4M3 if recipe in BLOCKS else E5M2
+        gradient_format = E5M2 if recipe in E5M2_GRADIENTS else E4M3
         grad_a = _multiply(_along_rows(grad, recipe, gradient_format), _matrix(b, recipe).t(), a.dtype)
+        if recipe in EXACT_WEIGHT_GRADIENTS:
+            return grad_a, _multiply(a.t(), grad, b.dtype), None
         # the gradient of a weight is a sum over the rows, so its blocks also lie along the rows
         across = _along_rows(a.t(), recipe, E4M3), _along_rows(grad.t(), recipe, gradient_format).t()
         return grad_a, _multiply(*across, b.dtype), None
@@ -76,20 +95,23 @@ def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _along_rows(operand: Tensor, recipe: str, fmt: torch.dtype) -> Tensor:
     """Return an activation or gradient after the recipe's rounding, in float32; blocks lie along its last dimension."""
-    return _quantised(operand.float(), BLOCKS[recipe][0] if recipe in BLOCKS else None, fmt)
+    return _quantised(operand.float(), recipe, 0, fmt)
 
 
 def _matrix(weight: Tensor, recipe: str) -> Tensor:
-    return _quantised(weight.float(), BLOCKS[recipe][1] if recipe in BLOCKS else None, E4M3)
+    return _quantised(weight.float(), recipe, 1, E4M3)
 
 
-def _quantised(values: Tensor, block: tuple[int, int] | None, fmt: torch.dtype) -> Tensor:
-    """Scale by the largest magnitude of the tensor or of each block, round to `fmt`, and scale back."""
+def _quantised(values: Tensor, recipe: str, operand: int, fmt: torch.dtype) -> Tensor:
+    """Scale by the largest magnitude of the tensor or of each block, round to `fmt`, and scale back.
+
+    `operand` is 0 for an activation or gradient, and 1 for a weight.
+    """
     if values.numel() == 0:
         return values
-    largest = values.abs().max() if block is None else _block_maxima(values, block)
+    largest = _block_maxima(values, BLOCKS[recipe][operand]) if recipe in BLOCKS else values.abs().max()
     scale = (torch.finfo(fmt).max / largest).clamp(max=LARGEST_SCALE)
-    if block is not None:
+    if recipe in POWERS_OF_TWO:
         scale = torch.exp2(torch.floor(torch.log2(scale)))
     return (values * scale).clamp(-torch.finfo(fmt).max, torch.finfo(fmt).max).to(fmt).float() / scale
 
