@@ -34,11 +34,13 @@ def compute(
     config: MoEConfig,
     first: int,
     fp8_gradients: Literal["e4m3", "e5m2"] = "e4m3",
+    fp8_weight_gradients: bool = True,
     cache: WeightCache | None = None,
 ) -> Tensor:
     """Return the local experts' sum [T, D]; see `Compute`.
 
-    `fp8_gradients` is the format of gradients of rows. `cache` keeps the weights in FP8. Without it, each product
+    `fp8_gradients` is the format of gradients of rows. `fp8_weight_gradients` is whether the products for the gradients
+    of the weights are in FP8. `cache` keeps the weights in FP8. Without it, each product
     quantises its weights.
     """
     from experts.fp8.weights import FreshWeights
@@ -49,7 +51,8 @@ def compute(
     parameters = parameters.to(x_TD.dtype)
     matrices = parameters.gate_and_up_projs.detach(), parameters.down_projs.detach()
     weights = FreshWeights(*matrices, config) if cache is None else cache.weights(*matrices, config)
-    return fp8_experts(x_TD, weights_TK, parameters, Fp8Plan(plan, weights, E5M2 if fp8_gradients == "e5m2" else E4M3))
+    gradients = E5M2 if fp8_gradients == "e5m2" else E4M3
+    return fp8_experts(x_TD, weights_TK, parameters, Fp8Plan(plan, weights, gradients, fp8_weight_gradients))
 
 
 def _outer_products(permutation: Permutation) -> Products:

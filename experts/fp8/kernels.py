@@ -71,3 +71,37 @@ def fp8_gemm(
         column = q + tl.arange(0, _BLOCK)
         where = row.to(tl.int64)[:, None] * WIDTH + q_half * Q_WIDTH + column[None, :]
         tl.store(out + where, total.to(out.dtype.element_ty), mask=valid[:, None] & (column < Q_WIDTH)[None, :])
+
+
+@triton.jit
+def fp8_outer(
+    a,
+    a_scales,
+    b,
+    b_scales,
+    out,
+    ends,
+    P: tl.constexpr,
+    Q_WIDTH: tl.constexpr,
+    Q_HALVES: tl.constexpr,
+    Q_BLOCKS: tl.constexpr,
+    EXPERT_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+):
+    """Sum the products of an expert's blocks of rows for 128 × 128 numbers of a weight's gradient."""
+    p = tl.program_id(0) * _BLOCK
+    q_block, expert = tl.program_id(1), tl.program_id(2)
+    q_half, q = q_block // Q_BLOCKS, q_block % Q_BLOCKS * _BLOCK
+    row = p + tl.arange(0, _BLOCK)
+    valid = row < P
+    total = tl.zeros([_BLOCK, _BLOCK], dtype=tl.float32)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    for block in range(start, tl.load(ends + expert)):
+        a_tile = a.load([p, block * _BLOCK])
+        b_tile = b.load([q_half * Q_WIDTH + q, block * _BLOCK])
+        a_scale = tl.load(a_scales + block * P + row, mask=valid, other=0.0)
+        scale = a_scale * tl.load(b_scales + block * (Q_BLOCKS * Q_HALVES) + q_block)
+        total += tl.dot(a_tile, b_tile.T) * scale[:, None]
+    column = q + tl.arange(0, _BLOCK)
+    where = expert.to(tl.int64) * EXPERT_STRIDE + row[:, None] * ROW_STRIDE + q_half * Q_WIDTH + column[None, :]
+    tl.store(out + where, total.to(out.dtype.element_ty), mask=valid[:, None] & (column < Q_WIDTH)[None, :])

@@ -1,7 +1,8 @@
 """Compute the local experts with matrix products in FP8, as one autograd function.
 
 The products of the forward pass and those that compute the gradients of rows are in FP8. Those that compute the
-gradients of the weights are in the dtype of x, because they sum over rows, and scales lie along the other dimension.
+gradients of the weights are in FP8 or in the dtype of x. In FP8 their operands are quantised once more, because they
+sum over rows, and a scale must not change within a sum of the tensor cores.
 What is multiplied is quantised where it is made: the tokens while their rows are gathered, the activation and its
 gradient in the kernels that compute them. Forward keeps the tokens and the up projection's output, as
 `experts.compute.whole` does.
@@ -19,8 +20,9 @@ from torch.autograd.function import once_differentiable
 from experts.autocast import without_autocast
 from experts.compute import ExpertParameters
 from experts.compute.whole import Plan, Wanted, grad_of_down, grad_of_up, memory_of, with_plain_strides
-from experts.fp8 import activation, products, quantise
-from experts.fp8.blocks import E4M3, Rows
+from experts.fp8 import activation, gradients, products, quantise
+from experts.fp8.blocks import E4M3, Rows, up_halves
+from experts.fp8.turned import row_blocks
 from experts.fp8.weights import Weights
 from experts.steps import steps_on
 
@@ -29,13 +31,14 @@ from experts.steps import steps_on
 class Fp8Plan:
     """The arguments of `fp8_experts` that do not get gradients.
 
-    `plan` has the products for the gradients of the weights. `weights` are the weights in FP8, and `gradients` is the
-    format of gradients.
+    `weights` are the weights in FP8, and `gradients` is the format of gradients. `weight_gradients` is whether the
+    products for the gradients of the weights are in FP8, too. If not, `plan` has these products.
     """
 
     plan: Plan
     weights: Weights
     gradients: torch.dtype = E4M3
+    weight_gradients: bool = True
 
     def multiply(self, rows: Rows, matrices: Any, dtype: torch.dtype) -> Tensor:
         """Return each row times the transpose of its expert's matrix."""
@@ -149,10 +152,16 @@ def _backward(
         grad_x = steps.sum_rows(dx_ND, permutation)
         del dx_ND
     del rows
-    if wanted.gate_and_up:
+    blocks = row_blocks(permutation) if plan.weight_gradients else None
+    if wanted.gate_and_up and blocks is not None:
+        halves = up_halves(plan.plan.config)
+        grad_up = gradients.grad_of_up(x_TD, grad_h_NH, permutation, blocks, halves, plan.gradients)
+    elif wanted.gate_and_up:
         grad_up = grad_of_up(x_TD, grad_h_NH, plan.plan, steps)
     del grad_h_NH
     h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
-    if wanted.down:
+    if wanted.down and blocks is not None:
+        grad_down = gradients.grad_of_down(a_NI, grad_TD, permutation, blocks, plan.gradients)
+    elif wanted.down:
         grad_down = grad_of_down(a_NI, grad_TD, plan.plan, steps)
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias

@@ -1,0 +1,184 @@
+"""Multiply rows in FP8 by their experts' matrices in FP8; see `experts.fp8.hopper`."""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from experts.fp8.blocks import BLOCK, Matrices, Rows
+from experts.fp8.hopper.steps import (
+    LOADING_REGISTERS,
+    MULTIPLYING_REGISTERS,
+    MULTIPLYING_WARPS,
+    SLAB,
+    add_steps,
+    allocate,
+    described,
+    load_step,
+    shared_layout,
+    skip_steps,
+    split_column,
+    to_shared,
+)
+from experts.gemm.hopper.descriptors import MOST_ROWS
+from experts.gemm.kernels import TILE_FIELDS
+from experts.steps.fused.launch import launch
+
+_UNLIMITED = 2**31 - 2**16
+#: The stride that, 2³⁰ times, is a multiple of 2⁶⁴ bytes for every size of an element.
+_WHOLE_ROUND = 2**34
+
+_BLOCK, _SLAB = gl.constexpr(BLOCK), gl.constexpr(SLAB)
+_WARPS, _REGISTERS = gl.constexpr(MULTIPLYING_WARPS), gl.constexpr(MULTIPLYING_REGISTERS)
+_LOADING_REGISTERS = gl.constexpr(LOADING_REGISTERS)
+
+
+def multiply(rows: Rows, matrices: Matrices, out: Tensor, tiles: Tensor, programs: int) -> None:
+    """Write [N, Q] to `out`: each row times the transpose of its expert's matrix; see `experts.fp8.products.product`.
+
+    The tiles have 128 rows and 2 blocks of columns. Rows past the last group stay unwritten.
+    """
+    experts, q, p = matrices.values.shape
+    q_width, p_width = q // matrices.q_halves, p // matrices.p_halves
+    launch(
+        multiply_fp8,
+        (programs,),
+        described(rows.values.view(-1, matrices.p_halves, p_width), [SLAB, 1, BLOCK]),
+        rows.scales,
+        described(matrices.values.view(experts * q, matrices.p_halves, p_width), [BLOCK, 1, BLOCK]),
+        matrices.scales,
+        grouped_parts(out, matrices.q_halves),
+        tiles,
+        rows.scales.shape[1],
+        P_WIDTH=p_width,
+        P_HALVES=matrices.p_halves,
+        Q_WIDTH=q_width,
+        Q_HALVES=matrices.q_halves,
+        num_warps=MULTIPLYING_WARPS,
+    )
+
+
+def grouped_parts(out: Tensor, halves: int) -> TensorDescriptor:
+    """Return the descriptor for stores of 64 rows × 128 columns of one half that end with the rows' group and the half.
+
+    See `experts.gemm.hopper.descriptors.grouped_rows`.
+    """
+    width = out.shape[1]
+    shape = [_UNLIMITED, _UNLIMITED, MOST_ROWS.value, halves, width // halves]
+    strides = [_WHOLE_ROUND - width, width, width, width // halves, 1]
+    return TensorDescriptor(out, shape, strides, [1, 1, SLAB, 1, BLOCK], shared_layout(5, 16))
+
+
+@gluon.jit
+def _read_tile(tiles, tile):
+    """Return a tile's expert, pair of blocks of columns, first row, and the end of the expert's group."""
+    entry = tiles + (1 + tile) * TILE_FIELDS
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
+
+
+@gluon.jit
+def _load(
+    a,
+    b,
+    tiles,
+    memory,
+    P_WIDTH: gl.constexpr,
+    P_HALVES: gl.constexpr,
+    Q_WIDTH: gl.constexpr,
+    Q_HALVES: gl.constexpr,
+):
+    P_BLOCKS: gl.constexpr = (P_WIDTH + _BLOCK - 1) // _BLOCK
+    Q_BLOCKS: gl.constexpr = (Q_WIDTH + _BLOCK - 1) // _BLOCK * Q_HALVES
+    num_tiles = gl.load(tiles)
+    step = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        expert, pair, first_row, _ = _read_tile(tiles, tile)
+        left_half, left = split_column(2 * pair, Q_WIDTH)
+        right_half, right = split_column(gl.minimum(2 * pair + 1, Q_BLOCKS - 1), Q_WIDTH)
+        left += (expert * Q_HALVES + left_half) * Q_WIDTH
+        right += (expert * Q_HALVES + right_half) * Q_WIDTH
+        for block in range(P_BLOCKS * P_HALVES):
+            half, p = block // P_BLOCKS, block % P_BLOCKS * _BLOCK
+            load_step(a, b, first_row, left, right, half, p, memory, step)
+            step += 1
+
+
+@gluon.jit
+def _store(out, sums, result, first_row, end, block, Q_WIDTH: gl.constexpr):
+    half, column = split_column(block, Q_WIDTH)
+    to_shared(sums, result)
+    source = result._reinterpret(out.dtype, [1, 1, _SLAB, 1, _BLOCK], out.layout)
+    tma.async_copy_shared_to_global(out, [MOST_ROWS, end, MOST_ROWS - end + first_row, half, column], source)
+
+
+@gluon.jit
+def _multiply(
+    a_scales,
+    b_scales,
+    out,
+    tiles,
+    memory,
+    num_scales,
+    P_WIDTH: gl.constexpr,
+    P_HALVES: gl.constexpr,
+    Q_WIDTH: gl.constexpr,
+    Q_HALVES: gl.constexpr,
+    WHICH: gl.constexpr,
+):
+    P_BLOCKS: gl.constexpr = (P_WIDTH + _BLOCK - 1) // _BLOCK * P_HALVES
+    Q_BLOCKS: gl.constexpr = (Q_WIDTH + _BLOCK - 1) // _BLOCK * Q_HALVES
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
+    rows = gl.arange(0, _SLAB, layout=gl.SliceLayout(1, layout))
+    result = memory[2].index(WHICH)
+    num_tiles = gl.load(tiles)
+    step = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        expert, pair, first_row, end = _read_tile(tiles, tile)
+        first_row += WHICH * _SLAB
+        if first_row < end:
+            a_where = a_scales + gl.minimum(first_row + rows, num_scales - 1)  # later rows are not stored
+            b_where = b_scales + expert.to(gl.int64) * (Q_BLOCKS * P_BLOCKS)
+            left_where = b_where + 2 * pair * P_BLOCKS
+            right_where = b_where + gl.minimum(2 * pair + 1, Q_BLOCKS - 1) * P_BLOCKS
+            left, right = add_steps(a_where, num_scales, left_where, right_where, 1, P_BLOCKS, memory, step, WHICH)
+            _store(out, left, result, first_row, end, 2 * pair, Q_WIDTH)
+            if 2 * pair + 1 < Q_BLOCKS:
+                _store(out, right, result, first_row, end, 2 * pair + 1, Q_WIDTH)
+        else:  # no row of the group is in this slab
+            skip_steps(P_BLOCKS, memory, step, WHICH)
+        step += P_BLOCKS
+    tma.store_wait(0)
+
+
+@gluon.jit
+def multiply_fp8(
+    a,
+    a_scales,
+    b,
+    b_scales,
+    out,
+    tiles,
+    num_scales,
+    P_WIDTH: gl.constexpr,
+    P_HALVES: gl.constexpr,
+    Q_WIDTH: gl.constexpr,
+    Q_HALVES: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    memory = allocate(a.dtype, b.dtype, out.dtype)
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (a_scales, b_scales, out, tiles, memory, num_scales, P_WIDTH, P_HALVES, Q_WIDTH, Q_HALVES, 0),
+            ),
+            (
+                _multiply,
+                (a_scales, b_scales, out, tiles, memory, num_scales, P_WIDTH, P_HALVES, Q_WIDTH, Q_HALVES, 1),
+            ),
+            (_load, (a, b, tiles, memory, P_WIDTH, P_HALVES, Q_WIDTH, Q_HALVES)),
+        ],
+        [_WARPS, 1],
+        [_REGISTERS, _LOADING_REGISTERS],
+    )

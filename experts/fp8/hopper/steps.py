@@ -1,0 +1,153 @@
+"""Share the parts of the kernels for Hopper GPUs: descriptors, and what the groups of warps do in each step."""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from experts.fp8.blocks import BLOCK
+
+SLAB = 64  # rows of one group of warps
+STAGES = 4  # steps whose operands are in shared memory at the same time
+MULTIPLYING_WARPS, MULTIPLYING_REGISTERS, LOADING_REGISTERS = 4, 240, 24
+
+_BLOCK, _SLAB, _STAGES = gl.constexpr(BLOCK), gl.constexpr(SLAB), gl.constexpr(STAGES)
+_WARPS = gl.constexpr(MULTIPLYING_WARPS)
+
+
+def shared_layout(rank: int, bits: int) -> gl.NVMMASharedLayout:
+    """Return the layout of a tile in shared memory, which tensor cores read: swizzled rows of 128 bytes."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=rank)
+
+
+def described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """Return the descriptor of a tensor, in blocks that have the tensor's rank."""
+    layout = shared_layout(len(block), 8 * tensor.element_size())
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+@gluon.jit
+def split_column(block, WIDTH: gl.constexpr):
+    """Return the half of a block of columns, and the block's first column in it."""
+    BLOCKS: gl.constexpr = (WIDTH + _BLOCK - 1) // _BLOCK
+    return block // BLOCKS, block % BLOCKS * _BLOCK
+
+
+@gluon.jit
+def load_step(a, b, a_first, b_left, b_right, half, p, memory, step):
+    """Load one step's operands: two slabs of rows of `a`, and two blocks of rows of `b`, at columns p of a half."""
+    a_tiles, b_tiles, _, loaded, free, _ = memory
+    stage = step % _STAGES
+    barrier = loaded.index(stage)
+    mbarrier.wait(free.index(stage), ((step // _STAGES) & 1) ^ 1)
+    mbarrier.expect(barrier, 2 * a.block_type.nbytes + 2 * b.block_type.nbytes)
+    for slab in gl.static_range(2):
+        target = a_tiles.index(2 * stage + slab)._reinterpret(a.dtype, [_SLAB, 1, _BLOCK], a.layout)
+        tma.async_copy_global_to_shared(a, [a_first + slab * _SLAB, half, p], barrier, target)
+    target = b_tiles.index(2 * stage)._reinterpret(b.dtype, [_BLOCK, 1, _BLOCK], b.layout)
+    tma.async_copy_global_to_shared(b, [b_left, half, p], barrier, target)
+    target = b_tiles.index(2 * stage + 1)._reinterpret(b.dtype, [_BLOCK, 1, _BLOCK], b.layout)
+    tma.async_copy_global_to_shared(b, [b_right, half, p], barrier, target)
+
+
+@gluon.jit
+def _multiply_block(a_tile, b_tile, turns, turn, WHICH: gl.constexpr):
+    """Multiply 128 columns when it is this group's turn, and pass the turn on as soon as the tensor cores have it."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
+    zeros = gl.zeros([_SLAB, _BLOCK], gl.float32, layout)
+    mbarrier.wait(turns.index(WHICH), turn & 1)
+    sums = warpgroup_mma(a_tile, b_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.arrive(turns.index(1 - WHICH))
+    return warpgroup_mma_wait(0, deps=(sums,))
+
+
+@gluon.jit
+def add_steps(
+    a_where,
+    a_stride,
+    left_where,
+    right_where,
+    b_stride,
+    num_steps,
+    memory,
+    step,
+    WHICH: gl.constexpr,
+):
+    """Return the sums of a slab over some steps, for the left and the right block of columns.
+
+    `a_where` points to the scales of the slab's rows, and `left_where` and `right_where` to those of the two blocks.
+    """
+    a_tiles, b_tiles, _, loaded, free, turns = memory
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
+    left = gl.zeros([_SLAB, _BLOCK], gl.float32, layout)
+    right = gl.zeros([_SLAB, _BLOCK], gl.float32, layout)
+    a_scale = gl.load(a_where)
+    left_scale, right_scale = gl.load(left_where), gl.load(right_where)
+    for index in range(num_steps):
+        stage = step % _STAGES
+        by_left, by_right = a_scale * left_scale, a_scale * right_scale
+        following = gl.minimum(index + 1, num_steps - 1)  # early: the next step waits for the loads
+        a_scale = gl.load(a_where + following * a_stride)
+        left_scale, right_scale = (
+            gl.load(left_where + following * b_stride),
+            gl.load(right_where + following * b_stride),
+        )
+        mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
+        a_tile = a_tiles.index(2 * stage + WHICH)
+        sums = _multiply_block(a_tile, b_tiles.index(2 * stage), turns, 2 * step, WHICH)
+        left += sums * gl.expand_dims(by_left, 1)
+        sums = _multiply_block(a_tile, b_tiles.index(2 * stage + 1), turns, 2 * step + 1, WHICH)
+        mbarrier.arrive(free.index(stage))
+        right += sums * gl.expand_dims(by_right, 1)
+        step += 1
+    return left, right
+
+
+@gluon.jit
+def skip_steps(num_steps, memory, step, WHICH: gl.constexpr):
+    """Leave out the steps of a slab without rows, but take part in what the other warps wait for."""
+    _, _, _, loaded, free, turns = memory
+    for _ in range(num_steps):
+        stage = step % _STAGES
+        mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
+        mbarrier.arrive(free.index(stage))
+        for block in gl.static_range(2):
+            mbarrier.wait(turns.index(WHICH), (2 * step + block) & 1)
+            mbarrier.arrive(turns.index(1 - WHICH))
+        step += 1
+
+
+@gluon.jit
+def to_shared(sums, result):
+    """Write a slab's sums of one block to shared memory, from which the TMA then copies them."""
+    tma.store_wait(0)  # the sums before have left the memory
+    result.store(sums.to(result.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def allocate(a_type: gl.constexpr, b_type: gl.constexpr, out_type: gl.constexpr):
+    """Return the shared memory and the barriers: tiles of both operands, results, `loaded`, `free` and `turns`."""
+    OPERAND: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    RESULT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    a_tiles = gl.allocate_shared_memory(a_type, [2 * _STAGES, _SLAB, _BLOCK], OPERAND)
+    b_tiles = gl.allocate_shared_memory(b_type, [2 * _STAGES, _BLOCK, _BLOCK], OPERAND)
+    results = gl.allocate_shared_memory(out_type, [2, _SLAB, _BLOCK], RESULT)
+    loaded = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(_STAGES):
+        mbarrier.init(loaded.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=2)  # both groups of warps
+    for which in gl.static_range(2):
+        mbarrier.init(turns.index(which), count=1)
+    mbarrier.arrive(turns.index(0))  # the first group begins
+    fence_async_shared()
+    return a_tiles, b_tiles, results, loaded, free, turns
