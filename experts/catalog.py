@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Fp8Recipe = Literal["current", "delayed", "block", "mxfp8"]
-#: The recipes of `triton_fp8`, which are not Transformer Engine's: `block` with float32 scales, and gradients of the
-#: weights that are not in FP8. The second one has gradients of rows in E5M2.
-OwnFp8Recipe = Literal["block_float32", "block_float32_e5m2"]
+#: The recipes of `triton_fp8`, which are not Transformer Engine's: as `block`, with float32 scales. The second one has
+#: gradients of rows in E5M2. In the third one, the gradients of weights are not in FP8.
+OwnFp8Recipe = Literal["block_float32", "block_float32_e5m2", "block_float32_16bit_dw"]
 Fp8Gradients = Literal["e4m3", "e5m2"]
 Save = Literal["memory", "time"]
 #: Names of groups of backends. A sweep names a group as "@bf16".
@@ -100,6 +100,7 @@ class BackendEntry:
     fp8: Fp8Recipe | OwnFp8Recipe | None = None
     save: Save | None = None
     fp8_gradients: Fp8Gradients | None = None
+    fp8_weight_gradients: bool | None = None
     cached: bool = False
     target: str | None = None
     library: str | None = None
@@ -163,6 +164,15 @@ BACKENDS = (
         ("own_fp8",),
         fp8="block_float32_e5m2",
         fp8_gradients="e5m2",
+        cached=True,
+        capability=(8, 9),
+    ),
+    BackendEntry(
+        "triton_fp8_16bit_dw",
+        _TRITON_FP8,
+        ("own_fp8",),
+        fp8="block_float32_16bit_dw",
+        fp8_weight_gradients=False,
         cached=True,
         capability=(8, 9),
     ),

@@ -70,13 +70,15 @@ class GroupedExperts(ExpertLayer):
                 f"one of {', '.join(_engines_that_save())}, or leave save out"
             )
         self.engine_options: dict[str, Any] = {} if backend.save is None else {"save": backend.save}
-        if backend.fp8_gradients is not None:
-            if not self.engine.fp8:
+        for option in ("fp8_gradients", "fp8_weight_gradients"):
+            value = getattr(backend, option)
+            if value is not None and not self.engine.fp8:
                 raise ConfigError(
-                    f"fp8_gradients = {backend.fp8_gradients!r}: the engine {self.engine_name} does not compute in "
-                    "FP8; use triton_fp8, or leave fp8_gradients out"
+                    f"{option} = {value!r}: the engine {self.engine_name} does not compute in FP8; use triton_fp8, or "
+                    f"leave {option} out"
                 )
-            self.engine_options["fp8_gradients"] = backend.fp8_gradients
+            if value is not None:
+                self.engine_options[option] = value
         self.weight_cache = WeightCache() if self.engine.fp8 else None
         self._described_config = compiled.described(config)
         shapes = parameter_shapes(config)

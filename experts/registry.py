@@ -153,9 +153,8 @@ def _built_in(described: catalog.BackendEntry) -> Backend:
     if engine is None:
         return _third_party(name, str(described.target))
     if engine.stacked:
-        build = functools.partial(
-            _build_grouped, engine.name, described.lora, save=described.save, fp8_gradients=described.fp8_gradients
-        )
+        options = {name: getattr(described, name) for name in ("save", "fp8_gradients", "fp8_weight_gradients")}
+        build = functools.partial(_build_grouped, engine.name, described.lora, **options)
         return Backend(name, build, get_engine(engine.name).unsupported, fp8, lora=described.lora)
     build = functools.partial(_build_te, described.te_fp8, described.cached)
     return Backend(name, build, functools.partial(_te_unsupported, te_fp8=described.te_fp8), fp8)
@@ -175,10 +174,9 @@ def _build_grouped(
     config: MoEConfig,
     dispatcher: Dispatcher | None = None,
     save: Save | None = None,
-    fp8_gradients: catalog.Fp8Gradients | None = None,
     **options: Any,
 ) -> nn.Module:
-    backend = BackendConfig(experts=name, dispatcher=dispatcher, save=save, fp8_gradients=fp8_gradients, **options)
+    backend = BackendConfig(experts=name, dispatcher=dispatcher, save=save, **options)
     return GroupedExperts(config, backend) if lora is None else GroupedExpertsLoRA(config, backend, **vars(lora))
 
 

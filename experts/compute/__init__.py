@@ -61,8 +61,8 @@ class Adapters(NamedTuple):
 #: token, the weighted sum of the outputs of the local experts that the token chose. Choices of other ranks' experts and
 #: of −1 contribute nothing. An engine with `saves` also takes `save=`, the value of `BackendConfig.save`. An engine
 #: with `adapts` also takes `adapters=`, the adapters of the local experts; the parameters then get no gradients. An
-#: engine with `fp8` also takes `cache=`, an `experts.fp8.cache.WeightCache`, and `fp8_gradients=`, the value of
-#: `BackendConfig.fp8_gradients`.
+#: engine with `fp8` also takes `cache=`, an `experts.fp8.cache.WeightCache`, and the values of
+#: `fp8_gradients` and `fp8_weight_gradients` of `BackendConfig`.
 Compute = Callable[..., Tensor]
 
 

@@ -50,8 +50,7 @@ def _quantise_rows(x_TD: Tensor, permutation: Permutation | None, dtype: torch.d
         (num_tokens, triton.cdiv(num_blocks(dim), blocks)),
         *(x_TD.contiguous(), values, scales),
         *(None, None) if permutation is None else (permutation.slot_to_row_S, permutation.offsets_L[-1:]),
-        num_rows,
-        DIM=dim,
+        *(num_rows, dim),
         K=1 if permutation is None else permutation.n_activated_experts,
         GATHER=permutation is not None,
         LARGEST=largest(dtype),
@@ -97,8 +96,7 @@ def _quantise_matrices(b_LPQ: Tensor, halves: int, natural: Matrices | None, tur
         b_LPQ.contiguous(),
         *(None if made is None else made.values for made in (natural, turned)),
         *(None if made is None else made.scales for made in (natural, turned)),
-        P=p,
-        WIDTH=q // halves,
+        *(p, q // halves),
         HALVES=halves,
         LARGEST=largest(E4M3),
         EXACT=interpreted(),
@@ -114,8 +112,7 @@ def transposed(matrices: Matrices) -> Matrices:
         transpose_matrices,
         (triton.cdiv(p, BLOCK), triton.cdiv(q, BLOCK), experts),
         *(matrices.values.view(torch.uint8), values.view(torch.uint8)),
-        Q=q,
-        P=p,
+        *(q, p),
         num_warps=WEIGHT_WARPS,
     )
     scales = matrices.scales.transpose(1, 2).contiguous()
@@ -155,7 +152,7 @@ def quantise_rows(
     slot_to_row,
     num_local,
     num_rows,
-    DIM: tl.constexpr,
+    dim,
     K: tl.constexpr,
     GATHER: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -165,8 +162,8 @@ def quantise_rows(
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     column = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-    inside = column < DIM
-    stored = block < tl.cdiv(DIM, _BLOCK)
+    inside = column < dim
+    stored = block < tl.cdiv(dim, _BLOCK)
     read = inside
     if GATHER:
         end = tl.load(num_local)
@@ -174,7 +171,7 @@ def quantise_rows(
         for k in tl.static_range(K):
             wanted += (tl.load(slot_to_row + token * K + k) < end).to(tl.int32)
         read = inside & (wanted > 0)
-    tile = tl.load(x + token * DIM + column, mask=read, other=0.0).to(tl.float32)
+    tile = tl.load(x + token * dim + column, mask=read, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.abs(tile), axis=1, keep_dims=True), LARGEST)
     quantised = to_fp8(tile * (1.0 / scale), LARGEST, EXACT).to(values.dtype.element_ty)
     scale = tl.reshape(scale, [BLOCKS])
@@ -182,10 +179,10 @@ def quantise_rows(
         for k in tl.static_range(K):
             row = tl.load(slot_to_row + token * K + k)
             local = row < end
-            tl.store(values + row * DIM + column, quantised, mask=inside & local)
+            tl.store(values + row * dim + column, quantised, mask=inside & local)
             tl.store(scales + block.to(tl.int64) * num_rows + row, scale, mask=stored & local)
     else:
-        tl.store(values + token * DIM + column, quantised, mask=inside)
+        tl.store(values + token * dim + column, quantised, mask=inside)
         tl.store(scales + block.to(tl.int64) * num_rows + token, scale, mask=stored)
 
 
@@ -196,41 +193,49 @@ def quantise_matrices(
     turned,
     scales,
     turned_scales,
-    P: tl.constexpr,
-    WIDTH: tl.constexpr,
+    p_width,
+    q_width,
     HALVES: tl.constexpr,
     LARGEST: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    WIDTH_BLOCKS: tl.constexpr = (WIDTH + _BLOCK - 1) // _BLOCK
-    Q_BLOCKS: tl.constexpr = HALVES * WIDTH_BLOCKS
-    P_BLOCKS: tl.constexpr = (P + _BLOCK - 1) // _BLOCK
-    Q: tl.constexpr = HALVES * WIDTH
+    width_blocks, p_blocks = tl.cdiv(q_width, _BLOCK), tl.cdiv(p_width, _BLOCK)
+    q_blocks = HALVES * width_blocks
+    whole = HALVES * q_width
     q_block, p_block, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    part = q_block // WIDTH_BLOCKS
-    first_column = q_block % WIDTH_BLOCKS * _BLOCK
+    matrix = expert * p_width * whole
+    part = q_block // width_blocks
+    first_column = q_block % width_blocks * _BLOCK
     column = first_column + tl.arange(0, _BLOCK)
     row = p_block * _BLOCK + tl.arange(0, _BLOCK)
-    inside = (row < P)[:, None] & (column < WIDTH)[None, :]
-    q = part * WIDTH + column
-    tile = tl.load(b + expert * (P * Q) + row[:, None] * Q + q[None, :], mask=inside, other=0.0).to(tl.float32)
+    inside = (row < p_width)[:, None] & (column < q_width)[None, :]
+    q = part * q_width + column
+    tile = tl.load(b + matrix + row[:, None] * whole + q[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.max(tl.abs(tile), axis=1), axis=0), LARGEST)
     quantised = to_fp8(tile * (1.0 / scale), LARGEST, EXACT)
     if natural is not None:
         value = quantised.to(natural.dtype.element_ty)
-        tl.store(natural + expert * (P * Q) + row[:, None] * Q + q[None, :], value, mask=inside)
-        tl.store(scales + (expert * P_BLOCKS + p_block) * Q_BLOCKS + q_block, scale)
+        tl.store(natural + matrix + row[:, None] * whole + q[None, :], value, mask=inside)
+        tl.store(scales + (expert * p_blocks + p_block) * q_blocks + q_block, scale)
     if turned is not None:
         value = tl.trans(quantised.to(turned.dtype.element_ty))
-        where = turned + expert * (P * Q) + q[:, None] * P + row[None, :]
-        tl.store(where, value, mask=(column < WIDTH)[:, None] & (row < P)[None, :])
-        tl.store(turned_scales + (expert * Q_BLOCKS + q_block) * P_BLOCKS + p_block, scale)
+        where = turned + matrix + q[:, None] * p_width + row[None, :]
+        tl.store(where, value, mask=(column < q_width)[:, None] & (row < p_width)[None, :])
+        tl.store(turned_scales + (expert * q_blocks + q_block) * p_blocks + p_block, scale)
 
 
 @triton.jit
-def transpose_matrices(source, target, Q: tl.constexpr, P: tl.constexpr):
+def transpose_matrices(source, target, q_width, p_width):
     p = tl.program_id(0) * _BLOCK + tl.arange(0, _BLOCK)
     q = tl.program_id(1) * _BLOCK + tl.arange(0, _BLOCK)
-    expert = tl.program_id(2).to(tl.int64) * (Q * P)
-    tile = tl.load(source + expert + q[:, None] * P + p[None, :], mask=(q < Q)[:, None] & (p < P)[None, :], other=0)
-    tl.store(target + expert + p[:, None] * Q + q[None, :], tl.trans(tile), mask=(p < P)[:, None] & (q < Q)[None, :])
+    expert = tl.program_id(2).to(tl.int64) * q_width * p_width
+    tile = tl.load(
+        source + expert + q[:, None] * p_width + p[None, :],
+        mask=(q < q_width)[:, None] & (p < p_width)[None, :],
+        other=0,
+    )
+    tl.store(
+        target + expert + p[:, None] * q_width + q[None, :],
+        tl.trans(tile),
+        mask=(p < p_width)[:, None] & (q < q_width)[None, :],
+    )

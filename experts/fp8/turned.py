@@ -79,8 +79,17 @@ def turn(
     launch(
         turn_rows,
         (blocks.most, num_columns),
-        *(rows, values, scales, blocks.listed, permutation.row_to_slot_N, rows.stride(0), start, blocks.most),
-        WIDTH=width // halves,
+        *(
+            rows,
+            values,
+            scales,
+            blocks.listed,
+            permutation.row_to_slot_N,
+            rows.stride(0),
+            start,
+            blocks.most,
+            width // halves,
+        ),
         HALVES=halves,
         K=permutation.n_activated_experts,
         GATHER=gather,
@@ -102,7 +111,7 @@ def turn_rows(
     row_stride,
     start,
     most_blocks,
-    WIDTH: tl.constexpr,
+    part_width,
     HALVES: tl.constexpr,
     K: tl.constexpr,
     GATHER: tl.constexpr,
@@ -119,22 +128,22 @@ def turn_rows(
     source = row.to(tl.int64)
     if GATHER:
         source = tl.load(row_to_slot + row, mask=valid, other=0) // K
-    COLUMN_BLOCKS: tl.constexpr = (WIDTH + _BLOCK - 1) // _BLOCK
+    column_blocks = tl.cdiv(part_width, _BLOCK)
     column_block = tl.program_id(1)
-    part = column_block // COLUMN_BLOCKS
-    in_part = column_block % COLUMN_BLOCKS * _BLOCK + tl.arange(0, _BLOCK)
-    inside = in_part < WIDTH
-    column = part * WIDTH + in_part
+    part = column_block // column_blocks
+    in_part = column_block % column_blocks * _BLOCK + tl.arange(0, _BLOCK)
+    inside = in_part < part_width
+    column = part * part_width + in_part
     where = source[:, None] * row_stride + start + column[None, :]
     tile = tl.load(rows + where, mask=valid[:, None] & inside[None, :], other=0.0).to(tl.float32)
     most = tl.max(tl.abs(tile), axis=0)
     if BY_COLUMN:
         scale = scale_of(most, LARGEST)
-        tl.store(scales + block.to(tl.int64) * (HALVES * WIDTH) + column, scale, mask=inside)
+        tl.store(scales + block.to(tl.int64) * (HALVES * part_width) + column, scale, mask=inside)
         tile = tile * (1.0 / scale)[None, :]
     else:
         scale = scale_of(tl.max(most, axis=0), LARGEST)
-        tl.store(scales + block * (HALVES * COLUMN_BLOCKS) + column_block, scale)
+        tl.store(scales + block * (HALVES * column_blocks) + column_block, scale)
         tile = tile * (1.0 / scale)
     turned = tl.trans(to_fp8(tile, LARGEST, EXACT).to(values.dtype.element_ty))
     target = column.to(tl.int64)[:, None] * (most_blocks * _BLOCK) + block * _BLOCK + tl.arange(0, _BLOCK)[None, :]

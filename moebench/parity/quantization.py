@@ -14,8 +14,10 @@ transformer_engine.common.recipe (2.20):
 The recipes of the engine `triton_fp8` are not Transformer Engine's. docs/concepts.md defines them:
 
 * `block_float32` has the blocks of `block`. The scale takes the largest magnitude of a block to the largest number of
-  the format, and is a number of float32. The gradients of weights are not in FP8.
+  the format, and is a number of float32. In the gradients of weights, which are sums over rows, a block is 128 rows of
+  a column of the activation, and 128 rows of 128 columns of the output's gradient.
 * `block_float32_e5m2` is the same with gradients of activations in E5M2.
+* `block_float32_16bit_dw` is the same as `block_float32`, but the gradients of weights are not in FP8.
 """
 
 from typing import Any
@@ -28,7 +30,9 @@ from torch.nn import functional as F
 
 from moebench.parity.oracle import Product
 
-RECIPES = ("current", "delayed", "block", "mxfp8", "block_float32", "block_float32_e5m2")
+#: The recipes of the engine `triton_fp8`.
+OWN_RECIPES = ("block_float32", "block_float32_e5m2", "block_float32_16bit_dw")
+RECIPES = ("current", "delayed", "block", "mxfp8", *OWN_RECIPES)
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 #: The shape of a block that shares a scale: in an activation or gradient, then in a weight. In a recipe that is not in
@@ -36,15 +40,14 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BLOCKS = {
     "block": ((1, 128), (128, 128)),
     "mxfp8": ((1, 32), (32, 1)),
-    "block_float32": ((1, 128), (128, 128)),
-    "block_float32_e5m2": ((1, 128), (128, 128)),
+    **dict.fromkeys(OWN_RECIPES, ((1, 128), (128, 128))),
 }
 #: The recipes whose scales are powers of two.
 POWERS_OF_TWO = ("block", "mxfp8")
 #: The recipes whose gradients of activations are in E5M2.
 E5M2_GRADIENTS = ("current", "delayed", "block_float32_e5m2")
 #: The recipes that multiply unquantised operands for the gradients of weights.
-EXACT_WEIGHT_GRADIENTS = ("block_float32", "block_float32_e5m2")
+EXACT_WEIGHT_GRADIENTS = ("block_float32_16bit_dw",)
 #: The largest power of two in float32. Zeros would get an infinite scale, and an infinite scale turns zeros into NaN.
 LARGEST_SCALE = 2.0**127
 
@@ -85,7 +88,11 @@ class _Fp8Product(Function):
         if recipe in EXACT_WEIGHT_GRADIENTS:
             return grad_a, _multiply(a.t(), grad, b.dtype), None
         # the gradient of a weight is a sum over the rows, so its blocks also lie along the rows
-        across = _along_rows(a.t(), recipe, E4M3), _along_rows(grad.t(), recipe, gradient_format).t()
+        if recipe in OWN_RECIPES:
+            right = _quantised(grad.float(), recipe, 1, gradient_format)
+        else:
+            right = _along_rows(grad.t(), recipe, gradient_format).t()
+        across = _along_rows(a.t(), recipe, E4M3), right
         return grad_a, _multiply(*across, b.dtype), None
 
 

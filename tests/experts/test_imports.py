@@ -18,7 +18,7 @@ from experts.engines import engine_names
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "experts").rglob("*.py"))
 #: Packages of kernels. They import Triton, so other modules import them inside functions.
-KERNELS = ("experts.steps.fused", "experts.gemm", "experts.exchange.fused", "experts.messages.fused")
+KERNELS = ("experts.steps.fused", "experts.fp8", "experts.gemm", "experts.exchange.fused", "experts.messages.fused")
 VENDOR = (
     "deep_ep",
     "grouped_gemm",

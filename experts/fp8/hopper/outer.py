@@ -20,6 +20,7 @@ from experts.fp8.hopper.steps import (
     SLAB,
     add_steps,
     allocate,
+    count_blocks,
     described,
     load_step,
     skip_steps,
@@ -58,25 +59,21 @@ def outer(left: TurnedRows, right: TurnedRows, blocks: RowBlocks, out_LPQ: Tenso
         right.scales,
         described(out, [1, SLAB, 1, BLOCK]),
         blocks.ends_L,
-        blocks.most,
-        EXPERTS=experts,
-        P=p,
-        Q_WIDTH=width,
+        *(blocks.most, num_tiles, p, width),
         Q_HALVES=halves,
         num_warps=MULTIPLYING_WARPS,
     )
 
 
 @gluon.jit
-def _find_tile(tile, ends, P: gl.constexpr, Q_BLOCKS: gl.constexpr):
+def _find_tile(tile, ends, p, q_blocks):
     """Return a tile's expert, first row and pair of blocks of columns of the result, first step and number of steps."""
-    P_TILES: gl.constexpr = (P + _BLOCK - 1) // _BLOCK
-    PAIRS: gl.constexpr = (Q_BLOCKS + 1) // 2
-    expert = tile // (P_TILES * PAIRS)
-    tile = tile % (P_TILES * PAIRS)
-    band = tile // (_BAND * PAIRS)
-    tile -= band * (_BAND * PAIRS)
-    height = gl.minimum(P_TILES - band * _BAND, _BAND)
+    p_tiles, pairs = count_blocks(p), (q_blocks + 1) // 2
+    expert = tile // (p_tiles * pairs)
+    tile = tile % (p_tiles * pairs)
+    band = tile // (_BAND * pairs)
+    tile -= band * (_BAND * pairs)
+    height = gl.minimum(p_tiles - band * _BAND, _BAND)
     start = gl.load(ends + expert - 1, mask=expert > 0, other=0)
     return expert, (band * _BAND + tile % height) * _BLOCK, tile // height, start, gl.load(ends + expert) - start
 
@@ -88,26 +85,26 @@ def _load(
     ends,
     memory,
     num_tiles,
-    P: gl.constexpr,
-    Q_WIDTH: gl.constexpr,
+    p,
+    q_width,
     Q_HALVES: gl.constexpr,
 ):
-    Q_BLOCKS: gl.constexpr = (Q_WIDTH + _BLOCK - 1) // _BLOCK * Q_HALVES
+    q_blocks = count_blocks(q_width) * Q_HALVES
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        _, row, pair, start, num_steps = _find_tile(tile, ends, P, Q_BLOCKS)
-        left_half, left = split_column(2 * pair, Q_WIDTH)
-        right_half, right = split_column(gl.minimum(2 * pair + 1, Q_BLOCKS - 1), Q_WIDTH)
-        left += left_half * Q_WIDTH
-        right += right_half * Q_WIDTH
+        _, row, pair, start, num_steps = _find_tile(tile, ends, p, q_blocks)
+        left_half, left = split_column(2 * pair, q_width, Q_HALVES)
+        right_half, right = split_column(gl.minimum(2 * pair + 1, q_blocks - 1), q_width, Q_HALVES)
+        left += left_half * q_width
+        right += right_half * q_width
         for block in range(start, start + num_steps):
             load_step(a, b, row, left, right, 0, block * _BLOCK, memory, step)
             step += 1
 
 
 @gluon.jit
-def _store(out, sums, result, expert, row, block, Q_WIDTH: gl.constexpr):
-    half, column = split_column(block, Q_WIDTH)
+def _store(out, sums, result, expert, row, block, q_width, Q_HALVES: gl.constexpr):
+    half, column = split_column(block, q_width, Q_HALVES)
     to_shared(sums, result)
     source = result._reinterpret(out.dtype, [1, _SLAB, 1, _BLOCK], out.layout)
     tma.async_copy_shared_to_global(out, [expert, row, half, column], source)
@@ -122,30 +119,30 @@ def _multiply(
     memory,
     most_blocks,
     num_tiles,
-    P: gl.constexpr,
-    Q_WIDTH: gl.constexpr,
+    p,
+    q_width,
     Q_HALVES: gl.constexpr,
     WHICH: gl.constexpr,
 ):
-    Q_BLOCKS: gl.constexpr = (Q_WIDTH + _BLOCK - 1) // _BLOCK * Q_HALVES
+    q_blocks = count_blocks(q_width) * Q_HALVES
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
     rows = gl.arange(0, _SLAB, layout=gl.SliceLayout(1, layout))
     result = memory[2].index(WHICH)
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, row, pair, start, num_steps = _find_tile(tile, ends, P, Q_BLOCKS)
+        expert, row, pair, start, num_steps = _find_tile(tile, ends, p, q_blocks)
         row += WHICH * _SLAB
-        if row < P:
+        if row < p:
             first = gl.minimum(start, most_blocks - 1).to(gl.int64)  # an expert without blocks may be the last one
-            a_where = a_scales + first * P + gl.minimum(row + rows, P - 1)
-            b_where = b_scales + first * Q_BLOCKS
-            right_where = b_where + gl.minimum(2 * pair + 1, Q_BLOCKS - 1)
+            a_where = a_scales + first * p + gl.minimum(row + rows, p - 1)
+            b_where = b_scales + first * q_blocks
+            right_where = b_where + gl.minimum(2 * pair + 1, q_blocks - 1)
             left, right = add_steps(
-                a_where, P, b_where + 2 * pair, right_where, Q_BLOCKS, num_steps, memory, step, WHICH
+                a_where, p, b_where + 2 * pair, right_where, q_blocks, num_steps, memory, step, WHICH
             )
-            _store(out, left, result, expert, row, 2 * pair, Q_WIDTH)
-            if 2 * pair + 1 < Q_BLOCKS:
-                _store(out, right, result, expert, row, 2 * pair + 1, Q_WIDTH)
+            _store(out, left, result, expert, row, 2 * pair, q_width, Q_HALVES)
+            if 2 * pair + 1 < q_blocks:
+                _store(out, right, result, expert, row, 2 * pair + 1, q_width, Q_HALVES)
         else:
             skip_steps(num_steps, memory, step, WHICH)
         step += num_steps
@@ -161,20 +158,18 @@ def outer_fp8(
     out,
     ends,
     most_blocks,
-    EXPERTS: gl.constexpr,
-    P: gl.constexpr,
-    Q_WIDTH: gl.constexpr,
+    num_tiles,
+    p,
+    q_width,
     Q_HALVES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     memory = allocate(a.dtype, b.dtype, out.dtype)
-    Q_BLOCKS: gl.constexpr = (Q_WIDTH + _BLOCK - 1) // _BLOCK * Q_HALVES
-    num_tiles = EXPERTS * ((P + _BLOCK - 1) // _BLOCK) * ((Q_BLOCKS + 1) // 2)
     gl.warp_specialize(
         [
-            (_multiply, (a_scales, b_scales, out, ends, memory, most_blocks, num_tiles, P, Q_WIDTH, Q_HALVES, 0)),
-            (_multiply, (a_scales, b_scales, out, ends, memory, most_blocks, num_tiles, P, Q_WIDTH, Q_HALVES, 1)),
-            (_load, (a, b, ends, memory, num_tiles, P, Q_WIDTH, Q_HALVES)),
+            (_multiply, (a_scales, b_scales, out, ends, memory, most_blocks, num_tiles, p, q_width, Q_HALVES, 0)),
+            (_multiply, (a_scales, b_scales, out, ends, memory, most_blocks, num_tiles, p, q_width, Q_HALVES, 1)),
+            (_load, (a, b, ends, memory, num_tiles, p, q_width, Q_HALVES)),
         ],
         [_WARPS, 1],
         [_REGISTERS, _LOADING_REGISTERS],

@@ -14,6 +14,7 @@ from experts.fp8.hopper.steps import (
     SLAB,
     add_steps,
     allocate,
+    count_blocks,
     described,
     load_step,
     shared_layout,
@@ -50,10 +51,8 @@ def multiply(rows: Rows, matrices: Matrices, out: Tensor, tiles: Tensor, program
         matrices.scales,
         grouped_parts(out, matrices.q_halves),
         tiles,
-        rows.scales.shape[1],
-        P_WIDTH=p_width,
+        *(rows.scales.shape[1], p_width, q_width),
         P_HALVES=matrices.p_halves,
-        Q_WIDTH=q_width,
         Q_HALVES=matrices.q_halves,
         num_warps=MULTIPLYING_WARPS,
     )
@@ -83,30 +82,29 @@ def _load(
     b,
     tiles,
     memory,
-    P_WIDTH: gl.constexpr,
+    p_width,
+    q_width,
     P_HALVES: gl.constexpr,
-    Q_WIDTH: gl.constexpr,
     Q_HALVES: gl.constexpr,
 ):
-    P_BLOCKS: gl.constexpr = (P_WIDTH + _BLOCK - 1) // _BLOCK
-    Q_BLOCKS: gl.constexpr = (Q_WIDTH + _BLOCK - 1) // _BLOCK * Q_HALVES
+    p_blocks, q_blocks = count_blocks(p_width), count_blocks(q_width) * Q_HALVES
     num_tiles = gl.load(tiles)
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         expert, pair, first_row, _ = _read_tile(tiles, tile)
-        left_half, left = split_column(2 * pair, Q_WIDTH)
-        right_half, right = split_column(gl.minimum(2 * pair + 1, Q_BLOCKS - 1), Q_WIDTH)
-        left += (expert * Q_HALVES + left_half) * Q_WIDTH
-        right += (expert * Q_HALVES + right_half) * Q_WIDTH
-        for block in range(P_BLOCKS * P_HALVES):
-            half, p = block // P_BLOCKS, block % P_BLOCKS * _BLOCK
-            load_step(a, b, first_row, left, right, half, p, memory, step)
-            step += 1
+        left_half, left = split_column(2 * pair, q_width, Q_HALVES)
+        right_half, right = split_column(gl.minimum(2 * pair + 1, q_blocks - 1), q_width, Q_HALVES)
+        left += (expert * Q_HALVES + left_half) * q_width
+        right += (expert * Q_HALVES + right_half) * q_width
+        for half in gl.static_range(P_HALVES):
+            for block in range(p_blocks):
+                load_step(a, b, first_row, left, right, half, block * _BLOCK, memory, step)
+                step += 1
 
 
 @gluon.jit
-def _store(out, sums, result, first_row, end, block, Q_WIDTH: gl.constexpr):
-    half, column = split_column(block, Q_WIDTH)
+def _store(out, sums, result, first_row, end, block, q_width, Q_HALVES: gl.constexpr):
+    half, column = split_column(block, q_width, Q_HALVES)
     to_shared(sums, result)
     source = result._reinterpret(out.dtype, [1, 1, _SLAB, 1, _BLOCK], out.layout)
     tma.async_copy_shared_to_global(out, [MOST_ROWS, end, MOST_ROWS - end + first_row, half, column], source)
@@ -120,14 +118,13 @@ def _multiply(
     tiles,
     memory,
     num_scales,
-    P_WIDTH: gl.constexpr,
+    p_width,
+    q_width,
     P_HALVES: gl.constexpr,
-    Q_WIDTH: gl.constexpr,
     Q_HALVES: gl.constexpr,
     WHICH: gl.constexpr,
 ):
-    P_BLOCKS: gl.constexpr = (P_WIDTH + _BLOCK - 1) // _BLOCK * P_HALVES
-    Q_BLOCKS: gl.constexpr = (Q_WIDTH + _BLOCK - 1) // _BLOCK * Q_HALVES
+    p_blocks, q_blocks = count_blocks(p_width) * P_HALVES, count_blocks(q_width) * Q_HALVES
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
     rows = gl.arange(0, _SLAB, layout=gl.SliceLayout(1, layout))
     result = memory[2].index(WHICH)
@@ -138,16 +135,16 @@ def _multiply(
         first_row += WHICH * _SLAB
         if first_row < end:
             a_where = a_scales + gl.minimum(first_row + rows, num_scales - 1)  # later rows are not stored
-            b_where = b_scales + expert.to(gl.int64) * (Q_BLOCKS * P_BLOCKS)
-            left_where = b_where + 2 * pair * P_BLOCKS
-            right_where = b_where + gl.minimum(2 * pair + 1, Q_BLOCKS - 1) * P_BLOCKS
-            left, right = add_steps(a_where, num_scales, left_where, right_where, 1, P_BLOCKS, memory, step, WHICH)
-            _store(out, left, result, first_row, end, 2 * pair, Q_WIDTH)
-            if 2 * pair + 1 < Q_BLOCKS:
-                _store(out, right, result, first_row, end, 2 * pair + 1, Q_WIDTH)
+            b_where = b_scales + expert.to(gl.int64) * (q_blocks * p_blocks)
+            left_where = b_where + 2 * pair * p_blocks
+            right_where = b_where + gl.minimum(2 * pair + 1, q_blocks - 1) * p_blocks
+            left, right = add_steps(a_where, num_scales, left_where, right_where, 1, p_blocks, memory, step, WHICH)
+            _store(out, left, result, first_row, end, 2 * pair, q_width, Q_HALVES)
+            if 2 * pair + 1 < q_blocks:
+                _store(out, right, result, first_row, end, 2 * pair + 1, q_width, Q_HALVES)
         else:  # no row of the group is in this slab
-            skip_steps(P_BLOCKS, memory, step, WHICH)
-        step += P_BLOCKS
+            skip_steps(p_blocks, memory, step, WHICH)
+        step += p_blocks
     tma.store_wait(0)
 
 
@@ -160,9 +157,9 @@ def multiply_fp8(
     out,
     tiles,
     num_scales,
-    P_WIDTH: gl.constexpr,
+    p_width,
+    q_width,
     P_HALVES: gl.constexpr,
-    Q_WIDTH: gl.constexpr,
     Q_HALVES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -171,13 +168,13 @@ def multiply_fp8(
         [
             (
                 _multiply,
-                (a_scales, b_scales, out, tiles, memory, num_scales, P_WIDTH, P_HALVES, Q_WIDTH, Q_HALVES, 0),
+                (a_scales, b_scales, out, tiles, memory, num_scales, p_width, q_width, P_HALVES, Q_HALVES, 0),
             ),
             (
                 _multiply,
-                (a_scales, b_scales, out, tiles, memory, num_scales, P_WIDTH, P_HALVES, Q_WIDTH, Q_HALVES, 1),
+                (a_scales, b_scales, out, tiles, memory, num_scales, p_width, q_width, P_HALVES, Q_HALVES, 1),
             ),
-            (_load, (a, b, tiles, memory, P_WIDTH, P_HALVES, Q_WIDTH, Q_HALVES)),
+            (_load, (a, b, tiles, memory, p_width, q_width, P_HALVES, Q_HALVES)),
         ],
         [_WARPS, 1],
         [_REGISTERS, _LOADING_REGISTERS],

@@ -16,10 +16,12 @@ from experts.fp8.blocks import BLOCK
 
 SLAB = 64  # rows of one group of warps
 STAGES = 4  # steps whose operands are in shared memory at the same time
+#: Whether the groups take turns. Without turns, both multiply and both add at the same time.
+TURNS = True
 MULTIPLYING_WARPS, MULTIPLYING_REGISTERS, LOADING_REGISTERS = 4, 240, 24
 
 _BLOCK, _SLAB, _STAGES = gl.constexpr(BLOCK), gl.constexpr(SLAB), gl.constexpr(STAGES)
-_WARPS = gl.constexpr(MULTIPLYING_WARPS)
+_WARPS, _TURNS = gl.constexpr(MULTIPLYING_WARPS), gl.constexpr(TURNS)
 
 
 def shared_layout(rank: int, bits: int) -> gl.NVMMASharedLayout:
@@ -34,10 +36,19 @@ def described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
 
 
 @gluon.jit
-def split_column(block, WIDTH: gl.constexpr):
+def count_blocks(width):
+    """Return how many blocks of 128 columns a width has."""
+    return (width + _BLOCK - 1) // _BLOCK
+
+
+@gluon.jit
+def split_column(block, width, HALVES: gl.constexpr):
     """Return the half of a block of columns, and the block's first column in it."""
-    BLOCKS: gl.constexpr = (WIDTH + _BLOCK - 1) // _BLOCK
-    return block // BLOCKS, block % BLOCKS * _BLOCK
+    if HALVES == 1:
+        return 0, block * _BLOCK
+    blocks = count_blocks(width)
+    half = (block >= blocks).to(gl.int32)
+    return half, (block - half * blocks) * _BLOCK
 
 
 @gluon.jit
@@ -62,9 +73,11 @@ def _multiply_block(a_tile, b_tile, turns, turn, WHICH: gl.constexpr):
     """Multiply 128 columns when it is this group's turn, and pass the turn on as soon as the tensor cores have it."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
     zeros = gl.zeros([_SLAB, _BLOCK], gl.float32, layout)
-    mbarrier.wait(turns.index(WHICH), turn & 1)
+    if _TURNS:
+        mbarrier.wait(turns.index(WHICH), turn & 1)
     sums = warpgroup_mma(a_tile, b_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    mbarrier.arrive(turns.index(1 - WHICH))
+    if _TURNS:
+        mbarrier.arrive(turns.index(1 - WHICH))
     return warpgroup_mma_wait(0, deps=(sums,))
 
 
@@ -118,9 +131,10 @@ def skip_steps(num_steps, memory, step, WHICH: gl.constexpr):
         stage = step % _STAGES
         mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
         mbarrier.arrive(free.index(stage))
-        for block in gl.static_range(2):
-            mbarrier.wait(turns.index(WHICH), (2 * step + block) & 1)
-            mbarrier.arrive(turns.index(1 - WHICH))
+        if _TURNS:
+            for block in gl.static_range(2):
+                mbarrier.wait(turns.index(WHICH), (2 * step + block) & 1)
+                mbarrier.arrive(turns.index(1 - WHICH))
         step += 1
 
 
