@@ -1,9 +1,11 @@
-"""The FP8 kernels: the format's values, products, activations and layers, in Triton's interpreter and on a GPU.
+"""The FP8 kernels: the format's values, products and activations, in Triton's interpreter and on a GPU.
 
 What is right follows from the definition of the format. As in test_gemm.py, the interpreter needs its own process and
 float16. Its conversion to FP8 is wrong where it must round, so the kernels round before (`to_fp8`).
 """
 
+import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -15,13 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from experts import BackendConfig, ConfigError, GroupedExperts, MoEConfig
 from experts.fp8.blocks import E4M3, E5M2, Matrices, Rows
 from experts.steps import Permutation, eager
-from moebench.parity.quantization import fp8_product
-from tests.experts import oracle
 from tests.experts.compiled import compile_launches
-from tests.experts.layers import BF16, F16, F32, INTERPRETED, layer, moe_config, poisoned, random_batch, random_parameters
+from tests.experts.layers import BF16, F16, F32, INTERPRETED, moe_config, poisoned
 
 pytest.importorskip("triton")
 
@@ -31,7 +30,7 @@ on_every_setup = pytest.mark.parametrize(
     ("device", "dtype"),
     [
         pytest.param("cpu", F16, id="cpu-float16", marks=in_interpreter),
-        *(pytest.param("cuda", dtype, id=f"cuda-{dtype}", marks=pytest.mark.gpu) for dtype in (F16, BF16)),
+        pytest.param("cuda", BF16, id="cuda-bfloat16", marks=pytest.mark.gpu),
     ],
 )
 on_every_format = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
@@ -41,11 +40,11 @@ on_every_format = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m
 @pytest.mark.certify
 @pytest.mark.timeout(600)
 def test_in_tritons_interpreter(certify: bool) -> None:
-    part = "cpu and (rows or weights or turned or 16-rows or swiglu-e4m3 or recipe and quick or told)"
+    part = "cpu and (rows_have or turned or outer or 16-rows-forward-1 or swiglu-e4m3 or told)"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "EXPERTS_STEPS": "fused", "PYTHONPATH": str(ROOT)}
     quiet = ["-W", "ignore:invalid value encountered:RuntimeWarning", "-W", "ignore:overflow:RuntimeWarning"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "0", *quiet]
-    command += ["tests/experts/test_fp8.py", "-k", "cpu" if certify else part]
+    command += ["tests/experts/test_fp8.py", "tests/experts/test_triton_fp8.py", "-k", "cpu" if certify else part]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
     assert " passed" in done.stdout
@@ -132,13 +131,13 @@ def test_rows_have_a_scale_for_128_values(device: str, dtype: torch.dtype, fmt: 
     assert same(gathered.scales[:, :num_local], found.scales[:, tokens_N[:num_local].to(device)])
 
 
-@on_every_setup
-def test_infinity_and_nan_stay_in_their_block(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.gpu  # the interpreter's conversion knows no infinity
+def test_infinity_and_nan_stay_in_their_block() -> None:
     from experts.fp8 import quantise
 
     x_TD = torch.ones(2, 256)
     x_TD[0, 3], x_TD[1, 200] = torch.inf, torch.nan
-    found = exact_rows(quantise.quantise_tokens(x_TD.to(device, dtype))).cpu()
+    found = exact_rows(quantise.quantise_tokens(x_TD.to("cuda", BF16))).cpu()
     assert not found[0, 3].isfinite()
     assert found[1, 200].isnan()
     assert torch.equal(found[0, 128:], torch.ones(128).double())
@@ -214,9 +213,11 @@ def test_a_product_is_the_sum_of_the_scaled_values(
     num_local = int(permutation.offsets_L[-1])
     exact, weights = exact_rows(whole), exact_matrices(matrices)
     right = torch.stack([exact[row] @ weights[permutation.row_to_expert_N[row]].mT for row in range(num_local)])
-    size = torch.stack([exact[row].abs() @ weights[permutation.row_to_expert_N[row]].abs().mT for row in range(num_local)])
+    size = torch.stack(
+        [exact[row].abs() @ weights[permutation.row_to_expert_N[row]].abs().mT for row in range(num_local)]
+    )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torch, "empty", poisoned)
+        patched.setattr(torch, "empty", poisoned_blocks)
         found = product(whole, matrices, permutation, 8, F32 if device == "cpu" else dtype, tiling=tiling)
     assert found[num_local:].isnan().all()
     # tensor cores sum 128 products with 14 bits
@@ -237,6 +238,53 @@ def test_a_product_can_gather_its_tokens(device: str, dtype: torch.dtype) -> Non
     gathered = product(quantise.quantise_tokens(x_TD), matrices, permutation, 8, F16, gather=True, tiling=tiling)
     rows = quantise.quantise_and_gather(x_TD, permutation)
     assert same(gathered[:num_local], product(rows, matrices, permutation, 8, F16, tiling=tiling)[:num_local])
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@on_every_setup
+def test_outer_products_are_the_sums_of_each_experts_rows(device: str, dtype: torch.dtype, halves: int) -> None:
+    """Rows are quantised along the rows: a column of the left operand, and 128 columns of the right one, in blocks."""
+    from experts.fp8 import gradients, turned
+
+    num_tokens, left_width, right_width = (70, 144, 288) if device == "cpu" else (900, 208, 544)
+    permutation = permutation_of(num_tokens, device)
+    offsets = [0, *permutation.offsets_L.tolist()]
+    x_TD = (hard_rows(num_tokens, left_width, dtype) / 128).to(device)  # so that no sum overflows
+    rows_NH = (hard_rows(permutation.num_rows, right_width, dtype) / 128).to(device)
+    rows_NH[offsets[-1] :] = torch.nan  # are not read
+    blocks = turned.row_blocks(permutation)
+    tokens_ND = eager.gather_rows(x_TD, permutation).float().cpu()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "empty", poisoned_blocks)
+        up = gradients.grad_of_up(x_TD, rows_NH, permutation, blocks, halves)
+        down = gradients.grad_of_down(rows_NH, x_TD, permutation, blocks)
+    for expert, (start, end) in enumerate(itertools.pairwise(offsets)):
+        tokens, rows = tokens_ND[start:end], rows_NH[start:end].float().cpu()
+        for found, left, right, parts in ((up, tokens, rows, halves), (down, rows, tokens, 1)):
+            exact = along_rows(left, [slice(i, i + 1) for i in range(left.shape[1])]).T @ along_rows(
+                right, cuts(right.shape[1], parts)
+            )
+            size = left.abs().double().T @ right.abs().double()
+            step = torch.finfo(found.dtype).eps
+            allowed = size * (1e-5 if device == "cpu" else 2.0**-12) + exact.abs() * step + 1e-7
+            assert ((found[expert].double().cpu() - exact).abs() <= allowed).all()
+
+
+def along_rows(rows_NC: Tensor, columns: list[slice]) -> Tensor:
+    """Return rows [N, C] after quantising blocks of 128 rows and of some columns, in float64."""
+    exact = rows_NC.double()
+    for cut in columns:
+        for start in range(0, rows_NC.shape[0], 128):
+            values, scale = quantised(rows_NC[start : start + 128, cut], E4M3)
+            exact[start : start + 128, cut] = values.double() * scale.double()
+    return exact
+
+
+def poisoned_blocks(*shape: Any, **options: Any) -> Tensor:
+    """Return what `torch.empty` returns, filled with NaN, or with the largest integer; also for FP8."""
+    if options["dtype"] in (E4M3, E5M2):
+        return torch.full(shape, 0x7F, dtype=torch.uint8, device=options["device"]).view(options["dtype"])
+    return poisoned(*shape, **options)
 
 
 # activations
@@ -287,11 +335,42 @@ def assert_close_in_fp8(found: Tensor, right: Tensor, fmt: torch.dtype) -> None:
     assert ((found - right).abs() <= step * right.abs() + step * right.abs().max() / torch.finfo(fmt).max).all()
 
 
-# layers
+# code for an H200
 
 
-def emulated(config: MoEConfig, parameters: dict[str, Tensor], batch: Any, recipe: str) -> dict[str, Tensor]:
-    """Return the output and gradients of the oracle in float32, with the recipe's rounding in its products."""
-    multiply = fp8_product(recipe)
-    wide = batch.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    return oracle.run(config, {name: tensor.float() for name, tensor in parameters.items()}, wide, multiply)
+@pytest.mark.certify(share=0.25)
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.parametrize("which", ["product", "outer", "quantise", "activate"])
+def test_kernels_compile_for_sm90(which: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Products use tensor cores in FP8, with tiles from the TMA; the other kernels move 16 bytes at a time."""
+    from experts.fp8 import activation, gradients, products, quantise, turned
+
+    for module in (gradients, products):
+        monkeypatch.setattr(module, "runs_on_hopper", lambda device, num_rows: True)
+    importlib.import_module("experts.fp8.hopper")
+    modules = [sys.modules[f"experts.fp8.hopper.{name}"] for name in ("outer", "rows")]
+    ptx = compile_launches(monkeypatch, tmp_path, *modules, activation, gradients, products, quantise, turned)
+    num_rows, k, experts, dim, inter = 512, 8, 128, 2048, 768
+    maps = [torch.zeros(num_rows, dtype=torch.int64) for _ in range(3)]
+    permutation = Permutation(*maps, torch.zeros(experts, dtype=torch.int32), k)
+    x_TD, h_NH = torch.zeros(num_rows // k, dim, dtype=BF16), torch.zeros(num_rows, 2 * inter, dtype=BF16)
+    a_NI, weights_TK = torch.zeros(num_rows, inter, dtype=BF16), torch.zeros(num_rows // k, k)
+    config = moe_config(n_routed_experts=experts, dim=dim, moe_inter_dim=inter, dtype=BF16)
+    if which == "product":
+        up = quantise.quantise_weights(torch.zeros(experts, dim, 2 * inter, dtype=BF16), 2)
+        products.product(quantise.quantise_and_gather(x_TD, permutation), up, permutation, 1000.0, BF16)
+    elif which == "outer":
+        gradients.grad_of_up(x_TD, h_NH, permutation, turned.row_blocks(permutation), 2)
+    elif which == "quantise":
+        quantise.transposed(quantise.quantise_weights(torch.zeros(experts, dim, 2 * inter, dtype=BF16), 2))
+        quantise.quantise_and_gather(x_TD, permutation)
+    else:
+        activation.activate(h_NH, permutation, weights_TK, None, config)
+        activation.activate_backward(h_NH, a_NI, permutation, weights_TK, None, config, E4M3)
+    for name, code in ptx.items():
+        if name in ("multiply_fp8", "outer_fp8"):
+            assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in code
+            assert "cp.async.bulk.tensor" in code
+        elif name != "list_tiles":
+            assert re.search(r"ld\.global\.\S*v4", code), name
+        assert not re.search(r"(st|ld)\.local", code), name
