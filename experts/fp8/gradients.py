@@ -25,9 +25,11 @@ def grad_of_up(
     x_TD: Tensor, grad_h_NH: Tensor, permutation: Permutation, blocks: RowBlocks, halves: int, fmt: torch.dtype = E4M3
 ) -> Tensor:
     """Return the gradient [L, D, H] of the up projection's weights. H has `halves` parts."""
+    shape = permutation.offsets_L.shape[0], x_TD.shape[1], grad_h_NH.shape[1]
+    if permutation.num_rows == 0:
+        return torch.zeros(shape, dtype=x_TD.dtype, device=x_TD.device)
     left = turn(x_TD, blocks, permutation, gather=True, by_column=True)
     right = turn(grad_h_NH, blocks, permutation, gather=False, by_column=False, halves=halves, dtype=fmt)
-    shape = permutation.offsets_L.shape[0], x_TD.shape[1], grad_h_NH.shape[1]
     out = torch.empty(shape, dtype=x_TD.dtype, device=x_TD.device)
     _outer(left, right, blocks, out, halves, permutation.num_rows)
     return out
@@ -37,9 +39,12 @@ def grad_of_down(
     a_NI: Tensor, grad_TD: Tensor, permutation: Permutation, blocks: RowBlocks, fmt: torch.dtype = E4M3
 ) -> Tensor:
     """Return the gradient [L, I, D] of the down projection's weights."""
-    left = turn(a_NI, blocks, permutation, gather=False, by_column=True)
     dim = grad_TD.shape[1]
-    out = torch.empty(permutation.offsets_L.shape[0], a_NI.shape[1], dim, dtype=grad_TD.dtype, device=grad_TD.device)
+    shape = permutation.offsets_L.shape[0], a_NI.shape[1], dim
+    if permutation.num_rows == 0:
+        return torch.zeros(shape, dtype=grad_TD.dtype, device=grad_TD.device)
+    left = turn(a_NI, blocks, permutation, gather=False, by_column=True)
+    out = torch.empty(shape, dtype=grad_TD.dtype, device=grad_TD.device)
     part = triton.cdiv(num_blocks(dim), PARTS) * BLOCK
     for start in range(0, dim, part):
         columns = slice(start, min(start + part, dim))

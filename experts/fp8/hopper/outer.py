@@ -18,14 +18,15 @@ from experts.fp8.hopper.steps import (
     MULTIPLYING_REGISTERS,
     MULTIPLYING_WARPS,
     SLAB,
-    add_steps,
     allocate,
     count_blocks,
     described,
     load_step,
+    multiply_tile,
+    no_block,
     skip_steps,
     split_column,
-    to_shared,
+    store_block,
 )
 from experts.fp8.turned import RowBlocks, TurnedRows
 from experts.steps.fused.launch import launch
@@ -49,7 +50,8 @@ def outer(left: TurnedRows, right: TurnedRows, blocks: RowBlocks, out_LPQ: Tenso
     num_tiles = experts * triton.cdiv(p, BLOCK) * triton.cdiv(halves * num_blocks(width), 2)
     programs = torch.cuda.get_device_properties(out_LPQ.device).multi_processor_count if out_LPQ.is_cuda else 1
     strides = out_LPQ.stride()
-    out = out_LPQ.as_strided([experts, p, halves, width], [*strides[:2], width, 1])
+    # a dimension in front, so that it has as many as the rows' products have
+    out = out_LPQ.as_strided([1, experts, p, halves, width], [experts * strides[0], *strides[:2], width, 1])
     launch(
         outer_fp8,
         (min(programs, num_tiles),),
@@ -57,9 +59,9 @@ def outer(left: TurnedRows, right: TurnedRows, blocks: RowBlocks, out_LPQ: Tenso
         left.scales,
         described(right.values.unsqueeze(1), [BLOCK, 1, BLOCK]),
         right.scales,
-        described(out, [1, SLAB, 1, BLOCK]),
+        described(out, [1, 1, SLAB, 1, BLOCK]),
         blocks.ends_L,
-        *(blocks.most, num_tiles, p, width),
+        *(num_tiles, p, width),
         Q_HALVES=halves,
         num_warps=MULTIPLYING_WARPS,
     )
@@ -103,21 +105,12 @@ def _load(
 
 
 @gluon.jit
-def _store(out, sums, result, expert, row, block, q_width, Q_HALVES: gl.constexpr):
-    half, column = split_column(block, q_width, Q_HALVES)
-    to_shared(sums, result)
-    source = result._reinterpret(out.dtype, [1, _SLAB, 1, _BLOCK], out.layout)
-    tma.async_copy_shared_to_global(out, [expert, row, half, column], source)
-
-
-@gluon.jit
 def _multiply(
     a_scales,
     b_scales,
     out,
     ends,
     memory,
-    most_blocks,
     num_tiles,
     p,
     q_width,
@@ -127,25 +120,33 @@ def _multiply(
     q_blocks = count_blocks(q_width) * Q_HALVES
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
     rows = gl.arange(0, _SLAB, layout=gl.SliceLayout(1, layout))
-    result = memory[2].index(WHICH)
     step = 0
+    # a tile is stored while the next tile is multiplied; before the first tile, nothing is stored
+    done_left, done_right = no_block(out.dtype), no_block(out.dtype)
+    expert, row, left_half, left, right_half, right = 0, p, 0, 0, 0, 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, row, pair, start, num_steps = _find_tile(tile, ends, p, q_blocks)
-        row += WHICH * _SLAB
-        if row < p:
-            first = gl.minimum(start, most_blocks - 1).to(gl.int64)  # an expert without blocks may be the last one
-            a_where = a_scales + first * p + gl.minimum(row + rows, p - 1)
-            b_where = b_scales + first * q_blocks
-            right_where = b_where + gl.minimum(2 * pair + 1, q_blocks - 1)
-            left, right = add_steps(
-                a_where, p, b_where + 2 * pair, right_where, q_blocks, num_steps, memory, step, WHICH
-            )
-            _store(out, left, result, expert, row, 2 * pair, q_width, Q_HALVES)
-            if 2 * pair + 1 < q_blocks:
-                _store(out, right, result, expert, row, 2 * pair + 1, q_width, Q_HALVES)
+        next_expert, next_row, pair, start, num_steps = _find_tile(tile, ends, p, q_blocks)
+        next_row += WHICH * _SLAB
+        if (next_row < p) & (num_steps > 0):
+            first = start.to(gl.int64)
+            a_where = a_scales + first * p + gl.minimum(next_row + rows, p - 1)
+            left_where = b_scales + first * q_blocks + 2 * pair
+            right_where = b_scales + first * q_blocks + gl.minimum(2 * pair + 1, q_blocks - 1)
+            done_left, done_right = multiply_tile(
+                a_where, p, left_where, right_where, q_blocks, num_steps, memory, step, out, done_left, done_right,
+                0, expert, row, left_half, left, right_half, right, WHICH
+            )  # fmt: skip
         else:
+            store_block(out, memory[2].index(WHICH), done_left, 0, expert, row, left_half, left)
+            store_block(out, memory[2].index(WHICH), done_right, 0, expert, row, right_half, right)
             skip_steps(num_steps, memory, step, WHICH)
+            done_left, done_right = no_block(out.dtype), no_block(out.dtype)
+        expert, row = next_expert, next_row
+        left_half, left = split_column(2 * pair, q_width, Q_HALVES)
+        right_half, right = split_column(2 * pair + 1, q_width, Q_HALVES)
         step += num_steps
+    store_block(out, memory[2].index(WHICH), done_left, 0, expert, row, left_half, left)
+    store_block(out, memory[2].index(WHICH), done_right, 0, expert, row, right_half, right)
     tma.store_wait(0)
 
 
@@ -157,7 +158,6 @@ def outer_fp8(
     b_scales,
     out,
     ends,
-    most_blocks,
     num_tiles,
     p,
     q_width,
@@ -167,8 +167,8 @@ def outer_fp8(
     memory = allocate(a.dtype, b.dtype, out.dtype)
     gl.warp_specialize(
         [
-            (_multiply, (a_scales, b_scales, out, ends, memory, most_blocks, num_tiles, p, q_width, Q_HALVES, 0)),
-            (_multiply, (a_scales, b_scales, out, ends, memory, most_blocks, num_tiles, p, q_width, Q_HALVES, 1)),
+            (_multiply, (a_scales, b_scales, out, ends, memory, num_tiles, p, q_width, Q_HALVES, 0)),
+            (_multiply, (a_scales, b_scales, out, ends, memory, num_tiles, p, q_width, Q_HALVES, 1)),
             (_load, (a, b, ends, memory, num_tiles, p, q_width, Q_HALVES)),
         ],
         [_WARPS, 1],

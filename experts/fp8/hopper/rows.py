@@ -12,15 +12,16 @@ from experts.fp8.hopper.steps import (
     MULTIPLYING_REGISTERS,
     MULTIPLYING_WARPS,
     SLAB,
-    add_steps,
     allocate,
     count_blocks,
     described,
     load_step,
+    multiply_tile,
+    no_block,
     shared_layout,
     skip_steps,
     split_column,
-    to_shared,
+    store_block,
 )
 from experts.gemm.hopper.descriptors import MOST_ROWS
 from experts.gemm.kernels import TILE_FIELDS
@@ -103,14 +104,6 @@ def _load(
 
 
 @gluon.jit
-def _store(out, sums, result, first_row, end, block, q_width, Q_HALVES: gl.constexpr):
-    half, column = split_column(block, q_width, Q_HALVES)
-    to_shared(sums, result)
-    source = result._reinterpret(out.dtype, [1, 1, _SLAB, 1, _BLOCK], out.layout)
-    tma.async_copy_shared_to_global(out, [MOST_ROWS, end, MOST_ROWS - end + first_row, half, column], source)
-
-
-@gluon.jit
 def _multiply(
     a_scales,
     b_scales,
@@ -127,24 +120,35 @@ def _multiply(
     p_blocks, q_blocks = count_blocks(p_width) * P_HALVES, count_blocks(q_width) * Q_HALVES
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
     rows = gl.arange(0, _SLAB, layout=gl.SliceLayout(1, layout))
-    result = memory[2].index(WHICH)
     num_tiles = gl.load(tiles)
     step = 0
+    # a tile is stored while the next tile is multiplied; before the first tile, nothing is stored
+    done_left, done_right = no_block(out.dtype), no_block(out.dtype)
+    row, end, left_half, left, right_half, right = 0, 0, 0, 0, 0, 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, pair, first_row, end = _read_tile(tiles, tile)
+        expert, pair, first_row, next_end = _read_tile(tiles, tile)
         first_row += WHICH * _SLAB
-        if first_row < end:
+        place = MOST_ROWS - end + row
+        if first_row < next_end:
             a_where = a_scales + gl.minimum(first_row + rows, num_scales - 1)  # later rows are not stored
             b_where = b_scales + expert.to(gl.int64) * (q_blocks * p_blocks)
             left_where = b_where + 2 * pair * p_blocks
             right_where = b_where + gl.minimum(2 * pair + 1, q_blocks - 1) * p_blocks
-            left, right = add_steps(a_where, num_scales, left_where, right_where, 1, p_blocks, memory, step, WHICH)
-            _store(out, left, result, first_row, end, 2 * pair, q_width, Q_HALVES)
-            if 2 * pair + 1 < q_blocks:
-                _store(out, right, result, first_row, end, 2 * pair + 1, q_width, Q_HALVES)
+            done_left, done_right = multiply_tile(
+                a_where, num_scales, left_where, right_where, 1, p_blocks, memory, step, out, done_left, done_right,
+                MOST_ROWS, end, place, left_half, left, right_half, right, WHICH
+            )  # fmt: skip
         else:  # no row of the group is in this slab
+            store_block(out, memory[2].index(WHICH), done_left, MOST_ROWS, end, place, left_half, left)
+            store_block(out, memory[2].index(WHICH), done_right, MOST_ROWS, end, place, right_half, right)
             skip_steps(p_blocks, memory, step, WHICH)
+            done_left, done_right = no_block(out.dtype), no_block(out.dtype)
+        row, end = first_row, next_end
+        left_half, left = split_column(2 * pair, q_width, Q_HALVES)
+        right_half, right = split_column(2 * pair + 1, q_width, Q_HALVES)
         step += p_blocks
+    store_block(out, memory[2].index(WHICH), done_left, MOST_ROWS, end, MOST_ROWS - end + row, left_half, left)
+    store_block(out, memory[2].index(WHICH), done_right, MOST_ROWS, end, MOST_ROWS - end + row, right_half, right)
     tma.store_wait(0)
 
 

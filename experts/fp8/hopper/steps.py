@@ -69,7 +69,35 @@ def load_step(a, b, a_first, b_left, b_right, half, p, memory, step):
 
 
 @gluon.jit
-def _multiply_block(a_tile, b_tile, turns, turn, WHICH: gl.constexpr):
+def _rounded(sums, dtype: gl.constexpr):
+    """Return float32 sums in bfloat16 or float16.
+
+    A plain conversion would be moved to the store. Then the store would read the sums while tensor cores write the next
+    ones, and the assembler would let each product wait for the one before. Inline assembly is not moved.
+    """
+    if dtype == gl.bfloat16:
+        values = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [sums], dtype=gl.bfloat16, is_pure=False, pack=2
+        )
+    else:
+        values = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [sums], dtype=gl.float16, is_pure=False, pack=2
+        )
+    return values
+
+
+@gluon.jit
+def store_block(out, result, values, first, second, row, half, column):
+    """Store a slab of one block. What lies past an end of `out` is not stored."""
+    tma.store_wait(0)  # the block before has left the memory of the result
+    result.store(values)
+    fence_async_shared()
+    source = result._reinterpret(out.dtype, [1, 1, _SLAB, 1, _BLOCK], out.layout)
+    tma.async_copy_shared_to_global(out, [first, second, row, half, column], source)
+
+
+@gluon.jit
+def _begin_block(a_tile, b_tile, turns, turn, WHICH: gl.constexpr):
     """Multiply 128 columns when it is this group's turn, and pass the turn on as soon as the tensor cores have it."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
     zeros = gl.zeros([_SLAB, _BLOCK], gl.float32, layout)
@@ -78,11 +106,11 @@ def _multiply_block(a_tile, b_tile, turns, turn, WHICH: gl.constexpr):
     sums = warpgroup_mma(a_tile, b_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if _TURNS:
         mbarrier.arrive(turns.index(1 - WHICH))
-    return warpgroup_mma_wait(0, deps=(sums,))
+    return sums
 
 
 @gluon.jit
-def add_steps(
+def multiply_tile(
     a_where,
     a_stride,
     left_where,
@@ -91,19 +119,46 @@ def add_steps(
     num_steps,
     memory,
     step,
+    out,
+    done_left,
+    done_right,
+    first,
+    second,
+    row,
+    left_half,
+    left_column,
+    right_half,
+    right_column,
     WHICH: gl.constexpr,
 ):
-    """Return the sums of a slab over some steps, for the left and the right block of columns.
+    """Return a slab's sums over one or more steps, for the left and the right block of columns, in the result's dtype.
 
     `a_where` points to the scales of the slab's rows, and `left_where` and `right_where` to those of the two blocks.
+    While the first step is multiplied, store the blocks of the tile before, `done_left` and `done_right`, at their
+    places, which the arguments from `first` to `right_column` give.
     """
-    a_tiles, b_tiles, _, loaded, free, turns = memory
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
-    left = gl.zeros([_SLAB, _BLOCK], gl.float32, layout)
-    right = gl.zeros([_SLAB, _BLOCK], gl.float32, layout)
+    a_tiles, b_tiles, results, loaded, free, turns = memory
+    result = results.index(WHICH)
     a_scale = gl.load(a_where)
     left_scale, right_scale = gl.load(left_where), gl.load(right_where)
-    for index in range(num_steps):
+    by_left, by_right = a_scale * left_scale, a_scale * right_scale
+    following = gl.minimum(1, num_steps - 1)
+    a_scale = gl.load(a_where + following * a_stride)
+    left_scale, right_scale = gl.load(left_where + following * b_stride), gl.load(right_where + following * b_stride)
+    stage = step % _STAGES
+    mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
+    a_tile = a_tiles.index(2 * stage + WHICH)
+    sums = _begin_block(a_tile, b_tiles.index(2 * stage), turns, 2 * step, WHICH)
+    store_block(out, result, done_left, first, second, row, left_half, left_column)
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    left = sums * gl.expand_dims(by_left, 1)
+    sums = _begin_block(a_tile, b_tiles.index(2 * stage + 1), turns, 2 * step + 1, WHICH)
+    store_block(out, result, done_right, first, second, row, right_half, right_column)
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    mbarrier.arrive(free.index(stage))
+    right = sums * gl.expand_dims(by_right, 1)
+    step += 1
+    for index in range(1, num_steps):
         stage = step % _STAGES
         by_left, by_right = a_scale * left_scale, a_scale * right_scale
         following = gl.minimum(index + 1, num_steps - 1)  # early: the next step waits for the loads
@@ -114,13 +169,15 @@ def add_steps(
         )
         mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
         a_tile = a_tiles.index(2 * stage + WHICH)
-        sums = _multiply_block(a_tile, b_tiles.index(2 * stage), turns, 2 * step, WHICH)
+        sums = _begin_block(a_tile, b_tiles.index(2 * stage), turns, 2 * step, WHICH)
+        sums = warpgroup_mma_wait(0, deps=(sums,))
         left += sums * gl.expand_dims(by_left, 1)
-        sums = _multiply_block(a_tile, b_tiles.index(2 * stage + 1), turns, 2 * step + 1, WHICH)
+        sums = _begin_block(a_tile, b_tiles.index(2 * stage + 1), turns, 2 * step + 1, WHICH)
+        sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(free.index(stage))
         right += sums * gl.expand_dims(by_right, 1)
         step += 1
-    return left, right
+    return _rounded(left, out.dtype), _rounded(right, out.dtype)
 
 
 @gluon.jit
@@ -139,11 +196,9 @@ def skip_steps(num_steps, memory, step, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def to_shared(sums, result):
-    """Write a slab's sums of one block to shared memory, from which the TMA then copies them."""
-    tma.store_wait(0)  # the sums before have left the memory
-    result.store(sums.to(result.dtype))
-    fence_async_shared()
+def no_block(dtype: gl.constexpr):
+    """Return a block of zeros, as a tile without steps has it."""
+    return gl.zeros([_SLAB, _BLOCK], dtype, gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32]))
 
 
 @gluon.jit
