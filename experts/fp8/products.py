@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from experts.activations import ActivationForm
 from experts.fp8.blocks import BLOCK, Matrices, Rows, num_blocks
 from experts.fp8.kernels import fp8_gemm
 from experts.gemm.gradients import runs_on_hopper
@@ -95,6 +96,32 @@ def product(
         num_warps=tiling.warps,
     )
     return out
+
+
+def activated_product(
+    rows: Rows,
+    up: Matrices,
+    permutation: Permutation,
+    rows_per_expert: float,
+    weights_TK: Tensor | None,
+    form: ActivationForm,
+    dtype: torch.dtype,
+) -> Rows | None:
+    """Return the weighted activation [N, I] of the up projection in FP8, or None where no kernel computes both.
+
+    `dtype` is the one in which the up projection would be stored. It takes Hopper GPUs, many rows, and gate and up in
+    halves.
+    """
+    tiling = tiling_for(rows_per_expert)
+    fits = form.gated and not form.interleaved and tiling.rows == HOPPER.rows
+    if not fits or permutation.num_rows == 0 or not runs_on_hopper(rows.values.device, permutation.num_rows):
+        return None
+    from experts.fp8 import hopper
+
+    experts, width, _ = up.values.shape
+    tiles, programs = list_of_tiles(permutation, experts, num_blocks(width // 2), HOPPER)
+    assert tiles is not None
+    return hopper.multiply_and_activate(rows, up, permutation.row_to_slot_N, weights_TK, form, tiles, programs, dtype)
 
 
 def described(tensor: Tensor, block: list[int]) -> TensorDescriptor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from experts.activations import activation_form
 from experts.autocast import without_autocast
 from experts.compute import ExpertParameters
 from experts.compute.whole import Plan, Wanted, grad_of_down, grad_of_up, memory_of, with_plain_strides
@@ -68,12 +69,22 @@ def _forward(
     x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, plan: Fp8Plan, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output [T, D] and, with `keep`, the up projection [N, H]."""
-    permutation, after = plan.plan.permutation, plan.plan.after
-    h_NH = _project_up(x_TD, plan)
+    permutation, after, config = plan.plan.permutation, plan.plan.after, plan.plan.config
     inside_TK = None if after else weights_TK
-    a_NI = activation.activate(h_NH, permutation, inside_TK, parameters.gate_up_proj_bias, plan.plan.config)
-    kept = h_NH if keep else None
-    del h_NH
+    rows: Rows | None = quantise.quantise_and_gather(x_TD, permutation)
+    assert rows is not None
+    a_NI = kept = None
+    up = plan.weights.up()
+    if not keep and parameters.gate_up_proj_bias is None:
+        form, per_expert = activation_form(config), permutation.num_rows / config.n_routed_experts
+        a_NI = products.activated_product(rows, up, permutation, per_expert, inside_TK, form, x_TD.dtype)
+    if a_NI is None:
+        h_NH = plan.multiply(rows, up, x_TD.dtype)
+        rows = None
+        a_NI = activation.activate(h_NH, permutation, inside_TK, parameters.gate_up_proj_bias, config)
+        kept = h_NH if keep else None
+        del h_NH
+    del rows, up
     y_ND = plan.multiply(a_NI, plan.weights.down(), x_TD.dtype)
     del a_NI
     down_bias = parameters.down_proj_bias

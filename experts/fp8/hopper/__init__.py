@@ -6,7 +6,8 @@ The two groups take turns: while one group adds, the tensor cores multiply for t
 Importing this package imports Gluon, the language below Triton, which comes with Triton.
 """
 
+from experts.fp8.hopper.activated import multiply_and_activate
 from experts.fp8.hopper.outer import outer
 from experts.fp8.hopper.rows import multiply
 
-__all__ = ["multiply", "outer"]
+__all__ = ["multiply", "multiply_and_activate", "outer"]

@@ -24,6 +24,7 @@ from experts.fp8.hopper.steps import (
     load_step,
     multiply_tile,
     no_block,
+    rounded,
     skip_steps,
     split_column,
     store_block,
@@ -132,10 +133,11 @@ def _multiply(
             a_where = a_scales + first * p + gl.minimum(next_row + rows, p - 1)
             left_where = b_scales + first * q_blocks + 2 * pair
             right_where = b_scales + first * q_blocks + gl.minimum(2 * pair + 1, q_blocks - 1)
-            done_left, done_right = multiply_tile(
+            left_sums, right_sums = multiply_tile(
                 a_where, p, left_where, right_where, q_blocks, num_steps, memory, step, out, done_left, done_right,
-                0, expert, row, left_half, left, right_half, right, WHICH
+                0, expert, row, left_half, left, right_half, right, True, WHICH
             )  # fmt: skip
+            done_left, done_right = rounded(left_sums, out.dtype), rounded(right_sums, out.dtype)
         else:
             store_block(out, memory[2].index(WHICH), done_left, 0, expert, row, left_half, left)
             store_block(out, memory[2].index(WHICH), done_right, 0, expert, row, right_half, right)

@@ -18,6 +18,7 @@ from experts.fp8.hopper.steps import (
     load_step,
     multiply_tile,
     no_block,
+    rounded,
     shared_layout,
     skip_steps,
     split_column,
@@ -67,18 +68,18 @@ def grouped_parts(out: Tensor, halves: int) -> TensorDescriptor:
     width = out.shape[1]
     shape = [_UNLIMITED, _UNLIMITED, MOST_ROWS.value, halves, width // halves]
     strides = [_WHOLE_ROUND - width, width, width, width // halves, 1]
-    return TensorDescriptor(out, shape, strides, [1, 1, SLAB, 1, BLOCK], shared_layout(5, 16))
+    return TensorDescriptor(out, shape, strides, [1, 1, SLAB, 1, BLOCK], shared_layout(5, 8 * out.element_size()))
 
 
 @gluon.jit
-def _read_tile(tiles, tile):
+def read_tile(tiles, tile):
     """Return a tile's expert, pair of blocks of columns, first row, and the end of the expert's group."""
     entry = tiles + (1 + tile) * TILE_FIELDS
     return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
 
 
 @gluon.jit
-def _load(
+def load_tiles(
     a,
     b,
     tiles,
@@ -87,16 +88,21 @@ def _load(
     q_width,
     P_HALVES: gl.constexpr,
     Q_HALVES: gl.constexpr,
+    GATED: gl.constexpr,
 ):
     p_blocks, q_blocks = count_blocks(p_width), count_blocks(q_width) * Q_HALVES
     num_tiles = gl.load(tiles)
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, pair, first_row, _ = _read_tile(tiles, tile)
-        left_half, left = split_column(2 * pair, q_width, Q_HALVES)
-        right_half, right = split_column(gl.minimum(2 * pair + 1, q_blocks - 1), q_width, Q_HALVES)
-        left += (expert * Q_HALVES + left_half) * q_width
-        right += (expert * Q_HALVES + right_half) * q_width
+        expert, pair, first_row, _ = read_tile(tiles, tile)
+        if GATED:  # the same columns of gate and of up
+            left = 2 * expert * q_width + pair * _BLOCK
+            right = left + q_width
+        else:
+            left_half, left = split_column(2 * pair, q_width, Q_HALVES)
+            right_half, right = split_column(gl.minimum(2 * pair + 1, q_blocks - 1), q_width, Q_HALVES)
+            left += (expert * Q_HALVES + left_half) * q_width
+            right += (expert * Q_HALVES + right_half) * q_width
         for half in gl.static_range(P_HALVES):
             for block in range(p_blocks):
                 load_step(a, b, first_row, left, right, half, block * _BLOCK, memory, step)
@@ -126,7 +132,7 @@ def _multiply(
     done_left, done_right = no_block(out.dtype), no_block(out.dtype)
     row, end, left_half, left, right_half, right = 0, 0, 0, 0, 0, 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, pair, first_row, next_end = _read_tile(tiles, tile)
+        expert, pair, first_row, next_end = read_tile(tiles, tile)
         first_row += WHICH * _SLAB
         place = MOST_ROWS - end + row
         if first_row < next_end:
@@ -134,10 +140,11 @@ def _multiply(
             b_where = b_scales + expert.to(gl.int64) * (q_blocks * p_blocks)
             left_where = b_where + 2 * pair * p_blocks
             right_where = b_where + gl.minimum(2 * pair + 1, q_blocks - 1) * p_blocks
-            done_left, done_right = multiply_tile(
+            left_sums, right_sums = multiply_tile(
                 a_where, num_scales, left_where, right_where, 1, p_blocks, memory, step, out, done_left, done_right,
-                MOST_ROWS, end, place, left_half, left, right_half, right, WHICH
+                MOST_ROWS, end, place, left_half, left, right_half, right, True, WHICH
             )  # fmt: skip
+            done_left, done_right = rounded(left_sums, out.dtype), rounded(right_sums, out.dtype)
         else:  # no row of the group is in this slab
             store_block(out, memory[2].index(WHICH), done_left, MOST_ROWS, end, place, left_half, left)
             store_block(out, memory[2].index(WHICH), done_right, MOST_ROWS, end, place, right_half, right)
@@ -178,7 +185,7 @@ def multiply_fp8(
                 _multiply,
                 (a_scales, b_scales, out, tiles, memory, num_scales, p_width, q_width, P_HALVES, Q_HALVES, 1),
             ),
-            (_load, (a, b, tiles, memory, p_width, q_width, P_HALVES, Q_HALVES)),
+            (load_tiles, (a, b, tiles, memory, p_width, q_width, P_HALVES, Q_HALVES, False)),
         ],
         [_WARPS, 1],
         [_REGISTERS, _LOADING_REGISTERS],

@@ -69,7 +69,7 @@ def load_step(a, b, a_first, b_left, b_right, half, p, memory, step):
 
 
 @gluon.jit
-def _rounded(sums, dtype: gl.constexpr):
+def rounded(sums, dtype: gl.constexpr):
     """Return float32 sums in bfloat16 or float16.
 
     A plain conversion would be moved to the store. Then the store would read the sums while tensor cores write the next
@@ -129,13 +129,14 @@ def multiply_tile(
     left_column,
     right_half,
     right_column,
+    TWO: gl.constexpr,
     WHICH: gl.constexpr,
 ):
-    """Return a slab's sums over one or more steps, for the left and the right block of columns, in the result's dtype.
+    """Return a slab's float32 sums over one or more steps, for the left and the right block of columns.
 
     `a_where` points to the scales of the slab's rows, and `left_where` and `right_where` to those of the two blocks.
     While the first step is multiplied, store the blocks of the tile before, `done_left` and `done_right`, at their
-    places, which the arguments from `first` to `right_column` give.
+    places, which the arguments from `first` to `right_column` give. Without TWO, there is no right block to store.
     """
     a_tiles, b_tiles, results, loaded, free, turns = memory
     result = results.index(WHICH)
@@ -153,7 +154,8 @@ def multiply_tile(
     sums = warpgroup_mma_wait(0, deps=(sums,))
     left = sums * gl.expand_dims(by_left, 1)
     sums = _begin_block(a_tile, b_tiles.index(2 * stage + 1), turns, 2 * step + 1, WHICH)
-    store_block(out, result, done_right, first, second, row, right_half, right_column)
+    if TWO:
+        store_block(out, result, done_right, first, second, row, right_half, right_column)
     sums = warpgroup_mma_wait(0, deps=(sums,))
     mbarrier.arrive(free.index(stage))
     right = sums * gl.expand_dims(by_right, 1)
@@ -177,7 +179,7 @@ def multiply_tile(
         mbarrier.arrive(free.index(stage))
         right += sums * gl.expand_dims(by_right, 1)
         step += 1
-    return _rounded(left, out.dtype), _rounded(right, out.dtype)
+    return left, right
 
 
 @gluon.jit
@@ -205,7 +207,8 @@ def no_block(dtype: gl.constexpr):
 def allocate(a_type: gl.constexpr, b_type: gl.constexpr, out_type: gl.constexpr):
     """Return the shared memory and the barriers: tiles of both operands, results, `loaded`, `free` and `turns`."""
     OPERAND: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    RESULT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    BITS: gl.constexpr = out_type.primitive_bitwidth
+    RESULT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
     a_tiles = gl.allocate_shared_memory(a_type, [2 * _STAGES, _SLAB, _BLOCK], OPERAND)
     b_tiles = gl.allocate_shared_memory(b_type, [2 * _STAGES, _BLOCK, _BLOCK], OPERAND)
     results = gl.allocate_shared_memory(out_type, [2, _SLAB, _BLOCK], RESULT)
