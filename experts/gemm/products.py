@@ -7,7 +7,7 @@ tiles are in the order expert, columns, rows. So the first tile of an expert's c
 and the tiles of the expert's other rows read the weights from the L2 cache. On GPUs with a tensor memory accelerator,
 the accelerator copies the weights. Gathered rows are read from the tokens in place. Sums are in float32.
 
-On Hopper GPUs, `experts.gemm.hopper` multiplies many rows that lie in permuted order.
+On Hopper GPUs, `experts.gemm.hopper` multiplies many rows. It computes SwiGLU without a limit and a bias.
 """
 
 import torch
@@ -21,11 +21,13 @@ from experts.gemm import choices, kinds
 from experts.gemm.gradients import runs_on_hopper
 from experts.gemm.kernels import TILE_FIELDS, grouped_gemm, list_tiles
 from experts.gemm.kinds import Kind
-from experts.gemm.tiling import LARGE, Tiling
+from experts.gemm.tiling import LARGE, PAIRS, Tiling
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
 _PLAIN = ActivationForm(gated=False)
+#: What the kernel for Hopper GPUs computes without a bias.
+_SWIGLU = ActivationForm(gated=True)
 #: The number of programs in Triton's interpreter, which runs them one after another.
 _INTERPRETED_PROGRAMS = 3
 
@@ -90,8 +92,11 @@ def _multiply(
     if permutation.num_rows == 0:
         return a.new_empty(0, out_width)
     tile: Tiling = choices.choose(_kind(gather, transposed, activate, form), b_LPQ, rows_per_expert)
-    if tile == LARGE and not gather and runs_on_hopper(a.device, permutation.num_rows):
-        return _multiply_on_hopper(a, b_LPQ, permutation, transposed)
+    if runs_on_hopper(a.device, permutation.num_rows):
+        if tile == LARGE and not activate:
+            return _multiply_on_hopper(a, b_LPQ, permutation, gather, transposed)
+        if tile == PAIRS and form == _SWIGLU and bias_LH is None:
+            return _activate_on_hopper(a, b_LPQ, permutation, weights_TK)
     out = torch.empty(permutation.num_rows, out_width, dtype=a.dtype, device=a.device)
     read_columns = tile.columns * (2 if form.interleaved else 1)
     weights_block = [1, read_columns, tile.depth] if transposed else [1, tile.depth, read_columns]
@@ -129,13 +134,22 @@ def _multiply(
     return out
 
 
-def _multiply_on_hopper(a_NP: Tensor, b_LPQ: Tensor, permutation: Permutation, transposed: bool) -> Tensor:
+def _multiply_on_hopper(a: Tensor, b_LPQ: Tensor, permutation: Permutation, gather: bool, transposed: bool) -> Tensor:
     from experts.gemm import hopper
 
     experts, _, width = b_LPQ.shape if not transposed else b_LPQ.mT.shape
     tiles, programs = _tiles(permutation, experts, triton.cdiv(width, LARGE.columns), LARGE)
     assert tiles is not None
-    return hopper.product(a_NP, b_LPQ, tiles, programs, transposed)
+    return hopper.product(a, b_LPQ, permutation, tiles, programs, gather, transposed)
+
+
+def _activate_on_hopper(x_TD: Tensor, b_LDH: Tensor, permutation: Permutation, weights_TK: Tensor | None) -> Tensor:
+    from experts.gemm import hopper
+
+    experts, _, width = b_LDH.shape
+    tiles, programs = _tiles(permutation, experts, triton.cdiv(width // 2, PAIRS.columns), PAIRS)
+    assert tiles is not None
+    return hopper.activated_product(x_TD, b_LDH, permutation, tiles, programs, weights_TK)
 
 
 def _kind(gather: bool, transposed: bool, activate: bool, form: ActivationForm) -> Kind:

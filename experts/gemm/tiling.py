@@ -18,6 +18,8 @@ class Tiling:
 
 #: The tile for many rows per expert. It needs the registers of a whole multiprocessor.
 LARGE = Tiling(128, 256, depth=64, stages=3, warps=8, listed=True)
+#: The same for the up projection with a gated activation, which reads a pair of columns for each column of the result.
+PAIRS = replace(LARGE, columns=LARGE.columns // 2)
 
 
 def tiling_for(rows_per_expert: float, pairs: bool) -> Tiling:
@@ -34,4 +36,4 @@ def tiling_for(rows_per_expert: float, pairs: bool) -> Tiling:
         return Tiling(16 if rows_per_expert <= 12 else 32, 64 if pairs else 128, depth=64, stages=4, warps=4)
     if rows_per_expert <= 56:
         return Tiling(64, 64 if pairs else 128, depth=64, stages=4, warps=4)
-    return replace(LARGE, columns=LARGE.columns // 2) if pairs else LARGE
+    return PAIRS if pairs else LARGE

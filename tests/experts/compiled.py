@@ -1,5 +1,6 @@
 """Compile kernels for an H200. This needs no GPU."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def compile_launches(monkeypatch: pytest.MonkeyPatch, folder: Path, *modules: An
     for module in modules:
         monkeypatch.setattr(module, "launch", compile_only)
     return compiled
+
+
+def assemble(ptx: str, folder: Path) -> str:
+    """Return what Triton's assembler says of a kernel: registers, spills, and products that wait for each other."""
+    import triton
+
+    file = folder / "kernel.ptx"
+    file.write_text(ptx)
+    command = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", str(file), "-o", str(folder / "kernel.cubin")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _type_of(argument: Any) -> str:

@@ -4,12 +4,10 @@ In these kernels, one group of warps only loads operands and the other warps onl
 the operands of its next tile while it stores the tile before. Triton's compiler does not divide the work of a kernel
 in this way for Hopper, so the kernels are written in Gluon, the language below Triton, which comes with Triton.
 
-The kernels replace the general ones where they are faster on an H200 (2026-11): in the gradients of the weights, and in
-products of rows that lie in permuted order. Products of gathered rows gain nothing and stay with the general kernel.
 Importing this package imports Gluon.
 """
 
 from experts.gemm.hopper.gradients import outer
-from experts.gemm.hopper.rows import product
+from experts.gemm.hopper.rows import activated_product, product
 
-__all__ = ["outer", "product"]
+__all__ = ["activated_product", "outer", "product"]
