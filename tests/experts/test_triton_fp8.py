@@ -91,6 +91,24 @@ def test_a_layer_without_gradients_gives_the_same_output(device: str, dtype: tor
         assert torch.equal(layer(on_device.x, on_device.token_mask, on_device.weights, on_device.indices), output)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["swiglu", "swigluoai", "geglu"])
+@pytest.mark.parametrize("after", [False, True])
+def test_many_rows_without_gradients_give_nearly_the_same_output(after: bool, activation: str) -> None:
+    """On Hopper, one kernel multiplies and activates. It applies the routing weight to the scales."""
+    fields = {"moe_inter_dim": 192, "expert_bias": False, "apply_router_weight_after_down": after}
+    config, parameters, _ = some(BF16, activation, **fields)
+    batch = random_batch(config, 600).map(lambda tensor: tensor.cuda())
+    batch.weights[:5] = torch.tensor([-1.0, 0.0])
+    batch.indices[batch.indices == 2] = -1
+    layer = made("block_float32", config, parameters, "cuda")
+    right = layer(batch.x, batch.token_mask, batch.weights, batch.indices).detach()
+    with torch.no_grad():
+        found = layer(batch.x, batch.token_mask, batch.weights, batch.indices)
+    assert float((found - right).norm() / right.norm()) < 0.01
+    assert torch.equal(found[(batch.indices < 0).all(dim=1)], right[(batch.indices < 0).all(dim=1)])
+
+
 @on_every_setup
 def test_weights_are_quantised_when_the_caller_says_that_they_changed(device: str, dtype: torch.dtype) -> None:
     config, parameters, batch = some(dtype)

@@ -23,11 +23,11 @@ from experts.fp8.hopper.steps import (
     described,
     multiply_tile,
     no_block,
-    rounded,
     skip_steps,
     store_block,
 )
 from experts.gemm.hopper.descriptors import MOST_ROWS
+from experts.gemm.hopper.rounding import rounded
 from experts.steps.fused.launch import launch
 
 _BLOCK, _SLAB = gl.constexpr(BLOCK), gl.constexpr(SLAB)

@@ -24,12 +24,12 @@ from experts.fp8.hopper.steps import (
     load_step,
     multiply_tile,
     no_block,
-    rounded,
     skip_steps,
     split_column,
     store_block,
 )
 from experts.fp8.turned import RowBlocks, TurnedRows
+from experts.gemm.hopper.rounding import rounded
 from experts.steps.fused.launch import launch
 
 #: Tiles with the same columns of the right operand that follow each other; so both operands' columns stay in L2.

@@ -18,13 +18,13 @@ from experts.fp8.hopper.steps import (
     load_step,
     multiply_tile,
     no_block,
-    rounded,
     shared_layout,
     skip_steps,
     split_column,
     store_block,
 )
 from experts.gemm.hopper.descriptors import MOST_ROWS
+from experts.gemm.hopper.rounding import rounded
 from experts.gemm.kernels import TILE_FIELDS
 from experts.steps.fused.launch import launch
 

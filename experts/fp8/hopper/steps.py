@@ -69,24 +69,6 @@ def load_step(a, b, a_first, b_left, b_right, half, p, memory, step):
 
 
 @gluon.jit
-def rounded(sums, dtype: gl.constexpr):
-    """Return float32 sums in bfloat16 or float16.
-
-    A plain conversion would be moved to the store. Then the store would read the sums while tensor cores write the next
-    ones, and the assembler would let each product wait for the one before. Inline assembly is not moved.
-    """
-    if dtype == gl.bfloat16:
-        values = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [sums], dtype=gl.bfloat16, is_pure=False, pack=2
-        )
-    else:
-        values = gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [sums], dtype=gl.float16, is_pure=False, pack=2
-        )
-    return values
-
-
-@gluon.jit
 def store_block(out, result, values, first, second, row, half, column):
     """Store a slab of one block. What lies past an end of `out` is not stored."""
     tma.store_wait(0)  # the block before has left the memory of the result
