@@ -8,7 +8,7 @@ from torch import Tensor
 from experts.activations import ActivationForm, activation_form
 from experts.config import MoEConfig
 from experts.fp8.blocks import BLOCK, E4M3, Rows, num_blocks
-from experts.fp8.quantise import interpreted, largest, scale_of, to_fp8
+from experts.fp8.quantise import interpreted, largest, reciprocal, scale_of, to_fp8
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 from experts.steps.fused.tiles import find_rows, glu, load_gate_and_up, load_tile, store_tile
@@ -122,7 +122,7 @@ def _store_quantised(
     """Quantise a tile [ROWS, BLOCKS · 128]. `column` and `block` count from `shift`, the start of the half."""
     cut = tl.reshape(tile, [ROWS, BLOCKS, _BLOCK])
     scale = scale_of(tl.max(tl.abs(cut), axis=2), LARGEST)
-    value = to_fp8(cut * tl.expand_dims(1.0 / scale, 2), LARGEST, EXACT).to(values.dtype.element_ty)
+    value = to_fp8(cut * tl.expand_dims(reciprocal(scale), 2), LARGEST, EXACT).to(values.dtype.element_ty)
     value = tl.reshape(value, [ROWS, BLOCKS * _BLOCK])
     where = row[:, None] * STRIDE + shift + column[None, :]
     tl.store(values + where, value, mask=valid[:, None] & (column < width)[None, :])

@@ -122,8 +122,14 @@ def transposed(matrices: Matrices) -> Matrices:
 @triton.jit
 def scale_of(largest_value, LARGEST: tl.constexpr):
     """Return the scale of blocks from their largest magnitudes. NaN stays NaN."""
-    scale = largest_value / LARGEST
+    scale = tl.div_rn(largest_value, tl.full([], LARGEST, tl.float32))  # Triton's own division is not exact
     return tl.where(scale < _LEAST_SCALE, _LEAST_SCALE, scale)
+
+
+@triton.jit
+def reciprocal(scale):
+    """Return 1 / scale, rounded to the nearest."""
+    return tl.div_rn(tl.full([], 1.0, tl.float32), scale)
 
 
 @triton.jit
@@ -173,7 +179,7 @@ def quantise_rows(
         read = inside & (wanted > 0)
     tile = tl.load(x + token * dim + column, mask=read, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.abs(tile), axis=1, keep_dims=True), LARGEST)
-    quantised = to_fp8(tile * (1.0 / scale), LARGEST, EXACT).to(values.dtype.element_ty)
+    quantised = to_fp8(tile * reciprocal(scale), LARGEST, EXACT).to(values.dtype.element_ty)
     scale = tl.reshape(scale, [BLOCKS])
     if GATHER:
         for k in tl.static_range(K):
@@ -212,7 +218,7 @@ def quantise_matrices(
     q = part * q_width + column
     tile = tl.load(b + matrix + row[:, None] * whole + q[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.max(tl.abs(tile), axis=1), axis=0), LARGEST)
-    quantised = to_fp8(tile * (1.0 / scale), LARGEST, EXACT)
+    quantised = to_fp8(tile * reciprocal(scale), LARGEST, EXACT)
     if natural is not None:
         value = quantised.to(natural.dtype.element_ty)
         tl.store(natural + matrix + row[:, None] * whole + q[None, :], value, mask=inside)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from experts.fp8.blocks import BLOCK, E4M3, num_blocks
-from experts.fp8.quantise import interpreted, largest, scale_of, to_fp8
+from experts.fp8.quantise import interpreted, largest, reciprocal, scale_of, to_fp8
 from experts.gemm.kernels import TILE_FIELDS, list_tiles
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
@@ -140,11 +140,11 @@ def turn_rows(
     if BY_COLUMN:
         scale = scale_of(most, LARGEST)
         tl.store(scales + block.to(tl.int64) * (HALVES * part_width) + column, scale, mask=inside)
-        tile = tile * (1.0 / scale)[None, :]
+        tile = tile * reciprocal(scale)[None, :]
     else:
         scale = scale_of(tl.max(most, axis=0), LARGEST)
         tl.store(scales + block * (HALVES * column_blocks) + column_block, scale)
-        tile = tile * (1.0 / scale)
+        tile = tile * reciprocal(scale)
     turned = tl.trans(to_fp8(tile, LARGEST, EXACT).to(values.dtype.element_ty))
     target = column.to(tl.int64)[:, None] * (most_blocks * _BLOCK) + block * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     tl.store(values + target, turned, mask=inside[:, None])

@@ -132,9 +132,10 @@ def _multiply(
             gate, up = rounded(gate, DTYPE).to(gl.float32), rounded(up, DTYPE).to(gl.float32)
             value = _glu(gate, up, ALPHA, LIMIT, OFFSET, GELU)
             valid = first_row + rows < next_end
-            scale = gl.max(gl.maximum(value, -value), axis=1) / _LARGEST
+            most = gl.max(gl.maximum(value, -value), axis=1)
+            scale = gl.div_rn(most, gl.full_like(most, _LARGEST))
             scale = gl.where(scale < _LEAST_SCALE, _LEAST_SCALE, scale)
-            done = (value * gl.expand_dims(1.0 / scale, 1)).to(out.dtype)
+            done = (value * gl.expand_dims(gl.div_rn(gl.full_like(scale, 1.0), scale), 1)).to(out.dtype)
             if WEIGHTS:  # the weighted activation has the same values in FP8, and other scales
                 slot = gl.load(row_to_slot + first_row + rows, mask=valid, other=0)
                 scale *= gl.load(weights + slot, mask=valid, other=0.0).to(gl.float32)
