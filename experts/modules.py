@@ -14,7 +14,7 @@ from experts.config import BackendConfig, MoEConfig, is_gated_activation
 from experts.engines import engine_names, get_engine
 from experts.errors import ConfigError, Unsupported
 from experts.fp8.cache import WeightCache
-from experts.layer import ExpertLayer
+from experts.layer import ExpertLayer, uncompiled_forward
 from experts.state_dict import as_local, is_dtensor, let_fsdp_shard, local_share, sharded, sharded_like
 from experts.steps import make_of_steps
 
@@ -95,6 +95,10 @@ class GroupedExperts(ExpertLayer):
         """
         if self.ep_mesh is None and is_dtensor(self.down_projs):
             self.init_token_dispatcher(self.down_projs.device_mesh)
+        if torch.compiler.is_compiling() and self.engine.fp8:
+            # the operators of compiled layers know neither the kept weights nor the options of FP8
+            output: Tensor = uncompiled_forward()(self, x, token_mask, weights, indices)
+            return output
         return super().forward(x, token_mask, weights, indices)
 
     def extra_repr(self) -> str:

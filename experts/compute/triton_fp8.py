@@ -103,5 +103,4 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return None
 
 
-#: It has no `own_products`, so under torch.compile it computes forward again in backward, and keeps no weights.
 ENGINE = Engine(compute, unsupported, fp8=True)

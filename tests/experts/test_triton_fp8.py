@@ -130,6 +130,19 @@ def test_weights_are_quantised_when_the_caller_says_that_they_changed(device: st
     assert torch.equal(run(layer, batch)["output"], before["output"]), "a load is told by the layer itself"
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself
+@on_every_setup
+def test_a_compiled_layer_runs_as_it_is(device: str, dtype: torch.dtype) -> None:
+    config, parameters, batch = some(dtype)
+    layer = made("block_float32_e5m2", config, parameters, device)
+    right = run(layer, batch)
+    torch._dynamo.reset()
+    layer.compile(backend="eager")
+    found = run(layer, batch)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in right.items())
+    assert layer.cached_weight_bytes > 0
+
+
 @on_every_setup
 def test_an_update_between_forward_and_backward_raises(device: str, dtype: torch.dtype) -> None:
     config, parameters, batch = some(dtype)

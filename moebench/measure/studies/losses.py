@@ -2,10 +2,14 @@
 
     python -m moebench.measure.studies.losses --backend triton --backend triton_fp8 --out losses.csv --plot losses.svg
 
-The block has a router and routed experts. It learns to compute what another block with random weights computes. Each
-seed has its own initial weights of experts and its own tokens, and every backend gets both. The router begins as the
-other block's. Parameters and Adam are in float32,
-and the block computes in `--dtype`. The loss is the squared error divided by the mean square of what is to be computed.
+The block has a router and routed experts, and learns from another block with random weights, whose router it begins
+with. Each seed has its own initial weights of experts and its own tokens, and every backend gets both. Parameters and
+Adam are in float32, and the block computes in `--dtype`. There are two tasks:
+
+* `classes`: as a language model does, predict a class of each new token, which was drawn by the probabilities that the
+  other block gives. The loss is the cross-entropy. The draw keeps it well above zero.
+* `values`: compute the other block's outputs for the same few batches again and again. The loss is the squared error
+  divided by the mean square of the outputs. It comes so near to zero that the rounding itself becomes a part of it.
 
 The first backend is what the others are compared with. The question is whether another backend changes the loss more
 than another seed does: the last line compares the differences of each backend, on the same seed, with the largest
@@ -14,7 +18,7 @@ difference between two seeds of the first backend. A final loss is the mean over
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +29,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from experts.block import BlockConfig, MoEBlock
 from experts.config import DTYPES, MoEConfig
@@ -40,18 +44,25 @@ from moebench.workload.models import shape_fields
 
 LAST_SHARE = 0.1
 LEARNING_RATE = 3e-3
-#: Batches of tokens that the steps take in turn, so that a block has seen each batch often in the end.
+#: Of the task `values`: batches of tokens that the steps take in turn.
 NUM_BATCHES = 8
+#: Of the task `classes`: the number of classes, and the standard deviation of their logits for outputs of size 1.
+NUM_CLASSES, SHARPNESS = 64, 2.0
 _LIKE = BlockConfig(router=RouterConfig(norm_topk_prob=True))
 _TEACHER_SEED = 1 << 20
 
 
+#: (block, number of the step) -> the loss
+Loss = Callable[[MoEBlock, int], Tensor]
+
+
 @dataclass(frozen=True)
 class Training:
-    """What is trained: the sizes of the block, its number of tokens a step, and the dtype in which it computes."""
+    """What is trained: the sizes of the block, its number of tokens a step, the task, and the dtype of the block."""
 
     config: MoEConfig
     num_tokens: int
+    task: str
     dtype: torch.dtype
     device: torch.device
 
@@ -72,23 +83,48 @@ class Training:
     def losses(self, backend: str, seed: int, num_steps: int) -> Iterator[float]:
         """Train a block and yield the loss of each step."""
         block, teacher = self.block(backend, seed), self.block("loop", _TEACHER_SEED)
-        block.router.load_state_dict(teacher.router.state_dict())  # so that experts learn what the other's experts do
+        block.router.load_state_dict(teacher.router.state_dict())
         tell = weights_changed(block)
         optimizer = torch.optim.Adam(block.parameters(), lr=LEARNING_RATE)
-        generator = torch.Generator().manual_seed(seed)
-        batches = [torch.randn(self.num_tokens, self.config.dim, generator=generator) for _ in range(NUM_BATCHES)]
+        loss_of = self._classes(teacher, seed) if self.task == "classes" else self._values(teacher, seed)
         for number in range(num_steps):
-            x_TD = batches[number % NUM_BATCHES].to(self.device)
-            with torch.no_grad():
-                right_TD: Tensor = teacher(x_TD)
-            found_TD: Tensor = block(x_TD.to(self.dtype))
-            loss = (found_TD.float() - right_TD).square().mean() / right_TD.square().mean()
+            loss = loss_of(block, number)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             for say in tell:
                 say()
             yield float(loss.detach())
+
+    def _tokens(self, generator: torch.Generator) -> Tensor:
+        return torch.randn(self.num_tokens, self.config.dim, generator=generator).to(self.device)
+
+    def _classes(self, teacher: MoEBlock, seed: int) -> Loss:
+        tokens, draws = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+        head_DC = torch.randn(self.config.dim, NUM_CLASSES, generator=torch.Generator().manual_seed(_TEACHER_SEED))
+        head_DC = head_DC.to(self.device) * SHARPNESS / math.sqrt(self.config.dim)
+
+        def loss(block: MoEBlock, number: int) -> Tensor:
+            x_TD = self._tokens(tokens)
+            with torch.no_grad():
+                chances_TC = (teacher(x_TD) @ head_DC).softmax(-1).cpu()
+            classes_T = torch.multinomial(chances_TC, 1, generator=draws).squeeze(-1).to(self.device)
+            return nn.functional.cross_entropy(block(x_TD.to(self.dtype)).float() @ head_DC, classes_T)
+
+        return loss
+
+    def _values(self, teacher: MoEBlock, seed: int) -> Loss:
+        generator = torch.Generator().manual_seed(seed)
+        batches = [self._tokens(generator) for _ in range(NUM_BATCHES)]
+
+        def loss(block: MoEBlock, number: int) -> Tensor:
+            x_TD = batches[number % NUM_BATCHES]
+            with torch.no_grad():
+                right_TD: Tensor = teacher(x_TD)
+            error: Tensor = block(x_TD.to(self.dtype)).float() - right_TD
+            return error.square().mean() / right_TD.square().mean()
+
+        return loss
 
 
 def final(losses: "pd.Series[float]") -> float:
@@ -102,7 +138,10 @@ def summary(rows: pd.DataFrame) -> tuple[dict[tuple[str, int], float], float, di
     The difference between seeds is of the first backend. The difference of another backend is the largest one, on the
     same seed, from the first backend. Differences are positive.
     """
-    finals = {(str(name), int(seed)): final(some["loss"]) for (name, seed), some in rows.groupby(["backend", "seed"])}
+    finals: dict[tuple[str, int], float] = {}
+    for name, seed in zip(rows["backend"], rows["seed"], strict=True):
+        if (name, seed) not in finals:
+            finals[name, seed] = final(rows.loc[(rows["backend"] == name) & (rows["seed"] == seed), "loss"])
     first = str(rows["backend"].iloc[0])
     own = [loss for (name, _), loss in finals.items() if name == first]
     between = max((abs(one - other) for one, other in itertools.combinations(own, 2)), default=math.nan)
@@ -131,7 +170,7 @@ def plot(rows: pd.DataFrame, title: str, file: Path) -> None:
             alpha=0.8,
             label=str(name) if first else None,
         )
-    axes.set(xlabel="step", ylabel="relative squared error", yscale="log", title=title)
+    axes.set(xlabel="step", ylabel="loss", title=title)
     axes.legend()
     figure.savefig(file)
 
@@ -145,6 +184,7 @@ def main(
     num_tokens: Annotated[int, typer.Option(min=1, help="tokens of a step")] = 512,
     steps: Annotated[int, typer.Option(min=1)] = 300,
     seeds: Annotated[int, typer.Option(min=1, help="number of seeds of each backend")] = 3,
+    task: Annotated[str, typer.Option(help="classes or values")] = "classes",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
     device: str | None = None,
     out: Annotated[Path | None, typer.Option(help="a file .csv with every loss")] = None,
@@ -156,11 +196,14 @@ def main(
         raise UsageError(f"--shape {shape}: it must be experts, top-k, dim and inter; for example e8k2d256i256")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: it must be one of {', '.join(DTYPES)}")
+    if task not in ("classes", "values"):
+        raise UsageError(f"--task {task}: it must be classes or values")
     for option, file, suffixes in (("--out", out, (".csv",)), ("--plot", plot_to, (".svg", ".png"))):
         if file is not None and file.suffix not in suffixes:
             raise UsageError(f"{option} {file}: it must end in {' or '.join(suffixes)}")
     on = places(device, out or plot_to)
-    training = Training(MoEConfig(**fields, dtype=DTYPES[dtype]), num_tokens, DTYPES[dtype], on)
+    sizes: dict[str, Any] = {**fields, "dtype": DTYPES[dtype]}
+    training = Training(MoEConfig(**sizes), num_tokens, task, DTYPES[dtype], on)
     for name in backend:
         try:
             reason = get_backend(name).unsupported(on, training.config)
@@ -178,9 +221,15 @@ def main(
     described = environment.collect(on.type)
     machine = described.gpus[0].name if described.gpus and on.type == "cuda" else described.cpu_model
     if plot_to is not None:
-        plot(rows, f"{shape}, {num_tokens} tokens a step, {dtype}, {machine}", plot_to)
+        plot(rows, f"{task}: {shape}, {num_tokens} tokens a step, {dtype}, {machine}", plot_to)
     if out is not None:
-        facts: dict[str, Any] = {"shape": shape, "num_tokens": num_tokens, "dtype": dtype, "machine": machine}
+        facts: dict[str, Any] = {
+            "task": task,
+            "shape": shape,
+            "num_tokens": num_tokens,
+            "dtype": dtype,
+            "machine": machine,
+        }
         rows.assign(**facts, torch=described.versions.get("torch")).to_csv(out, index=False)
 
 
@@ -189,8 +238,9 @@ def _show(rows: pd.DataFrame) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for title in ("backend", "seed", "first loss", "final loss"):
         table.add_column(title, justify="left" if title == "backend" else "right")
-    for (name, seed), some in rows.groupby(["backend", "seed"], sort=False):
-        table.add_row(str(name), str(seed), f"{some['loss'].iloc[0]:.4f}", f"{finals[str(name), int(seed)]:.4f}")
+    for (name, seed), loss in finals.items():
+        own = rows[(rows["backend"] == name) & (rows["seed"] == seed)]
+        table.add_row(name, str(seed), f"{own['loss'].iloc[0]:.4f}", f"{loss:.4f}")
     console = Console()
     console.print(table)
     first = rows["backend"].iloc[0]

@@ -7,8 +7,9 @@ not a direction of the map, and a map has one `dim`.
 
 import bisect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -71,10 +72,11 @@ def cells(frame: pd.DataFrame) -> list[Cell]:
     newest = usable.sort_values("run_id").drop_duplicates(["case_id", "device", "gpu", "label"], keep="last")
     found = []
     for _, case in newest.groupby(["case_id", "device", newest["gpu"].astype("str").fillna("")], sort=False):
-        fastest = case.sort_values("time_ms").drop_duplicates("is_fp8").set_index("is_fp8")
-        if len(fastest) < 2:
+        fastest = case.sort_values("time_ms").drop_duplicates("is_fp8")
+        found_by = {bool(row["is_fp8"]): row for row in fastest.to_dict("records")}
+        if len(found_by) < 2:
             continue
-        fp8, other = fastest.loc[True], fastest.loc[False]
+        fp8, other = found_by[True], found_by[False]
         found.append(
             Cell(
                 _machine(fp8),
@@ -88,13 +90,13 @@ def cells(frame: pd.DataFrame) -> list[Cell]:
     return found
 
 
-def rows_per_expert(case: "pd.Series[float] | dict[str, float]") -> float:
+def rows_per_expert(case: Mapping[Any, Any]) -> float:
     """Return the average number of rows of an expert: each token of each rank has one row for each of its experts."""
     tokens = case["num_tokens"] * case["ep_size"]
     return float(tokens * case["n_activated_experts"] / case["n_routed_experts"])
 
 
-def _machine(row: "pd.Series[str]") -> str:
+def _machine(row: Mapping[Any, Any]) -> str:
     """Return the GPU's name, or the device where there is none."""
     return str(row["device"] if pd.isna(row["gpu"]) else row["gpu"])
 
