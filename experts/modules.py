@@ -131,6 +131,9 @@ class GroupedExperts(ExpertLayer):
         Call it after each step of an optimizer, and after any other code that writes to the parameters. The layer calls
         it itself when it loads, initialises, moves or shards its parameters. It does nothing for other engines.
         """
+        self._quantise_again()
+
+    def _quantise_again(self) -> None:
         if self.weight_cache is not None:
             self.weight_cache.stale = True
 
@@ -146,12 +149,12 @@ class GroupedExperts(ExpertLayer):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "GroupedExperts":
         moved: GroupedExperts = super()._apply(fn, recurse)
-        self.weights_changed()
+        self._quantise_again()
         return moved
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        self.weights_changed()
+        self._quantise_again()
 
     def _unsupported(self, device: torch.device, config: MoEConfig) -> Unsupported | None:
         """Return the engine's reason, or None."""
@@ -189,7 +192,7 @@ class GroupedExperts(ExpertLayer):
             self.to_empty(device=buffer_device)
         for name, parameter in self.named_parameters():
             self._draw_parameter(name, parameter, init_std)
-        self.weights_changed()
+        self._quantise_again()
 
     def _draw_parameter(self, name: str, parameter: Tensor, init_std: float) -> None:
         if is_dtensor(parameter) and parameter.device.type == "cpu":
@@ -222,7 +225,7 @@ class GroupedExperts(ExpertLayer):
             if not is_dtensor(parameter):
                 share = sharded(local_share(parameter.detach(), ep_mesh).clone(), ep_mesh)
                 setattr(self, name, nn.Parameter(share, requires_grad=parameter.requires_grad))
-        self.weights_changed()
+        self._quantise_again()
 
 
 def _engines_that_save() -> list[str]:

@@ -1,8 +1,8 @@
 """Compute the local experts with matrix products in FP8 of this package, `experts.fp8`.
 
 This is the engine `triton_fp8`. Operands are E4M3 with a float32 scale a block: 1 × 128 values of an activation or
-gradient, 128 × 128 values of a weight. The products of the forward pass and those for the gradients of rows are in FP8.
-The gradients of the weights are in x's dtype, as those of the engine `triton`. The host does not wait for the device.
+gradient, 128 × 128 values of a weight. All products are in FP8. Those for the gradients of the weights can be in x's
+dtype, as those of the engine `triton`. docs/concepts.md defines the format. The host does not wait for the device.
 """
 
 from typing import Literal

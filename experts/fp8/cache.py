@@ -1,14 +1,27 @@
 """Keep the weights of a layer's experts in FP8 from call to call."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
 from experts.config import MoEConfig
 from experts.fp8.blocks import Matrices, up_halves
 
-if TYPE_CHECKING:
-    from experts.fp8.weights import KeptWeights
+
+class Weights(Protocol):
+    """The weights of the experts in FP8. The forward pass and backward read each matrix along another dimension."""
+
+    def up(self) -> Matrices:
+        """Return the up projection [L, H, D], for rows [N, D]."""
+
+    def down(self) -> Matrices:
+        """Return the down projection [L, D, I], for rows [N, I]."""
+
+    def up_back(self) -> Matrices:
+        """Return the up projection [L, D, H], for gradients [N, H]. The matrices are new."""
+
+    def down_back(self) -> Matrices:
+        """Return the down projection [L, I, D], for gradients [N, D]. The matrices are new."""
 
 
 class WeightCache:
@@ -31,7 +44,7 @@ class WeightCache:
         """Free the memory. The next call quantises the weights."""
         self.stale, self._kept = True, None
 
-    def weights(self, gate_and_up: Tensor, down: Tensor, config: MoEConfig) -> "KeptWeights":
+    def weights(self, gate_and_up: Tensor, down: Tensor, config: MoEConfig) -> Weights:
         """Return the weights [L, D, H] and [L, I, D] in FP8. If the cache is stale, quantise them now."""
         from experts.fp8.quantise import quantise_weights
         from experts.fp8.weights import KeptWeights

@@ -1,28 +1,10 @@
 """Quantise the weights of a layer's experts to FP8, in the layouts that the forward pass and backward read."""
 
-from typing import Protocol
-
 from torch import Tensor
 
 from experts.config import MoEConfig
 from experts.fp8.blocks import Matrices, up_halves
 from experts.fp8.quantise import quantise_weights, quantise_weights_back, transposed
-
-
-class Weights(Protocol):
-    """The weights of the experts in FP8. The forward pass and backward read each matrix along another dimension."""
-
-    def up(self) -> Matrices:
-        """Return the up projection [L, H, D], for rows [N, D]."""
-
-    def down(self) -> Matrices:
-        """Return the down projection [L, D, I], for rows [N, I]."""
-
-    def up_back(self) -> Matrices:
-        """Return the up projection [L, D, H], for gradients [N, H]. The matrices are new."""
-
-    def down_back(self) -> Matrices:
-        """Return the down projection [L, I, D], for gradients [N, D]. The matrices are new."""
 
 
 class FreshWeights:
@@ -32,19 +14,19 @@ class FreshWeights:
         self._gate_and_up, self._down, self._halves = gate_and_up, down, up_halves(config)
 
     def up(self) -> Matrices:
-        """As `Weights.up`."""
+        """As `experts.fp8.cache.Weights.up`."""
         return quantise_weights(self._gate_and_up, self._halves)
 
     def down(self) -> Matrices:
-        """As `Weights.down`."""
+        """As `experts.fp8.cache.Weights.down`."""
         return quantise_weights(self._down, 1)
 
     def up_back(self) -> Matrices:
-        """As `Weights.up_back`."""
+        """As `experts.fp8.cache.Weights.up_back`."""
         return quantise_weights_back(self._gate_and_up, self._halves)
 
     def down_back(self) -> Matrices:
-        """As `Weights.down_back`."""
+        """As `experts.fp8.cache.Weights.down_back`."""
         return quantise_weights_back(self._down, 1)
 
 
@@ -55,17 +37,17 @@ class KeptWeights:
         self._up, self._down = up, down
 
     def up(self) -> Matrices:
-        """As `Weights.up`."""
+        """As `experts.fp8.cache.Weights.up`."""
         return self._up
 
     def down(self) -> Matrices:
-        """As `Weights.down`."""
+        """As `experts.fp8.cache.Weights.down`."""
         return self._down
 
     def up_back(self) -> Matrices:
-        """As `Weights.up_back`."""
+        """As `experts.fp8.cache.Weights.up_back`."""
         return transposed(self._up)
 
     def down_back(self) -> Matrices:
-        """As `Weights.down_back`."""
+        """As `experts.fp8.cache.Weights.down_back`."""
         return transposed(self._down)

@@ -23,8 +23,8 @@ from experts.compute import ExpertParameters
 from experts.compute.whole import Plan, Wanted, grad_of_down, grad_of_up, memory_of, with_plain_strides
 from experts.fp8 import activation, gradients, products, quantise
 from experts.fp8.blocks import E4M3, Rows, up_halves
+from experts.fp8.cache import Weights
 from experts.fp8.turned import row_blocks
-from experts.fp8.weights import Weights
 from experts.steps import steps_on
 
 

@@ -16,7 +16,7 @@ from moebench.report.tables.advisetable import AdviceTable, advise_json, workloa
 from moebench.report.tables.precisiontable import precision_json, sentence
 from moebench.results import advise
 from moebench.results.frame import load, to_frame, write
-from moebench.results.precision import precision
+from moebench.results.precision.ratios import precision
 from moebench.results.published import default_folders, kept_folders, load_all
 from moebench.run import ondemand, request
 from moebench.run.start import start_run

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moebench.results.precision import Cell, Precision, cells, crossings
+from moebench.results.precision.ratios import Cell, Precision, cells, crossings
 from moebench.results.published import load_all
 
 

@@ -56,14 +56,19 @@ def rows_kept_for_weights(values, recipe):
 
 FORWARD = (rows_kept, matrix_kept, rows_kept_for_weights)
 BACKWARD = (grad_kept, grad_kept_for_weights)
+#: What is kept in the forward pass, and the recipe. In the recipes of this package, a single row has a scale of its own
+#: for each of its columns where gradients of weights are computed, so that nothing is rounded.
+IN_BLOCKS = [
+    *((kept, recipe) for kept in FORWARD for recipe in (*BY_TENSOR, *BY_BLOCK)),
+    *((kept, recipe) for kept in (rows_kept, matrix_kept) for recipe in OWN),
+]
 
 
 # exact values
 
 
 @pytest.mark.parametrize("exponent", [-40, -1, 0, 7, 30])
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kept", FORWARD)
+@pytest.mark.parametrize(("kept", "recipe"), IN_BLOCKS)
 def test_what_e4m3_can_hold_passes_unchanged_at_any_power_of_two(kept, recipe, exponent):
     values = finite(E4M3)
     if recipe in BY_BLOCK:  # so that every block contains the format's largest number
@@ -91,8 +96,7 @@ def test_gradients_scaled_by_block_are_e4m3(kept, recipe):
     assert torch.equal(kept(values, recipe), torch.tensor([[448.0, 18.0, -22.0, 16.0, 20.0]]))
 
 
-@pytest.mark.parametrize("recipe", [*BY_TENSOR, *BY_BLOCK, *OWN])
-@pytest.mark.parametrize("kept", FORWARD)
+@pytest.mark.parametrize(("kept", "recipe"), IN_BLOCKS)
 def test_numbers_between_go_to_the_nearest_and_halves_to_the_even(kept, recipe):
     values = torch.tensor([[448.0, 17.0, 17.01, 18.99, 19.0, -21.1]])
     assert torch.equal(kept(values, recipe), torch.tensor([[448.0, 16.0, 18.0, 18.0, 20.0, -22.0]]))
@@ -123,8 +127,8 @@ def with_one_large(values, row, column):
 @pytest.mark.parametrize("recipe", ["block", "block_float32", "block_float32_16bit_dw"])
 @pytest.mark.parametrize("kept", [rows_kept, grad_kept])
 def test_a_large_value_disturbs_its_own_1_by_128_and_nothing_else(kept, recipe):
-    # the powers of two of 448 have exact float32 scales
-    values = torch.tensor([448.0, -224.0, 56.0, 112.0]).repeat(96).reshape(1, -1).repeat(3, 1)
+    # 448 / 64 is the largest value, so that the float32 scale is exact
+    values = torch.tensor([7.0, -3.5, 0.875, 1.75]).repeat(96).reshape(1, -1).repeat(3, 1)
     found = kept(with_one_large(values, 1, 130), recipe)
     expected = values.clone()
     expected[1, 128:256] = 0
@@ -246,7 +250,7 @@ def relative_errors(recipe, dtype=torch.float32):
     ("recipe", "forward", "gradient"),
     [
         *(("current", 0.0375, 0.059), ("delayed", 0.0375, 0.059), ("block", 0.0375, 0.0375), ("mxfp8", 0.0375, 0.0375)),
-        *(("block_float32", 0.0375, 0.0375), ("block_float32_e5m2", 0.0375, 0.059)),
+        *(("block_float32", 0.0375, 0.0375), ("block_float32_e5m2", 0.0375, 0.0578)),
     ],
 )
 def test_the_error_is_that_of_two_operands_rounded_to_three_bits_or_two(recipe, forward, gradient, dtype):

@@ -5,7 +5,7 @@ import pytest
 from moebench.report.tables.precisiontable import markdown, precision_json, sentence
 from moebench.results.advise import question
 from moebench.results.frame import to_frame
-from moebench.results.precision import cells, crossings, precision, rows_per_expert
+from moebench.results.precision.ratios import cells, crossings, precision, rows_per_expert
 from moebench.workload.case import Case
 from tests.moebench.drawn import ok
 
