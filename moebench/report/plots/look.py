@@ -23,7 +23,7 @@ from moebench.results.record import Status
 #: Colour and marker of each known backend. Most colours are Okabe and Ito's or Tol's, which colour-blind readers can
 #: distinguish. A time that did not converge has an empty marker, so every marker must be one that can be filled.
 #: Matplotlib has 15 such markers. A backend with adapters therefore shares its marker with its engine, the variants of
-#: triton_fp8 share one, and layers of other libraries (peers) share theirs with backends that are not in the same figures.
+#: triton_fp8 share one, and layers of other libraries (peers) share theirs with backends that are in other figures.
 BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "loop": ("#5A5A5A", "o"),

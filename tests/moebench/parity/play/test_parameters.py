@@ -79,7 +79,7 @@ def test_a_layer_that_keeps_weights_is_told_of_an_update():
 
     play, verdict = played("call:no_grad", "update", "call:no_grad", kind=Keeps)
     assert verdict.passed
-    assert "layer0.weights_changed()" in play.script.lines
+    assert any("layer0.weights_changed()" in line for line in play.script.lines)
 
 
 def test_a_strict_load_must_refuse_both_wrong_state_dicts():
