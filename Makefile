@@ -57,6 +57,7 @@ lint: $(READY) ## check style and types
 results: $(READY) ## rewrite what follows from results/published/: CSV, plots, reports, tables in documents, notebooks
 	$(RUN) results/rewrite.py
 	$(RUN) -m tests.figures
+	$(RUN) suites/scaling/curves.py
 	$(RUN) notebooks/execute.py
 	$(RUN) -m moebench.report.columntable docs/results.md
 
@@ -86,7 +87,7 @@ help: ## print this list
 	@$(PYTHON) -c 'import sys; sys.exit("moebench needs Python 3.11 or later, this is %s: make PYTHON=..." \
 		% sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
 	@touch $@
 
 .venv/.installed-docs: .venv/.installed

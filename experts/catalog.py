@@ -5,7 +5,9 @@ or dispatcher, write its module and add an entry to `ENGINES`, `BACKENDS` or `DI
 `engines`, `dispatchers` and `config` read these lists.
 """
 
+import difflib
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Literal
 
 Fp8Recipe = Literal["current", "delayed", "block", "mxfp8"]
@@ -230,3 +232,21 @@ DISPATCHERS = (
         reserves_rows=True,
     ),
 )
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return the names of the built-in backends, then of the installed third-party backends. Imports no backend."""
+    built_in = [backend.name for backend in BACKENDS]
+    installed = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return *built_in, *sorted(installed.difference(built_in))
+
+
+def unknown(name: str) -> str | None:
+    """Return, in one line, that no backend has this name; None if one has, or if the name is a `module:attribute`."""
+    names = backend_names()
+    if name in names or ":" in name:
+        return None
+    # BackendConfig accepts "torch" for the loop, but in results each backend has one name
+    near = [REFERENCE] if name == "torch" else difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"there is no backend {name!r}; {hint}the backends are {', '.join(names)}, or give module:attribute"

@@ -17,7 +17,6 @@ Third-party backends are found by entry point (group "experts.backends") or by `
 a third-party backend only when it is named.
 """
 
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -128,8 +127,7 @@ class Backend:
 
 def backend_names() -> tuple[str, ...]:
     """Return the names of the built-in backends, then of the installed third-party backends. Imports no backend."""
-    installed = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
-    return *_BUILT_IN, *sorted(installed - _BUILT_IN.keys())
+    return catalog.backend_names()
 
 
 def get_backend(name: str) -> Backend:
@@ -203,14 +201,9 @@ def _is_importable(top: str) -> bool:
 
 
 def _nowhere(name: str) -> RegistryError:
-    if ":" in name:
-        module_name = name.partition(":")[0]
-        return RegistryError(f"backend {name!r}: there is no module {module_name!r}; is it on PYTHONPATH?")
-    # BackendConfig accepts "torch" for the loop, but in results each backend has one name
-    near = ["loop"] if name == "torch" else difflib.get_close_matches(name, backend_names(), n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    module_name, _, _ = name.partition(":")
     return RegistryError(
-        f"there is no backend {name!r}; {hint}the backends are {', '.join(backend_names())}, or give module:attribute"
+        catalog.unknown(name) or f"backend {name!r}: there is no module {module_name!r}; is it on PYTHONPATH?"
     )
 
 

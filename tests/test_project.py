@@ -71,7 +71,7 @@ def test_every_pin_satisfies_the_requirements():
 def test_every_package_that_make_installs_is_pinned():
     named = {
         canonicalize_name(requirement.name)
-        for requirement in requirements(PROJECT["dependencies"], EXTRAS["dev"], EXTRAS["docs"])
+        for requirement in requirements(PROJECT["dependencies"], EXTRAS["dev"], EXTRAS["docs"], EXTRAS["ray"])
     }
     assert named <= {canonicalize_name(pin.name) for pin in pins()}
 
@@ -84,7 +84,7 @@ def test_every_requirement_has_a_lower_bound(requirement):
 def test_the_gpu_extra_names_every_extra_of_a_backend():
     (every,) = requirements(EXTRAS["gpu"])
     assert every.name == "moebench"
-    assert every.extras == set(EXTRAS) - {"gpu", "dev", "docs"}
+    assert every.extras == set(EXTRAS) - {"gpu", "ray", "dev", "docs"}
 
 
 def test_mypy_and_ruff_target_the_oldest_supported_python():

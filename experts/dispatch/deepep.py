@@ -6,7 +6,7 @@ layers of a process group share one buffer, which is large enough for the larges
 """
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from experts import catalog
 from experts.config import MoEConfig, dtype_name
 from experts.dispatch import Dispatched, OverGroup
 from experts.errors import ConfigError, Unsupported
+from experts.hosts import hosts_of
 
 ROW_ALIGNMENT_BYTES = 16
 MAX_RANKS_A_NODE = 8
@@ -64,7 +65,8 @@ def _deep_ep() -> Any:
 def shared_buffer(group: dist.ProcessGroup, row_bytes: int) -> Any:
     """Return the group's buffer. Makes the buffer, or a larger buffer, if rows of `row_bytes` need it.
 
-    Raises Unsupported for fewer than two ranks, and for a number of ranks that `deep_ep` does not run on.
+    Raises Unsupported for fewer than two ranks, and for a number of ranks that `deep_ep` does not run on, or that stand
+    on nodes that it does not run on.
     """
     deep_ep = _deep_ep()
     if group.size() < 2:
@@ -79,9 +81,26 @@ def shared_buffer(group: dist.ProcessGroup, row_bytes: int) -> Any:
         rdma_bytes = 0
     buffer = _buffers.get(group)
     if buffer is None or buffer.num_nvl_bytes < nvl_bytes or buffer.num_rdma_bytes < rdma_bytes:
+        if reason := _wrong_nodes(hosts_of(group)):
+            raise Unsupported(reason)
         _destroy(group)
         _buffers[group] = deep_ep.Buffer(group, nvl_bytes, rdma_bytes, explicitly_destroy=True)
     return _buffers[group]
+
+
+def _wrong_nodes(hosts: Sequence[object]) -> str | None:
+    """Return why deep_ep does not run on ranks with these hosts, in the order of the ranks; None if it does.
+
+    Up to eight ranks reach each other over NVLink. More ranks need RDMA between nodes, and then deep_ep takes each
+    eight ranks that follow each other for one node.
+    """
+    if len(hosts) <= MAX_RANKS_A_NODE:
+        alike = len(set(hosts)) == 1
+        return None if alike else f"deep_ep needs up to {MAX_RANKS_A_NODE} ranks on one node; use alltoall"
+    nodes = [set(hosts[first : first + MAX_RANKS_A_NODE]) for first in range(0, len(hosts), MAX_RANKS_A_NODE)]
+    if all(len(node) == 1 for node in nodes) and len(set().union(*nodes)) == len(nodes):
+        return None
+    return f"deep_ep needs {MAX_RANKS_A_NODE} ranks on each node, in the order of the ranks; use alltoall"
 
 
 def destroy_buffers() -> None:

@@ -6,10 +6,8 @@ rank is killed. There, the barrier is an all-reduce over gloo.
 """
 
 import atexit
-import contextlib
 import mmap
 import os
-import platform
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from experts.errors import InputError, Unsupported
 from experts.exchange import Layout, Region, Slabs
+from experts.hosts import hosts_of, tell
 
 #: Each kernel has code for every rank, and a host has no more GPUs than this.
 MAX_RANKS = 64
@@ -58,27 +57,12 @@ def ranks_cannot_share(group: dist.ProcessGroup) -> Unsupported | None:
     """Return why the ranks of a group cannot share memory, or None. All ranks must call it, and all return the same."""
     if group.size() > MAX_RANKS:
         return Unsupported(f"symm_mem runs on at most {MAX_RANKS} ranks, the group has {group.size()}; use alltoall")
-    hosts = _tell(group, _host())
+    hosts = hosts_of(group)
     if len(set(hosts)) > 1:
         return Unsupported(
             f"symm_mem needs all ranks on one host, the group's ranks are on {len(set(hosts))}; use alltoall"
         )
     return None
-
-
-def _host() -> tuple[str, str]:
-    """Return what differs between hosts, and between containers of one host, which do not see each other's files."""
-    boot = ""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return platform.node(), boot
-
-
-def _tell(group: dist.ProcessGroup, value: Any) -> list[Any]:
-    """Return every rank's value, in the order of the ranks."""
-    values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 def _check_layouts(layouts: list[Layout]) -> None:
@@ -98,9 +82,9 @@ def _on_gpus(group: dist.ProcessGroup, device: torch.device, layout: Layout) -> 
     from torch.distributed import _symmetric_memory as symmetric_memory
 
     with torch.cuda.device(device):
-        told = _tell(group, (layout, str(torch.cuda.get_device_properties(device).uuid)))
+        told = tell(group, (layout, str(torch.cuda.get_device_properties(device).uuid)))
         _check_layouts([its_layout for its_layout, _ in told])
-        reasons = _tell(group, _unreachable(device, group.rank(), [uuid for _, uuid in told]))
+        reasons = tell(group, _unreachable(device, group.rank(), [uuid for _, uuid in told]))
         if any(reasons):
             raise Unsupported(next(filter(None, reasons)))
         # not symmetric_memory.empty: it takes memory from a pool, which counts it as memory of torch's allocator
@@ -143,7 +127,7 @@ def _on_cpu(group: dist.ProcessGroup, device: torch.device, layout: Layout) -> S
                 f"symm_mem needs {layout.num_bytes} bytes of shared memory on each rank: {error.strerror}; lower "
                 "max_tokens_per_rank or capacity_factor, or use alltoall"
             )
-        told = _tell(group, (layout, problem, f"/proc/{os.getpid()}/fd/{descriptor}"))
+        told = tell(group, (layout, problem, f"/proc/{os.getpid()}/fd/{descriptor}"))
         _check_layouts([its_layout for its_layout, _, _ in told])
         if problems := [its_problem for _, its_problem, _ in told if its_problem]:
             raise Unsupported(problems[0])

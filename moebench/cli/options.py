@@ -29,6 +29,11 @@ ModelOption = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one")]
 Gpus = Annotated[str | None, typer.Option(metavar="0,2|all", help="the GPUs to use; default: all free GPUs")]
 ShareGpus = Annotated[bool, typer.Option("--share-gpus", help="also use GPUs that other processes are using")]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="HOST:PORT|auto", help="run the workers on the nodes of this Ray cluster"),
+]
+Slurm = Annotated[bool, typer.Option("--slurm", help="run the workers on the nodes of this Slurm job")]
 TimeBudget = Annotated[
     float | None, typer.Option("--time-budget", min=0, metavar="MIN", help="start no new job after this many minutes")
 ]

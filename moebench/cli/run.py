@@ -20,7 +20,9 @@ from moebench.cli.options import (
     ModelOption,
     Only,
     Out,
+    Ray,
     ShareGpus,
+    Slurm,
     TimeBudget,
 )
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
@@ -55,6 +57,8 @@ def run(
     device: Device = None,
     gpus: Gpus = None,
     share_gpus: ShareGpus = False,
+    ray: Ray = None,
+    slurm: Slurm = False,
     filters: Filters = None,
     case: CaseIds = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the jobs and estimates; measure nothing")] = False,
@@ -104,9 +108,12 @@ def run(
     if dry_run:
         print_plan(plan.jobs, as_json)
         return
-    plan, notes = request.on_gpus(plan, gpus, share_gpus)
-    for note in notes:
-        err.print(note)
+    if ray is not None or slurm:
+        plan = request.on_cluster(plan, ray, slurm, gpus, share_gpus)
+    else:
+        plan, notes = request.on_gpus(plan, gpus, share_gpus)
+        for note in notes:
+            err.print(note)
     with request.in_own_folder(plan) as plan:
         _measure(plan, as_json)
 

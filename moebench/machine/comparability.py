@@ -85,3 +85,13 @@ def clock_change(baseline_mhz: float | None, candidate_mhz: float | None) -> str
         return ""
     direction = "lower" if change < 0 else "higher"
     return f"the GPU's clock was {abs(change):.1%} {direction} ({baseline_mhz:g} -> {candidate_mhz:g} MHz)"
+
+
+def node_change(baseline: object, candidate: object) -> str:
+    """Return in words that two rows are of different nodes; empty if they are of one, or if a node has no name.
+
+    GPUs of one model differ in speed by a percent or two.
+    """
+    if not (isinstance(baseline, str) and isinstance(candidate, str)) or baseline == candidate:
+        return ""
+    return f"the baseline is of another node ({baseline} -> {candidate})"

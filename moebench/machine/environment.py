@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +149,21 @@ def collect(device: str) -> Environment:
         git_problem=git.problem,
     )
     return facts.model_copy(update={"env_id": _digest(facts.comparable())})
+
+
+def together(nodes: Sequence[Environment]) -> Environment:
+    """Return the environment of ranks on several nodes: the first node's, with the GPUs of all in their order.
+
+    Raises ValueError if the nodes differ in what makes timings comparable.
+    """
+    first = nodes[0]
+    for number, node in enumerate(nodes):
+        if node.env_id != first.env_id:
+            raise ValueError(
+                f"node {number} of the group has environment {node.env_id}, node 0 has {first.env_id}: all nodes of a "
+                "group must have the same hardware, driver and libraries"
+            )
+    return first.model_copy(update={"gpus": tuple(gpu for node in nodes for gpu in node.gpus)})
 
 
 def _digest(comparable: dict[str, Any]) -> str:

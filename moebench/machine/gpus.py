@@ -3,7 +3,7 @@
 import os
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moebench.errors import UsageError
@@ -54,17 +54,19 @@ def places(slots: Sequence[Slot], ep_size: int) -> list[Place]:
     return [tuple(slots[first : first + ep_size]) for first in range(0, whole, ep_size)] or [tuple(slots)]
 
 
-def variables(place: Place, at_once: int, num_ranks: int, cores: int) -> dict[str, str]:
+def variables(
+    place: Place, at_once: int, num_ranks: int, cores: int, inherited: Mapping[str, str] = os.environ
+) -> dict[str, str]:
     """Return the environment variables of a worker at `place`: its GPUs, and its threads.
 
-    The `at_once` workers that run side by side share the cores equally.
+    The `at_once` workers that run side by side share the cores equally. They keep the threads that `inherited` names.
     """
     found = {}
     gpus = [slot.gpu for slot in place if slot.gpu is not None]
     if gpus:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     threads = place[0].num_threads
-    if threads is None and at_once * num_ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if threads is None and at_once * num_ranks > 1 and "OMP_NUM_THREADS" not in inherited:
         threads = max(1, cores // (at_once * num_ranks))  # torch's launcher would give each rank one thread
     return found if threads is None else found | {"OMP_NUM_THREADS": str(threads)}
 

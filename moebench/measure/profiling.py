@@ -144,14 +144,18 @@ def busy_in_calls(events: Iterable[Any], num_calls: int, left_out: re.Pattern[st
     if len(marks) != 2 * num_calls:
         return Busy(unknown=f"the profile has {len(marks)} marks around {num_calls} calls, not {2 * num_calls}")
     calls = [on_gpu[start + 1 : end] for start, end in zip(marks[::2], marks[1::2], strict=True)]
-    return Busy(tuple(_busy_us(call, left_out) / 1e3 for call in calls))
+    return Busy(tuple(busy_us(_spans(call, left_out)) / 1e3 for call in calls))
 
 
-def _busy_us(call: Iterable[Any], left_out: re.Pattern[str] | None) -> float:
-    """Return the length of the union of the times in which the GPU worked, in microseconds."""
+def _spans(call: Iterable[Any], left_out: re.Pattern[str] | None) -> list[tuple[float, float]]:
     counted = [event.time_range for event in call if left_out is None or not left_out.search(event.name)]
+    return [(span.start, span.end) for span in counted]
+
+
+def busy_us(spans: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of spans of time, each with its start and its end in microseconds."""
     total, until = 0.0, -math.inf
-    for start, end in sorted((span.start, span.end) for span in counted):
+    for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))
         until = max(until, end)
     return total

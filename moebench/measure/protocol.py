@@ -7,9 +7,9 @@ believes only lines that it can check: each has the worker's token, and counts o
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal, Protocol, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -146,53 +146,86 @@ Event = Ready | Mistaken | Started | Tries | Recorded
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
-class EventReader:
-    """The supervisor's end of the file of events.
+class Source(Protocol):
+    """A file of events as the supervisor reads it. `fault` says what is wrong with it, and is empty if all is well."""
 
-    `read` returns the events since the last call that can be believed, up to the first line that cannot. `fault` then
-    says what is wrong with the file; it is empty as long as all is well.
-    """
+    fault: str
 
-    def __init__(self, path: Path, token: str) -> None:
-        self._token = token
+    def read(self) -> bytes:
+        """Return the bytes that were written since the last call."""
+
+    def close(self) -> None: ...
+
+
+class EventFile:
+    """The file of events of a worker on this machine, read by descriptor."""
+
+    def __init__(self, path: Path) -> None:
         self._file = path.open("xb+", buffering=0)
-        self._torn = b""
         self._num_bytes = 0
-        self._counts: dict[int, int] = {}  # rank -> number of its lines
         self.fault = ""
 
-    def read(self) -> list[Event]:
+    def read(self) -> bytes:
         now = os.fstat(self._file.fileno())
         if now.st_size < self._num_bytes:
             self.fault = "the file of its events was cut short"
-            return []
+            return b""
         if not now.st_nlink:
             self.fault = "the file of its events was deleted"  # what it has can still be read
-        found = self._file.read(MOST_BYTES) or b""
+        # to read at most so many bytes would make room for them at every look
+        found = self._file.read(min(MOST_BYTES, now.st_size - self._num_bytes)) or b""
         self._num_bytes += len(found)
-        *lines, self._torn = (self._torn + found).split(b"\n")
+        return found
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class EventReader:
+    """The supervisor's end of the files of events of one worker, one file for each machine.
+
+    `read` returns the events since the last call that can be believed, up to the first line that cannot. `fault` then
+    says what is wrong with a file; it is empty as long as all is well.
+    """
+
+    def __init__(self, sources: Sequence[Source], token: str) -> None:
+        self._sources, self._token = sources, token
+        self._torn = [b""] * len(sources)
+        self._counts: dict[int, int] = {}  # rank -> number of its lines
+        self.source_of: dict[int, int] = {}  # rank -> number of the file with its lines
+        self.fault = ""
+
+    def read(self) -> list[Event]:
+        events: list[Event] = []
+        for number, source in enumerate(self._sources):
+            if not self.fault:
+                events += self._read(number, source)
+        return events
+
+    def _read(self, number: int, source: Source) -> list[Event]:
+        found = source.read()
+        self.fault = source.fault
+        *lines, self._torn[number] = (self._torn[number] + found).split(b"\n")
         events: list[Event] = []
         for line in lines:
-            event = self._checked(line)
+            event = self._checked(line, number)
             if event is None:
                 beginning = told(line[:200].decode(errors="replace"))
                 self.fault = f"the file of its events has a line that the worker did not write: {beginning}"
                 return events
             events.append(event)
-        if len(self._torn) > MOST_BYTES:
+        if len(self._torn[number]) > MOST_BYTES:
             self.fault = f"the file of its events has a line of more than {MOST_BYTES} bytes"
         return events
 
-    def _checked(self, line: bytes) -> Event | None:
+    def _checked(self, line: bytes, number: int) -> Event | None:
         try:
             event = _EVENT.validate_json(line)
         except ValidationError:
             return None
         due = self._counts.get(event.rank, 0)
-        if event.token != self._token or event.count != due:
+        whence = self.source_of.setdefault(event.rank, number)
+        if event.token != self._token or event.count != due or whence != number:
             return None
         self._counts[event.rank] = due + 1
         return event
-
-    def close(self) -> None:
-        self._file.close()

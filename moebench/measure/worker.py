@@ -142,6 +142,7 @@ def _measure_all(
 ) -> None:
     ranks, policy = workload.ranks, timing_policy(work_list.policy, workload.device)
     processes = ranks.tell((platform.node(), os.getpid()))
+    described = environment.together(ranks.tell(described)[:: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))])
     for number, job in enumerate(jobs):
         if ranks.rank == 0:
             events.emit("start", number=number)

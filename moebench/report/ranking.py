@@ -63,7 +63,11 @@ def best(frame: pd.DataFrame) -> pd.DataFrame:
     - `next`: the label of the fastest of the others that are not in `close_to`; null if there is none
     - `lead`: the time of `next` divided by the time of the row; null where `next` is null
     """
-    rows = ranked(frame)
+    return best_of(ranked(frame))
+
+
+def best_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return what `best` returns, of rows as `ranked` returns them."""
     timed = rows[_times(rows).notna()]
     case = timed.groupby(_CASE, sort=False).ngroup()
     timed = timed.iloc[np.lexsort((timed["time_ms"], case))]  # the fastest of a case first, equal times in their order

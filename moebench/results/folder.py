@@ -3,10 +3,10 @@
 A frame gives its rows as dictionaries.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,9 @@ from moebench.errors import ResultsError
 from moebench.machine.environment import Environment
 from moebench.results.files import ENVIRONMENT_NAME, ENVIRONMENTS_NAME
 from moebench.results.frame import SAMPLE_COLUMNS, load
+
+Row = Mapping[Hashable, Any]
+T = TypeVar("T")
 
 
 def environments_beside(path: Path) -> dict[str, Environment]:
@@ -55,6 +58,11 @@ def open_result(path: Path) -> Result:
     return Result(frame, environments_beside(path))
 
 
+def without_samples(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame without the columns of samples. Whoever sorts its rows then moves a hundredth of the bytes."""
+    return frame.drop(columns=list(SAMPLE_COLUMNS), errors="ignore")
+
+
 def rows_of(frame: pd.DataFrame, *, samples: bool = False) -> list[dict[Hashable, Any]]:
     """Return each row of a frame as a dictionary, with the samples as arrays, or else without the columns of samples.
 
@@ -65,6 +73,18 @@ def rows_of(frame: pd.DataFrame, *, samples: bool = False) -> list[dict[Hashable
     if samples:
         columns |= {name: _arrays(frame[name]) for name in SAMPLE_COLUMNS}
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def once_for_each_row(function: Callable[[Row], T]) -> Callable[[Row], T]:
+    """Return a function that computes `function` only once for each row. It is a cache by the row's identity."""
+    found: dict[int, tuple[Row, T]] = {}  # with the row, so that no other row takes its identity
+
+    def of_row(row: Row) -> T:
+        if id(row) not in found:
+            found[id(row)] = row, function(row)
+        return found[id(row)][1]
+
+    return of_row
 
 
 def _cells(column: "pd.Series[Any]") -> list[Any]:

@@ -10,77 +10,44 @@ import json
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
-from itertools import combinations
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pandas.api.types import is_numeric_dtype
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from moebench import escapes
 from moebench.errors import ResultsError, first_mistake
-from moebench.results.columns import Rounds, jsonable
+from moebench.results.bulk.errors import cell_of_errors
+from moebench.results.bulk.lines import table_of_lines
+from moebench.results.bulk.rounds import can_combine, combined, rows_of_jobs
+from moebench.results.bulk.schema import ALIASES, ARROW_SCHEMA, ARROW_TYPES, COLUMNS, SAMPLE_COLUMNS
+from moebench.results.bulk.valid import are_records
+from moebench.results.columns import jsonable
 from moebench.results.files import PARQUET_NAME, write_atomically
 from moebench.results.journal import JOURNAL_NAME, read_journal, record_of
-from moebench.results.record import COLUMN_OF, Record, Status
+from moebench.results.record import Record
 from moebench.results.rounds import merged_rounds
-from moebench.workload.case import JobKey
+from moebench.workload.case import KEY, JobKey
+
+__all__ = ["ARROW_SCHEMA", "COLUMNS", "SAMPLE_COLUMNS"]
 
 CSV_NAME = "results.csv"
 
-#: Columns that the CSV leaves out: nobody reads thousands of numbers in one cell.
-SAMPLE_COLUMNS = tuple(name for name, column in COLUMN_OF.items() if column.rounds is Rounds.SAMPLES)
-
-_SAMPLES = {name: TypeAdapter[Any](Record.model_fields[name].rebuild_annotation()) for name in SAMPLE_COLUMNS}
-
-_ARROW_TYPES: Mapping[Hashable, Any] = {
-    str: pa.string(),
-    Status: pa.string(),
-    int: pa.int64(),
-    float: pa.float64(),
-    bool: pa.bool_(),
-    tuple[str, ...]: pa.list_(pa.string()),
-    tuple[int, ...]: pa.list_(pa.int64()),
-    tuple[float, ...]: pa.list_(pa.float64()),
-    tuple[bool, ...]: pa.list_(pa.bool_()),
-    dict[str, float]: pa.string(),
-}
 _PANDAS_TYPES: Mapping[Any, Any] = {
     pa.string(): pd.StringDtype(),
     pa.int64(): pd.Int64Dtype(),
     pa.bool_(): pd.BooleanDtype(),
-    **{kind: pd.ArrowDtype(kind) for kind in _ARROW_TYPES.values() if pa.types.is_list(kind)},
+    **{kind: pd.ArrowDtype(kind) for kind in ARROW_TYPES.values() if pa.types.is_list(kind)},
 }
 
 
-def _bare(annotation: Any) -> Any:
-    """Return the type of the values that an annotation allows, without `Annotated` and without None."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _bare(arguments[0])
-    if origin is Literal:
-        return type(arguments[0])
-    if origin in (tuple, dict):
-        return origin[tuple(some if some is ... else _bare(some) for some in arguments)]
-    if origin in (Union, UnionType):
-        (some,) = (kind for kind in arguments if kind is not NoneType)
-        return _bare(some)
-    return annotation
-
-
-#: The name of each field of Record in the journal and in frames.
-_ALIASES = {name: field.alias or name for name, field in Record.model_fields.items()}
-#: The Arrow schema of all results: Record's fields in their order, with the names that the journal uses.
-ARROW_SCHEMA = pa.schema(
-    [(_ALIASES[name], _ARROW_TYPES[_bare(field.annotation)]) for name, field in Record.model_fields.items()]
-)
-COLUMNS: tuple[str, ...] = tuple(ARROW_SCHEMA.names)
 #: Columns that a Parquet file may lack, with the value that `load` then puts into each of their cells.
 _OPTIONAL = {
     name: field.default for name, field in Record.model_fields.items() if not (field.is_required() or field.alias)
@@ -93,22 +60,69 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
     Each row is made of the records of all rounds of its job. If a job has several records of one round, the last record
     counts.
     """
-    latest = {(*row.key, row.round): row for row in records}
-    jobs: dict[Hashable, list[Record]] = {}
-    for row in latest.values():
-        jobs.setdefault(row.key, []).append(row)
-    merged = [merged_rounds(rounds) for rounds in jobs.values()]
-    columns = {alias: [getattr(row, name) for row in merged] for name, alias in _ALIASES.items()}
-    columns["parity_errors"] = [
-        errors and json.dumps({name: jsonable(error) for name, error in errors.items()})
-        for errors in columns["parity_errors"]
-    ]
-    return _to_pandas(pa.table(columns, schema=ARROW_SCHEMA))
+    table = _to_arrow(list(records))
+    return _to_pandas(_merged(table))
+
+
+def _to_arrow(records: Sequence[Record]) -> Any:
+    """Return a table with one row per record."""
+    columns = {alias: [getattr(row, name) for row in records] for name, alias in ALIASES.items()}
+    columns["parity_errors"] = [cell_of_errors(errors) for errors in columns["parity_errors"]]
+    return pa.table(columns, schema=ARROW_SCHEMA)
+
+
+def _merged(table: Any) -> Any:
+    """Return a table with one row per job, of a table with one row per job and round."""
+    jobs = rows_of_jobs(table)
+    if len(jobs) == len(table):
+        return table
+    can, environments, numbers = can_combine(table), *(table[name].to_pylist() for name in ("env_id", "round"))
+    has_busy = table["busy_ms"].is_valid().to_numpy()
+    groups: dict[int, list[int]] = {}  # the jobs that are merged together, by their number of rounds; 0: the others
+    for job, rows in enumerate(jobs):
+        is_usual = can[rows].all() and len({environments[row] for row in rows}) == 1 and len(set(has_busy[rows])) == 1
+        groups.setdefault(len(rows) if is_usual or len(rows) == 1 else 0, []).append(job)
+    parts = []
+    for num_rounds, some in groups.items():
+        ordered = [sorted(jobs[job], key=lambda row: numbers[row] or 0) if num_rounds else jobs[job] for job in some]
+        if num_rounds > 1:
+            parts.append(_of_rounds(table, np.array(ordered)))
+        else:
+            rows = table.take(pa.array(chain.from_iterable(ordered), pa.int64()))
+            parts.append(rows if num_rounds else _one_by_one(rows, list(map(len, ordered))))
+    if len(parts) == 1:
+        return parts[0]
+    order = np.argsort(list(chain.from_iterable(groups.values())))
+    return pa.concat_tables(parts).combine_chunks().take(pa.array(order))
+
+
+def _of_rounds(table: Any, rows: np.ndarray) -> Any:
+    """Merge the rounds of jobs; `rows` is as moebench.results.bulk.rounds.combined takes it."""
+    try:
+        merged = combined(table, rows)
+    except (pa.ArrowException, OverflowError):  # a sum that no column holds
+        merged = None
+    if merged is not None and are_records(merged, has_checked_errors=True):
+        return merged
+    return _one_by_one(table.take(pa.array(rows.ravel())), [rows.shape[1]] * len(rows))
+
+
+def _one_by_one(table: Any, counts: Sequence[int]) -> Any:
+    """Merge the rounds of each job by itself; the jobs have so many rows, one job after the other.
+
+    Raises ValidationError if the rounds of a job do not make one row.
+    """
+    records = iter(_to_records(table))
+    return _to_arrow([merged_rounds(list(islice(records, count))) for count in counts])
 
 
 def to_records(frame: pd.DataFrame) -> list[Record]:
     """Return the record of each row of a frame."""
-    rows = pa.Table.from_pandas(frame, schema=ARROW_SCHEMA, preserve_index=False).to_pylist()
+    return _to_records(pa.Table.from_pandas(frame, schema=ARROW_SCHEMA, preserve_index=False))
+
+
+def _to_records(table: Any) -> list[Record]:
+    rows = table.to_pylist()
     return [Record.model_validate(row | {"parity_errors": parity_errors(row["parity_errors"]) or None}) for row in rows]
 
 
@@ -150,9 +164,11 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def _of_journal(path: Path) -> pd.DataFrame:
-    rows = read_journal(path)
+    table = table_of_lines(path)
     try:
-        return to_frame(rows)
+        if table is not None and are_records(table, has_checked_errors=True):
+            return _to_pandas(_merged(table))
+        return to_frame(read_journal(path))
     except ValidationError as error:
         raise ResultsError(
             f"{path}: the rounds of a job do not make one row: {first_mistake(error)}; "
@@ -226,56 +242,24 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         )
     try:
         table = table.select(COLUMNS).cast(ARROW_SCHEMA)
-        rows = _without_samples(table).to_pylist()
+        is_usual = are_records(table) and len(table.group_by(KEY).aggregate([])) == len(table)
+        rows = [] if is_usual else table.to_pylist()
     except (pa.ArrowException, ValueError) as error:
         raise ResultsError(
             f"{path}: a column has another type than this moebench reads ({_first_line(error)}); {give}"
         ) from error
+    _check_rows(rows, path, give)
+    return _to_pandas(table)
+
+
+def _check_rows(rows: Sequence[dict[str, Any]], path: Path, give: str) -> None:
+    """Raise ResultsError for the first row that is not a record, or of the same job as a row before."""
     jobs: dict[JobKey, int] = {}
     for number, cells in enumerate(rows, start=1):
         key = _checked(cells, f"{path}: row {number}").key
         if key in jobs:
             raise ResultsError(f"{path}: the rows {jobs[key]} and {number} are of the same job; {give}")
         jobs[key] = number
-    return _to_pandas(table)
-
-
-def _without_samples(table: Any) -> Any:
-    """Return the table with an empty list for each list of samples, if all lists are valid; else the table as it is.
-
-    A valid list has numbers within the limits of its column, is as long as the other lists of its row, and has no round
-    that they lack. The columns are checked as a whole. Record would take twenty times as long for the lists of rows.
-    """
-    lists = {name: table[name].combine_chunks() for name in SAMPLE_COLUMNS}
-    if not (all(_has_valid_numbers(name, some) for name, some in lists.items()) and _agree(lists)):
-        return table
-    for name, some in lists.items():
-        empty = pa.ListArray.from_arrays([0] * (len(some) + 1), some.values[:0], mask=some.is_null())
-        table = table.set_column(table.column_names.index(name), ARROW_SCHEMA.field(name), empty)
-    return table
-
-
-def _has_valid_numbers(name: str, lists: Any) -> bool:
-    """Return whether the numbers of all lists of a column are valid. They are if the least and the largest are."""
-    numbers = lists.flatten()
-    if numbers.null_count or (pa.types.is_floating(numbers.type) and pc.any(pc.is_nan(numbers)).as_py()):
-        return False
-    try:
-        _SAMPLES[name].validate_python(tuple(pc.min_max(numbers).as_py().values()) if len(numbers) else ())
-    except ValidationError:
-        return False
-    return True
-
-
-def _agree(lists: Mapping[str, Any]) -> bool:
-    """Return whether the lists of each row have equal lengths and rounds, as Record demands it."""
-    for names in (("samples_ms", "sample_rounds", "sample_marked"), ("busy_samples_ms", "busy_sample_rounds")):
-        lengths = [pc.list_value_length(lists[name]) for name in names]
-        if not all(pc.all(pc.equal(one, two)).as_py() in (True, None) for one, two in combinations(lengths, 2)):
-            return False
-    has_busy = lists["busy_sample_rounds"].is_valid()
-    busy, rounds = (lists[name].filter(has_busy).to_pylist() for name in ("busy_sample_rounds", "sample_rounds"))
-    return all(set(some) <= set(of or (0,)) for some, of in zip(busy, rounds, strict=True))
 
 
 def _checked(cells: dict[str, Any], place: str) -> Record:

@@ -104,6 +104,14 @@ class _Outcome(BaseModel):
             null="on a CPU",
         ),
     ] = None
+    node: Annotated[
+        str | None,
+        Column(
+            Rounds.EVERY,
+            "name of the node of a cluster that measured the row; of all nodes, if the ranks ran on several",
+            null="if no cluster measured it",
+        ),
+    ] = None
     round: Annotated[
         Count | None,
         Column(Rounds.COMPUTED, "number of the row's round, from 0", null="if several rounds make the row"),

@@ -12,6 +12,9 @@ import numpy as np
 CONFIDENCE = 0.95
 #: The fewest samples that give a two-sided 95% interval of the median. Five are too few: 1 − 2·0.5⁵ < 0.95.
 MIN_SAMPLES = 6
+#: Student's quantile at (1 + CONFIDENCE) / 2, as `scipy.special.stdtrit` returns it, by the number of rounds.
+#: The import of scipy would take longer than all else that `show` does with rounds.
+_STUDENT = {2: 12.706204736174694, 3: 4.302652729749462, 4: 3.1824463052837078, 5: 2.7764451051977934}
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -43,14 +46,20 @@ def center_of_rounds(medians: Sequence[float]) -> tuple[float, float, float]:
     returns the exact interval (`median_interval`). With fewer rounds it returns Student's interval of the logarithms.
     Student's interval assumes that the logarithms are normally distributed, and it is wide for two rounds.
     """
-    if len(medians) >= MIN_SAMPLES:
-        return median_interval(medians)
-    from scipy.special import stdtrit
+    median, low, high = centers_of_rounds(np.asarray([medians], dtype=float))
+    return float(median[0]), float(low[0]), float(high[0])
 
-    median = float(np.median(medians))
-    deviation = float(np.std(np.log(medians), ddof=1))
-    factor = math.exp(float(stdtrit(len(medians) - 1, (1 + CONFIDENCE) / 2)) * deviation / math.sqrt(len(medians)))
-    return median, median / factor, median * factor
+
+def centers_of_rounds(medians: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what `center_of_rounds` returns, for each row of `medians`. A row has one number per round."""
+    num_rounds = medians.shape[1]
+    center = np.median(medians, axis=1)
+    if num_rounds >= MIN_SAMPLES:
+        rank, ordered = _rank(num_rounds), np.sort(medians, axis=1)
+        return center, ordered[:, rank - 1], ordered[:, -rank]
+    deviations, student = np.std(np.log(medians), axis=1, ddof=1), _STUDENT[num_rounds]
+    factors = np.array([math.exp(student * some / math.sqrt(num_rounds)) for some in deviations.tolist()])
+    return center, center / factors, center * factors
 
 
 def series_interval(samples: Sequence[float]) -> tuple[float, float, float]:

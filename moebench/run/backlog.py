@@ -1,10 +1,12 @@
 """Hold the jobs that are left, and give them to workers case by case."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from moebench.workload.backends import is_built_in
-from moebench.workload.case import Job, Weights
+from moebench.workload.case import Case, Job, Weights
 
 
 def own_backend(job: Job) -> str | None:
@@ -25,32 +27,69 @@ class Backlog:
     """Jobs in their order. One place takes all backends of a case, so that the backends are compared on one GPU."""
 
     def __init__(self, jobs: Iterable[Job]) -> None:
-        self._units = [tuple(unit) for _, unit in itertools.groupby(jobs, key=lambda job: job.case)]
+        self._num_jobs = 0
+        self._groups: dict[Weights, deque[_Unit]] = {}  # cases with the same weights, in their order
+        for number, (_, unit) in enumerate(itertools.groupby(jobs, key=lambda job: job.case)):
+            self._add(_Unit(number, tuple(unit)), deque.append)
+        self._front = 0  # the number of the first case
+
+    def _add(self, unit: "_Unit", put: Callable[[deque["_Unit"], "_Unit"], None]) -> None:
+        put(self._groups.setdefault(unit.case.weights, deque()), unit)
+        self._num_jobs += len(unit.jobs)
 
     def __len__(self) -> int:
         """Return how many jobs are left."""
-        return sum(map(len, self._units))
+        return self._num_jobs
 
-    def take(self, mine: Weights | None = None, others: Sequence[Weights] = ()) -> tuple[Job, ...]:
+    def has_for(self, may: Callable[[Case], bool]) -> bool:
+        """Whether a case is left that `may` allows."""
+        return any(may(unit.case) for group in self._groups.values() for unit in group)
+
+    def take(
+        self,
+        mine: Weights | None = None,
+        others: Collection[Weights] = (),
+        may: Callable[[Case], bool] = lambda case: True,
+    ) -> tuple[Job, ...]:
         """Return the next case's jobs for a worker that holds the weights `mine`; empty if no job is left.
+
+        Only cases that `may` allows are taken.
 
         The result is the first case with the weights `mine`, else the first case with weights that no other worker
         holds (`others`), else the first case. A worker makes weights once, so it should keep its weights as
         long as it can.
         """
-        if not self._units:
-            return ()
-        unit = next(
-            itertools.chain(
-                (unit for unit in self._units if unit[0].case.weights == mine),
-                (unit for unit in self._units if unit[0].case.weights not in others),
-                self._units,
-            )
-        )
-        self._units.remove(unit)
-        return unit
+        first = self._first_of(mine, may) if mine is not None else None
+        if first is None:
+            held = set(others)
+            allowed = [unit for weights in self._groups if (unit := self._first_of(weights, may)) is not None]
+            if not allowed:
+                return ()
+            first = min(allowed, key=lambda unit: (unit.case.weights in held, unit.number))
+        group = self._groups[first.case.weights]
+        group.remove(first)
+        if not group:
+            del self._groups[first.case.weights]
+        self._num_jobs -= len(first.jobs)
+        return first.jobs
+
+    def _first_of(self, weights: Weights, may: Callable[[Case], bool]) -> "_Unit | None":
+        return next((unit for unit in self._groups.get(weights, ()) if may(unit.case)), None)
 
     def put_back(self, jobs: Sequence[Job]) -> None:
         """Put jobs back at the front, because their worker ended before it measured them."""
         if jobs:
-            self._units.insert(0, tuple(jobs))
+            self._front -= 1
+            self._add(_Unit(self._front, tuple(jobs)), deque.appendleft)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """The jobs of a case that are left, and the number of the case in the order of cases."""
+
+    number: int
+    jobs: tuple[Job, ...]
+
+    @property
+    def case(self) -> Case:
+        return self.jobs[0].case

@@ -79,17 +79,40 @@ class KnownTimes:
 
         If the job's context was never measured, jobs in the context `plain` stand for it.
         """
-        own = job.backend, job.case.mode, job.case.dtype, job.case.context
-        key = own if own in self._groups else (*own[:-1], PLAIN)
-        if key not in self._groups:
-            return None
-        places, dispatchers, times_s = self._groups[key]
-        apart = np.abs(places - np.array(_place(job.case)))
-        is_near = (apart <= _NEAR).all(axis=1)
-        if not is_near.any():
-            return None
-        distance = apart.sum(axis=1) + np.where(dispatchers == job.dispatcher, 0.0, math.log2(_OTHER_DISPATCHER))
-        return float(times_s[np.where(is_near, distance, np.inf).argmin()])
+        return self.times_s([job])[0]
+
+    def times_s(self, jobs: Sequence[Job]) -> list[float | None]:
+        """Return what `time_s` returns, for each job."""
+        found: list[float | None] = [None] * len(jobs)
+        alike: dict[Hashable, list[int]] = {}
+        for number, job in enumerate(jobs):
+            own = job.backend, job.case.mode, job.case.dtype, job.case.context
+            alike.setdefault(own if own in self._groups else (*own[:-1], PLAIN), []).append(number)
+        for key in alike.keys() & self._groups.keys():
+            for start in range(0, len(alike[key]), _AT_ONCE):
+                numbers = alike[key][start : start + _AT_ONCE]
+                times_s = _nearest(*self._groups[key], [jobs[number] for number in numbers])
+                for number, time_s in zip(numbers, times_s, strict=True):
+                    found[number] = time_s
+        return found
+
+
+#: So many jobs are compared with the measured jobs at once. More would need much memory.
+_AT_ONCE = 1000
+
+
+def _nearest(
+    places: np.ndarray, dispatchers: np.ndarray, times_s: np.ndarray, jobs: Sequence[Job]
+) -> list[float | None]:
+    """Return for each job the seconds of the nearest of the measured jobs, or None if none is near."""
+    apart = np.abs(places - np.array([_place(job.case) for job in jobs])[:, None])
+    is_near = (apart <= _NEAR).all(axis=2)
+    is_other = dispatchers != np.array([job.dispatcher for job in jobs])[:, None]
+    distance = apart.sum(axis=2) + np.where(is_other, math.log2(_OTHER_DISPATCHER), 0.0)
+    nearest = times_s[np.where(is_near, distance, np.inf).argmin(axis=1)]
+    return [
+        time_s if has_near else None for time_s, has_near in zip(nearest.tolist(), is_near.any(axis=1), strict=True)
+    ]
 
 
 def _place(case: Case) -> tuple[float, float, float]:
@@ -148,9 +171,8 @@ class Forecast:
 
 def forecast(jobs: Sequence[Job], measured: KnownTimes | None) -> Forecast:
     """Estimate the jobs. Times come from the `measured` jobs; where it is None, the estimates have no times."""
-    estimates = (
-        Estimate(footprint(job).peak_bytes, None if measured is None else measured.time_s(job)) for job in jobs
-    )
+    times_s = [None] * len(jobs) if measured is None else measured.times_s(jobs)
+    estimates = (Estimate(footprint(job).peak_bytes, time_s) for job, time_s in zip(jobs, times_s, strict=True))
     based_on = "" if measured is None else f"{measured.num_jobs} measured jobs ({measured.where})"
     return Forecast(tuple(jobs), tuple(estimates), based_on)
 

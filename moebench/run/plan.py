@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ class Plan:
     experts_folder: Path | None = None
     slots: tuple[Slot, ...] = ANYWHERE
     profile: bool = False
+
+    @cached_property
+    def backends(self) -> tuple[str, ...]:
+        """The backends of all jobs."""
+        return tuple(dict.fromkeys(job.backend for job in self.jobs))
+
+    @cached_property
+    def are_checks(self) -> bool:
+        """Whether a job is a check; then all are."""
+        return any(job.check for job in self.jobs)
 
 
 def new_run_id(sweep: str) -> str:

@@ -66,10 +66,12 @@ def tail(log: int) -> str:
 
 def kernel_kills() -> int:
     """Return how many processes the kernel has killed on this machine for lack of memory; 0 where it does not count."""
-    if not KERNEL_COUNTERS.exists():
+    try:
+        counters = KERNEL_COUNTERS.read_bytes()
+    except FileNotFoundError:
         return 0
-    counters = dict(line.split() for line in KERNEL_COUNTERS.read_text().splitlines())
-    return int(counters.get("oom_kill", 0))
+    found = re.search(rb"^oom_kill (\d+)$", counters, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 class Ranks:
@@ -106,5 +108,6 @@ def unused_name(logs: Path) -> str:
     The files of an earlier worker hold jobs and events that must not be read again. The number is above all others, so
     that the order of the names is the order of the workers.
     """
-    found = (re.match(r"worker-(\d+)\.", path.name) for path in logs.iterdir())
-    return f"worker-{max((int(name[1]) for name in found if name), default=-1) + 1}"
+    with os.scandir(logs) as entries:
+        found = [name for entry in entries if (name := re.match(r"worker-(\d+)\.", entry.name))]
+    return f"worker-{max((int(name[1]) for name in found), default=-1) + 1}"

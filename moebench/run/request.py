@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from experts import catalog
 from moebench import __version__
 from moebench.errors import UsageError
 from moebench.machine.gpus import choose
@@ -20,6 +21,8 @@ from moebench.results.record import SCHEMA, Record
 from moebench.run.lock import check_new
 from moebench.run.plan import Plan, new_run_id, shuffled
 from moebench.run.runfile import SWEEP_NAME, Asked, RunFile, digest, digest_jobs
+from moebench.run.workers.ray import check_ray
+from moebench.run.workers.slurm import slurm_nodes
 from moebench.workload.axes import cut
 from moebench.workload.case import Job
 from moebench.workload.models import Model
@@ -35,7 +38,8 @@ class RunPlan:
     """What a run has to do: the jobs that each round has left, and what the folder records about the run.
 
     `earlier` has the records that are already in the folder of a run that is resumed. `notes` say what the cases leave
-    out of the models that they come from.
+    out of the models that they come from. `ray` is the address of the Ray cluster that runs the workers. If `slurm` is
+    true, the nodes of this Slurm job run them. Otherwise this machine does.
     """
 
     run: RunFile
@@ -46,6 +50,8 @@ class RunPlan:
     is_resumed: bool = False
     force: bool = False
     notes: tuple[str, ...] = ()
+    ray: str | None = None
+    slurm: bool = False
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -223,11 +229,13 @@ def check_device(device: str | None) -> None:
 
 
 def check_named(jobs: Sequence[Job], backends: Sequence[str]) -> None:
-    """Raise UsageError for a module that a file names but the command line does not.
+    """Raise UsageError for a backend that does not exist, and for a module that only a file names.
 
-    Importing a module runs its code, so the user must name it.
+    Importing a module runs its code, so the user must name it on the command line.
     """
     names = list(dict.fromkeys(job.backend for job in jobs))
+    for reason in filter(None, map(catalog.unknown, names)):
+        raise UsageError(reason)
     unnamed = [name for name in names if ":" in name and name not in backends]
     if unnamed:
         options = " ".join(f"--backend {name}" for name in unnamed)
@@ -248,3 +256,27 @@ def on_gpus(run_plan: RunPlan, wanted: str | None, share: bool) -> tuple[RunPlan
         device = "cuda"  # each worker sees only its own GPUs
     rounds = tuple(replace(one, slots=slots, device=device) for one in run_plan.rounds)
     return replace(run_plan, rounds=rounds), notes
+
+
+def on_cluster(run_plan: RunPlan, ray: str | None, slurm: bool, wanted: str | None, share: bool) -> RunPlan:
+    """Return the plan with its workers on a Ray cluster, or on the nodes of this Slurm job.
+
+    Raises UsageError where Ray is not installed, where the address is not one, where other options choose GPUs, and as
+    moebench.run.workers.slurm.slurm_nodes does.
+    """
+    cluster = "--slurm" if ray is None else "--ray"
+    if ray is not None and slurm:
+        raise UsageError("--ray and --slurm: both choose where to run; leave one of the two out")
+    if ray is not None:
+        check_ray()
+        if not re.fullmatch(r"auto|[^/\s]+:[0-9]{1,5}", ray):
+            raise UsageError(f"--ray {cut(ray)}: it must be HOST:PORT of the cluster's head, or auto")
+    device = run_plan.run.asked.device
+    _, _, index = (device or "").partition(":")
+    others = {f"--gpus {wanted}": wanted is not None, "--share-gpus": share, f"--device cuda:{index}": bool(index)}
+    for option in [option for option, is_given in others.items() if is_given]:
+        remedy = f"leave {option.split()[0]} out"
+        raise UsageError(f"{option} with {cluster}: the cluster chooses the GPUs; {remedy}")
+    if slurm:
+        slurm_nodes(device)  # raises outside of a job
+    return replace(run_plan, ray=ray, slurm=slurm)

@@ -12,7 +12,7 @@ from moebench.errors import UsageError, first_mistake
 from moebench.machine.comparability import differences
 from moebench.machine.environment import Environment
 from moebench.names import Name, is_file
-from moebench.results.files import ENVIRONMENT_NAME, write_atomically
+from moebench.results.files import ENVIRONMENT_NAME, ENVIRONMENTS_NAME, write_atomically
 from moebench.workload.case import Job
 from moebench.workload.models import Model
 
@@ -116,10 +116,16 @@ def digest_jobs(jobs: Iterable[Job]) -> str:
 
 
 def environment_changes(folder: Path, now: Environment) -> list[str]:
-    """Return what differs between the environment of a folder's results and the environment `now`."""
+    """Return what differs between the environment of a folder's results and the environment `now`.
+
+    Of a folder with the results of several environments, for example from a cluster, one of them has to be `now`.
+    """
     file = folder / ENVIRONMENT_NAME
     if not file.exists():
         return []
     was = Environment.from_file(file)
+    others = map(Environment.from_file, sorted((folder / ENVIRONMENTS_NAME).glob("*.json")))
+    if any(not differences(other, now) and other.code == now.code for other in others):
+        return []
     found = [str(difference) for difference in differences(was, now)]
     return found + [f"{name} {was.code[name]} -> {code}" for name, code in now.code.items() if code != was.code[name]]

@@ -1,11 +1,10 @@
 """Run the jobs of plans in worker processes, and append each record to the journal.
 
-This module decides which job runs where, until every job is measured. Backends run in worker processes, so a backend
-that breaks its process cannot break this one. Only this process writes the journal.
+Backends run in worker processes, on this machine or on the nodes of a cluster, so a backend that breaks its process
+cannot break this one. Only this process writes the journal.
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from pathlib import Path
 
 from moebench.errors import Refused, RunnerError
 from moebench.machine.environment import Environment
-from moebench.machine.gpus import places
 from moebench.results.files import (
     ENVIRONMENT_NAME,
     ENVIRONMENTS_NAME,
@@ -24,16 +22,13 @@ from moebench.results.files import (
 )
 from moebench.results.journal import JOURNAL_NAME, Journal
 from moebench.results.record import Record
-from moebench.run.backlog import Backlog, parts
 from moebench.run.plan import Plan, new_run_id
 from moebench.run.stop import Stop
-from moebench.run.supervisor import WorkerProcess
-from moebench.workload.case import Job
-from moebench.workload.context import Processes
+from moebench.run.workers.crew import Crew
+from moebench.run.workers.group import Site
+from moebench.run.workers.local import Here
 
 __all__ = ["Outcome", "Plan", "Refused", "RunnerError", "execute", "new_run_id", "writing_to"]
-
-POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -54,23 +49,29 @@ def execute(
     on_record: Callable[[Record], None] = lambda row: None,
     on_environment: Callable[[Environment], None] = lambda environment: None,
     time_budget_s: float | None = None,
+    site: Site | None = None,
+    earlier: Sequence[Record] = (),
 ) -> Outcome:
-    """Measure every job of the plans, one plan after the other.
+    """Measure every job of the plans, one plan after the other, on this machine or on the `site`.
 
     Each record is in its plan's journal before `on_record` gets it. A job whose process dies or hangs gets a record
     that says so, and a new process measures the next jobs. Ctrl-C, SIGTERM and SIGHUP end the run at once. When the
     time budget (of all plans together) is spent, the run ends after the jobs that are running. The records of measured
-    jobs stay in the journal. `on_environment` gets the environment of each worker before the worker gets a job. Raises
-    RunnerError where no worker starts or the disk is full. Raises Refused where a worker reports that a requested
-    backend or device is not there.
+    jobs stay in the journal. `on_environment` gets the environment of each worker before the worker gets a job.
+    `earlier` are the records that the run already has.
+
+    Raises RunnerError where no worker starts, the disk is full, or the cluster is gone. Raises Refused where a worker
+    reports that a requested backend or device is not there.
     """
     run = Run(plans, Stop.after(time_budget_s), on_record, on_environment)
+    run.begun |= {row.case_id: row.env_id for row in reversed(earlier)}
     with run.stop.at_signals(), run.kept():
         for plan in plans:
             with writing_to(plan.folder):
                 (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
                 for processes in sorted({job.case.processes for job in plan.jobs}):
-                    _Crew(plan, processes, run).work()
+                    Crew(plan, processes, run, site or Here(plan.slots)).work()
+    run.notes += [] if site is None else site.notes
     return run.outcome
 
 
@@ -86,12 +87,15 @@ class Run:
     notes: list[str] = field(default_factory=list)
     journals: dict[Path, Journal] = field(default_factory=dict)  # by their folder
     environments: dict[Path, bytes] = field(default_factory=dict)  # the content of each file
+    begun: dict[str, str] = field(default_factory=dict)  # case_id -> env_id of its first record
 
     def keep(self, plan: Plan, row: Record) -> None:
         """Write the record to the plan's journal, and only then pass it on."""
-        journal = self.journals.setdefault(plan.folder, Journal(plan.folder / JOURNAL_NAME))
+        journal = self.journals.get(plan.folder) or Journal(plan.folder / JOURNAL_NAME)
+        self.journals[plan.folder] = journal
         journal.append(row)
         self.records.append(row)
+        self.begun.setdefault(row.case_id, row.env_id)
         self.on_record(row)
 
     def meet(self, plan: Plan, environment: Environment) -> None:
@@ -156,114 +160,3 @@ def _file_of(environment: Environment, folder: Path) -> Path:
     if was.code != environment.code:  # times may be compared, but other code ran
         return folder / ENVIRONMENTS_NAME / f"{environment.env_id}-{environment.code_name}.json"
     return first
-
-
-@dataclass
-class _Crew:
-    """The workers of one plan for the jobs of as many processes, one worker at each place.
-
-    `due` has what is left of the case that a place measures, in parts, each for one worker.
-    """
-
-    plan: Plan
-    processes: Processes
-    run: Run
-    workers: dict[int, WorkerProcess] = field(default_factory=dict)  # by the number of their place
-    due: dict[int, list[tuple[Job, ...]]] = field(default_factory=dict)  # by the number of the place
-    met: bool = False
-
-    def __post_init__(self) -> None:
-        self.backlog = Backlog(job for job in self.plan.jobs if job.case.processes == self.processes)
-        self.places = dict(enumerate(places(self.plan.slots, self.processes.num_ranks)))
-
-    def work(self) -> None:
-        """Look at every place in turn until no job is left or the run should end. Then end the workers."""
-        try:
-            while not self.run.stop.interrupted:
-                heard = [self._look_at(number) for number in list(self.places)]
-                if not self.workers and (self.run.stop() or not (len(self.backlog) or any(self.due.values()))):
-                    return
-                if not any(heard):
-                    time.sleep(POLL_S)
-        finally:
-            for worker in self.workers.values():
-                worker.end()
-
-    def _look_at(self, number: int) -> bool:
-        """Keep the new records of the worker at a place, and end the worker where it is over or has no more jobs.
-
-        Where the place has no worker, start one. Return whether there was anything to do.
-        """
-        worker = self.workers.get(number)
-        if worker is None:
-            return self._start_at(number)
-        knew = worker.environment
-        heard = False
-        try:
-            for row in worker.watch(self.run.stop):
-                heard = True
-                self.run.keep(self.plan, row)
-        except RunnerError as failure:
-            if not self.met or len(self.places) == 1:
-                raise
-            self._give_up(number, failure)
-            return True
-        if knew is None and worker.environment is not None:
-            self._meet(worker.environment)
-        is_free = worker.environment is not None and not worker.unfinished
-        if is_free and not worker.over:
-            worker.give(self._next_for(number, worker))
-            is_free = not worker.unfinished
-        if worker.over or is_free or (self.run.stop() and not worker.at_a_job):
-            self._end(number)
-            return True
-        return heard
-
-    def _start_at(self, number: int) -> bool:
-        """Start a worker at a place, if there is work for it. Return whether one was started.
-
-        The first worker starts before all others: what it refuses, all would refuse. If torch sees no GPU, the first
-        worker is the only worker.
-        """
-        place = self.places.get(number)
-        has_work = bool(len(self.backlog) or self.due.get(number))
-        if place is None or self.run.stop() or not has_work or (self.workers and not self.met):
-            return False
-        self.workers[number] = WorkerProcess(self.plan, place, self.processes, len(self.places))
-        return True
-
-    def _meet(self, environment: Environment) -> None:
-        self.run.meet(self.plan, environment)
-        if environment.device == "cpu" and self.plan.slots[0].gpu is not None:
-            self.places = {
-                number: self.places[number] for number in self.workers
-            }  # torch sees no GPU, so only one worker runs, on the CPU
-        self.met = True
-
-    def _next_for(self, number: int, worker: WorkerProcess) -> tuple[Job, ...]:
-        """Return the next jobs for the worker at a place; empty where another worker must measure the place's next."""
-        due = self.due.setdefault(number, [])
-        if not due:
-            due += parts(self._case_for(worker))
-        return due.pop(0) if due and worker.may_take(due[0]) else ()
-
-    def _case_for(self, worker: WorkerProcess) -> tuple[Job, ...]:
-        if len(self.places) == 1:
-            return self.backlog.take()
-        others = [other.weights for other in self.workers.values() if other is not worker and other.weights]
-        return self.backlog.take(worker.weights, others)
-
-    def _end(self, number: int) -> None:
-        """End the worker at a place. The place's next worker measures what this one left."""
-        worker = self.workers.pop(number)
-        if worker.unfinished:
-            self.due.setdefault(number, []).insert(0, tuple(worker.unfinished))
-        worker.end()
-
-    def _give_up(self, number: int, failure: RunnerError) -> None:
-        """Stop using a place where no worker starts any more, for example on a lost GPU. The other places go on."""
-        self._end(number)
-        for part in reversed(self.due.pop(number, [])):
-            self.backlog.put_back(part)
-        gpus = ", ".join(slot.gpu for slot in self.places.pop(number) if slot.gpu is not None)
-        self.run.notes.append(f"{gpus or 'a slot'}: no longer used, because {failure}")

@@ -1,8 +1,8 @@
 """Start a planned run, and write its sweep, run.json and results into its folder."""
 
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from moebench.run.lock import check_new, locked
 from moebench.run.request import RunPlan
 from moebench.run.runfile import RUN_NAME, SWEEP_NAME, environment_changes
 from moebench.run.runner import Outcome, execute
+from moebench.run.workers.group import Site
+from moebench.run.workers.ray import ray_cluster
+from moebench.run.workers.slurm import slurm_cluster
 
 
 def start_run(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome:
@@ -37,9 +40,15 @@ def start_run(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome
                 )
 
         try:
-            outcome = execute(
-                *run_plan.rounds, on_record=on_record, on_environment=check, time_budget_s=run_plan.time_budget_s
-            )
+            with _site(run_plan) as site:
+                outcome = execute(
+                    *run_plan.rounds,
+                    on_record=on_record,
+                    on_environment=check,
+                    time_budget_s=run_plan.time_budget_s,
+                    site=site,
+                    earlier=run_plan.earlier,
+                )
             write_again(folder / SWEEP_NAME, run_plan.sweep_text)  # a backend may have changed or removed the files
             write_again(folder / RUN_NAME, run_plan.run.content)
         except Refused:
@@ -47,6 +56,23 @@ def start_run(run_plan: RunPlan, on_record: Callable[[Record], None]) -> Outcome
                 _remove(folder)
             raise
     return replace(outcome, records=(*run_plan.earlier, *outcome.records))
+
+
+@contextmanager
+def _site(run_plan: RunPlan) -> Iterator[Site | None]:
+    """Yield the cluster that runs the workers, and end at the end what was started there; None for this machine."""
+    device, logs = run_plan.run.asked.device, run_plan.folder / "logs"
+    if run_plan.ray is not None:
+        cluster = ray_cluster(run_plan.ray, device, logs)
+    elif run_plan.slurm:
+        cluster = slurm_cluster(device, logs)
+    else:
+        yield None
+        return
+    try:
+        yield cluster
+    finally:
+        cluster.end()
 
 
 def _check_unchanged(run_plan: RunPlan) -> None:

@@ -14,9 +14,11 @@ from moebench.results.files import writing_to
 from moebench.results.record import Record
 from moebench.run.backlog import own_backend
 from moebench.run.plan import Plan
-from moebench.run.runner import POLL_S, Outcome, Run
+from moebench.run.runner import Outcome, Run
 from moebench.run.stop import Stop
 from moebench.run.supervisor import WorkerProcess
+from moebench.run.workers.crew import POLL_S
+from moebench.run.workers.local import LocalPlace
 from moebench.workload.case import Job
 
 
@@ -84,7 +86,7 @@ class _Turns:
 
     def _start(self, number: int, job: Job) -> WorkerProcess:
         place = places(self.plans[number].slots, job.case.processes.num_ranks)[0]
-        self.workers[number] = WorkerProcess(self.plans[number], place, job.case.processes, at_once=1)
+        self.workers[number] = WorkerProcess(self.plans[number], LocalPlace(place), job.case.processes)
         return self.workers[number]
 
     def _hear(self, number: int, worker: WorkerProcess) -> None:

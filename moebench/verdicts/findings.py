@@ -8,7 +8,7 @@ status of the rows: a job with an error above its budget has the status `mismatc
 A measure that a side lacks has a finding which says so. Nothing passes because nothing was compared.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moebench.machine.comparability import MEMORY_CHANGES, TIME_CHANGES, Difference, clock_change
+from moebench.machine.comparability import MEMORY_CHANGES, TIME_CHANGES, Difference, clock_change, node_change
 from moebench.machine.units import size_change
 from moebench.results.record import GOOD, Status
 from moebench.verdicts.times import TimeVerdict, round_medians
@@ -78,19 +78,22 @@ class Pair:
         Rows are one measurement if the rounds that both have by number are equal to the last sample, or if all rounds
         of one row follow each other in the other row. The second case is a run that is also a session of the baseline.
         """
-        if self.together:
+        samples = [set(np.ravel(row["samples_ms"]).tolist()) for row in (self.baseline, self.candidate)]
+        if self.together or samples[0].isdisjoint(samples[1]):  # quicker than a look at each round
             return ""
-        one, two = (_samples_of_rounds(row) for row in (self.baseline, self.candidate))
+        one, two = map(_samples_of_rounds, (self.baseline, self.candidate))
         common = one.keys() & two.keys()
-        equal = bool(common) and all(one[number] == two[number] for number in common)
-        if equal or _is_part([*two.values()], [*one.values()]) or _is_part([*one.values()], [*two.values()]):
+        is_equal = bool(common) and all(one[number] == two[number] for number in common)
+        if is_equal or _is_part([*two.values()], [*one.values()]) or _is_part([*one.values()], [*two.values()]):
             return f"both sides are the same measurement (run {self.candidate['run_id']}); give results of two runs"
         return ""
 
     @property
-    def clock_change(self) -> str:
-        """How the GPU's clock changed, in words; empty if it did not change or is not known."""
-        return clock_change(*(clock_mhz(row) for row in (self.baseline, self.candidate)))
+    def elsewhere(self) -> str:
+        """How the GPU's clock and the node changed, in words; empty if they did not, or are not known."""
+        one, two = self.baseline, self.candidate
+        changes = clock_change(clock_mhz(one), clock_mhz(two)), node_change(one.get("node"), two.get("node"))
+        return "; ".join(filter(None, changes))
 
     @property
     def why_incomparable(self) -> str:
@@ -167,7 +170,7 @@ def sessions_of(row: Row) -> dict[int, int]:
     """
     numbers, sessions = _round_of_each_sample(row), row["sample_sessions"]
     if is_null(sessions):
-        return dict.fromkeys(np.unique(numbers).astype(int).tolist(), 0)
+        return dict.fromkeys(sorted(set(numbers.astype(int).tolist())), 0)
     return {int(number): int(session) for number, session in zip(numbers, sessions, strict=True)}
 
 
@@ -219,7 +222,7 @@ def of_pair(pair: Pair, time: TimeVerdict | None, busy: TimeVerdict | None = Non
 def _time(pair: Pair, time: TimeVerdict | None, busy: TimeVerdict | None) -> Finding:
     if time is None:
         return Finding("time", Verdict.INCOMPARABLE, pair.why_incomparable)
-    reasons = [time.reason, pair.clock_change]
+    reasons = [time.reason, pair.elsewhere]
     if busy is not None and time.verdict.severity in (Severity.FAILED, Severity.UNDECIDED):
         reasons.append(f"the GPU's own time (busy_ms): {busy.verdict}")
     return Finding("time", time.verdict, "; ".join(filter(None, reasons)))
@@ -231,7 +234,7 @@ def _busy(pair: Pair, busy: TimeVerdict | None) -> tuple[Finding, ...]:
     if before and after:
         verdict, reason = Verdict.INCOMPARABLE, pair.why_incomparable
         if busy is not None:
-            verdict, reason = busy.verdict, "; ".join(filter(None, (busy.reason, pair.clock_change)))
+            verdict, reason = busy.verdict, "; ".join(filter(None, (busy.reason, pair.elsewhere)))
     elif after:
         verdict, reason = Verdict.UNMEASURED, "the baseline has no busy_ms, so nothing was compared; measure it again"
     elif before and "synchronises" in pair.candidate["flags"]:
@@ -255,7 +258,9 @@ def _parity(pair: Pair) -> Finding:
         return Finding("parity", Verdict.IMPROVED, f"ok, was {_said(pair.baseline)}")
     if before is Status.ok:
         verdict = Verdict.INCOMPARABLE if pair.forbidding else Verdict.REGRESSED
-        return Finding("parity", verdict, "; ".join(filter(None, (f"was ok, is {said}", _texts(pair.forbidding)))))
+        return Finding(
+            "parity", verdict, "; ".join(filter(None, (f"was ok, is {said}", ", ".join(map(str, pair.forbidding)))))
+        )
     was = f" (was {before})" if after != before else ""
     return Finding("parity", Verdict.UNMEASURED, f"neither side ran, so there was nothing to compare: {said}{was}")
 
@@ -264,10 +269,6 @@ def _said(row: Row) -> str:
     """Return the status of a row and the first line of its detail."""
     detail = "" if is_null(row["detail"]) else str(row["detail"]).strip().split("\n")[0]
     return f"{row['status']}: {detail}" if detail else str(row["status"])
-
-
-def _texts(some: Iterable[Difference]) -> str:
-    return ", ".join(map(str, some))
 
 
 def _memory(pair: Pair) -> Finding:
@@ -279,13 +280,13 @@ def _memory(pair: Pair) -> Finding:
     bytes_of = {name: (int(before), int(after)) for name, (before, after) in cells.items() if not is_null(before)}
     if not bytes_of:
         return Finding("memory", Verdict.UNMEASURED, "the baseline has no figure of memory, so nothing was compared")
-    others = (some for some in pair.differences if some.what not in TIME_CHANGES)
+    others = [some for some in pair.differences if some.what not in TIME_CHANGES]
     forbidding = [some for some in others if some in pair.forbidding or some.what in MEMORY_CHANGES]
-    why = _texts(forbidding) or pair.other_schema
+    why = ", ".join(map(str, forbidding)) or pair.other_schema
     if why:
         return Finding("memory", Verdict.INCOMPARABLE, why)
     on_gpu = not is_null(one["gpu"])
-    changed = {name: sizes for name, sizes in bytes_of.items() if _differ(*sizes, on_gpu)}
+    changed = {name: both for name, both in bytes_of.items() if _differ(*both, on_gpu)}
     reason = ", ".join(f"{name} {size_change(before, after)}" for name, (before, after) in changed.items())
     verdict = Verdict.IMPROVED if changed else Verdict.PASS
     if any(after > before for before, after in changed.values()):

@@ -8,14 +8,14 @@ reference.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import pandas as pd
 
 from moebench.errors import EXIT_FAILED, EXIT_OK, EXIT_UNDECIDED, ResultsError
 from moebench.machine.comparability import Difference, clock_difference
-from moebench.results.folder import rows_of
+from moebench.results.folder import once_for_each_row, rows_of, without_samples
 from moebench.results.labels import CASE_ORDER, backend_labels, describe, machine
 from moebench.results.stats import THRESHOLD
 from moebench.verdicts import findings, times
@@ -24,6 +24,9 @@ from moebench.verdicts.findings import BY_ROUND, Finding, Pair, Row, clock_mhz, 
 from moebench.verdicts.times import Sides, TimeVerdict
 from moebench.verdicts.verdict import Severity, Verdict
 from moebench.workload.case import KEY, JobKey, key_of
+
+#: The functions that return the median of each round of a row, by measure.
+Medians = Mapping[str, Callable[[Row], dict[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,12 @@ def gate(
     rounds. Pass `block_of` if rounds of both results were measured together in blocks: it gets the number of a round
     and returns the round's block. Raises ResultsError if the results have no job in common.
     """
-    before, after = _by_key(baseline), _by_key(candidate)
+    rows = {"baseline": rows_of(baseline, samples=True), "candidate": rows_of(candidate, samples=True)}
+    baseline, candidate = without_samples(baseline), without_samples(candidate)
+    before, after = _by_key(baseline, rows["baseline"]), _by_key(candidate, rows["candidate"])
+    medians = {measure: once_for_each_row(rounds_of) for measure, rounds_of in BY_ROUND.items()}
     pairs = _pairs(before, after, comparability, together=block_of is not None)
-    judged = times.judge_times(_family(pairs, block_of), threshold, false_alarms, wrong_passes)
+    judged = times.judge_times(_family(pairs, block_of, medians), threshold, false_alarms, wrong_passes)
     time, busy = ({key: judged.get((measure, key)) for key in before | after} for measure in ("time", "busy"))
     found = {key: findings.of_baseline_alone() for key in before}
     found |= {key: findings.of_candidate_alone(row) for key, row in after.items()}
@@ -138,8 +144,8 @@ def gate(
     if self_comparisons is None:
         self_comparisons = [
             some
-            for side, frame in (("baseline", baseline), ("candidate", candidate))
-            for some in halves(f"{side}, earlier against later rounds", frame, threshold, false_alarms)
+            for side, of_side in rows.items()
+            for some in halves(f"{side}, earlier against later rounds", of_side, threshold, false_alarms, medians)
         ]
     return GateResult(
         tuple(
@@ -154,9 +160,10 @@ def gate(
     )
 
 
-def _by_key(frame: pd.DataFrame) -> dict[JobKey, Row]:
-    in_order = frame.sort_values([*CASE_ORDER, "backend", "dispatcher"], kind="stable")
-    return {key_of(row): row for row in rows_of(in_order, samples=True)}
+def _by_key(frame: pd.DataFrame, rows: Sequence[Row]) -> dict[JobKey, Row]:
+    """Return the rows in the order of cases. `frame` has the same rows as `rows`, in the same order."""
+    order = frame.reset_index(drop=True).sort_values([*CASE_ORDER, "backend", "dispatcher"], kind="stable").index
+    return {key_of(rows[number]): rows[number] for number in order}
 
 
 def _notes(judged: Collection[TimeVerdict]) -> Iterator[str]:
@@ -173,7 +180,10 @@ def _notes(judged: Collection[TimeVerdict]) -> Iterator[str]:
 def _pairs(
     before: Mapping[JobKey, Row], after: Mapping[JobKey, Row], comparability: Comparability, *, together: bool
 ) -> dict[JobKey, Pair]:
-    pairs = {key: _pair(before[key], after[key], comparability, together) for key in before if key in after}
+    between, pairs = cache(comparability.between), {}
+    for key in (key for key in before if key in after):
+        differences = between(before[key]["env_id"], after[key]["env_id"])
+        pairs[key] = _pair(before[key], after[key], differences, comparability, together)
     if not pairs:
         raise ResultsError(
             f"no job in common: {len(before)} jobs in the baseline, {len(after)} in the candidate, but none with the "
@@ -182,13 +192,15 @@ def _pairs(
     return pairs
 
 
-def _family(pairs: Mapping[JobKey, Pair], block_of: Callable[[int], int] | None) -> dict[tuple[str, JobKey], Sides]:
+def _family(
+    pairs: Mapping[JobKey, Pair], block_of: Callable[[int], int] | None, medians: Medians
+) -> dict[tuple[str, JobKey], Sides]:
     """Return the round medians of both sides, by measure and job, if both sides have the measure and are comparable."""
     family = {}
     for key, pair in pairs.items():
         if not pair.both_ok or pair.why_incomparable:
             continue
-        for measure, rounds_of in BY_ROUND.items():
+        for measure, rounds_of in medians.items():
             one, two = rounds_of(pair.baseline), rounds_of(pair.candidate)
             if measure == "time" or (one and two):
                 family[measure, key] = _apart(pair, one, two) if block_of is None else sides(one, two, block_of)
@@ -213,8 +225,9 @@ def _apart(pair: Pair, one: Mapping[int, float], two: Mapping[int, float]) -> Si
     return Sides(tuple(one.values()), tuple(two.values()), sessions=sessions)
 
 
-def _pair(baseline: Row, candidate: Row, comparability: Comparability, together: bool) -> Pair:
-    differences = comparability.between(baseline["env_id"], candidate["env_id"])
+def _pair(
+    baseline: Row, candidate: Row, differences: tuple[Difference, ...], comparability: Comparability, together: bool
+) -> Pair:
     differences += _differences_of_rows(baseline, candidate, {some.what for some in differences})
     differences += clock_difference(clock_mhz(baseline), clock_mhz(candidate))
     return Pair(baseline, candidate, differences, comparability.forbidding(differences), together)
@@ -244,15 +257,16 @@ def _title(baseline: pd.DataFrame, candidate: pd.DataFrame) -> str:
     return "\n".join(filter(None, (shared, places)))
 
 
-def halves(name: str, frame: pd.DataFrame, threshold: float, false_alarms: float) -> list[SelfComparison]:
+def halves(
+    name: str, rows: Sequence[Row], threshold: float, false_alarms: float, medians: Medians = BY_ROUND
+) -> list[SelfComparison]:
     """Compare the earlier rounds of a result with its later rounds. If the machine drifts, this raises false alarms."""
 
     def split(rounds: Mapping[int, float]) -> Sides:
         some = tuple(rounds.values())
         return Sides(some[: len(some) // 2], some[len(some) // 2 :])
 
-    rows = rows_of(frame, samples=True)
-    return self_comparisons_of(name, rows, split, threshold, false_alarms, 2 * times.MIN_ROUNDS)
+    return self_comparisons_of(name, rows, split, threshold, false_alarms, 2 * times.MIN_ROUNDS, medians)
 
 
 def self_comparisons_of(
@@ -262,13 +276,14 @@ def self_comparisons_of(
     threshold: float,
     false_alarms: float,
     min_rounds: int = 1,
+    medians: Medians = BY_ROUND,
 ) -> list[SelfComparison]:
     """Return the self-comparison of the times of a result and, if it has them, of the GPU's own times.
 
     `split` makes two sides of the rounds of a row. Rows with fewer than `min_rounds` rounds are left out.
     """
     found = []
-    for measure, rounds_of in BY_ROUND.items():
+    for measure, rounds_of in medians.items():
         rounds = [some for row in rows if len(some := rounds_of(row)) >= min_rounds]
         if measure == "time" or rounds:
             title = name if measure == "time" else f"{name}, {measure}_ms"

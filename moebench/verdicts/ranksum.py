@@ -48,7 +48,8 @@ class Shifts:
     @cached_property
     def center(self) -> float:
         """The estimate of Hodges and Lehmann: the median of all differences."""
-        return float(np.median(self.values))
+        count = len(self.values)
+        return float((self.values[(count - 1) // 2] + self.values[count // 2]) / 2) if count else math.nan
 
     @property
     def p_greater(self) -> float:
@@ -96,7 +97,7 @@ class Shifts:
 
     def _rank(self, level: float) -> int:
         """Return which difference, counted from either end, is the limit at `level`; 0 if the groups are too small."""
-        return int(np.searchsorted(self.null_tail, level, side="right"))
+        return int(self.null_tail.searchsorted(level, side="right"))
 
 
 def null_tail(sizes: Iterable[tuple[int, ...]]) -> Floats:

@@ -5,6 +5,7 @@ A context is `plain`, or parts joined with `+`. moebench.measure.context puts a 
 
 import re
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from pydantic_core import PydanticCustomError
@@ -51,6 +52,10 @@ class Context:
     @classmethod
     def parse(cls, text: str) -> "Context":
         """Return the context of a text. Raises ValueError, which says what is wrong, for any other text."""
+        return _parsed(text)
+
+    @classmethod
+    def _parse(cls, text: str) -> "Context":
         if text == PLAIN:
             return cls()
         names: list[str] = []
@@ -72,7 +77,7 @@ class Context:
         is_in = {name: name in names for name in PARTS}
         return cls(kinds[0] if kinds else None, is_in["compile"], is_in["fsdp2"], is_in["offload"], num_micro_batches)
 
-    @property
+    @cached_property
     def text(self) -> str:
         """The text of the context, with its parts in the order of PARTS."""
         is_in = {
@@ -112,6 +117,10 @@ class Context:
                 "ranks; take drawn routing, or dp_size = 1"
             )
         return found
+
+
+#: A sweep has few contexts and many cases.
+_parsed = lru_cache(Context._parse)
 
 
 def canonical(text: str) -> str:

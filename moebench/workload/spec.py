@@ -6,8 +6,9 @@ One `SweepError` lists every mistake of a wrong file. docs/sweeps.md is the user
 import re
 import tomllib
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -74,7 +75,8 @@ class SweepSpec(_Head):
 
         Groups are in the order of the file.
         """
-        every = map(_job, self._combinations())
+        case_of: dict[tuple[object, ...], Case] = {}  # the backends of a case share it
+        every = (_job(combination, case_of) for combination in self._combinations())
         return _in_order({(job.case, job.backend, job.dispatcher): job for job in every}.values())
 
     def num_jobs(self) -> int:
@@ -105,8 +107,10 @@ class SweepSpec(_Head):
         return self.model_copy(update={"grids": grids, "excludes": excludes})
 
 
-def _job(combination: Mapping[str, object]) -> Job:
-    case = Case.model_validate(case_values(combination))
+def _job(combination: Mapping[str, object], case_of: dict[tuple[object, ...], Case]) -> Job:
+    key = case_key(combination)
+    case = case_of.get(key) or Case.model_validate(case_values(combination))
+    case_of[key] = case
     routing = combination["routing"]
     file = routing.file if isinstance(routing, Captured) else None
     backend, dispatcher = str(combination["backend"]), str(combination["dispatcher"])
@@ -123,12 +127,11 @@ def _in_order(jobs: Iterable[Job]) -> list[Job]:
     def rank(key: Hashable) -> int:
         return ranks.setdefault(key, len(ranks))
 
-    def weights(case: Case) -> Hashable:
-        return case.model_copy(update={"ep_size": 1}).weights
+    @cache
+    def place(case: Case) -> tuple[Any, ...]:
+        return rank(case.model_copy(update={"ep_size": 1}).weights), case.processes, rank(case)
 
-    return sorted(
-        jobs, key=lambda job: (rank(weights(job.case)), job.case.processes, rank(job.case), rank(job.backend))
-    )
+    return sorted(jobs, key=lambda job: (*place(job.case), rank(job.backend)))
 
 
 # Reading a file

@@ -90,3 +90,44 @@ def test_the_number_of_sms_is_an_option_of_deepep() -> None:
     assert made.dispatcher_options == {"num_sms": 24}
     with pytest.raises(ConfigError, match="num_sms = 24: the dispatcher alltoall does not take it; use deepep, or "):
         GroupedExperts(moe_config(), BackendConfig(dispatcher="alltoall", num_sms=24))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "reason"),
+    [
+        ("aa", None),
+        ("aaaaaaaa", None),
+        ("ab", "deep_ep needs up to 8 ranks on one node; use alltoall"),
+        ("aaaabbbb", "deep_ep needs up to 8 ranks on one node; use alltoall"),
+        ("a" * 8 + "b" * 8, None),
+        ("ab" * 8, "deep_ep needs 8 ranks on each node, in the order of the ranks; use alltoall"),
+        ("aaaa" * 4, "deep_ep needs 8 ranks on each node, in the order of the ranks; use alltoall"),
+        ("a" * 8 + "b" * 4 + "c" * 4, "deep_ep needs 8 ranks on each node, in the order of the ranks; use alltoall"),
+    ],
+)
+@pytest.mark.usefixtures("fake_libraries")
+def test_ranks_over_nodes_need_eight_on_each(hosts: str, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between nodes, deep_ep needs memory for RDMA. Within one node it must have none."""
+    made: list[tuple[int, int]] = []
+    config = SimpleNamespace(
+        get_nvl_buffer_size_hint=lambda row_bytes, size: 1000, get_rdma_buffer_size_hint=lambda row_bytes, size: 500
+    )
+    monkeypatch.setattr(deepep, "_deep_ep", lambda: SimpleNamespace(Buffer=Buffer))
+    monkeypatch.setattr(deepep, "hosts_of", lambda group: [*hosts])
+    monkeypatch.setattr(deepep, "_buffers", {})
+
+    class Buffer(SimpleNamespace):
+        get_dispatch_config = get_combine_config = staticmethod(lambda size: config)
+
+        def __init__(self, group: object, nvl_bytes: int, rdma_bytes: int, explicitly_destroy: bool) -> None:
+            made.append((nvl_bytes, rdma_bytes))
+
+    # SimpleNamespace has no hash, and a process group has one
+    ranks = type("Group", (), {"size": lambda self: len(hosts)})()
+    if reason is None:
+        deepep.shared_buffer(ranks, 16)
+        assert made == [(1000, 500 if len(hosts) > 8 else 0)]
+    else:
+        with pytest.raises(Unsupported) as caught:
+            deepep.shared_buffer(ranks, 16)
+        assert (caught.value.reason, made) == (reason, [])

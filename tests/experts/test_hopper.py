@@ -121,7 +121,7 @@ def test_products_are_each_row_times_its_matrix(
 
 @pytest.mark.gpu
 def test_each_of_many_tiles_is_stored_at_its_place(hopper: Any) -> None:
-    """A tile is stored while the next one is computed. Here, programs have several tiles, some of them without rows."""
+    """Products store a tile while they compute the next one. Here, programs have several tiles, some without rows."""
     rows = tuple(150 if expert % 3 else 0 for expert in range(60))
     given = Grouped(rows, (128, 2048), BF16)
     b_LPQ = torch.randn(len(rows), 128, 2048, generator=torch.Generator().manual_seed(1)).to("cuda", BF16)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from experts import BackendConfig, ConfigError, GroupedExperts, InputError, Unsupported
+from experts import BackendConfig, ConfigError, GroupedExperts, InputError, Unsupported, hosts
 from experts.dispatch import symm_mem
 from experts.exchange import Layout, memory
 from tests.experts import gpu_ranks
@@ -32,9 +32,10 @@ def group(size: int) -> Any:
 
 def told(monkeypatch: pytest.MonkeyPatch, *others: Any) -> None:
     """Let every rank but the first tell one of these values, or what the first rank tells if it is None."""
-    monkeypatch.setattr(
-        memory, "_tell", lambda _, value: [value, *(value if other is None else other for other in others)]
-    )
+    for module in (hosts, memory):
+        monkeypatch.setattr(
+            module, "tell", lambda _, value: [value, *(value if other is None else other for other in others)]
+        )
 
 
 def num_open_files() -> int:

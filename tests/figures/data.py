@@ -19,9 +19,14 @@ WAITING, SYMM_MEM = "h200-ep2-2026-11-29", "h200-peers-ep2-2026-11-29"
 CASE = ["model", "mode", "num_tokens"]
 #: `moebench run peers`: many tokens with every library, few tokens, and the runs before with many tokens.
 PEERS, DECODE = "h200-peers-2026-11-28", "h200-peers-2026-11-23"
+#: One round of a part of `moebench run peers`, train steps of two GPUs with traces, contexts of training, and adapters.
+PEERS_AGAIN, PROFILED = "h200-peers-2026-11-30", "h200-ep2-2026-11-30"
+TRAINING, ADAPTERS = "h200-training-2026-11-30", "h200-lora-2026-11-30"
 EARLIER_GPU, EARLIER_PEERS = "earlier/h200-2026-11-23-2", (DECODE, "earlier/h200-peers-2026-11-23")
 #: Shapes (experts, top-k, dim, inter) and the token count that was measured for each.
 SHAPES = {(128, 8, 2048, 768): 16384, (32, 4, 2880, 2880): 8192, (32, 8, 7168, 2048): 4096}
+#: The shapes of which PEERS_AGAIN has all layers.
+SHAPES_AGAIN = {shape: SHAPES[shape] for shape in ((128, 8, 2048, 768), (32, 8, 7168, 2048))}
 JOB = ["case_id", "backend", "dispatcher"]
 
 
@@ -61,9 +66,9 @@ def of_shape(frame: pd.DataFrame, shape: tuple[int, ...]) -> pd.DataFrame:
     return select(frame, n_routed_experts=experts, n_activated_experts=top, dim=dim, moe_inter_dim=inter)
 
 
-def peers_of(backend: str, shape: tuple[int, ...]) -> pd.DataFrame:
+def peers_of(backend: str, shape: tuple[int, ...], run: str = PEERS) -> pd.DataFrame:
     """The two jobs of a backend on a shape of `moebench run peers`: the forward and the train step."""
-    return select(of_shape(results(PEERS), shape), num_tokens=SHAPES[shape], backend=backend)
+    return select(of_shape(results(run), shape), num_tokens=SHAPES[shape], backend=backend)
 
 
 def samples_of(row: pd.Series) -> Any:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from tests.figures import data
-from tests.figures.data import JOB, PEERS, SHAPES, results, select, the
+from tests.figures.data import JOB, PEERS, PEERS_AGAIN, SHAPES, SHAPES_AGAIN, results, select, the
+from tests.figures.quoted import WORDS, counts
 
 
 def of_automodel() -> dict[str, str]:
@@ -66,3 +67,38 @@ def warmup_of_sonicmoe() -> dict[str, str]:
     """What the two jobs of each shape took before they were timed, in s."""
     of_shapes = [data.peers_of("peer_sonicmoe", shape)["warmup_ms"].sum() / 1e3 for shape in SHAPES]
     return {f"s{number}": f"{seconds:.0f}" for number, seconds in enumerate(of_shapes)}
+
+
+def again() -> dict[str, Any]:
+    """The later run, which is one round of a part of the jobs that were asked for."""
+    asked = data.document(f"{PEERS_AGAIN}/run.json")
+    frame = results(PEERS_AGAIN)
+    assert set(frame["num_rounds"]) == {1}
+    complete = [data.of_shape(frame, shape) for shape in SHAPES_AGAIN]
+    assert all(len(rows) == 2 * rows["backend"].nunique() == 2 * 5 for rows in complete)
+    others = len(frame) - sum(map(len, complete))
+    return {**counts(PEERS_AGAIN), "asked": asked["num_jobs"] * asked["num_rounds"], "few": WORDS[others]}
+
+
+def of_sonicmoe_again() -> dict[str, str]:
+    found = {}
+    for number, shape in enumerate(SHAPES_AGAIN):
+        for mode in ("forward", "train"):
+            rows = (data.peers_of(name, shape, PEERS_AGAIN) for name in ("triton", "peer_sonicmoe"))
+            own, peer = (the(some, mode=mode)["time_ms"] for some in rows)
+            found[f"{mode}{number}"] = f"{peer / own:.3f}"
+    close = earlier_peers()["close"]
+    assert all(_apart(float(found[f"{mode}0"])) < float(close.rstrip("%")) / 100 for mode in ("forward", "train"))
+    return {**found, "close": close}
+
+
+def no_copy() -> dict[str, str]:
+    """How much lower the peak of `triton` is on the last shape, which is the size of its rows in bfloat16."""
+    *_, shape = SHAPES_AGAIN
+    peaks = [
+        the(data.peers_of("triton", shape, run), mode="train")["peak_memory_bytes"] for run in (PEERS, PEERS_AGAIN)
+    ]
+    (_, top, dim, _), num_tokens = shape, SHAPES_AGAIN[shape]
+    lower = f"{(peaks[0] - peaks[1]) / 2**20:.0f}"
+    assert lower == f"{num_tokens * top * dim * 2 / 2**20:.0f}"
+    return {"lower": lower}

@@ -21,6 +21,8 @@ from tests.figures.data import (
     GPU,
     JOB,
     PEERS,
+    PEERS_AGAIN,
+    PROFILED,
     SYMM_MEM,
     TWO_GPUS,
     WAITING,
@@ -47,10 +49,11 @@ def environment(name: str = GPU) -> dict[str, str]:
 
 def environments() -> dict[str, str]:
     """What all runs share, and their dates."""
-    found = [environment(name) for name in (GPU, DECODE, TWO_GPUS, PEERS, FOUR_GPUS, WAITING, SYMM_MEM)]
+    names = (GPU, DECODE, TWO_GPUS, PEERS, FOUR_GPUS, WAITING, SYMM_MEM, PEERS_AGAIN, PROFILED)
+    found = [environment(name) for name in names]
     (shared,) = {tuple((key, one[key]) for key in one if key != "date") for one in found}
-    first, second, third = sorted({one["date"] for one in found})
-    return {**dict(shared), "first": first, "second": second, "third": third}
+    dates = sorted({one["date"] for one in found})
+    return {**dict(shared), **dict(zip(("first", "second", "third", "fourth"), dates, strict=True))}
 
 
 def counts(name: str) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.figures import peers, quoted, ranks, two_gpus
-from tests.figures.data import FOUR_GPUS, GPU, PEERS, SYMM_MEM, TWO_GPUS, WAITING
+from tests.figures import kernels, peers, quoted, ranks, scaled, two_gpus
+from tests.figures import training as trained
+from tests.figures.data import FOUR_GPUS, GPU, PEERS, PEERS_AGAIN, PROFILED, SYMM_MEM, TWO_GPUS, WAITING
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,21 @@ README = (
         peers.of_automodel,
     ),
     (
-        """On a shape with {many} experts, a train step of SonicMoE takes {train0} times as long as a train step of
-        `triton`. On two shapes with {few} experts, the two differ by at most {train_close}. A forward of SonicMoE takes
-        up to {forward_most} times as long as a forward of `triton`, and its train step takes {peak_low} to {peak_high}
-        more memory.""",
+        """on a shape with {many} experts, a train step of SonicMoE took {train0} times as long as a train step of
+        `triton`. On two shapes with {few} experts, the two differed by at most {train_close}. A forward of SonicMoE
+        took up to {forward_most} times as long as a forward of `triton`, and its train step took {peak_low} to
+        {peak_high} more memory.""",
         peers.of_sonicmoe,
     ),
+    (
+        """in one round, a train step of SonicMoE takes {train0} and {train1} times as long as a train step of `triton`
+        on two shapes.""",
+        peers.of_sonicmoe_again,
+    ),
+    ("in one round of {measured} jobs.", lambda: quoted.counts(PEERS_AGAIN)),
+    ("dispatchers in {measured} of {jobs} jobs, with profiles.", lambda: quoted.counts(PROFILED)),
+    ("with and without checkpoints in {measured} of {jobs} jobs.", trained.run),
+    ("low-rank adapters in {measured} of {jobs} jobs.", trained.of_adapters),
     (
         """`triton` was the fastest backend of this project in all {cases} cases in which another backend was measured
         beside it.""",
@@ -82,8 +92,8 @@ README = (
     ("FP8 through Transformer Engine was slower than `torch_mm` in every case measured.", quoted.fp8_is_slower),
     ("use `deepep` for a forward of up to {few} tokens per rank. |", ranks.dispatchers),
     (
-        """`deepep` was the fastest in {fastest} of {cases} cases. With `te` and with `loop`, another dispatcher was the
-        fastest. With `torch_mm` and {except} tokens, `allgather` and `deepep` are too close to call.""",
+        """`deepep` was the fastest in {fastest} of {cases} cases. With `te` and with `loop`, another dispatcher was
+        the fastest. With `torch_mm` and {except} tokens, `allgather` and `deepep` are too close to call.""",
         ranks.dispatchers,
     ),
     ("use `alltoall` or `allgather` for a forward of {many} tokens per rank. |", ranks.dispatchers),
@@ -99,7 +109,8 @@ README = (
 
 MEASURED = (
     (
-        "on NVIDIA H200 GPUs on {first}, {second} or {third}, with torch {torch}, CUDA {cuda} and Python {python}.",
+        """on NVIDIA H200 GPUs on {first}, {second}, {third} or {fourth}, with torch {torch}, CUDA {cuda} and Python
+        {python}.""",
         quoted.environments,
     ),
     (
@@ -122,6 +133,59 @@ MEASURED = (
         """In this run, the forward and the train step of SonicMoE together took {s0} s, {s1} s and {s2} s before they
         were timed""",
         peers.warmup_of_sonicmoe,
+    ),
+    (
+        """after {measured} of {asked} jobs, so this is one round and not three. Two shapes have all five layers. Of
+        the third shape, only {few} jobs were measured, and the table leaves it out. All {measured} jobs were `ok`. The
+        worst parity error was {worst} of its budget.""",
+        peers.again,
+    ),
+    (
+        """a train step of SonicMoE takes {train0} and {train1} times as long as a train step of `triton`, and a
+        forward {forward0} and {forward1} times as long. One round does not say how much of this the next process would
+        repeat: unchanged layers differed by up to {close} between earlier runs.""",
+        peers.of_sonicmoe_again,
+    ),
+    (
+        """the peak of a train step of `triton` is {lower} MiB lower than two days before, which is the size of the
+        gathered copy of the rows""",
+        peers.no_copy,
+    ),
+    ("The table has all kernels that take {shortest} ms or more,", lambda: {"shortest": kernels.SHORTEST_MS}),
+    (
+        """The products keep the tensor cores busy for {tensor_low} to {tensor_high}% of the cycles, and the gradients
+        of the weights for {gradients_low} to {gradients_high}%. Under the products, the GPU lowers its clock to
+        {clock_low} to {clock_high} GHz, as it does at its power limit. Under the other kernels of the table, the clock
+        is {fast_low} to {fast_high} GHz. These other kernels, the activation with its backward and the sums over the
+        experts of a token, reach {dram_low} to {dram_high}% of the bandwidth of DRAM.""",
+        kernels.reached,
+    ),
+    (
+        """A multiprocessor does at most {flops} operations per cycle, which gives the cycles that a tile keeps the
+        tensor cores busy. `multiply_rows` leaves them without work for {low} to {high} further cycles per tile. These
+        are nearly the same for a tile with {short} terms and for a tile with {long} terms, so they lie between the
+        tiles. A tile with more terms hides them better: with {short} terms, the tensor cores are busy for
+        {short_share}% of the cycles, and with {long} terms for {long_share}%. `grouped_gemm`, which gathers its rows,
+        leaves the tensor cores without work for {gathered_low} to {gathered_high} cycles per tile.""",
+        kernels.between_tiles,
+    ),
+    (
+        """measured {measured} of {jobs} jobs on two other H200s in one round, and wrote a profile of each""",
+        lambda: quoted.counts(PROFILED),
+    ),
+    ("The table has one train step of 4096 tokens of Qwen3-30B-A3B with `triton`, on rank 0:",),
+    (
+        """a timed step takes {low} to {high} times as long as its kernels without barriers. The rest is time in which
+        the GPU waits for the host or for the other rank. With `symm_mem`, the step takes {after} times as
+        long as its kernels: nothing waits for the host, so the host launches the kernels ahead. `symm_mem`
+        has the most kernels, {kernels}, and `deepep` the fewest, {fewest},""",
+        kernels.before_and_after,
+    ),
+    (
+        """`all_to_all_vdev` takes {nccl_low} to {nccl_high} times as long as NCCL. Sort and `all_to_all_vdev` together
+        take {ours_low} to {ours_high} times as long as the dispatch of `symm_mem`, although they do not send weights
+        and choices. `all_to_all_vdev_2d` takes {flat_low} to {flat_high} times as long as `all_to_all_vdev`.""",
+        kernels.of_vdev,
     ),
     (
         "measured all {measured} jobs, and all were `ok`. The worst parity error was {worst} of its budget.",
@@ -199,6 +263,37 @@ MEASURED = (
     ),
 )
 
+TRAINING = (
+    ("({date}, torch {torch}, bfloat16)", lambda: quoted.environment(trained.TRAINING)),
+    (
+        """measures Qwen3-30B-A3B in {contexts} contexts. Its time budget ended after {measured} of {jobs} jobs""",
+        trained.run,
+    ),
+    ("The table has a train step of {tokens} tokens.", trained.run),
+    ("a checkpoint makes the step {low} to {high} times as long.", trained.costs),
+    (
+        """`triton` and `torch_mm` keep {kept} MiB for backward, and `te` keeps {te_kept} MiB. With `checkpoint`, each
+        of them keeps {few} MiB. The tokens themselves, {x} MiB, are inputs, and no context counts them.""",
+        trained.costs,
+    ),
+    ("The peak of `triton` is {peak} MiB with and without `checkpoint`.", trained.costs),
+    ("`checkpoint_reentrant` takes up to {more} MiB more.", trained.costs),
+    (
+        """launches kernels for each of the {experts} experts. Its plain step takes {time} ms, of which the GPU works
+        for {busy} ms.""",
+        trained.of_te,
+    ),
+    ("The GPU's own time grows to {low} to {high} times with a checkpoint,", trained.of_te),
+    ("the contexts {missing} of this sweep, other combinations, and `fsdp2`.", trained.run),
+    ("measures low-rank adapters of rank {rank} beside frozen experts", trained.of_adapters),
+    (
+        "Its time budget ended after {measured} of {jobs} jobs ([results](../results/published/h200-lora",
+        trained.of_adapters,
+    ),
+    ("The {missing} jobs that are missing are the train steps,", trained.of_adapters),
+    ("A forward with adapters takes {low} to {high} times as long.", trained.of_adapters),
+)
+
 OTHERS = (
     (
         "docs/sweeps.md",
@@ -241,11 +336,36 @@ OTHERS = (
     ),
 )
 
+SCALING = (
+    (
+        """From {small} to {large} records, five times as many, `show` takes {show} times as long, `report` {report},
+        and `gate` {gate}. `list` takes {list} times as long, and `run --dry-run` {dry_run}.""",
+        scaled.growth,
+    ),
+    ("each row needs {cost} ms of the supervisor's CPU time when {workers} workers answer at once", scaled.saturated),
+    ("A supervisor that has a core for itself would therefore be saturated at {most} jobs/s.", scaled.saturated),
+    ("For {jobs} jobs it needs {gib} GiB", scaled.saturated),
+    (
+        """In the results `h200-2026-11-23`, a job takes {mean} s on average, so 1,000 GPUs end {rate} such jobs in a
+        second.""",
+        scaled.thousand_gpus,
+    ),
+    (
+        """The last line of the table has 1,000 workers with such jobs: the machine managed {measured} jobs/s, and the
+        supervisor needed {cost} ms of CPU time for each, which is {share} of a core at {rate} jobs/s.""",
+        scaled.thousand_gpus,
+    ),
+    ("So one supervisor is enough for 1,000 GPUs, if", dict),
+    ("### What 1,000 GPUs need", dict),
+)
+
 SENTENCES = tuple(
     Sentence(*fields)
     for fields in (
         *(("README.md", *rest) for rest in README),
         *(("docs/measured.md", *rest) for rest in MEASURED),
+        *(("docs/scaling.md", *rest) for rest in SCALING),
+        *(("docs/training.md", *rest) for rest in TRAINING),
         *OTHERS,
     )
 )

@@ -5,26 +5,21 @@ To add one, write a function here and add it to TABLES.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
 
 from moebench.results.stats import relative_half_width, series_interval
 from moebench.workload.models import SHAPE_AXES, shape_name
-from tests.figures import data, two_gpus
+from tests.figures import data, kernels, scaled, training, two_gpus
+from tests.figures.markdown import markdown
 
 _BEGIN, _END = "<!-- table {}, written by `make results` -->", "<!-- end of table {} -->"
 
 
 def _named(shape: tuple[int, ...]) -> str:
     return shape_name(dict(zip(SHAPE_AXES, shape, strict=True)))
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
-    cells.insert(1, ["---"] * len(cells[0]))
-    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 def peers() -> str:
@@ -42,6 +37,23 @@ def peers() -> str:
                     cells += [f"{row['tflops']:.0f}", f"{row['grouped_ms'] / row['time_ms']:.2f}"]
                 peak = data.the(found, mode="train")["peak_memory_bytes"] / 2**20
                 yield [_named(shape), num_tokens, f"`{backend}`", *cells, f"{peak:.0f}"]
+
+    return markdown(header, rows())
+
+
+def peers_again() -> str:
+    backends = ["torch_mm", "triton", "peer_sonicmoe", "peer_automodel_torch_mm", "peer_transformers"]
+    header = ["shape", "tokens", "backend", "forward, ms", "train, ms", "train, over `triton`", "train peak, MiB"]
+
+    def rows() -> Iterator[list[Any]]:
+        for shape, num_tokens in data.SHAPES_AGAIN.items():
+            own_ms = data.the(data.peers_of("triton", shape, data.PEERS_AGAIN), mode="train")["time_ms"]
+            for backend in backends:
+                found = data.peers_of(backend, shape, data.PEERS_AGAIN)
+                forward, train = (data.the(found, mode=mode) for mode in ("forward", "train"))
+                times = (f"{row['time_ms']:.3f}" for row in (forward, train))
+                over, peak = f"{train['time_ms'] / own_ms:.3f}", f"{train['peak_memory_bytes'] / 2**20:.0f}"
+                yield [_named(shape), num_tokens, f"`{backend}`", *times, over, peak]
 
     return markdown(header, rows())
 
@@ -167,29 +179,54 @@ def repeatability() -> str:
 
 
 def scaling() -> str:
-    rows = pd.DataFrame(data.document("scaling/commands-2026-11-29.json")["rows"])
+    rows = scaled.rows(scaled.COMMANDS)
 
     def cells() -> Iterator[list[Any]]:
         for (size, command), some in rows.groupby(["size", "command"], sort=False):
             now, before = (select_one(some, revision) for revision in ("after", "before"))
-            past = "–" if before is None else f"{before['cpu_s']:.1f}"
-            yield [f"`{command}`", f"{size:,}", past, f"{now['cpu_s']:.1f}", f"{now['peak_bytes'] / 2**20:.0f}"]
+            past = ["–", "–"] if before is None else [f"{before['cpu_s']:.1f}", f"{before['cpu_s'] / now['cpu_s']:.1f}"]
+            yield [f"`{command}`", f"{size:,}", past[0], f"{now['cpu_s']:.1f}", past[1], mebibytes(now)]
 
-    def select_one(some: pd.DataFrame, revision: str) -> Any:
-        found = data.select(some, revision=revision).to_dict("records")
-        return found[0] if found else None
+    return markdown(["command", "size", "before, s of CPU", "now, s of CPU", "ratio", "now, MiB"], cells())
 
-    return markdown(["command", "size", "before, s of CPU", "now, s of CPU", "now, MiB"], cells())
+
+def supervisor() -> str:
+    header = ["revision", "workers", "jobs", "a job takes, s", "jobs/s", "share of a core", "CPU per job, ms"]
+    header += ["wait, ms", "longest 1%, ms", "MiB"]
+
+    def cells() -> Iterator[list[Any]]:
+        for row in scaled.rows(scaled.SUPERVISOR).to_dict("records"):
+            revision = "now" if row["revision"] == "after" else row["revision"]
+            speed = [f"{row['jobs_per_s']:.0f}", f"{row['cpu_share']:.0%}", f"{row['cpu_ms_per_job']:.2f}"]
+            waits = [f"{row[name]:.1f}" for name in ("wait_ms", "wait_99_ms")]
+            counts = [row["num_workers"], f"{row['num_jobs']:,}", f"{row['job_s']:g}"]
+            yield [revision, *counts, *speed, *waits, mebibytes(row)]
+
+    return markdown(header, cells())
+
+
+def mebibytes(row: Mapping[str, Any]) -> str:
+    return f"{row['peak_bytes'] / 2**20:.0f}"
+
+
+def select_one(some: pd.DataFrame, revision: str) -> Any:
+    found = data.select(some, revision=revision).to_dict("records")
+    return found[0] if found else None
 
 
 #: The function that makes each table, by document and name of the table.
 TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
     ("docs/measured.md", table.__name__): table
     for table in (
-        *(peers, steps, decode, two_gpus_with_symm_mem, four_gpus),
-        *(bandwidth, bandwidth_of_four, precision, repeatability),
+        *(peers, peers_again, steps, kernels.counters, decode, two_gpus_with_symm_mem, kernels.profiles, four_gpus),
+        *(bandwidth, kernels.vdev, bandwidth_of_four, precision, repeatability),
     )
-} | {("docs/scaling.md", "scaling"): scaling}
+} | {
+    ("docs/scaling.md", "scaling"): scaling,
+    ("docs/scaling.md", "supervisor"): supervisor,
+    ("docs/training.md", "contexts"): training.contexts,
+    ("docs/training.md", "adapters"): training.adapters,
+}
 
 
 def written(text: str, name: str, table: str) -> str:

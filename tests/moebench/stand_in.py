@@ -98,6 +98,12 @@ def write(path: Path, script: str) -> Path:
     return path
 
 
+def program(worker: Path) -> str:
+    """Return the text of a program `moebench` that draws nothing and starts `worker` in place of Python."""
+    without_pictures = "from moebench.report import folder\nfolder.finish = lambda results: folder.Written()\n"
+    return f"#!{sys.executable}\nimport sys\nsys.argv.insert(1, {str(worker)!r})\n{without_pictures}{_COMMAND_LINE}"
+
+
 def started(program: Path, *arguments: object, cwd: Path, **options: object) -> subprocess.Popen[str]:
     """Start `moebench …` in a process of its own, with that program for its workers."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -173,13 +173,17 @@ def roofline(frame: pd.DataFrame) -> list[Picture]:
     return _distinct(pictures)
 
 
+#: Columns that no picture shows.
+_UNSEEN = ("detail", "flags", "executed", "gpu_uuid", "parity_worst_tensor", "parity_errors", "env_id", "check")
+
+
 def draw(frame: pd.DataFrame, formats: Sequence[str] = ("png", "svg")) -> Drawn:
     """Draw all pictures of `frame`. The same frame gives the same bytes of SVG.
 
     An error of one picture becomes a line in `failures`, whatever it is: results must not be lost for a picture.
     """
     drawn = Drawn()
-    frame = frame.drop(columns=list(SAMPLE_COLUMNS))  # no picture shows them, and it takes long to move them
+    frame = frame.drop(columns=[*SAMPLE_COLUMNS, *_UNSEEN])  # it takes long to move them
     for plan in (throughput, ratio, decode, scaling, memory, parity, roofline, breakdown, replay):
         try:
             pictures = plan(frame)

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise, product
 from statistics import fmean
 from textwrap import wrap
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -173,7 +175,7 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> N
     backends = in_order(points["backend"])
     curves = list(points["curve"].unique())
     points = points[[*_OF_A_LINE]].assign(wrong=points["status"] == Status.mismatch)
-    lines = points.drop_duplicates("line").set_index("line")[["backend", "dispatcher"]]
+    lines = points.drop_duplicates("line").set_index("line")[["backend", "dispatcher"]].to_dict("index")
     drawn = points.groupby(["line", "curve", "place"]).agg(
         value=("value", metric.combine),
         low=("low", "min"),
@@ -181,11 +183,20 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> N
         converged=("converged", "min"),
         wrong=("wrong", "max"),
     )
-    of_line = {key: some.droplevel(["line", "curve"]) for key, some in drawn.groupby(["line", "curve"], sort=False)}
+    numbers = drawn[["value", "low", "high"]].astype("float64").to_numpy(na_value=math.nan)
+    values = _Values(
+        drawn.index.get_level_values("place").to_numpy(dtype="float64"),
+        numbers[:, 0],
+        numbers[:, 1],
+        numbers[:, 2],
+        drawn["converged"].eq(False).fillna(False).to_numpy(dtype=bool),
+        drawn["wrong"].to_numpy(dtype=bool),
+    )
+    of_line = drawn.groupby(["line", "curve"], sort=False).indices
     for line, curve in product(in_order(points["line"]), curves):
-        at = of_line.get((line, curve))
-        if at is not None and at["value"].notna().any():
-            backend, dispatcher = map(str, lines.loc[line])
+        at = values.at(of_line.get((line, curve), []))
+        if not np.isnan(at.value).all():
+            backend, dispatcher = map(str, lines[line].values())
             above = backends.index(backend) / max(1, len(backends) - 1)
             look = line_look(backend, dispatcher, secondary=curve in metric.curves[1:], above=above)
             _draw_line(ax, at, metric, {**look, "label": f"{line} {curve}"}, upright)
@@ -195,23 +206,39 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> N
 _OF_A_LINE = ("line", "backend", "dispatcher", "curve", "place", "value", "low", "high", "converged")
 
 
-def _draw_line(ax: Axes, at: pd.DataFrame, metric: Metric, look: dict[str, Any], upright: bool) -> None:
-    """Draw one line. `at` has a row for each place, with the values there."""
+@dataclass(frozen=True)
+class _Values:
+    """The values of a line, with one entry for each place."""
 
-    def put(places: Any, values: Any, **how: Any) -> None:
+    place: np.ndarray
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    unconverged: np.ndarray
+    wrong: np.ndarray
+
+    def at(self, entries: Any) -> "_Values":
+        return _Values(*(some[entries] for some in vars(self).values()))
+
+
+def _draw_line(ax: Axes, at: _Values, metric: Metric, look: dict[str, Any], upright: bool) -> None:
+    """Draw one line."""
+
+    def put(places: np.ndarray, values: np.ndarray, **how: Any) -> None:
         if len(values):  # matplotlib's layout would count an empty line, at the origin
             ax.plot(*((places, values) if upright else (values, places)), **how)
 
     if not upright:
         look = {**look, "linestyle": "none", "markersize": _MARK_SIZE}  # so that no mark covers another
     bottom, top = (ax.get_ylim if upright else ax.get_xlim)()
-    places = at.index.to_numpy(dtype="float64")
-    drawable = at["value"].between(bottom, top)
-    put(places, at["value"].where(drawable), **look)
-    if upright:
-        ax.fill_between(places, at["low"], at["high"], color=look["color"], alpha=0.25, linewidth=0)
+    drawable, is_there = (at.value >= bottom) & (at.value <= top), ~np.isnan(at.value)
+    put(at.place, np.where(drawable, at.value, math.nan), **look)
+    if np.isnan(at.low).all():
+        pass  # most values have no interval, and an area of no points takes as long to draw as a line
+    elif upright:
+        ax.fill_between(at.place, at.low, at.high, color=look["color"], alpha=0.25, linewidth=0)
     else:
-        ax.hlines(places, at["low"], at["high"], color=look["color"], linewidth=1.5)
+        ax.hlines(at.place, at.low, at.high, color=look["color"], linewidth=1.5)
 
     plain = {
         "color": look["color"],
@@ -220,20 +247,19 @@ def _draw_line(ax: Axes, at: pd.DataFrame, metric: Metric, look: dict[str, Any],
         "markersize": look["markersize"],
         "zorder": look["zorder"],
     }
-    shown = at["value"].clip(bottom * (top / bottom) ** 0.03, top / (top / bottom) ** 0.03)
-    edge = shown[~drawable & shown.notna()]
-    put(edge.index, edge, **plain)
-    for place, value, exact in zip(edge.index, edge, at["value"][edge.index], strict=True):
+    shown = at.value.clip(bottom * (top / bottom) ** 0.03, top / (top / bottom) ** 0.03)
+    is_outside = ~drawable & is_there
+    put(at.place[is_outside], shown[is_outside], **plain)
+    for place, value, exact in zip(at.place[is_outside], shown[is_outside], at.value[is_outside], strict=True):
         if metric is RATIO:
             break  # many backends may lie there, and the axis says how far it reaches
         where = (place, value) if upright else (value, place)
         ax.annotate(edge_text(exact), where, (9, 0), textcoords="offset points", va="center", fontsize=NOTE_SIZE)
     if metric in RATES:
-        wide = shown[at["converged"].eq(False).fillna(False).to_numpy(dtype=bool) & shown.notna()]
-        put(wide.index, wide, **plain, markerfacecolor="white", label="not converged")
+        is_wide = at.unconverged & is_there
+        put(at.place[is_wide], shown[is_wide], **plain, markerfacecolor="white", label="not converged")
     if metric.budget is not None:
-        wrong = shown[at["wrong"].to_numpy(dtype=bool)]
-        put(wrong.index, wrong, **CROSS, label="mismatch", clip_on=False, zorder=4)
+        put(at.place[at.wrong], shown[at.wrong], **CROSS, label="mismatch", clip_on=False, zorder=4)
 
 
 def _tflops_axis(ax: Axes, points: pd.DataFrame) -> None:

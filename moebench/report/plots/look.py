@@ -268,7 +268,9 @@ def settle(figure: Figure) -> None:
 
     The last bits of the numbers from matplotlib's layout solver vary from run to run, and would change ids in an SVG.
     """
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
     figure.set_layout_engine("none")
     for part in figure.subfigs:
         part.bbox_relative.set_points(part.bbox_relative.get_points().round(5))

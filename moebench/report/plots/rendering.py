@@ -3,6 +3,9 @@
 import io
 from collections.abc import Callable, Sequence
 
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from moebench.report.plots.look import settle
@@ -10,14 +13,21 @@ from moebench.report.plots.settings import settings
 
 
 def images(make: Callable[[], Figure], formats: Sequence[str]) -> dict[str, bytes]:
-    """Draw a figure with moebench's settings, and return it in each of the formats "png" and "svg"."""
+    """Draw a figure with moebench's settings, and return it in each of the formats "png" and "svg".
+
+    `Figure.savefig` would draw the figure once more for each format, because it does not know that the layout is fixed.
+    """
     found = {}
     with settings():
         figure = make()
         settle(figure)
         for kind in formats:
             content = io.BytesIO()
-            figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
+            figure.dpi = matplotlib.rcParams["savefig.dpi"]
+            if kind == "svg":
+                FigureCanvasSVG(figure).print_svg(content, metadata={"Date": None})
+            else:
+                FigureCanvasAgg(figure).print_png(content)
             found[kind] = content.getvalue()
     return found
 

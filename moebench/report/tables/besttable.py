@@ -8,7 +8,7 @@ import pandas as pd
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from moebench.report.ranking import TOO_CLOSE, best, ranked, wins
+from moebench.report.ranking import TOO_CLOSE, best_of, ranked, wins
 from moebench.report.tables.boxes import LongRuled, ruled
 from moebench.report.tables.casecolumn import case_column
 from moebench.report.tables.cells import (
@@ -22,7 +22,7 @@ from moebench.report.tables.cells import (
     part_milliseconds,
     times_text,
 )
-from moebench.results.folder import rows_of
+from moebench.results.folder import rows_of, without_samples
 from moebench.results.labels import describe, machine
 
 _NUMBERS_WIDTH = 26  # ms, memory and lead, with the gaps before them
@@ -37,20 +37,24 @@ class BestTable:
     frame: pd.DataFrame
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        rows = best(self.frame)
+        of_all = ranked(without_samples(self.frame))
+        rows = best_of(of_all)
         if rows.empty:
             yield Text("No case has a time.")
             return
         yield Text("\n".join(filter(None, (describe(rows).title(), machine(rows)))), style="bold")
         yield _table(rows.assign(graph_ms=graph_times(rows)), options.max_width)
         yield Text()
-        yield Text(wins_sentence(self.frame))
+        yield Text(_wins_sentence(of_all))
         yield Text("\n".join(_legend(rows)), style=DIM)
 
 
 def wins_sentence(frame: pd.DataFrame) -> str:
     """Return in how many cases each backend is the fastest. A case that is too close to call is a win for nobody."""
-    rows = ranked(frame)
+    return _wins_sentence(ranked(frame))
+
+
+def _wins_sentence(rows: pd.DataFrame) -> str:
     counts, num_close = wins(rows)
     total = sum(counts.values()) + num_close
     texts = [f"{name} {count}" for name, count in counts.items()]

@@ -35,6 +35,7 @@ from moebench.report.tables.cells import (
 from moebench.results.folder import rows_of
 from moebench.results.labels import Description, in_order
 from moebench.results.record import Status
+from moebench.workload.case import Case
 
 Column = tuple[str, int, Callable[[Row], str]]  # title, width with the space before it, cell
 
@@ -70,6 +71,8 @@ WIDE: tuple[tuple[str, Column], ...] = (
     ("roofline_fraction", ("roof", 5, lambda row: percent(row["roofline_fraction"]))),
     ("host_ms", ("host", 7, lambda row: part_milliseconds(row["host_ms"]))),
 )
+#: Columns of results that no cell shows.
+_UNSEEN = [*Case.model_fields, "detail", "executed", "gpu_uuid", "parity_errors", "env_id"]
 _MARKS_WIDTH = 2
 _GAP = 1
 _MOST_LABEL = 40  # a longer label is folded, however wide the terminal is
@@ -99,14 +102,15 @@ class LongTable:
 
     def lines(self) -> Iterator[Text]:
         """Yield the lines of the table."""
-        layout, (header, cases) = self._layout, case_column(self.described, self.width)
+        layout, (header, cases) = self._layout, self._cases
         if layout.is_flat:
             yield from self._titles(header)
             yield Text(("-" if self.ascii_only else "─") * layout.used_width, style=DIM)
         texts = cases if layout.is_flat else self.described.headings
         places = {label: place for place, label in enumerate(in_order(self.rows["label"]))}
         cases_of: dict[Hashable, list[Row]] = {}
-        for one in rows_of(self.rows.assign(case_text=texts, place=self.rows["label"].map(places))):
+        rows = self.rows.drop(columns=_UNSEEN, errors="ignore")
+        for one in rows_of(rows.assign(case_text=texts, place=self.rows["label"].map(places))):
             cases_of.setdefault((one["run_id"], one["case_id"]), []).append(one)
         groups = list(cases_of.values())
         is_spaced = not layout.is_flat or max(map(len, groups)) > _MANY
@@ -120,8 +124,12 @@ class LongTable:
                 yield from _lines(row, layout, "" if place else row["case_text"])
 
     @cached_property
+    def _cases(self) -> "tuple[str, pd.Series[str]]":
+        return case_column(self.described, self.width)
+
+    @cached_property
     def _layout(self) -> "_Layout":
-        header, cases = case_column(self.described, self.width)
+        header, cases = self._cases
         case_width = max(len(header), int(cases.str.len().max()))
         return _layout(self.rows, case_width + _GAP if case_width else 0, self.width)
 

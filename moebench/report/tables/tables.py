@@ -23,6 +23,7 @@ from moebench.report.tables.contexttable import ContextTable
 from moebench.report.tables.longtable import SORTS, LongTable
 from moebench.results.advise import CLOSE
 from moebench.results.compare import beside_plain
+from moebench.results.folder import without_samples
 from moebench.results.labels import describe, in_order, machine
 from moebench.results.record import GOOD, Status
 
@@ -42,16 +43,17 @@ class Summary:
         if self.frame.empty:
             yield Text("No rows of results yet.")
             return
-        rows = ranked(self.frame)
+        frame = without_samples(self.frame)
+        rows = ranked(frame)
         rows = rows.assign(
             flagged=own_flags(rows, shared_flags(rows)),
             graph_ms=graph_times(rows),
             host_ms=rows["host_time_ms"].where(rows["gpu"].notna()),  # on a CPU, the host's clock measures all times
         )
         if _has_several_cases(rows):
-            yield BestTable(self.frame)
+            yield BestTable(frame)
             yield Text()
-        contexts = beside_plain(self.frame)
+        contexts = beside_plain(frame)
         if len(contexts):
             yield ContextTable(contexts)
             yield Text()

@@ -173,6 +173,19 @@ def test_env_id_is_of_the_kind_of_gpu_not_of_how_many_there_are(h200s):
     assert int(both.env_id, 16) >= 0
 
 
+def test_ranks_on_several_nodes_have_the_gpus_of_all_in_order(h200s):
+    first = environment.collect("cuda")
+    gpus = [gpu.model_copy(update={"uuid": f"{gpu.uuid}-of-b"}) for gpu in first.gpus]
+    other = first.model_copy(update={"gpus": tuple(gpus)})
+    both = environment.together([first, other])
+    uuids = [gpu.uuid for node in (first, other) for gpu in node.gpus]
+    assert both.gpu_uuids(2 * len(first.gpus)) == ", ".join(uuids)
+    assert both.env_id == first.env_id
+    assert environment.together([first]) == first
+    with pytest.raises(ValueError, match="node 1 of the group has environment other, node 0 has "):
+        environment.together([first, first.model_copy(update={"env_id": "other"})])
+
+
 def test_threads_matter_on_a_cpu_alone(h200s):
     def with_threads(device, number):
         return collect(device).model_copy(update={"num_threads": number}).comparable()

@@ -11,6 +11,7 @@ from moebench.run.runfile import sweeps_of
 from moebench.workload.spec import find_sweep, load_sweep
 
 PUBLISHED = Path(__file__).parents[3] / "results" / "published"
+SWEEPS = ("gpu", "gpu-ep2", "gpu-ep4", "lora", "peers", "peers-ep2", "quick", "training")
 RUN_FILES = sorted(PUBLISHED.rglob("run.json"))
 
 
@@ -30,7 +31,7 @@ def test_run_files_of_old_folders_are_read_and_reproduce_what_they_can(path: Pat
     if "merged" in json.loads(path.read_text()):
         assert reproducer.case_ids == {}
     else:
-        assert sweeps_of(path.parent)[-1] in ("gpu", "gpu-ep2", "gpu-ep4", "peers", "peers-ep2", "quick")
+        assert sweeps_of(path.parent)[-1] in SWEEPS
         rows = load(path.parent).to_dict("records")
         assert None not in [reproducer.command(row) for row in rows]
 

@@ -215,9 +215,10 @@ def test_the_committed_results_are_asked_by_default() -> None:
     done = run("--model", "qwen3-30b-a3b", "--num-tokens", "4096", "--json")
     assert done.exit_code == 0, done.output
     (advice,) = json.loads(done.output)["advice"]
-    frame = load("results/published/h200-2026-11-23")
-    rows = matching(frame, question("qwen3-30b-a3b", 1)).query("num_tokens in (2048, 8192)")
-    times = rows.pivot_table(index="backend", columns="num_tokens", values="time_ms").dropna()
+    frames = [load(f"results/published/{name}") for name in ("h200-2026-11-23", "h200-lora-2026-11-30")]
+    found = pd.concat([matching(frame, question("qwen3-30b-a3b", 1)) for frame in frames])
+    rows = found.query("num_tokens in (2048, 8192)")
+    times = rows.pivot_table(index="backend", columns="num_tokens", values="time_ms", aggfunc="last").dropna()
     expected = (times[2048] * times[8192]).map(math.sqrt).sort_values()
     assert advice["backend"] == expected.index[0]
     between = {one["backend"]: one["time_ms"] for one in advice["candidates"] if one["backend"] in expected.index}
@@ -241,11 +242,13 @@ def test_four_ranks_are_asked_like_one() -> None:
 
 
 def test_of_two_runs_of_one_workload_the_newer_answers() -> None:
-    """Both runs of `peers` measured it. A backend that only the older run measured stays in the answer."""
+    """Several runs measured it. A backend that only an older run measured stays in the answer."""
     done = run("--model", "e128k8d2048i768", "--num-tokens", "16384", "--mode", "train", "--json")
     (advice,) = json.loads(done.output)["advice"]
     runs = {one["backend"]: one["run_ids"] for one in advice["candidates"]}
-    assert runs["triton"] == runs["peer_sonicmoe"] == ["20261128-172013-peers"]
+    assert runs["triton"] == ["20261130-003141-training"]
+    assert runs["peer_sonicmoe"] == ["20261130-002219-peers"]
+    assert runs["gmm"] == ["20261128-172013-peers"]
     assert [name.partition("-")[0] for name in runs["loop"]] == ["20261123"]
 
 

@@ -93,6 +93,18 @@ def test_a_folder_that_opens_again(tmp_path):
         merge([tmp_path / "a", tmp_path / "b"], out)
 
 
+def test_the_parts_of_several_machines_keep_nodes_and_environments(tmp_path):
+    """One part was measured by hand, the other on a cluster, whose rows name their nodes."""
+    save(result(row(ONE)), tmp_path / "by-hand")
+    of_cluster = ok(TWO, [1.0], env_id=OTHER.env_id, node="n1")
+    save(result(of_cluster, environment=OTHER), tmp_path / "cluster")
+    merge([tmp_path / "by-hand", tmp_path / "cluster"], tmp_path / "whole")
+    whole = load(tmp_path / "whole")
+    assert list(whole["env_id"]) == [H200.env_id, OTHER.env_id]
+    assert list(whole["node"].isna()) == [True, False]
+    assert whole["node"][1] == "n1"
+
+
 def test_one_environment_is_where_a_run_has_it(tmp_path):
     save(result(row(ONE)), tmp_path / "a")
     assert (tmp_path / "a" / "environment.json").read_text() == H200.to_json()

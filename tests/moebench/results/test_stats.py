@@ -4,9 +4,16 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, t
 
-from moebench.results.stats import MIN_SAMPLES, dependence, median_interval, relative_half_width, series_interval
+from moebench.results.stats import (
+    MIN_SAMPLES,
+    center_of_rounds,
+    dependence,
+    median_interval,
+    relative_half_width,
+    series_interval,
+)
 
 
 def ranks(count):
@@ -117,3 +124,11 @@ def test_where_samples_do_not_reach_the_interval_goes_past_them():
 def test_a_series_keeps_its_median_and_a_constant_one_has_no_width():
     assert series_interval([1.0] * 10) == (1.0, 1.0, 1.0)
     assert series_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])[0] == 3.5
+
+
+@pytest.mark.parametrize("count", range(2, MIN_SAMPLES))
+def test_few_rounds_have_students_interval_of_the_logarithms(count):
+    medians = np.random.default_rng(count).uniform(1.0, 1.1, count)
+    below, above = t.interval(0.95, count - 1, 0.0, np.std(np.log(medians), ddof=1) / math.sqrt(count))
+    center = float(np.median(medians))
+    assert center_of_rounds(medians) == pytest.approx((center, center * math.exp(below), center * math.exp(above)))

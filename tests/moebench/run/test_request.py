@@ -1,5 +1,6 @@
 """The request for a run: its jobs, its GPUs, the jobs that are left, and what is refused before anything runs."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from moebench.errors import UsageError
 from moebench.machine.gpus import ANYWHERE, Slot
 from moebench.run.plan import shuffled
-from moebench.run.request import check_device, in_own_folder, on_gpus, plan_rest
+from moebench.run.request import check_device, in_own_folder, on_cluster, on_gpus, plan_rest
 from moebench.run.request import plan as request_plan
 from moebench.run.runfile import Asked
 from moebench.workload.modelconfig import read_model
@@ -133,3 +134,34 @@ def test_a_run_of_a_model_is_resumed_without_its_configuration(tmp_path: Path, m
     plan.run.write(plan.folder)
     (plan.folder / "sweep.toml").write_bytes(plan.sweep_text)
     assert plan_rest(plan.folder, backends=[], time_budget_min=None).jobs == plan.jobs
+
+
+@pytest.mark.parametrize(
+    ("ray", "slurm", "gpus", "share", "device", "words"),
+    [
+        ("auto", True, None, False, None, "--ray and --slurm: both choose where to run; leave one of the two out"),
+        ("head", False, None, False, None, "--ray head: it must be HOST:PORT of the cluster's head, or auto"),
+        ("ray://h:1", False, None, False, None, "--ray ray://h:1: it must be HOST:PORT"),
+        ("auto", False, "0", False, None, "--gpus 0 with --ray: the cluster chooses the GPUs; leave --gpus out"),
+        (None, True, None, True, None, "--share-gpus with --slurm: the cluster chooses the GPUs"),
+        ("auto", False, None, False, "cuda:1", "--device cuda:1 with --ray: the cluster chooses the GPUs"),
+    ],
+)
+def test_what_does_not_go_with_a_cluster_is_refused(monkeypatch, ray, slurm, gpus, share, device, words):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(UsageError) as caught:
+        on_cluster(plan_(device=device), ray, slurm, gpus, share)
+    (line,) = caught.value.lines
+    assert line.startswith(words)
+
+
+def test_a_plan_names_its_cluster(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    planned = on_cluster(plan_(device="cpu"), "10.0.0.1:6379", False, None, False)
+    assert (planned.ray, planned.slurm, planned.rounds[0].device) == ("10.0.0.1:6379", False, "cpu")
+
+
+def test_without_ray_a_message_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"--ray: Ray is not installed; install it with pip install 'moebench\[ray\]'"):
+        on_cluster(plan_(), "auto", False, None, False)

@@ -186,6 +186,21 @@ def test_a_changed_environment_is_said_and_refused(folder, moebench):
     assert json.loads((folder / "out" / "environments" / "f.json").read_text())["python"] == "4"
 
 
+def test_a_run_with_several_environments_goes_on_in_each_of_them(folder, moebench):
+    """A run on a cluster of unlike nodes has several environments, and a run that was resumed by force."""
+    stand_in.write(folder / "first", TOLD_AND_INTERRUPTS)
+    assert moebench("run", "tiny.toml", "--out", "out", "--device", "cpu", worker="first").code == 130
+    (environment,) = (folder / "out").glob("environment.json")
+    other = json.loads(environment.read_text()) | {"python": "4", "env_id": "f"}
+    (folder / "out" / "environments").mkdir()
+    (folder / "out" / "environments" / "f.json").write_text(json.dumps(other))
+    for python, env_id in (("5", "g"), ("4", "f")):
+        stand_in.write(folder / "other", ALL.replace("ready()", f"ready(python={python!r}, env_id={env_id!r})"))
+        found = moebench("run", "--resume", "out", worker="other")
+        assert refused(found, "python 3 -> 5") if python == "5" else found.code == 0
+    assert {row.env_id for row in rows(folder / "out")} == {"e", "f"}
+
+
 def test_which_revision_ran_is_kept_though_times_of_both_may_be_compared(folder, moebench):
     for name in ("first", "other"):
         script = TOLD_AND_INTERRUPTS if name == "first" else ALL

@@ -19,6 +19,7 @@ from moebench.results.journal import Journal
 from moebench.results.record import GOOD, ONLY_IF_OK, Status
 from moebench.run import runner, stop
 from moebench.run.runner import Refused, RunnerError, execute
+from moebench.run.workers import crew
 from moebench.workload.case import Job
 from tests.moebench.executed import CASE, THREE, has_ended, jobs_of, pid_of, plan_of, python_path, share_workers
 from tests.moebench.stand_in import ALL
@@ -58,7 +59,7 @@ def broken_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", python_path(ROOT / "tests" / "backends", ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(runner, "POLL_S", 0.3)
+        patch.setattr(crew, "POLL_S", 0.3)
         share_workers(patch)
         outcome = execute(plan_of(folder, jobs, timeout_s=10.0), on_record=seen.append)
     return SimpleNamespace(jobs=jobs, folder=folder, outcome=outcome, seen=seen)

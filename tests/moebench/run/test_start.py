@@ -30,7 +30,8 @@ def row():
 def executing(monkeypatch, error=None, rows=()):
     """Replace `execute` with a function that writes these rows and then raises this error, if there is one."""
 
-    def execute(planned, *, on_record, on_environment, time_budget_s):
+    def execute(planned, *, on_record, on_environment, time_budget_s, site, earlier):
+        assert (site, earlier) == (None, ())
         (planned.folder / "logs").mkdir(exist_ok=True)
         for one in rows:
             Journal(planned.folder / "journal.jsonl").append(one)

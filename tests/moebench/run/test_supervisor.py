@@ -7,8 +7,9 @@ import pytest
 
 from moebench.results.journal import Journal
 from moebench.results.record import Status
-from moebench.run import processes, runner, supervisor
+from moebench.run import processes, supervisor
 from moebench.run.runner import Refused, RunnerError, execute
+from moebench.run.workers import crew
 from tests.moebench.executed import THREE, has_ended, jobs_of, pid_of, plan_of
 from tests.moebench.stand_in import ALL
 
@@ -31,7 +32,7 @@ def test_a_torn_last_word_is_not_a_record(tmp_path, stand_in, torn):
 
 def test_the_last_words_before_a_death_are_heard(tmp_path, stand_in, monkeypatch):
     """A record and the next start may come while the supervisor does not look. The job that had started is to blame."""
-    monkeypatch.setattr(runner, "POLL_S", 1.0)
+    monkeypatch.setattr(crew, "POLL_S", 1.0)
     stand_in("ready()\nif number_of_worker == 0:\n    done(0); done(1); start(2); os._exit(1)\n")
     rows = execute(plan_of(tmp_path / "run", THREE)).records
     assert [(row.backend, row.status.value) for row in rows] == [

@@ -1,5 +1,7 @@
 """Findings compare memory to the byte and parity by status, and name the rows that may not be compared."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from moebench.machine.comparability import Difference
@@ -133,6 +135,17 @@ def test_a_flag_that_one_side_has_forbids_a_comparison_unless_it_is_harmless():
         assert pair(one, two).why_incomparable.startswith(f"only the {side} has the flag changed_settings")
     assert pair(ok(JOB, steady(), flags=("changed_settings",)), odd).why_incomparable == ""
     assert pair(plain, ok(JOB, steady(seed=1), flags=("synchronises", "clock_changed"))).why_incomparable == ""
+
+
+def test_a_time_from_another_node_is_compared_and_says_so():
+    one, two = (ok(JOB, steady(seed=seed), node=name) for seed, name in enumerate(("n1", "n2")))
+    words = "the baseline is of another node (n1 -> n2)"
+    assert pair(one, two).why_incomparable == ""
+    assert pair(one, two).elsewhere == words
+    assert pair(one, ok(JOB, steady(seed=1), node="n1")).elsewhere == ""
+    assert pair(one, ok(JOB, steady(seed=1))).elsewhere == "", "a row without a cluster"
+    passed = SimpleNamespace(verdict=Verdict.PASS, reason="")
+    assert [some.reason for some in of_pair(pair(one, two), passed) if some.measure == "time"] == [words]
 
 
 def test_why_times_are_not_compared():
