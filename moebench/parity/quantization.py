@@ -20,6 +20,7 @@ The recipes of the engine `triton_fp8` are not Transformer Engine's. docs/concep
 * `block_float32_16bit_dw` is the same as `block_float32`, but the gradients of weights are not in FP8.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,12 +53,15 @@ EXACT_WEIGHT_GRADIENTS = ("block_float32_16bit_dw",)
 LARGEST_SCALE = 2.0**127
 
 
-def fp8_product(recipe: str) -> Product:
+def fp8_product(recipe: str, halved: tuple[int, int] | None = None) -> Product:
     """Return a matrix product (a [N, P], b [P, Q]) -> [N, Q] in a's dtype, with the recipe's rounding.
 
     The product quantises the operands in the forward pass and in both gradients. It also takes stacks of G matrices, a
     [G, N, P] and b [G, P, Q], and quantises each matrix by itself. Raises ValueError if this module does not know the
     recipe's rounding.
+
+    `halved` is the shape of matrices whose columns are two halves, gate and up. In the recipes of `triton_fp8`, each
+    half has blocks of its own.
     """
     if recipe not in RECIPES:
         raise ValueError(f"FP8 recipe {recipe!r}: its rounding is not known; it must be one of {', '.join(RECIPES)}")
@@ -65,7 +69,7 @@ def fp8_product(recipe: str) -> Product:
     def product(a: Tensor, b: Tensor) -> Tensor:
         if a.dim() == 3:
             return torch.stack([product(*pair) for pair in zip(a, b, strict=True)])
-        result: Tensor = _Fp8Product.apply(a, b, recipe)
+        result: Tensor = _Fp8Product.apply(a, b, recipe, 2 if recipe in OWN_RECIPES and tuple(b.shape) == halved else 1)
         return result
 
     return product
@@ -73,27 +77,28 @@ def fp8_product(recipe: str) -> Product:
 
 class _Fp8Product(Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, recipe: str) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, recipe: str, parts: int) -> Tensor:
         ctx.save_for_backward(a, b)
-        ctx.recipe = recipe
-        return _multiply(_along_rows(a, recipe, E4M3), _matrix(b, recipe), a.dtype)
+        ctx.recipe, ctx.parts = recipe, parts
+        return _multiply(_along_rows(a, recipe, E4M3), _in_parts(_matrix, b, parts, recipe), a.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         a, b = ctx.saved_tensors
-        recipe = ctx.recipe
+        recipe, parts = ctx.recipe, ctx.parts
         gradient_format = E5M2 if recipe in E5M2_GRADIENTS else E4M3
-        grad_a = _multiply(_along_rows(grad, recipe, gradient_format), _matrix(b, recipe).t(), a.dtype)
+        rows = _in_parts(_along_rows, grad, parts, recipe, gradient_format)
+        grad_a = _multiply(rows, _in_parts(_matrix, b, parts, recipe).t(), a.dtype)
         if recipe in EXACT_WEIGHT_GRADIENTS:
-            return grad_a, _multiply(a.t(), grad, b.dtype), None
+            return grad_a, _multiply(a.t(), grad, b.dtype), None, None
         # the gradient of a weight is a sum over the rows, so its blocks also lie along the rows
         if recipe in OWN_RECIPES:
-            right = _quantised(grad.float(), recipe, 1, gradient_format)
+            right = _in_parts(_matrix, grad, parts, recipe, gradient_format)
         else:
             right = _along_rows(grad.t(), recipe, gradient_format).t()
         across = _along_rows(a.t(), recipe, E4M3), right
-        return grad_a, _multiply(*across, b.dtype), None
+        return grad_a, _multiply(*across, b.dtype), None, None
 
 
 def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,8 +110,13 @@ def _along_rows(operand: Tensor, recipe: str, fmt: torch.dtype) -> Tensor:
     return _quantised(operand.float(), recipe, 0, fmt)
 
 
-def _matrix(weight: Tensor, recipe: str) -> Tensor:
-    return _quantised(weight.float(), recipe, 1, E4M3)
+def _matrix(weight: Tensor, recipe: str, fmt: torch.dtype = E4M3) -> Tensor:
+    return _quantised(weight.float(), recipe, 1, fmt)
+
+
+def _in_parts(quantise: Callable[..., Tensor], operand: Tensor, parts: int, *more: Any) -> Tensor:
+    """Quantise parts of the columns, each with blocks of its own."""
+    return torch.cat([quantise(part, *more) for part in operand.chunk(parts, dim=1)], dim=1)
 
 
 def _quantised(values: Tensor, recipe: str, operand: int, fmt: torch.dtype) -> Tensor:

@@ -268,3 +268,16 @@ def test_gradients_of_weights_in_16_bits_have_the_error_of_their_dtype():
 def test_an_unknown_recipe_is_told_those_there_are():
     with pytest.raises(ValueError, match=r"'e4m3'.*must be one of current, delayed, block, mxfp8"):
         fp8_product("e4m3")
+
+
+@pytest.mark.parametrize("recipe", ["block", *OWN])
+def test_halves_have_blocks_of_their_own_in_the_recipes_of_this_package(recipe):
+    """A large value in the one half leaves the other half as it is, in a weight and in gradients."""
+    b = torch.full((3, 20), 7.0)
+    b[0, 2] = LARGE
+    b.requires_grad_()
+    a = torch.eye(3, requires_grad=True)
+    found = fp8_product(recipe, (3, 20))(a, b)
+    right = torch.full((3, 10), 7.0 if recipe in OWN else 0.0)
+    assert torch.equal(found[:, 10:], right)
+    assert torch.equal(fp8_product(recipe)(a, b)[:, 10:], torch.zeros(3, 10))
