@@ -11,9 +11,13 @@ from importlib.metadata import entry_points
 from typing import Literal
 
 Fp8Recipe = Literal["current", "delayed", "block", "mxfp8"]
+#: The recipes of `triton_fp8`, which are not Transformer Engine's: as `block`, with float32 scales. The second one has
+#: gradients of rows in E5M2. In the third one, the gradients of weights are not in FP8.
+OwnFp8Recipe = Literal["block_float32", "block_float32_e5m2", "block_float32_16bit_dw"]
+Fp8Gradients = Literal["e4m3", "e5m2"]
 Save = Literal["memory", "time"]
 #: Names of groups of backends. A sweep names a group as "@bf16".
-Group = Literal["bf16", "cpu", "save_time", "fp8", "cached", "mxfp8", "lora", "peers", "ep_peers"]
+Group = Literal["bf16", "cpu", "save_time", "fp8", "own_fp8", "cached", "mxfp8", "lora", "peers", "ep_peers"]
 Collective = Literal["all_gather", "all_to_all"]
 
 #: Installed packages name further backends under this group of entry points.
@@ -95,13 +99,20 @@ class BackendEntry:
     name: str
     engine: EngineEntry | None = None
     groups: tuple[Group, ...] = ()
-    fp8: Fp8Recipe | None = None
+    fp8: Fp8Recipe | OwnFp8Recipe | None = None
     save: Save | None = None
+    fp8_gradients: Fp8Gradients | None = None
+    fp8_weight_gradients: bool | None = None
     cached: bool = False
     target: str | None = None
     library: str | None = None
     capability: tuple[int, int] | None = None
     lora: Lora | None = None
+
+    @property
+    def te_fp8(self) -> Fp8Recipe | None:
+        """The recipe as Transformer Engine knows it; None for another engine's recipe."""
+        return self.fp8 if self.fp8 in ("current", "delayed", "block", "mxfp8") else None
 
 
 @dataclass(frozen=True)
@@ -130,11 +141,12 @@ _LOOP = EngineEntry("loop", "experts.compute.loop", counts_rows=True, one_by_one
 _TORCH_MM = EngineEntry("torch_mm", "experts.compute.torch_mm")
 _TORCH_MM_MXFP8 = EngineEntry("torch_mm_mxfp8", "experts.compute.torch_mm_mxfp8", library="torchao", counts_rows=True)
 _TRITON = EngineEntry("triton", "experts.compute.triton", library="triton")
+_TRITON_FP8 = EngineEntry("triton_fp8", "experts.compute.triton_fp8", library="triton")
 _GMM = EngineEntry("gmm", "experts.compute.gmm", library="grouped_gemm", counts_rows=True)
 _TE = EngineEntry("te", "experts.te.layer", library="transformer_engine", stacked=False, counts_rows=True)
 
 #: The engines, in the order in which lists show them.
-ENGINES = (_LOOP, _TORCH_MM, _TORCH_MM_MXFP8, _TRITON, _GMM, _TE)
+ENGINES = (_LOOP, _TORCH_MM, _TORCH_MM_MXFP8, _TRITON, _TRITON_FP8, _GMM, _TE)
 #: The name of the engine and of the backend that results are compared with.
 REFERENCE = _LOOP.name
 #: The adapters of the backends with adapters.
@@ -147,6 +159,25 @@ BACKENDS = (
     BackendEntry("torch_mm", _TORCH_MM, ("bf16", "cpu")),
     BackendEntry("torch_mm_mxfp8", _TORCH_MM_MXFP8, ("mxfp8",), fp8="mxfp8", capability=(10, 0)),
     BackendEntry("triton", _TRITON, ("bf16",), capability=(8, 0)),
+    BackendEntry("triton_fp8", _TRITON_FP8, ("fp8", "own_fp8"), fp8="block_float32", cached=True, capability=(8, 9)),
+    BackendEntry(
+        "triton_fp8_e5m2",
+        _TRITON_FP8,
+        ("own_fp8",),
+        fp8="block_float32_e5m2",
+        fp8_gradients="e5m2",
+        cached=True,
+        capability=(8, 9),
+    ),
+    BackendEntry(
+        "triton_fp8_16bit_dw",
+        _TRITON_FP8,
+        ("own_fp8",),
+        fp8="block_float32_16bit_dw",
+        fp8_weight_gradients=False,
+        cached=True,
+        capability=(8, 9),
+    ),
     BackendEntry("gmm", _GMM, ("bf16",), capability=(0, 0)),
     BackendEntry("torch_mm_save_time", _TORCH_MM, ("save_time",), save="time"),
     BackendEntry("gmm_save_time", _GMM, ("save_time",), save="time", capability=(0, 0)),

@@ -126,7 +126,8 @@ class BackendConfig:
 
     In `experts` and `dispatcher`, None means the default of the layer's class. "torch" is another name of the engine
     "loop" and of the dispatcher "allgather". `max_tokens_per_rank` and `capacity_factor` are options of the dispatcher
-    "symm_mem", `equal_tokens` of "allgather" and `num_sms` of "deepep". Raises ConfigError, with one line per
+    "symm_mem", `equal_tokens` of "allgather" and `num_sms` of "deepep". `fp8_gradients` and
+    `fp8_weight_gradients` are options of the engine "triton_fp8". Raises ConfigError, with one line per
     mistake, for an invalid value.
     """
 
@@ -138,6 +139,14 @@ class BackendConfig:
     save: Save | None = _field(
         "'memory' (backward needs less memory), 'time' (backward takes less time), or None for the default 'memory'",
         "time",
+        default=None,
+    )
+    fp8_gradients: catalog.Fp8Gradients | None = _field(
+        "the FP8 format of gradients of rows, 'e4m3' or 'e5m2', or None for the default 'e4m3'", "e5m2", default=None
+    )
+    fp8_weight_gradients: bool | None = _field(
+        "whether the products for the gradients of the weights are in FP8, True or False, or None for the default True",
+        False,
         default=None,
     )
     max_tokens_per_rank: _Size | None = _field(

@@ -57,9 +57,9 @@ def join_backward(tensor: Tensor) -> Tensor:
 
 
 @functools.cache
-def _uncompiled_forward() -> Callable[..., Tensor]:
+def uncompiled_forward() -> Callable[..., Tensor]:
     """Return `ExpertLayer.forward` so that torch's compiler runs it as it is. The first call imports the compiler."""
-    reason = "the ranks of an expert layer exchange tokens"
+    reason = "the ranks of an expert layer exchange tokens, or the layer keeps weights in FP8"
     hidden: Callable[..., Tensor] = torch.compiler.disable(ExpertLayer.forward, reason=reason)
     return hidden
 
@@ -99,7 +99,7 @@ class ExpertLayer(nn.Module, ABC):
         cannot run x's dtype on x's device.
         """
         if torch.compiler.is_compiling() and not isinstance(self.dispatcher, Local):
-            output: Tensor = _uncompiled_forward()(self, x, token_mask, weights, indices)
+            output: Tensor = uncompiled_forward()(self, x, token_mask, weights, indices)
             return output
         self._check_inputs(x, token_mask, weights, indices)
         # convert to int64 first: in uint8, −1 would be expert 255

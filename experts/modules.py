@@ -1,5 +1,6 @@
 """Define `GroupedExperts` and `GroupedExpertsDeepEP`, the layers for all engines that compute on stacked parameters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from experts.compute import PARAMETER_NAMES, ExpertParameters
 from experts.config import BackendConfig, MoEConfig, is_gated_activation
 from experts.engines import engine_names, get_engine
 from experts.errors import ConfigError, Unsupported
-from experts.layer import ExpertLayer
+from experts.fp8.cache import WeightCache
+from experts.layer import ExpertLayer, uncompiled_forward
 from experts.state_dict import as_local, is_dtensor, let_fsdp_shard, local_share, sharded, sharded_like
 from experts.steps import make_of_steps
 
@@ -67,7 +69,17 @@ class GroupedExperts(ExpertLayer):
                 f"save = {backend.save!r}: the engine {self.engine_name} cannot choose what it keeps for backward; use "
                 f"one of {', '.join(_engines_that_save())}, or leave save out"
             )
-        self.engine_options = {} if backend.save is None else {"save": backend.save}
+        self.engine_options: dict[str, Any] = {} if backend.save is None else {"save": backend.save}
+        for option in ("fp8_gradients", "fp8_weight_gradients"):
+            value = getattr(backend, option)
+            if value is not None and not self.engine.fp8:
+                raise ConfigError(
+                    f"{option} = {value!r}: the engine {self.engine_name} does not compute in FP8; use triton_fp8, or "
+                    f"leave {option} out"
+                )
+            if value is not None:
+                self.engine_options[option] = value
+        self.weight_cache = WeightCache() if self.engine.fp8 else None
         self._described_config = compiled.described(config)
         shapes = parameter_shapes(config)
         for name in PARAMETER_NAMES:
@@ -83,6 +95,10 @@ class GroupedExperts(ExpertLayer):
         """
         if self.ep_mesh is None and is_dtensor(self.down_projs):
             self.init_token_dispatcher(self.down_projs.device_mesh)
+        if torch.compiler.is_compiling() and self.engine.fp8:
+            # the operators of compiled layers know neither the kept weights nor the options of FP8
+            output: Tensor = uncompiled_forward()(self, x, token_mask, weights, indices)
+            return output
         return super().forward(x, token_mask, weights, indices)
 
     def extra_repr(self) -> str:
@@ -102,9 +118,43 @@ class GroupedExperts(ExpertLayer):
                 save=self.engine_options.get("save"),
                 keep=self.engine.own_products is not None,
             )
-        return self.engine.compute(
-            x_RD, weights_RK, indices_RK, parameters, self.config, self.first_local_expert, **self.engine_options
+        options = (
+            self.engine_options if self.weight_cache is None else self.engine_options | {"cache": self.weight_cache}
         )
+        return self.engine.compute(
+            x_RD, weights_RK, indices_RK, parameters, self.config, self.first_local_expert, **options
+        )
+
+    def weights_changed(self) -> None:
+        """Say that the parameters have got other values: an FP8 engine quantises them again in the next call.
+
+        Call it after each step of an optimizer, and after any other code that writes to the parameters. The layer calls
+        it itself when it loads, initialises, moves or shards its parameters. It does nothing for other engines.
+        """
+        self._quantise_again()
+
+    def _quantise_again(self) -> None:
+        if self.weight_cache is not None:
+            self.weight_cache.stale = True
+
+    @property
+    def caches_weights(self) -> bool:
+        """Whether the layer keeps quantised weights from call to call, until `weights_changed` is called."""
+        return self.weight_cache is not None
+
+    @property
+    def cached_weight_bytes(self) -> int:
+        """The bytes of the quantised weights that the layer keeps."""
+        return 0 if self.weight_cache is None else self.weight_cache.num_bytes
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "GroupedExperts":
+        moved: GroupedExperts = super()._apply(fn, recurse)
+        self._quantise_again()
+        return moved
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._quantise_again()
 
     def _unsupported(self, device: torch.device, config: MoEConfig) -> Unsupported | None:
         """Return the engine's reason, or None."""
@@ -142,6 +192,7 @@ class GroupedExperts(ExpertLayer):
             self.to_empty(device=buffer_device)
         for name, parameter in self.named_parameters():
             self._draw_parameter(name, parameter, init_std)
+        self._quantise_again()
 
     def _draw_parameter(self, name: str, parameter: Tensor, init_std: float) -> None:
         if is_dtensor(parameter) and parameter.device.type == "cpu":
@@ -174,6 +225,7 @@ class GroupedExperts(ExpertLayer):
             if not is_dtensor(parameter):
                 share = sharded(local_share(parameter.detach(), ep_mesh).clone(), ep_mesh)
                 setattr(self, name, nn.Parameter(share, requires_grad=parameter.requires_grad))
+        self._quantise_again()
 
 
 def _engines_that_save() -> list[str]:

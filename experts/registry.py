@@ -43,7 +43,7 @@ ENTRY_POINT_GROUP = catalog.ENTRY_POINT_GROUP
 
 #: Name of each Transformer Engine backend -> its FP8 recipe, and whether it keeps quantised weights from call to call.
 TE_BACKENDS: dict[str, tuple[Fp8Recipe | None, bool]] = {
-    backend.name: (backend.fp8, backend.cached)
+    backend.name: (backend.te_fp8, backend.cached)
     for backend in catalog.BACKENDS
     if backend.engine is not None and not backend.engine.stacked
 }
@@ -151,10 +151,11 @@ def _built_in(described: catalog.BackendEntry) -> Backend:
     if engine is None:
         return _third_party(name, str(described.target))
     if engine.stacked:
-        build = functools.partial(_build_grouped, engine.name, described.lora, save=described.save)
+        options = {name: getattr(described, name) for name in ("save", "fp8_gradients", "fp8_weight_gradients")}
+        build = functools.partial(_build_grouped, engine.name, described.lora, **options)
         return Backend(name, build, get_engine(engine.name).unsupported, fp8, lora=described.lora)
-    build = functools.partial(_build_te, fp8, described.cached)
-    return Backend(name, build, functools.partial(_te_unsupported, te_fp8=fp8), fp8)
+    build = functools.partial(_build_te, described.te_fp8, described.cached)
+    return Backend(name, build, functools.partial(_te_unsupported, te_fp8=described.te_fp8), fp8)
 
 
 def _te_unsupported(device: torch.device, config: MoEConfig | None, te_fp8: Fp8Recipe | None) -> Unsupported | None:

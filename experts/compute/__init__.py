@@ -60,7 +60,9 @@ class Adapters(NamedTuple):
 #: (x [T, D], weights [T, K], indices [T, K], parameters, config, first local expert) -> [T, D] in x's dtype: for each
 #: token, the weighted sum of the outputs of the local experts that the token chose. Choices of other ranks' experts and
 #: of −1 contribute nothing. An engine with `saves` also takes `save=`, the value of `BackendConfig.save`. An engine
-#: with `adapts` also takes `adapters=`, the adapters of the local experts; the parameters then get no gradients.
+#: with `adapts` also takes `adapters=`, the adapters of the local experts; the parameters then get no gradients. An
+#: engine with `fp8` also takes `cache=`, an `experts.fp8.cache.WeightCache`, and the values of
+#: `fp8_gradients` and `fp8_weight_gradients` of `BackendConfig`.
 Compute = Callable[..., Tensor]
 
 
@@ -77,6 +79,8 @@ class Engine:
 
     `adapts` is true if the engine computes experts with low-rank adapters.
 
+    `fp8` is true if the engine quantises the weights to FP8, so that the layer can keep them from call to call.
+
     `products` takes rows sorted by expert (a `Permutation`) and returns a library's grouped matrix products over these
     rows. moebench compares the engine's time with the time of these products. `products` is None if moebench has
     nothing to compare the engine's time with.
@@ -90,5 +94,6 @@ class Engine:
     unsupported: Callable[[torch.device, MoEConfig | None], Unsupported | None]
     saves: bool = False
     adapts: bool = False
+    fp8: bool = False
     products: "Callable[[Permutation], Products] | None" = None
     own_products: "Callable[[Permutation, MoEConfig], Products] | None" = None

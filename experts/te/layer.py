@@ -151,7 +151,7 @@ class GroupedExpertsTE(ExpertLayer):
         else:
             super().__setattr__(name, value)
 
-    def weights_changed(self) -> None:
+    def _weights_loaded(self) -> None:
         """Do what is needed after the parameters have got other values."""
 
     def _load_from_state_dict(
@@ -171,7 +171,7 @@ class GroupedExpertsTE(ExpertLayer):
         metadata, missing = local_metadata or {}, missing_keys if strict else []
         error_msgs += layout.load(self, state_dict, prefix, metadata, missing)
         self._loaded_prefix = prefix
-        self.weights_changed()
+        self._weights_loaded()
         known = [prefix + name for name in layout.names(self)]
         others = {key: value for key, value in state_dict.items() if key not in known}
         super()._load_from_state_dict(others, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -252,9 +252,9 @@ class CachedWeightsTE(GroupedExpertsTE):
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
         """Reset as `GroupedExpertsTE.init_weights` does. The next call quantises the weights again."""
         super().init_weights(buffer_device, init_std)
-        self.weights_changed()
+        self._weights_loaded()
 
-    def weights_changed(self) -> None:
+    def _weights_loaded(self) -> None:
         self._kept = False
 
     def forward(

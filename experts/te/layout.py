@@ -55,7 +55,7 @@ def stacked_property(name: str, shape: str) -> property:
 
     def set_to(layer: Any, value: Tensor | None) -> None:
         assign(layer, name, value)
-        layer.weights_changed()
+        layer._weights_loaded()
 
     return property(lambda layer: sharded(layer, name), set_to, doc=f"{name} {shape}, stacked from TE's parameters.")
 

@@ -13,8 +13,10 @@ from moebench.cli.options import MODEL_HELP
 from moebench.errors import ResultsError
 from moebench.report.fit import fits, gpu_memory
 from moebench.report.tables.advisetable import AdviceTable, advise_json, workload
+from moebench.report.tables.precisiontable import precision_json, sentence
 from moebench.results import advise
 from moebench.results.frame import load, to_frame, write
+from moebench.results.precision.ratios import precision
 from moebench.results.published import default_folders, kept_folders, load_all
 from moebench.run import ondemand, request
 from moebench.run.start import start_run
@@ -46,12 +48,15 @@ def advise_(
             "--measure", metavar="MIN", help="measure here what no result answers, in MIN minutes, and keep it"
         ),
     ] = None,
+    with_precision: Annotated[
+        bool, typer.Option("--precision", help="say whether FP8 pays, also from the map of neighbouring shapes")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")] = False,
 ) -> None:
     """Rank the backends for a workload, by measured results.
 
-    Print the times and the memory of each, and how many such layers fit on the GPU. Exit code 3: no results are near
-    the workload.
+    Print the times and the memory of each, and how many such layers fit on the GPU. With --precision, say first whether
+    FP8 takes less time. Exit code 3: no results are near the workload.
     """
     shape = read_model(model)
     for note in shape.notes:
@@ -65,16 +70,22 @@ def advise_(
         if folder is not None:
             opened, frame = [*opened, folder], load_all([*opened, folder])
             answer = advise.advise(frame, asked)
+    found = precision(frame, asked) if with_precision else []
     if as_json:
-        out.print_json(json.dumps(advise_json(answer)))
+        more = {"precision": precision_json(found)} if with_precision else {}
+        out.print_json(json.dumps(advise_json(answer) | more))
     else:
         out.print(workload(str(shape), asked), soft_wrap=True)
+        for one in found:
+            out.print(sentence(one, asked.mode), soft_wrap=True)
         _print(answer, frame, opened, asked)
-    if answer.has_candidates:
+    if with_precision and not found:
+        err.print("no result says whether FP8 pays near this workload; measure it with: moebench run fp8 --model …")
+    if answer.has_candidates or found:
         return
-    found = "" if answer.advices else f"no result has this workload; the results have {listed(answer.others)}; "
+    known = "" if answer.advices else f"no result has this workload; the results have {listed(answer.others)}; "
     err.print(
-        f"no data near this workload: {found}moebench does not extrapolate; "
+        f"no data near this workload: {known}moebench does not extrapolate; "
         "measure it with --measure MIN, or with your own sweep (docs/sweeps.md)"
     )
     raise typer.Exit(EXIT_NO_DATA)

@@ -46,7 +46,9 @@ class NoSpeed(Exception):
 class Call:
     """The call that is timed and whose memory is measured: forward and, in mode train, the backward of its output.
 
-    With several micro-batches, the call is a step: forward and backward of each micro-batch in turn.
+    With several micro-batches, the call is a step: forward and backward of each micro-batch in turn. In training, each
+    step of an optimizer changes the weights. So in mode train the call first tells the layer that the weights have
+    changed, if the layer keeps something that depends on them and has a method for that.
     """
 
     def __init__(self, module: nn.Module, inputs: Inputs, mode: str, num_micro_batches: int = 1) -> None:
@@ -55,6 +57,7 @@ class Call:
         self._parameters = tuple(module.parameters())
         self._batches = micro_batches(inputs, num_micro_batches, self._train)
         self._output_TD: Tensor | None = None
+        self._tell = weights_changed(module) if self._train else []
 
     @property
     def is_step(self) -> bool:
@@ -67,6 +70,8 @@ class Call:
 
     def forward(self) -> Tensor:
         """Run forward, or the whole step, and return the output."""
+        for tell in self._tell:
+            tell()
         if self.is_step:
             self._output_TD = step(self._module, self._batches)
             return self._output_TD
@@ -108,6 +113,12 @@ class Call:
         for mode in (*functions, *_get_current_dispatch_mode_stack()):
             return f"{type(mode).__name__} is active after the call: a mode may compute later; leave it in the call"
         return None
+
+
+def weights_changed(module: nn.Module) -> list[Callable[[], None]]:
+    """Return the methods `weights_changed` of the modules that keep something that depends on their weights."""
+    keep = [one for one in module.modules() if getattr(one, "caches_weights", False)]
+    return [one.weights_changed for one in keep if hasattr(one, "weights_changed")]  # type: ignore[misc]
 
 
 def _of_subclass(name: str, tensor: object) -> str:

@@ -166,7 +166,7 @@ class _Job:
             trace(call.stages, call.clear, device, self.workload.trace)
         return {
             "executed": ran,
-            **memory.largest(weighed, held_bytes, ranks),
+            **memory.largest(weighed, held_bytes, ranks, subject.module),
             **parts,
             **self._compiler(subject),
             "l2": ("cold" if self.policy.cold_l2 else "warm") if device.type == "cuda" else None,

@@ -56,17 +56,20 @@ def measure_memory(
     return (_measure_gpu if device.type == "cuda" else _measure_cpu)(forward, backward, device)
 
 
-def largest(weighed: Memory, held_bytes: int | None, ranks: Ranks) -> dict[str, int | None]:
+def largest(weighed: Memory, held_bytes: int | None, ranks: Ranks, module: nn.Module) -> dict[str, int | None]:
     """Return each column of memory, with the figure of the rank where this figure is largest.
 
-    `held_bytes` is what no tensor holds since the first call. What later calls take besides counts as well.
+    `held_bytes` is what no tensor holds since the first call. What later calls take besides counts as well. The module
+    may tell the bytes of the quantised weights that it keeps.
     """
     if weighed.untracked_bytes is not None and held_bytes is not None:
         weighed = dataclasses.replace(weighed, untracked_bytes=held_bytes + weighed.untracked_bytes)
+    told: list[Any] = [one.cached_weight_bytes for one in module.modules() if hasattr(one, "cached_weight_bytes")]
     by_rank = ranks.tell(weighed)
     figures: dict[str, list[int | None]] = {
         "peak_memory_bytes": [rank.peak_bytes for rank in by_rank],
         "saved_memory_bytes": [rank.saved_bytes for rank in by_rank],
+        "cached_weight_bytes": list(ranks.tell(sum(told) if told else None)),
         "reserved_memory_bytes": [rank.reserved_bytes for rank in by_rank],
         "outside_torch_bytes": [rank.outside_bytes for rank in by_rank],
         "untracked_memory_bytes": [rank.untracked_bytes for rank in by_rank],

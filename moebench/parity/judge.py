@@ -129,7 +129,7 @@ def check(
     malformed = [error for tensors in passes for error in _malformed(case, inputs, parameters, tensors, wanted)]
     found = [error for rank in ranks.tell(malformed) for error in rank]
     if not found:
-        product = torch.matmul if fp8 is None else fp8_product(fp8)
+        product = torch.matmul if fp8 is None else fp8_product(fp8, _halved(case))
         dtype = rounds_to or inputs.x_TD.dtype
         errors = group_errors(case, inputs, parameters, passes, product, ranks, dtype, lora_scale)
         own = {(one.tensor, one.group): _largest(_ratios(one.rounding_G, one.scale_G)) for one in errors}
@@ -149,6 +149,12 @@ def check(
         told = ranks.tell(mine)
         found = [_worst_of_ranks([rank.get(key) for rank in told]) for key in roundings]
     return ParityVerdict(tuple(found))
+
+
+def _halved(case: Case) -> tuple[int, int] | None:
+    """Return the shape of an up projection whose columns are the halves gate and up; None if it has no halves."""
+    is_halved = case.expert_activation not in ("quick_geglu", "relu2")
+    return (case.dim, 2 * case.moe_inter_dim) if is_halved else None
 
 
 def _unfit(case: Case, tensor: str, rounding: float) -> str:

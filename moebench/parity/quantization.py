@@ -10,8 +10,17 @@ transformer_engine.common.recipe (2.20):
 * `block` scales blocks by powers of two, all in E4M3. A block is 1 × 128 values of an activation or gradient, along the
   reduction, or 128 × 128 values of a weight.
 * `mxfp8` also scales by powers of two in E4M3. A block is 32 values along the reduction, in every operand.
+
+The recipes of the engine `triton_fp8` are not Transformer Engine's. docs/concepts.md defines them:
+
+* `block_float32` has the blocks of `block`. The scale takes the largest magnitude of a block to the largest number of
+  the format, and is a number of float32. In the gradients of weights, which are sums over rows, a block is 128 rows of
+  a column of the activation, and 128 rows of 128 columns of the output's gradient.
+* `block_float32_e5m2` is the same with gradients of activations in E5M2.
+* `block_float32_16bit_dw` is the same as `block_float32`, but the gradients of weights are not in FP8.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,22 +31,37 @@ from torch.nn import functional as F
 
 from moebench.parity.oracle import Product
 
-RECIPES = ("current", "delayed", "block", "mxfp8")
+#: The recipes of the engine `triton_fp8`.
+OWN_RECIPES = ("block_float32", "block_float32_e5m2", "block_float32_16bit_dw")
+RECIPES = ("current", "delayed", "block", "mxfp8", *OWN_RECIPES)
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 #: The shape of a block that shares a scale: in an activation or gradient, then in a weight. In a recipe that is not in
 #: this table, a whole tensor shares a scale.
-BLOCKS = {"block": ((1, 128), (128, 128)), "mxfp8": ((1, 32), (32, 1))}
+BLOCKS = {
+    "block": ((1, 128), (128, 128)),
+    "mxfp8": ((1, 32), (32, 1)),
+    **dict.fromkeys(OWN_RECIPES, ((1, 128), (128, 128))),
+}
+#: The recipes whose scales are powers of two.
+POWERS_OF_TWO = ("block", "mxfp8")
+#: The recipes whose gradients of activations are in E5M2.
+E5M2_GRADIENTS = ("current", "delayed", "block_float32_e5m2")
+#: The recipes that multiply unquantised operands for the gradients of weights.
+EXACT_WEIGHT_GRADIENTS = ("block_float32_16bit_dw",)
 #: The largest power of two in float32. Zeros would get an infinite scale, and an infinite scale turns zeros into NaN.
 LARGEST_SCALE = 2.0**127
 
 
-def fp8_product(recipe: str) -> Product:
+def fp8_product(recipe: str, halved: tuple[int, int] | None = None) -> Product:
     """Return a matrix product (a [N, P], b [P, Q]) -> [N, Q] in a's dtype, with the recipe's rounding.
 
     The product quantises the operands in the forward pass and in both gradients. It also takes stacks of G matrices, a
     [G, N, P] and b [G, P, Q], and quantises each matrix by itself. Raises ValueError if this module does not know the
     recipe's rounding.
+
+    `halved` is the shape of matrices whose columns are two halves, gate and up. In the recipes of `triton_fp8`, each
+    half has blocks of its own.
     """
     if recipe not in RECIPES:
         raise ValueError(f"FP8 recipe {recipe!r}: its rounding is not known; it must be one of {', '.join(RECIPES)}")
@@ -45,7 +69,7 @@ def fp8_product(recipe: str) -> Product:
     def product(a: Tensor, b: Tensor) -> Tensor:
         if a.dim() == 3:
             return torch.stack([product(*pair) for pair in zip(a, b, strict=True)])
-        result: Tensor = _Fp8Product.apply(a, b, recipe)
+        result: Tensor = _Fp8Product.apply(a, b, recipe, 2 if recipe in OWN_RECIPES and tuple(b.shape) == halved else 1)
         return result
 
     return product
@@ -53,21 +77,28 @@ def fp8_product(recipe: str) -> Product:
 
 class _Fp8Product(Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, recipe: str) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, recipe: str, parts: int) -> Tensor:
         ctx.save_for_backward(a, b)
-        ctx.recipe = recipe
-        return _multiply(_along_rows(a, recipe, E4M3), _matrix(b, recipe), a.dtype)
+        ctx.recipe, ctx.parts = recipe, parts
+        return _multiply(_along_rows(a, recipe, E4M3), _in_parts(_matrix, b, parts, recipe), a.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         a, b = ctx.saved_tensors
-        recipe = ctx.recipe
-        gradient_format = E4M3 if recipe in BLOCKS else E5M2
-        grad_a = _multiply(_along_rows(grad, recipe, gradient_format), _matrix(b, recipe).t(), a.dtype)
+        recipe, parts = ctx.recipe, ctx.parts
+        gradient_format = E5M2 if recipe in E5M2_GRADIENTS else E4M3
+        rows = _in_parts(_along_rows, grad, parts, recipe, gradient_format)
+        grad_a = _multiply(rows, _in_parts(_matrix, b, parts, recipe).t(), a.dtype)
+        if recipe in EXACT_WEIGHT_GRADIENTS:
+            return grad_a, _multiply(a.t(), grad, b.dtype), None, None
         # the gradient of a weight is a sum over the rows, so its blocks also lie along the rows
-        across = _along_rows(a.t(), recipe, E4M3), _along_rows(grad.t(), recipe, gradient_format).t()
-        return grad_a, _multiply(*across, b.dtype), None
+        if recipe in OWN_RECIPES:
+            right = _in_parts(_matrix, grad, parts, recipe, gradient_format)
+        else:
+            right = _along_rows(grad.t(), recipe, gradient_format).t()
+        across = _along_rows(a.t(), recipe, E4M3), right
+        return grad_a, _multiply(*across, b.dtype), None, None
 
 
 def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,20 +107,28 @@ def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _along_rows(operand: Tensor, recipe: str, fmt: torch.dtype) -> Tensor:
     """Return an activation or gradient after the recipe's rounding, in float32; blocks lie along its last dimension."""
-    return _quantised(operand.float(), BLOCKS[recipe][0] if recipe in BLOCKS else None, fmt)
+    return _quantised(operand.float(), recipe, 0, fmt)
 
 
-def _matrix(weight: Tensor, recipe: str) -> Tensor:
-    return _quantised(weight.float(), BLOCKS[recipe][1] if recipe in BLOCKS else None, E4M3)
+def _matrix(weight: Tensor, recipe: str, fmt: torch.dtype = E4M3) -> Tensor:
+    return _quantised(weight.float(), recipe, 1, fmt)
 
 
-def _quantised(values: Tensor, block: tuple[int, int] | None, fmt: torch.dtype) -> Tensor:
-    """Scale by the largest magnitude of the tensor or of each block, round to `fmt`, and scale back."""
+def _in_parts(quantise: Callable[..., Tensor], operand: Tensor, parts: int, *more: Any) -> Tensor:
+    """Quantise parts of the columns, each with blocks of its own."""
+    return torch.cat([quantise(part, *more) for part in operand.chunk(parts, dim=1)], dim=1)
+
+
+def _quantised(values: Tensor, recipe: str, operand: int, fmt: torch.dtype) -> Tensor:
+    """Scale by the largest magnitude of the tensor or of each block, round to `fmt`, and scale back.
+
+    `operand` is 0 for an activation or gradient, and 1 for a weight.
+    """
     if values.numel() == 0:
         return values
-    largest = values.abs().max() if block is None else _block_maxima(values, block)
+    largest = _block_maxima(values, BLOCKS[recipe][operand]) if recipe in BLOCKS else values.abs().max()
     scale = (torch.finfo(fmt).max / largest).clamp(max=LARGEST_SCALE)
-    if block is not None:
+    if recipe in POWERS_OF_TWO:
         scale = torch.exp2(torch.floor(torch.log2(scale)))
     return (values * scale).clamp(-torch.finfo(fmt).max, torch.finfo(fmt).max).to(fmt).float() / scale
 

@@ -23,6 +23,10 @@ def _of_steps(rounds: Rounds, means: str, unit: str = "") -> Column:
     return Column(rounds, means, unit, "if the routing is not a trace; unless ok")
 
 
+def _of_memory(means: str, null: str = "unless ok") -> Column:
+    return Column(Rounds.WORST, means, "bytes", null)
+
+
 class Measured(BaseModel):
     """Times, ceilings and memory, in the order of the columns."""
 
@@ -248,52 +252,49 @@ class Measured(BaseModel):
         Rate | None,
         Column(Rounds.MEDIAN, "speed of a copy within memory; bytes read and bytes written both count", "10⁹ bytes/s"),
     ] = None
-
     peak_memory_bytes: Annotated[
         Bytes | None,
-        Column(
-            Rounds.WORST,
+        _of_memory(
             "the largest amount of memory that the call had allocated, without the memory that was in use before the "
             "call; weights and inputs were in use before, weight gradients were not",
-            "bytes",
         ),
     ] = None
     saved_memory_bytes: Annotated[
         Bytes | None,
-        Column(
-            Rounds.WORST,
+        _of_memory(
             "memory that the forward pass leaves allocated for the backward pass; the output does not count",
-            "bytes",
             null="in mode `forward`; unless ok",
+        ),
+    ] = None
+    cached_weight_bytes: Annotated[
+        Bytes | None,
+        _of_memory(
+            "memory in which the layer keeps quantised weights from call to call; it is not a part of "
+            "`peak_memory_bytes`",
+            null="if the module has no attribute `cached_weight_bytes`; unless ok",
         ),
     ] = None
     reserved_memory_bytes: Annotated[
         Bytes | None,
-        Column(
-            Rounds.WORST,
+        _of_memory(
             "memory that torch's caching allocator takes from the GPU for the call, starting with an empty cache; the "
             "part above `peak_memory_bytes` is lost to fragmentation",
-            "bytes",
             null="on a CPU; unless ok",
         ),
     ] = None
     outside_torch_bytes: Annotated[
         Bytes | None,
-        Column(
-            Rounds.WORST,
+        _of_memory(
             "GPU memory that is in use after the call and does not belong to torch: CUDA contexts, NCCL, the "
             "buffers of `deepep` and `symm_mem`, and every other process on that GPU",
-            "bytes",
             null="on a CPU; unless ok",
         ),
     ] = None
     untracked_memory_bytes: Annotated[
         Count | None,
-        Column(
-            Rounds.WORST,
+        _of_memory(
             "memory taken since the backend was built that no tensor of torch holds, for example by numpy; on a CPU at "
             "the peak of the call, on a GPU after it; coarse, see [concepts.md](concepts.md#memory)",
-            "bytes",
             null="if the system does not report it; unless ok",
         ),
     ] = None

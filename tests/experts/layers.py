@@ -180,8 +180,11 @@ def _step(made: ExpertLayer, batch: Batch) -> Named:
     return {"output": output.detach(), "x": x.grad, "weights": weights.grad}
 
 
-def expected(config: MoEConfig, parameters: Named, batch: Batch) -> Named:
-    """Return the oracle's output and gradients for parameters rounded to x's dtype."""
+def expected(config: MoEConfig, parameters: Named, batch: Batch, product: Any = torch.matmul) -> Named:
+    """Return the oracle's output and gradients for parameters rounded to x's dtype.
+
+    `product` multiplies the oracle's matrices.
+    """
     return oracle.output_and_gradients(
         config.expert_activation,
         batch.x,
@@ -190,6 +193,7 @@ def expected(config: MoEConfig, parameters: Named, batch: Batch) -> Named:
         batch.indices,
         {name: p.to(batch.x.dtype) for name, p in parameters.items()},
         batch.grad,
+        product,
         alpha=config.activation_alpha,
         limit=config.activation_limit,
         swiglu_limit=config.swiglu_limit,

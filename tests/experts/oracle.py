@@ -33,11 +33,12 @@ def output_and_gradients(
     indices: Tensor,
     parameters: dict[str, Tensor],
     grad: Tensor,
+    product: oracle.Product = torch.matmul,
     **limits: float,
 ) -> dict[str, Tensor]:
     """Return `output` and the gradients of `x`, `weights` and every parameter by name, all float64 on the CPU.
 
-    Masked tokens and choices of index −1 are not read.
+    Masked tokens and choices of index −1 are not read. `product` multiplies the matrices.
     """
     formula = _formula(name, **limits)
     x, weights, grad, token_mask, indices = (one.detach().cpu() for one in (x, weights, grad, token_mask, indices))
@@ -50,7 +51,7 @@ def output_and_gradients(
         tokens, choices = torch.where(active == expert)
         own = {key: value[expert : expert + 1] for key, value in doubles.items()}
         rows, row_weights, row_grads = x[tokens].double(), weights[tokens, choices].double(), grad[tokens].double()
-        values, grads = oracle.gradients(formula, rows[None], row_weights[None], own, row_grads[None])
+        values, grads = oracle.gradients(formula, rows[None], row_weights[None], own, row_grads[None], product)
         output.index_add_(0, tokens, values.y[0])
         grad_x.index_add_(0, tokens, grads["x"][0])
         grad_weights[tokens, choices] = grads["weights"][0]

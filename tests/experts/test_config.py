@@ -41,6 +41,8 @@ def test_defaults_are_those_of_nemo_automodel() -> None:
         "dispatcher": None,
         "te_fp8": None,
         "save": None,
+        "fp8_gradients": None,
+        "fp8_weight_gradients": None,
         "max_tokens_per_rank": None,
         "capacity_factor": None,
         "equal_tokens": None,

@@ -18,6 +18,9 @@ BUILT_IN = (
     "torch_mm",
     "torch_mm_mxfp8",
     "triton",
+    "triton_fp8",
+    "triton_fp8_e5m2",
+    "triton_fp8_16bit_dw",
     "gmm",
     "torch_mm_save_time",
     "gmm_save_time",
@@ -108,7 +111,9 @@ def test_a_built_in_backend_is_found_without_its_library(name: str) -> None:
     """On a CPU without the library, `unsupported` returns a reason and does not raise."""
     check_name(name)
     backend = get_backend(name)
-    recipe = {"torch_mm_mxfp8": "mxfp8", "te_mxfp8": "mxfp8"}.get(name)
+    recipe = {"torch_mm_mxfp8": "mxfp8", "te_mxfp8": "mxfp8", "triton_fp8": "block_float32"}.get(name)
+    if name.startswith("triton_fp8_"):
+        recipe = "block_float32" + name.removeprefix("triton_fp8")
     for fp8 in ("current", "delayed", "block"):
         recipe = fp8 if f"te_fp8_{fp8}" in name else recipe
     assert (backend.name, backend.fp8) == (name, recipe)

@@ -39,7 +39,8 @@ class ParameterSteps:
         raise NotImplementedError
 
     def _update(self, how: str) -> None:
-        if getattr(self.player.layer, "caches_weights", False):
+        weights_changed = getattr(self.player.layer, "weights_changed", None)
+        if getattr(self.player.layer, "caches_weights", False) and weights_changed is None:
             return  # loading weights renews what it keeps, an update in place does not
         self._zero_grad()
         self.script.update(self.player.number, how)
@@ -51,6 +52,9 @@ class ParameterSteps:
                     setattr(self.player.layer.get_submodule(module), own, new)
                 else:
                     (parameter.data if how == "data" else parameter).mul_(-0.5)
+        if weights_changed is not None:
+            self.script.add(f"layer{self.player.number}.weights_changed()")
+            weights_changed()
         self.player.parameters = {name: -0.5 * tensor for name, tensor in self.player.parameters.items()}
 
     def _to(self, how: str) -> None:

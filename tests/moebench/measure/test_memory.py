@@ -266,14 +266,16 @@ def test_what_is_held_does_not_count_tensors():
 
 
 def test_memory_is_that_of_the_rank_that_needs_most_figure_by_figure():
-    assert largest(Memory(100, 7, None), None, Two(Memory(50, 30, None, None, 3))) == {
+    layer = nn.Linear(1, 1)
+    assert largest(Memory(100, 7, None), None, Two(Memory(50, 30, None, None, 3)), layer) == {
         "peak_memory_bytes": 100,
         "saved_memory_bytes": 30,
+        "cached_weight_bytes": None,
         "reserved_memory_bytes": None,
         "outside_torch_bytes": None,
         "untracked_memory_bytes": 3,
     }
-    assert largest(Memory(1, None, None, 5), None, Two(Memory(2, None, None, 4)))["outside_torch_bytes"] == 5
+    assert largest(Memory(1, None, None, 5), None, Two(Memory(2, None, None, 4)), layer)["outside_torch_bytes"] == 5
 
 
 def test_where_the_compiler_is_in_use_it_stays_out_of_the_tracker(monkeypatch):

@@ -20,8 +20,8 @@ def test_only_these_need_the_status_ok() -> None:
     steps = ("num_steps", "step_p50_ms", "step_p99_ms", "expert_rows", "rank_rows", "expert_skew", "rank_skew")
     speeds = ("sm_clock_mhz", *steps, "tokens_per_s", "tflops")
     ceilings = ("roofline_fraction", "roofline_ms", "dense_ms", "grouped_ms", "collective_ms", "copy_gb_per_s")
-    memory = ("peak_memory_bytes", "saved_memory_bytes", "reserved_memory_bytes", "outside_torch_bytes")
-    sizes = (*memory, "untracked_memory_bytes")
+    memory = ("peak_memory_bytes", "saved_memory_bytes", "cached_weight_bytes", "reserved_memory_bytes")
+    sizes = (*memory, "outside_torch_bytes", "untracked_memory_bytes")
     compiler = ("compiled_graphs", "graph_breaks", "recompiled_graphs")
     measured = (*times, *busy, *parts, "num_samples", *samples, *speeds, *ceilings, *sizes, *compiler)
     assert ("sample_sessions", "l2", *measured) == ONLY_IF_OK

@@ -82,6 +82,7 @@ ALL = {
     "copy_gb_per_s": 4200.0,
     "peak_memory_bytes": 2**53 + 1,
     "saved_memory_bytes": 0,
+    "cached_weight_bytes": 2**53 + 7,
     "reserved_memory_bytes": 2**53 + 5,
     "outside_torch_bytes": 2**53 + 3,
     "untracked_memory_bytes": 2**53 + 7,

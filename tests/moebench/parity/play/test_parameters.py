@@ -59,9 +59,27 @@ def test_a_layer_that_ignores_an_update_is_wrong():
 def test_a_layer_that_keeps_weights_need_not_see_an_update():
     class Keeps(GroupedExperts):
         caches_weights = True
+        weights_changed = None
 
     before = played("call", kind=Keeps)[0].player.parameters
     assert torch.equal(played("update", "call", kind=Keeps)[0].player.parameters["down_projs"], before["down_projs"])
+
+
+def test_a_layer_that_keeps_weights_is_told_of_an_update():
+    class Keeps(GroupedExperts):
+        caches_weights = True
+        kept = None
+
+        def weights_changed(self):
+            self.kept = None
+
+        def expert_parameters(self):
+            self.kept = self.kept or type(own := super().expert_parameters())(*(one.detach().clone() for one in own))
+            return self.kept
+
+    play, verdict = played("call:no_grad", "update", "call:no_grad", kind=Keeps)
+    assert verdict.passed
+    assert any("layer0.weights_changed()" in line for line in play.script.lines)
 
 
 def test_a_strict_load_must_refuse_both_wrong_state_dicts():

@@ -1,0 +1,80 @@
+"""Compute the gradients of the weights with matrix products in FP8.
+
+The sums are over rows, so the operands are quantised again, along the rows (`experts.fp8.turned`). The activations and
+tokens have a scale for 128 rows of a column. The gradients of rows have a scale for 128 rows of 128 columns.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from experts.fp8.blocks import BLOCK, E4M3, num_blocks
+from experts.fp8.kernels import fp8_outer
+from experts.fp8.products import described
+from experts.fp8.turned import RowBlocks, TurnedRows, turn
+from experts.gemm.gradients import runs_on_hopper
+from experts.steps import Permutation
+from experts.steps.fused.launch import launch
+
+#: The output's gradient is gathered and transposed in this many parts, so that a part needs little memory.
+PARTS = 4
+STAGES, WARPS = 3, 8
+
+
+def grad_of_up(
+    x_TD: Tensor, grad_h_NH: Tensor, permutation: Permutation, blocks: RowBlocks, halves: int, fmt: torch.dtype = E4M3
+) -> Tensor:
+    """Return the gradient [L, D, H] of the up projection's weights. H has `halves` parts."""
+    shape = permutation.offsets_L.shape[0], x_TD.shape[1], grad_h_NH.shape[1]
+    if permutation.num_rows == 0:
+        return torch.zeros(shape, dtype=x_TD.dtype, device=x_TD.device)
+    left = turn(x_TD, blocks, permutation, gather=True, by_column=True)
+    right = turn(grad_h_NH, blocks, permutation, gather=False, by_column=False, halves=halves, dtype=fmt)
+    out = torch.empty(shape, dtype=x_TD.dtype, device=x_TD.device)
+    _outer(left, right, blocks, out, halves, permutation.num_rows)
+    return out
+
+
+def grad_of_down(
+    a_NI: Tensor, grad_TD: Tensor, permutation: Permutation, blocks: RowBlocks, fmt: torch.dtype = E4M3
+) -> Tensor:
+    """Return the gradient [L, I, D] of the down projection's weights."""
+    dim = grad_TD.shape[1]
+    shape = permutation.offsets_L.shape[0], a_NI.shape[1], dim
+    if permutation.num_rows == 0:
+        return torch.zeros(shape, dtype=grad_TD.dtype, device=grad_TD.device)
+    left = turn(a_NI, blocks, permutation, gather=False, by_column=True)
+    out = torch.empty(shape, dtype=grad_TD.dtype, device=grad_TD.device)
+    part = triton.cdiv(num_blocks(dim), PARTS) * BLOCK
+    for start in range(0, dim, part):
+        columns = slice(start, min(start + part, dim))
+        right = turn(grad_TD, blocks, permutation, gather=True, by_column=False, columns=columns, dtype=fmt)
+        _outer(left, right, blocks, out[:, :, columns], 1, permutation.num_rows)
+        del right
+    return out
+
+
+def _outer(left: TurnedRows, right: TurnedRows, blocks: RowBlocks, out_LPQ: Tensor, halves: int, num_rows: int) -> None:
+    """Write the sum of leftᵀ·right over each expert's rows; an expert without rows has zeros."""
+    if runs_on_hopper(out_LPQ.device, num_rows):
+        from experts.fp8 import hopper
+
+        hopper.outer(left, right, blocks, out_LPQ, halves)
+        return
+    experts, p, q = out_LPQ.shape
+    launch(
+        fp8_outer,
+        (num_blocks(p), halves * num_blocks(q // halves), experts),
+        described(left.values, [BLOCK, BLOCK]),
+        left.scales,
+        described(right.values, [BLOCK, BLOCK]),
+        *(right.scales, out_LPQ, blocks.ends_L),
+        P=p,
+        Q_WIDTH=q // halves,
+        Q_HALVES=halves,
+        Q_BLOCKS=num_blocks(q // halves),
+        EXPERT_STRIDE=out_LPQ.stride(0),
+        ROW_STRIDE=out_LPQ.stride(1),
+        num_stages=STAGES,
+        num_warps=WARPS,
+    )

@@ -1,0 +1,153 @@
+"""Multiply rows in FP8, grouped by expert, by their experts' matrices in FP8. The host does not wait for the device."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from experts.activations import ActivationForm
+from experts.fp8.blocks import BLOCK, Matrices, Rows, num_blocks
+from experts.fp8.kernels import fp8_gemm
+from experts.gemm.gradients import runs_on_hopper
+from experts.gemm.kernels import TILE_FIELDS, list_tiles
+from experts.steps import Permutation
+from experts.steps.fused.launch import launch
+
+_INTERPRETED_PROGRAMS = 3
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is computed, in tiles of 128 columns. See `experts.gemm.tiling.Tiling`."""
+
+    rows: int
+    stages: int = 3
+    warps: int = 8
+    listed: bool = True
+    #: Whether the kernel for Hopper computes it, in tiles of 128 × 256.
+    hopper: bool = False
+
+
+HOPPER = Tiling(128, 4, 4, listed=True, hopper=True)
+
+
+def tiling_for(rows_per_expert: float) -> Tiling:
+    """Return the tiling for an average of `rows_per_expert`."""
+    if rows_per_expert <= 24:
+        return Tiling(16 if rows_per_expert <= 12 else 32, 4, 4, listed=False)
+    if rows_per_expert <= 56:
+        return Tiling(64, 4, 4, listed=False)
+    return Tiling(128, 4, 8)
+
+
+def product(
+    rows: Rows,
+    matrices: Matrices,
+    permutation: Permutation,
+    rows_per_expert: float,
+    dtype: torch.dtype,
+    gather: bool = False,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """Return [N, Q] in `dtype`: each row times the transpose of its expert's matrix [Q, P]. Sums are in float32.
+
+    With `gather`, `rows` are tokens [T, P], and each row is its token. Rows past the last group stay unwritten.
+    """
+    experts, q, p = matrices.values.shape
+    out = torch.empty(permutation.num_rows, q, dtype=dtype, device=rows.values.device)
+    if permutation.num_rows == 0:
+        return out
+    if tiling is None:
+        tiling = tiling_for(rows_per_expert)
+        if tiling.rows == HOPPER.rows and not gather and runs_on_hopper(out.device, permutation.num_rows):
+            tiling = HOPPER
+    q_width, p_width = q // matrices.q_halves, p // matrices.p_halves
+    blocks = matrices.q_halves * num_blocks(q_width)
+    if tiling.hopper:
+        from experts.fp8 import hopper
+
+        tiles, programs = list_of_tiles(permutation, experts, triton.cdiv(blocks, 2), tiling)
+        assert tiles is not None
+        hopper.multiply(rows, matrices, out, tiles, programs)
+        return out
+    tiles, programs = list_of_tiles(permutation, experts, blocks, tiling)
+    a = rows.values if gather else described(rows.values.view(-1, matrices.p_halves, p_width), [tiling.rows, 1, BLOCK])
+    launch(
+        fp8_gemm,
+        (programs,),
+        *(a, rows.scales),
+        described(matrices.values.view(experts, q, matrices.p_halves, p_width), [1, BLOCK, 1, BLOCK]),
+        *(matrices.scales, out, permutation.row_to_slot_N, permutation.offsets_L, tiles, rows.scales.shape[1]),
+        EXPERTS=experts,
+        P_WIDTH=p_width,
+        P_HALVES=matrices.p_halves,
+        P_BLOCKS=num_blocks(p_width),
+        Q_WIDTH=q_width,
+        Q_HALVES=matrices.q_halves,
+        Q_BLOCKS=num_blocks(q_width),
+        K=permutation.n_activated_experts,
+        LISTED=tiling.listed,
+        GATHER=gather,
+        BINS=triton.next_power_of_2(experts),
+        ROWS=tiling.rows,
+        num_stages=tiling.stages,
+        num_warps=tiling.warps,
+    )
+    return out
+
+
+def activated_product(
+    rows: Rows,
+    up: Matrices,
+    permutation: Permutation,
+    rows_per_expert: float,
+    weights_TK: Tensor | None,
+    form: ActivationForm,
+    dtype: torch.dtype,
+) -> Rows | None:
+    """Return the weighted activation [N, I] of the up projection in FP8, or None where no kernel computes both.
+
+    `dtype` is the one in which the up projection would be stored. It takes Hopper GPUs, many rows, and gate and up in
+    halves.
+    """
+    tiling = tiling_for(rows_per_expert)
+    fits = form.gated and not form.interleaved and tiling.rows == HOPPER.rows
+    if not fits or permutation.num_rows == 0 or not runs_on_hopper(rows.values.device, permutation.num_rows):
+        return None
+    from experts.fp8 import hopper
+
+    experts, width, _ = up.values.shape
+    tiles, programs = list_of_tiles(permutation, experts, num_blocks(width // 2), HOPPER)
+    assert tiles is not None
+    return hopper.multiply_and_activate(rows, up, permutation.row_to_slot_N, weights_TK, form, tiles, programs, dtype)
+
+
+def described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """Return the descriptor that reads blocks of a contiguous tensor."""
+    return TensorDescriptor.from_tensor(tensor, block)
+
+
+def list_of_tiles(
+    permutation: Permutation, experts: int, column_tiles: int, tiling: Tiling
+) -> tuple[Tensor | None, int]:
+    """Return the list of tiles, or None if the tiling does not need a list, and the number of programs."""
+    most_tiles = (permutation.num_rows // tiling.rows + min(experts, permutation.num_rows)) * column_tiles
+    if not tiling.listed:
+        return None, most_tiles
+    offsets = permutation.offsets_L
+    tiles = torch.empty((1 + most_tiles) * TILE_FIELDS.value, dtype=torch.int32, device=offsets.device)
+    launch(
+        list_tiles,
+        (experts,),
+        *(offsets, tiles),
+        EXPERTS=experts,
+        BINS=triton.next_power_of_2(experts),
+        ROWS=tiling.rows,
+        COLUMN_TILES=column_tiles,
+    )
+    programs = _INTERPRETED_PROGRAMS
+    if offsets.is_cuda:
+        programs = torch.cuda.get_device_properties(offsets.device).multi_processor_count
+    return tiles, min(programs, most_tiles)

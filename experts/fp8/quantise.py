@@ -1,0 +1,247 @@
+"""Quantise rows and weights to FP8 with one scale a block, each in one kernel that reads its input once."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from experts.fp8.blocks import BLOCK, E4M3, LEAST_SCALE, Matrices, Rows, num_blocks
+from experts.steps import Permutation
+from experts.steps.fused.launch import launch
+
+_BLOCK, _LEAST_SCALE = tl.constexpr(BLOCK), tl.constexpr(LEAST_SCALE)
+#: Blocks of a row per program.
+BLOCKS_AT_ONCE = 8
+WEIGHT_WARPS = 8
+
+
+def largest(dtype: torch.dtype) -> float:
+    """Return the largest finite number of an FP8 format."""
+    return torch.finfo(dtype).max
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Return whether Triton's interpreter runs the kernels. Its conversion to FP8 rounds only exact values right."""
+    found: bool = triton.knobs.runtime.interpret
+    return found
+
+
+def quantise_tokens(x_TD: Tensor, dtype: torch.dtype = E4M3) -> Rows:
+    """Return the tokens [T, D] in FP8."""
+    return _quantise_rows(x_TD, None, dtype)
+
+
+def quantise_and_gather(x_TD: Tensor, permutation: Permutation, dtype: torch.dtype = E4M3) -> Rows:
+    """Return each row's token [N, D] in FP8. A token is read once. Rows past the last group stay unwritten."""
+    return _quantise_rows(x_TD, permutation, dtype)
+
+
+def _quantise_rows(x_TD: Tensor, permutation: Permutation | None, dtype: torch.dtype) -> Rows:
+    num_tokens, dim = x_TD.shape
+    num_rows = num_tokens if permutation is None else permutation.num_rows
+    values = torch.empty(num_rows, dim, dtype=dtype, device=x_TD.device)
+    scales = torch.empty(num_blocks(dim), num_rows, dtype=torch.float32, device=x_TD.device)
+    blocks = min(BLOCKS_AT_ONCE, triton.next_power_of_2(num_blocks(dim)))
+    launch(
+        quantise_rows,
+        (num_tokens, triton.cdiv(num_blocks(dim), blocks)),
+        *(x_TD.contiguous(), values, scales),
+        *(None, None) if permutation is None else (permutation.slot_to_row_S, permutation.offsets_L[-1:]),
+        *(num_rows, dim),
+        K=1 if permutation is None else permutation.n_activated_experts,
+        GATHER=permutation is not None,
+        LARGEST=largest(dtype),
+        BLOCKS=blocks,
+        EXACT=interpreted(),
+        num_warps=4,
+    )
+    return Rows(values, scales)
+
+
+def quantise_weights(b_LPQ: Tensor, halves: int, into: Matrices | None = None) -> Matrices:
+    """Return weights [L, P, Q], whose Q has `halves` parts, in FP8 as [L, Q, P], to multiply rows [N, P] by.
+
+    With `into`, write them into its memory.
+    """
+    experts, p, q = b_LPQ.shape
+    if into is None:
+        into = _empty_matrices(experts, q, p, halves, 1, b_LPQ.device)
+    _quantise_matrices(b_LPQ, halves, None, into)
+    return into
+
+
+def quantise_weights_back(b_LPQ: Tensor, halves: int) -> Matrices:
+    """Return weights [L, P, Q], whose Q has `halves` parts, in FP8 as they are, to multiply gradients [N, Q] by."""
+    experts, p, q = b_LPQ.shape
+    into = _empty_matrices(experts, p, q, 1, halves, b_LPQ.device)
+    _quantise_matrices(b_LPQ, halves, into, None)
+    return into
+
+
+def _empty_matrices(experts: int, q: int, p: int, q_halves: int, p_halves: int, device: torch.device) -> Matrices:
+    blocks = q_halves * num_blocks(q // q_halves), p_halves * num_blocks(p // p_halves)
+    values = torch.empty(experts, q, p, dtype=E4M3, device=device)
+    scales = torch.empty(experts, *blocks, dtype=torch.float32, device=device)
+    return Matrices(values, scales, q_halves, p_halves)
+
+
+def _quantise_matrices(b_LPQ: Tensor, halves: int, natural: Matrices | None, turned: Matrices | None) -> None:
+    experts, p, q = b_LPQ.shape
+    launch(
+        quantise_matrices,
+        (halves * num_blocks(q // halves), num_blocks(p), experts),
+        b_LPQ.contiguous(),
+        *(None if made is None else made.values for made in (natural, turned)),
+        *(None if made is None else made.scales for made in (natural, turned)),
+        *(p, q // halves),
+        HALVES=halves,
+        LARGEST=largest(E4M3),
+        EXACT=interpreted(),
+        num_warps=WEIGHT_WARPS,
+    )
+
+
+def transposed(matrices: Matrices) -> Matrices:
+    """Return the matrices [L, Q, P] as [L, P, Q], with the same values."""
+    experts, q, p = matrices.values.shape
+    values = torch.empty(experts, p, q, dtype=matrices.values.dtype, device=matrices.values.device)
+    launch(
+        transpose_matrices,
+        (triton.cdiv(p, BLOCK), triton.cdiv(q, BLOCK), experts),
+        *(matrices.values.view(torch.uint8), values.view(torch.uint8)),
+        *(q, p),
+        num_warps=WEIGHT_WARPS,
+    )
+    scales = matrices.scales.transpose(1, 2).contiguous()
+    return Matrices(values, scales, q_halves=matrices.p_halves, p_halves=matrices.q_halves)
+
+
+@triton.jit
+def scale_of(largest_value, LARGEST: tl.constexpr):
+    """Return the scale of blocks from their largest magnitudes. NaN stays NaN."""
+    scale = tl.div_rn(largest_value, tl.full([], LARGEST, tl.float32))  # Triton's own division is not exact
+    return tl.where(scale < _LEAST_SCALE, _LEAST_SCALE, scale)
+
+
+@triton.jit
+def reciprocal(scale):
+    """Return 1 / scale, rounded to the nearest."""
+    return tl.div_rn(tl.full([], 1.0, tl.float32), scale)
+
+
+@triton.jit
+def to_fp8(value, LARGEST: tl.constexpr, EXACT: tl.constexpr):
+    """Return values that the conversion to FP8 makes right.
+
+    The GPU rounds to the nearest, and of two nearest to the even one, and it limits the magnitude to LARGEST. With
+    EXACT, do this here in float32: the interpreter's conversion is right only for numbers of the format.
+    """
+    if EXACT:
+        value = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
+        MANTISSA: tl.constexpr = 3 if LARGEST < 1000 else 2
+        LEAST: tl.constexpr = 2.0**-6 if LARGEST < 1000 else 2.0**-14
+        normal = tl.maximum(tl.abs(value), LEAST)
+        power = (normal.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        shift = power * (1.5 * 2.0 ** (23 - MANTISSA))
+        value = (value + shift) - shift
+    return value
+
+
+@triton.jit
+def quantise_rows(
+    x,
+    values,
+    scales,
+    slot_to_row,
+    num_local,
+    num_rows,
+    dim,
+    K: tl.constexpr,
+    GATHER: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    column = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+    inside = column < dim
+    stored = block < tl.cdiv(dim, _BLOCK)
+    read = inside
+    if GATHER:
+        end = tl.load(num_local)
+        wanted = 0
+        for k in tl.static_range(K):
+            wanted += (tl.load(slot_to_row + token * K + k) < end).to(tl.int32)
+        read = inside & (wanted > 0)
+    tile = tl.load(x + token * dim + column, mask=read, other=0.0).to(tl.float32)
+    scale = scale_of(tl.max(tl.abs(tile), axis=1, keep_dims=True), LARGEST)
+    quantised = to_fp8(tile * reciprocal(scale), LARGEST, EXACT).to(values.dtype.element_ty)
+    scale = tl.reshape(scale, [BLOCKS])
+    if GATHER:
+        for k in tl.static_range(K):
+            row = tl.load(slot_to_row + token * K + k)
+            local = row < end
+            tl.store(values + row * dim + column, quantised, mask=inside & local)
+            tl.store(scales + block.to(tl.int64) * num_rows + row, scale, mask=stored & local)
+    else:
+        tl.store(values + token * dim + column, quantised, mask=inside)
+        tl.store(scales + block.to(tl.int64) * num_rows + token, scale, mask=stored)
+
+
+@triton.jit
+def quantise_matrices(
+    b,
+    natural,
+    turned,
+    scales,
+    turned_scales,
+    p_width,
+    q_width,
+    HALVES: tl.constexpr,
+    LARGEST: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    width_blocks, p_blocks = tl.cdiv(q_width, _BLOCK), tl.cdiv(p_width, _BLOCK)
+    q_blocks = HALVES * width_blocks
+    whole = HALVES * q_width
+    q_block, p_block, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    matrix = expert * p_width * whole
+    part = q_block // width_blocks
+    first_column = q_block % width_blocks * _BLOCK
+    column = first_column + tl.arange(0, _BLOCK)
+    row = p_block * _BLOCK + tl.arange(0, _BLOCK)
+    inside = (row < p_width)[:, None] & (column < q_width)[None, :]
+    q = part * q_width + column
+    tile = tl.load(b + matrix + row[:, None] * whole + q[None, :], mask=inside, other=0.0).to(tl.float32)
+    scale = scale_of(tl.max(tl.max(tl.abs(tile), axis=1), axis=0), LARGEST)
+    quantised = to_fp8(tile * reciprocal(scale), LARGEST, EXACT)
+    if natural is not None:
+        value = quantised.to(natural.dtype.element_ty)
+        tl.store(natural + matrix + row[:, None] * whole + q[None, :], value, mask=inside)
+        tl.store(scales + (expert * p_blocks + p_block) * q_blocks + q_block, scale)
+    if turned is not None:
+        value = tl.trans(quantised.to(turned.dtype.element_ty))
+        where = turned + matrix + q[:, None] * p_width + row[None, :]
+        tl.store(where, value, mask=(column < q_width)[:, None] & (row < p_width)[None, :])
+        tl.store(turned_scales + (expert * q_blocks + q_block) * p_blocks + p_block, scale)
+
+
+@triton.jit
+def transpose_matrices(source, target, q_width, p_width):
+    p = tl.program_id(0) * _BLOCK + tl.arange(0, _BLOCK)
+    q = tl.program_id(1) * _BLOCK + tl.arange(0, _BLOCK)
+    expert = tl.program_id(2).to(tl.int64) * q_width * p_width
+    tile = tl.load(
+        source + expert + q[:, None] * p_width + p[None, :],
+        mask=(q < q_width)[:, None] & (p < p_width)[None, :],
+        other=0,
+    )
+    tl.store(
+        target + expert + p[:, None] * q_width + q[None, :],
+        tl.trans(tile),
+        mask=(p < p_width)[:, None] & (q < q_width)[None, :],
+    )

@@ -1,0 +1,1 @@
+"""Say from measured results where FP8 pays."""
