@@ -84,8 +84,8 @@ def plan(
 
     With `other_experts`, workers import other packages `experts`, which may have other backends than this one.
 
-    Raises SweepError for a wrong sweep, selection of jobs or name of a backend. Raises UsageError for a wrong device, for
-    a module that the command line does not name, and for a folder that is not empty.
+    Raises SweepError for a wrong sweep, selection of jobs or name of a backend. Raises UsageError for a wrong device,
+    for a module that the command line does not name, and for a folder that is not empty.
     """
     sweep_file = find_sweep(sweep)
     text = read_sweep(sweep_file)
