@@ -19,9 +19,10 @@ WAITING, SYMM_MEM = "h200-ep2-2026-11-29", "h200-peers-ep2-2026-11-29"
 CASE = ["model", "mode", "num_tokens"]
 #: `moebench run peers`: many tokens with every library, few tokens, and the runs before with many tokens.
 PEERS, DECODE = "h200-peers-2026-11-28", "h200-peers-2026-11-23"
-#: One round of a part of `moebench run peers`, train steps of two GPUs with traces, contexts of training, and adapters.
+#: One round of a part of `moebench run peers`, train steps of two GPUs with traces, contexts of training, adapters,
+#: and FP8.
 PEERS_AGAIN, PROFILED = "h200-peers-2026-11-30", "h200-ep2-2026-11-30"
-TRAINING, ADAPTERS = "h200-training-2026-11-30", "h200-lora-2026-11-30"
+TRAINING, ADAPTERS, FP8 = "h200-training-2026-11-30", "h200-lora-2026-11-30", "h200-fp8-2026-11-30"
 EARLIER_GPU, EARLIER_PEERS = "earlier/h200-2026-11-23-2", (DECODE, "earlier/h200-peers-2026-11-23")
 #: Shapes (experts, top-k, dim, inter) and the token count that was measured for each.
 SHAPES = {(128, 8, 2048, 768): 16384, (32, 4, 2880, 2880): 8192, (32, 8, 7168, 2048): 4096}

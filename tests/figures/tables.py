@@ -12,7 +12,7 @@ import pandas as pd
 
 from moebench.results.stats import relative_half_width, series_interval
 from moebench.workload.models import SHAPE_AXES, shape_name
-from tests.figures import data, kernels, scaled, training, two_gpus
+from tests.figures import data, fp8, kernels, scaled, training, two_gpus
 from tests.figures.markdown import markdown
 
 _BEGIN, _END = "<!-- table {}, written by `make results` -->", "<!-- end of table {} -->"
@@ -226,6 +226,7 @@ TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
     ("docs/scaling.md", "supervisor"): supervisor,
     ("docs/training.md", "contexts"): training.contexts,
     ("docs/training.md", "adapters"): training.adapters,
+    ("docs/fp8.md", "fp8"): fp8.fp8,
 }
 
 
