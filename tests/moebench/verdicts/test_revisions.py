@@ -97,9 +97,8 @@ def test_outside_of_a_repository_git_says_so(tmp_path, monkeypatch):
 
 def test_a_revision_says_which_backends_it_has_not(tmp_path):
     revision = copy_experts(str(ROOT), tmp_path / "a")
-    registry = revision.folder / "experts" / "registry.py"
-    registry.write_text(registry.read_text().replace("def backend_names()", "def old_names()", 1))
-    registry.write_text(registry.read_text() + "\ndef backend_names():\n    return ('loop',)\n")
+    catalog = revision.folder / "experts" / "catalog.py"
+    catalog.write_text(catalog.read_text() + "\n\ndef backend_names():\n    return ('loop',)\n")
     unknown = unknown_backends(revision, ["loop", "torch_mm", "json:loads"])
     assert list(unknown) == ["torch_mm"]
     assert "there is no backend 'torch_mm'" in unknown["torch_mm"]
