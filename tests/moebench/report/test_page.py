@@ -230,10 +230,11 @@ def test_the_time_is_that_of_the_jobs_and_their_parts() -> None:
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
 def test_each_command_measures_just_the_job_it_stands_at(folder: Path) -> None:
-    html = page(load(folder), {}, folder)
+    frame = load(folder)
+    html = page(frame, {}, folder)
     commands = [unescape(text) for text in re.findall(r'<code class="command">(.*?)</code>', html, re.DOTALL)]
     backends = re.findall(r"<li><b>(.*?)</b>", html)
-    assert len(commands) == len(backends) >= 12
+    assert len(commands) == len(backends) >= min(12, len(frame))
     for command, backend in zip(commands, backends, strict=True):
         (job,) = _jobs(command)
         assert backend == job.backend + (f"+{job.dispatcher}" if job.case.ep_size > 1 else "")
