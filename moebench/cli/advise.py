@@ -80,7 +80,10 @@ def advise_(
             out.print(sentence(one, asked.mode), soft_wrap=True)
         _print(answer, frame, opened, asked)
     if with_precision and not found:
-        err.print("no result says whether FP8 pays near this workload; measure it with: moebench run fp8 --model …")
+        err.print(
+            f"no result says whether FP8 pays near this workload; measure it with: moebench run fp8 --model {model}",
+            soft_wrap=True,
+        )
     if answer.has_candidates or found:
         return
     known = "" if answer.advices else f"no result has this workload; the results have {listed(answer.others)}; "

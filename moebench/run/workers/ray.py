@@ -81,7 +81,10 @@ class _Ray:
                 raise Refused(f"--ray {self._address}: the cluster does not answer within {CONNECT_TIMEOUT_S:g} s")
             self._hear(0.2)
             if self._gone:
-                raise Refused(f"--ray {self._address}: {self._gone}")
+                raise Refused(
+                    f"--ray {self._address}: {self._gone}; give the address of a running cluster's head, or start one "
+                    "with `ray start --head`"
+                )
         if not self._usable():
             raise Refused(
                 f"--ray {self._address}: no node of the cluster has a GPU; leave --device cuda out, or add one"
@@ -95,7 +98,7 @@ class _Ray:
                 case "over":
                     self._over[message["name"]] = message["why"]
                 case "gone":
-                    self._gone = message["why"]
+                    self._gone = message["why"].rstrip(".")
         if self._link.lost and not self._gone:
             self._gone = f"the process that speaks with Ray has ended; log: {self._log.name}"
 
