@@ -11,7 +11,7 @@ from experts.fp8.blocks import BLOCK, E4M3, Rows, num_blocks
 from experts.fp8.quantise import interpreted, largest, reciprocal, scale_of, to_fp8
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
-from experts.steps.fused.tiles import find_rows, glu, load_gate_and_up, load_tile, store_tile
+from experts.steps.fused.tiles import activate_tile, find_rows, load_tile, store_tile
 
 _BLOCK = tl.constexpr(BLOCK)
 #: Rows of a program, in the forward and in the backward kernel.
@@ -162,13 +162,10 @@ def activate_rows(
     block = tl.program_id(1)
     start = block * _BLOCK
     column = start + tl.arange(0, _BLOCK)
-    if GATED:
-        gate, up = load_gate_and_up(h, bias, row, valid, expert, start, INTER, INTERLEAVED, BIAS, ROWS, _BLOCK)
-        value, _, _ = glu(gate, up, alpha, limit, offset, GELU, LIMITED)
-    else:
-        x = load_tile(h, bias, row, valid, expert, column, 0, INTER, INTER, BIAS)
-        x = tl.where(x < 0, 0.0, x)
-        value = x * x
+    value, _, _ = activate_tile(
+        h, bias, row, valid, expert, start, alpha, limit, offset, GATED, INTERLEAVED, GELU, LIMITED, BIAS, INTER, ROWS,
+        _BLOCK,
+    )  # fmt: skip
     tile = tl.where((column < INTER)[None, :], value * weight[:, None], 0.0)
     BLOCKS: tl.constexpr = (INTER + _BLOCK - 1) // _BLOCK
     _store_quantised(
@@ -212,19 +209,16 @@ def activate_rows_backward(
         start = block * _BLOCK
         column = start + tl.arange(0, _BLOCK)
         da = load_tile(grad, bias, row, valid, expert, column, 0, INTER, INTER, False)
-        if GATED:
-            gate, up = load_gate_and_up(h, bias, row, valid, expert, start, INTER, INTERLEAVED, BIAS, ROWS, _BLOCK)
-            value, by_gate, by_up = glu(gate, up, alpha, limit, offset, GELU, LIMITED)
-        else:
-            x = load_tile(h, bias, row, valid, expert, column, 0, INTER, INTER, BIAS)
-            x = tl.where(x < 0, 0.0, x)
-            value = x * x
+        value, by_gate, by_up = activate_tile(
+            h, bias, row, valid, expert, start, alpha, limit, offset, GATED, INTERLEAVED, GELU, LIMITED, BIAS, INTER,
+            ROWS, _BLOCK,
+        )  # fmt: skip
         by_weight += tl.sum(da * value, axis=1)
         weighted = da * weight[:, None]  # zero in columns past the end
         tl.debug_barrier()  # the stores overwrite the loads: wait until every warp has read
         store_tile(grad, value * weight[:, None], row, valid, column, 0, INTER, INTER)
         if not GATED:
-            tile = weighted * 2 * x
+            tile = weighted * by_gate
             store_tile(h, tile, row, valid, column, 0, INTER, INTER)
             _store_quantised(
                 values, scales, tile, row, valid, column, block, 0, INTER, BLOCKS, num_rows, INTER, ROWS, 1, LARGEST,

@@ -67,7 +67,8 @@ class Context:
                 num_micro_batches = int(argument)
             is_count = 2 <= num_micro_batches <= MOST_MICRO_BATCHES
             if name not in PARTS or is_counted != bool(colon) or (is_counted and not is_count):
-                raise ValueError(f"{part[:80]!r} is no part of a context: it {RULE}")
+                which = "" if part == text else f"{part[:80]!r} is no part of a context: "
+                raise ValueError(f"{which}it {RULE}")
             names.append(name)
         if len(set(names)) < len(names):
             raise ValueError(f"{text[:80]!r} has a part twice; name each part once")

@@ -27,6 +27,7 @@ from experts.fp8.hopper.steps import (
     store_block,
 )
 from experts.gemm.hopper.descriptors import MOST_ROWS
+from experts.gemm.hopper.gate import glu
 from experts.gemm.hopper.rounding import rounded
 from experts.steps.fused.launch import launch
 
@@ -79,16 +80,6 @@ def multiply_and_activate(
 
 
 @gluon.jit
-def _glu(gate, up, ALPHA: gl.constexpr, LIMIT: gl.constexpr, OFFSET: gl.constexpr, GELU: gl.constexpr):
-    """Return the gated activation. NaN passes through the clamps; see `experts.steps.fused.tiles.glu`."""
-    if LIMIT > 0:
-        gate = gl.where(gate > LIMIT, LIMIT, gate)
-        up = gl.where(up > LIMIT, LIMIT, gl.where(up < -LIMIT, -LIMIT, up))
-    inside = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else ALPHA * gate
-    return gate / (1.0 + gl.exp(-inside)) * (up + OFFSET)
-
-
-@gluon.jit
 def _multiply(
     a_scales,
     b_scales,
@@ -130,7 +121,7 @@ def _multiply(
             # rounded first, as the up projection is where it is kept for backward
             DTYPE: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
             gate, up = rounded(gate, DTYPE).to(gl.float32), rounded(up, DTYPE).to(gl.float32)
-            value = _glu(gate, up, ALPHA, LIMIT, OFFSET, GELU)
+            value = glu(gate, up, ALPHA, LIMIT, OFFSET, GELU)
             valid = first_row + rows < next_end
             most = gl.max(gl.maximum(value, -value), axis=1)
             scale = gl.div_rn(most, gl.full_like(most, _LARGEST))

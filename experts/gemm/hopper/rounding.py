@@ -8,9 +8,9 @@ from triton.experimental.gluon import language as gl
 def rounded(sums, dtype: gl.constexpr):
     """Return float32 sums in bfloat16 or float16.
 
-    A plain conversion is a pair's conversion and packing in one instruction, which the assembler moves to the store.
-    Then it finds that the store reads the sums while tensor cores write the next ones, and lets each product wait for
-    the one before. Inline assembly is not moved.
+    The assembler joins plain conversions with the packing of pairs, and moves both to the store. There, the store reads
+    the sums while tensor cores write the next ones, so the assembler lets each product wait for the one before. It does
+    not move inline assembly.
     """
     if dtype == gl.bfloat16:
         values = gl.inline_asm_elementwise(

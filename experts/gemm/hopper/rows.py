@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from experts.gemm.hopper.descriptors import MOST_ROWS, aligned, described, grouped_rows
+from experts.gemm.hopper.gate import glu
 from experts.gemm.hopper.loading import (
     GATHERING_REGISTERS,
     GATHERING_WARPS,
@@ -141,7 +142,7 @@ def _gated(sums, WARPS: gl.constexpr):
     gate, up = gl.split(pairs)
     gate = gl.convert_layout(gl.reshape(gate, [_ROWS, _COLUMNS // 2]), layout, assert_trivial=True)
     up = gl.convert_layout(gl.reshape(up, [_ROWS, _COLUMNS // 2]), layout, assert_trivial=True)
-    return gate / (1 + gl.exp(-gate)) * up
+    return glu(gate, up, 1.0, 0.0, 0.0, False)
 
 
 @gluon.jit
@@ -231,6 +232,7 @@ def multiply_rows(
         mbarrier.init(loaded.index(stage), count=1 + 32 * GATHERING_WARPS if GATHER else 1)
         mbarrier.init(free.index(stage), count=1)
     fence_async_shared()
+    # twice, because Gluon loses the constants of a tuple that has a name
     if GATHER:
         gl.warp_specialize(
             [

@@ -13,7 +13,7 @@ from experts.activations import ActivationForm, activation_form
 from experts.config import MoEConfig
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
-from experts.steps.fused.tiles import find_rows, glu, load_gate_and_up, load_tile, store_tile
+from experts.steps.fused.tiles import activate_tile, find_rows, load_tile, store_tile
 
 TILE = 1024  # elements of the result per program: of the sizes tried on an H200, the fastest (2026-11)
 MAX_COLUMNS = 1024  # columns of one row per program
@@ -127,13 +127,10 @@ def _activate(
     row, valid, _, expert, weight = find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS, ROWS)
     start = tl.program_id(1) * COLUMNS
     columns = start + tl.arange(0, COLUMNS)
-    if GATED:
-        gate, up = load_gate_and_up(h, bias, row, valid, expert, start, INTER, INTERLEAVED, BIAS, ROWS, COLUMNS)
-        value, _, _ = glu(gate, up, alpha, limit, offset, GELU, LIMITED)
-    else:
-        x = load_tile(h, bias, row, valid, expert, columns, 0, INTER, INTER, BIAS)
-        x = tl.where(x < 0, 0.0, x)
-        value = x * x
+    value, _, _ = activate_tile(
+        h, bias, row, valid, expert, start, alpha, limit, offset, GATED, INTERLEAVED, GELU, LIMITED, BIAS, INTER, ROWS,
+        COLUMNS,
+    )  # fmt: skip
     store_tile(out, value * weight[:, None], row, valid, columns, 0, INTER, INTER)
 
 
@@ -169,20 +166,17 @@ def _activate_backward(
     for start in range(0, INTER, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         da = load_tile(grad, bias, row, valid, expert, columns, 0, INTER, INTER, False)
-        if GATED:
-            gate, up = load_gate_and_up(h, bias, row, valid, expert, start, INTER, INTERLEAVED, BIAS, ROWS, COLUMNS)
-            value, by_gate, by_up = glu(gate, up, alpha, limit, offset, GELU, LIMITED)
-        else:
-            x = load_tile(h, bias, row, valid, expert, columns, 0, INTER, INTER, BIAS)
-            x = tl.where(x < 0, 0.0, x)
-            value = x * x
+        value, by_gate, by_up = activate_tile(
+            h, bias, row, valid, expert, start, alpha, limit, offset, GATED, INTERLEAVED, GELU, LIMITED, BIAS, INTER,
+            ROWS, COLUMNS,
+        )  # fmt: skip
         by_weight += tl.sum(da * value, axis=1)
         weighted = da * weight[:, None]
         if AGAIN:
             tl.debug_barrier()  # the stores overwrite the loads: wait until every warp has read
             store_tile(grad, value * weight[:, None], row, valid, columns, 0, INTER, INTER)
         if not GATED:
-            store_tile(grad_h, weighted * 2 * x, row, valid, columns, 0, INTER, INTER)
+            store_tile(grad_h, weighted * by_gate, row, valid, columns, 0, INTER, INTER)
         elif INTERLEAVED:
             pairs = 2 * start + tl.arange(0, 2 * COLUMNS)
             both = tl.interleave(weighted * by_gate, weighted * by_up)

@@ -82,3 +82,38 @@ def glu(gate, up, alpha, limit, offset, GELU: tl.constexpr, LIMITED: tl.constexp
         by_gate = tl.where(gate > limit, 0.0, by_gate)
         by_up = tl.where((up > limit) | (up < -limit), 0.0, by_up)
     return g * s * (u + offset), by_gate, by_up
+
+
+@triton.jit
+def activate_tile(
+    h,
+    bias,
+    row,
+    valid,
+    expert,
+    start,
+    alpha,
+    limit,
+    offset,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GELU: tl.constexpr,
+    LIMITED: tl.constexpr,
+    BIAS: tl.constexpr,
+    INTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Return the activation of COLUMNS columns from `start` on, and its derivatives by gate and up.
+
+    Without a gate, the first derivative is that by h, and the second is zero.
+    """
+    if GATED:
+        gate, up = load_gate_and_up(h, bias, row, valid, expert, start, INTER, INTERLEAVED, BIAS, ROWS, COLUMNS)
+        value, by_gate, by_up = glu(gate, up, alpha, limit, offset, GELU, LIMITED)
+    else:
+        columns = start + tl.arange(0, COLUMNS)
+        x = load_tile(h, bias, row, valid, expert, columns, 0, INTER, INTER, BIAS)
+        x = tl.where(x < 0, 0.0, x)
+        value, by_gate, by_up = x * x, 2 * x, tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    return value, by_gate, by_up
