@@ -218,5 +218,5 @@ def test_data_in_the_working_folder_come_first(
     assert package.is_relative_to(from_wheel.folder if is_from_wheel else project)
     assert (quick, published) == (tmp_path / "suites" / "quick.toml", mine.parent)
     (line,) = chosen.moebench("list", "mime", cwd=tmp_path, code=2).splitlines()
-    assert line.startswith('mime: no such file, and no sweep has that name; did you mean "mine"?; the sweeps are ')
+    assert line.startswith('mime: no such file, and no sweep has that name; did you mean "mine"? the sweeps are ')
     assert all(name in line for name in (*SWEEPS, "mine"))

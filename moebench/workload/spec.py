@@ -166,9 +166,9 @@ def find_sweep(name_or_path: str | Path) -> Path:
     sweeps = available_sweeps()
     name = str(name_or_path)
     if name not in sweeps:
-        hint = did_you_mean(name, sweeps) or "give a path or a name"
+        hint = did_you_mean(name, sweeps) or "give a path or a name;"
         raise SweepError(
-            [f"{cut(name)}: no such file, and no sweep has that name; {hint}; the sweeps are {listed(sweeps)}"]
+            [f"{cut(name)}: no such file, and no sweep has that name; {hint} the sweeps are {listed(sweeps)}"]
         )
     return sweeps[name]
 
