@@ -2,7 +2,8 @@
 
 Every expert has the same number of tiles, so a program finds its tiles without a list. The terms of a tile's sums are
 the rows of the expert's group. Four warps load: they gather the rows of one operand, 16 bytes a thread, and let the TMA
-copy the rows of the other. Eight warps multiply. A tile without rows is stored as zeros.
+copy the rows of the other. Eight warps multiply. A tile is stored while tensor cores multiply the first step of the
+next tile. A tile without rows has one step, whose operands are zeros.
 """
 
 import torch
@@ -20,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from experts.gemm.hopper.descriptors import MOST_ROWS, aligned, described, grouped_rows
+from experts.gemm.hopper.rounding import rounded
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
@@ -27,7 +29,7 @@ from experts.steps.fused.launch import launch
 LEFT, RIGHT, STEP = 128, 256, 64
 STAGES = 3  # steps whose operands are in shared memory at the same time; a fourth does not fit beside the result
 LOADING_WARPS, MULTIPLYING_WARPS = 4, 8
-LOADING_REGISTERS = 80
+LOADING_REGISTERS = 64
 #: Tiles with the same columns of the right operand that follow each other; so both operands' columns stay in L2.
 BAND = 8
 
@@ -116,7 +118,7 @@ def _load(
         _, column, right_column, start, end = _find_tile(tile, offsets, P, Q)
         inside = column + columns < P
         source = _find_sources(row_to_slot, start + rows, end, K, GATHER)
-        for first in range(start, end, _STEP):
+        for first in range(start, gl.maximum(end, start + 1), _STEP):
             stage = step % _STAGES
             row = first + rows
             where = left + (source.to(gl.int64) * P)[:, None] + (column + columns)[None, :]
@@ -136,6 +138,32 @@ def _load(
 
 
 @gluon.jit
+def _store(out, result, values, expert, column, right_column, TRANSPOSED: gl.constexpr):
+    """Store a tile. What lies past an end of `out` is not stored."""
+    tma.store_wait(0)  # the tile before has left the memory of the result
+    if TRANSPOSED:
+        result.permute((1, 0)).store(values)
+        fence_async_shared()
+        block = result._reinterpret(out.dtype, [1, _RIGHT, _LEFT], out.layout)
+        tma.async_copy_shared_to_global(out, [expert, right_column, column], block)
+    else:
+        result.store(values)
+        fence_async_shared()
+        block = result._reinterpret(out.dtype, [1, _LEFT, _RIGHT], out.layout)
+        tma.async_copy_shared_to_global(out, [expert, column, right_column], block)
+
+
+@gluon.jit
+def _multiply_step(sums, step, left_tiles, right_tiles, loaded, FIRST: gl.constexpr):
+    stage = step % _STAGES
+    mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
+    fence_async_shared()  # tensor cores read what the loading warps wrote
+    left_tile = left_tiles.index(stage).permute((1, 0))
+    sums = warpgroup_mma(left_tile, right_tiles.index(stage), sums, use_acc=not FIRST, is_async=True)
+    return warpgroup_mma_wait(1, deps=(sums,))
+
+
+@gluon.jit
 def _multiply(
     out,
     offsets,
@@ -152,30 +180,23 @@ def _multiply(
 ):
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, _RIGHT, 16])
     step = 0
+    # A tile is stored while the first step of the next tile is multiplied. Before the first tile, nothing is stored.
+    done = gl.zeros([_LEFT, _RIGHT], out.dtype, layout)
+    expert, column, right_column = 0, P, 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, column, right_column, start, end = _find_tile(tile, offsets, P, Q)
         sums = gl.zeros([_LEFT, _RIGHT], gl.float32, layout)
-        for first in range(start, end, _STEP):
-            stage = step % _STAGES
-            mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
-            fence_async_shared()  # tensor cores read what the loading warps wrote
-            sums = warpgroup_mma(left_tiles.index(stage).permute((1, 0)), right_tiles.index(stage), sums, is_async=True)
-            sums = warpgroup_mma_wait(1, deps=(sums,))
-            mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES), pred=first > start)
+        sums = _multiply_step(sums, step, left_tiles, right_tiles, loaded, True)
+        step += 1
+        _store(out, result, done, expert, column, right_column, TRANSPOSED)
+        expert, column, right_column, start, end = _find_tile(tile, offsets, P, Q)
+        for _ in range(start + _STEP, end, _STEP):
+            sums = _multiply_step(sums, step, left_tiles, right_tiles, loaded, False)
+            mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES))
             step += 1
         sums = warpgroup_mma_wait(0, deps=(sums,))
-        mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES), pred=end > start)
-        tma.store_wait(0)  # the tile before has left the memory of the result
-        if TRANSPOSED:
-            result.permute((1, 0)).store(sums.to(out.dtype))
-            fence_async_shared()
-            block = result._reinterpret(out.dtype, [1, _RIGHT, _LEFT], out.layout)
-            tma.async_copy_shared_to_global(out, [expert, right_column, column], block)
-        else:
-            result.store(sums.to(out.dtype))
-            fence_async_shared()
-            block = result._reinterpret(out.dtype, [1, _LEFT, _RIGHT], out.layout)
-            tma.async_copy_shared_to_global(out, [expert, column, right_column], block)
+        mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES))
+        done = rounded(sums, out.dtype)
+    _store(out, result, done, expert, column, right_column, TRANSPOSED)
     tma.store_wait(0)
 
 
