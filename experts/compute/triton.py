@@ -2,8 +2,9 @@
 
 This is the engine `triton`. The host does not wait for the device. The up projection reads the tokens in place. Without
 gradients, the up projection's kernel writes only the weighted activation. With gradients, it writes its output before
-the activation, which backward needs. On Hopper GPUs, backward reads the rows of the gradients of the weights in place.
-On other GPUs, torch's grouped_mm computes these gradients from gathered copies.
+the activation, which backward needs. On Hopper GPUs it writes both, and the kernel of the down projection's backward
+also computes the gradient of SwiGLU. There, backward reads the rows of the gradients of the weights in place. On other
+GPUs, torch's grouped_mm computes these gradients from gathered copies.
 """
 
 import torch
@@ -51,6 +52,12 @@ def products(permutation: Permutation, config: MoEConfig) -> Products:
             outer=lambda a_NP, b_NQ: gemm.outer(a_NP, b_NQ, permutation),
             gathered_outer=lambda x_TP, b_NQ: gemm.gathered_outer(x_TP, b_NQ, permutation),
             outer_gathered=lambda a_NP, x_TQ: gemm.outer_gathered(a_NP, x_TQ, permutation),
+            kept_and_activated=lambda x_TD, b_LDH, weights_TK, bias_LH: gemm.kept_and_activated(
+                x_TD, b_LDH, *rows, weights_TK, bias_LH, config
+            ),
+            activated_back=lambda g_TD, b_LID, h_NH, weights_TK, bias_LH: gemm.activated_back(
+                g_TD, b_LID, h_NH, *rows, weights_TK, bias_LH, config
+            ),
         )
     return products._replace(
         rows=lambda a_NP, b_LPQ: gemm.product(a_NP, b_LPQ, *rows),

@@ -2,8 +2,9 @@
 
 The function is for engines that supply their matrix products as `Products`. Forward keeps the tokens, the up
 projection's output before the activation, and the permutation. It keeps neither the down projection's input nor its
-output. Backward recomputes the activation while it computes the gradient of the activation's input. It writes the
-recomputed activation and the gradient over the memory that it reads, and frees each buffer at the buffer's last use. If
+output. Backward recomputes the activation while it computes the gradient of the activation's input. It writes them over
+the memory that it reads, or the activation into memory that was not taken before, and frees each buffer at the buffer's
+last use. If
 `torch.autograd.graph.saved_tensors_hooks` or checkpointing made the saved tensors, backward copies what it overwrites.
 `save` decides about the gathered rows:
 
@@ -55,6 +56,16 @@ class Products(NamedTuple):
     #: x [T, D], b [L, D, H], weights [T, K] or None, bias [L, H] or None -> [N, I]: the weighted activation of
     #: `gathered`'s result plus the bias
     activated: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor] | None = None
+    #: The arguments of `activated` -> `gathered`'s result h [N, H] and the weighted activation [N, I]; or None if no
+    #: kernel returns both
+    kept_and_activated: (
+        Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor] | None] | None
+    ) = None
+    #: g [T, D], b [L, I, D], h [N, H], weights [T, K], bias [L, H] or None -> the weighted activation [N, I] and the
+    #: weights' gradient [T, K], and h is overwritten with its gradient; or None if no kernel computes all of them
+    activated_back: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor] | None] | None = (
+        None
+    )
 
 
 @dataclass(frozen=True)
@@ -102,11 +113,15 @@ def run_forward(
     else:
         are_rows = keep and plan.save == "time"
         tokens = steps.gather_rows(x_TD, permutation) if are_rows else x_TD
-        h_NH = project_up(tokens, are_rows, gate_and_up, plan, steps)
+        both = None
+        if plan.products.kept_and_activated is not None and not are_rows:
+            both = plan.products.kept_and_activated(x_TD, gate_and_up, inside_TK, up_bias)
+        if both is None:
+            h_NH = project_up(tokens, are_rows, gate_and_up, plan, steps)
+            both = h_NH, steps.activate(h_NH, permutation, inside_TK, up_bias, plan.config)
+        h_NH, a_NI = both
         kept = (tokens, h_NH) if keep else None
-        del tokens
-        a_NI = steps.activate(h_NH, permutation, inside_TK, up_bias, plan.config)
-        del h_NH
+        del tokens, h_NH, both
     y_ND = plan.products.rows(a_NI, down)
     del a_NI
     weights = weights_TK if plan.after or down_bias is not None else None
@@ -181,22 +196,30 @@ def run_backward(
     steps = steps_on(grad_TD.device, grad_TD.dtype)
     grad_x = grad_up = grad_down = grad_up_bias = grad_down_bias = None
 
-    grad_ND = None
-    if products.gathered_back is not None and plan.save == "memory" and not wanted.down_bias:
-        grad_NI = products.gathered_back(grad_TD, down)
+    grad_ND = at_once = None
+    a_NI: Tensor | None
+    grad_weights: Tensor | None
+    reads_tokens = plan.save == "memory" and not wanted.down_bias
+    if products.activated_back is not None and reads_tokens:
+        at_once = products.activated_back(grad_TD, down, h_NH, weights_TK, up_bias)
+    if at_once is not None:
+        grad_h_NH, (a_NI, grad_weights) = h_NH, at_once
     else:
-        grad_ND = steps.gather_rows(grad_TD, permutation)
-        if wanted.down_bias:
-            grad_down_bias = steps.sum_by_expert(grad_ND, permutation, weights_TK)
-        grad_NI = products.rows_back(grad_ND, down)
+        if products.gathered_back is not None and reads_tokens:
+            grad_NI = products.gathered_back(grad_TD, down)
+        else:
+            grad_ND = steps.gather_rows(grad_TD, permutation)
+            if wanted.down_bias:
+                grad_down_bias = steps.sum_by_expert(grad_ND, permutation, weights_TK)
+            grad_NI = products.rows_back(grad_ND, down)
+        grad_h_NH, a_NI, grad_weights = steps.activate_backward(
+            h_NH, grad_NI, permutation, weights_TK, up_bias, plan.config, again=True
+        )
+        del grad_NI
     kept_ND = grad_ND if plan.save == "time" else None
-    del grad_ND
-    grad_h_NH, a_NI, grad_weights = steps.activate_backward(
-        h_NH, grad_NI, permutation, weights_TK, up_bias, plan.config, again=True
-    )
+    del grad_ND, at_once
     assert a_NI is not None
     assert grad_weights is not None
-    del grad_NI
     if down_bias is not None and wanted.weights:
         grad_weights += steps.dot_rows(grad_TD, permutation, None, down_bias)
 

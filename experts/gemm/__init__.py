@@ -5,18 +5,22 @@ On Hopper GPUs, the package also computes the gradients of the weights. Importin
 
 from experts.gemm.gradients import gathered_outer, outer, outer_gathered, runs_on_hopper
 from experts.gemm.products import (
+    activated_back,
     activated_product,
     gathered_product,
     gathered_product_back,
+    kept_and_activated,
     product,
     product_back,
 )
 
 __all__ = [
+    "activated_back",
     "activated_product",
     "gathered_outer",
     "gathered_product",
     "gathered_product_back",
+    "kept_and_activated",
     "outer",
     "outer_gathered",
     "product",

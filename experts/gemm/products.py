@@ -7,7 +7,8 @@ tiles are in the order expert, columns, rows. So the first tile of an expert's c
 and the tiles of the expert's other rows read the weights from the L2 cache. On GPUs with a tensor memory accelerator,
 the accelerator copies the weights. Gathered rows are read from the tokens in place. Sums are in float32.
 
-On Hopper GPUs, `experts.gemm.hopper` multiplies many rows. It computes SwiGLU without a limit and a bias.
+On Hopper GPUs, `experts.gemm.hopper` multiplies many rows. It computes SwiGLU without a limit and a bias, and its
+gradients.
 """
 
 import torch
@@ -75,6 +76,59 @@ def activated_product(
     )
 
 
+def kept_and_activated(
+    x_TD: Tensor,
+    b_LDH: Tensor,
+    permutation: Permutation,
+    rows_per_expert: float,
+    weights_TK: Tensor | None,
+    bias_LH: Tensor | None,
+    config: MoEConfig,
+) -> tuple[Tensor, Tensor] | None:
+    """Return `gathered_product`'s result [N, H] and its weighted activation [N, I]; None if no kernel returns both."""
+    if bias_LH is not None or not _finishes(kinds.GATHERED_PRODUCT, b_LDH, permutation, rows_per_expert, config):
+        return None
+    from experts.gemm import hopper
+
+    tiles, programs = _listed(permutation, b_LDH.shape[2] // 2, PAIRS, b_LDH.shape[0])
+    return hopper.kept_and_activated(x_TD, b_LDH, permutation, tiles, programs, weights_TK)
+
+
+def activated_back(
+    grad_TD: Tensor,
+    b_LID: Tensor,
+    h_NH: Tensor,
+    permutation: Permutation,
+    rows_per_expert: float,
+    weights_TK: Tensor,
+    bias_LH: Tensor | None,
+    config: MoEConfig,
+) -> tuple[Tensor, Tensor] | None:
+    """Overwrite h with its gradient, and return the weighted activation [N, I] and the weights' gradient [T, K].
+
+    These are the results of `Steps.activate_backward` for `gathered_product_back`'s result. Return None, and leave h as
+    it is, if no kernel computes all of them.
+    """
+    if bias_LH is not None or not _finishes(kinds.GATHERED_PRODUCT_BACK, b_LID, permutation, rows_per_expert, config):
+        return None
+    if not h_NH.is_contiguous() or h_NH.data_ptr() % 16:
+        return None
+    from experts.gemm import hopper
+
+    tiles, programs = _listed(permutation, b_LID.shape[1], LARGE, b_LID.shape[0])
+    return hopper.activated_back(grad_TD, b_LID, h_NH, permutation, tiles, programs, weights_TK)
+
+
+def _finishes(kind: Kind, b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float, config: MoEConfig) -> bool:
+    """Return whether a kernel computes a product and what follows it."""
+    return (
+        permutation.num_rows > 0
+        and runs_on_hopper(b_LPQ.device, permutation.num_rows)
+        and activation_form(config) == _SWIGLU
+        and choices.choose(kind, b_LPQ, rows_per_expert) == LARGE
+    )
+
+
 def _multiply(
     a: Tensor,
     b_LPQ: Tensor,
@@ -138,8 +192,7 @@ def _multiply_on_hopper(a: Tensor, b_LPQ: Tensor, permutation: Permutation, gath
     from experts.gemm import hopper
 
     experts, _, width = b_LPQ.shape if not transposed else b_LPQ.mT.shape
-    tiles, programs = _tiles(permutation, experts, triton.cdiv(width, LARGE.columns), LARGE)
-    assert tiles is not None
+    tiles, programs = _listed(permutation, width, LARGE, experts)
     return hopper.product(a, b_LPQ, permutation, tiles, programs, gather, transposed)
 
 
@@ -147,9 +200,15 @@ def _activate_on_hopper(x_TD: Tensor, b_LDH: Tensor, permutation: Permutation, w
     from experts.gemm import hopper
 
     experts, _, width = b_LDH.shape
-    tiles, programs = _tiles(permutation, experts, triton.cdiv(width // 2, PAIRS.columns), PAIRS)
-    assert tiles is not None
+    tiles, programs = _listed(permutation, width // 2, PAIRS, experts)
     return hopper.activated_product(x_TD, b_LDH, permutation, tiles, programs, weights_TK)
+
+
+def _listed(permutation: Permutation, width: int, tile: Tiling, experts: int) -> tuple[Tensor, int]:
+    """Return the list of tiles for `width` columns, and the number of programs."""
+    tiles, programs = _tiles(permutation, experts, triton.cdiv(width, tile.columns), tile)
+    assert tiles is not None
+    return tiles, programs
 
 
 def _kind(gather: bool, transposed: bool, activate: bool, form: ActivationForm) -> Kind:

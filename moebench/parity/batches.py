@@ -6,8 +6,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Experts run together as long as a tensor over all of them has at most this many elements.
-TOGETHER = 1 << 21
+
+@dataclass(frozen=True)
+class Together:
+    """Experts run together as long as all of them have at most so many elements and multiplications.
+
+    `elements` counts twice the elements of the up projections, and `multiplications` those with them, divided by 32.
+    """
+
+    elements: int
+    multiplications: int
+
+    def allows(self, num_experts: int, most_rows: int, elements: int) -> bool:
+        """Return whether experts of which each has `elements` and at most `most_rows` rows run together."""
+        multiplications = num_experts * most_rows * (elements // 64 + 8)
+        return num_experts * elements <= self.elements and multiplications <= self.multiplications
+
+
+#: A CPU is fastest with tensors that fit its caches. A GPU needs enough work for each kernel.
+ON_CPU, ON_GPU = Together(1 << 21, 1 << 21), Together(1 << 26, 1 << 31)
 
 
 @dataclass(frozen=True)
@@ -53,11 +70,12 @@ def batches(indices_TK: Tensor, first: int, num_local: int, elements: int, by_it
     starts_E = counts_E.cumsum(0) - counts_E
     counts = counts_E[:num_local].tolist()
     by_rows = sorted((expert for expert in range(num_local) if counts[expert]), key=lambda one: -counts[one])
+    together = ON_GPU if indices_TK.is_cuda else ON_CPU
     waiting: list[int] = []
     for number, expert in enumerate(by_rows):
         waiting.append(expert)
         is_last = number + 1 == len(by_rows)
-        full = (len(waiting) + 1) * max(counts[waiting[0]] * (elements // 64 + 8), elements) > TOGETHER
+        full = not together.allows(len(waiting) + 1, counts[waiting[0]], elements)
         if is_last or by_itself or full:
             experts_G = torch.tensor(waiting, device=indices_TK.device)
             steps_M = torch.arange(counts[waiting[0]], device=indices_TK.device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from moebench.parity.batches import Batch, batches
+from moebench.parity.batches import ON_CPU, Batch, batches
 from moebench.parity.chance import sizes_by_chance
 from moebench.parity.oracle import Formula, Product, Values, experts_values, gradients, trained, wide
 from moebench.parity.rounding import Operands, Rounding, roundings
@@ -27,8 +27,8 @@ Tensors = dict[str, Tensor]
 #: An error in a random direction of D dimensions has about 1/√D of its size along a given direction. The error hardly
 #: ever has more than this many times 1/√D.
 BY_CHANCE = 4.0
-#: A layer whose experts all run together has this many perturbed runs, because its tensors have few values, and the
-#: largest of few random errors says little. Every other layer has two perturbed runs.
+#: A layer whose experts all run together on a CPU has this many perturbed runs, because its tensors have few values, and
+#: the largest of few random errors says little. Every other layer has two perturbed runs.
 PERTURBED_RUNS = 5
 
 
@@ -134,8 +134,11 @@ class _Run:
         num_local, dim, width = parameters["gate_and_up_projs"].shape
         first = ranks.ep_rank * num_local
         by_itself = product is not torch.matmul  # FP8 scales the tensors of each expert by themselves
-        self.batches = list(batches(inputs.active_indices_TK, first, num_local, 2 * dim * width, by_itself))
-        num_perturbed = PERTURBED_RUNS if len(self.batches) <= 1 else 2
+        elements = 2 * dim * width
+        self.batches = list(batches(inputs.active_indices_TK, first, num_local, elements, by_itself))
+        sizes = [batch.tokens_GM.shape for batch in self.batches]
+        is_small = ON_CPU.allows(sum(size[0] for size in sizes), max((size[1] for size in sizes), default=0), elements)
+        num_perturbed = PERTURBED_RUNS if is_small else 2
         self.reference = Rounding(Formula.of(case, lora_scale), torch.float64)
         self.roundings = roundings(self.reference.formula, rounds_to, product, num_perturbed, max(dim, width))
         self.generator = torch.Generator(inputs.x_TD.device).manual_seed(case.seed)

@@ -14,3 +14,11 @@ def glu(gate, up, ALPHA: gl.constexpr, LIMIT: gl.constexpr, OFFSET: gl.constexpr
     if OFFSET != 0:
         up += OFFSET
     return gate / (1.0 + gl.exp(-inside)) * up
+
+
+@gluon.jit
+def glu_backward(gate, up):
+    """Return silu(gate)·up and its derivatives by gate and up."""
+    s = 1.0 / (1.0 + gl.exp(-gate))
+    by_up = gate * s
+    return by_up * up, up * (s + by_up * (1.0 - s)), by_up

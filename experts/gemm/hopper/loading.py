@@ -74,8 +74,9 @@ def load_tokens(
     K: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     PAIRS: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // _STEP, _STEP // 8], [GATHERING_WARPS, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // _STEP, _STEP // 8], [WARPS, 1], [1, 0])
     rows = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, _STEP, layout=gl.SliceLayout(0, layout))
     num_tiles = gl.load(tiles)

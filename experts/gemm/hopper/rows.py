@@ -122,9 +122,10 @@ def _store(out, result, values, first_row, end, column):
 
 
 @gluon.jit
-def _multiply_step(
+def multiply_step(
     sums, step, a_tiles, b_tiles, loaded, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, FIRST: gl.constexpr
 ):
+    """Return the sums with a step that tensor cores may still multiply. The step before is done."""
     stage = step % _STAGES
     mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
     if GATHER:
@@ -173,7 +174,7 @@ def _multiply(
     done_row, done_end, done_column = 0, 0, 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         sums = gl.zeros([_ROWS, _COLUMNS], gl.float32, layout)
-        sums = _multiply_step(sums, step, a_tiles, b_tiles, loaded, GATHER, TRANSPOSED, True)
+        sums = multiply_step(sums, step, a_tiles, b_tiles, loaded, GATHER, TRANSPOSED, True)
         step += 1
         _store(out, result, done, done_row, done_end, done_column)
         _, column_tile, done_row, done_end = read_tile(tiles, tile)
@@ -183,7 +184,7 @@ def _multiply(
             slot = gl.load(row_to_slot + done_row + rows, mask=valid, other=0)
             weight = gl.load(weights + slot, mask=valid, other=0.0).to(gl.float32)
         for _ in range(_STEP, DEPTH, _STEP):
-            sums = _multiply_step(sums, step, a_tiles, b_tiles, loaded, GATHER, TRANSPOSED, False)
+            sums = multiply_step(sums, step, a_tiles, b_tiles, loaded, GATHER, TRANSPOSED, False)
             mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES))
             step += 1
         sums = warpgroup_mma_wait(0, deps=(sums,))
@@ -257,7 +258,21 @@ def multiply_rows(
                 ),
                 (
                     load_tokens,
-                    (a, b, row_to_slot, tiles, a_tiles, b_tiles, loaded, free, DEPTH, K, TRANSPOSED, PAIRS),
+                    (
+                        a,
+                        b,
+                        row_to_slot,
+                        tiles,
+                        a_tiles,
+                        b_tiles,
+                        loaded,
+                        free,
+                        DEPTH,
+                        K,
+                        TRANSPOSED,
+                        PAIRS,
+                        GATHERING_WARPS,
+                    ),
                 ),
             ],
             [GATHERING_WARPS],

@@ -2,7 +2,7 @@
 
 import torch
 
-from moebench.parity.batches import TOGETHER, batches
+from moebench.parity.batches import ON_CPU, batches
 
 
 def rows_of(found):
@@ -41,9 +41,9 @@ def test_experts_without_rows_are_in_no_batch():
 
 
 def test_batches_are_small_enough():
-    """Sixteen experts with matrices of a quarter of TOGETHER run at most four at a time."""
+    """Sixteen experts with matrices of a quarter of what runs together run at most four at a time."""
     indices_TK = torch.arange(16).view(16, 1)
-    found = list(batches(indices_TK, 0, 16, TOGETHER // 4, False))
+    found = list(batches(indices_TK, 0, 16, ON_CPU.elements // 4, False))
     assert len(found) >= 4
     assert max(len(batch.experts_G) for batch in found) <= 4
     assert len(rows_of(found)) == 16
