@@ -185,6 +185,7 @@ BACKENDS = (
     BackendEntry(
         "triton_fp8_rows",
         _TRITON_FP8,
+        ("own_fp8",),
         fp8="block_float32_rows",
         fp8_rows=True,
         cached=True,

@@ -6,11 +6,12 @@ It checks facts, and writes the traceback of each into a file.
 """
 
 import dataclasses
-import itertools
+import functools
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from experts import BackendConfig, GroupedExperts, MoEConfig, destroy_buffers
 from experts.exchange import memory
 from moebench.parity.quantization import fp8_product, rows_in_fp8
 from tests.experts import fakes
+from tests.experts.gpu_ranks import INPUTS, captured, write
 from tests.experts.layers import (
     BF16,
     F16,
@@ -44,7 +46,7 @@ SIZES = {"n_routed_experts": 4, "n_activated_experts": 2, "dim": 208, "moe_inter
 BIASED = {"expert_bias": True, "expert_activation": "quick_geglu"}
 #: Tokens of the two ranks.
 UNEVEN, ONE_EMPTY, EVEN = (14, 5), (0, 11), (9, 9)
-RECIPE = "block_float32_rows"
+OF_TOKENS = ("output", "x", "weights")
 
 
 def layer(config: MoEConfig, fp8_rows: bool = True, dispatcher: str = "symm_mem", **options: Any) -> GroupedExperts:
@@ -84,79 +86,66 @@ def rows_in_16_bits_give_the_same_bits() -> None:
 
     Gradients of weights read x and the output's gradients after a rounding more, so they are near.
     """
-    for counts, fields in itertools.product((UNEVEN, ONE_EMPTY, EVEN), ({}, {"apply_router_weight_after_down": True})):
+    for counts, fields in ((UNEVEN, {}), (ONE_EMPTY, {}), (EVEN, {"apply_router_weight_after_down": True})):
         config = moe_config(**SIZES, **fields)
         batch, (narrow, wide) = own(batches(config, counts)), (layer(config), layer(config, fp8_rows=False))
         found, right = run(narrow, batch), run(wide, batch)
-        of_tokens = "output", "x", "weights"
-        assert_same({name: found[name] for name in of_tokens}, {name: right[name] for name in of_tokens})
-        for name in found.keys() - {*of_tokens}:
+        assert_same({name: found[name] for name in OF_TOKENS}, {name: right[name] for name in OF_TOKENS})
+        for name in found.keys() - {*OF_TOKENS}:
             assert not torch.equal(found[name], right[name]), f"{name} has read rows in 16 bits"
         with torch.no_grad():
             given = batch.x, batch.token_mask, batch.weights, batch.indices
             assert torch.equal(narrow(*given), wide(*given))
 
 
-def errors(found: Named, right: Named) -> dict[str, float]:
-    """Return the error of each tensor of this rank, relative to its norm."""
-    rank = dist.get_rank()
-    error = {}
-    for name, tensor in found.items():
-        whole = right[name]
-        mine = whole if tensor.shape == whole.shape else whole[2 * rank : 2 * rank + 2]
-        error[name] = float((tensor.double().cpu() - mine).norm() / mine.norm()) if mine.numel() else 0.0
-    return error
+@dataclass(frozen=True)
+class Errors:
+    """The errors of what this rank found, relative to each tensor's norm, beside the oracle with a recipe's rounding.
+
+    Where `fp8_rows` is true, the oracle's tokens and gradients are rounded first, as they travel.
+    """
+
+    config: MoEConfig
+    counts: tuple[int, int]
+    found: Named
+
+    def of(self, recipe: str | None, fp8_rows: bool = False) -> dict[str, float]:
+        both, rank = batches(self.config, self.counts), dist.get_rank()
+        whole = Batch(*(torch.cat(parts) for parts in zip(*(vars(one).values() for one in both), strict=True)))
+        if fp8_rows:
+            travel = rows_in_fp8("block_float32_rows")
+            whole = whole.with_(x=travel(whole.x), grad=travel(whole.grad))
+        halved = (self.config.dim, 2 * self.config.moe_inter_dim)
+        is_halved = self.config.expert_activation == "swiglu"
+        product = torch.matmul if recipe is None else fp8_product(recipe, halved if is_halved else None)
+        right = expected(self.config, random_parameters(self.config), whole, product)
+        start, error = sum(self.counts[:rank]), {}
+        for name, tensor in self.found.items():
+            of_rank = slice(start, start + self.counts[rank]) if name in OF_TOKENS else slice(2 * rank, 2 * rank + 2)
+            mine = right[name][of_rank]
+            error[name] = float((tensor.double().cpu() - mine).norm() / mine.norm()) if mine.numel() else 0.0
+        return error
 
 
 def every_tensor_is_as_its_recipe_rounds_it() -> None:
-    """The emulation comes far closer than the exact result, and closer than one whose weights' gradients see x."""
-    for counts, fields, options in (
-        (UNEVEN, {}, {}),
-        (ONE_EMPTY, BIASED, {}),
-        (UNEVEN, BIASED, {"fp8_weight_gradients": False}),
-    ):
-        config, recipe = moe_config(**SIZES, **fields), "block_float32_16bit_dw" if options else RECIPE
-        both, rank = batches(config, counts), dist.get_rank()
-        whole = Batch(*(torch.cat(parts) for parts in zip(*(vars(one).values() for one in both), strict=True)))
-        start = sum(counts[:rank])
-        halved = None if fields else (config.dim, 2 * config.moe_inter_dim)
-        rounded = rows_in_fp8(RECIPE)
-        travelled = whole.with_(x=rounded(whole.x), grad=rounded(whole.grad))
-
-        def of(batch: Batch, recipe: str | None) -> Named:
-            product = torch.matmul if recipe is None else fp8_product(recipe, halved)
-            right = expected(config, random_parameters(config), batch, product)
-            cut = slice(start, start + counts[rank])
-            return {n: t[cut] if n in ("output", "x", "weights") else t for n, t in right.items()}
-
-        found = run(layer(config, **options), own(both))
-        emulated, exact = errors(found, of(travelled, recipe)), errors(found, of(whole, None))
+    """The emulation comes far closer than the exact result. Of the weights' gradients, see the next fact."""
+    for counts, fields in ((UNEVEN, {}), (ONE_EMPTY, BIASED)):
+        config = moe_config(**SIZES, **fields)
+        errors = Errors(config, counts, run(layer(config), own(batches(config, counts))))
+        emulated, exact = errors.of("block_float32_rows", fp8_rows=True), errors.of(None)
         share = 0.5 if DTYPE is BF16 else 0.4
-        far = {name: (emulated[name], exact[name]) for name in exact if emulated[name] > share * exact[name]}
-        assert not far, far
-        others = errors(found, of(whole, "block_float32_16bit_dw" if options else "block_float32"))
-        if options:  # without the rounding of FP8 after it, the rounding of the rows shows
-            assert emulated["gate_and_up_projs"] < 0.5 * others["gate_and_up_projs"]
-            assert emulated["down_projs"] < 0.9 * others["down_projs"]
-            assert emulated["down_proj_bias"] < 0.1 * others["down_proj_bias"]
+        assert {name: (emulated[name], exact[name]) for name in exact if emulated[name] > share * exact[name]} == {}
 
 
-def written(made: GroupedExperts, batch: Batch) -> int:
-    """Return how many bytes the rows of the other rank take in this rank's region after a forward's dispatch."""
-    (slabs,) = memory._shared.values()
-    region, other = slabs.own.rows_RD, slabs.slab(1 - slabs.rank)
-    counts = []
-    for poison in (0x5A, 0xA5):  # a byte that changes neither has its value by chance in at most one of them
-        destroyed = region.view(torch.uint8)
-        dist.barrier()
-        destroyed.fill_(poison)
-        dist.barrier()
-        with torch.no_grad():
-            made.dispatcher.dispatch(batch.x, batch.weights, batch.indices)
-        counts.append(region.view(-1).view(torch.uint8) != poison)
-        dist.barrier()
-    del other
-    return int((counts[0] | counts[1]).sum())
+def gradients_of_weights_read_the_rows_that_arrived() -> None:
+    """If they are not in FP8, no other rounding hides the one of the rows. The sum for a bias is exact otherwise."""
+    config = moe_config(**SIZES, **BIASED)
+    found = run(layer(config, fp8_weight_gradients=False), own(batches(config, UNEVEN)))
+    errors = Errors(config, UNEVEN, found)
+    emulated, others = (errors.of("block_float32_16bit_dw", fp8_rows=fp8_rows) for fp8_rows in (True, False))
+    assert emulated["gate_and_up_projs"] < 0.5 * others["gate_and_up_projs"]
+    assert emulated["down_projs"] < 0.9 * others["down_projs"]
+    assert emulated["down_proj_bias"] < 0.1 * others["down_proj_bias"]
 
 
 def a_dispatch_writes_half_the_bytes() -> None:
@@ -168,11 +157,26 @@ def a_dispatch_writes_half_the_bytes() -> None:
         destroy_buffers()
         made = layer(config, fp8_rows)
         with torch.no_grad():
-            sent = made.dispatcher.dispatch(batch.x, batch.weights, batch.indices)
-        num_rows = int((sent.indices_RK >= 0).any(dim=1).sum())
-        num_bytes[fp8_rows] = written(made, batch)
+            dispatch = functools.partial(made.dispatcher.dispatch, batch.x, batch.weights, batch.indices)
+            sent = dispatch()
+            num_rows = int((sent.indices_RK >= 0).any(dim=1).sum())
+            num_bytes[fp8_rows] = written(dispatch)
         assert num_bytes[fp8_rows] == num_rows * (sent.row_bytes or 2 * config.dim)
     assert num_bytes[True] / num_bytes[False] == (2048 + 16 * 4) / 4096 <= 0.53
+
+
+def written(dispatch: Callable[[], object]) -> int:
+    """Return how many bytes of the rows of this rank's region a dispatch writes."""
+    (slabs,) = memory._shared.values()
+    rows = slabs.own.rows_RD.view(-1).view(torch.uint8)
+    changed = torch.zeros_like(rows, dtype=torch.bool)
+    for filled_with in (0x5A, 0xA5):  # a byte that is written can be the same as at most one of them
+        dist.barrier()
+        rows.fill_(filled_with)
+        dist.barrier()
+        dispatch()
+        changed |= rows != filled_with
+    return int(changed.sum())
 
 
 def two_backwards_of_a_graph() -> None:
@@ -201,8 +205,7 @@ def deepep_gives_the_bits_of_rows_in_16_bits() -> None:
         batch = own(batches(config, counts))
         narrow, wide = (layer(config, fp8_rows, "deepep") for fp8_rows in (True, False))
         found, right = run(narrow, batch), run(wide, batch)
-        of_tokens = "output", "x", "weights"
-        assert_same({name: found[name] for name in of_tokens}, {name: right[name] for name in of_tokens})
+        assert_same({name: found[name] for name in OF_TOKENS}, {name: right[name] for name in OF_TOKENS})
         sent = narrow.dispatcher.dispatch(batch.x.nan_to_num(), batch.weights, batch.indices)
         assert sent.row_bytes == 208 + 2 * 4
         over_symm_mem = run(layer(config), batch)
@@ -214,10 +217,62 @@ FACTS: dict[str, Callable[[], None]] = {
     for fact in (
         rows_in_16_bits_give_the_same_bits,
         every_tensor_is_as_its_recipe_rounds_it,
+        gradients_of_weights_read_the_rows_that_arrived,
         a_dispatch_writes_half_the_bytes,
         two_backwards_of_a_graph,
         deepep_gives_the_bits_of_rows_in_16_bits,
     )
+}
+
+
+# on GPUs
+
+
+def never_waits_for_the_device() -> None:
+    """After the first forward, no operation of forward and backward waits, and nothing of it is a copy to the host."""
+    config = moe_config(**SIZES)
+    made, batch = layer(config), own(batches(config, EVEN))
+    run(made, batch)
+    x, weights = batch.x.clone().requires_grad_(), batch.weights.clone().requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made(x, batch.token_mask, weights, batch.indices).backward(batch.grad)
+        with torch.no_grad():
+            made(x, batch.token_mask, weights, batch.indices)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def replayed_train_step() -> None:
+    """A captured forward and backward replays with other tokens and routings, and gives all gradients."""
+    config = moe_config(**SIZES)
+    made, static = layer(config), own(batches(config, UNEVEN))
+    static.x.requires_grad_()
+    static.weights.requires_grad_()
+    wanted = [static.x, static.weights, *made.parameters()]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        output = made(*(getattr(static, name) for name in INPUTS))
+        return output, *torch.autograd.grad(output, wanted, static.grad)
+
+    graph, found = captured(step)
+    names = ["output", "x", "weights", *(name for name, _ in made.named_parameters())]
+    for seed in (21, 22):
+        batch = own(batches(config, UNEVEN, seed))
+        if seed == 22:
+            batch.indices[:] = 3
+        right = run(made, batch)
+        with torch.no_grad():
+            write(static, batch)
+        for _ in range(2):
+            graph.replay()
+            local = [(t.to_local() if hasattr(t, "to_local") else t).detach() for t in found]
+            assert_same(dict(zip(names, local, strict=True)), {name: right[name] for name in names})
+
+
+ON_GPUS: dict[str, Callable[[], None]] = {
+    fact.__name__: fact for fact in (never_waits_for_the_device, replayed_train_step)
 }
 
 
@@ -229,10 +284,11 @@ def main(folder: Path, names: list[str]) -> None:
     else:
         fakes.install(pytest.MonkeyPatch())
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for name in names or FACTS:
+    facts = FACTS if DEVICE == "cpu" else FACTS | ON_GPUS
+    for name in names or facts:
         error = ""
         try:
-            FACTS[name]()
+            facts[name]()
         except Exception:  # any exception is the outcome of the fact
             error = traceback.format_exc()
         (folder / f"{name}.rank{rank}.txt").write_text(error)
