@@ -128,13 +128,14 @@ class Errors:
 
 
 def every_tensor_is_as_its_recipe_rounds_it() -> None:
-    """The emulation comes far closer than the exact result. Of the weights' gradients, see the next fact."""
+    """The emulation comes closer than the exact result. For the weights' gradients, the next fact shows more."""
     for counts, fields in ((UNEVEN, {}), (ONE_EMPTY, BIASED)):
         config = moe_config(**SIZES, **fields)
         errors = Errors(config, counts, run(layer(config), own(batches(config, counts))))
         emulated, exact = errors.of("block_float32_rows", fp8_rows=True), errors.of(None)
-        share = 0.5 if DTYPE is BF16 else 0.4
-        assert {name: (emulated[name], exact[name]) for name in exact if emulated[name] > share * exact[name]} == {}
+        share = 0.6 if DTYPE is BF16 else 0.4
+        far = {name: (emulated[name], exact[name]) for name in exact if emulated[name] > share * exact[name]}
+        assert not far, far
 
 
 def gradients_of_weights_read_the_rows_that_arrived() -> None:
@@ -143,9 +144,8 @@ def gradients_of_weights_read_the_rows_that_arrived() -> None:
     found = run(layer(config, fp8_weight_gradients=False), own(batches(config, UNEVEN)))
     errors = Errors(config, UNEVEN, found)
     emulated, others = (errors.of("block_float32_16bit_dw", fp8_rows=fp8_rows) for fp8_rows in (True, False))
-    assert emulated["gate_and_up_projs"] < 0.5 * others["gate_and_up_projs"]
-    assert emulated["down_projs"] < 0.9 * others["down_projs"]
-    assert emulated["down_proj_bias"] < 0.1 * others["down_proj_bias"]
+    for name in ("gate_and_up_projs", "down_projs", "down_proj_bias"):
+        assert emulated[name] < 0.6 * others[name], (name, emulated, others)
 
 
 def a_dispatch_writes_half_the_bytes() -> None:
