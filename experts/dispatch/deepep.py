@@ -24,6 +24,7 @@ from experts.fp8.tokens import Fp8Tokens
 from experts.hosts import hosts_of
 
 ROW_ALIGNMENT_BYTES = 16
+FP8_MULTIPLE = 32  # the kernel copies a row in two halves
 MAX_RANKS_A_NODE = 8
 #: The limit of deep_ep's notify kernel, which has one thread per expert.
 MAX_EXPERTS_A_RANK = 128
@@ -125,8 +126,8 @@ class DeepEP(OverGroup):
     """The dispatcher over one NCCL process group of at least two ranks.
 
     `num_sms`, an even number, is the number of multiprocessors (SMs) that move rows. Raises ConfigError for more than
-    the GPU has. Raises Unsupported for more than 128 experts per rank, and for a number of ranks for which
-    `shared_buffer` raises it.
+    the GPU has. Raises Unsupported for more than 128 experts per rank, for rows in FP8 that are no multiple of 32
+    values, and for a number of ranks for which `shared_buffer` raises it.
 
     With `fp8_rows`, tokens and the gradients of combine's result travel in FP8 with scales, as `Fp8Tokens`. What the
     experts send back stays in bfloat16.
@@ -141,6 +142,8 @@ class DeepEP(OverGroup):
                 f"deep_ep dispatches to at most {MAX_EXPERTS_A_RANK} experts per rank, but n_routed_experts = "
                 f"{config.n_routed_experts} on {group.size()} ranks is {n_local_experts}; use more ranks, or alltoall"
             )
+        if fp8_rows and config.dim % FP8_MULTIPLE:
+            raise Unsupported(f"deep_ep takes FP8 rows of a multiple of {FP8_MULTIPLE}, not {config.dim}; use symm_mem")
         _check_sms(num_sms)
         super().__init__(group)
         self._n_routed_experts = config.n_routed_experts
@@ -222,10 +225,6 @@ def _as_sent(x_TD: Tensor, fp8: bool) -> _Rows:
     return tokens.values, tokens.scales.t().contiguous()
 
 
-def _as_tokens(rows: _Rows) -> Tensor:
-    return Fp8Tokens(*rows, torch.bfloat16) if isinstance(rows, tuple) else rows
-
-
 def _send(buffer: Any, x_TD: _Rows, weights_TK: Tensor, indices_TK: Tensor, n_routed_experts: int) -> Any:
     tokens_per_rank, tokens_per_rdma_rank, tokens_per_expert, is_in_rank, _ = buffer.get_dispatch_layout(
         indices_TK, n_routed_experts
@@ -273,7 +272,8 @@ class _Dispatch(Function):
         )
         ctx.route = route
         ctx.mark_non_differentiable(local_RK)
-        return _as_tokens(rows), weights_RK, local_RK
+        x_RD = Fp8Tokens(rows[0], rows[1], x_TD.dtype) if route.fp8 else rows
+        return x_RD, weights_RK, local_RK
 
     @staticmethod
     @once_differentiable
@@ -297,4 +297,4 @@ class _Combine(Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         route: _Route = ctx.route
         rows = route.buffer().dispatch(_as_sent(grad_TD, route.fp8), handle=route.handle)[0]
-        return _as_tokens(rows), None
+        return Fp8Tokens(rows[0], rows[1], grad_TD.dtype) if route.fp8 else rows, None

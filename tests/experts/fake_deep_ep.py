@@ -122,6 +122,7 @@ class Buffer:
             assert scales.ndim == 2
             assert scales.shape[0] == x.shape[0]
             assert scales.shape[1] <= MAX_SCALES
+            assert x.shape[1] % 32 == 0, "the kernel copies two halves of whole 16 bytes"
         _check_events(**events)
         if handle is not None:
             assert topk_idx is topk_weights is None
