@@ -73,7 +73,7 @@ class Workload:
             inputs = self.inputs(case)
             work = ceilings.work_of(case, inputs, self.parameters(case), self.ranks, is_frozen)
             self._ceilings[key] = ceilings.measure_ceilings(
-                *(work, inputs, job.dispatcher, fp8, self._copy_gb_per_s, cold, self.ranks), fp8_rows=fp8_rows
+                *(work, inputs, job.dispatcher, fp8, self._copy_gb_per_s, cold, self.ranks, fp8_rows)
             )
         return self._ceilings[key]
 
