@@ -12,8 +12,9 @@ from typing import Literal
 
 Fp8Recipe = Literal["current", "delayed", "block", "mxfp8"]
 #: The recipes of `triton_fp8`, which are not Transformer Engine's: as `block`, with float32 scales. The second one has
-#: gradients of rows in E5M2. In the third one, the gradients of weights are not in FP8.
-OwnFp8Recipe = Literal["block_float32", "block_float32_e5m2", "block_float32_16bit_dw"]
+#: gradients of rows in E5M2. In the third one, the gradients of weights are not in FP8. In the fourth one, rows travel
+#: between ranks in FP8.
+OwnFp8Recipe = Literal["block_float32", "block_float32_e5m2", "block_float32_16bit_dw", "block_float32_rows"]
 Fp8Gradients = Literal["e4m3", "e5m2"]
 Save = Literal["memory", "time"]
 #: Names of groups of backends. A sweep names a group as "@bf16".
@@ -94,6 +95,8 @@ class BackendEntry:
 
     `capability` is the least compute capability of the CUDA GPUs on which the backend runs, as (major, minor). It is
     None if the backend also runs on a CPU.
+
+    A backend with `fp8_rows` runs only with the dispatchers that have this option.
     """
 
     name: str
@@ -103,6 +106,7 @@ class BackendEntry:
     save: Save | None = None
     fp8_gradients: Fp8Gradients | None = None
     fp8_weight_gradients: bool | None = None
+    fp8_rows: bool | None = None
     cached: bool = False
     target: str | None = None
     library: str | None = None
@@ -178,6 +182,15 @@ BACKENDS = (
         cached=True,
         capability=(8, 9),
     ),
+    BackendEntry(
+        "triton_fp8_rows",
+        _TRITON_FP8,
+        ("own_fp8",),
+        fp8="block_float32_rows",
+        fp8_rows=True,
+        cached=True,
+        capability=(8, 9),
+    ),
     BackendEntry("gmm", _GMM, ("bf16",), capability=(0, 0)),
     BackendEntry("torch_mm_save_time", _TORCH_MM, ("save_time",), save="time"),
     BackendEntry("gmm_save_time", _GMM, ("save_time",), save="time", capability=(0, 0)),
@@ -223,12 +236,14 @@ BACKENDS = (
 DISPATCHERS = (
     DispatcherEntry("allgather", "experts.dispatch.allgather", "all_gather", options=("equal_tokens",)),
     DispatcherEntry("alltoall", "experts.dispatch.alltoall", "all_to_all"),
-    DispatcherEntry("deepep", "experts.dispatch.deepep", "all_to_all", library="deep_ep", options=("num_sms",)),
+    DispatcherEntry(
+        "deepep", "experts.dispatch.deepep", "all_to_all", library="deep_ep", options=("num_sms", "fp8_rows")
+    ),
     DispatcherEntry(
         "symm_mem",
         "experts.dispatch.symm_mem",
         "all_to_all",
-        options=("max_tokens_per_rank", "capacity_factor"),
+        options=("max_tokens_per_rank", "capacity_factor", "fp8_rows"),
         reserves_rows=True,
     ),
 )

@@ -127,8 +127,8 @@ class BackendConfig:
     In `experts` and `dispatcher`, None means the default of the layer's class. "torch" is another name of the engine
     "loop" and of the dispatcher "allgather". `max_tokens_per_rank` and `capacity_factor` are options of the dispatcher
     "symm_mem", `equal_tokens` of "allgather" and `num_sms` of "deepep". `fp8_gradients` and
-    `fp8_weight_gradients` are options of the engine "triton_fp8". Raises ConfigError, with one line per
-    mistake, for an invalid value.
+    `fp8_weight_gradients` are options of the engine "triton_fp8", and `fp8_rows` of this engine with the dispatcher
+    "symm_mem" or "deepep". Raises ConfigError, with one line per mistake, for an invalid value.
     """
 
     experts: Engine | None = _field("the name of an engine, or None for the module's default", "loop", default=None)
@@ -147,6 +147,11 @@ class BackendConfig:
     fp8_weight_gradients: bool | None = _field(
         "whether the products for the gradients of the weights are in FP8, True or False, or None for the default True",
         False,
+        default=None,
+    )
+    fp8_rows: bool | None = _field(
+        "whether rows travel to the ranks of their experts in FP8, True or False, or None for the default False",
+        True,
         default=None,
     )
     max_tokens_per_rank: _Size | None = _field(
@@ -179,6 +184,12 @@ class BackendConfig:
     @classmethod
     def _dispatcher_alias(cls, value: object) -> object:
         return "allgather" if value == "torch" else value
+
+    @model_validator(mode="after")
+    def _rows_travel_in_one_format(self) -> "BackendConfig":
+        if self.fp8_rows and self.fp8_gradients == "e5m2":
+            raise ValueError("fp8_rows = True sends gradients of rows in E4M3, not in 'e5m2'; leave one of both out")
+        return self
 
 
 def dtype_name(dtype: torch.dtype) -> str:

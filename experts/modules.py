@@ -70,14 +70,14 @@ class GroupedExperts(ExpertLayer):
                 f"one of {', '.join(_engines_that_save())}, or leave save out"
             )
         self.engine_options: dict[str, Any] = {} if backend.save is None else {"save": backend.save}
-        for option in ("fp8_gradients", "fp8_weight_gradients"):
+        for option in ("fp8_gradients", "fp8_weight_gradients", "fp8_rows"):
             value = getattr(backend, option)
             if value is not None and not self.engine.fp8:
                 raise ConfigError(
                     f"{option} = {value!r}: the engine {self.engine_name} does not compute in FP8; use triton_fp8, or "
                     f"leave {option} out"
                 )
-            if value is not None:
+            if value is not None and option != "fp8_rows":  # an option of the dispatcher
                 self.engine_options[option] = value
         self.weight_cache = WeightCache() if self.engine.fp8 else None
         self._described_config = compiled.described(config)

@@ -151,9 +151,15 @@ def _built_in(described: catalog.BackendEntry) -> Backend:
     if engine is None:
         return _third_party(name, str(described.target))
     if engine.stacked:
-        options = {name: getattr(described, name) for name in ("save", "fp8_gradients", "fp8_weight_gradients")}
+        names = ("save", "fp8_gradients", "fp8_weight_gradients", "fp8_rows")
+        options = {name: getattr(described, name) for name in names}
         build = functools.partial(_build_grouped, engine.name, described.lora, **options)
-        return Backend(name, build, get_engine(engine.name).unsupported, fp8, lora=described.lora)
+        takers = tuple(one.name for one in catalog.DISPATCHERS if "fp8_rows" in one.options)
+        return Backend(
+            *(name, build, get_engine(engine.name).unsupported, fp8),
+            dispatchers=takers if described.fp8_rows else None,
+            lora=described.lora,
+        )
     build = functools.partial(_build_te, described.te_fp8, described.cached)
     return Backend(name, build, functools.partial(_te_unsupported, te_fp8=described.te_fp8), fp8)
 

@@ -19,12 +19,16 @@ class Dispatched:
     `indices_RK` holds expert indices that count the experts of all ranks. Choices of −1 and of other ranks' experts
     contribute nothing on this rank. `origin` is private to the dispatcher, which needs it to send the rows back. It is
     None for `Local`.
+
+    `row_bytes` is the bytes that a row of tokens took on its way, with its scales if it has some. If it is None, these
+    are the bytes of a row of `x_RD`.
     """
 
     x_RD: Tensor
     weights_RK: Tensor
     indices_RK: Tensor
     origin: Any = None
+    row_bytes: int | None = None
 
 
 class Dispatcher(Protocol):

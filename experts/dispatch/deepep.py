@@ -19,9 +19,12 @@ from experts import catalog
 from experts.config import MoEConfig, dtype_name
 from experts.dispatch import Dispatched, OverGroup
 from experts.errors import ConfigError, Unsupported
+from experts.fp8.blocks import num_blocks
+from experts.fp8.tokens import Fp8Tokens
 from experts.hosts import hosts_of
 
 ROW_ALIGNMENT_BYTES = 16
+FP8_MULTIPLE = 32  # the kernel copies a row in two halves
 MAX_RANKS_A_NODE = 8
 #: The limit of deep_ep's notify kernel, which has one thread per expert.
 MAX_EXPERTS_A_RANK = 128
@@ -123,17 +126,24 @@ class DeepEP(OverGroup):
     """The dispatcher over one NCCL process group of at least two ranks.
 
     `num_sms`, an even number, is the number of multiprocessors (SMs) that move rows. Raises ConfigError for more than
-    the GPU has. Raises Unsupported for more than 128 experts per rank, and for a number of ranks for which
-    `shared_buffer` raises it.
+    the GPU has. Raises Unsupported for more than 128 experts per rank, for rows in FP8 that are no multiple of 32
+    values, and for a number of ranks for which `shared_buffer` raises it.
+
+    With `fp8_rows`, tokens and the gradients of combine's result travel in FP8 with scales, as `Fp8Tokens`. What the
+    experts send back stays in bfloat16.
     """
 
-    def __init__(self, group: dist.ProcessGroup, config: MoEConfig, num_sms: int = DEFAULT_NUM_SMS) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, config: MoEConfig, num_sms: int = DEFAULT_NUM_SMS, fp8_rows: bool = False
+    ) -> None:
         n_local_experts = config.n_routed_experts // group.size()
         if n_local_experts > MAX_EXPERTS_A_RANK:
             raise Unsupported(
                 f"deep_ep dispatches to at most {MAX_EXPERTS_A_RANK} experts per rank, but n_routed_experts = "
                 f"{config.n_routed_experts} on {group.size()} ranks is {n_local_experts}; use more ranks, or alltoall"
             )
+        if fp8_rows and config.dim % FP8_MULTIPLE:
+            raise Unsupported(f"deep_ep takes FP8 rows of a multiple of {FP8_MULTIPLE}, not {config.dim}; use symm_mem")
         _check_sms(num_sms)
         super().__init__(group)
         self._n_routed_experts = config.n_routed_experts
@@ -141,21 +151,23 @@ class DeepEP(OverGroup):
         self._row_bytes = config.dim * torch.bfloat16.itemsize
         self._buffer_class = _deep_ep().Buffer
         self.num_sms = num_sms
+        self._fp8_rows = fp8_rows
         self._buffer_class.set_num_sms(num_sms)  # before the buffer is made: its size depends on `num_sms`
         shared_buffer(group, self._row_bytes)
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
-        """Return the tokens that chose an expert of this rank. The host waits for the number of these tokens.
+        """Return the tokens that chose an expert of this rank, and float32 weights. The host waits for their number.
 
-        The routing weights of the result are float32. Raises Unsupported for x that is not bfloat16.
+        Raises Unsupported for x that is not bfloat16.
         """
         if x_TD.dtype is not torch.bfloat16:
             raise Unsupported(f"deep_ep dispatches bfloat16, x is {x_TD.dtype}; use alltoall")
-        route = _Route(self.buffer, self._n_routed_experts)
+        route = _Route(self.buffer, self._n_routed_experts, self._fp8_rows)
         weights_TK, indices_TK = weights_TK.float().contiguous(), indices_TK.contiguous()
-        x_RD, weights_RK, local_RK = _Dispatch.apply(_packed(x_TD), weights_TK, indices_TK, route)
+        x_RD, weights_RK, local_RK = _Dispatch.apply(x_TD, weights_TK, indices_TK, route)
         # −1 becomes the previous rank's last expert, which contributes nothing here
-        return Dispatched(x_RD, weights_RK, local_RK + self._first, route)
+        row_bytes = x_RD.shape[1] + num_blocks(x_RD.shape[1]) * torch.float32.itemsize if route.fp8 else None
+        return Dispatched(x_RD, weights_RK, local_RK + self._first, route, row_bytes)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """Return this rank's tokens [T, D], which DeepEP sums over the ranks."""
@@ -180,15 +192,16 @@ class DeepEP(OverGroup):
         """
         route: _Route = dispatched.origin
         buffer = route.buffer()
+        sent = _as_sent(x_TD, route.fp8)
         return (
-            lambda: _send(buffer, x_TD, weights_TK, indices_TK, route.n_routed_experts),
+            lambda: _send(buffer, sent, weights_TK, indices_TK, route.n_routed_experts),
             lambda: buffer.combine(y_RD, route.handle),
         )
 
 
-def make(group: dist.ProcessGroup, config: MoEConfig, num_sms: int = DEFAULT_NUM_SMS) -> DeepEP:
+def make(group: dist.ProcessGroup, config: MoEConfig, num_sms: int = DEFAULT_NUM_SMS, fp8_rows: bool = False) -> DeepEP:
     """Return the dispatcher over a group, for the config's experts."""
-    return DeepEP(group, config, num_sms)
+    return DeepEP(group, config, num_sms, fp8_rows)
 
 
 def _check_sms(num_sms: int) -> None:
@@ -198,7 +211,21 @@ def _check_sms(num_sms: int) -> None:
         raise ConfigError(f"num_sms = {num_sms}: the GPU has {most} multiprocessors; give an even number up to {most}")
 
 
-def _send(buffer: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, n_routed_experts: int) -> Any:
+#: What DeepEP sends: a tensor in bfloat16, or values [T, D] in FP8 and scales [T, blocks of D] in float32.
+_Rows = Tensor | tuple[Tensor, Tensor]
+
+
+def _as_sent(x_TD: Tensor, fp8: bool) -> _Rows:
+    """Return tokens as they travel."""
+    if not fp8:
+        return _packed(x_TD)
+    from experts.fp8.quantise import quantise_tokens
+
+    tokens = quantise_tokens(x_TD)
+    return tokens.values, tokens.scales.t().contiguous()
+
+
+def _send(buffer: Any, x_TD: _Rows, weights_TK: Tensor, indices_TK: Tensor, n_routed_experts: int) -> Any:
     tokens_per_rank, tokens_per_rdma_rank, tokens_per_expert, is_in_rank, _ = buffer.get_dispatch_layout(
         indices_TK, n_routed_experts
     )
@@ -224,12 +251,13 @@ class _Route:
 
     The combine after the dispatch, and the backward passes of dispatch and combine, use the handle. They ask for the
     buffer again, because between forward and backward a larger layer may replace the buffer, and another layer may set
-    another number of SMs. `handle` is None until the dispatch has run.
+    another number of SMs. `handle` is None until the dispatch has run. `fp8` is whether rows travel in FP8.
     """
 
-    def __init__(self, buffer: Callable[[], Any], n_routed_experts: int) -> None:
+    def __init__(self, buffer: Callable[[], Any], n_routed_experts: int, fp8: bool) -> None:
         self.buffer = buffer
         self.n_routed_experts = n_routed_experts
+        self.fp8 = fp8
         self.handle: Any = None
 
 
@@ -238,10 +266,13 @@ class _Dispatch(Function):
     def forward(
         ctx: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, route: _Route
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sent = _send(route.buffer(), x_TD, weights_TK, indices_TK, route.n_routed_experts)
-        x_RD, local_RK, weights_RK, _, route.handle, _ = sent
+        sent = _as_sent(x_TD, route.fp8)
+        rows, local_RK, weights_RK, _, route.handle, _ = _send(
+            route.buffer(), sent, weights_TK, indices_TK, route.n_routed_experts
+        )
         ctx.route = route
         ctx.mark_non_differentiable(local_RK)
+        x_RD = Fp8Tokens(rows[0], rows[1], x_TD.dtype) if route.fp8 else rows
         return x_RD, weights_RK, local_RK
 
     @staticmethod
@@ -265,4 +296,5 @@ class _Combine(Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         route: _Route = ctx.route
-        return route.buffer().dispatch(_packed(grad_TD), handle=route.handle)[0], None
+        rows = route.buffer().dispatch(_as_sent(grad_TD, route.fp8), handle=route.handle)[0]
+        return Fp8Tokens(rows[0], rows[1], grad_TD.dtype) if route.fp8 else rows, None

@@ -25,6 +25,8 @@ from experts.dispatch.collectives import largest
 from experts.errors import InputError, Unsupported
 from experts.exchange import Layout, Slabs, exchange_on
 from experts.exchange.memory import destroy_buffers, ranks_cannot_share, shared_slabs
+from experts.fp8.blocks import E4M3
+from experts.fp8.tokens import PACKED, packed_width, unpacked
 
 __all__ = ["SymmMem", "destroy_buffers", "make", "unsupported"]
 
@@ -34,12 +36,23 @@ FEWEST_TOKENS = 16
 
 
 @dataclass(frozen=True)
+class _Way:
+    """How a dispatch sends its rows: `copied` says whether they get memory of their own, `fp8` whether in FP8."""
+
+    slabs: Slabs
+    n_local_experts: int
+    copied: bool
+    fp8: bool
+
+
+@dataclass(frozen=True)
 class _Route:
     """What combine and both backward passes need to move the rows of one dispatch. The tensors are on the device."""
 
     slabs: Slabs
     row_TP: Tensor
     counts_P: Tensor
+    fp8: bool
 
 
 class SymmMem(OverGroup):
@@ -51,6 +64,9 @@ class SymmMem(OverGroup):
     agree on it at the layer's first forward: they take the largest number of tokens of that forward, rounded up. Only
     that forward waits for the device. `capacity_factor` scales the room for the rows that one rank sends to another: at
     1, there is room for the rows of an even routing. If it is None, there is room for all tokens.
+
+    With `fp8_rows`, tokens and the gradients of combine's result travel in FP8 with scales, as `Fp8Tokens`. What the
+    experts send back stays in x's dtype.
     """
 
     def __init__(
@@ -59,6 +75,7 @@ class SymmMem(OverGroup):
         config: MoEConfig,
         max_tokens_per_rank: int | None = None,
         capacity_factor: float | None = None,
+        fp8_rows: bool = False,
     ) -> None:
         super().__init__(group)
         reason = ranks_cannot_share(group)
@@ -67,6 +84,7 @@ class SymmMem(OverGroup):
         self._n_local_experts = config.n_routed_experts // group.size()
         self._max_tokens = max_tokens_per_rank
         self._capacity_factor = capacity_factor
+        self._fp8_rows = fp8_rows
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Dispatched:
         """Return the tokens that chose an expert of this rank, and rows that nobody filled, with indices of −1.
@@ -76,13 +94,13 @@ class SymmMem(OverGroup):
         `capacity_factor` allows, all ranks raise: InputError on a CPU, and on a GPU an error of CUDA.
         """
         slabs = self._slabs_for(x_TD, weights_TK)
-        copied = torch.is_grad_enabled()
-        x_RD, weights_RK, indices_RK, route = _Dispatch.apply(
-            x_TD.contiguous(), weights_TK.contiguous(), indices_TK.contiguous(), slabs, self._n_local_experts, copied
-        )
+        way = _Way(slabs, self._n_local_experts, torch.is_grad_enabled(), self._fp8_rows)
+        tensors = x_TD.contiguous(), weights_TK.contiguous(), indices_TK.contiguous()
+        x_RD, weights_RK, indices_RK, route = _Dispatch.apply(*tensors, way)
         if self._capacity_factor is not None:
             self._check_capacity(slabs)
-        return Dispatched(x_RD, weights_RK, indices_RK, route)
+        row_bytes = packed_width(x_TD.shape[1]) * PACKED.itemsize if self._fp8_rows else None
+        return Dispatched(x_RD, weights_RK, indices_RK, route, row_bytes)
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """Return this rank's tokens [T, D], summed over the ranks in y's dtype.
@@ -131,9 +149,10 @@ def make(
     config: MoEConfig,
     max_tokens_per_rank: int | None = None,
     capacity_factor: float | None = None,
+    fp8_rows: bool = False,
 ) -> SymmMem:
     """Return the dispatcher over a group, for the config's experts."""
-    return SymmMem(group, config, max_tokens_per_rank, capacity_factor)
+    return SymmMem(group, config, max_tokens_per_rank, capacity_factor, fp8_rows)
 
 
 def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported | None:
@@ -161,26 +180,22 @@ def _rounded_up(num_tokens: int) -> int:
 class _Dispatch(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        weights_TK: Tensor,
-        indices_TK: Tensor,
-        slabs: Slabs,
-        n_local_experts: int,
-        copied: bool,
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, way: _Way
     ) -> tuple[Tensor, Tensor, Tensor, _Route]:
-        exchange = exchange_on(x_TD.device)
+        exchange, slabs = exchange_on(x_TD.device), way.slabs
+        sent_TX = _as_sent(x_TD, way.fp8)
         slabs.barrier()
-        row_TP = exchange.place(slabs, indices_TK, n_local_experts)
-        x_RD = torch.empty_like(slabs.own.rows_RD) if copied else slabs.own.rows_RD[:]
-        exchange.push(slabs, x_TD, row_TP, x_RD, weights_TK, indices_TK)
+        row_TP = exchange.place(slabs, indices_TK, way.n_local_experts)
+        region_RX = slabs.own.rows_as(sent_TX)
+        rows_RX = torch.empty_like(region_RX) if way.copied else region_RX
+        exchange.push(slabs, sent_TX, row_TP, rows_RX, weights_TK, indices_TK)
         slabs.barrier()
         weights_RK, indices_RK, counts_P = exchange.take_choices(slabs)
-        if copied:
-            exchange.take_rows(slabs, counts_P, x_RD)
-        ctx.route = route = _Route(slabs, row_TP, counts_P)
+        if way.copied:
+            exchange.take_rows(slabs, counts_P, rows_RX)
+        ctx.route = route = _Route(slabs, row_TP, counts_P, way.fp8)
         ctx.mark_non_differentiable(indices_RK)
-        return x_RD, weights_RK, indices_RK, route
+        return _as_tokens(rows_RX, x_TD, way.fp8), weights_RK, indices_RK, route
 
     @staticmethod
     @once_differentiable
@@ -188,7 +203,7 @@ class _Dispatch(Function):
     def backward(ctx: Any, grad_x_RD: Tensor, grad_weights_RK: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         route: _Route = ctx.route
         grads = _bring_back(route, grad_x_RD, grad_weights_RK)
-        return *grads, None, None, None, None
+        return *grads, None, None
 
 
 class _Combine(Function):
@@ -204,12 +219,27 @@ class _Combine(Function):
         """Return the gradients in memory of their own: autograd may keep them while the slabs are used again."""
         route: _Route = ctx.route
         exchange, slabs = exchange_on(grad_TD.device), route.slabs
+        sent_TX = _as_sent(grad_TD.contiguous(), route.fp8)
         slabs.barrier()
-        grad_y_RD = torch.empty_like(slabs.own.rows_RD)
-        exchange.push(slabs, grad_TD.contiguous(), route.row_TP, grad_y_RD)
+        rows_RX = torch.empty_like(slabs.own.rows_as(sent_TX))
+        exchange.push(slabs, sent_TX, route.row_TP, rows_RX)
         slabs.barrier()
-        exchange.take_rows(slabs, route.counts_P, grad_y_RD)
-        return grad_y_RD, None
+        exchange.take_rows(slabs, route.counts_P, rows_RX)
+        return _as_tokens(rows_RX, grad_TD, route.fp8), None
+
+
+def _as_sent(x_TD: Tensor, fp8: bool) -> Tensor:
+    """Return tokens as they travel: as they are, or packed in FP8, which takes no more bytes than 16 bits."""
+    if not fp8:
+        return x_TD
+    from experts.fp8.quantise import quantise_packed
+
+    return quantise_packed(x_TD)
+
+
+def _as_tokens(rows_RX: Tensor, x_TD: Tensor, fp8: bool) -> Tensor:
+    """Return what arrived of tokens `x_TD` as an engine takes it."""
+    return unpacked(rows_RX, x_TD.shape[1], E4M3, x_TD.dtype) if fp8 else rows_RX
 
 
 def _bring_back(route: _Route, y_RD: Tensor, weights_RK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -91,6 +91,12 @@ class Region:
             views[name] = part.view(dtype).view(height, width)
         return cls(**views)
 
+    def rows_as(self, tokens_TX: Tensor) -> Tensor:
+        """Return the memory of the rows as [R, X], in the dtype of tokens [T, X] that take no more bytes than a row."""
+        num_rows, width = self.rows_RD.shape[0], tokens_TX.shape[1]
+        num_bytes = num_rows * width * tokens_TX.itemsize
+        return self.rows_RD.view(-1).view(torch.uint8)[:num_bytes].view(tokens_TX.dtype).view(num_rows, width)
+
 
 @dataclass(frozen=True)
 class Slabs:
@@ -138,16 +144,17 @@ class Exchange(Protocol):
     def push(
         self,
         slabs: Slabs,
-        x_TD: Tensor,
+        x_TX: Tensor,
         row_TP: Tensor,
-        rows_RD: Tensor,
+        rows_RX: Tensor,
         weights_TK: Tensor | None = None,
         indices_TK: Tensor | None = None,
     ) -> None:
         """Write each token's row, and its routing weights and indices if given, into the regions of its ranks.
 
-        The rows for this rank itself go into `rows_RD`, which may be the rows of its region. A row that does not fit
-        into its slab is not written.
+        The tokens may have another width and dtype than the regions' rows, but no more bytes (`Region.rows_as`). The
+        rows for this rank itself go into `rows_RX`, which may be the rows of its region. A row that does not fit into
+        its slab is not written.
         """
 
     def take_choices(self, slabs: Slabs) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,8 +163,11 @@ class Exchange(Protocol):
         A row that nobody filled has indices of −1 and weights of zero. The counts are the filled rows of each slab.
         """
 
-    def take_rows(self, slabs: Slabs, counts_P: Tensor, rows_RD: Tensor) -> None:
-        """Copy the rows that other ranks pushed from this rank's region into `rows_RD`. Other rows stay as they are."""
+    def take_rows(self, slabs: Slabs, counts_P: Tensor, rows_RX: Tensor) -> None:
+        """Copy the rows that other ranks pushed from this rank's region into `rows_RX`. Other rows stay as they are.
+
+        `rows_RX` has the width and dtype of the tokens that were pushed.
+        """
 
     def push_back(self, slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:
         """Write the results of other ranks' rows, and weights if given, into this rank's slabs of their regions."""

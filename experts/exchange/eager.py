@@ -25,16 +25,16 @@ def number_tokens(indices_TK: Tensor, num_ranks: int, n_local_experts: int) -> t
 
 def push(
     slabs: Slabs,
-    x_TD: Tensor,
+    x_TX: Tensor,
     row_TP: Tensor,
-    rows_RD: Tensor,
+    rows_RX: Tensor,
     weights_TK: Tensor | None = None,
     indices_TK: Tensor | None = None,
 ) -> None:
     """As `Exchange.push`."""
     for rank, (region, token_N) in enumerate(zip(slabs.regions, _tokens_of_ranks(slabs, row_TP), strict=True)):
-        num_rows, target_RD = token_N.shape[0], rows_RD if rank == slabs.rank else region.rows_RD
-        target_RD[slabs.own_slab][:num_rows] = x_TD[token_N]
+        num_rows, target_RX = token_N.shape[0], rows_RX if rank == slabs.rank else region.rows_as(x_TX)
+        target_RX[slabs.own_slab][:num_rows] = x_TX[token_N]
         if weights_TK is not None and indices_TK is not None:
             region.weights_RK[slabs.own_slab][:num_rows] = weights_TK[token_N]
             region.indices_RK[slabs.own_slab][:num_rows] = indices_TK[token_N].clamp(-1, MAX_INDEX).int()
@@ -48,10 +48,10 @@ def take_choices(slabs: Slabs) -> tuple[Tensor, Tensor, Tensor]:
     return weights_RK, torch.where(filled_R1, slabs.own.indices_RK, -1).long(), counts_P
 
 
-def take_rows(slabs: Slabs, counts_P: Tensor, rows_RD: Tensor) -> None:
+def take_rows(slabs: Slabs, counts_P: Tensor, rows_RX: Tensor) -> None:
     """As `Exchange.take_rows`."""
     of_others_R = _of_others(slabs, counts_P)
-    rows_RD[of_others_R] = slabs.own.rows_RD[of_others_R]
+    rows_RX[of_others_R] = slabs.own.rows_as(rows_RX)[of_others_R]
 
 
 def push_back(slabs: Slabs, y_RD: Tensor, counts_P: Tensor, weights_RK: Tensor | None = None) -> None:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from experts.fp8.blocks import BLOCK, E4M3, LEAST_SCALE, Matrices, Rows, num_blocks
+from experts.fp8.tokens import PACKED, Fp8Tokens, packed_width, unpacked
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
@@ -35,30 +36,50 @@ def quantise_tokens(x_TD: Tensor, dtype: torch.dtype = E4M3) -> Rows:
 
 
 def quantise_and_gather(x_TD: Tensor, permutation: Permutation, dtype: torch.dtype = E4M3) -> Rows:
-    """Return each row's token [N, D] in FP8. A token is read once. Rows past the last group stay unwritten."""
+    """Return each row's token [N, D] in FP8. A token is read once. Rows past the last group stay unwritten.
+
+    Tokens that are in FP8 already keep their numbers and scales; they must have the format `dtype`.
+    """
     return _quantise_rows(x_TD, permutation, dtype)
 
 
 def _quantise_rows(x_TD: Tensor, permutation: Permutation | None, dtype: torch.dtype) -> Rows:
-    num_tokens, dim = x_TD.shape
-    num_rows = num_tokens if permutation is None else permutation.num_rows
+    num_rows, dim = x_TD.shape[0] if permutation is None else permutation.num_rows, x_TD.shape[1]
     values = torch.empty(num_rows, dim, dtype=dtype, device=x_TD.device)
     scales = torch.empty(num_blocks(dim), num_rows, dtype=torch.float32, device=x_TD.device)
+    _launch_quantise(x_TD, values, scales.t(), permutation)
+    return Rows(values, scales)
+
+
+def quantise_packed(x_TD: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
+    """Return the tokens [T, D] in FP8, packed as `experts.fp8.tokens.unpacked` reads them."""
+    num_tokens, dim = x_TD.shape
+    packed_TW = torch.empty(num_tokens, packed_width(dim), dtype=PACKED, device=x_TD.device)
+    tokens = unpacked(packed_TW, dim, dtype, x_TD.dtype)
+    _launch_quantise(x_TD, tokens.quantised, tokens.scales, None)
+    return packed_TW
+
+
+def _launch_quantise(x_TD: Tensor, values: Tensor, scales: Tensor, permutation: Permutation | None) -> None:
+    """Write the tokens, or each row's token, into values [N, D] and scales [N, blocks of D]."""
+    num_tokens, dim = x_TD.shape
     blocks = min(BLOCKS_AT_ONCE, triton.next_power_of_2(num_blocks(dim)))
+    given, given_scales = (x_TD.quantised, x_TD.scales) if isinstance(x_TD, Fp8Tokens) else (x_TD.contiguous(), None)
+    assert given_scales is None or given.dtype is values.dtype
     launch(
         quantise_rows,
         (num_tokens, triton.cdiv(num_blocks(dim), blocks)),
-        *(x_TD.contiguous(), values, scales),
+        *(given, given_scales, values, scales),
         *(None, None) if permutation is None else (permutation.slot_to_row_S, permutation.offsets_L[-1:]),
-        *(num_rows, dim),
+        *(dim, given.stride(0), 0 if given_scales is None else given_scales.stride(0)),
+        *(values.stride(0), *scales.stride()),
         K=1 if permutation is None else permutation.n_activated_experts,
         GATHER=permutation is not None,
-        LARGEST=largest(dtype),
+        LARGEST=largest(values.dtype),
         BLOCKS=blocks,
         EXACT=interpreted(),
         num_warps=4,
     )
-    return Rows(values, scales)
 
 
 def quantise_weights(b_LPQ: Tensor, halves: int, into: Matrices | None = None) -> Matrices:
@@ -153,43 +174,54 @@ def to_fp8(value, LARGEST: tl.constexpr, EXACT: tl.constexpr):
 @triton.jit
 def quantise_rows(
     x,
+    x_scales,
     values,
     scales,
     slot_to_row,
     num_local,
-    num_rows,
     dim,
+    x_stride,
+    x_scales_stride,
+    values_stride,
+    scales_stride,
+    block_stride,
     K: tl.constexpr,
     GATHER: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCKS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
+    """Quantise a stretch of a token. If `x_scales` is not None, x is in FP8 already, and its numbers are copied."""
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     column = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     inside = column < dim
     stored = block < tl.cdiv(dim, _BLOCK)
-    read = inside
+    wanted = 1
     if GATHER:
         end = tl.load(num_local)
         wanted = 0
         for k in tl.static_range(K):
             wanted += (tl.load(slot_to_row + token * K + k) < end).to(tl.int32)
-        read = inside & (wanted > 0)
-    tile = tl.load(x + token * dim + column, mask=read, other=0.0).to(tl.float32)
-    scale = scale_of(tl.max(tl.abs(tile), axis=1, keep_dims=True), LARGEST)
-    quantised = to_fp8(tile * reciprocal(scale), LARGEST, EXACT).to(values.dtype.element_ty)
-    scale = tl.reshape(scale, [BLOCKS])
+    tile = tl.load(x + token * x_stride + column, mask=inside & (wanted > 0), other=0.0)
+    if x_scales is None:
+        tile = tile.to(tl.float32)
+        scale = scale_of(tl.max(tl.abs(tile), axis=1, keep_dims=True), LARGEST)
+        quantised = to_fp8(tile * reciprocal(scale), LARGEST, EXACT).to(values.dtype.element_ty)
+        scale = tl.reshape(scale, [BLOCKS])
+    else:
+        quantised = tile
+        scale = tl.load(x_scales + token * x_scales_stride + block, mask=stored & (wanted > 0), other=0.0)
+    target = scales + block.to(tl.int64) * block_stride
     if GATHER:
         for k in tl.static_range(K):
             row = tl.load(slot_to_row + token * K + k)
             local = row < end
-            tl.store(values + row * dim + column, quantised, mask=inside & local)
-            tl.store(scales + block.to(tl.int64) * num_rows + row, scale, mask=stored & local)
+            tl.store(values + row * values_stride + column, quantised, mask=inside & local)
+            tl.store(target + row * scales_stride, scale, mask=stored & local)
     else:
-        tl.store(values + token * dim + column, quantised, mask=inside)
-        tl.store(scales + block.to(tl.int64) * num_rows + token, scale, mask=stored)
+        tl.store(values + token * values_stride + column, quantised, mask=inside)
+        tl.store(target + token * scales_stride, scale, mask=stored)
 
 
 @triton.jit

@@ -6,6 +6,9 @@ sum over rows, and a scale must not change within a sum of the tensor cores.
 What is multiplied is quantised where it is made: the tokens while their rows are gathered, the activation and its
 gradient in the kernels that compute them. Forward keeps the tokens and the up projection's output, as
 `experts.compute.whole` does.
+
+Tokens, and the gradients of the output, may come from other ranks in FP8 already (`experts.fp8.tokens`). Then their
+rows are gathered as they are, and the products for the gradients of the weights read them in 16 bits.
 """
 
 import weakref
@@ -24,6 +27,7 @@ from experts.compute.whole import Plan, Wanted, grad_of_down, grad_of_up, memory
 from experts.fp8 import activation, gradients, products, quantise
 from experts.fp8.blocks import E4M3, Rows, up_halves
 from experts.fp8.cache import Weights
+from experts.fp8.tokens import Fp8Tokens, in_16_bits
 from experts.fp8.turned import row_blocks
 from experts.steps import steps_on
 
@@ -50,8 +54,8 @@ class Fp8Plan:
 def fp8_experts(x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, plan: Fp8Plan) -> Tensor:
     """Return the local experts' sum [T, D] in x's dtype.
 
-    x: [T, D], bfloat16 or float16; weights: [T, K]. The parameters must have x's dtype. Gradients flow to x, weights
-    and parameters. The gradients cannot be differentiated again.
+    x: [T, D], bfloat16, float16 or `Fp8Tokens`; weights: [T, K]. The parameters must have x's dtype. Gradients flow to
+    x, weights and parameters. The gradients cannot be differentiated again.
     """
     tensors = (x_TD, weights_TK, *parameters)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -108,7 +112,8 @@ class _Fp8Experts(Function):
         parameters = ExpertParameters(gate_and_up, down, up_bias, down_bias)
         out_TD, h_NH = _forward(x_TD, weights_TK, parameters, plan, keep=True)
         assert h_NH is not None
-        ctx.save_for_backward(x_TD, h_NH, weights_TK, *parameters)
+        tokens = (x_TD.quantised, x_TD.scales) if isinstance(x_TD, Fp8Tokens) else (x_TD, None)
+        ctx.save_for_backward(*tokens, h_NH, weights_TK, *parameters)
         ctx.plan = plan
         ctx.storage_of_h = weakref.ref(h_NH.untyped_storage())
         return out_TD
@@ -118,12 +123,15 @@ class _Fp8Experts(Function):
     @without_autocast
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         # reading the saved parameters raises if somebody has overwritten them since
-        x_TD, h_NH, weights_TK, *parameters = ctx.saved_tensors
+        x_TD, scales, h_NH, weights_TK, *parameters = ctx.saved_tensors
         plan: Fp8Plan = ctx.plan
         made = memory_of(h_NH, ctx.storage_of_h)
         if made is None:  # a hook made h and may need its values again
             h_NH, x_TD = h_NH.clone(memory_format=torch.contiguous_format), with_plain_strides(x_TD)
-        elif made.nbytes() == 0:  # an earlier backward of the same graph (retain_graph) freed h
+            scales = None if scales is None else with_plain_strides(scales)
+        if scales is not None:
+            x_TD = Fp8Tokens(x_TD, scales, grad_TD.dtype)
+        if made is not None and made.nbytes() == 0:  # an earlier backward of the same graph (retain_graph) freed h
             h_NH = _project_up(x_TD, plan)
         wanted = Wanted(*ctx.needs_input_grad[:6])
         return *_backward(grad_TD, x_TD, h_NH, weights_TK, ExpertParameters(*parameters), plan, wanted), None
@@ -144,11 +152,13 @@ def _backward(
     steps = steps_on(grad_TD.device, dtype)
     grad_x = grad_up = grad_down = grad_up_bias = grad_down_bias = None
 
+    rows = quantise.quantise_and_gather(grad_TD, permutation, plan.gradients)
+    if down_bias is not None:
+        grad_TD = in_16_bits(grad_TD)
     if wanted.down_bias:
         grad_ND = steps.gather_rows(grad_TD, permutation)
         grad_down_bias = steps.sum_by_expert(grad_ND, permutation, weights_TK)
         del grad_ND
-    rows = quantise.quantise_and_gather(grad_TD, permutation, plan.gradients)
     grad_NI = plan.multiply(rows, plan.weights.down_back(), dtype)
     rows, grad_h_NH, a_NI, grad_weights = activation.activate_backward(
         h_NH, grad_NI, permutation, weights_TK, up_bias, plan.plan.config, plan.gradients
@@ -166,13 +176,13 @@ def _backward(
     blocks = row_blocks(permutation) if plan.weight_gradients else None
     if wanted.gate_and_up and blocks is not None:
         halves = up_halves(plan.plan.config)
-        grad_up = gradients.grad_of_up(x_TD, grad_h_NH, permutation, blocks, halves, plan.gradients)
+        grad_up = gradients.grad_of_up(in_16_bits(x_TD), grad_h_NH, permutation, blocks, halves, plan.gradients)
     elif wanted.gate_and_up:
-        grad_up = grad_of_up(x_TD, grad_h_NH, plan.plan, steps)
+        grad_up = grad_of_up(in_16_bits(x_TD), grad_h_NH, plan.plan, steps)
     del grad_h_NH
     h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
     if wanted.down and blocks is not None:
-        grad_down = gradients.grad_of_down(a_NI, grad_TD, permutation, blocks, plan.gradients)
+        grad_down = gradients.grad_of_down(a_NI, in_16_bits(grad_TD), permutation, blocks, plan.gradients)
     elif wanted.down:
-        grad_down = grad_of_down(a_NI, grad_TD, plan.plan, steps)
+        grad_down = grad_of_down(a_NI, in_16_bits(grad_TD), plan.plan, steps)
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias

@@ -1,14 +1,20 @@
-"""Measure the time of each part of a forward pass under expert parallelism: dispatch, compute, combine."""
+"""Measure the time of each part of a forward pass under expert parallelism (dispatch, compute, combine), and its bytes.
+
+The bytes are those that a dispatch sends to other ranks for the rows of tokens.
+"""
 
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moebench.measure import clock
+from moebench.measure.ceilings import rows_between_ranks
 from moebench.measure.samplers import keep_busy
+from moebench.workload.backends import collective_of
+from moebench.workload.case import Job
 from moebench.workload.ranks import Ranks
 
 SAMPLES = 10
@@ -22,8 +28,11 @@ def breakdown(
     ranks: Ranks,
     prepare: Callable[[], None] = lambda: None,
     hidden_ms: float = 0.0,
+    job: Job | None = None,
 ) -> dict[str, float]:
     """Return the time of each part, in milliseconds. The parts add up to the time of a forward pass.
+
+    For a job, the result also has `dispatch_bytes`, the bytes of the rank that sends most, in the last sample.
 
     The time of a sample is the time of its slowest rank, as in moebench.measure.timing, and its parts are the parts of
     that rank. The parts that are returned are those of the sample with the median time. What the layer does before it
@@ -51,7 +60,18 @@ def breakdown(
         module.dispatcher = dispatcher
     of_ranks = ranks.tell(samples)
     slowest = [max(same, key=sum) for same in zip(*of_ranks, strict=True)]
-    return dict(zip(PART_COLUMNS, sorted(slowest, key=sum)[(SAMPLES - 1) // 2], strict=True))
+    parts = dict(zip(PART_COLUMNS, sorted(slowest, key=sum)[(SAMPLES - 1) // 2], strict=True))
+    return parts if job is None else parts | {"dispatch_bytes": _dispatch_bytes(job, ranks, *listener.last)}
+
+
+def _dispatch_bytes(job: Job, ranks: Ranks, x_TD: Tensor, indices_TK: Tensor, row_bytes: int | None) -> int:
+    """Return the most bytes that any rank sends to other ranks. `row_bytes` is None for rows in the dtype of x."""
+    row_bytes = row_bytes or x_TD.shape[1] * x_TD.itemsize
+    if collective_of(job.dispatcher) == "all_gather":
+        sharing = ranks.sharing
+        return int(ranks.largest(x_TD.shape[0])) * (sharing.size - 1) * row_bytes
+    send, _ = rows_between_ranks(indices_TK, job.case.n_routed_experts, ranks.sharing)
+    return int(ranks.largest((sum(send) - send[ranks.ep_rank]) * row_bytes))
 
 
 class _Listener:
@@ -61,10 +81,12 @@ class _Listener:
         self._dispatcher = dispatcher
         self._on_gpu = device.type == "cuda"
         self._marks: list[Any] = []
+        self.last: tuple[Any, Any, int | None] = None, None, None
 
     def dispatch(self, *tensors: Any) -> Any:
         sent = self._dispatcher.dispatch(*tensors)
         self._marks.append(self._mark())
+        self.last = tensors[0], tensors[2], getattr(sent, "row_bytes", None)  # older revisions of experts have none
         return sent
 
     def combine(self, *tensors: Any) -> Any:

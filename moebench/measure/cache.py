@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moebench.measure import ceilings
 from moebench.measure.ceilings import Ceilings
+from moebench.workload.backends import sends_fp8_rows
 from moebench.workload.case import Case, Job, Weights
 from moebench.workload.inputs import Inputs, make_inputs, make_parameters
 from moebench.workload.ranks import ALONE, Ranks
@@ -31,7 +32,7 @@ class Workload:
     tell: Callable[[str], None] = lambda trial: None
     _parameters: tuple[Weights, dict[str, Tensor]] | None = field(default=None, repr=False)
     _inputs: tuple[str, Inputs] | None = field(default=None, repr=False)
-    _ceilings: dict[tuple[str, str, bool, bool], Ceilings] = field(default_factory=dict, repr=False)
+    _ceilings: dict[tuple[str, str, bool, bool, bool], Ceilings] = field(default_factory=dict, repr=False)
     _copy_gb_per_s: float | None = field(default=None, repr=False)
 
     def parameters(self, case: Case) -> dict[str, Tensor]:
@@ -54,12 +55,14 @@ class Workload:
     def ceilings(self, job: Job, fp8: bool, cold: bool, *, is_frozen: bool = False, anew: bool = False) -> Ceilings:
         """Return the case's ceilings for the job's dispatcher, with dense matrix products in FP8 if `fp8` is true.
 
-        If `is_frozen` is true, the gradients of the parameters are not part of the work.
+        If `is_frozen` is true, the gradients of the parameters are not part of the work. The collective sends rows in
+        FP8 if the job's backend does.
 
         Each such set of ceilings is measured once per case. The speed of a copy is measured once for all cases. If
         `anew` is true, both are measured again.
         """
-        case, key = job.case, (job.case.case_id, job.dispatcher, fp8, is_frozen)
+        case, fp8_rows = job.case, sends_fp8_rows(job.backend)
+        key = case.case_id, job.dispatcher, fp8, is_frozen, fp8_rows
         if anew:
             self._copy_gb_per_s = None
             self._ceilings.pop(key, None)
@@ -69,8 +72,9 @@ class Workload:
             self._ceilings = {known: each for known, each in self._ceilings.items() if known[0] == case.case_id}
             inputs = self.inputs(case)
             work = ceilings.work_of(case, inputs, self.parameters(case), self.ranks, is_frozen)
-            found = ceilings.measure_ceilings(work, inputs, job.dispatcher, fp8, self._copy_gb_per_s, cold, self.ranks)
-            self._ceilings[key] = found
+            self._ceilings[key] = ceilings.measure_ceilings(
+                *(work, inputs, job.dispatcher, fp8, self._copy_gb_per_s, cold, self.ranks, fp8_rows)
+            )
         return self._ceilings[key]
 
     def forget(self) -> None:

@@ -103,19 +103,26 @@ def copy_gb_per_s(device: torch.device) -> float:
 
 
 def measure_ceilings(
-    work: ExpertWork, inputs: Inputs, dispatcher: str, fp8: bool, copy: float, cold: bool, ranks: Ranks
+    work: ExpertWork,
+    inputs: Inputs,
+    dispatcher: str,
+    fp8: bool,
+    copy: float,
+    cold: bool,
+    ranks: Ranks,
+    fp8_rows: bool = False,
 ) -> Ceilings:
     """Return the ceilings of a case on this device. `copy` is the result of `copy_gb_per_s`.
 
     If `fp8` is true, the dense products are in E4M3. If `cold` is true, products and collective are measured with a
     cold cache, like the case. If `cold` is false, a cache may hold the bytes. The bytes then give no bound, and
-    `least_bytes` is 0.
+    `least_bytes` is 0. If `fp8_rows` is true, the collective sends rows out in FP8 with their scales.
     """
     device = inputs.x_TD.device
     dense = (_dense_fp8 if fp8 else _dense)(work) if work.rows_ND.shape[0] else None
     grouped = _grouped(work) if work.rows_ND.shape[0] else None
     dense_ms, grouped_ms = (_slowest_ms(products, device, cold, ranks) for products in (dense, grouped))
-    collective = _collective(work.case, inputs, dispatcher, ranks.sharing)
+    collective = _collective(work.case, inputs, dispatcher, ranks.sharing, fp8_rows)
     return Ceilings(
         dense_ms=dense_ms,
         grouped_ms=grouped_ms,
@@ -210,7 +217,7 @@ def _like_rows(work: ExpertWork, width: int) -> Tensor:
     return torch.randn(work.rows_ND.shape[0], width, dtype=work.rows_ND.dtype, device=work.rows_ND.device)
 
 
-def _collective(case: Case, inputs: Inputs, dispatcher: str, ranks: Ranks) -> list[Call] | None:
+def _collective(case: Case, inputs: Inputs, dispatcher: str, ranks: Ranks, fp8_rows: bool = False) -> list[Call] | None:
     """Return the raw collectives that carry the case's tokens out and back; in mode train each one twice."""
     if ranks.size == 1:
         return None
@@ -219,19 +226,26 @@ def _collective(case: Case, inputs: Inputs, dispatcher: str, ranks: Ranks) -> li
         most = int(ranks.largest(inputs.x_TD.shape[0]))
         x_TD, y_RD = (inputs.x_TD.new_zeros(rows, case.dim) for rows in (most, most * ranks.size))
         return [lambda: all_gather_rows(x_TD, ranks.group), lambda: reduce_scatter_rows(y_RD, ranks.group)] * ways
-    send, receive = rows_between_ranks(inputs, case.n_routed_experts, ranks)
+    send, receive = rows_between_ranks(inputs.active_indices_TK, case.n_routed_experts, ranks)
     out_ND, back_RD = (inputs.x_TD.new_zeros(sum(rows), case.dim) for rows in (send, receive))
+    if fp8_rows:
+        out_ND = inputs.x_TD.new_zeros(sum(send), fp8_row_bytes(case.dim), dtype=torch.uint8)
     return [
         lambda: all_to_all_rows(out_ND, send, receive, ranks.group),
         lambda: all_to_all_rows(back_RD, receive, send, ranks.group),
     ] * ways
 
 
-def rows_between_ranks(inputs: Inputs, n_routed_experts: int, ranks: Ranks) -> tuple[list[int], list[int]]:
+def fp8_row_bytes(dim: int) -> int:
+    """Return the bytes of a row in FP8: one for a value, and four for the scale of 128 values."""
+    return dim + 4 * -(-dim // 128)
+
+
+def rows_between_ranks(indices_TK: Tensor, n_routed_experts: int, ranks: Ranks) -> tuple[list[int], list[int]]:
     """Return the number of tokens that this rank sends to each rank, and the number that it receives from each rank.
 
     A token counts once per rank, also if it chose several experts of that rank.
     """
-    rank_TK = inputs.active_indices_TK // (n_routed_experts // ranks.size)
+    rank_TK = indices_TK // (n_routed_experts // ranks.size)
     send = [int((rank_TK == rank).any(dim=1).sum()) for rank in range(ranks.size)]
     return send, [row[ranks.rank] for row in ranks.tell(send)]

@@ -150,7 +150,7 @@ class _Job:
         self, subject: Subject, handed: Inputs, bounds: Ceilings, pass_bytes: int, held_bytes: int | None
     ) -> Measured:
         """Return the fields of a right backend. Raises NoSpeed if its times must not be believed."""
-        case, device, ranks = self.case, self.device, self.ranks
+        case, job, device, ranks = self.case, self.job, self.device, self.ranks
         call = Call(subject.module, handed, case.mode, case.surroundings.num_micro_batches)
         ran = executed(call.forward, device)
         call.clear()
@@ -160,7 +160,7 @@ class _Job:
         if subject.graphs is not None:
             subject.graphs.end_warm_calls()
         timed = self._time(call, samples, bounds, subject)
-        parts = breakdown(subject.module, call.forward, device, ranks, samples.prepare, timed.timing.hidden_ms)
+        parts = breakdown(subject.module, call.forward, device, ranks, samples.prepare, timed.timing.hidden_ms, job)
         call.clear()
         if self.workload.trace is not None:
             trace(call.stages, call.clear, device, self.workload.trace)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from moebench.parity.oracle import trained, wide
-from moebench.parity.quantization import fp8_product
+from moebench.parity.quantization import fp8_product, rows_in_fp8
 from moebench.parity.reference import GroupErrors, Tensors, group_errors
 from moebench.parity.rounding import REFERENCE_ROUNDS
 from moebench.workload.case import Case
@@ -131,7 +131,7 @@ def check(
     if not found:
         product = torch.matmul if fp8 is None else fp8_product(fp8, _halved(case))
         dtype = rounds_to or inputs.x_TD.dtype
-        errors = group_errors(case, inputs, parameters, passes, product, ranks, dtype, lora_scale)
+        errors = group_errors(case, inputs, parameters, passes, product, ranks, dtype, lora_scale, rows_in_fp8(fp8))
         own = {(one.tensor, one.group): _largest(_ratios(one.rounding_G, one.scale_G)) for one in errors}
         everywhere = ranks.tell(own)  # ranks may want the gradients of other tensors
         roundings = {key: max(rank.get(key, 0.0) for rank in everywhere) for rank in everywhere for key in rank}

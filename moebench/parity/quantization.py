@@ -18,6 +18,9 @@ The recipes of the engine `triton_fp8` are not Transformer Engine's. docs/concep
   a column of the activation, and 128 rows of 128 columns of the output's gradient.
 * `block_float32_e5m2` is the same with gradients of activations in E5M2.
 * `block_float32_16bit_dw` is the same as `block_float32`, but the gradients of weights are not in FP8.
+* `block_float32_rows` has the products of `block_float32`. Before them, tokens and the output's gradients are quantised
+  in blocks of 1 × 128 values, because they travel between ranks so. The gradients of weights and of biases see the
+  quantised values (`rows_in_fp8`).
 """
 
 from collections.abc import Callable
@@ -32,7 +35,7 @@ from torch.nn import functional as F
 from moebench.parity.oracle import Product
 
 #: The recipes of the engine `triton_fp8`.
-OWN_RECIPES = ("block_float32", "block_float32_e5m2", "block_float32_16bit_dw")
+OWN_RECIPES = ("block_float32", "block_float32_e5m2", "block_float32_16bit_dw", "block_float32_rows")
 RECIPES = ("current", "delayed", "block", "mxfp8", *OWN_RECIPES)
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -49,6 +52,8 @@ POWERS_OF_TWO = ("block", "mxfp8")
 E5M2_GRADIENTS = ("current", "delayed", "block_float32_e5m2")
 #: The recipes that multiply unquantised operands for the gradients of weights.
 EXACT_WEIGHT_GRADIENTS = ("block_float32_16bit_dw",)
+#: The recipes in which rows travel between ranks in FP8.
+FP8_ROWS = ("block_float32_rows",)
 #: The largest power of two in float32. Zeros would get an infinite scale, and an infinite scale turns zeros into NaN.
 LARGEST_SCALE = 2.0**127
 
@@ -73,6 +78,16 @@ def fp8_product(recipe: str, halved: tuple[int, int] | None = None) -> Product:
         return result
 
     return product
+
+
+def rows_in_fp8(recipe: str | None) -> Callable[[Tensor], Tensor] | None:
+    """Return what rounds rows [..., D] as a recipe does before they travel; None if they travel in their own dtype.
+
+    The rounded rows have the dtype of the rows.
+    """
+    if recipe not in FP8_ROWS:
+        return None
+    return lambda rows: _along_rows(rows.flatten(0, -2), recipe, E4M3).view(rows.shape).to(rows.dtype)
 
 
 class _Fp8Product(Function):

@@ -8,7 +8,7 @@ up their sums over experts. The result equals the result of a single process on 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -62,15 +62,17 @@ def group_errors(
     ranks: Ranks = ALONE,
     rounds_to: torch.dtype | None = None,
     lora_scale: float = 0.0,
+    travel: Callable[[Tensor], Tensor] | None = None,
 ) -> list[GroupErrors]:
     """Return the errors of every tensor of the passes: `output`, and in mode train the gradients that the passes have.
 
     Inputs, parameters and passes are those of this rank. `product` is the matrix product of the run that sets the
     budget. If `product` rounds to FP8, the result also has the errors of `output` by expert. `rounds_to` is the dtype
     whose rounding the oracle shows; None means x's dtype. `lora_scale` is the factor of adapters among the parameters.
+    `travel` is what that run does to rows before (`moebench.parity.rounding.Rounding`).
     """
     everyone = _gathered(inputs, ranks)
-    run = _Run(case, everyone, parameters, product, ranks, rounds_to or inputs.x_TD.dtype, lora_scale)
+    run = _Run(case, everyone, parameters, product, ranks, rounds_to or inputs.x_TD.dtype, lora_scale, travel)
     by_expert = run.experts(passes)
     run.add_ranks()
     own = _own_rows(inputs, ranks)
@@ -129,6 +131,7 @@ class _Run:
         ranks: Ranks,
         rounds_to: torch.dtype,
         lora_scale: float,
+        travel: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.case, self.inputs, self.parameters, self.ranks = case, inputs, parameters, ranks
         num_local, dim, width = parameters["gate_and_up_projs"].shape
@@ -140,7 +143,7 @@ class _Run:
         is_small = ON_CPU.allows(sum(size[0] for size in sizes), max((size[1] for size in sizes), default=0), elements)
         num_perturbed = PERTURBED_RUNS if is_small else 2
         self.reference = Rounding(Formula.of(case, lora_scale), torch.float64)
-        self.roundings = roundings(self.reference.formula, rounds_to, product, num_perturbed, max(dim, width))
+        self.roundings = roundings(self.reference.formula, rounds_to, product, num_perturbed, max(dim, width), travel)
         self.generator = torch.Generator(inputs.x_TD.device).manual_seed(case.seed)
         self.exact, self.chance = self._zeros(torch.float64), self._zeros(torch.float64)
         self.rounded = [self._zeros(wide(one.dtype)) for one in self.roundings]

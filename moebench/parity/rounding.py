@@ -7,7 +7,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,8 @@ class Rounding:
     """One run: its formula, its dtype and its matrix product.
 
     `unit` is how far the run changes its operands, relative to each; 0 for a run that changes nothing. An error of the
-    run counts as `share` of its size.
+    run counts as `share` of its size. `travel` rounds tokens and the output's gradients as they travel between ranks;
+    None if they travel in their own dtype.
     """
 
     formula: Formula
@@ -49,6 +50,7 @@ class Rounding:
     product: Product = torch.matmul
     unit: float = 0.0
     share: float = 1.0
+    travel: Callable[[Tensor], Tensor] | None = None
 
     def operands(self, exact: Operands, generator: torch.Generator) -> Operands:
         """Return the operands as this run reads them. Routing weights keep the wide dtype."""
@@ -64,23 +66,31 @@ class Rounding:
         # a layer may also add up the routing weights of one expert in their own dtype
         unit = max(self.unit, torch.finfo(exact.weights_GM.dtype).eps / 2)
         weights_GM = change(exact.weights_GM, wide(self.dtype), unit)
-        return Operands(change(exact.x_GMD, self.dtype), weights_GM, experts, change(exact.grad_GMD, self.dtype))
+        rows = [change(tensor, self.dtype) for tensor in (exact.x_GMD, exact.grad_GMD)]
+        x_GMD, grad_GMD = rows if self.travel is None else [self.travel(tensor) for tensor in rows]
+        return Operands(x_GMD, weights_GM, experts, grad_GMD)
 
 
 def roundings(
-    formula: Formula, dtype: torch.dtype, product: Product, num_perturbed: int, longest: int
+    formula: Formula,
+    dtype: torch.dtype,
+    product: Product,
+    num_perturbed: int,
+    longest: int,
+    travel: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Rounding]:
     """Return the runs for a dtype: the plain run (with adapters two), then the perturbed runs.
 
     `longest` is the number of terms of the longest dot product. The sum of its terms, one after the other, rounds as if
     each operand was changed by about √longest/2 units of the sum's dtype.
 
-    FP8 has the plain run alone, because FP8 rounds much more coarsely than its operands' dtype. In float64 the plain
-    run is the reference itself and is left out. Its perturbed runs change operands by the rounding unit of float32, so
-    that the change exceeds the reference's own rounding, and their errors are scaled down to float64.
+    FP8 has the plain run alone, with `travel` (see `Rounding`), because FP8 rounds much more coarsely than its
+    operands' dtype. In float64 the plain run is the reference itself and is left out. Its perturbed runs change
+    operands by the rounding unit of float32, so that the change exceeds the reference's own rounding, and their errors
+    are scaled down to float64.
     """
     if product is not torch.matmul:
-        return [Rounding(formula, dtype, product)]
+        return [Rounding(formula, dtype, product, travel=travel)]
     single, double = torch.float32, torch.float64
     unit = torch.finfo(single if dtype is double else dtype).eps / 2
     share = REFERENCE_ROUNDS * torch.finfo(double).eps / torch.finfo(single).eps if dtype is double else 1.0

@@ -23,6 +23,10 @@ def _of_steps(rounds: Rounds, means: str, unit: str = "") -> Column:
     return Column(rounds, means, unit, "if the routing is not a trace; unless ok")
 
 
+def _of_part(means: str) -> Column:
+    return Column(Rounds.MEDIAN, f"part of a forward pass: {means}", "ms", _NO_PARTS)
+
+
 def _of_memory(means: str, null: str = "unless ok") -> Column:
     return Column(Rounds.WORST, means, "bytes", null)
 
@@ -106,24 +110,18 @@ class Measured(BaseModel):
     ] = None
     dispatch_ms: Annotated[
         Part | None,
-        Column(
-            Rounds.MEDIAN,
-            "part of a forward pass: until the dispatcher has sent the tokens to the ranks of their experts; the three "
-            "parts are of one pass on its slowest rank, and add up to its time",
-            "ms",
-            _NO_PARTS,
+        _of_part(
+            "until the dispatcher has sent the tokens to the ranks of their experts; the three parts are of one pass "
+            "on its slowest rank, and add up to its time",
         ),
     ] = None
-    compute_ms: Annotated[
-        Part | None,
-        Column(Rounds.MEDIAN, "part of a forward pass: the experts compute", "ms", _NO_PARTS),
-    ] = None
-    combine_ms: Annotated[
-        Part | None,
-        Column(
-            Rounds.MEDIAN,
-            "part of a forward pass: the dispatcher sends the outputs back, until the pass ends",
-            "ms",
+    compute_ms: Annotated[Part | None, _of_part("the experts compute")] = None
+    combine_ms: Annotated[Part | None, _of_part("the dispatcher sends the outputs back, until the pass ends")] = None
+    dispatch_bytes: Annotated[
+        Bytes | None,
+        _of_memory(
+            "what a forward pass's dispatch sends to other ranks for the rows of tokens, with the scales of rows in "
+            "FP8, but without routing weights and indices; of the rank that sends most",
             _NO_PARTS,
         ),
     ] = None
@@ -243,7 +241,8 @@ class Measured(BaseModel):
         Column(
             Rounds.MEDIAN,
             "time of the bare collectives that send the tokens out and back (twice in mode `train`): all-gather and "
-            "reduce-scatter for `allgather`, all-to-all for the other dispatchers",
+            "reduce-scatter for `allgather`, all-to-all for the other dispatchers; rows that a backend sends in FP8 "
+            "have as many bytes here",
             "ms",
             null="at EP size 1; unless ok",
         ),

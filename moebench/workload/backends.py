@@ -67,6 +67,11 @@ def adapters_of(backend: str) -> "catalog.Lora | None":
     return getattr(_BACKENDS.get(backend), "lora", None)  # older revisions have no such backends
 
 
+def sends_fp8_rows(backend: str) -> bool:
+    """Whether a backend of the catalog sends rows to the ranks of their experts in FP8."""
+    return bool(getattr(_BACKENDS.get(backend), "fp8_rows", None))  # older revisions have no such backends
+
+
 def reserves_rows(dispatcher: str) -> bool:
     """Whether a dispatcher keeps room for the tokens of all ranks, in memory of its own that layers share."""
     return dispatcher in _RESERVE_ROWS

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+#: The room for scales in the hint for the size of a buffer.
+MAX_SCALES = 128
 RANKS = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
 
 
@@ -32,7 +34,10 @@ class Handle(NamedTuple):
 
 
 class Buffer:
-    """Sends bfloat16 rows between the ranks of a group. Each token goes once to every rank that needs it."""
+    """Sends rows between the ranks of a group: in bfloat16, or to the experts also in FP8 with float32 scales.
+
+    Each token goes once to every rank that needs it.
+    """
 
     num_sms = 20
     made = 0
@@ -95,7 +100,7 @@ class Buffer:
 
     def dispatch(
         self,
-        x: Tensor,
+        x: Tensor | tuple[Tensor, Tensor],
         handle: Handle | None = None,
         num_tokens_per_rank: Tensor | None = None,
         num_tokens_per_rdma_rank: Tensor | None = None,
@@ -104,18 +109,26 @@ class Buffer:
         topk_idx: Tensor | None = None,
         topk_weights: Tensor | None = None,
         **events: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[int] | None, Handle | None, None]:
+    ) -> tuple[Any, Tensor | None, Tensor | None, list[int] | None, Handle | None, None]:
         """Return received rows, local expert indices (−1: not local), weights, tokens per local expert, handle, None.
 
-        With a handle, only the rows are sent, by the same way as in the dispatch that returned the handle.
+        Rows in FP8 come with their scales, as they were given. With a handle, only the rows are sent, by the same way
+        as in the dispatch that returned the handle.
         """
-        self._check(x)
+        rows, (x, scales) = x, x if isinstance(x, tuple) else (x, None)
+        self._check(x, torch.bfloat16 if scales is None else torch.float8_e4m3fn)
+        if scales is not None:
+            assert scales.dtype is torch.float32
+            assert scales.ndim == 2
+            assert scales.shape[0] == x.shape[0]
+            assert scales.shape[1] <= MAX_SCALES
+            assert x.shape[1] % 32 == 0, "the kernel copies two halves of whole 16 bytes"
         _check_events(**events)
         if handle is not None:
             assert topk_idx is topk_weights is None
             assert x.shape[0] == handle.is_token_in_rank.shape[0]
             assert handle.num_sms == Buffer.num_sms, "the handle has as many channels as there were SMs"
-            return self._send(x, handle), None, None, None, None, None
+            return self._send_rows(rows, handle), None, None, None, None, None
         for given in (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights):
             assert given is not None
             assert given.is_contiguous()
@@ -131,13 +144,13 @@ class Buffer:
         local = torch.where(is_local, local, -1)
         weights = torch.where(is_local, self._send(topk_weights, handle), 0.0)
         per_expert = torch.bincount(local[is_local], minlength=num_tokens_per_expert.numel() // self.group.size())
-        return self._send(x, handle), local, weights, per_expert.tolist(), handle, None
+        return self._send_rows(rows, handle), local, weights, per_expert.tolist(), handle, None
 
     def combine(
         self, x: Tensor, handle: Handle, topk_weights: Tensor | None = None, **events: Any
     ) -> tuple[Tensor, Tensor | None, None]:
         """Return each token's rows and weights, summed in float32 over the ranks that it went to, and None (event)."""
-        self._check(x)
+        self._check(x, torch.bfloat16)
         _check_events(**events)
         assert x.shape[0] == sum(handle.receive)
         assert handle.num_sms == Buffer.num_sms, "the handle has as many channels as there were SMs"
@@ -147,15 +160,21 @@ class Buffer:
         assert topk_weights.is_contiguous()
         return self._sum(x, handle), self._sum(topk_weights, handle), None
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, dtype: torch.dtype) -> None:
         assert self.runtime is not None, "the buffer was destroyed"
-        assert x.dtype is torch.bfloat16
+        assert x.dtype is dtype
         assert x.is_contiguous()
         assert x.data_ptr() % 16 == 0, "the kernels read 16 bytes at a time: a misaligned address is an error of CUDA"
         row_bytes = x.shape[1] * x.element_size()
         assert row_bytes % 16 == 0
         for config in (self.get_dispatch_config(self.group.size()), self.get_combine_config(self.group.size())):
             assert self.num_nvl_bytes >= config.get_nvl_buffer_size_hint(row_bytes, self.group.size())
+
+    def _send_rows(self, x: Tensor | tuple[Tensor, Tensor], handle: Handle) -> Any:
+        if not isinstance(x, tuple):
+            return self._send(x, handle)
+        values = self._send(x[0].view(torch.uint8), handle)  # gloo has no FP8
+        return values.view(x[0].dtype), self._send(x[1], handle)
 
     def _send(self, rows: Tensor, handle: Handle) -> Tensor:
         ranks, tokens = handle.is_token_in_rank.t().nonzero(as_tuple=True)

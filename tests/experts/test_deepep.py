@@ -76,6 +76,12 @@ def test_unsupported_numbers_of_ranks_are_refused(size: int, reason: str) -> Non
 
 
 @pytest.mark.usefixtures("fake_libraries")
+def test_rows_in_fp8_are_multiples_of_32_bytes() -> None:
+    with pytest.raises(Unsupported, match="deep_ep takes FP8 rows of a multiple of 32, not 208; use symm_mem"):
+        deepep.make(group(2), moe_config(dim=208, dtype=BF16), fp8_rows=True)
+
+
+@pytest.mark.usefixtures("fake_libraries")
 def test_no_more_sms_than_the_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """With more, DeepEP's blocks would wait for blocks that never start."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -311,7 +311,7 @@ def test_no_rank_writes_into_a_region_while_its_owner_may_read_it(grad: bool, mo
     for _ in range(2):
         x_TD, weights_TK = x_RD.clone().requires_grad_(grad), weights_RK.clone().requires_grad_(grad)
         with torch.set_grad_enabled(grad):
-            *sent, route = symm_mem._Dispatch.apply(x_TD, weights_TK, indices_RK, slabs, 1, grad)
+            *sent, route = symm_mem._Dispatch.apply(x_TD, weights_TK, indices_RK, symm_mem._Way(slabs, 1, grad, False))
             seen.reads_its_own()()
             y_TD = symm_mem._Combine.apply(sent[0] * sent[1].sum(), route)
         if grad:

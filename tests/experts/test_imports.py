@@ -18,7 +18,18 @@ from experts.engines import engine_names
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "experts").rglob("*.py"))
 #: Packages of kernels. They import Triton, so other modules import them inside functions.
-FP8 = ("activation", "gradients", "hopper", "kernels", "products", "quantise", "turned", "weights", "whole")
+FP8 = (
+    "activation",
+    "dequantise",
+    "gradients",
+    "hopper",
+    "kernels",
+    "products",
+    "quantise",
+    "turned",
+    "weights",
+    "whole",
+)
 KERNELS = (
     *(f"experts.fp8.{name}" for name in FP8),
     "experts.steps.fused",

@@ -21,6 +21,7 @@ BUILT_IN = (
     "triton_fp8",
     "triton_fp8_e5m2",
     "triton_fp8_16bit_dw",
+    "triton_fp8_rows",
     "gmm",
     "torch_mm_save_time",
     "gmm_save_time",

@@ -42,26 +42,26 @@ def place(slabs: Slabs, indices_TK: Tensor, n_local_experts: int) -> Tensor:
 
 def push(
     slabs: Slabs,
-    x_TD: Tensor,
+    x_TX: Tensor,
     row_TP: Tensor,
-    rows_RD: Tensor,
+    rows_RX: Tensor,
     weights_TK: Tensor | None = None,
     indices_TK: Tensor | None = None,
 ) -> None:
     """As `Exchange.push`."""
-    layout = slabs.layout
+    layout, (num_tokens, width) = slabs.layout, x_TX.shape
     launch(
         kernels.push,
-        (x_TD.shape[0], triton.cdiv(layout.dim, _stretch(layout.dim))),
-        *(x_TD, row_TP, rows_RD, weights_TK, indices_TK, slabs.addresses_P),
-        *(slabs.rank, layout.dim, layout.rows_per_slab),
+        (num_tokens, triton.cdiv(width, _stretch(width))),
+        *(x_TX, row_TP, rows_RX, weights_TK, indices_TK, slabs.addresses_P),
+        *(slabs.rank, width, layout.rows_per_slab),
         WITH_CHOICES=weights_TK is not None,
         WEIGHTS_AT=_start(slabs, "weights_RK"),
         INDICES_AT=_start(slabs, "indices_RK"),
         P=layout.num_ranks,
         K=layout.n_activated_experts,
         CHOICES=triton.next_power_of_2(layout.n_activated_experts),
-        STRETCH=_stretch(layout.dim),
+        STRETCH=_stretch(width),
     )
 
 
@@ -86,14 +86,14 @@ def take_choices(slabs: Slabs) -> tuple[Tensor, Tensor, Tensor]:
     return weights_RK, indices_RK, counts_P
 
 
-def take_rows(slabs: Slabs, counts_P: Tensor, rows_RD: Tensor) -> None:
+def take_rows(slabs: Slabs, counts_P: Tensor, rows_RX: Tensor) -> None:
     """As `Exchange.take_rows`."""
-    num_rows, width = rows_RD.shape
+    num_rows, width = rows_RX.shape
     rows, columns = _tile(width)
     launch(
         kernels.take_rows,
         (triton.cdiv(num_rows, rows), triton.cdiv(width, columns)),
-        *(slabs.own.rows_RD, rows_RD, counts_P, slabs.rank, slabs.layout.rows_per_slab, num_rows, width),
+        *(slabs.own.rows_as(rows_RX), rows_RX, counts_P, slabs.rank, slabs.layout.rows_per_slab, num_rows, width),
         ROWS=rows,
         COLUMNS=columns,
     )

@@ -43,6 +43,7 @@ BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "triton_fp8": ("#C51B7D", "h"),
         "triton_fp8_e5m2": ("#4D9221", "h"),
         "triton_fp8_16bit_dw": ("#2C3E9E", "h"),
+        "triton_fp8_rows": ("#1B9E9E", "h"),
         "loop_lora": ("#A9A9A9", "o"),
         "torch_mm_lora": ("#6A5ACD", "s"),
         "triton_lora": ("#B22222", "p"),

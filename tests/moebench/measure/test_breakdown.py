@@ -7,6 +7,7 @@ import torch
 
 from moebench.measure import breakdown as module
 from moebench.measure.breakdown import SAMPLES, breakdown
+from moebench.workload.case import Case, Job
 from moebench.workload.ranks import ALONE
 
 CPU = torch.device("cpu")
@@ -163,6 +164,41 @@ def test_on_a_gpu_the_pass_is_handed_over_while_the_gpu_is_busy(clock, monkeypat
     cuda, prepare = torch.device("cuda"), lambda: happened.append("prepare")
     assert breakdown(layer, layer.forward, cuda, ranks, prepare, hidden_ms=3.5) == parts(1.125, 2.0, 0.625)
     assert happened == ["prepare", 3.5, "start"] * SAMPLES
+
+
+class Sends:
+    """A dispatcher of tokens of 2048 values in bfloat16, whose rows have a number of bytes on their way."""
+
+    #: Of four experts, the first rank has two. Three tokens go to the second rank, which holds the others.
+    indices = torch.tensor([[0, 1], [1, 2], [2, 3], [-1, -1], [3, 0]])
+
+    def __init__(self, row_bytes):
+        self.row_bytes, self.dispatcher = row_bytes, self
+
+    def dispatch(self, x, weights, indices):
+        return SimpleNamespace(row_bytes=self.row_bytes)
+
+    def combine(self, y, sent):
+        return y
+
+    def forward(self):
+        x = torch.zeros(5, 2048, dtype=torch.bfloat16)
+        self.dispatcher.combine("y", self.dispatcher.dispatch(x, None, self.indices))
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "row_bytes", "num_bytes"),
+    [("symm_mem", 2112, 3 * 2112), ("alltoall", None, 3 * 4096), ("allgather", None, 5 * 4096)],
+)
+def test_the_bytes_of_a_dispatch_are_those_of_rows_that_leave_the_rank(clock, dispatcher, row_bytes, num_bytes):
+    """Rows in FP8 have 2048 values and 16 scales, 0.516 times the bytes. The other rank sends less here."""
+    ranks = Others([0.0, 0.0, 0.0])
+    ranks.sharing, ranks.rank, ranks.ep_rank, ranks.largest = ranks, 0, 0, lambda value: value
+    case = Case(num_tokens=5, n_routed_experts=4, n_activated_experts=2, dim=2048, moe_inter_dim=16, ep_size=2)
+    layer = Sends(row_bytes)
+    ranks.tell = lambda value: [value, [0, 0] if isinstance(value[0], int) else [[0.0, 0.0, 0.0]] * len(value)]
+    job = Job(case=case, backend="triton_fp8", dispatcher=dispatcher)
+    assert breakdown(layer, layer.forward, CPU, ranks, job=job)["dispatch_bytes"] == num_bytes
 
 
 def test_alone_and_without_a_dispatcher_there_are_no_parts_and_no_call(clock):

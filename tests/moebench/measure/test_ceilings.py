@@ -102,6 +102,24 @@ def test_ceilings_are_measured_with_a_cache_as_the_case_has_it(monkeypatch, cold
     assert seen == [cold]
 
 
+@pytest.mark.parametrize(("fp8_rows", "row_bytes"), [(False, 400 * 2), (True, 400 + 4 * 4)])
+def test_the_collective_sends_rows_out_as_the_backend_does_and_back_in_16_bits(monkeypatch, fp8_rows, row_bytes):
+    """A row of 400 values has four scales."""
+    sent = []
+
+    class Both:
+        size, rank, group = 2, 0, None
+
+        def tell(self, value):
+            return [value, value]
+
+    monkeypatch.setattr(ceilings, "all_to_all_rows", lambda rows, *way: sent.append(rows[0].nbytes))
+    case = Case(num_tokens=40, mode="train", ep_size=2, **(SHAPE | {"dim": 400, "dtype": "bfloat16"}))
+    for call in ceilings._collective(case, make_inputs(case, CPU), "symm_mem", Both(), fp8_rows):
+        call()
+    assert sent == [row_bytes, 800] * 2
+
+
 def test_without_rows_there_is_no_product():
     made, inputs = work(masked_share=1.0)
     found = ceilings.measure_ceilings(made, inputs, "local", fp8=False, copy=10.0, cold=True, ranks=ALONE)

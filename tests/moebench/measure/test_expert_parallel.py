@@ -131,6 +131,26 @@ def run(tmp_path_factory, certify):
     return SimpleNamespace(jobs=jobs, folder=folder, records=outcome.records, outcome=outcome, looks=looks)
 
 
+@pytest.mark.certify(share=0)
+@pytest.mark.timeout(800)
+def test_rows_in_fp8_are_judged_and_their_bytes_counted(tmp_path):
+    """A row of 2048 values has 16 scales. In Triton's interpreter, which computes in float16."""
+    pytest.importorskip("triton")
+    fields = {"num_tokens": 6, "dim": 2048, "dtype": "float16", "expert_bias": False, "mode": "forward"}
+    jobs = [job(backend, "symm_mem", **fields) for backend in ("triton_fp8", "triton_fp8_rows")]
+    jobs.append(job("triton_fp8_rows", "symm_mem", **fields | {"dim": 144, "mode": "train", "rank_load": "uneven"}))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"TRITON_INTERPRET": "1", "EXPERTS_STEPS": "fused", "OMP_NUM_THREADS": "1"}.items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        policy = Policy(time_cap_s=0.01, interval_target=0.9, timeout_s=250.0)
+        rows = execute(Plan(tuple(jobs), policy, tmp_path, "run", device="cpu")).records
+    assert [row.status.value for row in rows] == ["ok"] * 3, [row.detail for row in rows]
+    of_job = {(row.backend, row.dim): row.dispatch_bytes for row in rows}
+    share = of_job["triton_fp8_rows", 2048] / of_job["triton_fp8", 2048]
+    assert share == 2112 / 4096 <= 0.53
+
+
 @pytest.mark.certify(share=0)  # groups of many processes start slowly on few cores
 def test_more_ranks_judge_and_measure_as_two_do(tmp_path):
     """Run eight ranks. Some ranks have few tokens or none, and one case has fewer tokens than ranks."""

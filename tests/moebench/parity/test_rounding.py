@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moebench.parity.oracle import Formula
-from moebench.parity.quantization import fp8_product
+from moebench.parity.quantization import fp8_product, rows_in_fp8
 from moebench.parity.rounding import LIMIT_UNITS, REFERENCE_ROUNDS, Operands, roundings
 
 FORMULA = Formula("swiglu", 1.702, 2.0, False)
@@ -47,6 +47,23 @@ def test_float64_has_no_plain_run_because_that_is_the_reference():
     for run in runs:
         assert (run.dtype, run.unit) == (torch.float64, UNITS[torch.float32])
         assert run.share * run.unit == pytest.approx(REFERENCE_ROUNDS * 2.0**-53)
+
+
+def test_rows_that_travel_in_fp8_are_rounded_before_the_products():
+    """Tokens and the output's gradients are, in blocks of a row each; weights are not."""
+    exact, travel = drawn(), rows_in_fp8("block_float32_rows")
+    (run,) = roundings(FORMULA, torch.bfloat16, fp8_product("block_float32_rows"), 5, 0, travel)
+    found = run.operands(exact, torch.Generator())
+    for name in ("x_GMD", "grad_GMD"):
+        rows = getattr(exact, name).to(torch.bfloat16)
+        scale = 448 / rows.float().abs().amax(dim=2, keepdim=True)
+        right = ((rows.float() * scale).to(torch.float8_e4m3fn).float() / scale).to(torch.bfloat16)
+        assert torch.equal(getattr(found, name), right)
+        assert not torch.equal(right, rows)
+    plain = roundings(FORMULA, torch.bfloat16, fp8_product("block_float32"), 5, 0)[0].operands(exact, torch.Generator())
+    assert torch.equal(plain.x_GMD, exact.x_GMD.to(torch.bfloat16))
+    assert all(torch.equal(found.experts[name], tensor) for name, tensor in plain.experts.items())
+    assert rows_in_fp8("block_float32") is rows_in_fp8(None) is None
 
 
 def test_fp8_has_the_plain_run_alone():

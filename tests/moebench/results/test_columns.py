@@ -15,7 +15,7 @@ from moebench.workload.case import CaseFields
 def test_only_these_need_the_status_ok() -> None:
     times = ("time_ms", "time_ms_low", "time_ms_high", "converged", "host_time_ms", "graph_time_ms")
     busy = ("busy_ms", "busy_ms_low", "busy_ms_high")
-    parts = ("backward_ms", "dispatch_ms", "compute_ms", "combine_ms", "skew_ms")
+    parts = ("backward_ms", "dispatch_ms", "compute_ms", "combine_ms", "dispatch_bytes", "skew_ms")
     samples = ("samples_ms", "sample_rounds", "sample_marked", "busy_samples_ms", "busy_sample_rounds")
     steps = ("num_steps", "step_p50_ms", "step_p99_ms", "expert_rows", "rank_rows", "expert_skew", "rank_skew")
     speeds = ("sm_clock_mhz", *steps, "tokens_per_s", "tflops")

@@ -55,6 +55,7 @@ ALL = {
     "dispatch_ms": 0.125,
     "compute_ms": 0.25,
     "combine_ms": 0.375,
+    "dispatch_bytes": 2**53 + 9,
     "skew_ms": 0.0625,
     "warmup_ms": 800.0,
     "num_samples": 3,

@@ -163,7 +163,8 @@ def test_sweep_is_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest.
     assert find_sweep("other.toml") == Path("other.toml")
     assert {"quick", "mine", "gpu"} <= available_sweeps().keys()
     with pytest.raises(
-        SweepError, match=r'quik: no such file.*did you mean "quick"\? the sweeps are fp8, gpu, .*mine, .*quick'
+        SweepError,
+        match=r'quik: no such file.*did you mean "quick"\? the sweeps are fp8, fp8-ep2, gpu, .*mine, .*quick',
     ):
         find_sweep("quik")
 

@@ -12,18 +12,31 @@ ROOT = Path(__file__).parents[4]
 TOKENS = (24, 40)
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    out = tmp_path_factory.mktemp("bandwidth") / "rows.json"
+def run(folder: Path, counts: tuple[int, ...], *options: str, **variables: str) -> list[dict]:
+    out = folder / "rows.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "moebench.measure.studies.bandwidth", "--model", "olmoe", "--device", "cpu", "--out", str(out)]
-    command += [word for count in TOKENS for word in ("--num-tokens", str(count))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [*options, *(word for count in counts for word in ("--num-tokens", str(count)))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(out.read_text())
     assert told["environment"]["device"] == "cpu"
     return told["rows"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return run(tmp_path_factory.mktemp("bandwidth"), TOKENS)
+
+
+@pytest.mark.certify(share=0)
+def test_rows_in_fp8_have_half_the_bytes_on_their_way_out_alone(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    told = run(tmp_path, (2,), "--fp8-rows", TRITON_INTERPRET="1")
+    found = {(row["way"], row["fp8_rows"]): row["num_bytes"] for row in told if row["dispatcher"] == "symm_mem"}
+    assert found["dispatch", True] / found["dispatch", False] == 2112 / 4096
+    assert found["combine", True] == found["combine", False] == found["dispatch", False]
 
 
 def test_every_dispatcher_of_a_cpu_both_ways_at_every_count(rows: list[dict]) -> None:
