@@ -103,6 +103,7 @@ class BackendEntry:
     save: Save | None = None
     fp8_gradients: Fp8Gradients | None = None
     fp8_weight_gradients: bool | None = None
+    gradient_accumulation_fusion: bool = False
     cached: bool = False
     target: str | None = None
     library: str | None = None
@@ -159,6 +160,7 @@ BACKENDS = (
     BackendEntry("torch_mm", _TORCH_MM, ("bf16", "cpu")),
     BackendEntry("torch_mm_mxfp8", _TORCH_MM_MXFP8, ("mxfp8",), fp8="mxfp8", capability=(10, 0)),
     BackendEntry("triton", _TRITON, ("bf16",), capability=(8, 0)),
+    BackendEntry("triton_main_grad", _TRITON, gradient_accumulation_fusion=True, capability=(8, 0)),
     BackendEntry("triton_fp8", _TRITON_FP8, ("fp8", "own_fp8"), fp8="block_float32", cached=True, capability=(8, 9)),
     BackendEntry(
         "triton_fp8_e5m2",

@@ -127,7 +127,7 @@ class BackendConfig:
     In `experts` and `dispatcher`, None means the default of the layer's class. "torch" is another name of the engine
     "loop" and of the dispatcher "allgather". `max_tokens_per_rank` and `capacity_factor` are options of the dispatcher
     "symm_mem", `equal_tokens` of "allgather" and `num_sms` of "deepep". `fp8_gradients` and
-    `fp8_weight_gradients` are options of the engine "triton_fp8". Raises ConfigError, with one line per
+    `fp8_weight_gradients` are options of the engine "triton_fp8", and `gradient_accumulation_fusion` of "triton". Raises ConfigError, with one line per
     mistake, for an invalid value.
     """
 
@@ -148,6 +148,11 @@ class BackendConfig:
         "whether the products for the gradients of the weights are in FP8, True or False, or None for the default True",
         False,
         default=None,
+    )
+    gradient_accumulation_fusion: bool = _field(
+        "whether backward adds the gradients of the weights to `main_grad` of the parameters, True or False",
+        True,
+        default=False,
     )
     max_tokens_per_rank: _Size | None = _field(
         "the largest number of tokens of any rank, a positive integer, or None to take it from the first forward",

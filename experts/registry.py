@@ -57,6 +57,8 @@ SAVE_TIME_BACKENDS = {
 #: Name of each peer, the expert layer of another library -> its `module:attribute`.
 PEERS = {backend.name: backend.target for backend in catalog.BACKENDS if backend.target is not None}
 
+#: The fields of `BackendConfig` that an entry of the catalog also has.
+_OPTIONS = ("save", "fp8_gradients", "fp8_weight_gradients", "gradient_accumulation_fusion")
 _BUILT_IN = {backend.name: backend for backend in catalog.BACKENDS}
 
 
@@ -151,7 +153,7 @@ def _built_in(described: catalog.BackendEntry) -> Backend:
     if engine is None:
         return _third_party(name, str(described.target))
     if engine.stacked:
-        options = {name: getattr(described, name) for name in ("save", "fp8_gradients", "fp8_weight_gradients")}
+        options = {name: getattr(described, name) for name in _OPTIONS}
         build = functools.partial(_build_grouped, engine.name, described.lora, **options)
         return Backend(name, build, get_engine(engine.name).unsupported, fp8, lora=described.lora)
     build = functools.partial(_build_te, described.te_fp8, described.cached)

@@ -5,6 +5,8 @@ projection's output before the activation, and the permutation. It keeps neither
 output. Backward recomputes the activation while it computes the gradient of the activation's input. It writes the
 recomputed activation and the gradient over the memory that it reads, and frees each buffer at the buffer's last use. If
 `torch.autograd.graph.saved_tensors_hooks` or checkpointing made the saved tensors, backward copies what it overwrites.
+With `Plan.main_grads`, backward adds the gradients of the weights there and returns none of them.
+
 `save` decides about the gathered rows:
 
 - "memory": backward reads the tokens' rows and the rows of the output's gradient in place, or gathers them again each
@@ -20,7 +22,7 @@ after the activation is linear. So the same backward serves both places of the r
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from experts.autocast import without_autocast
-from experts.compute import ExpertParameters
+from experts.compute import ExpertParameters, MainGrads
 from experts.config import MoEConfig, Save
 from experts.steps import Permutation, Steps, steps_on
 
@@ -55,6 +57,9 @@ class Products(NamedTuple):
     #: x [T, D], b [L, D, H], weights [T, K] or None, bias [L, H] or None -> [N, I]: the weighted activation of
     #: `gathered`'s result plus the bias
     activated: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor] | None = None
+    #: a [N, P], b [N, Q], out [L, P, Q] float32, None: add to out what `outer` returns, before it is rounded. With
+    #: "left" or "right", a or b is the tokens [T, …], which are read in place.
+    add_outer: Callable[[Tensor, Tensor, Tensor, Literal["left", "right"] | None], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Plan:
     config: MoEConfig
     products: Products
     save: Save
+    main_grads: MainGrads | None = None  # only if the products have `add_outer`
 
     @property
     def after(self) -> bool:
@@ -146,7 +152,15 @@ class _WholeExperts(Function):
             steps = steps_on(grad_TD.device, grad_TD.dtype)
             h_NH = project_up(tokens, plan.save == "time", parameters[0], plan, steps)
         wanted = Wanted(*ctx.needs_input_grad[:6])
+        if plan.main_grads is not None:  # torch.autograd.grad of other tensors must leave them as they are
+            of_up, of_down = (_runs(node) for node, _ in ctx.next_functions[2:4])
+            wanted = wanted._replace(gate_and_up=of_up, down=of_down)
         return *run_backward(grad_TD, tokens, h_NH, weights_TK, ExpertParameters(*parameters), plan, wanted), None
+
+
+def _runs(node: Any) -> bool:
+    """Return whether the backward pass that is running now also runs a node of the graph."""
+    return node is not None and bool(torch._C._will_engine_execute_node(node))
 
 
 def memory_of(saved: Tensor, made: "weakref.ref[torch.UntypedStorage]") -> torch.UntypedStorage | None:
@@ -201,7 +215,7 @@ def run_backward(
         grad_weights += steps.dot_rows(grad_TD, permutation, None, down_bias)
 
     if kept_ND is not None:
-        grad_down = products.outer(a_NI, kept_ND) if wanted.down else None
+        grad_down = grad_of_down(a_NI, kept_ND, plan, steps, are_rows=True) if wanted.down else None
         kept_ND = a_NI = None
     if wanted.up_bias:
         grad_up_bias = steps.sum_by_expert(grad_h_NH, permutation)
@@ -230,8 +244,17 @@ def with_plain_strides(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if tensor.numel() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def grad_of_up(tokens: Tensor, grad_h_NH: Tensor, plan: Plan, steps: Steps) -> Tensor:
-    """Return the gradient [L, D, H] of the up projection's weights. `tokens` are [T, D], or the rows that were kept."""
+def grad_of_up(tokens: Tensor, grad_h_NH: Tensor, plan: Plan, steps: Steps) -> Tensor | None:
+    """Return the gradient [L, D, H] of the up projection's weights, or None if it was added to the main gradient.
+
+    `tokens` are [T, D], or the rows that were kept.
+    """
+    if plan.main_grads is not None:
+        main_grad = plan.main_grads.gate_and_up_projs
+        assert plan.products.add_outer is not None
+        assert main_grad is not None
+        plan.products.add_outer(tokens, grad_h_NH, main_grad(), None if plan.save == "time" else "left")
+        return None
     if plan.save == "time":
         return plan.products.outer(tokens, grad_h_NH)
     if plan.products.gathered_outer is not None:
@@ -239,8 +262,19 @@ def grad_of_up(tokens: Tensor, grad_h_NH: Tensor, plan: Plan, steps: Steps) -> T
     return plan.products.outer(steps.gather_rows(tokens, plan.permutation), grad_h_NH)
 
 
-def grad_of_down(a_NI: Tensor, grad_TD: Tensor, plan: Plan, steps: Steps) -> Tensor:
-    """Return the gradient [L, I, D] of the down projection's weights, from the output's gradient [T, D]."""
+def grad_of_down(a_NI: Tensor, grad: Tensor, plan: Plan, steps: Steps, are_rows: bool = False) -> Tensor | None:
+    """Return the gradient [L, I, D] of the down projection's weights, or None if it was added to the main gradient.
+
+    `grad` is the output's gradient [T, D] or, with `are_rows`, its rows [N, D].
+    """
+    if plan.main_grads is not None:
+        main_grad = plan.main_grads.down_projs
+        assert plan.products.add_outer is not None
+        assert main_grad is not None
+        plan.products.add_outer(a_NI, grad, main_grad(), None if are_rows else "right")
+        return None
+    if are_rows:
+        return plan.products.outer(a_NI, grad)
     if plan.products.outer_gathered is not None:
-        return plan.products.outer_gathered(a_NI, grad_TD)
-    return plan.products.outer(a_NI, steps.gather_rows(grad_TD, plan.permutation))
+        return plan.products.outer_gathered(a_NI, grad)
+    return plan.products.outer(a_NI, steps.gather_rows(grad, plan.permutation))

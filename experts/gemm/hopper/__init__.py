@@ -7,7 +7,8 @@ in this way for Hopper, so the kernels are written in Gluon, the language below 
 Importing this package imports Gluon.
 """
 
+from experts.gemm.hopper.accumulation import add_outer
 from experts.gemm.hopper.gradients import outer
 from experts.gemm.hopper.rows import activated_product, product
 
-__all__ = ["activated_product", "outer", "product"]
+__all__ = ["activated_product", "add_outer", "outer", "product"]
