@@ -127,8 +127,8 @@ class BackendConfig:
     In `experts` and `dispatcher`, None means the default of the layer's class. "torch" is another name of the engine
     "loop" and of the dispatcher "allgather". `max_tokens_per_rank` and `capacity_factor` are options of the dispatcher
     "symm_mem", `equal_tokens` of "allgather" and `num_sms` of "deepep". `fp8_gradients` and
-    `fp8_weight_gradients` are options of the engine "triton_fp8", and `gradient_accumulation_fusion` of "triton". Raises ConfigError, with one line per
-    mistake, for an invalid value.
+    `fp8_weight_gradients` are options of the engine "triton_fp8", and `gradient_accumulation_fusion` is one of
+    "triton". Raises ConfigError, with one line per mistake, for an invalid value.
     """
 
     experts: Engine | None = _field("the name of an engine, or None for the module's default", "loop", default=None)

@@ -1,8 +1,8 @@
 """Add the gradients of weights to main gradients: float32 gradients that are there already, one a parameter.
 
-Training adds up the gradients of micro-batches in float32. If backward adds each one itself, no other pass reads it. The
-interface is that of Megatron-LM's `gradient_accumulation_fusion` and of Transformer Engine's `fuse_wgrad_accumulation`:
-the attribute `main_grad` of a parameter holds its main gradient.
+Training adds up the gradients of micro-batches in float32. If backward adds each gradient itself, no other pass has to
+read it. The interface is that of Megatron-LM's `gradient_accumulation_fusion` and of Transformer Engine's
+`fuse_wgrad_accumulation`: the attribute `main_grad` of a parameter holds its main gradient.
 """
 
 import functools
@@ -67,11 +67,12 @@ class _AddsToMainGrad(Function):
     The gradient that comes back is None. So the weight's `.grad` stays as it is, and no memory is needed for it.
     Optimizers and hooks that read `.grad` must read `main_grad`.
 
-    Megatron-LM's data parallelism is the exception. Its hook on a parameter must run, in the thread of the device's
-    backward, to start the reduction of the main gradients. A gradient that is None does not make it run there. The hook
-    drops `.grad` unread if the attribute `grad_added_to_main_grad` is True. So where Megatron has given a parameter
-    this attribute, the weight gets a gradient of uninitialised memory, as from Transformer Engine, and the attribute
-    becomes True. With Megatron's attribute `zero_out_wgrad`, the hook reads the gradient, which is zeros then.
+    Megatron-LM's data parallelism is the exception. It starts to reduce a main gradient in a hook, which runs when
+    autograd has the parameter's `.grad`. The hook asserts that `.grad` is not None, because for None autograd runs it
+    in another thread than the rest of backward. The hook drops `.grad` without reading it, if the parameter's attribute
+    `grad_added_to_main_grad` is True. So where Megatron has given a parameter this attribute, it becomes True, and the
+    weight gets a gradient of uninitialised memory, as Transformer Engine's weights do. With Megatron's attribute
+    `zero_out_wgrad`, the hook does read the gradient, and then it is zeros.
     """
 
     @staticmethod

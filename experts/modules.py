@@ -48,8 +48,8 @@ class GroupedExperts(ExpertLayer):
 
     With `gradient_accumulation_fusion`, the parameters `gate_and_up_projs` and `down_projs` must have an attribute
     `main_grad` in each forward with gradients, if they require gradients: a contiguous float32 tensor of this rank's
-    part. Set it after `init_token_dispatcher`. Backward adds to it and leaves `.grad` as it is; `experts.main_grads` has
-    the exception. Biases get their gradients as without it.
+    part. Set it after `init_token_dispatcher`. Backward adds to it and leaves `.grad` as it is. `experts.main_grads`
+    describes the one exception. Biases get their gradients as without it.
     """
 
     default_engine = "loop"

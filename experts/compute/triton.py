@@ -99,4 +99,6 @@ def _products(permutation: Permutation) -> Products:
     return grouped_mm.products(permutation.offsets_L)  # Triton's do more than multiply
 
 
-ENGINE = Engine(compute, unsupported, saves=True, adapts=True, accumulates=True, products=_products, own_products=products)
+ENGINE = Engine(
+    compute, unsupported, saves=True, adapts=True, accumulates=True, products=_products, own_products=products
+)

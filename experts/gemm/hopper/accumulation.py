@@ -1,4 +1,4 @@
-"""Add the gradients of the weights to float32 gradients: aᵀ·b of each expert's rows; see `experts.gemm.hopper.gradients`.
+"""Add the gradients of the weights to float32 gradients, with the loading warps of `experts.gemm.hopper.gradients`.
 
 The TMA adds a tile to the gradient: it copies the sums out of shared memory, and the L2 cache adds them. So no program
 reads the gradient. A tile in float32 does not fit into shared memory beside the operands, and its registers are needed
