@@ -50,6 +50,8 @@ def missing(answer: Answer, gpu: str | None) -> list[str]:
         key=lambda one: min(map(_GROUPS.index, one.groups), default=len(_GROUPS)),
     )
     fitting = [one for one in ranked if answer.asked.mode == "train" or one.save is None]
+    if answer.asked.surroundings.num_micro_batches == 1:
+        fitting = [one for one in fitting if not one.gradient_accumulation_fusion]
     return [one.name for one in fitting if one.name not in known]
 
 

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from experts import BackendConfig, ConfigError, GroupedExperts, GroupedExpertsLoRA, GroupedExpertsTE
@@ -273,6 +272,8 @@ def test_the_main_gradient_of_a_sharded_weight_is_this_ranks_part() -> None:
 @in_interpreter
 @pytest.mark.usefixtures("one_rank")
 def test_weights_that_fsdp_shards_are_refused() -> None:
+    from torch.distributed.fsdp import fully_shard
+
     made, _ = fused()
     fully_shard(made, mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(ConfigError, match=r"gate_and_up_projs has no main_grad.* FSDP2 shards cannot have one$"):
