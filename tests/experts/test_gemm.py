@@ -67,7 +67,7 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
             ["test_gemm.py", "test_main_grads.py"],
             "cpu or main_grads",
             # products with small tiles, activated ones of one plan with all their operands, and main gradients
-            "cpu and (float16 and (16x16 or bias-swiglu-before or kernel_adds) or backward_adds and memory) or megatron",
+            "cpu and (float16 and (16x16 or bias-swiglu-before or kernel_adds) or adds_to and memory) or megatron",
         ),
         (
             ["test_corners.py", "test_engines.py", "test_compiled.py", "test_lora.py"],
