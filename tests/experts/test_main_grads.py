@@ -286,6 +286,7 @@ def test_weights_that_fsdp_shards_are_refused() -> None:
     [
         (lambda grad: None, r"down_projs has no main_grad, .* torch.float32 tensor \[5, 16, 24\] on cpu"),
         (lambda grad: grad.to(BF16), r"main_grad is torch.bfloat16 \[5, 16, 24\] on cpu; it must be a contiguous"),
+        (lambda grad: grad.to("meta"), r"main_grad is torch.float32 \[5, 16, 24\] on meta; it must be"),
         (lambda grad: grad[:4], r"main_grad is torch.float32 \[4, 16, 24\] on cpu; it must be"),
         (lambda grad: grad.mT.contiguous().mT, r"main_grad is torch.float32 \[5, 16, 24\] on cpu, not contiguous; it"),
     ],

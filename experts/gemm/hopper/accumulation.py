@@ -4,7 +4,7 @@ The TMA adds a tile to the gradient: it copies the sums out of shared memory, an
 reads the gradient. A tile in float32 does not fit into shared memory beside the operands, and its registers are needed
 for the next tile. So the multiplying warps hand a tile over in four parts, through two buffers, before they go on.
 A tile without rows is left out. Each number of the gradient gets one addition from a call, so calls add up in the same
-way each time. As all additions in the L2 cache, they take a subnormal number as zero.
+way each time. NVIDIA's documentation of PTX says that these additions take a subnormal number as zero.
 """
 
 import torch
