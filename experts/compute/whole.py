@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from experts.autocast import without_autocast
 from experts.compute import ExpertParameters, MainGrads
+from experts.compute.weight_grads import grad_of_down, grad_of_up
 from experts.config import MoEConfig, Save
 from experts.steps import Permutation, Steps, steps_on
 
@@ -242,39 +243,3 @@ def project_up(tokens: Tensor, are_rows: bool, gate_and_up: Tensor, plan: Plan, 
 def with_plain_strides(tensor: Tensor) -> Tensor:
     """Return the values with the strides of a new tensor. `contiguous` leaves those of an empty tensor."""
     return tensor.contiguous() if tensor.numel() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def grad_of_up(tokens: Tensor, grad_h_NH: Tensor, plan: Plan, steps: Steps) -> Tensor | None:
-    """Return the gradient [L, D, H] of the up projection's weights, or None if it was added to the main gradient.
-
-    `tokens` are [T, D], or the rows that were kept.
-    """
-    if plan.main_grads is not None:
-        main_grad = plan.main_grads.gate_and_up_projs
-        assert plan.products.add_outer is not None
-        assert main_grad is not None
-        plan.products.add_outer(tokens, grad_h_NH, main_grad(), None if plan.save == "time" else "left")
-        return None
-    if plan.save == "time":
-        return plan.products.outer(tokens, grad_h_NH)
-    if plan.products.gathered_outer is not None:
-        return plan.products.gathered_outer(tokens, grad_h_NH)
-    return plan.products.outer(steps.gather_rows(tokens, plan.permutation), grad_h_NH)
-
-
-def grad_of_down(a_NI: Tensor, grad: Tensor, plan: Plan, steps: Steps, are_rows: bool = False) -> Tensor | None:
-    """Return the gradient [L, I, D] of the down projection's weights, or None if it was added to the main gradient.
-
-    `grad` is the output's gradient [T, D] or, with `are_rows`, its rows [N, D].
-    """
-    if plan.main_grads is not None:
-        main_grad = plan.main_grads.down_projs
-        assert plan.products.add_outer is not None
-        assert main_grad is not None
-        plan.products.add_outer(a_NI, grad, main_grad(), None if are_rows else "right")
-        return None
-    if are_rows:
-        return plan.products.outer(a_NI, grad)
-    if plan.products.outer_gathered is not None:
-        return plan.products.outer_gathered(a_NI, grad)
-    return plan.products.outer(a_NI, steps.gather_rows(grad, plan.permutation))
