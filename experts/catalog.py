@@ -18,7 +18,9 @@ OwnFp8Recipe = Literal["block_float32", "block_float32_e5m2", "block_float32_16b
 Fp8Gradients = Literal["e4m3", "e5m2"]
 Save = Literal["memory", "time"]
 #: Names of groups of backends. A sweep names a group as "@bf16".
-Group = Literal["bf16", "cpu", "save_time", "fp8", "own_fp8", "cached", "mxfp8", "lora", "peers", "ep_peers"]
+Group = Literal[
+    "bf16", "cpu", "save_time", "main_grad", "fp8", "own_fp8", "cached", "mxfp8", "lora", "peers", "ep_peers"
+]
 Collective = Literal["all_gather", "all_to_all"]
 
 #: Installed packages name further backends under this group of entry points.
@@ -107,6 +109,7 @@ class BackendEntry:
     fp8_gradients: Fp8Gradients | None = None
     fp8_weight_gradients: bool | None = None
     fp8_rows: bool | None = None
+    gradient_accumulation_fusion: bool = False
     cached: bool = False
     target: str | None = None
     library: str | None = None
@@ -163,6 +166,7 @@ BACKENDS = (
     BackendEntry("torch_mm", _TORCH_MM, ("bf16", "cpu")),
     BackendEntry("torch_mm_mxfp8", _TORCH_MM_MXFP8, ("mxfp8",), fp8="mxfp8", capability=(10, 0)),
     BackendEntry("triton", _TRITON, ("bf16",), capability=(8, 0)),
+    BackendEntry("triton_main_grad", _TRITON, ("main_grad",), gradient_accumulation_fusion=True, capability=(8, 0)),
     BackendEntry("triton_fp8", _TRITON_FP8, ("fp8", "own_fp8"), fp8="block_float32", cached=True, capability=(8, 9)),
     BackendEntry(
         "triton_fp8_e5m2",

@@ -128,7 +128,8 @@ class BackendConfig:
     "loop" and of the dispatcher "allgather". `max_tokens_per_rank` and `capacity_factor` are options of the dispatcher
     "symm_mem", `equal_tokens` of "allgather" and `num_sms` of "deepep". `fp8_gradients` and
     `fp8_weight_gradients` are options of the engine "triton_fp8", and `fp8_rows` of this engine with the dispatcher
-    "symm_mem" or "deepep". Raises ConfigError, with one line per mistake, for an invalid value.
+    "symm_mem" or "deepep". `gradient_accumulation_fusion` is an option of "triton". Raises ConfigError, with one line
+    per mistake, for an invalid value.
     """
 
     experts: Engine | None = _field("the name of an engine, or None for the module's default", "loop", default=None)
@@ -153,6 +154,11 @@ class BackendConfig:
         "whether rows travel to the ranks of their experts in FP8, True or False, or None for the default False",
         True,
         default=None,
+    )
+    gradient_accumulation_fusion: bool = _field(
+        "whether backward adds the gradients of the weights to `main_grad` of the parameters, True or False",
+        True,
+        default=False,
     )
     max_tokens_per_rank: _Size | None = _field(
         "the largest number of tokens of any rank, a positive integer, or None to take it from the first forward",

@@ -59,7 +59,7 @@ def join_backward(tensor: Tensor) -> Tensor:
 @functools.cache
 def uncompiled_forward() -> Callable[..., Tensor]:
     """Return `ExpertLayer.forward` so that torch's compiler runs it as it is. The first call imports the compiler."""
-    reason = "the ranks of an expert layer exchange tokens, or the layer keeps weights in FP8"
+    reason = "ranks exchange tokens, or the layer keeps weights in FP8, or it adds to main gradients"
     hidden: Callable[..., Tensor] = torch.compiler.disable(ExpertLayer.forward, reason=reason)
     return hidden
 

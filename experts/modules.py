@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from experts import compiled
+from experts import compiled, main_grads
 from experts.adopt import backend_config, moe_config
 from experts.compute import PARAMETER_NAMES, ExpertParameters
 from experts.config import BackendConfig, MoEConfig, is_gated_activation
@@ -43,8 +43,13 @@ class GroupedExperts(ExpertLayer):
     Both configurations may be of other classes with the same fields, such as NeMo AutoModel's (`experts.adopt`).
 
     Raises ConfigError for the engine "te" and for an FP8 recipe, because these need `GroupedExpertsTE`. Raises
-    ConfigError for `save` if the engine cannot choose what it keeps for backward, and for an option of another
-    dispatcher.
+    ConfigError for `save` if the engine cannot choose what it keeps for backward, for `gradient_accumulation_fusion` if
+    the engine does not add to main gradients, and for an option of another dispatcher.
+
+    With `gradient_accumulation_fusion`, the parameters `gate_and_up_projs` and `down_projs` must have an attribute
+    `main_grad` in each forward with gradients, if they require gradients: a contiguous float32 tensor of this rank's
+    part. Set it after `init_token_dispatcher`. Backward adds to it and leaves `.grad` as it is. `experts.main_grads`
+    describes the one exception. Biases get their gradients as without it.
     """
 
     default_engine = "loop"
@@ -67,7 +72,7 @@ class GroupedExperts(ExpertLayer):
         if backend.save is not None and not self.engine.saves:
             raise ConfigError(
                 f"save = {backend.save!r}: the engine {self.engine_name} cannot choose what it keeps for backward; use "
-                f"one of {', '.join(_engines_that_save())}, or leave save out"
+                f"one of {', '.join(_engines_that('saves'))}, or leave save out"
             )
         self.engine_options: dict[str, Any] = {} if backend.save is None else {"save": backend.save}
         for option in ("fp8_gradients", "fp8_weight_gradients", "fp8_rows"):
@@ -79,6 +84,12 @@ class GroupedExperts(ExpertLayer):
                 )
             if value is not None and option != "fp8_rows":  # an option of the dispatcher
                 self.engine_options[option] = value
+        self.gradient_accumulation_fusion = backend.gradient_accumulation_fusion
+        if self.gradient_accumulation_fusion and not self.engine.accumulates:
+            raise ConfigError(
+                f"gradient_accumulation_fusion = True: the engine {self.engine_name} does not add to main gradients; "
+                f"use {' or '.join(_engines_that('accumulates'))}, or leave gradient_accumulation_fusion out"
+            )
         self.weight_cache = WeightCache() if self.engine.fp8 else None
         self._described_config = compiled.described(config)
         shapes = parameter_shapes(config)
@@ -95,8 +106,8 @@ class GroupedExperts(ExpertLayer):
         """
         if self.ep_mesh is None and is_dtensor(self.down_projs):
             self.init_token_dispatcher(self.down_projs.device_mesh)
-        if torch.compiler.is_compiling() and self.engine.fp8:
-            # the operators of compiled layers know neither the kept weights nor the options of FP8
+        if torch.compiler.is_compiling() and (self.engine.fp8 or self.gradient_accumulation_fusion):
+            # the operators of compiled layers know neither what FP8 needs nor main gradients
             output: Tensor = uncompiled_forward()(self, x, token_mask, weights, indices)
             return output
         return super().forward(x, token_mask, weights, indices)
@@ -118,9 +129,11 @@ class GroupedExperts(ExpertLayer):
                 save=self.engine_options.get("save"),
                 keep=self.engine.own_products is not None,
             )
-        options = (
-            self.engine_options if self.weight_cache is None else self.engine_options | {"cache": self.weight_cache}
-        )
+        options = dict(self.engine_options)
+        if self.weight_cache is not None:
+            options["cache"] = self.weight_cache
+        if self.gradient_accumulation_fusion and torch.is_grad_enabled():
+            parameters, options["main_grads"] = main_grads.with_main_grads(self, parameters)
         return self.engine.compute(
             x_RD, weights_RK, indices_RK, parameters, self.config, self.first_local_expert, **options
         )
@@ -179,8 +192,15 @@ class GroupedExperts(ExpertLayer):
         return parameters
 
     def stacked_grads(self) -> dict[str, Tensor]:
-        """Return the gradients of this rank's parameters by name. A parameter without a gradient has no entry."""
-        return {name: as_local(p.grad) for name, p in self.named_parameters() if p.grad is not None}
+        """Return the gradients of this rank's parameters by name. A parameter without a gradient has no entry.
+
+        With `gradient_accumulation_fusion`, those of the weights are their main gradients.
+        """
+        found = {name: as_local(p.grad) for name, p in self.named_parameters() if p.grad is not None}
+        if self.gradient_accumulation_fusion:
+            of_weights = {name: main_grads.main_grad(getattr(self, name)) for name in main_grads.NAMES}
+            found |= {name: grad for name, grad in of_weights.items() if grad is not None}
+        return found
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device, init_std: float = 0.02) -> None:
@@ -228,8 +248,9 @@ class GroupedExperts(ExpertLayer):
         self._quantise_again()
 
 
-def _engines_that_save() -> list[str]:
-    return [name for name in engine_names() if get_engine(name).saves]
+def _engines_that(do: str) -> list[str]:
+    """Return the names of the engines whose attribute `do` is true."""
+    return [name for name in engine_names() if getattr(get_engine(name), do)]
 
 
 def _take_local_share(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -57,6 +57,8 @@ SAVE_TIME_BACKENDS = {
 #: Name of each peer, the expert layer of another library -> its `module:attribute`.
 PEERS = {backend.name: backend.target for backend in catalog.BACKENDS if backend.target is not None}
 
+#: The fields of `BackendConfig` that an entry of the catalog also has.
+_OPTIONS = ("save", "fp8_gradients", "fp8_weight_gradients", "fp8_rows", "gradient_accumulation_fusion")
 _BUILT_IN = {backend.name: backend for backend in catalog.BACKENDS}
 
 
@@ -151,8 +153,7 @@ def _built_in(described: catalog.BackendEntry) -> Backend:
     if engine is None:
         return _third_party(name, str(described.target))
     if engine.stacked:
-        names = ("save", "fp8_gradients", "fp8_weight_gradients", "fp8_rows")
-        options = {name: getattr(described, name) for name in names}
+        options = {name: getattr(described, name) for name in _OPTIONS}
         build = functools.partial(_build_grouped, engine.name, described.lora, **options)
         takers = tuple(one.name for one in catalog.DISPATCHERS if "fp8_rows" in one.options)
         return Backend(

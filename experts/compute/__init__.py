@@ -57,12 +57,24 @@ class Adapters(NamedTuple):
         return Adapters(self.scale, *(tensor.to(dtype) for tensor in self.tensors))
 
 
+class MainGrads(NamedTuple):
+    """Functions that return the main gradients of the weights, to which backward adds in float32.
+
+    Backward calls a function if it computes the weight's gradient. The function returns a contiguous float32 tensor of
+    the weight's shape. It is None for a weight that requires no gradient.
+    """
+
+    gate_and_up_projs: Callable[[], Tensor] | None
+    down_projs: Callable[[], Tensor] | None
+
+
 #: (x [T, D], weights [T, K], indices [T, K], parameters, config, first local expert) -> [T, D] in x's dtype: for each
 #: token, the weighted sum of the outputs of the local experts that the token chose. Choices of other ranks' experts and
 #: of −1 contribute nothing. An engine with `saves` also takes `save=`, the value of `BackendConfig.save`. An engine
 #: with `adapts` also takes `adapters=`, the adapters of the local experts; the parameters then get no gradients. An
 #: engine with `fp8` also takes `cache=`, an `experts.fp8.cache.WeightCache`, and the values of
-#: `fp8_gradients` and `fp8_weight_gradients` of `BackendConfig`.
+#: `fp8_gradients` and `fp8_weight_gradients` of `BackendConfig`. An engine with `accumulates` also takes `main_grads=`,
+#: a `MainGrads`; backward then returns no gradient of a weight, but adds it there.
 Compute = Callable[..., Tensor]
 
 
@@ -81,6 +93,8 @@ class Engine:
 
     `fp8` is true if the engine quantises the weights to FP8, so that the layer can keep them from call to call.
 
+    `accumulates` is true if backward can add the gradients of the weights to main gradients.
+
     `products` takes rows sorted by expert (a `Permutation`) and returns a library's grouped matrix products over these
     rows. moebench compares the engine's time with the time of these products. `products` is None if moebench has
     nothing to compare the engine's time with.
@@ -95,5 +109,6 @@ class Engine:
     saves: bool = False
     adapts: bool = False
     fp8: bool = False
+    accumulates: bool = False
     products: "Callable[[Permutation], Products] | None" = None
     own_products: "Callable[[Permutation, MoEConfig], Products] | None" = None

@@ -23,14 +23,8 @@ from torch.nn.functional import pad
 
 from experts.autocast import without_autocast
 from experts.compute import Adapters, ExpertParameters
-from experts.compute.whole import (
-    Plan,
-    grad_of_down,
-    grad_of_up,
-    memory_of,
-    project_up,
-    with_plain_strides,
-)
+from experts.compute.weight_grads import grad_of_down, grad_of_up
+from experts.compute.whole import Plan, memory_of, project_up, with_plain_strides
 from experts.steps import Steps, steps_on
 
 #: The products take rows of a multiple of this many bytes.

@@ -4,14 +4,15 @@ This is the engine `triton`. The host does not wait for the device. The up proje
 gradients, the up projection's kernel writes only the weighted activation. With gradients, it writes its output before
 the activation, which backward needs. On Hopper GPUs it writes both, and the kernel of the down projection's backward
 also computes the gradient of SwiGLU. There, backward reads the rows of the gradients of the weights in place. On other
-GPUs, torch's grouped_mm computes these gradients from gathered copies.
+GPUs, torch's grouped_mm computes these gradients from gathered copies. With main gradients, this package's kernels add
+to them on every GPU.
 """
 
 import torch
 from torch import Tensor
 
 from experts import catalog
-from experts.compute import Adapters, Engine, ExpertParameters, grouped_mm
+from experts.compute import Adapters, Engine, ExpertParameters, MainGrads, grouped_mm
 from experts.compute.adapted import adapted_experts
 from experts.compute.whole import Plan, Products, whole_experts
 from experts.config import MoEConfig, Save, dtype_name
@@ -32,10 +33,11 @@ def compute(
     first: int,
     save: Save = "memory",
     adapters: Adapters | None = None,
+    main_grads: MainGrads | None = None,
 ) -> Tensor:
     """Return the local experts' sum [T, D]; see `Compute`."""
     permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
-    plan = Plan(permutation, config, products(permutation, config), save)
+    plan = Plan(permutation, config, products(permutation, config), save, main_grads)
     if adapters is not None:
         return adapted_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), adapters.to(x_TD.dtype), plan)
     return whole_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), plan)
@@ -67,6 +69,7 @@ def products(permutation: Permutation, config: MoEConfig) -> Products:
         activated=lambda x_TD, b_LDH, weights_TK, bias_LH: gemm.activated_product(
             x_TD, b_LDH, *rows, weights_TK, bias_LH, config
         ),
+        add_outer=lambda a, b, out_LPQ, gathered: gemm.add_outer(a, b, out_LPQ, permutation, gathered),
     )
 
 
@@ -103,4 +106,6 @@ def _products(permutation: Permutation) -> Products:
     return grouped_mm.products(permutation.offsets_L)  # Triton's do more than multiply
 
 
-ENGINE = Engine(compute, unsupported, saves=True, adapts=True, products=_products, own_products=products)
+ENGINE = Engine(
+    compute, unsupported, saves=True, adapts=True, accumulates=True, products=_products, own_products=products
+)

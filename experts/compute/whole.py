@@ -6,6 +6,8 @@ output. Backward recomputes the activation while it computes the gradient of the
 the memory that it reads, or the activation into memory that was not taken before, and frees each buffer at the buffer's
 last use. If
 `torch.autograd.graph.saved_tensors_hooks` or checkpointing made the saved tensors, backward copies what it overwrites.
+With `Plan.main_grads`, backward adds the gradients of the weights there and returns none of them.
+
 `save` decides about the gathered rows:
 
 - "memory": backward reads the tokens' rows and the rows of the output's gradient in place, or gathers them again each
@@ -21,7 +23,7 @@ after the activation is linear. So the same backward serves both places of the r
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +31,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from experts.autocast import without_autocast
-from experts.compute import ExpertParameters
+from experts.compute import ExpertParameters, MainGrads
+from experts.compute.weight_grads import grad_of_down, grad_of_up
 from experts.config import MoEConfig, Save
 from experts.steps import Permutation, Steps, steps_on
 
@@ -66,6 +69,9 @@ class Products(NamedTuple):
     activated_back: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor] | None] | None = (
         None
     )
+    #: a [N, P], b [N, Q], out [L, P, Q] float32, None: add to out what `outer` returns, before it is rounded. With
+    #: "left" or "right", a or b is the tokens [T, …], which are read in place.
+    add_outer: Callable[[Tensor, Tensor, Tensor, Literal["left", "right"] | None], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Plan:
     config: MoEConfig
     products: Products
     save: Save
+    main_grads: MainGrads | None = None  # only if the products have `add_outer`
 
     @property
     def after(self) -> bool:
@@ -161,7 +168,15 @@ class _WholeExperts(Function):
             steps = steps_on(grad_TD.device, grad_TD.dtype)
             h_NH = project_up(tokens, plan.save == "time", parameters[0], plan, steps)
         wanted = Wanted(*ctx.needs_input_grad[:6])
+        if plan.main_grads is not None:  # torch.autograd.grad of other tensors must leave them as they are
+            of_up, of_down = (_runs(node) for node, _ in ctx.next_functions[2:4])
+            wanted = wanted._replace(gate_and_up=of_up, down=of_down)
         return *run_backward(grad_TD, tokens, h_NH, weights_TK, ExpertParameters(*parameters), plan, wanted), None
+
+
+def _runs(node: Any) -> bool:
+    """Return whether the backward pass that is running now also runs a node of the graph."""
+    return node is not None and bool(torch._C._will_engine_execute_node(node))
 
 
 def memory_of(saved: Tensor, made: "weakref.ref[torch.UntypedStorage]") -> torch.UntypedStorage | None:
@@ -224,7 +239,7 @@ def run_backward(
         grad_weights += steps.dot_rows(grad_TD, permutation, None, down_bias)
 
     if kept_ND is not None:
-        grad_down = products.outer(a_NI, kept_ND) if wanted.down else None
+        grad_down = grad_of_down(a_NI, kept_ND, plan, steps, are_rows=True) if wanted.down else None
         kept_ND = a_NI = None
     if wanted.up_bias:
         grad_up_bias = steps.sum_by_expert(grad_h_NH, permutation)
@@ -251,19 +266,3 @@ def project_up(tokens: Tensor, are_rows: bool, gate_and_up: Tensor, plan: Plan, 
 def with_plain_strides(tensor: Tensor) -> Tensor:
     """Return the values with the strides of a new tensor. `contiguous` leaves those of an empty tensor."""
     return tensor.contiguous() if tensor.numel() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def grad_of_up(tokens: Tensor, grad_h_NH: Tensor, plan: Plan, steps: Steps) -> Tensor:
-    """Return the gradient [L, D, H] of the up projection's weights. `tokens` are [T, D], or the rows that were kept."""
-    if plan.save == "time":
-        return plan.products.outer(tokens, grad_h_NH)
-    if plan.products.gathered_outer is not None:
-        return plan.products.gathered_outer(tokens, grad_h_NH)
-    return plan.products.outer(steps.gather_rows(tokens, plan.permutation), grad_h_NH)
-
-
-def grad_of_down(a_NI: Tensor, grad_TD: Tensor, plan: Plan, steps: Steps) -> Tensor:
-    """Return the gradient [L, I, D] of the down projection's weights, from the output's gradient [T, D]."""
-    if plan.products.outer_gathered is not None:
-        return plan.products.outer_gathered(a_NI, grad_TD)
-    return plan.products.outer(a_NI, steps.gather_rows(grad_TD, plan.permutation))

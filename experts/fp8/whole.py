@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from experts.activations import activation_form
 from experts.autocast import without_autocast
 from experts.compute import ExpertParameters
-from experts.compute.whole import Plan, Wanted, grad_of_down, grad_of_up, memory_of, with_plain_strides
+from experts.compute.weight_grads import grad_of_down, grad_of_up
+from experts.compute.whole import Plan, Wanted, memory_of, with_plain_strides
 from experts.fp8 import activation, gradients, products, quantise
 from experts.fp8.blocks import E4M3, Rows, up_halves
 from experts.fp8.cache import Weights

@@ -1,8 +1,10 @@
 """Multiply rows by their experts' matrices in Triton. The GEMM can gather its rows and apply the weighted activation.
 
-On Hopper GPUs, the package also computes the gradients of the weights. Importing this package imports triton.
+The package also adds gradients of the weights to float32 gradients, and on Hopper GPUs it computes these gradients.
+Importing this package imports triton.
 """
 
+from experts.gemm.accumulation import add_outer
 from experts.gemm.gradients import gathered_outer, outer, outer_gathered, runs_on_hopper
 from experts.gemm.products import (
     activated_back,
@@ -17,6 +19,7 @@ from experts.gemm.products import (
 __all__ = [
     "activated_back",
     "activated_product",
+    "add_outer",
     "gathered_outer",
     "gathered_product",
     "gathered_product_back",

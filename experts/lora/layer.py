@@ -43,7 +43,8 @@ class GroupedExpertsLoRA(GroupedExperts):
     every choice of a token, and the adapters could not be merged.
 
     Raises ConfigError for a rank that is not a positive integer, for an alpha that is not positive and finite, for an
-    engine that does not compute with adapters, and for `save`: the layer keeps what "memory" keeps.
+    engine that does not compute with adapters, for `gradient_accumulation_fusion`, and for `save`: the layer keeps what
+    "memory" keeps.
     """
 
     #: The rank and alpha of a layer that is built without them.
@@ -196,6 +197,11 @@ class GroupedExpertsLoRA(GroupedExperts):
         if self.engine_options:
             options = ", ".join(f"{name} = {value!r}" for name, value in self.engine_options.items())
             raise ConfigError(f"{options}: a layer with adapters keeps what save = 'memory' keeps; leave save out")
+        if self.gradient_accumulation_fusion:
+            raise ConfigError(
+                "gradient_accumulation_fusion = True: the weights beside adapters are frozen, and adapters get their "
+                "gradients as .grad; leave gradient_accumulation_fusion out"
+            )
 
 
 def _show_unmerged(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -33,7 +33,7 @@ class GroupedExpertsTE(ExpertLayer):
     dict holds the stacked parameters.
 
     Raises Unsupported if Transformer Engine does not import. Raises ConfigError if `backend` names another engine, or
-    sets `save` or `fp8_rows`.
+    sets `save`, `fp8_rows` or `gradient_accumulation_fusion`.
     """
 
     #: True: the library frees what forward saved in the first backward, also with retain_graph. So `moebench parity`
@@ -58,6 +58,11 @@ class GroupedExpertsTE(ExpertLayer):
             raise ConfigError(f"save = {backend.save!r}: te cannot choose what it keeps for backward; leave save out")
         if backend.fp8_rows is not None:
             raise ConfigError(f"fp8_rows = {backend.fp8_rows}: te does not take rows in FP8; leave fp8_rows out")
+        if backend.gradient_accumulation_fusion:
+            raise ConfigError(
+                "gradient_accumulation_fusion = True: GroupedExpertsTE does not add to main gradients; use the engine "
+                "triton, or leave gradient_accumulation_fusion out"
+            )
         missing = library.not_installed()
         if missing is not None:
             raise missing

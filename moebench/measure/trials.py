@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from experts import Unsupported
 from moebench.measure.cache import Workload
+from moebench.measure.context.layer import NO_MAIN_GRADS, adds_to_main_grads
 from moebench.measure.protocol import told
 from moebench.measure.subject import Measured, reason_of
 from moebench.parity.adapters import lora_of
@@ -154,6 +155,8 @@ class Trier:
             # a dispatcher that reserves rows would take their number from the first call, and later calls may have more
             room = {"max_tokens_per_rank": most_tokens(trial)} if reserves_rows(self.dispatcher or "") else {}
             layer = self.backend.build(config, self.dispatcher, **room)
+        if adds_to_main_grads(layer):
+            raise Unsupported(NO_MAIN_GRADS)
         layer.to(self.workload.device)
         if ranks.mesh is not None:
             spread: Callable[[DeviceMesh], None] = layer.init_token_dispatcher  # type: ignore[assignment]

@@ -24,7 +24,7 @@ MOST_MINUTES = 10_000.0
 #: No job starts after this share of the time, and no job may take longer than the rest of it.
 _STARTS = 2 / 3
 #: The groups of backends, those first that tend to be fast. A backend comes with its first group.
-_GROUPS = ("bf16", "save_time", "cpu", "fp8", "own_fp8", "mxfp8", "cached", "peers", "ep_peers")
+_GROUPS = ("bf16", "main_grad", "save_time", "cpu", "fp8", "own_fp8", "mxfp8", "cached", "peers", "ep_peers")
 
 
 def gpu_here() -> str | None:
@@ -50,6 +50,8 @@ def missing(answer: Answer, gpu: str | None) -> list[str]:
         key=lambda one: min(map(_GROUPS.index, one.groups), default=len(_GROUPS)),
     )
     fitting = [one for one in ranked if answer.asked.mode == "train" or one.save is None]
+    if answer.asked.surroundings.num_micro_batches == 1:
+        fitting = [one for one in fitting if not one.gradient_accumulation_fusion]
     return [one.name for one in fitting if one.name not in known]
 
 

@@ -44,6 +44,7 @@ def test_defaults_are_those_of_nemo_automodel() -> None:
         "fp8_gradients": None,
         "fp8_weight_gradients": None,
         "fp8_rows": None,
+        "gradient_accumulation_fusion": False,
         "max_tokens_per_rank": None,
         "capacity_factor": None,
         "equal_tokens": None,

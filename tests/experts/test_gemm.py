@@ -64,10 +64,10 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
     ("files", "whole", "part"),
     [
         (
-            ["test_gemm.py"],
-            "cpu",
-            # products with small tiles, and activated ones of one plan with all their operands
-            "cpu and float16 and (16x16 or bias-swiglu-before)",
+            ["test_gemm.py", "test_main_grads.py"],
+            "cpu or main_grads",
+            # products with small tiles, activated ones of one plan with all their operands, and main gradients
+            "cpu and (float16 and (16x16 or bias-swiglu-before or kernel_adds) or adds_to and memory) or megatron",
         ),
         (
             ["test_corners.py", "test_engines.py", "test_compiled.py", "test_lora.py"],

@@ -18,6 +18,7 @@ BUILT_IN = (
     "torch_mm",
     "torch_mm_mxfp8",
     "triton",
+    "triton_main_grad",
     "triton_fp8",
     "triton_fp8_e5m2",
     "triton_fp8_16bit_dw",

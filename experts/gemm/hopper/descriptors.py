@@ -17,17 +17,17 @@ _UNLIMITED = 2**31 - 2**16
 #: The stride that, 2³⁰ times, is a multiple of 2⁶⁴ bytes for every size of an element.
 _WHOLE_ROUND = 2**34
 SWIZZLE_BYTES = 128
-ELEMENT_BITS = 16
 
 
-def shared_layout(rank: int) -> NVMMASharedLayout:
-    """Return the layout of a tile in shared memory, which tensor cores read: 16-bit elements in swizzled rows."""
-    return NVMMASharedLayout(swizzle_byte_width=SWIZZLE_BYTES, element_bitwidth=ELEMENT_BITS, rank=rank)
+def shared_layout(rank: int, element_bits: int = 16) -> NVMMASharedLayout:
+    """Return the layout of a tile in shared memory: swizzled rows, which tensor cores read in 16 bits an element."""
+    return NVMMASharedLayout(swizzle_byte_width=SWIZZLE_BYTES, element_bitwidth=element_bits, rank=rank)
 
 
 def described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Return the descriptor of a contiguous tensor, in blocks that have the tensor's rank."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, shared_layout(len(block)))
+    layout = shared_layout(len(block), 8 * tensor.element_size())
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
 
 
 def grouped_rows(rows_NP: Tensor, block: list[int]) -> TensorDescriptor:

@@ -73,7 +73,7 @@ _REGISTERS = gl.constexpr(LOADING_REGISTERS)
 
 
 @gluon.jit
-def _find_tile(tile, offsets, P: gl.constexpr, Q: gl.constexpr):
+def find_tile(tile, offsets, P: gl.constexpr, Q: gl.constexpr):
     """Return a tile's expert and first columns of the two operands, and the start and end of the expert's group."""
     LEFT_TILES: gl.constexpr = (P + _LEFT - 1) // _LEFT
     RIGHT_TILES: gl.constexpr = (Q + _RIGHT - 1) // _RIGHT
@@ -95,7 +95,7 @@ def _find_sources(row_to_slot, row, end, K: gl.constexpr, GATHER: gl.constexpr):
 
 
 @gluon.jit
-def _load(
+def load(
     left,
     right,
     row_to_slot,
@@ -109,16 +109,18 @@ def _load(
     Q: gl.constexpr,
     K: gl.constexpr,
     GATHER: gl.constexpr,
+    ADD: gl.constexpr,
 ):
+    """Load the operands of each step. With ADD, a tile without rows has no step."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // _LEFT, _LEFT // 8], [_WARPS, 1], [1, 0])
     rows = gl.arange(0, _STEP, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, _LEFT, layout=gl.SliceLayout(0, layout))
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        _, column, right_column, start, end = _find_tile(tile, offsets, P, Q)
+        _, column, right_column, start, end = find_tile(tile, offsets, P, Q)
         inside = column + columns < P
         source = _find_sources(row_to_slot, start + rows, end, K, GATHER)
-        for first in range(start, gl.maximum(end, start + 1), _STEP):
+        for first in range(start, end if ADD else gl.maximum(end, start + 1), _STEP):
             stage = step % _STAGES
             row = first + rows
             where = left + (source.to(gl.int64) * P)[:, None] + (column + columns)[None, :]
@@ -154,7 +156,7 @@ def _store(out, result, values, expert, column, right_column, TRANSPOSED: gl.con
 
 
 @gluon.jit
-def _multiply_step(sums, step, left_tiles, right_tiles, loaded, FIRST: gl.constexpr):
+def multiply_step(sums, step, left_tiles, right_tiles, loaded, FIRST: gl.constexpr):
     stage = step % _STAGES
     mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
     fence_async_shared()  # tensor cores read what the loading warps wrote
@@ -185,12 +187,12 @@ def _multiply(
     expert, column, right_column = 0, P, 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         sums = gl.zeros([_LEFT, _RIGHT], gl.float32, layout)
-        sums = _multiply_step(sums, step, left_tiles, right_tiles, loaded, True)
+        sums = multiply_step(sums, step, left_tiles, right_tiles, loaded, True)
         step += 1
         _store(out, result, done, expert, column, right_column, TRANSPOSED)
-        expert, column, right_column, start, end = _find_tile(tile, offsets, P, Q)
+        expert, column, right_column, start, end = find_tile(tile, offsets, P, Q)
         for _ in range(start + _STEP, end, _STEP):
-            sums = _multiply_step(sums, step, left_tiles, right_tiles, loaded, False)
+            sums = multiply_step(sums, step, left_tiles, right_tiles, loaded, False)
             mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES))
             step += 1
         sums = warpgroup_mma_wait(0, deps=(sums,))
@@ -198,6 +200,22 @@ def _multiply(
         done = rounded(sums, out.dtype)
     _store(out, result, done, expert, column, right_column, TRANSPOSED)
     tma.store_wait(0)
+
+
+@gluon.jit
+def make_buffers(dtype: gl.constexpr):
+    """Return memory for the operands of all stages, and the barriers on which the warps wait for each other."""
+    LEFT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_STEP, _LEFT], dtype)
+    RIGHT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_STEP, _RIGHT], dtype)
+    left_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _STEP, _LEFT], LEFT_LAYOUT)
+    right_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _STEP, _RIGHT], RIGHT_LAYOUT)
+    loaded = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(_STAGES):
+        mbarrier.init(loaded.index(stage), count=1 + 32 * _WARPS)  # the TMA, and each thread that gathers
+        mbarrier.init(free.index(stage), count=1)
+    fence_async_shared()
+    return left_tiles, right_tiles, loaded, free
 
 
 @gluon.jit
@@ -215,21 +233,10 @@ def sum_outer_products(
     TRANSPOSED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    dtype: gl.constexpr = right.dtype
-    LEFT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_STEP, _LEFT], dtype)
-    RIGHT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_STEP, _RIGHT], dtype)
-    left_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _STEP, _LEFT], LEFT_LAYOUT)
-    right_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _STEP, _RIGHT], RIGHT_LAYOUT)
-    if TRANSPOSED:
-        result = gl.allocate_shared_memory(dtype, [_RIGHT, _LEFT], LEFT_LAYOUT)
-    else:
-        result = gl.allocate_shared_memory(dtype, [_LEFT, _RIGHT], RIGHT_LAYOUT)
-    loaded = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(_STAGES):
-        mbarrier.init(loaded.index(stage), count=1 + 32 * _WARPS)  # the TMA, and each thread that gathers
-        mbarrier.init(free.index(stage), count=1)
-    fence_async_shared()
+    left_tiles, right_tiles, loaded, free = make_buffers(right.dtype)
+    SHAPE: gl.constexpr = [_RIGHT, _LEFT] if TRANSPOSED else [_LEFT, _RIGHT]
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(SHAPE, out.dtype)
+    result = gl.allocate_shared_memory(out.dtype, SHAPE, LAYOUT)
     num_tiles = EXPERTS * ((P + _LEFT - 1) // _LEFT) * ((Q + _RIGHT - 1) // _RIGHT)
     gl.warp_specialize(
         [
@@ -238,8 +245,23 @@ def sum_outer_products(
                 (out, offsets, left_tiles, right_tiles, result, loaded, free, num_tiles, P, Q, TRANSPOSED, num_warps),
             ),
             (
-                _load,
-                (left, right, row_to_slot, offsets, left_tiles, right_tiles, loaded, free, num_tiles, P, Q, K, GATHER),
+                load,
+                (
+                    left,
+                    right,
+                    row_to_slot,
+                    offsets,
+                    left_tiles,
+                    right_tiles,
+                    loaded,
+                    free,
+                    num_tiles,
+                    P,
+                    Q,
+                    K,
+                    GATHER,
+                    False,
+                ),
             ),
         ],
         [_WARPS],

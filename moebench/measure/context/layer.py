@@ -16,7 +16,13 @@ from moebench.parity.oracle import wide
 from moebench.parity.passes import stacked_grads
 from moebench.workload.case import Case
 from moebench.workload.context import PLAIN, Context
-from moebench.workload.ranks import Ranks
+from moebench.workload.ranks import Ranks, is_dtensor
+
+#: Why a layer that adds to main gradients cannot run a case.
+NO_MAIN_GRADS = (
+    "the backend adds to float32 main gradients, which only the context accumulate:N without fsdp2 has; take "
+    "accumulate:N, or the engine's own backend"
+)
 
 
 class LayerInContext(nn.Module):
@@ -26,6 +32,7 @@ class LayerInContext(nn.Module):
         super().__init__()
         self.layer = layer
         self._context, self._device, self._ranks = context, device, ranks
+        self._adds_to_main_grads = adds_to_main_grads(layer)
         self.watch = Watch()
         self.graphs = compiled.Graphs() if context.compiled else None
         if hasattr(layer, "compute_local") and not context.compiled:
@@ -40,9 +47,18 @@ class LayerInContext(nn.Module):
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Return the layer's output."""
+        if self._adds_to_main_grads and torch.is_grad_enabled():
+            _make_main_grads(self.layer)
         with self._saved_tensors(), set_checkpoint_early_stop(not self.watch.is_on):
             output: Tensor = self.layer(x, token_mask, weights, indices)
             return output
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients. The next step makes main gradients anew, so those of this step keep their values."""
+        super().zero_grad(set_to_none)
+        if self._adds_to_main_grads:
+            for parameter in self.layer.parameters():
+                parameter.main_grad = None  # type: ignore[attr-defined]
 
     @property
     def dispatcher(self) -> Any:
@@ -100,11 +116,27 @@ def _recompute_experts(layer: nn.Module) -> None:
     layer.compute_local = compute_again  # type: ignore[assignment]
 
 
+def adds_to_main_grads(layer: nn.Module) -> bool:
+    """Return whether backward of the layer adds gradients to the attribute `main_grad` of parameters."""
+    return bool(getattr(layer, "gradient_accumulation_fusion", False))
+
+
+def _make_main_grads(layer: nn.Module) -> None:
+    """Give each parameter that has none a main gradient of zeros: the first call of a step does it."""
+    for parameter in layer.parameters():
+        if getattr(parameter, "main_grad", None) is None:
+            local = parameter.to_local() if is_dtensor(parameter) else parameter
+            zeros = torch.zeros(local.shape, dtype=wide(local.dtype), device=local.device)
+            parameter.main_grad = zeros  # type: ignore[attr-defined]
+
+
 def in_context(layer: nn.Module, case: Case, device: torch.device, ranks: Ranks) -> nn.Module:
     """Return the layer of a case in the case's context. Raises Unsupported if the layer cannot have the context."""
+    context, dtype = case.surroundings, getattr(torch, case.dtype)
+    if adds_to_main_grads(layer) and (context.num_micro_batches == 1 or context.fsdp2):
+        raise Unsupported(NO_MAIN_GRADS)
     if case.context == PLAIN:
         return layer
-    context, dtype = case.surroundings, getattr(torch, case.dtype)
     main_dtype = wide(dtype) if context.num_micro_batches > 1 else dtype
     if context.fsdp2:
         layer = fully_sharded(layer, ranks, dtype, main_dtype)

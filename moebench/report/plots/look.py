@@ -22,8 +22,9 @@ from moebench.results.record import Status
 
 #: Colour and marker of each known backend. Most colours are Okabe and Ito's or Tol's, which colour-blind readers can
 #: distinguish. A time that did not converge has an empty marker, so every marker must be one that can be filled.
-#: Matplotlib has 15 such markers. A backend with adapters therefore shares its marker with its engine, the variants of
-#: triton_fp8 share one, and layers of other libraries (peers) share theirs with backends that are in other figures.
+#: Matplotlib has 15 such markers. A backend with adapters or with main gradients therefore shares its marker with its
+#: engine, the variants of triton_fp8 share one, and layers of other libraries (peers) share theirs with backends that
+#: are in other figures.
 BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "loop": ("#5A5A5A", "o"),
@@ -40,6 +41,7 @@ BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "te_mxfp8": ("#8DB600", "*"),
         "torch_mm_mxfp8": ("#56B4E9", "<"),
         "triton": ("#000000", "p"),
+        "triton_main_grad": ("#7F7F00", "p"),
         "triton_fp8": ("#C51B7D", "h"),
         "triton_fp8_e5m2": ("#4D9221", "h"),
         "triton_fp8_16bit_dw": ("#2C3E9E", "h"),

@@ -20,11 +20,15 @@ from tests.moebench.executed import python_path, share_workers
 ROOT = Path(__file__).parents[3]
 DISPATCHERS = ("allgather", "alltoall", "symm_mem")
 #: Triton's interpreter computes in float16. Each engine has the smallest shape that it takes.
-DTYPES = {"loop": "float32", "torch_mm": "float32", "triton": "float16"}
+DTYPES = {"loop": "float32", "torch_mm": "float32", "triton": "float16", "triton_main_grad": "float16"}
+#: The engines; the others are variants of them.
+ENGINES = ("loop", "torch_mm", "triton")
 ALONE = (
     *("checkpoint", "checkpoint_reentrant", "checkpoint_experts", "compile", "offload", "accumulate:3"),
     *("checkpoint+accumulate:2", "checkpoint_experts+offload", "compile+checkpoint"),
 )
+#: The contexts that have main gradients.
+ADDED = ("accumulate:3", "checkpoint+accumulate:2", "checkpoint_reentrant+accumulate:2", "offload+accumulate:2")
 SHARDED = (
     *("fsdp2", "fsdp2+checkpoint", "fsdp2+checkpoint_reentrant", "fsdp2+checkpoint_experts", "fsdp2+compile"),
     *("fsdp2+offload", "fsdp2+accumulate:2", "fsdp2+checkpoint+accumulate:2"),
@@ -51,12 +55,14 @@ class Cell(NamedTuple):
     def job(self) -> Job:
         fields = {"n_routed_experts": 4, "n_activated_experts": 2, "dim": 16, "moe_inter_dim": 16, "num_tokens": 10}
         unkind = {"masked_share": 0.2, "routing": "zipf", "rank_load": "uneven" if self.ep_size > 1 else "even"}
-        bias = {"expert_bias": self.backend != "triton"}
+        bias = {"expert_bias": not self.backend.startswith("triton")}
         of = {"ep_size": self.ep_size, "dp_size": self.dp_size, "context": self.context}
-        case = Case.model_validate(
-            {**fields, **unkind, **bias, **of, "mode": "train", "dtype": DTYPES.get(self.backend, "float32")}
-        )
+        case = Case.model_validate({**fields, **unkind, **bias, **of, "mode": "train", "dtype": self.dtype})
         return Job(case=case, backend=self.backend, dispatcher=self.dispatcher)
+
+    @property
+    def dtype(self) -> str:
+        return "float16" if self.backend.endswith("MainGrads") else DTYPES.get(self.backend, "float32")
 
     @property
     def where(self) -> str:
@@ -67,10 +73,12 @@ class Cell(NamedTuple):
 
 
 CELLS = [
-    *(Cell(1, 1, backend, "local", context) for backend in DTYPES for context in ALONE),
-    *(Cell(2, 1, backend, way, context) for backend in DTYPES for way in DISPATCHERS for context in ALONE),
-    *(Cell(1, 2, backend, "local", context) for backend in DTYPES for context in SHARDED),
-    *(Cell(2, 2, backend, way, context) for backend in DTYPES for way in DISPATCHERS for context in SHARDED),
+    *(Cell(1, 1, backend, "local", context) for backend in ENGINES for context in ALONE),
+    *(Cell(1, 1, "triton_main_grad", "local", context) for context in (*ADDED, "compile+accumulate:2")),
+    *(Cell(2, 1, backend, way, context) for backend in ENGINES for way in DISPATCHERS for context in ALONE),
+    *(Cell(2, 1, "triton_main_grad", way, context) for way in DISPATCHERS for context in ADDED),
+    *(Cell(1, 2, backend, "local", context) for backend in ENGINES for context in SHARDED),
+    *(Cell(2, 2, backend, way, context) for backend in ENGINES for way in DISPATCHERS for context in SHARDED),
 ]
 SEED = 3
 
@@ -80,8 +88,12 @@ FAULTS = {
     Cell(2, 1, "ranks:GradTwice", "allgather", "checkpoint"): "gradients",
     Cell(1, 1, "faulty_contexts:RecomputesOtherRows", "local", "checkpoint"): "rows",
     Cell(1, 1, "faulty_contexts:ScaleLostInAccumulation", "local", "accumulate:3"): "gradients",
+    Cell(1, 1, "main_grads:OverwritesMainGrads", "local", "accumulate:3"): "gradients of weights",
 }
-RIGHT_ELSEWHERE = [cell._replace(ep_size=1, dispatcher="local", context="plain") for cell in FAULTS]
+#: A backend with main gradients does not run in the context `plain`, and in the context of the fault it is a cell.
+RIGHT_ELSEWHERE = [
+    cell._replace(ep_size=1, dispatcher="local", context="plain") for cell in FAULTS if "MainGrads" not in cell.backend
+]
 
 
 def some(count_of_size: dict[tuple[int, int], int]) -> list[Cell]:

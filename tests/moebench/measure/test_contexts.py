@@ -79,8 +79,9 @@ def test_a_fault_is_found_in_the_context_that_shows_it(measured: dict[Cell, Reco
     assert (row.status, row.time_ms) == (Status.mismatch, None), row.detail
     assert row.parity_errors is not None
     wrong = {name for name, error in row.parity_errors.items() if error > 1}
-    parameters = {name for name in row.parity_errors if name.endswith(("projs.grad", "bias.grad"))}
-    assert wrong == parameters if FAULTS[cell] == "gradients" else "rows" in wrong
+    endings = {"gradients": ("projs.grad", "bias.grad"), "gradients of weights": ("projs.grad",)}
+    parameters = {name for name in row.parity_errors if name.endswith(endings.get(FAULTS[cell], ()))}
+    assert wrong == parameters if parameters else "rows" in wrong
 
 
 @pytest.mark.parametrize("cell", RIGHT_ELSEWHERE, ids=str)

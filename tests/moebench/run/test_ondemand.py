@@ -33,7 +33,7 @@ def test_missing_are_the_backends_without_an_answer_on_this_machine() -> None:
     found = missing(answer, H200)
     assert found[:2] == ["torch_mm", "gmm"], "those first that tend to be fast"
     of_this_step = {one.name for one in catalog.BACKENDS if one.save is None and one.lora is None}
-    assert set(found) == of_this_step - {"triton", "te"}
+    assert set(found) == of_this_step - {"triton", "te", "triton_main_grad"}
     assert "loop" not in missing(answer, None)
     assert "triton" in missing(answer, None)
 
@@ -41,6 +41,9 @@ def test_missing_are_the_backends_without_an_answer_on_this_machine() -> None:
 def test_a_train_step_also_asks_who_saves_for_backward() -> None:
     answer = advise(to_frame([]), question("e8k2d256i512", 256, mode="train"))
     assert {"torch_mm_save_time", "gmm_save_time"} <= set(missing(answer, None))
+    assert "triton_main_grad" not in missing(answer, None)
+    answer = advise(to_frame([]), question("e8k2d256i512", 256, mode="train", context="accumulate:2"))
+    assert "triton_main_grad" in missing(answer, None)
 
 
 def test_the_sweep_measures_the_case_with_each_dispatcher() -> None:

@@ -78,7 +78,7 @@ def test_an_exclude_of_a_group_leaves_out_its_members() -> None:
 
 
 def test_an_unknown_group_is_one_mistake_that_lists_the_groups() -> None:
-    known = "@cpu, @bf16, @mxfp8, @fp8, @own_fp8, @save_time, @cached, @lora, @peers, @ep_peers"
+    known = "@cpu, @bf16, @mxfp8, @main_grad, @fp8, @own_fp8, @save_time, @cached, @lora, @peers, @ep_peers"
     assert mistakes(grid('["loop", "@bf61"]')) == (
         f'x.toml: grid[0].backend[1] = "@bf61": there is no such group; the groups of backend are {known}',
     )
