@@ -7,8 +7,8 @@ import pytest
 
 from moebench.results.frame import to_frame, write
 from moebench.results.record import Record, Status
-from moebench.run.footprint import footprint
 from moebench.run.forecast import KnownTimes, forecast, measured_jobs
+from moebench.run.memory.footprint import footprint
 from moebench.workload.case import Job
 from moebench.workload.spec import available_sweeps, load_sweep
 from tests.moebench.drawn import bad, case, ok
