@@ -54,7 +54,7 @@ def pass_bytes(job: Job) -> int:
     activating = wide * itemsize + temporaries * inter * acc + is_train * (case.dim + inter) * itemsize
     multiplying = (case.dim + wide + inter) * itemsize + 2 * inter * acc
     quantised = sizes.parameter_bytes if is_train and is_fp8(job) else 0
-    at_activation: float = sizes.rows / batches * activating + quantised
+    at_activation = sizes.rows / batches * activating + quantised
     at_gradients = sizes.rows / batches * multiplying + _weight_copies(job) * sizes.trained_bytes + _cast_bytes(job)
     tokens: float = (1 + is_train) * (sizes.num_tokens + sizes.reached / batches) * case.dim * itemsize
     if is_one_by_one(job):  # it adds the experts' outputs in float32
@@ -106,17 +106,16 @@ def kept_bytes(job: Job) -> int:
     choices, is_spread = sizes.reached * case.n_activated_experts, case.ep_size > 1
     order = 0 if is_one_by_one(job) else 24 * choices
     brought = is_spread * sizes.reached * case.dim * itemsize
+    kept: float = order
     if context.checkpoint == "checkpoint_experts":
-        kept = order + 8 * choices + brought + 4 * is_spread * choices
-    elif context.checkpoint or context.offload:
-        kept = order
-    else:
+        kept += 8 * choices + brought + 4 * is_spread * choices
+    elif context.checkpoint is None and not context.offload:
         a_row = width(case) * itemsize
         saves = _saves(job)
         a_row += case.dim * itemsize if saves != "memory" else 0
         a_row += inter * itemsize if saves is None else 0
         a_row += (3 * inter + case.dim) * acc if is_one_by_one(job) else 0
-        kept = order + brought + sizes.rows * a_row + (sizes.parameter_bytes if is_fp8(job) else 0)
+        kept += brought + sizes.rows * a_row + (sizes.parameter_bytes if is_fp8(job) else 0)
     return int(kept / context.num_micro_batches)
 
 
