@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from moebench.parity.rounding import Operands, Rounding, roundings
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from moebench.parity.block import Around
 
 Tensors = dict[str, Tensor]
 
@@ -47,7 +51,7 @@ class GroupErrors:
     """
 
     tensor: str
-    group: str  # "token" or "expert"
+    group: str  # "token", "expert" or "all"
     scale_G: Tensor
     rounding_G: Tensor
     passes_PG: Tensor
@@ -62,21 +66,25 @@ def group_errors(
     ranks: Ranks = ALONE,
     rounds_to: torch.dtype | None = None,
     lora_scale: float = 0.0,
+    around: "Around | None" = None,
 ) -> list[GroupErrors]:
     """Return the errors of every tensor of the passes: `output`, and in mode train the gradients that the passes have.
 
     Inputs, parameters and passes are those of this rank. `product` is the matrix product of the run that sets the
     budget. If `product` rounds to FP8, the result also has the errors of `output` by expert. `rounds_to` is the dtype
     whose rounding the oracle shows; None means x's dtype. `lora_scale` is the factor of adapters among the parameters.
+    `around` is what surrounds the experts, if the passes are those of a block.
     """
     everyone = _gathered(inputs, ranks)
     run = _Run(case, everyone, parameters, product, ranks, rounds_to or inputs.x_TD.dtype, lora_scale)
     by_expert = run.experts(passes)
     run.add_ranks()
     own = _own_rows(inputs, ranks)
+    runs = [(run.reference, run.exact), *zip(run.roundings, run.rounded, strict=True)]
+    of_block = [] if around is None else around.errors(everyone, own, runs, passes, run.generator)
     inactive_TK = inputs.active_indices_TK < 0
     inactive_T1 = inactive_TK.all(dim=1, keepdim=True)
-    errors = [run.token_errors("output", own, inactive_T1, passes)]
+    errors = [run.token_errors("output", own, inactive_T1, passes), *of_block]
     if product is not torch.matmul:
         errors.append(run.factors([ranks.rows(tensors["output"]) for tensors in passes]))
     for name in passes[0]:

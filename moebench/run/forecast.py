@@ -29,7 +29,7 @@ _NEAR = np.log2(list(NEAR.values()))
 #: A different dispatcher adds as much distance as a difference by this factor in the rows.
 _OTHER_DISPATCHER = 1.5
 
-_GROUP = ("backend", "mode", "dtype", "context")
+_GROUP = ("backend", "mode", "dtype", "subject", "context")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class KnownTimes:
         found: list[float | None] = [None] * len(jobs)
         alike: dict[Hashable, list[int]] = {}
         for number, job in enumerate(jobs):
-            own = job.backend, job.case.mode, job.case.dtype, job.case.context
+            own = job.backend, job.case.mode, job.case.dtype, job.case.subject, job.case.context
             alike.setdefault(own if own in self._groups else (*own[:-1], PLAIN), []).append(number)
         for key in alike.keys() & self._groups.keys():
             for start in range(0, len(alike[key]), _AT_ONCE):

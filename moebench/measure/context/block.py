@@ -1,0 +1,71 @@
+"""Put the experts of a case into a block, which is then called like a layer of experts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experts import Unsupported
+from moebench.parity.block import Around
+from moebench.parity.passes import stacked_grads
+from moebench.workload.inputs import moe_config
+
+#: The fields of a block that are not fields of its router.
+_OF_BLOCK = ("n_shared_experts", "shared_expert_gate")
+
+
+class BlockLayer(nn.Module):
+    """A block with the call of a layer of experts. The block routes its tokens itself and reads no given routing."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """Return the block's output [T, D]."""
+        output: Tensor = self.block(x, token_mask)
+        return output
+
+    @property
+    def experts(self) -> Any:
+        """The layer of the routed experts."""
+        return self.block.experts
+
+    @property
+    def dispatcher(self) -> Any:
+        """The dispatcher of the routed experts; None if they have none."""
+        return getattr(self.experts, "dispatcher", None)
+
+    @dispatcher.setter
+    def dispatcher(self, dispatcher: Any) -> None:
+        self.experts.dispatcher = dispatcher
+
+    def stacked_grads(self) -> dict[str, Tensor]:
+        """Return the gradients of this rank's experts, stacked, and those of router and shared experts."""
+        own = self.block.named_parameters()
+        around = {name: p.grad for name, p in own if not name.startswith("experts.") and p.grad is not None}
+        return stacked_grads(self.experts) | around
+
+
+def in_block(experts: nn.Module, around: Around, device: torch.device) -> BlockLayer:
+    """Return a block of these experts, with the parameters of `around`.
+
+    Raises Unsupported if the router does not fit the experts, and if the revision of `experts` has no blocks.
+    """
+    try:
+        from experts.block import BlockConfig, MoEBlock
+        from experts.errors import ConfigError
+        from experts.router import RouterConfig
+    except ImportError as error:
+        raise Unsupported(f"this revision of experts has no block: {error}") from error
+    router = {name: value for name, value in around.fields.items() if name not in _OF_BLOCK}
+    block = {name: value for name, value in around.fields.items() if name in _OF_BLOCK}
+    try:
+        with device:
+            made = MoEBlock(moe_config(around.case), BlockConfig(router=RouterConfig(**router), **block), nn.Identity())
+    except ConfigError as error:
+        raise Unsupported(f"subject = {around.case.subject}: {error}") from error
+    bias = {} if around.bias_E is None else {"router.e_score_correction_bias": around.bias_E}
+    made.load_state_dict({**around.parameters, **bias})
+    made.experts = experts
+    return BlockLayer(made)
