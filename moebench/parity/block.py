@@ -139,8 +139,9 @@ class Around:
     ) -> list[GroupErrors]:
         """Return the errors of the gradients of this rank's router and shared experts.
 
-        `inputs` are those of all ranks, and `own` are this rank's rows. `runs` are the oracle's runs with their sums by
-        token, first the reference. What the block adds by token is added to these sums.
+        The gradients are sums over this rank's tokens. With FSDP, they are sums over the tokens of all ranks. `inputs`
+        are those of all ranks, and `own` are this rank's rows. `runs` are the oracle's runs with their sums by token,
+        first the reference. What the block adds by token is added to these sums.
         """
         mine = Inputs(*(getattr(inputs, field.name)[own] for field in fields(inputs)))
         of_runs = []
@@ -149,7 +150,7 @@ class Around:
             found = self.added(inputs, sums["weights.grad"], rounding.dtype, change)
             for name in ("output", "x.grad") if self.case.mode == "train" else ("output",):
                 sums[name].copy_(sums[name].to(rounding.dtype) + found.pop(name))
-            if len(mine.x_TD) < len(inputs.x_TD):
+            if len(mine.x_TD) < len(inputs.x_TD) and not self.case.surroundings.fsdp2:
                 found = self.added(mine, sums["weights.grad"][own], rounding.dtype, change)
             of_runs.append(found)
         exact, *rounded = of_runs
@@ -181,7 +182,8 @@ def _of_parameter(
         return tensor.double() if group == "expert" else tensor.double().reshape(1, -1)
 
     def norms(found: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(rows(found) - rows(exact[name]), dim=-1)
+        norms_G: Tensor = torch.linalg.vector_norm(rows(found) - rows(exact[name]), dim=-1)
+        return norms_G
 
     scale_G = torch.linalg.vector_norm(rows(exact[name]), dim=-1)
     scale_G = scale_G.maximum(scale_G.square().mean().sqrt())

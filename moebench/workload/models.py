@@ -136,18 +136,13 @@ def block_mistakes(case: Mapping[str, Any]) -> list[str]:
         found.append(
             f"subject = {subject} with routing = {routing[:80]}: a block routes its tokens itself; leave routing out"
         )
-    if "fsdp2" in case["context"]:
-        found.append(
-            f"subject = {subject} with context = {case['context']}: fsdp2 is measured with the subject experts only; "
-            "take another context"
-        )
     return found
 
 
 def _groups_fit(block: Mapping[str, Any], n_routed_experts: int, n_activated_experts: int) -> bool:
     groups, limited = block.get("n_expert_groups", 1), block.get("n_limited_groups", 1)
     size, rest = divmod(n_routed_experts, groups)
-    return groups == 1 or (rest == 0 and size > 1 and limited * size >= n_activated_experts)
+    return bool(groups == 1 or (rest == 0 and size > 1 and limited * size >= n_activated_experts))
 
 
 #: The `model_type` in the configuration file of each preset's model.

@@ -42,9 +42,12 @@ class BlockLayer(nn.Module):
 
     def stacked_grads(self) -> dict[str, Tensor]:
         """Return the gradients of this rank's experts, stacked, and those of router and shared experts."""
+        return stacked_grads(self.experts) | self.around_grads()
+
+    def around_grads(self) -> dict[str, Tensor]:
+        """Return the gradients of router and shared experts."""
         own = self.block.named_parameters()
-        around = {name: p.grad for name, p in own if not name.startswith("experts.") and p.grad is not None}
-        return stacked_grads(self.experts) | around
+        return {name: p.grad for name, p in own if not name.startswith("experts.") and p.grad is not None}
 
 
 def in_block(experts: nn.Module, around: Around, device: torch.device) -> BlockLayer:

@@ -42,6 +42,8 @@ class LayerInContext(nn.Module):
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Return the layer's output."""
+        if isinstance(self.layer, BlockLayer):  # FSDP would give zeros as the gradient of weights that nobody reads
+            weights = weights.detach()
         with self._saved_tensors(), set_checkpoint_early_stop(not self.watch.is_on):
             output: Tensor = self.layer(x, token_mask, weights, indices)
             return output
