@@ -1,6 +1,8 @@
 """Put the experts of a case into a block, which is then called like a layer of experts."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,8 @@ from moebench.parity.block import Around
 from moebench.parity.passes import stacked_grads
 from moebench.workload.inputs import moe_config
 
-#: The fields of a block that are not fields of its router.
-_OF_BLOCK = ("n_shared_experts", "shared_expert_gate")
+if TYPE_CHECKING:
+    from experts.block import BlockConfig
 
 
 class BlockLayer(nn.Module):
@@ -50,24 +52,28 @@ class BlockLayer(nn.Module):
         return {name: p.grad for name, p in own if not name.startswith("experts.") and p.grad is not None}
 
 
+def block_config(fields: Mapping[str, Any]) -> "BlockConfig":
+    """Return the configuration of a block with these fields of `moebench.workload.models.BLOCKS`."""
+    from experts.block import BlockConfig
+    from experts.router import RouterConfig
+
+    of_block = {field.name for field in dataclasses.fields(BlockConfig)}
+    own = {name: value for name, value in fields.items() if name in of_block}
+    router = {name: value for name, value in fields.items() if name not in of_block}
+    return BlockConfig(router=RouterConfig(**router), **own)
+
+
 def in_block(experts: nn.Module, around: Around, device: torch.device) -> BlockLayer:
     """Return a block of these experts, with the parameters of `around`.
 
-    Raises Unsupported if the router does not fit the experts, and if the revision of `experts` has no blocks.
+    Raises Unsupported if the revision of `experts` has no blocks.
     """
     try:
-        from experts.block import BlockConfig, MoEBlock
-        from experts.errors import ConfigError
-        from experts.router import RouterConfig
+        from experts.block import MoEBlock
     except ImportError as error:
         raise Unsupported(f"this revision of experts has no block: {error}") from error
-    router = {name: value for name, value in around.fields.items() if name not in _OF_BLOCK}
-    block = {name: value for name, value in around.fields.items() if name in _OF_BLOCK}
-    try:
-        with device:
-            made = MoEBlock(moe_config(around.case), BlockConfig(router=RouterConfig(**router), **block), nn.Identity())
-    except ConfigError as error:
-        raise Unsupported(f"subject = {around.case.subject}: {error}") from error
+    with device:
+        made = MoEBlock(moe_config(around.case), block_config(around.fields), nn.Identity())
     bias = {} if around.bias_E is None else {"router.e_score_correction_bias": around.bias_E}
     made.load_state_dict({**around.parameters, **bias})
     made.experts = experts

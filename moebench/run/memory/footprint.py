@@ -4,7 +4,8 @@ The estimate follows the three stages of moebench.measure.job. First the module 
 passes (forward and, in mode train, backward), and the tensors of the two passes are kept. Then the passes are compared
 with the float64 reference. The estimate assumes that steps are not fused; fused steps need less memory. The estimate
 leaves out CUDA contexts, fragmentation and the memory that moebench.measure.ceilings needs. It also leaves out
-communication buffers, except those of a dispatcher that reserves rows.
+communication buffers, except those of a dispatcher that reserves rows, and what the router and the shared experts of a
+block compute.
 
 moebench.run.memory.passes says what the context of a case changes.
 """

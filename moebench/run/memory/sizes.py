@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from moebench.workload.backends import adapters_of, collective_of, described, engine_of, reserves_rows
 from moebench.workload.case import ITEMSIZE, Case, Job, weight_bytes, width
+from moebench.workload.models import block_of
 
 #: The rows of the busiest rank, divided by an even share of the rows, for `zipf` routing and recorded traces. This is a
 #: rough value.
@@ -42,7 +43,8 @@ def sizes_of(job: Job) -> Sizes:
     lora = adapters_of(job.backend)
     thin = 0 if lora is None else lora.rank * (2 * case.dim + width(case) + case.moe_inter_dim)
     adapter_bytes = num_local * thin * itemsize
-    trained = adapter_bytes or weight_bytes(case)
+    around_bytes = _around_numbers(case) * itemsize
+    trained = (adapter_bytes or weight_bytes(case)) + around_bytes
     choices = 16 * case.n_activated_experts  # bytes of a token's weights and int64 indices
     return Sizes(
         num_tokens=max(counts),
@@ -50,12 +52,21 @@ def sizes_of(job: Job) -> Sizes:
         reached=reached,
         rows=rows,
         rows_of_expert=rows_of_expert,
-        parameter_bytes=weight_bytes(case) + adapter_bytes,
+        parameter_bytes=weight_bytes(case) + adapter_bytes + around_bytes,
         trained_bytes=trained,
         main_bytes=trained * (main_size(case) if case.surroundings.num_micro_batches > 1 else 1),
         expert_numbers=expert,
         input_bytes=max(counts) * (2 * case.dim * itemsize + choices),
     )
+
+
+def _around_numbers(case: Case) -> int:
+    """Return the number of parameters of a block's router and shared experts; 0 without a block."""
+    block = block_of(case.subject, case.model)
+    if block is None:
+        return 0
+    shared = block.get("n_shared_experts", 0) * (width(case) + case.moe_inter_dim)
+    return case.dim * (case.n_routed_experts + shared + bool(block.get("shared_expert_gate")))
 
 
 def _reached(job: Job, most: int, all_tokens: int) -> int:
