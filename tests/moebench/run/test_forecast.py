@@ -78,6 +78,13 @@ def test_a_context_takes_as_long_as_the_context_or_else_as_plain() -> None:
     assert of(checkpoint).time_s(asked(mode="train")) is None
 
 
+def test_a_block_takes_as_long_as_blocks_only() -> None:
+    experts, block = took(1.0), took(2.0, subject="block:olmoe")
+    assert of(experts, block).time_s(asked(subject="block:olmoe")) == 2.0
+    assert of(experts, block).time_s(asked()) == 1.0
+    assert of(experts).time_s(asked(subject="block:olmoe")) is None
+
+
 def test_a_job_of_several_rounds_tells_the_time_of_one() -> None:
     row = to_frame([took(9.0)]).assign(num_rounds=3)
     assert KnownTimes(row).time_s(asked()) == 3.0

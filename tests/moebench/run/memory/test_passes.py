@@ -137,6 +137,13 @@ def test_the_rows_of_an_h200_agree_with_the_estimates() -> None:
         assert kept_bytes(one) == pytest.approx(row["saved_memory_bytes"], rel=0.01, abs=1024)
 
 
+def test_a_block_has_the_parameters_of_its_router_and_shared_experts() -> None:
+    experts, block = job("plain"), job("plain", subject="block:deepseek-v3")
+    around = 2 * 128 * (16 + 3 * 64)
+    assert held_weight_bytes(block) - held_weight_bytes(experts) == around
+    assert gradient_bytes(block) - gradient_bytes(experts) == around
+
+
 def test_a_forward_keeps_nothing_for_a_backward() -> None:
     assert kept_bytes(job("plain", mode="forward")) == 0
     assert kept_bytes(job("plain", "torch_mm_save_time")) - kept_bytes(job("plain")) == 512 * 2 * 128 * 2
