@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from experts import Unsupported
 from moebench.parity.block import Around
 from moebench.parity.passes import stacked_grads
+from moebench.workload import driven
 from moebench.workload.inputs import moe_config
-
-if TYPE_CHECKING:
-    from experts.block import BlockConfig
 
 
 class BlockLayer(nn.Module):
@@ -52,15 +50,12 @@ class BlockLayer(nn.Module):
         return {name: p.grad for name, p in own if not name.startswith("experts.") and p.grad is not None}
 
 
-def block_config(fields: Mapping[str, Any]) -> "BlockConfig":
-    """Return the configuration of a block with these fields of `moebench.workload.models.BLOCKS`."""
-    from experts.block import BlockConfig
-    from experts.router import RouterConfig
-
-    of_block = {field.name for field in dataclasses.fields(BlockConfig)}
+def block_config(fields: Mapping[str, Any]) -> Any:
+    """Return the `BlockConfig` of a block with these fields of `moebench.workload.models.BLOCKS`."""
+    of_block = {field.name for field in dataclasses.fields(driven.BlockConfig)}
     own = {name: value for name, value in fields.items() if name in of_block}
     router = {name: value for name, value in fields.items() if name not in of_block}
-    return BlockConfig(router=RouterConfig(**router), **own)
+    return driven.BlockConfig(router=driven.RouterConfig(**router), **own)
 
 
 def in_block(experts: nn.Module, around: Around, device: torch.device) -> BlockLayer:
@@ -69,11 +64,11 @@ def in_block(experts: nn.Module, around: Around, device: torch.device) -> BlockL
     Raises Unsupported if the revision of `experts` has no blocks.
     """
     try:
-        from experts.block import MoEBlock
+        config = block_config(around.fields)
     except ImportError as error:
         raise Unsupported(f"this revision of experts has no block: {error}") from error
     with device:
-        made = MoEBlock(moe_config(around.case), block_config(around.fields), nn.Identity())
+        made = driven.MoEBlock(moe_config(around.case), config, nn.Identity())
     bias = {} if around.bias_E is None else {"router.e_score_correction_bias": around.bias_E}
     made.load_state_dict({**around.parameters, **bias})
     made.experts = experts
