@@ -65,7 +65,7 @@ def _around_numbers(case: Case) -> int:
     block = block_of(case.subject, case.model)
     if block is None:
         return 0
-    shared = block.get("n_shared_experts", 0) * (width(case) + case.moe_inter_dim)
+    shared = int(block.get("n_shared_experts", 0)) * (width(case) + case.moe_inter_dim)
     return case.dim * (case.n_routed_experts + shared + bool(block.get("shared_expert_gate")))
 
 
