@@ -10,7 +10,7 @@ import typer
 
 from moebench.cli.console import err, job_progress, out
 from moebench.cli.options import MODEL_HELP
-from moebench.errors import ResultsError
+from moebench.errors import ResultsError, UsageError
 from moebench.report.fit import fits, gpu_memory
 from moebench.report.tables.advisetable import AdviceTable, advise_json, workload
 from moebench.report.tables.precisiontable import precision_json, sentence
@@ -22,6 +22,7 @@ from moebench.run import ondemand, request
 from moebench.run.start import start_run
 from moebench.workload.axes import listed
 from moebench.workload.case import Case
+from moebench.workload.context import PLAIN
 from moebench.workload.modelconfig import read_model
 
 EXIT_NO_DATA = 3
@@ -39,6 +40,9 @@ def advise_(
         str | None, typer.Option(help="dtype of the layer, as in a sweep; default: the model's, or else bfloat16")
     ] = None,
     routing: Annotated[str, typer.Option(help="routing, as in a sweep")] = "uniform",
+    context: Annotated[
+        str, typer.Option(help="what surrounds the layer in training, as in a sweep; not fsdp2")
+    ] = PLAIN,
     folders: Annotated[
         list[Path] | None, typer.Option("--results", help="a results folder; repeatable; default: results/published/*")
     ] = None,
@@ -61,8 +65,10 @@ def advise_(
     shape = read_model(model)
     for note in shape.notes:
         err.print(f"{shape}: {note}", soft_wrap=True)
+    if "fsdp2" in context:
+        raise UsageError(f"--context {context}: advise answers for the ranks of one group; take it without fsdp2")
     dtypes = {} if dtype is None else {"dtype": dtype}
-    asked = advise.question(shape, num_tokens, ep_size=ep_size, mode=mode, routing=routing, **dtypes)
+    asked = advise.question(shape, num_tokens, ep_size=ep_size, mode=mode, routing=routing, context=context, **dtypes)
     opened, frame = _results(folders, can_be_empty=measure is not None)
     answer = advise.advise(frame, asked)
     if measure is not None:

@@ -26,6 +26,10 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", help=f"measure this model instead of the sweep's models and shapes: {MODEL_HELP}"),
 ]
+SubjectOption = Annotated[
+    str | None,
+    typer.Option("--subject", help="measure this instead: experts, block, or block:MODEL with that model's router"),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one")]
 Gpus = Annotated[str | None, typer.Option(metavar="0,2|all", help="the GPUs to use; default: all free GPUs")]
 ShareGpus = Annotated[bool, typer.Option("--share-gpus", help="also use GPUs that other processes are using")]

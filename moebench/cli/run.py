@@ -23,6 +23,7 @@ from moebench.cli.options import (
     Ray,
     ShareGpus,
     Slurm,
+    SubjectOption,
     TimeBudget,
 )
 from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
@@ -53,6 +54,7 @@ def run(
     ] = False,
     backend: Backends = None,
     model: ModelOption = None,
+    subject: SubjectOption = None,
     only: Only = None,
     device: Device = None,
     gpus: Gpus = None,
@@ -82,7 +84,7 @@ def run(
     if resume is not None:
         _refuse_beside_resume(
             {"SWEEP": sweep, "--out": out_dir, "--device": device, "--filter": filters, "--case": case}
-            | {"--rounds": rounds, "--profile": profile or None, "--model": model}
+            | {"--rounds": rounds, "--profile": profile or None, "--model": model, "--subject": subject}
         )
         plan = request.plan_rest(
             resume, backends=[*(backend or []), *(only or [])], time_budget_min=time_budget, force=force
@@ -101,6 +103,7 @@ def run(
             rounds=rounds or 1,
             profile=profile,
             model=None if model is None else read_model(model),
+            subject=subject,
         )
         plan = request.plan(sweep, asked, out=out_dir, time_budget_min=time_budget)
     for note in plan.notes:

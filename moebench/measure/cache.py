@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moebench.measure import ceilings
 from moebench.measure.ceilings import Ceilings
+from moebench.parity.block import Around, make_around
 from moebench.workload.backends import sends_fp8_rows
 from moebench.workload.case import Case, Job, Weights
 from moebench.workload.inputs import Inputs, make_inputs, make_parameters
@@ -44,8 +45,15 @@ class Workload:
     def inputs(self, case: Case) -> Inputs:
         if self._inputs is None or self._inputs[0] != case.case_id:
             self._inputs = None
-            self._inputs = case.case_id, make_inputs(case, self.device, self.ranks.rank, self.routing_file)
+            inputs = make_inputs(case, self.device, self.ranks.rank, self.routing_file)
+            if (around := self.around(case)) is not None:
+                around.route(inputs)
+            self._inputs = case.case_id, inputs
         return self._inputs[1]
+
+    def around(self, case: Case) -> Around | None:
+        """Return what surrounds the experts of the case, if its subject is a block."""
+        return make_around(case, self.device)
 
     def begin(self, job: Job) -> Replay | None:
         """Take the file of the job's captured routing. Return the steps of the trace; None for other routing."""

@@ -16,6 +16,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from moebench.measure.samplers import Stage
+from moebench.parity.block import Around
 from moebench.parity.judge import ParityVerdict
 from moebench.parity.passes import grads_of, micro_batches, step
 from moebench.parity.reference import Tensors
@@ -139,16 +140,25 @@ class Samples:
 
     New values are drawn in place. This takes no memory, the values round as the case's own values do, and no backend
     can have seen them before. Token mask and parameters stay. With `replay`, each sample has the routing of the next
-    step; without it, the indices stay. A sample is drawn after its call has ended, so that the backend cannot know. The
-    seed comes from the operating system. All ranks share it, so that they draw the same samples.
+    step; without it, the indices stay, except those of a block, which routes the new values (`around`). A sample is
+    drawn after its call has ended, so that the backend cannot know. The seed comes from the operating system. All ranks
+    share it, so that they draw the same samples.
 
     `original` are the case's inputs, which the backend has never had. If `fits` is false, memory does not hold copies
     of DRAWN samples. Then one sample is judged where it is, and nothing is copied.
     """
 
     def __init__(
-        self, call: Call, original: Inputs, judge: Judge, ranks: Ranks, fits: bool, replay: Replay | None = None
+        self,
+        call: Call,
+        original: Inputs,
+        judge: Judge,
+        ranks: Ranks,
+        fits: bool,
+        replay: Replay | None = None,
+        around: Around | None = None,
     ) -> None:
+        self._around = around
         self._replay, self._step, self._steps = replay, 0, list[int]()
         self._call, self._original, self._judge, self._ranks, self.fits = call, original, judge, ranks, fits
         self._random = random.Random(ranks.tell(secrets.randbits(64))[0])
@@ -174,6 +184,8 @@ class Samples:
         redraw(inputs, self._generator.manual_seed(seed))
         if self._replay is not None:
             route(inputs, self._replay, step, self._ranks.rank)
+        if self._around is not None:
+            self._around.route(inputs)
 
     def keep(self) -> None:
         """Copy the tensors of the call that has just ended, if it is drawn (Vitter 1985, algorithm R).

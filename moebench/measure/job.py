@@ -1,7 +1,7 @@
 """Measure one job in this process: build, check and time a backend, measure its memory, return the record's fields."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -17,7 +17,7 @@ from moebench.measure.samplers import captured
 from moebench.measure.subject import Measured, Subject, backend_of, make_subject, reason_of, verdict_fields
 from moebench.measure.timing import Timing, TimingPolicy
 from moebench.measure.trials import examine
-from moebench.parity.adapters import flops, lora_of
+from moebench.parity.adapters import lora_of
 from moebench.parity.judge import ParityVerdict, Unfit, are_identical
 from moebench.parity.passes import run_pass
 from moebench.parity.reference import Tensors
@@ -156,7 +156,7 @@ class _Job:
         call.clear()
         weighed = self._weigh(call, subject)
         fits = _fit(DRAWN * pass_bytes + (weighed.peak_bytes or 0), device, ranks)
-        samples = Samples(call, subject.inputs, lambda *given: self._judge(subject, *given), ranks, fits, self.replay)
+        samples = Samples(call, subject.inputs, partial(self._judge, subject), ranks, fits, self.replay, subject.around)
         if subject.graphs is not None:
             subject.graphs.end_warm_calls()
         timed = self._time(call, samples, bounds, subject)
@@ -170,7 +170,7 @@ class _Job:
             **parts,
             **self._compiler(subject),
             "l2": ("cold" if self.policy.cold_l2 else "warm") if device.type == "cuda" else None,
-            **self._speed(timed, flops(case, subject.lora)),
+            **self._speed(timed, subject.flops),
         }
 
     def _weigh(self, call: Call, subject: Subject) -> memory.Memory:
@@ -241,7 +241,7 @@ class _Job:
             or any(self.ranks.tell("synchronises" in timed.flags))
         ):
             return None
-        shorter = dataclasses.replace(self.policy, time_cap_s=GRAPH_SHARE * self.policy.time_cap_s)
+        shorter = replace(self.policy, time_cap_s=GRAPH_SHARE * self.policy.time_cap_s)
         with captured(call.stages, call.clear, self.device, self.ranks) as replay:
             if replay is None:
                 return None

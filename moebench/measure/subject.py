@@ -10,10 +10,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from experts import Unsupported
 from moebench.measure.cache import Workload
+from moebench.measure.context.block import in_block
 from moebench.measure.context.compiled import Graphs
 from moebench.measure.context.layer import LayerInContext, in_context
 from moebench.measure.protocol import told
-from moebench.parity.adapters import Lora, lora_of, make_adapters
+from moebench.parity.adapters import Lora, flops, lora_of, make_adapters
+from moebench.parity.block import Around
 from moebench.parity.judge import ParityVerdict, TensorError, check
 from moebench.parity.passes import run_pass
 from moebench.parity.poison import poisoned
@@ -39,7 +41,7 @@ class Subject:
 
     With several ranks, the module, the parameters and the inputs are those of this rank. `fp8` is the backend's FP8
     recipe; None for a backend without FP8. `lora` has the rank and alpha of its adapters; None without adapters. The
-    adapters are among the parameters.
+    adapters are among the parameters. `around` is what surrounds the experts, if the subject is a block.
     """
 
     case: Case
@@ -48,6 +50,7 @@ class Subject:
     parameters: Mapping[str, Tensor]
     fp8: str | None
     lora: Lora | None
+    around: Around | None
     device: torch.device
     ranks: Ranks
     #: What backward computed again in the passes of `run`: errors of its rows, and outputs that differ from forward's.
@@ -58,6 +61,11 @@ class Subject:
         """Run the passes that the backend's recipe needs before its passes can be checked."""
         for _ in range(SETTLING_PASSES.get(self.fp8 or "", 0)):
             run_pass(self.module, handed, "train")
+
+    @property
+    def flops(self) -> float:
+        """The useful floating-point operations of a call on one rank."""
+        return flops(self.case, self.lora) + (0.0 if self.around is None else self.around.flops())
 
     @property
     def graphs(self) -> Graphs | None:
@@ -103,14 +111,14 @@ class Subject:
         backward computed again in the passes of `run` since the last verdict is judged as well.
         """
         parameters, fp8, ranks = parameters or self.parameters, self.fp8, self.ranks
-        scale = 0.0 if self.lora is None else self.lora.scale
-        found = check(case or self.case, inputs or self.inputs, parameters, passes, fp8, ranks, lora_scale=scale)
+        more: dict[str, Any] = {"around": self.around, "lora_scale": 0.0 if self.lora is None else self.lora.scale}
+        found = check(case or self.case, inputs or self.inputs, parameters, passes, fp8, ranks, **more)
         errors = [*found.tensor_errors, *(error for rank in ranks.tell(self.again) for error in rank)]
         outputs = [{"output": output} for output in self.outputs_again]
         if any(ranks.tell(len(outputs))):  # on a rank without different outputs, its pass has the right ones
             forward = self.case.model_copy(update={"mode": "forward", "context": PLAIN})
             outputs = (outputs or [{"output": passes[0]["output"]}])[:1]
-            again = check(forward, self.inputs, self.parameters, outputs, fp8, ranks, lora_scale=scale).tensor_errors
+            again = check(forward, self.inputs, self.parameters, outputs, fp8, ranks, **more).tensor_errors
             errors += [replace(one, tensor="recomputed output") for one in again]
         self.again.clear()
         self.outputs_again.clear()
@@ -137,8 +145,11 @@ def make_subject(backend: Backend, job: Job, workload: Workload) -> Subject:
     if lora is not None:
         parameters = parameters | make_adapters(job.case, lora, parameters, workload.ranks.ep_rank)
     layer = _build(backend, job.case, _dispatcher(job, workload), parameters, workload)
+    around = workload.around(job.case)
+    if around is not None:
+        layer = in_block(layer, around, workload.device)
     module = in_context(layer, job.case, workload.device, workload.ranks)
-    return Subject(job.case, module, inputs, parameters, backend.fp8, lora, workload.device, workload.ranks)
+    return Subject(job.case, module, inputs, parameters, backend.fp8, lora, around, workload.device, workload.ranks)
 
 
 def _dispatcher(job: Job, workload: Workload) -> str | None:

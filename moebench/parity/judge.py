@@ -25,12 +25,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebench.parity.block import Around
 from moebench.parity.oracle import trained, wide
 from moebench.parity.quantization import fp8_product, rows_in_fp8
 from moebench.parity.reference import GroupErrors, Tensors, group_errors
 from moebench.parity.rounding import REFERENCE_ROUNDS
 from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
+from moebench.workload.models import EXPERTS
 from moebench.workload.ranks import ALONE, Ranks
 
 #: A budget is this many times the largest error of the oracle's runs that round. The rounding errors of two right
@@ -112,6 +114,7 @@ def check(
     rounds_to: torch.dtype | None = None,
     partly: bool = False,
     lora_scale: float = 0.0,
+    around: Around | None = None,
 ) -> ParityVerdict:
     """Compare every pass of a backend with the reference on the same inputs and parameters.
 
@@ -119,19 +122,24 @@ def check(
     verdict is over all ranks. `fp8` names the recipe that the backend computes in; the budget then comes from this
     recipe's rounding. `wanted` names the tensors whose gradients a pass in mode train must have ("x", "weights" and
     parameters); None means all that are trained. `rounds_to` is the dtype whose rounding sets the budget; None means
-    x's dtype. `lora_scale` is the factor of adapters among the parameters. A gradient that is missing, that nobody
+    x's dtype. `lora_scale` is the factor of adapters among the parameters. `around` is what surrounds the experts of a
+    block, whose inputs have the routing of its router. A gradient that is missing, that nobody
     wanted, or that has another shape or dtype than its tensor, is an infinite error.
 
     Raises Unfit if the case is at fault: its values overflow in its dtype, or vanish in its rounding. If `partly` is
     true, only an overflow is a fault of the case, and a tensor that vanishes in the rounding must only be finite.
     """
-    wanted = ("x", "weights", *trained(parameters)) if wanted is None else wanted
-    malformed = [error for tensors in passes for error in _malformed(case, inputs, parameters, tensors, wanted)]
+    of_block: Mapping[str, Tensor] = {} if around is None else around.parameters
+    if wanted is None:
+        wanted = ("x", *(["weights"] if around is None else of_block), *trained(parameters))
+    known = {**parameters, **of_block}
+    malformed = [error for tensors in passes for error in _malformed(case, inputs, known, tensors, wanted)]
     found = [error for rank in ranks.tell(malformed) for error in rank]
     if not found:
         product = torch.matmul if fp8 is None else fp8_product(fp8, _halved(case))
         dtype = rounds_to or inputs.x_TD.dtype
-        errors = group_errors(case, inputs, parameters, passes, product, ranks, dtype, lora_scale, rows_in_fp8(fp8))
+        travel = rows_in_fp8(fp8)
+        errors = group_errors(case, inputs, parameters, passes, product, ranks, dtype, lora_scale, travel, around)
         own = {(one.tensor, one.group): _largest(_ratios(one.rounding_G, one.scale_G)) for one in errors}
         everywhere = ranks.tell(own)  # ranks may want the gradients of other tensors
         roundings = {key: max(rank.get(key, 0.0) for rank in everywhere) for rank in everywhere for key in rank}
@@ -174,7 +182,8 @@ def _floor(case: Case, inputs: Inputs, fp8: str | None, tensor: str, dtype: torc
         torch.finfo(one).eps / 2 for one in (dtype, wide(dtype), stored, inputs.weights_TK.dtype)
     )
     most_rows = int((inputs.active_indices_TK.flatten() + 1).bincount(minlength=2)[1:].max())
-    longest = max(case.dim, 2 * case.moe_inter_dim, most_rows)
+    all_rows = 0 if case.subject == EXPERTS else len(inputs.x_TD)  # every token passes router and shared experts
+    longest = max(case.dim, 2 * case.moe_inter_dim, most_rows, all_rows)
     floor = (unit if fp8 is None else FP8_UNIT) + acc_unit * math.sqrt(longest)
     floor *= REFERENCE_ROUNDS if dtype is torch.float64 else 1.0
     if weights_unit > unit:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,13 +23,16 @@ from moebench.workload.case import Case
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import ALONE, Ranks
 
+if TYPE_CHECKING:
+    from moebench.parity.block import Around
+
 Tensors = dict[str, Tensor]
 
 #: An error in a random direction of D dimensions has about 1/√D of its size along a given direction. The error hardly
 #: ever has more than this many times 1/√D.
 BY_CHANCE = 4.0
-#: A layer whose experts all run together on a CPU has this many perturbed runs, because its tensors have few values, and
-#: the largest of few random errors says little. Every other layer has two perturbed runs.
+#: A layer whose experts all run together on a CPU has this many perturbed runs, because its tensors have few values,
+#: and the largest of few random errors says little. Every other layer has two perturbed runs.
 PERTURBED_RUNS = 5
 
 
@@ -47,7 +51,7 @@ class GroupErrors:
     """
 
     tensor: str
-    group: str  # "token" or "expert"
+    group: str  # "token", "expert" or "all"
     scale_G: Tensor
     rounding_G: Tensor
     passes_PG: Tensor
@@ -63,22 +67,26 @@ def group_errors(
     rounds_to: torch.dtype | None = None,
     lora_scale: float = 0.0,
     travel: Callable[[Tensor], Tensor] | None = None,
+    around: "Around | None" = None,
 ) -> list[GroupErrors]:
     """Return the errors of every tensor of the passes: `output`, and in mode train the gradients that the passes have.
 
     Inputs, parameters and passes are those of this rank. `product` is the matrix product of the run that sets the
     budget. If `product` rounds to FP8, the result also has the errors of `output` by expert. `rounds_to` is the dtype
     whose rounding the oracle shows; None means x's dtype. `lora_scale` is the factor of adapters among the parameters.
-    `travel` is what that run does to rows before (`moebench.parity.rounding.Rounding`).
+    `travel` is what that run does to rows before (`moebench.parity.rounding.Rounding`). `around` is what surrounds the
+    experts, if the passes are those of a block.
     """
     everyone = _gathered(inputs, ranks)
     run = _Run(case, everyone, parameters, product, ranks, rounds_to or inputs.x_TD.dtype, lora_scale, travel)
     by_expert = run.experts(passes)
     run.add_ranks()
     own = _own_rows(inputs, ranks)
+    runs = [(run.reference, run.exact), *zip(run.roundings, run.rounded, strict=True)]
+    of_block = [] if around is None else around.errors(everyone, own, runs, passes, run.generator)
     inactive_TK = inputs.active_indices_TK < 0
     inactive_T1 = inactive_TK.all(dim=1, keepdim=True)
-    errors = [run.token_errors("output", own, inactive_T1, passes)]
+    errors = [run.token_errors("output", own, inactive_T1, passes), *of_block]
     if product is not torch.matmul:
         errors.append(run.factors([ranks.rows(tensors["output"]) for tensors in passes]))
     for name in passes[0]:

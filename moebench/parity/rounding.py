@@ -54,21 +54,23 @@ class Rounding:
 
     def operands(self, exact: Operands, generator: torch.Generator) -> Operands:
         """Return the operands as this run reads them. Routing weights keep the wide dtype."""
-
-        def change(tensor: Tensor, dtype: torch.dtype, unit: float = self.unit) -> Tensor:
-            values = tensor.to(dtype)
-            if not self.unit:
-                return values
-            noise = torch.rand(values.shape, dtype=dtype, device=values.device, generator=generator)
-            return values * (1 + unit * (2 * noise - 1))
-
-        experts = {name: change(stacked, self.dtype) for name, stacked in exact.experts.items()}
+        experts = {name: self.changed(stacked, generator) for name, stacked in exact.experts.items()}
         # a layer may also add up the routing weights of one expert in their own dtype
         unit = max(self.unit, torch.finfo(exact.weights_GM.dtype).eps / 2)
-        weights_GM = change(exact.weights_GM, wide(self.dtype), unit)
-        rows = [change(tensor, self.dtype) for tensor in (exact.x_GMD, exact.grad_GMD)]
+        weights_GM = self.changed(exact.weights_GM, generator, wide(self.dtype), unit)
+        rows = [self.changed(tensor, generator) for tensor in (exact.x_GMD, exact.grad_GMD)]
         x_GMD, grad_GMD = rows if self.travel is None else [self.travel(tensor) for tensor in rows]
         return Operands(x_GMD, weights_GM, experts, grad_GMD)
+
+    def changed(
+        self, tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None = None, unit: float | None = None
+    ) -> Tensor:
+        """Return an operand as this run reads it, in `dtype` (default: the run's), changed by up to `unit`."""
+        values, unit = tensor.to(dtype or self.dtype), self.unit if unit is None else unit
+        if not self.unit:
+            return values
+        noise = torch.rand(values.shape, dtype=values.dtype, device=values.device, generator=generator)
+        return values * (1 + unit * (2 * noise - 1))
 
 
 def roundings(

@@ -37,7 +37,10 @@ CLOSE = THRESHOLD
 #: Fields of a case in which a matching row may differ from the question. `model` is only a name of the shape, and
 #: `advise` combines rows with several token counts and seeds.
 _FREE = ("model", "num_tokens", "seed")
-_VALUES = ("time_ms", "time_ms_low", "time_ms_high", "graph_time_ms", "peak_memory_bytes", "tokens_per_s")
+_VALUES = (
+    *("time_ms", "time_ms_low", "time_ms_high", "graph_time_ms"),
+    *("peak_memory_bytes", "saved_memory_bytes", "tokens_per_s"),
+)
 NOT_INSTALLED, NOT_SUPPORTED, WRONG = "not installed", "not supported", "wrong"
 #: What `experts.catalog.missing` says of a library that cannot be imported.
 _MISSING = ("is not installed", "does not import")
@@ -49,8 +52,9 @@ class Candidate:
 
     Times are in ms. `time_ms_low` and `time_ms_high` are the ends of the 95% confidence interval of `time_ms`.
     `graph_time_ms` is the time of a replayed CUDA graph. `peak_memory_bytes` is what the pass takes beside the weights
-    and inputs, and `train_peak_bytes` is the same of a forward and backward pass, gradients included. `weight_bytes`
-    and `adam_bytes` follow from the shape. What was not measured is NaN.
+    and inputs, and `train_peak_bytes` is the same of a forward and backward pass, gradients included.
+    `saved_memory_bytes` is what forward keeps for backward, NaN in mode forward. `weight_bytes` and `adam_bytes` follow
+    from the shape. What was not measured is NaN.
     """
 
     label: str
@@ -61,6 +65,7 @@ class Candidate:
     time_ms_high: float
     graph_time_ms: float
     peak_memory_bytes: float
+    saved_memory_bytes: float
     tokens_per_s: float
     train_peak_bytes: float
     weight_bytes: int

@@ -129,6 +129,7 @@ _TEXTS = {
     "ep_size": "EP {}",
     "context": "{}",
     "dp_size": "DP {}",
+    "subject": "{}",
     "seed": "seed {}",
 }
 

@@ -1,8 +1,8 @@
 """Estimate, before anything runs, what a sweep will take: jobs, memory per rank, and time.
 
-The memory is estimated from the case's shape (moebench.run.footprint). The time is estimated from measured jobs: a job
-should take as long as the nearest measured job with the same backend, mode and dtype. A job without a near measured job
-has no time.
+The memory is estimated from the case's shape and its context (moebench.run.memory). The time is estimated from measured
+jobs: a job should take as long as the nearest measured job with the same backend, mode and dtype. A job without a near
+measured job has no time.
 """
 
 import math
@@ -18,7 +18,8 @@ from moebench.errors import ResultsError
 from moebench.results.labels import machine
 from moebench.results.published import default_folders, load_all
 from moebench.results.record import Status
-from moebench.run.footprint import footprint
+from moebench.run.memory.footprint import footprint
+from moebench.run.memory.passes import kept_bytes
 from moebench.workload.case import ITEMSIZE, Case, Job
 from moebench.workload.context import PLAIN
 
@@ -28,18 +29,20 @@ _NEAR = np.log2(list(NEAR.values()))
 #: A different dispatcher adds as much distance as a difference by this factor in the rows.
 _OTHER_DISPATCHER = 1.5
 
-_GROUP = ("backend", "mode", "dtype", "context")
+_GROUP = ("backend", "mode", "dtype", "subject", "context")
 
 
 @dataclass(frozen=True)
 class Estimate:
     """The estimate for one job.
 
-    `memory_bytes` is the memory of the job's largest rank. `time_s` excludes the start of the job's worker. `time_s` is
-    None if no measured job is near.
+    `memory_bytes` is the memory of the job's largest rank. `kept_bytes` is what a layer keeps from forward to backward,
+    which each layer of a model has for itself; 0 in mode forward. `time_s` excludes the start of the job's worker.
+    `time_s` is None if no measured job is near.
     """
 
     memory_bytes: int
+    kept_bytes: int
     time_s: float | None
 
 
@@ -86,7 +89,7 @@ class KnownTimes:
         found: list[float | None] = [None] * len(jobs)
         alike: dict[Hashable, list[int]] = {}
         for number, job in enumerate(jobs):
-            own = job.backend, job.case.mode, job.case.dtype, job.case.context
+            own = job.backend, job.case.mode, job.case.dtype, job.case.subject, job.case.context
             alike.setdefault(own if own in self._groups else (*own[:-1], PLAIN), []).append(number)
         for key in alike.keys() & self._groups.keys():
             for start in range(0, len(alike[key]), _AT_ONCE):
@@ -172,7 +175,9 @@ class Forecast:
 def forecast(jobs: Sequence[Job], measured: KnownTimes | None) -> Forecast:
     """Estimate the jobs. Times come from the `measured` jobs; where it is None, the estimates have no times."""
     times_s = [None] * len(jobs) if measured is None else measured.times_s(jobs)
-    estimates = (Estimate(footprint(job).peak_bytes, time_s) for job, time_s in zip(jobs, times_s, strict=True))
+    estimates = (
+        Estimate(footprint(job).peak_bytes, kept_bytes(job), time_s) for job, time_s in zip(jobs, times_s, strict=True)
+    )
     based_on = "" if measured is None else f"{measured.num_jobs} measured jobs ({measured.where})"
     return Forecast(tuple(jobs), tuple(estimates), based_on)
 

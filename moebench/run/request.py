@@ -25,7 +25,7 @@ from moebench.run.workers.slurm import slurm_nodes
 from moebench.workload.axes import cut
 from moebench.workload.backends import check_known
 from moebench.workload.case import Job
-from moebench.workload.models import Model
+from moebench.workload.models import EXPERTS, Model
 from moebench.workload.selection import select_of
 from moebench.workload.spec import SweepSpec, find_sweep, parse_sweep, read_sweep
 
@@ -100,7 +100,7 @@ def plan_text(
 ) -> RunPlan:
     """Plan a new run of the sweep in `text`, as `plan` does. Messages name `origin` and `sweep`."""
     check_device(asked.device)
-    spec = _of_model(parse_sweep(text, origin), asked)
+    spec = _as_asked(parse_sweep(text, origin), asked)
     jobs = select_of(spec, sweep, asked.backends, asked.filters, asked.case_ids, asked.only)
     check_named(jobs, [*asked.backends, *asked.only])
     run_id = new_run_id(spec.name)
@@ -135,7 +135,7 @@ def plan_rest(folder: Path, *, backends: Sequence[str], time_budget_min: float |
     run = RunFile.read(folder)
     asked = run.asked
     text = read_sweep(folder / SWEEP_NAME)
-    spec = _of_model(parse_sweep(text, run.sweep_file), asked)
+    spec = _as_asked(parse_sweep(text, run.sweep_file), asked)
     jobs = select_of(spec, run.sweep, asked.backends, asked.filters, asked.case_ids, asked.only)
     earlier = _earlier(folder)
     others = sorted({row.schema_version for row in earlier} - {SCHEMA})
@@ -199,8 +199,9 @@ def _rounds(run: RunFile, jobs: tuple[Job, ...], spec: SweepSpec, folder: Path) 
     return tuple(replace(whole, jobs=shuffled(jobs, run.run_id, number), round=number) for number in numbers)
 
 
-def _of_model(spec: SweepSpec, asked: Asked) -> SweepSpec:
-    return spec if asked.model is None else spec.with_model(asked.model)
+def _as_asked(spec: SweepSpec, asked: Asked) -> SweepSpec:
+    spec = spec if asked.model is None else spec.with_model(asked.model)
+    return spec if asked.subject is None else spec.with_subject(asked.subject)
 
 
 def _notes(spec: SweepSpec, jobs: Sequence[Job], asked: Asked) -> tuple[str, ...]:
@@ -211,6 +212,9 @@ def _notes(spec: SweepSpec, jobs: Sequence[Job], asked: Asked) -> tuple[str, ...
             size for exclude in spec.excludes for size in exclude.get("ep_size", ()) if _is_unfit(size, asked.model)
         ]
         notes += [f"{asked.model}: EP size {size} is left out: it does not divide the experts" for size in unfit]
+    if asked.subject not in (None, EXPERTS):
+        routings = {str(one): None for axes in spec.grids for one in axes.get("routing", ()) if one != "uniform"}
+        notes += [f"{asked.subject}: routing {one} is left out: a block routes its tokens itself" for one in routings]
     return tuple(notes)
 
 

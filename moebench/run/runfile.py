@@ -35,6 +35,7 @@ class Asked(BaseModel):
     rounds: Annotated[int, Field(ge=1, le=MOST_ROUNDS)] = 1
     profile: bool = False
     model: Model | None = None
+    subject: str | None = None
 
 
 class RunFile(BaseModel):

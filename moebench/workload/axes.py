@@ -63,6 +63,7 @@ _RULES = {
     "name": 'must be letters, digits, ".", "_" and "-", a letter or digit first, at most 100 characters',
     "description": "must be one line of text",
     "backend": BACKEND_RULE,
+    "subject": "must be experts, block, or block:MODEL with the model whose router and shared experts the block has",
     "routing": "must be one of uniform, balanced, one-hot, zipf[:s], empty[:share], trace:PATH",
 }
 _EXAMPLES = {

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from moebench.names import Name
 from moebench.workload.context import PLAIN, Context, Processes, canonical
-from moebench.workload.models import shape_name
+from moebench.workload.models import EXPERTS, Subject, block_mistakes, shape_name
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ACTIVATIONS = ("swiglu", "swigluoai", "quick_geglu", "geglu", "relu2")
@@ -120,6 +120,7 @@ class CaseFields(BaseModel):
     dp_size: Annotated[
         Positive, Field(description="groups of `ep_size` ranks, over which `fsdp2` shards the layer")
     ] = 1
+    subject: Subject = EXPERTS
     seed: Annotated[int, Field(ge=0, lt=2**31, description="seed of weights, tokens and routing")] = 0
 
     @model_validator(mode="after")
@@ -140,6 +141,7 @@ class CaseFields(BaseModel):
                 f"rank_load = {self.rank_load} needs several ranks, but ep_size = 1; raise ep_size, or exclude the pair"
             )
         mistakes += self.surroundings.mistakes(self.mode, self.num_tokens, self.dp_size, self.routing)
+        mistakes += block_mistakes(dict(self))
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self

@@ -8,7 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 #: The fields of a shape, in the order of its written form.
 SHAPE_AXES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
@@ -65,6 +67,83 @@ MODELS: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "minimax-m2": _shape(256, 8, 3072, 1536),
     }
 )
+
+_RENORMALISED = {"norm_topk_prob": True}
+_SIGMOID = {**_RENORMALISED, "score_func": "sigmoid", "correction_bias": True}
+
+#: The router and the shared experts of a model's block, as its authors published them by 2026-11. The keys are fields
+#: of `RouterConfig` in experts.router and of `BlockConfig` in experts.block; other fields have their defaults.
+BLOCKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "qwen3-30b-a3b": _RENORMALISED,
+        "qwen3-235b-a22b": _RENORMALISED,
+        "qwen3-next-80b": {**_RENORMALISED, "n_shared_experts": 1, "shared_expert_gate": True},
+        "deepseek-v3": {
+            **_SIGMOID,
+            "n_expert_groups": 8,
+            "n_limited_groups": 4,
+            "route_scale": 2.5,
+            "n_shared_experts": 1,
+        },
+        "deepseek-v2-lite": {"n_shared_experts": 2},
+        "mixtral-8x7b": _RENORMALISED,
+        "olmoe": {},
+        "kimi-k2": {**_SIGMOID, "route_scale": 2.827, "n_shared_experts": 1},
+        "glm-4.5-air": {**_SIGMOID, "n_shared_experts": 1},
+    }
+)
+EXPERTS = "experts"
+#: The field `subject` of a case.
+Subject = Annotated[
+    str,
+    Field(
+        pattern=r"^(experts|block(:[A-Za-z0-9][A-Za-z0-9._-]{0,99})?)$",
+        description="what is measured: the routed `experts`, or a whole `block` with its router and shared experts "
+        "([sweeps.md](sweeps.md#blocks))",
+    ),
+]
+
+
+def block_of(subject: str, model: str | None) -> Mapping[str, Any] | None:
+    """Return the fields of the block that a case has; None with the subject `experts`, and for an unknown router.
+
+    A block is that of the case's model, or of the model that the subject names: `block:deepseek-v3`.
+    """
+    kind, _, named = subject.partition(":")
+    return BLOCKS.get(named or model or "") if kind == "block" else None
+
+
+def block_mistakes(case: Mapping[str, Any]) -> list[str]:
+    """Return why a case with these fields cannot have its subject, one line for each reason."""
+    subject, model, routing = case["subject"], case["model"], case["routing"]
+    if subject == EXPERTS:
+        return []
+    found = []
+    block = block_of(subject, model)
+    if block is None:
+        of = f"subject = {subject}" if ":" in subject or not model else f"subject = block with model = {model}"
+        found.append(
+            f"{of}: its router is not known; take block:MODEL with the model whose router and shared experts the "
+            f"block has, one of {', '.join(BLOCKS)}"
+        )
+    elif not _groups_fit(block, case["n_routed_experts"], case["n_activated_experts"]):
+        found.append(
+            f"subject = {subject} with n_routed_experts = {case['n_routed_experts']}: its router chooses from "
+            f"{block['n_limited_groups']} of {block['n_expert_groups']} equal groups of two or more experts, which "
+            "must hold the experts of a token; take more experts, or another block"
+        )
+    if routing != "uniform":
+        found.append(
+            f"subject = {subject} with routing = {routing[:80]}: a block routes its tokens itself; leave routing out"
+        )
+    return found
+
+
+def _groups_fit(block: Mapping[str, Any], n_routed_experts: int, n_activated_experts: int) -> bool:
+    groups, limited = block.get("n_expert_groups", 1), block.get("n_limited_groups", 1)
+    size, rest = divmod(n_routed_experts, groups)
+    return bool(groups == 1 or (rest == 0 and size > 1 and limited * size >= n_activated_experts))
+
 
 #: The `model_type` in the configuration file of each preset's model.
 MODEL_TYPES: Mapping[str, str] = MappingProxyType(

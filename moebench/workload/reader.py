@@ -33,7 +33,7 @@ from moebench.workload.models import SHAPE_AXES, Model
 Read = dict[str, tuple[object, ...]]  # axes as they were read; UNKNOWN stands for a wrong value
 
 # axes with values that can make a combination impossible
-_OF_CONTEXT = ("context", "dp_size", "mode", "num_tokens", "routing")
+_OF_CONTEXT = ("context", "dp_size", "mode", "num_tokens", "routing", "subject")
 _DECISIVE = {*SHAPE_AXES, "model", "ep_size", "rank_load", "dispatcher", *_OF_CONTEXT}
 
 
@@ -222,7 +222,7 @@ def _impossible(combination: Mapping[str, object]) -> list[str]:
     values = case_values(combination)
     known = {name: stand_ins[name] if values[name] is UNKNOWN else values[name] for name in stand_ins}
     if any(values[name] is UNKNOWN for name in _OF_CONTEXT):
-        known |= {name: DEFAULTS[name] for name in ("context", "dp_size")}
+        known |= {name: DEFAULTS[name] for name in ("context", "dp_size", "subject")}
     try:
         Case.model_validate(known)
     except ValidationError as error:

@@ -10,14 +10,24 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import moebench
 from moebench.errors import SweepError
 from moebench.names import MOST_CHARACTERS, NAME_PATTERN, is_file
-from moebench.workload.axes import case_key, case_values, combinations, cut, did_you_mean, is_match, listed
+from moebench.workload.axes import (
+    AXES,
+    case_key,
+    case_values,
+    combinations,
+    cut,
+    did_you_mean,
+    is_match,
+    listed,
+    rule_for,
+)
 from moebench.workload.case import Case, Job
-from moebench.workload.models import Model
+from moebench.workload.models import EXPERTS, Model
 from moebench.workload.reader import SweepReader
 from moebench.workload.traces import Captured
 
@@ -105,6 +115,26 @@ class SweepSpec(_Head):
         excludes = (*self.excludes, {"ep_size": unfit}) if unfit else self.excludes
         grids = tuple({**axes, "model": (model,)} for axes in self.grids)  # what the model fixes comes from it
         return self.model_copy(update={"grids": grids, "excludes": excludes})
+
+    def with_subject(self, subject: str) -> "SweepSpec":
+        """Return the sweep with this subject in every grid, instead of the grid's own.
+
+        A block routes its tokens itself, so routing other than uniform is left out. Raises SweepError for a subject
+        that does not exist, and for one that a case cannot have.
+        """
+        try:
+            AXES["subject"].validate_python(subject)
+            routings = {routing: None for axes in self.grids for routing in axes.get("routing", ())}
+            others = tuple(routing for routing in routings if routing != "uniform" and subject != EXPERTS)
+            excludes = (*self.excludes, {"routing": others}) if others else self.excludes
+            grids = tuple({**axes, "subject": (subject,)} for axes in self.grids)
+            made = self.model_copy(update={"grids": grids, "excludes": excludes})
+            made.jobs()
+        except ValidationError as error:
+            texts = [details["msg"].removeprefix("Value error, ") for details in error.errors()]
+            wrong = rule_for("subject", subject, error.errors()[0]) if "pattern" in texts[0] else texts[0]
+            raise SweepError([f"--subject {cut(subject)}: {wrong.partition(chr(10))[0]}"]) from error
+        return made
 
 
 def _job(combination: Mapping[str, object], case_of: dict[tuple[object, ...], Case]) -> Job:

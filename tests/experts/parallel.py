@@ -255,7 +255,7 @@ CHECKPOINTS = (
 )
 
 #: Facts of parallel_optimizer.py.
-OPTIMIZER = ("clips_and_steps", "optimizer_resharded")
+OPTIMIZER = ("clips_and_steps", "optimizer_resharded", "optimizer_of_te_resharded")
 
 #: Facts that the ranks check themselves, by number of ranks: functions of parallel_facts.py, parallel_training.py,
 #: parallel_memory.py, parallel_lora.py, parallel_checkpoints.py and parallel_optimizer.py.

@@ -31,9 +31,9 @@ class Shape(NamedTuple):
     ep: int
     dp: int
 
-    def spread(self, engine: str, parameters: Named | None = None) -> ExpertLayer:
+    def spread(self, engine: str, parameters: Named | None = None, dtype: torch.dtype = F32) -> ExpertLayer:
         """Return a layer with the parameters, or with other values, spread over the ranks."""
-        case = Case("uneven", engine, "alltoall")
+        case = Case("uneven", engine, "alltoall", dtype)
         made = build(case)
         made.load_state_dict(random_parameters(case.config, seed=99) if parameters is None else parameters)
         mesh = init_device_mesh("cpu", (self.dp, self.ep), mesh_dim_names=("dp", "ep"))
@@ -47,8 +47,8 @@ def shapes() -> list[Shape]:
     return [Shape(ep, size // ep) for ep in (1, 2, 4) if ep <= size]
 
 
-def the_parameters() -> Named:
-    return random_parameters(Case("uneven", "loop", "alltoall").config)
+def the_parameters(dtype: torch.dtype = F32) -> Named:
+    return random_parameters(Case("uneven", "loop", "alltoall", dtype).config)
 
 
 def shared_folder() -> Path:

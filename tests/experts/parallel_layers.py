@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from experts import BackendConfig, GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE
 from experts.layer import ExpertLayer
@@ -47,7 +47,8 @@ def sharded(made: ExpertLayer, parameters: Named) -> ExpertLayer:
 
 def gathered(made: ExpertLayer) -> Named:
     """Return the state dict with the experts of all ranks."""
-    return {name: tensor.full_tensor() for name, tensor in made.state_dict().items()}
+    entries = made.state_dict().items()
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in entries}
 
 
 def distribute(parameters: Named) -> Named:

@@ -80,6 +80,7 @@ def launch(num_ranks: int, folder: Path) -> None:
     """Run the launcher and its ranks. End all of them after TIMEOUT_S seconds or when this process is interrupted."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::FutureWarning"}
+    variables["TRITON_INTERPRET"] = "1"
     ended = f"still running after {TIMEOUT_S} s"
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(

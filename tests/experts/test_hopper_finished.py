@@ -10,8 +10,8 @@ import torch
 from experts.config import MoEConfig
 from experts.steps import Permutation, eager
 from tests.experts.compiled import assemble, compile_launches
-from tests.experts.layers import BF16, F16, INTERPRETED, moe_config, poisoned
 from tests.experts.grouped import GROUPS, Grouped, assert_sums
+from tests.experts.layers import BF16, F16, INTERPRETED, moe_config, poisoned
 from tests.experts.test_hopper import dtypes, hopper
 
 pytest.importorskip("triton")

@@ -11,7 +11,7 @@ from experts.gemm.tiling import tiling_for
 from moebench.parity.space.covering import covering
 from moebench.parity.space.trial import RANK_AXES
 from moebench.results.frame import load
-from moebench.run.footprint import pass_bytes
+from moebench.run.memory.passes import pass_bytes
 from moebench.verdicts.noise import noises, noises_together
 from moebench.workload.case import Case, Job
 from tests.figures import data

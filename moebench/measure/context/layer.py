@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from experts import Unsupported
 from moebench.measure.context import compiled
+from moebench.measure.context.block import BlockLayer
 from moebench.measure.context.sharding import fully_sharded, unsharded_grads
 from moebench.measure.context.watch import Compute, Watch
 from moebench.parity.oracle import wide
@@ -35,11 +36,12 @@ class LayerInContext(nn.Module):
         self._adds_to_main_grads = adds_to_main_grads(layer)
         self.watch = Watch()
         self.graphs = compiled.Graphs() if context.compiled else None
-        if hasattr(layer, "compute_local") and not context.compiled:
-            compute: Compute = layer.compute_local  # type: ignore[assignment]
-            layer.compute_local = self.watch.rows_of(compute)  # type: ignore[assignment]
+        experts: nn.Module = layer.experts if isinstance(layer, BlockLayer) else layer
+        if hasattr(experts, "compute_local") and not context.compiled:
+            compute: Compute = experts.compute_local  # type: ignore[assignment]
+            experts.compute_local = self.watch.rows_of(compute)  # type: ignore[assignment]
         if context.checkpoint == "checkpoint_experts":
-            _recompute_experts(layer)
+            _recompute_experts(experts)
         if self.graphs is not None:
             self.graphs.compile(layer)
         if context.checkpoint in ("checkpoint", "checkpoint_reentrant"):
@@ -49,6 +51,8 @@ class LayerInContext(nn.Module):
         """Return the layer's output."""
         if self._adds_to_main_grads and torch.is_grad_enabled():
             _make_main_grads(self.layer)
+        if isinstance(self.layer, BlockLayer):  # FSDP would give zeros as the gradient of weights that nobody reads
+            weights = weights.detach()
         with self._saved_tensors(), set_checkpoint_early_stop(not self.watch.is_on):
             output: Tensor = self.layer(x, token_mask, weights, indices)
             return output

@@ -27,14 +27,15 @@ from torch import Tensor, nn
 from experts.block import BlockConfig, MoEBlock
 from experts.errors import ConfigError, RegistryError
 from experts.registry import get_backend
-from experts.router import RouterConfig
 from moebench.errors import UsageError
 from moebench.machine import environment
 from moebench.measure import timing
+from moebench.measure.context.block import block_config
 from moebench.measure.studies import places, run
 from moebench.measure.timing import Timing, TimingPolicy
 from moebench.workload.case import Case
 from moebench.workload.inputs import make_inputs, make_parameters, moe_config
+from moebench.workload.models import BLOCKS as OF_MODELS
 from moebench.workload.models import MODELS, shape_fields, shape_name
 
 WARM_UPS = 3
@@ -42,38 +43,8 @@ WARM_UPS = 3
 PARTS = ("router", "shared", "experts")
 SUFFIXES = (".csv", ".json", ".parquet")
 
-_RENORMALISED = BlockConfig(router=RouterConfig(norm_topk_prob=True))
-
-
-def _sigmoid(route_scale: float, shared: int, groups: int = 1, limited: int = 1) -> BlockConfig:
-    router = RouterConfig(
-        score_func="sigmoid",
-        norm_topk_prob=True,
-        n_expert_groups=groups,
-        n_limited_groups=limited,
-        correction_bias=True,
-        route_scale=route_scale,
-    )
-    return BlockConfig(router=router, n_shared_experts=shared)
-
-
-#: Routers and shared experts of models in moebench.workload.models, as their authors published them by 2026-11. They
-#: decide which steps a block takes. `route_scale` is there for the result and changes no time.
-BLOCKS: Mapping[str, BlockConfig] = MappingProxyType(
-    {
-        "qwen3-30b-a3b": _RENORMALISED,
-        "qwen3-235b-a22b": _RENORMALISED,
-        "qwen3-next-80b": BlockConfig(
-            router=RouterConfig(norm_topk_prob=True), n_shared_experts=1, shared_expert_gate=True
-        ),
-        "deepseek-v3": _sigmoid(2.5, shared=1, groups=8, limited=4),
-        "deepseek-v2-lite": BlockConfig(n_shared_experts=2),
-        "mixtral-8x7b": _RENORMALISED,
-        "olmoe": BlockConfig(),
-        "kimi-k2": _sigmoid(2.827, shared=1),
-        "glm-4.5-air": _sigmoid(1.0, shared=1),
-    }
-)
+#: The router and the shared experts of models. `route_scale` is there for the result and changes no time.
+BLOCKS: Mapping[str, BlockConfig] = MappingProxyType({name: block_config(fields) for name, fields in OF_MODELS.items()})
 
 
 @dataclass(frozen=True)

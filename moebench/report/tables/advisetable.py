@@ -17,6 +17,7 @@ from moebench.report.tables.cells import DIM, FASTEST, human, milliseconds
 from moebench.results.advise import NOT_INSTALLED, NOT_SUPPORTED, WRONG, Advice, Answer, Candidate
 from moebench.results.labels import DECODE_TOKENS
 from moebench.workload.case import Case
+from moebench.workload.context import PLAIN
 
 _LEGEND = """\
 #: place; backends with the same place are too close to call
@@ -26,7 +27,8 @@ _GRAPH_LEGEND = "\ngraph ms: the time when a CUDA graph replays the pass, as ser
 
 def workload(model: str, asked: Case) -> str:
     """Return in words the workload that the user asks about."""
-    words = (f"{asked.num_tokens} tokens per rank", f"EP {asked.ep_size}", asked.dtype, asked.mode)
+    words = [f"{asked.num_tokens} tokens per rank", f"EP {asked.ep_size}", asked.dtype, asked.mode]
+    words += [] if asked.context == PLAIN else [asked.context]
     return ", ".join([model, *words, f"{asked.routing} routing"])
 
 
@@ -173,7 +175,7 @@ def _or_dash(value: float, form: Any) -> str:
 
 def _fit_table(fits: Sequence[Fit], memory_bytes: int) -> Table:
     table = plain()
-    for title in ("EP size", "weights", "+ forward", "layers", "+ train step", "+ Adam", "layers "):
+    for title in ("EP size", "weights", "+ forward", "layers", "+ train step", "of it stays", "+ Adam", "layers "):
         table.add_column(title, justify="right")
     for fit in fits:
         table.add_row(
@@ -182,6 +184,7 @@ def _fit_table(fits: Sequence[Fit], memory_bytes: int) -> Table:
             size(fit.pass_bytes),
             str(fit.forward_layers(memory_bytes)),
             size(fit.step_bytes),
+            size(fit.stay_bytes),
             size(fit.adam_bytes),
             str(fit.train_layers(memory_bytes)) + " (estimate)" * fit.is_estimate,
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from moebench.results.precision.ratios import Cell, Precision, cells, crossings
 from moebench.results.published import load_all
+from moebench.workload.models import EXPERTS
 
 
 def sentence(found: Precision, mode: str) -> str:
@@ -63,4 +64,5 @@ def _from(start: float | None, least: float) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(markdown(cells(load_all([Path(argument) for argument in sys.argv[1:]])))))
+    frame = load_all([Path(argument) for argument in sys.argv[1:]])
+    print("\n".join(markdown(cells(frame[frame["subject"].eq(EXPERTS).astype("bool")]))))

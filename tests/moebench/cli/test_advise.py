@@ -35,3 +35,14 @@ def test_run_prints_the_jobs_of_a_model(moebench, tmp_path):
     assert {(case["n_routed_experts"], case["n_activated_experts"]) for case in cases} == {(60, 4)}
     assert "shared_expert_intermediate_size = 5632" in end.err
     assert moebench("run", "--resume", ".", "--model", "config.json").code == 2
+
+
+def test_advice_is_about_the_context_that_was_asked_for(moebench):
+    asked = ("advise", "--model", "qwen3-30b-a3b", "--num-tokens", 16384, "--mode", "train")
+    plain, again = moebench(*asked), moebench(*asked, "--context", "checkpoint")
+    assert "bfloat16, train, checkpoint, uniform routing" in again.out
+    assert "checkpoint" not in plain.out
+    assert "8.51" in again.out
+    end = moebench(*asked, "--context", "fsdp2")
+    assert end.code == 2
+    assert end.err.splitlines() == ["--context fsdp2: advise answers for the ranks of one group; take it without fsdp2"]

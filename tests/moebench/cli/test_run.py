@@ -230,3 +230,12 @@ def test_dry_run_as_json_is_what_list_gives(sweep, moebench):
     assert plan["forecast"]["num_jobs"] == 4
     assert plan["forecast"]["memory_bytes"] == max(job["estimate"]["memory_bytes"] for job in plan["jobs"]) > 0
     assert json.loads(moebench("list", sweep, "--json").out) == plan
+
+
+def test_a_command_measures_blocks_instead_of_experts(sweep, moebench):
+    found = moebench("run", sweep, "--dry-run", "--json", "--subject", "block:olmoe")
+    assert (found.code, found.err) == (0, "")
+    assert {job["case"]["subject"] for job in json.loads(found.out)["jobs"]} == {"block:olmoe"}
+    wrong = moebench("run", sweep, "--dry-run", "--subject", "block:nobody")
+    assert wrong.code == 2
+    assert "its router is not known; take block:MODEL" in wrong.err

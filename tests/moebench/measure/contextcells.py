@@ -43,20 +43,23 @@ NEEDS_GPUS = {
 
 
 class Cell(NamedTuple):
-    """One cell: EP size and data-parallel size, backend, dispatcher, context."""
+    """One cell: EP size and data-parallel size, backend, dispatcher, context, and what is measured."""
 
     ep_size: int
     dp_size: int
     backend: str
     dispatcher: str
     context: str
+    subject: str = "experts"
 
     @property
     def job(self) -> Job:
         fields = {"n_routed_experts": 4, "n_activated_experts": 2, "dim": 16, "moe_inter_dim": 16, "num_tokens": 10}
         unkind = {"masked_share": 0.2, "routing": "zipf", "rank_load": "uneven" if self.ep_size > 1 else "even"}
         bias = {"expert_bias": not self.backend.startswith("triton")}
-        of = {"ep_size": self.ep_size, "dp_size": self.dp_size, "context": self.context}
+        of = {"ep_size": self.ep_size, "dp_size": self.dp_size, "context": self.context, "subject": self.subject}
+        if self.subject != "experts":  # its router chooses from groups
+            unkind |= {"routing": "uniform", "n_routed_experts": 16}
         case = Case.model_validate({**fields, **unkind, **bias, **of, "mode": "train", "dtype": self.dtype})
         return Job(case=case, backend=self.backend, dispatcher=self.dispatcher)
 
@@ -69,7 +72,7 @@ class Cell(NamedTuple):
         return f"EP {self.ep_size} x DP {self.dp_size} {self.backend}+{self.dispatcher}"
 
     def __str__(self) -> str:
-        return f"{self.where} {self.context}"
+        return f"{self.where} {self.context}" + f" {self.subject}" * (self.subject != "experts")
 
 
 CELLS = [
@@ -79,6 +82,13 @@ CELLS = [
     *(Cell(2, 1, "triton_main_grad", way, context) for way in DISPATCHERS for context in ADDED),
     *(Cell(1, 2, backend, "local", context) for backend in ENGINES for context in SHARDED),
     *(Cell(2, 2, backend, way, context) for backend in ENGINES for way in DISPATCHERS for context in SHARDED),
+]
+#: A block with groups of experts, a correction bias and shared experts, in every context.
+_BLOCK = ("torch_mm", "alltoall", "block:deepseek-v3")
+BLOCKS = [
+    Cell(ep, dp, _BLOCK[0], _BLOCK[1] if ep > 1 else "local", context, _BLOCK[2])
+    for ep, dp in ((1, 1), (2, 1), (1, 2), (2, 2))
+    for context in (ALONE if dp == 1 else SHARDED)
 ]
 SEED = 3
 
@@ -118,7 +128,7 @@ def run(cells: Iterable[Cell], folder: Path) -> list[Record]:
 
 
 def cell_of(row: Record) -> Cell:
-    return Cell(row.ep_size, row.dp_size, row.backend, row.dispatcher, row.context)
+    return Cell(row.ep_size, row.dp_size, row.backend, row.dispatcher, row.context, row.subject)
 
 
 def summary(rows: Sequence[Record]) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 
 from moebench.results.record import Record, Status
 from tests.moebench.measure.contextcells import (
+    BLOCKS,
     CELLS,
     FAULTS,
     NEEDS_GPUS,
@@ -22,11 +23,18 @@ pytestmark = pytest.mark.timeout(0)  # groups start slowly where processes share
 
 #: `make test` measures as many cells of each size.
 FEW = {(1, 1): 3, (2, 1): 2, (2, 2): 2}
+#: The cells of a block that `make test` measures.
+FEW_BLOCKS = [
+    one
+    for one in BLOCKS
+    if (one.ep_size, one.dp_size, one.context)
+    in ((1, 1, "checkpoint_experts"), (2, 1, "accumulate:3"), (2, 2, "fsdp2+checkpoint"))
+]
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory, certify: bool) -> dict[Cell, Record]:
-    cells = [*(CELLS if certify else some(FEW)), *FAULTS, *RIGHT_ELSEWHERE]
+    cells = [*(CELLS if certify else some(FEW)), *(BLOCKS if certify else FEW_BLOCKS), *FAULTS, *RIGHT_ELSEWHERE]
     return {cell_of(row): row for row in run(cells, tmp_path_factory.mktemp("run"))}
 
 
@@ -60,6 +68,18 @@ def test_a_cell_has_times_and_memory_of_its_step(rows: dict[Cell, Record]) -> No
         assert (row.backward_ms is None) == is_step
         assert (row.dispatch_ms is None) == (cell.ep_size == 1 or is_step or "compile" in cell.context)
         assert (row.peak_memory_bytes is None) == (row.compiled_graphs is not None) == ("compile" in cell.context)
+
+
+@pytest.mark.certify
+def test_a_block_is_right_in_its_contexts(measured: dict[Cell, Record], certify: bool) -> None:
+    blocks = {cell: row for cell, row in measured.items() if cell.subject != "experts"}
+    assert len(blocks) == (len(BLOCKS) if certify else len(FEW_BLOCKS))
+    wrong = {str(cell): (row.status, row.detail) for cell, row in blocks.items() if row.status is not Status.ok}
+    assert wrong == {}
+    for cell, row in blocks.items():
+        assert row.parity_errors is not None
+        assert {"router.weight.grad", "shared_experts.down_proj.grad", "down_projs.grad"} <= row.parity_errors.keys()
+        assert ("rows" in row.parity_errors) == ("checkpoint" in cell.context and "compile" not in cell.context)
 
 
 @pytest.mark.certify

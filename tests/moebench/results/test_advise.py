@@ -272,3 +272,9 @@ def test_no_data_near_is_an_exit_code(arguments: list[str], code: int) -> None:
     done = run(*arguments)
     assert done.exit_code == code
     assert ("no data near" in done.stderr) == (code == 3)
+
+
+def test_a_block_says_nothing_about_experts() -> None:
+    rows = [ok(case(256, subject="block:olmoe"), "gmm", 1.0), ok(case(256), "te", 5.0)]
+    assert [one.label for one in ask(rows, 256).candidates] == ["te"]
+    assert [one.label for one in ask(rows, 256, subject="block:olmoe").candidates] == ["gmm"]

@@ -54,6 +54,7 @@ def test_no_two_cases_are_described_alike(field: str) -> None:
         "rank_load": "uneven",
         "context": "compile",
         "dp_size": 3,
+        "subject": "block:olmoe",
         "seed": 5,
     }
     ranks = {"rank_load": {"ep_size": 2}, "dp_size": {"context": "fsdp2", "dp_size": 2}}.get(field, {})

@@ -7,8 +7,8 @@ import pytest
 
 from moebench.results.frame import to_frame, write
 from moebench.results.record import Record, Status
-from moebench.run.footprint import footprint
 from moebench.run.forecast import KnownTimes, forecast, measured_jobs
+from moebench.run.memory.footprint import footprint
 from moebench.workload.case import Job
 from moebench.workload.spec import available_sweeps, load_sweep
 from tests.moebench.drawn import bad, case, ok
@@ -76,6 +76,13 @@ def test_a_context_takes_as_long_as_the_context_or_else_as_plain() -> None:
     assert of(plain, checkpoint).time_s(asked(mode="train")) == 1.0
     assert of(plain, checkpoint).time_s(asked(mode="train", context="offload")) == 1.0
     assert of(checkpoint).time_s(asked(mode="train")) is None
+
+
+def test_a_block_takes_as_long_as_blocks_only() -> None:
+    experts, block = took(1.0), took(2.0, subject="block:olmoe")
+    assert of(experts, block).time_s(asked(subject="block:olmoe")) == 2.0
+    assert of(experts, block).time_s(asked()) == 1.0
+    assert of(experts).time_s(asked(subject="block:olmoe")) is None
 
 
 def test_a_job_of_several_rounds_tells_the_time_of_one() -> None:

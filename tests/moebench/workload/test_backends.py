@@ -137,7 +137,7 @@ engine = catalog.EngineEntry("novel", "no.such.module", counts_rows=True)
 catalog.BACKENDS = (*catalog.BACKENDS, catalog.BackendEntry("novel", engine, ("bf16", "fp8"), fp8="block"))
 
 from moebench.parity.checks import covering_jobs
-from moebench.run.footprint import pass_bytes
+from moebench.run.memory.passes import pass_bytes
 from moebench.workload.case import Case, Job
 from moebench.workload.spec import find_sweep, load_sweep
 

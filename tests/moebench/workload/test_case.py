@@ -130,6 +130,7 @@ def test_case_id_tells_every_field_apart() -> None:
         "rank_load": "uneven",
         "context": "compile",
         "dp_size": 2,
+        "subject": "block:olmoe",
         "seed": 1,
     }
     assert others.keys() == Case.model_fields.keys()

@@ -242,6 +242,7 @@ OTHERS = (
         {"expert_activation": "geglu", "swiglu_limit": 9.0},
     ),
     *({"apply_router_weight_after_down": True}, {"context": "compile"}, {"context": "fsdp2", "dp_size": 2}),
+    {"subject": "block:olmoe"},
 )
 
 

@@ -8,7 +8,8 @@ import torch
 from moebench.measure.cache import Workload
 from moebench.measure.memory import StorageTracker
 from moebench.measure.subject import backend_of, make_subject
-from moebench.run.footprint import footprint, pass_bytes
+from moebench.run.memory.footprint import footprint
+from moebench.run.memory.passes import pass_bytes
 from moebench.workload.case import Case, Job
 from moebench.workload.models import MODELS
 
