@@ -17,10 +17,9 @@ class Together:
     elements: int
     multiplications: int
 
-    def allows(self, num_experts: int, most_rows: int, elements: int) -> bool:
-        """Return whether experts of which each has `elements` and at most `most_rows` rows run together."""
-        multiplications = num_experts * most_rows * (elements // 64 + 8)
-        return num_experts * elements <= self.elements and multiplications <= self.multiplications
+    def most(self, most_rows: int, elements: int) -> int:
+        """Return how many experts may run together of which each has `elements` and at most `most_rows` rows."""
+        return min(self.elements // elements, self.multiplications // (most_rows * (elements // 64 + 8)))
 
 
 #: A CPU is fastest with tensors that fit its caches. A GPU needs enough work for each kernel.
@@ -75,7 +74,7 @@ def batches(indices_TK: Tensor, first: int, num_local: int, elements: int, by_it
     for number, expert in enumerate(by_rows):
         waiting.append(expert)
         is_last = number + 1 == len(by_rows)
-        full = not together.allows(len(waiting) + 1, counts[waiting[0]], elements)
+        full = len(waiting) >= together.most(counts[waiting[0]], elements)
         if is_last or by_itself or full:
             experts_G = torch.tensor(waiting, device=indices_TK.device)
             steps_M = torch.arange(counts[waiting[0]], device=indices_TK.device)

@@ -148,7 +148,8 @@ class _Run:
         elements = 2 * dim * width
         self.batches = list(batches(inputs.active_indices_TK, first, num_local, elements, by_itself))
         sizes = [batch.tokens_GM.shape for batch in self.batches]
-        is_small = ON_CPU.allows(sum(size[0] for size in sizes), max((size[1] for size in sizes), default=0), elements)
+        most_rows = max((size[1] for size in sizes), default=1)
+        is_small = sum(size[0] for size in sizes) <= max(1, ON_CPU.most(most_rows, elements))
         num_perturbed = PERTURBED_RUNS if is_small else 2
         self.reference = Rounding(Formula.of(case, lora_scale), torch.float64)
         self.roundings = roundings(self.reference.formula, rounds_to, product, num_perturbed, max(dim, width), travel)

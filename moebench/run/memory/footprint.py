@@ -13,13 +13,12 @@ moebench.run.memory.passes says what the context of a case changes.
 from dataclasses import dataclass
 
 from moebench.measure.protocol import PASSES
+from moebench.parity.batches import ON_GPU, Together
 from moebench.run.memory.passes import held_weight_bytes, pass_bytes
 from moebench.run.memory.sizes import Sizes, sizes_of
 from moebench.workload.backends import reserves_rows
 from moebench.workload.case import ITEMSIZE, Case, Job, width
 
-#: moebench.parity.batches runs experts together up to this many numbers.
-TOGETHER = 1 << 21
 #: Bytes per element [T, D]. _SUMS is for the reference's sums over experts on all ranks' tokens: the output and its
 #: gradient, each exactly and by chance in float64, and of three runs that round in float32. _COMPARED is for the
 #: comparison of the rank's own tokens.
@@ -39,8 +38,8 @@ class Footprint:
         return max(self.building, self.passes, self.parity)
 
 
-def footprint(job: Job) -> Footprint:
-    """Estimate the memory of the job's largest rank.
+def footprint(job: Job, together: Together = ON_GPU) -> Footprint:
+    """Estimate the memory of the job's largest rank. The oracle runs as many experts together as `together` allows.
 
     Earlier cases add nothing, because a worker keeps from earlier cases only the tensors that this case also uses.
     """
@@ -58,11 +57,11 @@ def footprint(job: Job) -> Footprint:
     return Footprint(
         building=weights + inputs + max(whole + (weights if case.ep_size > 1 else 0), sharding),
         passes=int(settled + (PASSES - 1) * kept + pass_bytes(job)),
-        parity=int(settled + PASSES * kept + _reference_bytes(case, sizes)),
+        parity=int(settled + PASSES * kept + _reference_bytes(case, sizes, together)),
     )
 
 
-def _reference_bytes(case: Case, sizes: Sizes) -> float:
+def _reference_bytes(case: Case, sizes: Sizes, together: Together) -> float:
     """Return the bytes of the float64 reference and its comparison with the rank's passes.
 
     The bytes are those of the inputs of all ranks, data-parallel ones included, of the sums over experts, of the
@@ -70,10 +69,10 @@ def _reference_bytes(case: Case, sizes: Sizes) -> float:
     """
     all_tokens, rows_of_expert = sizes.all_tokens * case.dp_size, sizes.rows_of_expert * case.dp_size
     gathered = 0 if case.processes.num_ranks == 1 else 2 * all_tokens * case.dim * ITEMSIZE[case.dtype]
-    numbers = max(2 * case.dim * width(case), rows_of_expert * (case.dim * width(case) / 32 + 8))
-    together = min(case.n_routed_experts / case.ep_size, max(1.0, TOGETHER // numbers))
-    expert = together * (36 if case.mode == "train" else 21) * sizes.expert_numbers
-    rows = 12 * together * rows_of_expert * (4 * case.dim + 2 * width(case) + 4 * case.moe_inter_dim)
+    most = max(1, together.most(max(1, round(rows_of_expert)), 2 * case.dim * width(case)))
+    num_experts = min(case.n_routed_experts / case.ep_size, most)
+    expert = num_experts * (36 if case.mode == "train" else 21) * sizes.expert_numbers
+    rows = 12 * num_experts * rows_of_expert * (4 * case.dim + 2 * width(case) + 4 * case.moe_inter_dim)
     sums = _SUMS * all_tokens * case.dim
     return gathered + sums + max(expert + rows, _COMPARED * sizes.num_tokens * case.dim)
 
