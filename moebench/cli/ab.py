@@ -1,6 +1,6 @@
 """Define the command `moebench ab`, which parses, runs moebench.verdicts.ab and prints."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,12 +20,13 @@ from moebench.cli.options import (
     TimeBudget,
 )
 from moebench.errors import UsageError
-from moebench.report.gatewords import total
 from moebench.results.stats import THRESHOLD
 from moebench.run import request
 from moebench.run.runfile import Asked
-from moebench.verdicts import ab
-from moebench.verdicts.gate import GateResult
+
+if TYPE_CHECKING:
+    from moebench.verdicts.ab import AbPlan
+    from moebench.verdicts.gate import GateResult
 
 commands = typer.Typer()
 
@@ -56,6 +57,8 @@ def ab_(
     Is B slower than A, does it use more memory, or is it wrong? Exit code 0: no. 1: yes, or a job is missing. 2: bad
     usage. 3: not decided.
     """
+    from moebench.verdicts import ab  # imports pandas and scipy, which --help does not need
+
     if not (a and b):
         raise UsageError(
             "REV_A and REV_B: each must be a git revision, or a folder with the package experts; one is empty"
@@ -80,8 +83,11 @@ def ab_(
     report(result, junit_file, for_github, as_json)
 
 
-def _measure(plan: ab.AbPlan) -> GateResult:
+def _measure(plan: "AbPlan") -> "GateResult":
     """Return the verdicts of the last look. Print a line of totals after each look."""
+    from moebench.report.gatewords import total
+    from moebench.verdicts import ab
+
     with job_progress() as progress:
         for look in ab.compare_revisions(plan, progress.done):
             spent = f", time budget spent: {look.num_left} measurements left" if look.num_left else ""

@@ -3,27 +3,23 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import pandas as pd
 import typer
 
 from moebench.cli.console import err, job_progress, out
 from moebench.cli.options import MODEL_HELP
 from moebench.errors import ResultsError, UsageError
-from moebench.report.fit import fits, gpu_memory
-from moebench.report.tables.advisetable import AdviceTable, advise_json, workload
-from moebench.report.tables.precisiontable import precision_json, sentence
-from moebench.results import advise
-from moebench.results.frame import load, to_frame, write
-from moebench.results.precision.ratios import precision
-from moebench.results.published import default_folders, kept_folders, load_all
-from moebench.run import ondemand, request
-from moebench.run.start import start_run
+from moebench.results.published import default_folders, kept_folders
 from moebench.workload.axes import listed
 from moebench.workload.case import Case
 from moebench.workload.context import PLAIN
 from moebench.workload.modelconfig import read_model
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moebench.results.advise import Answer
 
 EXIT_NO_DATA = 3
 
@@ -62,6 +58,12 @@ def advise_(
     Print the times and the memory of each, and how many such layers fit on the GPU. With --precision, say first whether
     FP8 takes less time. Exit code 3: no results are near the workload.
     """
+    from moebench.report.tables.advisetable import advise_json, workload  # these import pandas, not needed by --help
+    from moebench.report.tables.precisiontable import precision_json, sentence
+    from moebench.results import advise
+    from moebench.results.frame import load_all
+    from moebench.results.precision.ratios import precision
+
     shape = read_model(model)
     for note in shape.notes:
         err.print(f"{shape}: {note}", soft_wrap=True)
@@ -100,8 +102,10 @@ def advise_(
     raise typer.Exit(EXIT_NO_DATA)
 
 
-def _results(folders: list[Path] | None, can_be_empty: bool) -> tuple[list[Path], pd.DataFrame]:
+def _results(folders: list[Path] | None, can_be_empty: bool) -> "tuple[list[Path], pd.DataFrame]":
     """Return the folders with results and their rows. The kept results come with the published ones."""
+    from moebench.results.frame import load_all, to_frame
+
     if folders:
         return folders, load_all(folders)
     kept = kept_folders()
@@ -114,15 +118,22 @@ def _results(folders: list[Path] | None, can_be_empty: bool) -> tuple[list[Path]
     return found, load_all(found) if found else to_frame([])
 
 
-def _print(answer: advise.Answer, frame: pd.DataFrame, folders: Sequence[Path], asked: Case) -> None:
+def _print(answer: "Answer", frame: "pd.DataFrame", folders: Sequence[Path], asked: Case) -> None:
+    from moebench.report.fit import fits, gpu_memory
+    from moebench.report.tables.advisetable import AdviceTable
+
     memory = gpu_memory(folders)
     for one in answer.advices:
         memory_bytes = None if one.gpu is None else memory.get(one.gpu)
         out.print(AdviceTable(one, asked, fits(frame, asked, one) if memory_bytes else (), memory_bytes))
 
 
-def _measure(answer: advise.Answer, minutes: float) -> Path | None:
+def _measure(answer: "Answer", minutes: float) -> Path | None:
     """Measure what no result of this machine answers, and return the folder with the results."""
+    from moebench.results.frame import load, write
+    from moebench.run import ondemand, request
+    from moebench.run.start import start_run
+
     plan = ondemand.plan_missing(answer, minutes, ondemand.gpu_here())
     if plan is None:
         err.print("every backend has an answer for this machine: nothing was measured")

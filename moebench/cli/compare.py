@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,14 +10,10 @@ from moebench.cli.console import err, out
 from moebench.cli.options import AsJson, Results
 from moebench.errors import UsageError
 from moebench.report.plots.settings import import_matplotlib
-from moebench.report.tables import comparetable
-from moebench.report.tables.contexttable import ContextTable
-from moebench.results import merge
-from moebench.results.compare import beside_plain, compare, names_of
 from moebench.results.files import writable
-from moebench.results.folder import Result, open_result
-from moebench.results.frame import SAMPLE_COLUMNS, to_csv, to_json
-from moebench.results.history import expanded, history
+
+if TYPE_CHECKING:
+    from moebench.results.folder import Result
 
 commands = typer.Typer()
 
@@ -30,6 +26,11 @@ def compare_(results: Results, as_json: AsJson = False, as_csv: AsCsv = False) -
 
     The table has the times and the memory of each. --json and --csv also have the errors. There is no verdict.
     """
+    from moebench.report.tables import comparetable  # these import pandas, which --help does not need
+    from moebench.report.tables.contexttable import ContextTable
+    from moebench.results.compare import beside_plain, compare
+    from moebench.results.frame import to_csv, to_json
+
     opened = _opened(results)
     frame = compare({name: result.frame for name, result in opened.items()})
     if as_json:
@@ -61,7 +62,9 @@ def merge_(
     """Merge results folders into one, with their environments."""
     if newest and sessions:
         raise UsageError("--newest and --sessions exclude each other: choose one")
-    for path in merge.merge(results, folder, newest=newest, sessions=sessions):
+    from moebench.results.merge import merge
+
+    for path in merge(results, folder, newest=newest, sessions=sessions):
         out.print(f"wrote {path}", soft_wrap=True)
     out.print(f"results: {folder}", soft_wrap=True)
 
@@ -91,6 +94,10 @@ def history_(
     The table is in order of time, oldest first. It has each backend's times and how they changed. The page of --page
     has every job of a series of results by revision and date, and marks where a time changed for good.
     """
+    from moebench.report.tables.comparetable import history_table
+    from moebench.results.frame import SAMPLE_COLUMNS, to_json
+    from moebench.results.history import expanded, history
+
     if page is not None:
         if plot is not None or as_json:
             raise UsageError("--page with --plot or --json: the page is of all jobs; leave the other option out")
@@ -110,12 +117,15 @@ def history_(
     if as_json:
         out.print_json(to_json(rows.drop(columns=list(SAMPLE_COLUMNS))))
     else:
-        out.print(comparetable.history_table(rows))
+        out.print(history_table(rows))
     if plot is not None:
         with writable(plot):
             draw_history(rows, plot)
         err.print(f"wrote {plot}")
 
 
-def _opened(paths: list[Path]) -> Mapping[str, Result]:
+def _opened(paths: list[Path]) -> Mapping[str, "Result"]:
+    from moebench.results.compare import names_of
+    from moebench.results.folder import open_result
+
     return dict(zip(names_of([str(path) for path in paths]), map(open_result, paths), strict=True))

@@ -5,7 +5,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,17 +14,13 @@ from moebench.cli.options import AsJson
 from moebench.cli.show import filtered
 from moebench.errors import UsageError
 from moebench.machine.comparability import CHANGES
-from moebench.report import github, junit
-from moebench.report.tables.gatetable import GateTable
 from moebench.results.files import writable, write_atomically
-from moebench.results.folder import Result, open_result
 from moebench.results.stats import THRESHOLD
-from moebench.verdicts import baseline as baselines
-from moebench.verdicts import times
-from moebench.verdicts.comparability import Comparability
-from moebench.verdicts.document import GateDocument
-from moebench.verdicts.gate import GateResult, gate
 from moebench.workload.axes import cut
+
+if TYPE_CHECKING:
+    from moebench.results.folder import Result
+    from moebench.verdicts.gate import GateResult
 
 #: The environment variable in which GitHub Actions names the file for a step's summary.
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
@@ -72,6 +68,10 @@ def gate_(
     job is missing. 2: bad usage. 3: not decided. With `auto`, the baseline is the stored one of the same machine and
     software.
     """
+    from moebench.results.folder import open_result  # these import pandas and scipy, which --help does not need
+    from moebench.verdicts.comparability import Comparability
+    from moebench.verdicts.gate import gate
+
     smallest = share("--threshold", threshold)
     allowed = _allowed(allow_env_change or [])
     after = open_result(candidate)
@@ -81,12 +81,15 @@ def gate_(
     report(gate(before.frame, after.frame, comparability, threshold=smallest), junit_file, for_github, as_json)
 
 
-def _baseline(text: str, candidate: Result) -> Result:
+def _baseline(text: str, candidate: "Result") -> "Result":
     """Return the results of the baseline that the user named.
 
     `text` is a path, `baseline:NAME` for a stored baseline, or `auto` for the stored baseline of the candidate's
     machine.
     """
+    from moebench.results.folder import open_result
+    from moebench.verdicts import baseline as baselines
+
     kind, colon, name = text.partition(":")
     if colon and kind == "baseline":
         return baselines.named(name).result
@@ -97,7 +100,7 @@ def _baseline(text: str, candidate: Result) -> Result:
     return open_result(Path(text))
 
 
-def _filtered(result: Result, filters: list[str]) -> Result:
+def _filtered(result: "Result", filters: list[str]) -> "Result":
     """Return the result with only the jobs that pass every filter. Raises SweepError for a wrong filter."""
     return replace(result, frame=filtered(result.frame, filters))
 
@@ -115,21 +118,27 @@ def check_outputs(for_github: bool, as_json: bool) -> None:
         raise UsageError("--json and --github both write to standard output: choose one")
 
 
-def report(result: GateResult, junit_file: Path | None, for_github: bool, as_json: bool) -> None:
+def report(result: "GateResult", junit_file: Path | None, for_github: bool, as_json: bool) -> None:
     """Print a gate's verdicts, write the files that were asked for, and exit with the gate's code."""
+    from moebench.report.junit import junit_xml
+    from moebench.report.tables.gatetable import GateTable
+    from moebench.verdicts.document import GateDocument
+
     check_outputs(for_github, as_json)
     if as_json:
         out.print_json(GateDocument.of(result).to_json())
     else:
         out.print(GateTable(result))
     if junit_file:
-        _write(junit_file, junit.junit_xml(result))
+        _write(junit_file, junit_xml(result))
     if for_github:
         _tell_github(result)
     raise typer.Exit(result.exit_code)
 
 
-def _tell_github(result: GateResult) -> None:
+def _tell_github(result: "GateResult") -> None:
+    from moebench.report import github
+
     for line in github.annotations(result):
         print(line)
     summary_file = os.environ.get(SUMMARY_VARIABLE)
@@ -158,14 +167,17 @@ def update(
     Jobs that the baseline already has are replaced, unless --add is given. With several runs, the gate also knows how
     much times differ between sessions. A run should have 20 rounds.
     """
+    from moebench.verdicts import baseline as baselines
+    from moebench.verdicts.times import MIN_ROUNDS
+
     baseline = baselines.update(folders, add=add)
     least, _ = baseline.rounds
     out.print(f"baseline:{baseline.name}: {len(baseline.result.frame)} jobs in {baseline.path}", soft_wrap=True)
     for text in baseline.replaced:
         out.print(f"replaced {text}", soft_wrap=True)
-    if least < times.MIN_ROUNDS:
+    if least < MIN_ROUNDS:
         err.print(
-            f"some jobs have {least} rounds: the gate needs {times.MIN_ROUNDS} or more to judge times, else it says "
+            f"some jobs have {least} rounds: the gate needs {MIN_ROUNDS} or more to judge times, else it says "
             "INCONCLUSIVE; measure again with `moebench run --rounds 20`"
         )
 
@@ -176,6 +188,8 @@ def show_baselines(as_json: AsJson = False) -> None:
 
     Print the machine, the software, the numbers of jobs and rounds, and the runs of each.
     """
+    from moebench.verdicts import baseline as baselines
+
     found = baselines.stored()
     if as_json:
         out.print_json(json.dumps([some.as_dict() for some in found]))

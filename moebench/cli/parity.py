@@ -12,7 +12,6 @@ from moebench.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from moebench.parity.checks import CHECKS
 from moebench.parity.space.rules import limits
 from moebench.parity.space.trial import Trial
-from moebench.report.tables.audittable import AuditTable
 from moebench.run.audit import Audit, Level, Request, audit, audit_case
 
 commands = typer.Typer()
@@ -66,6 +65,8 @@ def parity(
     if as_json:
         out.print_json(json.dumps(found.as_dict()))
     else:
+        from moebench.report.tables.audittable import AuditTable  # imports pandas
+
         out.print(AuditTable(found), soft_wrap=True)  # a counterexample is copied, so that no line may be wrapped
     if found.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)

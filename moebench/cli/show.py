@@ -4,22 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import pandas as pd
 import typer
 
 from moebench.cli.console import out
 from moebench.cli.options import AsJson, Folder
 from moebench.errors import ResultsError, UsageError
 from moebench.report.plots.settings import import_matplotlib
-from moebench.report.ranking import best
-from moebench.report.tables.besttable import BestTable
-from moebench.report.tables.longtable import SORTS
-from moebench.report.tables.tables import summary
-from moebench.results.folder import rows_of
-from moebench.results.frame import load, to_json
 from moebench.workload.selection import filter_jobs
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from moebench.report.folder import Written
 
 commands = typer.Typer()
@@ -38,7 +33,7 @@ def show(
     ] = False,
     filters: RowFilters = None,
     sort: Annotated[
-        str | None, typer.Option(help=f"order of the backends of a case: {', '.join(SORTS)}; default: time")
+        str | None, typer.Option(help="order of the backends of a case: time, memory, backend; default: time")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -50,6 +45,11 @@ def show(
         raise UsageError(f"--sort {sort} with --best: there is one backend for each case; leave one of the two out")
     if as_json and sort is not None:
         raise UsageError(f"--sort {sort} with --json: JSON keeps the order of the results; leave one of the two out")
+    from moebench.report.ranking import best  # these import pandas, which --help does not need
+    from moebench.report.tables.besttable import BestTable
+    from moebench.report.tables.tables import summary
+    from moebench.results.frame import load, to_json
+
     frame = filtered(load(folder), filters or [])
     if frame.empty and filters:
         raise ResultsError(f"{folder}: no row is left by --filter {' --filter '.join(filters)}; leave a filter out")
@@ -59,10 +59,11 @@ def show(
         out.print(BestTable(frame) if only_best else summary(frame, sort or "time"))
 
 
-def filtered(frame: pd.DataFrame, filters: Sequence[str]) -> pd.DataFrame:
+def filtered(frame: "pd.DataFrame", filters: Sequence[str]) -> "pd.DataFrame":
     """Return the rows of the jobs that pass every filter. Raises SweepError for a wrong filter."""
     if not filters:
         return frame
+    from moebench.results.folder import rows_of
     from moebench.verdicts.findings import job_of  # imports scipy
 
     jobs = [job_of(row) for row in rows_of(frame)]

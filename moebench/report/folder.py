@@ -15,10 +15,10 @@ from moebench.results.files import writable, write_atomically, writing_to
 from moebench.results.frame import load, write, write_csv
 from moebench.results.journal import JOURNAL_NAME
 from moebench.run.stop import interruptible
-from moebench.verdicts.document import GateDocument
 
 if TYPE_CHECKING:
     from moebench.report.plots.figures import Drawn
+    from moebench.verdicts.document import GateDocument
 
 REPORT_NAME = "report.html"
 
@@ -105,7 +105,7 @@ def write_report(path: Path, out: Path | None, gate: Path | None) -> Written:
     from moebench.report.page import page
     from moebench.report.plots.figures import draw
 
-    frame, verdicts = load(path), None if gate is None else GateDocument.read(gate)
+    frame, verdicts = load(path), None if gate is None else _verdicts(gate)
     out = out or _folder_of(path) / REPORT_NAME
     if not out.parent.is_dir():
         raise UsageError(
@@ -115,6 +115,12 @@ def write_report(path: Path, out: Path | None, gate: Path | None) -> Written:
     html = page(frame, _svgs(drawn), _folder_of(path), verdicts)
     with writable(out):
         return Written((_write_page(html, out),), tuple(drawn.failures))
+
+
+def _verdicts(gate: Path) -> "GateDocument":
+    from moebench.verdicts.document import GateDocument  # imports scipy, which most reports do not need
+
+    return GateDocument.read(gate)
 
 
 def _write_page(html: str, out: Path) -> Path:

@@ -8,6 +8,7 @@ import base64
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 import pandas as pd
@@ -35,12 +36,14 @@ from moebench.results.folder import environments_beside
 from moebench.results.frame import SAMPLE_COLUMNS
 from moebench.results.labels import DECODE_TOKENS, backend_labels, describe, in_case_order, machine, shape_names
 from moebench.results.record import GOOD
-from moebench.verdicts.document import GateDocument
+
+if TYPE_CHECKING:
+    from moebench.verdicts.document import GateDocument
 
 _HEADLINE = ("torch", "cuda", "revision")  # the facts of the environment that the head of the page shows
 
 
-def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: GateDocument | None = None) -> str:
+def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: "GateDocument | None" = None) -> str:
     """Return the HTML page of `frame`, which has the results in `folder`.
 
     `svgs` has the plots by name. `gate` has the verdicts of a gate to show, or is None. Raises ResultsError if a file

@@ -8,6 +8,7 @@ with its dispatcher), `shape` (the model's name, or its shape), `fastest` (wheth
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -177,14 +178,13 @@ def _beside_the_fastest(rows: pd.DataFrame) -> pd.DataFrame:
 def case_columns(rows: pd.DataFrame) -> tuple[tuple[str, ...], "pd.Series[Any]"]:
     """Return the titles of the columns that say in words what varies between cases, and the cells of each row."""
     parts = describe(rows).varying
-    own = [name for name in _OWN_COLUMNS if name in parts]
-    settings = parts.drop(columns=own)
-    cells = []
-    for part, setting in zip(parts[own].to_numpy(), settings.to_numpy(), strict=True):
-        texts = [*map(str, part), *([", ".join(filter(None, setting))] if len(setting) else [])]
-        cells.append(tuple(map(_text, texts)))
-    titles = (*(_OWN_COLUMNS[name] for name in own), *(["setting"] if settings.shape[1] else []))
-    return titles, pd.Series(cells, index=rows.index, dtype=object)
+    columns = {title: parts[name] for name, title in _OWN_COLUMNS.items() if name in parts}
+    settings = [texts for name, texts in parts.items() if name not in _OWN_COLUMNS]
+    if settings:
+        columns["setting"] = [", ".join(filter(None, some)) for some in zip(*settings, strict=True)]
+    text = cache(_text)  # cells with the same text are the same
+    cells = [tuple(map(text, row)) for row in zip(*columns.values(), strict=True)] or [()] * len(rows)
+    return tuple(columns), pd.Series(cells, index=rows.index, dtype=object)
 
 
 def _text(text: str) -> Cell:

@@ -1,4 +1,7 @@
-"""Name cases, backends and machines in words. Tables, plots and pages all use the names from this module."""
+"""Name cases, backends and machines in words. Tables, plots and pages all use the names from this module.
+
+Rows are a frame, or `Columns` if a caller has no frame.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,57 +17,73 @@ from moebench.workload.case import Case
 from moebench.workload.context import PLAIN
 from moebench.workload.models import SHAPE_AXES, shape_name
 
+#: Columns of rows as lists, with None for null.
+Columns = Mapping[str, Sequence[Any]]
+
 
 @dataclass(frozen=True)
 class Description:
-    """The descriptions of the cases of a frame, in parts such as `tokens`, `dtype` and `mode`."""
+    """The descriptions of the cases of some rows, in parts such as `tokens`, `dtype` and `mode`."""
 
     shared: dict[str, str]  #: parts that are the same in every row, except settings at their defaults
-    varying: pd.DataFrame  #: strings: one column per part that differs, one row per row of the frame
+    varying: dict[str, list[str]]  #: for each part that differs, its text in each row
+    num_rows: int
 
     @property
-    def labels(self) -> "pd.Series[str]":
+    def rows(self) -> list[tuple[str, ...]]:
+        """For each row, the texts of its varying parts."""
+        return list(zip(*self.varying.values(), strict=True)) or [()] * self.num_rows
+
+    @property
+    def labels(self) -> list[str]:
         """For each row, the texts of its varying parts, joined by spaces."""
-        texts = [" ".join(filter(None, row)) for row in self.varying.to_numpy()]
-        return pd.Series(texts, index=self.varying.index, dtype="str")
+        return [" ".join(filter(None, row)) for row in self.rows]
 
     @property
-    def headings(self) -> "pd.Series[str]":
+    def headings(self) -> list[str]:
         """For each row, its varying parts in words, such as `4096 tokens, train`.
 
         If all varying parts of a row are at their defaults, the text is `defaults`. If nothing varies, it is empty.
         """
         texts = [
-            ", ".join(_in_words(str(part), text) for part, text in zip(self.varying, row, strict=True) if text)
-            for row in self.varying.to_numpy()
+            ", ".join(_in_words(part, text) for part, text in zip(self.varying, row, strict=True) if text)
+            for row in self.rows
         ]
-        texts = [text or ("defaults" if any(texts) else "") for text in texts]
-        return pd.Series(texts, index=self.varying.index, dtype="str")
+        return [text or ("defaults" if any(texts) else "") for text in texts]
 
     def title(self, *without: str) -> str:
         """Return the shared parts in words, except the parts named in `without`."""
         return ", ".join(text for part, text in self.shared.items() if part not in without)
 
 
-def describe(frame: pd.DataFrame) -> Description:
+def describe(rows: pd.DataFrame | Columns) -> Description:
     """Describe the case of each row, and separate the parts that all rows share from the parts that differ."""
-    texts = {name: _texts(frame, columns, text) for name, (columns, text) in _PARTS.items()}
+    texts = {name: _texts(rows, columns, text) for name, (columns, text) in _PARTS.items()}
     if any(texts["context"]):  # where contexts differ, the default has its name too
         texts["context"] = [text or PLAIN for text in texts["context"]]
-    parts = pd.DataFrame(texts, index=frame.index, dtype="str")
-    values = {str(name): parts[name].unique() for name in parts}
+    values = {name: list(dict.fromkeys(some)) for name, some in texts.items()}
     shared = {name: _in_words(name, found[0]) for name, found in values.items() if len(found) == 1 and found[0]}
     for place in ("machine", "run"):
         shared.pop(place, None)  # the function `machine` below writes the machine and the date
-    return Description(shared, parts[[name for name, found in values.items() if len(found) > 1]])
+    varying = {name: some for name, some in texts.items() if len(values[name]) > 1}
+    return Description(shared, varying, len(texts["run"]))
 
 
-def _texts(frame: pd.DataFrame, columns: Sequence[str], text: Callable[..., str]) -> list[str]:
+def _texts(rows: pd.DataFrame | Columns, columns: Sequence[str], text: Callable[..., str]) -> list[str]:
     """Return the text of each row. `text` makes it of the row's values in `columns`, once for equal values."""
-    if frame.empty:  # a frame of no rows may have no columns
-        return []
     made = cache(lambda *values: escapes.line(text(*values)))
-    return list(map(made, *(frame[name].tolist() for name in columns)))
+    return list(map(made, *(_cells(rows, name) for name in columns)))
+
+
+def _cells(rows: pd.DataFrame | Columns, name: str) -> Sequence[Any]:
+    """Return the cells of a column, with None for null."""
+    if isinstance(rows, Mapping):
+        return rows[name]
+    if rows.empty:  # a frame of no rows may have no columns
+        return []
+    column = rows[name]
+    cells, nulls = column.tolist(), column.isna()
+    return [None if null else cell for cell, null in zip(cells, nulls, strict=True)] if nulls.any() else cells
 
 
 def _in_words(part: str, text: str) -> str:
@@ -101,8 +120,7 @@ def is_decode(frame: pd.DataFrame) -> "pd.Series[bool]":
 
 def shape_names(frame: pd.DataFrame) -> list[str]:
     """Return the name of the model of each row. Without a model, the name is made of the shape: `e64k6d1024i512`."""
-    columns = (frame[name].tolist() for name in _SHAPE)
-    return list(map(cache(_shape_name), *columns))
+    return list(map(cache(_shape_name), *(_cells(frame, name) for name in _SHAPE)))
 
 
 _SHAPE = (*SHAPE_AXES, "model")
@@ -110,7 +128,7 @@ _SHAPE = (*SHAPE_AXES, "model")
 
 def _shape_name(*values: Any) -> str:
     *shape, model = values
-    return shape_name(dict(zip(SHAPE_AXES, shape, strict=True))) if pd.isna(model) else str(model)
+    return shape_name(dict(zip(SHAPE_AXES, shape, strict=True))) if model is None else str(model)
 
 
 #: Fields of a case that `_PARTS` lists by hand.
@@ -137,7 +155,7 @@ _TEXTS = {
 def _setting(name: str, value: Any) -> str:
     """Return a field of a case in words. The text is empty if the field is at its default."""
     default = Case.model_fields[name].default
-    if value == default or (pd.isna(value) and default is None):
+    if value == default:
         return ""
     if name in _TEXTS:
         return _TEXTS[name].format(value)
@@ -150,7 +168,7 @@ def _short(value: Any) -> str:
 
 
 def _machine_name(gpu: Any, device: Any) -> str:
-    names = [name for name in (gpu, device) if not pd.isna(name)]
+    names = [name for name in (gpu, device) if name is not None]
     return {"cpu": "CPU"}.get(names[0], escapes.line(str(names[0]))) if names else ""
 
 
@@ -201,11 +219,11 @@ def in_order(labels: Iterable[str]) -> list[str]:
     return sorted(set(labels), key=lambda label: (label.partition("+")[0] != REFERENCE, label))
 
 
-def machine(frame: pd.DataFrame) -> str:
+def machine(rows: pd.DataFrame | Columns) -> str:
     """Return where and when rows were measured: GPU or CPU, cold or warm L2 cache, and the dates of their runs."""
-    places = dict.fromkeys(map(_machine_name, *(frame[name].tolist() for name in ("gpu", "device"))))
-    caches = [f"L2 {state}" for state in frame["l2"].dropna().unique()]
-    dates = sorted({"-".join(found.groups()) for run in frame["run_id"].unique() if (found := _DATE.match(run))})
+    places = dict.fromkeys(map(_machine_name, _cells(rows, "gpu"), _cells(rows, "device")))
+    caches = [f"L2 {state}" for state in dict.fromkeys(_cells(rows, "l2")) if state is not None]
+    dates = sorted({"-".join(found.groups()) for run in set(_cells(rows, "run_id")) if (found := _DATE.match(run))})
     span = dates if len(dates) < 3 else [f"{dates[0]} to {dates[-1]}"]
     return ", ".join(text for text in [*places, *caches, *span] if text)
 

@@ -1,14 +1,10 @@
-"""Find the results that come with the project, and open several results as one frame."""
+"""Find the results that come with the project."""
 
-from collections.abc import Iterable
 from pathlib import Path
-
-import pandas as pd
 
 import moebench
 from moebench.errors import ResultsError
 from moebench.results.files import PARQUET_NAME
-from moebench.results.frame import load
 from moebench.results.journal import JOURNAL_NAME
 from moebench.workload.spec import checkout
 
@@ -54,8 +50,3 @@ def is_packaged(path: Path) -> bool:
 def _places() -> list[Path]:
     root = checkout()
     return [PUBLISHED, *([] if root is None else [root / PUBLISHED]), PACKAGED]
-
-
-def load_all(folders: Iterable[Path]) -> pd.DataFrame:
-    """Return the rows of several results in one frame. Raises ResultsError for a folder without results."""
-    return pd.concat([load(folder) for folder in folders], ignore_index=True)

@@ -6,20 +6,23 @@ measured job has no time.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from moebench.errors import ResultsError
+from moebench.results.bulk.tables import load_table
 from moebench.results.labels import machine
-from moebench.results.published import default_folders, load_all
+from moebench.results.published import default_folders
 from moebench.results.record import Status
 from moebench.run.memory.footprint import footprint
 from moebench.run.memory.passes import kept_bytes
+from moebench.run.memory.sizes import layer_of
 from moebench.workload.case import ITEMSIZE, Case, Job
 from moebench.workload.context import PLAIN
 
@@ -30,6 +33,8 @@ _NEAR = np.log2(list(NEAR.values()))
 _OTHER_DISPATCHER = 1.5
 
 _GROUP = ("backend", "mode", "dtype", "subject", "context")
+_MACHINE = ("gpu", "device", "l2", "run_id")
+_COLUMNS = list(dict.fromkeys([*Case.model_fields, *_GROUP, *_MACHINE, "dispatcher", "status", "job_s", "num_rounds"]))
 
 
 @dataclass(frozen=True)
@@ -65,17 +70,16 @@ class ForecastLine:
 class KnownTimes:
     """The seconds that a round of measured jobs took. The method `time_s` looks up the nearest measured job."""
 
-    def __init__(self, frame: pd.DataFrame) -> None:
-        """Take the rows of the results `frame` that have status ok and a time."""
-        rows = frame[frame["status"].eq(Status.ok).astype("bool") & frame["job_s"].notna()]
-        self.num_jobs = len(rows)
-        self.where = machine(rows) if len(rows) else ""
-        self._groups: dict[Hashable, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        for key, some in rows.groupby(list(_GROUP)):
-            cases = [Case.model_validate(row) for row in some[list(Case.model_fields)].to_dict("records")]
-            places = np.array([_place(case) for case in cases])
-            of_a_round_s = (some["job_s"] / some["num_rounds"]).to_numpy(dtype=float)
-            self._groups[key] = places, some["dispatcher"].to_numpy(dtype=str), of_a_round_s
+    def __init__(self, table: pa.Table) -> None:
+        """Take the rows of a table of results that have status ok and a time."""
+        table = table.select(_COLUMNS)
+        table = table.filter(pc.and_(pc.equal(table["status"], Status.ok.value), pc.is_valid(table["job_s"])))
+        self.num_jobs = len(table)
+        self.where = machine(table.select(_MACHINE).to_pydict()) if len(table) else ""
+        groups: dict[Hashable, list[dict[str, Any]]] = {}
+        for row in table.to_pylist():
+            groups.setdefault(tuple(row[name] for name in _GROUP), []).append(row)
+        self._groups = {key: _measured(rows) for key, rows in groups.items()}
 
     def time_s(self, job: Job) -> float | None:
         """Return the seconds that one round of the nearest measured job took; None where no measured job is near.
@@ -98,6 +102,17 @@ class KnownTimes:
                 for number, time_s in zip(numbers, times_s, strict=True):
                     found[number] = time_s
         return found
+
+
+def _measured(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the places, the dispatchers and the seconds of a round of measured jobs."""
+    cases = [Case.model_validate({name: row[name] for name in Case.model_fields}) for row in rows]
+    of_a_round_s = [row["job_s"] / row["num_rounds"] for row in rows]
+    return (
+        np.array([_place(case) for case in cases]),
+        np.array([row["dispatcher"] for row in rows]),
+        np.array(of_a_round_s),
+    )
 
 
 #: So many jobs are compared with the measured jobs at once. More would need much memory.
@@ -128,7 +143,7 @@ def _place(case: Case) -> tuple[float, float, float]:
 def measured_jobs(folders: Sequence[Path] | None = None) -> KnownTimes | None:
     """Return the measured jobs in the results folders (default: the published ones); None where none can be opened."""
     try:
-        return KnownTimes(load_all(default_folders() if folders is None else folders))
+        return KnownTimes(pa.concat_tables(map(load_table, default_folders() if folders is None else folders)))
     except ResultsError:
         return None
 
@@ -175,9 +190,12 @@ class Forecast:
 def forecast(jobs: Sequence[Job], measured: KnownTimes | None) -> Forecast:
     """Estimate the jobs. Times come from the `measured` jobs; where it is None, the estimates have no times."""
     times_s = [None] * len(jobs) if measured is None else measured.times_s(jobs)
-    estimates = (
-        Estimate(footprint(job).peak_bytes, kept_bytes(job), time_s) for job, time_s in zip(jobs, times_s, strict=True)
-    )
+    layers = [layer_of(job) for job in jobs]
+    memory = {
+        layer: (footprint(job).peak_bytes, kept_bytes(job))
+        for layer, job in dict(zip(layers, jobs, strict=True)).items()
+    }
+    estimates = (Estimate(*memory[layer], time_s) for layer, time_s in zip(layers, times_s, strict=True))
     based_on = "" if measured is None else f"{measured.num_jobs} measured jobs ({measured.where})"
     return Forecast(tuple(jobs), tuple(estimates), based_on)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from moebench.machine.comparability import differences
 from moebench.machine.environment import Environment
 from moebench.names import Name, is_file
 from moebench.results.files import ENVIRONMENT_NAME, ENVIRONMENTS_NAME, write_atomically
-from moebench.workload.case import Job
+from moebench.workload.case import Job, JobKey
 from moebench.workload.models import Model
 
 RUN_NAME = "run.json"
@@ -113,7 +114,9 @@ def digest(content: bytes) -> str:
 
 
 def digest_jobs(jobs: Iterable[Job]) -> str:
-    return digest("\n".join(sorted(" ".join(map(str, job.key)) for job in jobs)).encode())
+    case_id = cache(lambda case: case.case_id)  # the backends of a case share it
+    keys = (JobKey(case_id(job.case), job.backend, job.dispatcher, job.check) for job in jobs)
+    return digest("\n".join(sorted(" ".join(map(str, key)) for key in keys)).encode())
 
 
 def environment_changes(folder: Path, now: Environment) -> list[str]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moebench.machine.comparability import MEMORY_CHANGES, TIME_CHANGES, Difference, clock_change, node_change
 from moebench.machine.units import size_change
 from moebench.results.record import GOOD, Status
-from moebench.verdicts.times import TimeVerdict, round_medians
+from moebench.verdicts.times import TimeVerdict, round_medians, starts_of_rounds
 from moebench.verdicts.verdict import Severity, Verdict
 from moebench.workload.case import Case, Job
 
@@ -78,12 +78,12 @@ class Pair:
         Rows are one measurement if the rounds that both have by number are equal to the last sample, or if all rounds
         of one row follow each other in the other row. The second case is a run that is also a session of the baseline.
         """
-        samples = [set(np.ravel(row["samples_ms"]).tolist()) for row in (self.baseline, self.candidate)]
-        if self.together or samples[0].isdisjoint(samples[1]):  # quicker than a look at each round
+        rows = self.baseline, self.candidate
+        firsts = [{row["samples_ms"][at] for at in starts_of_rounds(_round_of_each_sample(row))} for row in rows]
+        if self.together or firsts[0].isdisjoint(firsts[1]):  # equal rounds begin with equal samples
             return ""
-        one, two = map(_samples_of_rounds, (self.baseline, self.candidate))
-        common = one.keys() & two.keys()
-        is_equal = bool(common) and all(one[number] == two[number] for number in common)
+        one, two = map(_samples_of_rounds, rows)
+        is_equal = {one[number] == two[number] for number in one.keys() & two.keys()} == {True}
         if is_equal or _is_part([*two.values()], [*one.values()]) or _is_part([*one.values()], [*two.values()]):
             return f"both sides are the same measurement (run {self.candidate['run_id']}); give results of two runs"
         return ""
@@ -144,7 +144,7 @@ def rounds_of(row: Row) -> dict[int, float]:
     samples, marked, numbers = row["samples_ms"], row["sample_marked"], _round_of_each_sample(row)
     if not len(numbers):
         return {}
-    if is_null(marked) or not any(marked):
+    if is_null(marked) or not np.any(marked):
         return round_medians(samples, numbers)
     usual = ~np.asarray(marked, bool)
     kept = usual | ~np.isin(numbers, numbers[usual])

@@ -245,10 +245,10 @@ def _differences_of_rows(baseline: Row, candidate: Row, known: Collection[str]) 
 
 def _names(*frames: pd.DataFrame) -> dict[JobKey, tuple[str, str]]:
     """Return the case and the backend of each job in words. If all have the same case, its name is its `case_id`."""
-    rows = pd.concat(frames, ignore_index=True)
-    cases = describe(rows.assign(run_id="", device="", gpu="")).labels
-    texts = zip(cases.where(cases != "", rows["case_id"]), backend_labels(rows), strict=True)
-    return dict(zip(map(key_of, rows_of(rows[list(KEY)])), texts, strict=True))
+    rows = pd.concat(frames, ignore_index=True).assign(run_id="", device="", gpu="")
+    texts = zip(describe(rows).labels, rows["case_id"], backend_labels(rows), strict=True)
+    names = ((case or case_id, backend) for case, case_id, backend in texts)
+    return dict(zip(map(key_of, rows_of(rows[list(KEY)])), names, strict=True))
 
 
 def _title(baseline: pd.DataFrame, candidate: pd.DataFrame) -> str:

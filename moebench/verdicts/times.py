@@ -34,10 +34,10 @@ threshold, because half of the estimates lie below it if a case is slower by exa
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from moebench.results.stats import THRESHOLD
 from moebench.verdicts.dependence import Evidence, MostCareful, Neighbours, between_sessions, widened
@@ -132,12 +132,19 @@ class TimeVerdict:
 def round_medians(samples_ms: ArrayLike, sample_rounds: ArrayLike) -> dict[int, float]:
     """Return the median of each round's samples by the round's number, ascending."""
     samples, rounds = np.asarray(samples_ms, float), np.asarray(sample_rounds)
-    order = np.lexsort((samples, rounds))
-    samples, rounds = samples[order], rounds[order]
-    starts = np.flatnonzero(np.concatenate([[True], rounds[1:] != rounds[:-1]])) if len(rounds) else np.arange(0)
-    ends = np.concatenate([starts[1:], [len(rounds)]])
-    medians = (samples[(starts + ends - 1) // 2] + samples[(starts + ends) // 2]) / 2
-    return dict(zip(rounds[starts].astype(int).tolist(), medians.tolist(), strict=True))
+    if np.any(rounds[1:] < rounds[:-1]):
+        order = np.argsort(rounds, kind="stable")
+        samples, rounds = samples[order], rounds[order]
+    found, starts = {}, starts_of_rounds(rounds)
+    for start, end in zip(starts, [*starts[1:], len(rounds)], strict=True):
+        ordered, size = np.sort(samples[start:end]), end - start
+        found[int(rounds[start])] = float((ordered[(size - 1) // 2] + ordered[size // 2]) / 2)
+    return found
+
+
+def starts_of_rounds(rounds: NDArray[Any]) -> list[int]:
+    """Return the places where the number of the round is another one than before, the first place included."""
+    return [0, *(np.flatnonzero(rounds[1:] != rounds[:-1]) + 1).tolist()] if len(rounds) else []
 
 
 def holm(p_values: Sequence[float], level: float) -> list[bool]:

@@ -66,7 +66,7 @@ def select_of(
             ["--backend and --only exclude each other: --backend adds to the sweep's backends; choose one"]
         )
     jobs = select_backends(spec.jobs(), only) if only else add_backends(spec.jobs(), backends)
-    unknown = sorted(set(case_ids) - {job.case.case_id for job in jobs})
+    unknown = sorted(set(case_ids) - {job.case.case_id for job in jobs}) if case_ids else []
     if unknown:
         raise SweepError(
             [

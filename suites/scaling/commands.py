@@ -54,23 +54,33 @@ def commands(size: int) -> dict[str, list[str]]:
     }
 
 
-def measure(folder: Path, size: int, revision: str) -> Iterator[Measured]:
-    """Run each command in `folder`, and yield what it cost. Raises SystemExit for a command that fails."""
+def measure(folder: Path, size: int, revision: str, times: int) -> Iterator[Measured]:
+    """Run each command in `folder` so many times, and yield the least that it cost: other programs only add to it.
+
+    Raises SystemExit for a command that fails.
+    """
     for name, arguments in commands(size).items():
-        command = [sys.executable, "-m", "moebench", *arguments]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.DEVNULL)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode not in _DONE:
-            raise SystemExit(f"{' '.join(arguments)}: exit code {process.returncode}")
-        yield Measured(revision, name, size, round(used.ru_utime + used.ru_stime, 2), used.ru_maxrss * 1024)
+        costs = [_cost(folder, arguments) for _ in range(times)]
+        yield Measured(revision, name, size, *map(min, zip(*costs, strict=True)))
+
+
+def _cost(folder: Path, arguments: list[str]) -> tuple[float, int]:
+    """Return the CPU time in seconds and the largest memory in bytes of one command."""
+    command = [sys.executable, "-m", "moebench", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    process = subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in _DONE:
+        raise SystemExit(f"{' '.join(arguments)}: exit code {process.returncode}")
+    return round(used.ru_utime + used.ru_stime, 2), used.ru_maxrss * 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="+", type=int, help="numbers of records and of jobs, multiples of 800")
     parser.add_argument("--revision", default="this", help="the name of the measured revision in the document")
+    parser.add_argument("--times", type=int, default=1, help="run each command so many times, keep the least cost")
     parser.add_argument("--inputs", type=Path, help="keep the sweeps and the runs in this folder, or take them from it")
     parser.add_argument("--out", type=Path, required=True, help="add the measurements to this JSON file")
     asked = parser.parse_args()
@@ -81,7 +91,7 @@ def main() -> None:
             if not (folder / f"after-{size}").exists():
                 write_inputs(folder, size)
             rows = json.loads(asked.out.read_text())["rows"] if asked.out.exists() else []
-            for one in measure(folder, size, asked.revision):
+            for one in measure(folder, size, asked.revision, asked.times):
                 print(f"{one.command}, {one.size}: {one.cpu_s:.1f} s, {one.peak_bytes / 2**20:.0f} MiB", flush=True)
                 rows.append(asdict(one))
                 asked.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

@@ -220,6 +220,8 @@ def test_results_are_opened_and_runs_planned_without_torch(folder, command):
 
 #: What takes longest to import. A command starts without those of them that it does not use.
 HEAVY = ("torch", "matplotlib", "pandas", "pyarrow", "scipy", "numpy", "hypothesis", "jinja2")
+#: The commands that open results.
+OF_RESULTS = ("show", "compare", "gate", "advise", "ab", "parity")
 STARTED = """
 import sys
 from moebench.__main__ import main
@@ -237,6 +239,7 @@ finally:
         ("list", HEAVY),
         ("doctor", HEAVY),
         ("run --help", HEAVY),
+        *((f"{command} --help", ("pandas", "pyarrow", "scipy", "torch")) for command in OF_RESULTS),
         ("nosuch", (*HEAVY, "psutil")),
     ],
 )

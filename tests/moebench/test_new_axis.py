@@ -42,7 +42,7 @@ def run(some, run_id):
 
 frame = run(jobs, "20261101-000000-a")
 assert [job_of(row) for row in frame.to_dict("records")] == jobs
-assert describe(frame).labels.tolist() == [
+assert describe(frame).labels == [
     "8", "16", "8 num_shared 2 is sorted", "16 num_shared 2 is sorted"
 ]
 assert COLUMNS.index("num_shared") == COLUMNS.index("check") - 2

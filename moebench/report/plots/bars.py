@@ -74,7 +74,7 @@ _PLACE = ("mode", "routing", "rank_load", "num_tokens")
 
 def page_figure(rows: pd.DataFrame) -> Figure:
     """Return the bars of several cases, with one panel per case."""
-    headings = describe(rows).headings
+    headings = dict(zip(rows.index, describe(rows).headings, strict=True))
     return _figure(rows, [(headings[panel.index[0]], panel) for _, panel in rows.groupby("case", sort=False)], ())
 
 

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moebench.report.plots.kinds import (
+    CEILINGS,
     MOST_TICKS,
     MOST_TICKS_ALONG_X,
     RATES,
@@ -36,6 +37,7 @@ from moebench.report.plots.look import (
     legend_below,
     line_legends,
     line_look,
+    names_of_lines,
     sheet,
 )
 from moebench.results.labels import describe, in_order, panel_title
@@ -64,27 +66,34 @@ def on_lines(family: pd.DataFrame) -> "pd.Series[bool]":
     return counts.notna() & (num_counts > 1)
 
 
+_PANEL = ("mode", "routing", "rank_load")
+
+
 def family_figure(rows: pd.DataFrame, metric: Metric) -> Figure:
     """Return a figure of values against tokens, with one panel per mode, routing and load of the ranks."""
-    points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
+    points = _points(rows, metric)
     drawn = points.dropna(subset="value")
-    panels = sorted(set(zip(drawn["mode"], drawn["routing"], drawn["rank_load"], strict=True)))
+    panels = sorted(set(zip(*(drawn[name] for name in _PANEL), strict=True)))
     legends = line_legends(points, metric, joined=True)
     figure, body = sheet(rows, metric, ("tokens", "mode"), legends, panel_in(drawn) * len(panels) + 0.3)
     axes = body.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
-    for ax, (mode, routing, load) in zip(axes, panels, strict=True):
-        here = points[(points["mode"] == mode) & (points["routing"] == routing) & (points["rank_load"] == load)]
-        ax.set_title(panel_title(drawn, mode, routing, load))
-        draw_values(ax, here, metric)
-    body.align_ylabels(axes)
+    of_panel = points.groupby(list(_PANEL)).indices
+    for ax, place in zip(axes, panels, strict=True):
+        ax.set_title(panel_title(drawn, *place))
+        draw_values(ax, points.iloc[of_panel[place]], metric)
     _token_axis(axes[-1], drawn)
     return figure
 
 
+def _points(rows: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+    """Return the points of a metric at their number of tokens, with the columns that a panel and its legend need."""
+    points = metric.points(rows).assign(place=rows["num_tokens"].astype("float64"))
+    return points[[name for name in _OF_A_PANEL if name in points]]
+
+
 def panel(ax: Axes, rows: pd.DataFrame, metric: Metric) -> None:
     """Draw the values of one panel against tokens on the given axes, with the legend of the values."""
-    points = metric.points(rows).assign(place=lambda points: points["num_tokens"].astype("float64"))
-    points = points[points["num_tokens"] > 0]
+    points = _points(rows[rows["num_tokens"] > 0], metric)
     draw_values(ax, points, metric)
     _token_axis(ax, points.dropna(subset="value"))
     legend_below(ax, line_legends(points, metric, joined=True))
@@ -175,7 +184,7 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> N
     backends = in_order(points["backend"])
     curves = list(points["curve"].unique())
     points = points[[*_OF_A_LINE]].assign(wrong=points["status"] == Status.mismatch)
-    lines = points.drop_duplicates("line").set_index("line")[["backend", "dispatcher"]].to_dict("index")
+    names = names_of_lines(points)
     drawn = points.groupby(["line", "curve", "place"]).agg(
         value=("value", metric.combine),
         low=("low", "min"),
@@ -196,14 +205,16 @@ def _draw(ax: Axes, points: pd.DataFrame, metric: Metric, *, upright: bool) -> N
     for line, curve in product(in_order(points["line"]), curves):
         at = values.at(of_line.get((line, curve), []))
         if not np.isnan(at.value).all():
-            backend, dispatcher = map(str, lines[line].values())
+            backend, dispatcher = names[line]
             above = backends.index(backend) / max(1, len(backends) - 1)
             look = line_look(backend, dispatcher, secondary=curve in metric.curves[1:], above=above)
-            _draw_line(ax, at, metric, {**look, "label": f"{line} {curve}"}, upright)
+            _draw_line(ax, at, metric, {**look, "label": f"{line} {curve}"}, (bottom, top), upright)
 
 
 #: The columns of points from which a line is drawn.
 _OF_A_LINE = ("line", "backend", "dispatcher", "curve", "place", "value", "low", "high", "converged")
+#: The columns of points from which a panel against tokens is drawn.
+_OF_A_PANEL = (*_PANEL, *_OF_A_LINE, "ep_size", "gpu", "status", "tflops", "tokens_per_s", *CEILINGS)
 
 
 @dataclass(frozen=True)
@@ -221,8 +232,10 @@ class _Values:
         return _Values(*(some[entries] for some in vars(self).values()))
 
 
-def _draw_line(ax: Axes, at: _Values, metric: Metric, look: dict[str, Any], upright: bool) -> None:
-    """Draw one line."""
+def _draw_line(
+    ax: Axes, at: _Values, metric: Metric, look: dict[str, Any], ends: tuple[float, float], upright: bool
+) -> None:
+    """Draw one line. `ends` are the limits of the axis of values."""
 
     def put(places: np.ndarray, values: np.ndarray, **how: Any) -> None:
         if len(values):  # matplotlib's layout would count an empty line, at the origin
@@ -230,7 +243,7 @@ def _draw_line(ax: Axes, at: _Values, metric: Metric, look: dict[str, Any], upri
 
     if not upright:
         look = {**look, "linestyle": "none", "markersize": _MARK_SIZE}  # so that no mark covers another
-    bottom, top = (ax.get_ylim if upright else ax.get_xlim)()
+    bottom, top = ends
     drawable, is_there = (at.value >= bottom) & (at.value <= top), ~np.isnan(at.value)
     put(at.place, np.where(drawable, at.value, math.nan), **look)
     if np.isnan(at.low).all():

@@ -188,20 +188,31 @@ def _fold(text: str, size: float) -> list[str]:
     return wrap(text, int((_WIDTH_IN - 2 * _MARGIN_IN) / (size * _CHARACTER_IN)))
 
 
+#: The columns of points that a legend says something about. Points of a metric that is not a rate have no ceilings.
+_OF_A_LEGEND = ("line", "backend", "dispatcher", "curve", "value", "converged", "status", *CEILINGS)
+
+
 def line_legends(points: pd.DataFrame, metric: Metric, joined: bool) -> list[list[Artist]]:
     """Return the legends of lines.
 
     Without dispatchers, one legend has an entry per line. With dispatchers, one legend has the backends, and another
     legend has the dispatchers.
     """
-    drawn = points.dropna(subset="value")
+    drawn = points[[name for name in _OF_A_LEGEND if name in points]].dropna(subset="value")
     if drawn["dispatcher"].eq("local").all():
-        looks = {line: _look_of_first(drawn[drawn["line"] == line]) for line in in_order(drawn["line"])}
+        names = names_of_lines(drawn)
+        looks = {line: line_look(*names[line]) for line in in_order(names)}
         return [[*_entries(looks, joined), *_other_entries(drawn, metric, joined)]]
     engines = {name: {"color": style(name)[0], "linewidth": 4.0} for name in in_order(drawn["backend"])}
     dispatchers = {name: {**_stroke(name, ""), "color": _INK} for name in sorted(set(drawn["dispatcher"]))}
     legends = [_entries(engines, joined=True), _entries(dispatchers, joined), _other_entries(drawn, metric, joined)]
     return [entries for entries in legends if entries]
+
+
+def names_of_lines(points: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Return the backend and the dispatcher of each line."""
+    columns = (points[name].tolist() for name in ("line", "backend", "dispatcher"))
+    return {line: (backend, dispatcher) for line, backend, dispatcher in zip(*columns, strict=True)}
 
 
 def legend_below(ax: Axes, legends: list[list[Artist]]) -> None:
@@ -212,10 +223,6 @@ def legend_below(ax: Axes, legends: list[list[Artist]]) -> None:
     below = ax.transAxes + ScaledTranslation(0, -_LABELS_IN, figure.dpi_scale_trans)
     how |= {"bbox_to_anchor": (0.5, 0.0), "bbox_transform": below}
     ax.legend(handles=entries, loc="upper center", fontsize=NOTE_SIZE, **how)
-
-
-def _look_of_first(rows: pd.DataFrame) -> dict[str, Any]:
-    return line_look(rows["backend"].iloc[0], rows["dispatcher"].iloc[0])
 
 
 def _entries(looks: Mapping[str, dict[str, Any]], joined: bool) -> list[Artist]:
@@ -259,7 +266,8 @@ def shortened(name: str, most: int = 44) -> str:
 
 def _undrawn(rows: pd.DataFrame, kind: Kind) -> str:
     """Return a note that explains gaps: the lines and statuses of the rows that have no value."""
-    missing = rows.drop(kind.points(rows).dropna(subset="value").index.unique())
+    has_value = kind.points(rows)["value"].notna()
+    missing = rows[["line", "status"]].drop(has_value.index[has_value].unique())
     statuses = missing["status"].where(missing["status"] != Status.ok, "not measured")
     counts = Counter(zip(missing["line"], statuses, strict=True))
     texts = [f"{line} {status} ×{count}" for (line, status), count in sorted(counts.items())]
@@ -277,5 +285,6 @@ def settle(figure: Figure) -> None:
     figure.set_layout_engine("none")
     for part in figure.subfigs:
         part.bbox_relative.set_points(part.bbox_relative.get_points().round(5))
+        part.align_ylabels()  # during the layout, each panel would lay out the labels of all panels
     for ax in figure.axes:
         ax.set_position(Bbox(ax.get_position().get_points().round(5)))

@@ -22,13 +22,15 @@ def images(make: Callable[[], Figure], formats: Sequence[str]) -> dict[str, byte
         figure = make()
         settle(figure)
         for kind in formats:
-            content = io.BytesIO()
             figure.dpi = matplotlib.rcParams["savefig.dpi"]
             if kind == "svg":
-                FigureCanvasSVG(figure).print_svg(content, metadata={"Date": None})
+                text = io.StringIO()  # matplotlib would encode each of many small texts for a file of bytes
+                FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+                found[kind] = text.getvalue().encode()
             else:
+                content = io.BytesIO()
                 FigureCanvasAgg(figure).print_png(content)
-            found[kind] = content.getvalue()
+                found[kind] = content.getvalue()
     return found
 
 

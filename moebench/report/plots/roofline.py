@@ -78,7 +78,6 @@ def page_figure(rows: pd.DataFrame) -> Figure:
         ax.set_title(f"{mode}, {dtype}" if several else mode)
         _draw(ax, drawn[(drawn["mode"] == mode) & (drawn["dtype"] == dtype)])
         ax.set_ylabel(unit(rows, ROOFLINE))
-    body.align_ylabels(axes)
     _intensity_axis(axes[-1], drawn)
     return figure
 

@@ -45,7 +45,6 @@ def family_figure(rows: pd.DataFrame) -> Figure:
         here = points[(points[list(_PANEL)] == list(key)).all(axis=1)]
         ax.set_title(panel_title(drawn, f"{mode}, {tokens_text(count)} tokens per rank", routing, load))
         lines.draw_values(ax, here, SCALING)
-    body.align_ylabels(axes)
     sizes = sorted(set(drawn["ep_size"]))
     axes[-1].set_xscale("log", base=2)
     set_ticks(axes[-1].xaxis, sizes, str)

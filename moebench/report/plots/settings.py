@@ -21,6 +21,7 @@ OURS: Any = {  # Any, because matplotlib's own type lists every key
     "axes.titlesize": 12.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "axes.titley": 1.0,  # matplotlib would lay out all labels again to see whether they reach the title
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,

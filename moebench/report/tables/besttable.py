@@ -70,9 +70,9 @@ def _table(rows: pd.DataFrame, width: int) -> LongRuled:
     room = width - longest - _NUMBERS_WIDTH - _GRAPH_WIDTH * has_graph
     following = int(rows["next"].fillna("").str.len().max()) + 1
     header, cases = case_column(described, room)
-    has_next = room - following >= max(_LEAST_CASE, int(cases.str.len().max()))
+    has_next = room - following >= max(_LEAST_CASE, max(map(len, cases)))
     table = ruled()
-    has_cases = bool(len(described.varying.columns))
+    has_cases = bool(described.varying)
     if has_cases:
         table.add_column(Text(header), overflow="fold")
     table.add_column("fastest", overflow="fold")

@@ -55,7 +55,7 @@ class ComparisonTable:
     def _has_busy(self) -> bool:
         return any(self.frame[f"busy_ms_ratio:{name}"].notna().any() for name in self.names[1:])
 
-    def _table(self, labels: "pd.Series[str]") -> Table:
+    def _table(self, labels: Sequence[str]) -> Table:
         table = ruled()
         for name in ("backend", "case"):
             table.add_column(name, overflow="fold")

@@ -38,7 +38,7 @@ class ContextTable:
         contexts = frame["context"] + frame["dp_size"].map(lambda size: f" DP {size}" if size > 1 else "")
         room = width - int(labels.str.len().max()) - int(contexts.str.len().max()) - _NUMBERS_WIDTH
         header, cases = case_column(described, room)
-        has_cases = bool(len(described.varying.columns))
+        has_cases = bool(described.varying)
         table = ruled()
         if has_cases:
             table.add_column(Text(header), overflow="fold")

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from moebench.report.tables.boxes import LongRuled, ruled
 from moebench.report.tables.casecolumn import case_column
-from moebench.results.labels import Description, describe
+from moebench.results.labels import Columns, Description, describe
 from moebench.workload.case import Case, Job
 
 _LEAST_CASE = 24  # characters
@@ -27,7 +26,7 @@ class JobTable:
         of_case: dict[Case, list[Job]] = {}
         for job in self.jobs:
             of_case.setdefault(job.case, []).append(job)
-        described = describe(pd.DataFrame([{**dict(case), **_NOWHERE} for case in of_case]))
+        described = describe(_columns(list(of_case)))
         yield Text(described.title(), style="bold")
         columns = {
             "backends": [_listed(job.backend for job in jobs) for jobs in of_case.values()],
@@ -49,15 +48,17 @@ class JobTable:
 def _table(described: Description, columns: Mapping[str, Sequence[str]], width: int) -> LongRuled:
     others = sum(min(_MOST_OTHER, max(map(len, [title, *cells]))) + 1 for title, cells in columns.items())
     header, cases = case_column(described, max(_LEAST_CASE, width - others))
-    shown = {(header or "case"): list(cases.where(cases != "", "all")), **columns}
+    shown = {(header or "case"): [text or "all" for text in cases], **columns}
     table = ruled()
     for title in shown:
         table.add_column(Text(title), justify="right" if title == "jobs" else "left", overflow="fold")
     return LongRuled(table, [list(map(Text, row)) for row in zip(*shown.values(), strict=True)])
 
 
-#: The columns of results that say where a row was measured. A sweep does not say it.
-_NOWHERE = {"gpu": None, "device": None, "run_id": ""}
+def _columns(cases: Sequence[Case]) -> Columns:
+    """Return the columns of rows of these cases. A sweep does not say where and when it is measured."""
+    nowhere: Columns = {"gpu": [None] * len(cases), "device": [None] * len(cases), "run_id": [""] * len(cases)}
+    return {**{name: [getattr(case, name) for case in cases] for name in Case.model_fields}, **nowhere}
 
 
 def _listed(names: Iterable[str]) -> str:

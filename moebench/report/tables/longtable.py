@@ -124,13 +124,13 @@ class LongTable:
                 yield from _lines(row, layout, "" if place else row["case_text"])
 
     @cached_property
-    def _cases(self) -> "tuple[str, pd.Series[str]]":
+    def _cases(self) -> tuple[str, list[str]]:
         return case_column(self.described, self.width)
 
     @cached_property
     def _layout(self) -> "_Layout":
         header, cases = self._cases
-        case_width = max(len(header), int(cases.str.len().max()))
+        case_width = max(len(header), max(map(len, cases)))
         return _layout(self.rows, case_width + _GAP if case_width else 0, self.width)
 
     def _titles(self, header: str) -> Iterator[Text]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moebench.results.frame import load_all
 from moebench.results.precision.ratios import Cell, Precision, cells, crossings
-from moebench.results.published import load_all
 from moebench.workload.models import EXPERTS
 
 

@@ -1,4 +1,4 @@
-"""Write the parity errors of a row as the text of a cell."""
+"""Write the parity errors of a row as the text of a cell, and read such a cell."""
 
 import json
 import math
@@ -22,3 +22,8 @@ def _template(names: tuple[str, ...]) -> str:
     """Return the text of errors of these tensors, with `%r` for each number, as which JSON writes it."""
     cells = (json.dumps(name).replace("%", "%%") + ": %r" for name in names)
     return "{" + ", ".join(cells) + "}"
+
+
+def errors_of_cell(cell: str | None) -> dict[str, float]:
+    """Return the errors in a cell that is not empty; an empty dictionary for None."""
+    return {} if cell is None else {tensor: float(error) for tensor, error in json.loads(cell).items()}

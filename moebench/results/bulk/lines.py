@@ -17,7 +17,8 @@ from moebench.results.bulk.schema import ARROW_SCHEMA
 _BYTES = 1 << 20
 #: The types that values of JSON have in Python, for each type of a column.
 _TYPES = {pa.string(): str, pa.int64(): int, pa.float64(): float, pa.bool_(): bool}
-_COLUMNS = tuple(zip(ARROW_SCHEMA.names, ARROW_SCHEMA.types, strict=True))
+_NAMES: list[str] = ARROW_SCHEMA.names
+_COLUMNS = tuple(zip(_NAMES, ARROW_SCHEMA.types, strict=True))
 #: How JSON writes what it has no numbers for.
 _INFINITE = {"inf": float("inf"), "-inf": -float("inf")}
 
@@ -42,9 +43,9 @@ def table_of_lines(path: Path) -> Any | None:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Any:
-    if set(map(type, rows)) != {dict} or set(map(len, rows)) != {len(ARROW_SCHEMA)}:
-        raise _Unusual
-    columns = [_column(name, kind, [row[name] for row in rows]) for name, kind in _COLUMNS]
+    _demand(all(type(row) is dict and list(row) == _NAMES for row in rows))
+    cells = zip(*map(dict.values, rows), strict=True)
+    columns = [_column(name, kind, list(some)) for (name, kind), some in zip(_COLUMNS, cells, strict=True)]
     return pa.table(columns, schema=ARROW_SCHEMA)
 
 

@@ -1,5 +1,6 @@
 """Count the rows and the bytes of a job's largest rank, from the shapes of its case."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from moebench.workload.backends import adapters_of, collective_of, described, engine_of, reserves_rows
@@ -25,6 +26,14 @@ class Sizes:
     main_bytes: int  # of the gradients that a whole step leaves behind
     expert_numbers: int  # parameters of one expert
     input_bytes: int
+
+
+def layer_of(job: Job) -> Hashable:
+    """Return what the memory of a job depends on: its case, its dispatcher, and properties that many backends share."""
+    backend, engine = described(job.backend), engine_of(job.backend)
+    properties = None if engine is None else (engine.one_by_one, engine.counts_rows, engine.stacked)
+    saves = None if backend is None else backend.save
+    return job.case, job.dispatcher, is_fp8(job), properties, saves, adapters_of(job.backend)
 
 
 def sizes_of(job: Job) -> Sizes:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from moebench.report.plots import lines
+from moebench.report.tables.longtable import SORTS
 from moebench.results.journal import Journal
 from tests.moebench.gated import job_of, ok
 from tests.moebench.typed import is_refused
@@ -59,6 +60,7 @@ def test_rows_can_be_filtered_and_sorted(moebench, tmp_path):
     is_refused(moebench("show", folder, "--filter", "num_tokens=9"), "no row is left by --filter num_tokens=9")
     is_refused(moebench("show", folder, "--filter", "tokens=9"), "there is no key 'tokens'")
     is_refused(moebench("show", folder, "--sort", "speed"), "--sort speed: it must be one of time, memory, backend")
+    assert f"of a case: {', '.join(SORTS)};" in " ".join(moebench("show", "--help").out.replace("│", "").split())
     is_refused(moebench("show", folder, "--sort", "time", "--best"), "leave one of the two out")
     is_refused(moebench("show", folder, "--sort", "time", "--json"), "leave one of the two out")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from moebench.results.bulk.tables import table_of
 from moebench.results.frame import to_frame, write
 from moebench.results.record import Record, Status
 from moebench.run.forecast import KnownTimes, forecast, measured_jobs
@@ -26,7 +27,7 @@ def asked(backend: str = "te", dispatcher: str = "local", **fields: Any) -> Job:
 
 
 def of(*rows: Record) -> KnownTimes:
-    return KnownTimes(to_frame(rows))
+    return KnownTimes(table_of(rows))
 
 
 def test_a_job_takes_as_long_as_the_nearest_one() -> None:
@@ -86,8 +87,7 @@ def test_a_block_takes_as_long_as_blocks_only() -> None:
 
 
 def test_a_job_of_several_rounds_tells_the_time_of_one() -> None:
-    row = to_frame([took(9.0)]).assign(num_rounds=3)
-    assert KnownTimes(row).time_s(asked()) == 3.0
+    assert of(took(9.0).model_copy(update={"num_rounds": 3})).time_s(asked()) == 3.0
 
 
 def test_what_failed_tells_no_time() -> None:

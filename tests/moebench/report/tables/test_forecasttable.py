@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from moebench.report.tables.forecasttable import ForecastTable
-from moebench.results.frame import to_frame
+from moebench.results.bulk.tables import table_of
 from moebench.results.record import Record
 from moebench.run.forecast import KnownTimes, forecast
 from moebench.workload.case import Job
@@ -21,7 +21,7 @@ def asked(backend: str = "te", dispatcher: str = "local", **fields: Any) -> Job:
 
 
 def of(*rows: Record) -> KnownTimes:
-    return KnownTimes(to_frame(rows))
+    return KnownTimes(table_of(rows))
 
 
 def shown(found: Any) -> str:

@@ -9,7 +9,7 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from moebench.errors import ResultsError
-from moebench.results import frame as frames
+from moebench.results.bulk import tables
 from moebench.results.bulk.lines import table_of_lines
 from moebench.results.bulk.valid import are_records
 from moebench.results.frame import load, to_frame
@@ -30,7 +30,7 @@ def test_lines_that_append_writes_make_the_table_that_their_records_make(tmp_pat
     table = table_of_lines(path)
     assert table is not None
     assert are_records(table)
-    assert table.equals(frames._to_arrow(some))
+    assert table.equals(tables._to_arrow(some))
     assert_frame_equal(load(tmp_path), to_frame(some), check_exact=True)
 
 

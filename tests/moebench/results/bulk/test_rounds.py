@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pandas.testing import assert_frame_equal
 
-from moebench.results import frame as frames
+from moebench.results.bulk import tables
 from moebench.results.columns import COMBINE, LONGEST_MS
 from moebench.results.frame import to_frame
 from moebench.results.record import COLUMN_OF, Record, Status
@@ -77,8 +77,8 @@ def test_the_rows_are_those_that_one_job_after_the_other_gives(
 ) -> None:
     rows = records(num_rounds, 40, num_rounds, missing)
     by_columns = to_frame(rows)
-    monkeypatch.setattr(frames, "can_combine", lambda table: np.zeros(len(table), bool))
-    monkeypatch.setattr(frames, "combined", None)
+    monkeypatch.setattr(tables, "can_combine", lambda table: np.zeros(len(table), bool))
+    monkeypatch.setattr(tables, "combined", None)
     one_by_one = to_frame(rows)
     assert_frame_equal(by_columns, one_by_one, check_exact=True)
     assert by_columns.map(repr).equals(one_by_one.map(repr)), "to the last bit"

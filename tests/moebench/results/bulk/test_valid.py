@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from moebench.results import frame as frames
+from moebench.results.bulk import tables
 from moebench.results.bulk.schema import ALIASES, ARROW_SCHEMA
 from moebench.results.bulk.valid import are_records
 from moebench.results.record import READABLE, Record
 from tests.moebench.results.test_frame import ALL, FOLDERS, PUBLISHED, ok, rows
 
-TABLE = frames._to_arrow([ok(**ALL), *rows()[2:]])
+TABLE = tables._to_arrow([ok(**ALL), *rows()[2:]])
 _CASES = ("cold", "ok", "oom", "plain", "train", "float16", "relu2", "uniform", "zipf:2", "even", "uneven")
 #: Cells to put into each column, by its type.
 CELLS: dict[Any, list[Any]] = {
@@ -40,7 +40,7 @@ def as_record(cells: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if row.schema_version not in READABLE:
         return None
-    taken: dict[str, Any] = frames._to_arrow([row]).to_pylist()[0]
+    taken: dict[str, Any] = tables._to_arrow([row]).to_pylist()[0]
     return taken
 
 
@@ -72,8 +72,8 @@ def test_what_record_refuses_or_changes_in_a_column_is_doubted(name: str) -> Non
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(PUBLISHED)))
 def test_no_published_row_is_doubted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Doubts cost time: each row would go through Record."""
-    monkeypatch.setattr(frames, "_check_rows", lambda rows, path, give: pytest.fail("doubted") if rows else None)
-    assert len(frames.load(folder)) == pq.read_metadata(folder / "results.parquet").num_rows
+    monkeypatch.setattr(tables, "_check_rows", lambda rows, path, give: pytest.fail("doubted") if rows else None)
+    assert len(tables.load_table(folder)) == pq.read_metadata(folder / "results.parquet").num_rows
 
 
 def test_a_row_may_not_have_the_case_of_two_contradicting_columns() -> None:
