@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moebench.parity.batches import ON_CPU, Batch, batches
+from moebench.parity.batches import Batch, batches
 from moebench.parity.chance import sizes_by_chance
 from moebench.parity.oracle import Formula, Product, Values, experts_values, gradients, trained, wide
 from moebench.parity.rounding import Operands, Rounding, roundings
 from moebench.workload.case import Case
+from moebench.workload.grouping import ON_CPU
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import ALONE, Ranks
 

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import pandas as pd
+
+from moebench.verdicts.findings import rounds_of
 from tests.figures import data
-from tests.figures.data import JOB, PEERS, PEERS_AGAIN, SHAPES, SHAPES_AGAIN, results, select, the
+from tests.figures.data import JOB, ONE_ROUND, PEERS, PEERS_AGAIN, ROUNDS, SHAPES, SHAPES_AGAIN, results, select, the
 from tests.figures.quoted import WORDS, counts
 
 
@@ -102,3 +105,33 @@ def no_copy() -> dict[str, str]:
     lower = f"{(peaks[0] - peaks[1]) / 2**20:.0f}"
     assert lower == f"{num_tokens * top * dim * 2 / 2**20:.0f}"
     return {"lower": lower}
+
+
+def rounds_of_sonicmoe(shape: tuple[int, ...]) -> tuple[pd.Series, pd.Series, float, list[float]]:
+    """The train steps of `triton` and SonicMoE: their rows, the ratio of their medians, and that of each round."""
+    own, peer = (the(data.peers_of(name, shape, ROUNDS)) for name in ("triton", "peer_sonicmoe"))
+    rounds = [rounds_of(row.to_dict()) for row in (own, peer)]
+    assert rounds[0].keys() == rounds[1].keys()
+    return own, peer, peer["time_ms"] / own["time_ms"], [rounds[1][key] / rounds[0][key] for key in sorted(rounds[0])]
+
+
+def in_rounds() -> dict[str, Any]:
+    asked = data.document(f"{ROUNDS}/run.json")
+    done = int(results(ROUNDS)["num_rounds"].sum())
+    return {"done": done, "asked": asked["num_jobs"] * asked["num_rounds"]}
+
+
+def of_sonicmoe_in_rounds() -> dict[str, str]:
+    ratios = [rounds_of_sonicmoe(shape)[2] for shape in SHAPES]
+    return {f"ratio{number}": f"{ratio:.3f}" for number, ratio in enumerate(ratios)}
+
+
+def of_sonicmoe_once() -> dict[str, str]:
+    """What SonicMoE takes over what `triton` takes in one round of the kernels before."""
+    found = {}
+    for number, shape in enumerate(SHAPES):
+        for mode in ("forward", "train"):
+            rows = (data.peers_of(name, shape, ONE_ROUND) for name in ("triton", "peer_sonicmoe"))
+            own, peer = (the(some, mode=mode) for some in rows)
+            found[f"{mode}{number}"] = f"{peer['time_ms'] / own['time_ms']:.3f}"
+    return found

@@ -63,9 +63,9 @@ README = (
         peers.of_sonicmoe,
     ),
     (
-        """in one round, a train step of SonicMoE takes {train0} and {train1} times as long as a train step of `triton`
-        on two shapes.""",
-        peers.of_sonicmoe_again,
+        """a train step of SonicMoE takes {ratio0}, {ratio1} and {ratio2} times as long as a train step of `triton` on
+        three shapes, in two or three rounds.""",
+        peers.of_sonicmoe_in_rounds,
     ),
     ("in one round of {measured} jobs.", lambda: quoted.counts(PEERS_AGAIN)),
     ("dispatchers in {measured} of {jobs} jobs, with profiles.", lambda: quoted.counts(PROFILED)),
@@ -150,6 +150,17 @@ MEASURED = (
         """the peak of a train step of `triton` is {lower} MiB lower than two days before, which is the size of the
         gathered copy of the rows""",
         peers.no_copy,
+    ),
+    ("after {done} of {asked} jobs, so the last shape has two rounds.", peers.in_rounds),
+    (
+        """A train step of SonicMoE takes {ratio0}, {ratio1} and {ratio2} times as long as a train step of `triton`. On
+        the last shape""",
+        peers.of_sonicmoe_in_rounds,
+    ),
+    (
+        """measured {train0}, {train1} and {train2} for train steps, and {forward0}, {forward1} and {forward2} for
+        forwards""",
+        peers.of_sonicmoe_once,
     ),
     ("The table has all kernels that take {shortest} ms or more,", lambda: {"shortest": kernels.SHORTEST_MS}),
     (

@@ -2,7 +2,8 @@
 
 import torch
 
-from moebench.parity.batches import ON_CPU, batches
+from moebench.parity.batches import batches
+from moebench.workload.grouping import ON_CPU
 
 
 def rows_of(found):
