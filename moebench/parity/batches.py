@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebench.workload.grouping import ON_CPU, ON_GPU
+from moebench.parity.together import ON_CPU, ON_GPU
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from moebench.parity.batches import Batch, batches
 from moebench.parity.chance import sizes_by_chance
 from moebench.parity.oracle import Formula, Product, Values, experts_values, gradients, trained, wide
 from moebench.parity.rounding import Operands, Rounding, roundings
+from moebench.parity.together import ON_CPU
 from moebench.workload.case import Case
-from moebench.workload.grouping import ON_CPU
 from moebench.workload.inputs import Inputs
 from moebench.workload.ranks import ALONE, Ranks
 

@@ -68,6 +68,7 @@ README = (
         peers.of_sonicmoe_in_rounds,
     ),
     ("in one round of {measured} jobs.", lambda: quoted.counts(PEERS_AGAIN)),
+    ("train steps of `triton` and SonicMoE in {done} of {asked} jobs of three rounds,", peers.in_rounds),
     ("dispatchers in {measured} of {jobs} jobs, with profiles.", lambda: quoted.counts(PROFILED)),
     ("with and without checkpoints in {measured} of {jobs} jobs.", trained.run),
     ("low-rank adapters in {measured} of {jobs} jobs.", trained.of_adapters),

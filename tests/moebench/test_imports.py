@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "results": LOWEST,
     "parity": frozenset({"workload"}),
     "measure": LOWEST | {"results", "parity"},
-    "run": LOWEST | {"results", "parity.checks", "parity.space", "measure.protocol"},
+    "run": LOWEST | {"results", "parity.checks", "parity.space", "parity.together", "measure.protocol"},
     "verdicts": LOWEST | {"results", "run"},
     "report": LOWEST | {"results", "run", "verdicts"},
     "api": LOWEST | {"results", "run", "verdicts", "report"},
@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 }
 #: Where a module may import torch, or `experts`, which imports torch: at module level, and only inside functions.
 TORCH_AT_IMPORT = ("parity", "measure", "workload.driven", "workload.inputs", "workload.ranks")
-NEVER_TORCH_AT_IMPORT = ("parity.checks", "parity.space", "measure.protocol")
+NEVER_TORCH_AT_IMPORT = ("parity.checks", "parity.space", "parity.together", "measure.protocol")
 #: What judges `experts` uses nothing of it, so that no fault of it can hide itself.
 NEVER_EXPERTS = ("parity.oracle", "parity.space", "parity.checks")
 TORCH_IN_FUNCTIONS = (

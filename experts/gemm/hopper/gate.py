@@ -22,3 +22,16 @@ def glu_backward(gate, up):
     s = 1.0 / (1.0 + gl.exp(-gate))
     by_up = gate * s
     return by_up * up, up * (s + by_up * (1.0 - s)), by_up
+
+
+@gluon.jit
+def glu_of_pairs(sums, WARPS: gl.constexpr):
+    """Return silu(gate)·up of sums whose columns are 64 of gate, the same of up, then the next 64 of both."""
+    ROWS: gl.constexpr = sums.shape[0]
+    COLUMNS: gl.constexpr = sums.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS // 2, 16])
+    pairs = gl.permute(gl.reshape(sums, [ROWS, 2, 2, COLUMNS // 4]), (0, 1, 3, 2))
+    gate, up = gl.split(pairs)
+    gate = gl.convert_layout(gl.reshape(gate, [ROWS, COLUMNS // 2]), layout, assert_trivial=True)
+    up = gl.convert_layout(gl.reshape(up, [ROWS, COLUMNS // 2]), layout, assert_trivial=True)
+    return glu(gate, up, 1.0, 0.0, 0.0, False)

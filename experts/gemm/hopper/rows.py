@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from experts.gemm.hopper.descriptors import MOST_ROWS, aligned, described, grouped_rows
-from experts.gemm.hopper.gate import glu
+from experts.gemm.hopper.gate import glu_of_pairs
 from experts.gemm.hopper.loading import (
     GATHERING_REGISTERS,
     GATHERING_WARPS,
@@ -136,17 +136,6 @@ def multiply_step(
 
 
 @gluon.jit
-def _gated(sums, WARPS: gl.constexpr):
-    """Return silu(gate)·up of sums whose columns are 64 of gate, the same of up, then the next 64 of both."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, _COLUMNS // 2, 16])
-    pairs = gl.permute(gl.reshape(sums, [_ROWS, 2, 2, _COLUMNS // 4]), (0, 1, 3, 2))
-    gate, up = gl.split(pairs)
-    gate = gl.convert_layout(gl.reshape(gate, [_ROWS, _COLUMNS // 2]), layout, assert_trivial=True)
-    up = gl.convert_layout(gl.reshape(up, [_ROWS, _COLUMNS // 2]), layout, assert_trivial=True)
-    return glu(gate, up, 1.0, 0.0, 0.0, False)
-
-
-@gluon.jit
 def _multiply(
     out,
     weights,
@@ -190,7 +179,7 @@ def _multiply(
         sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES))
         if PAIRS:
-            value = _gated(sums, WARPS)
+            value = glu_of_pairs(sums, WARPS)
             if weights is not None:
                 value *= weight[:, None]
             done = rounded(value, out.dtype)

@@ -20,13 +20,13 @@ Call = Callable[[], object]
 
 def _has_products(backend: catalog.BackendEntry) -> bool:
     engine = backend.engine
-    if engine is None or backend.fp8 is not None or backend.lora is not None:
+    if engine is None or backend.fp8 is not None or backend.lora is not None or backend.gradient_accumulation_fusion:
         return False
     return not engine.stacked or get_engine(engine.name).products is not None
 
 
-#: The backends that can be compared with the products of a library: those without FP8 and without adapters. `triton`
-#: is compared with torch's products, because its own products do more.
+#: The backends that can be compared with the products of a library: those without FP8, adapters and main gradients.
+#: `triton` is compared with torch's products, because its own products do more.
 BACKENDS = tuple(backend.name for backend in catalog.BACKENDS if _has_products(backend))
 
 

@@ -13,11 +13,11 @@ moebench.run.memory.passes says what the context of a case changes.
 from dataclasses import dataclass
 
 from moebench.measure.protocol import PASSES
+from moebench.parity.together import ON_GPU, Together
 from moebench.run.memory.passes import held_weight_bytes, pass_bytes
 from moebench.run.memory.sizes import Sizes, sizes_of
 from moebench.workload.backends import reserves_rows
 from moebench.workload.case import ITEMSIZE, Case, Job, width
-from moebench.workload.grouping import ON_GPU, Together
 
 #: Bytes per element [T, D]. _SUMS is for the reference's sums over experts on all ranks' tokens: the output and its
 #: gradient, each exactly and by chance in float64, and of three runs that round in float32. _COMPARED is for the

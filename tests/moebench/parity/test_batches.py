@@ -3,7 +3,7 @@
 import torch
 
 from moebench.parity.batches import batches
-from moebench.workload.grouping import ON_CPU
+from moebench.parity.together import ON_CPU
 
 
 def rows_of(found):

@@ -8,10 +8,10 @@ import torch
 from moebench.measure.cache import Workload
 from moebench.measure.memory import StorageTracker
 from moebench.measure.subject import backend_of, make_subject
+from moebench.parity.together import ON_CPU
 from moebench.run.memory.footprint import footprint
 from moebench.run.memory.passes import pass_bytes
 from moebench.workload.case import Case, Job
-from moebench.workload.grouping import ON_CPU
 from moebench.workload.models import MODELS
 
 GIB = 2**30
