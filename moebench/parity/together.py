@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Together:
-    """Experts run together as long as all of them have at most so many elements and multiplications.
+    """Limits for experts that run together.
 
-    `elements` counts twice the elements of the up projections, and `multiplications` those with them, divided by 32.
+    `elements` limits twice the number of elements of their up projections. `multiplications` limits the number of
+    multiplications by these elements, divided by 32.
     """
 
     elements: int

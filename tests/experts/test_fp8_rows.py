@@ -218,7 +218,10 @@ def check(name: str, ran: tuple[Path, bool]) -> None:
     for rank in range(2):
         file = ran[0] / f"{name}.rank{rank}.txt"
         assert file.exists(), (ran[0] / "log.txt").read_text()
-        assert file.read_text() == "", f"rank {rank}"
+        outcome = file.read_text()
+        if outcome.startswith(fp8_ranks.SKIPPED):
+            pytest.skip(outcome)
+        assert outcome == "", f"rank {rank}"
 
 
 @pytest.mark.certify(share=0)

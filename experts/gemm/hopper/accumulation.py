@@ -7,8 +7,6 @@ A tile without rows is left out. Each number of the gradient gets one addition f
 way each time. NVIDIA's documentation of PTX says that these additions take a subnormal number as zero.
 """
 
-import torch
-import triton
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.experimental import gluon
@@ -16,22 +14,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from experts.gemm.hopper.descriptors import aligned, described, grouped_rows
+from experts.gemm.hopper.descriptors import aligned, described
 from experts.gemm.hopper.gradients import (
     LEFT,
     LOADING_REGISTERS,
     LOADING_WARPS,
-    MULTIPLYING_WARPS,
     RIGHT,
     STAGES,
     STEP,
     find_tile,
+    launch_outer,
     load,
     make_buffers,
     multiply_step,
 )
 from experts.steps import Permutation
-from experts.steps.fused.launch import launch
 
 #: The columns of the right operand in a part of a tile, and the parts in shared memory at the same time.
 PART, BUFFERS = 64, 2
@@ -47,25 +44,8 @@ def add_outer(
     if permutation.num_rows == 0:
         return
     left, right_NQ = aligned(left), aligned(right_NQ)
-    experts, width, depth = permutation.offsets_L.shape[0], left.shape[1], right_NQ.shape[1]
-    num_tiles = experts * triton.cdiv(width, LEFT) * triton.cdiv(depth, RIGHT)
-    programs = torch.cuda.get_device_properties(left.device).multi_processor_count if left.is_cuda else 1
-    launch(
-        add_outer_products,
-        (min(programs, num_tiles),),
-        left,
-        grouped_rows(right_NQ, [STEP, RIGHT]),
-        described(out, [1, PART, LEFT] if transposed else [1, LEFT, PART]),
-        permutation.row_to_slot_N,
-        permutation.offsets_L,
-        EXPERTS=experts,
-        P=width,
-        Q=depth,
-        K=permutation.n_activated_experts,
-        GATHER=gather,
-        TRANSPOSED=transposed,
-        num_warps=MULTIPLYING_WARPS,
-    )
+    described_out = described(out, [1, PART, LEFT] if transposed else [1, LEFT, PART])
+    launch_outer(add_outer_products, left, right_NQ, described_out, permutation, gather, transposed)
 
 
 _LEFT, _RIGHT, _STEP, _STAGES = gl.constexpr(LEFT), gl.constexpr(RIGHT), gl.constexpr(STEP), gl.constexpr(STAGES)

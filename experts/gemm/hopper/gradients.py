@@ -6,6 +6,8 @@ copy the rows of the other. Eight warps multiply. A tile is stored while tensor 
 next tile. A tile without rows has one step, whose operands are zeros.
 """
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -19,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from experts.gemm.hopper.descriptors import MOST_ROWS, aligned, described, grouped_rows
 from experts.gemm.hopper.rounding import rounded
@@ -46,14 +49,30 @@ def outer(left: Tensor, right_NQ: Tensor, permutation: Permutation, gather: bool
     if permutation.num_rows == 0:
         return torch.zeros(shape, dtype=left.dtype, device=left.device)
     out = torch.empty(shape, dtype=left.dtype, device=left.device)
+    described_out = described(out, [1, RIGHT, LEFT] if transposed else [1, LEFT, RIGHT])
+    launch_outer(sum_outer_products, left, right_NQ, described_out, permutation, gather, transposed)
+    return out
+
+
+def launch_outer(
+    kernel: Any,
+    left: Tensor,
+    right_NQ: Tensor,
+    out: TensorDescriptor,
+    permutation: Permutation,
+    gather: bool,
+    transposed: bool,
+) -> None:
+    """Launch a kernel for the products that `outer` describes, with one program per multiprocessor at most."""
+    experts, width, depth = permutation.offsets_L.shape[0], left.shape[1], right_NQ.shape[1]
     num_tiles = experts * triton.cdiv(width, LEFT) * triton.cdiv(depth, RIGHT)
     programs = torch.cuda.get_device_properties(left.device).multi_processor_count if left.is_cuda else 1
     launch(
-        sum_outer_products,
+        kernel,
         (min(programs, num_tiles),),
         left,
         grouped_rows(right_NQ, [STEP, RIGHT]),
-        described(out, [1, RIGHT, LEFT] if transposed else [1, LEFT, RIGHT]),
+        out,
         permutation.row_to_slot_N,
         permutation.offsets_L,
         EXPERTS=experts,
@@ -64,7 +83,6 @@ def outer(left: Tensor, right_NQ: Tensor, permutation: Permutation, gather: bool
         TRANSPOSED=transposed,
         num_warps=MULTIPLYING_WARPS,
     )
-    return out
 
 
 _LEFT, _RIGHT, _STEP, _STAGES = gl.constexpr(LEFT), gl.constexpr(RIGHT), gl.constexpr(STEP), gl.constexpr(STAGES)
