@@ -139,7 +139,7 @@ class _Job:
 
     def _check_after(self, subject: Subject, judged: Tensors) -> None:
         """Check the output once more, because a kernel may go wrong after many calls. Raises NoSpeed if it is wrong."""
-        after = run_pass(subject.module, subject.inputs.clone(), "forward")
+        after = run_pass(subject.module, subject.inputs.clone(), "forward", self.case.surroundings.num_micro_batches)
         if are_identical([judged, after], self.ranks):  # the same bits need no second verdict
             return
         verdict = self._judge(subject, [after], mode="forward")

@@ -53,6 +53,10 @@ def step(module: nn.Module, batches: list[MicroBatch]) -> Tensor:
         output = batch.forward(module)
         output.backward(batch.grad_TD)
         outputs.append(output.detach())
+    return _joined_outputs(outputs)
+
+
+def _joined_outputs(outputs: list[Tensor]) -> Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -74,11 +78,13 @@ def run_pass(module: nn.Module, inputs: Inputs, mode: str, num_micro_batches: in
     """Run one pass of a backend (forward and, in mode train, backward), and return its tensors by name.
 
     The tensor `output` is always there. In mode train, the dict also has the gradients `x.grad`, `weights.grad` and
-    `<parameter>.grad`. If the backend leaves a gradient None, its name is absent.
+    `<parameter>.grad`. If the backend leaves a gradient None, its name is absent. No call has more tokens than a
+    micro-batch: what a layer reserves for its first call may be too small for all tokens.
     """
     if mode == "forward":
         with torch.no_grad():
-            return {"output": micro_batches(inputs, 1, False)[0].forward(module)}
+            batches = micro_batches(inputs, num_micro_batches, False)
+            return {"output": _joined_outputs([batch.forward(module) for batch in batches])}
     batches = micro_batches(inputs, num_micro_batches, True)
     module.zero_grad(set_to_none=True)
     output = step(module, batches)

@@ -54,7 +54,7 @@ class Cell(NamedTuple):
 
     @property
     def job(self) -> Job:
-        fields = {"n_routed_experts": 4, "n_activated_experts": 2, "dim": 16, "moe_inter_dim": 16, "num_tokens": 10}
+        fields = {"n_routed_experts": 4, "n_activated_experts": 2, "dim": 16, "moe_inter_dim": 16, "num_tokens": 18}
         unkind = {"masked_share": 0.2, "routing": "zipf", "rank_load": "uneven" if self.ep_size > 1 else "even"}
         bias = {"expert_bias": not self.backend.startswith("triton")}
         of = {"ep_size": self.ep_size, "dp_size": self.dp_size, "context": self.context, "subject": self.subject}

@@ -154,6 +154,13 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
     return Recorder
 
 
+def test_no_call_of_a_step_in_micro_batches_has_more_tokens_than_a_micro_batch(recorder):
+    """A layer may reserve room in its first call, as symm_mem does, and every later call must fit in there."""
+    job = Job(case=case("float32", context="accumulate:3"), backend="recorder")
+    assert measure_job(job, Workload(CPU), POLICY)["status"] is Status.ok
+    assert {len(values) for _, values, _ in recorder.calls} == {13, 14}
+
+
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_forward_runs_without_gradients_and_train_with(recorder, mode):
     measured = measure_job(Job(case=case("float32", mode), backend="recorder"), Workload(CPU), POLICY)
