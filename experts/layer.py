@@ -13,6 +13,7 @@ from experts.config import DTYPES, BackendConfig, MoEConfig
 from experts.dispatch import Dispatcher, Local
 from experts.dispatchers import dispatcher_options, dispatcher_unsupported, make_dispatcher
 from experts.errors import ConfigError, InputError, Unsupported
+from experts.steps import eager, steps_on
 
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -102,9 +103,10 @@ class ExpertLayer(nn.Module, ABC):
             output: Tensor = uncompiled_forward()(self, x, token_mask, weights, indices)
             return output
         self._check_inputs(x, token_mask, weights, indices)
-        # convert to int64 first: in uint8, −1 would be expert 255
-        indices = indices.long().masked_fill(~token_mask.unsqueeze(-1), -1)
-        if not torch.compiler.is_compiling():  # a compiled layer's engine checks them when it runs
+        if torch.compiler.is_compiling():  # the compiler makes one kernel of it; the engine checks indices when it runs
+            indices = eager.mask_choices(indices, token_mask)
+        else:
+            indices = steps_on(x.device).mask_choices(indices, token_mask)
             check_indices(indices, self.n_routed_experts)
         if not isinstance(self.dispatcher, Local):
             x, weights = join_backward(x), join_backward(weights)

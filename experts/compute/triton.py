@@ -1,6 +1,7 @@
 """Compute the local experts with this package's grouped GEMM in Triton, `experts.gemm`, in bfloat16 or float16.
 
-This is the engine `triton`. The host does not wait for the device. The up projection reads the tokens in place. Without
+This is the engine `triton`. The host does not wait for the device. Few tokens without gradients take two kernels, which
+need no sorted rows. In other calls, rows are sorted by expert, and the up projection reads the tokens in place. Without
 gradients, the up projection's kernel writes only the weighted activation. With gradients, it writes its output before
 the activation, which backward needs. On Hopper GPUs it writes both, and the kernel of the down projection's backward
 also computes the gradient of SwiGLU. There, backward reads the rows of the gradients of the weights in place. On other
@@ -14,7 +15,7 @@ from torch import Tensor
 from experts import catalog
 from experts.compute import Adapters, Engine, ExpertParameters, MainGrads, grouped_mm
 from experts.compute.adapted import adapted_experts
-from experts.compute.whole import Plan, Products, whole_experts
+from experts.compute.whole import Plan, Products, needs_gradients, whole_experts
 from experts.config import MoEConfig, Save, dtype_name
 from experts.errors import Unsupported
 from experts.permutation import Permutation, sort_by_expert
@@ -36,11 +37,17 @@ def compute(
     main_grads: MainGrads | None = None,
 ) -> Tensor:
     """Return the local experts' sum [T, D]; see `Compute`."""
+    from experts import gemm
+
+    parameters = parameters.to(x_TD.dtype)
+    few = adapters is None and gemm.takes_few(indices_TK.numel(), config)
+    if few and not needs_gradients(x_TD, weights_TK, parameters):
+        return gemm.few_tokens(x_TD, weights_TK, indices_TK, parameters, config, first)
     permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
     plan = Plan(permutation, config, products(permutation, config), save, main_grads)
     if adapters is not None:
-        return adapted_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), adapters.to(x_TD.dtype), plan)
-    return whole_experts(x_TD, weights_TK, parameters.to(x_TD.dtype), plan)
+        return adapted_experts(x_TD, weights_TK, parameters, adapters.to(x_TD.dtype), plan)
+    return whole_experts(x_TD, weights_TK, parameters, plan)
 
 
 def products(permutation: Permutation, config: MoEConfig) -> Products:

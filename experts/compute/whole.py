@@ -90,15 +90,20 @@ class Plan:
         return self.config.apply_router_weight_after_down
 
 
+def needs_gradients(x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters) -> bool:
+    """Return whether autograd will need the gradient of one of the tensors."""
+    tensors = (x_TD, weights_TK, *parameters)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def whole_experts(x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, plan: Plan) -> Tensor:
     """Return the local experts' sum [T, D] in x's dtype.
 
     x: [T, D]; weights: [T, K]. The parameters must have x's dtype. Gradients flow to x, weights and parameters. The
     gradients cannot be differentiated again.
     """
-    tensors = (x_TD, weights_TK, *parameters)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        whole: Tensor = _WholeExperts.apply(*tensors, plan)
+    if needs_gradients(x_TD, weights_TK, parameters):
+        whole: Tensor = _WholeExperts.apply(x_TD, weights_TK, *parameters, plan)
         return whole
     return run_forward(x_TD, weights_TK, parameters, plan, keep=False)[0]
 

@@ -5,6 +5,7 @@ Importing this package imports triton.
 """
 
 from experts.gemm.accumulation import add_outer
+from experts.gemm.few import few_tokens, takes_few
 from experts.gemm.gradients import gathered_outer, outer, outer_gathered, runs_on_hopper
 from experts.gemm.products import (
     activated_back,
@@ -20,6 +21,7 @@ __all__ = [
     "activated_back",
     "activated_product",
     "add_outer",
+    "few_tokens",
     "gathered_outer",
     "gathered_product",
     "gathered_product_back",
@@ -29,4 +31,5 @@ __all__ = [
     "product",
     "product_back",
     "runs_on_hopper",
+    "takes_few",
 ]

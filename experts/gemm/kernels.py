@@ -81,7 +81,7 @@ def _load_bias(bias, expert, columns, width: tl.constexpr):
 
 
 @triton.jit
-def _load_weights(b, expert, depth, column, STEP: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
+def load_weights(b, expert, depth, column, STEP: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Return a tile [STEP, COLUMNS] of the expert's matrix, or of its transpose."""
     if TRANSPOSED:
         return b.load([expert, column, depth]).reshape(COLUMNS, STEP).T
@@ -158,10 +158,10 @@ def grouped_gemm(
             else:
                 inside = valid[:, None] & (start + tl.arange(0, STEP) < DEPTH)[None, :]
                 a_tile = tl.load(token_row + start, mask=inside, other=0.0)
-            b_tile = _load_weights(b, expert, start, column_tile * READ, STEP, READ, TRANSPOSED)
+            b_tile = load_weights(b, expert, start, column_tile * READ, STEP, READ, TRANSPOSED)
             sums = tl.dot(a_tile, b_tile, sums)
             if HALVES:
-                up_tile = _load_weights(b, expert, start, WIDTH + column_tile * READ, STEP, READ, TRANSPOSED)
+                up_tile = load_weights(b, expert, start, WIDTH + column_tile * READ, STEP, READ, TRANSPOSED)
                 up_sums = tl.dot(a_tile, up_tile, up_sums)
 
         columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)

@@ -159,8 +159,8 @@ def _multiply(
     launch(
         grouped_gemm,
         (programs,),
-        a if gather else _described(a, [tile.rows, tile.depth]),
-        _described(b_LPQ, weights_block),
+        a if gather else described(a, [tile.rows, tile.depth]),
+        described(b_LPQ, weights_block),
         out,
         *(None if bias_LH is None else bias_LH.contiguous(), None if weights_TK is None else weights_TK.contiguous()),
         *(permutation.row_to_slot_N, permutation.offsets_L, tiles, form.alpha, form.limit, form.offset),
@@ -222,7 +222,7 @@ def _kind(gather: bool, transposed: bool, activate: bool, form: ActivationForm) 
     return kinds.GATHERED_PRODUCT if gather else kinds.PRODUCT
 
 
-def _described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+def described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Return the descriptor that reads blocks of a tensor. It needs memory that starts at a multiple of 16 bytes."""
     tensor = tensor.contiguous()
     return TensorDescriptor.from_tensor(tensor.clone() if tensor.data_ptr() % 16 else tensor, block)

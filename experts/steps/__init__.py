@@ -82,6 +82,12 @@ class Steps(Protocol):
     (float64 for float64). No step reads the routing weights of choices that are not local.
     """
 
+    def mask_choices(self, indices_TK: Tensor, token_mask_T: Tensor) -> Tensor:
+        """Return int64 indices [T, K], −1 for the choices of tokens that the mask [T] bool leaves out.
+
+        In an unsigned dtype, −1 would be an expert.
+        """
+
     def sort_by_expert(self, indices_TK: Tensor, first: int, count: int) -> Permutation:
         """Group the choices of experts `first` … `first + count − 1`, in the tokens' order. Other choices come last."""
 

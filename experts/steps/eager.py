@@ -11,6 +11,11 @@ from experts.steps import Permutation
 BLOCK = 16
 
 
+def mask_choices(indices_TK: Tensor, token_mask_T: Tensor) -> Tensor:
+    """As `Steps.mask_choices`."""
+    return indices_TK.long().masked_fill(~token_mask_T.unsqueeze(-1), -1)
+
+
 def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
     """As `Steps.sort_by_expert`."""
     local_TK = indices_TK.long() - first

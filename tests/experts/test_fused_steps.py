@@ -142,6 +142,20 @@ def test_sort_by_expert_gives_the_bits_of_eager(device: str, dtype: torch.dtype,
     assert_same_permutation(indices_TK.t().contiguous().t(), first, count)
 
 
+@on_every_device
+@pytest.mark.parametrize("of_indices", [torch.int64, torch.int8, torch.uint8], ids=str)
+def test_mask_choices_gives_the_bits_of_eager(device: str, dtype: torch.dtype, of_indices: torch.dtype) -> None:
+    """Covers several programs, no token, strided tensors, and indices of −1 in an unsigned dtype, which are 255."""
+    generator = torch.Generator().manual_seed(3)
+    for num_tokens, k in ((300, 4), (7, 1), (0, 2)):
+        indices_TK = torch.randint(-1, 100, (num_tokens, k), generator=generator).to(of_indices).to(device)
+        mask_T = (torch.rand(num_tokens, generator=generator) < 0.5).to(device)
+        for given in ((indices_TK, mask_T), (indices_TK.t().contiguous().t(), mask_T[:1].expand(num_tokens))):
+            found, right = fused().mask_choices(*given), eager.mask_choices(*given)
+            assert found.dtype is torch.int64
+            assert torch.equal(found, right)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 8, 128, 512])
 def test_sort_by_expert_of_many_tokens_gives_the_bits_of_eager(count: int) -> None:

@@ -1,9 +1,10 @@
-"""Sort choices by expert with a stable, deterministic counting sort in three passes, or in one for few choices.
+"""Mask choices, and sort them by expert with a stable, deterministic counting sort.
 
-First, each block of choices counts its choices by expert. Second, a running sum over all (expert, block) pairs gives
-the row where each block's choices of each expert end. Third, a choice's row is that end minus the number of choices of
-the same expert from this choice to the end of its block. With few choices, a single kernel does the same: every block
-counts all choices itself, so no block waits for another block's counts.
+The sort has three passes, or one for few choices. First, each block of choices counts its choices by expert. Second, a
+running sum over all (expert, block) pairs gives the row where each block's choices of each expert end. Third, a
+choice's row is that end minus the number of choices of the same expert from this choice to the end of its block. With
+few choices, a single kernel does the same: every block counts all choices itself, so no block waits for another block's
+counts.
 """
 
 import torch
@@ -17,6 +18,7 @@ from experts.steps.fused.launch import launch
 BLOCK = 128  # a block compares each pair of its choices, so work and registers grow with BLOCK²
 BLOCK_OF_FEW = 32  # smaller: with few choices, more programs than multiprocessors are never needed
 FEW_CHOICES = 1024  # with more choices, counting all of them in every block takes longer than two more kernels
+MASKED = 512  # choices that one program masks
 
 
 def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
@@ -58,6 +60,29 @@ def sort_by_expert(indices_TK: Tensor, first: int, count: int) -> Permutation:
         BLOCK=BLOCK,
     )
     return Permutation(row_to_slot, slot_to_row, row_to_expert, offsets_L, indices_TK.shape[1])
+
+
+def mask_choices(indices_TK: Tensor, token_mask_T: Tensor) -> Tensor:
+    """As `Steps.mask_choices`."""
+    masked_TK = torch.empty(indices_TK.shape, dtype=torch.int64, device=indices_TK.device)
+    num_slots, k = indices_TK.numel(), indices_TK.shape[1]
+    grid = (triton.cdiv(num_slots, MASKED),)
+    launch(
+        _mask,
+        grid,
+        *(indices_TK.contiguous(), token_mask_T.contiguous(), masked_TK, num_slots, k),
+        SLOTS=MASKED,
+    )
+    return masked_TK
+
+
+@triton.jit
+def _mask(indices, token_mask, masked, num_slots, k, SLOTS: tl.constexpr):
+    slots = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
+    inside = slots < num_slots
+    active = tl.load(token_mask + slots // k, mask=inside, other=0) != 0
+    index = tl.load(indices + slots, mask=inside & active, other=0).to(tl.int64)
+    tl.store(masked + slots, tl.where(active, index, -1), mask=inside)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ GROUPS = {
     "products": re.compile(rf"{PRODUCT.pattern}|^(multiply_rows|(sum|add)_outer_products)$", re.IGNORECASE),
     "rows": re.compile(r"^(_activate|_activate_backward|_sum|sum_rows|pack|take_rows)$"),
     "sort": re.compile(
-        r"^(_count|_place|place|plan|list_tiles|(take|pack|unpack)_choices)$|DeviceScan|get_dispatch_layout"
+        r"^(_mask|_count|_place|place|plan|list_tiles|(take|pack|unpack)_choices)$|DeviceScan|get_dispatch_layout"
     ),
     "copies": re.compile(r"^Mem(cpy|set)\b|elementwise"),
 }

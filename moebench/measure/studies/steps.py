@@ -53,6 +53,8 @@ def memory_bound(
     target = torch.empty_like(source)
 
     yield CountedCall("copy", lambda: target.copy_(source), copy_bytes)
+    masked = (inputs.indices_TK, inputs.token_mask_T)
+    yield CountedCall("mask_choices", lambda: steps.mask_choices(*masked), rows * 8 * 2)
     # reads the indices twice and writes three maps
     sort = (inputs.active_indices_TK, 0, config.n_routed_experts)
     yield CountedCall("sort_by_expert", lambda: steps.sort_by_expert(*sort), rows * 8 * 5)
