@@ -19,7 +19,18 @@ Fp8Gradients = Literal["e4m3", "e5m2"]
 Save = Literal["memory", "time"]
 #: Names of groups of backends. A sweep names a group as "@bf16".
 Group = Literal[
-    "bf16", "cpu", "save_time", "main_grad", "fp8", "own_fp8", "cached", "mxfp8", "lora", "peers", "ep_peers"
+    "bf16",
+    "cpu",
+    "save_time",
+    "main_grad",
+    "fp8",
+    "own_fp8",
+    "block_fp8",
+    "cached",
+    "mxfp8",
+    "lora",
+    "peers",
+    "ep_peers",
 ]
 Collective = Literal["all_gather", "all_to_all"]
 
@@ -35,6 +46,7 @@ LIBRARIES: dict[str, str] = {
     "transformer_engine": _FROM_SOURCE.format("te"),
     "grouped_gemm": _FROM_SOURCE.format("gmm"),
     "deep_ep": "pip install 'moebench[deepep]'",
+    "deep_gemm": "pip install 'moebench[deepgemm]' (with torch 2.11: sgl-deep-gemm==0.1.5), and nvcc",
     "torchao": "pip install torchao",
     "triton": "install a CUDA build of torch, which brings triton",
     "transformers": "pip install 'transformers>=5.17'",
@@ -96,7 +108,8 @@ class BackendEntry:
     `lora` is the size of the layer's adapters. It is None if the layer has no adapters and its weights are trained.
 
     `capability` is the least compute capability of the CUDA GPUs on which the backend runs, as (major, minor). It is
-    None if the backend also runs on a CPU.
+    None if the backend also runs on a CPU. `last_major` is the largest major number of it, or None if the backend also
+    runs on later GPUs.
 
     A backend with `fp8_rows` runs only with the dispatchers that have this option.
     """
@@ -114,6 +127,7 @@ class BackendEntry:
     target: str | None = None
     library: str | None = None
     capability: tuple[int, int] | None = None
+    last_major: int | None = None
     lora: Lora | None = None
 
     @property
@@ -149,11 +163,12 @@ _TORCH_MM = EngineEntry("torch_mm", "experts.compute.torch_mm")
 _TORCH_MM_MXFP8 = EngineEntry("torch_mm_mxfp8", "experts.compute.torch_mm_mxfp8", library="torchao", counts_rows=True)
 _TRITON = EngineEntry("triton", "experts.compute.triton", library="triton")
 _TRITON_FP8 = EngineEntry("triton_fp8", "experts.compute.triton_fp8", library="triton")
+_DEEP_GEMM_FP8 = EngineEntry("deep_gemm_fp8", "experts.compute.deep_gemm_fp8", library="deep_gemm")
 _GMM = EngineEntry("gmm", "experts.compute.gmm", library="grouped_gemm", counts_rows=True)
 _TE = EngineEntry("te", "experts.te.layer", library="transformer_engine", stacked=False, counts_rows=True)
 
 #: The engines, in the order in which lists show them.
-ENGINES = (_LOOP, _TORCH_MM, _TORCH_MM_MXFP8, _TRITON, _TRITON_FP8, _GMM, _TE)
+ENGINES = (_LOOP, _TORCH_MM, _TORCH_MM_MXFP8, _TRITON, _TRITON_FP8, _DEEP_GEMM_FP8, _GMM, _TE)
 #: The name of the engine and of the backend that results are compared with.
 REFERENCE = _LOOP.name
 #: The adapters of the backends with adapters.
@@ -167,7 +182,9 @@ BACKENDS = (
     BackendEntry("torch_mm_mxfp8", _TORCH_MM_MXFP8, ("mxfp8",), fp8="mxfp8", capability=(10, 0)),
     BackendEntry("triton", _TRITON, ("bf16",), capability=(8, 0)),
     BackendEntry("triton_main_grad", _TRITON, ("main_grad",), gradient_accumulation_fusion=True, capability=(8, 0)),
-    BackendEntry("triton_fp8", _TRITON_FP8, ("fp8", "own_fp8"), fp8="block_float32", cached=True, capability=(8, 9)),
+    BackendEntry(
+        "triton_fp8", _TRITON_FP8, ("fp8", "own_fp8", "block_fp8"), fp8="block_float32", cached=True, capability=(8, 9)
+    ),
     BackendEntry(
         "triton_fp8_e5m2",
         _TRITON_FP8,
@@ -194,6 +211,15 @@ BACKENDS = (
         fp8_rows=True,
         cached=True,
         capability=(8, 9),
+    ),
+    BackendEntry(
+        "deep_gemm_fp8",
+        _DEEP_GEMM_FP8,
+        ("block_fp8",),
+        fp8="block_float32",
+        cached=True,
+        capability=(9, 0),
+        last_major=9,
     ),
     BackendEntry("gmm", _GMM, ("bf16",), capability=(0, 0)),
     BackendEntry("torch_mm_save_time", _TORCH_MM, ("save_time",), save="time"),

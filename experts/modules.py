@@ -77,10 +77,10 @@ class GroupedExperts(ExpertLayer):
         self.engine_options: dict[str, Any] = {} if backend.save is None else {"save": backend.save}
         for option in ("fp8_gradients", "fp8_weight_gradients", "fp8_rows"):
             value = getattr(backend, option)
-            if value is not None and not self.engine.fp8:
+            if value is not None and not self.engine.fp8_formats:
                 raise ConfigError(
-                    f"{option} = {value!r}: the engine {self.engine_name} does not compute in FP8; use triton_fp8, or "
-                    f"leave {option} out"
+                    f"{option} = {value!r}: the engine {self.engine_name} cannot choose what is in FP8; use "
+                    f"{' or '.join(_engines_that('fp8_formats'))}, or leave {option} out"
                 )
             if value is not None and option != "fp8_rows":  # an option of the dispatcher
                 self.engine_options[option] = value

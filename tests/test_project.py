@@ -28,6 +28,7 @@ OURS = ("experts", "moebench")
 #: Imported name -> name of the distribution, where the two differ.
 DISTRIBUTION_OF = {
     "deep_ep": "tokenspeed-deepep",
+    "deep_gemm": "sgl-deep-gemm",
     "pydantic_core": "pydantic",  # pydantic requires one exact version
     "pynvml": "nvidia-ml-py",
     "triton": "torch",  # the CUDA builds of torch depend on triton

@@ -72,9 +72,9 @@ class MainGrads(NamedTuple):
 #: token, the weighted sum of the outputs of the local experts that the token chose. Choices of other ranks' experts and
 #: of −1 contribute nothing. An engine with `saves` also takes `save=`, the value of `BackendConfig.save`. An engine
 #: with `adapts` also takes `adapters=`, the adapters of the local experts; the parameters then get no gradients. An
-#: engine with `fp8` also takes `cache=`, an `experts.fp8.cache.WeightCache`, and the values of
-#: `fp8_gradients` and `fp8_weight_gradients` of `BackendConfig`. An engine with `accumulates` also takes `main_grads=`,
-#: a `MainGrads`; backward then returns no gradient of a weight, but adds it there.
+#: engine with `fp8` also takes `cache=`, an `experts.fp8.cache.WeightCache`. With `fp8_formats`, it also takes the
+#: values of `fp8_gradients` and `fp8_weight_gradients` of `BackendConfig`. An engine with `accumulates` also takes
+#: `main_grads=`, a `MainGrads`; backward then returns no gradient of a weight, but adds it there.
 Compute = Callable[..., Tensor]
 
 
@@ -93,6 +93,9 @@ class Engine:
 
     `fp8` is true if the engine quantises the weights to FP8, so that the layer can keep them from call to call.
 
+    `fp8_formats` is true if the caller can choose what is in FP8: the format of gradients of rows, whether the products
+    for the gradients of the weights are in FP8, and whether tokens come in FP8 from other ranks.
+
     `accumulates` is true if backward can add the gradients of the weights to main gradients.
 
     `products` takes rows sorted by expert (a `Permutation`) and returns a library's grouped matrix products over these
@@ -109,6 +112,7 @@ class Engine:
     saves: bool = False
     adapts: bool = False
     fp8: bool = False
+    fp8_formats: bool = False
     accumulates: bool = False
     products: "Callable[[Permutation], Products] | None" = None
     own_products: "Callable[[Permutation, MoEConfig], Products] | None" = None

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from experts import catalog
 from experts.compute import Engine, ExpertParameters, grouped_mm
-from experts.compute.whole import Plan, Products
-from experts.config import MoEConfig, dtype_name
+from experts.compute.whole import Plan, Products, needs_gradients
+from experts.config import MoEConfig, Save, dtype_name
 from experts.errors import Unsupported
 from experts.fp8.blocks import E4M3, E5M2
 from experts.fp8.cache import WeightCache
@@ -35,13 +35,14 @@ def compute(
     first: int,
     fp8_gradients: Literal["e4m3", "e5m2"] = "e4m3",
     fp8_weight_gradients: bool = True,
+    save: Save = "memory",
     cache: WeightCache | None = None,
 ) -> Tensor:
     """Return the local experts' sum [T, D]; see `Compute`.
 
     `fp8_gradients` is the format of gradients of rows. `fp8_weight_gradients` is whether the products for the gradients
-    of the weights are in FP8. `cache` keeps the weights in FP8. Without it, each product
-    quantises its weights.
+    of the weights are in FP8. `cache` keeps the weights in FP8, with `save` "time" also in the layout of backward.
+    Without it, each product quantises its weights.
     """
     from experts.fp8.weights import FreshWeights
     from experts.fp8.whole import Fp8Plan, fp8_experts
@@ -50,7 +51,8 @@ def compute(
     plan = Plan(permutation, config, _outer_products(permutation), "memory")
     parameters = parameters.to(x_TD.dtype)
     matrices = parameters.gate_and_up_projs.detach(), parameters.down_projs.detach()
-    weights = FreshWeights(*matrices, config) if cache is None else cache.weights(*matrices, config)
+    back = save == "time" and needs_gradients(x_TD, weights_TK, parameters)
+    weights = FreshWeights(*matrices, config) if cache is None else cache.weights(*matrices, config, back)
     gradients = E5M2 if fp8_gradients == "e5m2" else E4M3
     return fp8_experts(x_TD, weights_TK, parameters, Fp8Plan(plan, weights, gradients, fp8_weight_gradients))
 
@@ -103,4 +105,4 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     return None
 
 
-ENGINE = Engine(compute, unsupported, fp8=True)
+ENGINE = Engine(compute, unsupported, saves=True, fp8=True, fp8_formats=True)

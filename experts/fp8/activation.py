@@ -8,7 +8,7 @@ from torch import Tensor
 from experts.activations import ActivationForm, activation_form
 from experts.config import MoEConfig
 from experts.fp8.blocks import BLOCK, E4M3, Rows, num_blocks
-from experts.fp8.quantise import interpreted, largest, reciprocal, scale_of, to_fp8
+from experts.fp8.rounding import interpreted, largest, reciprocal, scale_of, to_fp8
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 from experts.steps.fused.tiles import activate_tile, find_rows, load_tile, store_tile

@@ -18,47 +18,77 @@ class Weights(Protocol):
         """Return the down projection [L, D, I], for rows [N, I]."""
 
     def up_back(self) -> Matrices:
-        """Return the up projection [L, D, H], for gradients [N, H]. The matrices are new."""
+        """Return the up projection [L, D, H], for gradients [N, H]."""
 
     def down_back(self) -> Matrices:
-        """Return the down projection [L, I, D], for gradients [N, D]. The matrices are new."""
+        """Return the down projection [L, I, D], for gradients [N, D]."""
 
 
 class WeightCache:
-    """The weights of a layer in FP8, in the layout of the forward pass.
+    """The weights of a layer in FP8, in the layout of the forward pass, and in that of backward if one was asked for.
 
-    `stale` is true if the next call must quantise the weights. Whoever changes the weights must set it. The memory is
-    allocated once. Weights that are quantised again overwrite it, so that a captured CUDA graph still finds them.
+    `stale` is true if the next call must quantise the weights. Whoever changes the weights must set it. The memory of
+    each layout is allocated once. Weights that are quantised again overwrite it, so that a captured CUDA graph still
+    finds them.
     """
 
     def __init__(self) -> None:
         self.stale = True
-        self._kept: tuple[Matrices, Matrices] | None = None
+        self._up, self._down = _Kept(), _Kept()
 
     @property
     def num_bytes(self) -> int:
         """The bytes that the cache holds."""
-        return 0 if self._kept is None else sum(matrices.num_bytes for matrices in self._kept)
+        return self._up.num_bytes + self._down.num_bytes
 
     def forget(self) -> None:
         """Free the memory. The next call quantises the weights."""
-        self.stale, self._kept = True, None
+        self.stale, self._up, self._down = True, _Kept(), _Kept()
 
-    def weights(self, gate_and_up: Tensor, down: Tensor, config: MoEConfig) -> Weights:
-        """Return the weights [L, D, H] and [L, I, D] in FP8. If the cache is stale, quantise them now."""
-        from experts.fp8.quantise import quantise_weights
+    def weights(self, gate_and_up: Tensor, down: Tensor, config: MoEConfig, back: bool) -> Weights:
+        """Return the weights [L, D, H] and [L, I, D] in FP8. If the cache is stale, quantise them now.
+
+        `back` is whether the cache also keeps them in the layout of backward. If not, backward transposes them.
+        """
         from experts.fp8.weights import KeptWeights
 
-        if self._kept is not None and not self._fits(gate_and_up, down):
+        if not (self._up.fits(gate_and_up) and self._down.fits(down)):
             self.forget()
-        if self.stale or self._kept is None:
-            into = self._kept or (None, None)
-            up = quantise_weights(gate_and_up, up_halves(config), into[0])
-            self._kept = up, quantise_weights(down, 1, into[1])
-            self.stale = False
-        return KeptWeights(*self._kept)
+        self._up.bring(gate_and_up, up_halves(config), self.stale, back)
+        self._down.bring(down, 1, self.stale, back)
+        self.stale = False
+        assert self._up.forward is not None
+        assert self._down.forward is not None
+        backward = (self._up.back, self._down.back) if back else (None, None)
+        return KeptWeights(self._up.forward, self._down.forward, *backward)
 
-    def _fits(self, gate_and_up: Tensor, down: Tensor) -> bool:
-        assert self._kept is not None
-        pairs = zip(self._kept, (gate_and_up, down), strict=True)
-        return all(kept.values.shape == b.mT.shape and kept.values.device == b.device for kept, b in pairs)
+
+class _Kept:
+    """One of the two projections in FP8."""
+
+    def __init__(self) -> None:
+        self.forward: Matrices | None = None
+        self.back: Matrices | None = None
+        self._back_is_stale = True
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(matrices.num_bytes for matrices in (self.forward, self.back) if matrices is not None)
+
+    def fits(self, b_LPQ: Tensor) -> bool:
+        """Return whether nothing is kept, or weights of this shape and device."""
+        kept = None if self.forward is None else self.forward.values
+        return kept is None or (kept.shape == b_LPQ.mT.shape and kept.device == b_LPQ.device)
+
+    def bring(self, b_LPQ: Tensor, halves: int, stale: bool, back: bool) -> None:
+        """Quantise weights [L, P, Q] if they are stale, and make the layout of backward if it is needed."""
+        from experts.fp8.quantise import quantise_weights, quantise_weights_both, transposed
+
+        if stale and back:
+            self.forward, self.back = quantise_weights_both(b_LPQ, halves, self.forward, self.back)
+        elif stale:
+            self.forward = quantise_weights(b_LPQ, halves, self.forward)
+        elif back and self._back_is_stale:
+            assert self.forward is not None
+            self.back = transposed(self.forward, self.back)
+        self._back_is_stale = not back and (stale or self._back_is_stale)

@@ -1,33 +1,20 @@
 """Quantise rows and weights to FP8 with one scale a block, each in one kernel that reads its input once."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from experts.fp8.blocks import BLOCK, E4M3, LEAST_SCALE, Matrices, Rows, num_blocks
+from experts.fp8.blocks import BLOCK, E4M3, Matrices, Rows, num_blocks
+from experts.fp8.rounding import interpreted, largest, reciprocal, scale_of, to_fp8
 from experts.fp8.tokens import PACKED, Fp8Tokens, packed_width, unpacked
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
-_BLOCK, _LEAST_SCALE = tl.constexpr(BLOCK), tl.constexpr(LEAST_SCALE)
+_BLOCK = tl.constexpr(BLOCK)
 #: Blocks of a row per program.
 BLOCKS_AT_ONCE = 8
 WEIGHT_WARPS = 8
-
-
-def largest(dtype: torch.dtype) -> float:
-    """Return the largest finite number of an FP8 format."""
-    return torch.finfo(dtype).max
-
-
-@functools.cache
-def interpreted() -> bool:
-    """Return whether Triton's interpreter runs the kernels. Its conversion to FP8 rounds only exact values right."""
-    found: bool = triton.knobs.runtime.interpret
-    return found
 
 
 def quantise_tokens(x_TD: Tensor, dtype: torch.dtype = E4M3) -> Rows:
@@ -94,6 +81,17 @@ def quantise_weights(b_LPQ: Tensor, halves: int, into: Matrices | None = None) -
     return into
 
 
+def quantise_weights_both(
+    b_LPQ: Tensor, halves: int, into: Matrices | None = None, into_back: Matrices | None = None
+) -> tuple[Matrices, Matrices]:
+    """Return what `quantise_weights` and `quantise_weights_back` return. The weights are read once."""
+    experts, p, q = b_LPQ.shape
+    into = into or _empty_matrices(experts, q, p, halves, 1, b_LPQ.device)
+    into_back = into_back or _empty_matrices(experts, p, q, 1, halves, b_LPQ.device)
+    _quantise_matrices(b_LPQ, halves, into_back, into)
+    return into, into_back
+
+
 def quantise_weights_back(b_LPQ: Tensor, halves: int) -> Matrices:
     """Return weights [L, P, Q], whose Q has `halves` parts, in FP8 as they are, to multiply gradients [N, Q] by."""
     experts, p, q = b_LPQ.shape
@@ -115,7 +113,8 @@ def _quantise_matrices(b_LPQ: Tensor, halves: int, natural: Matrices | None, tur
         quantise_matrices,
         (halves * num_blocks(q // halves), num_blocks(p), experts),
         b_LPQ.contiguous(),
-        *(None if made is None else made.values for made in (natural, turned)),
+        None if natural is None else natural.values,
+        None if turned is None else turned.values,
         *(None if made is None else made.scales for made in (natural, turned)),
         *(p, q // halves),
         HALVES=halves,
@@ -125,50 +124,20 @@ def _quantise_matrices(b_LPQ: Tensor, halves: int, natural: Matrices | None, tur
     )
 
 
-def transposed(matrices: Matrices) -> Matrices:
-    """Return the matrices [L, Q, P] as [L, P, Q], with the same values."""
+def transposed(matrices: Matrices, into: Matrices | None = None) -> Matrices:
+    """Return the matrices [L, Q, P] as [L, P, Q], with the same values. With `into`, write them into its memory."""
     experts, q, p = matrices.values.shape
-    values = torch.empty(experts, p, q, dtype=matrices.values.dtype, device=matrices.values.device)
+    if into is None:
+        into = _empty_matrices(experts, p, q, matrices.p_halves, matrices.q_halves, matrices.values.device)
     launch(
         transpose_matrices,
         (triton.cdiv(p, BLOCK), triton.cdiv(q, BLOCK), experts),
-        *(matrices.values.view(torch.uint8), values.view(torch.uint8)),
+        *(matrices.values.view(torch.uint8), into.values.view(torch.uint8)),
         *(q, p),
         num_warps=WEIGHT_WARPS,
     )
-    scales = matrices.scales.transpose(1, 2).contiguous()
-    return Matrices(values, scales, q_halves=matrices.p_halves, p_halves=matrices.q_halves)
-
-
-@triton.jit
-def scale_of(largest_value, LARGEST: tl.constexpr):
-    """Return the scale of blocks from their largest magnitudes. NaN stays NaN."""
-    scale = tl.div_rn(largest_value, tl.full([], LARGEST, tl.float32))  # Triton's own division is not exact
-    return tl.where(scale < _LEAST_SCALE, _LEAST_SCALE, scale)
-
-
-@triton.jit
-def reciprocal(scale):
-    """Return 1 / scale, rounded to the nearest."""
-    return tl.div_rn(tl.full([], 1.0, tl.float32), scale)
-
-
-@triton.jit
-def to_fp8(value, LARGEST: tl.constexpr, EXACT: tl.constexpr):
-    """Return values that the conversion to FP8 makes right.
-
-    The GPU rounds to the nearest, and of two nearest to the even one, and it limits the magnitude to LARGEST. With
-    EXACT, do this here in float32: the interpreter's conversion is right only for numbers of the format.
-    """
-    if EXACT:
-        value = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
-        MANTISSA: tl.constexpr = 3 if LARGEST < 1000 else 2
-        LEAST: tl.constexpr = 2.0**-6 if LARGEST < 1000 else 2.0**-14
-        normal = tl.maximum(tl.abs(value), LEAST)
-        power = (normal.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        shift = power * (1.5 * 2.0 ** (23 - MANTISSA))
-        value = (value + shift) - shift
-    return value
+    into.scales.copy_(matrices.scales.mT)
+    return into
 
 
 @triton.jit
@@ -248,15 +217,15 @@ def quantise_matrices(
     row = p_block * _BLOCK + tl.arange(0, _BLOCK)
     inside = (row < p_width)[:, None] & (column < q_width)[None, :]
     q = part * q_width + column
-    tile = tl.load(b + matrix + row[:, None] * whole + q[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = scale_of(tl.max(tl.max(tl.abs(tile), axis=1), axis=0), LARGEST)
-    quantised = to_fp8(tile * reciprocal(scale), LARGEST, EXACT)
+    tile = tl.load(b + matrix + row[:, None] * whole + q[None, :], mask=inside, other=0.0)
+    scale = scale_of(tl.max(tl.max(tl.abs(tile.to(tl.float32)), axis=1), axis=0), LARGEST)
     if natural is not None:
-        value = quantised.to(natural.dtype.element_ty)
+        value = to_fp8(tile.to(tl.float32) * reciprocal(scale), LARGEST, EXACT).to(natural.dtype.element_ty)
         tl.store(natural + matrix + row[:, None] * whole + q[None, :], value, mask=inside)
         tl.store(scales + (expert * p_blocks + p_block) * q_blocks + q_block, scale)
     if turned is not None:
-        value = tl.trans(quantised.to(turned.dtype.element_ty))
+        # the 16 bits are transposed: 8 bits would be moved one by one
+        value = to_fp8(tl.trans(tile).to(tl.float32) * reciprocal(scale), LARGEST, EXACT).to(turned.dtype.element_ty)
         where = turned + matrix + q[:, None] * p_width + row[None, :]
         tl.store(where, value, mask=(column < q_width)[:, None] & (row < p_width)[None, :])
         tl.store(turned_scales + (expert * q_blocks + q_block) * p_blocks + p_block, scale)

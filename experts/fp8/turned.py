@@ -13,13 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from experts.fp8.blocks import BLOCK, E4M3, num_blocks
-from experts.fp8.quantise import interpreted, largest, reciprocal, scale_of, to_fp8
+from experts.fp8.rounding import apart, four_bytes, interpreted, largest, largest_of, reciprocal, scale_of
 from experts.gemm.kernels import TILE_FIELDS, list_tiles
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
 _BLOCK = tl.constexpr(BLOCK)
-WARPS = 8
+#: Blocks of columns per program, its warps, and the registers of a thread that let two programs run at a time.
+BLOCKS_AT_ONCE, WARPS, REGISTERS = 4, 8, 128
 
 
 @dataclass(frozen=True)
@@ -78,27 +79,37 @@ def turn(
     scales = torch.empty(blocks.most, width if by_column else num_columns, dtype=torch.float32, device=rows.device)
     launch(
         turn_rows,
-        (blocks.most, num_columns),
-        *(
-            rows,
-            values,
-            scales,
-            blocks.listed,
-            permutation.row_to_slot_N,
-            rows.stride(0),
-            start,
-            blocks.most,
-            width // halves,
-        ),
+        (blocks.most * triton.cdiv(num_columns, BLOCKS_AT_ONCE),),
+        *(rows.view(torch.uint32), values.view(torch.int32), scales, blocks.listed, permutation.row_to_slot_N),
+        *(rows.shape[1] // 2, start // 2, blocks.most, width // halves // 2),
         HALVES=halves,
         K=permutation.n_activated_experts,
         GATHER=gather,
         BY_COLUMN=by_column,
+        BF16=rows.dtype is torch.bfloat16,
         LARGEST=largest(dtype),
         EXACT=interpreted(),
+        AT_ONCE=BLOCKS_AT_ONCE,
         num_warps=WARPS,
+        maxnreg=REGISTERS,
     )
     return TurnedRows(values, scales)
+
+
+@triton.jit
+def _store_columns(values, words, block, most_blocks, column, inside):
+    """Store words of four rows as columns of `values` [C, B · 32]."""
+    word = block * (_BLOCK // 4) + tl.arange(0, _BLOCK // 4)
+    target = column.to(tl.int64)[:, None] * (most_blocks * (_BLOCK // 4)) + word[None, :]
+    tl.store(values + target, tl.trans(words), mask=inside[:, None])
+
+
+@triton.jit
+def _addresses(rows, row_to_slot, row, end, stride, K: tl.constexpr, GATHER: tl.constexpr):
+    source = row.to(tl.int64)
+    if GATHER:
+        source = tl.load(row_to_slot + row, mask=row < end, other=0) // K
+    return rows + source[:, None] * stride
 
 
 @triton.jit
@@ -116,35 +127,60 @@ def turn_rows(
     K: tl.constexpr,
     GATHER: tl.constexpr,
     BY_COLUMN: tl.constexpr,
+    BF16: tl.constexpr,
     LARGEST: tl.constexpr,
     EXACT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    block = tl.program_id(0)
+    """Quantise AT_ONCE blocks of columns of a block of rows.
+
+    `rows` are words of two columns, and so are the units of `row_stride`, `start` and `part_width`. `values` are words
+    of four rows; see `four_bytes`.
+    """
+    column_blocks = tl.cdiv(part_width, _BLOCK // 2)
+    program = tl.program_id(0)
+    if GATHER:  # several rows read the same token: all rows of some columns first
+        block, stretch = program % most_blocks, program // most_blocks
+    else:
+        stretches = tl.cdiv(HALVES * column_blocks, AT_ONCE)
+        block, stretch = program // stretches, program % stretches
+    entry = listed + (1 + block) * TILE_FIELDS
+    first_row, end = tl.load(entry + 2), tl.load(entry + 3)  # before the test, so that no load waits for another
     if block >= tl.load(listed):
         return
-    first_row, end = tl.load(listed + (1 + block) * TILE_FIELDS + 2), tl.load(listed + (1 + block) * TILE_FIELDS + 3)
-    row = first_row + tl.arange(0, _BLOCK)
-    valid = row < end
-    source = row.to(tl.int64)
-    if GATHER:
-        source = tl.load(row_to_slot + row, mask=valid, other=0) // K
-    column_blocks = tl.cdiv(part_width, _BLOCK)
-    column_block = tl.program_id(1)
-    part = column_block // column_blocks
-    in_part = column_block % column_blocks * _BLOCK + tl.arange(0, _BLOCK)
-    inside = in_part < part_width
-    column = part * part_width + in_part
-    where = source[:, None] * row_stride + start + column[None, :]
-    tile = tl.load(rows + where, mask=valid[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    most = tl.max(tl.abs(tile), axis=0)
-    if BY_COLUMN:
-        scale = scale_of(most, LARGEST)
-        tl.store(scales + block.to(tl.int64) * (HALVES * part_width) + column, scale, mask=inside)
-        tile = tile * reciprocal(scale)[None, :]
-    else:
-        scale = scale_of(tl.max(most, axis=0), LARGEST)
-        tl.store(scales + block * (HALVES * column_blocks) + column_block, scale)
-        tile = tile * reciprocal(scale)
-    turned = tl.trans(to_fp8(tile, LARGEST, EXACT).to(values.dtype.element_ty))
-    target = column.to(tl.int64)[:, None] * (most_blocks * _BLOCK) + block * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-    tl.store(values + target, turned, mask=inside[:, None])
+    row = first_row + 4 * tl.arange(0, _BLOCK // 4)
+    source_0 = _addresses(rows, row_to_slot, row, end, row_stride, K, GATHER)
+    source_1 = _addresses(rows, row_to_slot, row + 1, end, row_stride, K, GATHER)
+    source_2 = _addresses(rows, row_to_slot, row + 2, end, row_stride, K, GATHER)
+    source_3 = _addresses(rows, row_to_slot, row + 3, end, row_stride, K, GATHER)
+    first_block = stretch * AT_ONCE
+    for column_block in range(first_block, tl.minimum(first_block + AT_ONCE, HALVES * column_blocks)):
+        in_part = column_block % column_blocks * (_BLOCK // 2) + tl.arange(0, _BLOCK // 2)
+        inside = in_part < part_width
+        pair = column_block // column_blocks * part_width + in_part
+        where, mask = start + pair[None, :], inside[None, :]
+        words_0 = tl.load(source_0 + where, mask=(row < end)[:, None] & mask, other=0)
+        words_1 = tl.load(source_1 + where, mask=(row + 1 < end)[:, None] & mask, other=0)
+        words_2 = tl.load(source_2 + where, mask=(row + 2 < end)[:, None] & mask, other=0)
+        words_3 = tl.load(source_3 + where, mask=(row + 3 < end)[:, None] & mask, other=0)
+        left_0, right_0 = apart(words_0, BF16)
+        left_1, right_1 = apart(words_1, BF16)
+        left_2, right_2 = apart(words_2, BF16)
+        left_3, right_3 = apart(words_3, BF16)
+        left = largest_of(left_0, left_1, left_2, left_3)
+        right = largest_of(right_0, right_1, right_2, right_3)
+        if BY_COLUMN:
+            left, right = scale_of(left, LARGEST), scale_of(right, LARGEST)
+            target = scales + 2 * (block.to(tl.int64) * (HALVES * part_width) + pair)
+            tl.store(target, left, mask=inside)
+            tl.store(target + 1, right, mask=inside)
+            left, right = reciprocal(left)[None, :], reciprocal(right)[None, :]
+        else:
+            scale = scale_of(tl.max(tl.maximum(left, right), axis=0), LARGEST)
+            tl.store(scales + block * (HALVES * column_blocks) + column_block, scale)
+            left = reciprocal(scale)
+            right = left
+        words = four_bytes(left_0 * left, left_1 * left, left_2 * left, left_3 * left, LARGEST, EXACT)
+        _store_columns(values, words, block, most_blocks, 2 * pair, inside)
+        words = four_bytes(right_0 * right, right_1 * right, right_2 * right, right_3 * right, LARGEST, EXACT)
+        _store_columns(values, words, block, most_blocks, 2 * pair + 1, inside)

@@ -31,10 +31,10 @@ class FreshWeights:
 
 
 class KeptWeights:
-    """The weights of a `WeightCache`. Backward turns them around, and so it quantises nothing."""
+    """The weights of a `WeightCache`. If it does not keep them in the layout of backward, each call transposes them."""
 
-    def __init__(self, up: Matrices, down: Matrices) -> None:
-        self._up, self._down = up, down
+    def __init__(self, up: Matrices, down: Matrices, up_back: Matrices | None, down_back: Matrices | None) -> None:
+        self._up, self._down, self._up_back, self._down_back = up, down, up_back, down_back
 
     def up(self) -> Matrices:
         """As `experts.fp8.cache.Weights.up`."""
@@ -46,8 +46,8 @@ class KeptWeights:
 
     def up_back(self) -> Matrices:
         """As `experts.fp8.cache.Weights.up_back`."""
-        return transposed(self._up)
+        return transposed(self._up) if self._up_back is None else self._up_back
 
     def down_back(self) -> Matrices:
         """As `experts.fp8.cache.Weights.down_back`."""
-        return transposed(self._down)
+        return transposed(self._down) if self._down_back is None else self._down_back

@@ -12,6 +12,7 @@ rows are gathered as they are, and the products for the gradients of the weights
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,9 @@ from experts.activations import activation_form
 from experts.autocast import without_autocast
 from experts.compute import ExpertParameters
 from experts.compute.weight_grads import grad_of_down, grad_of_up
-from experts.compute.whole import Plan, Wanted, memory_of, with_plain_strides
+from experts.compute.whole import Plan, Wanted, memory_of, needs_gradients, with_plain_strides
 from experts.fp8 import activation, gradients, products, quantise
-from experts.fp8.blocks import E4M3, Rows, up_halves
+from experts.fp8.blocks import E4M3, Matrices, Rows, up_halves
 from experts.fp8.cache import Weights
 from experts.fp8.tokens import Fp8Tokens, in_16_bits
 from experts.fp8.turned import row_blocks
@@ -38,16 +39,20 @@ class Fp8Plan:
     """The arguments of `fp8_experts` that do not get gradients.
 
     `weights` are the weights in FP8, and `gradients` is the format of gradients. `weight_gradients` is whether the
-    products for the gradients of the weights are in FP8, too. If not, `plan` has these products.
+    products for the gradients of the weights are in FP8, too. If not, `plan` has these products. `product` is a
+    library's product of rows, with the arguments of `multiply`; None for those of this package.
     """
 
     plan: Plan
     weights: Weights
     gradients: torch.dtype = E4M3
     weight_gradients: bool = True
+    product: Callable[[Rows, Matrices, torch.dtype], Tensor] | None = None
 
-    def multiply(self, rows: Rows, matrices: Any, dtype: torch.dtype) -> Tensor:
+    def multiply(self, rows: Rows, matrices: Matrices, dtype: torch.dtype) -> Tensor:
         """Return each row times the transpose of its expert's matrix."""
+        if self.product is not None:
+            return self.product(rows, matrices, dtype)
         permutation, config = self.plan.permutation, self.plan.config
         return products.product(rows, matrices, permutation, permutation.num_rows / config.n_routed_experts, dtype)
 
@@ -58,9 +63,8 @@ def fp8_experts(x_TD: Tensor, weights_TK: Tensor, parameters: ExpertParameters, 
     x: [T, D], bfloat16, float16 or `Fp8Tokens`; weights: [T, K]. The parameters must have x's dtype. Gradients flow to
     x, weights and parameters. The gradients cannot be differentiated again.
     """
-    tensors = (x_TD, weights_TK, *parameters)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        whole: Tensor = _Fp8Experts.apply(*tensors, plan)
+    if needs_gradients(x_TD, weights_TK, parameters):
+        whole: Tensor = _Fp8Experts.apply(x_TD, weights_TK, *parameters, plan)
         return whole
     return _forward(x_TD, weights_TK, parameters, plan)[0]
 
@@ -80,7 +84,7 @@ def _forward(
     assert rows is not None
     a_NI = kept = None
     up = plan.weights.up()
-    if not keep and parameters.gate_up_proj_bias is None:
+    if not keep and parameters.gate_up_proj_bias is None and plan.product is None:
         form, per_expert = activation_form(config), permutation.num_rows / config.n_routed_experts
         a_NI = products.activated_product(rows, up, permutation, per_expert, inside_TK, form, x_TD.dtype)
     if a_NI is None:
@@ -169,7 +173,7 @@ def _backward(
         grad_weights += steps.dot_rows(grad_TD, permutation, None, down_bias)
     if wanted.up_bias:
         grad_up_bias = steps.sum_by_expert(grad_h_NH, permutation)
-    if wanted.x:  # first, so that the weights in FP8 are freed before the gradients of the weights are allocated
+    if wanted.x:  # first, so that the rows in FP8 are freed before the gradients of the weights are allocated
         dx_ND = plan.multiply(rows, plan.weights.up_back(), dtype)
         grad_x = steps.sum_rows(dx_ND, permutation)
         del dx_ND

@@ -58,7 +58,8 @@ def _why_not(backend: catalog.BackendEntry, here: Capability | None) -> str | No
     is_interpreted = library == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if needed is not None and here is None and not is_interpreted:
         return "needs a CUDA GPU, the device is cpu"
-    if needed is not None and here is not None and here < needed:
+    is_later = backend.last_major is not None and here is not None and here[0] > backend.last_major
+    if needed is not None and here is not None and (here < needed or is_later):
         return f"needs SM{needed[0]}{needed[1]}, this is SM{here[0]}{here[1]}"
     if library is not None and importlib.util.find_spec(library) is None:
         return catalog.missing(library)

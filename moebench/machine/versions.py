@@ -16,6 +16,7 @@ TIMED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "transformer_engine": ("transformer-engine", "transformer-engine-torch"),
         "grouped_gemm": ("grouped-gemm", "nv-grouped-gemm"),
         "deep_ep": ("tokenspeed-deepep", "sgl-deep-ep", "deep-ep"),
+        "deep_gemm": ("sgl-deep-gemm", "tokenspeed-deepgemm", "deep-gemm"),
         "torchao": ("torchao",),
     }
 )

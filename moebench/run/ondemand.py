@@ -24,7 +24,9 @@ MOST_MINUTES = 10_000.0
 #: No job starts after this share of the time, and no job may take longer than the rest of it.
 _STARTS = 2 / 3
 #: The groups of backends, those first that tend to be fast. A backend comes with its first group.
-_GROUPS = ("bf16", "main_grad", "save_time", "cpu", "fp8", "own_fp8", "mxfp8", "cached", "peers", "ep_peers")
+_GROUPS = (
+    *("bf16", "main_grad", "save_time", "cpu", "fp8", "block_fp8", "own_fp8", "mxfp8", "cached", "peers", "ep_peers"),
+)
 
 
 def gpu_here() -> str | None:

@@ -10,9 +10,17 @@ from torch import Tensor
 
 from tests.experts.layers import BF16, F16, F32
 
-POINTERS = {BF16: "*bf16", F16: "*fp16", F32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
+POINTERS = {
+    BF16: "*bf16",
+    F16: "*fp16",
+    F32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.uint32: "*u32",
+}
 POINTERS |= {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5"}
-OPTIONS = ("num_stages", "num_warps")
+OPTIONS = ("num_stages", "num_warps", "maxnreg")
 #: Bytes of shared memory that one program may use on SM90.
 SHARED_MEMORY_BYTES = 227 * 1024
 

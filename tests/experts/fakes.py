@@ -21,6 +21,7 @@ LIBRARIES = (
     "transformer_engine",
     "grouped_gemm",
     "deep_ep",
+    "deep_gemm",
     "torchao",
     "transformers",
     "nemo_automodel",

@@ -82,7 +82,7 @@ def test_a_backend_is_an_engine_or_a_peer() -> None:
 
 def test_the_registry_has_the_backends_of_the_catalog_in_its_order() -> None:
     assert backend_names()[: len(catalog.BACKENDS)] == tuple(backend.name for backend in catalog.BACKENDS)
-    assert engine_names() == ("loop", "torch_mm", "torch_mm_mxfp8", "triton", "triton_fp8", "gmm")
+    assert engine_names() == ("loop", "torch_mm", "torch_mm_mxfp8", "triton", "triton_fp8", "deep_gemm_fp8", "gmm")
     assert dispatcher_names() == ("allgather", "alltoall", "deepep", "symm_mem")
     assert SAVE_TIME_BACKENDS == {"torch_mm_save_time": "torch_mm", "gmm_save_time": "gmm"}
     assert {**TE_BACKENDS, "te": None}.keys() | PEERS.keys() == {

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def test_names_of_the_engines() -> None:
-    assert engine_names() == ("loop", "torch_mm", "torch_mm_mxfp8", "triton", "triton_fp8", "gmm")
+    assert engine_names() == ("loop", "torch_mm", "torch_mm_mxfp8", "triton", "triton_fp8", "deep_gemm_fp8", "gmm")
 
 
 def test_the_error_for_an_unknown_engine_lists_the_engines() -> None:

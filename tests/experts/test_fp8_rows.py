@@ -136,7 +136,9 @@ def test_rows_in_fp8_need_an_engine_and_a_dispatcher_that_take_them() -> None:
     assert made(experts="triton_fp8", dispatcher="deepep", num_sms=24).dispatcher_options["fp8_rows"] is True
     with pytest.raises(ConfigError, match="fp8_rows = True: the dispatcher alltoall does not take it; use deepep, sy"):
         made(experts="triton_fp8", dispatcher="alltoall")
-    with pytest.raises(ConfigError, match="fp8_rows = True: the engine triton does not compute in FP8; use triton_fp8"):
+    with pytest.raises(
+        ConfigError, match="fp8_rows = True: the engine triton cannot choose what is in FP8; use triton_fp8"
+    ):
         made(experts="triton", dispatcher="symm_mem")
     with pytest.raises(ConfigError, match="fp8_rows = True sends gradients of rows in E4M3, not in 'e5m2'"):
         made(experts="triton_fp8", dispatcher="symm_mem", fp8_gradients="e5m2")

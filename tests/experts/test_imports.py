@@ -26,6 +26,7 @@ FP8 = (
     "kernels",
     "products",
     "quantise",
+    "rounding",
     "turned",
     "weights",
     "whole",

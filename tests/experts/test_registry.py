@@ -23,6 +23,7 @@ BUILT_IN = (
     "triton_fp8_e5m2",
     "triton_fp8_16bit_dw",
     "triton_fp8_rows",
+    "deep_gemm_fp8",
     "gmm",
     "torch_mm_save_time",
     "gmm_save_time",
@@ -113,7 +114,11 @@ def test_a_built_in_backend_is_found_without_its_library(name: str) -> None:
     """On a CPU without the library, `unsupported` returns a reason and does not raise."""
     check_name(name)
     backend = get_backend(name)
-    recipe = {"torch_mm_mxfp8": "mxfp8", "te_mxfp8": "mxfp8", "triton_fp8": "block_float32"}.get(name)
+    recipe = {
+        "torch_mm_mxfp8": "mxfp8",
+        "te_mxfp8": "mxfp8",
+        **dict.fromkeys(("triton_fp8", "deep_gemm_fp8"), "block_float32"),
+    }.get(name)
     if name.startswith("triton_fp8_"):
         recipe = "block_float32" + name.removeprefix("triton_fp8")
     for fp8 in ("current", "delayed", "block"):

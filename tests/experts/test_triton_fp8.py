@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from experts import BackendConfig, ConfigError, GroupedExperts, MoEConfig
+from experts.config import Save
 from experts.engines import get_engine
 from moebench.parity.quantization import fp8_product
 from tests.experts.layers import BF16, F16, INTERPRETED, expected, moe_config, random_batch, random_parameters, run
@@ -26,14 +27,17 @@ on_every_setup = pytest.mark.parametrize(
 )
 
 
-def made(recipe: str, config: MoEConfig, parameters: dict[str, Tensor], device: str) -> GroupedExperts:
+def made(
+    recipe: str, config: MoEConfig, parameters: dict[str, Tensor], device: str, save: Save | None = None
+) -> GroupedExperts:
     options = {
         "block_float32": {},
         "block_float32_e5m2": {"fp8_gradients": "e5m2"},
         "block_float32_16bit_dw": {"fp8_weight_gradients": False},
     }[recipe]
     with torch.device(device):
-        layer = GroupedExperts(config, BackendConfig(experts="triton_fp8", **options))  # type: ignore[arg-type]
+        backend = BackendConfig(experts="triton_fp8", save=save, **options)  # type: ignore[arg-type]
+        layer = GroupedExperts(config, backend)
     layer.load_state_dict(parameters)
     return layer
 
@@ -108,14 +112,21 @@ def test_many_rows_without_gradients_give_nearly_the_same_output(after: bool, ac
     assert torch.equal(found[(batch.indices < 0).all(dim=1)], right[(batch.indices < 0).all(dim=1)])
 
 
+@pytest.mark.parametrize("save", ["memory", "time"])
 @on_every_setup
-def test_weights_are_quantised_when_the_caller_says_that_they_changed(device: str, dtype: torch.dtype) -> None:
+def test_weights_are_quantised_when_the_caller_says_that_they_changed(
+    device: str, dtype: torch.dtype, save: Save
+) -> None:
     config, parameters, batch = some(dtype)
-    layer = made("block_float32", config, parameters, device)
+    layer = made("block_float32", config, parameters, device, save=save)
+    on_device, weights = batch.map(lambda tensor: tensor.to(device)), 4 * 208 * 3 * 144
+    with torch.no_grad():
+        layer(on_device.x, on_device.token_mask, on_device.weights, on_device.indices)
+    assert weights < layer.cached_weight_bytes < 1.01 * weights
     before = run(layer, batch)
     kept = layer.cached_weight_bytes
-    weights = 4 * 208 * 3 * 144
-    assert weights < kept < 1.01 * weights
+    num_layouts = 2 if save == "time" else 1
+    assert num_layouts * weights < kept < 1.01 * num_layouts * weights, "backward reads another layout"
     with torch.no_grad():
         layer.down_projs *= -1
     assert torch.equal(run(layer, batch)["output"], before["output"]), "the caller has said nothing"
@@ -127,6 +138,22 @@ def test_weights_are_quantised_when_the_caller_says_that_they_changed(device: st
     assert layer.cached_weight_bytes == kept
     layer.load_state_dict(parameters)
     assert torch.equal(run(layer, batch)["output"], before["output"]), "a load is told by the layer itself"
+
+
+@on_every_setup
+def test_backward_reads_the_weights_that_a_forward_without_gradients_has_quantised(
+    device: str, dtype: torch.dtype
+) -> None:
+    config, parameters, batch = some(dtype, "swiglu")
+    layer = made("block_float32", config, parameters, device, save="time")
+    on_device = batch.map(lambda tensor: tensor.to(device))
+    run(layer, batch)
+    layer.load_state_dict({name: -tensor for name, tensor in parameters.items()})
+    with torch.no_grad():
+        layer(on_device.x, on_device.token_mask, on_device.weights, on_device.indices)
+    right = made("block_float32", config, {name: -tensor for name, tensor in parameters.items()}, device)
+    found = run(layer, batch)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in run(right, batch).items())
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself
@@ -195,9 +222,9 @@ def test_a_graph_quantises_the_weights_at_each_replay() -> None:
 
 
 def test_options_of_fp8_need_an_fp8_engine() -> None:
-    with pytest.raises(ConfigError, match="fp8_gradients = 'e5m2': the engine triton does not compute in FP8"):
+    with pytest.raises(ConfigError, match="fp8_gradients = 'e5m2': the engine triton cannot choose what is in FP8"):
         GroupedExperts(moe_config(), BackendConfig(experts="triton", fp8_gradients="e5m2"))
-    with pytest.raises(ConfigError, match="fp8_weight_gradients = False: the engine loop does not compute in FP8"):
+    with pytest.raises(ConfigError, match="fp8_weight_gradients = False: the engine loop cannot choose what is in FP8"):
         GroupedExperts(moe_config(), BackendConfig(fp8_weight_gradients=False))
 
 

@@ -23,8 +23,8 @@ from moebench.results.record import Status
 #: Colour and marker of each known backend. Most colours are Okabe and Ito's or Tol's, which colour-blind readers can
 #: distinguish. A time that did not converge has an empty marker, so every marker must be one that can be filled.
 #: Matplotlib has 15 such markers. A backend with adapters or with main gradients therefore shares its marker with its
-#: engine, the variants of triton_fp8 share one, and layers of other libraries (peers) share theirs with backends that
-#: are in other figures.
+#: engine, triton_fp8 shares its with its variants and with deep_gemm_fp8, and layers of other libraries (peers) share
+#: theirs with backends that are in other figures.
 BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "loop": ("#5A5A5A", "o"),
@@ -46,6 +46,7 @@ BACKEND_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "triton_fp8_e5m2": ("#4D9221", "h"),
         "triton_fp8_16bit_dw": ("#2C3E9E", "h"),
         "triton_fp8_rows": ("#1B9E9E", "h"),
+        "deep_gemm_fp8": ("#5B3A29", "h"),
         "loop_lora": ("#A9A9A9", "o"),
         "torch_mm_lora": ("#6A5ACD", "s"),
         "triton_lora": ("#B22222", "p"),

@@ -10,19 +10,31 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moebench.results.advise import CLOSE
 from moebench.results.frame import load_all
 from moebench.results.precision.ratios import Cell, Precision, cells, crossings
 from moebench.workload.models import EXPERTS
 
 
 def sentence(found: Precision, mode: str) -> str:
-    """Return what one machine's results say about FP8 for a workload."""
+    """Return what one machine's results say about FP8 for a workload, and which engine is the fastest in FP8."""
     takes = f"{found.machine}: FP8 takes {found.ratio:.2f} times the time of 16 bits in mode {mode}"
     if found.is_measured:
         (one,) = found.cells
-        return f"{takes} ({one.fp8} {one.fp8_ms:.3f} ms, {one.other} {one.other_ms:.3f} ms), measured"
-    places = ", ".join(f"{one.rows_per_expert:g} × {one.moe_inter_dim}: {one.ratio:.2f}" for one in found.cells)
+        measured = f"{takes} ({one.fp8} {one.fp8_ms:.3f} ms, {one.other} {one.other_ms:.3f} ms), measured"
+        return measured + "".join(f"; {engines}" for engines in _engines(one))
+    places = ", ".join(
+        f"{one.rows_per_expert:g} × {one.moe_inter_dim}: {one.ratio:.2f} ({one.fp8})" for one in found.cells
+    )
     return f"{takes}, interpolated between rows per expert × moe_inter_dim {places} (dim {found.cells[0].dim})"
+
+
+def _engines(cell: Cell) -> Iterator[str]:
+    """Yield, for each engine in FP8 but the fastest one, how many times as long as the fastest one it takes."""
+    for name, time_ms in cell.fp8_engines[1:]:
+        times = time_ms / cell.fp8_ms
+        close = ", too close to call" if times < 1 + CLOSE else ""
+        yield f"{name} takes {times:.2f} times as long as {cell.fp8} ({time_ms:.3f} ms){close}"
 
 
 def precision_json(found: Sequence[Precision]) -> list[dict[str, Any]]:

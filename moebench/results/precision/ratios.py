@@ -16,7 +16,7 @@ import pandas as pd
 from moebench.results.advise import MOST_APART, matching
 from moebench.results.labels import backend_labels
 from moebench.results.record import Status
-from moebench.workload.backends import adapters_of, described
+from moebench.workload.backends import adapters_of, described, engine_of
 from moebench.workload.case import Case
 
 _SIXTEEN_BITS = ("bfloat16", "float16")
@@ -26,7 +26,10 @@ _FREE = ("model", "num_tokens", "seed", "n_routed_experts", "n_activated_experts
 
 @dataclass(frozen=True)
 class Cell:
-    """One measured case on one machine: the fastest backend with FP8 and the fastest one without. Times are in ms."""
+    """One measured case on one machine: the fastest backend with FP8 and the fastest one without. Times are in ms.
+
+    `fp8_engines` has the fastest backend of each engine that computes in FP8 with its time, the fastest engine first.
+    """
 
     machine: str
     mode: str
@@ -37,6 +40,7 @@ class Cell:
     fp8_ms: float
     other: str
     other_ms: float
+    fp8_engines: tuple[tuple[str, float], ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -72,8 +76,8 @@ def cells(frame: pd.DataFrame) -> list[Cell]:
     newest = usable.sort_values("run_id").drop_duplicates(["case_id", "device", "gpu", "label"], keep="last")
     found = []
     for _, case in newest.groupby(["case_id", "device", newest["gpu"].astype("str").fillna("")], sort=False):
-        fastest = case.sort_values("time_ms").drop_duplicates("is_fp8")
-        found_by = {bool(row["is_fp8"]): row for row in fastest.to_dict("records")}
+        ordered = case.sort_values("time_ms")
+        found_by = {bool(row["is_fp8"]): row for row in ordered.drop_duplicates("is_fp8").to_dict("records")}
         if len(found_by) < 2:
             continue
         fp8, other = found_by[True], found_by[False]
@@ -85,9 +89,22 @@ def cells(frame: pd.DataFrame) -> list[Cell]:
                 int(fp8["moe_inter_dim"]),
                 int(fp8["dim"]),
                 *(str(fp8["label"]), float(fp8["time_ms"]), str(other["label"]), float(other["time_ms"])),
+                fp8_engines=_fastest_of_engines(ordered[ordered["is_fp8"]]),
             )
         )
     return found
+
+
+def _fastest_of_engines(ordered: pd.DataFrame) -> tuple[tuple[str, float], ...]:
+    """Return the label and time of each engine's fastest backend, from rows that begin with the fastest one."""
+    fastest = ordered.assign(engine=ordered["backend"].map(_engine)).drop_duplicates("engine")
+    return tuple((str(row["label"]), float(row["time_ms"])) for row in fastest.to_dict("records"))
+
+
+def _engine(backend: object) -> str:
+    """Return the name of a backend's engine, or the backend's own name if it is another library's layer."""
+    engine = engine_of(str(backend))
+    return str(backend) if engine is None else engine.name
 
 
 def rows_per_expert(case: Mapping[Any, Any]) -> float:

@@ -23,7 +23,14 @@ CAPABILITIES = [(7, 0), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0)]
 @pytest.fixture
 def installed(monkeypatch):
     """Every library is installed, and imports."""
-    for name in ("grouped_gemm", "torchao", "torchao.prototype", "torchao.prototype.moe_training", "triton"):
+    for name in (
+        "grouped_gemm",
+        "torchao",
+        "torchao.prototype",
+        "torchao.prototype.moe_training",
+        "triton",
+        "deep_gemm",
+    ):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
     monkeypatch.setitem(sys.modules, "torchao.prototype.moe_training.mxfp8_grouped_mm", SimpleNamespace())
     monkeypatch.setattr(library, "not_installed", lambda: None)

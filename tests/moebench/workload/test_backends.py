@@ -40,6 +40,7 @@ def mistakes(body: str) -> tuple[str, ...]:
 def test_the_groups_are_those_of_the_catalog_in_its_order() -> None:
     assert list(GROUPS["backend"]["@bf16"]) == BF16
     assert GROUPS["backend"]["@fp8"] == ("triton_fp8", "te_fp8_current", "te_fp8_delayed", "te_fp8_block")
+    assert GROUPS["backend"]["@block_fp8"] == ("triton_fp8", "deep_gemm_fp8")
     assert GROUPS["backend"]["@cpu"] == ("loop", "torch_mm")
     assert GROUPS["dispatcher"] == {"@dispatchers": ("allgather", "alltoall", "deepep", "symm_mem")}
     of_some_group = {name for members in GROUPS["backend"].values() for name in members}
@@ -78,7 +79,7 @@ def test_an_exclude_of_a_group_leaves_out_its_members() -> None:
 
 
 def test_an_unknown_group_is_one_mistake_that_lists_the_groups() -> None:
-    known = "@cpu, @bf16, @mxfp8, @main_grad, @fp8, @own_fp8, @save_time, @cached, @lora, @peers, @ep_peers"
+    known = "@cpu, @bf16, @mxfp8, @main_grad, @fp8, @own_fp8, @block_fp8, @save_time, @cached, @lora, @peers, @ep_peers"
     assert mistakes(grid('["loop", "@bf61"]')) == (
         f'x.toml: grid[0].backend[1] = "@bf61": there is no such group; the groups of backend are {known}',
     )

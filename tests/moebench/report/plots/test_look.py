@@ -20,7 +20,7 @@ from tests.moebench.drawn import COUNTS, LONG, bad, case, family, figures_of, le
 def test_known_backends_look_different_and_unknown_ones_the_same_every_time() -> None:
     assert len({color for color, _ in BACKEND_STYLES.values()}) == len(BACKEND_STYLES)
     assert {marker for _, marker in BACKEND_STYLES.values()} <= set(MarkerStyle.filled_markers)
-    others = ("peer_", "triton_fp8_", "triton_main_grad")
+    others = ("peer_", "triton_fp8_", "deep_gemm_fp8", "triton_main_grad")
     ours = [
         marker for name, (_, marker) in BACKEND_STYLES.items() if not name.startswith(others) and "_lora" not in name
     ]

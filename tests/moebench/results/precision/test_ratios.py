@@ -39,6 +39,25 @@ def test_rows_per_expert_count_the_tokens_of_all_ranks():
     assert rows_per_expert(case(64, 512, ep_size=4).model_dump()) == 64.0
 
 
+def test_the_faster_engine_in_fp8_is_named_and_how_much_longer_the_others_take():
+    one = case(256, 1024)
+    times = {"deep_gemm_fp8": 0.4, "triton_fp8": 0.41, "triton_fp8_e5m2": 0.404, "te_fp8_block": 1.0, "triton": 2.0}
+    (found,) = precision(to_frame([ok(one, name, ms) for name, ms in times.items()]), question("e8k2d256i1024", 256))
+    assert sentence(found, "forward").partition(": ")[2] == (
+        "FP8 takes 0.20 times the time of 16 bits in mode forward (deep_gemm_fp8 0.400 ms, triton 2.000 ms), measured; "
+        "triton_fp8_e5m2 takes 1.01 times as long as deep_gemm_fp8 (0.404 ms), too close to call; "
+        "te_fp8_block takes 2.50 times as long as deep_gemm_fp8 (1.000 ms)"
+    )
+    (cell,) = precision_json([found])[0]["cells"]
+    assert [name for name, _ in cell["fp8_engines"]] == ["deep_gemm_fp8", "triton_fp8_e5m2", "te_fp8_block"]
+
+
+def test_a_place_on_the_map_names_the_faster_engine_of_each_neighbour():
+    rows = [*MAP, ok(case(256, 512), "deep_gemm_fp8", 0.8)]
+    (found,) = precision(to_frame(rows), question("e8k2d256i512", 128))
+    assert "16 × 512: 2.00 (triton_fp8), 64 × 512: 0.40 (deep_gemm_fp8)" in sentence(found, "forward")
+
+
 def test_a_measured_workload_is_its_own_answer():
     (found,) = precision(to_frame(MAP), question("e8k2d256i1024", 256))
     assert (found.is_measured, found.ratio, found.pays) == (True, pytest.approx(0.25), True)
