@@ -70,8 +70,7 @@ README = (
     ("in one round of {measured} jobs.", lambda: quoted.counts(PEERS_AGAIN)),
     ("train steps of `triton` and SonicMoE in {done} of {asked} jobs of three rounds,", peers.in_rounds),
     ("dispatchers in {measured} of {jobs} jobs, with profiles.", lambda: quoted.counts(PROFILED)),
-    ("with and without checkpoints in {measured} of {jobs} jobs.", trained.run),
-    ("low-rank adapters in {measured} of {jobs} jobs.", trained.of_adapters),
+    ("This run has train steps in {contexts} contexts of training,", trained.run),
     (
         """`triton` was the fastest backend of this project in all {cases} cases in which another backend was measured
         beside it.""",
@@ -277,11 +276,11 @@ MEASURED = (
 
 TRAINING = (
     ("({date}, torch {torch}, bfloat16)", lambda: quoted.environment(trained.TRAINING)),
+    ("measured Qwen3-30B-A3B in {contexts} contexts, {jobs} jobs,", trained.run),
     (
-        """measures Qwen3-30B-A3B in {contexts} contexts. Its time budget ended after {measured} of {jobs} jobs""",
+        "The table has a train step of {tokens} tokens. The step of `accumulate:4` has four micro-batches of {fewer}",
         trained.run,
     ),
-    ("The table has a train step of {tokens} tokens.", trained.run),
     ("a checkpoint makes the step {low} to {high} times as long.", trained.costs),
     (
         """`triton` and `torch_mm` keep {kept} MiB for backward, and `te` keeps {te_kept} MiB. With `checkpoint`, each
@@ -290,20 +289,35 @@ TRAINING = (
     ),
     ("The peak of `triton` is {peak} MiB with and without `checkpoint`.", trained.costs),
     ("`checkpoint_reentrant` takes up to {more} MiB more.", trained.costs),
+    ("the step of four micro-batches takes {time} ms and peaks at {peak} MiB", trained.micro_batches),
+    ("The step then takes {less} ms, {share} of the time, and peaks at {lower} MiB.", trained.micro_batches),
+    (
+        "The step takes {over} times as long as without the compiler, and peaks {more} MiB higher,",
+        trained.of_compile,
+    ),
+    ("`te` breaks the graph {breaks} times.", trained.of_compile),
+    ("but the step of `triton` takes {over} times as long:", trained.of_offload),
     (
         """launches kernels for each of the {experts} experts. Its plain step takes {time} ms, of which the GPU works
         for {busy} ms.""",
         trained.of_te,
     ),
     ("The GPU's own time grows to {low} to {high} times with a checkpoint,", trained.of_te),
-    ("the contexts {missing} of this sweep, other combinations, and `fsdp2`.", trained.run),
-    ("measures low-rank adapters of rank {rank} beside frozen experts", trained.of_adapters),
+    ("measured {measured} of {jobs} jobs of two ranks with {tokens} tokens each", trained.of_two),
     (
-        "Its time budget ended after {measured} of {jobs} jobs ([results](../results/published/h200-lora",
+        """With `symm_mem`, a step with `checkpoint` takes {low} to {high} times as long as a plain one, and one with
+        `checkpoint_experts` {experts} times. The latter keeps {kept} MiB instead of {least},""",
+        trained.of_two,
+    ),
+    ("measured low-rank adapters of rank {rank} beside frozen experts", trained.of_adapters),
+    ("low-rank-adapters)), {jobs} jobs,", trained.of_adapters),
+    (
+        """With 2048 tokens, a train step of `triton_lora` peaks at {peak} MiB, and one of `triton` at {engine_peak}
+        MiB,""",
         trained.of_adapters,
     ),
-    ("The {missing} jobs that are missing are the train steps,", trained.of_adapters),
-    ("A forward with adapters takes {low} to {high} times as long.", trained.of_adapters),
+    ("A train step with adapters takes {train_low} to {train_high} times as long", trained.of_adapters),
+    ("A forward takes {low} to {high} times as long.", trained.of_adapters),
 )
 
 OTHERS = (

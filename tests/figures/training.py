@@ -8,12 +8,23 @@ import pandas as pd
 from experts.catalog import LORA
 from moebench.workload.spec import available_sweeps, load_sweep
 from tests.figures import data
-from tests.figures.data import ADAPTERS, TRAINING, results, select, the
+from tests.figures.data import ADAPTERS, TRAINING, TRAINING_OF_TWO, results, select, the
 from tests.figures.markdown import markdown
 from tests.figures.quoted import WORDS
 
-BACKENDS, CONTEXTS = ("triton", "torch_mm", "te"), ("plain", "checkpoint", "checkpoint_experts", "checkpoint_reentrant")
-ENGINES = {"triton_lora": "triton", "torch_mm_lora": "torch_mm"}
+BACKENDS, CHECKPOINTS = ("triton", "torch_mm", "te"), ("checkpoint", "checkpoint_experts", "checkpoint_reentrant")
+CONTEXTS = (
+    "plain",
+    *CHECKPOINTS,
+    "compile",
+    "compile+checkpoint",
+    "offload",
+    "accumulate:4",
+    "checkpoint+accumulate:4",
+)
+#: The engine with whose times those of a backend are compared.
+ENGINES = {**{name: name for name in BACKENDS}, "triton_main_grad": "triton"}
+ADAPTED = {"triton_lora": "triton", "torch_mm_lora": "torch_mm"}
 MIB = 2**20
 
 
@@ -26,42 +37,130 @@ def contexts() -> str:
     header += ["peak, MiB", "kept for backward, MiB"]
 
     def rows() -> Iterator[list[Any]]:
-        for backend in BACKENDS:
-            plain_ms = _row(backend, "plain")["time_ms"]
-            for context in CONTEXTS:
-                row = _row(backend, context)
-                interval = " to ".join(f"{row[f'time_ms_{end}']:.2f}" for end in ("low", "high"))
-                busy = f"{row['busy_ms']:.2f}" if row["waits"] else "–"
-                sizes = (f"{row[f'{what}_memory_bytes'] / MIB:.0f}" for what in ("peak", "saved"))
-                times = (f"{row['time_ms']:.2f}", interval, f"{row['time_ms'] / plain_ms:.2f}", busy)
-                yield [f"`{backend}`", f"`{context}`", *times, *sizes]
+        for row in _in_order():
+            interval = " to ".join(f"{row[f'time_ms_{end}']:.2f}" for end in ("low", "high"))
+            busy = f"{row['busy_ms']:.2f}" if row["waits"] else "–"
+            sizes = (_mib(row[f"{what}_memory_bytes"]) for what in ("peak", "saved"))
+            plain_ms = _row(ENGINES[row["backend"]], "plain")["time_ms"]
+            times = (f"{row['time_ms']:.2f}", interval, f"{row['time_ms'] / plain_ms:.2f}", busy)
+            yield [f"`{row['backend']}`", f"`{row['context']}`", *times, *sizes]
 
     return markdown(header, rows())
 
 
+def _in_order() -> Iterator[pd.Series]:
+    for backend in (*BACKENDS, "triton_main_grad"):
+        for context in CONTEXTS:
+            if len(found := select(results(TRAINING), backend=backend, context=context)):
+                yield the(found)
+
+
+def contexts_of_two() -> str:
+    header = [
+        "subject",
+        "dispatcher",
+        "backend",
+        "context",
+        "time, ms",
+        "× `plain`",
+        "GPU busy, ms",
+        "peak, MiB",
+        "kept, MiB",
+    ]
+
+    def rows() -> Iterator[list[Any]]:
+        frame = results(TRAINING_OF_TWO)
+        for (subject, dispatcher, backend), found in frame.groupby(
+            ["subject", "dispatcher", "backend"], observed=True, sort=False
+        ):
+            plain_ms = the(found, context="plain")["time_ms"]
+            for _, row in found.iterrows():
+                busy = f"{row['busy_ms']:.2f}" if row["waits"] else "–"
+                sizes = (_mib(row[f"{what}_memory_bytes"]) for what in ("peak", "saved"))
+                times = (f"{row['time_ms']:.2f}", f"{row['time_ms'] / plain_ms:.2f}", busy)
+                yield [subject, f"`{dispatcher}`", f"`{backend}`", f"`{row['context']}`", *times, *sizes]
+
+    return markdown(header, rows())
+
+
+def of_two() -> dict[str, Any]:
+    """What checkpoints cost with two expert-parallel ranks."""
+    frame = results(TRAINING_OF_TWO)
+    alone = select(frame, subject="experts", dispatcher="symm_mem")
+    times = {backend: select(alone, backend=backend).set_index("context")["time_ms"] for backend in BACKENDS[:2]}
+    whole = [one["checkpoint"] / one["plain"] for one in times.values()]
+    (experts,) = {f"{one['checkpoint_experts'] / one['plain']:.2f}" for one in times.values()}
+    kept = {
+        context: select(alone, context=context)["saved_memory_bytes"] / MIB for context in alone["context"].unique()
+    }
+    jobs = data.document(f"{TRAINING_OF_TWO}/run.json")["num_jobs"]
+    (tokens,) = frame["num_tokens"].unique()
+    return {
+        "measured": len(frame),
+        "jobs": jobs,
+        "tokens": tokens,
+        "low": f"{min(whole):.2f}",
+        "high": f"{max(whole):.2f}",
+        "experts": experts,
+        "kept": f"{max(kept['checkpoint_experts']):.0f}",
+        "least": f"{max(kept['checkpoint']):.0f}",
+    }
+
+
+def _mib(num_bytes: float) -> str:
+    return "–" if pd.isna(num_bytes) else f"{num_bytes / MIB:.0f}"
+
+
 def run() -> dict[str, Any]:
     frame = results(TRAINING)
-    assert len(frame) == len(BACKENDS) * len(CONTEXTS)
+    assert len(list(_in_order())) == len(frame) == data.document(f"{TRAINING}/run.json")["num_jobs"]
     assert set(frame["model"]) == {"qwen3-30b-a3b"}
-    missing = sorted({job.case.context for job in load_sweep(available_sweeps()["training"]).jobs()} - set(CONTEXTS))
-    jobs = data.document(f"{TRAINING}/run.json")["num_jobs"]
-    names = ", ".join(f"`{name}`" for name in missing[:-1]) + f" and `{missing[-1]}`"
+    assert {job.case.context for job in load_sweep(available_sweeps()["training"]).jobs()} == set(CONTEXTS)
     (tokens,) = frame["num_tokens"].unique()
-    contexts = WORDS[len(CONTEXTS) + len(missing)]
-    return {"measured": len(frame), "jobs": jobs, "tokens": tokens, "contexts": contexts, "missing": names}
+    return {"jobs": len(frame), "tokens": tokens, "fewer": tokens // 4, "contexts": WORDS[len(CONTEXTS)]}
 
 
 def _over_plain(column: str, backends: tuple[str, ...]) -> list[float]:
     return [
         _row(backend, context)[column] / _row(backend, "plain")[column]
         for backend in backends
-        for context in CONTEXTS[1:]
+        for context in CHECKPOINTS
     ]
+
+
+def micro_batches() -> dict[str, str]:
+    """What main gradients save in a step of four micro-batches."""
+    apart, added = (_row(backend, "accumulate:4") for backend in ("triton", "triton_main_grad"))
+    return {
+        "time": f"{apart['time_ms']:.2f}",
+        "peak": _mib(apart["peak_memory_bytes"]),
+        "less": f"{added['time_ms']:.2f}",
+        "share": f"{added['time_ms'] / apart['time_ms']:.2f}",
+        "lower": _mib(added["peak_memory_bytes"]),
+    }
+
+
+def of_compile() -> dict[str, str]:
+    """What torch.compile does to a layer's time and memory."""
+    compiled = [_row(backend, "compile") for backend in ("triton", "torch_mm")]
+    columns = ("compiled_graphs", "graph_breaks", "recompiled_graphs")
+    assert all([row[name] for name in columns] == [1, 0, 1] for row in compiled)
+    plain = [_row(backend, "plain") for backend in ("triton", "torch_mm")]
+    (over,) = {f"{a['time_ms'] / b['time_ms']:.2f}" for a, b in zip(compiled, plain, strict=True)}
+    (more,) = {_mib(a["peak_memory_bytes"] - b["peak_memory_bytes"]) for a, b in zip(compiled, plain, strict=True)}
+    return {"over": over, "more": more, "breaks": f"{_row('te', 'compile')['graph_breaks']:.0f}"}
+
+
+def of_offload() -> dict[str, str]:
+    times = (_row("triton", context)["time_ms"] for context in ("offload", "plain"))
+    return {"over": f"{next(times) / next(times):.1f}"}
 
 
 def costs() -> dict[str, str]:
     """What checkpoints cost in time and save in memory."""
-    saved = {(one, context): _row(one, context)["saved_memory_bytes"] / MIB for one in BACKENDS for context in CONTEXTS}
+    saved = {
+        (one, context): _row(one, context)["saved_memory_bytes"] / MIB for one in BACKENDS for context in CONTEXTS[:4]
+    }
     times = _over_plain("time_ms", ("triton", "torch_mm"))
     peaks = _over_plain("peak_memory_bytes", ("triton", "torch_mm"))
     reentrant = [_row(one, "checkpoint_reentrant") for one in ("triton", "torch_mm")]
@@ -86,8 +185,9 @@ def costs() -> dict[str, str]:
 
 def of_te() -> dict[str, str]:
     """The host's part of the time of `te`."""
-    assert all(_row("te", context)["waits"] and not _row("te", context)["converged"] for context in CONTEXTS)
-    assert not any(_row(one, context)["waits"] for one in BACKENDS[:2] for context in CONTEXTS)
+    own = ("plain", *CHECKPOINTS)
+    assert all(_row("te", context)["waits"] and not _row("te", context)["converged"] for context in own)
+    assert not any(_row(one, context)["waits"] for one in BACKENDS[:2] for context in own)
     plain, busy = _row("te", "plain"), _over_plain("busy_ms", ("te",))
     return {
         "time": f"{plain['time_ms']:.1f}",
@@ -99,35 +199,37 @@ def of_te() -> dict[str, str]:
 
 
 def adapters() -> str:
-    header = ["tokens", "backend", "forward, ms", "× its engine", "peak, MiB"]
+    header = ["tokens", "backend", "forward, ms", "× its engine", "train, ms", "× its engine", "train peak, MiB"]
 
     def rows() -> Iterator[list[Any]]:
-        for num_tokens in (2048, 16384):
-            case = select(results(ADAPTERS), num_tokens=num_tokens)
-            times = case.set_index("backend")["time_ms"]
-            for backend in ("triton", "triton_lora", "torch_mm", "torch_mm_lora", "loop_lora"):
-                if backend in times:
-                    over = f"{times[backend] / times[ENGINES[backend]]:.2f}" if backend in ENGINES else "–"
-                    peak = f"{the(case, backend=backend)['peak_memory_bytes'] / MIB:.0f}"
-                    yield [num_tokens, f"`{backend}`", f"{times[backend]:.2f}", over, peak]
+        for num_tokens in (128, 2048, 16384):
+            case = select(results(ADAPTERS), num_tokens=num_tokens, routing="uniform", model="qwen3-30b-a3b")
+            for backend in ("triton", "triton_lora", "torch_mm", "torch_mm_lora"):
+                times = []
+                for mode in ("forward", "train"):
+                    own = the(case, backend=backend, mode=mode)
+                    engine = the(case, backend=ADAPTED.get(backend, backend), mode=mode)
+                    over = f"{own['time_ms'] / engine['time_ms']:.2f}" if backend in ADAPTED else "–"
+                    times += [f"{own['time_ms']:.2f}", over]
+                yield [num_tokens, f"`{backend}`", *times, _mib(own["peak_memory_bytes"])]
 
     return markdown(header, rows())
 
 
 def of_adapters() -> dict[str, Any]:
     frame = results(ADAPTERS)
-    assert set(frame["mode"]) == {"forward"}
-    by_count = [
-        the(frame, backend=own, num_tokens=count)["time_ms"] / the(frame, backend=engine, num_tokens=count)["time_ms"]
-        for own, engine in ENGINES.items()
-        for count in (2048, 16384)
-    ]
-    jobs = data.document(f"{ADAPTERS}/run.json")["num_jobs"]
+    index = ["model", "num_tokens", "mode", "routing", "backend"]
+    times = frame.set_index(index)["time_ms"]
+    over = [times.xs(own, level="backend") / times.xs(engine, level="backend") for own, engine in ADAPTED.items()]
+    by_mode = {mode: [value for one in over for value in one.xs(mode, level="mode")] for mode in ("forward", "train")}
+    few = select(frame, model="qwen3-30b-a3b", num_tokens=2048, mode="train", routing="uniform")
     return {
-        "measured": len(frame),
-        "jobs": jobs,
-        "low": f"{min(by_count):.2f}",
-        "high": f"{max(by_count):.2f}",
-        "missing": jobs - len(frame),
+        "jobs": len(frame),
+        "low": f"{min(by_mode['forward']):.2f}",
+        "high": f"{max(by_mode['forward']):.2f}",
+        "train_low": f"{min(by_mode['train']):.2f}",
+        "train_high": f"{max(by_mode['train']):.2f}",
+        "peak": _mib(the(few, backend="triton_lora")["peak_memory_bytes"]),
+        "engine_peak": _mib(the(few, backend="triton")["peak_memory_bytes"]),
         "rank": LORA.rank,
     }

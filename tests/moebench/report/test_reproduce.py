@@ -11,7 +11,9 @@ from moebench.run.runfile import sweeps_of
 from moebench.workload.spec import find_sweep, load_sweep
 
 PUBLISHED = Path(__file__).parents[3] / "results" / "published"
-SWEEPS = ("fp8", "gpu", "gpu-ep2", "gpu-ep4", "lora", "peers", "peers-ep2", "quick", "training")
+SWEEPS = (
+    *("fp8", "fp8-ep2", "gpu", "gpu-ep2", "gpu-ep4", "lora", "peers", "peers-ep2", "quick", "training", "training-ep2"),
+)
 RUN_FILES = sorted(PUBLISHED.rglob("run.json"))
 
 
