@@ -4,6 +4,7 @@ test_fp8.py runs this file in Triton's interpreter.
 """
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experts import BackendConfig, ConfigError, GroupedExperts
-from experts.compute import Engine, deep_gemm_fp8
+from experts.compute import deep_gemm_fp8
 from experts.compute.deep_gemm_fp8 import Product, fillers
 from experts.engines import get_engine
 from experts.fp8.blocks import E4M3, Matrices, Rows
@@ -52,7 +53,7 @@ def made(device: str, config: Any, parameters: dict[str, Tensor], monkeypatch: p
         pytest.importorskip("deep_gemm")
     else:
         install_fake(monkeypatch)
-        monkeypatch.setattr(deep_gemm_fp8, "ENGINE", Engine(deep_gemm_fp8.compute, lambda *_: None, fp8=True))
+        monkeypatch.setattr(deep_gemm_fp8, "ENGINE", replace(deep_gemm_fp8.ENGINE, unsupported=lambda *_: None))
     with torch.device(device):
         layer = GroupedExperts(config, BackendConfig(experts="deep_gemm_fp8"))
     layer.load_state_dict(parameters)

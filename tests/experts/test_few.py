@@ -13,6 +13,7 @@ from torch import Tensor
 from experts.compute import Adapters, ExpertParameters
 from experts.compute.loop import compute as loop
 from experts.config import MoEConfig
+from tests.experts import compiled
 from tests.experts.compiled import assemble, compile_launches
 from tests.experts.layers import (
     BF16,
@@ -159,6 +160,7 @@ def test_kernels_compile_for_sm90_without_spilling(
     """The weights come in copies of 16 bytes, and several steps' copies are on their way at a time."""
     from experts.gemm import few
 
+    monkeypatch.setattr(compiled, "SHARED_MEMORY_BYTES", 99 * 1024)  # of SM86 and SM89
     ptx = compile_launches(monkeypatch, tmp_path, few)
     config = moe_config(
         n_routed_experts=128, n_activated_experts=8, dim=2048, moe_inter_dim=768, expert_activation=activation
