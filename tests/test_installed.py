@@ -35,6 +35,8 @@ print(moebench.__file__)
 print(find_sweep("quick"))
 print({folder.parent for folder in default_folders()}.pop())
 """
+#: A file of measured tiles, which tests add to the copy that they build.
+TILES = "experts/gemm/measured/some_gpu.json"
 #: The most bytes of a wheel.
 MOST_BYTES = 3 * 2**20
 
@@ -101,6 +103,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.svg"))
         else:
             shutil.copy(ROOT / name, folder)
+    (folder / TILES).parent.mkdir(exist_ok=True)
+    (folder / TILES).write_text("{}")
     return folder
 
 
@@ -132,6 +136,7 @@ def test_a_wheel_holds_sweeps_results_and_templates_and_no_tests(wheel: Path) ->
     files = ("results.parquet", "environment.json", "run.json", "sweep.toml")
     published = {f"moebench/published/{folder}/{file}" for folder in PUBLISHED for file in files}
     assert {name for name in names if name.startswith("moebench/published/")} == published
+    assert TILES in names
     templates = {path.name for path in (ROOT / "moebench" / "report" / "templates").iterdir()}
     assert {f"moebench/report/templates/{name}" for name in templates} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"experts", "moebench"}

@@ -22,7 +22,7 @@ from experts.gemm import choices, kinds
 from experts.gemm.gradients import runs_on_hopper
 from experts.gemm.kernels import TILE_FIELDS, grouped_gemm, list_tiles
 from experts.gemm.kinds import Kind
-from experts.gemm.tiling import LARGE, PAIRS, Tiling
+from experts.gemm.tiling import LARGE, PAIRS, Tiling, tiling_for
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
@@ -86,7 +86,7 @@ def kept_and_activated(
     config: MoEConfig,
 ) -> tuple[Tensor, Tensor] | None:
     """Return `gathered_product`'s result [N, H] and its weighted activation [N, I]; None if no kernel returns both."""
-    if bias_LH is not None or not _finishes(kinds.GATHERED_PRODUCT, b_LDH, permutation, rows_per_expert, config):
+    if bias_LH is not None or not _finishes(b_LDH, permutation, rows_per_expert, config):
         return None
     from experts.gemm import hopper
 
@@ -109,7 +109,7 @@ def activated_back(
     These are the results of `Steps.activate_backward` for `gathered_product_back`'s result. Return None, and leave h as
     it is, if no kernel computes all of them.
     """
-    if bias_LH is not None or not _finishes(kinds.GATHERED_PRODUCT_BACK, b_LID, permutation, rows_per_expert, config):
+    if bias_LH is not None or not _finishes(b_LID, permutation, rows_per_expert, config):
         return None
     if not h_NH.is_contiguous() or h_NH.data_ptr() % 16:
         return None
@@ -119,13 +119,16 @@ def activated_back(
     return hopper.activated_back(grad_TD, b_LID, h_NH, permutation, tiles, programs, weights_TK)
 
 
-def _finishes(kind: Kind, b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float, config: MoEConfig) -> bool:
-    """Return whether a kernel computes a product and what follows it."""
+def _finishes(b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float, config: MoEConfig) -> bool:
+    """Return whether a kernel computes a product and what follows it.
+
+    This follows from the rule, not from a measured choice: a choice is measured for the product alone.
+    """
     return (
         permutation.num_rows > 0
         and runs_on_hopper(b_LPQ.device, permutation.num_rows)
         and activation_form(config) == _SWIGLU
-        and choices.choose(kind, b_LPQ, rows_per_expert) == LARGE
+        and tiling_for(rows_per_expert, pairs=False) == LARGE
     )
 
 

@@ -94,7 +94,7 @@ def time_stages(
     but not those of `keep`. Ranks start every sample together. The time of a sample is the time of its slowest rank.
     """
     aside = _Aside(keep)
-    with _no_garbage_collection(), make_sampler(stages, device, policy.cold_l2, prepare, aside, ranks) as sampler:
+    with no_garbage_collection(), make_sampler(stages, device, policy.cold_l2, prepare, aside, ranks) as sampler:
         groups, converged = _sample(sampler, policy, ranks, aside)
         return _statistics(groups, converged, ranks.largest(sampler.host_time_ms()), sampler.flags, ranks)
 
@@ -181,7 +181,7 @@ def _statistics(
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Switch Python's garbage collector off: it may run at any time, and it takes milliseconds."""
     enabled = gc.isenabled()
     gc.disable()

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,6 +245,28 @@ def test_every_product_asks_for_the_tile_of_its_kind(monkeypatch: pytest.MonkeyP
             call()
     found = dict(zip(calls, [constants["ROWS"] for constants in launched], strict=True))
     assert found == heights
+
+
+def test_a_product_that_a_kernel_finishes_has_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`moebench tune` measures products alone. A tile that is faster there must not replace a kernel that does more."""
+    monkeypatch.setattr(products, "runs_on_hopper", lambda *_: True)
+    done: list[str] = []
+    finishing = SimpleNamespace(
+        kept_and_activated=lambda *_: done.append("forward"), activated_back=lambda *_: done.append("backward")
+    )
+    monkeypatch.setitem(sys.modules, "experts.gemm.hopper", finishing)
+    monkeypatch.setattr(gemm, "hopper", finishing, raising=False)
+    monkeypatch.setattr(products, "launch", lambda *_, **constants: None)
+    rows, weights_TK = eager.sort_by_expert(torch.tensor([[0, 1], [2, 1]]), 0, 3), torch.ones(2, 2)
+    x_TD, h_NH, up, down = torch.zeros(2, 16), torch.zeros(4, 32), torch.zeros(3, 16, 32), torch.zeros(3, 16, 16)
+    config = moe_config(dim=16, moe_inter_dim=16, expert_activation="swiglu")
+    kept, back = kinds.GATHERED_PRODUCT, kinds.GATHERED_PRODUCT_BACK
+    with choices.asked() as asked, choices.forced(kept, OTHER), choices.forced(back, OTHER):
+        for rows_per_expert in (57.0, 4.0):
+            gemm.kept_and_activated(x_TD, up, rows, rows_per_expert, None, None, config)
+            gemm.activated_back(x_TD, down, h_NH, rows, rows_per_expert, weights_TK, None, config)
+    assert done == ["forward", "backward"]
+    assert not asked
 
 
 def test_what_is_asked_is_recorded_once() -> None:

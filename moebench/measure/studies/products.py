@@ -142,10 +142,10 @@ def of_backend(
 
 
 def layer_of(backend: str, parameters: dict[str, Tensor], config: MoEConfig) -> nn.Module:
-    """Return the backend's layer with these parameters, on their device."""
+    """Return the backend's layer on the device of these parameters. The layer shares their memory if it can."""
     with torch.device(parameters["down_projs"].device):
         layer = get_backend(backend).build(config)
-    layer.load_state_dict(parameters)
+    layer.load_state_dict(parameters, assign=True)
     return layer
 
 

@@ -81,3 +81,12 @@ def test_a_train_step_leaves_the_gradients_of_one_step(backend: str) -> None:
     assert first
     for name, grad in layer.stacked_grads().items():
         assert torch.equal(grad, first[name]), name
+
+
+def test_layers_share_the_memory_of_their_parameters() -> None:
+    config, parameters = moe_config(CASE), make_parameters(CASE, CPU)
+    for backend in ("torch_mm", "triton"):
+        own = dict(layer_of(backend, parameters, config).named_parameters())
+        assert {name: own[name].data_ptr() for name in parameters} == {
+            name: tensor.data_ptr() for name, tensor in parameters.items()
+        }
