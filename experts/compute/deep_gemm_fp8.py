@@ -8,18 +8,21 @@ products for them need the number of rows of each expert on the host.
 DeepGEMM takes groups of a multiple of 128 rows. So the engine appends tokens of zeros, whose choices fill the group of
 each expert that has rows. Their outputs are dropped. The host does not wait for the device. The first call with other
 sizes waits until nvcc has compiled a kernel.
+
+DeepGEMM also counts blocks of 128 columns over the whole of gate and up. If these are halves that end with a partial
+block, gate and up are products of their own in the forward pass. In the product for the gradients of the tokens, which
+sums over both, zeros fill up each half of both operands to whole blocks.
 """
 
 import torch
 from torch import Tensor
 
 from experts import catalog
-from experts.activations import activation_form
 from experts.compute import Engine, ExpertParameters, grouped_mm
 from experts.compute.whole import Plan, needs_gradients
 from experts.config import MoEConfig, Save, dtype_name
 from experts.errors import Unsupported
-from experts.fp8.blocks import BLOCK, Matrices, Rows
+from experts.fp8.blocks import BLOCK, Matrices, Rows, num_blocks
 from experts.fp8.cache import WeightCache
 from experts.permutation import Permutation, sort_by_expert
 
@@ -56,9 +59,9 @@ def compute(
     permutation = sort_by_expert(torch.cat([indices_TK.long(), added_AK]), first, count)
 
     parameters = parameters.to(x_TD.dtype)
-    matrices = parameters.gate_and_up_projs.detach(), parameters.down_projs.detach()
+    given = parameters.gate_and_up_projs.detach(), parameters.down_projs.detach(), config
     back = save == "time" and needs_gradients(x_TD, weights_TK, parameters)
-    weights = FreshWeights(*matrices, config) if cache is None else cache.weights(*matrices, config, back)
+    weights = FreshWeights(*given, padded=True) if cache is None else cache.weights(*given, back, padded=True)
     plan = Plan(permutation, config, grouped_mm.products(permutation.offsets_L), "memory")
     fp8_plan = Fp8Plan(plan, weights, product=Product(permutation))
     return fp8_experts(x_TD, weights_TK, parameters, fp8_plan)[:num_tokens]
@@ -80,7 +83,11 @@ def fillers(indices_TK: Tensor, first: int, count: int) -> Tensor:
 
 
 class Product:
-    """DeepGEMM's product of rows in FP8 that are grouped by expert, in groups of a multiple of 128 rows."""
+    """DeepGEMM's product of rows in FP8 that are grouped by expert, in groups of a multiple of 128 rows.
+
+    The library counts blocks over a whole dimension. So if halves of Q end with a partial block, each half is a matrix
+    of its own, with a call of its own. Halves of P must be filled up.
+    """
 
     def __init__(self, permutation: Permutation) -> None:
         experts, row_to_expert_N = permutation.offsets_L.shape[0], permutation.row_to_expert_N
@@ -93,9 +100,14 @@ class Product:
         """
         from deep_gemm import m_grouped_fp8_gemm_nt_contiguous
 
-        out_NQ = rows.values.new_empty(rows.values.shape[0], matrices.values.shape[1], dtype=dtype)
-        left, right = (rows.values, rows.scales.t()), (matrices.values, matrices.scales)
-        m_grouped_fp8_gemm_nt_contiguous(left, right, out_NQ, self._row_to_expert_N)
+        experts, q, p = matrices.values.shape
+        out_NQ = rows.values.new_empty(rows.values.shape[0], q, dtype=dtype)
+        parts = matrices.q_halves if q // matrices.q_halves % BLOCK else 1
+        values = matrices.values.view(parts * experts, q // parts, p)
+        scales = matrices.scales.view(parts * experts, num_blocks(q // parts), -1)
+        for part, columns in enumerate(out_NQ.chunk(parts, dim=1)):
+            matrix_N = self._row_to_expert_N if parts == 1 else parts * self._row_to_expert_N + part
+            m_grouped_fp8_gemm_nt_contiguous((rows.values, rows.scales.t()), (values, scales), columns, matrix_N)
         return out_NQ
 
 
@@ -103,7 +115,7 @@ def unsupported(device: torch.device, config: MoEConfig | None) -> Unsupported |
     """Return why the engine cannot run the config, or None where it can.
 
     The engine needs DeepGEMM, Triton and a GPU of SM90. It takes bfloat16. `dim` and `moe_inter_dim` must be multiples
-    of 16. `moe_inter_dim` must be a multiple of 128 if the up projection has gate and up in halves.
+    of 16.
     """
     try:
         import deep_gemm  # noqa: F401
@@ -127,12 +139,6 @@ def _unfit(config: MoEConfig) -> Unsupported | None:
         size = getattr(config, name)
         if size % WIDTH_MULTIPLE:
             return Unsupported(f"DeepGEMM takes multiples of {WIDTH_MULTIPLE}, but {name} = {size}; use torch_mm")
-    form, inter = activation_form(config), config.moe_inter_dim
-    if form.gated and not form.interleaved and inter % BLOCK:
-        return Unsupported(
-            f"DeepGEMM's blocks of {BLOCK} columns would have values of gate and of up, because moe_inter_dim = "
-            f"{inter} is not a multiple of {BLOCK}; use triton_fp8"
-        )
     return None
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from experts.activations import ActivationForm, activation_form
 from experts.config import MoEConfig
-from experts.fp8.blocks import BLOCK, E4M3, Rows, num_blocks
+from experts.fp8.blocks import BLOCK, E4M3, Rows, num_blocks, stored_width
 from experts.fp8.rounding import interpreted, largest, reciprocal, scale_of, to_fp8
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
@@ -46,17 +46,20 @@ def activate_backward(
     bias_LH: Tensor | None,
     config: MoEConfig,
     dtype: torch.dtype,
+    padded: bool = False,
 ) -> tuple[Rows, Tensor, Tensor, Tensor]:
     """Return the gradient of h in FP8, the same unquantised, the activation, and the gradient of the weights [T, K].
 
     The gradient of h [N, H] is written over h, and the activation [N, I] over `grad_NI`. `dtype` is the FP8 format. If
-    gate and up are in halves, each half has blocks of its own.
+    gate and up are in halves, each half has blocks of its own. With `padded`, zeros fill up the halves in FP8
+    (`experts.fp8.blocks.stored_width`).
     """
     form = activation_form(config)
     h_NH, grad_NI = h_NH.contiguous(), grad_NI.contiguous()
     (num_rows, width), inter = h_NH.shape, grad_NI.shape[1]
     halves = 2 if form.gated and not form.interleaved else 1
-    values = torch.empty(num_rows, width, dtype=dtype, device=h_NH.device)
+    part = stored_width(width // halves, halves, padded)
+    values = torch.empty(num_rows, halves * part, dtype=dtype, device=h_NH.device)
     blocks = halves * num_blocks(width // halves)
     scales = torch.empty(blocks, num_rows, dtype=torch.float32, device=h_NH.device)
     grad_weights_TK = torch.zeros(weights_TK.shape, dtype=torch.float32, device=h_NH.device)
@@ -68,6 +71,7 @@ def activate_backward(
         **_constants(form, weights_TK, bias_LH, ROWS_BACK),
         LARGEST=largest(dtype),
         INTER=inter,
+        PART=part,
     )
     return Rows(values, scales, halves), h_NH, grad_NI, grad_weights_TK
 
@@ -199,7 +203,9 @@ def activate_rows_backward(
     EXACT: tl.constexpr,
     LARGEST: tl.constexpr,
     INTER: tl.constexpr,
+    PART: tl.constexpr,
 ):
+    """`values` have PART columns for each half."""
     if tl.program_id(0).to(tl.int64) * ROWS >= tl.load(num_local):
         return
     row, valid, slot, expert, weight = find_rows(row_to_slot, row_to_expert, num_local, weights, WEIGHTS, ROWS)
@@ -237,11 +243,11 @@ def activate_rows_backward(
             store_tile(h, dgate, row, valid, column, 0, INTER, 2 * INTER)
             store_tile(h, dup, row, valid, column, INTER, INTER, 2 * INTER)
             _store_quantised(
-                values, scales, dgate, row, valid, column, block, 0, INTER, BLOCKS, num_rows, 2 * INTER, ROWS, 1,
+                values, scales, dgate, row, valid, column, block, 0, PART, BLOCKS, num_rows, 2 * PART, ROWS, 1,
                 LARGEST, EXACT,
             )  # fmt: skip
             _store_quantised(
-                values, scales, dup, row, valid, column, BLOCKS + block, INTER, INTER, 2 * BLOCKS, num_rows, 2 * INTER,
+                values, scales, dup, row, valid, column, BLOCKS + block, PART, PART, 2 * BLOCKS, num_rows, 2 * PART,
                 ROWS, 1, LARGEST, EXACT,
             )  # fmt: skip
     if WEIGHTS:

@@ -25,6 +25,14 @@ def num_blocks(size: int) -> int:
     return -(-size // BLOCK)
 
 
+def stored_width(width: int, halves: int, padded: bool) -> int:
+    """Return how many columns a part has in memory. With `padded`, zeros fill up the last block of each of two parts.
+
+    Then each part begins at a multiple of 128, as libraries need it that count blocks over the whole dimension.
+    """
+    return num_blocks(width) * BLOCK if padded and halves > 1 else width
+
+
 def up_halves(config: MoEConfig) -> int:
     """Return 2 if the up projection has gate and up in halves, which have blocks of their own, else 1."""
     form = activation_form(config)
@@ -36,24 +44,20 @@ class Rows:
     """Rows of tokens, activations or gradients in FP8.
 
     A row consists of `halves` parts of equal width. Each part has its own blocks, so that no block has values of gate
-    and of up.
+    and of up. Zeros may fill up each of two parts (`stored_width`).
     """
 
     values: Tensor  # FP8 [N, C]
     scales: Tensor  # float32 [blocks of C, N]
     halves: int = 1
 
-    @property
-    def width(self) -> int:
-        """The width of each part."""
-        return self.values.shape[1] // self.halves
-
 
 @dataclass(frozen=True)
 class Matrices:
     """The weights of L experts in FP8, [L, Q, P], where P is the dimension over which a product sums.
 
-    Each of the two dimensions consists of 1 or 2 parts with blocks of their own, as in `Rows`.
+    Each of the two dimensions consists of 1 or 2 parts with blocks of their own, as in `Rows`. Only parts of P may be
+    filled up.
     """
 
     values: Tensor  # FP8 [L, Q, P]

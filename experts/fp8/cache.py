@@ -9,7 +9,12 @@ from experts.fp8.blocks import Matrices, up_halves
 
 
 class Weights(Protocol):
-    """The weights of the experts in FP8. The forward pass and backward read each matrix along another dimension."""
+    """The weights of the experts in FP8. The forward pass and backward read each matrix along another dimension.
+
+    With `padded`, zeros fill up the halves of H in `up_back` (`experts.fp8.blocks.stored_width`).
+    """
+
+    padded: bool
 
     def up(self) -> Matrices:
         """Return the up projection [L, H, D], for rows [N, D]."""
@@ -45,22 +50,25 @@ class WeightCache:
         """Free the memory. The next call quantises the weights."""
         self.stale, self._up, self._down = True, _Kept(), _Kept()
 
-    def weights(self, gate_and_up: Tensor, down: Tensor, config: MoEConfig, back: bool) -> Weights:
+    def weights(
+        self, gate_and_up: Tensor, down: Tensor, config: MoEConfig, back: bool, padded: bool = False
+    ) -> Weights:
         """Return the weights [L, D, H] and [L, I, D] in FP8. If the cache is stale, quantise them now.
 
         `back` is whether the cache also keeps them in the layout of backward. If not, backward transposes them.
+        `padded` is that of `Weights`, and must be the same in every call.
         """
         from experts.fp8.weights import KeptWeights
 
         if not (self._up.fits(gate_and_up) and self._down.fits(down)):
             self.forget()
-        self._up.bring(gate_and_up, up_halves(config), self.stale, back)
-        self._down.bring(down, 1, self.stale, back)
+        self._up.bring(gate_and_up, up_halves(config), self.stale, back, padded)
+        self._down.bring(down, 1, self.stale, back, padded)
         self.stale = False
         assert self._up.forward is not None
         assert self._down.forward is not None
         backward = (self._up.back, self._down.back) if back else (None, None)
-        return KeptWeights(self._up.forward, self._down.forward, *backward)
+        return KeptWeights(self._up.forward, self._down.forward, *backward, padded)
 
 
 class _Kept:
@@ -80,15 +88,15 @@ class _Kept:
         kept = None if self.forward is None else self.forward.values
         return kept is None or (kept.shape == b_LPQ.mT.shape and kept.device == b_LPQ.device)
 
-    def bring(self, b_LPQ: Tensor, halves: int, stale: bool, back: bool) -> None:
+    def bring(self, b_LPQ: Tensor, halves: int, stale: bool, back: bool, padded: bool) -> None:
         """Quantise weights [L, P, Q] if they are stale, and make the layout of backward if it is needed."""
         from experts.fp8.quantise import quantise_weights, quantise_weights_both, transposed
 
         if stale and back:
-            self.forward, self.back = quantise_weights_both(b_LPQ, halves, self.forward, self.back)
+            self.forward, self.back = quantise_weights_both(b_LPQ, halves, self.forward, self.back, padded)
         elif stale:
             self.forward = quantise_weights(b_LPQ, halves, self.forward)
         elif back and self._back_is_stale:
             assert self.forward is not None
-            self.back = transposed(self.forward, self.back)
+            self.back = transposed(self.forward, self.back, padded)
         self._back_is_stale = not back and (stale or self._back_is_stale)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from experts.fp8.blocks import BLOCK, E4M3, Matrices, Rows, num_blocks
+from experts.fp8.blocks import BLOCK, E4M3, Matrices, Rows, num_blocks, stored_width
 from experts.fp8.rounding import interpreted, largest, reciprocal, scale_of, to_fp8
 from experts.fp8.tokens import PACKED, Fp8Tokens, packed_width, unpacked
 from experts.steps import Permutation
@@ -82,27 +82,37 @@ def quantise_weights(b_LPQ: Tensor, halves: int, into: Matrices | None = None) -
 
 
 def quantise_weights_both(
-    b_LPQ: Tensor, halves: int, into: Matrices | None = None, into_back: Matrices | None = None
+    b_LPQ: Tensor,
+    halves: int,
+    into: Matrices | None = None,
+    into_back: Matrices | None = None,
+    padded: bool = False,
 ) -> tuple[Matrices, Matrices]:
     """Return what `quantise_weights` and `quantise_weights_back` return. The weights are read once."""
     experts, p, q = b_LPQ.shape
     into = into or _empty_matrices(experts, q, p, halves, 1, b_LPQ.device)
-    into_back = into_back or _empty_matrices(experts, p, q, 1, halves, b_LPQ.device)
+    into_back = into_back or _empty_matrices(experts, p, q, 1, halves, b_LPQ.device, padded)
     _quantise_matrices(b_LPQ, halves, into_back, into)
     return into, into_back
 
 
-def quantise_weights_back(b_LPQ: Tensor, halves: int) -> Matrices:
-    """Return weights [L, P, Q], whose Q has `halves` parts, in FP8 as they are, to multiply gradients [N, Q] by."""
+def quantise_weights_back(b_LPQ: Tensor, halves: int, padded: bool = False) -> Matrices:
+    """Return weights [L, P, Q], whose Q has `halves` parts, in FP8 as they are, to multiply gradients [N, Q] by.
+
+    With `padded`, zeros fill up the parts of Q (`experts.fp8.blocks.stored_width`).
+    """
     experts, p, q = b_LPQ.shape
-    into = _empty_matrices(experts, p, q, 1, halves, b_LPQ.device)
+    into = _empty_matrices(experts, p, q, 1, halves, b_LPQ.device, padded)
     _quantise_matrices(b_LPQ, halves, into, None)
     return into
 
 
-def _empty_matrices(experts: int, q: int, p: int, q_halves: int, p_halves: int, device: torch.device) -> Matrices:
+def _empty_matrices(
+    experts: int, q: int, p: int, q_halves: int, p_halves: int, device: torch.device, padded: bool = False
+) -> Matrices:
     blocks = q_halves * num_blocks(q // q_halves), p_halves * num_blocks(p // p_halves)
-    values = torch.empty(experts, q, p, dtype=E4M3, device=device)
+    stored_p = p_halves * stored_width(p // p_halves, p_halves, padded)
+    values = torch.empty(experts, q, stored_p, dtype=E4M3, device=device)
     scales = torch.empty(experts, *blocks, dtype=torch.float32, device=device)
     return Matrices(values, scales, q_halves, p_halves)
 
@@ -118,22 +128,28 @@ def _quantise_matrices(b_LPQ: Tensor, halves: int, natural: Matrices | None, tur
         *(None if made is None else made.scales for made in (natural, turned)),
         *(p, q // halves),
         HALVES=halves,
+        PADDED=natural is not None and natural.values.shape[2] > q,
         LARGEST=largest(E4M3),
         EXACT=interpreted(),
         num_warps=WEIGHT_WARPS,
     )
 
 
-def transposed(matrices: Matrices, into: Matrices | None = None) -> Matrices:
-    """Return the matrices [L, Q, P] as [L, P, Q], with the same values. With `into`, write them into its memory."""
+def transposed(matrices: Matrices, into: Matrices | None = None, padded: bool = False) -> Matrices:
+    """Return the matrices [L, Q, P] as [L, P, Q], with the same values. With `into`, write them into its memory.
+
+    With `padded`, zeros fill up the parts of Q in the result. Those of P must not be filled up.
+    """
     experts, q, p = matrices.values.shape
     if into is None:
-        into = _empty_matrices(experts, p, q, matrices.p_halves, matrices.q_halves, matrices.values.device)
+        into = _empty_matrices(experts, p, q, matrices.p_halves, matrices.q_halves, matrices.values.device, padded)
+    parts = matrices.q_halves if into.values.shape[2] > q else 1
     launch(
         transpose_matrices,
-        (triton.cdiv(p, BLOCK), triton.cdiv(q, BLOCK), experts),
+        (triton.cdiv(p, BLOCK), triton.cdiv(q // parts, BLOCK), experts * parts),
         *(matrices.values.view(torch.uint8), into.values.view(torch.uint8)),
-        *(q, p),
+        *(q // parts, p),
+        PARTS=parts,
         num_warps=WEIGHT_WARPS,
     )
     into.scales.copy_(matrices.scales.mT)
@@ -203,6 +219,7 @@ def quantise_matrices(
     p_width,
     q_width,
     HALVES: tl.constexpr,
+    PADDED: tl.constexpr,
     LARGEST: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -221,7 +238,12 @@ def quantise_matrices(
     scale = scale_of(tl.max(tl.max(tl.abs(tile.to(tl.float32)), axis=1), axis=0), LARGEST)
     if natural is not None:
         value = to_fp8(tile.to(tl.float32) * reciprocal(scale), LARGEST, EXACT).to(natural.dtype.element_ty)
-        tl.store(natural + matrix + row[:, None] * whole + q[None, :], value, mask=inside)
+        where, stored = natural + matrix + row[:, None] * whole + q[None, :], inside
+        if PADDED:  # whole blocks follow each other, also where the next half begins
+            width = q_blocks * _BLOCK
+            first = natural + expert * p_width * width + q_block * _BLOCK
+            where, stored = first + row[:, None] * width + tl.arange(0, _BLOCK)[None, :], (row < p_width)[:, None]
+        tl.store(where, value, mask=stored)
         tl.store(scales + (expert * p_blocks + p_block) * q_blocks + q_block, scale)
     if turned is not None:
         # the 16 bits are transposed: 8 bits would be moved one by one
@@ -232,17 +254,22 @@ def quantise_matrices(
 
 
 @triton.jit
-def transpose_matrices(source, target, q_width, p_width):
+def transpose_matrices(source, target, q_width, p_width, PARTS: tl.constexpr):
+    """Transpose a tile of a matrix or, if the target is padded, of one of the PARTS of a matrix."""
     p = tl.program_id(0) * _BLOCK + tl.arange(0, _BLOCK)
     q = tl.program_id(1) * _BLOCK + tl.arange(0, _BLOCK)
-    expert = tl.program_id(2).to(tl.int64) * q_width * p_width
+    part = tl.program_id(2).to(tl.int64)
+    matrix = part * q_width * p_width
     tile = tl.load(
-        source + expert + q[:, None] * p_width + p[None, :],
+        source + matrix + q[:, None] * p_width + p[None, :],
         mask=(q < q_width)[:, None] & (p < p_width)[None, :],
         other=0,
     )
-    tl.store(
-        target + expert + p[:, None] * q_width + q[None, :],
-        tl.trans(tile),
-        mask=(p < p_width)[:, None] & (q < q_width)[None, :],
-    )
+    where = target + matrix + p[:, None] * q_width + q[None, :]
+    stored = (p < p_width)[:, None] & (q < q_width)[None, :]
+    if PARTS > 1:
+        width = tl.cdiv(q_width, _BLOCK) * _BLOCK
+        first = part // PARTS * p_width * (PARTS * width) + part % PARTS * width
+        where = target + first + p[:, None] * (PARTS * width) + q[None, :]
+        stored = (p < p_width)[:, None]
+    tl.store(where, tl.trans(tile), mask=stored)

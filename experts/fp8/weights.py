@@ -10,8 +10,9 @@ from experts.fp8.quantise import quantise_weights, quantise_weights_back, transp
 class FreshWeights:
     """Weights that are quantised each time that a product reads them. Nothing is kept."""
 
-    def __init__(self, gate_and_up: Tensor, down: Tensor, config: MoEConfig) -> None:
+    def __init__(self, gate_and_up: Tensor, down: Tensor, config: MoEConfig, padded: bool = False) -> None:
         self._gate_and_up, self._down, self._halves = gate_and_up, down, up_halves(config)
+        self.padded = padded
 
     def up(self) -> Matrices:
         """As `experts.fp8.cache.Weights.up`."""
@@ -23,7 +24,7 @@ class FreshWeights:
 
     def up_back(self) -> Matrices:
         """As `experts.fp8.cache.Weights.up_back`."""
-        return quantise_weights_back(self._gate_and_up, self._halves)
+        return quantise_weights_back(self._gate_and_up, self._halves, self.padded)
 
     def down_back(self) -> Matrices:
         """As `experts.fp8.cache.Weights.down_back`."""
@@ -33,8 +34,11 @@ class FreshWeights:
 class KeptWeights:
     """The weights of a `WeightCache`. If it does not keep them in the layout of backward, each call transposes them."""
 
-    def __init__(self, up: Matrices, down: Matrices, up_back: Matrices | None, down_back: Matrices | None) -> None:
+    def __init__(
+        self, up: Matrices, down: Matrices, up_back: Matrices | None, down_back: Matrices | None, padded: bool
+    ) -> None:
         self._up, self._down, self._up_back, self._down_back = up, down, up_back, down_back
+        self.padded = padded
 
     def up(self) -> Matrices:
         """As `experts.fp8.cache.Weights.up`."""
@@ -46,7 +50,7 @@ class KeptWeights:
 
     def up_back(self) -> Matrices:
         """As `experts.fp8.cache.Weights.up_back`."""
-        return transposed(self._up) if self._up_back is None else self._up_back
+        return transposed(self._up, padded=self.padded) if self._up_back is None else self._up_back
 
     def down_back(self) -> Matrices:
         """As `experts.fp8.cache.Weights.down_back`."""

@@ -166,7 +166,7 @@ def _backward(
         del grad_ND
     grad_NI = plan.multiply(rows, plan.weights.down_back(), dtype)
     rows, grad_h_NH, a_NI, grad_weights = activation.activate_backward(
-        h_NH, grad_NI, permutation, weights_TK, up_bias, plan.plan.config, plan.gradients
+        h_NH, grad_NI, permutation, weights_TK, up_bias, plan.plan.config, plan.gradients, plan.weights.padded
     )
     del grad_NI
     if down_bias is not None and wanted.weights:

@@ -20,7 +20,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     """Write [N, Q] to d: each row of a [N, P] times the transpose of its expert's matrix of b [L, Q, P].
 
     a is E4M3 with a scale for 128 values of a row, and b with a scale for 128 × 128 values. `grouped_layout` [N] is
-    each row's expert, or −1.
+    each row's expert, or negative. There may be gaps between the rows of d.
     """
     (rows, row_scales), (matrices, matrix_scales) = a, b
     (n, p), (experts, q, p_) = rows.shape, matrices.shape
@@ -29,8 +29,9 @@ def m_grouped_fp8_gemm_nt_contiguous(
     assert (p, d.shape) == (p_, (n, q))
     assert rows.is_contiguous()
     assert matrices.is_contiguous()
-    assert d.is_contiguous()
-    assert (p % 16, q % 16) == (0, 0), "the tensor memory accelerator needs rows of 16 bytes"
+    assert d.stride(1) == 1
+    needs_16 = (p, q, d.stride(0) * d.element_size(), d.storage_offset() * d.element_size())
+    assert not any(size % 16 for size in needs_16), "the tensor memory accelerator needs rows of 16 bytes"
     p_blocks, q_blocks = -(-p // BLOCK), -(-q // BLOCK)
     assert row_scales.shape == (n, p_blocks)
     assert row_scales.stride() == (1, -(-n // 4) * 4), "otherwise the library copies the scales"

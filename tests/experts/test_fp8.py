@@ -41,12 +41,14 @@ on_every_format = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m
 @pytest.mark.timeout(600)
 def test_in_tritons_interpreter(certify: bool) -> None:
     part = "cpu and (rows_have or turned or outer or 16-rows-forward-1 or swiglu-e4m3 or told or tokens"
-    part += " or (near_the_emulation and relu2))"
+    part += " or padded_weights or (padded_gradients and swigluoai)"
+    part += " or (near_the_emulation and swiglu-partial))"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "EXPERTS_STEPS": "fused", "PYTHONPATH": str(ROOT)}
     quiet = ["-W", "ignore:invalid value encountered:RuntimeWarning", "-W", "ignore:overflow:RuntimeWarning"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "0", *quiet]
     command += ["tests/experts/test_fp8.py", "tests/experts/test_triton_fp8.py"]
     command += ["tests/experts/test_fp8_rows.py", "tests/experts/test_fp8_turned.py"]
+    command += ["tests/experts/test_fp8_padded.py"]
     command += ["tests/experts/test_deep_gemm_fp8.py", "-k", "cpu" if certify else part]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
