@@ -65,9 +65,9 @@ def _outer(left: TurnedRows, right: TurnedRows, blocks: RowBlocks, out_LPQ: Tens
     launch(
         fp8_outer,
         (num_blocks(p), halves * num_blocks(q // halves), experts),
-        described(left.values, [BLOCK, BLOCK]),
+        described(left.values, [1, BLOCK, BLOCK]),
         left.scales,
-        described(right.values, [BLOCK, BLOCK]),
+        described(right.values, [1, BLOCK, BLOCK]),
         *(right.scales, out_LPQ, blocks.ends_L),
         P=p,
         Q_WIDTH=q // halves,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from experts.gemm.kernels import TILE_FIELDS, _find_tile
+from experts.gemm.kernels import TILE_FIELDS, find_tile
 
 _BLOCK = tl.constexpr(128)
 
@@ -31,13 +31,14 @@ def fp8_gemm(
     GATHER: tl.constexpr,
     BINS: tl.constexpr,
     ROWS: tl.constexpr,
+    MOST: tl.constexpr,
 ):
     """Sum 128 products at a time in the tensor cores, and add the sums, times their two scales, in float32."""
     WIDTH: tl.constexpr = Q_WIDTH * Q_HALVES
     if LISTED:
         num_tiles = tl.load(tiles)
     else:
-        expert, q_block, first_row, end = _find_tile(offsets, EXPERTS, BINS, ROWS, Q_BLOCKS * Q_HALVES)
+        expert, q_block, first_row, end = find_tile(offsets, EXPERTS, BINS, ROWS, Q_BLOCKS * Q_HALVES, MOST)
         if expert >= EXPERTS:
             return
         num_tiles = tl.num_programs(0)  # one tile per program
@@ -97,8 +98,8 @@ def fp8_outer(
     total = tl.zeros([_BLOCK, _BLOCK], dtype=tl.float32)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     for block in range(start, tl.load(ends + expert)):
-        a_tile = a.load([p, block * _BLOCK])
-        b_tile = b.load([q_half * Q_WIDTH + q, block * _BLOCK])
+        a_tile = a.load([block, p, 0]).reshape(_BLOCK, _BLOCK)
+        b_tile = b.load([block, q_half * Q_WIDTH + q, 0]).reshape(_BLOCK, _BLOCK)
         a_scale = tl.load(a_scales + block * P + row, mask=valid, other=0.0)
         scale = a_scale * tl.load(b_scales + block * (Q_BLOCKS * Q_HALVES) + q_block)
         total += tl.dot(a_tile, b_tile.T) * scale[:, None]

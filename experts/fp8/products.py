@@ -1,5 +1,6 @@
 """Multiply rows in FP8, grouped by expert, by their experts' matrices in FP8. The host does not wait for the device."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from experts.fp8.blocks import BLOCK, Matrices, Rows, num_blocks
 from experts.fp8.kernels import fp8_gemm
 from experts.gemm.gradients import runs_on_hopper
 from experts.gemm.kernels import TILE_FIELDS, list_tiles
+from experts.gemm.tiling import NO_LIMITS, Limits, limits_for
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
@@ -55,24 +57,40 @@ def product(
 
     With `gather`, `rows` are tokens [T, P], and each row is its token. Rows past the last group stay unwritten.
     """
-    experts, q, p = matrices.values.shape
-    out = torch.empty(permutation.num_rows, q, dtype=dtype, device=rows.values.device)
+    out = torch.empty(permutation.num_rows, matrices.values.shape[1], dtype=dtype, device=rows.values.device)
     if permutation.num_rows == 0:
         return out
+    whole_tiles = runs_on_hopper(out.device, permutation.num_rows) and not gather
+    large = HOPPER if whole_tiles else tiling_for(math.inf)
     if tiling is None:
         tiling = tiling_for(rows_per_expert)
-        if tiling.rows == HOPPER.rows and not gather and runs_on_hopper(out.device, permutation.num_rows):
-            tiling = HOPPER
+        tiling = large if tiling.rows == large.rows else tiling
+    for limits in limits_for(tiling.rows, tiling.listed, permutation.num_tokens):
+        _multiply(rows, matrices, permutation, out, gather, large if limits.over else tiling, limits)
+    return out
+
+
+def _multiply(
+    rows: Rows,
+    matrices: Matrices,
+    permutation: Permutation,
+    out: Tensor,
+    gather: bool,
+    tiling: Tiling,
+    limits: Limits,
+) -> None:
+    """Write the products of the rows of the experts within the limits."""
+    experts, q, p = matrices.values.shape
     q_width, p_width = q // matrices.q_halves, p // matrices.p_halves
     blocks = matrices.q_halves * num_blocks(q_width)
     if tiling.hopper:
         from experts.fp8 import hopper
 
-        tiles, programs = list_of_tiles(permutation, experts, triton.cdiv(blocks, 2), tiling)
+        tiles, programs = list_of_tiles(permutation, experts, triton.cdiv(blocks, 2), tiling, limits)
         assert tiles is not None
         hopper.multiply(rows, matrices, out, tiles, programs)
-        return out
-    tiles, programs = list_of_tiles(permutation, experts, blocks, tiling)
+        return
+    tiles, programs = list_of_tiles(permutation, experts, blocks, tiling, limits)
     a = rows.values if gather else described(rows.values.view(-1, matrices.p_halves, p_width), [tiling.rows, 1, BLOCK])
     launch(
         fp8_gemm,
@@ -92,10 +110,10 @@ def product(
         GATHER=gather,
         BINS=triton.next_power_of_2(experts),
         ROWS=tiling.rows,
+        MOST=limits.most,
         num_stages=tiling.stages,
         num_warps=tiling.warps,
     )
-    return out
 
 
 def activated_product(
@@ -130,7 +148,7 @@ def described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def list_of_tiles(
-    permutation: Permutation, experts: int, column_tiles: int, tiling: Tiling
+    permutation: Permutation, experts: int, column_tiles: int, tiling: Tiling, limits: Limits = NO_LIMITS
 ) -> tuple[Tensor | None, int]:
     """Return the list of tiles, or None if the tiling does not need a list, and the number of programs."""
     most_tiles = (permutation.num_rows // tiling.rows + min(experts, permutation.num_rows)) * column_tiles
@@ -146,6 +164,7 @@ def list_of_tiles(
         BINS=triton.next_power_of_2(experts),
         ROWS=tiling.rows,
         COLUMN_TILES=column_tiles,
+        OVER=limits.over,
     )
     programs = _INTERPRETED_PROGRAMS
     if offsets.is_cuda:

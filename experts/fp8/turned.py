@@ -34,7 +34,7 @@ class RowBlocks:
 
 @dataclass(frozen=True)
 class TurnedRows:
-    """Columns [C, B · 128] in FP8, in the blocks of rows of a `RowBlocks`.
+    """Columns [B, C, 128] in FP8, for the blocks of 128 rows of a `RowBlocks`.
 
     The scales are [B, C], one for 128 rows of a column, or [B, blocks of C], one for 128 rows of 128 columns.
     """
@@ -50,7 +50,7 @@ def row_blocks(permutation: Permutation) -> RowBlocks:
     most = num_rows // BLOCK + min(experts, num_rows)
     listed = torch.empty((1 + most) * TILE_FIELDS.value, dtype=torch.int32, device=offsets_L.device)
     bins = triton.next_power_of_2(experts)
-    launch(list_tiles, (experts,), offsets_L, listed, EXPERTS=experts, BINS=bins, ROWS=BLOCK, COLUMN_TILES=1)
+    launch(list_tiles, (experts,), offsets_L, listed, EXPERTS=experts, BINS=bins, ROWS=BLOCK, COLUMN_TILES=1, OVER=0)
     counts_L = torch.diff(offsets_L, prepend=offsets_L.new_zeros(1))
     return RowBlocks(listed, ((counts_L + BLOCK - 1) // BLOCK).cumsum(0, dtype=torch.int32), most)
 
@@ -75,7 +75,7 @@ def turn(
     start, stop, _ = columns.indices(rows.shape[1])
     width = stop - start
     num_columns = halves * num_blocks(width // halves)
-    values = torch.empty(width, blocks.most * BLOCK, dtype=dtype, device=rows.device)
+    values = torch.empty(blocks.most, width, BLOCK, dtype=dtype, device=rows.device)
     scales = torch.empty(blocks.most, width if by_column else num_columns, dtype=torch.float32, device=rows.device)
     launch(
         turn_rows,
@@ -97,10 +97,9 @@ def turn(
 
 
 @triton.jit
-def _store_columns(values, words, block, most_blocks, column, inside):
-    """Store words of four rows as columns of `values` [C, B · 32]."""
-    word = block * (_BLOCK // 4) + tl.arange(0, _BLOCK // 4)
-    target = column.to(tl.int64)[:, None] * (most_blocks * (_BLOCK // 4)) + word[None, :]
+def _store_columns(values, words, first, column, inside):
+    """Store words of four rows as columns of `values`. A block's columns begin at column `first` of all blocks."""
+    target = (first + column)[:, None] * (_BLOCK // 4) + tl.arange(0, _BLOCK // 4)[None, :]
     tl.store(values + target, tl.trans(words), mask=inside[:, None])
 
 
@@ -154,6 +153,7 @@ def turn_rows(
     source_2 = _addresses(rows, row_to_slot, row + 2, end, row_stride, K, GATHER)
     source_3 = _addresses(rows, row_to_slot, row + 3, end, row_stride, K, GATHER)
     first_block = stretch * AT_ONCE
+    first_column = block.to(tl.int64) * (2 * HALVES * part_width)
     for column_block in range(first_block, tl.minimum(first_block + AT_ONCE, HALVES * column_blocks)):
         in_part = column_block % column_blocks * (_BLOCK // 2) + tl.arange(0, _BLOCK // 2)
         inside = in_part < part_width
@@ -171,7 +171,7 @@ def turn_rows(
         right = largest_of(right_0, right_1, right_2, right_3)
         if BY_COLUMN:
             left, right = scale_of(left, LARGEST), scale_of(right, LARGEST)
-            target = scales + 2 * (block.to(tl.int64) * (HALVES * part_width) + pair)
+            target = scales + first_column + 2 * pair
             tl.store(target, left, mask=inside)
             tl.store(target + 1, right, mask=inside)
             left, right = reciprocal(left)[None, :], reciprocal(right)[None, :]
@@ -181,6 +181,6 @@ def turn_rows(
             left = reciprocal(scale)
             right = left
         words = four_bytes(left_0 * left, left_1 * left, left_2 * left, left_3 * left, LARGEST, EXACT)
-        _store_columns(values, words, block, most_blocks, 2 * pair, inside)
+        _store_columns(values, words, first_column, 2 * pair, inside)
         words = four_bytes(right_0 * right, right_1 * right, right_2 * right, right_3 * right, LARGEST, EXACT)
-        _store_columns(values, words, block, most_blocks, 2 * pair + 1, inside)
+        _store_columns(values, words, first_column, 2 * pair + 1, inside)

@@ -20,13 +20,23 @@ def _find_groups(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def _find_tile(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, COLUMN_TILES: tl.constexpr):
+def find_tile(
+    offsets,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
+    MOST: tl.constexpr,
+):
     """Return this program's expert, tile of columns and first row, and the end of the expert's group.
 
-    If the program has no tile, the returned expert is EXPERTS or more.
+    If the program has no tile, the returned expert is EXPERTS or more. Experts with more blocks than MOST have no
+    tiles, unless MOST is 0.
     """
     tile = tl.program_id(0)
     bins, starts, ends, blocks = _find_groups(offsets, EXPERTS, BINS, ROWS)
+    if MOST > 0:
+        blocks = tl.where(blocks > MOST, 0, blocks)
     blocks_up_to = tl.cumsum(blocks, 0)
     block = tile // COLUMN_TILES
     expert = tl.sum((blocks_up_to <= block).to(tl.int32), 0)
@@ -45,13 +55,15 @@ def list_tiles(
     BINS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
+    OVER: tl.constexpr,
 ):
-    """Write the number of tiles, then the numbers that `_find_tile` finds for each tile.
+    """Write the number of tiles, then the numbers that `find_tile` finds for each tile.
 
-    Each program lists one expert's tiles.
+    Each program lists the tiles of one expert. Experts that have no more than OVER rows have no tiles.
     """
     expert = tl.program_id(0)
     bins, starts, ends, blocks = _find_groups(offsets, EXPERTS, BINS, ROWS)
+    blocks = tl.where(ends - starts > OVER, blocks, 0)
     if expert == 0:
         tl.store(tiles, tl.sum(blocks, 0) * COLUMN_TILES)
     own = bins == expert
@@ -125,7 +137,9 @@ def grouped_gemm(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
+    MOST: tl.constexpr,
 ):
+    """Multiply the rows of experts that have at most MOST tiles of rows; see `find_tile`."""
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     READ: tl.constexpr = 2 * COLUMNS if INTERLEAVED else COLUMNS
     # Load the next tile's first operands while this tile is stored. On an H200 (2026-11) the overlap made the kernel
@@ -134,7 +148,7 @@ def grouped_gemm(
     if LISTED:
         num_tiles = tl.load(tiles)
     else:
-        expert, column_tile, first_row, end = _find_tile(offsets, EXPERTS, BINS, ROWS, tl.cdiv(WIDTH, COLUMNS))
+        expert, column_tile, first_row, end = find_tile(offsets, EXPERTS, BINS, ROWS, tl.cdiv(WIDTH, COLUMNS), MOST)
         if expert >= EXPERTS:
             return
         num_tiles = tl.num_programs(0)  # one tile per program

@@ -11,6 +11,8 @@ On Hopper GPUs, `experts.gemm.hopper` multiplies many rows. It computes SwiGLU w
 gradients.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -22,7 +24,7 @@ from experts.gemm import choices, kinds
 from experts.gemm.gradients import runs_on_hopper
 from experts.gemm.kernels import TILE_FIELDS, grouped_gemm, list_tiles
 from experts.gemm.kinds import Kind
-from experts.gemm.tiling import LARGE, PAIRS, Tiling, tiling_for
+from experts.gemm.tiling import LARGE, NO_LIMITS, PAIRS, Limits, Tiling, limits_for, tiling_for
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
@@ -143,73 +145,101 @@ def _multiply(
     weights_TK: Tensor | None = None,
     bias_LH: Tensor | None = None,
 ) -> Tensor:
-    experts, depth, width = b_LPQ.shape if not transposed else b_LPQ.mT.shape
     activate, form = form is not None, form or _PLAIN
-    out_width = width // 2 if form.gated else width
+    width = b_LPQ.shape[1 if transposed else 2]
+    out = torch.empty(permutation.num_rows, width // 2 if form.gated else width, dtype=a.dtype, device=a.device)
     if permutation.num_rows == 0:
-        return a.new_empty(0, out_width)
+        return out
     tile: Tiling = choices.choose(_kind(gather, transposed, activate, form), b_LPQ, rows_per_expert)
-    if runs_on_hopper(a.device, permutation.num_rows):
-        if tile == LARGE and not activate:
-            return _multiply_on_hopper(a, b_LPQ, permutation, gather, transposed)
-        if tile == PAIRS and form == _SWIGLU and bias_LH is None:
-            return _activate_on_hopper(a, b_LPQ, permutation, weights_TK)
-    out = torch.empty(permutation.num_rows, out_width, dtype=a.dtype, device=a.device)
-    read_columns = tile.columns * (2 if form.interleaved else 1)
-    weights_block = [1, read_columns, tile.depth] if transposed else [1, tile.depth, read_columns]
-    a = a.contiguous()
-    tiles, programs = _tiles(permutation, experts, triton.cdiv(out_width, tile.columns), tile)
-    launch(
-        grouped_gemm,
-        (programs,),
-        a if gather else described(a, [tile.rows, tile.depth]),
-        described(b_LPQ, weights_block),
-        out,
-        *(None if bias_LH is None else bias_LH.contiguous(), None if weights_TK is None else weights_TK.contiguous()),
-        *(permutation.row_to_slot_N, permutation.offsets_L, tiles, form.alpha, form.limit, form.offset),
-        EXPERTS=experts,
-        DEPTH=depth,
-        WIDTH=out_width,
-        K=permutation.n_activated_experts,
-        LISTED=tile.listed,
-        GATHER=gather,
-        TRANSPOSED=transposed,
-        ACTIVATE=activate,
-        GATED=form.gated,
-        INTERLEAVED=form.interleaved,
-        GELU=form.gelu,
-        LIMITED=form.limit > 0,
-        WEIGHTS=weights_TK is not None,
-        BIAS=bias_LH is not None,
-        BINS=triton.next_power_of_2(experts),
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        STEP=tile.depth,
-        num_stages=tile.stages,
-        num_warps=tile.warps,
-    )
+    task = _Task(a, b_LPQ, out, permutation, gather, transposed, activate, form, weights_TK, bias_LH)
+    for limits in limits_for(tile.rows, tile.listed, permutation.num_tokens):
+        if limits.over:
+            tile = PAIRS if form.gated else LARGE
+        task.run(tile, limits)
     return out
 
 
-def _multiply_on_hopper(a: Tensor, b_LPQ: Tensor, permutation: Permutation, gather: bool, transposed: bool) -> Tensor:
-    from experts.gemm import hopper
+@dataclass(frozen=True)
+class _Task:
+    """What a product multiplies, and the output [N, Q or I], which it writes."""
 
-    experts, _, width = b_LPQ.shape if not transposed else b_LPQ.mT.shape
-    tiles, programs = _listed(permutation, width, LARGE, experts)
-    return hopper.product(a, b_LPQ, permutation, tiles, programs, gather, transposed)
+    a: Tensor
+    b_LPQ: Tensor
+    out: Tensor
+    permutation: Permutation
+    gather: bool
+    transposed: bool
+    activate: bool
+    form: ActivationForm
+    weights_TK: Tensor | None
+    bias_LH: Tensor | None
+
+    def run(self, tile: Tiling, limits: Limits) -> None:
+        """Multiply the rows of the experts within the limits."""
+        if runs_on_hopper(self.a.device, self.permutation.num_rows):
+            if tile == LARGE and not self.activate:
+                return self._multiply_on_hopper(limits)
+            if tile == PAIRS and self.form == _SWIGLU and self.bias_LH is None:
+                return self._activate_on_hopper(limits)
+        return self._multiply(tile, limits)
+
+    def _multiply(self, tile: Tiling, limits: Limits) -> None:
+        form, permutation, bias_LH, weights_TK = self.form, self.permutation, self.bias_LH, self.weights_TK
+        experts, depth, _ = self.b_LPQ.mT.shape if self.transposed else self.b_LPQ.shape
+        width = self.out.shape[1]
+        read_columns = tile.columns * (2 if form.interleaved else 1)
+        weights_block = [1, read_columns, tile.depth] if self.transposed else [1, tile.depth, read_columns]
+        a = self.a.contiguous()
+        tiles, programs = _tiles(permutation, experts, triton.cdiv(width, tile.columns), tile, limits)
+        launch(
+            grouped_gemm,
+            (programs,),
+            a if self.gather else described(a, [tile.rows, tile.depth]),
+            described(self.b_LPQ, weights_block),
+            self.out,
+            *(None if given is None else given.contiguous() for given in (bias_LH, weights_TK)),
+            *(permutation.row_to_slot_N, permutation.offsets_L, tiles, form.alpha, form.limit, form.offset),
+            EXPERTS=experts,
+            DEPTH=depth,
+            WIDTH=width,
+            K=permutation.n_activated_experts,
+            LISTED=tile.listed,
+            GATHER=self.gather,
+            TRANSPOSED=self.transposed,
+            ACTIVATE=self.activate,
+            GATED=form.gated,
+            INTERLEAVED=form.interleaved,
+            GELU=form.gelu,
+            LIMITED=form.limit > 0,
+            WEIGHTS=weights_TK is not None,
+            BIAS=bias_LH is not None,
+            BINS=triton.next_power_of_2(experts),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            STEP=tile.depth,
+            MOST=limits.most,
+            num_stages=tile.stages,
+            num_warps=tile.warps,
+        )
+
+    def _multiply_on_hopper(self, limits: Limits) -> None:
+        from experts.gemm import hopper
+
+        tiles, programs = _listed(self.permutation, self.out.shape[1], LARGE, self.b_LPQ.shape[0], limits)
+        hopper.product(self.a, self.b_LPQ, self.out, self.permutation, tiles, programs, self.gather, self.transposed)
+
+    def _activate_on_hopper(self, limits: Limits) -> None:
+        from experts.gemm import hopper
+
+        tiles, programs = _listed(self.permutation, self.out.shape[1], PAIRS, self.b_LPQ.shape[0], limits)
+        hopper.activated_product(self.a, self.b_LPQ, self.out, self.permutation, tiles, programs, self.weights_TK)
 
 
-def _activate_on_hopper(x_TD: Tensor, b_LDH: Tensor, permutation: Permutation, weights_TK: Tensor | None) -> Tensor:
-    from experts.gemm import hopper
-
-    experts, _, width = b_LDH.shape
-    tiles, programs = _listed(permutation, width // 2, PAIRS, experts)
-    return hopper.activated_product(x_TD, b_LDH, permutation, tiles, programs, weights_TK)
-
-
-def _listed(permutation: Permutation, width: int, tile: Tiling, experts: int) -> tuple[Tensor, int]:
+def _listed(
+    permutation: Permutation, width: int, tile: Tiling, experts: int, limits: Limits = NO_LIMITS
+) -> tuple[Tensor, int]:
     """Return the list of tiles for `width` columns, and the number of programs."""
-    tiles, programs = _tiles(permutation, experts, triton.cdiv(width, tile.columns), tile)
+    tiles, programs = _tiles(permutation, experts, triton.cdiv(width, tile.columns), tile, limits)
     assert tiles is not None
     return tiles, programs
 
@@ -231,7 +261,9 @@ def described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor.clone() if tensor.data_ptr() % 16 else tensor, block)
 
 
-def _tiles(permutation: Permutation, experts: int, column_tiles: int, tile: Tiling) -> tuple[Tensor | None, int]:
+def _tiles(
+    permutation: Permutation, experts: int, column_tiles: int, tile: Tiling, limits: Limits
+) -> tuple[Tensor | None, int]:
     """Return the list of tiles, or None if the tiling does not need a list, and the number of programs."""
     most_tiles = (permutation.num_rows // tile.rows + min(experts, permutation.num_rows)) * column_tiles
     if not tile.listed:
@@ -247,6 +279,7 @@ def _tiles(permutation: Permutation, experts: int, column_tiles: int, tile: Tili
         BINS=triton.next_power_of_2(experts),
         ROWS=tile.rows,
         COLUMN_TILES=column_tiles,
+        OVER=limits.over,
     )
     programs = _INTERPRETED_PROGRAMS
     if offsets.is_cuda:

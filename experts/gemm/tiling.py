@@ -37,3 +37,29 @@ def tiling_for(rows_per_expert: float, pairs: bool) -> Tiling:
     if rows_per_expert <= 56:
         return Tiling(64, 64 if pairs else 128, depth=64, stages=4, warps=4)
     return PAIRS if pairs else LARGE
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which experts a launch is for: those with more than `over` rows, and at most `most` tiles of rows (0: any)."""
+
+    over: int = 0
+    most: int = 0
+
+
+NO_LIMITS = Limits()
+#: Small tiles are for experts with up to this many tiles of rows: each tile reads the expert's weights again.
+MOST_SMALL = 2
+#: With so few tokens, no expert has enough rows that large tiles would pay for another launch.
+FEW_TOKENS = 64
+
+
+def limits_for(rows: int, listed: bool, num_tokens: int) -> tuple[Limits, ...]:
+    """Return the limits of one launch with a chosen tile of `rows`, or of it and of another launch with large tiles.
+
+    The tile is chosen for the average number of rows per expert, and routing may give single experts many more rows.
+    Only the device knows.
+    """
+    if listed or num_tokens <= FEW_TOKENS:
+        return (NO_LIMITS,)
+    return Limits(most=MOST_SMALL), Limits(over=MOST_SMALL * rows)

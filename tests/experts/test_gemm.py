@@ -64,12 +64,12 @@ bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bi
     ("files", "whole", "part"),
     [
         (
-            ["test_gemm.py", "test_main_grads.py", "test_few.py"],
+            ["test_gemm.py", "test_main_grads.py", "test_few.py", "test_skewed.py"],
             "cpu or main_grads",
             # products with small tiles, activated ones of one plan with all their operands, and main gradients
             (
                 "cpu and (float16 and (16x16 or bias-swiglu-before or kernel_adds) or adds_to and memory) or megatron "
-                "or few-cpu and (takes_them or quick_geglu)"
+                "or few-cpu and (takes_them or quick_geglu) or small_and_large and cpu-float16 and not geglu"
             ),
         ),
         (

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from experts.activations import ActivationForm
 from experts.fp8.blocks import BLOCK, E4M3, LEAST_SCALE, Matrices, Rows, num_blocks
-from experts.fp8.hopper.rows import grouped_parts, load_tiles, read_tile
+from experts.fp8.hopper.rows import STAGES, grouped_parts, load_tiles, read_tile
 from experts.fp8.hopper.steps import (
     LOADING_REGISTERS,
     MULTIPLYING_REGISTERS,
@@ -34,7 +34,7 @@ from experts.steps.fused.launch import launch
 _BLOCK, _SLAB = gl.constexpr(BLOCK), gl.constexpr(SLAB)
 _LARGEST, _LEAST_SCALE = gl.constexpr(torch.finfo(E4M3).max), gl.constexpr(LEAST_SCALE)
 _WARPS, _REGISTERS = gl.constexpr(MULTIPLYING_WARPS), gl.constexpr(MULTIPLYING_REGISTERS)
-_LOADING_REGISTERS = gl.constexpr(LOADING_REGISTERS)
+_LOADING_REGISTERS, _STAGES = gl.constexpr(LOADING_REGISTERS), gl.constexpr(STAGES)
 
 
 def multiply_and_activate(
@@ -163,7 +163,7 @@ def multiply_and_activate_fp8(
     WEIGHTS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    memory = allocate(a.dtype, b.dtype, out.dtype)
+    memory = allocate(a.dtype, b.dtype, out.dtype, _STAGES, 0)
     gl.warp_specialize(
         [
             (

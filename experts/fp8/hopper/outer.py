@@ -21,6 +21,7 @@ from experts.fp8.hopper.steps import (
     allocate,
     count_blocks,
     described,
+    is_kept,
     load_step,
     multiply_tile,
     no_block,
@@ -32,10 +33,11 @@ from experts.fp8.turned import RowBlocks, TurnedRows
 from experts.gemm.hopper.rounding import rounded
 from experts.steps.fused.launch import launch
 
-#: Tiles with the same columns of the right operand that follow each other; so both operands' columns stay in L2.
-BAND = 8
+#: Steps whose operands are in shared memory at the same time, and further steps whose left operand stays there.
+STAGES, KEPT = 3, 3
 
-_BLOCK, _SLAB, _BAND = gl.constexpr(BLOCK), gl.constexpr(SLAB), gl.constexpr(BAND)
+_BLOCK, _SLAB = gl.constexpr(BLOCK), gl.constexpr(SLAB)
+_STAGES, _KEPT = gl.constexpr(STAGES), gl.constexpr(KEPT)
 _WARPS, _REGISTERS = gl.constexpr(MULTIPLYING_WARPS), gl.constexpr(MULTIPLYING_REGISTERS)
 _LOADING_REGISTERS = gl.constexpr(LOADING_REGISTERS)
 
@@ -48,37 +50,49 @@ def outer(left: TurnedRows, right: TurnedRows, blocks: RowBlocks, out_LPQ: Tenso
     """
     experts, p, q = out_LPQ.shape
     width = q // halves
-    num_tiles = experts * triton.cdiv(p, BLOCK) * triton.cdiv(halves * num_blocks(width), 2)
-    programs = torch.cuda.get_device_properties(out_LPQ.device).multi_processor_count if out_LPQ.is_cuda else 1
+    bands, pairs = experts * triton.cdiv(p, BLOCK), triton.cdiv(halves * num_blocks(width), 2)
+    most = torch.cuda.get_device_properties(out_LPQ.device).multi_processor_count if out_LPQ.is_cuda else 1
+    stretches = _stretches(bands, pairs, most)
     strides = out_LPQ.stride()
     # a dimension in front, so that it has as many as the rows' products have
     out = out_LPQ.as_strided([1, experts, p, halves, width], [experts * strides[0], *strides[:2], width, 1])
     launch(
         outer_fp8,
-        (min(programs, num_tiles),),
-        described(left.values.unsqueeze(1), [SLAB, 1, BLOCK]),
+        (min(most, bands * stretches),),
+        described(left.values.transpose(0, 1), [SLAB, 1, BLOCK]),
         left.scales,
-        described(right.values.unsqueeze(1), [BLOCK, 1, BLOCK]),
+        described(right.values.transpose(0, 1), [BLOCK, 1, BLOCK]),
         right.scales,
         described(out, [1, 1, SLAB, 1, BLOCK]),
         blocks.ends_L,
-        *(num_tiles, p, width),
+        *(bands * stretches, stretches, triton.cdiv(pairs, stretches), p, width),
         Q_HALVES=halves,
         num_warps=MULTIPLYING_WARPS,
     )
 
 
+def _stretches(bands: int, pairs: int, programs: int) -> int:
+    """Return the number of parts of a band of tiles that let the busiest program load the fewest blocks."""
+
+    def most_blocks(parts: int) -> int:
+        return -(-bands * parts // programs) * (1 + 2 * -(-pairs // parts))
+
+    return min(range(1, pairs + 1), key=most_blocks)
+
+
 @gluon.jit
-def _find_tile(tile, ends, p, q_blocks):
-    """Return a tile's expert, first row and pair of blocks of columns of the result, first step and number of steps."""
-    p_tiles, pairs = count_blocks(p), (q_blocks + 1) // 2
-    expert = tile // (p_tiles * pairs)
-    tile = tile % (p_tiles * pairs)
-    band = tile // (_BAND * pairs)
-    tile -= band * (_BAND * pairs)
-    height = gl.minimum(p_tiles - band * _BAND, _BAND)
+def _find_band(band, ends, stretches, length, p, q_width, Q_HALVES: gl.constexpr):
+    """Return what the tiles of a part of a band share: expert, first row, first step and number of steps.
+
+    Also return the first pair of blocks of columns, and the end of the pairs. Bands with the same columns follow each
+    other, so the columns stay in L2.
+    """
+    p_tiles, pairs = count_blocks(p), (count_blocks(q_width) * Q_HALVES + 1) // 2
+    expert = band // (p_tiles * stretches)
+    first_pair = band // p_tiles % stretches * length
     start = gl.load(ends + expert - 1, mask=expert > 0, other=0)
-    return expert, (band * _BAND + tile % height) * _BLOCK, tile // height, start, gl.load(ends + expert) - start
+    num_steps = gl.load(ends + expert) - start
+    return expert, band % p_tiles * _BLOCK, start, num_steps, first_pair, gl.minimum(first_pair + length, pairs)
 
 
 @gluon.jit
@@ -87,22 +101,26 @@ def _load(
     b,
     ends,
     memory,
-    num_tiles,
+    num_bands,
+    stretches,
+    length,
     p,
     q_width,
     Q_HALVES: gl.constexpr,
 ):
     q_blocks = count_blocks(q_width) * Q_HALVES
     step = 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        _, row, pair, start, num_steps = _find_tile(tile, ends, p, q_blocks)
-        left_half, left = split_column(2 * pair, q_width, Q_HALVES)
-        right_half, right = split_column(gl.minimum(2 * pair + 1, q_blocks - 1), q_width, Q_HALVES)
-        left += left_half * q_width
-        right += right_half * q_width
-        for block in range(start, start + num_steps):
-            load_step(a, b, row, left, right, 0, block * _BLOCK, memory, step)
-            step += 1
+    for band in range(gl.program_id(0), num_bands, gl.num_programs(0)):
+        _, row, start, num_steps, first_pair, end_pair = _find_band(band, ends, stretches, length, p, q_width, Q_HALVES)
+        for pair in range(first_pair, end_pair):
+            left_half, left = split_column(2 * pair, q_width, Q_HALVES)
+            right_half, right = split_column(gl.minimum(2 * pair + 1, q_blocks - 1), q_width, Q_HALVES)
+            left += left_half * q_width
+            right += right_half * q_width
+            for index in range(num_steps):
+                fresh = (pair == first_pair) | (is_kept(index, num_steps, _STAGES, _KEPT) == 0)
+                load_step(a, b, row, left, right, start + index, 0, memory, step, index, num_steps, fresh)
+                step += 1
 
 
 @gluon.jit
@@ -112,7 +130,9 @@ def _multiply(
     out,
     ends,
     memory,
-    num_tiles,
+    num_bands,
+    stretches,
+    length,
     p,
     q_width,
     Q_HALVES: gl.constexpr,
@@ -125,28 +145,31 @@ def _multiply(
     # a tile is stored while the next tile is multiplied; before the first tile, nothing is stored
     done_left, done_right = no_block(out.dtype), no_block(out.dtype)
     expert, row, left_half, left, right_half, right = 0, p, 0, 0, 0, 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        next_expert, next_row, pair, start, num_steps = _find_tile(tile, ends, p, q_blocks)
+    for band in range(gl.program_id(0), num_bands, gl.num_programs(0)):
+        next_expert, next_row, start, num_steps, first_pair, end_pair = _find_band(
+            band, ends, stretches, length, p, q_width, Q_HALVES
+        )
         next_row += WHICH * _SLAB
-        if (next_row < p) & (num_steps > 0):
-            first = start.to(gl.int64)
-            a_where = a_scales + first * p + gl.minimum(next_row + rows, p - 1)
-            left_where = b_scales + first * q_blocks + 2 * pair
-            right_where = b_scales + first * q_blocks + gl.minimum(2 * pair + 1, q_blocks - 1)
-            left_sums, right_sums = multiply_tile(
-                a_where, p, left_where, right_where, q_blocks, num_steps, memory, step, out, done_left, done_right,
-                0, expert, row, left_half, left, right_half, right, True, WHICH
-            )  # fmt: skip
-            done_left, done_right = rounded(left_sums, out.dtype), rounded(right_sums, out.dtype)
-        else:
-            store_block(out, memory[2].index(WHICH), done_left, 0, expert, row, left_half, left)
-            store_block(out, memory[2].index(WHICH), done_right, 0, expert, row, right_half, right)
-            skip_steps(num_steps, memory, step, WHICH)
-            done_left, done_right = no_block(out.dtype), no_block(out.dtype)
-        expert, row = next_expert, next_row
-        left_half, left = split_column(2 * pair, q_width, Q_HALVES)
-        right_half, right = split_column(2 * pair + 1, q_width, Q_HALVES)
-        step += num_steps
+        first = start.to(gl.int64)
+        a_where = a_scales + first * p + gl.minimum(next_row + rows, p - 1)
+        for pair in range(first_pair, end_pair):
+            if (next_row < p) & (num_steps > 0):
+                left_where = b_scales + first * q_blocks + 2 * pair
+                right_where = b_scales + first * q_blocks + gl.minimum(2 * pair + 1, q_blocks - 1)
+                left_sums, right_sums = multiply_tile(
+                    a_where, p, left_where, right_where, q_blocks, num_steps, memory, step, out, done_left, done_right,
+                    0, expert, row, left_half, left, right_half, right, True, WHICH
+                )  # fmt: skip
+                done_left, done_right = rounded(left_sums, out.dtype), rounded(right_sums, out.dtype)
+            else:
+                store_block(out, memory[2].index(WHICH), done_left, 0, expert, row, left_half, left)
+                store_block(out, memory[2].index(WHICH), done_right, 0, expert, row, right_half, right)
+                skip_steps(num_steps, memory, step, WHICH)
+                done_left, done_right = no_block(out.dtype), no_block(out.dtype)
+            expert, row = next_expert, next_row
+            left_half, left = split_column(2 * pair, q_width, Q_HALVES)
+            right_half, right = split_column(2 * pair + 1, q_width, Q_HALVES)
+            step += num_steps
     store_block(out, memory[2].index(WHICH), done_left, 0, expert, row, left_half, left)
     store_block(out, memory[2].index(WHICH), done_right, 0, expert, row, right_half, right)
     tma.store_wait(0)
@@ -160,18 +183,26 @@ def outer_fp8(
     b_scales,
     out,
     ends,
-    num_tiles,
+    num_bands,
+    stretches,
+    length,
     p,
     q_width,
     Q_HALVES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    memory = allocate(a.dtype, b.dtype, out.dtype)
+    memory = allocate(a.dtype, b.dtype, out.dtype, _STAGES, _KEPT)
     gl.warp_specialize(
         [
-            (_multiply, (a_scales, b_scales, out, ends, memory, num_tiles, p, q_width, Q_HALVES, 0)),
-            (_multiply, (a_scales, b_scales, out, ends, memory, num_tiles, p, q_width, Q_HALVES, 1)),
-            (_load, (a, b, ends, memory, num_tiles, p, q_width, Q_HALVES)),
+            (
+                _multiply,
+                (a_scales, b_scales, out, ends, memory, num_bands, stretches, length, p, q_width, Q_HALVES, 0),
+            ),
+            (
+                _multiply,
+                (a_scales, b_scales, out, ends, memory, num_bands, stretches, length, p, q_width, Q_HALVES, 1),
+            ),
+            (_load, (a, b, ends, memory, num_bands, stretches, length, p, q_width, Q_HALVES)),
         ],
         [_WARPS, 1],
         [_REGISTERS, _LOADING_REGISTERS],

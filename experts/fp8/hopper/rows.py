@@ -31,10 +31,12 @@ from experts.steps.fused.launch import launch
 _UNLIMITED = 2**31 - 2**16
 #: The stride that, 2³⁰ times, is a multiple of 2⁶⁴ bytes for every size of an element.
 _WHOLE_ROUND = 2**34
+#: Steps whose operands are in shared memory at the same time.
+STAGES = 4
 
 _BLOCK, _SLAB = gl.constexpr(BLOCK), gl.constexpr(SLAB)
 _WARPS, _REGISTERS = gl.constexpr(MULTIPLYING_WARPS), gl.constexpr(MULTIPLYING_REGISTERS)
-_LOADING_REGISTERS = gl.constexpr(LOADING_REGISTERS)
+_LOADING_REGISTERS, _STAGES = gl.constexpr(LOADING_REGISTERS), gl.constexpr(STAGES)
 
 
 def multiply(rows: Rows, matrices: Matrices, out: Tensor, tiles: Tensor, programs: int) -> None:
@@ -91,7 +93,7 @@ def load_tiles(
     GATED: gl.constexpr,
 ):
     p_blocks, q_blocks = count_blocks(p_width), count_blocks(q_width) * Q_HALVES
-    num_tiles = gl.load(tiles)
+    num_tiles, num_steps = gl.load(tiles), P_HALVES * p_blocks
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         expert, pair, first_row, _ = read_tile(tiles, tile)
@@ -105,7 +107,7 @@ def load_tiles(
             right += (expert * Q_HALVES + right_half) * q_width
         for half in gl.static_range(P_HALVES):
             for block in range(p_blocks):
-                load_step(a, b, first_row, left, right, half, block * _BLOCK, memory, step)
+                load_step(a, b, first_row, left, right, half, block * _BLOCK, memory, step, step, num_steps, True)
                 step += 1
 
 
@@ -174,7 +176,7 @@ def multiply_fp8(
     Q_HALVES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    memory = allocate(a.dtype, b.dtype, out.dtype)
+    memory = allocate(a.dtype, b.dtype, out.dtype, _STAGES, 0)
     gl.warp_specialize(
         [
             (

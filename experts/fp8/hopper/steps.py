@@ -15,12 +15,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from experts.fp8.blocks import BLOCK
 
 SLAB = 64  # rows of one group of warps
-STAGES = 4  # steps whose operands are in shared memory at the same time
 #: Whether the groups take turns. Without turns, both multiply and both add at the same time.
 TURNS = True
 MULTIPLYING_WARPS, MULTIPLYING_REGISTERS, LOADING_REGISTERS = 4, 240, 24
 
-_BLOCK, _SLAB, _STAGES = gl.constexpr(BLOCK), gl.constexpr(SLAB), gl.constexpr(STAGES)
+_BLOCK, _SLAB = gl.constexpr(BLOCK), gl.constexpr(SLAB)
 _WARPS, _TURNS = gl.constexpr(MULTIPLYING_WARPS), gl.constexpr(TURNS)
 
 
@@ -52,16 +51,45 @@ def split_column(block, width, HALVES: gl.constexpr):
 
 
 @gluon.jit
-def load_step(a, b, a_first, b_left, b_right, half, p, memory, step):
-    """Load one step's operands: two slabs of rows of `a`, and two blocks of rows of `b`, at columns p of a half."""
+def is_kept(index, num_steps, STAGES: gl.constexpr, KEPT: gl.constexpr):
+    """Return whether the rows of `a` for a tile's step stay in shared memory for the next tile of the same rows.
+
+    With fewer steps than STAGES, the rows after them would be loaded while these are still multiplied.
+    """
+    return (index < KEPT) & (num_steps >= STAGES)
+
+
+@gluon.jit
+def _find_slot(index, num_steps, memory, step):
+    """Return where the rows of `a` are: kept rows have places of their own, the others take turns."""
+    a_tiles, b_tiles, _, _, _, _ = memory
+    STAGES: gl.constexpr = b_tiles.shape[0] // 2
+    KEPT: gl.constexpr = a_tiles.shape[0] // 2 - STAGES
+    slot = KEPT + step % STAGES
+    if KEPT > 0:
+        slot = gl.where(is_kept(index, num_steps, STAGES, KEPT), index, slot)
+    return slot
+
+
+@gluon.jit
+def load_step(a, b, a_first, b_left, b_right, half, p, memory, step, index, num_steps, fresh):
+    """Load one step's operands: two slabs of rows of `a`, and two blocks of rows of `b`, at columns p of a half.
+
+    `step` counts all steps of a program, and `index` those of a tile. Only `fresh` rows of `a` are loaded.
+    """
     a_tiles, b_tiles, _, loaded, free, _ = memory
-    stage = step % _STAGES
+    STAGES: gl.constexpr = b_tiles.shape[0] // 2
+    stage = step % STAGES
     barrier = loaded.index(stage)
-    mbarrier.wait(free.index(stage), ((step // _STAGES) & 1) ^ 1)
-    mbarrier.expect(barrier, 2 * a.block_type.nbytes + 2 * b.block_type.nbytes)
-    for slab in gl.static_range(2):
-        target = a_tiles.index(2 * stage + slab)._reinterpret(a.dtype, [_SLAB, 1, _BLOCK], a.layout)
-        tma.async_copy_global_to_shared(a, [a_first + slab * _SLAB, half, p], barrier, target)
+    mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
+    if fresh:
+        mbarrier.expect(barrier, 2 * a.block_type.nbytes + 2 * b.block_type.nbytes)
+        slot = _find_slot(index, num_steps, memory, step)
+        for slab in gl.static_range(2):
+            target = a_tiles.index(2 * slot + slab)._reinterpret(a.dtype, [_SLAB, 1, _BLOCK], a.layout)
+            tma.async_copy_global_to_shared(a, [a_first + slab * _SLAB, half, p], barrier, target)
+    else:
+        mbarrier.expect(barrier, 2 * b.block_type.nbytes)
     target = b_tiles.index(2 * stage)._reinterpret(b.dtype, [_BLOCK, 1, _BLOCK], b.layout)
     tma.async_copy_global_to_shared(b, [b_left, half, p], barrier, target)
     target = b_tiles.index(2 * stage + 1)._reinterpret(b.dtype, [_BLOCK, 1, _BLOCK], b.layout)
@@ -121,6 +149,7 @@ def multiply_tile(
     places, which the arguments from `first` to `right_column` give. Without TWO, there is no right block to store.
     """
     a_tiles, b_tiles, results, loaded, free, turns = memory
+    STAGES: gl.constexpr = b_tiles.shape[0] // 2
     result = results.index(WHICH)
     a_scale = gl.load(a_where)
     left_scale, right_scale = gl.load(left_where), gl.load(right_where)
@@ -128,9 +157,9 @@ def multiply_tile(
     following = gl.minimum(1, num_steps - 1)
     a_scale = gl.load(a_where + following * a_stride)
     left_scale, right_scale = gl.load(left_where + following * b_stride), gl.load(right_where + following * b_stride)
-    stage = step % _STAGES
-    mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
-    a_tile = a_tiles.index(2 * stage + WHICH)
+    stage = step % STAGES
+    mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
+    a_tile = a_tiles.index(2 * _find_slot(0, num_steps, memory, step) + WHICH)
     sums = _begin_block(a_tile, b_tiles.index(2 * stage), turns, 2 * step, WHICH)
     store_block(out, result, done_left, first, second, row, left_half, left_column)
     sums = warpgroup_mma_wait(0, deps=(sums,))
@@ -143,7 +172,7 @@ def multiply_tile(
     right = sums * gl.expand_dims(by_right, 1)
     step += 1
     for index in range(1, num_steps):
-        stage = step % _STAGES
+        stage = step % STAGES
         by_left, by_right = a_scale * left_scale, a_scale * right_scale
         following = gl.minimum(index + 1, num_steps - 1)  # early: the next step waits for the loads
         a_scale = gl.load(a_where + following * a_stride)
@@ -151,8 +180,8 @@ def multiply_tile(
             gl.load(left_where + following * b_stride),
             gl.load(right_where + following * b_stride),
         )
-        mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
-        a_tile = a_tiles.index(2 * stage + WHICH)
+        mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
+        a_tile = a_tiles.index(2 * _find_slot(index, num_steps, memory, step) + WHICH)
         sums = _begin_block(a_tile, b_tiles.index(2 * stage), turns, 2 * step, WHICH)
         sums = warpgroup_mma_wait(0, deps=(sums,))
         left += sums * gl.expand_dims(by_left, 1)
@@ -167,10 +196,11 @@ def multiply_tile(
 @gluon.jit
 def skip_steps(num_steps, memory, step, WHICH: gl.constexpr):
     """Leave out the steps of a slab without rows, but take part in what the other warps wait for."""
-    _, _, _, loaded, free, turns = memory
+    _, b_tiles, _, loaded, free, turns = memory
+    STAGES: gl.constexpr = b_tiles.shape[0] // 2
     for _ in range(num_steps):
-        stage = step % _STAGES
-        mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
+        stage = step % STAGES
+        mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
         mbarrier.arrive(free.index(stage))
         if _TURNS:
             for block in gl.static_range(2):
@@ -186,18 +216,23 @@ def no_block(dtype: gl.constexpr):
 
 
 @gluon.jit
-def allocate(a_type: gl.constexpr, b_type: gl.constexpr, out_type: gl.constexpr):
-    """Return the shared memory and the barriers: tiles of both operands, results, `loaded`, `free` and `turns`."""
+def allocate(
+    a_type: gl.constexpr, b_type: gl.constexpr, out_type: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr
+):
+    """Return the shared memory and the barriers: tiles of both operands, results, `loaded`, `free` and `turns`.
+
+    It has the operands of STAGES steps, and the rows of `a` for KEPT more. `loaded` and `free` count steps.
+    """
     OPERAND: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     BITS: gl.constexpr = out_type.primitive_bitwidth
     RESULT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
-    a_tiles = gl.allocate_shared_memory(a_type, [2 * _STAGES, _SLAB, _BLOCK], OPERAND)
-    b_tiles = gl.allocate_shared_memory(b_type, [2 * _STAGES, _BLOCK, _BLOCK], OPERAND)
+    a_tiles = gl.allocate_shared_memory(a_type, [2 * (KEPT + STAGES), _SLAB, _BLOCK], OPERAND)
+    b_tiles = gl.allocate_shared_memory(b_type, [2 * STAGES, _BLOCK, _BLOCK], OPERAND)
     results = gl.allocate_shared_memory(out_type, [2, _SLAB, _BLOCK], RESULT)
-    loaded = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(_STAGES):
+    for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=1)
         mbarrier.init(free.index(stage), count=2)  # both groups of warps
     for which in gl.static_range(2):

@@ -8,7 +8,6 @@ idle for about 3,000 cycles a tile without this overlap: 5% of the time with 64 
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,42 +38,45 @@ from experts.steps.fused.launch import launch
 def product(
     a: Tensor,
     b_LPQ: Tensor,
+    out_NQ: Tensor,
     permutation: Permutation,
     tiles: Tensor,
     programs: int,
     gather: bool,
     transposed: bool,
-) -> Tensor:
-    """Return [N, Q]: each row of a times its expert's matrix of b [L, P, Q], or its transpose of b [L, Q, P].
+) -> None:
+    """Write [N, Q]: each row of a times its expert's matrix of b [L, P, Q], or its transpose of b [L, Q, P].
 
-    a: [T, P] with `gather`, whose rows are the rows' tokens; else [N, P]. Both have the same 16-bit dtype. The tiles
-    are those of `experts.gemm.products`, of `LARGE`. Rows past the last group stay unwritten. Sums are in float32.
+    a: [T, P] with `gather`, whose rows are the rows' tokens; else [N, P]. All have the same 16-bit dtype. The tiles
+    are those of `experts.gemm.products`, of `LARGE`. Rows without a tile stay unwritten. Sums are in float32.
     """
     a, b_LPQ = aligned(a), aligned(b_LPQ)
-    width, depth = b_LPQ.shape[1:] if transposed else b_LPQ.shape[:0:-1]
+    depth = b_LPQ.shape[2 if transposed else 1]
     block = [1, LARGE.columns, LARGE.depth] if transposed else [1, LARGE.depth, LARGE.columns]
-    out = torch.empty(permutation.num_rows, width, dtype=a.dtype, device=a.device)
     rows = a if gather else described(a, [LARGE.rows, LARGE.depth])
-    _launch(rows, described(b_LPQ, block), out, None, permutation, tiles, programs, depth, gather, transposed)
-    return out
+    _launch(rows, described(b_LPQ, block), out_NQ, None, permutation, tiles, programs, depth, gather, transposed)
 
 
 def activated_product(
-    x_TD: Tensor, b_LDH: Tensor, permutation: Permutation, tiles: Tensor, programs: int, weights_TK: Tensor | None
-) -> Tensor:
-    """Return [N, I]: silu(gate)·up of each row's token times its expert's matrix, times the row's routing weight.
+    x_TD: Tensor,
+    b_LDH: Tensor,
+    out_NI: Tensor,
+    permutation: Permutation,
+    tiles: Tensor,
+    programs: int,
+    weights_TK: Tensor | None,
+) -> None:
+    """Write [N, I]: silu(gate)·up of each row's token times its expert's matrix, times the row's routing weight.
 
     x: [T, D]; b: [L, D, H], whose columns are those of gate, then those of up; weights: [T, K] or None; H = 2I. The
     tiles are those of `experts.gemm.products`, of `PAIRS`. The activation is computed from the float32 sums.
     """
     x_TD, b_LDH = aligned(x_TD), aligned(b_LDH)
     experts, depth, width = b_LDH.shape
-    out = torch.empty(permutation.num_rows, width // 2, dtype=x_TD.dtype, device=x_TD.device)
     halves = b_LDH.view(experts, depth, 2, width // 2).transpose(1, 2)
     weights_TK = None if weights_TK is None else weights_TK.contiguous()
     pairs = described(halves, [1, 2, PAIRS.depth, PAIRS.columns])
-    _launch(x_TD, pairs, out, weights_TK, permutation, tiles, programs, depth, gather=True, pairs=True)
-    return out
+    _launch(x_TD, pairs, out_NI, weights_TK, permutation, tiles, programs, depth, gather=True, pairs=True)
 
 
 def _launch(

@@ -146,6 +146,12 @@ class Recorder(GroupedExperts):
 POLICY = TimingPolicy(interval_target=0.9, time_cap_s=0.01)
 
 
+@pytest.fixture(autouse=True)
+def small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the workloads of these tests time a small copy; test_ceilings.py times one of the true size."""
+    monkeypatch.setitem(ceilings.COPIED_BYTES, "cpu", 1 << 20)
+
+
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
     backend = Backend("recorder", Recorder, lambda device, config: None)
