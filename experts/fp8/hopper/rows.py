@@ -150,7 +150,7 @@ def _multiply(
         else:  # no row of the group is in this slab
             store_block(out, memory[2].index(WHICH), done_left, MOST_ROWS, end, place, left_half, left)
             store_block(out, memory[2].index(WHICH), done_right, MOST_ROWS, end, place, right_half, right)
-            skip_steps(p_blocks, memory, step)
+            skip_steps(p_blocks, memory, step, WHICH)
             done_left, done_right = no_block(out.dtype), no_block(out.dtype)
         row, end = first_row, next_end
         left_half, left = split_column(2 * pair, q_width, Q_HALVES)

@@ -15,11 +15,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from experts.fp8.blocks import BLOCK
 
 SLAB = 64  # rows of one group of warps
-HALF = 64  # columns that tensor cores multiply at a time
+#: Whether the groups take turns. Without turns, both multiply and both add at the same time.
+TURNS = True
 MULTIPLYING_WARPS, MULTIPLYING_REGISTERS, LOADING_REGISTERS = 4, 240, 24
 
 _BLOCK, _SLAB = gl.constexpr(BLOCK), gl.constexpr(SLAB)
-_WARPS, _HALF = gl.constexpr(MULTIPLYING_WARPS), gl.constexpr(HALF)
+_WARPS, _TURNS = gl.constexpr(MULTIPLYING_WARPS), gl.constexpr(TURNS)
 
 
 def shared_layout(rank: int, bits: int) -> gl.NVMMASharedLayout:
@@ -61,7 +62,7 @@ def is_kept(index, num_steps, STAGES: gl.constexpr, KEPT: gl.constexpr):
 @gluon.jit
 def _find_slot(index, num_steps, memory, step):
     """Return where the rows of `a` are: kept rows have places of their own, the others take turns."""
-    a_tiles, b_tiles, _, _, _ = memory
+    a_tiles, b_tiles, _, _, _, _ = memory
     STAGES: gl.constexpr = b_tiles.shape[0] // 2
     KEPT: gl.constexpr = a_tiles.shape[0] // 2 - STAGES
     slot = KEPT + step % STAGES
@@ -76,7 +77,7 @@ def load_step(a, b, a_first, b_left, b_right, half, p, memory, step, index, num_
 
     `step` counts all steps of a program, and `index` those of a tile. Only `fresh` rows of `a` are loaded.
     """
-    a_tiles, b_tiles, _, loaded, free = memory
+    a_tiles, b_tiles, _, loaded, free, _ = memory
     STAGES: gl.constexpr = b_tiles.shape[0] // 2
     stage = step % STAGES
     barrier = loaded.index(stage)
@@ -106,27 +107,16 @@ def store_block(out, result, values, first, second, row, half, column):
 
 
 @gluon.jit
-def _begin(a, b_tile, PART: gl.constexpr):
-    """Begin to multiply a slab, in registers, by a half of a block of columns."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _HALF, 32])
-    zeros = gl.zeros([_SLAB, _HALF], gl.float32, layout)
-    half = b_tile.slice(PART * _HALF, _HALF).permute((1, 0))
-    return warpgroup_mma(a, half, zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _both(left, right):
-    """Return the sums of a block of columns from those of its halves."""
+def _begin_block(a_tile, b_tile, turns, turn, WHICH: gl.constexpr):
+    """Multiply 128 columns when it is this group's turn, and pass the turn on as soon as the tensor cores have it."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
-    both = gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [_SLAB, _BLOCK])
-    return gl.convert_layout(both, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _by_row(scale):
-    """Return the scales of rows as a column, in the layout of the sums of half a block."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _HALF, 32])
-    return gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, layout), assert_trivial=True), 1)
+    zeros = gl.zeros([_SLAB, _BLOCK], gl.float32, layout)
+    if _TURNS:
+        mbarrier.wait(turns.index(WHICH), turn & 1)
+    sums = warpgroup_mma(a_tile, b_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if _TURNS:
+        mbarrier.arrive(turns.index(1 - WHICH))
+    return sums
 
 
 @gluon.jit
@@ -157,76 +147,65 @@ def multiply_tile(
     `a_where` points to the scales of the slab's rows, and `left_where` and `right_where` to those of the two blocks.
     While the first step is multiplied, store the blocks of the tile before, `done_left` and `done_right`, at their
     places, which the arguments from `first` to `right_column` give. Without TWO, there is no right block to store.
-
-    While the sums of one half of a block are added, the tensor cores already multiply the next half.
     """
-    a_tiles, b_tiles, results, loaded, free = memory
+    a_tiles, b_tiles, results, loaded, free, turns = memory
     STAGES: gl.constexpr = b_tiles.shape[0] // 2
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _HALF, 32]), 4)
     result = results.index(WHICH)
     a_scale = gl.load(a_where)
     left_scale, right_scale = gl.load(left_where), gl.load(right_where)
-    by_left, by_right = _by_row(a_scale * left_scale), _by_row(a_scale * right_scale)
+    by_left, by_right = a_scale * left_scale, a_scale * right_scale
     following = gl.minimum(1, num_steps - 1)
     a_scale = gl.load(a_where + following * a_stride)
     left_scale, right_scale = gl.load(left_where + following * b_stride), gl.load(right_where + following * b_stride)
     stage = step % STAGES
     mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
-    a = a_tiles.index(2 * _find_slot(0, num_steps, memory, step) + WHICH).load(OPERAND)
-    left_b, right_b = b_tiles.index(2 * stage), b_tiles.index(2 * stage + 1)
-    sums_0 = _begin(a, left_b, 0)
-    sums_1 = _begin(a, left_b, 1)
+    a_tile = a_tiles.index(2 * _find_slot(0, num_steps, memory, step) + WHICH)
+    sums = _begin_block(a_tile, b_tiles.index(2 * stage), turns, 2 * step, WHICH)
     store_block(out, result, done_left, first, second, row, left_half, left_column)
-    sums_0 = warpgroup_mma_wait(1, deps=(sums_0,))
-    total_0 = sums_0 * by_left
-    sums_0 = _begin(a, right_b, 0)
-    sums_1 = warpgroup_mma_wait(1, deps=(sums_1,))
-    total_1 = sums_1 * by_left
-    sums_1 = _begin(a, right_b, 1)
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    left = sums * gl.expand_dims(by_left, 1)
+    sums = _begin_block(a_tile, b_tiles.index(2 * stage + 1), turns, 2 * step + 1, WHICH)
     if TWO:
         store_block(out, result, done_right, first, second, row, right_half, right_column)
-    sums_0 = warpgroup_mma_wait(1, deps=(sums_0,))
-    total_2 = sums_0 * by_right
-    sums_1 = warpgroup_mma_wait(0, deps=(sums_1,))
+    sums = warpgroup_mma_wait(0, deps=(sums,))
     mbarrier.arrive(free.index(stage))
-    total_3 = sums_1 * by_right
+    right = sums * gl.expand_dims(by_right, 1)
     step += 1
     for index in range(1, num_steps):
         stage = step % STAGES
-        by_left, by_right = _by_row(a_scale * left_scale), _by_row(a_scale * right_scale)
+        by_left, by_right = a_scale * left_scale, a_scale * right_scale
         following = gl.minimum(index + 1, num_steps - 1)  # early: the next step waits for the loads
         a_scale = gl.load(a_where + following * a_stride)
-        left_scale = gl.load(left_where + following * b_stride)
-        right_scale = gl.load(right_where + following * b_stride)
+        left_scale, right_scale = (
+            gl.load(left_where + following * b_stride),
+            gl.load(right_where + following * b_stride),
+        )
         mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
-        a = a_tiles.index(2 * _find_slot(index, num_steps, memory, step) + WHICH).load(OPERAND)
-        left_b, right_b = b_tiles.index(2 * stage), b_tiles.index(2 * stage + 1)
-        sums_0 = _begin(a, left_b, 0)
-        sums_1 = _begin(a, left_b, 1)
-        sums_0 = warpgroup_mma_wait(1, deps=(sums_0,))
-        total_0 += sums_0 * by_left
-        sums_0 = _begin(a, right_b, 0)
-        sums_1 = warpgroup_mma_wait(1, deps=(sums_1,))
-        total_1 += sums_1 * by_left
-        sums_1 = _begin(a, right_b, 1)
-        sums_0 = warpgroup_mma_wait(1, deps=(sums_0,))
-        total_2 += sums_0 * by_right
-        sums_1 = warpgroup_mma_wait(0, deps=(sums_1,))
+        a_tile = a_tiles.index(2 * _find_slot(index, num_steps, memory, step) + WHICH)
+        sums = _begin_block(a_tile, b_tiles.index(2 * stage), turns, 2 * step, WHICH)
+        sums = warpgroup_mma_wait(0, deps=(sums,))
+        left += sums * gl.expand_dims(by_left, 1)
+        sums = _begin_block(a_tile, b_tiles.index(2 * stage + 1), turns, 2 * step + 1, WHICH)
+        sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(free.index(stage))
-        total_3 += sums_1 * by_right
+        right += sums * gl.expand_dims(by_right, 1)
         step += 1
-    return _both(total_0, total_1), _both(total_2, total_3)
+    return left, right
 
 
 @gluon.jit
-def skip_steps(num_steps, memory, step):
+def skip_steps(num_steps, memory, step, WHICH: gl.constexpr):
     """Leave out the steps of a slab without rows, but take part in what the other warps wait for."""
-    _, b_tiles, _, loaded, free = memory
+    _, b_tiles, _, loaded, free, turns = memory
     STAGES: gl.constexpr = b_tiles.shape[0] // 2
     for _ in range(num_steps):
         stage = step % STAGES
         mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
         mbarrier.arrive(free.index(stage))
+        if _TURNS:
+            for block in gl.static_range(2):
+                mbarrier.wait(turns.index(WHICH), (2 * step + block) & 1)
+                mbarrier.arrive(turns.index(1 - WHICH))
         step += 1
 
 
@@ -240,7 +219,7 @@ def no_block(dtype: gl.constexpr):
 def allocate(
     a_type: gl.constexpr, b_type: gl.constexpr, out_type: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr
 ):
-    """Return the shared memory and the barriers: tiles of both operands, results, `loaded` and `free`.
+    """Return the shared memory and the barriers: tiles of both operands, results, `loaded`, `free` and `turns`.
 
     It has the operands of STAGES steps, and the rows of `a` for KEPT more. `loaded` and `free` count steps.
     """
@@ -252,8 +231,12 @@ def allocate(
     results = gl.allocate_shared_memory(out_type, [2, _SLAB, _BLOCK], RESULT)
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=1)
         mbarrier.init(free.index(stage), count=2)  # both groups of warps
+    for which in gl.static_range(2):
+        mbarrier.init(turns.index(which), count=1)
+    mbarrier.arrive(turns.index(0))  # the first group begins
     fence_async_shared()
-    return a_tiles, b_tiles, results, loaded, free
+    return a_tiles, b_tiles, results, loaded, free, turns
