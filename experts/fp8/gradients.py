@@ -16,8 +16,9 @@ from experts.gemm.gradients import runs_on_hopper
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
-#: The output's gradient is gathered and transposed in this many parts, so that a part needs little memory.
-PARTS = 4
+#: The output's gradient is gathered and transposed in at most this many parts, so that a part needs little memory. A part
+#: has an even number of blocks of columns, because tiles have two.
+PARTS = 7
 STAGES, WARPS = 3, 8
 
 
@@ -36,20 +37,19 @@ def grad_of_up(
 
 
 def grad_of_down(
-    a_NI: Tensor, grad_TD: Tensor, permutation: Permutation, blocks: RowBlocks, fmt: torch.dtype = E4M3
+    a: TurnedRows, grad_TD: Tensor, permutation: Permutation, blocks: RowBlocks, fmt: torch.dtype = E4M3
 ) -> Tensor:
-    """Return the gradient [L, I, D] of the down projection's weights."""
+    """Return the gradient [L, I, D] of the down projection's weights. `a` is the activation [N, I], by column."""
     dim = grad_TD.shape[1]
-    shape = permutation.offsets_L.shape[0], a_NI.shape[1], dim
+    shape = permutation.offsets_L.shape[0], a.values.shape[1], dim
     if permutation.num_rows == 0:
         return torch.zeros(shape, dtype=grad_TD.dtype, device=grad_TD.device)
-    left = turn(a_NI, blocks, permutation, gather=False, by_column=True)
     out = torch.empty(shape, dtype=grad_TD.dtype, device=grad_TD.device)
-    part = triton.cdiv(num_blocks(dim), PARTS) * BLOCK
+    part = 2 * triton.cdiv(num_blocks(dim), 2 * PARTS) * BLOCK
     for start in range(0, dim, part):
         columns = slice(start, min(start + part, dim))
         right = turn(grad_TD, blocks, permutation, gather=True, by_column=False, columns=columns, dtype=fmt)
-        _outer(left, right, blocks, out[:, :, columns], 1, permutation.num_rows)
+        _outer(a, right, blocks, out[:, :, columns], 1, permutation.num_rows)
         del right
     return out
 

@@ -77,6 +77,8 @@ def turn(
     num_columns = halves * num_blocks(width // halves)
     values = torch.empty(blocks.most, width, BLOCK, dtype=dtype, device=rows.device)
     scales = torch.empty(blocks.most, width if by_column else num_columns, dtype=torch.float32, device=rows.device)
+    if blocks.most == 0:
+        return TurnedRows(values, scales)
     launch(
         turn_rows,
         (blocks.most * triton.cdiv(num_columns, BLOCKS_AT_ONCE),),

@@ -30,7 +30,7 @@ from experts.fp8 import activation, gradients, products, quantise
 from experts.fp8.blocks import E4M3, Matrices, Rows, up_halves
 from experts.fp8.cache import Weights
 from experts.fp8.tokens import Fp8Tokens, in_16_bits
-from experts.fp8.turned import row_blocks
+from experts.fp8.turned import row_blocks, turn
 from experts.steps import steps_on
 
 
@@ -187,7 +187,9 @@ def _backward(
     del grad_h_NH
     h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
     if wanted.down and blocks is not None:
-        grad_down = gradients.grad_of_down(a_NI, in_16_bits(grad_TD), permutation, blocks, plan.gradients)
+        turned_a = turn(a_NI, blocks, permutation, gather=False, by_column=True)
+        del a_NI
+        grad_down = gradients.grad_of_down(turned_a, in_16_bits(grad_TD), permutation, blocks, plan.gradients)
     elif wanted.down:
         grad_down = grad_of_down(a_NI, in_16_bits(grad_TD), plan.plan, steps)
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias

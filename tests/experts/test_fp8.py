@@ -271,7 +271,8 @@ def test_outer_products_are_the_sums_of_each_experts_rows(device: str, dtype: to
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch, "empty", poisoned_blocks)
         up = gradients.grad_of_up(x_TD, rows_NH, permutation, blocks, halves)
-        down = gradients.grad_of_down(rows_NH, x_TD, permutation, blocks)
+        by_column = turned.turn(rows_NH, blocks, permutation, gather=False, by_column=True)
+        down = gradients.grad_of_down(by_column, x_TD, permutation, blocks)
     for expert, (start, end) in enumerate(itertools.pairwise(offsets)):
         if start == end:
             assert not up[expert].any()

@@ -25,6 +25,8 @@ PEERS_AGAIN, PROFILED = "h200-peers-2026-11-30", "h200-ep2-2026-11-30"
 #: SonicMoE and `triton`: one round of forwards and train steps, and train steps in three rounds with newer kernels.
 ONE_ROUND, ROUNDS = "h200-peers-once-2026-11-30", "h200-peers-rounds-2026-11-30"
 TRAINING, ADAPTERS, FP8 = "h200-training-2026-11-30", "h200-lora-2026-11-30", "h200-fp8-2026-11-30"
+#: FP8 on a map of rows per expert and moe_inter_dim.
+FP8_MAP = "h200-fp8-map-2026-11-30"
 #: Contexts of training, and rows in FP8, on two GPUs.
 TRAINING_OF_TWO, FP8_OF_TWO = "h200-training-ep2-2026-11-30", "h200-fp8-ep2-2026-11-30"
 EARLIER_GPU, EARLIER_PEERS = "earlier/h200-2026-11-23-2", (DECODE, "earlier/h200-peers-2026-11-23")

@@ -3,34 +3,52 @@
 from collections.abc import Iterator
 from typing import Any
 
-from tests.figures.data import FP8, FP8_OF_TWO, bandwidths, results, select, the
+from moebench.results.precision.ratios import cells, crossings
+from tests.figures.data import FP8, FP8_MAP, FP8_OF_TWO, SHAPES, bandwidths, results, select, the
 from tests.figures.markdown import markdown
 
 MIB = 2**20
 
 
 def fp8() -> str:
-    header = ["shape", "tokens", "mode", "backend", "time, ms", "`triton` takes", "from a graph, ms", "`triton` takes"]
-    header += ["peak, MiB", "quantised weights, MiB", "parity error over its budget"]
+    header = ["shape", "tokens", "mode", "backend", "rounds", "time, ms", "`triton` takes", "from a graph, ms"]
+    header += ["`triton` takes", "peak, MiB", "quantised weights, MiB", "parity error over its budget"]
     frame = results(FP8)
 
     def rows() -> Iterator[list[Any]]:
+        for (experts, k, dim, inter), tokens in SHAPES.items():
+            for mode in ("forward", "train"):
+                case = select(frame, n_routed_experts=experts, dim=dim, moe_inter_dim=inter, mode=mode)
+                other = the(case, backend="triton")
+                for backend in ("triton", "triton_fp8", "deep_gemm_fp8"):
+                    row = the(case, backend=backend)
+                    times = [
+                        text
+                        for name in ("time_ms", "graph_time_ms")
+                        for text in (f"{row[name]:.3f}", f"{other[name] / row[name]:.2f} ×")
+                    ]
+                    kept = row["cached_weight_bytes"]
+                    yield [
+                        *(f"e{experts}k{k}d{dim}i{inter}", tokens, mode, f"`{backend}`", row["num_rounds"], *times),
+                        *(f"{row['peak_memory_bytes'] / MIB:.0f}", "–" if not kept > 0 else f"{kept / MIB:.0f}"),
+                        f"{row['parity_worst']:.2f}",
+                    ]
+
+    return markdown(header, rows())
+
+
+def ratios_on_the_map() -> str:
+    some = cells(results(FP8_MAP))
+    counts = sorted({one.rows_per_expert for one in some})
+    header = ["mode", "`moe_inter_dim`", *(f"{count:g} rows per expert" for count in counts), "FP8 pays from"]
+
+    def rows() -> Iterator[list[Any]]:
         for mode in ("forward", "train"):
-            case = select(frame, mode=mode)
-            other = the(case, backend="triton")
-            for backend in ("triton", "triton_fp8", "deep_gemm_fp8"):
-                row = the(case, backend=backend)
-                shape = "e{n_routed_experts}k{n_activated_experts}d{dim}i{moe_inter_dim}".format(**row)
-                times = [
-                    text
-                    for name in ("time_ms", "graph_time_ms")
-                    for text in (f"{row[name]:.3f}", f"{other[name] / row[name]:.2f} ×")
-                ]
-                kept = row["cached_weight_bytes"]
-                yield [
-                    *(shape, row["num_tokens"], mode, f"`{backend}`", *times, f"{row['peak_memory_bytes'] / MIB:.0f}"),
-                    *("–" if not kept > 0 else f"{kept / MIB:.0f}", f"{row['parity_worst']:.2f}"),
-                ]
+            own = [one for one in some if one.mode == mode]
+            for inter, start in crossings(own).items():
+                found = {one.rows_per_expert: f"{one.ratio:.2f}" for one in own if one.moe_inter_dim == inter}
+                pays = "nowhere" if start is None else f"{start or min(found):.0f} rows"
+                yield [mode, inter, *(found[count] for count in counts), pays]
 
     return markdown(header, rows())
 

@@ -254,6 +254,7 @@ TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
     ("docs/training.md", "contexts_of_two"): training.contexts_of_two,
     ("docs/training.md", "adapters"): training.adapters,
     ("docs/fp8.md", "fp8"): fp8.fp8,
+    ("docs/fp8.md", "fp8_map"): fp8.ratios_on_the_map,
     ("docs/fp8.md", "fp8_between_ranks"): fp8.between_ranks,
     ("docs/fp8.md", "fp8_dispatches"): fp8.dispatches,
 }
