@@ -16,8 +16,8 @@ from experts.gemm.gradients import runs_on_hopper
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
-#: The output's gradient is gathered and transposed in at most this many parts, so that a part needs little memory. A part
-#: has an even number of blocks of columns, because tiles have two.
+#: The output's gradient is gathered and transposed in at most this many parts, so that a part needs little memory. A
+#: part has an even number of blocks of columns, because tiles have two.
 PARTS = 7
 STAGES, WARPS = 3, 8
 

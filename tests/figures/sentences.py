@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.figures import kernels, peers, quoted, ranks, scaled, two_gpus
-from tests.figures import training as trained
+from tests.figures import kernels, peers, quoted, ranks, scaled, training, two_gpus
 from tests.figures.data import FOUR_GPUS, GPU, PEERS, PEERS_AGAIN, PROFILED, SYMM_MEM, TWO_GPUS, WAITING
 
 
@@ -70,7 +69,7 @@ README = (
     ("in one round of {measured} jobs.", lambda: quoted.counts(PEERS_AGAIN)),
     ("train steps of `triton` and SonicMoE in {done} of {asked} jobs of three rounds,", peers.in_rounds),
     ("dispatchers in {measured} of {jobs} jobs, with profiles.", lambda: quoted.counts(PROFILED)),
-    ("This run has train steps in {contexts} contexts of training,", trained.run),
+    ("This run has train steps in {contexts} contexts of training,", training.run),
     (
         """`triton` was the fastest backend of this project in all {cases} cases in which another backend was measured
         beside it.""",
@@ -90,6 +89,11 @@ README = (
         quoted.libraries_take,
     ),
     ("FP8 through Transformer Engine was slower than `torch_mm` in every case measured.", quoted.fp8_is_slower),
+    (
+        """On three shapes, the forward of `triton` took {forward_low} to {forward_high} times as long as the forward of
+        these engines. A train step of `triton` took {train_low} to {train_high} times as long as theirs.""",
+        quoted.own_fp8_takes,
+    ),
     ("use `deepep` for a forward of up to {few} tokens per rank. |", ranks.dispatchers),
     (
         """`deepep` was the fastest in {fastest} of {cases} cases. With `te` and with `loop`, another dispatcher was
@@ -274,52 +278,6 @@ MEASURED = (
     ),
 )
 
-TRAINING = (
-    ("({date}, torch {torch}, bfloat16)", lambda: quoted.environment(trained.TRAINING)),
-    ("measured Qwen3-30B-A3B in {contexts} contexts, {jobs} jobs,", trained.run),
-    (
-        "The table has a train step of {tokens} tokens. The step of `accumulate:4` has four micro-batches of {fewer}",
-        trained.run,
-    ),
-    ("a checkpoint makes the step {low} to {high} times as long.", trained.costs),
-    (
-        """`triton` and `torch_mm` keep {kept} MiB for backward, and `te` keeps {te_kept} MiB. With `checkpoint`, each
-        of them keeps {few} MiB. The tokens themselves, {x} MiB, are inputs, and no context counts them.""",
-        trained.costs,
-    ),
-    ("The peak of `triton` is {peak} MiB with and without `checkpoint`.", trained.costs),
-    ("`checkpoint_reentrant` takes up to {more} MiB more.", trained.costs),
-    ("the step of four micro-batches takes {time} ms and peaks at {peak} MiB", trained.micro_batches),
-    ("The step then takes {less} ms, {share} of the time, and peaks at {lower} MiB.", trained.micro_batches),
-    (
-        "The step takes {over} times as long as without the compiler, and peaks {more} MiB higher,",
-        trained.of_compile,
-    ),
-    ("`te` breaks the graph {breaks} times.", trained.of_compile),
-    ("but the step of `triton` takes {over} times as long:", trained.of_offload),
-    (
-        """launches kernels for each of the {experts} experts. Its plain step takes {time} ms, of which the GPU works
-        for {busy} ms.""",
-        trained.of_te,
-    ),
-    ("The GPU's own time grows to {low} to {high} times with a checkpoint,", trained.of_te),
-    ("measured {measured} of {jobs} jobs of two ranks with {tokens} tokens each", trained.of_two),
-    (
-        """With `symm_mem`, a step with `checkpoint` takes {low} to {high} times as long as a plain one, and one with
-        `checkpoint_experts` {experts} times. The latter keeps {kept} MiB instead of {least},""",
-        trained.of_two,
-    ),
-    ("measured low-rank adapters of rank {rank} beside frozen experts", trained.of_adapters),
-    ("low-rank-adapters)), {jobs} jobs,", trained.of_adapters),
-    (
-        """With 2048 tokens, a train step of `triton_lora` peaks at {peak} MiB, and one of `triton` at {engine_peak}
-        MiB,""",
-        trained.of_adapters,
-    ),
-    ("A train step with adapters takes {train_low} to {train_high} times as long", trained.of_adapters),
-    ("A forward takes {low} to {high} times as long.", trained.of_adapters),
-)
-
 OTHERS = (
     (
         "docs/sweeps.md",
@@ -391,7 +349,7 @@ SENTENCES = tuple(
         *(("README.md", *rest) for rest in README),
         *(("docs/measured.md", *rest) for rest in MEASURED),
         *(("docs/scaling.md", *rest) for rest in SCALING),
-        *(("docs/training.md", *rest) for rest in TRAINING),
+        *(("docs/training.md", *rest) for rest in training.SENTENCES),
         *OTHERS,
     )
 )

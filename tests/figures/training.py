@@ -1,13 +1,13 @@
 """The figures of sentences.py and tables.py about contexts of training and adapters."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
 
 from experts.catalog import LORA
 from moebench.workload.spec import available_sweeps, load_sweep
-from tests.figures import data
+from tests.figures import data, quoted
 from tests.figures.data import ADAPTERS, TRAINING, TRAINING_OF_TWO, results, select, the
 from tests.figures.markdown import markdown
 from tests.figures.quoted import WORDS
@@ -233,3 +233,51 @@ def of_adapters() -> dict[str, Any]:
         "engine_peak": _mib(the(few, backend="triton")["peak_memory_bytes"]),
         "rank": LORA.rank,
     }
+
+
+#: The sentences of docs/training.md, each with the function that computes its figures; see sentences.py.
+SENTENCES: tuple[tuple[str, Callable[[], Mapping[str, Any]]], ...] = (
+    ("({date}, torch {torch}, bfloat16)", lambda: quoted.environment(TRAINING)),
+    ("measured Qwen3-30B-A3B in {contexts} contexts, {jobs} jobs,", run),
+    (
+        "The table has a train step of {tokens} tokens. The step of `accumulate:4` has four micro-batches of {fewer}",
+        run,
+    ),
+    ("a checkpoint makes the step {low} to {high} times as long.", costs),
+    (
+        """`triton` and `torch_mm` keep {kept} MiB for backward, and `te` keeps {te_kept} MiB. With `checkpoint`, each
+        of them keeps {few} MiB. The tokens themselves, {x} MiB, are inputs, and no context counts them.""",
+        costs,
+    ),
+    ("The peak of `triton` is {peak} MiB with and without `checkpoint`.", costs),
+    ("`checkpoint_reentrant` takes up to {more} MiB more.", costs),
+    ("the step of four micro-batches takes {time} ms and peaks at {peak} MiB", micro_batches),
+    ("The step then takes {less} ms, {share} of the time, and peaks at {lower} MiB.", micro_batches),
+    (
+        "The step takes {over} times as long as without the compiler, and peaks {more} MiB higher,",
+        of_compile,
+    ),
+    ("`te` breaks the graph {breaks} times.", of_compile),
+    ("but the step of `triton` takes {over} times as long:", of_offload),
+    (
+        """launches kernels for each of the {experts} experts. Its plain step takes {time} ms, of which the GPU works
+        for {busy} ms.""",
+        of_te,
+    ),
+    ("The GPU's own time grows to {low} to {high} times with a checkpoint,", of_te),
+    ("measured {measured} of {jobs} jobs of two ranks with {tokens} tokens each", of_two),
+    (
+        """With `symm_mem`, a step with `checkpoint` takes {low} to {high} times as long as a plain one, and one with
+        `checkpoint_experts` {experts} times. The latter keeps {kept} MiB instead of {least},""",
+        of_two,
+    ),
+    ("measured low-rank adapters of rank {rank} beside frozen experts", of_adapters),
+    ("low-rank-adapters)), {jobs} jobs,", of_adapters),
+    (
+        """With 2048 tokens, a train step of `triton_lora` peaks at {peak} MiB, and one of `triton` at {engine_peak}
+        MiB,""",
+        of_adapters,
+    ),
+    ("A train step with adapters takes {train_low} to {train_high} times as long", of_adapters),
+    ("A forward takes {low} to {high} times as long.", of_adapters),
+)
