@@ -13,7 +13,7 @@ from experts.fp8.blocks import BLOCK, Matrices, Rows, num_blocks
 from experts.fp8.kernels import fp8_gemm
 from experts.gemm.gradients import runs_on_hopper
 from experts.gemm.kernels import TILE_FIELDS, list_tiles
-from experts.gemm.tiling import NO_LIMITS, Limits, limits_for
+from experts.gemm.tiling import FEW_ROWS, NO_LIMITS, Limits, limits_for
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
@@ -39,7 +39,7 @@ def tiling_for(rows_per_expert: float) -> Tiling:
     """Return the tiling for an average of `rows_per_expert`."""
     if rows_per_expert <= 24:
         return Tiling(16 if rows_per_expert <= 12 else 32, 4, 4, listed=False)
-    if rows_per_expert <= 56:
+    if rows_per_expert <= FEW_ROWS:
         return Tiling(64, 4, 4, listed=False)
     return Tiling(128, 4, 8)
 
@@ -65,7 +65,7 @@ def product(
     if tiling is None:
         tiling = tiling_for(rows_per_expert)
         tiling = large if tiling.rows == large.rows else tiling
-    for limits in limits_for(tiling.rows, tiling.listed, permutation.num_tokens):
+    for limits in limits_for(tiling.rows, tiling.listed, rows_per_expert, permutation.num_tokens):
         _multiply(rows, matrices, permutation, out, gather, large if limits.over else tiling, limits)
     return out
 

@@ -27,7 +27,7 @@ def candidates_for(rows_per_expert: float, pairs: bool) -> tuple[Tiling, ...]:
 
     Some may need more shared memory or registers than a GPU has.
     """
-    if rows_per_expert <= 56:
+    if rows_per_expert <= tiling.FEW_ROWS:
         heights = [height for height in (16, 32, 64) if rows_per_expert <= 2 * height]
         sizes = [(128, 64, 4), (128, 64, 5), (64, 64, 5), (64, 128, 4), (128, 128, 3), (256, 64, 3)]
         tiles = [Tiling(rows, *size, warps=4) for rows in heights for size in sizes]

@@ -152,7 +152,7 @@ def _multiply(
         return out
     tile: Tiling = choices.choose(_kind(gather, transposed, activate, form), b_LPQ, rows_per_expert)
     task = _Task(a, b_LPQ, out, permutation, gather, transposed, activate, form, weights_TK, bias_LH)
-    for limits in limits_for(tile.rows, tile.listed, permutation.num_tokens):
+    for limits in limits_for(tile.rows, tile.listed, rows_per_expert, permutation.num_tokens):
         if limits.over:
             tile = PAIRS if form.gated else LARGE
         task.run(tile, limits)

@@ -16,6 +16,8 @@ class Tiling:
     listed: bool = False
 
 
+#: Up to this average of rows per expert, tiles are small.
+FEW_ROWS = 56
 #: The tile for many rows per expert. It needs the registers of a whole multiprocessor.
 LARGE = Tiling(128, 256, depth=64, stages=3, warps=8, listed=True)
 #: The same for the up projection with a gated activation, which reads a pair of columns for each column of the result.
@@ -34,7 +36,7 @@ def tiling_for(rows_per_expert: float, pairs: bool) -> Tiling:
     """
     if rows_per_expert <= 24:
         return Tiling(16 if rows_per_expert <= 12 else 32, 64 if pairs else 128, depth=64, stages=4, warps=4)
-    if rows_per_expert <= 56:
+    if rows_per_expert <= FEW_ROWS:
         return Tiling(64, 64 if pairs else 128, depth=64, stages=4, warps=4)
     return PAIRS if pairs else LARGE
 
@@ -54,12 +56,12 @@ MOST_SMALL = 2
 FEW_TOKENS = 64
 
 
-def limits_for(rows: int, listed: bool, num_tokens: int) -> tuple[Limits, ...]:
+def limits_for(rows: int, listed: bool, rows_per_expert: float, num_tokens: int) -> tuple[Limits, ...]:
     """Return the limits of one launch with a chosen tile of `rows`, or of it and of another launch with large tiles.
 
     The tile is chosen for the average number of rows per expert, and routing may give single experts many more rows.
     Only the device knows.
     """
-    if listed or num_tokens <= FEW_TOKENS:
+    if listed or rows_per_expert > FEW_ROWS or num_tokens <= FEW_TOKENS:
         return (NO_LIMITS,)
     return Limits(most=MOST_SMALL), Limits(over=MOST_SMALL * rows)

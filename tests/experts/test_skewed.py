@@ -117,10 +117,11 @@ def test_a_product_in_fp8_of_small_and_large_tiles_is_right(
 
 @pytest.mark.parametrize("rows", [16, 32, 64])
 def test_each_expert_belongs_to_one_launch(rows: int) -> None:
-    from experts.gemm.tiling import FEW_TOKENS, NO_LIMITS, limits_for
+    from experts.gemm.tiling import FEW_ROWS, FEW_TOKENS, NO_LIMITS, limits_for
 
-    assert limits_for(rows, False, FEW_TOKENS) == limits_for(rows, True, 5000) == (NO_LIMITS,)
-    small, large = limits_for(rows, False, FEW_TOKENS + 1)
+    for one in ((True, FEW_ROWS, 5000), (False, FEW_ROWS, FEW_TOKENS), (False, FEW_ROWS + 1, 5000)):
+        assert limits_for(rows, *one) == (NO_LIMITS,)
+    small, large = limits_for(rows, False, FEW_ROWS, FEW_TOKENS + 1)
     for count in range(1, 5 * rows):
         assert (-(-count // rows) <= small.most) is not (count > large.over), count
 
