@@ -34,6 +34,8 @@ EARLIER_GPU, EARLIER_PEERS = "earlier/h200-2026-11-23-2", (DECODE, "earlier/h200
 SHAPES = {(128, 8, 2048, 768): 16384, (32, 4, 2880, 2880): 8192, (32, 8, 7168, 2048): 4096}
 #: The shapes of which PEERS_AGAIN has all layers.
 SHAPES_AGAIN = {shape: SHAPES[shape] for shape in ((128, 8, 2048, 768), (32, 8, 7168, 2048))}
+#: The shapes of the study `steps` of 2026-11-30.
+SHAPES_OF_STEPS_AGAIN = ((32, 4, 2880, 2880), (32, 8, 7168, 2048))
 JOB = ["case_id", "backend", "dispatcher"]
 
 

@@ -1,13 +1,31 @@
-"""The figures of sentences.py about layers of other libraries."""
+"""The figures about layers of other libraries, and about the products of other libraries (the study `steps`)."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pandas as pd
 
 from moebench.verdicts.findings import rounds_of
+from moebench.workload.models import SHAPE_AXES, shape_name
 from tests.figures import data
-from tests.figures.data import JOB, ONE_ROUND, PEERS, PEERS_AGAIN, ROUNDS, SHAPES, SHAPES_AGAIN, results, select, the
+from tests.figures.data import (
+    JOB,
+    ONE_ROUND,
+    PEERS,
+    PEERS_AGAIN,
+    ROUNDS,
+    SHAPES,
+    SHAPES_AGAIN,
+    SHAPES_OF_STEPS_AGAIN,
+    results,
+    select,
+    the,
+)
+from tests.figures.markdown import markdown
 from tests.figures.quoted import WORDS, counts
+
+#: The dates of the files: with sizes on the host, and with cuBLASLt 13.4, which takes them on the device for `te`.
+FIRST_STEPS, STEPS_AGAIN = "2026-11-23", "2026-11-30"
 
 
 def of_automodel() -> dict[str, str]:
@@ -135,3 +153,89 @@ def of_sonicmoe_once() -> dict[str, str]:
             own, peer = (the(some, mode=mode) for some in rows)
             found[f"{mode}{number}"] = f"{peer['time_ms'] / own['time_ms']:.3f}"
     return found
+
+
+# the study `steps`
+
+
+def steps_of(date: str, shape: tuple[int, ...], only: str = "") -> dict[str, Any]:
+    """The rows of one file by their names. `only` is the end of the name of a file with one backend."""
+    path = "-".join(["steps/h200", date, *map(str, shape), *([only] if only else [])])
+    return {row["name"]: row for row in data.document(f"{path}.json")["rows"]}
+
+
+def steps() -> str:
+    return _table_of_steps(FIRST_STEPS, SHAPES)
+
+
+def steps_again() -> str:
+    return _table_of_steps(STEPS_AGAIN, SHAPES_OF_STEPS_AGAIN)
+
+
+def _table_of_steps(date: str, shapes: Iterable[tuple[int, ...]]) -> str:
+    header = ["shape", "backend"]
+    for mode in ("forward", "train"):
+        header += [f"{mode}: its products, TFLOP/s", "layer, TFLOP/s", "share"]
+
+    def rows() -> Iterator[list[Any]]:
+        for shape in shapes:
+            found = steps_of(date, shape)
+            for backend in ("gmm", "te"):
+                cells: list[str] = []
+                for mode in ("forward", "train"):
+                    products, layer = (found[f"{backend}: {what}, {mode}"] for what in ("products", "layer"))
+                    cells += [f"{products['tflops']:.0f}", f"{layer['tflops']:.0f}", f"{layer['fraction']:.2f}"]
+                yield [shape_name(dict(zip(SHAPE_AXES, shape, strict=True))), f"`{backend}`", *cells]
+
+    return markdown(header, rows())
+
+
+def products_of_te() -> dict[str, str]:
+    """What the layer of `te` reaches with sizes on the device, and what `triton` reached in another run."""
+    found = [steps_of(STEPS_AGAIN, shape) for shape in SHAPES_OF_STEPS_AGAIN]
+    shares = {mode: [f"{one[f'te: layer, {mode}']['fraction']:.2f}" for one in found] for mode in ("forward", "train")}
+    (train,) = set(shares["train"])
+    own = [rounds_of_sonicmoe(shape)[0]["tflops"] for shape in SHAPES_OF_STEPS_AGAIN]
+    products, layers = ([one[f"te: {what}, train"]["tflops"] for one in found] for what in ("products", "layer"))
+    close = float(earlier_peers()["close"].rstrip("%")) / 100
+    assert all(fast > whole for fast, whole in zip(products, own, strict=True)), "the products are faster"
+    assert all(_apart(whole / layer) < close for whole, layer in zip(own, layers, strict=True)), "the layers are close"
+    values = {"products": products, "layer": layers, "triton": own}
+    return {
+        "train": train,
+        **{f"forward{number}": share for number, share in enumerate(shares["forward"])},
+        **{f"{name}{number}": f"{one:.0f}" for name, ones in values.items() for number, one in enumerate(ones)},
+    }
+
+
+def products_of_gmm() -> dict[str, str]:
+    found = [steps_of(STEPS_AGAIN, shape) for shape in SHAPES_OF_STEPS_AGAIN]
+    for one, shape in zip(found, SHAPES_OF_STEPS_AGAIN, strict=True):
+        for name in ("gmm: layer, forward", "gmm: layer, train"):
+            assert one[name]["fraction"] <= steps_of(FIRST_STEPS, shape)[name]["fraction"], "no more than before"
+    (train,) = {f"{one['gmm: layer, train']['fraction']:.2f}" for one in found}
+    forward = [f"{one['gmm: layer, forward']['fraction']:.2f}" for one in found]
+    return {"train": train, **{f"forward{number}": share for number, share in enumerate(forward)}}
+
+
+def by_place() -> dict[str, str]:
+    """The time of the products of `te` with sizes on the device over that with sizes on the host, by shape."""
+    over = []
+    for shape in SHAPES_OF_STEPS_AGAIN:
+        for mode in ("forward", "train"):
+            times = steps_of(STEPS_AGAIN, shape)[f"te: products, {mode}"]["ms_by_place_of_sizes"]
+            over.append(times["device"] / times["host"])
+    assert max(over[:2]) < 1 < min(over[2:])
+    names = ("first_forward", "first_train", "second_forward", "second_train")
+    return {name: f"{ratio:.2f}" for name, ratio in zip(names, over, strict=True)}
+
+
+def of_two_processes() -> dict[str, str]:
+    """How far the times of `te` are from those of an earlier process with `te` alone."""
+    apart = []
+    for shape in SHAPES_OF_STEPS_AGAIN:
+        earlier, later = steps_of(STEPS_AGAIN, shape, "te"), steps_of(STEPS_AGAIN, shape)
+        names = [name for name in earlier if name.startswith("te: ")]
+        assert len(names) == 4
+        apart += [abs(later[name]["ms"] / earlier[name]["ms"] - 1) for name in names]
+    return {"apart": f"{max(apart):.1%}"}

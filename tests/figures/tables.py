@@ -12,7 +12,7 @@ import pandas as pd
 
 from moebench.results.stats import relative_half_width, series_interval
 from moebench.workload.models import SHAPE_AXES, shape_name
-from tests.figures import data, fp8, kernels, scaled, training, two_gpus
+from tests.figures import data, fp8, kernels, scaled, skewed, training, two_gpus
 from tests.figures import peers as peer_figures
 from tests.figures.markdown import markdown
 
@@ -70,25 +70,6 @@ def peers_rounds() -> str:
             times = (f"{row['time_ms']:.3f}" for row in (own, peer))
             of_rounds = ", ".join(f"{one:.3f}" for one in by_round)
             yield [_named(shape), num_tokens, len(by_round), *times, f"{ratio:.3f}", of_rounds, *peaks]
-
-    return markdown(header, rows())
-
-
-def steps() -> str:
-    header = ["shape", "backend"]
-    for mode in ("forward", "train"):
-        header += [f"{mode}: its products, TFLOP/s", "layer, TFLOP/s", "share"]
-
-    def rows() -> Iterator[list[Any]]:
-        for shape in data.SHAPES:
-            measured = data.document(f"steps/h200-2026-11-23-{'-'.join(map(str, shape))}.json")["rows"]
-            found = {row["name"]: row for row in measured}
-            for backend in ("gmm", "te"):
-                cells: list[str] = []
-                for mode in ("forward", "train"):
-                    products, layer = (found[f"{backend}: {what}, {mode}"] for what in ("products", "layer"))
-                    cells += [f"{products['tflops']:.0f}", f"{layer['tflops']:.0f}", f"{layer['fraction']:.2f}"]
-                yield [_named(shape), f"`{backend}`", *cells]
 
     return markdown(header, rows())
 
@@ -238,9 +219,12 @@ TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
             peers,
             peers_again,
             peers_rounds,
-            steps,
             kernels.counters,
+            peer_figures.steps,
+            peer_figures.steps_again,
             decode,
+            skewed.skewed,
+            skewed.skewed_slower,
             two_gpus_with_symm_mem,
             kernels.profiles,
             four_gpus,

@@ -1,0 +1,218 @@
+"""The sentences of docs/measured.md that quote figures. See tests/figures/sentences.py."""
+
+from tests.figures import kernels, peers, quoted, ranks, skewed, two_gpus
+from tests.figures.data import FOUR_GPUS, GPU, PROFILED, SYMM_MEM
+
+MEASURED = (
+    (
+        """on NVIDIA H200 GPUs on {first}, {second}, {third} or {fourth}, with torch {torch}, CUDA {cuda} and Python
+        {python}.""",
+        quoted.environments,
+    ),
+    (
+        """A train step of `torch_mm` takes {torch_mm0}, {torch_mm1} and {torch_mm2} of AutoModel's time on the three
+        shapes. A train step of `triton` takes {triton0}, {triton1} and {triton2} of AutoModel's time.""",
+        peers.of_automodel,
+    ),
+    (
+        """A train step of SonicMoE takes {train0}, {train1} and {train2} of the time of `triton` on the three shapes,
+        and a forward {forward0}, {forward1} and {forward2}. The peak of its train step is {peak_low} to {peak_high}
+        higher.""",
+        peers.of_sonicmoe,
+    ),
+    (
+        """The times of `torch_mm` and `peer_transformers` differ by up to {close} between the runs, and AutoModel's
+        times by up to {automodel}.""",
+        peers.earlier_peers,
+    ),
+    (
+        """In this run, the forward and the train step of SonicMoE together took {s0} s, {s1} s and {s2} s before they
+        were timed""",
+        peers.warmup_of_sonicmoe,
+    ),
+    (
+        """after {measured} of {asked} jobs, so this is one round and not three. Two shapes have all five layers. Of
+        the third shape, only {few} jobs were measured, and the table leaves it out. All {measured} jobs were `ok`. The
+        worst parity error was {worst} of its budget.""",
+        peers.again,
+    ),
+    (
+        """a train step of SonicMoE takes {train0} and {train1} times as long as a train step of `triton`, and a
+        forward {forward0} and {forward1} times as long. One round does not say how much of this the next process would
+        repeat: unchanged layers differed by up to {close} between earlier runs.""",
+        peers.of_sonicmoe_again,
+    ),
+    (
+        """the peak of a train step of `triton` is {lower} MiB lower than two days before, which is the size of the
+        gathered copy of the rows""",
+        peers.no_copy,
+    ),
+    ("after {done} of {asked} jobs, so the last shape has two rounds.", peers.in_rounds),
+    (
+        """A train step of SonicMoE takes {ratio0}, {ratio1} and {ratio2} times as long as a train step of `triton`. On
+        the last shape""",
+        peers.of_sonicmoe_in_rounds,
+    ),
+    (
+        """measured {train0}, {train1} and {train2} for train steps, and {forward0}, {forward1} and {forward2} for
+        forwards""",
+        peers.of_sonicmoe_once,
+    ),
+    ("The table has all kernels that take {shortest} ms or more,", lambda: {"shortest": kernels.SHORTEST_MS}),
+    (
+        """The products keep the tensor cores busy for {tensor_low} to {tensor_high}% of the cycles, and the gradients
+        of the weights for {gradients_low} to {gradients_high}%. Under the products, the GPU lowers its clock to
+        {clock_low} to {clock_high} GHz, as it does at its power limit. Under the other kernels of the table, the clock
+        is {fast_low} to {fast_high} GHz. These other kernels, the activation with its backward and the sums over the
+        experts of a token, reach {dram_low} to {dram_high}% of the bandwidth of DRAM.""",
+        kernels.reached,
+    ),
+    (
+        """A multiprocessor does at most {flops} operations per cycle, which gives the cycles that a tile keeps the
+        tensor cores busy. `multiply_rows` leaves them without work for {low} to {high} further cycles per tile. These
+        are nearly the same for a tile with {short} terms and for a tile with {long} terms, so they lie between the
+        tiles. A tile with more terms hides them better: with {short} terms, the tensor cores are busy for
+        {short_share}% of the cycles, and with {long} terms for {long_share}%. `grouped_gemm`, which gathers its rows,
+        leaves the tensor cores without work for {gathered_low} to {gathered_high} cycles per tile.""",
+        kernels.between_tiles,
+    ),
+    (
+        """measured {measured} of {jobs} jobs on two other H200s in one round, and wrote a profile of each""",
+        lambda: quoted.counts(PROFILED),
+    ),
+    ("The table has one train step of 4096 tokens of Qwen3-30B-A3B with `triton`, on rank 0:",),
+    (
+        """a timed step takes {low} to {high} times as long as its kernels without barriers. The rest is time in which
+        the GPU waits for the host or for the other rank. With `symm_mem`, the step takes {after} times as
+        long as its kernels: nothing waits for the host, so the host launches the kernels ahead. `symm_mem`
+        has the most kernels, {kernels}, and `deepep` the fewest, {fewest},""",
+        kernels.before_and_after,
+    ),
+    (
+        """`all_to_all_vdev` takes {nccl_low} to {nccl_high} times as long as NCCL. Sort and `all_to_all_vdev` together
+        take {ours_low} to {ours_high} times as long as the dispatch of `symm_mem`, although they do not send weights
+        and choices. `all_to_all_vdev_2d` takes {flat_low} to {flat_high} times as long as `all_to_all_vdev`.""",
+        kernels.of_vdev,
+    ),
+    (
+        "measured all {measured} jobs, and all were `ok`. The worst parity error was {worst} of its budget.",
+        lambda: quoted.counts(FOUR_GPUS),
+    ),
+    (
+        """measured all {measured} jobs in three rounds of fresh processes. All jobs were `ok`, and the worst parity
+        error was {worst} of its budget.""",
+        lambda: quoted.counts(SYMM_MEM),
+    ),
+    (
+        """None of the {jobs} jobs with `symm_mem` waits for the GPU. {reach} of them reached the target for the width
+        of the interval ([how precise](#how-precise)), and the three rounds of a job differ by at most {apart}.""",
+        two_gpus.precision,
+    ),
+    (
+        """A train step of 4096 tokens of Qwen3-30B-A3B with `triton` and `symm_mem` takes {ratio} times as long as a
+        train step of NeMo AutoModel's layer on DeepEP ({low} to {high} over the rounds). AutoModel's layer on
+        Transformer Engine takes {slow} times as long as its other layer.""",
+        two_gpus.of_automodel,
+    ),
+    (
+        """for 4096 tokens, four forwards with a quarter of the tokens take {few} ms longer than one forward with all
+        tokens, and for 16384 tokens {many} ms longer. Each part reads all weights again. The exposed communication,
+        which is all that could be hidden, is {few_exposed} and {many_exposed} ms.""",
+        two_gpus.pieces,
+    ),
+    (
+        """With 1024 tokens of Qwen3-30B-A3B, its dispatch takes {dispatch} times as long as the raw call, and its
+        combine {combine} times as long.""",
+        two_gpus.small_messages,
+    ),
+    (
+        """All {jobs} jobs wait for the GPU (flag `synchronises`), and only {reach} of them reached the target for
+        the width of the interval""",
+        ranks.waits,
+    ),
+    (
+        "measured the matrix products of some cases {times}, and the two times differ by up to {apart} where the GPU",
+        quoted.products_twice,
+    ),
+    ("From {rows} rows per expert on, each multiprocessor keeps one program", quoted.listed_from),
+    (
+        """With 128 experts, launching kernels on the host limits the speed of `te`: a forward of Qwen3-30B-A3B takes
+        {t512} ms for 512 tokens and {t16384} ms for 16384.""",
+        quoted.te_forward,
+    ),
+    (
+        """the layer of `te` reaches {train} of the speed of its products in a train step of both shapes, and {forward0}
+        and {forward1} in a forward. In a train step, its products reach {products0} and {products1} TFLOP/s, and the
+        whole layer {layer0} and {layer1}. On another H200, the whole layer of `triton` reached {triton0} and
+        {triton1} TFLOP/s""",
+        peers.products_of_te,
+    ),
+    (
+        """On the first shape, the products of `te` take {first_forward} (forward) and {first_train} (train) times as
+        long with the sizes on the device as on the host, and on the second shape {second_forward} and {second_train}
+        times.""",
+        peers.by_place,
+    ),
+    (
+        "Its layer reaches {train} in a train step of both shapes, and {forward0} and {forward1} in a forward.",
+        peers.products_of_gmm,
+    ),
+    (
+        """the times of `te` differ by at most {apart} from those of another process on the same GPU, which had `te`
+        alone.""",
+        peers.of_two_processes,
+    ),
+    (
+        """timed `triton` and `torch_mm` in turns in one process on an H200, with {tokens} tokens on {models} models""",
+        skewed.slower,
+    ),
+    (
+        """{slower} of {ratios} ratios are wholly above 1. None of them has the routing `zipf`. The largest is
+        {largest}, and the largest of a train step is {train_largest}. The median is {forward} for forwards and
+        {train} for train steps.""",
+        skewed.slower,
+    ),
+    (
+        """At the speed of the copies in the study `steps`, in bytes read and written, these zeros alone would take
+        {low} to {high} of the time of a train step of `triton`, and more than half of it in {more} of {steps} train
+        steps. On DeepSeek-V3, DeepSeek-V4-Flash and Kimi-K2 with one-hot routing, they would take at least {most_low}.
+        They would take the least on mixtral-8x7b, so they do not explain its ratios.""",
+        skewed.zeros,
+    ),
+    (
+        """With one-hot routing, the {experts} experts of qwen3-next-80b that have tokens have {rows} rows each, and
+        the result of their up projection has {columns} columns. That makes {tiles} large tiles for {sms}
+        multiprocessors, so some of these have no work. This is not the whole reason: qwen3-30b-a3b has {qwen_tiles}
+        tiles there, and its ratio is {qwen_ratio}.""",
+        skewed.tiles,
+    ),
+    ("the whole 95% interval of the ratio is above 1,",),
+    (
+        """its dispatch takes {two_low} to {two_high} ms longer than the raw call on two GPUs, and {four_low} to
+        {four_high} ms longer on four.""",
+        ranks.allgather_waits,
+    ),
+    (
+        """measured {measured} of {jobs} jobs before its time budget ended. All {measured} were `ok`. The worst parity
+        error was {worst} of its budget.""",
+        lambda: quoted.counts(GPU),
+    ),
+    (
+        """A job took {job_s} s on average: {timing_s} s of timing, {parity_s} s of parity, {ceilings_s} s of
+        ceilings""",
+        quoted.seconds_of_a_job,
+    ),
+    ("until half the width of the 95% confidence interval of its median time is at most 0.5% of the median,",),
+    ("By that rule, {jobs} jobs that do not wait for the GPU did not converge.", quoted.not_converged),
+    (
+        """the middle half of the samples of the `gmm` forward of 16384 tokens of Qwen3-30B-A3B lies between {low}
+        and {high} ms.""",
+        quoted.speeds_of_the_host,
+    ),
+    ("for all jobs that take 0.1 ms or more:",),
+    ("the first {jobs} jobs of a random order", quoted.two_rounds),
+    (
+        "differed between the two H200s by up to {apart}. Differences of at most 1 MiB are left out of this figure.",
+        quoted.peaks_apart,
+    ),
+)
