@@ -163,7 +163,7 @@ def main(
         for row in rows[len(rows) - len(found) :]:
             print(_line(row), flush=True)
         if out is not None:
-            content = json.dumps({"environment": described, "rows": rows}) + "\n"
+            content = json.dumps({"environment": described, "time_cap_s": time_cap_s, "rows": rows}) + "\n"
             with writable(out):
                 write_atomically(out, content.encode())
     ratios = [row for row in rows if row["status"] == Status.ok]
