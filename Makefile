@@ -33,11 +33,11 @@ bench: $(READY) ## measure suites/gpu.toml if torch sees a CUDA GPU, else suites
 	@suite=$$($(RUN) -c '$(SUITE_FOR_THIS_MACHINE)') && $(RUN) -m moebench run "$$suite"
 
 test: lint ## check style and types, run the tests
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 ifeq ($(NO_INSTALL),)
 test-lowest: .venv-lowest/.installed ## run a part of the tests with the oldest libraries that pyproject.toml allows
-	PYTHONPATH=. $(LOWEST) -m pytest -n $(WORKERS) --dist loadfile $(LIBRARY_TESTS) $(TORCH_TESTS)
+	PYTHONPATH=. $(LOWEST) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(LIBRARY_TESTS) $(TORCH_TESTS)
 
 test-pythons: ## run tests that need no torch with the other versions of Python that this machine has
 	$(PYTHON) tests/pythons.py $(LIBRARY_TESTS)
@@ -47,7 +47,7 @@ test-lowest test-pythons:
 endif
 
 certify: $(READY) ## run the proofs that take long in full: planted faults, false alarms, found slowdowns, additions
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --certify -m certify --timeout 0
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --certify -m certify --timeout 0
 
 lint: $(READY) ## check style and types
 	$(RUN) -m ruff check .
