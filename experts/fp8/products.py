@@ -64,7 +64,7 @@ def product(
     large = HOPPER if whole_tiles else tiling_for(math.inf)
     if tiling is None:
         tiling = tiling_for(rows_per_expert)
-        tiling = large if tiling.rows == large.rows else tiling
+        tiling = large if tiling.listed else tiling
     for limits in limits_for(tiling.rows, tiling.listed, rows_per_expert, permutation.num_tokens):
         _multiply(rows, matrices, permutation, out, gather, large if limits.over else tiling, limits)
     return out

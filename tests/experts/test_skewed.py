@@ -50,6 +50,7 @@ def test_a_product_of_small_and_large_tiles_is_right(
 ) -> None:
     """Expert 3 has few rows, and expert 1 many. Each row has a tile of one launch, and rows of nobody have none."""
     from experts import gemm
+    from experts.gemm import products, tiling
 
     given = Given(device, dtype)
     counts = given.permutation.tokens_per_expert_L.tolist()
@@ -59,6 +60,9 @@ def test_a_product_of_small_and_large_tiles_is_right(
     given.assert_near(gemm.gathered_product(given.x_TD, given.b_LDH, given.permutation, 4.0), right)
     if device == "cpu":
         assert launched == [("grouped_gemm", 16), ("list_tiles", 32), ("grouped_gemm", 32)]
+        tiles, _ = products._tiles(given.permutation, 3, 1, products.LARGE, tiling.Limits(over=16))
+        assert tiles is not None
+        assert int(tiles[0]) == -(-counts[0] // 32), "16 rows are not more than 16"
     x_ND = eager.gather_rows(given.x_TD, given.permutation)
     x_ND[given.num_local :] = torch.nan
     given.assert_near(gemm.product(x_ND, given.b_LDH, given.permutation, 4.0), right)
