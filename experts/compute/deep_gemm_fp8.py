@@ -46,7 +46,7 @@ def compute(
 ) -> Tensor:
     """Return the local experts' sum [T, D]; see `Compute`.
 
-    `cache` keeps the weights in FP8, with `save` "time" also in the layout of backward. Without it, each product
+    `cache` keeps the weights in FP8, with `save` "time" in the layouts of both passes. Without it, each product
     quantises its weights.
     """
     from experts.fp8.weights import FreshWeights
@@ -60,8 +60,8 @@ def compute(
 
     parameters = parameters.to(x_TD.dtype)
     given = parameters.gate_and_up_projs.detach(), parameters.down_projs.detach(), config
-    back = save == "time" and needs_gradients(x_TD, weights_TK, parameters)
-    weights = FreshWeights(*given, padded=True) if cache is None else cache.weights(*given, back, padded=True)
+    back = needs_gradients(x_TD, weights_TK, parameters)
+    weights = FreshWeights(*given, padded=True) if cache is None else cache.weights(*given, back, save == "time", True)
     plan = Plan(permutation, config, grouped_mm.products(permutation.offsets_L), "memory")
     fp8_plan = Fp8Plan(plan, weights, product=Product(permutation))
     return fp8_experts(x_TD, weights_TK, parameters, fp8_plan)[:num_tokens]

@@ -41,7 +41,7 @@ def compute(
     """Return the local experts' sum [T, D]; see `Compute`.
 
     `fp8_gradients` is the format of gradients of rows. `fp8_weight_gradients` is whether the products for the gradients
-    of the weights are in FP8. `cache` keeps the weights in FP8, with `save` "time" also in the layout of backward.
+    of the weights are in FP8. `cache` keeps the weights in FP8, with `save` "time" in the layouts of both passes.
     Without it, each product quantises its weights.
     """
     from experts.fp8.weights import FreshWeights
@@ -50,9 +50,9 @@ def compute(
     permutation = sort_by_expert(indices_TK, first, parameters.down_projs.shape[0])
     plan = Plan(permutation, config, _outer_products(permutation), "memory")
     parameters = parameters.to(x_TD.dtype)
-    matrices = parameters.gate_and_up_projs.detach(), parameters.down_projs.detach()
-    back = save == "time" and needs_gradients(x_TD, weights_TK, parameters)
-    weights = FreshWeights(*matrices, config) if cache is None else cache.weights(*matrices, config, back)
+    given = parameters.gate_and_up_projs.detach(), parameters.down_projs.detach(), config
+    back = needs_gradients(x_TD, weights_TK, parameters)
+    weights = FreshWeights(*given) if cache is None else cache.weights(*given, back, save == "time")
     gradients = E5M2 if fp8_gradients == "e5m2" else E4M3
     return fp8_experts(x_TD, weights_TK, parameters, Fp8Plan(plan, weights, gradients, fp8_weight_gradients))
 

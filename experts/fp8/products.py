@@ -1,7 +1,7 @@
 """Multiply rows in FP8, grouped by expert, by their experts' matrices in FP8. The host does not wait for the device."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -28,11 +28,13 @@ class Tiling:
     stages: int = 3
     warps: int = 8
     listed: bool = True
-    #: Whether the kernel for Hopper computes it, in tiles of 128 × 256.
+    #: Whether the kernel for Hopper computes it.
     hopper: bool = False
 
 
-HOPPER = Tiling(128, 4, 4, listed=True, hopper=True)
+HOPPER = Tiling(192, 4, 4, listed=True, hopper=True)
+#: The same for the up projection with its activation, whose tiles have 128 columns of gate and of up.
+HOPPER_PAIRS = replace(HOPPER, rows=128)
 
 
 def tiling_for(rows_per_expert: float) -> Tiling:
@@ -86,7 +88,7 @@ def _multiply(
     if tiling.hopper:
         from experts.fp8 import hopper
 
-        tiles, programs = list_of_tiles(permutation, experts, triton.cdiv(blocks, 2), tiling, limits)
+        tiles, programs = list_of_tiles(permutation, experts, blocks, tiling, limits)
         assert tiles is not None
         hopper.multiply(rows, matrices, out, tiles, programs)
         return
@@ -131,13 +133,13 @@ def activated_product(
     halves.
     """
     tiling = tiling_for(rows_per_expert)
-    fits = form.gated and not form.interleaved and tiling.rows == HOPPER.rows
+    fits = form.gated and not form.interleaved and tiling.listed
     if not fits or permutation.num_rows == 0 or not runs_on_hopper(rows.values.device, permutation.num_rows):
         return None
     from experts.fp8 import hopper
 
     experts, width, _ = up.values.shape
-    tiles, programs = list_of_tiles(permutation, experts, num_blocks(width // 2), HOPPER)
+    tiles, programs = list_of_tiles(permutation, experts, num_blocks(width // 2), HOPPER_PAIRS)
     assert tiles is not None
     return hopper.multiply_and_activate(rows, up, permutation.row_to_slot_N, weights_TK, form, tiles, programs, dtype)
 

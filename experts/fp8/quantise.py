@@ -135,21 +135,30 @@ def _quantise_matrices(b_LPQ: Tensor, halves: int, natural: Matrices | None, tur
     )
 
 
-def transposed(matrices: Matrices, into: Matrices | None = None, padded: bool = False) -> Matrices:
+def transposed(
+    matrices: Matrices, into: Matrices | None = None, padded: bool = False, rows: int | None = None
+) -> Matrices:
     """Return the matrices [L, Q, P] as [L, P, Q], with the same values. With `into`, write them into its memory.
 
-    With `padded`, zeros fill up the parts of Q in the result. Those of P must not be filled up.
+    With `padded`, zeros fill up the parts of Q in the result. If they fill up the parts of P in the matrices, `rows` is
+    the P of the result. Only one of both may be filled up.
     """
-    experts, q, p = matrices.values.shape
+    experts, q, stored_p = matrices.values.shape
+    p = stored_p if rows is None else rows
     if into is None:
         into = _empty_matrices(experts, p, q, matrices.p_halves, matrices.q_halves, matrices.values.device, padded)
-    parts = matrices.q_halves if into.values.shape[2] > q else 1
+    stored_q = into.values.shape[2]
+    # a part for each half that has zeros after it
+    q_parts, p_parts = matrices.q_halves if stored_q > q else 1, matrices.p_halves if stored_p > p else 1
+    q_width, p_width = q // q_parts, p // p_parts
     launch(
         transpose_matrices,
-        (triton.cdiv(p, BLOCK), triton.cdiv(q // parts, BLOCK), experts * parts),
+        (triton.cdiv(p_width, BLOCK), triton.cdiv(q_width, BLOCK), experts * q_parts * p_parts),
         *(matrices.values.view(torch.uint8), into.values.view(torch.uint8)),
-        *(q // parts, p),
-        PARTS=parts,
+        *(q_width, p_width, stored_q // q_parts),
+        *(q * stored_p, q_width * stored_p if q_parts > 1 else stored_p // p_parts, stored_p),
+        *(p * stored_q, stored_q // q_parts if q_parts > 1 else p_width * stored_q, stored_q),
+        PARTS=q_parts * p_parts,
         num_warps=WEIGHT_WARPS,
     )
     into.scales.copy_(matrices.scales.mT)
@@ -254,22 +263,31 @@ def quantise_matrices(
 
 
 @triton.jit
-def transpose_matrices(source, target, q_width, p_width, PARTS: tl.constexpr):
-    """Transpose a tile of a matrix or, if the target is padded, of one of the PARTS of a matrix."""
+def transpose_matrices(
+    source,
+    target,
+    q_width,
+    p_width,
+    stored_width,
+    source_matrix,
+    source_part,
+    source_row,
+    target_matrix,
+    target_part,
+    target_row,
+    PARTS: tl.constexpr,
+):
+    """Transpose a tile of one of the PARTS of a matrix. The arguments from `source_matrix` on are strides.
+
+    A row of the part has `stored_width` columns in the target, where the ones past `q_width` are zeros.
+    """
     p = tl.program_id(0) * _BLOCK + tl.arange(0, _BLOCK)
     q = tl.program_id(1) * _BLOCK + tl.arange(0, _BLOCK)
-    part = tl.program_id(2).to(tl.int64)
-    matrix = part * q_width * p_width
-    tile = tl.load(
-        source + matrix + q[:, None] * p_width + p[None, :],
-        mask=(q < q_width)[:, None] & (p < p_width)[None, :],
-        other=0,
-    )
-    where = target + matrix + p[:, None] * q_width + q[None, :]
-    stored = (p < p_width)[:, None] & (q < q_width)[None, :]
-    if PARTS > 1:
-        width = tl.cdiv(q_width, _BLOCK) * _BLOCK
-        first = part // PARTS * p_width * (PARTS * width) + part % PARTS * width
-        where = target + first + p[:, None] * (PARTS * width) + q[None, :]
-        stored = (p < p_width)[:, None]
-    tl.store(where, tl.trans(tile), mask=stored)
+    index = tl.program_id(2).to(tl.int64)
+    expert, part = index // PARTS, index % PARTS
+    source += expert * source_matrix + part * source_part
+    target += expert * target_matrix + part * target_part
+    inside = (q < q_width)[:, None] & (p < p_width)[None, :]
+    tile = tl.load(source + q[:, None] * source_row + p[None, :], mask=inside, other=0)
+    stored = (p < p_width)[:, None] & (q < stored_width)[None, :]
+    tl.store(target + p[:, None] * target_row + q[None, :], tl.trans(tile), mask=stored)

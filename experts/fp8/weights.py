@@ -30,28 +30,42 @@ class FreshWeights:
         """As `experts.fp8.cache.Weights.down_back`."""
         return quantise_weights_back(self._down, 1)
 
+    def end_forward(self) -> None:
+        """As `experts.fp8.cache.Weights.end_forward`. There is nothing to free."""
+
 
 class KeptWeights:
-    """The weights of a `WeightCache`. If it does not keep them in the layout of backward, each call transposes them."""
+    """The weights that a `WeightCache` has brought for one call: `forward` and, if backward follows, `back`.
+
+    Each is the up projection, whose H is `width`, and the down projection. A forward pass that is computed once more
+    after its end transposes the layout of backward.
+    """
 
     def __init__(
-        self, up: Matrices, down: Matrices, up_back: Matrices | None, down_back: Matrices | None, padded: bool
+        self, forward: tuple[Matrices, Matrices], back: tuple[Matrices, Matrices] | None, width: int, padded: bool
     ) -> None:
-        self._up, self._down, self._up_back, self._down_back = up, down, up_back, down_back
+        self._forward: tuple[Matrices, Matrices] | None = forward
+        self._back, self._width = back, width
         self.padded = padded
 
     def up(self) -> Matrices:
         """As `experts.fp8.cache.Weights.up`."""
-        return self._up
+        return transposed(self.up_back(), rows=self._width) if self._forward is None else self._forward[0]
 
     def down(self) -> Matrices:
         """As `experts.fp8.cache.Weights.down`."""
-        return self._down
+        return transposed(self.down_back()) if self._forward is None else self._forward[1]
 
     def up_back(self) -> Matrices:
         """As `experts.fp8.cache.Weights.up_back`."""
-        return transposed(self._up, padded=self.padded) if self._up_back is None else self._up_back
+        assert self._back is not None
+        return self._back[0]
 
     def down_back(self) -> Matrices:
         """As `experts.fp8.cache.Weights.down_back`."""
-        return transposed(self._down) if self._down_back is None else self._down_back
+        assert self._back is not None
+        return self._back[1]
+
+    def end_forward(self) -> None:
+        """As `experts.fp8.cache.Weights.end_forward`. Frees the layout of the forward pass, if the cache does not."""
+        self._forward = None

@@ -117,6 +117,7 @@ class _Fp8Experts(Function):
         parameters = ExpertParameters(gate_and_up, down, up_bias, down_bias)
         out_TD, h_NH = _forward(x_TD, weights_TK, parameters, plan, keep=True)
         assert h_NH is not None
+        plan.weights.end_forward()
         tokens = (x_TD.quantised, x_TD.scales) if isinstance(x_TD, Fp8Tokens) else (x_TD, None)
         ctx.save_for_backward(*tokens, h_NH, weights_TK, *parameters)
         ctx.plan = plan

@@ -40,6 +40,10 @@ def test_padded_weights_have_zeros_after_each_half(device: str, dtype: torch.dty
         assert same(found.values, filled_up(right.values, halves, 48))
         assert same(found.scales, right.scales)
         assert (found.q_halves, found.p_halves) == (1, halves)
+    turned = quantise.transposed(back, rows=416)
+    assert same(turned.values, forward.values)
+    assert same(turned.scales, forward.scales)
+    assert (turned.q_halves, turned.p_halves) == (halves, 1)
     again = quantise.transposed(quantise.quantise_weights(b_LPQ * 2, halves), back, padded=True)
     assert again is back
     assert same(back.values, filled_up(right.values, halves, 48))

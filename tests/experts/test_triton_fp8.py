@@ -140,12 +140,13 @@ def test_weights_are_quantised_when_the_caller_says_that_they_changed(
     assert torch.equal(run(layer, batch)["output"], before["output"]), "a load is told by the layer itself"
 
 
+@pytest.mark.parametrize("save", ["memory", "time"])
 @on_every_setup
 def test_backward_reads_the_weights_that_a_forward_without_gradients_has_quantised(
-    device: str, dtype: torch.dtype
+    device: str, dtype: torch.dtype, save: Save
 ) -> None:
     config, parameters, batch = some(dtype, "swiglu")
-    layer = made("block_float32", config, parameters, device, save="time")
+    layer = made("block_float32", config, parameters, device, save=save)
     on_device = batch.map(lambda tensor: tensor.to(device))
     run(layer, batch)
     layer.load_state_dict({name: -tensor for name, tensor in parameters.items()})
@@ -154,6 +155,56 @@ def test_backward_reads_the_weights_that_a_forward_without_gradients_has_quantis
     right = made("block_float32", config, {name: -tensor for name, tensor in parameters.items()}, device)
     found = run(layer, batch)
     assert all(torch.equal(tensor, found[name]) for name, tensor in run(right, batch).items())
+
+
+@pytest.mark.parametrize("save", ["memory", "time"])
+@on_every_setup
+def test_passes_with_the_same_weights_have_the_same_bits(device: str, dtype: torch.dtype, save: Save) -> None:
+    """Calls read the layout that the call before kept, also while an earlier call still waits for its backward."""
+    config, parameters, batch = some(dtype, "swiglu")
+    layer = made("block_float32", config, parameters, device, save=save)
+    given = batch.map(lambda tensor: tensor.to(device))
+    right, quantised = run(layer, batch), layer.cached_weight_bytes
+    again = run(layer, batch)
+    assert {name for name, tensor in right.items() if not torch.equal(tensor, again[name])} == set()
+
+    layer.zero_grad()
+    x = given.x.clone().requires_grad_()
+    outputs = [layer(x, given.token_mask, given.weights, given.indices) for _ in range(2)]
+    with torch.no_grad():
+        outputs.append(layer(given.x, given.token_mask, given.weights, given.indices))
+    assert all(torch.equal(output, right["output"]) for output in outputs)
+    outputs[0].backward(given.grad, retain_graph=True)
+    first = x.grad.clone()
+    assert torch.equal(first, right["x"])
+    outputs[0].backward(given.grad)  # the forward pass is computed once more
+    outputs[1].backward(given.grad)
+    assert torch.equal(x.grad, first + first + first)
+    assert layer.cached_weight_bytes == quantised
+
+
+@pytest.mark.gpu
+def test_a_graph_still_finds_the_weights_that_it_reads_after_a_train_step() -> None:
+    config, parameters, batch = some(BF16, "swiglu")
+    layer = made("block_float32", config, parameters, "cuda")
+    given = batch.map(lambda tensor: tensor.cuda())
+    arguments = given.x, given.token_mask, given.weights, given.indices
+    with torch.no_grad():
+        right = layer(*arguments).clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = layer(*arguments)
+    run(layer, batch)
+    taken = [torch.full_like(tensor, float("nan")) for tensor in layer.parameters() for _ in range(4)]
+    graph.replay()
+    assert torch.equal(captured, right)
+    with torch.no_grad():
+        layer.down_projs *= -1
+    layer.weights_changed()
+    run(layer, batch)
+    graph.replay()
+    assert torch.equal(captured, -right)
+    del taken
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings about itself

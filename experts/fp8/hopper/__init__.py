@@ -1,8 +1,9 @@
-"""Multiply in FP8 on Hopper GPUs (SM90). One warp loads operands, and two groups of four warps multiply.
+"""Multiply in FP8 on Hopper GPUs (SM90). One warp loads operands, and groups of four warps multiply.
 
-A tile of the result has 128 rows and two blocks of 128 columns. Each of the two groups has 64 of the rows. Tensor cores
-sum 128 products, in a precision of about 14 bits. The group then adds the sums, times their scales, to sums in float32.
-The two groups take turns: while one group adds, the tensor cores multiply for the other group.
+A group has 64 rows of a tile of the result. Tensor cores sum 128 products, in a precision of about 14 bits. The group
+then adds the sums, times their scales, to sums in float32, while the tensor cores multiply for another group.
+The products of rows have three groups and one block of 128 columns. The gradients of weights, and the up projection
+with its activation, have two groups and two blocks. These two groups take turns.
 Importing this package imports Gluon, the language below Triton, which comes with Triton.
 """
 

@@ -12,16 +12,16 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from experts.activations import ActivationForm
 from experts.fp8.blocks import BLOCK, E4M3, LEAST_SCALE, Matrices, Rows, num_blocks
-from experts.fp8.hopper.rows import STAGES, grouped_parts, load_tiles, read_tile
+from experts.fp8.hopper.rows import grouped_parts, load_tiles, read_tile
 from experts.fp8.hopper.steps import (
     LOADING_REGISTERS,
-    MULTIPLYING_REGISTERS,
-    MULTIPLYING_WARPS,
+    REGISTERS_OF_TWO,
     SLAB,
+    WARPS,
     allocate,
     count_blocks,
     described,
-    multiply_tile,
+    multiply_pair,
     no_block,
     skip_steps,
     store_block,
@@ -31,9 +31,12 @@ from experts.gemm.hopper.gate import glu
 from experts.gemm.hopper.rounding import rounded
 from experts.steps.fused.launch import launch
 
+#: Steps whose operands are in shared memory at the same time.
+STAGES = 4
+
 _BLOCK, _SLAB = gl.constexpr(BLOCK), gl.constexpr(SLAB)
 _LARGEST, _LEAST_SCALE = gl.constexpr(torch.finfo(E4M3).max), gl.constexpr(LEAST_SCALE)
-_WARPS, _REGISTERS = gl.constexpr(MULTIPLYING_WARPS), gl.constexpr(MULTIPLYING_REGISTERS)
+_WARPS, _REGISTERS = gl.constexpr(WARPS), gl.constexpr(REGISTERS_OF_TWO)
 _LOADING_REGISTERS, _STAGES = gl.constexpr(LOADING_REGISTERS), gl.constexpr(STAGES)
 
 
@@ -74,7 +77,7 @@ def multiply_and_activate(
         OFFSET=form.offset,
         GELU=form.gelu,
         WEIGHTS=weights_TK is not None,
-        num_warps=MULTIPLYING_WARPS,
+        num_warps=WARPS,
     )
     return Rows(values, scales)
 
@@ -114,7 +117,7 @@ def _multiply(
         if first_row < next_end:
             a_where = a_scales + gl.minimum(first_row + rows, num_scales - 1)  # later rows are not stored
             gate_where = b_scales + (expert.to(gl.int64) * 2 * q_blocks + block) * p_blocks
-            gate, up = multiply_tile(
+            gate, up = multiply_pair(
                 a_where, num_scales, gate_where, gate_where + q_blocks * p_blocks, 1, p_blocks, memory, step, out,
                 done, done, MOST_ROWS, end, place, 0, column, 0, column, False, WHICH
             )  # fmt: skip
@@ -163,7 +166,7 @@ def multiply_and_activate_fp8(
     WEIGHTS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    memory = allocate(a.dtype, b.dtype, out.dtype, _STAGES, 0)
+    memory = allocate(a.dtype, b.dtype, out.dtype, 2, 2, _STAGES, 0)
     gl.warp_specialize(
         [
             (

@@ -15,15 +15,15 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from experts.fp8.blocks import BLOCK, num_blocks
 from experts.fp8.hopper.steps import (
     LOADING_REGISTERS,
-    MULTIPLYING_REGISTERS,
-    MULTIPLYING_WARPS,
+    REGISTERS_OF_TWO,
     SLAB,
+    WARPS,
     allocate,
     count_blocks,
     described,
     is_kept,
     load_step,
-    multiply_tile,
+    multiply_pair,
     no_block,
     skip_steps,
     split_column,
@@ -38,7 +38,7 @@ STAGES, KEPT = 3, 3
 
 _BLOCK, _SLAB = gl.constexpr(BLOCK), gl.constexpr(SLAB)
 _STAGES, _KEPT = gl.constexpr(STAGES), gl.constexpr(KEPT)
-_WARPS, _REGISTERS = gl.constexpr(MULTIPLYING_WARPS), gl.constexpr(MULTIPLYING_REGISTERS)
+_WARPS, _REGISTERS = gl.constexpr(WARPS), gl.constexpr(REGISTERS_OF_TWO)
 _LOADING_REGISTERS = gl.constexpr(LOADING_REGISTERS)
 
 
@@ -67,7 +67,7 @@ def outer(left: TurnedRows, right: TurnedRows, blocks: RowBlocks, out_LPQ: Tenso
         blocks.ends_L,
         *(bands * stretches, stretches, triton.cdiv(pairs, stretches), p, width),
         Q_HALVES=halves,
-        num_warps=MULTIPLYING_WARPS,
+        num_warps=WARPS,
     )
 
 
@@ -119,7 +119,7 @@ def _load(
             right += right_half * q_width
             for index in range(num_steps):
                 fresh = (pair == first_pair) | (is_kept(index, num_steps, _STAGES, _KEPT) == 0)
-                load_step(a, b, row, left, right, start + index, 0, memory, step, index, num_steps, fresh)
+                load_step(a, b, row, left, right, start + index, 0, memory, step, index, num_steps, fresh, 2)
                 step += 1
 
 
@@ -156,7 +156,7 @@ def _multiply(
             if (next_row < p) & (num_steps > 0):
                 left_where = b_scales + first * q_blocks + 2 * pair
                 right_where = b_scales + first * q_blocks + gl.minimum(2 * pair + 1, q_blocks - 1)
-                left_sums, right_sums = multiply_tile(
+                left_sums, right_sums = multiply_pair(
                     a_where, p, left_where, right_where, q_blocks, num_steps, memory, step, out, done_left, done_right,
                     0, expert, row, left_half, left, right_half, right, True, WHICH
                 )  # fmt: skip
@@ -191,7 +191,7 @@ def outer_fp8(
     Q_HALVES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    memory = allocate(a.dtype, b.dtype, out.dtype, _STAGES, _KEPT)
+    memory = allocate(a.dtype, b.dtype, out.dtype, 2, 2, _STAGES, _KEPT)
     gl.warp_specialize(
         [
             (

@@ -3,20 +3,21 @@
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from experts.fp8.blocks import BLOCK, Matrices, Rows
 from experts.fp8.hopper.steps import (
     LOADING_REGISTERS,
-    MULTIPLYING_REGISTERS,
-    MULTIPLYING_WARPS,
+    REGISTERS_OF_THREE,
     SLAB,
+    WARPS,
     allocate,
+    begin_block,
     count_blocks,
     described,
+    find_operands,
     load_step,
-    multiply_tile,
     no_block,
     shared_layout,
     skip_steps,
@@ -34,15 +35,15 @@ _WHOLE_ROUND = 2**34
 #: Steps whose operands are in shared memory at the same time.
 STAGES = 4
 
-_BLOCK, _SLAB = gl.constexpr(BLOCK), gl.constexpr(SLAB)
-_WARPS, _REGISTERS = gl.constexpr(MULTIPLYING_WARPS), gl.constexpr(MULTIPLYING_REGISTERS)
-_LOADING_REGISTERS, _STAGES = gl.constexpr(LOADING_REGISTERS), gl.constexpr(STAGES)
+_BLOCK, _SLAB, _WARPS = gl.constexpr(BLOCK), gl.constexpr(SLAB), gl.constexpr(WARPS)
+_REGISTERS, _LOADING_REGISTERS = gl.constexpr(REGISTERS_OF_THREE), gl.constexpr(LOADING_REGISTERS)
+_STAGES = gl.constexpr(STAGES)
 
 
 def multiply(rows: Rows, matrices: Matrices, out: Tensor, tiles: Tensor, programs: int) -> None:
     """Write [N, Q] to `out`: each row times the transpose of its expert's matrix; see `experts.fp8.products.product`.
 
-    The tiles have 128 rows and 2 blocks of columns. Rows past the last group stay unwritten.
+    The tiles have 192 rows and a block of columns. Rows past the last group stay unwritten.
     """
     experts, q, p = matrices.values.shape
     q_width, p_width = q // matrices.q_halves, p // matrices.p_halves
@@ -58,7 +59,7 @@ def multiply(rows: Rows, matrices: Matrices, out: Tensor, tiles: Tensor, program
         *(rows.scales.shape[1], p_width, q_width),
         P_HALVES=matrices.p_halves,
         Q_HALVES=matrices.q_halves,
-        num_warps=MULTIPLYING_WARPS,
+        num_warps=WARPS,
     )
 
 
@@ -75,7 +76,7 @@ def grouped_parts(out: Tensor, halves: int) -> TensorDescriptor:
 
 @gluon.jit
 def read_tile(tiles, tile):
-    """Return a tile's expert, pair of blocks of columns, first row, and the end of the expert's group."""
+    """Return a tile's expert, block of columns, first row, and the end of the expert's group."""
     entry = tiles + (1 + tile) * TILE_FIELDS
     return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
 
@@ -92,23 +93,72 @@ def load_tiles(
     Q_HALVES: gl.constexpr,
     GATED: gl.constexpr,
 ):
-    p_blocks, q_blocks = count_blocks(p_width), count_blocks(q_width) * Q_HALVES
+    p_blocks = count_blocks(p_width)
     num_tiles, num_steps = gl.load(tiles), P_HALVES * p_blocks
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, pair, first_row, _ = read_tile(tiles, tile)
+        expert, block, first_row, _ = read_tile(tiles, tile)
         if GATED:  # the same columns of gate and of up
-            left = 2 * expert * q_width + pair * _BLOCK
-            right = left + q_width
+            left = 2 * expert * q_width + block * _BLOCK
         else:
-            left_half, left = split_column(2 * pair, q_width, Q_HALVES)
-            right_half, right = split_column(gl.minimum(2 * pair + 1, q_blocks - 1), q_width, Q_HALVES)
-            left += (expert * Q_HALVES + left_half) * q_width
-            right += (expert * Q_HALVES + right_half) * q_width
+            half, left = split_column(block, q_width, Q_HALVES)
+            left += (expert * Q_HALVES + half) * q_width
+        BLOCKS: gl.constexpr = 2 if GATED else 1
         for half in gl.static_range(P_HALVES):
-            for block in range(p_blocks):
-                load_step(a, b, first_row, left, right, half, block * _BLOCK, memory, step, step, num_steps, True)
+            for index in range(p_blocks):
+                p = index * _BLOCK
+                load_step(a, b, first_row, left, left + q_width, half, p, memory, step, step, num_steps, True, BLOCKS)
                 step += 1
+
+
+@gluon.jit
+def _multiply_block(
+    a_where,
+    a_stride,
+    b_where,
+    num_steps,
+    memory,
+    step,
+    out,
+    done,
+    end,
+    place,
+    half,
+    column,
+    WHICH: gl.constexpr,
+):
+    """Return a slab's float32 sums over one or more steps, for one block of columns.
+
+    `a_where` points to the scales of the slab's rows, and `b_where` to those of the block. While the first step is
+    multiplied, store `done`, the block of the tile before, at its place, which the arguments from `end` to `column`
+    give.
+    """
+    _, b_tiles, results, _, free, _ = memory
+    last = num_steps - 1
+    a_scale, b_scale = gl.load(a_where), gl.load(b_where)
+    # two steps early: the loads take longer than a step
+    second, third = gl.minimum(1, last), gl.minimum(2, last)
+    next_a, next_b = gl.load(a_where + second * a_stride), gl.load(b_where + second)
+    later_a, later_b = gl.load(a_where + third * a_stride), gl.load(b_where + third)
+    a_tile, stage = find_operands(0, num_steps, memory, step, WHICH)
+    sums = begin_block(a_tile, b_tiles.index(stage))
+    store_block(out, results.index(WHICH), done, MOST_ROWS, end, place, half, column)
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    mbarrier.arrive(free.index(stage))
+    total = sums * gl.expand_dims(a_scale * b_scale, 1)
+    step += 1
+    for index in range(1, num_steps):
+        a_scale, b_scale = next_a, next_b
+        next_a, next_b = later_a, later_b
+        following = gl.minimum(index + 2, last)
+        later_a, later_b = gl.load(a_where + following * a_stride), gl.load(b_where + following)
+        a_tile, stage = find_operands(index, num_steps, memory, step, WHICH)
+        sums = begin_block(a_tile, b_tiles.index(stage))
+        sums = warpgroup_mma_wait(0, deps=(sums,))
+        mbarrier.arrive(free.index(stage))
+        total += sums * gl.expand_dims(a_scale * b_scale, 1)
+        step += 1
+    return total
 
 
 @gluon.jit
@@ -131,33 +181,30 @@ def _multiply(
     num_tiles = gl.load(tiles)
     step = 0
     # a tile is stored while the next tile is multiplied; before the first tile, nothing is stored
-    done_left, done_right = no_block(out.dtype), no_block(out.dtype)
-    row, end, left_half, left, right_half, right = 0, 0, 0, 0, 0, 0
+    done = no_block(out.dtype)
+    row, end, half, column = 0, 0, 0, 0
+    expert, block, first_row, next_end = read_tile(tiles, gl.program_id(0))
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, pair, first_row, next_end = read_tile(tiles, tile)
+        # read early, as the place of the operands' scales depends on it
+        following = read_tile(tiles, gl.minimum(tile + gl.num_programs(0), num_tiles - 1))
         first_row += WHICH * _SLAB
         place = MOST_ROWS - end + row
         if first_row < next_end:
             a_where = a_scales + gl.minimum(first_row + rows, num_scales - 1)  # later rows are not stored
-            b_where = b_scales + expert.to(gl.int64) * (q_blocks * p_blocks)
-            left_where = b_where + 2 * pair * p_blocks
-            right_where = b_where + gl.minimum(2 * pair + 1, q_blocks - 1) * p_blocks
-            left_sums, right_sums = multiply_tile(
-                a_where, num_scales, left_where, right_where, 1, p_blocks, memory, step, out, done_left, done_right,
-                MOST_ROWS, end, place, left_half, left, right_half, right, True, WHICH
-            )  # fmt: skip
-            done_left, done_right = rounded(left_sums, out.dtype), rounded(right_sums, out.dtype)
+            b_where = b_scales + (expert.to(gl.int64) * q_blocks + block) * p_blocks
+            sums = _multiply_block(
+                a_where, num_scales, b_where, p_blocks, memory, step, out, done, end, place, half, column, WHICH
+            )
+            done = rounded(sums, out.dtype)
         else:  # no row of the group is in this slab
-            store_block(out, memory[2].index(WHICH), done_left, MOST_ROWS, end, place, left_half, left)
-            store_block(out, memory[2].index(WHICH), done_right, MOST_ROWS, end, place, right_half, right)
+            store_block(out, memory[2].index(WHICH), done, MOST_ROWS, end, place, half, column)
             skip_steps(p_blocks, memory, step, WHICH)
-            done_left, done_right = no_block(out.dtype), no_block(out.dtype)
+            done = no_block(out.dtype)
         row, end = first_row, next_end
-        left_half, left = split_column(2 * pair, q_width, Q_HALVES)
-        right_half, right = split_column(2 * pair + 1, q_width, Q_HALVES)
+        half, column = split_column(block, q_width, Q_HALVES)
+        expert, block, first_row, next_end = following
         step += p_blocks
-    store_block(out, memory[2].index(WHICH), done_left, MOST_ROWS, end, MOST_ROWS - end + row, left_half, left)
-    store_block(out, memory[2].index(WHICH), done_right, MOST_ROWS, end, MOST_ROWS - end + row, right_half, right)
+    store_block(out, memory[2].index(WHICH), done, MOST_ROWS, end, MOST_ROWS - end + row, half, column)
     tma.store_wait(0)
 
 
@@ -176,7 +223,7 @@ def multiply_fp8(
     Q_HALVES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    memory = allocate(a.dtype, b.dtype, out.dtype, _STAGES, 0)
+    memory = allocate(a.dtype, b.dtype, out.dtype, 3, 1, _STAGES, 0)
     gl.warp_specialize(
         [
             (
@@ -187,8 +234,12 @@ def multiply_fp8(
                 _multiply,
                 (a_scales, b_scales, out, tiles, memory, num_scales, p_width, q_width, P_HALVES, Q_HALVES, 1),
             ),
+            (
+                _multiply,
+                (a_scales, b_scales, out, tiles, memory, num_scales, p_width, q_width, P_HALVES, Q_HALVES, 2),
+            ),
             (load_tiles, (a, b, tiles, memory, p_width, q_width, P_HALVES, Q_HALVES, False)),
         ],
-        [_WARPS, 1],
-        [_REGISTERS, _LOADING_REGISTERS],
+        [_WARPS, _WARPS, 1],
+        [_REGISTERS, _REGISTERS, _LOADING_REGISTERS],
     )

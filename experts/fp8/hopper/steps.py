@@ -15,12 +15,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from experts.fp8.blocks import BLOCK
 
 SLAB = 64  # rows of one group of warps
-#: Whether the groups take turns. Without turns, both multiply and both add at the same time.
-TURNS = True
-MULTIPLYING_WARPS, MULTIPLYING_REGISTERS, LOADING_REGISTERS = 4, 240, 24
+#: Warps of a group, and the registers of the threads of the loading warp.
+WARPS, LOADING_REGISTERS = 4, 24
+#: The registers of the threads of each of two groups, with two blocks of columns, and of three, with one.
+REGISTERS_OF_TWO, REGISTERS_OF_THREE = 240, 160
 
-_BLOCK, _SLAB = gl.constexpr(BLOCK), gl.constexpr(SLAB)
-_WARPS, _TURNS = gl.constexpr(MULTIPLYING_WARPS), gl.constexpr(TURNS)
+_BLOCK, _SLAB, _WARPS = gl.constexpr(BLOCK), gl.constexpr(SLAB), gl.constexpr(WARPS)
 
 
 def shared_layout(rank: int, bits: int) -> gl.NVMMASharedLayout:
@@ -62,9 +62,9 @@ def is_kept(index, num_steps, STAGES: gl.constexpr, KEPT: gl.constexpr):
 @gluon.jit
 def _find_slot(index, num_steps, memory, step):
     """Return where the rows of `a` are: kept rows have places of their own, the others take turns."""
-    a_tiles, b_tiles, _, _, _, _ = memory
-    STAGES: gl.constexpr = b_tiles.shape[0] // 2
-    KEPT: gl.constexpr = a_tiles.shape[0] // 2 - STAGES
+    a_tiles, _, results, loaded, _, _ = memory
+    STAGES: gl.constexpr = loaded.shape[0]
+    KEPT: gl.constexpr = a_tiles.shape[0] // results.shape[0] - STAGES
     slot = KEPT + step % STAGES
     if KEPT > 0:
         slot = gl.where(is_kept(index, num_steps, STAGES, KEPT), index, slot)
@@ -72,28 +72,31 @@ def _find_slot(index, num_steps, memory, step):
 
 
 @gluon.jit
-def load_step(a, b, a_first, b_left, b_right, half, p, memory, step, index, num_steps, fresh):
-    """Load one step's operands: two slabs of rows of `a`, and two blocks of rows of `b`, at columns p of a half.
+def load_step(a, b, a_first, left, right, half, p, memory, step, index, num_steps, fresh, BLOCKS: gl.constexpr):
+    """Load one step's operands at columns p of a half: a slab of rows of `a` for each group, and blocks of rows of `b`.
 
-    `step` counts all steps of a program, and `index` those of a tile. Only `fresh` rows of `a` are loaded.
+    The first block begins at row `left`, and the second of two at row `right`. `step` counts all steps of a program,
+    and `index` those of a tile. Only `fresh` rows of `a` are loaded.
     """
-    a_tiles, b_tiles, _, loaded, free, _ = memory
-    STAGES: gl.constexpr = b_tiles.shape[0] // 2
+    a_tiles, b_tiles, results, loaded, free, _ = memory
+    GROUPS: gl.constexpr = results.shape[0]
+    STAGES: gl.constexpr = loaded.shape[0]
     stage = step % STAGES
     barrier = loaded.index(stage)
     mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
     if fresh:
-        mbarrier.expect(barrier, 2 * a.block_type.nbytes + 2 * b.block_type.nbytes)
+        mbarrier.expect(barrier, GROUPS * a.block_type.nbytes + BLOCKS * b.block_type.nbytes)
         slot = _find_slot(index, num_steps, memory, step)
-        for slab in gl.static_range(2):
-            target = a_tiles.index(2 * slot + slab)._reinterpret(a.dtype, [_SLAB, 1, _BLOCK], a.layout)
+        for slab in gl.static_range(GROUPS):
+            target = a_tiles.index(GROUPS * slot + slab)._reinterpret(a.dtype, [_SLAB, 1, _BLOCK], a.layout)
             tma.async_copy_global_to_shared(a, [a_first + slab * _SLAB, half, p], barrier, target)
     else:
-        mbarrier.expect(barrier, 2 * b.block_type.nbytes)
-    target = b_tiles.index(2 * stage)._reinterpret(b.dtype, [_BLOCK, 1, _BLOCK], b.layout)
-    tma.async_copy_global_to_shared(b, [b_left, half, p], barrier, target)
-    target = b_tiles.index(2 * stage + 1)._reinterpret(b.dtype, [_BLOCK, 1, _BLOCK], b.layout)
-    tma.async_copy_global_to_shared(b, [b_right, half, p], barrier, target)
+        mbarrier.expect(barrier, BLOCKS * b.block_type.nbytes)
+    target = b_tiles.index(BLOCKS * stage)._reinterpret(b.dtype, [_BLOCK, 1, _BLOCK], b.layout)
+    tma.async_copy_global_to_shared(b, [left, half, p], barrier, target)
+    if BLOCKS == 2:
+        target = b_tiles.index(2 * stage + 1)._reinterpret(b.dtype, [_BLOCK, 1, _BLOCK], b.layout)
+        tma.async_copy_global_to_shared(b, [right, half, p], barrier, target)
 
 
 @gluon.jit
@@ -107,20 +110,35 @@ def store_block(out, result, values, first, second, row, half, column):
 
 
 @gluon.jit
-def _begin_block(a_tile, b_tile, turns, turn, WHICH: gl.constexpr):
-    """Multiply 128 columns when it is this group's turn, and pass the turn on as soon as the tensor cores have it."""
+def begin_block(a_tile, b_tile):
+    """Let the tensor cores multiply a slab by a block of columns."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
     zeros = gl.zeros([_SLAB, _BLOCK], gl.float32, layout)
-    if _TURNS:
-        mbarrier.wait(turns.index(WHICH), turn & 1)
-    sums = warpgroup_mma(a_tile, b_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if _TURNS:
-        mbarrier.arrive(turns.index(1 - WHICH))
+    return warpgroup_mma(a_tile, b_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _begin_in_turn(a_tile, b_tile, turns, turn, WHICH: gl.constexpr):
+    """Begin a block when it is this group's turn, and pass the turn on as soon as the tensor cores have the block."""
+    mbarrier.wait(turns.index(WHICH), turn & 1)
+    sums = begin_block(a_tile, b_tile)
+    mbarrier.arrive(turns.index(1 - WHICH))
     return sums
 
 
 @gluon.jit
-def multiply_tile(
+def find_operands(index, num_steps, memory, step, WHICH: gl.constexpr):
+    """Wait for a step's operands. Return a group's slab, and the number of the stage in shared memory."""
+    a_tiles, _, results, loaded, _, _ = memory
+    STAGES: gl.constexpr = loaded.shape[0]
+    stage = step % STAGES
+    mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
+    slot = _find_slot(index, num_steps, memory, step)
+    return a_tiles.index(results.shape[0] * slot + WHICH), stage
+
+
+@gluon.jit
+def multiply_pair(
     a_where,
     a_stride,
     left_where,
@@ -148,47 +166,43 @@ def multiply_tile(
     While the first step is multiplied, store the blocks of the tile before, `done_left` and `done_right`, at their
     places, which the arguments from `first` to `right_column` give. Without TWO, there is no right block to store.
     """
-    a_tiles, b_tiles, results, loaded, free, turns = memory
-    STAGES: gl.constexpr = b_tiles.shape[0] // 2
-    result = results.index(WHICH)
-    a_scale = gl.load(a_where)
-    left_scale, right_scale = gl.load(left_where), gl.load(right_where)
-    by_left, by_right = a_scale * left_scale, a_scale * right_scale
-    following = gl.minimum(1, num_steps - 1)
-    a_scale = gl.load(a_where + following * a_stride)
-    left_scale, right_scale = gl.load(left_where + following * b_stride), gl.load(right_where + following * b_stride)
-    stage = step % STAGES
-    mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
-    a_tile = a_tiles.index(2 * _find_slot(0, num_steps, memory, step) + WHICH)
-    sums = _begin_block(a_tile, b_tiles.index(2 * stage), turns, 2 * step, WHICH)
+    _, b_tiles, results, _, free, turns = memory
+    result, last = results.index(WHICH), num_steps - 1
+    by, left_by, right_by = gl.load(a_where), gl.load(left_where), gl.load(right_where)
+    # two steps early: the loads take longer than a step
+    next_step, third_step = gl.minimum(1, last), gl.minimum(2, last)
+    next_by, later_by = gl.load(a_where + next_step * a_stride), gl.load(a_where + third_step * a_stride)
+    next_left, later_left = gl.load(left_where + next_step * b_stride), gl.load(left_where + third_step * b_stride)
+    next_right, later_right = gl.load(right_where + next_step * b_stride), gl.load(right_where + third_step * b_stride)
+    a_tile, stage = find_operands(0, num_steps, memory, step, WHICH)
+    sums = _begin_in_turn(a_tile, b_tiles.index(2 * stage), turns, 2 * step, WHICH)
     store_block(out, result, done_left, first, second, row, left_half, left_column)
     sums = warpgroup_mma_wait(0, deps=(sums,))
-    left = sums * gl.expand_dims(by_left, 1)
-    sums = _begin_block(a_tile, b_tiles.index(2 * stage + 1), turns, 2 * step + 1, WHICH)
+    left = sums * gl.expand_dims(by * left_by, 1)
+    sums = _begin_in_turn(a_tile, b_tiles.index(2 * stage + 1), turns, 2 * step + 1, WHICH)
     if TWO:
         store_block(out, result, done_right, first, second, row, right_half, right_column)
     sums = warpgroup_mma_wait(0, deps=(sums,))
     mbarrier.arrive(free.index(stage))
-    right = sums * gl.expand_dims(by_right, 1)
+    right = sums * gl.expand_dims(by * right_by, 1)
     step += 1
     for index in range(1, num_steps):
-        stage = step % STAGES
-        by_left, by_right = a_scale * left_scale, a_scale * right_scale
-        following = gl.minimum(index + 1, num_steps - 1)  # early: the next step waits for the loads
-        a_scale = gl.load(a_where + following * a_stride)
-        left_scale, right_scale = (
+        by, left_by, right_by = next_by, next_left, next_right
+        next_by, next_left, next_right = later_by, later_left, later_right
+        following = gl.minimum(index + 2, last)
+        later_by = gl.load(a_where + following * a_stride)
+        later_left, later_right = (
             gl.load(left_where + following * b_stride),
             gl.load(right_where + following * b_stride),
         )
-        mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
-        a_tile = a_tiles.index(2 * _find_slot(index, num_steps, memory, step) + WHICH)
-        sums = _begin_block(a_tile, b_tiles.index(2 * stage), turns, 2 * step, WHICH)
+        a_tile, stage = find_operands(index, num_steps, memory, step, WHICH)
+        sums = _begin_in_turn(a_tile, b_tiles.index(2 * stage), turns, 2 * step, WHICH)
         sums = warpgroup_mma_wait(0, deps=(sums,))
-        left += sums * gl.expand_dims(by_left, 1)
-        sums = _begin_block(a_tile, b_tiles.index(2 * stage + 1), turns, 2 * step + 1, WHICH)
+        left += sums * gl.expand_dims(by * left_by, 1)
+        sums = _begin_in_turn(a_tile, b_tiles.index(2 * stage + 1), turns, 2 * step + 1, WHICH)
         sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(free.index(stage))
-        right += sums * gl.expand_dims(by_right, 1)
+        right += sums * gl.expand_dims(by * right_by, 1)
         step += 1
     return left, right
 
@@ -196,13 +210,13 @@ def multiply_tile(
 @gluon.jit
 def skip_steps(num_steps, memory, step, WHICH: gl.constexpr):
     """Leave out the steps of a slab without rows, but take part in what the other warps wait for."""
-    _, b_tiles, _, loaded, free, turns = memory
-    STAGES: gl.constexpr = b_tiles.shape[0] // 2
+    _, _, results, loaded, free, turns = memory
+    STAGES: gl.constexpr = loaded.shape[0]
     for _ in range(num_steps):
         stage = step % STAGES
         mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
         mbarrier.arrive(free.index(stage))
-        if _TURNS:
+        if results.shape[0] == 2:
             for block in gl.static_range(2):
                 mbarrier.wait(turns.index(WHICH), (2 * step + block) & 1)
                 mbarrier.arrive(turns.index(1 - WHICH))
@@ -217,24 +231,31 @@ def no_block(dtype: gl.constexpr):
 
 @gluon.jit
 def allocate(
-    a_type: gl.constexpr, b_type: gl.constexpr, out_type: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr
+    a_type: gl.constexpr,
+    b_type: gl.constexpr,
+    out_type: gl.constexpr,
+    GROUPS: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    KEPT: gl.constexpr,
 ):
     """Return the shared memory and the barriers: tiles of both operands, results, `loaded`, `free` and `turns`.
 
-    It has the operands of STAGES steps, and the rows of `a` for KEPT more. `loaded` and `free` count steps.
+    It has the operands of STAGES steps, and the rows of `a` for KEPT more. A step has a slab of `a` for each of the
+    GROUPS, and BLOCKS blocks of `b`. `loaded` and `free` count steps. Only two groups take turns.
     """
     OPERAND: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     BITS: gl.constexpr = out_type.primitive_bitwidth
     RESULT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
-    a_tiles = gl.allocate_shared_memory(a_type, [2 * (KEPT + STAGES), _SLAB, _BLOCK], OPERAND)
-    b_tiles = gl.allocate_shared_memory(b_type, [2 * STAGES, _BLOCK, _BLOCK], OPERAND)
-    results = gl.allocate_shared_memory(out_type, [2, _SLAB, _BLOCK], RESULT)
+    a_tiles = gl.allocate_shared_memory(a_type, [GROUPS * (KEPT + STAGES), _SLAB, _BLOCK], OPERAND)
+    b_tiles = gl.allocate_shared_memory(b_type, [BLOCKS * STAGES, _BLOCK, _BLOCK], OPERAND)
+    results = gl.allocate_shared_memory(out_type, [GROUPS, _SLAB, _BLOCK], RESULT)
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=2)  # both groups of warps
+        mbarrier.init(free.index(stage), count=GROUPS)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for which in gl.static_range(2):
         mbarrier.init(turns.index(which), count=1)
     mbarrier.arrive(turns.index(0))  # the first group begins
