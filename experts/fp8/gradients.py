@@ -22,17 +22,14 @@ PARTS = 7
 STAGES, WARPS = 3, 8
 
 
-def grad_of_up(
-    x_TD: Tensor, grad_h_NH: Tensor, permutation: Permutation, blocks: RowBlocks, halves: int, fmt: torch.dtype = E4M3
-) -> Tensor:
-    """Return the gradient [L, D, H] of the up projection's weights. H has `halves` parts."""
-    shape = permutation.offsets_L.shape[0], x_TD.shape[1], grad_h_NH.shape[1]
+def grad_of_up(x_TD: Tensor, grad_h: TurnedRows, permutation: Permutation, blocks: RowBlocks, halves: int) -> Tensor:
+    """Return the gradient [L, D, H] of the up projection's weights. `grad_h` is that of its rows, and has `halves`."""
+    shape = permutation.offsets_L.shape[0], x_TD.shape[1], grad_h.values.shape[1]
     if permutation.num_rows == 0:
         return torch.zeros(shape, dtype=x_TD.dtype, device=x_TD.device)
     left = turn(x_TD, blocks, permutation, gather=True, by_column=True)
-    right = turn(grad_h_NH, blocks, permutation, gather=False, by_column=False, halves=halves, dtype=fmt)
     out = torch.empty(shape, dtype=x_TD.dtype, device=x_TD.device)
-    _outer(left, right, blocks, out, halves, permutation.num_rows)
+    _outer(left, grad_h, blocks, out, halves, permutation.num_rows)
     return out
 
 

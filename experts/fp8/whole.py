@@ -179,18 +179,29 @@ def _backward(
         grad_x = steps.sum_rows(dx_ND, permutation)
         del dx_ND
     del rows
-    blocks = row_blocks(permutation) if plan.weight_gradients else None
-    if wanted.gate_and_up and blocks is not None:
-        halves = up_halves(plan.plan.config)
-        grad_up = gradients.grad_of_up(in_16_bits(x_TD), grad_h_NH, permutation, blocks, halves, plan.gradients)
-    elif wanted.gate_and_up:
-        grad_up = grad_of_up(in_16_bits(x_TD), grad_h_NH, plan.plan, steps)
-    del grad_h_NH
-    h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
-    if wanted.down and blocks is not None:
-        turned_a = turn(a_NI, blocks, permutation, gather=False, by_column=True)
+    if plan.weight_gradients:
+        blocks, halves = row_blocks(permutation), up_halves(plan.plan.config)
+        # first, so that h and the activation are freed before the gradients of the weights are allocated
+        turned_h = turned_a = None
+        if wanted.gate_and_up:
+            turned_h = turn(
+                grad_h_NH, blocks, permutation, gather=False, by_column=False, halves=halves, dtype=plan.gradients
+            )
+        del grad_h_NH
+        h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
+        if wanted.down:
+            turned_a = turn(a_NI, blocks, permutation, gather=False, by_column=True)
         del a_NI
-        grad_down = gradients.grad_of_down(turned_a, in_16_bits(grad_TD), permutation, blocks, plan.gradients)
-    elif wanted.down:
-        grad_down = grad_of_down(a_NI, in_16_bits(grad_TD), plan.plan, steps)
+        if turned_h is not None:
+            grad_up = gradients.grad_of_up(in_16_bits(x_TD), turned_h, permutation, blocks, halves)
+        del turned_h
+        if turned_a is not None:
+            grad_down = gradients.grad_of_down(turned_a, in_16_bits(grad_TD), permutation, blocks, plan.gradients)
+    else:
+        if wanted.gate_and_up:
+            grad_up = grad_of_up(in_16_bits(x_TD), grad_h_NH, plan.plan, steps)
+        del grad_h_NH
+        h_NH.untyped_storage().resize_(0)
+        if wanted.down:
+            grad_down = grad_of_down(a_NI, in_16_bits(grad_TD), plan.plan, steps)
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias

@@ -42,14 +42,14 @@ on_every_format = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m
 def test_in_tritons_interpreter(certify: bool) -> None:
     part = "cpu and (rows_have or turned or outer or 16-rows-forward-1 or swiglu-e4m3 or told or tokens"
     part += " or padded_weights or (padded_gradients and swigluoai)"
-    part += " or (near_the_emulation and swiglu-partial))"
+    part += " or (near_the_emulation and swiglu-partial) or (same_bits and memory))"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "EXPERTS_STEPS": "fused", "PYTHONPATH": str(ROOT)}
     quiet = ["-W", "ignore:invalid value encountered:RuntimeWarning", "-W", "ignore:overflow:RuntimeWarning"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "0", *quiet]
     command += ["tests/experts/test_fp8.py", "tests/experts/test_triton_fp8.py"]
     command += ["tests/experts/test_fp8_rows.py", "tests/experts/test_fp8_turned.py"]
-    command += ["tests/experts/test_fp8_padded.py"]
-    command += ["tests/experts/test_deep_gemm_fp8.py", "-k", "cpu" if certify else part]
+    command += ["tests/experts/test_fp8_padded.py", "tests/experts/test_fp8_memory.py"]
+    command += ["tests/experts/test_deep_gemm_fp8.py", "-k", f"{'cpu' if certify else part} or takes_no_more"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
     assert " passed" in done.stdout
@@ -270,7 +270,8 @@ def test_outer_products_are_the_sums_of_each_experts_rows(device: str, dtype: to
     tokens_ND = eager.gather_rows(x_TD, permutation).float().cpu()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch, "empty", poisoned_blocks)
-        up = gradients.grad_of_up(x_TD, rows_NH, permutation, blocks, halves)
+        turned_rows = turned.turn(rows_NH, blocks, permutation, gather=False, by_column=False, halves=halves)
+        up = gradients.grad_of_up(x_TD, turned_rows, permutation, blocks, halves)
         by_column = turned.turn(rows_NH, blocks, permutation, gather=False, by_column=True)
         down = gradients.grad_of_down(by_column, x_TD, permutation, blocks)
     for expert, (start, end) in enumerate(itertools.pairwise(offsets)):
@@ -378,7 +379,9 @@ def test_kernels_compile_for_sm90(which: str, monkeypatch: pytest.MonkeyPatch, t
         up = quantise.quantise_weights(torch.zeros(experts, dim, 2 * inter, dtype=BF16), 2)
         products.product(quantise.quantise_and_gather(x_TD, permutation), up, permutation, 1000.0, BF16)
     elif which == "outer":
-        gradients.grad_of_up(x_TD, h_NH, permutation, turned.row_blocks(permutation), 2)
+        blocks = turned.row_blocks(permutation)
+        right = turned.turn(h_NH, blocks, permutation, gather=False, by_column=False, halves=2)
+        gradients.grad_of_up(x_TD, right, permutation, blocks, 2)
     elif which == "quantise":
         quantise.transposed(quantise.quantise_weights(torch.zeros(experts, dim, 2 * inter, dtype=BF16), 2))
         quantise.quantise_and_gather(x_TD, permutation)

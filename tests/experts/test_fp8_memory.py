@@ -1,0 +1,73 @@
+"""The memory of a train step in FP8, on the shapes that an H200 measured. No kernel runs: torch only allocates.
+
+test_fp8.py runs this file in Triton's interpreter.
+"""
+
+import importlib
+import pkgutil
+import sys
+
+import pytest
+import torch
+
+import experts
+from experts import MoEConfig
+from experts.registry import get_backend
+from moebench.measure.memory import measure_memory
+from tests.experts.layers import BF16, INTERPRETED
+
+MIB = 2**20
+#: Shapes (experts, top-k, dim, inter), tokens, and what an H200 measured for `triton`, the peak of a train step in MiB.
+MEASURED = [((32, 4, 2880, 2880), 8192, 1823), ((32, 8, 7168, 2048), 4096, 2929), ((128, 8, 2048, 768), 16384, 1988)]
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no kernel run, and let the layers take the kernels for Hopper."""
+    for package in ("compute", "fp8", "gemm", "steps"):
+        for module in pkgutil.walk_packages(
+            importlib.import_module(f"experts.{package}").__path__, f"experts.{package}."
+        ):
+            importlib.import_module(module.name)
+    for name, found in list(sys.modules.items()):
+        if name.startswith("experts."):
+            for function, instead in (("launch", lambda *_, **__: None), ("runs_on_hopper", lambda *_: True)):
+                if hasattr(found, function):
+                    monkeypatch.setattr(found, function, instead)
+    monkeypatch.setattr(experts.layer, "check_indices", lambda *_: None)  # the kernel that masks them has not run
+
+
+def peak(backend: str, shape: tuple[int, int, int, int], num_tokens: int) -> tuple[float, float]:
+    """Return the peak of a train step of the sweep `fp8`, and the quantised weights that the layer keeps, in MiB."""
+    num_experts, k, dim, inter = shape
+    config = MoEConfig(n_routed_experts=num_experts, n_activated_experts=k, dim=dim, moe_inter_dim=inter, dtype=BF16)
+    layer = get_backend(backend).build(config)
+    x, grad = (torch.empty(num_tokens, dim, dtype=BF16) for _ in range(2))
+    weights, indices = torch.empty(num_tokens, k), torch.zeros(num_tokens, k, dtype=torch.int64)
+    leaves = [x.requires_grad_(), weights.requires_grad_(), *layer.parameters()]
+
+    def forward() -> torch.Tensor:
+        layer.weights_changed()
+        output: torch.Tensor = layer(x, torch.ones(num_tokens, dtype=torch.bool), weights, indices)
+        return output
+
+    for _ in range(2):  # the first call allocates what the layer keeps
+        for leaf in leaves:
+            leaf.grad = None
+        measured = measure_memory(forward, lambda output: output.backward(grad), torch.device("cpu"))
+    assert measured.peak_bytes is not None
+    return measured.peak_bytes / MIB, layer.cached_weight_bytes / MIB
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_fp8.py")
+@pytest.mark.parametrize(("shape", "num_tokens", "measured"), MEASURED)
+@pytest.mark.usefixtures("without_kernels")
+def test_a_train_step_in_fp8_takes_no_more_than_one_in_16_bits_and_one_copy_of_the_weights(
+    shape: tuple[int, int, int, int], num_tokens: int, measured: int
+) -> None:
+    num_experts, _, dim, inter = shape
+    bound, nothing = peak("triton", shape, num_tokens)
+    assert (round(bound), nothing) == (measured, 0)
+    found, kept = peak("triton_fp8", shape, num_tokens)
+    assert found <= bound
+    assert kept <= 1.001 * 3 * num_experts * dim * inter / MIB
