@@ -22,8 +22,8 @@ PEERS, DECODE = "h200-peers-2026-11-28", "h200-peers-2026-11-23"
 #: One round of a part of `moebench run peers`, train steps of two GPUs with traces, contexts of training, adapters,
 #: and FP8.
 PEERS_AGAIN, PROFILED = "h200-peers-2026-11-30", "h200-ep2-2026-11-30"
-#: SonicMoE and `triton`: one round of forwards and train steps, and train steps in three rounds with newer kernels.
-ONE_ROUND, ROUNDS = "h200-peers-once-2026-11-30", "h200-peers-rounds-2026-11-30"
+#: `moebench run peers` in three rounds, with every library, and few tokens in one round, with newer kernels.
+ROUNDS = "h200-peers-rounds-2026-11-30"
 TRAINING, ADAPTERS, FP8 = "h200-training-2026-11-30", "h200-lora-2026-11-30", "h200-fp8-2026-11-30"
 #: FP8 on a map of rows per expert and moe_inter_dim.
 FP8_MAP = "h200-fp8-map-2026-11-30"

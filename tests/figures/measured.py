@@ -1,6 +1,6 @@
 """The sentences of docs/measured.md that quote figures. See tests/figures/sentences.py."""
 
-from tests.figures import kernels, peers, quoted, ranks, skewed, two_gpus
+from tests.figures import kernels, peers, quoted, ranks, rounds, skewed, two_gpus
 from tests.figures.data import FOUR_GPUS, GPU, PROFILED, SYMM_MEM
 
 MEASURED = (
@@ -47,16 +47,23 @@ MEASURED = (
         gathered copy of the rows""",
         peers.no_copy,
     ),
-    ("after {done} of {asked} jobs, so the last shape has two rounds.", peers.in_rounds),
     (
-        """A train step of SonicMoE takes {ratio0}, {ratio1} and {ratio2} times as long as a train step of `triton`. On
-        the last shape""",
-        peers.of_sonicmoe_in_rounds,
+        """A train step of SonicMoE takes {train0}, {train1} and {train2} times as long as a train step of `triton` on
+        the three shapes, and a forward {forward0}, {forward1} and {forward2} times as long. With 4096 tokens, a train
+        step of SonicMoE takes {qwen30b} times as long on the layer of Qwen3-30B-A3B and {qwen235b} times as long on
+        that of Qwen3-235B-A22B. On the shapes with 32 experts""",
+        rounds.sonicmoe,
     ),
     (
-        """measured {train0}, {train1} and {train2} for train steps, and {forward0}, {forward1} and {forward2} for
-        forwards""",
-        peers.of_sonicmoe_once,
+        """A train step of AutoModel's layer takes {peer_automodel_torch_mm_low} to {peer_automodel_torch_mm_high} times
+        as long as a train step of `triton`, and one of transformers' layer {peer_transformers_low} to
+        {peer_transformers_high} times.""",
+        rounds.others,
+    ),
+    (
+        """With one token, `triton` takes {now} instead of {before} ms, which is {over} times the time to read the
+        weights.""",
+        rounds.one_token,
     ),
     ("The table has all kernels that take {shortest} ms or more,", lambda: {"shortest": kernels.SHORTEST_MS}),
     (

@@ -3,17 +3,12 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import pandas as pd
-
-from moebench.verdicts.findings import rounds_of
 from moebench.workload.models import SHAPE_AXES, shape_name
-from tests.figures import data
+from tests.figures import data, rounds
 from tests.figures.data import (
     JOB,
-    ONE_ROUND,
     PEERS,
     PEERS_AGAIN,
-    ROUNDS,
     SHAPES,
     SHAPES_AGAIN,
     SHAPES_OF_STEPS_AGAIN,
@@ -125,36 +120,6 @@ def no_copy() -> dict[str, str]:
     return {"lower": lower}
 
 
-def rounds_of_sonicmoe(shape: tuple[int, ...]) -> tuple[pd.Series, pd.Series, float, list[float]]:
-    """The train steps of `triton` and SonicMoE: their rows, the ratio of their medians, and that of each round."""
-    own, peer = (the(data.peers_of(name, shape, ROUNDS)) for name in ("triton", "peer_sonicmoe"))
-    rounds = [rounds_of(row.to_dict()) for row in (own, peer)]
-    assert rounds[0].keys() == rounds[1].keys()
-    return own, peer, peer["time_ms"] / own["time_ms"], [rounds[1][key] / rounds[0][key] for key in sorted(rounds[0])]
-
-
-def in_rounds() -> dict[str, Any]:
-    asked = data.document(f"{ROUNDS}/run.json")
-    done = int(results(ROUNDS)["num_rounds"].sum())
-    return {"done": done, "asked": asked["num_jobs"] * asked["num_rounds"]}
-
-
-def of_sonicmoe_in_rounds() -> dict[str, str]:
-    ratios = [rounds_of_sonicmoe(shape)[2] for shape in SHAPES]
-    return {f"ratio{number}": f"{ratio:.3f}" for number, ratio in enumerate(ratios)}
-
-
-def of_sonicmoe_once() -> dict[str, str]:
-    """What SonicMoE takes over what `triton` takes in one round of the kernels before."""
-    found = {}
-    for number, shape in enumerate(SHAPES):
-        for mode in ("forward", "train"):
-            rows = (data.peers_of(name, shape, ONE_ROUND) for name in ("triton", "peer_sonicmoe"))
-            own, peer = (the(some, mode=mode) for some in rows)
-            found[f"{mode}{number}"] = f"{peer['time_ms'] / own['time_ms']:.3f}"
-    return found
-
-
 # the study `steps`
 
 
@@ -195,7 +160,7 @@ def products_of_te() -> dict[str, str]:
     found = [steps_of(STEPS_AGAIN, shape) for shape in SHAPES_OF_STEPS_AGAIN]
     shares = {mode: [f"{one[f'te: layer, {mode}']['fraction']:.2f}" for one in found] for mode in ("forward", "train")}
     (train,) = set(shares["train"])
-    own = [rounds_of_sonicmoe(shape)[0]["tflops"] for shape in SHAPES_OF_STEPS_AGAIN]
+    own = [rounds.row("triton", shape, data.SHAPES[shape], "train")["tflops"] for shape in SHAPES_OF_STEPS_AGAIN]
     products, layers = ([one[f"te: {what}, train"]["tflops"] for one in found] for what in ("products", "layer"))
     close = float(earlier_peers()["close"].rstrip("%")) / 100
     assert all(fast > whole for fast, whole in zip(products, own, strict=True)), "the products are faster"

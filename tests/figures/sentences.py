@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.figures import peers, quoted, ranks, scaled, training, two_gpus
+from tests.figures import peers, quoted, ranks, rounds, scaled, training, two_gpus
 from tests.figures.data import FOUR_GPUS, GPU, PEERS, PEERS_AGAIN, PROFILED, SYMM_MEM, TWO_GPUS, WAITING
 from tests.figures.measured import MEASURED
 
@@ -63,12 +63,13 @@ README = (
         peers.of_sonicmoe,
     ),
     (
-        """a train step of SonicMoE takes {ratio0}, {ratio1} and {ratio2} times as long as a train step of `triton` on
-        three shapes, in two or three rounds.""",
-        peers.of_sonicmoe_in_rounds,
+        """a train step of SonicMoE takes {train0}, {train1} and {train2} times as long as a train step of `triton` on
+        three shapes, in two or three rounds, and {qwen30b} and {qwen235b} times as long on the layers of two
+        models.""",
+        rounds.sonicmoe,
     ),
     ("in one round of {measured} jobs.", lambda: quoted.counts(PEERS_AGAIN)),
-    ("train steps of `triton` and SonicMoE in {done} of {asked} jobs of three rounds,", peers.in_rounds),
+    ("This run has {jobs} jobs of `peers`: many tokens in {done} of {asked} rounds of jobs,", rounds.counted),
     ("dispatchers in {measured} of {jobs} jobs, with profiles.", lambda: quoted.counts(PROFILED)),
     ("This run has train steps in {contexts} contexts of training,", training.run),
     (

@@ -12,7 +12,7 @@ import pandas as pd
 
 from moebench.results.stats import relative_half_width, series_interval
 from moebench.workload.models import SHAPE_AXES, shape_name
-from tests.figures import data, fp8, kernels, scaled, skewed, training, two_gpus
+from tests.figures import data, fp8, kernels, rounds, scaled, skewed, training, two_gpus
 from tests.figures import peers as peer_figures
 from tests.figures.markdown import markdown
 
@@ -55,21 +55,6 @@ def peers_again() -> str:
                 times = (f"{row['time_ms']:.3f}" for row in (forward, train))
                 over, peak = f"{train['time_ms'] / own_ms:.3f}", f"{train['peak_memory_bytes'] / 2**20:.0f}"
                 yield [_named(shape), num_tokens, f"`{backend}`", *times, over, peak]
-
-    return markdown(header, rows())
-
-
-def peers_rounds() -> str:
-    header = ["shape", "tokens", "rounds", "`triton`, ms", "`peer_sonicmoe`, ms", "ratio", "by round"]
-    header += ["`triton` peak, MiB", "`peer_sonicmoe` peak, MiB"]
-
-    def rows() -> Iterator[list[Any]]:
-        for shape, num_tokens in data.SHAPES.items():
-            own, peer, ratio, by_round = peer_figures.rounds_of_sonicmoe(shape)
-            peaks = (f"{row['peak_memory_bytes'] / 2**20:.0f}" for row in (own, peer))
-            times = (f"{row['time_ms']:.3f}" for row in (own, peer))
-            of_rounds = ", ".join(f"{one:.3f}" for one in by_round)
-            yield [_named(shape), num_tokens, len(by_round), *times, f"{ratio:.3f}", of_rounds, *peaks]
 
     return markdown(header, rows())
 
@@ -218,11 +203,13 @@ TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
         *(
             peers,
             peers_again,
-            peers_rounds,
+            rounds.beside_sonicmoe,
+            rounds.beside_others,
             kernels.counters,
             peer_figures.steps,
             peer_figures.steps_again,
             decode,
+            rounds.decode_again,
             skewed.skewed,
             skewed.skewed_slower,
             two_gpus_with_symm_mem,

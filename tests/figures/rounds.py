@@ -1,0 +1,126 @@
+"""The figures of the run of `peers` in three rounds of new processes, with few tokens in one round."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moebench.verdicts.findings import rounds_of
+from moebench.workload.models import SHAPE_AXES, shape_name
+from tests.figures import data
+from tests.figures.data import DECODE, ROUNDS, SHAPES, results, select, the
+from tests.figures.markdown import markdown
+
+Shape = tuple[int, ...]
+#: Layers of models that SonicMoE ran, with 4096 tokens.
+MODELS: dict[str, Shape] = {"qwen3-30b-a3b": (128, 8, 2048, 768), "qwen3-235b-a22b": (128, 8, 4096, 1536)}
+#: Name, shape, tokens and mode of the cases of both `triton` and SonicMoE.
+CASES = [
+    *(
+        (shape_name(dict(zip(SHAPE_AXES, shape, strict=True))), shape, num_tokens, mode)
+        for shape, num_tokens in SHAPES.items()
+        for mode in ("forward", "train")
+    ),
+    *((name, shape, 4096, "train") for name, shape in MODELS.items()),
+]
+_DECODED = (128, 8, 2048, 768)
+
+
+def _rows(shape: Shape, num_tokens: int, mode: str) -> pd.DataFrame:
+    return select(data.of_shape(results(ROUNDS), shape), num_tokens=num_tokens, mode=mode)
+
+
+def row(backend: str, shape: Shape, num_tokens: int, mode: str) -> pd.Series:
+    return the(_rows(shape, num_tokens, mode), backend=backend)
+
+
+def ratios(backend: str, shape: Shape, num_tokens: int, mode: str) -> list[float]:
+    """The times of a backend over those of `triton`, for each round that both have."""
+    own, other = (rounds_of(row(name, shape, num_tokens, mode).to_dict()) for name in ("triton", backend))
+    return [other[key] / own[key] for key in sorted(own.keys() & other.keys())]
+
+
+def beside_sonicmoe() -> str:
+    header = ["shape or model", "tokens", "mode", "`triton`, ms", "`peer_sonicmoe`, ms", "ratio", "by round"]
+    header += ["`triton` peak, MiB", "`peer_sonicmoe` peak, MiB"]
+
+    def rows() -> Iterator[list[Any]]:
+        for name, *case in CASES:
+            both = [row(backend, *case) for backend in ("triton", "peer_sonicmoe")]
+            by_round = ratios("peer_sonicmoe", *case)
+            times, peaks = ([one[column] for one in both] for column in ("time_ms", "peak_memory_bytes"))
+            yield [
+                *(name, *case[1:], *(f"{ms:.3f}" for ms in times), f"{np.median(by_round):.3f}"),
+                *(", ".join(f"{one:.3f}" for one in by_round), *(f"{peak / 2**20:.0f}" for peak in peaks)),
+            ]
+
+    return markdown(header, rows())
+
+
+def beside_others() -> str:
+    backends = ["torch_mm", "peer_automodel_torch_mm", "peer_transformers"]
+
+    def rows() -> Iterator[list[Any]]:
+        for name, *case in CASES:
+            measured = set(_rows(*case)["backend"])
+            if measured & set(backends):
+                found = {backend: ratios(backend, *case) for backend in backends if backend in measured}
+                yield [
+                    *(name, case[1]),
+                    *(f"{np.median(found[backend]):.2f}" if backend in found else "–" for backend in backends),
+                ]
+
+    return markdown(["train step", "tokens", *(f"`{name}`" for name in backends)], rows())
+
+
+def sonicmoe() -> dict[str, str]:
+    found = {}
+    for number, (name, *case) in enumerate(CASES):
+        key = f"qwen{name.split('-')[1]}" if name in MODELS else f"{case[-1]}{number // 2}"
+        found[key] = f"{np.median(ratios('peer_sonicmoe', *case)):.3f}"
+    return found
+
+
+def others() -> dict[str, str]:
+    """The least and the largest ratio of each other layer over `triton`, in train steps."""
+    found: dict[str, str] = {}
+    for backend in ("torch_mm", "peer_automodel_torch_mm", "peer_transformers"):
+        cases = [case for _, *case in CASES if case[-1] == "train"]
+        medians = [
+            float(np.median(ratios(backend, *case))) for case in cases if backend in set(_rows(*case)["backend"])
+        ]
+        found |= {f"{backend}_low": f"{min(medians):.2f}", f"{backend}_high": f"{max(medians):.2f}"}
+    return found
+
+
+def few_tokens() -> Iterator[tuple[int, float, dict[str, float], float]]:
+    """Tokens, the time to read the weights, the times from a graph, and that of `triton` in the run before, in ms."""
+    before = select(data.of_shape(results(DECODE), _DECODED), mode="forward", backend="triton")
+    for num_tokens in (1, 4, 16, 64):
+        case = _rows(_DECODED, num_tokens, "forward")
+        times = {backend: the(case, backend=backend)["graph_time_ms"] for backend in ("torch_mm", "triton")}
+        yield num_tokens, case["roofline_ms"].median(), times, the(before, num_tokens=num_tokens)["graph_time_ms"]
+
+
+def decode_again() -> str:
+    header = ["tokens", "weights", "`torch_mm`", "`triton`", "`triton` on 2026-11-23"]
+    return markdown(
+        header,
+        (
+            [str(num_tokens), *(f"{ms:.3f}" for ms in (bound, times["torch_mm"], times["triton"], before))]
+            for num_tokens, bound, times, before in few_tokens()
+        ),
+    )
+
+
+def one_token() -> dict[str, str]:
+    _, bound, times, before = next(few_tokens())
+    return {"now": f"{times['triton']:.3f}", "before": f"{before:.3f}", "over": f"{times['triton'] / bound:.1f}"}
+
+
+def counted() -> dict[str, Any]:
+    """The jobs of the run: all, and those with many tokens, each of which has a job in each round that it ran in."""
+    frame = results(ROUNDS)
+    many = frame[frame["num_tokens"] >= 4096]
+    return {"jobs": len(frame), "done": int(many["num_rounds"].sum()), "asked": 3 * len(many)}
