@@ -37,11 +37,13 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts.layer, "check_indices", lambda *_: None)  # the kernel that masks them has not run
 
 
-def peak(backend: str, shape: tuple[int, int, int, int], num_tokens: int) -> tuple[float, float]:
+def peak(backend: str, shape: tuple[int, int, int, int], num_tokens: int, keep: bool = True) -> tuple[float, float]:
     """Return the peak of a train step of the sweep `fp8`, and the quantised weights that the layer keeps, in MiB."""
     num_experts, k, dim, inter = shape
     config = MoEConfig(n_routed_experts=num_experts, n_activated_experts=k, dim=dim, moe_inter_dim=inter, dtype=BF16)
     layer = get_backend(backend).build(config)
+    if not keep:
+        layer.weight_cache = None
     x, grad = (torch.empty(num_tokens, dim, dtype=BF16) for _ in range(2))
     weights, indices = torch.empty(num_tokens, k), torch.zeros(num_tokens, k, dtype=torch.int64)
     leaves = [x.requires_grad_(), weights.requires_grad_(), *layer.parameters()]
@@ -71,3 +73,6 @@ def test_a_train_step_in_fp8_takes_no_more_than_one_in_16_bits_and_one_copy_of_t
     found, kept = peak("triton_fp8", shape, num_tokens)
     assert found <= bound
     assert kept <= 1.001 * 3 * num_experts * dim * inter / MIB
+    found, nothing = peak("triton_fp8", shape, num_tokens, keep=False)
+    assert found <= bound
+    assert nothing == 0
