@@ -23,7 +23,7 @@ from experts.compute.whole import Plan, needs_gradients
 from experts.config import MoEConfig, Save, dtype_name
 from experts.errors import Unsupported
 from experts.fp8.blocks import BLOCK, Matrices, Rows, num_blocks
-from experts.fp8.cache import WeightCache
+from experts.fp8.cache import WeightCache, Weights
 from experts.permutation import Permutation, sort_by_expert
 
 #: DeepGEMM has kernels for later GPUs, too, but their scales are powers of two.
@@ -61,7 +61,9 @@ def compute(
     parameters = parameters.to(x_TD.dtype)
     given = parameters.gate_and_up_projs.detach(), parameters.down_projs.detach(), config
     back = needs_gradients(x_TD, weights_TK, parameters)
-    weights = FreshWeights(*given, padded=True) if cache is None else cache.weights(*given, back, save == "time", True)
+    weights: Weights = FreshWeights(*given, padded=True)
+    if cache is not None:
+        weights = cache.weights(*given, back=back, both=save == "time", padded=True)
     plan = Plan(permutation, config, grouped_mm.products(permutation.offsets_L), "memory")
     fp8_plan = Fp8Plan(plan, weights, product=Product(permutation))
     return fp8_experts(x_TD, weights_TK, parameters, fp8_plan)[:num_tokens]

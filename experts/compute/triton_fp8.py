@@ -52,7 +52,7 @@ def compute(
     parameters = parameters.to(x_TD.dtype)
     given = parameters.gate_and_up_projs.detach(), parameters.down_projs.detach(), config
     back = needs_gradients(x_TD, weights_TK, parameters)
-    weights = FreshWeights(*given) if cache is None else cache.weights(*given, back, save == "time")
+    weights = FreshWeights(*given) if cache is None else cache.weights(*given, back=back, both=save == "time")
     gradients = E5M2 if fp8_gradients == "e5m2" else E4M3
     return fp8_experts(x_TD, weights_TK, parameters, Fp8Plan(plan, weights, gradients, fp8_weight_gradients))
 

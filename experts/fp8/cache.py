@@ -34,17 +34,19 @@ class Weights(Protocol):
 
 
 class WeightCache:
-    """The weights of a layer in FP8, in the layout that the last call read last: that of the forward pass or backward.
+    """The weights of a layer in FP8. It keeps the layout of the forward pass after a call without gradients, and the
+    layout of backward after a call with gradients.
 
     `stale` is true if the next call must quantise the weights. Whoever changes the weights must set it. Weights that
-    are quantised again overwrite the memory that is kept. If a CUDA graph has captured a call that reads weights
-    quantised before, nothing is freed from then on, so that the graph still finds them.
+    are quantised again overwrite the memory that is kept. Once a CUDA graph has captured a call, the cache keeps both
+    layouts and frees nothing, so that the graph still finds them.
     """
 
     def __init__(self) -> None:
         self.stale = True
         self._up, self._down = _Kept(), _Kept()
-        self._is_read_by_graph = False
+        self._times_quantised = 0
+        self._is_used_by_graph = self._was_captured = False
 
     @property
     def num_bytes(self) -> int:
@@ -56,7 +58,7 @@ class WeightCache:
         self.stale, self._up, self._down = True, _Kept(), _Kept()
 
     def weights(
-        self, gate_and_up: Tensor, down: Tensor, config: MoEConfig, back: bool, both: bool, padded: bool = False
+        self, gate_and_up: Tensor, down: Tensor, config: MoEConfig, *, back: bool, both: bool, padded: bool = False
     ) -> Weights:
         """Return the weights [L, D, H] and [L, I, D] in FP8. If the cache is stale, quantise them now.
 
@@ -67,16 +69,25 @@ class WeightCache:
 
         if not (self._up.fits(gate_and_up) and self._down.fits(down)):
             self.forget()
-        if gate_and_up.is_cuda and torch.cuda.is_current_stream_capturing() and not self.stale:
-            self._is_read_by_graph = True
-        both = both or self._is_read_by_graph
+        captures = _is_captured(gate_and_up)
+        if self._was_captured and not captures:
+            self.stale = True  # the kernels of a captured call have not run
+        self._was_captured = captures
+        self._is_used_by_graph |= captures
+        both = both or self._is_used_by_graph
         (up, up_back), (down_, down_back) = (
             kept.bring(b_LPQ, halves, self.stale, back, both, padded)
             for kept, b_LPQ, halves in ((self._up, gate_and_up, up_halves(config)), (self._down, down, 1))
         )
-        self.stale = False
+        self._times_quantised += self.stale
+        self.stale, number = False, self._times_quantised
         backward = None if up_back is None or down_back is None else (up_back, down_back)
-        return KeptWeights((up, down_), backward, gate_and_up.shape[2], padded)
+        width = gate_and_up.shape[2]
+        return KeptWeights((up, down_), backward, width, padded, lambda: self._times_quantised == number)
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Kept:
@@ -107,16 +118,20 @@ class _Kept:
         from experts.fp8.quantise import quantise_weights, quantise_weights_both, transposed
 
         self._of = b_LPQ.shape, b_LPQ.device
+        if stale:
+            self._is_fresh = False, False
+        if stale and not both:  # free first what this call does not keep
+            self._forward, self._back = (None, self._back) if back else (self._forward, None)
         forward, backward = self._forward, self._back
-        has_forward, has_back = (not stale and fresh for fresh in self._is_fresh)
-        if back and not (has_forward or has_back):
+        has_forward, has_back = self._is_fresh
+        if not (has_forward or has_back) and (back or backward is not None):
             forward, backward = quantise_weights_both(b_LPQ, halves, forward, backward, padded)
             has_back = True
-        elif has_back and not has_forward:
-            assert backward is not None
-            forward = transposed(backward, forward, rows=b_LPQ.shape[2])
-        elif not has_forward:
+        elif not (has_forward or has_back):
             forward = quantise_weights(b_LPQ, halves, forward)
+        elif not has_forward:
+            assert backward is not None
+            forward = transposed(backward, rows=b_LPQ.shape[2])
         assert forward is not None
         if back and not has_back:
             backward, has_back = transposed(forward, backward, padded), True

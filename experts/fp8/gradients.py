@@ -23,7 +23,7 @@ STAGES, WARPS = 3, 8
 
 
 def grad_of_up(x_TD: Tensor, grad_h: TurnedRows, permutation: Permutation, blocks: RowBlocks, halves: int) -> Tensor:
-    """Return the gradient [L, D, H] of the up projection's weights. `grad_h` is that of its rows, and has `halves`."""
+    """Return the gradient [L, D, H] of the up projection's weights. `grad_h` is that of its rows, in `halves` parts."""
     shape = permutation.offsets_L.shape[0], x_TD.shape[1], grad_h.values.shape[1]
     if permutation.num_rows == 0:
         return torch.zeros(shape, dtype=x_TD.dtype, device=x_TD.device)

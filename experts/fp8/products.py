@@ -85,14 +85,13 @@ def _multiply(
     experts, q, p = matrices.values.shape
     q_width, p_width = q // matrices.q_halves, p // matrices.p_halves
     blocks = matrices.q_halves * num_blocks(q_width)
+    tiles, programs = list_of_tiles(permutation, experts, blocks, tiling, limits)
     if tiling.hopper:
         from experts.fp8 import hopper
 
-        tiles, programs = list_of_tiles(permutation, experts, blocks, tiling, limits)
         assert tiles is not None
         hopper.multiply(rows, matrices, out, tiles, programs)
         return
-    tiles, programs = list_of_tiles(permutation, experts, blocks, tiling, limits)
     a = rows.values if gather else described(rows.values.view(-1, matrices.p_halves, p_width), [tiling.rows, 1, BLOCK])
     launch(
         fp8_gemm,

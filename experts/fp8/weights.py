@@ -1,5 +1,7 @@
 """Quantise the weights of a layer's experts to FP8, in the layouts that the forward pass and backward read."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from experts.config import MoEConfig
@@ -38,14 +40,20 @@ class KeptWeights:
     """The weights that a `WeightCache` has brought for one call: `forward` and, if backward follows, `back`.
 
     Each is the up projection, whose H is `width`, and the down projection. A forward pass that is computed once more
-    after its end transposes the layout of backward.
+    after its end transposes the layout of backward. `unchanged` tells whether the cache has quantised no other weights
+    since, which would have overwritten these.
     """
 
     def __init__(
-        self, forward: tuple[Matrices, Matrices], back: tuple[Matrices, Matrices] | None, width: int, padded: bool
+        self,
+        forward: tuple[Matrices, Matrices],
+        back: tuple[Matrices, Matrices] | None,
+        width: int,
+        padded: bool,
+        unchanged: Callable[[], bool],
     ) -> None:
         self._forward: tuple[Matrices, Matrices] | None = forward
-        self._back, self._width = back, width
+        self._back, self._width, self._unchanged = back, width, unchanged
         self.padded = padded
 
     def up(self) -> Matrices:
@@ -58,13 +66,20 @@ class KeptWeights:
 
     def up_back(self) -> Matrices:
         """As `experts.fp8.cache.Weights.up_back`."""
-        assert self._back is not None
-        return self._back[0]
+        return self._of_backward()[0]
 
     def down_back(self) -> Matrices:
         """As `experts.fp8.cache.Weights.down_back`."""
+        return self._of_backward()[1]
+
+    def _of_backward(self) -> tuple[Matrices, Matrices]:
+        if not self._unchanged():
+            raise RuntimeError(
+                "the layer has quantised its weights again since this forward pass; run backward before the next call "
+                "that follows weights_changed()"
+            )
         assert self._back is not None
-        return self._back[1]
+        return self._back
 
     def end_forward(self) -> None:
         """As `experts.fp8.cache.Weights.end_forward`. Frees the layout of the forward pass, if the cache does not."""

@@ -42,13 +42,14 @@ on_every_format = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m
 def test_in_tritons_interpreter(certify: bool) -> None:
     part = "cpu and (rows_have or turned or outer or 16-rows-forward-1 or swiglu-e4m3 or told or tokens"
     part += " or padded_weights or (padded_gradients and swigluoai)"
-    part += " or (near_the_emulation and swiglu-partial) or (same_bits and memory))"
+    part += " or (near_the_emulation and swiglu-partial) or (same_bits and memory)"
+    part += " or after_a_capture or not_written or train-True or (refuses and memory))"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "EXPERTS_STEPS": "fused", "PYTHONPATH": str(ROOT)}
     quiet = ["-W", "ignore:invalid value encountered:RuntimeWarning", "-W", "ignore:overflow:RuntimeWarning"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "0", *quiet]
     command += ["tests/experts/test_fp8.py", "tests/experts/test_triton_fp8.py"]
     command += ["tests/experts/test_fp8_rows.py", "tests/experts/test_fp8_turned.py"]
-    command += ["tests/experts/test_fp8_padded.py", "tests/experts/test_fp8_memory.py"]
+    command += [f"tests/experts/test_fp8_{name}.py" for name in ("padded", "memory", "cache")]
     command += ["tests/experts/test_deep_gemm_fp8.py", "-k", f"{'cpu' if certify else part} or takes_no_more"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]

@@ -136,7 +136,7 @@ def _multiply(
             gl.store(out_scales + block.to(gl.int64) * num_scales + first_row + rows, scale, mask=valid)
         else:  # no row of the group is in this slab
             store_block(out, memory[2].index(WHICH), done, MOST_ROWS, end, place, 0, column)
-            skip_steps(p_blocks, memory, step, WHICH)
+            skip_steps(p_blocks, memory, step, WHICH, True)
             done = no_block(out.dtype)
         row, end, column = first_row, next_end, block * _BLOCK
         step += p_blocks

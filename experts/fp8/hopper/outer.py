@@ -164,7 +164,7 @@ def _multiply(
             else:
                 store_block(out, memory[2].index(WHICH), done_left, 0, expert, row, left_half, left)
                 store_block(out, memory[2].index(WHICH), done_right, 0, expert, row, right_half, right)
-                skip_steps(num_steps, memory, step, WHICH)
+                skip_steps(num_steps, memory, step, WHICH, True)
                 done_left, done_right = no_block(out.dtype), no_block(out.dtype)
             expert, row = next_expert, next_row
             left_half, left = split_column(2 * pair, q_width, Q_HALVES)

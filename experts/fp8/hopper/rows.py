@@ -198,7 +198,7 @@ def _multiply(
             done = rounded(sums, out.dtype)
         else:  # no row of the group is in this slab
             store_block(out, memory[2].index(WHICH), done, MOST_ROWS, end, place, half, column)
-            skip_steps(p_blocks, memory, step, WHICH)
+            skip_steps(p_blocks, memory, step, WHICH, False)
             done = no_block(out.dtype)
         row, end = first_row, next_end
         half, column = split_column(block, q_width, Q_HALVES)

@@ -208,15 +208,18 @@ def multiply_pair(
 
 
 @gluon.jit
-def skip_steps(num_steps, memory, step, WHICH: gl.constexpr):
-    """Leave out the steps of a slab without rows, but take part in what the other warps wait for."""
-    _, _, results, loaded, free, turns = memory
+def skip_steps(num_steps, memory, step, WHICH: gl.constexpr, TURNS: gl.constexpr):
+    """Leave out the steps of a slab without rows, but take part in what the other warps wait for.
+
+    With TURNS, these are also the turns of `multiply_pair`.
+    """
+    _, _, _, loaded, free, turns = memory
     STAGES: gl.constexpr = loaded.shape[0]
     for _ in range(num_steps):
         stage = step % STAGES
         mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
         mbarrier.arrive(free.index(stage))
-        if results.shape[0] == 2:
+        if TURNS:
             for block in gl.static_range(2):
                 mbarrier.wait(turns.index(WHICH), (2 * step + block) & 1)
                 mbarrier.arrive(turns.index(1 - WHICH))
