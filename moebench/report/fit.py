@@ -80,12 +80,14 @@ def _fit(frame: pd.DataFrame, case: Case, advice: Advice, best: Candidate | None
     )
     passes, step = _measured(frame, forward, advice), _measured(frame, train, advice)
     saved = math.nan if step is None else step.saved_memory_bytes
+    step_bytes = pass_bytes(train) if step is None else step.peak_memory_bytes
+    stay_bytes = gradient_bytes(train) + (kept_bytes(train) if math.isnan(saved) else saved)
     return Fit(
         ep_size=case.ep_size,
         weight_bytes=weight_bytes(case),
         pass_bytes=pass_bytes(forward) if passes is None else passes.peak_memory_bytes,
-        step_bytes=pass_bytes(train) if step is None else step.peak_memory_bytes,
-        stay_bytes=gradient_bytes(train) + (kept_bytes(train) if math.isnan(saved) else saved),
+        step_bytes=step_bytes,
+        stay_bytes=min(stay_bytes, step_bytes),  # backward may free what forward keeps before it makes the gradients
         token_bytes=case.num_tokens * case.dim * ITEMSIZE[case.dtype],
         adam_bytes=adam_bytes(case),
         is_estimate=passes is None or step is None,

@@ -51,7 +51,7 @@ MEASURED = (
         """A train step of SonicMoE takes {train0}, {train1} and {train2} times as long as a train step of `triton` on
         the three shapes, and a forward {forward0}, {forward1} and {forward2} times as long. With 4096 tokens, a train
         step of SonicMoE takes {qwen30b} times as long on the layer of Qwen3-30B-A3B and {qwen235b} times as long on
-        that of Qwen3-235B-A22B. On the shapes with 32 experts""",
+        that of Qwen3-235B-A22B. In the train steps with 32 experts""",
         rounds.sonicmoe,
     ),
     (

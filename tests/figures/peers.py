@@ -30,12 +30,7 @@ def of_automodel() -> dict[str, str]:
             own, peer = (data.peers_of(name, shape) for name in (backend, "peer_automodel_torch_mm"))
             times_ms = [the(frame, mode="train")["time_ms"] for frame in (own, peer)]
             found[f"{backend}{number}"] = f"{times_ms[0] / times_ms[1]:.2f}"
-    theirs = [
-        the(data.peers_of("peer_automodel_torch_mm", shape), mode="train")["time_ms"]
-        / the(data.peers_of("triton", shape), mode="train")["time_ms"]
-        for shape in SHAPES
-    ]
-    return {**found, "low": f"{min(theirs):.2f}", "high": f"{max(theirs):.2f}"}
+    return found
 
 
 def of_sonicmoe() -> dict[str, Any]:

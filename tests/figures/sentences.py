@@ -52,8 +52,9 @@ README = (
         two_gpus.of_automodel,
     ),
     (
-        """A train step of NeMo AutoModel's layer takes {low} to {high} times as long as a train step of `triton`.""",
-        peers.of_automodel,
+        """A train step of NeMo AutoModel's layer takes {peer_automodel_torch_mm_low} to {peer_automodel_torch_mm_high}
+        times as long as a train step of `triton`.""",
+        rounds.others,
     ),
     (
         """on a shape with {many} experts, a train step of SonicMoE took {train0} times as long as a train step of
