@@ -15,6 +15,9 @@ endif
 
 SUITE_FOR_THIS_MACHINE := import torch; print("gpu" if torch.cuda.is_available() else "quick")
 
+# The tests start hundreds of processes. Each starts sooner where Python has stored the bytecode of this project.
+WITH_BYTECODE := PYTHONDONTWRITEBYTECODE=
+
 .DEFAULT_GOAL := help
 .PHONY: bench test test-lowest test-pythons certify lint results docs clean help
 
@@ -33,7 +36,7 @@ bench: $(READY) ## measure suites/gpu.toml if torch sees a CUDA GPU, else suites
 	@suite=$$($(RUN) -c '$(SUITE_FOR_THIS_MACHINE)') && $(RUN) -m moebench run "$$suite"
 
 test: lint ## check style and types, run the tests
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(WITH_BYTECODE) $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 ifeq ($(NO_INSTALL),)
 test-lowest: .venv-lowest/.installed ## run a part of the tests with the oldest libraries that pyproject.toml allows
@@ -47,7 +50,7 @@ test-lowest test-pythons:
 endif
 
 certify: $(READY) ## run the proofs that take long in full: planted faults, false alarms, found slowdowns, additions
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --certify -m certify --timeout 0
+	$(WITH_BYTECODE) $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --certify -m certify --timeout 0
 
 lint: $(READY) ## check style and types
 	$(RUN) -m ruff check .

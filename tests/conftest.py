@@ -24,6 +24,12 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.interpreter import replace_functions_once
+
+    replace_functions_once()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--certify", action="store_true", help="run tests marked certify at their full size")
 
@@ -66,6 +72,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def pytest_collectstart() -> None:
+    """Collect no garbage while tests are collected and their modules imported: nearly all that is made stays."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Let later garbage collections skip the modules and tests that are there now, as the worker does with its modules.
 
@@ -73,6 +84,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 class FakeNvml:

@@ -30,6 +30,7 @@ from moebench.verdicts.times import FALSE_ALARMS
 from moebench.workload.case import Case
 from moebench.workload.inputs import make_inputs, make_parameters, moe_config
 from moebench.workload.spec import parse_sweep
+from tests.moebench.executed import measure_shortly
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -160,6 +161,7 @@ def test_the_five_lines_of_python_work_as_documented(monkeypatch: pytest.MonkeyP
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    measure_shortly(monkeypatch)
     signature, asked = inspect.signature(moebench.check), []
     monkeypatch.setattr("moebench.api.runs.check", lambda *given, **more: asked.append(signature.bind(*given, **more)))
     scope: dict = {}

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,18 @@ def flat(text: str) -> str:
     return " ".join(text.split())
 
 
+@cache
+def rendered(sentence: Sentence) -> str:
+    return sentence.rendered()
+
+
 def uncovered(document: str, text: str) -> list[str]:
     """Return the words with a digit that are in no tested sentence, generated table, code, link or name."""
     text = re.sub(r"^```.*?^```|^ {4}.*?$", " ", without_tables(text), flags=re.DOTALL | re.MULTILINE)
     text = flat(text)
     for sentence in SENTENCES:
         if sentence.document == document:
-            text = text.replace(sentence.rendered(), " ")
+            text = text.replace(rendered(sentence), " ")
     text = re.sub(r"`[^`]*`|(\[results/[^\]]*)?\]\([^)]*\)|<img src=\"[^\"]*\" width=\"\d+\"", " ", text)
     return re.findall(r"\S*\d\S*", NAMES.sub(" ", text))
 
@@ -40,7 +46,7 @@ def uncovered(document: str, text: str) -> list[str]:
 @pytest.mark.parametrize("sentence", SENTENCES, ids=lambda one: f"{one.document}: {one.text[:50]}")
 def test_a_sentence_quotes_the_committed_results(sentence: Sentence) -> None:
     text = flat((ROOT / sentence.document).read_text())
-    assert sentence.rendered() in text, f"{sentence.document} must say: {sentence.rendered()}"
+    assert rendered(sentence) in text, f"{sentence.document} must say: {rendered(sentence)}"
 
 
 @pytest.mark.parametrize(("document", "name"), TABLES)

@@ -19,10 +19,12 @@ its process (moebench.measure.state) or replaced a clock (moebench.measure.clock
 so that it does not outlive a supervisor that was killed.
 """
 
+import gc
+
+gc.disable()  # what is imported stays, so that collecting garbage would only make the start longer
+
 import argparse
 import faulthandler
-import functools
-import gc
 import json
 import os
 import platform
@@ -55,6 +57,8 @@ from moebench.workload.case import Job
 from moebench.workload.driven import check_name, destroy_buffers
 from moebench.workload.ranks import Ranks, join, leave, someone_is_gone
 from moebench.workload.spec import Policy
+
+gc.enable()
 
 #: The message of torch's CPU allocator when the host has no memory left. The error is a plain RuntimeError.
 HOST_OOM = "DefaultCPUAllocator: can't allocate memory"
@@ -146,7 +150,7 @@ def _measure_all(
     for number, job in enumerate(jobs):
         if ranks.rank == 0:
             events.emit("start", number=number)
-            workload.tell = functools.partial(_tell_trial, events)
+            workload.tell = lambda trial: events.emit("trial", trial=trial)
         row = _row(job, workload, policy, work_list, described)
         failed = row.status in (Status.oom, Status.error)
         while failed and someone_is_gone(processes):  # that rank wrote the record or died: this is only a consequence
@@ -163,10 +167,6 @@ def _measure_all(
             raise canary.Unhealthy(f"{job.backend} has left its process changed ({changed[0]}): another worker goes on")
         if (replaced := clock.replaced()) and not work_list.are_checks:  # a check's worker has no other backend
             raise canary.Unhealthy(f"{job.backend} has replaced {', '.join(replaced)}: another worker goes on")
-
-
-def _tell_trial(events: Events, trial: str) -> None:
-    events.emit("trial", trial=trial)
 
 
 def _row(job: Job, workload: Workload, policy: TimingPolicy, work_list: WorkList, described: Environment) -> Record:

@@ -7,6 +7,7 @@ The template escapes every text that comes from results. Without the script, the
 import base64
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,12 @@ def page(frame: pd.DataFrame, svgs: Mapping[str, bytes], folder: Path, gate: "Ga
 
 def template(name: str) -> jinja2.Template:
     """Return a template of this package. It escapes every text."""
-    environment = jinja2.Environment(
+    return _environment().get_template(name)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("moebench.report", "templates"),
         autoescape=True,
         finalize=lambda value: escapes.visible(value) if isinstance(value, str) else value,
@@ -93,7 +99,6 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(name)
 
 
 def environment_facts(found: Environment) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """One rank of two, for test_nemo_automodel.py: NeMo AutoModel's layers under expert parallelism.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/experts/automodel_ranks.py FOLDER
+    python -m tests.forked 2 tests/experts/automodel_ranks.py FOLDER
 
 The environment variable AUTOMODEL is the mode. In the mode `fake`, fakes replace AutoModel, Transformer Engine and
 deep_ep, over gloo. In the mode `real`, AutoModel's own code runs with the other two fakes. In the mode `gpu`, nothing

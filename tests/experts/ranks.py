@@ -1,6 +1,6 @@
-"""One rank of a group under torch.distributed's launcher. It runs every case and writes each outcome to a file.
+"""One rank of a group. It runs every case and writes each outcome to a file.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/experts/ranks.py FOLDER
+    python -m tests.forked 2 tests/experts/ranks.py FOLDER
 
 If a case raises on one rank, the other ranks may wait for it in a collective. Then the run ends, and the later cases
 have no file.
@@ -33,6 +33,7 @@ from tests.experts.parallel_lora import LORA
 from tests.experts.parallel_memory import IN_MEMORY
 from tests.experts.parallel_optimizer import OPTIMIZER
 from tests.experts.parallel_training import TRAINING
+from tests.interpreter import replace_functions_once
 
 PATIENCE = timedelta(seconds=60)  # eight ranks on two cores start at very different times
 
@@ -121,6 +122,7 @@ class Run:
 
 
 def main(folder: Path) -> None:
+    replace_functions_once()
     fakes.install(pytest.MonkeyPatch())
     run = Run(folder)
     dist.init_process_group(

@@ -6,10 +6,7 @@ between processes.
 """
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,10 +19,10 @@ from torch import Tensor
 from experts.activations import accumulation_dtype
 from experts.dispatch import symm_mem
 from experts.exchange import Layout, Region, Slabs, eager
+from tests import interpreter
 from tests.experts.compiled import compile_launches
 from tests.experts.layers import BF16, F16, F32, F64, INTERPRETED
 
-ROOT = Path(__file__).parents[2]
 CHOICES, DIM, LOCAL = 3, 20, 2
 #: Tokens of each rank, and rows that fit into a slab.
 SIZES = [((5, 0, 9), 16), ((1, 1), 1), ((4, 18), 18), ((8, 3, 5, 6), 3)]
@@ -56,12 +53,7 @@ of_every_size = pytest.mark.parametrize(("num_tokens", "rows_per_slab"), SIZES, 
 def test_in_tritons_interpreter(certify: bool) -> None:
     pytest.importorskip("triton")
     chosen = "fused and cpu" if certify else "fused and cpu and float16 and not all_ranks_see"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "0"]
-    command += ["tests/experts/test_exchange.py", "-k", chosen]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+    interpreter.assert_passes(["tests/experts/test_exchange.py", "-k", chosen])
 
 
 def functions(name: str) -> ModuleType:

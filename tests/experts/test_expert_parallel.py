@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from tests import forked
 from tests.experts import parallel
 from tests.experts.layers import (
     BF16,
@@ -77,14 +77,13 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 
 def launch(num_ranks: int, folder: Path) -> None:
-    """Run the launcher and its ranks. End all of them after TIMEOUT_S seconds or when this process is interrupted."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    """Run the ranks. End all of them after TIMEOUT_S seconds or when this process is interrupted."""
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::FutureWarning"}
     variables["TRITON_INTERPRET"] = "1"
     ended = f"still running after {TIMEOUT_S} s"
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
-            [*command, str(ROOT / "tests/experts/ranks.py"), str(folder)],
+            forked.command(num_ranks, ROOT / "tests/experts/ranks.py", folder),
             cwd=ROOT,
             env=os.environ | variables,
             stdout=log,
@@ -96,8 +95,7 @@ def launch(num_ranks: int, folder: Path) -> None:
                 ended = f"exit status {process.wait(TIMEOUT_S)}"
         finally:
             if process.poll() is None:
-                ranks = psutil.Process(process.pid).children(recursive=True)  # each rank has its own session
-                for each in (process, *ranks):
+                for each in (process, *psutil.Process(process.pid).children(recursive=True)):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         each.kill()
                 process.wait()

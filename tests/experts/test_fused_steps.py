@@ -6,10 +6,6 @@ GPU use bfloat16.
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +13,11 @@ import torch
 from torch import Tensor
 
 from experts.steps import Permutation, Steps, eager
+from tests import interpreter
 from tests.experts.layers import BF16, F16, F32, F64, INTERPRETED, moe_config
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_tritons_interpreter")
 
 
@@ -38,33 +34,30 @@ weights_or_not = pytest.mark.parametrize("weighted", [False, True], ids=["plain"
 bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="it starts this process")
-@pytest.mark.parametrize(
-    ("files", "whole", "part"),
-    [
-        (
-            ["test_fused_steps.py", "test_exact_sums.py"],
-            "cpu and fused",
-            # an activation and its backward are one kernel for all dtypes, limits and biases
-            "cpu and fused and not (test_activate and (float16 or no-bias))",
-        ),
-        (  # whole layers, in memory that is filled with NaN
-            ["test_corners.py", "test_engines.py"],
-            "torch_mm and float32 and (every_gradient or zero_tokens or one_expert or unwritten and swiglu)",
-            "torch_mm and float32 and (quick_geglu-bias or zero_tokens or unwritten and bias-swiglu)",
-        ),
-    ],
-    ids=["steps", "layers"],
+#: Tests that run in the interpreter: files, which of their tests `make certify` runs, and which `make test` runs.
+PARTS = (
+    (
+        ("test_fused_steps.py", "test_exact_sums.py"),
+        "cpu and fused",
+        # an activation and its backward are one kernel for all dtypes, limits and biases
+        "cpu and fused and not (test_activate and (float16 or no-bias))",
+    ),
+    (  # whole layers, in memory that is filled with NaN
+        ("test_corners.py", "test_engines.py"),
+        "torch_mm and float32 and (every_gradient or zero_tokens or one_expert or unwritten and swiglu)",
+        "torch_mm and float32 and (quick_geglu-bias or zero_tokens or unwritten and bias-swiglu)",
+    ),
 )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="it starts this process")
 @pytest.mark.certify
 @pytest.mark.timeout(600)
-def test_in_tritons_interpreter(files: list[str], whole: str, part: str, certify: bool) -> None:
-    tests = [*(f"tests/experts/{name}" for name in files), "-k", whole if certify else part]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "EXPERTS_STEPS": "fused", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "0", *tests]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+def test_in_tritons_interpreter(certify: bool) -> None:
+    runs = [
+        [*(f"tests/experts/{name}" for name in files), "-k", whole if certify else part] for files, whole, part in PARTS
+    ]
+    interpreter.assert_passes(*runs, EXPERTS_STEPS="fused")
 
 
 class Given:

@@ -4,10 +4,7 @@ As in test_fused_steps.py, the interpreter needs its own process. It truncates t
 use bfloat16.
 """
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import Tensor
 from experts import MoEConfig
 from experts.engines import get_engine
 from experts.steps import Permutation, eager
+from tests import interpreter
 from tests.experts.compiled import compile_launches
 from tests.experts.layers import (
     BF16,
@@ -39,7 +37,6 @@ from tests.experts.layers import (
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_tritons_interpreter")
 LAYERS = "triton-cpu-float16"
 ACTIVATIONS = ("swiglu", "quick_geglu", "swigluoai", "geglu", "relu2")
@@ -59,43 +56,34 @@ on_every_layer = pytest.mark.parametrize(
 bias_or_not = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="it starts this process")
-@pytest.mark.parametrize(
-    ("files", "whole", "part"),
-    [
+#: Tests that run in the interpreter: files, which of their tests `make certify` runs, and which `make test` runs.
+PARTS = (
+    (
+        ("test_gemm.py", "test_main_grads.py", "test_few.py", "test_skewed.py"),
+        "cpu or main_grads",
+        # products with small tiles, activated ones of one plan with all their operands, and main gradients
         (
-            ["test_gemm.py", "test_main_grads.py", "test_few.py", "test_skewed.py"],
-            "cpu or main_grads",
-            # products with small tiles, activated ones of one plan with all their operands, and main gradients
-            (
-                "cpu and (float16 and (16x16 or bias-swiglu-before or kernel_adds) or adds_to and memory) or megatron "
-                "or few-cpu and (takes_them or quick_geglu) or small_and_large and cpu-float16 and not geglu"
-            ),
+            "cpu and (float16 and (16x16 or bias-swiglu-before or kernel_adds) or adds_to and memory) or megatron "
+            "or few-cpu and (takes_them or quick_geglu) or small_and_large and cpu-float16 and not geglu"
         ),
-        (
-            ["test_corners.py", "test_engines.py", "test_compiled.py", "test_lora.py"],
-            f"{LAYERS} and (every_gradient and bias and not geglu or zero_tokens or one_expert or window or compiled)",
-            f"{LAYERS} and (every_gradient and quick_geglu-bias or zero_tokens or window and 1+4-bias or any_number)",
-        ),
-        (
-            ["test_lora.py"],
-            "triton",
-            "scale_times_a_b and 3-triton",
-        ),
-    ],
-    ids=["products", "layers", "adapters"],
+    ),
+    (
+        ("test_corners.py", "test_engines.py", "test_compiled.py", "test_lora.py"),
+        f"{LAYERS} and (every_gradient and bias and not geglu or zero_tokens or one_expert or window or compiled)",
+        f"{LAYERS} and (every_gradient and quick_geglu-bias or zero_tokens or window and 1+4-bias or any_number)",
+    ),
+    (("test_lora.py",), "triton", "scale_times_a_b and 3-triton"),
 )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="it starts this process")
 @pytest.mark.certify
 @pytest.mark.timeout(600)
-def test_in_tritons_interpreter(files: list[str], whole: str, part: str, certify: bool) -> None:
-    tests = [*(f"tests/experts/{name}" for name in files), "-k", whole if certify else part]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "EXPERTS_STEPS": "fused", "PYTHONPATH": str(ROOT)}
-    # a tile reads past its group, where memory may hold infinities; numpy warns about them
-    quiet = ["-W", "ignore:invalid value encountered:RuntimeWarning", "-W", "ignore:overflow:RuntimeWarning"]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "0", *quiet, *tests]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+def test_in_tritons_interpreter(certify: bool) -> None:
+    runs = [
+        [*(f"tests/experts/{name}" for name in files), "-k", whole if certify else part] for files, whole, part in PARTS
+    ]
+    interpreter.assert_passes(*runs, EXPERTS_STEPS="fused")
 
 
 class Given:

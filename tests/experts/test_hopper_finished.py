@@ -112,7 +112,7 @@ def test_other_activations_and_biases_are_left_to_other_kernels(hopper: Any) -> 
     assert hopper.kept_and_activated(*few, None, config) is None
 
 
-@pytest.mark.certify(share=0.5)
+@pytest.mark.certify(share=0.25)
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
 @pytest.mark.parametrize("inter", [768, 2880])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)

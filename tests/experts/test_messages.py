@@ -5,10 +5,7 @@ in Triton's interpreter, which needs its own process (see test_fused_steps.py). 
 between processes.
 """
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,10 +16,10 @@ from torch import Tensor
 
 from experts.activations import accumulation_dtype
 from experts.messages import Form, Plan, eager, messages_on
+from tests import interpreter
 from tests.experts.compiled import compile_launches
 from tests.experts.layers import BF16, F16, F32, F64, INTERPRETED
 
-ROOT = Path(__file__).parents[2]
 LOCAL = 2
 #: Tokens of each rank, choices and columns. Rows of 5 columns are not aligned to the elements of the choices.
 SIZES = [((5, 0, 9), 3, 20), ((1, 1), 1, 1), ((40, 18), 3, 5), ((8, 3, 5, 6), 2, 1030), ((0, 0), 2, 8)]
@@ -56,12 +53,7 @@ of_every_size = pytest.mark.parametrize(("num_tokens", "num_choices", "dim"), SI
 def test_in_tritons_interpreter(certify: bool) -> None:
     pytest.importorskip("triton")
     chosen = "fused and cpu" if certify else "fused and cpu and float16-torch.float32 and not 1030"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "0"]
-    command += ["tests/experts/test_messages.py", "-k", chosen]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+    interpreter.assert_passes(["tests/experts/test_messages.py", "-k", chosen])
 
 
 def functions(name: str) -> ModuleType:

@@ -19,6 +19,7 @@ from experts import Unsupported
 from experts.peers import nemo_automodel
 from experts.registry import get_backend
 from experts.te import library
+from tests import forked
 from tests.experts import automodel_ranks, fakes
 from tests.experts.layers import BF16, moe_config
 
@@ -45,9 +46,10 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             # AutoModel's activations are not compiled: each layer would compile them again
             variables = {"OMP_NUM_THREADS": "1", "AUTOMODEL": mode, "TORCHDYNAMO_DISABLE": "1"}
             path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+            script = ROOT / "tests/experts/automodel_ranks.py"
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
             done = subprocess.run(
-                [*command, str(ROOT / "tests/experts/automodel_ranks.py"), str(folder)],
+                [*launcher, str(script), str(folder)] if mode == "gpu" else forked.command(2, script, folder),
                 cwd=ROOT,
                 env={**os.environ, "PYTHONPATH": path, **variables},
                 capture_output=True,

@@ -59,15 +59,20 @@ def bandwidths(name: str) -> pd.DataFrame:
 
 def select(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
     """The rows that have these values. A value may be a list of alternatives."""
-    for column, value in values.items():
-        frame = frame[frame[column].isin(value if isinstance(value, list) else [value])]
-    return frame
+    return frame.take(_positions(frame, values))
 
 
 def the(frame: pd.DataFrame, **values: Any) -> pd.Series:
     """The only row that has these values. Raises ValueError if there is not exactly one."""
-    (position,) = range(len(found := select(frame, **values)))
-    return found.iloc[position]
+    (position,) = _positions(frame, values)
+    return frame.iloc[position]
+
+
+def _positions(frame: pd.DataFrame, values: dict[str, Any]) -> np.ndarray:
+    has_them = np.ones(len(frame), dtype=bool)
+    for name, value in values.items():
+        has_them &= frame[name].isin(value if isinstance(value, list) else [value]).to_numpy(bool)
+    return np.flatnonzero(has_them)
 
 
 def of_shape(frame: pd.DataFrame, shape: tuple[int, ...]) -> pd.DataFrame:

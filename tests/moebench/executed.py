@@ -5,7 +5,7 @@ import time
 
 import psutil
 
-from moebench.run import backlog
+from moebench.run import backlog, request
 from moebench.run.runner import Plan
 from moebench.workload.case import Case, Job
 from moebench.workload.spec import Policy
@@ -21,6 +21,13 @@ def python_path(*folders):
 def share_workers(patch):
     """Let every backend count as built in, so that all of them share a worker."""
     patch.setattr(backlog, "is_built_in", lambda name: True)
+
+
+def measure_shortly(patch):
+    """Let jobs whose sweep has no policy be measured for a hundredth of a second."""
+    plan = request.Plan
+    shortly = Policy(time_cap_s=0.01, interval_target=0.9)
+    patch.setattr(request, "Plan", lambda jobs, policy, *given, **more: plan(jobs, shortly, *given, **more))
 
 
 def jobs_of(*backends):

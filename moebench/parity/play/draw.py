@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,10 +144,22 @@ def _changes(trial: Trial, num_tokens: int) -> Iterator[str]:
 
 def run_lines(lines: list[str], device: torch.device) -> Inputs:
     """Run the lines of `input_lines` on a device, and return what they draw. Torch's generators stay as they were."""
-    names: dict[str, Any] = {"torch": torch}
+    names: dict[str, Any] = {"torch": torch, "seed": partial(seed, device)}
     with generators_kept(device), device:
-        exec("\n".join(lines), names)
+        exec("\n".join(lines).replace("torch.manual_seed", "seed"), names)
     return Inputs(names["x"], names["mask"], names["w"], names["i"], names["dy"])
+
+
+def seed(device: torch.device, number: int) -> None:
+    """Seed the generators that draw on the device. They draw what they draw after `torch.manual_seed`.
+
+    On a CPU, `torch.manual_seed` imports torch's compiler, which takes a second, and each call formats the stack for
+    every kind of GPU that is not there.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(number)
+    else:
+        torch.manual_seed(number)
 
 
 @contextmanager
@@ -169,7 +182,7 @@ def parameters(trial: Trial, shapes: Shapes, number: int, device: torch.device) 
     """
     names: dict[str, Any] = {"torch": torch, "shapes": shapes}
     with generators_kept(device), device:
-        torch.manual_seed(parameter_seed(trial, number))
+        seed(device, parameter_seed(trial, number))
         drawn = eval(new_parameters(trial), names)
     return {name: tensor.to(getattr(torch, trial.params)) for name, tensor in drawn.items()}
 

@@ -135,7 +135,7 @@ class ParameterSteps:
         call = f"layer{self.player.number}.init_weights(torch.device({self.script.device!r}))"
         self.script.add(f"torch.manual_seed({seed})", call)
         with draw.generators_kept(self.stage.device):
-            torch.manual_seed(seed)
+            draw.seed(self.stage.device, seed)
             init(self.stage.device)
         found = self._state()
         for name, tensor in self.player.parameters.items():

@@ -120,8 +120,8 @@ class _Design:
 
     def _gain(self, row: Row, name: str, value: Any) -> int:
         """Return how many missing pairs the value has with the values of the row."""
-        partners = self.partners.get((name, value), ())
-        return sum(item in partners for item in row.items()) if partners else 0
+        partners = self.partners.get((name, value), set())
+        return sum(map(partners.__contains__, row.items()))
 
 
 def missing_pairs(trials: Sequence[Trial], axes: Axes = AXES) -> list[_Pair]:

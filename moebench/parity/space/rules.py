@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from operator import and_
 from typing import Any
 
 from moebench.parity.space.trial import MANY_TOKENS, Row, Trial, of_row
+
+_Item = tuple[str, Any]
 
 CLAMPED = ("swigluoai", "quick_geglu")
 #: What a case may hold at most, so that the oracle finishes it soon.
@@ -32,26 +35,44 @@ def limits() -> list[str]:
 
 def fitting(row: Row, name: str, values: Iterable[Any]) -> list[Any]:
     """Return those values of the axis `name` that fit with the values of other axes in `row`."""
-    rules = [
-        (number, read)
-        for number, (names, _, _) in enumerate(_RULES)
-        if name in (read := _read(names)) and row.keys() >= set(names) - {name}
+    values = tuple(values)
+    fit = [True] * len(values)
+    for number, needed, before, after in _rules_of(name):
+        if row.keys() >= needed:
+            fit = list(map(and_, fit, _hold(number, _items(row, before), name, values, _items(row, after))))
+    return [value for value, fits in zip(values, fit, strict=True) if fits]
+
+
+@lru_cache
+def _rules_of(name: str) -> list[tuple[int, frozenset[str], tuple[str, ...], tuple[str, ...]]]:
+    """Return the rules that read the axis: number, other fields that must be there, and fields read before and after.
+
+    "all" experts are as many as there are, so a rule about their number also reads how many there are.
+    """
+    read = [(*names, "n_routed_experts") if "n_activated_experts" in names else names for names, _, _ in _RULES]
+    return [
+        (number, frozenset(_RULES[number][0]) - {name}, *_beside(name, fields))
+        for number, fields in enumerate(read)
+        if name in fields
     ]
-    return [value for value in values if _all_hold(rules, {**row, name: value})]
 
 
-def _read(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the fields that a rule about `names` reads: "all" experts are as many as there are."""
-    return (*names, "n_routed_experts") if "n_activated_experts" in names else names
+def _beside(name: str, fields: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    place = fields.index(name)
+    return fields[:place], tuple(field for field in fields[place:] if field != name)
 
 
-def _all_hold(rules: list[tuple[int, tuple[str, ...]]], row: Row) -> bool:
-    return all(_holds(number, tuple((name, row[name]) for name in names if name in row)) for number, names in rules)
+def _items(row: Row, names: tuple[str, ...]) -> tuple[_Item, ...]:
+    return tuple([(name, row[name]) for name in names if name in row])
 
 
 @lru_cache(1 << 16)
-def _holds(number: int, items: tuple[tuple[str, Any], ...]) -> bool:
-    return _RULES[number][1](of_row(dict(items)))
+def _hold(
+    number: int, before: tuple[_Item, ...], name: str, values: tuple[Any, ...], after: tuple[_Item, ...]
+) -> list[bool]:
+    """Return whether the rule holds for each value of the axis."""
+    holds, row = _RULES[number][1], {**dict(before), **dict(after)}
+    return [holds(of_row({**row, name: value})) for value in values]
 
 
 def _calls(trial: Trial) -> int:

@@ -13,6 +13,7 @@ import moebench
 from moebench.api.backends import importable, names_of
 from moebench.api.runs import model_axes
 from moebench.errors import MoebenchError, ResultsError, SweepError
+from tests.moebench.executed import measure_shortly
 from tests.moebench.typed import SWEEP
 
 BACKENDS = Path(__file__).parents[2] / "backends"
@@ -24,6 +25,7 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.syspath_prepend(BACKENDS)
+    measure_shortly(monkeypatch)
     import faulty
 
     return faulty

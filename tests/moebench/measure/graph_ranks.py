@@ -1,6 +1,6 @@
 """One rank of two on CPUs that captures and replays a stand-in for a CUDA graph, for test_samplers.py.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 tests/moebench/measure/graph_ranks.py FOLDER
+    python -m tests.forked 2 tests/moebench/measure/graph_ranks.py FOLDER
 
 As a real capture, the stand-in runs nothing while it captures. A stage that runs waits for the same stage of the other
 rank, as the barriers in the graph of a layer do. If one rank replays more often than the other, it waits in vain, and

@@ -6,7 +6,6 @@ graph_ranks.py is one of the ranks that capture.
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ from moebench.machine.nvml import Clock
 from moebench.measure import samplers
 from moebench.measure.samplers import WARMUP_CALLS
 from moebench.measure.timing import CONVERGED_SAMPLES
+from tests import forked
 from tests.moebench.measure import graph_ranks
 
 ROOT = Path(__file__).parents[3]
@@ -28,9 +28,8 @@ NOTHING = {"graph_time_ms": None, "num_captures": 0, "num_replays": 0, "num_warm
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what each of two ranks found in each scene."""
     folder = tmp_path_factory.mktemp("graphs")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(ROOT / "tests/moebench/measure/graph_ranks.py"), str(folder)],
+        forked.command(2, ROOT / "tests/moebench/measure/graph_ranks.py", folder),
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

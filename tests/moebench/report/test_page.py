@@ -3,10 +3,12 @@
 import json
 import re
 import shlex
+from functools import cache
 from html import unescape
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -33,6 +35,13 @@ def page_of(rows: list[Record], folder: Path = Path("nowhere")) -> str:
     return page(to_frame(rows), {}, folder)
 
 
+@cache
+def published(folder: Path) -> tuple[pd.DataFrame, str]:
+    """Return the published results of a folder, and their page with some pictures."""
+    frame = load(folder)
+    return frame, page(frame, {path.stem: path.read_bytes() for path in PICTURES}, folder)
+
+
 def text_of(html: str) -> str:
     return " ".join(unescape(re.sub(r"<[^>]*>", " ", html)).split())
 
@@ -43,9 +52,10 @@ def section(html: str, name: str) -> str:
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
 def test_the_page_of_published_results_stands_alone_and_is_small(folder: Path) -> None:
-    frame, pictures = load(folder), {path.stem: path.read_bytes() for path in PICTURES}
-    html = page(frame, pictures, folder)
-    assert len(html) < 300_000 + 4 / 3 * sum(map(len, pictures.values())), "base64 takes four bytes for three"
+    frame, html = published(folder)
+    assert len(html) < 300_000 + 4 / 3 * sum(path.stat().st_size for path in PICTURES), (
+        "base64 takes four bytes for three"
+    )
     sources = re.findall(r'\b(?:src|href)="([^"]{0,30})', html)
     assert sources
     assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in sources)
@@ -230,8 +240,7 @@ def test_the_time_is_that_of_the_jobs_and_their_parts() -> None:
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
 def test_each_command_measures_just_the_job_it_stands_at(folder: Path) -> None:
-    frame = load(folder)
-    html = page(frame, {}, folder)
+    frame, html = published(folder)
     commands = [unescape(text) for text in re.findall(r'<code class="command">(.*?)</code>', html, re.DOTALL)]
     backends = re.findall(r"<li><b>(.*?)</b>", html)
     assert len(commands) == len(backends) >= min(12, len(frame))

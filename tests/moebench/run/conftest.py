@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from moebench.cli import app
+from moebench.report import folder as report
 from moebench.run import supervisor
 from tests.moebench import stand_in
 from tests.moebench.executed import python_path, share_workers
@@ -28,7 +29,13 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def moebench(capsys, monkeypatch, folder):
-    """A function that runs the command line in this process, with a stand-in for its workers."""
+    """A function that runs the command line in this process, with a stand-in for its workers.
+
+    It draws no plots and writes no page, about which the tests of this folder say nothing.
+    """
+    monkeypatch.setattr(
+        report, "_with_plots", lambda frame, folder, before, after=(): report.Written((*before, *after))
+    )
 
     def call(*arguments, worker="works"):
         monkeypatch.setattr(supervisor, "sys", SimpleNamespace(executable=str(folder / worker)))

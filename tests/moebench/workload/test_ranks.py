@@ -6,7 +6,6 @@ In a launch of two ranks both write down each fact. With one rank these calls ch
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from moebench.workload.ranks import ALONE, Ranks, join, leave
+from tests import forked
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -79,9 +79,9 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "rank.py").write_text(RANK)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launcher, str(folder / "rank.py"), str(folder)],
+        forked.command(2, folder / "rank.py", folder),
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

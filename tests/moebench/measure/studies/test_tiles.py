@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +23,8 @@ from moebench.errors import UsageError
 from moebench.measure.studies import tiles
 from moebench.workload.case import Case
 from moebench.workload.inputs import moe_config
+from tests import interpreter
 
-ROOT = Path(__file__).parents[4]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
 SHAPE = {"n_routed_experts": 3, "n_activated_experts": 2, "dim": 16, "moe_inter_dim": 16, "dtype": "float16"}
@@ -125,23 +123,7 @@ def test_a_device_without_the_engine_is_refused_in_one_line() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="it starts this process")
 def test_in_tritons_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "EXPERTS_STEPS": "fused", "PYTHONPATH": str(ROOT)}
-    quiet = ["-W", "ignore:invalid value encountered:RuntimeWarning", "-W", "ignore:overflow:RuntimeWarning"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        *quiet,
-        str(Path(__file__)),
-        "-k",
-        "layer",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "1 passed" in done.stdout
+    interpreter.assert_passes([str(Path(__file__)), "-k", "layer"], EXPERTS_STEPS="fused")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_tritons_interpreter")

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from moebench.parity.space.rules import fitting, misfits
-from moebench.parity.space.search import drawn
 from moebench.parity.space.trial import AXES, Trial
 
 WIDE = {"dim": 64, "moe_inter_dim": 64}
@@ -42,10 +41,9 @@ def test_what_does_not_fit_is_said_with_its_values(fields, problem):
     assert any(f"{name} = {fields[name]}" in one for one in said)
 
 
-def test_the_simplest_trial_and_random_trials_fit():
+def test_the_simplest_trial_fits():
+    """test_search.py has random trials that fit."""
     assert not list(misfits(Trial()))
-    for _, trial in zip(range(150), drawn(first_seed=5), strict=False):
-        assert not list(misfits(trial)), trial.text
 
 
 def test_fitting_leaves_out_the_values_that_a_rule_refuses():

@@ -1,5 +1,7 @@
 """The search draws trials that fit, the same for the same seed, and shrinks a failing trial to the smallest."""
 
+import pytest
+
 from moebench.parity.space.rules import misfits
 from moebench.parity.space.search import BATCH, MOST_STEPS, drawn, size, smallest
 from moebench.parity.space.trial import AXES, RANK_AXES, Trial
@@ -9,14 +11,20 @@ def first(count, seed=0, axes=AXES):
     return [trial for _, trial in zip(range(count), drawn(axes, seed), strict=False)]
 
 
-def test_the_same_seed_gives_the_same_trials():
-    assert first(BATCH + 5) == first(BATCH + 5) != first(BATCH + 5, 1)
+@pytest.fixture(scope="module")
+def three_batches():
+    return first(3 * BATCH)
 
 
-def test_trials_of_a_batch_differ_and_fit():
-    trials = first(BATCH // 2)
+def test_the_same_seed_gives_the_same_trials(three_batches):
+    assert three_batches[: BATCH + 5] == first(BATCH + 5)
+    assert three_batches[: BATCH // 2] != first(BATCH // 2, 1)
+
+
+def test_trials_of_a_batch_differ_and_fit(three_batches):
+    trials = three_batches[: BATCH // 2]
     assert len(set(trials)) == BATCH // 2
-    for trial in trials:
+    for trial in three_batches:
         assert not list(misfits(trial)), trial.text
         assert len(trial.steps) <= MOST_STEPS or trial.steps in AXES["steps"]
 
@@ -30,10 +38,14 @@ def test_trials_of_ranks_fit():
         assert not list(misfits(trial)), trial.text
 
 
-def test_values_between_those_of_an_axis_are_drawn_too():
-    trials = first(3 * BATCH)
-    assert any(trial.num_tokens not in AXES["num_tokens"] for trial in trials)
-    assert any(trial.steps not in AXES["steps"] for trial in trials)
+def test_values_between_those_of_an_axis_are_drawn_too(three_batches):
+    assert any(trial.num_tokens not in AXES["num_tokens"] for trial in three_batches)
+    assert any(trial.steps not in AXES["steps"] for trial in three_batches)
+
+
+def test_a_trial_is_what_its_text_says(three_batches):
+    for trial in three_batches:
+        assert Trial.parse(trial.text) == trial
 
 
 def test_an_axis_that_is_left_out_has_its_simplest_value():
