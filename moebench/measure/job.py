@@ -152,9 +152,8 @@ class _Job:
         """Return the fields of a right backend. Raises NoSpeed if its times must not be believed."""
         case, job, device, ranks = self.case, self.job, self.device, self.ranks
         call = Call(subject.module, handed, case.mode, case.surroundings.num_micro_batches)
-        ran = executed(call.forward, device)
-        call.clear()
-        weighed = self._weigh(call, subject)
+        ran, weighed = executed(call.forward, device), self._weigh(call, subject)
+        taken = memory.largest(weighed, held_bytes, ranks, subject.module)  # before a graph makes a layer keep more
         fits = _fit(DRAWN * pass_bytes + (weighed.peak_bytes or 0), device, ranks)
         samples = Samples(call, subject.inputs, partial(self._judge, subject), ranks, fits, self.replay, subject.around)
         if subject.graphs is not None:
@@ -166,7 +165,7 @@ class _Job:
             trace(call.stages, call.clear, device, self.workload.trace)
         return {
             "executed": ran,
-            **memory.largest(weighed, held_bytes, ranks, subject.module),
+            **taken,
             **parts,
             **self._compiler(subject),
             "l2": ("cold" if self.policy.cold_l2 else "warm") if device.type == "cuda" else None,
@@ -175,6 +174,7 @@ class _Job:
 
     def _weigh(self, call: Call, subject: Subject) -> memory.Memory:
         """Return the memory of a call. Nobody counts the memory that compiled code takes on a CPU."""
+        call.clear()
         if subject.graphs is not None and self.device.type == "cpu":
             return memory.Memory(None, None)
         weighed = memory.measure_memory(call.forward, call.backward if len(call.stages) > 1 else None, self.device)

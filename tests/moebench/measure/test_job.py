@@ -176,6 +176,20 @@ def test_forward_runs_without_gradients_and_train_with(recorder, mode):
     assert len(recorder.calls) > measured["num_samples"]
 
 
+def test_quantised_weights_are_weighed_before_the_time_is_measured(recorder, monkeypatch):
+    """A CUDA graph, which is captured while the time is measured, makes a layer keep more."""
+    monkeypatch.setattr(Recorder, "cached_weight_bytes", 7)
+    time = job_module._Job._time
+
+    def keep_more(*given):
+        monkeypatch.setattr(Recorder, "cached_weight_bytes", 14)
+        return time(*given)
+
+    monkeypatch.setattr(job_module._Job, "_time", keep_more)
+    measured = measure_job(Job(case=case("float32"), backend="recorder"), Workload(CPU), POLICY)
+    assert (measured["status"], measured["cached_weight_bytes"]) == (Status.ok, 7)
+
+
 class Worn(GroupedExperts):
     """Right in as many calls as parity looks at, and wrong later. Its output always lies in the same memory."""
 
