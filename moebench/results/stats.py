@@ -67,8 +67,8 @@ def series_interval(samples: Sequence[float]) -> tuple[float, float, float]:
 
     Among the ordered samples, the interval for independent samples reaches some number of ranks to each side of the
     middle. This function multiplies that number by `dependence(samples)`. If the product reaches beyond the smallest
-    and the largest sample, each end is extrapolated: its distance from the median is the distance of the outermost
-    sample, multiplied by how many times further the product reaches.
+    and the largest sample, each end is extrapolated: its ratio to the median is the ratio of the outermost sample, to
+    the power of how many times further the product reaches. So an interval of times has no negative end.
     """
     count = len(samples)
     if count < MIN_SAMPLES:
@@ -77,8 +77,10 @@ def series_interval(samples: Sequence[float]) -> tuple[float, float, float]:
     median = float(np.median(ordered))
     ranks = dependence(samples) * (middle - (_rank(count) - 1))
     low, high = np.interp([middle - ranks, middle + ranks], np.arange(count), ordered)
-    past = max(0.0, ranks / middle - 1)
-    return median, float(low - past * (median - low)), float(high + past * (high - median))
+    past = ranks / middle - 1
+    if past > 0 and median > 0:
+        low, high = low * (low / median) ** past, high * (high / median) ** past
+    return median, float(low), float(high)
 
 
 def dependence(samples: Sequence[float]) -> float:

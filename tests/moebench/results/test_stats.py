@@ -108,6 +108,14 @@ def test_the_interval_of_two_regimes_lies_between_them():
     assert min(series) < low < 4 < 5 < median < high < max(series)
 
 
+def test_the_interval_of_times_has_no_negative_end():
+    """Six times of which the first took longer, as they were measured: the interval reaches past the outermost."""
+    series = [0.772149, 0.025281, 0.036594, 0.01082, 0.008061, 0.012771]
+    median, low, high = series_interval(series)
+    assert 0 < low < min(series) < median < max(series) < high
+    assert series_interval([0.0] * 3 + [0.0, 1.0, 1.0])[:2] == (0.0, 0.0)
+
+
 def test_independent_samples_have_their_exact_interval_as_a_series():
     in_turn = [float(number // 2 + 15 * (number % 2)) for number in range(30)]  # alternately below and above
     assert dependence(in_turn) == 1
