@@ -34,8 +34,10 @@ class Weights(Protocol):
 
 
 class WeightCache:
-    """The weights of a layer in FP8. It keeps the layout of the forward pass after a call without gradients, and the
-    layout of backward after a call with gradients.
+    """The weights of a layer in FP8, from call to call.
+
+    After a call without gradients, the cache keeps the layout of the forward pass. After a call with gradients, it
+    keeps the layout of backward.
 
     `stale` is true if the next call must quantise the weights. Whoever changes the weights must set it. Weights that
     are quantised again overwrite the memory that is kept. Once a CUDA graph has captured a call, the cache keeps both
