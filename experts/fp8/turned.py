@@ -14,6 +14,7 @@ from torch import Tensor
 
 from experts.fp8.blocks import BLOCK, E4M3, num_blocks
 from experts.fp8.rounding import apart, four_bytes, interpreted, largest, largest_of, reciprocal, scale_of
+from experts.gemm.gradients import runs_on_hopper
 from experts.gemm.kernels import TILE_FIELDS, list_tiles
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
@@ -78,6 +79,11 @@ def turn(
     values = torch.empty(blocks.most, width, BLOCK, dtype=dtype, device=rows.device)
     scales = torch.empty(blocks.most, width if by_column else num_columns, dtype=torch.float32, device=rows.device)
     if blocks.most == 0:
+        return TurnedRows(values, scales)
+    if runs_on_hopper(rows.device, permutation.num_rows):
+        from experts.fp8 import hopper
+
+        hopper.turn(rows, values, scales, blocks.listed, permutation, gather, by_column, halves, start)
         return TurnedRows(values, scales)
     launch(
         turn_rows,

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from experts.activations import ActivationForm
 from experts.fp8.blocks import BLOCK, E4M3, LEAST_SCALE, Matrices, Rows, num_blocks
-from experts.fp8.hopper.rows import grouped_parts, load_tiles, read_tile
+from experts.fp8.hopper.rows import count_rounds, grouped_parts, load_tiles, read_tile, tile_of_round
 from experts.fp8.hopper.steps import (
     LOADING_REGISTERS,
     REGISTERS_OF_TWO,
@@ -110,8 +110,8 @@ def _multiply(
     step = 0
     done = no_block(out.dtype)
     row, end, column = 0, 0, 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, block, first_row, next_end = read_tile(tiles, tile)
+    for number in range(count_rounds(num_tiles)):
+        expert, block, first_row, next_end = read_tile(tiles, tile_of_round(number))
         first_row += WHICH * _SLAB
         place = MOST_ROWS - end + row
         if first_row < next_end:

@@ -119,7 +119,7 @@ def _load(
             right += right_half * q_width
             for index in range(num_steps):
                 fresh = (pair == first_pair) | (is_kept(index, num_steps, _STAGES, _KEPT) == 0)
-                load_step(a, b, row, left, right, start + index, 0, memory, step, index, num_steps, fresh, 2)
+                load_step(a, b, row, 2, left, right, start + index, 0, memory, step, index, num_steps, fresh, 2)
                 step += 1
 
 

@@ -15,6 +15,7 @@ from experts.fp8.hopper.steps import (
     allocate,
     begin_block,
     count_blocks,
+    count_slabs,
     described,
     find_operands,
     load_step,
@@ -34,10 +35,12 @@ _UNLIMITED = 2**31 - 2**16
 _WHOLE_ROUND = 2**34
 #: Steps whose operands are in shared memory at the same time.
 STAGES = 4
+#: By how many places a program moves on in each round of tiles. With 132 programs, this leads to steps of 137 tiles.
+SHIFT = 5
 
 _BLOCK, _SLAB, _WARPS = gl.constexpr(BLOCK), gl.constexpr(SLAB), gl.constexpr(WARPS)
 _REGISTERS, _LOADING_REGISTERS = gl.constexpr(REGISTERS_OF_THREE), gl.constexpr(LOADING_REGISTERS)
-_STAGES = gl.constexpr(STAGES)
+_STAGES, _SHIFT = gl.constexpr(STAGES), gl.constexpr(SHIFT)
 
 
 def multiply(rows: Rows, matrices: Matrices, out: Tensor, tiles: Tensor, programs: int) -> None:
@@ -82,6 +85,24 @@ def read_tile(tiles, tile):
 
 
 @gluon.jit
+def tile_of_round(number):
+    """Return this program's tile in a round.
+
+    The last tile of an expert's rows has less work than the others, and comes at regular distances in the list. 137 is
+    a prime, so such tiles meet all programs equally often.
+    """
+    programs = gl.num_programs(0)
+    return number * programs + (gl.program_id(0) + number * _SHIFT) % programs
+
+
+@gluon.jit
+def count_rounds(num_tiles):
+    """Return the number of rounds in which this program has a tile."""
+    whole = num_tiles // gl.num_programs(0)
+    return whole + (tile_of_round(whole) < num_tiles).to(gl.int32)
+
+
+@gluon.jit
 def load_tiles(
     a,
     b,
@@ -96,8 +117,9 @@ def load_tiles(
     p_blocks = count_blocks(p_width)
     num_tiles, num_steps = gl.load(tiles), P_HALVES * p_blocks
     step = 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, block, first_row, _ = read_tile(tiles, tile)
+    for number in range(count_rounds(num_tiles)):
+        expert, block, first_row, end = read_tile(tiles, tile_of_round(number))
+        slabs = count_slabs(end - first_row)
         if GATED:  # the same columns of gate and of up
             left = 2 * expert * q_width + block * _BLOCK
         else:
@@ -107,7 +129,9 @@ def load_tiles(
         for half in gl.static_range(P_HALVES):
             for index in range(p_blocks):
                 p = index * _BLOCK
-                load_step(a, b, first_row, left, left + q_width, half, p, memory, step, step, num_steps, True, BLOCKS)
+                load_step(
+                    a, b, first_row, slabs, left, left + q_width, half, p, memory, step, step, num_steps, True, BLOCKS
+                )
                 step += 1
 
 
@@ -184,9 +208,9 @@ def _multiply(
     done = no_block(out.dtype)
     row, end, half, column = 0, 0, 0, 0
     expert, block, first_row, next_end = read_tile(tiles, gl.program_id(0))
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    for number in range(count_rounds(num_tiles)):
         # read early, as the place of the operands' scales depends on it
-        following = read_tile(tiles, gl.minimum(tile + gl.num_programs(0), num_tiles - 1))
+        following = read_tile(tiles, gl.minimum(tile_of_round(number + 1), num_tiles - 1))
         first_row += WHICH * _SLAB
         place = MOST_ROWS - end + row
         if first_row < next_end:

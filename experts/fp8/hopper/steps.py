@@ -41,6 +41,12 @@ def count_blocks(width):
 
 
 @gluon.jit
+def count_slabs(rows):
+    """Return how many slabs a number of rows has."""
+    return (rows + _SLAB - 1) // _SLAB
+
+
+@gluon.jit
 def split_column(block, width, HALVES: gl.constexpr):
     """Return the half of a block of columns, and the block's first column in it."""
     if HALVES == 1:
@@ -72,11 +78,12 @@ def _find_slot(index, num_steps, memory, step):
 
 
 @gluon.jit
-def load_step(a, b, a_first, left, right, half, p, memory, step, index, num_steps, fresh, BLOCKS: gl.constexpr):
+def load_step(a, b, a_first, slabs, left, right, half, p, memory, step, index, num_steps, fresh, BLOCKS: gl.constexpr):
     """Load one step's operands at columns p of a half: a slab of rows of `a` for each group, and blocks of rows of `b`.
 
-    The first block begins at row `left`, and the second of two at row `right`. `step` counts all steps of a program,
-    and `index` those of a tile. Only `fresh` rows of `a` are loaded.
+    The first `slabs` groups have rows. For the others, nothing is loaded. The first block begins at row `left`, and the
+    second of two at row `right`. `step` counts all steps of a program, and `index` those of a tile. Only `fresh` rows
+    of `a` are loaded.
     """
     a_tiles, b_tiles, results, loaded, free, _ = memory
     GROUPS: gl.constexpr = results.shape[0]
@@ -85,11 +92,13 @@ def load_step(a, b, a_first, left, right, half, p, memory, step, index, num_step
     barrier = loaded.index(stage)
     mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
     if fresh:
-        mbarrier.expect(barrier, GROUPS * a.block_type.nbytes + BLOCKS * b.block_type.nbytes)
+        for count in gl.static_range(1, GROUPS + 1):
+            has = (slabs >= count) if count == GROUPS else (slabs == count)
+            mbarrier.expect(barrier, count * a.block_type.nbytes + BLOCKS * b.block_type.nbytes, pred=has)
         slot = _find_slot(index, num_steps, memory, step)
         for slab in gl.static_range(GROUPS):
             target = a_tiles.index(GROUPS * slot + slab)._reinterpret(a.dtype, [_SLAB, 1, _BLOCK], a.layout)
-            tma.async_copy_global_to_shared(a, [a_first + slab * _SLAB, half, p], barrier, target)
+            tma.async_copy_global_to_shared(a, [a_first + slab * _SLAB, half, p], barrier, target, pred=slab < slabs)
     else:
         mbarrier.expect(barrier, BLOCKS * b.block_type.nbytes)
     target = b_tiles.index(BLOCKS * stage)._reinterpret(b.dtype, [_BLOCK, 1, _BLOCK], b.layout)
