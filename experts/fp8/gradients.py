@@ -16,9 +16,8 @@ from experts.gemm.gradients import runs_on_hopper
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
-#: The output's gradient is gathered and transposed in at most this many parts, so that a part needs little memory. A
-#: part has an even number of blocks of columns, because tiles have two.
-PARTS = 7
+#: The output's gradient is gathered and transposed in at most this many parts.
+MOST_PARTS = 7
 STAGES, WARPS = 3, 8
 
 
@@ -42,13 +41,24 @@ def grad_of_down(
     if permutation.num_rows == 0:
         return torch.zeros(shape, dtype=grad_TD.dtype, device=grad_TD.device)
     out = torch.empty(shape, dtype=grad_TD.dtype, device=grad_TD.device)
-    part = 2 * triton.cdiv(num_blocks(dim), 2 * PARTS) * BLOCK
+    part = _part_of_columns(dim, a.values.shape[1], permutation.num_rows, blocks.most)
     for start in range(0, dim, part):
         columns = slice(start, min(start + part, dim))
         right = turn(grad_TD, blocks, permutation, gather=True, by_column=False, columns=columns, dtype=fmt)
         _outer(a, right, blocks, out[:, :, columns], 1, permutation.num_rows)
         del right
     return out
+
+
+def _part_of_columns(dim: int, inter: int, num_rows: int, num_row_blocks: int) -> int:
+    """Return how many columns of the output's gradient are transposed at a time.
+
+    With the transposed activation, they take no more memory than the activation takes in 16 bits, which is what the
+    gradients of the weights in 16 bits need. Tiles have two blocks of columns, so a part has an even number of them.
+    """
+    allowed = 2 * num_rows * inter // (num_row_blocks * BLOCK) - inter
+    parts = min(MOST_PARTS, triton.cdiv(num_blocks(dim), max(2, allowed // (2 * BLOCK) * 2)))
+    return 2 * triton.cdiv(num_blocks(dim), 2 * parts) * BLOCK
 
 
 def _outer(left: TurnedRows, right: TurnedRows, blocks: RowBlocks, out_LPQ: Tensor, halves: int, num_rows: int) -> None:

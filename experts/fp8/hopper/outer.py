@@ -52,47 +52,70 @@ def outer(left: TurnedRows, right: TurnedRows, blocks: RowBlocks, out_LPQ: Tenso
     width = q // halves
     bands, pairs = experts * triton.cdiv(p, BLOCK), triton.cdiv(halves * num_blocks(width), 2)
     most = torch.cuda.get_device_properties(out_LPQ.device).multi_processor_count if out_LPQ.is_cuda else 1
-    stretches = _stretches(bands, pairs, most)
     strides = out_LPQ.stride()
     # a dimension in front, so that it has as many as the rows' products have
     out = out_LPQ.as_strided([1, experts, p, halves, width], [experts * strides[0], *strides[:2], width, 1])
     launch(
         outer_fp8,
-        (min(most, bands * stretches),),
+        (min(most, bands * pairs),),
         described(left.values.transpose(0, 1), [SLAB, 1, BLOCK]),
         left.scales,
         described(right.values.transpose(0, 1), [BLOCK, 1, BLOCK]),
         right.scales,
         described(out, [1, 1, SLAB, 1, BLOCK]),
         blocks.ends_L,
-        *(bands * stretches, stretches, triton.cdiv(pairs, stretches), p, width),
+        *(bands, p, width),
         Q_HALVES=halves,
         num_warps=WARPS,
     )
 
 
-def _stretches(bands: int, pairs: int, programs: int) -> int:
-    """Return the number of parts of a band of tiles that let the busiest program load the fewest blocks."""
-
-    def most_blocks(parts: int) -> int:
-        return -(-bands * parts // programs) * (1 + 2 * -(-pairs // parts))
-
-    return min(range(1, pairs + 1), key=most_blocks)
+@gluon.jit
+def _count_pairs(q_width, Q_HALVES: gl.constexpr):
+    """Return how many pairs of blocks of columns a band of tiles has."""
+    return (count_blocks(q_width) * Q_HALVES + 1) // 2
 
 
 @gluon.jit
-def _find_band(band, ends, stretches, length, p, q_width, Q_HALVES: gl.constexpr):
-    """Return what the tiles of a part of a band share: expert, first row, first step and number of steps.
+def _share_of_rest(num_bands, pairs):
+    """Return the number of rounds of whole bands, and the first pair of this program's share of the rest, and its end.
 
-    Also return the first pair of blocks of columns, and the end of the pairs. Bands with the same columns follow each
-    other, so the columns stay in L2.
+    Each program has a whole band in a round. What is left is fewer bands than programs, and each program has the same
+    number of its pairs.
     """
-    p_tiles, pairs = count_blocks(p), (count_blocks(q_width) * Q_HALVES + 1) // 2
-    expert = band // (p_tiles * stretches)
-    first_pair = band // p_tiles % stretches * length
+    programs, program = gl.num_programs(0), gl.program_id(0)
+    rounds = num_bands // programs
+    rest = (num_bands - rounds * programs) * pairs
+    return rounds, program * rest // programs, (program + 1) * rest // programs
+
+
+@gluon.jit
+def _count_bands(num_bands, pairs):
+    """Return of how many bands this program has some pairs."""
+    rounds, first, end = _share_of_rest(num_bands, pairs)
+    return rounds + (end + pairs - 1) // pairs - first // pairs - (first == end).to(gl.int32) * (first % pairs > 0)
+
+
+@gluon.jit
+def _find_band(number, num_bands, pairs, ends, p):
+    """Return what the tiles of a program's band share: expert, first row, first step and number of steps.
+
+    Also return the program's first pair of blocks of columns of the band, and the end of its pairs. Bands with the same
+    columns follow each other, so the columns stay in L2.
+    """
+    rounds, first, end = _share_of_rest(num_bands, pairs)
+    band = number * gl.num_programs(0) + gl.program_id(0)
+    first_pair, end_pair = 0, pairs
+    if number >= rounds:
+        of_rest = first // pairs + number - rounds
+        band = rounds * gl.num_programs(0) + of_rest
+        first_pair = gl.maximum(first - of_rest * pairs, 0)
+        end_pair = gl.minimum(end - of_rest * pairs, pairs)
+    p_tiles = count_blocks(p)
+    expert = band // p_tiles
     start = gl.load(ends + expert - 1, mask=expert > 0, other=0)
     num_steps = gl.load(ends + expert) - start
-    return expert, band % p_tiles * _BLOCK, start, num_steps, first_pair, gl.minimum(first_pair + length, pairs)
+    return expert, band % p_tiles * _BLOCK, start, num_steps, first_pair, end_pair
 
 
 @gluon.jit
@@ -102,16 +125,14 @@ def _load(
     ends,
     memory,
     num_bands,
-    stretches,
-    length,
     p,
     q_width,
     Q_HALVES: gl.constexpr,
 ):
-    q_blocks = count_blocks(q_width) * Q_HALVES
+    q_blocks, pairs = count_blocks(q_width) * Q_HALVES, _count_pairs(q_width, Q_HALVES)
     step = 0
-    for band in range(gl.program_id(0), num_bands, gl.num_programs(0)):
-        _, row, start, num_steps, first_pair, end_pair = _find_band(band, ends, stretches, length, p, q_width, Q_HALVES)
+    for number in range(_count_bands(num_bands, pairs)):
+        _, row, start, num_steps, first_pair, end_pair = _find_band(number, num_bands, pairs, ends, p)
         for pair in range(first_pair, end_pair):
             left_half, left = split_column(2 * pair, q_width, Q_HALVES)
             right_half, right = split_column(gl.minimum(2 * pair + 1, q_blocks - 1), q_width, Q_HALVES)
@@ -131,24 +152,20 @@ def _multiply(
     ends,
     memory,
     num_bands,
-    stretches,
-    length,
     p,
     q_width,
     Q_HALVES: gl.constexpr,
     WHICH: gl.constexpr,
 ):
-    q_blocks = count_blocks(q_width) * Q_HALVES
+    q_blocks, pairs = count_blocks(q_width) * Q_HALVES, _count_pairs(q_width, Q_HALVES)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _BLOCK, 32])
     rows = gl.arange(0, _SLAB, layout=gl.SliceLayout(1, layout))
     step = 0
     # a tile is stored while the next tile is multiplied; before the first tile, nothing is stored
     done_left, done_right = no_block(out.dtype), no_block(out.dtype)
     expert, row, left_half, left, right_half, right = 0, p, 0, 0, 0, 0
-    for band in range(gl.program_id(0), num_bands, gl.num_programs(0)):
-        next_expert, next_row, start, num_steps, first_pair, end_pair = _find_band(
-            band, ends, stretches, length, p, q_width, Q_HALVES
-        )
+    for number in range(_count_bands(num_bands, pairs)):
+        next_expert, next_row, start, num_steps, first_pair, end_pair = _find_band(number, num_bands, pairs, ends, p)
         next_row += WHICH * _SLAB
         first = start.to(gl.int64)
         a_where = a_scales + first * p + gl.minimum(next_row + rows, p - 1)
@@ -184,8 +201,6 @@ def outer_fp8(
     out,
     ends,
     num_bands,
-    stretches,
-    length,
     p,
     q_width,
     Q_HALVES: gl.constexpr,
@@ -196,13 +211,13 @@ def outer_fp8(
         [
             (
                 _multiply,
-                (a_scales, b_scales, out, ends, memory, num_bands, stretches, length, p, q_width, Q_HALVES, 0),
+                (a_scales, b_scales, out, ends, memory, num_bands, p, q_width, Q_HALVES, 0),
             ),
             (
                 _multiply,
-                (a_scales, b_scales, out, ends, memory, num_bands, stretches, length, p, q_width, Q_HALVES, 1),
+                (a_scales, b_scales, out, ends, memory, num_bands, p, q_width, Q_HALVES, 1),
             ),
-            (_load, (a, b, ends, memory, num_bands, stretches, length, p, q_width, Q_HALVES)),
+            (_load, (a, b, ends, memory, num_bands, p, q_width, Q_HALVES)),
         ],
         [_WARPS, 1],
         [_REGISTERS, _LOADING_REGISTERS],
