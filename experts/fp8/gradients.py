@@ -5,7 +5,6 @@ tokens have a scale for 128 rows of a column. The gradients of rows have a scale
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from experts.fp8.blocks import BLOCK, E4M3, num_blocks
@@ -53,12 +52,14 @@ def grad_of_down(
 def _part_of_columns(dim: int, inter: int, num_rows: int, num_row_blocks: int) -> int:
     """Return how many columns of the output's gradient are transposed at a time.
 
-    With the transposed activation, they take no more memory than the activation takes in 16 bits, which is what the
-    gradients of the weights in 16 bits need. Tiles have two blocks of columns, so a part has an even number of them.
+    With the transposed activation and its scales, they take no more memory than the activation takes in 16 bits, which
+    is what the gradients of the weights in 16 bits need. Tiles have two blocks of columns, so a part has an even number
+    of them.
     """
-    allowed = 2 * num_rows * inter // (num_row_blocks * BLOCK) - inter
-    parts = min(MOST_PARTS, triton.cdiv(num_blocks(dim), max(2, allowed // (2 * BLOCK) * 2)))
-    return 2 * triton.cdiv(num_blocks(dim), 2 * parts) * BLOCK
+    pairs = (num_blocks(dim) + 1) // 2
+    allowed = 2 * num_rows * inter // (num_row_blocks * BLOCK) - inter - 4 * inter // BLOCK
+    parts = min(MOST_PARTS, -(-pairs // max(1, allowed // (2 * BLOCK))))
+    return -(-pairs // parts) * 2 * BLOCK
 
 
 def _outer(left: TurnedRows, right: TurnedRows, blocks: RowBlocks, out_LPQ: Tensor, halves: int, num_rows: int) -> None:
