@@ -129,6 +129,10 @@ class ActivationForm:
     offset: float = 0.0
 
 
+#: silu(gate)·up without a limit, with gate and up in halves.
+SWIGLU = ActivationForm(gated=True)
+
+
 def activation_form(config: MoEConfig) -> ActivationForm:
     """Return the formula's parameters for the activation that `get_expert_activation_for_deepep(config)` returns."""
     match config.expert_activation:

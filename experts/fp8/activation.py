@@ -5,10 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from experts.activations import ActivationForm, activation_form
+from experts.activations import SWIGLU, ActivationForm, activation_form
 from experts.config import MoEConfig
 from experts.fp8.blocks import BLOCK, E4M3, Rows, num_blocks, stored_width
 from experts.fp8.rounding import interpreted, largest, reciprocal, scale_of, to_fp8
+from experts.fp8.turned import RowBlocks, TurnedRows
+from experts.gemm.gradients import runs_on_hopper
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 from experts.steps.fused.tiles import activate_tile, find_rows, load_tile, store_tile
@@ -74,6 +76,34 @@ def activate_backward(
         PART=part,
     )
     return Rows(values, scales, halves), h_NH, grad_NI, grad_weights_TK
+
+
+def activate_backward_turned(
+    h_NH: Tensor,
+    grad_NI: Tensor,
+    permutation: Permutation,
+    weights_TK: Tensor,
+    bias_LH: Tensor | None,
+    config: MoEConfig,
+    dtype: torch.dtype,
+    padded: bool,
+    blocks: RowBlocks,
+) -> tuple[Rows, TurnedRows, TurnedRows, Tensor] | None:
+    """Return the gradient of h in FP8 and the same transposed, the activation transposed, and that of the weights.
+
+    Return None if no kernel computes all of them: it takes a Hopper GPU, and SwiGLU without a limit and a bias. The
+    arguments are those of `activate_backward`, which are only read, and the blocks of rows. The transposed gradient and
+    the transposed activation, by column, are what `experts.fp8.turned.turn` returns for the results of
+    `activate_backward`.
+    """
+    swiglu = activation_form(config) == SWIGLU and bias_LH is None
+    if not swiglu or permutation.num_rows == 0 or not runs_on_hopper(h_NH.device, permutation.num_rows):
+        return None
+    from experts.fp8 import hopper
+
+    return hopper.activate_and_turn(
+        h_NH.contiguous(), grad_NI.contiguous(), permutation, weights_TK, blocks, dtype, padded
+    )
 
 
 def _looked_up(

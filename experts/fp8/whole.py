@@ -152,9 +152,9 @@ def _backward(
     plan: Fp8Plan,
     wanted: Wanted,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weights and the parameters. Overwrites h and frees h's memory."""
+    """Return the gradients of x, weights and the parameters. May overwrite h, and frees h's memory."""
     _, _, up_bias, down_bias = parameters
-    permutation, dtype = plan.plan.permutation, grad_TD.dtype
+    permutation, config, dtype = plan.plan.permutation, plan.plan.config, grad_TD.dtype
     steps = steps_on(grad_TD.device, dtype)
     grad_x = grad_up = grad_down = grad_up_bias = grad_down_bias = None
 
@@ -166,30 +166,38 @@ def _backward(
         grad_down_bias = steps.sum_by_expert(grad_ND, permutation, weights_TK)
         del grad_ND
     grad_NI = plan.multiply(rows, plan.weights.down_back(), dtype)
-    rows, grad_h_NH, a_NI, grad_weights = activation.activate_backward(
-        h_NH, grad_NI, permutation, weights_TK, up_bias, plan.plan.config, plan.gradients, plan.weights.padded
-    )
-    del grad_NI
+    del rows
+    blocks = row_blocks(permutation) if plan.weight_gradients else None
+    grad_h_NH = a_NI = turned_h = turned_a = at_once = None
+    given = h_NH, grad_NI, permutation, weights_TK, up_bias, config, plan.gradients, plan.weights.padded
+    if blocks is not None and wanted.gate_and_up and wanted.down:
+        at_once = activation.activate_backward_turned(*given, blocks)
+    if at_once is not None:
+        rows, turned_h, turned_a, grad_weights = at_once
+        h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
+    else:
+        rows, grad_h_NH, a_NI, grad_weights = activation.activate_backward(*given)
+    del grad_NI, given, at_once
     if down_bias is not None and wanted.weights:
         grad_weights += steps.dot_rows(grad_TD, permutation, None, down_bias)
     if wanted.up_bias:
+        assert grad_h_NH is not None
         grad_up_bias = steps.sum_by_expert(grad_h_NH, permutation)
     if wanted.x:  # first, so that the rows in FP8 are freed before the gradients of the weights are allocated
         dx_ND = plan.multiply(rows, plan.weights.up_back(), dtype)
         grad_x = steps.sum_rows(dx_ND, permutation)
         del dx_ND
     del rows
-    if plan.weight_gradients:
-        blocks, halves = row_blocks(permutation), up_halves(plan.plan.config)
+    if blocks is not None:
         # first, so that h and the activation are freed before the gradients of the weights are allocated
-        turned_h = turned_a = None
-        if wanted.gate_and_up:
+        halves = up_halves(config)
+        if grad_h_NH is not None and wanted.gate_and_up:
             turned_h = turn(
                 grad_h_NH, blocks, permutation, gather=False, by_column=False, halves=halves, dtype=plan.gradients
             )
         del grad_h_NH
-        h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
-        if wanted.down:
+        h_NH.untyped_storage().resize_(0)
+        if a_NI is not None and wanted.down:
             turned_a = turn(a_NI, blocks, permutation, gather=False, by_column=True)
         del a_NI
         if turned_h is not None:
@@ -198,6 +206,8 @@ def _backward(
         if turned_a is not None:
             grad_down = gradients.grad_of_down(turned_a, in_16_bits(grad_TD), permutation, blocks, plan.gradients)
     else:
+        assert grad_h_NH is not None
+        assert a_NI is not None
         if wanted.gate_and_up:
             grad_up = grad_of_up(in_16_bits(x_TD), grad_h_NH, plan.plan, steps)
         del grad_h_NH

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from experts.activations import ActivationForm, activation_form
+from experts.activations import SWIGLU, ActivationForm, activation_form
 from experts.config import MoEConfig
 from experts.gemm import choices, kinds
 from experts.gemm.gradients import runs_on_hopper
@@ -30,7 +30,6 @@ from experts.steps.fused.launch import launch
 
 _PLAIN = ActivationForm(gated=False)
 #: What the kernel for Hopper GPUs computes without a bias.
-_SWIGLU = ActivationForm(gated=True)
 #: The number of programs in Triton's interpreter, which runs them one after another.
 _INTERPRETED_PROGRAMS = 3
 
@@ -129,7 +128,7 @@ def _finishes(b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float, c
     return (
         permutation.num_rows > 0
         and runs_on_hopper(b_LPQ.device, permutation.num_rows)
-        and activation_form(config) == _SWIGLU
+        and activation_form(config) == SWIGLU
         and tiling_for(rows_per_expert, pairs=False) == LARGE
     )
 
@@ -179,7 +178,7 @@ class _Task:
         if runs_on_hopper(self.a.device, self.permutation.num_rows):
             if tile == LARGE and not self.activate:
                 return self._multiply_on_hopper(limits)
-            if tile == PAIRS and self.form == _SWIGLU and self.bias_LH is None:
+            if tile == PAIRS and self.form == SWIGLU and self.bias_LH is None:
                 return self._activate_on_hopper(limits)
         return self._multiply(tile, limits)
 

@@ -14,7 +14,7 @@ import torch
 from experts.fp8.blocks import E4M3, E5M2
 from experts.steps import Permutation, eager
 from tests.experts.compiled import assemble, compile_launches
-from tests.experts.layers import BF16, F16, INTERPRETED
+from tests.experts.layers import BF16, F16, INTERPRETED, moe_config
 from tests.experts.test_fp8 import exact_matrices, exact_rows, hard_rows, on_every_setup, permutation_of, same
 
 pytest.importorskip("triton")
@@ -68,6 +68,80 @@ def test_both_kernels_that_transpose_rows_give_the_same_bits(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("dtype", "fmt"), [(BF16, E4M3), (F16, E5M2)], ids=str)
+def test_one_kernel_gives_what_the_activation_and_then_the_transposition_give(
+    dtype: torch.dtype, fmt: torch.dtype, padded: bool
+) -> None:
+    """Its sigmoid has other last bits, and it rounds the gradients to 16 bits before it finds the scales of rows."""
+    from experts.fp8 import activation, turned
+
+    for num_tokens, inter in ((1, 16), (130, 208), (900, 2880)):
+        permutation = permutation_of(num_tokens, "cuda")
+        blocks, num_local = turned.row_blocks(permutation), int(permutation.offsets_L[-1])
+        num_blocks = int(blocks.listed[0])
+        config = moe_config(n_routed_experts=5, dim=64, moe_inter_dim=inter, dtype=dtype)
+        h_NH = (hard_rows(permutation.num_rows + 5, 2 * inter, dtype)[: permutation.num_rows] / 64).cuda()
+        grad_NI = torch.randn(permutation.num_rows, inter, device="cuda", dtype=dtype)
+        h_NH[num_local:], grad_NI[num_local:] = torch.nan, torch.nan  # are not read
+        given = permutation, torch.rand(num_tokens, 3, device="cuda"), None, config, fmt, padded
+        made = [activation.activate_backward_turned(h_NH, grad_NI, *given, blocks) for _ in range(2)]
+        if made[0] is None:
+            pytest.skip("needs a Hopper GPU (SM90)")
+        right, right_h_NH, right_a_NI, right_weights = activation.activate_backward(h_NH, grad_NI, *given)
+        right_h = turned.turn(right_h_NH, blocks, permutation, gather=False, by_column=False, halves=2, dtype=fmt)
+        right_a = turned.turn(right_a_NI, blocks, permutation, gather=False, by_column=True)
+        bits = []
+        for rows, turned_h, turned_a, grad_weights in filter(None, made):
+            values, right_values = (one.values[:num_local].view(num_local, 2, -1).float() for one in (rows, right))
+            assert (values[:, :, inter:] == 0).all()
+            for half, right_half, scale, right_scale in zip(
+                *(values.unbind(1), right_values.unbind(1)),
+                *(one.scales[:, :num_local].chunk(2) for one in (rows, right)),
+                strict=True,
+            ):
+                by, right_by = (s.repeat_interleave(128, dim=0)[:inter].T for s in (scale, right_scale))
+                exact = right_half[:, :inter] * right_by
+                assert (half[:, :inter] * by - exact).norm() <= 0.03 * exact.norm()
+            for found, expected in ((turned_h, right_h), (turned_a, right_a)):
+                same_bytes = found.values[:num_blocks].view(torch.uint8) == expected.values[:num_blocks].view(
+                    torch.uint8
+                )
+                assert same_bytes.float().mean() > 0.999
+                torch.testing.assert_close(found.scales[:num_blocks], expected.scales[:num_blocks], rtol=0.01, atol=0)
+            torch.testing.assert_close(grad_weights, right_weights, rtol=1e-4, atol=1e-4)
+            parts = (
+                rows.values[:num_local],
+                rows.scales[:, :num_local],
+                *vars(turned_h).values(),
+                *vars(turned_a).values(),
+            )
+            bits.append(
+                [part[: part.shape[0] if i < 2 else num_blocks].view(torch.uint8) for i, part in enumerate(parts)]
+            )
+        assert all(map(torch.equal, *bits))
+
+
+def test_other_activations_and_biases_are_left_to_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from experts.fp8 import activation, turned
+
+    monkeypatch.setattr(activation, "runs_on_hopper", lambda device, num_rows: True)
+    permutation = permutation_of(9, "cpu")
+    h_NH, grad_NI = torch.zeros(permutation.num_rows, 32), torch.zeros(permutation.num_rows, 16)
+    blocks = turned.RowBlocks(permutation.offsets_L, permutation.offsets_L, 3)
+    for name, bias_LH in (
+        ("swigluoai", None),
+        ("quick_geglu", None),
+        ("geglu", None),
+        ("relu2", None),
+        ("swiglu", h_NH),
+    ):
+        config = moe_config(n_routed_experts=5, dim=64, moe_inter_dim=16, expert_activation=name)
+        given = h_NH, grad_NI, permutation, torch.rand(9, 3), bias_LH, config, E4M3, False, blocks
+        assert activation.activate_backward_turned(*given) is None
+
+
+@pytest.mark.gpu
 def test_every_tile_of_many_is_computed_once() -> None:
     """There are several rounds of tiles, and the last one is not full. The last tile of an expert has fewer rows."""
     from experts.fp8 import products, quantise
@@ -91,29 +165,38 @@ def test_every_tile_of_many_is_computed_once() -> None:
 @pytest.mark.certify(share=0.25)
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_the_kernel_for_hopper_transposes_without_spilling(
+def test_the_kernels_for_hopper_transpose_without_spilling(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It loads 16 bytes at a time, transposes without shared memory, and leaves registers for a second program."""
-    from experts.fp8 import turned
+    """They load 16 bytes at a time. The first leaves registers for a second program."""
+    from experts.fp8 import activation, turned
 
-    hopper = importlib.import_module("experts.fp8.hopper.turned")
-    monkeypatch.setattr(turned, "runs_on_hopper", lambda device, num_rows: True)
-    compiled = compile_launches(monkeypatch, tmp_path, hopper, turned)
+    hopper = [importlib.import_module(f"experts.fp8.hopper.{name}") for name in ("turned", "turned_activation")]
+    for module in (activation, turned):
+        monkeypatch.setattr(module, "runs_on_hopper", lambda device, num_rows: True)
+    compiled = compile_launches(monkeypatch, tmp_path, *hopper, turned)
     maps = [torch.zeros(512, dtype=torch.int64) for _ in range(3)]
     permutation = Permutation(*maps, torch.zeros(32, dtype=torch.int32), 8)
     blocks = turned.row_blocks(permutation)
     for gather, by_column in ((True, True), (False, False)):
         x = torch.zeros(64 if gather else 512, 2880, dtype=dtype)
         turned.turn(x, blocks, permutation, gather, by_column, halves=1 if gather else 2)
-        code = compiled["turn_rows"]
-        assert re.search(r"ld\.global\.v4\.b32", code)
-        assert not by_column or "st.shared" not in code
-        said = assemble(code, tmp_path)
-        assert "0 bytes spill stores, 0 bytes spill loads" in said
-        registers = re.search(r"Used (\d+) registers", said)
-        assert registers is not None
-        assert int(registers[1]) <= 128
+        check_code(compiled["turn_rows"], tmp_path, 128)
+    if dtype == BF16:  # with float16, eight registers are spilled
+        config = moe_config(n_routed_experts=32, dim=2880, moe_inter_dim=2880, dtype=dtype)
+        h_NH, grad_NI = torch.zeros(512, 5760, dtype=dtype), torch.zeros(512, 2880, dtype=dtype)
+        given = permutation, torch.rand(64, 8), None, config, E4M3, False, blocks
+        activation.activate_backward_turned(h_NH, grad_NI, *given)
+        check_code(compiled["turn_gradients"], tmp_path, 128)
+
+
+def check_code(code: str, folder: Path, most_registers: int) -> None:
+    assert re.search(r"ld\.global\.v4\.b32", code)
+    said = assemble(code, folder)
+    assert "0 bytes spill stores, 0 bytes spill loads" in said
+    registers = re.search(r"Used (\d+) registers", said)
+    assert registers is not None
+    assert int(registers[1]) <= most_registers
 
 
 @pytest.mark.certify(share=0.25)
@@ -133,14 +216,8 @@ def test_kernels_compile_for_sm90_without_spilling(
     x_TD, h_NH = torch.zeros(num_rows // k, dim, dtype=dtype), torch.zeros(num_rows, 2 * inter, dtype=dtype)
 
     def check(name: str) -> None:
-        code = compiled[name]
-        assert re.search(r"ld\.global\.v4\.b32", code)
-        assert re.search(r"st\.global\.v4\.b32", code)
-        said = assemble(code, tmp_path)
-        assert "0 bytes spill stores, 0 bytes spill loads" in said
-        registers = re.search(r"Used (\d+) registers", said)
-        assert registers is not None
-        assert int(registers[1]) <= 128
+        assert re.search(r"st\.global\.v4\.b32", compiled[name])
+        check_code(compiled[name], tmp_path, 128)
 
     quantise.quantise_weights_both(torch.zeros(2, dim, 2 * inter, dtype=dtype), 2)
     check("quantise_matrices")

@@ -4,7 +4,8 @@ A group has 64 rows of a tile of the result. Tensor cores sum 128 products, in a
 then adds the sums, times their scales, to sums in float32, while the tensor cores multiply for another group.
 The products of rows have three groups and one block of 128 columns. The gradients of weights, and the up projection
 with its activation, have two groups and two blocks. These two groups take turns.
-The rows for the gradients of weights are quantised and transposed without shared memory.
+Rows for the gradients of weights are quantised and transposed without shared memory. The gradients of SwiGLU are
+quantised for both products by the kernel that computes them.
 Importing this package imports Gluon, the language below Triton, which comes with Triton.
 """
 
@@ -12,5 +13,6 @@ from experts.fp8.hopper.activated import multiply_and_activate
 from experts.fp8.hopper.outer import outer
 from experts.fp8.hopper.rows import multiply
 from experts.fp8.hopper.turned import turn
+from experts.fp8.hopper.turned_activation import activate_and_turn
 
-__all__ = ["multiply", "multiply_and_activate", "outer", "turn"]
+__all__ = ["activate_and_turn", "multiply", "multiply_and_activate", "outer", "turn"]
