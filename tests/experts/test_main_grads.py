@@ -328,11 +328,11 @@ def test_kernels_compile_for_sm90_without_spilling(
 ) -> None:
     """On Hopper GPUs, the TMA adds four parts of a tile, and memory is not read."""
     from experts.gemm import accumulation
-    from experts.gemm.hopper import gradients
+    from experts.gemm.hopper import launching
 
     monkeypatch.setattr(accumulation, "runs_on_hopper", lambda device, num_rows: on_hopper)
-    ptx = compile_launches(monkeypatch, tmp_path, accumulation, gradients)
-    num_rows, k, experts, dim, inter = 512, 8, 128, 2048, 768
+    ptx = compile_launches(monkeypatch, tmp_path, accumulation, launching)
+    num_rows, k, experts, dim, inter = 512, 8, 128, 2048, 512
     maps = [torch.zeros(num_rows, dtype=torch.int64) for _ in range(3)]
     permutation = Permutation(*maps, torch.zeros(experts, dtype=torch.int32), k)
     left = torch.zeros(num_rows // k if gathered == "left" else num_rows, dim, dtype=dtype)

@@ -8,9 +8,8 @@ below Triton, which comes with Triton.
 Importing this package imports Gluon.
 """
 
-from experts.gemm.hopper.accumulation import add_outer
 from experts.gemm.hopper.finished import activated_back, kept_and_activated
-from experts.gemm.hopper.gradients import outer
+from experts.gemm.hopper.launching import add_outer, outer
 from experts.gemm.hopper.rows import activated_product, product
 
 __all__ = ["activated_back", "activated_product", "add_outer", "kept_and_activated", "outer", "product"]

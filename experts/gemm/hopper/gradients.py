@@ -6,11 +6,6 @@ copy the rows of the other. Eight warps multiply. A tile is stored while tensor 
 next tile. A tile without rows has one step, whose operands are zeros.
 """
 
-from typing import Any
-
-import torch
-import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,12 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from experts.gemm.hopper.descriptors import MOST_ROWS, aligned, described, grouped_rows
+from experts.gemm.hopper.descriptors import MOST_ROWS
 from experts.gemm.hopper.rounding import rounded
-from experts.steps import Permutation
-from experts.steps.fused.launch import launch
+from experts.gemm.hopper.storing import make_blocks, write
 
 #: Columns of the gathered operand, columns of the other operand, and rows of a step: the sizes of a tile.
 LEFT, RIGHT, STEP = 128, 256, 64
@@ -36,80 +29,43 @@ LOADING_REGISTERS = 64
 #: Tiles with the same columns of the right operand that follow each other; so both operands' columns stay in L2.
 BAND = 8
 
-
-def outer(left: Tensor, right_NQ: Tensor, permutation: Permutation, gather: bool, transposed: bool = False) -> Tensor:
-    """Return [L, P, Q]: the sum over each expert's rows of leftᵀ·right. With `transposed`, return [L, Q, P].
-
-    left: [T, P] with `gather`, whose rows are the rows' tokens; else [N, P]. right: [N, Q]. Both have the same 16-bit
-    dtype. An expert without rows has zeros. No row past the last group is read. Sums are in float32.
-    """
-    left, right_NQ = aligned(left), aligned(right_NQ)
-    experts, width, depth = permutation.offsets_L.shape[0], left.shape[1], right_NQ.shape[1]
-    shape = (experts, depth, width) if transposed else (experts, width, depth)
-    if permutation.num_rows == 0:
-        return torch.zeros(shape, dtype=left.dtype, device=left.device)
-    out = torch.empty(shape, dtype=left.dtype, device=left.device)
-    described_out = described(out, [1, RIGHT, LEFT] if transposed else [1, LEFT, RIGHT])
-    launch_outer(sum_outer_products, left, right_NQ, described_out, permutation, gather, transposed)
-    return out
-
-
-def launch_outer(
-    kernel: Any,
-    left: Tensor,
-    right_NQ: Tensor,
-    out: TensorDescriptor,
-    permutation: Permutation,
-    gather: bool,
-    transposed: bool,
-) -> None:
-    """Launch a kernel for the products that `outer` describes, with one program per multiprocessor at most."""
-    experts, width, depth = permutation.offsets_L.shape[0], left.shape[1], right_NQ.shape[1]
-    num_tiles = experts * triton.cdiv(width, LEFT) * triton.cdiv(depth, RIGHT)
-    programs = torch.cuda.get_device_properties(left.device).multi_processor_count if left.is_cuda else 1
-    launch(
-        kernel,
-        (min(programs, num_tiles),),
-        left,
-        grouped_rows(right_NQ, [STEP, RIGHT]),
-        out,
-        permutation.row_to_slot_N,
-        permutation.offsets_L,
-        EXPERTS=experts,
-        P=width,
-        Q=depth,
-        K=permutation.n_activated_experts,
-        GATHER=gather,
-        TRANSPOSED=transposed,
-        num_warps=MULTIPLYING_WARPS,
-    )
-
-
 _LEFT, _RIGHT, _STEP, _STAGES = gl.constexpr(LEFT), gl.constexpr(RIGHT), gl.constexpr(STEP), gl.constexpr(STAGES)
 _BAND, _WARPS = gl.constexpr(BAND), gl.constexpr(LOADING_WARPS)
 _REGISTERS = gl.constexpr(LOADING_REGISTERS)
 
 
 @gluon.jit
-def find_tile(tile, offsets, P: gl.constexpr, Q: gl.constexpr):
+def find_tile(tile, offsets, P: gl.constexpr, Q: gl.constexpr, LEFT: gl.constexpr = _LEFT, BAND: gl.constexpr = _BAND):
     """Return a tile's expert and first columns of the two operands, and the start and end of the expert's group."""
-    LEFT_TILES: gl.constexpr = (P + _LEFT - 1) // _LEFT
+    LEFT_TILES: gl.constexpr = (P + LEFT - 1) // LEFT
     RIGHT_TILES: gl.constexpr = (Q + _RIGHT - 1) // _RIGHT
     expert = tile // (LEFT_TILES * RIGHT_TILES)
     tile = tile % (LEFT_TILES * RIGHT_TILES)
-    band = tile // (_BAND * RIGHT_TILES)
-    tile -= band * (_BAND * RIGHT_TILES)
-    height = gl.minimum(LEFT_TILES - band * _BAND, _BAND)
+    band = tile // (BAND * RIGHT_TILES)
+    tile -= band * (BAND * RIGHT_TILES)
+    height = gl.minimum(LEFT_TILES - band * BAND, BAND)
     start = gl.load(offsets + expert - 1, mask=expert > 0, other=0)
-    return expert, (band * _BAND + tile % height) * _LEFT, tile // height * _RIGHT, start, gl.load(offsets + expert)
+    return expert, (band * BAND + tile % height) * LEFT, tile // height * _RIGHT, start, gl.load(offsets + expert)
 
 
 @gluon.jit
-def _find_sources(row_to_slot, row, end, K: gl.constexpr, GATHER: gl.constexpr):
+def find_sources(row_to_slot, row, end, K: gl.constexpr, GATHER: gl.constexpr):
     """Return which row of the left operand belongs to each row."""
     if GATHER:
         return gl.load(row_to_slot + row, mask=row < end, other=0).to(gl.int32) // K
     return row
+
+
+@gluon.jit
+def load_right(right, memory, step, first, end, column):
+    """Load a step's rows of the right operand once the memory of the stage is free."""
+    _, right_tiles, loaded, free = memory
+    stage = step % _STAGES
+    mbarrier.wait(free.index(stage), ((step // _STAGES) & 1) ^ 1)
+    mbarrier.expect(loaded.index(stage), right.block_type.nbytes)
+    block = right_tiles.index(stage)._reinterpret(right.dtype, [1, 1, _STEP, _RIGHT], right.layout)
+    place = [MOST_ROWS, end, MOST_ROWS - end + first, column]
+    tma.async_copy_global_to_shared(right, place, loaded.index(stage), block)
 
 
 @gluon.jit
@@ -118,11 +74,8 @@ def load(
     right,
     row_to_slot,
     offsets,
-    left_tiles,
-    right_tiles,
-    loaded,
-    free,
-    num_tiles,
+    memory,
+    NUM_TILES: gl.constexpr,
     P: gl.constexpr,
     Q: gl.constexpr,
     K: gl.constexpr,
@@ -130,27 +83,21 @@ def load(
     ADD: gl.constexpr,
 ):
     """Load the operands of each step. With ADD, a tile without rows has no step."""
+    left_tiles, loaded = memory[0], memory[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // _LEFT, _LEFT // 8], [_WARPS, 1], [1, 0])
     rows = gl.arange(0, _STEP, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, _LEFT, layout=gl.SliceLayout(0, layout))
     step = 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    for tile in range(gl.program_id(0), NUM_TILES, gl.num_programs(0)):
         _, column, right_column, start, end = find_tile(tile, offsets, P, Q)
         inside = column + columns < P
-        source = _find_sources(row_to_slot, start + rows, end, K, GATHER)
+        source = find_sources(row_to_slot, start + rows, end, K, GATHER)
         for first in range(start, end if ADD else gl.maximum(end, start + 1), _STEP):
             stage = step % _STAGES
             row = first + rows
             where = left + (source.to(gl.int64) * P)[:, None] + (column + columns)[None, :]
-            source = _find_sources(row_to_slot, row + _STEP, end, K, GATHER)  # early: the next step waits for it
-            mbarrier.wait(free.index(stage), ((step // _STAGES) & 1) ^ 1)
-            mbarrier.expect(loaded.index(stage), right.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                right,
-                [MOST_ROWS, end, MOST_ROWS - end + first, right_column],
-                loaded.index(stage),
-                right_tiles.index(stage)._reinterpret(right.dtype, [1, 1, _STEP, _RIGHT], right.layout),
-            )
+            source = find_sources(row_to_slot, row + _STEP, end, K, GATHER)  # early: the next step waits for it
+            load_right(right, memory, step, first, end, right_column)
             mask = (row < end)[:, None] & inside[None, :]  # what is masked becomes zero
             async_copy.async_copy_global_to_shared(left_tiles.index(stage), where, mask=mask)
             async_copy.mbarrier_arrive(loaded.index(stage), increment_count=False)
@@ -158,27 +105,13 @@ def load(
 
 
 @gluon.jit
-def _store(out, result, values, expert, column, right_column, TRANSPOSED: gl.constexpr):
-    """Store a tile. What lies past an end of `out` is not stored."""
-    tma.store_wait(0)  # the tile before has left the memory of the result
-    if TRANSPOSED:
-        result.permute((1, 0)).store(values)
-        fence_async_shared()
-        block = result._reinterpret(out.dtype, [1, _RIGHT, _LEFT], out.layout)
-        tma.async_copy_shared_to_global(out, [expert, right_column, column], block)
-    else:
-        result.store(values)
-        fence_async_shared()
-        block = result._reinterpret(out.dtype, [1, _LEFT, _RIGHT], out.layout)
-        tma.async_copy_shared_to_global(out, [expert, column, right_column], block)
-
-
-@gluon.jit
-def multiply_step(sums, step, left_tiles, right_tiles, loaded, FIRST: gl.constexpr):
+def multiply_step(sums, step, memory, FIRST: gl.constexpr = False, SLABS: gl.constexpr = 1, SLAB: gl.constexpr = 0):
+    """Return the sums with a step that tensor cores may still multiply. The step before is done."""
+    left_tiles, right_tiles, loaded, _ = memory
     stage = step % _STAGES
     mbarrier.wait(loaded.index(stage), (step // _STAGES) & 1)
     fence_async_shared()  # tensor cores read what the loading warps wrote
-    left_tile = left_tiles.index(stage).permute((1, 0))
+    left_tile = left_tiles.index(SLABS * stage + SLAB).permute((1, 0))
     sums = warpgroup_mma(left_tile, right_tiles.index(stage), sums, use_acc=not FIRST, is_async=True)
     return warpgroup_mma_wait(1, deps=(sums,))
 
@@ -187,51 +120,52 @@ def multiply_step(sums, step, left_tiles, right_tiles, loaded, FIRST: gl.constex
 def _multiply(
     out,
     offsets,
-    left_tiles,
-    right_tiles,
     result,
-    loaded,
-    free,
-    num_tiles,
+    memory,
+    NUM_TILES: gl.constexpr,
     P: gl.constexpr,
     Q: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     WARPS: gl.constexpr,
 ):
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, _RIGHT, 16])
+    free = memory[3]
     step = 0
     # A tile is stored while the first step of the next tile is multiplied. Before the first tile, nothing is stored.
     done = gl.zeros([_LEFT, _RIGHT], out.dtype, layout)
     expert, column, right_column = 0, P, 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    for tile in range(gl.program_id(0), NUM_TILES, gl.num_programs(0)):
         sums = gl.zeros([_LEFT, _RIGHT], gl.float32, layout)
-        sums = multiply_step(sums, step, left_tiles, right_tiles, loaded, True)
+        sums = multiply_step(sums, step, memory, True)
         step += 1
-        _store(out, result, done, expert, column, right_column, TRANSPOSED)
+        write(out, result, done, expert, column, right_column, TRANSPOSED, 0)
         expert, column, right_column, start, end = find_tile(tile, offsets, P, Q)
         for _ in range(start + _STEP, end, _STEP):
-            sums = multiply_step(sums, step, left_tiles, right_tiles, loaded, False)
+            sums = multiply_step(sums, step, memory)
             mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES))
             step += 1
         sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES))
         done = rounded(sums, out.dtype)
-    _store(out, result, done, expert, column, right_column, TRANSPOSED)
+    write(out, result, done, expert, column, right_column, TRANSPOSED, 0)
     tma.store_wait(0)
 
 
 @gluon.jit
-def make_buffers(dtype: gl.constexpr):
-    """Return memory for the operands of all stages, and the barriers on which the warps wait for each other."""
-    LEFT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_STEP, _LEFT], dtype)
+def make_buffers(dtype: gl.constexpr, SLABS: gl.constexpr = 1, WIDTH: gl.constexpr = _LEFT):
+    """Return memory for the operands of all stages, and the barriers on which the warps wait for each other.
+
+    The left operand is in slabs of WIDTH columns. The warps that multiply a slab free a stage once.
+    """
+    LEFT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_STEP, WIDTH], dtype)
     RIGHT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_STEP, _RIGHT], dtype)
-    left_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _STEP, _LEFT], LEFT_LAYOUT)
+    left_tiles = gl.allocate_shared_memory(dtype, [SLABS * _STAGES, _STEP, WIDTH], LEFT_LAYOUT)
     right_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _STEP, _RIGHT], RIGHT_LAYOUT)
     loaded = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(_STAGES):
         mbarrier.init(loaded.index(stage), count=1 + 32 * _WARPS)  # the TMA, and each thread that gathers
-        mbarrier.init(free.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=SLABS)
     fence_async_shared()
     return left_tiles, right_tiles, loaded, free
 
@@ -243,7 +177,7 @@ def sum_outer_products(
     out,
     row_to_slot,
     offsets,
-    EXPERTS: gl.constexpr,
+    NUM_TILES: gl.constexpr,
     P: gl.constexpr,
     Q: gl.constexpr,
     K: gl.constexpr,
@@ -251,36 +185,12 @@ def sum_outer_products(
     TRANSPOSED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    left_tiles, right_tiles, loaded, free = make_buffers(right.dtype)
-    SHAPE: gl.constexpr = [_RIGHT, _LEFT] if TRANSPOSED else [_LEFT, _RIGHT]
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(SHAPE, out.dtype)
-    result = gl.allocate_shared_memory(out.dtype, SHAPE, LAYOUT)
-    num_tiles = EXPERTS * ((P + _LEFT - 1) // _LEFT) * ((Q + _RIGHT - 1) // _RIGHT)
+    memory = make_buffers(right.dtype)
+    result = make_blocks(out, 1).index(0)
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (out, offsets, left_tiles, right_tiles, result, loaded, free, num_tiles, P, Q, TRANSPOSED, num_warps),
-            ),
-            (
-                load,
-                (
-                    left,
-                    right,
-                    row_to_slot,
-                    offsets,
-                    left_tiles,
-                    right_tiles,
-                    loaded,
-                    free,
-                    num_tiles,
-                    P,
-                    Q,
-                    K,
-                    GATHER,
-                    False,
-                ),
-            ),
+            (_multiply, (out, offsets, result, memory, NUM_TILES, P, Q, TRANSPOSED, num_warps)),
+            (load, (left, right, row_to_slot, offsets, memory, NUM_TILES, P, Q, K, GATHER, False)),
         ],
         [_WARPS],
         [_REGISTERS],

@@ -28,7 +28,7 @@ from moebench.measure.studies import places, run
 GROUPS = {
     "waiting": re.compile(r"symmetric_memory::barrier|deep_ep::\w+::\w*notify"),
     "communication": re.compile(rf"{COMMUNICATION.pattern}|^push(_back)?$", re.IGNORECASE),
-    "products": re.compile(rf"{PRODUCT.pattern}|^(multiply_rows|(sum|add)_outer_products)$", re.IGNORECASE),
+    "products": re.compile(rf"{PRODUCT.pattern}|^(multiply_rows|(sum|add)_outer_(products|slabs))$", re.IGNORECASE),
     "rows": re.compile(r"^(_activate|_activate_backward|_sum|sum_rows|pack|take_rows)$"),
     "sort": re.compile(
         r"^(_mask|_count|_place|place|plan|list_tiles|(take|pack|unpack)_choices)$|DeviceScan|get_dispatch_layout"

@@ -68,6 +68,7 @@ def test_the_wait_with_which_the_profile_ends_a_call_does_not_count(trace: Path)
         ("nvjet_hsh_128x256", "products"),
         ("multiply_rows", "products"),
         ("add_outer_products", "products"),
+        ("sum_outer_slabs", "products"),
         ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
         ("void deep_ep::intranode::combine<__nv_bfloat16, 2>(int)", "communication"),
         ("push_back", "communication"),
