@@ -101,14 +101,18 @@ def test_one_kernel_gives_what_the_activation_and_then_the_transposition_give(
                 strict=True,
             ):
                 by, right_by = (s.repeat_interleave(128, dim=0)[:inter].T for s in (scale, right_scale))
-                exact = right_half[:, :inter] * right_by
-                assert (half[:, :inter] * by - exact).norm() <= 0.03 * exact.norm()
-            for found, expected in ((turned_h, right_h), (turned_a, right_a)):
+                expected = right_half[:, :inter] * right_by
+                # at most the next number of the format, with a scale that differs in the last bit of 16
+                step = 1.05 * torch.finfo(fmt).eps * expected.abs() + torch.finfo(fmt).smallest_normal * right_by
+                assert ((half[:, :inter] * by - expected).abs() <= step).all()
+            for found, right_turned in ((turned_h, right_h), (turned_a, right_a)):
                 same_bytes = found.values[:num_blocks].view(torch.uint8) == expected.values[:num_blocks].view(
                     torch.uint8
                 )
-                assert same_bytes.float().mean() > 0.999
-                torch.testing.assert_close(found.scales[:num_blocks], expected.scales[:num_blocks], rtol=0.01, atol=0)
+                assert same_bytes.float().mean() > 0.99
+                torch.testing.assert_close(
+                    found.scales[:num_blocks], right_turned.scales[:num_blocks], rtol=0.01, atol=0
+                )
             torch.testing.assert_close(grad_weights, right_weights, rtol=1e-4, atol=1e-4)
             parts = (
                 rows.values[:num_local],
