@@ -86,7 +86,9 @@ def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """
     table = pa.Table.from_pandas(frame, schema=ARROW_SCHEMA, preserve_index=False).replace_schema_metadata(None)
     parquet = pa.BufferOutputStream()
-    pq.write_table(table, parquet, compression="zstd")
+    # readers need the whole file, and hardly a sample repeats: statistics and dictionaries would be a third of it
+    options = {"compression_level": 19, "use_dictionary": False, "write_statistics": False}
+    pq.write_table(table, parquet, compression="zstd", **options)
     write_atomically(folder / PARQUET_NAME, parquet.getvalue().to_pybytes())
     return [folder / PARQUET_NAME, write_csv(frame, folder)]
 
