@@ -39,10 +39,20 @@ def in_every_case(test: Any) -> Any:
 
 
 @in_every_case
+@pytest.mark.parametrize("copied", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_the_product_and_its_activation_are_those_of_two_kernels(
-    rows: tuple[int, ...], widths: tuple[int, int], weighted: bool, dtype: torch.dtype, hopper: Any
+    rows: tuple[int, ...],
+    widths: tuple[int, int],
+    weighted: bool,
+    copied: bool,
+    dtype: torch.dtype,
+    hopper: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from experts.gemm import products
+
+    monkeypatch.setattr(products, "COPIED_FROM", 0 if copied else 2**31)
     config, given = swiglu(rows, widths, dtype), Grouped(rows, widths, dtype)
     num_rows, generator = sum(rows), torch.Generator().manual_seed(1)
     b_LDH = (torch.randn(len(rows), widths[0], 2 * widths[1], generator=generator) * widths[0] ** -0.5).to(
@@ -124,9 +134,10 @@ def test_kernels_compile_for_sm90_without_spilling(
     from experts import gemm
     from experts.gemm import products
     from experts.gemm.hopper import finished
+    from experts.steps.fused import rows as fused_rows
 
     monkeypatch.setattr(products, "runs_on_hopper", lambda device, num_rows: True)
-    ptx = compile_launches(monkeypatch, tmp_path, products, finished)
+    ptx = compile_launches(monkeypatch, tmp_path, products, finished, fused_rows)
     num_rows, k, experts, dim = 512, 8, 128, 2048
     maps = [torch.zeros(num_rows, dtype=torch.int64) for _ in range(3)]
     permutation = Permutation(*maps, torch.zeros(experts, dtype=torch.int32), k)

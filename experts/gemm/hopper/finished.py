@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from experts.gemm.hopper.descriptors import aligned, described
 from experts.gemm.hopper.finishing import FINISHING_WARPS, PANEL, PART, PARTS, activate, activate_back
-from experts.gemm.hopper.loading import load_tokens
+from experts.gemm.hopper.loading import load_rows, load_tokens
 from experts.gemm.hopper.rows import multiply_step
 from experts.gemm.tiling import LARGE, PAIRS
 from experts.steps import Permutation
@@ -28,20 +28,28 @@ _ROWS_AT_ONCE = 1024
 
 
 def kept_and_activated(
-    x_TD: Tensor, b_LDH: Tensor, permutation: Permutation, tiles: Tensor, programs: int, weights_TK: Tensor | None
+    x: Tensor,
+    b_LDH: Tensor,
+    permutation: Permutation,
+    tiles: Tensor,
+    programs: int,
+    weights_TK: Tensor | None,
+    gather: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return h [N, H], each row's token times its expert's matrix, and [N, I], silu(gate)·up of h times the weight.
+    """Return h [N, H], each row times its expert's matrix, and [N, I], silu(gate)·up of h times the routing weight.
 
-    x: [T, D]; b: [L, D, H], whose columns are those of gate, then those of up; weights: [T, K] or None; H = 2I. The
-    tiles are those of `experts.gemm.products`, of `PAIRS`. Rows past the last group stay unwritten.
+    x: the rows' tokens [T, D] with `gather`, else the rows [N, D]; b: [L, D, H], whose columns are those of gate, then
+    those of up; weights: [T, K] or None; H = 2I. The tiles are those of `experts.gemm.products`, of `PAIRS`. Rows past
+    the last group stay unwritten.
     """
-    x_TD, b_LDH = aligned(x_TD), aligned(b_LDH)
+    x, b_LDH = aligned(x), aligned(b_LDH)
     experts, depth, width = b_LDH.shape
-    h_NH = torch.empty(permutation.num_rows, width, dtype=x_TD.dtype, device=x_TD.device)
-    a_NI = torch.empty(permutation.num_rows, width // 2, dtype=x_TD.dtype, device=x_TD.device)
+    h_NH = torch.empty(permutation.num_rows, width, dtype=x.dtype, device=x.device)
+    a_NI = torch.empty(permutation.num_rows, width // 2, dtype=x.dtype, device=x.device)
     pairs = described(b_LDH.view(experts, depth, 2, width // 2).transpose(1, 2), [1, 2, PAIRS.depth, PAIRS.columns])
     weights_TK = None if weights_TK is None else weights_TK.contiguous()
-    _launch(x_TD, pairs, h_NH, a_NI, None, weights_TK, permutation, tiles, programs, depth, back=False)
+    rows = x if gather else described(x, [LARGE.rows, LARGE.depth])
+    _launch(rows, pairs, h_NH, a_NI, None, weights_TK, permutation, tiles, programs, depth, gather, back=False)
     return h_NH, a_NI
 
 
@@ -68,7 +76,8 @@ def activated_back(
     sums_CN = torch.empty(num_tiles, num_rows, dtype=torch.float32, device=h_NH.device)
     matrices = described(b_LID, [1, LARGE.columns, LARGE.depth])
     weights_TK = weights_TK.contiguous()
-    _launch(grad_TD, matrices, h_NH, a_NI, sums_CN, weights_TK, permutation, tiles, programs, depth, back=True)
+    gather = True
+    _launch(grad_TD, matrices, h_NH, a_NI, sums_CN, weights_TK, permutation, tiles, programs, depth, gather, back=True)
     grad_weights_TK = torch.zeros(weights_TK.shape, dtype=torch.float32, device=h_NH.device)
     launch(
         add_sums,
@@ -81,7 +90,7 @@ def activated_back(
 
 
 def _launch(
-    x: Tensor,
+    x: object,
     b: object,
     h_NH: Tensor,
     a_NI: Tensor,
@@ -91,6 +100,7 @@ def _launch(
     tiles: Tensor,
     programs: int,
     depth: int,
+    gather: bool,
     back: bool,
 ) -> None:
     launch(
@@ -111,6 +121,7 @@ def _launch(
         DEPTH=depth,
         INTER=a_NI.shape[1],
         K=permutation.n_activated_experts,
+        GATHER=gather,
         BACK=back,
         num_warps=LARGE.warps,
     )
@@ -145,6 +156,7 @@ def _multiply(
     full,
     taken,
     DEPTH: gl.constexpr,
+    GATHER: gl.constexpr,
     BACK: gl.constexpr,
     WARPS: gl.constexpr,
 ):
@@ -154,10 +166,10 @@ def _multiply(
     step, phase = 0, 0
     for _ in range(gl.program_id(0), gl.load(tiles), gl.num_programs(0)):
         sums = gl.zeros([_ROWS, _COLUMNS], gl.float32, layout)
-        sums = multiply_step(sums, step, a_tiles, b_tiles, loaded, True, BACK, True)
+        sums = multiply_step(sums, step, a_tiles, b_tiles, loaded, GATHER, BACK, True)
         step += 1
         for _ in range(_STEP, DEPTH, _STEP):
-            sums = multiply_step(sums, step, a_tiles, b_tiles, loaded, True, BACK, False)
+            sums = multiply_step(sums, step, a_tiles, b_tiles, loaded, GATHER, BACK, False)
             mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES))
             step += 1
         sums = warpgroup_mma_wait(0, deps=(sums,))
@@ -183,6 +195,7 @@ def multiply_and_finish(
     DEPTH: gl.constexpr,
     INTER: gl.constexpr,
     K: gl.constexpr,
+    GATHER: gl.constexpr,
     BACK: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -203,16 +216,20 @@ def multiply_and_finish(
     full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(_STAGES):
-        mbarrier.init(loaded.index(stage), count=1 + 32 * _LOADING)  # the TMA, and each thread that gathers
+        # the TMA, and each thread that gathers
+        mbarrier.init(loaded.index(stage), count=1 + 32 * _LOADING if GATHER else 1)
         mbarrier.init(free.index(stage), count=1)
     mbarrier.init(full, count=1)
     mbarrier.init(taken, count=1)
     fence_async_shared()
-    # twice, because Gluon loses the constants of a tuple that has a name
+    # several times, because Gluon loses the constants of a tuple that has a name
     if BACK:
         gl.warp_specialize(
             [
-                (_multiply, (a_tiles, b_tiles, result, tiles, loaded, free, full, taken, DEPTH, BACK, num_warps)),
+                (
+                    _multiply,
+                    (a_tiles, b_tiles, result, tiles, loaded, free, full, taken, DEPTH, GATHER, BACK, num_warps),
+                ),
                 (
                     load_tokens,
                     (x, b, row_to_slot, tiles, a_tiles, b_tiles, loaded, free, DEPTH, K, True, False, _LOADING),
@@ -225,10 +242,13 @@ def multiply_and_finish(
             [_LOADING, _WARPS],
             [_REGISTERS, _REGISTERS],
         )
-    else:
+    elif GATHER:
         gl.warp_specialize(
             [
-                (_multiply, (a_tiles, b_tiles, result, tiles, loaded, free, full, taken, DEPTH, BACK, num_warps)),
+                (
+                    _multiply,
+                    (a_tiles, b_tiles, result, tiles, loaded, free, full, taken, DEPTH, GATHER, BACK, num_warps),
+                ),
                 (
                     load_tokens,
                     (x, b, row_to_slot, tiles, a_tiles, b_tiles, loaded, free, DEPTH, K, False, True, _LOADING),
@@ -237,4 +257,17 @@ def multiply_and_finish(
             ],
             [_LOADING, _WARPS],
             [_REGISTERS, _REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _multiply,
+                    (a_tiles, b_tiles, result, tiles, loaded, free, full, taken, DEPTH, GATHER, BACK, num_warps),
+                ),
+                (load_rows, (x, b, tiles, a_tiles, b_tiles, loaded, free, DEPTH, False, True)),
+                (activate, (h, out, weights, row_to_slot, tiles, result, of_rows, full, taken, INTER)),
+            ],
+            [1, _WARPS],
+            [24, _REGISTERS],
         )

@@ -36,7 +36,9 @@ def _load_weights(
 
 
 @gluon.jit
-def load_rows(a, b, tiles, a_tiles, b_tiles, loaded, free, DEPTH: gl.constexpr, TRANSPOSED: gl.constexpr):
+def load_rows(
+    a, b, tiles, a_tiles, b_tiles, loaded, free, DEPTH: gl.constexpr, TRANSPOSED: gl.constexpr, PAIRS: gl.constexpr
+):
     num_tiles = gl.load(tiles)
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
@@ -47,7 +49,7 @@ def load_rows(a, b, tiles, a_tiles, b_tiles, loaded, free, DEPTH: gl.constexpr, 
             mbarrier.wait(free.index(stage), ((step // _STAGES) & 1) ^ 1)
             mbarrier.expect(barrier, a.block_type.nbytes + b.block_type.nbytes)
             tma.async_copy_global_to_shared(a, [first_row, depth], barrier, a_tiles.index(stage))
-            _load_weights(b, b_tiles, stage, barrier, expert, column_tile, depth, TRANSPOSED, False)
+            _load_weights(b, b_tiles, stage, barrier, expert, column_tile, depth, TRANSPOSED, PAIRS)
             step += 1
 
 

@@ -291,7 +291,7 @@ def multiply_rows(
                         num_warps,
                     ),
                 ),
-                (load_rows, (a, b, tiles, a_tiles, b_tiles, loaded, free, DEPTH, TRANSPOSED)),
+                (load_rows, (a, b, tiles, a_tiles, b_tiles, loaded, free, DEPTH, TRANSPOSED, False)),
             ],
             [1],
             [24],
