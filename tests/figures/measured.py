@@ -55,6 +55,10 @@ MEASURED = (
         rounds.sonicmoe,
     ),
     (
+        "A train step of SonicMoE now takes {later1} and {later2} times as long as a train step of `triton`.",
+        rounds.sonicmoe,
+    ),
+    (
         """A train step of AutoModel's layer takes {peer_automodel_torch_mm_low} to {peer_automodel_torch_mm_high} times
         as long as a train step of `triton`, and one of transformers' layer {peer_transformers_low} to
         {peer_transformers_high} times.""",

@@ -9,8 +9,9 @@ import pandas as pd
 from moebench.verdicts.findings import rounds_of
 from moebench.workload.models import SHAPE_AXES, shape_name
 from tests.figures import data
-from tests.figures.data import DECODE, ROUNDS, SHAPES, results, select, the
+from tests.figures.data import DECODE, ROUNDS, SHAPES, WIDE, results, select, the
 from tests.figures.markdown import markdown
+from tests.figures.quoted import WORDS
 
 Shape = tuple[int, ...]
 #: Layers of models that SonicMoE ran, with 4096 tokens.
@@ -24,31 +25,41 @@ CASES = [
     ),
     *((name, shape, 4096, "train") for name, shape in MODELS.items()),
 ]
+#: Those that WIDE measured again.
+_LATER = [case for case in CASES if case[1][0] == 32 and case[3] == "train"]
 _DECODED = (128, 8, 2048, 768)
 
 
-def _rows(shape: Shape, num_tokens: int, mode: str) -> pd.DataFrame:
-    return select(data.of_shape(results(ROUNDS), shape), num_tokens=num_tokens, mode=mode)
+def _rows(shape: Shape, num_tokens: int, mode: str, run: str = ROUNDS) -> pd.DataFrame:
+    return select(data.of_shape(results(run), shape), num_tokens=num_tokens, mode=mode)
 
 
-def row(backend: str, shape: Shape, num_tokens: int, mode: str) -> pd.Series:
-    return the(_rows(shape, num_tokens, mode), backend=backend)
+def row(backend: str, shape: Shape, num_tokens: int, mode: str, run: str = ROUNDS) -> pd.Series:
+    return the(_rows(shape, num_tokens, mode, run), backend=backend)
 
 
-def ratios(backend: str, shape: Shape, num_tokens: int, mode: str) -> list[float]:
+def ratios(backend: str, shape: Shape, num_tokens: int, mode: str, run: str = ROUNDS) -> list[float]:
     """The times of a backend over those of `triton`, for each round that both have."""
-    own, other = (rounds_of(row(name, shape, num_tokens, mode).to_dict()) for name in ("triton", backend))
+    own, other = (rounds_of(row(name, shape, num_tokens, mode, run).to_dict()) for name in ("triton", backend))
     return [other[key] / own[key] for key in sorted(own.keys() & other.keys())]
 
 
 def beside_sonicmoe() -> str:
+    return _table(CASES, ROUNDS)
+
+
+def beside_sonicmoe_later() -> str:
+    return _table(_LATER, WIDE)
+
+
+def _table(cases: list[tuple[str, Shape, int, str]], run: str) -> str:
     header = ["shape or model", "tokens", "mode", "`triton`, ms", "`peer_sonicmoe`, ms", "ratio", "by round"]
     header += ["`triton` peak, MiB", "`peer_sonicmoe` peak, MiB"]
 
     def rows() -> Iterator[list[Any]]:
-        for name, *case in CASES:
-            both = [row(backend, *case) for backend in ("triton", "peer_sonicmoe")]
-            by_round = ratios("peer_sonicmoe", *case)
+        for name, *case in cases:
+            both = [row(backend, *case, run) for backend in ("triton", "peer_sonicmoe")]
+            by_round = ratios("peer_sonicmoe", *case, run)
             times, peaks = ([one[column] for one in both] for column in ("time_ms", "peak_memory_bytes"))
             yield [
                 *(name, *case[1:], *(f"{ms:.3f}" for ms in times), f"{np.median(by_round):.3f}"),
@@ -79,6 +90,8 @@ def sonicmoe() -> dict[str, str]:
     for number, (name, *case) in enumerate(CASES):
         key = f"qwen{name.split('-')[1]}" if name in MODELS else f"{case[-1]}{number // 2}"
         found[key] = f"{np.median(ratios('peer_sonicmoe', *case)):.3f}"
+    for number, (_, *case) in enumerate(_LATER, start=1):
+        found[f"later{number}"] = f"{np.median(ratios('peer_sonicmoe', *case, WIDE)):.3f}"
     return found
 
 
@@ -124,3 +137,10 @@ def counted() -> dict[str, Any]:
     frame = results(ROUNDS)
     many = frame[frame["num_tokens"] >= 4096]
     return {"jobs": len(frame), "done": int(many["num_rounds"].sum()), "asked": 3 * len(many)}
+
+
+def later() -> dict[str, Any]:
+    frame = results(WIDE)
+    assert set(frame["mode"]) == {"train"}
+    experts, rounds = {int(n) for n in frame["n_routed_experts"]}, {int(n) for n in frame["num_rounds"]}
+    return {"experts": experts.pop(), "rounds": WORDS[rounds.pop()]}

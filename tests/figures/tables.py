@@ -204,6 +204,7 @@ TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
             peers,
             peers_again,
             rounds.beside_sonicmoe,
+            rounds.beside_sonicmoe_later,
             rounds.beside_others,
             kernels.counters,
             peer_figures.steps,
