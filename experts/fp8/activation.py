@@ -91,13 +91,18 @@ def activate_backward_turned(
 ) -> tuple[Rows, TurnedRows, TurnedRows, Tensor] | None:
     """Return the gradient of h in FP8 and the same transposed, the activation transposed, and that of the weights.
 
-    Return None if no kernel computes all of them: it takes a Hopper GPU, and SwiGLU without a limit and a bias. The
-    arguments are those of `activate_backward`, which are only read, and the blocks of rows. The transposed gradient and
-    the transposed activation, by column, are what `experts.fp8.turned.turn` returns for the results of
-    `activate_backward`.
+    Return None if no kernel computes all of them, or if they would need too much memory. It takes a Hopper GPU,
+    bfloat16, and SwiGLU without a limit and a bias. The arguments are those of `activate_backward`, which are only
+    read, and the blocks of rows. The transposed gradient and the transposed activation, by column, are what
+    `experts.fp8.turned.turn` returns for the results of `activate_backward`. The gradient of h is rounded to bfloat16
+    before it is quantised as rows, too, where `activate_backward` quantises it in float32.
     """
-    swiglu = activation_form(config) == SWIGLU and bias_LH is None
-    if not swiglu or permutation.num_rows == 0 or not runs_on_hopper(h_NH.device, permutation.num_rows):
+    num_rows, num_experts = permutation.num_rows, permutation.offsets_L.shape[0]
+    takes = h_NH.dtype is torch.bfloat16 and activation_form(config) == SWIGLU and bias_LH is None
+    # Arguments and results have 11 bytes for each element of the activation. The gradients of the weights have 6 bytes
+    # for each element of the down projections, and are allocated later. So the peak of a train step stays theirs.
+    fits = 11 * num_rows <= 6 * num_experts * config.dim
+    if not takes or not fits or num_rows == 0 or not runs_on_hopper(h_NH.device, num_rows):
         return None
     from experts.fp8 import hopper
 

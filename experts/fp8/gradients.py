@@ -52,9 +52,9 @@ def grad_of_down(
 def _part_of_columns(dim: int, inter: int, num_rows: int, num_row_blocks: int) -> int:
     """Return how many columns of the output's gradient are transposed at a time.
 
-    With the transposed activation and its scales, they take no more memory than the activation takes in 16 bits, which
-    is what the gradients of the weights in 16 bits need. Tiles have two blocks of columns, so a part has an even number
-    of them.
+    With the transposed activation and its scales, they take no more memory than the activation takes in 16 bits, unless
+    this would take more than MOST_PARTS parts. The gradients of the weights in 16 bits need the activation. Tiles have
+    two blocks of columns, so a part has an even number of them.
     """
     pairs = (num_blocks(dim) + 1) // 2
     allowed = 2 * num_rows * inter // (num_row_blocks * BLOCK) - inter - 4 * inter // BLOCK

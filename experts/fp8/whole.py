@@ -30,7 +30,7 @@ from experts.fp8 import activation, gradients, products, quantise
 from experts.fp8.blocks import E4M3, Matrices, Rows, up_halves
 from experts.fp8.cache import Weights
 from experts.fp8.tokens import Fp8Tokens, in_16_bits
-from experts.fp8.turned import row_blocks, turn
+from experts.fp8.turned import RowBlocks, TurnedRows, row_blocks, turn
 from experts.steps import steps_on
 
 
@@ -168,16 +168,11 @@ def _backward(
     grad_NI = plan.multiply(rows, plan.weights.down_back(), dtype)
     del rows
     blocks = row_blocks(permutation) if plan.weight_gradients else None
-    grad_h_NH = a_NI = turned_h = turned_a = at_once = None
-    given = h_NH, grad_NI, permutation, weights_TK, up_bias, config, plan.gradients, plan.weights.padded
-    if blocks is not None and wanted.gate_and_up and wanted.down:
-        at_once = activation.activate_backward_turned(*given, blocks)
-    if at_once is not None:
-        rows, turned_h, turned_a, grad_weights = at_once
-        h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
-    else:
-        rows, grad_h_NH, a_NI, grad_weights = activation.activate_backward(*given)
-    del grad_NI, given, at_once
+    turning = blocks if wanted.gate_and_up and wanted.down else None
+    rows, grad_weights, grad_h_NH, a_NI, turned_h, turned_a = _activate_backward(
+        h_NH, grad_NI, weights_TK, up_bias, plan, turning
+    )
+    del grad_NI
     if down_bias is not None and wanted.weights:
         grad_weights += steps.dot_rows(grad_TD, permutation, None, down_bias)
     if wanted.up_bias:
@@ -215,3 +210,28 @@ def _backward(
         if wanted.down:
             grad_down = grad_of_down(a_NI, in_16_bits(grad_TD), plan.plan, steps)
     return grad_x, grad_weights.to(weights_TK.dtype), grad_up, grad_down, grad_up_bias, grad_down_bias
+
+
+def _activate_backward(
+    h_NH: Tensor,
+    grad_NI: Tensor,
+    weights_TK: Tensor,
+    up_bias: Tensor | None,
+    plan: Fp8Plan,
+    blocks: RowBlocks | None,
+) -> tuple[Rows, Tensor, Tensor | None, Tensor | None, TurnedRows | None, TurnedRows | None]:
+    """Return the gradient of h in FP8, that of the routing weights, and what the gradients of the weights read.
+
+    These are either the gradient of h and the activation in 16 bits, or both transposed in FP8, if `blocks` is given
+    and one kernel computes all. Then h's memory is freed.
+    """
+    given = h_NH, grad_NI, plan.plan.permutation, weights_TK, up_bias, plan.plan.config, plan.gradients
+    at_once = None
+    if blocks is not None:
+        at_once = activation.activate_backward_turned(*given, plan.weights.padded, blocks)
+    if at_once is None:
+        rows, grad_h_NH, a_NI, grad_weights = activation.activate_backward(*given, plan.weights.padded)
+        return rows, grad_weights, grad_h_NH, a_NI, None, None
+    rows, turned_h, turned_a, grad_weights = at_once
+    h_NH.untyped_storage().resize_(0)  # otherwise the graph holds h until backward ends
+    return rows, grad_weights, None, None, turned_h, turned_a

@@ -76,3 +76,13 @@ def test_a_train_step_in_fp8_takes_no_more_than_one_in_16_bits_and_one_copy_of_t
     found, nothing = peak("triton_fp8", shape, num_tokens, keep=False)
     assert found <= bound
     assert nothing == 0
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_fp8.py")
+@pytest.mark.usefixtures("without_kernels")
+def test_with_many_rows_per_expert_the_rows_take_no_more_than_in_16_bits() -> None:
+    """The rows take more memory than the gradients of the weights."""
+    shape, num_tokens = (4, 2, 1024, 3584), 2048
+    found, _ = peak("triton_fp8", shape, num_tokens, keep=False)
+    bound, _ = peak("triton", shape, num_tokens)
+    assert found <= bound

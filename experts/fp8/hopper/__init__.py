@@ -4,7 +4,7 @@ A group has 64 rows of a tile of the result. Tensor cores sum 128 products, in a
 then adds the sums, times their scales, to sums in float32, while the tensor cores multiply for another group.
 The products of rows have three groups and one block of 128 columns. The gradients of weights, and the up projection
 with its activation, have two groups and two blocks. These two groups take turns.
-Rows for the gradients of weights are quantised and transposed without shared memory. The gradients of SwiGLU are
+Rows for the gradients of weights are quantised and transposed in registers. The gradients of SwiGLU are
 quantised for both products by the kernel that computes them.
 Importing this package imports Gluon, the language below Triton, which comes with Triton.
 """

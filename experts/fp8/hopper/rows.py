@@ -35,7 +35,7 @@ _UNLIMITED = 2**31 - 2**16
 _WHOLE_ROUND = 2**34
 #: Steps whose operands are in shared memory at the same time.
 STAGES = 4
-#: By how many places a program moves on in each round of tiles. With 132 programs, this leads to steps of 137 tiles.
+#: By how many places a program moves on in each round of tiles. With 132 programs, the steps have 137 tiles.
 SHIFT = 5
 
 _BLOCK, _SLAB, _WARPS = gl.constexpr(BLOCK), gl.constexpr(SLAB), gl.constexpr(WARPS)
@@ -88,8 +88,9 @@ def read_tile(tiles, tile):
 def tile_of_round(number):
     """Return this program's tile in a round.
 
-    The last tile of an expert's rows has less work than the others, and comes at regular distances in the list. 137 is
-    a prime, so such tiles meet all programs equally often.
+    The last tile of an expert's rows has less work than the others, and comes at regular distances in the list. With
+    132 multiprocessors, as an H200 has, a program moves on by 137 tiles, which is a prime. So such tiles meet all
+    programs equally often.
     """
     programs = gl.num_programs(0)
     return number * programs + (gl.program_id(0) + number * _SHIFT) % programs

@@ -1,7 +1,8 @@
 """Quantise tiles of 128 rows in registers: what the kernels that transpose rows share.
 
 A tile has 32 groups of 4 rows, and words of two columns. A thread has all 4 rows of a group, which are adjacent bytes
-of a transposed column. So nothing passes through shared memory.
+of a transposed column. So rows are transposed without shared memory. Only maxima and sums of several warps pass through
+it.
 """
 
 from triton.experimental import gluon

@@ -1,7 +1,7 @@
 """Quantise rows transposed, as `experts.fp8.turned.turn_rows` does, on Hopper GPUs.
 
 A warp has all 128 rows of 16 columns. So it finds the scale of a column alone, and stores 64 contiguous bytes of a
-transposed column, without shared memory.
+transposed column. Only the scale of 128 columns needs shared memory.
 """
 
 import torch
@@ -44,7 +44,10 @@ def turn(
     halves: int,
     start: int,
 ) -> None:
-    """Write the values and scales of a `TurnedRows`, from columns of `rows` from `start` on; see `turn`."""
+    """Write the values and scales of a `TurnedRows`, from columns of `rows` from `start` on.
+
+    The other arguments are those of `experts.fp8.turned.turn`.
+    """
     most, width, _ = values.shape
     launch(
         turn_rows,

@@ -49,7 +49,7 @@ def activate_and_turn(
     dtype: torch.dtype,
     padded: bool,
 ) -> tuple[Rows, TurnedRows, TurnedRows, Tensor]:
-    """See `experts.fp8.activation.activate_backward_turned`. `h` and `grad` are contiguous."""
+    """See `experts.fp8.activation.activate_backward_turned`. `h` and `grad` are contiguous, in bfloat16."""
     (num_rows, inter), device = grad_NI.shape, h_NH.device
     part, column_blocks = stored_width(inter, 2, padded), num_blocks(inter)
 
@@ -62,7 +62,7 @@ def activate_and_turn(
         TurnedRows(torch.empty(blocks.most, width, BLOCK, dtype=fmt, device=device), floats(blocks.most, num_scales))
         for width, fmt, num_scales in ((2 * inter, dtype, 2 * column_blocks), (inter, E4M3, inter))
     )
-    sums_CN, grad_weights_TK = floats(column_blocks, num_rows), torch.zeros_like(weights_TK, dtype=torch.float32)
+    sums_CN, grad_weights_TK = floats(column_blocks, num_rows), floats(*weights_TK.shape).zero_()
     launch(
         turn_gradients,
         (blocks.most * column_blocks,),
@@ -71,7 +71,6 @@ def activate_and_turn(
         *(sums_CN, weights_TK.contiguous(), permutation.row_to_slot_N, blocks.listed, num_rows),
         INTER=inter,
         PART=part,
-        BF16=h_NH.dtype is torch.bfloat16,
         LARGEST=largest(dtype),
         num_warps=WARPS,
         maxnreg=REGISTERS,
@@ -87,11 +86,10 @@ def activate_and_turn(
 
 
 @gluon.jit
-def _together(low, high, BF16: gl.constexpr):
-    """Round float32 numbers to bfloat16 or float16, and return them in words of two."""
-    NAME: gl.constexpr = "bf16x2" if BF16 else "f16x2"
+def _together(low, high):
+    """Round float32 numbers to bfloat16, and return them in words of two."""
     return gl.inline_asm_elementwise(
-        "cvt.rn." + NAME + ".f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
     )
 
 
@@ -113,27 +111,27 @@ def _glu_backward(gate, up):
 
 
 @gluon.jit
-def _differentiate(h, grad, turned, turned_scales, row, end, weight, word, INTER: gl.constexpr, BF16: gl.constexpr):
+def _differentiate(h, grad, turned, turned_scales, row, end, weight, word, INTER: gl.constexpr):
     """Return words of the gradients of gate and of up, and each row's sum for the gradient of its routing weight.
 
     Store the weighted activation transposed, with a scale for each column.
     """
     inside = inside_tile(row, end, word, INTER // 2)
     source = h + (row * INTER)[:, :, None] + word[None, None, :]
-    gate_low, gate_high = apart(gl.load(source, mask=inside, other=0), BF16)
-    up_low, up_high = apart(gl.load(source + INTER // 2, mask=inside, other=0), BF16)
+    gate_low, gate_high = apart(gl.load(source, mask=inside, other=0), True)
+    up_low, up_high = apart(gl.load(source + INTER // 2, mask=inside, other=0), True)
     source = grad + (row * (INTER // 2))[:, :, None] + word[None, None, :]
-    low, high = apart(gl.load(source, mask=inside, other=0), BF16)
+    low, high = apart(gl.load(source, mask=inside, other=0), True)
     value_low, by_gate_low, by_up_low = _glu_backward(gate_low, up_low)
     value_high, by_gate_high, by_up_high = _glu_backward(gate_high, up_high)
     sums = gl.sum(low * value_low + high * value_high, axis=2)
     weight = weight[:, :, None]
     low *= weight
     high *= weight
-    of_gate = _together(low * by_gate_low, high * by_gate_high, BF16)
-    of_up = _together(low * by_up_low, high * by_up_high, BF16)
+    of_gate = _together(low * by_gate_low, high * by_gate_high)
+    of_up = _together(low * by_up_low, high * by_up_high)
     # rounded first, as where a kernel of its own quantises them
-    a_low, a_high = apart(_together(value_low * weight, value_high * weight, BF16), BF16)
+    a_low, a_high = apart(_together(value_low * weight, value_high * weight), True)
     scale = scale_of(largest_of_columns(a_low), _LARGEST)
     gl.store(turned_scales + 2 * word, scale, mask=word < INTER // 2)
     store_columns(turned, a_low * reciprocal(scale)[None, None, :], 0, 2 * word, INTER, _LAYOUT)
@@ -155,11 +153,10 @@ def _store(
     column_block,
     INTER: gl.constexpr,
     PART: gl.constexpr,
-    BF16: gl.constexpr,
     LARGEST: gl.constexpr,
 ):
     """Store the gradients of gate, or those of up: with a scale for each row, and transposed with one for the block."""
-    low, high = apart(words, BF16)
+    low, high = apart(words, True)
     most = largest_of_rows(gl.maximum(gl.abs(low), gl.abs(high)))
     scale, block_scale = scale_of(most, LARGEST), scale_of(gl.max(gl.max(most, axis=1), axis=0), LARGEST)
     gl.store(scales + row, scale, mask=row < end)
@@ -193,7 +190,6 @@ def turn_gradients(
     num_rows,
     INTER: gl.constexpr,
     PART: gl.constexpr,
-    BF16: gl.constexpr,
     LARGEST: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -221,10 +217,10 @@ def turn_gradients(
     word = column_block * _WORDS + words_of_tile(_WORDS, _LAYOUT)
     slot = gl.load(row_to_slot + row, mask=row < end, other=0)
     weight = gl.load(weights + slot, mask=row < end, other=0.0).to(gl.float32)
-    of_gate, of_up, row_sums = _differentiate(h, grad, turned_a, turned_a_scales, row, end, weight, word, INTER, BF16)
+    of_gate, of_up, row_sums = _differentiate(h, grad, turned_a, turned_a_scales, row, end, weight, word, INTER)
     gl.store(sums + row, row_sums, mask=row < end)
-    _store(values, scales, turned_h, turned_h_scales, of_gate, row, end, column_block, INTER, PART, BF16, LARGEST)
+    _store(values, scales, turned_h, turned_h_scales, of_gate, row, end, column_block, INTER, PART, LARGEST)
     scales += COLUMN_BLOCKS * num_rows
     turned_h += INTER * _BLOCK
     turned_h_scales += COLUMN_BLOCKS
-    _store(values + PART, scales, turned_h, turned_h_scales, of_up, row, end, column_block, INTER, PART, BF16, LARGEST)
+    _store(values + PART, scales, turned_h, turned_h_scales, of_up, row, end, column_block, INTER, PART, LARGEST)

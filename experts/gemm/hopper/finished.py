@@ -1,9 +1,9 @@
-"""Multiply the rows of tokens, and compute what follows from each tile: SwiGLU, or the gradients of SwiGLU.
+"""Multiply rows, and compute what follows from each tile: SwiGLU, or the gradients of SwiGLU.
 
-Two warps load and eight multiply, as in `experts.gemm.hopper.rows`. The eight leave each tile in shared memory, and two
-more warps compute from it while the next tile is multiplied (`experts.gemm.hopper.finishing`). So the tensor cores do
-not wait for the activation, and no kernel of its own reads the rows again. More than twelve warps would leave too few
-registers for tiles of 256 columns.
+Two warps gather the rows of tokens, or one warp loads rows in permuted order. Eight warps multiply, as in
+`experts.gemm.hopper.rows`. The eight leave each tile in shared memory, and two more warps compute from it while the
+next tile is multiplied (`experts.gemm.hopper.finishing`). So the tensor cores do not wait for the activation, and no
+kernel of its own reads the rows again. More than twelve warps would leave too few registers for tiles of 256 columns.
 """
 
 import torch
