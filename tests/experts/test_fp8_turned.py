@@ -154,19 +154,26 @@ def test_other_cases_are_left_to_two_kernels(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.gpu
 def test_every_tile_of_many_is_computed_once() -> None:
     """There are several rounds of tiles, and the last one is not full. The last tile of an expert has fewer rows."""
-    from experts.fp8 import products, quantise
+    from experts.fp8 import gradients, products, quantise, turned
 
     indices_TK = torch.rand(3000, 16, generator=torch.Generator().manual_seed(1)).topk(4).indices.cuda()
     indices_TK[indices_TK == 3] = -1
     permutation = eager.sort_by_expert(indices_TK, 0, 16)
-    x_TD = torch.randn(3000, 272, device="cuda", dtype=BF16)
-    matrices = quantise.quantise_weights(torch.randn(16, 272, 1680, device="cuda", dtype=BF16), 2)
+    x_TD = torch.randn(3000, 1168, device="cuda", dtype=BF16)
+    matrices = quantise.quantise_weights(torch.randn(16, 1168, 1680, device="cuda", dtype=BF16), 2)
     rows = quantise.quantise_and_gather(x_TD, permutation)
     found = products.product(rows, matrices, permutation, 750.0, BF16)
     exact, weights = exact_rows(rows), exact_matrices(matrices)
     for expert, (start, end) in enumerate(itertools.pairwise([0, *permutation.offsets_L.tolist()])):
         right = exact[start:end] @ weights[expert].mT
         assert (found[start:end].double() - right).norm() <= 0.003 * right.norm(), expert
+    h_NH, blocks = torch.randn(permutation.num_rows, 544, device="cuda", dtype=BF16), turned.row_blocks(permutation)
+    turned_h = turned.turn(h_NH, blocks, permutation, gather=False, by_column=False, halves=2)
+    grads = gradients.grad_of_up(x_TD, turned_h, permutation, blocks, 2).float()
+    tokens_ND = eager.gather_rows(x_TD, permutation).float()
+    for expert, (start, end) in enumerate(itertools.pairwise([0, *permutation.offsets_L.tolist()])):
+        right = tokens_ND[start:end].T @ h_NH[start:end].float()
+        assert (grads[expert] - right).norm() <= 0.06 * right.norm(), "a tile that is missing is a fifth of the norm"
     again = products.product(rows, matrices, permutation, 750.0, BF16)
     num_local = int(permutation.offsets_L[-1])
     assert torch.equal(again[:num_local], found[:num_local])
@@ -185,8 +192,7 @@ def test_the_kernels_for_hopper_transpose_without_spilling(
     for module in (activation, turned):
         monkeypatch.setattr(module, "runs_on_hopper", lambda device, num_rows: True)
     compiled = compile_launches(monkeypatch, tmp_path, *hopper, turned)
-    maps = [torch.zeros(512, dtype=torch.int64) for _ in range(3)]
-    permutation = Permutation(*maps, torch.zeros(32, dtype=torch.int32), 8)
+    permutation = any_permutation(32)
     blocks = turned.row_blocks(permutation)
     for gather, by_column in ((True, True), (False, False)):
         x = torch.zeros(64 if gather else 512, 2880, dtype=dtype)
@@ -198,6 +204,12 @@ def test_the_kernels_for_hopper_transpose_without_spilling(
         given = permutation, torch.rand(64, 8), None, config, E4M3, False, blocks
         activation.activate_backward_turned(h_NH, grad_NI, *given)
         check_code(compiled["turn_gradients"], tmp_path, 128)
+
+
+def any_permutation(num_experts: int) -> Permutation:
+    """Return one of 64 tokens with 8 experts each, for kernels that are only compiled."""
+    maps = [torch.zeros(512, dtype=torch.int64) for _ in range(3)]
+    return Permutation(*maps, torch.zeros(num_experts, dtype=torch.int32), 8)
 
 
 def check_code(code: str, folder: Path, most_registers: int) -> None:
@@ -219,9 +231,8 @@ def test_kernels_compile_for_sm90_without_spilling(
     from experts.fp8 import quantise, turned
 
     compiled = compile_launches(monkeypatch, tmp_path, quantise, turned)
-    num_rows, k, experts, dim, inter = 512, 8, 128, 2048, 2880
-    maps = [torch.zeros(num_rows, dtype=torch.int64) for _ in range(3)]
-    permutation = Permutation(*maps, torch.zeros(experts, dtype=torch.int32), k)
+    num_rows, k, dim, inter = 512, 8, 2048, 2880
+    permutation = any_permutation(128)
     blocks = turned.row_blocks(permutation)
     x_TD, h_NH = torch.zeros(num_rows // k, dim, dtype=dtype), torch.zeros(num_rows, 2 * inter, dtype=dtype)
 

@@ -25,6 +25,7 @@ from experts.fp8.hopper.tiles import (
 from experts.fp8.rounding import largest
 from experts.fp8.turned import RowBlocks, TurnedRows
 from experts.gemm.hopper.finished import add_sums
+from experts.gemm.hopper.gate import glu_backward
 from experts.gemm.kernels import TILE_FIELDS
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
@@ -94,20 +95,17 @@ def _together(low, high):
 
 
 @gluon.jit
-def _glu_backward(gate, up):
-    """Return silu(gate)·up and its derivatives by gate and up."""
-    # the sigmoid 1 / (1 + 2^(-gate·log2 e)): exp and a division would take care of denormal numbers
-    s = gl.inline_asm_elementwise(
+def _sigmoid(x):
+    """Return 1 / (1 + 2^(-x·log2 e)), without the care for denormal numbers that exp and a division take."""
+    return gl.inline_asm_elementwise(
         "{.reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
         " add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t;}",
         "=f,f",
-        [gate],
+        [x],
         dtype=gl.float32,
         is_pure=True,
         pack=1,
     )
-    by_up = gate * s
-    return by_up * up, up * (s + by_up * (1.0 - s)), by_up
 
 
 @gluon.jit
@@ -122,8 +120,8 @@ def _differentiate(h, grad, turned, turned_scales, row, end, weight, word, INTER
     up_low, up_high = apart(gl.load(source + INTER // 2, mask=inside, other=0), True)
     source = grad + (row * (INTER // 2))[:, :, None] + word[None, None, :]
     low, high = apart(gl.load(source, mask=inside, other=0), True)
-    value_low, by_gate_low, by_up_low = _glu_backward(gate_low, up_low)
-    value_high, by_gate_high, by_up_high = _glu_backward(gate_high, up_high)
+    value_low, by_gate_low, by_up_low = glu_backward(gate_low, up_low, _sigmoid(gate_low))
+    value_high, by_gate_high, by_up_high = glu_backward(gate_high, up_high, _sigmoid(gate_high))
     sums = gl.sum(low * value_low + high * value_high, axis=2)
     weight = weight[:, :, None]
     low *= weight

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from experts.gemm.hopper.gate import glu, glu_backward
+from experts.gemm.hopper.gate import glu, glu_backward, sigmoid
 from experts.gemm.hopper.loading import read_tile
 from experts.gemm.tiling import LARGE
 
@@ -101,7 +101,8 @@ def _store_panel(h, out, grads, gate, up, weight, row, end, column, INTER: gl.co
     """Store the gradient of h and the weighted activation of a part; return the rows' sums over the panel."""
     dtype: gl.constexpr = out.dtype.element_ty
     grad = grads.load(_PART_LAYOUT).to(gl.float32)
-    value, by_gate, by_up = glu_backward(_split(gate, dtype), _split(up, dtype))
+    gate = _split(gate, dtype)
+    value, by_gate, by_up = glu_backward(gate, _split(up, dtype), sigmoid(gate))
     sums = gl.sum(grad * value, axis=1)
     grad *= weight[:, None]
     inside = (row < end)[:, None] & (column < INTER)[None, :]

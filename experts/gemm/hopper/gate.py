@@ -17,9 +17,13 @@ def glu(gate, up, ALPHA: gl.constexpr, LIMIT: gl.constexpr, OFFSET: gl.constexpr
 
 
 @gluon.jit
-def glu_backward(gate, up):
-    """Return silu(gate)·up and its derivatives by gate and up."""
-    s = 1.0 / (1.0 + gl.exp(-gate))
+def sigmoid(x):
+    return 1.0 / (1.0 + gl.exp(-x))
+
+
+@gluon.jit
+def glu_backward(gate, up, s):
+    """Return silu(gate)·up and its derivatives by gate and up. `s` is the sigmoid of gate."""
     by_up = gate * s
     return by_up * up, up * (s + by_up * (1.0 - s)), by_up
 
