@@ -38,6 +38,8 @@ def fp8_gemm(
     if LISTED:
         num_tiles = tl.load(tiles)
     else:
+        if tiles is not None and tl.program_id(0) >= tl.load(tiles + 1) * (Q_BLOCKS * Q_HALVES):
+            return  # `find_tile` would take longer to find no tile
         expert, q_block, first_row, end = find_tile(offsets, EXPERTS, BINS, ROWS, Q_BLOCKS * Q_HALVES, MOST)
         if expert >= EXPERTS:
             return

@@ -67,8 +67,13 @@ def product(
     if tiling is None:
         tiling = tiling_for(rows_per_expert)
         tiling = large if tiling.listed else tiling
-    for limits in limits_for(tiling.rows, tiling.listed, rows_per_expert, permutation.num_tokens):
-        _multiply(rows, matrices, permutation, out, gather, large if limits.over else tiling, limits)
+    limits = limits_for(tiling.rows, tiling.listed, rows_per_expert, permutation.num_tokens)
+    tilings = [tiling, large][: len(limits)]
+    experts, blocks = matrices.values.shape[0], matrices.q_halves * num_blocks(out.shape[1] // matrices.q_halves)
+    lists = [list_of_tiles(permutation, experts, blocks, *one) for one in zip(tilings, limits, strict=True)]
+    tiles = lists[-1][0]  # of two launches, the first learns its number of tiles from the list
+    for one, limit, (_, programs) in zip(tilings, limits, lists, strict=True):
+        _multiply(rows, matrices, permutation, out, gather, one, limit, tiles, programs)
     return out
 
 
@@ -80,12 +85,12 @@ def _multiply(
     gather: bool,
     tiling: Tiling,
     limits: Limits,
+    tiles: Tensor | None,
+    programs: int,
 ) -> None:
     """Write the products of the rows of the experts within the limits."""
     experts, q, p = matrices.values.shape
     q_width, p_width = q // matrices.q_halves, p // matrices.p_halves
-    blocks = matrices.q_halves * num_blocks(q_width)
-    tiles, programs = list_of_tiles(permutation, experts, blocks, tiling, limits)
     if tiling.hopper:
         from experts.fp8 import hopper
 
@@ -166,6 +171,7 @@ def list_of_tiles(
         ROWS=tiling.rows,
         COLUMN_TILES=column_tiles,
         OVER=limits.over,
+        SMALL=limits.small,
     )
     programs = _INTERPRETED_PROGRAMS
     if offsets.is_cuda:

@@ -56,16 +56,20 @@ def list_tiles(
     ROWS: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     OVER: tl.constexpr,
+    SMALL: tl.constexpr = 0,
 ):
     """Write the number of tiles, then the numbers that `find_tile` finds for each tile.
 
-    Each program lists the tiles of one expert. Experts that have no more than OVER rows have no tiles.
+    Each program lists the tiles of one expert. Experts that have no more than OVER rows have no tiles. With SMALL, the
+    number of these experts' blocks of SMALL rows is written after the number of tiles.
     """
     expert = tl.program_id(0)
     bins, starts, ends, blocks = _find_groups(offsets, EXPERTS, BINS, ROWS)
     blocks = tl.where(ends - starts > OVER, blocks, 0)
     if expert == 0:
         tl.store(tiles, tl.sum(blocks, 0) * COLUMN_TILES)
+        if SMALL > 0:
+            tl.store(tiles + 1, tl.sum(tl.where(ends - starts > OVER, 0, tl.cdiv(ends - starts, SMALL)), 0))
     own = bins == expert
     own_blocks = tl.sum(tl.where(own, blocks, 0), 0)
     start, end = tl.sum(tl.where(own, starts, 0), 0), tl.sum(tl.where(own, ends, 0), 0)
@@ -139,7 +143,10 @@ def grouped_gemm(
     STEP: tl.constexpr,
     MOST: tl.constexpr,
 ):
-    """Multiply the rows of experts that have at most MOST tiles of rows; see `find_tile`."""
+    """Multiply the rows of experts that have at most MOST tiles of rows; see `find_tile`.
+
+    `tiles` is the list of tiles with LISTED. Else it is None, or the list for the experts with more than MOST tiles.
+    """
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     READ: tl.constexpr = 2 * COLUMNS if INTERLEAVED else COLUMNS
     # Load the next tile's first operands while this tile is stored. On an H200 (2026-11) the overlap made the kernel
@@ -148,6 +155,8 @@ def grouped_gemm(
     if LISTED:
         num_tiles = tl.load(tiles)
     else:
+        if tiles is not None and tl.program_id(0) >= tl.load(tiles + 1) * tl.cdiv(WIDTH, COLUMNS):
+            return  # `find_tile` would take longer to find no tile
         expert, column_tile, first_row, end = find_tile(offsets, EXPERTS, BINS, ROWS, tl.cdiv(WIDTH, COLUMNS), MOST)
         if expert >= EXPERTS:
             return

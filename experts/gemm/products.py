@@ -161,10 +161,11 @@ def _multiply(
         return out
     tile: Tiling = choices.choose(_kind(gather, transposed, activate, form), b_LPQ, rows_per_expert)
     task = _Task(a, b_LPQ, out, permutation, gather, transposed, activate, form, weights_TK, bias_LH)
-    for limits in limits_for(tile.rows, tile.listed, rows_per_expert, permutation.num_tokens):
-        if limits.over:
-            tile = PAIRS if form.gated else LARGE
-        task.run(tile, limits)
+    limits = limits_for(tile.rows, tile.listed, rows_per_expert, permutation.num_tokens)
+    tilings = [tile, PAIRS if form.gated else LARGE][: len(limits)]
+    tiles, programs = zip(*map(task.tiles, tilings, limits), strict=True)
+    for one, limit, number in zip(tilings, limits, programs, strict=True):
+        task.run(one, limit, tiles[-1], number)  # of two launches, the first learns its number of tiles from the list
     return out
 
 
@@ -183,23 +184,26 @@ class _Task:
     weights_TK: Tensor | None
     bias_LH: Tensor | None
 
-    def run(self, tile: Tiling, limits: Limits) -> None:
-        """Multiply the rows of the experts within the limits."""
-        if runs_on_hopper(self.a.device, self.permutation.num_rows):
-            if tile == LARGE and not self.activate:
-                return self._multiply_on_hopper(limits)
-            if tile == PAIRS and self.form == SWIGLU and self.bias_LH is None:
-                return self._activate_on_hopper(limits)
-        return self._multiply(tile, limits)
+    def tiles(self, tile: Tiling, limits: Limits) -> tuple[Tensor | None, int]:
+        """Return the list of tiles of the experts within the limits, and the number of programs; see `_tiles`."""
+        return _tiles(self.permutation, self.b_LPQ.shape[0], self.out.shape[1], tile, limits)
 
-    def _multiply(self, tile: Tiling, limits: Limits) -> None:
+    def run(self, tile: Tiling, limits: Limits, tiles: Tensor | None, programs: int) -> None:
+        """Multiply the rows of the experts within the limits."""
+        if tiles is not None and runs_on_hopper(self.a.device, self.permutation.num_rows):
+            if tile == LARGE and not self.activate:
+                return self._multiply_on_hopper(tiles, programs)
+            if tile == PAIRS and self.form == SWIGLU and self.bias_LH is None:
+                return self._activate_on_hopper(tiles, programs)
+        return self._multiply(tile, limits, tiles, programs)
+
+    def _multiply(self, tile: Tiling, limits: Limits, tiles: Tensor | None, programs: int) -> None:
         form, permutation, bias_LH, weights_TK = self.form, self.permutation, self.bias_LH, self.weights_TK
         experts, depth, _ = self.b_LPQ.mT.shape if self.transposed else self.b_LPQ.shape
         width = self.out.shape[1]
         read_columns = tile.columns * (2 if form.interleaved else 1)
         weights_block = [1, read_columns, tile.depth] if self.transposed else [1, tile.depth, read_columns]
         a = self.a.contiguous()
-        tiles, programs = _tiles(permutation, experts, triton.cdiv(width, tile.columns), tile, limits)
         launch(
             grouped_gemm,
             (programs,),
@@ -231,24 +235,20 @@ class _Task:
             num_warps=tile.warps,
         )
 
-    def _multiply_on_hopper(self, limits: Limits) -> None:
+    def _multiply_on_hopper(self, tiles: Tensor, programs: int) -> None:
         from experts.gemm import hopper
 
-        tiles, programs = _listed(self.permutation, self.out.shape[1], LARGE, self.b_LPQ.shape[0], limits)
         hopper.product(self.a, self.b_LPQ, self.out, self.permutation, tiles, programs, self.gather, self.transposed)
 
-    def _activate_on_hopper(self, limits: Limits) -> None:
+    def _activate_on_hopper(self, tiles: Tensor, programs: int) -> None:
         from experts.gemm import hopper
 
-        tiles, programs = _listed(self.permutation, self.out.shape[1], PAIRS, self.b_LPQ.shape[0], limits)
         hopper.activated_product(self.a, self.b_LPQ, self.out, self.permutation, tiles, programs, self.weights_TK)
 
 
-def _listed(
-    permutation: Permutation, width: int, tile: Tiling, experts: int, limits: Limits = NO_LIMITS
-) -> tuple[Tensor, int]:
+def _listed(permutation: Permutation, width: int, tile: Tiling, experts: int) -> tuple[Tensor, int]:
     """Return the list of tiles for `width` columns, and the number of programs."""
-    tiles, programs = _tiles(permutation, experts, triton.cdiv(width, tile.columns), tile, limits)
+    tiles, programs = _tiles(permutation, experts, width, tile, NO_LIMITS)
     assert tiles is not None
     return tiles, programs
 
@@ -271,9 +271,10 @@ def described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def _tiles(
-    permutation: Permutation, experts: int, column_tiles: int, tile: Tiling, limits: Limits
+    permutation: Permutation, experts: int, width: int, tile: Tiling, limits: Limits
 ) -> tuple[Tensor | None, int]:
     """Return the list of tiles, or None if the tiling does not need a list, and the number of programs."""
+    column_tiles = triton.cdiv(width, tile.columns)
     most_tiles = (permutation.num_rows // tile.rows + min(experts, permutation.num_rows)) * column_tiles
     if not tile.listed:
         return None, most_tiles
@@ -289,6 +290,7 @@ def _tiles(
         ROWS=tile.rows,
         COLUMN_TILES=column_tiles,
         OVER=limits.over,
+        SMALL=limits.small,
     )
     programs = _INTERPRETED_PROGRAMS
     if offsets.is_cuda:

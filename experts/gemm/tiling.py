@@ -56,10 +56,14 @@ def tiling_for(rows_per_expert: float, pairs: bool) -> Tiling:
 
 @dataclass(frozen=True)
 class Limits:
-    """Which experts a launch is for: those with more than `over` rows, and at most `most` tiles of rows (0: any)."""
+    """Which experts a launch is for: those with more than `over` rows, and at most `most` tiles of rows (0: any).
+
+    Another launch, with tiles of `small` rows (0: none), is for the experts with no more than `over` rows.
+    """
 
     over: int = 0
     most: int = 0
+    small: int = 0
 
 
 NO_LIMITS = Limits()
@@ -77,4 +81,4 @@ def limits_for(rows: int, listed: bool, rows_per_expert: float, num_tokens: int)
     """
     if listed or rows_per_expert > FEW_ROWS or num_tokens <= FEW_TOKENS:
         return (NO_LIMITS,)
-    return Limits(most=MOST_SMALL), Limits(over=MOST_SMALL * rows)
+    return Limits(most=MOST_SMALL), Limits(over=MOST_SMALL * rows, small=rows)

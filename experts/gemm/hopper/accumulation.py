@@ -80,7 +80,7 @@ def add_outer_products(
     gl.warp_specialize(
         [
             (_multiply, (out, offsets, buffers, memory, NUM_TILES, P, Q, TRANSPOSED, num_warps)),
-            (load, (left, right, row_to_slot, offsets, memory, NUM_TILES, P, Q, K, GATHER, True)),
+            (load, (left, right, row_to_slot, offsets, memory, None, None, NUM_TILES, P, Q, K, GATHER, TRANSPOSED)),
         ],
         [_WARPS],
         [_REGISTERS],

@@ -3,7 +3,7 @@
 Every expert has the same number of tiles, so a program finds its tiles without a list. The terms of a tile's sums are
 the rows of the expert's group. Four warps load: they gather the rows of one operand, 16 bytes a thread, and let the TMA
 copy the rows of the other. Eight warps multiply. A tile is stored while tensor cores multiply the first step of the
-next tile. A tile without rows has one step, whose operands are zeros.
+next tile. A tile without rows has no step: the warps that load store its zeros, all from the same memory.
 """
 
 from triton.experimental import gluon
@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from experts.gemm.hopper.descriptors import MOST_ROWS
 from experts.gemm.hopper.rounding import rounded
-from experts.gemm.hopper.storing import make_blocks, write
+from experts.gemm.hopper.storing import make_blocks, make_zeros, write, write_zeros
 
 #: Columns of the gathered operand, columns of the other operand, and rows of a step: the sizes of a tile.
 LEFT, RIGHT, STEP = 128, 256, 64
@@ -75,24 +75,28 @@ def load(
     row_to_slot,
     offsets,
     memory,
+    parts,
+    zeros,
     NUM_TILES: gl.constexpr,
     P: gl.constexpr,
     Q: gl.constexpr,
     K: gl.constexpr,
     GATHER: gl.constexpr,
-    ADD: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
 ):
-    """Load the operands of each step. With ADD, a tile without rows has no step."""
+    """Load the operands of each step, and store tiles without rows unless `zeros` is None."""
     left_tiles, loaded = memory[0], memory[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // _LEFT, _LEFT // 8], [_WARPS, 1], [1, 0])
     rows = gl.arange(0, _STEP, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, _LEFT, layout=gl.SliceLayout(0, layout))
     step = 0
     for tile in range(gl.program_id(0), NUM_TILES, gl.num_programs(0)):
-        _, column, right_column, start, end = find_tile(tile, offsets, P, Q)
+        expert, column, right_column, start, end = find_tile(tile, offsets, P, Q)
+        if zeros is not None and start == end:
+            write_zeros(parts, zeros, expert, column, right_column, _LEFT, _RIGHT, TRANSPOSED)
         inside = column + columns < P
         source = find_sources(row_to_slot, start + rows, end, K, GATHER)
-        for first in range(start, end if ADD else gl.maximum(end, start + 1), _STEP):
+        for first in range(start, end, _STEP):
             stage = step % _STAGES
             row = first + rows
             where = left + (source.to(gl.int64) * P)[:, None] + (column + columns)[None, :]
@@ -102,6 +106,8 @@ def load(
             async_copy.async_copy_global_to_shared(left_tiles.index(stage), where, mask=mask)
             async_copy.mbarrier_arrive(loaded.index(stage), increment_count=False)
             step += 1
+    if zeros is not None:
+        tma.store_wait(0)
 
 
 @gluon.jit
@@ -135,18 +141,20 @@ def _multiply(
     done = gl.zeros([_LEFT, _RIGHT], out.dtype, layout)
     expert, column, right_column = 0, P, 0
     for tile in range(gl.program_id(0), NUM_TILES, gl.num_programs(0)):
-        sums = gl.zeros([_LEFT, _RIGHT], gl.float32, layout)
-        sums = multiply_step(sums, step, memory, True)
-        step += 1
-        write(out, result, done, expert, column, right_column, TRANSPOSED, 0)
-        expert, column, right_column, start, end = find_tile(tile, offsets, P, Q)
-        for _ in range(start + _STEP, end, _STEP):
-            sums = multiply_step(sums, step, memory)
-            mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES))
+        following, its_column, its_right_column, start, end = find_tile(tile, offsets, P, Q)
+        if start < end:
+            sums = gl.zeros([_LEFT, _RIGHT], gl.float32, layout)
+            sums = multiply_step(sums, step, memory, True)
             step += 1
-        sums = warpgroup_mma_wait(0, deps=(sums,))
-        mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES))
-        done = rounded(sums, out.dtype)
+            write(out, result, done, expert, column, right_column, TRANSPOSED, 0)
+            expert, column, right_column = following, its_column, its_right_column
+            for _ in range(start + _STEP, end, _STEP):
+                sums = multiply_step(sums, step, memory)
+                mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES))
+                step += 1
+            sums = warpgroup_mma_wait(0, deps=(sums,))
+            mbarrier.arrive(free.index((step + _STAGES - 1) % _STAGES))
+            done = rounded(sums, out.dtype)
     write(out, result, done, expert, column, right_column, TRANSPOSED, 0)
     tma.store_wait(0)
 
@@ -175,6 +183,7 @@ def sum_outer_products(
     left,
     right,
     out,
+    parts,
     row_to_slot,
     offsets,
     NUM_TILES: gl.constexpr,
@@ -185,12 +194,14 @@ def sum_outer_products(
     TRANSPOSED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
+    """`parts` is `out` in the small blocks in which zeros are stored."""
+    zeros = make_zeros(parts)
     memory = make_buffers(right.dtype)
     result = make_blocks(out, 1).index(0)
     gl.warp_specialize(
         [
             (_multiply, (out, offsets, result, memory, NUM_TILES, P, Q, TRANSPOSED, num_warps)),
-            (load, (left, right, row_to_slot, offsets, memory, NUM_TILES, P, Q, K, GATHER, False)),
+            (load, (left, right, row_to_slot, offsets, memory, parts, zeros, NUM_TILES, P, Q, K, GATHER, TRANSPOSED)),
         ],
         [_WARPS],
         [_REGISTERS],

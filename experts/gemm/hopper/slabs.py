@@ -21,7 +21,7 @@ from experts.gemm.hopper.gradients import (
     make_buffers,
     multiply_step,
 )
-from experts.gemm.hopper.storing import make_blocks, write_in_parts
+from experts.gemm.hopper.storing import make_blocks, make_zeros, write_in_parts, write_zeros
 from experts.gemm.tiling import SLABS_COLUMNS
 
 #: The groups of warps that multiply, the columns of each one's slab, and its warps.
@@ -51,16 +51,18 @@ def _load(
     right,
     row_to_slot,
     offsets,
-    sources,
     memory,
+    sources,
+    out,
+    zeros,
     NUM_TILES: gl.constexpr,
     P: gl.constexpr,
     Q: gl.constexpr,
     K: gl.constexpr,
     GATHER: gl.constexpr,
-    ADD: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
 ):
-    """Load the operands of each step, without slabs past P. With ADD, a tile without rows has no step.
+    """Load the operands of each step, without slabs past P. Store tiles without rows unless `zeros` is None.
 
     The left operand's rows of the next step wait in shared memory, because the warps have few registers.
     """
@@ -70,9 +72,11 @@ def _load(
     columns = gl.arange(0, _SLAB, layout=gl.SliceLayout(0, layout))
     step = 0
     for tile in range(gl.program_id(0), NUM_TILES, gl.num_programs(0)):
-        _, column, right_column, start, end = find_tile(tile, offsets, P, Q, _LEFT, _BAND)
+        expert, column, right_column, start, end = find_tile(tile, offsets, P, Q, _LEFT, _BAND)
+        if zeros is not None and start == end:
+            write_zeros(out, zeros, expert, column, right_column, _LEFT, _RIGHT, TRANSPOSED)
         sources.store(_find_sources(row_to_slot, start + rows, end, K, GATHER))
-        for first in range(start, end if ADD else gl.maximum(end, start + 1), _STEP):
+        for first in range(start, end, _STEP):
             stage = step % _STAGES
             following = _find_sources(row_to_slot, first + _STEP + rows, end, K, GATHER)
             load_right(right, memory, step, first, end, right_column)
@@ -87,6 +91,8 @@ def _load(
             async_copy.mbarrier_arrive(loaded.index(stage), increment_count=False)
             sources.store(following)
             step += 1
+    if zeros is not None:
+        tma.store_wait(0)
 
 
 @gluon.jit
@@ -108,8 +114,6 @@ def _multiply(
         expert, column, right_column, start, end = find_tile(tile, offsets, P, Q, _LEFT, _BAND)
         column += GROUP * _SLAB
         steps = (end - start + _STEP - 1) // _STEP
-        if out.dtype != gl.float32:
-            steps = gl.maximum(steps, 1)
         last = step + steps - 1
         if (column < P) & (steps > 0):
             sums = gl.zeros([_SLAB, _RIGHT], gl.float32, layout)
@@ -120,7 +124,7 @@ def _multiply(
             sums = warpgroup_mma_wait(0, deps=(sums,))
             mbarrier.arrive(free.index(last % _STAGES))
             write_in_parts(out, buffers, 2 * GROUP, sums, expert, column, right_column, TRANSPOSED, _WARPS)
-        else:  # the left operand has no columns in this slab
+        else:  # the left operand has no rows, or no columns in this slab
             for later in range(step, last + 1):
                 mbarrier.wait(loaded.index(later % _STAGES), (later // _STAGES) & 1)
                 mbarrier.arrive(free.index(later % _STAGES))
@@ -145,14 +149,20 @@ def sum_outer_slabs(
 ):
     memory = make_buffers(right.dtype, _GROUPS, _SLAB)
     buffers = make_blocks(out, 2 * _GROUPS)
-    sources = gl.allocate_shared_memory(gl.int32, [_STEP], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    ADD: gl.constexpr = out.dtype == gl.float32
+    rows = gl.allocate_shared_memory(gl.int32, [_STEP], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    if out.dtype == gl.float32:
+        zeros: gl.constexpr = None  # what is there is kept
+    else:
+        zeros = make_zeros(out)
     gl.warp_specialize(
         [
             (_multiply, (out, offsets, buffers, memory, NUM_TILES, P, Q, TRANSPOSED, 0)),
             (_multiply, (out, offsets, buffers, memory, NUM_TILES, P, Q, TRANSPOSED, 1)),
             (_multiply, (out, offsets, buffers, memory, NUM_TILES, P, Q, TRANSPOSED, 2)),
-            (_load, (left, right, row_to_slot, offsets, sources, memory, NUM_TILES, P, Q, K, GATHER, ADD)),
+            (
+                _load,
+                (left, right, row_to_slot, offsets, memory, rows, out, zeros, NUM_TILES, P, Q, K, GATHER, TRANSPOSED),
+            ),
         ],
         [_WARPS, _WARPS, _LOADING_WARPS],
         [_REGISTERS, _REGISTERS, _LOADING_REGISTERS],

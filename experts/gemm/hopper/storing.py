@@ -47,6 +47,41 @@ def make_blocks(out, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def make_zeros(parts):
+    """Return a buffer of zeros of the size of a block of `parts`. `write_zeros` may read it, and nobody writes it."""
+    SHAPE: gl.constexpr = [parts.block_type.shape[1], parts.block_type.shape[2]]
+    zeros = make_blocks(parts, 1).index(0)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    zeros.store(gl.zeros(SHAPE, parts.dtype, layout))
+    fence_async_shared()
+    return zeros
+
+
+@gluon.jit
+def write_zeros(
+    parts,
+    zeros,
+    expert,
+    column,
+    right_column,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):
+    """Store zeros in a tile of LEFT and RIGHT columns of the operands, block by block of `parts`, without a wait."""
+    HEIGHT: gl.constexpr = RIGHT if TRANSPOSED else LEFT
+    WIDTH: gl.constexpr = LEFT if TRANSPOSED else RIGHT
+    ROWS: gl.constexpr = parts.block_type.shape[1]
+    COLUMNS: gl.constexpr = parts.block_type.shape[2]
+    first = right_column if TRANSPOSED else column
+    place = column if TRANSPOSED else right_column
+    block = zeros._reinterpret(parts.dtype, parts.block_type.shape, parts.layout)
+    for row in gl.static_range(0, HEIGHT, ROWS):
+        for part in gl.static_range(0, WIDTH, COLUMNS):
+            tma.async_copy_shared_to_global(parts, [expert, first + row, place + part], block)
+
+
+@gluon.jit
 def _halves(sums, WARPS: gl.constexpr):
     """Return the left and the right half of the columns."""
     ROWS: gl.constexpr = sums.shape[0]
