@@ -67,7 +67,7 @@ def multiply_and_activate(
         rows.scales,
         described(up.values.view(experts * width, 1, p_width), [BLOCK, 1, BLOCK]),
         up.scales,
-        grouped_parts(values, 1),
+        grouped_parts(values, 1, [SLAB, BLOCK]),
         scales,
         *(tiles, None if weights_TK is None else weights_TK.contiguous(), row_to_slot_N),
         *(rows.scales.shape[1], p_width, inter),

@@ -57,7 +57,7 @@ def multiply(rows: Rows, matrices: Matrices, out: Tensor, tiles: Tensor, program
         rows.scales,
         described(matrices.values.view(experts * q, matrices.p_halves, p_width), [BLOCK, 1, BLOCK]),
         matrices.scales,
-        grouped_parts(out, matrices.q_halves),
+        grouped_parts(out, matrices.q_halves, [SLAB, BLOCK]),
         tiles,
         *(rows.scales.shape[1], p_width, q_width),
         P_HALVES=matrices.p_halves,
@@ -66,15 +66,17 @@ def multiply(rows: Rows, matrices: Matrices, out: Tensor, tiles: Tensor, program
     )
 
 
-def grouped_parts(out: Tensor, halves: int) -> TensorDescriptor:
-    """Return the descriptor for stores of 64 rows × 128 columns of one half that end with the rows' group and the half.
+def grouped_parts(out: Tensor, halves: int, block: list[int]) -> TensorDescriptor:
+    """Return the descriptor for copies of a block [rows, columns] of a half that end with the rows' group and the half.
 
     See `experts.gemm.hopper.descriptors.grouped_rows`.
     """
     width = out.shape[1]
     shape = [_UNLIMITED, _UNLIMITED, MOST_ROWS.value, halves, width // halves]
     strides = [_WHOLE_ROUND - width, width, width, width // halves, 1]
-    return TensorDescriptor(out, shape, strides, [1, 1, SLAB, 1, BLOCK], shared_layout(5, 8 * out.element_size()))
+    return TensorDescriptor(
+        out, shape, strides, [1, 1, block[0], 1, block[1]], shared_layout(5, 8 * out.element_size())
+    )
 
 
 @gluon.jit
