@@ -15,7 +15,7 @@ from torch import Tensor
 from experts.fp8.blocks import BLOCK, E4M3, num_blocks
 from experts.fp8.rounding import apart, four_bytes, interpreted, largest, largest_of, reciprocal, scale_of
 from experts.gemm.gradients import runs_on_hopper
-from experts.gemm.kernels import TILE_FIELDS, list_tiles
+from experts.gemm.kernels import TILE_FIELDS, find_groups, list_tiles
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
@@ -52,8 +52,9 @@ def row_blocks(permutation: Permutation) -> RowBlocks:
     listed = torch.empty((1 + most) * TILE_FIELDS.value, dtype=torch.int32, device=offsets_L.device)
     bins = triton.next_power_of_2(experts)
     launch(list_tiles, (experts,), offsets_L, listed, EXPERTS=experts, BINS=bins, ROWS=BLOCK, COLUMN_TILES=1, OVER=0)
-    counts_L = torch.diff(offsets_L, prepend=offsets_L.new_zeros(1))
-    return RowBlocks(listed, ((counts_L + BLOCK - 1) // BLOCK).cumsum(0, dtype=torch.int32), most)
+    ends_L = torch.empty(experts, dtype=torch.int32, device=offsets_L.device)
+    launch(count_blocks, (1,), offsets_L, ends_L, EXPERTS=experts, BINS=bins)
+    return RowBlocks(listed, ends_L, most)
 
 
 def turn(
@@ -102,6 +103,13 @@ def turn(
         maxnreg=REGISTERS,
     )
     return TurnedRows(values, scales)
+
+
+@triton.jit
+def count_blocks(offsets, ends, EXPERTS: tl.constexpr, BINS: tl.constexpr):
+    """Write the end of each expert's blocks of 128 rows."""
+    bins, _, _, blocks = find_groups(offsets, EXPERTS, BINS, _BLOCK)
+    tl.store(ends + bins, tl.cumsum(blocks, 0), mask=bins < EXPERTS)
 
 
 @triton.jit

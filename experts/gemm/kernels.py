@@ -11,7 +11,7 @@ _TILES_AT_ONCE = tl.constexpr(128)
 
 
 @triton.jit
-def _find_groups(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
+def find_groups(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
     """Return BINS bins, one per expert, and the start, end and number of blocks of rows of each bin's group."""
     bins = tl.arange(0, BINS)
     ends = tl.load(offsets + bins, mask=bins < EXPERTS, other=0)
@@ -34,7 +34,7 @@ def find_tile(
     tiles, unless MOST is 0.
     """
     tile = tl.program_id(0)
-    bins, starts, ends, blocks = _find_groups(offsets, EXPERTS, BINS, ROWS)
+    bins, starts, ends, blocks = find_groups(offsets, EXPERTS, BINS, ROWS)
     if MOST > 0:
         blocks = tl.where(blocks > MOST, 0, blocks)
     blocks_up_to = tl.cumsum(blocks, 0)
@@ -64,7 +64,7 @@ def list_tiles(
     number of these experts' blocks of SMALL rows is written after the number of tiles.
     """
     expert = tl.program_id(0)
-    bins, starts, ends, blocks = _find_groups(offsets, EXPERTS, BINS, ROWS)
+    bins, starts, ends, blocks = find_groups(offsets, EXPERTS, BINS, ROWS)
     blocks = tl.where(ends - starts > OVER, blocks, 0)
     if expert == 0:
         tl.store(tiles, tl.sum(blocks, 0) * COLUMN_TILES)
