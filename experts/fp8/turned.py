@@ -51,7 +51,17 @@ def row_blocks(permutation: Permutation) -> RowBlocks:
     most = num_rows // BLOCK + min(experts, num_rows)
     listed = torch.empty((1 + most) * TILE_FIELDS.value, dtype=torch.int32, device=offsets_L.device)
     bins = triton.next_power_of_2(experts)
-    launch(list_tiles, (experts,), offsets_L, listed, EXPERTS=experts, BINS=bins, ROWS=BLOCK, COLUMN_TILES=1, OVER=0)
+    launch(
+        list_tiles,
+        (experts,),
+        *(offsets_L, listed),
+        EXPERTS=experts,
+        BINS=bins,
+        ROWS=BLOCK,
+        COLUMN_TILES=1,
+        OVER=0,
+        SMALL=0,
+    )
     ends_L = torch.empty(experts, dtype=torch.int32, device=offsets_L.device)
     launch(count_blocks, (1,), offsets_L, ends_L, EXPERTS=experts, BINS=bins)
     return RowBlocks(listed, ends_L, most)

@@ -56,7 +56,7 @@ def list_tiles(
     ROWS: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     OVER: tl.constexpr,
-    SMALL: tl.constexpr = 0,
+    SMALL: tl.constexpr,
 ):
     """Write the number of tiles, then the numbers that `find_tile` finds for each tile.
 
