@@ -65,6 +65,19 @@ MEASURED = (
         rounds.others,
     ),
     (
+        """A train step of `torch_mm` takes {torch_mm_low} to {torch_mm_high} times as long as a train step of `triton`
+        on these layers, and one of AutoModel's layer {peer_automodel_torch_mm_low} to {peer_automodel_torch_mm_high}
+        times. In the same runs, a forward of SonicMoE takes {forward0}, {forward1} and {forward2} times as long as a
+        forward of `triton` on the three shapes, in three rounds. Train steps of both were measured in one round only,
+        on the two shapes with 32 experts: {train1} and {train2} times.""",
+        rounds.of_more_models,
+    ),
+    (
+        """On the second of these shapes, the clock was {triton} MHz under `triton` and {peer_sonicmoe} MHz under
+        SonicMoE.""",
+        rounds.clocks_again,
+    ),
+    (
         """With one token, `triton` takes {now} instead of {before} ms, which is {over} times the time to read the
         weights.""",
         rounds.one_token,

@@ -9,7 +9,7 @@ import pandas as pd
 from moebench.verdicts.findings import rounds_of
 from moebench.workload.models import SHAPE_AXES, shape_name
 from tests.figures import data
-from tests.figures.data import DECODE, ROUNDS, SHAPES, WIDE, results, select, the
+from tests.figures.data import DECODE, MORE_MODELS, ROUNDS, SHAPES, WIDE, results, select, the
 from tests.figures.markdown import markdown
 from tests.figures.quoted import WORDS
 
@@ -28,6 +28,8 @@ CASES = [
 #: Those that WIDE measured again.
 _LATER = [case for case in CASES if case[1][0] == 32 and case[3] == "train"]
 _DECODED = (128, 8, 2048, 768)
+#: Those of MORE_MODELS.
+OTHER_MODELS = ("gpt-oss-120b", "glm-4.5-air", "mixtral-8x7b")
 
 
 def _rows(shape: Shape, num_tokens: int, mode: str, run: str = ROUNDS) -> pd.DataFrame:
@@ -144,3 +146,62 @@ def later() -> dict[str, Any]:
     assert set(frame["mode"]) == {"train"}
     experts, rounds = {int(n) for n in frame["n_routed_experts"]}, {int(n) for n in frame["num_rounds"]}
     return {"experts": experts.pop(), "rounds": WORDS[rounds.pop()]}
+
+
+def _of_model(model: str, backend: str) -> list[float]:
+    """The times of a backend over those of `triton`, for each round of MORE_MODELS that has both."""
+    frame = select(results(MORE_MODELS), model=model)
+    own, other = (rounds_of(the(frame, backend=name).to_dict()) for name in ("triton", backend))
+    return [other[key] / own[key] for key in sorted(own.keys() & other.keys())]
+
+
+def more_models() -> str:
+    backends = ["torch_mm", "peer_automodel_torch_mm"]
+    header = ["train step", "tokens", "`triton`, ms", *(f"`{name}`" for name in backends)]
+    header += [f"`{name}` by round" for name in backends]
+
+    def rows() -> Iterator[list[Any]]:
+        for model in OTHER_MODELS:
+            own = the(results(MORE_MODELS), model=model, backend="triton")
+            found = [_of_model(model, name) for name in backends]
+            yield [
+                *(model, str(own["num_tokens"]), f"{own['time_ms']:.3f}"),
+                *(f"{np.median(one):.2f}" for one in found),
+                *(", ".join(f"{ratio:.3f}" for ratio in one) for one in found),
+            ]
+
+    return markdown(header, rows())
+
+
+def of_more_models() -> dict[str, str]:
+    """The least and the largest ratio of each other layer over `triton`, and SonicMoE's on the three shapes."""
+    found: dict[str, str] = {}
+    for backend in ("torch_mm", "peer_automodel_torch_mm"):
+        medians = [float(np.median(_of_model(model, backend))) for model in OTHER_MODELS]
+        found |= {f"{backend}_low": f"{min(medians):.2f}", f"{backend}_high": f"{max(medians):.2f}"}
+    for number, (shape, num_tokens) in enumerate(SHAPES.items()):
+        found[f"forward{number}"] = f"{np.median(_again(shape, num_tokens, 'forward')):.3f}"
+    for number, (_, *case) in enumerate(_LATER, start=1):
+        (found[f"train{number}"],) = (f"{ratio:.3f}" for ratio in _again(*case))
+    return found
+
+
+def _again(shape: Shape, num_tokens: int, mode: str) -> list[float]:
+    frame = results(MORE_MODELS)
+    own, other = (
+        rounds_of(the(data.of_shape(select(frame[frame["model"].isna()], mode=mode), shape), backend=name).to_dict())
+        for name in ("triton", "peer_sonicmoe")
+    )
+    assert mode == "train" or len(own) == len(other) == 3
+    return [other[key] / own[key] for key in sorted(own.keys() & other.keys())]
+
+
+def clocks_again() -> dict[str, str]:
+    """The clock in the train steps with the widest tokens, in MHz."""
+    frame = select(results(MORE_MODELS), dim=7168, mode="train")
+    return {name: f"{the(frame, backend=name)['sm_clock_mhz']:.0f}" for name in ("triton", "peer_sonicmoe")}
+
+
+def counted_again() -> dict[str, Any]:
+    frame = results(MORE_MODELS)
+    return {"jobs": len(frame), "done": int(sum(len(rounds_of(row)) for row in frame.to_dict("records")))}

@@ -206,6 +206,7 @@ TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
             rounds.beside_sonicmoe,
             rounds.beside_sonicmoe_later,
             rounds.beside_others,
+            rounds.more_models,
             kernels.counters,
             peer_figures.steps,
             peer_figures.steps_again,
