@@ -187,27 +187,35 @@ MEASURED = (
         peers.of_two_processes,
     ),
     (
-        """timed `triton` and `torch_mm` in turns in one process on an H200, with {tokens} tokens on {models} models""",
-        skewed.slower,
+        """timed `triton` and `torch_mm` in turns in one process on an H200, with {few}, {middle} and {many} tokens and
+        three kinds of skewed routing""",
+        skewed.measured,
     ),
     (
-        """{slower} of {ratios} ratios are wholly above 1. None of them has the routing `zipf`. The largest is
-        {largest}, and the largest of a train step is {train_largest}. The median is {forward} for forwards and
-        {train} for train steps.""",
+        """It measured {ratios} of the {cases} cases of the sweep before its time budget ended: glm-4.5-air has
+        one case, and nemotron-3-nano and minimax-m2 have none.""",
+        skewed.measured,
+    ),
+    (
+        """{slower} of {ratios} ratios are wholly above 1. None of them has the routing `zipf`. {with_tokens} have
+        {tokens} tokens, and the other {others} are train steps with one-hot routing. The largest ratio is {largest},
+        and the largest of a train step is {train_largest}. The median is {forward} for forwards and {train} for train
+        steps.""",
         skewed.slower,
     ),
     (
         """At the speed of the copies in the study `steps`, in bytes read and written, these zeros alone would take
-        {low} to {high} of the time of a train step of `triton`, and more than half of it in {more} of {steps} train
-        steps. On DeepSeek-V3, DeepSeek-V4-Flash and Kimi-K2 with one-hot routing, they would take at least {most_low}.
-        They would take the least on mixtral-8x7b, so they do not explain its ratios.""",
+        {low} to {high} of the time of a train step of `triton` with one-hot or empty routing. {steps} train steps are
+        wholly above 1. In {mostly} of them, of deepseek-v3, deepseek-v4-flash and kimi-k2, zeros would take at least
+        {mostly_low} of the time. In the others, of mixtral-8x7b, gpt-oss-120b and gpt-oss-20b, they would take
+        {others_low} to {others_high}.""",
         skewed.zeros,
     ),
     (
-        """With one-hot routing, the {experts} experts of qwen3-next-80b that have tokens have {rows} rows each, and
-        the result of their up projection has {columns} columns. That makes {tiles} large tiles for {sms}
-        multiprocessors, so some of these have no work. This is not the whole reason: qwen3-30b-a3b has {qwen_tiles}
-        tiles there, and its ratio is {qwen_ratio}.""",
+        """With one-hot routing and {rows} tokens, the {experts} experts of qwen3-next-80b that have tokens have {rows}
+        rows each, and the result of their up projection has {columns} columns. That makes {tiles} large tiles for
+        {sms} multiprocessors, so some of these have no work. This is not the whole reason: qwen3-30b-a3b has
+        {qwen_tiles} tiles there, and its ratio is {qwen_ratio}.""",
         skewed.tiles,
     ),
     ("the whole 95% interval of the ratio is above 1,",),

@@ -1,4 +1,4 @@
-"""The figures about skewed routing: the study `turns` on the sweep `skewed-wide`, with 256 tokens."""
+"""The figures about skewed routing: the study `turns` on the sweep `skewed-wide`."""
 
 import math
 import statistics
@@ -10,6 +10,7 @@ import pandas as pd
 
 from experts.config import is_gated_activation
 from experts.gemm.tiling import PAIRS
+from moebench.workload import selection
 from moebench.workload.models import MODELS
 from tests.figures import data
 from tests.figures.data import select, the
@@ -19,7 +20,9 @@ from tests.figures.quoted import span
 
 SKEWED = "skewed/h200-2026-11-30.json"
 BACKENDS = {"backend": "triton", "other": "torch_mm"}
+#: Most ratios above 1 have so many tokens.
 NUM_TOKENS = 256
+ONE_HOT = {"mode": "forward", "num_tokens": NUM_TOKENS, "routing": "one-hot"}
 NEXT, QWEN = "qwen3-next-80b", "qwen3-30b-a3b"
 
 
@@ -29,7 +32,6 @@ def _rows() -> pd.DataFrame:
     frame = pd.DataFrame(data.document(SKEWED)["rows"])
     assert set(frame["status"]) == {"ok"}
     assert all(set(frame[column]) == {value} for column, value in BACKENDS.items())
-    assert set(frame["num_tokens"]) == {NUM_TOKENS}
     assert (frame["slower"] == (frame["ratio_low"] > 1)).all()
     return frame
 
@@ -39,14 +41,15 @@ def _ratio(row: pd.Series) -> str:
 
 
 def skewed() -> str:
-    """Each mode and routing: how many ratios there are, their median, how many are wholly above 1, and the largest."""
-    header = ["mode", "routing", "ratios", "median", "wholly above 1", "largest", "of"]
+    """For each mode, number of tokens and routing: the ratios' number, median and largest, and those wholly above 1."""
+    by = ["mode", "num_tokens", "routing"]
+    header = ["mode", "tokens", "routing", "ratios", "median", "wholly above 1", "largest", "of"]
 
     def rows() -> Iterator[list[Any]]:
-        for (mode, routing), some in _rows().groupby(["mode", "routing"], sort=False):
+        for (mode, num_tokens, routing), some in _rows().groupby(by, sort=False):
             worst = some.loc[some["ratio"].idxmax()]
             counts = [len(some), f"{some['ratio'].median():.3f}", int(some["slower"].sum())]
-            yield [mode, f"`{routing}`", *counts, _ratio(worst), worst["model"]]
+            yield [mode, num_tokens, f"`{routing}`", *counts, _ratio(worst), worst["model"]]
 
     return markdown(header, rows())
 
@@ -54,28 +57,44 @@ def skewed() -> str:
 def skewed_slower() -> str:
     """The ratios whose whole interval is above 1, the largest first."""
     slower = _rows()[_rows()["slower"]].sort_values("ratio", ascending=False)
-    header = ["model", "mode", "routing", "`triton`, ms", "`torch_mm`, ms", "ratio"]
+    header = ["model", "mode", "tokens", "routing", "`triton`, ms", "`torch_mm`, ms", "ratio"]
 
     def rows() -> Iterator[list[Any]]:
         for _, row in slower.iterrows():
             times = (f"{row[name]:.3f}" for name in ("time_ms", "other_time_ms"))
-            yield [row["model"], row["mode"], f"`{row['routing']}`", *times, _ratio(row)]
+            yield [row["model"], row["mode"], row["num_tokens"], f"`{row['routing']}`", *times, _ratio(row)]
 
     return markdown(header, rows())
 
 
-def slower() -> dict[str, Any]:
-    """How many ratios are wholly above 1, and of which routing none is."""
+def measured() -> dict[str, Any]:
+    """How many cases of the sweep were measured, in its order, before the time budget ended."""
+    cases = list(dict.fromkeys(job.case for job in selection.select("skewed-wide", (), (), (), ())))
     frame = _rows()
-    assert not select(frame, routing="zipf")["slower"].any()
-    trained = select(frame, mode="train", slower=True)
+    assert frame["case_id"].tolist() == [case.case_id for case in cases[: len(frame)]]
+    counts = {model: int((frame["model"] == model).sum()) for model in dict.fromkeys(case.model for case in cases)}
+    *complete, glm, nemotron, minimax = counts.items()
+    assert {count for _, count in complete} == {len(cases) / len(counts)}
+    assert (glm, nemotron, minimax) == (("glm-4.5-air", 1), ("nemotron-3-nano", 0), ("minimax-m2", 0))
+    few, middle, many = frame["num_tokens"].unique()
+    return {"few": few, "middle": middle, "many": many, "ratios": len(frame), "cases": len(cases)}
+
+
+def slower() -> dict[str, Any]:
+    """How many ratios are wholly above 1, and with which tokens and routing."""
+    frame = _rows()
+    above = select(frame, slower=True)
+    assert "zipf" not in set(above["routing"])
+    others = above[above["num_tokens"] != NUM_TOKENS]
+    assert set(zip(others["mode"], others["routing"], strict=True)) == {("train", "one-hot")}
     return {
-        "tokens": NUM_TOKENS,
-        "models": frame["model"].nunique(),
         "ratios": len(frame),
-        "slower": int(frame["slower"].sum()),
+        "slower": len(above),
+        "tokens": NUM_TOKENS,
+        "with_tokens": len(above) - len(others),
+        "others": len(others),
         "largest": f"{frame['ratio'].max():.3f}",
-        "train_largest": f"{trained['ratio'].max():.3f}",
+        "train_largest": f"{select(frame, mode='train')['ratio'].max():.3f}",
         **{mode: f"{some['ratio'].median():.3f}" for mode, some in frame.groupby("mode")},
     }
 
@@ -95,22 +114,25 @@ def zeros() -> dict[str, Any]:
     trained = select(_rows(), mode="train", routing=["one-hot", "empty:0.9"])
     shares = pd.Series(
         [_zeros_bytes(row["model"], row["routing"]) / speed / 1e6 / row["time_ms"] for _, row in trained.iterrows()],
-        index=pd.MultiIndex.from_frame(trained[["model", "routing"]]),
+        index=trained.index,
     )
-    largest = shares[[("deepseek-v3", "one-hot"), ("deepseek-v4-flash", "one-hot"), ("kimi-k2", "one-hot")]]
-    assert set(largest) == set(shares.nlargest(len(largest)))
-    assert shares.idxmin()[0] == "mixtral-8x7b"
-    assert set(select(_rows(), mode="train").nlargest(2, "ratio")["model"]) == {"mixtral-8x7b"}
+    above = trained[trained["slower"]]
+    assert len(above) == select(_rows(), mode="train")["slower"].sum()
+    mostly = shares[above.index] > 0.5
+    assert set(above[mostly]["model"]) == {"deepseek-v3", "deepseek-v4-flash", "kimi-k2"}
+    assert set(above[~mostly]["model"]) == {"gpt-oss-20b", "gpt-oss-120b", "mixtral-8x7b"}
+    others = span(shares[above.index][~mostly].tolist(), 2)
     return {
         **span(shares.tolist(), 2),
-        "more": int((shares > 0.5).sum()),
-        "steps": len(shares),
-        "most_low": f"{largest.min():.2f}",
+        "steps": len(above),
+        "mostly": int(mostly.sum()),
+        "mostly_low": f"{shares[above.index][mostly].min():.2f}",
+        **{f"others_{end}": share for end, share in others.items()},
     }
 
 
 def _tiles_of_up(model: str) -> int:
-    """The number of large tiles of the up projection if all tokens choose the same experts."""
+    """The number of large tiles of the up projection if all NUM_TOKENS tokens choose the same experts."""
     config = MODELS[model]
     tiles = math.ceil(NUM_TOKENS / PAIRS.rows) * math.ceil(config["moe_inter_dim"] / PAIRS.columns)
     return int(config["n_activated_experts"] * tiles)
@@ -118,7 +140,7 @@ def _tiles_of_up(model: str) -> int:
 
 def tiles() -> dict[str, Any]:
     """The large tiles of one up projection beside the GPU's multiprocessors, for two models."""
-    found = {name: the(_rows(), model=name, mode="forward", routing="one-hot") for name in (NEXT, QWEN)}
+    found = {name: the(_rows(), model=name, **ONE_HOT) for name in (NEXT, QWEN)}
     assert found[NEXT]["slower"]
     assert not found[QWEN]["slower"]
     (gpu,) = data.document(SKEWED)["environment"]["gpus"]
