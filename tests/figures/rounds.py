@@ -157,7 +157,7 @@ def _of_model(model: str, backend: str) -> list[float]:
 
 def more_models() -> str:
     backends = ["torch_mm", "peer_automodel_torch_mm"]
-    header = ["train step", "tokens", "`triton`, ms", *(f"`{name}`" for name in backends)]
+    header = ["train step", "tokens", "`triton`, ms", *(f"`{name}` over `triton`" for name in backends)]
     header += [f"`{name}` by round" for name in backends]
 
     def rows() -> Iterator[list[Any]]:

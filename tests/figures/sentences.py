@@ -71,7 +71,7 @@ README = (
     ("in one round of {measured} jobs.", lambda: quoted.counts(PEERS_AGAIN)),
     ("This run has {jobs} jobs of `peers`: many tokens in {done} of {asked} rounds of jobs,", rounds.counted),
     ("This run has the train steps of `triton` and SonicMoE with {experts} experts in {rounds} rounds,", rounds.later),
-    ("This run has {jobs} jobs of `peers`, {done} with all rounds,", rounds.counted_again),
+    ("This run has {jobs} different jobs of `peers`, measured {done} times in all,", rounds.counted_again),
     ("dispatchers in {measured} of {jobs} jobs, with profiles.", lambda: quoted.counts(PROFILED)),
     ("This run has train steps in {contexts} contexts of training,", training.run),
     (

@@ -15,12 +15,12 @@ from experts.fp8.hopper.tiles import apart, reciprocal, scale_of
 WARPS, PARTS = 16, 4
 
 _BLOCK, _WORDS, _PARTS = gl.constexpr(BLOCK), gl.constexpr(BLOCK // 2), gl.constexpr(PARTS)
-#: Of a tile of words.
+#: The layout of a tile of words.
 LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4, 4], [8, 1, 4], [PARTS, 1, WARPS // PARTS], [2, 1, 0]))
-#: Of what the warps found, in shared memory, and in threads that have a row or a word each.
+#: The layouts of what the warps found: in shared memory, and in threads that have a row or a word each.
 FOUND = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 FOUND_LAYOUT = gl.constexpr(gl.BlockedLayout([PARTS, 1], [1, 32], [1, WARPS], [1, 0]))
-#: Of the same in threads of which each warp's have all.
+#: The same, where each warp has all of it.
 _WHOLE_LAYOUT = gl.constexpr(gl.BlockedLayout([PARTS, 4], [1, 32], [1, WARPS], [1, 0]))
 
 
@@ -94,7 +94,7 @@ def scales_of_rows(found, reciprocals, scales, block_scale, end, LARGEST: gl.con
 
 @gluon.jit
 def store_sums(found, sums, end):
-    """Store each row's sum of what the warps found."""
+    """Store each row's sum of what the warps found, added in the order in which a reduction over warps adds."""
     total = gl.sum(gl.sum(gl.reshape(found.load(FOUND_LAYOUT), [2, _PARTS // 2, _BLOCK]), axis=0), axis=0)
     row = gl.arange(0, _BLOCK, layout=gl.SliceLayout(0, FOUND_LAYOUT))
     total = gl.convert_layout(total, gl.SliceLayout(0, FOUND_LAYOUT), assert_trivial=True)
