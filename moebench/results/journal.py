@@ -6,6 +6,7 @@ import os
 import re
 import reprlib
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,9 @@ from moebench.results.record import READABLE, Record
 
 LOG = logging.getLogger(__name__)
 
+#: The clock of files moves in steps: of milliseconds on a local disk, and of two seconds at most. Two changes within a
+#: step have the same time.
+CLOCK_STEP_NS = 2 * 10**9
 _READABLE = " and ".join(map(str, READABLE))
 
 
@@ -35,7 +39,8 @@ class Journal:
         self.path = path
         self._place = path.parent.resolve() / path.name  # the working folder may change
         self._held: bytearray | None = None
-        self._seen: tuple[int, ...] | None = None  # the file that certainly holds `_held`
+        self._seen: tuple[int, ...] | None = None  # the file that held `_held` when moebench last looked
+        self._is_settled = False  # whether every later change shows in `_identity`
         self.num_restored = 0
 
     def append(self, row: Record) -> None:
@@ -68,16 +73,16 @@ class Journal:
             if is_known or self._seen is None:
                 opened.write(line)
                 opened.flush()
-            self._seen = _identity(os.fstat(file)) if is_known else None
+            self._seen, self._is_settled = _identity(os.fstat(file)) if is_known else None, False
 
     def keep(self) -> None:
         """Write the file again if it is no longer what `append` wrote. Raises RunnerError if this is not possible."""
         if self._held is None:
             return
         now = _identity_of(self._place)
-        if now is not None and now == self._seen:
+        if now is not None and now == self._seen and self._is_settled:
             return
-        self._seen = now
+        self._seen, self._is_settled = now, now is not None and time.time_ns() - now[-1] > CLOCK_STEP_NS
         if content_of(self._place) != bytes(self._held):
             self.num_restored += 1
             write_again(self._place, bytes(self._held))
@@ -124,8 +129,11 @@ def _identity_of(path: Path) -> tuple[int, ...] | None:
 
 
 def _identity(file: os.stat_result) -> tuple[int, ...]:
-    """Return what changes if another process replaces or writes the file."""
-    return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
+    """Return what changes if another process replaces or writes the file, and last, when the file last changed.
+
+    A process can set the time of the last write, but not that of the last change.
+    """
+    return file.st_dev, file.st_ino, file.st_size, file.st_ctime_ns
 
 
 JOURNAL_NAME = "journal.jsonl"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from moebench.errors import ResultsError
+from moebench.results import journal as journal_module
 from moebench.results.journal import Journal
 from moebench.results.record import READABLE, SCHEMA, Record, Status, record
 from moebench.workload.case import Case, Job
@@ -110,6 +111,21 @@ def test_no_row_is_lost_whenever_the_file_is_replaced(
     journal.append(ok("d"))
     assert [row.backend for row in journal.read()[0]] == ["a", "b", "c", "d"]
     assert journal.num_restored == 1
+
+
+def test_no_row_is_lost_if_the_clock_of_files_stands_still(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process overwrites the file between two steps of the clock, and leaves its size as it is."""
+    monkeypatch.setattr("moebench.results.journal.time.time_ns", lambda: 5 * 10**9)
+    identity = journal_module._identity
+    monkeypatch.setattr(journal_module, "_identity", lambda file: (*identity(file)[:-1], 4 * 10**9))
+    rows = [ok(name) for name in ("a", "b", "c")]
+    for row in rows:
+        journal.append(row)
+        journal.keep()  # which looks at the file in the same step, too
+        journal.path.write_bytes(b"x" * journal.path.stat().st_size)
+    journal.keep()
+    assert journal.read() == (rows, 0)
+    assert journal.num_restored == len(rows)
 
 
 def test_the_first_row_is_not_lost_to_a_pipe(journal: Journal) -> None:
