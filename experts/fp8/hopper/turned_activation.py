@@ -2,7 +2,7 @@
 
 A tile has 128 rows of one expert, and 128 columns of gate and of up. A program has one tile after another, and while it
 computes one, the TMA copies the next ones to shared memory. The threads hold a tile's results in words of two columns
-until they know the scales. The largest magnitudes of the words are found without taking the two columns apart.
+until they know the scales (`experts.fp8.hopper.scaling`).
 """
 
 import torch
