@@ -25,7 +25,7 @@ from experts.gemm import choices, kinds
 from experts.gemm.gradients import runs_on_hopper
 from experts.gemm.kernels import TILE_FIELDS, grouped_gemm, list_tiles
 from experts.gemm.kinds import Kind
-from experts.gemm.tiling import LARGE, NO_LIMITS, PAIRS, Limits, Tiling, limits_for, tiling_for
+from experts.gemm.tiling import LARGE, NO_LIMITS, PAIRS, Limits, Tiling, limits_for, spread, tiling_for
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 from experts.steps.fused.rows import gather_rows
@@ -160,6 +160,7 @@ def _multiply(
     if permutation.num_rows == 0:
         return out
     tile: Tiling = choices.choose(_kind(gather, transposed, activate, form), b_LPQ, rows_per_expert)
+    tile = spread(tile, rows_per_expert, out.shape[0], out.shape[1], _multiprocessors(out.device))
     task = _Task(a, b_LPQ, out, permutation, gather, transposed, activate, form, weights_TK, bias_LH)
     limits = limits_for(tile.rows, tile.listed, rows_per_expert, permutation.num_tokens)
     tilings = [tile, PAIRS if form.gated else LARGE][: len(limits)]
@@ -292,7 +293,10 @@ def _tiles(
         OVER=limits.over,
         SMALL=limits.small,
     )
-    programs = _INTERPRETED_PROGRAMS
-    if offsets.is_cuda:
-        programs = torch.cuda.get_device_properties(offsets.device).multi_processor_count
-    return tiles, min(programs, most_tiles)
+    return tiles, min(_multiprocessors(offsets.device), most_tiles)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count

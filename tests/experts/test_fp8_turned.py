@@ -185,7 +185,7 @@ def test_every_tile_of_many_is_computed_once() -> None:
 def test_the_kernels_for_hopper_transpose_without_spilling(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One loads 16 bytes at a time, and leaves registers for a second program. The other loads with the TMA."""
+    """One loads 16 bytes at a time, and leaves registers for other programs. The other loads with the TMA."""
     from experts.fp8 import activation, turned
 
     hopper = [sys.modules[f"experts.fp8.hopper.{name}"] for name in ("turned", "turned_activation")]
@@ -197,7 +197,7 @@ def test_the_kernels_for_hopper_transpose_without_spilling(
     for gather, by_column in ((True, True), (False, False)):
         x = torch.zeros(64 if gather else 512, 2880, dtype=dtype)
         turned.turn(x, blocks, permutation, gather, by_column, halves=1 if gather else 2)
-        check_code(compiled["turn_rows"], tmp_path, 128)
+        check_code(compiled["turn_rows"], tmp_path, 128 if by_column else 168)
         assert re.search(r"ld\.global\.v4\.b32", compiled["turn_rows"])
     if dtype == BF16:  # the only one of this kernel
         config = moe_config(n_routed_experts=32, dim=2880, moe_inter_dim=2880, dtype=dtype)

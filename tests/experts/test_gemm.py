@@ -64,7 +64,8 @@ PARTS = (
         # products with small tiles, activated ones of one plan with all their operands, and main gradients
         (
             "cpu and (float16 and (16x16 or bias-swiglu-before or kernel_adds) or adds_to and memory) or megatron "
-            "or few-cpu and (takes_them or quick_geglu) or small_and_large and cpu-float16 and not geglu"
+            "or few-cpu and (takes_them or quick_geglu) or (few_large or small_and_large) and cpu-float16 "
+            "and not geglu"
         ),
     ),
     (

@@ -55,6 +55,35 @@ def noting(launch: Any, names: list[tuple[str, int]]) -> Any:
 
 
 @on_every_setup
+def test_few_large_tiles_become_narrow_ones(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from experts import gemm
+    from experts.gemm import products
+
+    given = Given(device, dtype)
+    launched: list[tuple[str, int]] = []
+    monkeypatch.setattr(products, "_INTERPRETED_PROGRAMS", 132)
+    monkeypatch.setattr(products, "launch", noting(products.launch, launched))
+    given.assert_near(gemm.gathered_product(given.x_TD, given.b_LDH, given.permutation, 60.0), given.right_h())
+    assert launched == [("grouped_gemm", 128)], "a tile of 256 columns has a list of tiles"
+
+
+@pytest.mark.parametrize(
+    ("rows_per_expert", "num_rows", "width", "narrow"),
+    [(64, 512, 4096, 1), (64, 513, 4096, 0), (64, 512, 4352, 0), (127, 512, 4096, 1), (128, 512, 4096, 0)],
+)
+def test_tiles_are_narrow_if_large_ones_leave_half_of_the_gpu_idle(
+    rows_per_expert: float, num_rows: int, width: int, narrow: bool
+) -> None:
+    """512 rows and 4096 columns have 64 large tiles, and an H200 has 132 multiprocessors."""
+    from experts.gemm import tiling
+
+    spread = tiling.spread(tiling.LARGE, rows_per_expert, num_rows, width, 132)
+    assert spread == (tiling.NARROW if narrow else tiling.LARGE)
+    other = tiling.Tiling(64, 128, 64, 4, 4)
+    assert tiling.spread(other, rows_per_expert, num_rows, width, 132) == other
+
+
+@on_every_setup
 def test_a_product_of_small_and_large_tiles_is_right(
     device: str, dtype: torch.dtype, launched: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,7 @@ def add_outer_products(
     left,
     right,
     out,
+    parts,
     row_to_slot,
     offsets,
     NUM_TILES: gl.constexpr,
@@ -75,12 +76,13 @@ def add_outer_products(
     TRANSPOSED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
+    """`parts` is None, because nothing is stored."""
     memory = make_buffers(right.dtype)
     buffers = make_blocks(out, 2)
     gl.warp_specialize(
         [
             (_multiply, (out, offsets, buffers, memory, NUM_TILES, P, Q, TRANSPOSED, num_warps)),
-            (load, (left, right, row_to_slot, offsets, memory, None, None, NUM_TILES, P, Q, K, GATHER, TRANSPOSED)),
+            (load, (left, right, row_to_slot, offsets, memory, parts, None, NUM_TILES, P, Q, K, GATHER)),
         ],
         [_WARPS],
         [_REGISTERS],

@@ -82,9 +82,8 @@ def load(
     Q: gl.constexpr,
     K: gl.constexpr,
     GATHER: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
 ):
-    """Load the operands of each step, and store tiles without rows unless `zeros` is None."""
+    """Load the operands of each step, and store zeros for tiles without rows unless `zeros` is None."""
     left_tiles, loaded = memory[0], memory[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // _LEFT, _LEFT // 8], [_WARPS, 1], [1, 0])
     rows = gl.arange(0, _STEP, layout=gl.SliceLayout(1, layout))
@@ -93,7 +92,7 @@ def load(
     for tile in range(gl.program_id(0), NUM_TILES, gl.num_programs(0)):
         expert, column, right_column, start, end = find_tile(tile, offsets, P, Q)
         if zeros is not None and start == end:
-            write_zeros(parts, zeros, expert, column, right_column, _LEFT, _RIGHT, TRANSPOSED)
+            write_zeros(parts, zeros, expert, tile, P, Q, _LEFT, _RIGHT)
         inside = column + columns < P
         source = find_sources(row_to_slot, start + rows, end, K, GATHER)
         for first in range(start, end, _STEP):
@@ -194,14 +193,14 @@ def sum_outer_products(
     TRANSPOSED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """`parts` is `out` in the small blocks in which zeros are stored."""
+    """`parts` is `out` in the small blocks in which zeros are stored, which lie in one piece in memory."""
     zeros = make_zeros(parts)
     memory = make_buffers(right.dtype)
     result = make_blocks(out, 1).index(0)
     gl.warp_specialize(
         [
             (_multiply, (out, offsets, result, memory, NUM_TILES, P, Q, TRANSPOSED, num_warps)),
-            (load, (left, right, row_to_slot, offsets, memory, parts, zeros, NUM_TILES, P, Q, K, GATHER, TRANSPOSED)),
+            (load, (left, right, row_to_slot, offsets, memory, parts, zeros, NUM_TILES, P, Q, K, GATHER)),
         ],
         [_WARPS],
         [_REGISTERS],

@@ -45,16 +45,18 @@ def add_outer(
 def _launch(
     left: Tensor, right_NQ: Tensor, out: Tensor, permutation: Permutation, gather: bool, transposed: bool
 ) -> None:
-    """Launch one program per multiprocessor at most. `blocks` are what a program stores, or adds, at once."""
+    """Launch one program per multiprocessor at most. `block` is what a program stores, or adds, at once.
+
+    An expert without rows gets zeros, in blocks that lie in one piece in memory.
+    """
     left, right_NQ = aligned(left), aligned(right_NQ)
     width, depth, add = left.shape[1], right_NQ.shape[1], out.dtype == torch.float32
     if three_groups(width):
-        kernel, columns, warps, blocks = sum_outer_slabs, SLABS_COLUMNS, WARPS, [[SLAB, PART // 2 if add else PART]]
+        kernel, columns, warps, block = sum_outer_slabs, SLABS_COLUMNS, WARPS, [SLAB, PART // 2 if add else PART]
     elif add:
-        kernel, columns, warps, blocks = add_outer_products, LEFT, MULTIPLYING_WARPS, [[LEFT, PART]]
+        kernel, columns, warps, block = add_outer_products, LEFT, MULTIPLYING_WARPS, [LEFT, PART]
     else:
-        kernel, columns, warps = sum_outer_products, LEFT, MULTIPLYING_WARPS
-        blocks = [[LEFT, RIGHT], [PART, PART]]  # tiles with rows, and parts of tiles without rows
+        kernel, columns, warps, block = sum_outer_products, LEFT, MULTIPLYING_WARPS, [LEFT, RIGHT]
     num_tiles = out.shape[0] * triton.cdiv(width, columns) * triton.cdiv(depth, RIGHT)
     programs = torch.cuda.get_device_properties(left.device).multi_processor_count if left.is_cuda else 1
     launch(
@@ -62,7 +64,8 @@ def _launch(
         (min(programs, num_tiles),),
         left,
         grouped_rows(right_NQ, [STEP, RIGHT]),
-        *(described(out, [1, *size[::-1]] if transposed else [1, *size]) for size in blocks),
+        described(out, [1, *block[::-1]] if transposed else [1, *block]),
+        None if add else described(out.view(len(out), -1, PART), [1, PART, PART]),
         permutation.row_to_slot_N,
         permutation.offsets_L,
         NUM_TILES=num_tiles,

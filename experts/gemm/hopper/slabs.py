@@ -53,16 +53,15 @@ def _load(
     offsets,
     memory,
     sources,
-    out,
+    parts,
     zeros,
     NUM_TILES: gl.constexpr,
     P: gl.constexpr,
     Q: gl.constexpr,
     K: gl.constexpr,
     GATHER: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
 ):
-    """Load the operands of each step, without slabs past P. Store tiles without rows unless `zeros` is None.
+    """Load the operands of each step, without slabs past P. Store zeros for tiles without rows unless `zeros` is None.
 
     The left operand's rows of the next step wait in shared memory, because the warps have few registers.
     """
@@ -74,7 +73,7 @@ def _load(
     for tile in range(gl.program_id(0), NUM_TILES, gl.num_programs(0)):
         expert, column, right_column, start, end = find_tile(tile, offsets, P, Q, _LEFT, _BAND)
         if zeros is not None and start == end:
-            write_zeros(out, zeros, expert, column, right_column, _LEFT, _RIGHT, TRANSPOSED)
+            write_zeros(parts, zeros, expert, tile, P, Q, _LEFT, _RIGHT)
         sources.store(_find_sources(row_to_slot, start + rows, end, K, GATHER))
         for first in range(start, end, _STEP):
             stage = step % _STAGES
@@ -137,6 +136,7 @@ def sum_outer_slabs(
     left,
     right,
     out,
+    parts,
     row_to_slot,
     offsets,
     NUM_TILES: gl.constexpr,
@@ -147,13 +147,14 @@ def sum_outer_slabs(
     TRANSPOSED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
+    """`parts` is as for `sum_outer_products`, or None to add, which keeps what is there."""
     memory = make_buffers(right.dtype, _GROUPS, _SLAB)
     buffers = make_blocks(out, 2 * _GROUPS)
     rows = gl.allocate_shared_memory(gl.int32, [_STEP], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    if out.dtype == gl.float32:
-        zeros: gl.constexpr = None  # what is there is kept
+    if parts is None:
+        zeros: gl.constexpr = None
     else:
-        zeros = make_zeros(out)
+        zeros = make_zeros(parts)
     gl.warp_specialize(
         [
             (_multiply, (out, offsets, buffers, memory, NUM_TILES, P, Q, TRANSPOSED, 0)),
@@ -161,7 +162,7 @@ def sum_outer_slabs(
             (_multiply, (out, offsets, buffers, memory, NUM_TILES, P, Q, TRANSPOSED, 2)),
             (
                 _load,
-                (left, right, row_to_slot, offsets, memory, rows, out, zeros, NUM_TILES, P, Q, K, GATHER, TRANSPOSED),
+                (left, right, row_to_slot, offsets, memory, rows, parts, zeros, NUM_TILES, P, Q, K, GATHER),
             ),
         ],
         [_WARPS, _WARPS, _LOADING_WARPS],

@@ -58,27 +58,19 @@ def make_zeros(parts):
 
 
 @gluon.jit
-def write_zeros(
-    parts,
-    zeros,
-    expert,
-    column,
-    right_column,
-    LEFT: gl.constexpr,
-    RIGHT: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
-):
-    """Store zeros in a tile of LEFT and RIGHT columns of the operands, block by block of `parts`, without a wait."""
-    HEIGHT: gl.constexpr = RIGHT if TRANSPOSED else LEFT
-    WIDTH: gl.constexpr = LEFT if TRANSPOSED else RIGHT
+def write_zeros(parts, zeros, expert, tile, P: gl.constexpr, Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """Store a tile's share of the zeros of an expert's gradient, block by block of `parts`, without a wait.
+
+    The share is as large as the tile, but in the order of memory: so each block, and the next one, lie side by side.
+    """
+    TILES: gl.constexpr = ((P + LEFT - 1) // LEFT) * ((Q + RIGHT - 1) // RIGHT)
     ROWS: gl.constexpr = parts.block_type.shape[1]
-    COLUMNS: gl.constexpr = parts.block_type.shape[2]
-    first = right_column if TRANSPOSED else column
-    place = column if TRANSPOSED else right_column
+    NUMBERS: gl.constexpr = ROWS * parts.block_type.shape[2]
+    BLOCKS: gl.constexpr = (P * Q + NUMBERS - 1) // NUMBERS
     block = zeros._reinterpret(parts.dtype, parts.block_type.shape, parts.layout)
-    for row in gl.static_range(0, HEIGHT, ROWS):
-        for part in gl.static_range(0, WIDTH, COLUMNS):
-            tma.async_copy_shared_to_global(parts, [expert, first + row, place + part], block)
+    share = tile % TILES
+    for number in range(share * BLOCKS // TILES, (share + 1) * BLOCKS // TILES):
+        tma.async_copy_shared_to_global(parts, [expert, number * ROWS, 0], block)
 
 
 @gluon.jit
