@@ -15,9 +15,7 @@ from experts.gemm.gradients import runs_on_hopper
 from experts.gemm.kernels import TILE_FIELDS, list_tiles
 from experts.gemm.tiling import FEW_ROWS, NO_LIMITS, Limits, limits_for
 from experts.steps import Permutation
-from experts.steps.fused.launch import launch
-
-_INTERPRETED_PROGRAMS = 3
+from experts.steps.fused.launch import launch, multiprocessors
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,4 @@ def list_of_tiles(
         OVER=limits.over,
         SMALL=limits.small,
     )
-    programs = _INTERPRETED_PROGRAMS
-    if offsets.is_cuda:
-        programs = torch.cuda.get_device_properties(offsets.device).multi_processor_count
-    return tiles, min(programs, most_tiles)
+    return tiles, min(multiprocessors(offsets.device), most_tiles)

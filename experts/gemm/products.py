@@ -27,7 +27,7 @@ from experts.gemm.kernels import TILE_FIELDS, grouped_gemm, list_tiles
 from experts.gemm.kinds import Kind
 from experts.gemm.tiling import LARGE, NO_LIMITS, PAIRS, Limits, Tiling, limits_for, spread, tiling_for
 from experts.steps import Permutation
-from experts.steps.fused.launch import launch
+from experts.steps.fused.launch import launch, multiprocessors
 from experts.steps.fused.rows import gather_rows
 
 #: From so many columns of the up projection on, a train step copies the rows of the tokens: each tile of columns would
@@ -35,8 +35,6 @@ from experts.steps.fused.rows import gather_rows
 #: 5760. With 1536 columns, a copy and the product took as long as the product that gathers.
 COPIED_FROM = 4096
 _PLAIN = ActivationForm(gated=False)
-#: The number of programs in Triton's interpreter, which runs them one after another.
-_INTERPRETED_PROGRAMS = 3
 
 
 def product(a_NP: Tensor, b_LPQ: Tensor, permutation: Permutation, rows_per_expert: float) -> Tensor:
@@ -160,7 +158,7 @@ def _multiply(
     if permutation.num_rows == 0:
         return out
     tile: Tiling = choices.choose(_kind(gather, transposed, activate, form), b_LPQ, rows_per_expert)
-    tile = spread(tile, rows_per_expert, out.shape[0], out.shape[1], _multiprocessors(out.device))
+    tile = spread(tile, rows_per_expert, out.shape[0], out.shape[1], multiprocessors(out.device))
     task = _Task(a, b_LPQ, out, permutation, gather, transposed, activate, form, weights_TK, bias_LH)
     limits = limits_for(tile.rows, tile.listed, rows_per_expert, permutation.num_tokens)
     tilings = [tile, PAIRS if form.gated else LARGE][: len(limits)]
@@ -293,10 +291,4 @@ def _tiles(
         OVER=limits.over,
         SMALL=limits.small,
     )
-    return tiles, min(_multiprocessors(offsets.device), most_tiles)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETED_PROGRAMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return tiles, min(multiprocessors(offsets.device), most_tiles)

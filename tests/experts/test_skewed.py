@@ -61,7 +61,7 @@ def test_few_large_tiles_become_narrow_ones(device: str, dtype: torch.dtype, mon
 
     given = Given(device, dtype)
     launched: list[tuple[str, int]] = []
-    monkeypatch.setattr(products, "_INTERPRETED_PROGRAMS", 132)
+    monkeypatch.setattr(products, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(products, "launch", noting(products.launch, launched))
     given.assert_near(gemm.gathered_product(given.x_TD, given.b_LDH, given.permutation, 60.0), given.right_h())
     assert launched == [("grouped_gemm", 128)], "a tile of 256 columns has a list of tiles"

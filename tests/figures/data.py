@@ -24,10 +24,12 @@ PEERS, DECODE = "h200-peers-2026-11-28", "h200-peers-2026-11-23"
 PEERS_AGAIN, PROFILED = "h200-peers-2026-11-30", "h200-ep2-2026-11-30"
 #: `moebench run peers` in three rounds, with every library, and few tokens in one round, with newer kernels.
 ROUNDS = "h200-peers-rounds-2026-11-30"
-#: Train steps with 32 experts later the same day, with newer kernels: beside SonicMoE, and in FP8.
-WIDE, FP8_WIDE = "h200-peers-wide-2026-11-30", "h200-fp8-wide-2026-11-30"
-#: Train steps of three models, and the three shapes again, in the rounds for which the time was enough.
-MORE_MODELS = "h200-peers-models-2026-11-30"
+#: Train steps with 32 experts in FP8, later the same day.
+FP8_WIDE = "h200-fp8-wide-2026-11-30"
+#: Forwards of the three shapes beside SonicMoE, with newer kernels.
+FORWARDS = "h200-peers-models-2026-11-30"
+#: Train steps with newer kernels: all layers on the three shapes in one run, and three models.
+TRAIN = "h200-peers-train-2026-11-30"
 TRAINING, ADAPTERS, FP8 = "h200-training-2026-11-30", "h200-lora-2026-11-30", "h200-fp8-2026-11-30"
 #: FP8 on a map of rows per expert and moe_inter_dim.
 FP8_MAP = "h200-fp8-map-2026-11-30"

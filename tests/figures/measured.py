@@ -31,51 +31,22 @@ MEASURED = (
         peers.warmup_of_sonicmoe,
     ),
     (
-        """after {measured} of {asked} jobs, so this is one round and not three. Two shapes have all five layers. Of
-        the third shape, only {few} jobs were measured, and the table leaves it out. All {measured} jobs were `ok`. The
-        worst parity error was {worst} of its budget.""",
-        peers.again,
-    ),
-    (
-        """a train step of SonicMoE takes {train0} and {train1} times as long as a train step of `triton`, and a
-        forward {forward0} and {forward1} times as long. One round does not say how much of this the next process would
-        repeat: unchanged layers differed by up to {close} between earlier runs.""",
-        peers.of_sonicmoe_again,
-    ),
-    (
-        """the peak of a train step of `triton` is {lower} MiB lower than two days before, which is the size of the
-        gathered copy of the rows""",
-        peers.no_copy,
-    ),
-    (
         """A train step of SonicMoE takes {train0}, {train1} and {train2} times as long as a train step of `triton` on
-        the three shapes, and a forward {forward0}, {forward1} and {forward2} times as long. With 4096 tokens, a train
-        step of SonicMoE takes {qwen30b} times as long on the layer of Qwen3-30B-A3B and {qwen235b} times as long on
-        that of Qwen3-235B-A22B. In the train steps with 32 experts""",
+        the three shapes, and a forward {forward0}, {forward1} and {forward2} times as long as a forward. With 4096
+        tokens, a train step of SonicMoE takes {qwen30b} times as long on the layer of Qwen3-30B-A3B and {qwen235b}
+        times as long on that of Qwen3-235B-A22B.""",
         rounds.sonicmoe,
     ),
     (
-        "A train step of SonicMoE now takes {later1} and {later2} times as long as a train step of `triton`.",
-        rounds.sonicmoe,
+        """In the train steps of the third shape, the clock of the GPU went down to {triton} MHz under `triton` and to
+        {peer_sonicmoe} MHz under SonicMoE.""",
+        rounds.clocks,
     ),
     (
-        """A train step of AutoModel's layer takes {peer_automodel_torch_mm_low} to {peer_automodel_torch_mm_high} times
-        as long as a train step of `triton`, and one of transformers' layer {peer_transformers_low} to
-        {peer_transformers_high} times.""",
+        """A train step of `torch_mm` takes {torch_mm_low} to {torch_mm_high} times as long as a train step of `triton`,
+        one of AutoModel's layer {peer_automodel_torch_mm_low} to {peer_automodel_torch_mm_high} times, and one of
+        transformers' layer {peer_transformers_low} to {peer_transformers_high} times.""",
         rounds.others,
-    ),
-    (
-        """A train step of `torch_mm` takes {torch_mm_low} to {torch_mm_high} times as long as a train step of `triton`
-        on these layers, and one of AutoModel's layer {peer_automodel_torch_mm_low} to {peer_automodel_torch_mm_high}
-        times. In the same runs, a forward of SonicMoE takes {forward0}, {forward1} and {forward2} times as long as a
-        forward of `triton` on the three shapes, in three rounds. Train steps of both were measured in one round only,
-        on the two shapes with 32 experts: {train1} and {train2} times.""",
-        rounds.of_more_models,
-    ),
-    (
-        """On the second of these shapes, the clock was {triton} MHz under `triton` and {peer_sonicmoe} MHz under
-        SonicMoE.""",
-        rounds.clocks_again,
     ),
     (
         """With one token, `triton` takes {now} instead of {before} ms, which is {over} times the time to read the
@@ -189,34 +160,13 @@ MEASURED = (
     (
         """timed `triton` and `torch_mm` in turns in one process on an H200, with {few}, {middle} and {many} tokens and
         three kinds of skewed routing""",
-        skewed.measured,
+        skewed.counted,
     ),
+    ("It measured all {cases} cases of the sweep.", skewed.counted),
     (
-        """It measured {ratios} of the {cases} cases of the sweep before its time budget ended: glm-4.5-air has
-        one case, and nemotron-3-nano and minimax-m2 have none.""",
-        skewed.measured,
-    ),
-    (
-        """{slower} of {ratios} ratios are wholly above 1. None of them has the routing `zipf`. {with_tokens} have
-        {tokens} tokens, and the other {others} are train steps with one-hot routing. The largest ratio is {largest},
-        and the largest of a train step is {train_largest}. The median is {forward} for forwards and {train} for train
-        steps.""",
-        skewed.slower,
-    ),
-    (
-        """At the speed of the copies in the study `steps`, in bytes read and written, these zeros alone would take
-        {low} to {high} of the time of a train step of `triton` with one-hot or empty routing. {steps} train steps are
-        wholly above 1. In {mostly} of them, of deepseek-v3, deepseek-v4-flash and kimi-k2, zeros would take at least
-        {mostly_low} of the time. In the others, of mixtral-8x7b, gpt-oss-120b and gpt-oss-20b, they would take
-        {others_low} to {others_high}.""",
-        skewed.zeros,
-    ),
-    (
-        """With one-hot routing and {rows} tokens, the {experts} experts of qwen3-next-80b that have tokens have {rows}
-        rows each, and the result of their up projection has {columns} columns. That makes {tiles} large tiles for
-        {sms} multiprocessors, so some of these have no work. This is not the whole reason: qwen3-30b-a3b has
-        {qwen_tiles} tiles there, and its ratio is {qwen_ratio}.""",
-        skewed.tiles,
+        """None of the {ratios} ratios is wholly above 1. The largest is {largest}, of a train step of gpt-oss-20b with
+        {tokens} tokens and one-hot routing. The median is {forward} for forwards and {train} for train steps.""",
+        skewed.ratios,
     ),
     ("the whole 95% interval of the ratio is above 1,",),
     (

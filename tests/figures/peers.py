@@ -8,16 +8,13 @@ from tests.figures import data, rounds
 from tests.figures.data import (
     JOB,
     PEERS,
-    PEERS_AGAIN,
     SHAPES,
-    SHAPES_AGAIN,
     SHAPES_OF_STEPS_AGAIN,
     results,
     select,
     the,
 )
 from tests.figures.markdown import markdown
-from tests.figures.quoted import WORDS, counts
 
 #: The dates of the files: with sizes on the host, and with cuBLASLt 13.4, which takes them on the device for `te`.
 FIRST_STEPS, STEPS_AGAIN = "2026-11-23", "2026-11-30"
@@ -80,41 +77,6 @@ def warmup_of_sonicmoe() -> dict[str, str]:
     return {f"s{number}": f"{seconds:.0f}" for number, seconds in enumerate(of_shapes)}
 
 
-def again() -> dict[str, Any]:
-    """The later run, which is one round of a part of the jobs that were asked for."""
-    asked = data.document(f"{PEERS_AGAIN}/run.json")
-    frame = results(PEERS_AGAIN)
-    assert set(frame["num_rounds"]) == {1}
-    complete = [data.of_shape(frame, shape) for shape in SHAPES_AGAIN]
-    assert all(len(rows) == 2 * rows["backend"].nunique() == 2 * 5 for rows in complete)
-    others = len(frame) - sum(map(len, complete))
-    return {**counts(PEERS_AGAIN), "asked": asked["num_jobs"] * asked["num_rounds"], "few": WORDS[others]}
-
-
-def of_sonicmoe_again() -> dict[str, str]:
-    found = {}
-    for number, shape in enumerate(SHAPES_AGAIN):
-        for mode in ("forward", "train"):
-            rows = (data.peers_of(name, shape, PEERS_AGAIN) for name in ("triton", "peer_sonicmoe"))
-            own, peer = (the(some, mode=mode)["time_ms"] for some in rows)
-            found[f"{mode}{number}"] = f"{peer / own:.3f}"
-    close = earlier_peers()["close"]
-    assert all(_apart(float(found[f"{mode}0"])) < float(close.rstrip("%")) / 100 for mode in ("forward", "train"))
-    return {**found, "close": close}
-
-
-def no_copy() -> dict[str, str]:
-    """How much lower the peak of `triton` is on the last shape, which is the size of its rows in bfloat16."""
-    *_, shape = SHAPES_AGAIN
-    peaks = [
-        the(data.peers_of("triton", shape, run), mode="train")["peak_memory_bytes"] for run in (PEERS, PEERS_AGAIN)
-    ]
-    (_, top, dim, _), num_tokens = shape, SHAPES_AGAIN[shape]
-    lower = f"{(peaks[0] - peaks[1]) / 2**20:.0f}"
-    assert lower == f"{num_tokens * top * dim * 2 / 2**20:.0f}"
-    return {"lower": lower}
-
-
 # the study `steps`
 
 
@@ -155,11 +117,10 @@ def products_of_te() -> dict[str, str]:
     found = [steps_of(STEPS_AGAIN, shape) for shape in SHAPES_OF_STEPS_AGAIN]
     shares = {mode: [f"{one[f'te: layer, {mode}']['fraction']:.2f}" for one in found] for mode in ("forward", "train")}
     (train,) = set(shares["train"])
-    own = [rounds.row("triton", shape, data.SHAPES[shape], "train")["tflops"] for shape in SHAPES_OF_STEPS_AGAIN]
+    own = [rounds.train_step("triton", shape)["tflops"] for shape in SHAPES_OF_STEPS_AGAIN]
     products, layers = ([one[f"te: {what}, train"]["tflops"] for one in found] for what in ("products", "layer"))
-    close = float(earlier_peers()["close"].rstrip("%")) / 100
     assert all(fast > whole for fast, whole in zip(products, own, strict=True)), "the products are faster"
-    assert all(_apart(whole / layer) < close for whole, layer in zip(own, layers, strict=True)), "the layers are close"
+    assert all(whole > layer for whole, layer in zip(own, layers, strict=True)), "the layer of `te` is slower"
     values = {"products": products, "layer": layers, "triton": own}
     return {
         "train": train,

@@ -42,23 +42,6 @@ def peers() -> str:
     return markdown(header, rows())
 
 
-def peers_again() -> str:
-    backends = ["torch_mm", "triton", "peer_sonicmoe", "peer_automodel_torch_mm", "peer_transformers"]
-    header = ["shape", "tokens", "backend", "forward, ms", "train, ms", "train, over `triton`", "train peak, MiB"]
-
-    def rows() -> Iterator[list[Any]]:
-        for shape, num_tokens in data.SHAPES_AGAIN.items():
-            own_ms = data.the(data.peers_of("triton", shape, data.PEERS_AGAIN), mode="train")["time_ms"]
-            for backend in backends:
-                found = data.peers_of(backend, shape, data.PEERS_AGAIN)
-                forward, train = (data.the(found, mode=mode) for mode in ("forward", "train"))
-                times = (f"{row['time_ms']:.3f}" for row in (forward, train))
-                over, peak = f"{train['time_ms'] / own_ms:.3f}", f"{train['peak_memory_bytes'] / 2**20:.0f}"
-                yield [_named(shape), num_tokens, f"`{backend}`", *times, over, peak]
-
-    return markdown(header, rows())
-
-
 def decode() -> str:
     backends = ["torch_mm", "triton", "peer_transformers"]
     frame = data.select(data.of_shape(data.results(data.DECODE), (128, 8, 2048, 768)), mode="forward")
@@ -202,18 +185,14 @@ TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
     for table in (
         *(
             peers,
-            peers_again,
             rounds.beside_sonicmoe,
-            rounds.beside_sonicmoe_later,
             rounds.beside_others,
-            rounds.more_models,
             kernels.counters,
             peer_figures.steps,
             peer_figures.steps_again,
             decode,
             rounds.decode_again,
             skewed.skewed,
-            skewed.skewed_slower,
             two_gpus_with_symm_mem,
             kernels.profiles,
             four_gpus,

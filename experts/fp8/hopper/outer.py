@@ -5,7 +5,6 @@ tiles without a list. The number of steps of a tile is the number of the expert'
 as zeros.
 """
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -31,7 +30,7 @@ from experts.fp8.hopper.steps import (
 )
 from experts.fp8.turned import RowBlocks, TurnedRows
 from experts.gemm.hopper.rounding import rounded
-from experts.steps.fused.launch import launch
+from experts.steps.fused.launch import launch, multiprocessors
 
 #: Steps whose operands are in shared memory at the same time, and further steps whose left operand stays there.
 STAGES, KEPT = 3, 3
@@ -51,13 +50,12 @@ def outer(left: TurnedRows, right: TurnedRows, blocks: RowBlocks, out_LPQ: Tenso
     experts, p, q = out_LPQ.shape
     width = q // halves
     bands, pairs = experts * triton.cdiv(p, BLOCK), triton.cdiv(halves * num_blocks(width), 2)
-    most = torch.cuda.get_device_properties(out_LPQ.device).multi_processor_count if out_LPQ.is_cuda else 1
     strides = out_LPQ.stride()
     # a dimension in front, so that it has as many as the rows' products have
     out = out_LPQ.as_strided([1, experts, p, halves, width], [experts * strides[0], *strides[:2], width, 1])
     launch(
         outer_fp8,
-        (min(most, bands * pairs),),
+        (min(multiprocessors(out_LPQ.device), bands * pairs),),
         described(left.values.transpose(0, 1), [SLAB, 1, BLOCK]),
         left.scales,
         described(right.values.transpose(0, 1), [BLOCK, 1, BLOCK]),

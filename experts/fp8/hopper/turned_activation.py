@@ -38,7 +38,7 @@ from experts.gemm.hopper.finished import add_sums
 from experts.gemm.hopper.gate import glu_backward
 from experts.gemm.kernels import TILE_FIELDS
 from experts.steps import Permutation
-from experts.steps.fused.launch import launch
+from experts.steps.fused.launch import launch, multiprocessors
 
 #: The registers of a thread, and the tiles that are in shared memory at the same time.
 REGISTERS, STAGES = 128, 2
@@ -65,7 +65,7 @@ def activate_and_turn(
     """See `experts.fp8.activation.activate_backward_turned`. `h` and `grad` are contiguous, in bfloat16."""
     (num_rows, inter), device = grad_NI.shape, h_NH.device
     part, column_blocks = stored_width(inter, 2, padded), num_blocks(inter)
-    programs = torch.cuda.get_device_properties(device).multi_processor_count if h_NH.is_cuda else 1
+    programs = multiprocessors(device)
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)

@@ -10,7 +10,7 @@ from experts.gemm.hopper.gradients import LEFT, MULTIPLYING_WARPS, RIGHT, STEP, 
 from experts.gemm.hopper.slabs import SLAB, WARPS, sum_outer_slabs
 from experts.gemm.tiling import SLABS_COLUMNS, three_groups
 from experts.steps import Permutation
-from experts.steps.fused.launch import launch
+from experts.steps.fused.launch import launch, multiprocessors
 
 #: The columns of the right operand in a part of a tile, where a tile is not stored as a whole.
 PART = 64
@@ -58,10 +58,9 @@ def _launch(
     else:
         kernel, columns, warps, block = sum_outer_products, LEFT, MULTIPLYING_WARPS, [LEFT, RIGHT]
     num_tiles = out.shape[0] * triton.cdiv(width, columns) * triton.cdiv(depth, RIGHT)
-    programs = torch.cuda.get_device_properties(left.device).multi_processor_count if left.is_cuda else 1
     launch(
         kernel,
-        (min(programs, num_tiles),),
+        (min(multiprocessors(left.device), num_tiles),),
         left,
         grouped_rows(right_NQ, [STEP, RIGHT]),
         described(out, [1, *block[::-1]] if transposed else [1, *block]),
