@@ -61,15 +61,16 @@ def make_zeros(parts):
 def write_zeros(parts, zeros, expert, tile, P: gl.constexpr, Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
     """Store a tile's share of the zeros of an expert's gradient, block by block of `parts`, without a wait.
 
-    The share is as large as the tile, but in the order of memory: so each block, and the next one, lie side by side.
+    The shares are as large as tiles, but in the order of memory, so that successive blocks lie side by side.
     """
     TILES: gl.constexpr = ((P + LEFT - 1) // LEFT) * ((Q + RIGHT - 1) // RIGHT)
     ROWS: gl.constexpr = parts.block_type.shape[1]
     NUMBERS: gl.constexpr = ROWS * parts.block_type.shape[2]
     BLOCKS: gl.constexpr = (P * Q + NUMBERS - 1) // NUMBERS
+    SHARE: gl.constexpr = (BLOCKS + TILES - 1) // TILES
     block = zeros._reinterpret(parts.dtype, parts.block_type.shape, parts.layout)
-    share = tile % TILES
-    for number in range(share * BLOCKS // TILES, (share + 1) * BLOCKS // TILES):
+    first = tile % TILES * SHARE
+    for number in range(first, gl.minimum(first + SHARE, BLOCKS)):
         tma.async_copy_shared_to_global(parts, [expert, number * ROWS, 0], block)
 
 
