@@ -24,8 +24,6 @@ PEERS, DECODE = "h200-peers-2026-11-28", "h200-peers-2026-11-23"
 PEERS_AGAIN, PROFILED = "h200-peers-2026-11-30", "h200-ep2-2026-11-30"
 #: `moebench run peers` in three rounds, with every library, and few tokens in one round, with newer kernels.
 ROUNDS = "h200-peers-rounds-2026-11-30"
-#: Train steps with 32 experts in FP8, later the same day.
-FP8_WIDE = "h200-fp8-wide-2026-11-30"
 #: Forwards of the three shapes beside SonicMoE, with newer kernels.
 FORWARDS = "h200-peers-models-2026-11-30"
 #: Train steps with newer kernels: all layers on the three shapes in one run, and three models.
@@ -33,12 +31,13 @@ TRAIN = "h200-peers-train-2026-11-30"
 TRAINING, ADAPTERS, FP8 = "h200-training-2026-11-30", "h200-lora-2026-11-30", "h200-fp8-2026-11-30"
 #: FP8 on a map of rows per expert and moe_inter_dim.
 FP8_MAP = "h200-fp8-map-2026-11-30"
-#: Contexts of training, and rows in FP8, on two GPUs.
+#: Contexts of training, and rows in FP8, on two GPUs. The later run has other cases of the same sweep.
 TRAINING_OF_TWO, FP8_OF_TWO = "h200-training-ep2-2026-11-30", "h200-fp8-ep2-2026-11-30"
+FP8_OF_TWO_LATER = "h200-fp8-ep2-later-2026-11-30"
 EARLIER_GPU, EARLIER_PEERS = "earlier/h200-2026-11-23-2", (DECODE, "earlier/h200-peers-2026-11-23")
 #: Shapes (experts, top-k, dim, inter) and the token count that was measured for each.
 SHAPES = {(128, 8, 2048, 768): 16384, (32, 4, 2880, 2880): 8192, (32, 8, 7168, 2048): 4096}
-#: The shapes of which PEERS_AGAIN has all layers.
+#: The shapes of which PEERS_AGAIN has counters.
 SHAPES_AGAIN = {shape: SHAPES[shape] for shape in ((128, 8, 2048, 768), (32, 8, 7168, 2048))}
 #: The shapes of the study `steps` of 2026-11-30.
 SHAPES_OF_STEPS_AGAIN = ((32, 4, 2880, 2880), (32, 8, 7168, 2048))

@@ -6,23 +6,16 @@ from typing import Any
 import pandas as pd
 
 from moebench.results.precision.ratios import cells, crossings
-from tests.figures.data import FP8, FP8_MAP, FP8_OF_TWO, FP8_WIDE, SHAPES, bandwidths, results, select, the
+from tests.figures.data import FP8, FP8_MAP, FP8_OF_TWO, FP8_OF_TWO_LATER, SHAPES, bandwidths, results, select, the
 from tests.figures.markdown import markdown
 
 MIB = 2**20
 
 
-def three_shapes() -> pd.DataFrame:
-    """The newest complete jobs of each shape: those with 32 experts were measured again."""
-    again, before = results(FP8_WIDE), results(FP8)
-    parts = [again[again["n_routed_experts"] == 32], before[before["n_routed_experts"] != 32]]
-    return pd.concat(parts, ignore_index=True)
-
-
 def fp8() -> str:
     header = ["shape", "tokens", "mode", "backend", "rounds", "time, ms", "`triton` takes", "from a graph, ms"]
     header += ["`triton` takes", "peak, MiB", "quantised weights, MiB", "parity error over its budget"]
-    frame = three_shapes()
+    frame = results(FP8)
 
     def rows() -> Iterator[list[Any]]:
         for (experts, k, dim, inter), tokens in SHAPES.items():
@@ -63,20 +56,17 @@ def ratios_on_the_map() -> str:
 
 
 def between_ranks() -> str:
-    header = [
-        "tokens",
-        "mode",
-        "dispatcher",
-        "backend",
-        "time, ms",
-        "from a graph, ms",
-        "dispatched, MiB",
-        "over `triton`",
-    ]
-    frame = results(FP8_OF_TWO)
+    header = ["layer", "tokens", "mode", "dispatcher", "backend", "time, ms", "from a graph, ms", "dispatched, MiB"]
+    header += ["over `triton`"]
+    frame = pd.concat([results(FP8_OF_TWO), results(FP8_OF_TWO_LATER)], ignore_index=True)
+    frame = frame.assign(layer=[_layer(row) for row in frame.to_dict("records")])
+    case_of = ["layer", "num_tokens", "mode", "dispatcher"]
 
     def rows() -> Iterator[list[Any]]:
-        for (tokens, mode, dispatcher), case in frame.groupby(["num_tokens", "mode", "dispatcher"], observed=True):
+        # The model comes before the shape, and the rank without tokens after the even loads.
+        for (layer, tokens, mode, dispatcher), case in sorted(
+            frame.groupby(case_of), key=lambda group: _order(group[0])
+        ):
             for backend in ("triton", "triton_fp8", "triton_fp8_rows"):
                 if not len(select(case, backend=backend)):
                     continue
@@ -84,11 +74,22 @@ def between_ranks() -> str:
                 graph = f"{row['graph_time_ms']:.3f}" if row["graph_time_ms"] > 0 else "–"
                 sent, bf16 = row["dispatch_bytes"], the(case, backend="triton")["dispatch_bytes"]
                 yield [
-                    *(tokens, mode, f"`{dispatcher}`", f"`{backend}`", f"{row['time_ms']:.3f}", graph),
+                    *(layer, tokens, mode, f"`{dispatcher}`", f"`{backend}`", f"{row['time_ms']:.3f}", graph),
                     *(f"{sent / MIB:.2f}", f"{sent / bf16:.3f}"),
                 ]
 
     return markdown(header, rows())
+
+
+def _layer(row: dict[str, Any]) -> str:
+    shape = "e{n_routed_experts}k{n_activated_experts}d{dim}i{moe_inter_dim}".format(**row)
+    name = "Qwen3-30B-A3B" if row["model"] == "qwen3-30b-a3b" else shape
+    return f"{name}, zipf, a rank without tokens" if row["rank_load"] == "one-empty" else name
+
+
+def _order(case: tuple[Any, ...]) -> tuple[Any, ...]:
+    layer, *others = case
+    return (not layer.startswith("Qwen"), "," in layer, *others)
 
 
 def dispatches() -> str:

@@ -14,10 +14,11 @@ from moebench.results.frame import load
 from moebench.run.memory.passes import pass_bytes
 from moebench.verdicts.noise import noises, noises_together
 from moebench.workload.case import Case, Job
-from tests.figures import data, fp8
+from tests.figures import data
 from tests.figures.data import (
     DECODE,
     FOUR_GPUS,
+    FP8,
     GPU,
     JOB,
     PEERS,
@@ -122,7 +123,7 @@ def fp8_is_slower() -> dict[str, str]:
 
 def own_fp8_takes() -> dict[str, str]:
     """How many times as long `triton` takes as the engines in FP8, on three shapes."""
-    times = fp8.three_shapes().pivot(index=["case_id", "mode"], columns="backend", values="time_ms")
+    times = results(FP8).pivot(index=["case_id", "mode"], columns="backend", values="time_ms")
     over = 1 / times[["triton_fp8", "deep_gemm_fp8"]].div(times["triton"], axis=0)
     spans = {mode: span(over.xs(mode, level="mode").stack(), 2) for mode in ("forward", "train")}
     return {f"{mode}_{end}": number for mode, ends in spans.items() for end, number in ends.items()}
