@@ -32,15 +32,24 @@ def grad_of_up(x_TD: Tensor, grad_h: TurnedRows, permutation: Permutation, block
 
 
 def grad_of_down(
-    a: TurnedRows, grad_TD: Tensor, permutation: Permutation, blocks: RowBlocks, fmt: torch.dtype = E4M3
+    a: TurnedRows,
+    grad_TD: Tensor,
+    permutation: Permutation,
+    blocks: RowBlocks,
+    fmt: torch.dtype = E4M3,
+    freed_columns: int = 0,
 ) -> Tensor:
-    """Return the gradient [L, I, D] of the down projection's weights. `a` is the activation [N, I], by column."""
+    """Return the gradient [L, I, D] of the down projection's weights. `a` is the activation [N, I], by column.
+
+    `freed_columns` is how many numbers a backward pass in 16 bits holds for each row, beside the activation, and frees
+    before it allocates this gradient.
+    """
     dim = grad_TD.shape[1]
     shape = permutation.offsets_L.shape[0], a.values.shape[1], dim
     if permutation.num_rows == 0:
         return torch.zeros(shape, dtype=grad_TD.dtype, device=grad_TD.device)
     out = torch.empty(shape, dtype=grad_TD.dtype, device=grad_TD.device)
-    part = _part_of_columns(dim, a.values.shape[1], permutation.num_rows, blocks.most)
+    part = _part_of_columns(shape, permutation.num_rows, blocks.most, freed_columns)
     for start in range(0, dim, part):
         columns = slice(start, min(start + part, dim))
         right = turn(grad_TD, blocks, permutation, gather=True, by_column=False, columns=columns, dtype=fmt)
@@ -49,15 +58,18 @@ def grad_of_down(
     return out
 
 
-def _part_of_columns(dim: int, inter: int, num_rows: int, num_row_blocks: int) -> int:
-    """Return how many columns of the output's gradient are transposed at a time.
+def _part_of_columns(shape: tuple[int, int, int], num_rows: int, num_row_blocks: int, freed_columns: int) -> int:
+    """Return how many columns of the output's gradient are transposed at a time, for a gradient [L, I, D].
 
-    With the transposed activation and its scales, they take no more memory than the activation takes in 16 bits, unless
-    this would take more than MOST_PARTS parts. The gradients of the weights in 16 bits need the activation. Tiles have
-    two blocks of columns, so a part has an even number of them.
+    A backward pass in 16 bits has the activation beside the gradients of all weights. Or its peak is before, if what it
+    frees is larger than this gradient. The transposed activation with its scales and the transposed columns take no
+    more memory beside the gradients than that, unless this would take more than MOST_PARTS parts. Tiles have two blocks
+    of columns, so a part has an even number of them.
     """
+    experts, inter, dim = shape
+    room_bytes = 2 * (num_rows * inter + max(0, num_rows * freed_columns - experts * inter * dim))
     pairs = (num_blocks(dim) + 1) // 2
-    allowed = 2 * num_rows * inter // (num_row_blocks * BLOCK) - inter - 4 * inter // BLOCK
+    allowed = room_bytes // (num_row_blocks * BLOCK) - inter - 4 * inter // BLOCK
     parts = min(MOST_PARTS, -(-pairs // max(1, allowed // (2 * BLOCK))))
     return -(-pairs // parts) * 2 * BLOCK
 

@@ -199,7 +199,9 @@ def _backward(
             grad_up = gradients.grad_of_up(in_16_bits(x_TD), turned_h, permutation, blocks, halves)
         del turned_h
         if turned_a is not None:
-            grad_down = gradients.grad_of_down(turned_a, in_16_bits(grad_TD), permutation, blocks, plan.gradients)
+            grad_TD = in_16_bits(grad_TD)
+            freed = h_NH.shape[1] + (grad_TD.shape[1] if wanted.x else 0)  # the gradients of h and of the tokens
+            grad_down = gradients.grad_of_down(turned_a, grad_TD, permutation, blocks, plan.gradients, freed)
     else:
         assert grad_h_NH is not None
         assert a_NI is not None

@@ -37,7 +37,9 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts.layer, "check_indices", lambda *_: None)  # the kernel that masks them has not run
 
 
-def peak(backend: str, shape: tuple[int, int, int, int], num_tokens: int, keep: bool = True) -> tuple[float, float]:
+def peak(
+    backend: str, shape: tuple[int, int, int, int], num_tokens: int, keep: bool = True, of_tokens: bool = True
+) -> tuple[float, float]:
     """Return the peak of a train step of the sweep `fp8`, and the quantised weights that the layer keeps, in MiB."""
     num_experts, k, dim, inter = shape
     config = MoEConfig(n_routed_experts=num_experts, n_activated_experts=k, dim=dim, moe_inter_dim=inter, dtype=BF16)
@@ -46,7 +48,7 @@ def peak(backend: str, shape: tuple[int, int, int, int], num_tokens: int, keep: 
         layer.weight_cache = None
     x, grad = (torch.empty(num_tokens, dim, dtype=BF16) for _ in range(2))
     weights, indices = torch.empty(num_tokens, k), torch.zeros(num_tokens, k, dtype=torch.int64)
-    leaves = [x.requires_grad_(), weights.requires_grad_(), *layer.parameters()]
+    leaves = [x.requires_grad_(of_tokens), weights.requires_grad_(), *layer.parameters()]
 
     def forward() -> torch.Tensor:
         layer.weights_changed()
@@ -76,6 +78,35 @@ def test_a_train_step_in_fp8_takes_no_more_than_one_in_16_bits_and_one_copy_of_t
     found, nothing = peak("triton_fp8", shape, num_tokens, keep=False)
     assert found <= bound
     assert nothing == 0
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_fp8.py")
+@pytest.mark.usefixtures("without_kernels")
+def test_tokens_without_gradients_leave_less_room() -> None:
+    """Then the peak in 16 bits is lower, because no gradients of their rows are there before those of the weights."""
+    shape, num_tokens = (32, 4, 2880, 2880), 8192
+    bound, _ = peak("triton", shape, num_tokens, of_tokens=False)
+    assert bound < peak("triton", shape, num_tokens)[0] - 45, "the gradient of the tokens alone has 45 MiB"
+    assert peak("triton_fp8", shape, num_tokens, of_tokens=False)[0] <= bound
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_rows", "freed_columns", "part"),
+    [
+        ((32, 2880, 2880), 32768, 8640, 3072),  # all at once
+        ((32, 2880, 2880), 32768, 5760, 1536),
+        ((32, 2048, 7168), 32768, 11264, 1280),
+        ((128, 768, 2048), 131072, 3584, 2048),
+    ],
+)
+def test_the_outputs_gradient_is_transposed_in_as_few_parts_as_memory_allows(
+    shape: tuple[int, int, int], num_rows: int, freed_columns: int, part: int
+) -> None:
+    pytest.importorskip("triton")
+    from experts.fp8 import gradients
+
+    num_row_blocks = num_rows // 128 + shape[0]
+    assert gradients._part_of_columns(shape, num_rows, num_row_blocks, freed_columns) == part
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_fp8.py")
