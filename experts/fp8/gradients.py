@@ -61,10 +61,10 @@ def grad_of_down(
 def _part_of_columns(shape: tuple[int, int, int], num_rows: int, num_row_blocks: int, freed_columns: int) -> int:
     """Return how many columns of the output's gradient are transposed at a time, for a gradient [L, I, D].
 
-    A backward pass in 16 bits has the activation beside the gradients of all weights. Or its peak is before, if what it
-    frees is larger than this gradient. The transposed activation with its scales and the transposed columns take no
-    more memory beside the gradients than that, unless this would take more than MOST_PARTS parts. Tiles have two blocks
-    of columns, so a part has an even number of them.
+    The transposed columns and the transposed activation with its scales take no more memory than a backward pass in 16
+    bits needs beside the gradients of all weights, unless this would take more than MOST_PARTS parts. Such a pass needs
+    the activation there. If what it frees before is larger than this gradient, it also needs the difference. Tiles have
+    two blocks of columns, so a part has an even number of them.
     """
     experts, inter, dim = shape
     room_bytes = 2 * (num_rows * inter + max(0, num_rows * freed_columns - experts * inter * dim))
