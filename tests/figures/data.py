@@ -24,11 +24,13 @@ PEERS, DECODE = "h200-peers-2026-11-28", "h200-peers-2026-11-23"
 PEERS_AGAIN, PROFILED = "h200-peers-2026-11-30", "h200-ep2-2026-11-30"
 #: `moebench run peers` in three rounds, with every library, and few tokens in one round, with newer kernels.
 ROUNDS = "h200-peers-rounds-2026-11-30"
-#: Forwards of the three shapes beside SonicMoE, with newer kernels.
-FORWARDS = "h200-peers-models-2026-11-30"
 #: Train steps with newer kernels: all layers on the three shapes in one run, and three models.
 TRAIN = "h200-peers-train-2026-11-30"
-TRAINING, ADAPTERS, FP8 = "h200-training-2026-11-30", "h200-lora-2026-11-30", "h200-fp8-2026-11-30"
+#: Forwards and train steps of the three shapes beside SonicMoE in one run, and train steps of GPT-OSS-120B.
+BOTH = "h200-peers-2026-12-01"
+#: `gmm` on the three shapes, with traces.
+GMM = "h200-gmm-2026-12-01"
+TRAINING, ADAPTERS, FP8 = "h200-training-2026-11-30", "h200-lora-2026-11-30", "h200-fp8-2026-12-01"
 #: FP8 on a map of rows per expert and moe_inter_dim.
 FP8_MAP = "h200-fp8-map-2026-11-30"
 #: Contexts of training, and rows in FP8, on two GPUs. The later run has other cases of the same sweep.

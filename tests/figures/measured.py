@@ -1,12 +1,11 @@
 """The sentences of docs/measured.md that quote figures. See tests/figures/sentences.py."""
 
-from tests.figures import kernels, peers, quoted, ranks, rounds, skewed, two_gpus
+from tests.figures import gmm, kernels, peers, quoted, ranks, rounds, skewed, two_gpus
 from tests.figures.data import FOUR_GPUS, GPU, PROFILED, SYMM_MEM
 
 MEASURED = (
     (
-        """on NVIDIA H200 GPUs on {first}, {second}, {third} or {fourth}, with torch {torch}, CUDA {cuda} and Python
-        {python}.""",
+        """on NVIDIA H200 GPUs from {first} to {last}, with torch {torch}, CUDA {cuda} and Python {python}.""",
         quoted.environments,
     ),
     (
@@ -32,14 +31,15 @@ MEASURED = (
     ),
     (
         """A train step of SonicMoE takes {train0}, {train1} and {train2} times as long as a train step of `triton` on
-        the three shapes, and a forward {forward0}, {forward1} and {forward2} times as long as a forward. With 4096
-        tokens, a train step of SonicMoE takes {qwen30b} times as long on the layer of Qwen3-30B-A3B and {qwen235b}
-        times as long on that of Qwen3-235B-A22B.""",
+        the three shapes, and a forward {forward0}, {forward1} and {forward2} times as long as a forward. In the run of
+        the day before, a train step of SonicMoE took {before0}, {before1} and {before2} times as long. With 4096
+        tokens, it took {qwen30b} times as long on the layer of Qwen3-30B-A3B and {qwen235b} times as long on that of
+        Qwen3-235B-A22B.""",
         rounds.sonicmoe,
     ),
     (
-        """In the train steps of the third shape, the clock of the GPU went down to {triton} MHz under `triton` and to
-        {peer_sonicmoe} MHz under SonicMoE.""",
+        """In the train steps of the third shape, the clock of the GPU was at {triton} MHz under `triton` and at
+        {peer_sonicmoe} MHz under SonicMoE, and at {before_triton} and {before_peer_sonicmoe} MHz in the run before.""",
         rounds.clocks,
     ),
     (
@@ -47,6 +47,17 @@ MEASURED = (
         one of AutoModel's layer {peer_automodel_torch_mm_low} to {peer_automodel_torch_mm_high} times, and one of
         transformers' layer {peer_transformers_low} to {peer_transformers_high} times.""",
         rounds.others,
+    ),
+    (
+        """The products take {products_low} to {products_high} of the time of all kernels and copies. But in a timed
+        call of `gmm`, the GPU works for only {forward_low} to {forward_high} of the time in a forward and {train_low}
+        to {train_high} in a train step.""",
+        gmm.waits,
+    ),
+    (
+        """In the traces, {early_low} to {early_high} of the idle time comes before the first product. If the GPU were
+        never idle, the products would take {products_low} to {products_high} of the call.""",
+        gmm.waits,
     ),
     (
         """With one token, `triton` takes {now} instead of {before} ms, which is {over} times the time to read the

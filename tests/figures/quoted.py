@@ -16,15 +16,18 @@ from moebench.verdicts.noise import noises, noises_together
 from moebench.workload.case import Case, Job
 from tests.figures import data
 from tests.figures.data import (
+    BOTH,
     DECODE,
     FOUR_GPUS,
     FP8,
+    GMM,
     GPU,
     JOB,
     PEERS,
     PEERS_AGAIN,
     PROFILED,
     SYMM_MEM,
+    TRAIN,
     TWO_GPUS,
     WAITING,
     results,
@@ -50,11 +53,11 @@ def environment(name: str = GPU) -> dict[str, str]:
 
 def environments() -> dict[str, str]:
     """What all runs share, and their dates."""
-    names = (GPU, DECODE, TWO_GPUS, PEERS, FOUR_GPUS, WAITING, SYMM_MEM, PEERS_AGAIN, PROFILED)
+    names = (GPU, DECODE, TWO_GPUS, PEERS, FOUR_GPUS, WAITING, SYMM_MEM, PEERS_AGAIN, PROFILED, TRAIN, BOTH, GMM)
     found = [environment(name) for name in names]
     (shared,) = {tuple((key, one[key]) for key in one if key != "date") for one in found}
     dates = sorted({one["date"] for one in found})
-    return {**dict(shared), **dict(zip(("first", "second", "third", "fourth"), dates, strict=True))}
+    return {**dict(shared), "first": dates[0], "last": dates[-1]}
 
 
 def counts(name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pandas as pd
 from moebench.verdicts.findings import rounds_of
 from moebench.workload.models import MODELS, SHAPE_AXES, shape_name
 from tests.figures import data
-from tests.figures.data import DECODE, FORWARDS, ROUNDS, SHAPES, TRAIN, results, select, the
+from tests.figures.data import BOTH, DECODE, ROUNDS, SHAPES, TRAIN, results, select, the
 from tests.figures.markdown import markdown
 
 Shape = tuple[int, ...]
@@ -34,14 +34,17 @@ CASES = [
     *(
         Case(shape_name(dict(zip(SHAPE_AXES, shape, strict=True))), shape, num_tokens, mode, run)
         for shape, num_tokens in SHAPES.items()
-        for mode, run in (("forward", FORWARDS), ("train", TRAIN))
+        for mode, run in (("forward", BOTH), ("train", BOTH), ("train", TRAIN))
     ),
     *(Case(name, _shape_of(name), 4096, "train", ROUNDS) for name in ("qwen3-30b-a3b", "qwen3-235b-a22b")),
 ]
 #: Train steps of other layers.
 OTHERS = [
-    *(case for case in CASES if case.mode == "train"),
-    *(Case(name, _shape_of(name), 4096, "train", TRAIN) for name in ("gpt-oss-120b", "glm-4.5-air", "mixtral-8x7b")),
+    *(case for case in CASES if case.mode == "train" and case.run != BOTH),
+    *(
+        Case(name, _shape_of(name), 4096, "train", run)
+        for name, run in (("gpt-oss-120b", BOTH), ("glm-4.5-air", TRAIN), ("mixtral-8x7b", TRAIN))
+    ),
 ]
 _DECODED = (128, 8, 2048, 768)
 
@@ -63,8 +66,8 @@ def train_step(backend: str, shape: Shape) -> pd.Series:
 
 
 def beside_sonicmoe() -> str:
-    header = ["shape or model", "tokens", "mode", "`triton`, ms", "`peer_sonicmoe`, ms", "ratio", "by round"]
-    header += ["`triton` peak, MiB", "`peer_sonicmoe` peak, MiB"]
+    header = ["shape or model", "tokens", "mode", "measured", "`triton`, ms", "`peer_sonicmoe`, ms", "ratio"]
+    header += ["by round", "`triton` peak, MiB", "`peer_sonicmoe` peak, MiB"]
 
     def rows() -> Iterator[list[Any]]:
         for case in CASES:
@@ -72,8 +75,10 @@ def beside_sonicmoe() -> str:
             by_round = ratios("peer_sonicmoe", case)
             assert len(by_round) == 3
             times, peaks = ([one[column] for one in both] for column in ("time_ms", "peak_memory_bytes"))
+            day = case.run[-len("2026-12-01") :]
             yield [
-                *(case.name, case.num_tokens, case.mode, *(f"{ms:.3f}" for ms in times), f"{np.median(by_round):.3f}"),
+                *(case.name, case.num_tokens, case.mode, day, *(f"{ms:.3f}" for ms in times)),
+                f"{np.median(by_round):.3f}",
                 *(", ".join(f"{one:.3f}" for one in by_round), *(f"{peak / 2**20:.0f}" for peak in peaks)),
             ]
 
@@ -87,20 +92,26 @@ def beside_others() -> str:
         for case in OTHERS:
             measured = set(_rows(case)["backend"])
             found = {backend: ratios(backend, case) for backend in backends if backend in measured}
+            assert {len(by_round) for by_round in found.values()} == {3}
             yield [
-                *(case.name, case.num_tokens, len(found["peer_automodel_torch_mm"])),
+                *(case.name, case.num_tokens),
                 *(f"{np.median(found[backend]):.2f}" if backend in found else "–" for backend in backends),
             ]
 
-    return markdown(["train step", "tokens", "rounds", *(f"`{name}`" for name in backends)], rows())
+    return markdown(["train step", "tokens", *(f"`{name}`" for name in backends)], rows())
 
 
 def sonicmoe() -> dict[str, str]:
+    """The ratios of the run with both modes (`forward0`, `train0` and so on), of the run before, and of models."""
     found = {}
-    for number, case in enumerate(CASES):
-        key = f"qwen{case.name.split('-')[1]}" if case.run == ROUNDS else f"{case.mode}{number // 2}"
+    for case in CASES:
+        if case.run == ROUNDS:
+            key = f"qwen{case.name.split('-')[1]}"
+        else:
+            key = f"{case.mode if case.run == BOTH else 'before'}{list(SHAPES).index(case.shape)}"
         found[key] = f"{np.median(ratios('peer_sonicmoe', case)):.3f}"
-    return found
+    steps = [found[f"{key}{number}"] for key in ("train", "before") for number in range(len(SHAPES))]
+    return {**found, "least": min(steps), "most": max(steps)}
 
 
 def others() -> dict[str, str]:
@@ -113,9 +124,13 @@ def others() -> dict[str, str]:
 
 
 def clocks() -> dict[str, str]:
-    """The clock in the train steps with the widest tokens, in MHz."""
-    frame = select(results(TRAIN), dim=7168)
-    return {name: f"{the(frame, backend=name)['sm_clock_mhz']:.0f}" for name in ("triton", "peer_sonicmoe")}
+    """The clock in the train steps with the widest tokens, in MHz, in both runs."""
+    frames = {"": select(results(BOTH), dim=7168, mode="train"), "before_": select(results(TRAIN), dim=7168)}
+    return {
+        f"{prefix}{name}": f"{the(frame, backend=name)['sm_clock_mhz']:.0f}"
+        for prefix, frame in frames.items()
+        for name in ("triton", "peer_sonicmoe")
+    }
 
 
 def few_tokens() -> Iterator[tuple[int, float, dict[str, float], float]]:
@@ -154,8 +169,8 @@ def counted_train() -> dict[str, Any]:
     return _counted(TRAIN)
 
 
-def counted_forwards() -> dict[str, Any]:
-    return _counted(FORWARDS)
+def counted_both() -> dict[str, Any]:
+    return _counted(BOTH)
 
 
 def _counted(run: str) -> dict[str, Any]:

@@ -64,14 +64,14 @@ README = (
         peers.of_sonicmoe,
     ),
     (
-        """a train step of SonicMoE takes {train0}, {train1} and {train2} times as long as a train step of `triton` on
-        three shapes, and {qwen30b} and {qwen235b} times as long on the layers of two models, each in three rounds.""",
+        """a train step of SonicMoE takes {least} to {most} times as long as a train step of `triton` on three shapes,
+        and {qwen30b} and {qwen235b} times as long on the layers of two models, each in three rounds.""",
         rounds.sonicmoe,
     ),
     ("in one round of {measured} jobs.", lambda: quoted.counts(PEERS_AGAIN)),
     ("This run has {jobs} jobs of `peers`: many tokens in {done} of {asked} rounds of jobs,", rounds.counted),
-    ("This run has {jobs} different jobs of `peers`, measured {done} times in all:", rounds.counted_forwards),
     ("This run has {jobs} train steps of `peers`, measured {done} times in all,", rounds.counted_train),
+    ("This run has {jobs} jobs of `peers`, measured {done} times in all:", rounds.counted_both),
     ("dispatchers in {measured} of {jobs} jobs, with profiles.", lambda: quoted.counts(PROFILED)),
     ("This run has train steps in {contexts} contexts of training,", training.run),
     (

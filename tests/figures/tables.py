@@ -12,7 +12,7 @@ import pandas as pd
 
 from moebench.results.stats import relative_half_width, series_interval
 from moebench.workload.models import SHAPE_AXES, shape_name
-from tests.figures import data, fp8, kernels, rounds, scaled, skewed, training, two_gpus
+from tests.figures import data, fp8, gmm, kernels, rounds, scaled, skewed, training, two_gpus
 from tests.figures import peers as peer_figures
 from tests.figures.markdown import markdown
 
@@ -190,6 +190,7 @@ TABLES: Mapping[tuple[str, str], Callable[[], str]] = {
             kernels.counters,
             peer_figures.steps,
             peer_figures.steps_again,
+            gmm.traces,
             decode,
             rounds.decode_again,
             skewed.skewed,

@@ -29,11 +29,11 @@ GROUPS = {
     "waiting": re.compile(r"symmetric_memory::barrier|deep_ep::\w+::\w*notify"),
     "communication": re.compile(rf"{COMMUNICATION.pattern}|^push(_back)?$", re.IGNORECASE),
     "products": re.compile(rf"{PRODUCT.pattern}|^(multiply_rows|(sum|add)_outer_(products|slabs))$", re.IGNORECASE),
-    "rows": re.compile(r"^(_activate|_activate_backward|_sum|sum_rows|pack|take_rows)$"),
+    "rows": re.compile(r"^(_gather|_activate|_activate_backward|_sum|sum_rows|pack|take_rows)$"),
     "sort": re.compile(
         r"^(_mask|_count|_place|place|plan|list_tiles|(take|pack|unpack)_choices)$|DeviceScan|get_dispatch_layout"
     ),
-    "copies": re.compile(r"^Mem(cpy|set)\b|elementwise"),
+    "copies": re.compile(r"^Mem(cpy|set)\b|elementwise|CatArray"),
 }
 #: The group of a kernel whose name no pattern matches.
 OTHER = "other"
@@ -73,21 +73,32 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 def _row(events: list[dict[str, Any]]) -> dict[str, Any]:
     on_gpu = [event for event in events if event.get("cat") in ON_GPU]
     spans = [(event["ts"], event["ts"] + event["dur"]) for event in on_gpu]
-    span_us = max(end for _, end in spans) - min(start for start, _ in spans) if spans else 0.0
     sums = Counter(dict.fromkeys((*GROUPS, OTHER), 0.0))
     for event in on_gpu:
         sums[group_of(event["name"])] += event["dur"]
     num_kernels = sum(event["cat"] == "kernel" for event in on_gpu)
     waits = sum(bool(WAITS.fullmatch(event["name"])) for event in events if event.get("cat") == "cuda_runtime")
+    start, end = min((first for first, _ in spans), default=0.0), max((last for _, last in spans), default=0.0)
+    product = min((event["ts"] for event in on_gpu if group_of(event["name"]) == "products"), default=None)
     return {
         "kernels": num_kernels,
         "copies": len(on_gpu) - num_kernels,
-        **{f"{group}_ms": round(us / 1e3, 6) for group, us in sums.items()},
-        "span_ms": round(span_us / 1e3, 6),
-        "idle_ms": round((span_us - busy_us(spans)) / 1e3, 6),
+        **{f"{group}_ms": _ms(us) for group, us in sums.items()},
+        "span_ms": _ms(end - start),
+        "idle_ms": _idle_ms(spans, start, end),
+        "idle_before_products_ms": None if product is None else _idle_ms(spans, start, product),
         "waits": max(waits - 1, 0),
         "copies_to_host": sum("DtoH" in event["name"] for event in on_gpu),
     }
+
+
+def _ms(us: float) -> float:
+    return round(us / 1e3, 6)
+
+
+def _idle_ms(spans: list[tuple[float, float]], start: float, end: float) -> float:
+    """Return for how long none of the spans runs between two times in microseconds."""
+    return _ms(end - start - busy_us((first, min(last, end)) for first, last in spans if first < end))
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
@@ -110,7 +121,9 @@ def main(
     for row in rows:
         groups = ", ".join(f"{group} {row[f'{group}_ms']:.3f}" for group in (*GROUPS, OTHER))
         print(f"{row['trace']}, call {row['call']}: {row['kernels']} kernels, {row['copies']} copies; ms: {groups}")
-        print(f"  span {row['span_ms']:.3f} ms, idle {row['idle_ms']:.3f} ms, {row['waits']} waits of the host")
+        early = row["idle_before_products_ms"]
+        before = "" if early is None else f" ({early:.3f} ms before the first product)"
+        print(f"  span {row['span_ms']:.3f} ms, idle {row['idle_ms']:.3f} ms{before}, {row['waits']} waits of the host")
     if out is not None:
         out.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
 

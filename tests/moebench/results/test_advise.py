@@ -246,9 +246,9 @@ def test_of_two_runs_of_one_workload_the_newer_answers() -> None:
     done = run("--model", "e128k8d2048i768", "--num-tokens", "16384", "--mode", "train", "--json")
     (advice,) = json.loads(done.output)["advice"]
     runs = {one["backend"]: one["run_ids"] for one in advice["candidates"]}
-    assert runs["triton"] == runs["peer_sonicmoe"] == ["20261130-224754-peers"]
-    assert runs["triton_fp8"] == ["20261130-223706-fp8"]
-    assert runs["gmm"] == ["20261128-172013-peers"]
+    assert runs["triton"] == runs["peer_sonicmoe"] == ["20261201-023841-peers"]
+    assert runs["triton_fp8"] == ["20261201-022602-fp8"]
+    assert runs["gmm"] == ["20261201-021543-peers"]
     assert [name.partition("-")[0] for name in runs["loop"]] == ["20261123"]
 
 

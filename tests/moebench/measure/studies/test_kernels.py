@@ -10,7 +10,7 @@ import pytest
 from moebench.errors import UsageError
 from moebench.measure.studies import kernels, run
 
-PUBLISHED = Path(__file__).parents[4] / "results" / "published" / "h200-ep2-2026-11-30"
+PUBLISHED = Path(__file__).parents[4] / "results" / "published"
 
 
 def event(cat: str, name: str, ts: float, dur: float) -> dict[str, Any]:
@@ -18,8 +18,9 @@ def event(cat: str, name: str, ts: float, dur: float) -> dict[str, Any]:
 
 
 def call(number: int, start: float) -> list[dict[str, Any]]:
-    """A call of 1000 µs: kernels from 100 to 400 µs and from 600 to 700 µs, two of which overlap."""
+    """A call of 1000 µs: kernels from 40 to 60, from 100 to 400 and from 600 to 700 µs, two of which overlap."""
     at = [
+        ("kernel", "_place", 40, 20),
         ("kernel", "grouped_gemm", 100, 200),
         ("kernel", "ncclDevKernel_SendRecv(…)", 250, 150),
         ("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 600, 40),
@@ -47,14 +48,23 @@ def test_every_call_has_a_row(trace: Path) -> None:
     first, second = kernels.rows_of(trace)
     assert (first.pop("call"), second.pop("call")) == (0, 1)
     assert first == second
-    assert (first["trace"], first["kernels"], first["copies"]) == ("case--triton", 3, 1)
+    assert (first["trace"], first["kernels"], first["copies"]) == ("case--triton", 4, 1)
     sums = {name: first[f"{name}_ms"] for name in ("products", "communication", "rows", "copies", "waiting", "other")}
     assert sums == {"products": 0.2, "communication": 0.15, "rows": 0.06, "copies": 0.04, "waiting": 0.0, "other": 0.0}
 
 
 def test_the_gpu_is_idle_where_nothing_runs_within_the_span(trace: Path) -> None:
     row = next(kernels.rows_of(trace))
-    assert (row["span_ms"], row["idle_ms"]) == (0.6, 0.2)
+    assert (row["span_ms"], row["idle_ms"], row["idle_before_products_ms"]) == (0.66, 0.24, 0.04)
+
+
+def test_without_products_nothing_is_before_them(tmp_path: Path) -> None:
+    path = tmp_path / "case.json"
+    events = [event("user_annotation", "call 0", 0, 9), event("kernel", "_sum", 1, 2), event("kernel", "_sum", 5, 2)]
+    path.write_text(json.dumps({"traceEvents": events}))
+    (row,) = kernels.rows_of(path)
+    assert (row["span_ms"], row["idle_ms"], row["idle_before_products_ms"]) == (0.006, 0.002, None)
+    kernels.main([path])
 
 
 def test_the_wait_with_which_the_profile_ends_a_call_does_not_count(trace: Path) -> None:
@@ -76,6 +86,7 @@ def test_the_wait_with_which_the_profile_ends_a_call_does_not_count(trace: Path)
         ("c10d::symmetric_memory::barrier_kernel(unsigned int**)", "waiting"),
         ("_place", "sort"),
         ("_activate_backward", "rows"),
+        ("_gather", "rows"),
         ("Memset (Device)", "copies"),
         ("something_new", "other"),
     ],
@@ -84,11 +95,12 @@ def test_a_name_has_its_group(name: str, group: str) -> None:
     assert kernels.group_of(name) == group
 
 
-def test_the_published_table_is_that_of_the_published_traces() -> None:
-    paths = sorted((PUBLISHED / "traces").glob("*.json.gz"))
+@pytest.mark.parametrize("name", ["h200-ep2-2026-11-30", "h200-gmm-2026-12-01"])
+def test_the_published_table_is_that_of_the_published_traces(name: str) -> None:
+    paths = sorted((PUBLISHED / name / "traces").glob("*.json.gz"))
     rows = [row for path in paths for row in kernels.rows_of(path)]
     assert len(rows) == 12
-    assert rows == json.loads((PUBLISHED / "kernels.json").read_text())["rows"]
+    assert rows == json.loads((PUBLISHED / name / "kernels.json").read_text())["rows"]
     assert {row["other_ms"] for row in rows} == {0.0}, "every kernel has a group"
 
 
@@ -129,4 +141,4 @@ def test_the_program_prints_and_writes_the_rows(
         run(kernels.main, "kernels")
     assert not ended.value.code
     assert json.loads(out.read_text())["rows"] == list(kernels.rows_of(trace))
-    assert "case--triton, call 0: 3 kernels, 1 copies; ms: " in capsys.readouterr().out
+    assert "case--triton, call 0: 4 kernels, 1 copies; ms: " in capsys.readouterr().out
