@@ -160,6 +160,13 @@ MEASURED = (
         peers.by_place,
     ),
     (
+        """In a forward, the other steps of the layer take {rest0} and {rest1} ms by the same study, and the products
+        with sizes on the device {products0} and {products1} ms. Their sums are {sum0} and {sum1} ms, and the layer
+        takes {layer0} and {layer1} ms. So nothing waits there. The steps that move rows run at {least} to {most} of
+        the speed of a copy.""",
+        peers.forward_of_te,
+    ),
+    (
         "Its layer reaches {train} in a train step of both shapes, and {forward0} and {forward1} in a forward.",
         peers.products_of_gmm,
     ),

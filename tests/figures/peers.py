@@ -151,6 +151,22 @@ def by_place() -> dict[str, str]:
     return {name: f"{ratio:.2f}" for name, ratio in zip(names, over, strict=True)}
 
 
+def forward_of_te() -> dict[str, str]:
+    """What the steps of a forward of `te` take together, and what the layer takes, in ms."""
+    found: dict[str, str] = {}
+    shares = []
+    for number, shape in enumerate(SHAPES_OF_STEPS_AGAIN):
+        steps = steps_of(STEPS_AGAIN, shape)
+        rest = [steps[name] for name in ("mask_choices", "sort_by_expert", "gather_rows", "activate", "sum_rows")]
+        shares += [step["fraction"] for step in rest[2:]]
+        products_ms = steps["te: products, forward"]["ms_by_place_of_sizes"]["device"]
+        times = [sum(step["ms"] for step in rest), products_ms, steps["te: layer, forward"]["ms"]]
+        times.append(times[0] + times[1])
+        names = ("rest", "products", "layer", "sum")
+        found |= {f"{name}{number}": f"{ms:.2f}" for name, ms in zip(names, times, strict=True)}
+    return {**found, "least": f"{min(shares):.0%}"[:-1], "most": f"{max(shares):.0%}"}
+
+
 def of_two_processes() -> dict[str, str]:
     """How far the times of `te` are from those of an earlier process with `te` alone."""
     apart = []
