@@ -12,10 +12,10 @@ from experts.activations import ActivationForm
 from experts.fp8.blocks import BLOCK, Matrices, Rows, num_blocks
 from experts.fp8.kernels import fp8_gemm
 from experts.gemm.gradients import runs_on_hopper
-from experts.gemm.kernels import TILE_FIELDS, list_tiles
-from experts.gemm.tiling import FEW_ROWS, NO_LIMITS, Limits, limits_for
+from experts.gemm.lists import tiles_and_programs
+from experts.gemm.tiling import FEW_ROWS, Limits, limits_for
 from experts.steps import Permutation
-from experts.steps.fused.launch import launch, multiprocessors
+from experts.steps.fused.launch import launch
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,11 @@ def product(
         tiling = large if tiling.listed else tiling
     limits = limits_for(tiling.rows, tiling.listed, rows_per_expert, permutation.num_tokens)
     tilings = [tiling, large][: len(limits)]
-    experts, blocks = matrices.values.shape[0], matrices.q_halves * num_blocks(out.shape[1] // matrices.q_halves)
-    lists = [list_of_tiles(permutation, experts, blocks, *one) for one in zip(tilings, limits, strict=True)]
+    blocks = matrices.q_halves * num_blocks(out.shape[1] // matrices.q_halves)
+    lists = [
+        tiles_and_programs(permutation, one.rows, one.listed, blocks, limit)
+        for one, limit in zip(tilings, limits, strict=True)
+    ]
     tiles = lists[-1][0]  # of two launches, the first learns its number of tiles from the list
     for one, limit, (_, programs) in zip(tilings, limits, lists, strict=True):
         _multiply(rows, matrices, permutation, out, gather, one, limit, tiles, programs)
@@ -140,8 +143,8 @@ def activated_product(
         return None
     from experts.fp8 import hopper
 
-    experts, width, _ = up.values.shape
-    tiles, programs = list_of_tiles(permutation, experts, num_blocks(width // 2), HOPPER_PAIRS)
+    blocks = num_blocks(up.values.shape[1] // 2)
+    tiles, programs = tiles_and_programs(permutation, HOPPER_PAIRS.rows, HOPPER_PAIRS.listed, blocks)
     assert tiles is not None
     return hopper.multiply_and_activate(rows, up, permutation.row_to_slot_N, weights_TK, form, tiles, programs, dtype)
 
@@ -149,26 +152,3 @@ def activated_product(
 def described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Return the descriptor that reads blocks of a contiguous tensor."""
     return TensorDescriptor.from_tensor(tensor, block)
-
-
-def list_of_tiles(
-    permutation: Permutation, experts: int, column_tiles: int, tiling: Tiling, limits: Limits = NO_LIMITS
-) -> tuple[Tensor | None, int]:
-    """Return the list of tiles, or None if the tiling does not need a list, and the number of programs."""
-    most_tiles = (permutation.num_rows // tiling.rows + min(experts, permutation.num_rows)) * column_tiles
-    if not tiling.listed:
-        return None, most_tiles
-    offsets = permutation.offsets_L
-    tiles = torch.empty((1 + most_tiles) * TILE_FIELDS.value, dtype=torch.int32, device=offsets.device)
-    launch(
-        list_tiles,
-        (experts,),
-        *(offsets, tiles),
-        EXPERTS=experts,
-        BINS=triton.next_power_of_2(experts),
-        ROWS=tiling.rows,
-        COLUMN_TILES=column_tiles,
-        OVER=limits.over,
-        SMALL=limits.small,
-    )
-    return tiles, min(multiprocessors(offsets.device), most_tiles)

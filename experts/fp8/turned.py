@@ -15,7 +15,8 @@ from torch import Tensor
 from experts.fp8.blocks import BLOCK, E4M3, num_blocks
 from experts.fp8.rounding import apart, four_bytes, interpreted, largest, largest_of, reciprocal, scale_of
 from experts.gemm.gradients import runs_on_hopper
-from experts.gemm.kernels import TILE_FIELDS, find_groups, list_tiles
+from experts.gemm.kernels import TILE_FIELDS, find_groups
+from experts.gemm.lists import list_of_tiles, most_tiles
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch
 
@@ -47,24 +48,10 @@ class TurnedRows:
 def row_blocks(permutation: Permutation) -> RowBlocks:
     """Return the blocks of rows of a permutation. The host does not wait for their number."""
     offsets_L = permutation.offsets_L
-    experts, num_rows = offsets_L.shape[0], permutation.num_rows
-    most = num_rows // BLOCK + min(experts, num_rows)
-    listed = torch.empty((1 + most) * TILE_FIELDS.value, dtype=torch.int32, device=offsets_L.device)
-    bins = triton.next_power_of_2(experts)
-    launch(
-        list_tiles,
-        (experts,),
-        *(offsets_L, listed),
-        EXPERTS=experts,
-        BINS=bins,
-        ROWS=BLOCK,
-        COLUMN_TILES=1,
-        OVER=0,
-        SMALL=0,
-    )
+    (experts,) = offsets_L.shape
     ends_L = torch.empty(experts, dtype=torch.int32, device=offsets_L.device)
-    launch(count_blocks, (1,), offsets_L, ends_L, EXPERTS=experts, BINS=bins)
-    return RowBlocks(listed, ends_L, most)
+    launch(count_blocks, (1,), offsets_L, ends_L, EXPERTS=experts, BINS=triton.next_power_of_2(experts))
+    return RowBlocks(list_of_tiles(permutation, BLOCK), ends_L, most_tiles(permutation, BLOCK))
 
 
 def turn(

@@ -23,9 +23,10 @@ from experts.activations import SWIGLU, ActivationForm, activation_form
 from experts.config import MoEConfig
 from experts.gemm import choices, kinds
 from experts.gemm.gradients import runs_on_hopper
-from experts.gemm.kernels import TILE_FIELDS, grouped_gemm, list_tiles
+from experts.gemm.kernels import grouped_gemm
 from experts.gemm.kinds import Kind
-from experts.gemm.tiling import LARGE, NO_LIMITS, PAIRS, Limits, Tiling, limits_for, spread, tiling_for
+from experts.gemm.lists import tiles_and_programs
+from experts.gemm.tiling import LARGE, PAIRS, Limits, Tiling, limits_for, spread, tiling_for
 from experts.steps import Permutation
 from experts.steps.fused.launch import launch, multiprocessors
 from experts.steps.fused.rows import gather_rows
@@ -97,7 +98,7 @@ def kept_and_activated(
         return None
     from experts.gemm import hopper
 
-    tiles, programs = _listed(permutation, b_LDH.shape[2] // 2, PAIRS, b_LDH.shape[0])
+    tiles, programs = _listed(permutation, b_LDH.shape[2] // 2, PAIRS)
     gather = b_LDH.shape[2] < COPIED_FROM
     x = x_TD if gather else gather_rows(x_TD, permutation)
     return hopper.kept_and_activated(x, b_LDH, permutation, tiles, programs, weights_TK, gather)
@@ -124,7 +125,7 @@ def activated_back(
         return None
     from experts.gemm import hopper
 
-    tiles, programs = _listed(permutation, b_LID.shape[1], LARGE, b_LID.shape[0])
+    tiles, programs = _listed(permutation, b_LID.shape[1], LARGE)
     return hopper.activated_back(grad_TD, b_LID, h_NH, permutation, tiles, programs, weights_TK)
 
 
@@ -184,8 +185,9 @@ class _Task:
     bias_LH: Tensor | None
 
     def tiles(self, tile: Tiling, limits: Limits) -> tuple[Tensor | None, int]:
-        """Return the list of tiles of the experts within the limits, and the number of programs; see `_tiles`."""
-        return _tiles(self.permutation, self.b_LPQ.shape[0], self.out.shape[1], tile, limits)
+        """Return the list of tiles of the experts within the limits, and the number of programs."""
+        column_tiles = triton.cdiv(self.out.shape[1], tile.columns)
+        return tiles_and_programs(self.permutation, tile.rows, tile.listed, column_tiles, limits)
 
     def run(self, tile: Tiling, limits: Limits, tiles: Tensor | None, programs: int) -> None:
         """Multiply the rows of the experts within the limits."""
@@ -245,9 +247,9 @@ class _Task:
         hopper.activated_product(self.a, self.b_LPQ, self.out, self.permutation, tiles, programs, self.weights_TK)
 
 
-def _listed(permutation: Permutation, width: int, tile: Tiling, experts: int) -> tuple[Tensor, int]:
+def _listed(permutation: Permutation, width: int, tile: Tiling) -> tuple[Tensor, int]:
     """Return the list of tiles for `width` columns, and the number of programs."""
-    tiles, programs = _tiles(permutation, experts, width, tile, NO_LIMITS)
+    tiles, programs = tiles_and_programs(permutation, tile.rows, True, triton.cdiv(width, tile.columns))
     assert tiles is not None
     return tiles, programs
 
@@ -267,28 +269,3 @@ def described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Return the descriptor that reads blocks of a tensor. It needs memory that starts at a multiple of 16 bytes."""
     tensor = tensor.contiguous()
     return TensorDescriptor.from_tensor(tensor.clone() if tensor.data_ptr() % 16 else tensor, block)
-
-
-def _tiles(
-    permutation: Permutation, experts: int, width: int, tile: Tiling, limits: Limits
-) -> tuple[Tensor | None, int]:
-    """Return the list of tiles, or None if the tiling does not need a list, and the number of programs."""
-    column_tiles = triton.cdiv(width, tile.columns)
-    most_tiles = (permutation.num_rows // tile.rows + min(experts, permutation.num_rows)) * column_tiles
-    if not tile.listed:
-        return None, most_tiles
-    offsets = permutation.offsets_L
-    tiles = torch.empty((1 + most_tiles) * TILE_FIELDS.value, dtype=torch.int32, device=offsets.device)
-    launch(
-        list_tiles,
-        (experts,),
-        offsets,
-        tiles,
-        EXPERTS=experts,
-        BINS=triton.next_power_of_2(experts),
-        ROWS=tile.rows,
-        COLUMN_TILES=column_tiles,
-        OVER=limits.over,
-        SMALL=limits.small,
-    )
-    return tiles, min(multiprocessors(offsets.device), most_tiles)

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from experts import gemm
-from experts.gemm import choices, kinds, products
+from experts.gemm import choices, kinds, lists, products
 from experts.gemm.choices import Choice, Key, Place
 from experts.gemm.tiling import Tiling
 from experts.steps import eager
@@ -256,7 +256,7 @@ def test_a_product_that_a_kernel_finishes_has_no_choice(monkeypatch: pytest.Monk
     )
     monkeypatch.setitem(sys.modules, "experts.gemm.hopper", finishing)
     monkeypatch.setattr(gemm, "hopper", finishing, raising=False)
-    monkeypatch.setattr(products, "launch", lambda *_, **constants: None)
+    monkeypatch.setattr(lists, "launch", lambda *_, **constants: None)
     rows, weights_TK = eager.sort_by_expert(torch.tensor([[0, 1], [2, 1]]), 0, 3), torch.ones(2, 2)
     x_TD, h_NH, up, down = torch.zeros(2, 16), torch.zeros(4, 32), torch.zeros(3, 16, 32), torch.zeros(3, 16, 16)
     config = moe_config(dim=16, moe_inter_dim=16, expert_activation="swiglu")

@@ -364,12 +364,13 @@ def assert_close_in_fp8(found: Tensor, right: Tensor, fmt: torch.dtype) -> None:
 def test_kernels_compile_for_sm90(which: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Products use tensor cores in FP8, with tiles from the TMA; the other kernels move 16 bytes at a time."""
     from experts.fp8 import activation, gradients, products, quantise, turned
+    from experts.gemm import lists
 
     for module in (gradients, products):
         monkeypatch.setattr(module, "runs_on_hopper", lambda device, num_rows: True)
     importlib.import_module("experts.fp8.hopper")
     modules = [sys.modules[f"experts.fp8.hopper.{name}"] for name in ("outer", "rows")]
-    ptx = compile_launches(monkeypatch, tmp_path, *modules, activation, gradients, products, quantise, turned)
+    ptx = compile_launches(monkeypatch, tmp_path, *modules, activation, gradients, lists, products, quantise, turned)
     num_rows, k, experts, dim, inter = 512, 8, 128, 2048, 768
     maps = [torch.zeros(num_rows, dtype=torch.int64) for _ in range(3)]
     permutation = Permutation(*maps, torch.zeros(experts, dtype=torch.int32), k)

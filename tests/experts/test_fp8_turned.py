@@ -187,11 +187,12 @@ def test_the_kernels_for_hopper_transpose_without_spilling(
 ) -> None:
     """One loads 16 bytes at a time, and leaves registers for other programs. The other loads with the TMA."""
     from experts.fp8 import activation, turned
+    from experts.gemm import lists
 
     hopper = [sys.modules[f"experts.fp8.hopper.{name}"] for name in ("turned", "turned_activation")]
     for module in (activation, turned):
         monkeypatch.setattr(module, "runs_on_hopper", lambda device, num_rows: True)
-    compiled = compile_launches(monkeypatch, tmp_path, *hopper, turned)
+    compiled = compile_launches(monkeypatch, tmp_path, *hopper, lists, turned)
     permutation = any_permutation(32)
     blocks = turned.row_blocks(permutation)
     for gather, by_column in ((True, True), (False, False)):
@@ -230,8 +231,9 @@ def test_kernels_compile_for_sm90_without_spilling(
 ) -> None:
     """All of them load and store 16 bytes at a time, and registers are left for two programs at a time."""
     from experts.fp8 import quantise, turned
+    from experts.gemm import lists
 
-    compiled = compile_launches(monkeypatch, tmp_path, quantise, turned)
+    compiled = compile_launches(monkeypatch, tmp_path, lists, quantise, turned)
     num_rows, k, dim, inter = 512, 8, 2048, 2880
     permutation = any_permutation(128)
     blocks = turned.row_blocks(permutation)

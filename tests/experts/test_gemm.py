@@ -257,9 +257,9 @@ def test_products_compile_for_sm90_with_wide_copies(
     Weights come through the tensor memory accelerator, tokens by copies of 16 bytes.
     """
     from experts import gemm
-    from experts.gemm import products, tiling
+    from experts.gemm import lists, products, tiling
 
-    ptx = compile_launches(monkeypatch, tmp_path, products)
+    ptx = compile_launches(monkeypatch, tmp_path, lists, products)
     listed = tiling.tiling_for(rows_per_expert, pairs=True).listed
     tokens, k, experts, dim, inter = 64, 8, 128, 2048, 768
     maps = [torch.zeros(tokens * k, dtype=torch.int64) for _ in range(3)]

@@ -173,11 +173,11 @@ def test_kernels_compile_for_sm90_without_spilling(
 ) -> None:
     """One group of warps loads: by the TMA, and for gathered rows by copies of 16 bytes. The others multiply."""
     from experts import gemm
-    from experts.gemm import products
+    from experts.gemm import lists, products
     from experts.gemm.hopper import launching, rows
 
     monkeypatch.setattr(products, "runs_on_hopper", lambda device, num_rows: True)
-    ptx = compile_launches(monkeypatch, tmp_path, products, launching, rows)
+    ptx = compile_launches(monkeypatch, tmp_path, lists, products, launching, rows)
     num_rows, k, experts, dim, inter = 512, 8, 128, 2048, 512
     maps = [torch.zeros(num_rows, dtype=torch.int64) for _ in range(3)]
     permutation = Permutation(*maps, torch.zeros(experts, dtype=torch.int32), k)

@@ -132,12 +132,12 @@ def test_kernels_compile_for_sm90_without_spilling(
 ) -> None:
     """Rows are stored, and in backward also loaded, 16 bytes at a time."""
     from experts import gemm
-    from experts.gemm import products
+    from experts.gemm import lists, products
     from experts.gemm.hopper import finished
     from experts.steps.fused import rows as fused_rows
 
     monkeypatch.setattr(products, "runs_on_hopper", lambda device, num_rows: True)
-    ptx = compile_launches(monkeypatch, tmp_path, products, finished, fused_rows)
+    ptx = compile_launches(monkeypatch, tmp_path, lists, products, finished, fused_rows)
     num_rows, k, experts, dim = 512, 8, 128, 2048
     maps = [torch.zeros(num_rows, dtype=torch.int64) for _ in range(3)]
     permutation = Permutation(*maps, torch.zeros(experts, dtype=torch.int32), k)

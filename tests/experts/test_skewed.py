@@ -31,7 +31,7 @@ pytest.importorskip("triton")
 def launched(device: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Let also few tokens be split. Return a list that gets the name and the height of the tiles of each launch."""
     from experts.fp8 import products as fp8_products
-    from experts.gemm import products, tiling
+    from experts.gemm import lists, products, tiling
 
     small = tiling.Tiling(16, 16, 16, stages=2, warps=4)
     monkeypatch.setattr(tiling, "FEW_TOKENS", 0)
@@ -41,7 +41,7 @@ def launched(device: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, in
         monkeypatch.setattr(products, "LARGE", tiling.Tiling(32, 32, 16, stages=2, warps=4, listed=True))
         monkeypatch.setattr(products, "PAIRS", tiling.Tiling(32, 16, 16, stages=2, warps=4, listed=True))
     names: list[tuple[str, int]] = []
-    for module in (products, fp8_products):
+    for module in (lists, products, fp8_products):
         monkeypatch.setattr(module, "launch", noting(module.launch, names))
     return names
 
@@ -89,7 +89,7 @@ def test_a_product_of_small_and_large_tiles_is_right(
 ) -> None:
     """Expert 3 has few rows, and expert 1 many. Each row has a tile of one launch, and rows of nobody have none."""
     from experts import gemm
-    from experts.gemm import products, tiling
+    from experts.gemm import lists, tiling
 
     given = Given(device, dtype)
     counts = given.permutation.tokens_per_expert_L.tolist()
@@ -102,8 +102,7 @@ def test_a_product_of_small_and_large_tiles_is_right(
     if device == "cpu":
         assert launched == [("list_tiles", 32), ("grouped_gemm", 16), ("grouped_gemm", 32)]
         for small, blocks in ((16, 1), (8, 2), (7, 3)):
-            tiles, _ = products._tiles(given.permutation, 3, 32, products.LARGE, tiling.Limits(over=16, small=small))
-            assert tiles is not None
+            tiles = lists.list_of_tiles(given.permutation, 32, 1, tiling.Limits(over=16, small=small))
             assert tiles[:2].tolist() == [-(-counts[0] // 32), blocks], "16 rows are not more than 16"
     x_ND = eager.gather_rows(given.x_TD, given.permutation)
     x_ND[given.num_local :] = torch.nan
