@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests" / "additions"
 #: The most files of the two packages that an addition may touch.
 MOST_FILES = {"engine": 3, "dispatcher": 4, "column": 2, "command": 2, "axis": 3, "verdict": 2}
-#: `make test` tests this addition only, which takes seconds; `make certify` tests all.
-QUICK = ("verdict",)
+#: `make test` runs the tests of these additions, which takes seconds; `make certify` runs those of all.
+QUICK = ("axis", "column", "command", "verdict")
 #: Tests of the project that an addition must not break, besides its own.
 ALWAYS = ("tests/moebench/test_imports.py", "tests/experts/test_imports.py")
 
