@@ -16,7 +16,7 @@ from moebench.results.record import READABLE, Record
 from tests.moebench.results.test_frame import ALL, FOLDERS, PUBLISHED, ok, rows
 
 TABLE = tables._to_arrow([ok(**ALL), *rows()[2:]])
-_CASES = ("cold", "ok", "oom", "plain", "train", "float16", "relu2", "uniform", "zipf:2", "even", "uneven")
+_CASES = ("cold", "ok", "oom", "plain", "train", "float16", "relu2", "uniform", "zipf:2", "even", "uneven", "experts")
 #: Cells to put into each column, by its type.
 CELLS: dict[Any, list[Any]] = {
     pa.string(): [None, "", "x", "..", "../x", "a | b", "1", "{", '{"a": 0.5}', *_CASES],
