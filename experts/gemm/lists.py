@@ -41,8 +41,8 @@ def tiles_and_programs(
 ) -> tuple[Tensor | None, int]:
     """Return the list of tiles, or None if they are not `listed`, and the number of programs.
 
-    Without a list, there is a program for each tile. With a list, there is one for each multiprocessor, but no more than
-    tiles.
+    Without a list, there is a program for each tile. With a list, there is one for each multiprocessor, but no more
+    than tiles.
     """
     most = most_tiles(permutation, rows, column_tiles)
     if not listed:
